@@ -1,0 +1,200 @@
+"""checkpoint -> canonical graph -> passes -> engine directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.builder.engine import GRAPH, MANIFEST, WEIGHTS, EngineLimits, KVLayout, Manifest, sha256
+from slipstream.builder.graph.ops import FLOAT, INT32, Ops
+from slipstream.builder.graph.passes import run_passes
+from slipstream.builder.graph.program import Program, StoredWeight, new_program
+from slipstream.builder.models import architecture_of
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import BuildOptions
+from slipstream.builder.targets.base import create_target
+from slipstream.builder.weight_file import write_weights
+from slipstream.errors import BuildError, CheckpointError
+from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.quantize.tensor import LazyTensor
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+_KV_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+# Tensors that some checkpoints carry and that the configuration already says.
+_REDUNDANT = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compiled program whose weights have not been read: what ``--estimate`` prints and ``build`` writes.
+
+    Sizes are in bytes.
+    """
+
+    checkpoint: Checkpoint
+    options: BuildOptions
+    program: Program
+    target: str
+    limits: EngineLimits
+    kv: KVLayout
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        """Every weight of the engine."""
+        return list(self.program.stored.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight file's data."""
+        return sum(part.nbytes for weight in self.weights for part in weight.parts)
+
+    @property
+    def sequence_kv_bytes(self) -> int:
+        """KV pages of one sequence of the full length."""
+        return self.kv.bytes_per_token * self.limits.max_seq_len
+
+
+def plan(source: str | Path, options: BuildOptions) -> Plan:
+    """Compile a checkpoint as far as is possible without reading its weights.
+
+    Raises CheckpointError for what cannot be read, BuildError for options that do not fit it.
+    """
+    checkpoint = open_checkpoint(source)
+    config, target = checkpoint.config, create_target(options.target)
+    limits = _limits(config, options)
+    kv = KVLayout(
+        target.kv_dtype(options, _is_dense(checkpoint, options)), target.page_size, config.num_layers, config.num_kv_heads, config.head_dim
+    )
+    program = _declare(checkpoint, kv)
+    run_passes(program, target.pipeline(options))
+    return Plan(checkpoint, options, program, target.name, limits, kv)
+
+
+def build(source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None) -> Manifest:
+    """Write the engine of a checkpoint to ``output``, replacing an engine that stands there.
+
+    ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the build fails.
+    """
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise BuildError(f"{output} exists and is no engine; choose another -o or remove it")
+    planned = plan(source, options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        manifest = _write(planned, staging, str(source), str(output), progress)
+        if output.exists():
+            shutil.rmtree(output)
+        staging.rename(output)
+    except OSError as error:
+        raise BuildError(f"cannot write the engine {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def _is_dense(checkpoint: Checkpoint, options: BuildOptions) -> bool:
+    formats = (checkpoint.tensor(name).format for name in checkpoint.names())
+    return options.bits is None and all(format.kind == "dense" for format in formats)
+
+
+def _limits(config: ModelConfig, options: BuildOptions) -> EngineLimits:
+    longest = config.max_position_embeddings
+    asked = options.max_seq_len or longest
+    if asked > longest:
+        raise BuildError(
+            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at most {longest}"
+        )
+    return EngineLimits(options.max_batch_size, options.max_num_tokens, asked)
+
+
+def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
+    """The canonical program of a checkpoint, with every tensor of it accounted for."""
+    program = new_program(checkpoint.config.architecture, _step_inputs(kv))
+    names = set(checkpoint.names())
+    used: set[str] = set()
+
+    def tensor(name: str) -> LazyTensor:
+        used.add(name)
+        return checkpoint.tensor(name)
+
+    decoder = architecture_of(checkpoint.config.architecture).decoder
+    decoder(Ops(program), checkpoint.config, tensor, kv.page_size).build()
+    if checkpoint.config.tie_word_embeddings:
+        used.add("lm_head.weight")
+    unread = sorted(name for name in names - used if not name.endswith(_REDUNDANT))
+    if unread:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unread)} tensors that {checkpoint.config.architecture} does not read, "
+            f"such as {unread[0]}; its config does not describe it: check config.json against the model's page"
+        )
+    return program
+
+
+def _step_inputs(kv: KVLayout) -> dict[str, tuple[ir.DataType, tuple[int | str, ...]]]:
+    heads = ("pages", 2, kv.num_kv_heads)
+    inputs: dict[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
+        "token_ids": (INT32, ("T",)),
+        "positions": (INT32, ("T",)),
+        "query_start": (INT32, ("S+1",)),
+        "context_len": (INT32, ("S",)),
+        "page_table": (INT32, ("S", "P")),
+        "slot_mapping": (INT32, ("T",)),
+        "logits_rows": (INT32, ("L",)),
+        "kv_cache": (_KV_TYPES[kv.dtype], (kv.num_layers, *heads, kv.page_size * kv.head_dim)),
+    }
+    if kv.dtype == "int8":
+        inputs["kv_scales"] = (FLOAT, (kv.num_layers, *heads, kv.page_size))
+    return inputs
+
+
+def _write(planned: Plan, staging: Path, source: str, output: str, progress: Progress | None) -> Manifest:
+    total, done = planned.weight_bytes, 0
+
+    def wrote(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    places = write_weights(staging / WEIGHTS, planned.weights, wrote)
+    for value in planned.program.graph.initializers.values():
+        if value.name in places:
+            offset, length = places[value.name]
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS, offset, length, value.dtype, shape=value.shape, name=value.name, base_dir=staging
+            )
+    ir.save(planned.program.model, staging / GRAPH)
+    planned.checkpoint.write_tokenizer(staging)
+    manifest = _manifest(planned, source, output)
+    manifest = replace(manifest, files={file.name: sha256(file) for file in sorted(staging.iterdir())})
+    (staging / MANIFEST).write_text(manifest.to_json())
+    os.chmod(staging, 0o755)  # mkdtemp made it private
+    return manifest
+
+
+def _manifest(planned: Plan, source: str, output: str) -> Manifest:
+    used = {node.op_type for node in planned.program.graph if node.domain == DOMAIN}
+    return Manifest(
+        target=planned.target,
+        model=planned.checkpoint.config.to_json(),
+        limits=planned.limits,
+        kv=planned.kv,
+        quantization=planned.options.quantization,
+        plugins={name: spec.version for name, spec in OPERATORS.items() if name in used},
+        source=source,
+        command=planned.options.command(source, output),
+    )
+
+
+

@@ -1,0 +1,51 @@
+"""Reading checkpoints: every weight format into one representation, lazily."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, cast
+
+from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.errors import CheckpointError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+# Each module has `open_checkpoint(source)`; it is imported when a checkpoint of its kind is opened.
+_READERS = {
+    "directory": "slipstream.builder.checkpoints.huggingface",
+    "gguf": "slipstream.builder.checkpoints.gguf",
+    "hub": "slipstream.builder.checkpoints.hub",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a Hugging Face directory, a ``.gguf`` file or a model of the Hugging Face hub.
+
+    ``source`` is a path or a hub id such as ``Qwen/Qwen3-0.6B``; a path that exists wins. Raises
+    CheckpointError when there is nothing readable there.
+    """
+    reader = import_module(_READERS[_kind(source)])
+    return cast("Checkpoint", reader.open_checkpoint(source))
+
+
+def _kind(source: str | os.PathLike[str]) -> Literal["directory", "gguf", "hub"]:
+    path = Path(source)
+    if path.is_dir():
+        return "directory"
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise CheckpointError(
+            f"{path} is neither a directory with config.json nor a .gguf file; pass the directory "
+            "that holds the checkpoint"
+        )
+    if path.suffix != ".gguf" and _HUB_ID.fullmatch(os.fspath(source)):
+        return "hub"
+    raise CheckpointError(
+        f"{path} does not exist; pass a directory with config.json, a .gguf file or a hub id such "
+        "as Qwen/Qwen3-0.6B"
+    )

@@ -1,0 +1,82 @@
+"""What a checkpoint is, whatever its format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from slipstream.builder.models.config import ModelConfig
+from slipstream.errors import CheckpointError
+from slipstream.quantize.tensor import LazyTensor
+
+
+class Checkpoint(Protocol):
+    """A model on disk: configuration, weights by name, tokenizer.
+
+    Every method raises CheckpointError for what the checkpoint lacks or holds in a form that
+    cannot be read.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The directory or file it was read from."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape and constants of the model."""
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor, by its Hugging Face name: ``model.layers.0.self_attn.q_proj.weight``."""
+
+    def tensor(self, name: str) -> LazyTensor:
+        """One weight, not yet read. Its data is mapped from the file for as long as it is used."""
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json, generation_config.json and, when there is
+        one, chat_template.jinja."""
+
+
+def unknown_tensor(path: Path, name: str, known: Sequence[str]) -> CheckpointError:
+    """The error for a tensor that a checkpoint does not have."""
+    return CheckpointError(
+        f"{path} has no tensor {name!r} among its {len(known)}; the file is incomplete or its "
+        "configuration describes another model: download the checkpoint again"
+    )
+
+
+def map_array(
+    path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """A read-only array over ``path`` from byte ``offset`` on; unmapped when it is let go.
+
+    Each array has a map of its own, so that a build that drops a layer also drops its pages.
+    """
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    try:
+        return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read at byte {offset} ({error}); it was moved or changed during "
+            "the build: put it back and build again"
+        ) from error
+
+
+def write_json(path: Path, data: object) -> None:
+    """``data`` as indented UTF-8 JSON."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def generation_config(bos: int | None, eos: Sequence[int]) -> dict[str, Any]:
+    """The generation_config.json of a model that ships none."""
+    config: dict[str, Any] = {}
+    if bos is not None:
+        config["bos_token_id"] = bos
+    if eos:
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    return config

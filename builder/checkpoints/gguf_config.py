@@ -1,0 +1,150 @@
+"""GGUF metadata as the Hugging Face configuration it was converted from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.errors import CheckpointError
+
+ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+)
+
+# What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
+_LLAMA3 = MappingProxyType(
+    {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+)
+
+
+def huggingface_config(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: NDArray[np.generic] | None,
+) -> dict[str, Any]:
+    """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and the tensor
+    ``rope_freqs.weight`` [rotary_dim/2] of a file that has one."""
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"the GGUF file's general.architecture is {architecture!r}, which is not supported; "
+            f"expected one of {', '.join(ARCHITECTURES)}"
+        )
+    keys = _Keys(architecture, metadata)
+    if keys.get("expert_count", 0):
+        raise CheckpointError(
+            f"the GGUF file is a mixture of {keys.get('expert_count', 0)} experts, which is not "
+            "supported; use a dense model"
+        )
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
+    heads = keys.need("attention.head_count")
+    head_dim = keys.get("attention.key_length", keys.need("embedding_length") // heads)
+    rotary_dim = keys.get("rope.dimension_count", head_dim)
+    theta = float(keys.get("rope.freq_base", 10000.0))
+    config = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": keys.need("embedding_length"),
+        "intermediate_size": keys.need("feed_forward_length"),
+        "num_hidden_layers": keys.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.need("context_length"),
+        "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_theta": theta,
+            "partial_rotary_factor": rotary_dim / head_dim,
+            **_rope_scaling(keys, rope_factors, theta, rotary_dim),
+        },
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos_token_ids(metadata),
+    }
+    window = keys.get("attention.sliding_window", 0)
+    if architecture == "llama" and window:
+        # llama.cpp has no architecture of its own for Mistral.
+        config |= {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+    return config
+
+
+def eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text or a turn, in the order of their importance."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+class _Keys:
+    """Metadata under the prefix of the architecture."""
+
+    def __init__(self, architecture: str, metadata: Mapping[str, Any]) -> None:
+        self._prefix = architecture
+        self._metadata = metadata
+
+    def get(self, key: str, default: Any) -> Any:  # noqa: ANN401  a metadata value has any type
+        value = self._metadata.get(f"{self._prefix}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise CheckpointError(
+                    f"the GGUF file's {self._prefix}.{key} differs between layers ({value}), which "
+                    "is not supported; use a model whose layers are alike"
+                )
+            return value[0]
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:  # noqa: ANN401
+        value = self.get(key, None)
+        if value is None:
+            raise CheckpointError(
+                f"the GGUF file has no {self._prefix}.{key}; download it again or convert it again"
+            )
+        return value
+
+
+def _rope_scaling(
+    keys: _Keys, factors: NDArray[np.generic] | None, theta: float, rotary_dim: int
+) -> dict[str, Any]:
+    if factors is not None:
+        return _llama3_scaling(factors.astype(np.float64).ravel(), theta, rotary_dim)
+    kind = keys.get("rope.scaling.type", "none")
+    if kind == "none":
+        return {"rope_type": "default"}
+    if keys.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise CheckpointError(
+            f"the GGUF file's {kind} rope scaling has an attn_factor of its own, which is not "
+            "supported; use the model's Hugging Face checkpoint"
+        )
+    scaling = {"rope_type": kind, "factor": keys.need("rope.scaling.factor")}
+    optional = {
+        "original_max_position_embeddings": "original_context_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    }
+    for ours, theirs in optional.items():
+        value = keys.get(f"rope.scaling.{theirs}", None)
+        if value is not None:
+            scaling[ours] = value
+    return scaling
+
+
+def _llama3_scaling(factors: NDArray[np.float64], theta: float, rotary_dim: int) -> dict[str, Any]:
+    """The llama3 parameters whose per-frequency divisors are ``factors``."""
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    factor = float(factors.max())
+    frequency = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    turns = _LLAMA3["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise CheckpointError(
+            "the GGUF file's rope_freqs.weight is not the frequency scaling of a Llama 3 model; "
+            "use the model's Hugging Face checkpoint"
+        )
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}

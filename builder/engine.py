@@ -1,0 +1,155 @@
+"""The engine directory: its manifest, and the checks that come before anything is loaded.
+
+The only module of the builder that the runtime may import; it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipstream import __version__
+from slipstream.errors import EngineMismatchError
+
+FORMAT_VERSION = 1
+MANIFEST = "engine.json"
+GRAPH = "graph.onnx"
+WEIGHTS = "weights.safetensors"
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine can be asked for; the runtime may ask for less.
+
+    max_batch_size  sequences in one step
+    max_num_tokens  tokens in one step, prefill chunks and decodes together
+    max_seq_len     tokens of one sequence, prompt and output together
+    """
+
+    max_batch_size: int = 64
+    max_num_tokens: int = 512
+    max_seq_len: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """How keys and values lie in pages; dtype is float32, float16 or int8."""
+
+    dtype: str
+    page_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in all layers, scales of int8 pages included."""
+        width = {"float32": 4, "float16": 2, "int8": 1}[self.dtype]
+        per_head = self.head_dim * width + (4 if self.dtype == "int8" else 0)
+        return 2 * self.num_layers * self.num_kv_heads * per_head
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of engine.json.
+
+    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
+    ``files`` holds the SHA-256 of every other file.
+    """
+
+    target: str
+    model: dict[str, Any]
+    limits: EngineLimits
+    kv: KVLayout
+    quantization: str
+    plugins: dict[str, int]
+    source: str
+    command: str
+    files: dict[str, str] = field(default_factory=dict)
+    capability: str = "any"
+    slipstream_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Manifest:
+        """From parsed JSON; KeyError or TypeError when fields are missing or unknown."""
+        values = dict(raw)
+        values["limits"] = EngineLimits(**values["limits"])
+        values["kv"] = KVLayout(**values["kv"])
+        return Manifest(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine directory whose manifest has been read and fits this Slipstream."""
+
+    path: Path
+    manifest: Manifest
+
+    def verify_files(self) -> None:
+        """Compare every file with its hash; EngineMismatchError names the first that differs or is missing."""
+        for name, expected in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise self._mismatch(f"{name} is missing from the engine {self.path}")
+            if sha256(file) != expected:
+                raise self._mismatch(f"{name} of the engine {self.path} was changed or damaged after it was built")
+
+    def _mismatch(self, found: str) -> EngineMismatchError:
+        return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a path looks like an engine directory."""
+    return (path / MANIFEST).is_file()
+
+
+def open_engine(path: Path) -> Engine:
+    """Read and check a manifest; EngineMismatchError says what was found, what is needed and how to mend it.
+
+    Hashes are not compared here: ``Engine.verify_files`` does that, so that loading can overlap it.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise EngineMismatchError(
+            f"{path} holds no {MANIFEST}, so it is no engine; make one with: slipstream build CHECKPOINT -o {path}"
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EngineMismatchError(f"{file} is not readable JSON ({error}); build the engine again") from error
+    _check_version(raw, file)
+    try:
+        manifest = Manifest.from_dict(raw)
+    except (KeyError, TypeError) as error:
+        raise EngineMismatchError(f"{file} lacks or misnames a field ({error}); build the engine again") from error
+    return Engine(path, manifest)
+
+
+def _check_version(raw: object, file: Path) -> None:
+    if not isinstance(raw, dict) or "format_version" not in raw:
+        raise EngineMismatchError(f"{file} has no format_version, so it is no engine manifest; build the engine again")
+    if raw["format_version"] != FORMAT_VERSION:
+        again = raw.get("command", "slipstream build CHECKPOINT -o ENGINE")
+        raise EngineMismatchError(
+            f"{file} has format {raw['format_version']} and Slipstream {__version__} reads format {FORMAT_VERSION}; "
+            f"build it again: {again}"
+        )

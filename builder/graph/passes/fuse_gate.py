@@ -1,0 +1,29 @@
+"""GatedActivation(Linear(x)) becomes one gated Linear, which never writes gate and up to memory."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from slipstream.builder.graph.passes.rewrite import replace, sole_consumer
+from slipstream.builder.graph.program import Program
+from slipstream.plugins.linear.packing import can_pack
+from slipstream.plugins.operators import DOMAIN
+
+
+def fuse_gate(program: Program) -> int:
+    """Fuse every GatedActivation into the packable Linear before it."""
+    return sum(_fuse(program, node) for node in program.nodes("GatedActivation"))
+
+
+def _fuse(program: Program, gate: ir.Node) -> bool:
+    source = gate.inputs[0]
+    linear = source.producer() if source is not None else None
+    if source is None or linear is None or linear.op_type != "Linear" or sole_consumer(source) is not gate:
+        return False
+    if not can_pack(program.weight_of(linear).format):
+        return False
+    fused = ir.node(
+        "Linear", linear.inputs, {**linear.attributes, "gated": 1}, domain=DOMAIN, num_outputs=1, name=linear.name
+    )
+    replace(program, [linear, gate], [fused], {gate.outputs[0]: fused.outputs[0]})
+    return True

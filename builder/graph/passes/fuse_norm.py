@@ -1,0 +1,36 @@
+"""Linear(RMSNormalization(x)) becomes a Linear that normalizes x while it quantizes it.
+
+The norm goes when every one of its consumers is a packable Linear; each consumer then repeats the cheap norm.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from slipstream.builder.graph.passes.rewrite import replace
+from slipstream.builder.graph.program import Program
+from slipstream.plugins.linear.packing import can_pack
+from slipstream.plugins.operators import DOMAIN
+
+
+def fuse_norm(program: Program) -> int:
+    """Fuse every RMSNormalization that only feeds packable Linears."""
+    return sum(_fuse(program, node) for node in program.nodes("RMSNormalization"))
+
+
+def _fuse(program: Program, norm: ir.Node) -> bool:
+    consumers = [use.node for use in norm.outputs[0].uses()]
+    if norm.outputs[0].is_graph_output() or not all(_absorbs(program, node) for node in consumers):
+        return False
+    for linear in consumers:
+        inputs: list[ir.Value | None] = [norm.inputs[0], *linear.inputs[1:]]
+        inputs += [None] * (4 - len(inputs)) + [norm.inputs[1]]
+        attributes = {**linear.attributes, "norm_eps": norm.attributes["epsilon"].as_float()}
+        fused = ir.node("Linear", inputs, attributes, domain=DOMAIN, num_outputs=1, name=linear.name)
+        replace(program, [linear], [fused], {linear.outputs[0]: fused.outputs[0]})
+    program.graph.remove(norm, safe=True)
+    return True
+
+
+def _absorbs(program: Program, node: ir.Node) -> bool:
+    return node.op_type == "Linear" and len(node.inputs) < 5 and can_pack(program.weight_of(node).format)

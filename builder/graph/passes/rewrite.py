@@ -1,0 +1,33 @@
+"""The one edit that passes make: some nodes out, others in, uses redirected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from slipstream.builder.graph.program import Program
+
+
+def replace(
+    program: Program, old: Sequence[ir.Node], new: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]
+) -> None:
+    """Put ``new`` where the last of ``old`` stood, let ``values`` take over all uses, and remove ``old``.
+
+    A taken-over value passes on its name, shape and type, so that names stay those of the model.
+    """
+    graph = program.graph
+    graph.insert_after(old[-1], list(new))
+    for before, after in values.items():
+        after.shape, after.type = before.shape, before.type
+        name = before.name
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        before.name, after.name = None, name
+    for node in reversed(old):
+        graph.remove(node, safe=True)
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """The only node that reads ``value``, or None when there are several, none, or a graph output."""
+    uses = value.uses()
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

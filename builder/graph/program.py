@@ -1,0 +1,128 @@
+"""A model on its way through the compiler: an ONNX graph and the weights it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from slipstream.quantize.tensor import LazyTensor
+
+OPSET = 23
+IR_VERSION = 11
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """An array of the engine's weight file, before its data exists."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * int(self.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight as the arrays a kernel reads; ``load`` makes them, in the order of ``parts``."""
+
+    parts: tuple[StoredTensor, ...]
+    load: Callable[[], tuple[NDArray[np.generic], ...]] = field(repr=False)
+
+
+@dataclass(slots=True)
+class Program:
+    """``weights`` maps a graph value to its lazy data; lowering turns each into a ``StoredWeight``."""
+
+    model: ir.Model
+    weights: dict[str, LazyTensor] = field(default_factory=dict)
+    stored: dict[str, StoredWeight] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The only graph of the model."""
+        return self.model.graph
+
+    def nodes(self, op_type: str) -> list[ir.Node]:
+        """Nodes of one operator in graph order; a copy, so that a pass may edit the graph."""
+        return [node for node in self.graph if node.op_type == op_type]
+
+    def weight_of(self, node: ir.Node, index: int = 1) -> LazyTensor:
+        """The weight at an input of a node."""
+        value = node.inputs[index]
+        assert value is not None and value.name is not None, node
+        return self.weights[value.name]
+
+    def add_weight(self, tensor: LazyTensor, name: str | None = None) -> ir.Value:
+        """The graph value of a weight, made on first use."""
+        name = name or tensor.name
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+        self.weights[name] = tensor
+        value = ir.Value(name=name, shape=ir.Shape(tensor.format.shape), type=ir.TensorType(_dtype(tensor)))
+        # A placeholder keeps the graph well-formed until the engine writer knows the data's place in the file.
+        value.const_value = ir.LazyTensor(
+            lambda: ir.Tensor(tensor.load().codes), dtype=_dtype(tensor), shape=ir.Shape(tensor.format.shape), name=name
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        """A small array that lives in graph.onnx itself, made once a name."""
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def store(self, weight: StoredWeight) -> tuple[ir.Value, ...]:
+        """The graph values of a stored weight's parts, made on first use of the first part's name."""
+        first = weight.parts[0].name
+        if first not in self.stored:
+            self.stored[first] = weight
+            for part in weight.parts:
+                value = ir.Value(name=part.name, shape=ir.Shape(part.shape), type=ir.TensorType(part.dtype))
+                # The engine writer sets offset and length when it has laid out the file.
+                value.const_value = ir.ExternalTensor("", 0, part.nbytes, part.dtype, shape=ir.Shape(part.shape), name=part.name)
+                self.graph.register_initializer(value)
+        return tuple(self.graph.initializers[part.name] for part in self.stored[first].parts)
+
+    def drop_unused_weights(self) -> None:
+        """Forget weights that no node reads any more."""
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses():
+                del self.graph.initializers[name]
+                self.weights.pop(name, None)
+
+
+def new_program(name: str, inputs: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]]) -> Program:
+    """An empty program with these inputs: name -> (dtype, shape; a text names a dynamic dimension)."""
+    values = [
+        ir.Value(name=key, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for key, (dtype, shape) in inputs.items()
+    ]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET, "slipstream": 1, "com.microsoft": 1}, name=name)
+    return Program(ir.Model(graph, ir_version=IR_VERSION, producer_name="slipstream"))
+
+
+def _dtype(tensor: LazyTensor) -> ir.DataType:
+    if tensor.format.kind == "dense":
+        return ir.DataType.from_numpy(np.dtype(_numpy_name(tensor.format.dtype)))
+    return ir.DataType.UINT4 if tensor.format.bits == 4 else ir.DataType.UINT8
+
+
+def _numpy_name(dtype: str) -> np.dtype[np.generic] | str:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return dtype

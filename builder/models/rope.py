@@ -1,0 +1,66 @@
+"""Rotary frequencies of each scaling method, as float32 like the models were trained with."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.builder.models.config import ModelConfig, RopeScaling
+
+Frequencies = NDArray[np.float32]
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
+    """Inverse frequencies ``[rotary_dim / 2]`` and the factor of cosines and sines (1 except for YaRN).
+
+    Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position interpolation),
+    ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023).
+    """
+    scaling, dim = config.rope_scaling, config.rotary_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    powers = np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)
+    plain = np.asarray(np.float32(1) / powers, np.float32)
+    if scaling is None or scaling.kind == "default":
+        return plain, 1.0
+    if scaling.kind == "linear":
+        return np.asarray(plain / np.float32(scaling.factor), np.float32), 1.0
+    if scaling.kind == "llama3":
+        return _llama3(plain, scaling), 1.0
+    return _yarn(plain, scaling, dim, config.rope_theta), _yarn_attention_factor(scaling)
+
+
+def _llama3(plain: Frequencies, scaling: RopeScaling) -> Frequencies:
+    """Long wavelengths divided by the factor, short ones kept, a linear blend between."""
+    wavelength = 2 * math.pi / plain
+    original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return np.asarray((1 - smooth) * plain / scaling.factor + smooth * plain, np.float32)
+
+
+def _yarn(plain: Frequencies, scaling: RopeScaling, dim: int, theta: float) -> Frequencies:
+    """Interpolated frequencies below, extrapolated above, a ramp over the dimensions between."""
+
+    def dimension(rotations: float) -> float:
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    return np.asarray(plain / scaling.factor * ramp + plain * (1 - ramp), np.float32)
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)

@@ -1,0 +1,441 @@
+// ONNX Runtime's view of the CPU plugins: registration, argument checks, choice of instruction set; and the C
+// entry points that tests call without a session.
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "linear/cpu.h"
+#include "operators.h"
+#include "paged_attention/cpu.h"
+
+#define SLIPSTREAM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace slipstream {
+
+#define SLIPSTREAM_DECLARE(isa)                                 \
+  namespace isa {                                               \
+  void linear(const LinearArgs&, Parallel&);                    \
+  void embedding(const EmbeddingArgs&, Parallel&);              \
+  void paged_attention(const PagedAttentionArgs&, Parallel&);   \
+  }
+
+struct Kernels {
+  const char* isa;
+  void (*linear)(const LinearArgs&, Parallel&);
+  void (*embedding)(const EmbeddingArgs&, Parallel&);
+  void (*paged_attention)(const PagedAttentionArgs&, Parallel&);
+};
+
+#define SLIPSTREAM_KERNELS(isa) {#isa, isa::linear, isa::embedding, isa::paged_attention}
+
+SLIPSTREAM_DECLARE(generic)
+#if defined(__x86_64__)
+SLIPSTREAM_DECLARE(avx2)
+SLIPSTREAM_DECLARE(avx512)
+#endif
+
+// Kernels for this machine, best first.
+std::vector<Kernels> usable_kernels() {
+  std::vector<Kernels> kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    kernels.push_back(SLIPSTREAM_KERNELS(avx512));
+  if (avx2) kernels.push_back(SLIPSTREAM_KERNELS(avx2));
+#endif
+  kernels.push_back(SLIPSTREAM_KERNELS(generic));
+  return kernels;
+}
+
+const std::vector<Kernels>& all_kernels() {
+  static const std::vector<Kernels> kernels = usable_kernels();
+  return kernels;
+}
+
+const Kernels* find_kernels(const char* isa) {
+  if (isa == nullptr) return &all_kernels().front();
+  for (const Kernels& kernels : all_kernels())
+    if (std::strcmp(kernels.isa, isa) == 0) return &kernels;
+  return nullptr;
+}
+
+std::atomic<int> session_threads{1};
+
+namespace ort {
+
+// A failed call of the runtime, kept until it can be handed back to it.
+struct Failure {
+  Status* status;
+};
+
+void check(Status* status) {
+  if (status != nullptr) throw Failure{status};
+}
+
+// The session's pool behind Parallel. An exception in a task would cross the runtime's C frames, so kernels do not
+// throw.
+class SessionParallel final : public Parallel {
+ public:
+  SessionParallel(const Api& api, const KernelContext* context) : api_(api), context_(context) {}
+
+  void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
+    if (n == 1) return fn(ctx, 0);
+    struct Task {
+      void (*fn)(void*, int64_t);
+      void* ctx;
+    } task{fn, ctx};
+    auto call = [](void* user, size_t i) {
+      auto* t = static_cast<Task*>(user);
+      t->fn(t->ctx, static_cast<int64_t>(i));
+    };
+    check(api_.parallel_for(context_, call, static_cast<size_t>(n), static_cast<size_t>(n), &task));
+  }
+  int threads() const override { return session_threads.load(std::memory_order_relaxed); }
+
+ private:
+  const Api& api_;
+  const KernelContext* context_;
+};
+
+struct Tensor {
+  void* data = nullptr;
+  ElementType type = ElementType::undefined;
+  size_t rank = 0;
+  int64_t shape[8] = {};
+
+  template <class T>
+  T* as() const { return static_cast<T*>(data); }
+};
+
+// Inputs and outputs of one call, checked.
+class Call {
+ public:
+  Call(const Api& api, KernelContext* context, const char* op) : api_(api), context_(context), op_(op) {}
+
+  Tensor input(size_t index, const char* name, size_t rank) const {
+    Tensor tensor = optional_input(index);
+    if (tensor.data == nullptr && tensor.rank == 0) fail(std::string("input ") + name + " is missing");
+    if (rank != 0 && tensor.rank != rank)
+      fail(std::string("input ") + name + " has rank " + std::to_string(tensor.rank) + ", expected " + std::to_string(rank));
+    return tensor;
+  }
+
+  Tensor optional_input(size_t index) const {
+    const Value* value = nullptr;
+    check(api_.input(context_, index, &value));
+    return value == nullptr ? Tensor{} : describe(const_cast<Value*>(value));
+  }
+
+  float* output(std::initializer_list<int64_t> shape) const {
+    Value* value = nullptr;
+    check(api_.output(context_, 0, shape.begin(), shape.size(), &value));
+    void* data = nullptr;
+    check(api_.tensor_data(value, &data));
+    return static_cast<float*>(data);
+  }
+
+  void expect(bool condition, const char* what) const {
+    if (!condition) fail(what);
+  }
+
+  [[noreturn]] void fail(const std::string& what) const {
+    throw std::invalid_argument(std::string("slipstream.") + op_ + ": " + what);
+  }
+
+ private:
+  Tensor describe(Value* value) const {
+    Tensor tensor;
+    TensorInfo* info = nullptr;
+    check(api_.tensor_info(value, &info));
+    Status* status = api_.element_type(info, &tensor.type);
+    if (status == nullptr) status = api_.rank(info, &tensor.rank);
+    if (status == nullptr && tensor.rank <= 8) status = api_.dimensions(info, tensor.shape, tensor.rank);
+    api_.release_tensor_info(info);
+    check(status);
+    check(api_.tensor_data(value, &tensor.data));
+    return tensor;
+  }
+
+  const Api& api_;
+  KernelContext* context_;
+  const char* op_;
+};
+
+int64_t elements(const Tensor& tensor) {
+  int64_t n = 1;
+  for (size_t i = 0; i < tensor.rank; ++i) n *= tensor.shape[i];
+  return n;
+}
+
+PackedWeight packed_weight(const Call& call, const Tensor& blob, const LinearSignature::Attributes& a) {
+  PackedWeight weight{blob.as<const uint8_t>(), a.in_features, a.out_features, static_cast<int32_t>(a.bits),
+                      static_cast<int32_t>(a.group_size), static_cast<ZeroKind>(a.zero_kind),
+                      static_cast<int32_t>(a.scale_bytes), static_cast<int32_t>(a.gated)};
+  call.expect(a.group_size >= 32 && a.group_size % 32 == 0 && a.in_features % a.group_size == 0 &&
+                  (a.bits == 4 || a.bits == 8) && (a.scale_bytes == 2 || a.scale_bytes == 4),
+              "the attributes describe no packed format");
+  call.expect(elements(blob) == packed_bytes(weight), "the packed weight has the wrong size for its attributes");
+  return weight;
+}
+
+struct LinearOp : LinearSignature {
+  static void compute(const Call& call, const Attributes& a, const Kernels& kernels, Parallel& parallel) {
+    const Tensor x = call.input(Input::x, "x", 2), blob = call.input(Input::weight, "weight", 1);
+    const Tensor bias = call.optional_input(Input::bias), residual = call.optional_input(Input::residual);
+    const Tensor norm = call.optional_input(Input::norm_weight);
+    const int64_t rows = x.shape[0], columns = a.out_features / (1 + a.gated);
+    call.expect(x.shape[1] == a.in_features, "x does not have in_features columns");
+    call.expect(!bias.data || elements(bias) == a.out_features, "bias does not have out_features elements");
+    call.expect(!residual.data || elements(residual) == rows * columns, "residual does not have the output's shape");
+    call.expect(!norm.data || elements(norm) == a.in_features, "norm_weight does not have in_features elements");
+    LinearArgs args{};
+    args.weight = packed_weight(call, blob, a);
+    args.x = x.as<const float>();
+    args.rows = rows;
+    args.bias = bias.as<const float>();
+    args.residual = residual.as<const float>();
+    args.norm_weight = norm.as<const float>();
+    args.norm_eps = a.norm_eps;
+    args.y = call.output({rows, columns});
+    if (rows > 0) kernels.linear(args, parallel);
+  }
+};
+
+struct EmbeddingOp : EmbeddingSignature {
+  static void compute(const Call& call, const Attributes& a, const Kernels& kernels, Parallel& parallel) {
+    const Tensor ids = call.input(Input::token_ids, "token_ids", 1), blob = call.input(Input::weight, "weight", 1);
+    LinearSignature::Attributes format{};
+    format.in_features = a.in_features;
+    format.out_features = a.out_features;
+    format.bits = a.bits;
+    format.group_size = a.group_size;
+    format.zero_kind = a.zero_kind;
+    format.scale_bytes = a.scale_bytes;
+    EmbeddingArgs args{};
+    args.weight = packed_weight(call, blob, format);
+    args.token_ids = ids.as<const int32_t>();
+    args.rows = ids.shape[0];
+    for (int64_t i = 0; i < args.rows; ++i)
+      call.expect(args.token_ids[i] >= 0 && args.token_ids[i] < a.out_features, "a token id is outside the vocabulary");
+    args.y = call.output({args.rows, a.in_features});
+    if (args.rows > 0) kernels.embedding(args, parallel);
+  }
+};
+
+struct PagedAttentionOp : PagedAttentionSignature {
+  static KVType kv_type(const Call& call, ElementType type) {
+    switch (type) {
+      case ElementType::float32: return KVType::f32;
+      case ElementType::float16: return KVType::f16;
+      case ElementType::int8: return KVType::i8;
+      default: call.fail("kv_cache must be float32, float16 or int8");
+    }
+  }
+
+  static void compute(const Call& call, const Attributes& a, const Kernels& kernels, Parallel& parallel) {
+    const Tensor qkv = call.input(Input::qkv, "qkv", 2), cos = call.input(Input::cos, "cos", 2);
+    const Tensor sin = call.input(Input::sin, "sin", 2), kv = call.input(Input::kv_cache, "kv_cache", 5);
+    const Tensor query_start = call.input(Input::query_start, "query_start", 1);
+    const Tensor context_len = call.input(Input::context_len, "context_len", 1);
+    const Tensor page_table = call.input(Input::page_table, "page_table", 2);
+    const Tensor slots = call.input(Input::slot_mapping, "slot_mapping", 1);
+    const Tensor scales = call.optional_input(Input::kv_scales), q_norm = call.optional_input(Input::q_norm);
+    const Tensor k_norm = call.optional_input(Input::k_norm), sinks = call.optional_input(Input::sinks);
+    const int64_t tokens = qkv.shape[0], sequences = context_len.shape[0];
+    call.expect(qkv.shape[1] == (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, "qkv does not have all heads");
+    call.expect(cos.shape[0] == tokens && sin.shape[0] == tokens && cos.shape[1] == sin.shape[1], "cos and sin do not fit qkv");
+    call.expect(a.layer >= 0 && a.layer < kv.shape[0], "layer is outside kv_cache");
+    call.expect(kv.shape[2] == 2 && kv.shape[3] == a.num_kv_heads && kv.shape[4] == a.page_size * a.head_dim,
+                "kv_cache does not have the shape that the attributes say");
+    call.expect(query_start.shape[0] == sequences + 1 && page_table.shape[0] == sequences && slots.shape[0] == tokens,
+                "the step's inputs do not fit each other");
+    call.expect(kv.type != ElementType::int8 || scales.data, "int8 pages need kv_scales");
+    PagedAttentionArgs args{};
+    args.qkv = qkv.as<const float>();
+    args.cos = cos.as<const float>();
+    args.sin = sin.as<const float>();
+    args.kv_cache = kv.data;
+    args.kv_scales = scales.as<float>();
+    args.query_start = query_start.as<const int32_t>();
+    args.context_len = context_len.as<const int32_t>();
+    args.page_table = page_table.as<const int32_t>();
+    args.slot_mapping = slots.as<const int32_t>();
+    args.q_norm = q_norm.as<const float>();
+    args.k_norm = k_norm.as<const float>();
+    args.sinks = sinks.as<const float>();
+    args.tokens = tokens;
+    args.sequences = sequences;
+    args.max_pages = page_table.shape[1];
+    args.num_pages = kv.shape[1];
+    args.rotary_half = cos.shape[1];
+    args.layer = a.layer;
+    args.num_heads = a.num_heads;
+    args.num_kv_heads = a.num_kv_heads;
+    args.head_dim = a.head_dim;
+    args.page_size = a.page_size;
+    args.sliding_window = a.sliding_window;
+    args.kv_type = kv_type(call, kv.type);
+    args.scale = a.scale;
+    args.soft_cap = a.soft_cap;
+    args.norm_eps = a.norm_eps;
+    args.output = call.output({tokens, a.num_heads * a.head_dim});
+    if (tokens > 0) kernels.paged_attention(args, parallel);
+  }
+};
+
+// One OrtCustomOp from a signature and its compute function.
+template <class Op>
+struct Registered : CustomOp {
+  struct Kernel {
+    Api api;
+    typename Op::Attributes attributes;
+  };
+
+  Registered() : CustomOp{} {
+    version = kApiVersion;
+    GetName = [](const CustomOp*) { return Op::name; };
+    GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+    GetInputTypeCount = [](const CustomOp*) { return Op::input_count; };
+    GetOutputTypeCount = [](const CustomOp*) { return Op::output_count; };
+    GetInputType = [](const CustomOp*, size_t i) { return Op::tensors[i].type; };
+    GetOutputType = [](const CustomOp*, size_t i) { return Op::tensors[Op::input_count + i].type; };
+    GetInputCharacteristic = [](const CustomOp*, size_t i) { return Op::tensors[i].characteristic; };
+    GetOutputCharacteristic = [](const CustomOp*, size_t i) { return Op::tensors[Op::input_count + i].characteristic; };
+    GetInputMemoryType = [](const CustomOp*, size_t) { return kCpuMemory; };
+    GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+    GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+    GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+    GetStartVersion = [](const CustomOp*) { return 1; };
+    GetEndVersion = [](const CustomOp*) { return 1; };
+    CreateKernelV2 = &create;
+    KernelComputeV2 = &compute;
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  }
+
+  static Status* create(const CustomOp*, const void* table, const KernelInfo* info, void** out) {
+    const Api api(static_cast<const void* const*>(table));
+    auto* kernel = new (std::nothrow) Kernel{api, {}};
+    if (kernel == nullptr) return api.create_status(kInvalidArgument, "slipstream: out of memory");
+    if (Status* status = kernel->attributes.read(api, info)) {
+      delete kernel;
+      return status;
+    }
+    *out = kernel;
+    return nullptr;
+  }
+
+  static Status* compute(void* opaque, KernelContext* context) {
+    const auto* kernel = static_cast<const Kernel*>(opaque);
+    try {
+      SessionParallel parallel(kernel->api, context);
+      Op::compute(Call(kernel->api, context, Op::name), kernel->attributes, all_kernels().front(), parallel);
+      return nullptr;
+    } catch (const Failure& failure) {
+      return failure.status;
+    } catch (const std::exception& error) {
+      return kernel->api.create_status(kInvalidArgument, error.what());
+    }
+  }
+};
+
+Status* register_all(const Api& api, SessionOptions* options) {
+  static const Registered<LinearOp> linear;
+  static const Registered<EmbeddingOp> embedding;
+  static const Registered<PagedAttentionOp> paged_attention;
+  // The domain must outlive the sessions that use it, so it is made once and never released.
+  static CustomOpDomain* domain = nullptr;
+  if (domain == nullptr) {
+    CustomOpDomain* made = nullptr;
+    if (Status* status = api.create_domain("slipstream", &made)) return status;
+    for (const CustomOp* op : {static_cast<const CustomOp*>(&linear), static_cast<const CustomOp*>(&embedding),
+                               static_cast<const CustomOp*>(&paged_attention)})
+      if (Status* status = api.domain_add(made, op)) return status;
+    domain = made;
+  }
+  return api.add_domain(options, domain);
+}
+
+}  // namespace ort
+
+// Tasks on threads of their own, for tests and measurements without a session.
+class ThreadParallel final : public Parallel {
+ public:
+  explicit ThreadParallel(int threads) : threads_(threads) {}
+
+  void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+      for (int64_t i = next++; i < n; i = next++) fn(ctx, i);
+    };
+    std::vector<std::thread> pool;
+    for (int t = 1; t < threads_; ++t) pool.emplace_back(work);
+    work();
+    for (std::thread& thread : pool) thread.join();
+  }
+  int threads() const override { return threads_; }
+
+ private:
+  int threads_;
+};
+
+}  // namespace slipstream
+
+// The symbol that SessionOptions.register_custom_ops_library looks up.
+SLIPSTREAM_EXPORT slipstream::ort::Status* RegisterCustomOps(slipstream::ort::SessionOptions* options,
+                                                             const slipstream::ort::ApiBase* base) {
+  const void* const* table = base->GetApi(slipstream::ort::kApiVersion);
+  if (table == nullptr) {
+    // An older runtime has no status to offer for a version it does not know; version 1 has CreateStatus.
+    const slipstream::ort::Api oldest(base->GetApi(1));
+    return oldest.create_status(slipstream::ort::kInvalidArgument,
+                                "Slipstream's CPU plugins need onnxruntime 1.18 or newer: pip install -U onnxruntime");
+  }
+  return slipstream::ort::register_all(slipstream::ort::Api(table), options);
+}
+
+// How many threads sessions run on; a hint for splitting work.
+SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads; }
+
+// Comma-separated instruction sets this machine can run, best first.
+SLIPSTREAM_EXPORT const char* slipstream_isas() {
+  static const std::string names = [] {
+    std::string text;
+    for (const auto& kernels : slipstream::all_kernels()) text += (text.empty() ? "" : ",") + std::string(kernels.isa);
+    return text;
+  }();
+  return names.c_str();
+}
+
+// Each runs one kernel of the named instruction set (null: the best) and returns 0, or 1 for an unknown name.
+SLIPSTREAM_EXPORT int slipstream_linear(const slipstream::LinearArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->linear(*args, parallel);
+  return 0;
+}
+
+SLIPSTREAM_EXPORT int slipstream_embedding(const slipstream::EmbeddingArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->embedding(*args, parallel);
+  return 0;
+}
+
+SLIPSTREAM_EXPORT int slipstream_paged_attention(const slipstream::PagedAttentionArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->paged_attention(*args, parallel);
+  return 0;
+}

@@ -1,0 +1,112 @@
+// The activations of a Linear, quantized to int8 once a call and laid out as the kernels read them.
+//
+// Tokens are cut into blocks of at most kMaxTokens. A block of n tokens stores, for every 32 elements along K, a
+// record of n * 40 bytes: codes int8 [n, 32], scales float32 [n], terms [n]. So a kernel reads one sequential stream,
+// whatever K is. A term is what the zero of the weight multiplies: see term_of.
+#pragma once
+
+#include <cmath>
+#include <new>
+
+#include "cpu.h"
+
+#if defined(__AVX512VNNI__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#else
+#include "lanes_generic.h"
+#endif
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+
+constexpr int64_t kBlock = 32;
+constexpr int64_t kRecordBytes = 40;  // of one token and one block
+// Blocks with smaller values are taken as zero: 127 / value would overflow.
+constexpr float kSmallest = 0x1p-100f;
+
+// Memory that a thread keeps between calls, aligned to cache lines.
+class Scratch {
+ public:
+  ~Scratch() { release(); }
+
+  template <class T>
+  T* reserve(int64_t count) {
+    const size_t bytes = size_t(count) * sizeof(T);
+    if (bytes > capacity_) {
+      release();
+      data_ = ::operator new(bytes, std::align_val_t(64));
+      capacity_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+// Tokens in the next block when `left` remain. Never a matter of results: a token's arithmetic is the same in any block.
+inline int block_tokens(int64_t left) {
+  if (left >= kMaxTokens) return kMaxTokens;
+  return left > 8 ? 8 : int(left);
+}
+
+// midpoint: the zero point times the sum of the codes, ready to be the start of the dot product. zero: the sum, to be
+// multiplied by a row's zero point. offset: the sum of the quantized values, a float, to be multiplied by the offset.
+inline uint32_t term_of(const PackedWeight& weight, int32_t sum, float scale) {
+  if (weight.zero == ZeroKind::midpoint) return uint32_t(-(sum << (weight.bits - 1)));
+  if (weight.zero == ZeroKind::zero) return uint32_t(-sum);
+  const float value = scale * float(sum);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline void normalise(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  const Floats inverse = splat(float(1.0 / std::sqrt(sum_of_squares(x, n) / double(n) + double(eps))));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store(out + i, multiply(multiply(load(x + i), inverse), load(weight + i)));
+  }
+}
+
+// Quantizes token `index` of a block of `count` tokens.
+inline void quantize_token(const PackedWeight& weight, const float* x, int count, int index, uint8_t* block) {
+  for (int64_t k = 0; k < weight.in_features; k += kBlock, block += count * kRecordBytes) {
+    const float largest = largest_magnitude(x + k);
+    const float scale = largest / 127.0f;
+    int8_t* codes = reinterpret_cast<int8_t*>(block) + index * kBlock;
+    int32_t sum = 0;
+    if (largest >= kSmallest && largest <= 3.4028235e38f) {
+      sum = quantize_block(x + k, 127.0f / largest, codes);
+    } else {
+      // Zeros, or an infinity or NaN that the scale carries into every output of this token.
+      __builtin_memset(codes, 0, kBlock);
+    }
+    const uint32_t term = term_of(weight, sum, scale);
+    uint8_t* numbers = block + count * kBlock + index * 4;
+    __builtin_memcpy(numbers, &scale, 4);
+    __builtin_memcpy(numbers + count * 4, &term, 4);
+  }
+}
+
+inline void quantize_tokens(const LinearArgs& args, int64_t first, int count, uint8_t* block) {
+  static thread_local Scratch scratch;
+  const int64_t columns = args.weight.in_features;
+  float* normal = args.norm_weight ? scratch.reserve<float>(columns) : nullptr;
+  for (int i = 0; i < count; ++i) {
+    const float* x = args.x + (first + i) * columns;
+    if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal);
+    quantize_token(args.weight, normal ? normal : x, count, i, block);
+  }
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

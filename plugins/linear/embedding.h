@@ -1,0 +1,52 @@
+// One row of a packed weight as float32.
+#pragma once
+
+#include "kernels.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+
+// 32 codes of the row at p, which starts the row's first quad in a block of a tile.
+template <int bits>
+void decode_codes(const uint8_t* p, int32_t* codes) {
+  for (int i = 0; i < bits; ++i, p += kTile * 4) {
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (bits == 8) {
+        codes[4 * i + k] = p[k];
+      } else {
+        codes[8 * i + k] = p[k] & 15;
+        codes[8 * i + 4 + k] = p[k] >> 4;
+      }
+    }
+  }
+}
+
+inline float scale_at(const uint8_t* p, int64_t index, int scale_bytes) {
+  // Vectors of kLanes numbers end inside the row's tile: rows are read from a multiple of kLanes.
+  float lanes[kLanes];
+  store(lanes, load_scales(p, index / kLanes * kLanes, scale_bytes));
+  return lanes[index % kLanes];
+}
+
+inline void decode_row(const PackedWeight& weight, int64_t row, float* y) {
+  const TileLayout layout(weight);
+  const int64_t lane = row % kTile;
+  const uint8_t* tile = weight.data + row / kTile * layout.stride;
+  const uint8_t* codes = tile + lane * 4;
+  int32_t block[kBlock];
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const int64_t index = g * kTile + lane;
+    const float scale = scale_at(tile + layout.scales, index, weight.scale_bytes);
+    const bool has_offset = weight.zero == ZeroKind::offset;
+    const float offset = has_offset ? scale_at(tile + layout.zeros, index, weight.scale_bytes) : 0.0f;
+    int32_t zero = has_offset ? 0 : 1 << (weight.bits - 1);
+    if (weight.zero == ZeroKind::zero) zero = tile[layout.zeros + index];
+    for (int b = 0; b < weight.group; b += kBlock, y += kBlock, codes += kTile * kBlock * weight.bits / 8) {
+      weight.bits == 4 ? decode_codes<4>(codes, block) : decode_codes<8>(codes, block);
+      for (int i = 0; i < kBlock; ++i) y[i] = float(block[i] - zero) * scale + offset;
+    }
+  }
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,106 @@
+// The blob's tiles of 16 weight rows, and their products with blocks of tokens.
+#pragma once
+
+#include "activations.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+
+inline Floats load_scales(const uint8_t* p, int64_t index, int scale_bytes) {
+  if (scale_bytes == 2) return load_halves(p + 2 * index);
+  Floats out;
+  __builtin_memcpy(&out, p + 4 * index, sizeof out);
+  return out;
+}
+
+// Weights are fetched this far ahead into the second-level cache, into the next tile if need be: short products
+// otherwise wait for memory at the start of every tile and page. Times bits, since wider codes are read faster.
+constexpr int64_t kAhead = 2048;
+
+struct TileArgs {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  int64_t groups;
+  int64_t step;
+  int blocks;  // of 32 elements in a group
+  int scale_bytes;
+};
+
+// kLanes rows of a tile, from row `lane`, times one block of tokens; out is [tokens, 16].
+template <int bits, ZeroKind zero, int tokens>
+void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float* out) {
+  const uint8_t* codes = tile.codes + lane * 4;
+  Floats sum[tokens];
+  for (int t = 0; t < tokens; ++t) sum[t] = splat(0.0f);
+  const uint8_t* ahead = tile.codes + kAhead * bits;
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    const int64_t index = g * kTile + lane;
+    const Floats scale = load_scales(tile.scales, index, tile.scale_bytes);
+    [[maybe_unused]] Ints zero_point;
+    [[maybe_unused]] Floats offset;
+    if constexpr (zero == ZeroKind::zero) zero_point = load_bytes(tile.zeros + index);
+    if constexpr (zero == ZeroKind::offset) offset = load_scales(tile.zeros, index, tile.scale_bytes);
+    for (int b = 0; b < tile.blocks; ++b) {
+      for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+      ahead += tile.step;
+      const Codes<bits> block(codes);
+      const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
+      const int32_t* terms = reinterpret_cast<const int32_t*>(token_scales + tokens);
+      for (int t = 0; t < tokens; ++t) {
+        Ints start = splat(zero == ZeroKind::offset ? 0 : terms[t]);
+        if constexpr (zero == ZeroKind::zero) start = multiply_small(zero_point, start);
+        const Ints dot = block.dot(reinterpret_cast<const int8_t*>(record) + t * kBlock, start);
+        sum[t] = fma(to_floats(dot), multiply(scale, splat(token_scales[t])), sum[t]);
+        if constexpr (zero == ZeroKind::offset) {
+          sum[t] = fma(offset, splat(reinterpret_cast<const float*>(terms)[t]), sum[t]);
+        }
+      }
+      codes += kTile * kBlock * bits / 8;
+      record += tokens * kRecordBytes;
+    }
+  }
+  for (int t = 0; t < tokens; ++t) store(out + t * kTile + lane, sum[t]);
+}
+
+template <int bits, ZeroKind zero, int tokens>
+void multiply_tile(const TileArgs& tile, const uint8_t* block, float* out) {
+  for (int lane = 0; lane < kTile; lane += kLanes) multiply_lanes<bits, zero, tokens>(tile, lane, block, out);
+}
+
+using TileKernel = void (*)(const TileArgs&, const uint8_t* block, float* out);
+
+template <int bits, ZeroKind zero>
+TileKernel kernel_for(int tokens) {
+  switch (tokens) {
+    case 1: return multiply_tile<bits, zero, 1>;
+    case 2: return multiply_tile<bits, zero, 2>;
+    case 3: return multiply_tile<bits, zero, 3>;
+    case 4: return multiply_tile<bits, zero, 4>;
+  }
+  if constexpr (kMaxTokens > 4) {
+    switch (tokens) {
+      case 5: return multiply_tile<bits, zero, 5>;
+      case 6: return multiply_tile<bits, zero, 6>;
+      case 7: return multiply_tile<bits, zero, 7>;
+      case 8: return multiply_tile<bits, zero, 8>;
+    }
+  }
+  return multiply_tile<bits, zero, kMaxTokens>;
+}
+
+template <int bits>
+TileKernel kernel_for(ZeroKind zero, int tokens) {
+  switch (zero) {
+    case ZeroKind::midpoint: return kernel_for<bits, ZeroKind::midpoint>(tokens);
+    case ZeroKind::zero: return kernel_for<bits, ZeroKind::zero>(tokens);
+    default: return kernel_for<bits, ZeroKind::offset>(tokens);
+  }
+}
+
+inline TileKernel kernel_for(const PackedWeight& weight, int tokens) {
+  return weight.bits == 4 ? kernel_for<4>(weight.zero, tokens) : kernel_for<8>(weight.zero, tokens);
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,135 @@
+// What the Linear kernels need of AVX2: 8 weight rows a vector, so a tile of 16 takes two passes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+
+using Floats = __m256;
+using Ints = __m256i;
+constexpr int kLanes = 8;
+constexpr int kMaxTokens = 4;
+
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats splat(float v) { return _mm256_set1_ps(v); }
+inline Ints splat(int32_t v) { return _mm256_set1_epi32(v); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats clamp(Floats v, float low, float high) {
+  return _mm256_min_ps(_mm256_max_ps(v, splat(low)), splat(high));
+}
+inline Floats round(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2^v of whole numbers in -126..127.
+inline Floats exp2_whole(Floats v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), splat(127)), 23));
+}
+
+inline Floats load_halves(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+// a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
+inline Ints multiply_small(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+
+// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*127 = 30480, which fits.
+inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x) {
+  __m256i sum = _mm256_setzero_si256();
+  for (int q = 0; q < 8; ++q) {
+    int32_t four;
+    __builtin_memcpy(&four, x + 4 * q, 4);
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], splat(four)));
+  }
+  return sum;
+}
+
+// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Codes of 8 bits are kept as two nibbles, because
+// products of whole bytes would saturate the 16-bit lanes of vpmaddubsw.
+template <int bits>
+struct Codes {
+  __m256i low[8];
+  __m256i high[bits == 8 ? 8 : 1];
+
+  explicit Codes(const uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < bits; ++i) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64 * i));
+      const __m256i even = _mm256_and_si256(bytes, mask);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+      if constexpr (bits == 8) {
+        low[i] = even;
+        high[i] = odd;
+      } else {
+        low[2 * i] = even;
+        low[2 * i + 1] = odd;
+      }
+    }
+  }
+
+  Ints dot(const int8_t* x, Ints start) const {
+    start = _mm256_add_epi32(start, _mm256_madd_epi16(dot_nibbles(low, x), _mm256_set1_epi16(1)));
+    if constexpr (bits == 8) {
+      start = _mm256_add_epi32(start, _mm256_madd_epi16(dot_nibbles(high, x), _mm256_set1_epi16(16)));
+    }
+    return start;
+  }
+};
+
+inline int32_t reduce_add(__m256i v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+inline int32_t reduce_max(__m256i v) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+// The largest magnitude of 32 values; NaN when one is NaN, because magnitudes are compared as integers.
+inline float largest_magnitude(const float* x) {
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < 32; i += 8) {
+    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load(x + i)), splat(0x7fffffff)));
+  }
+  const int32_t bits = reduce_max(most);
+  float largest;
+  __builtin_memcpy(&largest, &bits, 4);
+  return largest;
+}
+
+// Rounds 32 values x * inverse, all within -127..127, to int8; returns their sum.
+inline int32_t quantize_block(const float* x, float inverse, int8_t* codes) {
+  __m256i q[4];
+  for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(multiply(load(x + 8 * i), splat(inverse)));
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  // The packs work on 128-bit halves: put the groups of four back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(bytes, order));
+  return reduce_add(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
+}
+
+// In double, so that the result does not depend on the order; n is a multiple of 32.
+inline double sum_of_squares(const float* x, int64_t n) {
+  __m256d even = _mm256_setzero_pd(), odd = even;
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(x + i)), b = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4));
+    even = _mm256_fmadd_pd(a, a, even);
+    odd = _mm256_fmadd_pd(b, b, odd);
+  }
+  double lanes[4];
+  _mm256_storeu_pd(lanes, _mm256_add_pd(even, odd));
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

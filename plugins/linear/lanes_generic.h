@@ -1,0 +1,128 @@
+// What the Linear kernels need, in portable C++ with the vector extensions of GCC and Clang (SSE2, NEON, ...).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef int32_t Pairs __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr int kMaxTokens = 4;
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Floats load(const float* p) { return load_as<Floats>(p); }
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats splat(float v) { return Floats{v, v, v, v}; }
+inline Ints splat(int32_t v) { return Ints{v, v, v, v}; }
+inline Floats add(Floats a, Floats b) { return a + b; }
+inline Floats multiply(Floats a, Floats b) { return a * b; }
+inline Floats divide(Floats a, Floats b) { return a / b; }
+inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+inline Floats clamp(Floats v, float low, float high) {
+  v = v > splat(low) ? v : splat(low);
+  return v < splat(high) ? v : splat(high);
+}
+inline Floats round(Floats v) {
+  return Floats{std::nearbyint(v[0]), std::nearbyint(v[1]), std::nearbyint(v[2]), std::nearbyint(v[3])};
+}
+// 2^v of whole numbers in -126..127.
+inline Floats exp2_whole(Floats v) {
+  const Ints bits = (__builtin_convertvector(v, Ints) + 127) << 23;
+  return load_as<Floats>(&bits);
+}
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  uint32_t bits = uint32_t(half & 0x7fff) << 13;
+  if ((half & 0x7c00) == 0x7c00) {
+    bits |= 0x7f800000;
+  } else {
+    // Scaling by 2^112 moves the exponent's bias from 15 to 127 and also normalises subnormal numbers.
+    const float value = load_as<float>(&bits) * 0x1p112f;
+    bits = load_as<uint32_t>(&value);
+  }
+  bits |= sign;
+  return load_as<float>(&bits);
+}
+inline Floats load_halves(const uint8_t* p) {
+  Floats out;
+  for (int i = 0; i < 4; ++i) out[i] = half_to_float(load_as<uint16_t>(p + 2 * i));
+  return out;
+}
+inline Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+inline Ints multiply_small(Ints a, Ints b) { return a * b; }
+
+// 32 codes of 4 rows: vector q holds k = 4q..4q+3 of every row.
+template <int bits>
+struct Codes {
+  Bytes quad[8];
+
+  explicit Codes(const uint8_t* p) {
+    for (int i = 0; i < bits; ++i) {
+      const Bytes bytes = load_as<Bytes>(p + 64 * i);
+      if constexpr (bits == 8) {
+        quad[i] = bytes;
+      } else {
+        quad[2 * i] = bytes & 15;
+        quad[2 * i + 1] = bytes >> 4;
+      }
+    }
+  }
+
+  Ints dot(const int8_t* x, Ints start) const {
+    Pairs sum = {};
+    for (int q = 0; q < 8; ++q) {
+      const int16_t a = x[4 * q], b = x[4 * q + 1], c = x[4 * q + 2], d = x[4 * q + 3];
+      // One product (at most 255*127) fits 16 bits; sums of two neighbours are taken in 32.
+      const Shorts product =
+          __builtin_convertvector(quad[q], Shorts) * Shorts{a, b, c, d, a, b, c, d, a, b, c, d, a, b, c, d};
+      Pairs pair;
+      __builtin_memcpy(&pair, &product, sizeof pair);
+      sum += (pair >> 16) + ((pair << 16) >> 16);
+    }
+    return start + Ints{sum[0] + sum[1], sum[2] + sum[3], sum[4] + sum[5], sum[6] + sum[7]};
+  }
+};
+
+// The largest magnitude of 32 values; NaN when one is NaN, because magnitudes are compared as integers.
+inline float largest_magnitude(const float* x) {
+  int32_t bits = 0;
+  for (int i = 0; i < 32; ++i) {
+    const int32_t magnitude = load_as<int32_t>(x + i) & 0x7fffffff;
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  return load_as<float>(&bits);
+}
+
+// Rounds 32 values x * inverse, all within -127..127, to int8; returns their sum.
+inline int32_t quantize_block(const float* x, float inverse, int8_t* codes) {
+  int32_t sum = 0;
+  for (int i = 0; i < 32; ++i) {
+    const int32_t q = int32_t(std::nearbyint(x[i] * inverse));
+    codes[i] = int8_t(q);
+    sum += q;
+  }
+  return sum;
+}
+
+// In double, so that the result does not depend on the order.
+inline double sum_of_squares(const float* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * x[i];
+  return sum;
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,71 @@
+"""What the quantized Linear and Embedding compute, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.quantize.tensor import QuantTensor
+
+Floats = NDArray[np.float32]
+
+BLOCK = 32
+_SMALLEST = np.float32(2.0**-100)  # blocks of smaller values are taken as zero
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; the mean in float64, the rest in float32."""
+    mean = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
+    inverse = (1.0 / np.sqrt(mean + float(np.float32(eps)))).astype(np.float32)
+    return x * inverse * weight
+
+
+def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Symmetric int8 codes ``[T, K]`` and scales ``[T, K/32]`` of ``x`` ``[T, K]``: scale = largest magnitude / 127.
+
+    A block that holds an infinity or a NaN has codes of zero and that scale, so it makes its token's outputs NaN.
+    """
+    blocks = x.reshape(x.shape[0], -1, BLOCK)
+    largest = np.abs(blocks).max(axis=-1)
+    usable = (largest >= _SMALLEST) & np.isfinite(largest)
+    inverse = np.where(usable, np.float32(127) / np.where(usable, largest, np.float32(1)), np.float32(0))
+    with np.errstate(invalid="ignore"):
+        codes = np.where(usable[..., None], np.rint(blocks * inverse[..., None]), 0)
+    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127)
+
+
+def linear(
+    x: Floats,
+    weight: QuantTensor,
+    *,
+    bias: Floats | None = None,
+    residual: Floats | None = None,
+    norm_weight: Floats | None = None,
+    norm_eps: float = 0.0,
+    gated: bool = False,
+) -> Floats:
+    """``act(norm(x) @ weight.T + bias) + residual`` with activations quantized to int8 in blocks of 32.
+
+    x ``[T, K]``; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]`` when gated: then the first N/2 rows
+    of the weight are the gate and the rest up, and act is ``silu(gate) * up``. ``norm_weight`` ``[K]`` asks for an RMS
+    norm of x first. Sums are taken in float64.
+    """
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, norm_eps)
+    codes, scales = quantize_activations(x)
+    with np.errstate(invalid="ignore"):
+        rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), BLOCK, axis=1)
+    y = rounded @ weight.dequantize().astype(np.float64).T
+    if bias is not None:
+        y += bias
+    if gated:
+        gate, up = np.split(y, 2, axis=1)
+        y = gate / (1.0 + np.exp(-gate)) * up
+    if residual is not None:
+        y = y + residual
+    return y.astype(np.float32)
+
+
+def embedding(ids: NDArray[np.int32], weight: QuantTensor) -> Floats:
+    """Rows ``[T, K]`` of a weight."""
+    return weight.dequantize()[ids]

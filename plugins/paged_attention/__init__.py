@@ -1,0 +1,49 @@
+"""Attention over a paged KV cache for a packed batch that mixes prefill chunks and decodes."""
+
+from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
+
+_ANY_KV = ("float32", "float16", "int8")
+
+SPEC = OperatorSpec(
+    name="PagedAttention",
+    doc="Applies the optional per-head RMS norm and the rotary embedding to q and k, writes this step's k and v "
+    "into their pages in place, then attends over pages with a causal mask.",
+    inputs=(
+        TensorSpec("qkv", ("float32",), ("T", "(num_heads+2*num_kv_heads)*head_dim"), "q, k and v heads of each token"),
+        TensorSpec("cos", ("float32",), ("T", "R"), "cosines of the rotary angles; R is half the rotated width"),
+        TensorSpec("sin", ("float32",), ("T", "R"), "sines of the rotary angles"),
+        TensorSpec(
+            "kv_cache",
+            _ANY_KV,
+            ("layers", "pages", "2", "num_kv_heads", "page_size*head_dim"),
+            "pages, written in place; k is [head_dim, page_size] in a page and head, v is [page_size, head_dim]",
+        ),
+        TensorSpec("query_start", ("int32",), ("S+1",), "first token row of each sequence, then T"),
+        TensorSpec("context_len", ("int32",), ("S",), "tokens of each sequence in the cache after this step"),
+        TensorSpec("page_table", ("int32",), ("S", "P"), "page numbers of each sequence"),
+        TensorSpec("slot_mapping", ("int32",), ("T",), "page * page_size + offset of each new token"),
+        TensorSpec(
+            "kv_scales",
+            ("float32",),
+            ("layers", "pages", "2", "num_kv_heads", "page_size"),
+            "scales of int8 pages, one a token and head",
+            optional=True,
+        ),
+        TensorSpec("q_norm", ("float32",), ("head_dim",), "RMS-norm weight of each q head", optional=True),
+        TensorSpec("k_norm", ("float32",), ("head_dim",), "RMS-norm weight of each k head", optional=True),
+        TensorSpec("sinks", ("float32",), ("num_heads",), "a logit that only joins the denominator", optional=True),
+    ),
+    outputs=(TensorSpec("output", ("float32",), ("T", "num_heads*head_dim"), "attention output"),),
+    attributes=(
+        AttributeSpec("layer", "int", "index into the first axis of kv_cache"),
+        AttributeSpec("num_heads", "int", "query heads"),
+        AttributeSpec("num_kv_heads", "int", "key/value heads; divides num_heads"),
+        AttributeSpec("head_dim", "int", "width of a head"),
+        AttributeSpec("page_size", "int", "tokens a page"),
+        AttributeSpec("scale", "float", "factor of the scores, usually head_dim ** -0.5"),
+        AttributeSpec("sliding_window", "int", "keys a query sees, itself included; 0 for all", 0),
+        AttributeSpec("soft_cap", "float", "c in c * tanh(score / c); 0 for none", 0.0),
+        AttributeSpec("norm_eps", "float", "epsilon of q_norm and k_norm", 1e-6),
+    ),
+    reference="slipstream.plugins.paged_attention.reference:paged_attention",
+)

@@ -1,0 +1,146 @@
+"""What PagedAttention computes, in NumPy: clear and slow, float64 inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Wide = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """The operator's attributes; see its spec."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    scale: float
+    sliding_window: int = 0
+    soft_cap: float = 0.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The operator's inputs; see its spec. ``kv_cache`` and ``kv_scales`` are written in place."""
+
+    qkv: Floats
+    cos: Floats
+    sin: Floats
+    kv_cache: NDArray[np.generic]
+    query_start: Ints
+    context_len: Ints
+    page_table: Ints
+    slot_mapping: Ints
+    kv_scales: Floats | None = None
+    q_norm: Floats | None = None
+    k_norm: Floats | None = None
+    sinks: Floats | None = None
+
+
+def rotate_half(x: Wide, cos: Floats, sin: Floats) -> Wide:
+    """Rotary embedding of heads ``[T, H, D]`` by angles ``[T, R]``: dimension i turns with i + R, for i < R (Su et al.,
+    2021, in the "rotate half" order of transformers); dimensions from 2 R on stay."""
+    half = cos.shape[1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    return np.concatenate([first * c - second * s, second * c + first * s, rest], axis=-1)
+
+
+def write_page(inputs: Inputs, a: Attributes, which: int, slot: int, heads: Wide) -> None:
+    """Store the k (``which`` 0) or v (1) heads ``[num_kv_heads, D]`` of one token at ``slot``, rounding as the pages do.
+
+    int8 pages are symmetric per token and head: ``scale = max|x| / 127``.
+    """
+    page, offset = divmod(slot, a.page_size)
+    shape = (a.head_dim, a.page_size) if which == 0 else (a.page_size, a.head_dim)
+    block = inputs.kv_cache[a.layer, page, which].reshape(a.num_kv_heads, *shape)
+    if inputs.kv_cache.dtype == np.int8:
+        assert inputs.kv_scales is not None, "int8 pages need kv_scales"
+        scale = np.abs(heads).max(axis=-1) / 127
+        inputs.kv_scales[a.layer, page, which, :, offset] = scale
+        heads = np.rint(heads / np.where(scale > 0, scale, 1)[:, None])
+    if which == 0:
+        block[:, :, offset] = heads
+    else:
+        block[:, offset] = heads
+
+
+def read_pages(inputs: Inputs, a: Attributes, which: int, sequence: int) -> Wide:
+    """The k or v ``[num_kv_heads, context_len, D]`` of one sequence, from its pages."""
+    context = int(inputs.context_len[sequence])
+    pages = inputs.page_table[sequence, : -(-context // a.page_size)]
+    blocks = inputs.kv_cache[a.layer, pages, which].astype(np.float64)
+    if which == 0:
+        tokens = blocks.reshape(-1, a.num_kv_heads, a.head_dim, a.page_size).transpose(1, 0, 3, 2)
+    else:
+        tokens = blocks.reshape(-1, a.num_kv_heads, a.page_size, a.head_dim).transpose(1, 0, 2, 3)
+    if inputs.kv_cache.dtype == np.int8:
+        assert inputs.kv_scales is not None, "int8 pages need kv_scales"
+        tokens = tokens * inputs.kv_scales[a.layer, pages, which].transpose(1, 0, 2)[..., None]
+    return tokens.reshape(a.num_kv_heads, -1, a.head_dim)[:, :context]
+
+
+def attend(q: Wide, k: Wide, v: Wide, a: Attributes, sinks: Floats | None) -> Wide:
+    """Causal attention ``[n, Hq, D]`` of the last n tokens of a context to k and v ``[Hkv, context, D]``."""
+    n, context = q.shape[0], k.shape[1]
+    k, v = (np.repeat(x, a.num_heads // a.num_kv_heads, axis=0) for x in (k, v))
+    scores = np.einsum("nhd,hcd->hnc", q, k) * a.scale
+    if a.soft_cap > 0:
+        scores = a.soft_cap * np.tanh(scores / a.soft_cap)
+    query = np.arange(context - n, context)[:, None]
+    key = np.arange(context)[None]
+    visible = key <= query
+    if a.sliding_window > 0:
+        visible &= key > query - a.sliding_window
+    scores = np.where(visible, scores, -np.inf)
+    if sinks is not None:
+        column = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (*scores.shape[:2], 1))
+        scores = np.concatenate([scores, column], axis=-1)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("hnc,hcd->nhd", weights[..., :context], v)
+
+
+def _norm(x: Wide, weight: Floats | None, eps: float) -> Wide:
+    if weight is None:
+        return x
+    normed: Wide = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+    return normed
+
+
+def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
+    """The first phase: store this step's k and v, and return its queries ``[T, Hq, D]``, rotated."""
+    a = attributes
+    heads = inputs.qkv.astype(np.float64).reshape(inputs.qkv.shape[0], -1, a.head_dim)
+    q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
+    k = rotate_half(_norm(k, inputs.k_norm, a.norm_eps), inputs.cos, inputs.sin)
+    for token, slot in enumerate(inputs.slot_mapping):
+        write_page(inputs, a, 0, int(slot), k[token])
+        write_page(inputs, a, 1, int(slot), v[token])
+    return rotate_half(_norm(q, inputs.q_norm, a.norm_eps), inputs.cos, inputs.sin)
+
+
+def attend_pages(inputs: Inputs, attributes: Attributes, queries: Wide) -> Floats:
+    """The second phase: float32 ``[T, num_heads * head_dim]`` from the pages alone."""
+    output = np.empty(queries.shape)
+    for s, (begin, end) in enumerate(zip(inputs.query_start[:-1], inputs.query_start[1:], strict=True)):
+        keys, values = (read_pages(inputs, attributes, which, s) for which in (0, 1))
+        output[begin:end] = attend(queries[begin:end], keys, values, attributes, inputs.sinks)
+    return np.asarray(output.reshape(len(queries), -1), np.float32)
+
+
+def paged_attention(inputs: Inputs, attributes: Attributes) -> Floats:
+    """Attention over a paged KV cache for a packed batch of prefill chunks and decodes (Kwon et al., 2023).
+
+    Returns float32 ``[T, num_heads * head_dim]`` and writes this step's k and v into ``inputs.kv_cache`` (and, for
+    int8 pages, their scales into ``inputs.kv_scales``). The queries of a sequence are the last tokens of its context.
+    """
+    return attend_pages(inputs, attributes, write_pages(inputs, attributes))

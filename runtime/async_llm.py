@@ -1,0 +1,213 @@
+"""The engine in a background thread, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import OutputKind, Request, RequestOutput
+from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.scheduler import SchedulerStats
+
+_LOG = logging.getLogger(__name__)
+
+_Event = RequestOutput | SlipstreamError
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """Where the outputs of one request go."""
+
+    event_loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
+
+
+class AsyncLLM:
+    """Serves many concurrent requests; may be used from several event loops.
+
+    ``options`` are the fields of ``RuntimeConfig``, which documents them and their defaults.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:  # noqa: ANN401 - fields differ
+        # Imported here because it pulls in the libraries of the engine's device.
+        from slipstream.runtime.loading import load
+
+        self._open(load(model, options))
+
+    @classmethod
+    def from_engine(cls, engine: LoadedEngine) -> Self:
+        """Take over an engine that is loaded already."""
+        llm = cls.__new__(cls)
+        llm._open(engine)
+        return llm
+
+    def _open(self, engine: LoadedEngine) -> None:
+        self.tokenizer = engine.tokenizer
+        self._factory = RequestFactory(engine)
+        self._loop = EngineLoop(engine)
+        self._streams: dict[str, _Stream] = {}
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._closed: str | None = None
+        self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler is doing and has done."""
+        return self._loop.stats
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        output_kind: OutputKind = "cumulative",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete one prompt (a text or token ids), yielding after every token.
+
+        A consumer that is cancelled or closes the iterator aborts the request. Raises
+        ``InvalidRequestError`` or ``CapacityError`` for a request that cannot run, and
+        ``ExecutionError`` if the device fails; other requests go on.
+        """
+        # A long text takes milliseconds to encode; the event loop must not wait for it.
+        request = await asyncio.to_thread(
+            self._factory.request,
+            prompt,
+            sampling_params,
+            request_id=request_id,
+            priority=priority,
+            output_kind=output_kind,
+        )
+        stream = self._submit(request)
+        finished = False
+        try:
+            while not finished:
+                event = await stream.events.get()
+                finished = isinstance(event, SlipstreamError) or event.finished
+                if isinstance(event, SlipstreamError):
+                    raise event
+                yield event
+        finally:
+            if not finished:
+                self._abort(request.request_id)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        output_kind: OutputKind = "cumulative",
+        **template_options: Any,  # noqa: ANN401 - templates define their own
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``."""
+        prompt = await asyncio.to_thread(self._factory.chat_prompt, messages, template_options)
+        outputs = self.generate(prompt, sampling_params, request_id, output_kind=output_kind)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def abort(self, request_id: str) -> None:
+        """End a request within one step; its iterator ends with ``finish_reason`` ``"abort"``."""
+        self._abort(request_id)
+
+    def shutdown(self) -> None:
+        """Abort what is running, stop the thread and free the device."""
+        self._commands.put(None)
+        self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    def _submit(self, request: Request) -> _Stream:
+        self._loop.validate(request)
+        stream = _Stream(asyncio.get_running_loop())
+        if self._streams.setdefault(request.request_id, stream) is not stream:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
+        if self._closed is not None:
+            self._streams.pop(request.request_id, None)
+            raise ExecutionError(self._closed)
+        self._commands.put(lambda: self._loop.add_request(request))
+        return stream
+
+    def _abort(self, request_id: str) -> None:
+        self._commands.put(lambda: self._loop.abort(request_id))
+
+    def _serve(self) -> None:
+        """The engine thread: take commands, run a step, pass on what it changed."""
+        try:
+            while self._take_commands():
+                self._deliver(self._loop.step())
+            self._close("the engine was shut down; load it again to go on")
+        except Exception as error:  # noqa: BLE001 - the last resort: nobody may wait for ever
+            _LOG.exception("the engine loop stopped")
+            self._close(f"the engine loop stopped: {error!r}. Load the engine again to go on")
+        finally:
+            self._loop.shutdown()
+
+    def _take_commands(self) -> bool:
+        """Run what callers asked for, waiting if there is nothing else to do; False: stop."""
+        while not (self._commands.empty() and self._loop.has_work):
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Hand outputs to their event loops, waking each of them once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Event]]] = {}
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            if output.finished:
+                del self._streams[output.request_id]
+            event = output if output.error is None else output.error
+            by_loop.setdefault(stream.event_loop, []).append((stream, event))
+        for event_loop, events in by_loop.items():
+            self._wake(event_loop, events)
+
+    def _wake(
+        self, event_loop: asyncio.AbstractEventLoop, events: list[tuple[_Stream, _Event]]
+    ) -> None:
+        try:
+            event_loop.call_soon_threadsafe(_put, events)
+        except RuntimeError:  # the event loop was closed while its requests ran
+            for _, event in events:
+                if isinstance(event, RequestOutput):
+                    self._loop.abort(event.request_id)
+
+    def _close(self, reason: str) -> None:
+        """Refuse new requests and end the open ones with an ``ExecutionError``."""
+        self._closed = reason
+        for request_id in list(self._streams):
+            stream = self._streams.pop(request_id)
+            self._wake(stream.event_loop, [(stream, ExecutionError(reason))])
+
+
+def _put(events: list[tuple[_Stream, _Event]]) -> None:
+    for stream, event in events:
+        stream.events.put_nowait(event)

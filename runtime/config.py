@@ -1,0 +1,73 @@
+"""The limits and policies of a running engine: every default is written here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from slipstream.errors import InvalidRequestError
+
+SchedulerPolicy = Literal["max_utilization", "guaranteed_no_evict"]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """What one engine loop may use.
+
+    max_batch_size           sequences that run in one step.
+    max_num_tokens           tokens (decodes and prefill chunks together) computed in one step.
+    max_seq_len              tokens of a prompt and its output together.
+    page_size                tokens in one KV page; an engine is built for one value.
+    num_threads              cores of a CPU engine; None takes all this process may use.
+    kv_cache_bytes           memory for KV pages; None leaves the choice to the executor.
+    scheduler_policy         ``max_utilization`` admits early and preempts by recomputing when pages
+                             run out; ``guaranteed_no_evict`` admits only what can run to its end.
+    enable_prefix_caching    keep and share full pages of equal prefixes.
+    enable_chunked_prefill   compute a long prompt over several steps.
+
+    Raises ``InvalidRequestError`` for values that cannot work together.
+    """
+
+    max_batch_size: int = 64
+    max_num_tokens: int = 512
+    max_seq_len: int = 2048
+    page_size: int = 32
+    num_threads: int | None = None
+    kv_cache_bytes: int | None = None
+    scheduler_policy: SchedulerPolicy = "max_utilization"
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        smallest = {"max_batch_size": 1, "max_num_tokens": 1, "max_seq_len": 2, "page_size": 1}
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value < least:
+                raise InvalidRequestError(f"{name} is {value}; it must be at least {least}")
+        if self.scheduler_policy not in get_args(SchedulerPolicy):
+            known = ", ".join(get_args(SchedulerPolicy))
+            raise InvalidRequestError(
+                f"scheduler_policy is {self.scheduler_policy!r}; known policies: {known}"
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise InvalidRequestError(
+                f"max_num_tokens is {self.max_num_tokens}, less than max_batch_size"
+                f" {self.max_batch_size}: a step could not hold one token of every sequence."
+                " Raise max_num_tokens or lower max_batch_size"
+            )
+        if not self.enable_chunked_prefill and self.max_num_tokens < self.max_seq_len:
+            raise InvalidRequestError(
+                f"without chunked prefill max_num_tokens ({self.max_num_tokens}) must be at least"
+                f" max_seq_len ({self.max_seq_len}). Raise it or enable chunked prefill"
+            )
+
+    def override(self, values: Mapping[str, Any]) -> RuntimeConfig:
+        """This configuration with ``values`` by field name; an unknown name is an error."""
+        known = [field.name for field in fields(self)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise InvalidRequestError(
+                f"unknown runtime option {', '.join(unknown)}; known options: {', '.join(known)}"
+            )
+        return replace(self, **values)

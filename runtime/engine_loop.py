@@ -1,0 +1,224 @@
+"""The loop: schedule a step, start it, tell callers of the step before, wait for it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.runtime.batch import BatchBuilder
+from slipstream.runtime.detokenizer import Detokenizer
+from slipstream.runtime.executors.base import PendingStep
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.request_state import CompletionState, RequestState
+from slipstream.runtime.scheduler import Scheduler, SchedulerStats, StepPlan
+from slipstream.runtime.sequence import Sequence
+from slipstream.runtime.step import SamplingRow, StepResult
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step on its way, and whose logits rows it computes."""
+
+    plan: StepPlan
+    owners: list[Sequence]
+    rows: list[SamplingRow]
+    pending: PendingStep
+
+
+class EngineLoop:
+    """Drives one engine; every method but ``validate`` and ``stats`` belongs to one thread.
+
+    Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
+    outputs of a step while the device computes the next.
+    """
+
+    def __init__(
+        self, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
+        if num_pages < 1:
+            raise CapacityError(
+                f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
+            )
+        self.scheduler = Scheduler(engine.config, num_pages)
+        self._engine = engine
+        self._builder = BatchBuilder(engine.config)
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self._requests: dict[str, RequestState] = {}
+        self._changed: dict[RequestState, None] = {}
+        self._flight: _Flight | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` still has something to compute or to tell."""
+        return bool(self._changed or self._flight or self.scheduler.has_work)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """A snapshot of the scheduler; may be read from any thread."""
+        return self.scheduler.stats
+
+    def validate(self, request: Request) -> None:
+        """Raise the typed error that ``add_request`` would raise; safe from any thread."""
+        tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
+        self.scheduler.clamp_max_tokens(len(tokens), request.params.max_tokens)
+        if min(tokens) < 0 or max(tokens) >= vocab_size:
+            raise InvalidRequestError(
+                f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
+                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?"
+            )
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises ``InvalidRequestError`` or ``CapacityError`` for one that could never run.
+        """
+        self.validate(request)
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
+        completions = [self._completion(s) for s in self._sequences(request)]
+        self._requests[request.request_id] = RequestState(
+            request, completions, RequestMetrics(arrival_time=self._clock())
+        )
+        self.scheduler.add(completions[0].sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its pages are free for the next step. Unknown ids are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._end(state, "abort")
+
+    def shutdown(self) -> None:
+        """Wait for the device and free it; unfinished requests are dropped."""
+        self._land()
+        self._engine.executor.shutdown()
+
+    def step(self) -> list[RequestOutput]:
+        """Finish the step on its way, start the next, and return what the finished one changed."""
+        self._land()
+        self._launch()
+        return self._tell()
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        """The first of the ``n`` sequences is scheduled; it releases the others."""
+        params = request.params
+        seed = random.getrandbits(32) if params.seed is None else params.seed
+        arrival = next(self._arrivals)
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                order=(request.priority, arrival, index),
+                max_tokens=self.scheduler.clamp_max_tokens(
+                    len(request.prompt_token_ids), params.max_tokens
+                ),
+                seed=(seed + index) % 2**64,
+                eos_token_ids=self._engine.tokenizer.eos_token_ids,
+            )
+            for index in range(params.n)
+        ]
+        sequences[0].followers = sequences[1:]
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = [None]
+        return sequences
+
+    def _completion(self, sequence: Sequence) -> CompletionState:
+        params = sequence.request.params
+        return CompletionState(
+            sequence,
+            Detokenizer(self._engine.tokenizer, params, sequence.request.prompt_token_ids),
+            logprobs=None if params.logprobs is None else [],
+        )
+
+    def _launch(self) -> None:
+        plan = self.scheduler.schedule()
+        if not plan.sequences:
+            return
+        self._note_admitted(plan.admitted)
+        batch, owners = self._builder.build(plan)
+        try:
+            pending = self._engine.executor.submit(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            self._fail(plan, error)
+        else:
+            self._flight = _Flight(plan, owners, batch.sampling, pending)
+
+    def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            metrics = self._requests[sequence.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = self._clock()
+
+    def _land(self) -> None:
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            result = flight.pending.result()
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            self._fail(flight.plan, error)
+            return
+        self.scheduler.commit(flight.plan)
+        self._take(flight, result)
+
+    def _take(self, flight: _Flight, result: StepResult) -> None:
+        """Give every logits row's answer to its sequence and end those that are complete."""
+        now = self._clock()
+        rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
+        for sequence, row, token, logprobs in rows:
+            if sequence.finish_reason:  # aborted while the step was on its way
+                continue
+            if row.target is not None:
+                assert sequence.prompt_logprobs is not None
+                sequence.prompt_logprobs.append(logprobs)
+                continue
+            state = self._requests[sequence.request.request_id]
+            state.completions[sequence.index].take(token, logprobs)
+            self._changed[state] = None
+            if state.metrics.first_token_time is None:
+                state.metrics.first_token_time = now
+            if sequence.finish_reason:
+                self.scheduler.finish(sequence)
+                if state.finished:
+                    del self._requests[state.request.request_id]
+
+    def _fail(self, plan: StepPlan, cause: Exception) -> None:
+        """End the requests of a failed step; nothing that it computed was committed."""
+        for sequence in plan.sequences:
+            if not sequence.finish_reason:
+                state = self._requests[sequence.request.request_id]
+                state.error = ExecutionError(
+                    f"a step failed on the device: {cause}. The requests in it have ended and the"
+                    " engine goes on; send them again, and restart the engine if it recurs"
+                )
+                state.error.__cause__ = cause
+                self._end(state, "error")
+
+    def _end(self, state: RequestState, reason: FinishReason) -> None:
+        for completion in state.completions:
+            sequence = completion.sequence
+            if not sequence.finish_reason:
+                sequence.finish_reason = reason
+                self.scheduler.finish(sequence)
+        del self._requests[state.request.request_id]
+        self._changed[state] = None
+
+    def _tell(self) -> list[RequestOutput]:
+        """Detokenize what changed and return what callers are to hear."""
+        changed, self._changed = self._changed, {}
+        outputs = []
+        for state in changed:
+            if state.finished:
+                state.metrics.finished_time = self._clock()
+            output = state.output()
+            if output is not None:
+                outputs.append(output)
+        return outputs

@@ -1,0 +1,159 @@
+"""Runs an engine of the ``cpu`` target: one ONNX Runtime session, one run a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from slipstream.builder.engine import GRAPH, Engine
+from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
+from slipstream.plugins import library
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.sampler import Sampler
+from slipstream.runtime.step import StepBatch, StepResult
+
+STEP_INPUTS = ("token_ids", "positions", "query_start", "context_len", "page_table", "slot_mapping", "logits_rows")
+# What KV pages take when nobody says: enough for a desk, well under what a laptop has.
+DEFAULT_KV_BYTES = 4 << 30
+_CACHED_BINDINGS = 64
+_CACHED_LOGITS_BYTES = 16 << 20
+
+
+class _Binding:
+    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write into."""
+
+    def __init__(self, session: ort.InferenceSession, batch: StepBatch, kv: dict[str, ort.OrtValue], vocab: int) -> None:
+        self.io = session.io_binding()
+        self.inputs = tuple(np.empty_like(getattr(batch, name)) for name in STEP_INPUTS)
+        self.logits = np.empty((len(batch.logits_rows), vocab), np.float32)
+        for name, array in zip(STEP_INPUTS, self.inputs, strict=True):
+            self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, value in kv.items():
+            self.io.bind_ortvalue_input(name, value)
+        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+
+    def write(self, batch: StepBatch) -> None:
+        """Copy a step of this shape into the bound arrays."""
+        for name, array in zip(STEP_INPUTS, self.inputs, strict=True):
+            np.copyto(array, getattr(batch, name))
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A step in the session's thread; sampling happens when the result is asked for."""
+
+    future: Future[NDArray[np.float32]]
+    batch: StepBatch
+    sampler: Sampler
+
+    def result(self) -> StepResult:
+        try:
+            logits = self.future.result()
+        except Exception as error:
+            raise ExecutionError(f"the step failed in onnxruntime: {error}") from error
+        return self.sampler.sample(logits, self.batch.sampling)
+
+
+class CPUExecutor:
+    """The ``Executor`` of the CPU.
+
+    ``config.num_threads`` None takes every core this process may use. The session runs in a thread of its own, so that the
+    engine loop's bookkeeping goes on meanwhile.
+    """
+
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        manifest = engine.manifest
+        self._vocab = int(manifest.model["vocab_size"])
+        self._kv_layout = manifest.kv
+        self._full_kv_bytes = (
+            manifest.kv.bytes_per_token * config.max_seq_len * config.max_batch_size
+        )
+        self._kv: dict[str, ort.OrtValue] = {}
+        self._kv_arrays: list[NDArray[Any]] = []
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._sampler = Sampler(self._vocab)
+        self._session = _create_session(engine, config.num_threads or len(os.sched_getaffinity(0)))
+        self._run: Callable[[Any], None] = self._session.run_with_iobinding
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slipstream-session")
+
+    def reserve_kv(self, num_bytes: int | None) -> int:
+        """Allocate pages within ``num_bytes``; None takes what the limits can use, at most 4 GiB and half of what is
+        free. Pages cost memory when they are first written. CapacityError when not even one page fits."""
+        layout = self._kv_layout
+        if num_bytes is None:
+            num_bytes = min(self._full_kv_bytes, DEFAULT_KV_BYTES, _available_memory() // 2)
+        page_bytes = layout.bytes_per_token * layout.page_size
+        pages = num_bytes // page_bytes
+        if pages < 1:
+            raise CapacityError(
+                f"{num_bytes} bytes of KV cache hold no page; one page takes {page_bytes} bytes: raise --kv-cache-bytes"
+            )
+        shape = (layout.num_layers, pages, 2, layout.num_kv_heads)
+        arrays: dict[str, NDArray[Any]] = {
+            "kv_cache": np.zeros((*shape, layout.page_size * layout.head_dim), np.dtype(layout.dtype))
+        }
+        if layout.dtype == "int8":
+            arrays["kv_scales"] = np.zeros((*shape, layout.page_size), np.float32)
+        self._bindings.clear()
+        self._kv_arrays = list(arrays.values())
+        self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        return pages
+
+    def submit(self, batch: StepBatch) -> _Pending:
+        """Start a step in the session's thread."""
+        binding = self._binding(batch)
+        binding.write(batch)
+        return _Pending(self._thread.submit(self._step, binding), batch, self._sampler)
+
+    def shutdown(self) -> None:
+        """End the session's thread and let go of the pages."""
+        self._thread.shutdown()
+        self._bindings.clear()
+        self._kv.clear()
+        self._kv_arrays.clear()
+
+    def _step(self, binding: _Binding) -> NDArray[np.float32]:
+        self._run(binding.io)
+        return binding.logits
+
+    def _binding(self, batch: StepBatch) -> _Binding:
+        key = (len(batch.token_ids), *batch.page_table.shape, len(batch.logits_rows))
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = _Binding(self._session, batch, self._kv, self._vocab)
+            if binding.logits.nbytes <= _CACHED_LOGITS_BYTES:
+                if len(self._bindings) >= _CACHED_BINDINGS:
+                    self._bindings.pop(next(iter(self._bindings)))
+                self._bindings[key] = binding
+        return binding
+
+
+def _create_session(engine: Engine, num_threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library.path())
+    library.load().slipstream_set_threads(num_threads)
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    # The builder has fused what there is to fuse, and every step may have another shape.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.dynamic_block_base", "4")
+    try:
+        return ort.InferenceSession(str(engine.path / GRAPH), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise EngineMismatchError(
+            f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it again: "
+            f"{engine.manifest.command}"
+        ) from error
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,163 @@
+"""The engine in the caller's own thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import OutputKind, Request, RequestOutput
+from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.scheduler import SchedulerStats
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """Generates text for batches of prompts; to be used from one thread.
+
+    ``options`` are the fields of ``RuntimeConfig``, which documents them and their defaults.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:  # noqa: ANN401 - fields differ
+        # Imported here because it pulls in the libraries of the engine's device.
+        from slipstream.runtime.loading import load
+
+        self._open(load(model, options))
+
+    @classmethod
+    def from_engine(cls, engine: LoadedEngine) -> Self:
+        """Take over an engine that is loaded already."""
+        llm = cls.__new__(cls)
+        llm._open(engine)
+        return llm
+
+    def _open(self, engine: LoadedEngine) -> None:
+        self.tokenizer = engine.tokenizer
+        self._factory = RequestFactory(engine)
+        self._loop = EngineLoop(engine)
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler is doing and has done."""
+        return self._loop.stats
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many (texts or lists of token ids), in the order given.
+
+        ``sampling_params`` is one for all, one for each, or None for the model's defaults. Raises
+        ``InvalidRequestError`` or ``CapacityError`` before anything runs, and ``ExecutionError`` if
+        the device fails (the other prompts of this call are then aborted).
+        """
+        batch = _as_batch(prompts)
+        each = _params_for_each(sampling_params, len(batch))
+        requests = [
+            self._factory.request(prompt, params, output_kind="final")
+            for prompt, params in zip(batch, each, strict=True)
+        ]
+        outputs = {output.request_id: output for output in self._run(requests)}
+        return [outputs[request.request_id] for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        **template_options: Any,  # noqa: ANN401 - templates define their own
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of ``{"role": ..., "content": ...}``) or many."""
+        one = not messages or not isinstance(messages[0], Sequence)
+        conversations = cast(Any, [messages] if one else messages)
+        prompts = [self._factory.chat_prompt(c, template_options) for c in conversations]
+        return self.generate(prompts, sampling_params)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        output_kind: OutputKind = "cumulative",
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt or conversation, yielding after every token.
+
+        Closing the iterator aborts the request. Several may be open at once; they share steps.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self._factory.chat_prompt(cast(Any, prompt), {})
+        request = self._factory.request(
+            cast(Prompt, prompt), sampling_params, output_kind=output_kind
+        )
+        return self._run([request])
+
+    def shutdown(self) -> None:
+        """Free the device; the object is of no use afterwards."""
+        self._loop.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        """Check all requests, then run them and yield their outputs as they come."""
+        for request in requests:
+            self._loop.validate(request)
+        return self._outputs(requests)
+
+    def _outputs(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        inbox: deque[RequestOutput] = deque()
+        unfinished = len(requests)
+        try:
+            for request in requests:
+                self._inboxes[request.request_id] = inbox
+                self._loop.add_request(request)
+            while unfinished:
+                while not inbox:
+                    self._step()
+                output = inbox.popleft()
+                if output.error is not None:
+                    raise output.error
+                unfinished -= output.finished
+                yield output
+        finally:
+            for request in requests:
+                self._inboxes.pop(request.request_id, None)
+                self._loop.abort(request.request_id)
+
+    def _step(self) -> None:
+        for output in self._loop.step():
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:
+                inbox.append(output)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _params_for_each(params: Params, count: int) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(
+            f"{len(params)} sampling_params for {count} prompts; give one, or one for each"
+        )
+    return list(params)

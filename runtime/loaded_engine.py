@@ -1,0 +1,21 @@
+"""An engine ready to run: what the engine loop and its front ends are built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors.base import Executor
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """A device with weights on it, its tokenizer, its limits, and how it samples by default."""
+
+    executor: Executor
+    tokenizer: Tokenizer
+    config: RuntimeConfig
+    vocab_size: int
+    generation_defaults: SamplingParams

@@ -1,0 +1,78 @@
+"""From an engine directory, or a checkpoint that is built on the way, to what the engine loop needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from slipstream.builder.engine import Engine, is_engine, open_engine
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors import create_executor
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.tokenizer import Tokenizer
+
+
+def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
+    """Load an engine, after building it into the cache if ``model`` is a checkpoint.
+
+    ``options`` are fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises CheckpointError,
+    BuildError, EngineMismatchError or InvalidRequestError.
+    """
+    runtime = {name: value for name, value in options.items() if name in RuntimeConfig.__dataclass_fields__}
+    others = {name: value for name, value in options.items() if name not in runtime}
+    engine = open_engine(_engine_path(model, runtime, others))
+    config = _config(engine, runtime)
+    # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(engine.verify_files)
+        tokenizer = Tokenizer.from_directory(engine.path)
+        executor = create_executor(engine, config)
+        verified.result()
+    return LoadedEngine(
+        executor=executor,
+        tokenizer=tokenizer,
+        config=config,
+        vocab_size=int(engine.manifest.model["vocab_size"]),
+        generation_defaults=_generation_defaults(engine),
+    )
+
+
+def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[str, Any]) -> Path:
+    path = Path(model)
+    if is_engine(path):
+        if others:
+            raise InvalidRequestError(
+                f"{model} is an engine, so {', '.join(others)} cannot be set: known options are "
+                f"{', '.join(RuntimeConfig.__dataclass_fields__)}; what a build decides is decided by slipstream build"
+            )
+        return path
+    # Loaded by name: serving an engine must not need the compiler and its libraries.
+    built: Path = import_module("slipstream.builder.cache").cached_engine(model, {**runtime, **others})
+    return built
+
+
+def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
+    limits = asdict(engine.manifest.limits)
+    for name, limit in limits.items():
+        if runtime.get(name, 0) > limit:
+            raise InvalidRequestError(
+                f"{name} is {runtime[name]}, but {engine.path} was built for {limit}; ask for less, or build again "
+                f"with --{name.replace('_', '-')} {runtime[name]}"
+            )
+    limits["max_batch_size"] = min(limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"]))
+    return RuntimeConfig(**{**limits, "page_size": engine.manifest.kv.page_size, **runtime})
+
+
+def _generation_defaults(engine: Engine) -> SamplingParams:
+    file = engine.path / "generation_config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    if not config.get("do_sample", True):
+        config = {**config, "temperature": 0.0}
+    return SamplingParams.from_generation_config(config)

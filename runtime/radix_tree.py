@@ -1,0 +1,101 @@
+"""A radix tree of KV pages: each edge is one full page of tokens, so equal prefixes share pages."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of computed tokens; the path from the root spells the prefix it belongs to.
+
+    ``depth`` counts the pages on that path. ``references`` counts the sequences whose prefix passes
+    through here, so it never grows from parent to child.
+    """
+
+    parent: Node | None
+    key: tuple[int, ...]
+    page: int
+    depth: int
+    references: int = 0
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+
+
+class RadixTree:
+    """Finds, shares and forgets pages by the tokens they hold."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self.root = Node(parent=None, key=(), page=-1, depth=0)
+        # Unreferenced nodes, least recently used first. A path is released from its deep end, so a
+        # child always stands before its parent and the first entry is always a leaf.
+        self._idle: OrderedDict[Node, None] = OrderedDict()
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that nothing references and that ``evict`` could return."""
+        return len(self._idle)
+
+    def match(self, tokens: Sequence[int], max_pages: int) -> Node:
+        """The deepest node whose path is a prefix of ``tokens``, at most ``max_pages`` deep."""
+        node, size = self.root, self._page_size
+        for start in range(0, max_pages * size, size):
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                break
+            node = child
+        return node
+
+    def path(self, node: Node) -> Iterator[Node]:
+        """``node`` and its ancestors, deepest first, without the root."""
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+    def acquire(self, node: Node) -> None:
+        """Reference the path to ``node``."""
+        for step in self.path(node):
+            self._reference(step)
+
+    def release(self, node: Node) -> None:
+        """Undo one ``acquire`` (and the ``extend`` calls that followed it)."""
+        for step in self.path(node):
+            step.references -= 1
+            if step.references == 0:
+                self._idle[step] = None
+
+    def extend(self, node: Node, key: tuple[int, ...], page: int) -> Node:
+        """Lengthen a referenced path by one page and reference it.
+
+        Returns the existing child if these tokens are already held; its page then differs from
+        ``page``, which stays the caller's.
+        """
+        child = node.children.get(key)
+        if child is None:
+            child = Node(parent=node, key=key, page=page, depth=node.depth + 1, references=1)
+            node.children[key] = child
+        else:
+            self._reference(child)
+        return child
+
+    def evict(self) -> int:
+        """Forget the least recently used unreferenced leaf and return its page."""
+        node, _ = self._idle.popitem(last=False)
+        assert node.parent is not None and not node.children, "an idle child follows its parent"
+        del node.parent.children[node.key]
+        return node.page
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the root."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+    def _reference(self, node: Node) -> None:
+        if node.references == 0:
+            del self._idle[node]
+        node.references += 1

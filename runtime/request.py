@@ -1,0 +1,79 @@
+"""What a caller asks for, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from slipstream.errors import SlipstreamError
+    from slipstream.runtime.sampling_params import SamplingParams
+    from slipstream.runtime.step import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+OutputKind = Literal["cumulative", "delta", "final"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to continue it.
+
+    A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
+    chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
+    one output at the end.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0
+    output_kind: OutputKind = "cumulative"
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of the engine loop's clock; None: not yet."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` continuations.
+
+    ``stop_reason`` is the stop string or stop token id that ended it, None for end-of-sequence and
+    for other endings. ``logprobs`` has one entry a token when logprobs were asked for, and
+    ``cumulative_logprob`` is the sum over all tokens so far.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of a request after a step.
+
+    ``prompt_logprobs`` has one entry a prompt token, None for the first. ``num_cached_tokens`` is
+    how many prompt tokens came from the prefix cache. ``error`` is set when ``finish_reason`` is
+    ``"error"``; the Python front ends raise it.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: SlipstreamError | None = field(default=None, repr=False)

@@ -1,0 +1,83 @@
+"""The state of one continuation while it waits and runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slipstream.runtime.kv_cache import Allocation
+    from slipstream.runtime.request import FinishReason, Request
+    from slipstream.runtime.step import TokenLogprobs
+
+
+class Status(Enum):
+    """Where a sequence is; a preempted one waits again."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of one continuation, how many are in the KV cache, and why it ended.
+
+    ``order`` is (priority, arrival, index): the smaller runs first and is preempted last.
+    ``max_tokens`` is already clamped to the room that is left. ``row`` is its row in the page table
+    while it runs. ``followers`` are its siblings (``n`` > 1), which start once its prompt is
+    computed. ``prompt_logprobs`` collects the scores of the prompt if they are wanted.
+    """
+
+    request: Request
+    index: int
+    order: tuple[int, int, int]
+    max_tokens: int
+    seed: int
+    eos_token_ids: frozenset[int] = frozenset()
+    followers: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    tokens: list[int] = field(init=False)
+    output: list[int] = field(init=False, default_factory=list)
+    num_computed: int = 0
+    num_cached: int | None = None
+    allocation: Allocation | None = None
+    row: int = -1
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    _stop_token_ids: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.tokens = list(self.request.prompt_token_ids)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        self._stop_token_ids = eos | frozenset(params.stop_token_ids)
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """The most tokens that can ever be in the KV cache: the last output is never fed back."""
+        return self.prompt_len + self.max_tokens - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt tokens are still to be scored, so that none may be skipped."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
+
+    def append(self, token: int) -> None:
+        """Take a sampled token and set ``finish_reason`` if it is the last."""
+        self.tokens.append(token)
+        self.output.append(token)
+        count = len(self.output)
+        if token in self._stop_token_ids and count >= self.request.params.min_tokens:
+            self.finish_reason = "stop"
+            by_caller = token in self.request.params.stop_token_ids
+            self.stop_reason = token if by_caller else None
+        elif count >= self.max_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,125 @@
+"""Token ids to text, a token at a time; the increments join to the text of all tokens at once.
+
+Two ways cover all tokenizers. Byte-level ones (GPT-2, Llama 3, Qwen, SmolLM) are a table of bytes
+and Python's incremental UTF-8 decoder. The rest (SentencePiece-like with byte fallback, Metaspace,
+WordPiece) decode a small window that starts at a token already shown.
+``tokenizers.decoders.DecodeStream`` is not used: it decodes a run of invalid bytes anew for every
+token, and fails on invalid byte-fallback runs.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+# A byte-fallback token, as `tokenizers` recognises it.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class TextStream(Protocol):
+    """Turns a sequence of tokens into increments of text; never emits half a character."""
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is now certain."""
+        ...
+
+    def flush(self) -> str:
+        """Return what was still waiting for more bytes; incomplete characters become U+FFFD."""
+        ...
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 characters stand for themselves; the other bytes are numbered from U+0100 on
+    (GPT-2).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_ALPHABET = byte_level_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a byte-level token; one outside the alphabet (an added one) is its own UTF-8."""
+    try:
+        return bytes(_ALPHABET[char] for char in token)
+    except KeyError:
+        return token.encode()
+
+
+class ByteLevelStream:
+    """Text of a byte-level tokenizer."""
+
+    __slots__ = ("_decode", "_skip", "_token_bytes")
+
+    def __init__(self, token_bytes: Callable[[int], bytes], skip: frozenset[int]) -> None:
+        """``token_bytes`` maps an id to its bytes; tokens in ``skip`` are left out."""
+        self._token_bytes = token_bytes
+        self._skip = skip
+        # "replace" substitutes maximal invalid subparts, as Rust's from_utf8_lossy in `tokenizers`
+        # does.
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is now certain."""
+        return "" if token_id in self._skip else self._decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        """Return U+FFFD if a character is incomplete."""
+        return self._decode(b"", True)
+
+
+class WindowStream:
+    """Text of any tokenizer in which a token's text depends on its neighbours only.
+
+    A run of byte-fallback tokens is held until it ends, because decoders show either all of its
+    characters or, if any byte is wrong, none.
+    """
+
+    __slots__ = ("_decode", "_shown", "_skip", "_token", "_window")
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        token: Callable[[int], str | None],
+        skip: frozenset[int],
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """``decode`` and ``token`` are the tokenizer's; a first space stays after a ``prompt``."""
+        self._decode = decode
+        self._token = token
+        self._skip = skip
+        # The first token of the window has been shown already; it is there because a decoder may
+        # treat the first token of a text differently.
+        self._window: list[int] = next(([i] for i in reversed(prompt) if self._settles(i)), [])
+        self._shown = len(decode(self._window))
+
+    def _settles(self, token_id: int) -> bool:
+        token = self._token(token_id)
+        return token is not None and token_id not in self._skip and not _BYTE_TOKEN.fullmatch(token)
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is now certain."""
+        if token_id in self._skip or (token := self._token(token_id)) is None:
+            return ""
+        self._window.append(token_id)
+        if _BYTE_TOKEN.fullmatch(token):
+            return ""
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):
+            return ""
+        increment = text[self._shown :]
+        self._window = [token_id]
+        self._shown = len(self._decode(self._window))
+        return increment
+
+    def flush(self) -> str:
+        """Return the text of a byte run that the end of the sequence has ended."""
+        increment = self._decode(self._window)[self._shown :]
+        self._shown += len(increment)
+        return increment

@@ -1,0 +1,45 @@
+"""Every error that a user can cause.
+
+    SlipstreamError
+    ├── CheckpointError        a checkpoint cannot be read: missing, truncated, unknown architecture or tensor
+    ├── BuildError             a checkpoint cannot be compiled with these options
+    ├── EngineMismatchError    an engine directory does not fit this Slipstream, machine or its own hashes
+    ├── InvalidRequestError    a request asks for something impossible; also a ValueError
+    ├── CapacityError          a request or setting needs more memory or pages than there are
+    ├── ExecutionError         a step failed on the device; the requests in it end with this error
+    └── MissingDependencyError an optional package is not installed; also an ImportError
+
+A message says what was given, what was expected, and what to do.
+"""
+
+
+class SlipstreamError(Exception):
+    """Base of all errors raised by Slipstream."""
+
+
+class CheckpointError(SlipstreamError):
+    """A checkpoint cannot be read."""
+
+
+class BuildError(SlipstreamError):
+    """A checkpoint cannot be compiled with these options."""
+
+
+class EngineMismatchError(SlipstreamError):
+    """An engine directory does not fit this version, this machine, or its own hashes."""
+
+
+class InvalidRequestError(SlipstreamError, ValueError):
+    """A request asks for something impossible."""
+
+
+class CapacityError(SlipstreamError):
+    """A request or a setting needs more memory or pages than there are."""
+
+
+class ExecutionError(SlipstreamError):
+    """A step failed on the device."""
+
+
+class MissingDependencyError(SlipstreamError, ImportError):
+    """An optional package is not installed."""

@@ -1,0 +1,227 @@
+"""ModelConfig against the configuration classes of transformers, and its refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from slipstream.builder.models.config import ModelConfig, RopeScaling
+from slipstream.errors import CheckpointError, EngineMismatchError
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+CLASSES: dict[str, Any] = {
+    "LlamaForCausalLM": LlamaConfig,
+    "MistralForCausalLM": MistralConfig,
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+}
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "attention_factor": 1.5,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "truncate": False,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+
+
+def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN401
+    return ModelConfig.from_huggingface({"architectures": [architecture], **SMALL, **changes})
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        SMALL,
+        SMALL | {"attention_bias": True, "mlp_bias": True},
+        SMALL | {"head_dim": 20},
+        SMALL | {"sliding_window": None},
+        SMALL | SLIDING,
+        SMALL | SLIDING | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        SMALL | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        SMALL | {"rope_scaling": LLAMA3},
+        SMALL | {"rope_parameters": YARN | {"rope_theta": 20000.0}},
+    ],
+)
+def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, Any]) -> None:
+    ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
+    theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
+
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.hidden_size == theirs.hidden_size
+    assert ours.intermediate_size == theirs.intermediate_size
+    assert ours.num_layers == theirs.num_hidden_layers
+    assert ours.num_heads == theirs.num_attention_heads
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    default = theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", default)
+    assert ours.rotary_dim == ours.head_dim
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.bos_token_id == theirs.bos_token_id
+    eos = theirs.eos_token_id
+    assert ours.eos_token_ids == (() if eos is None else tuple(eos if raw else [eos]))
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope["rope_theta"]
+    assert ours.rope_scaling.kind == rope["rope_type"]
+    for key in set(rope) - {"rope_theta", "rope_type", "type"}:
+        assert getattr(ours.rope_scaling, key) == rope[key]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "window", "layers"),
+    [
+        ("LlamaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("MistralForCausalLM", {}, 4096, [4096] * 4),
+        ("MistralForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("Qwen2ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Qwen2ForCausalLM", SLIDING, 64, [0, 0, 64, 64]),
+        ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 4}, None, [0, 0, 0, 0]),
+        ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 0}, 64, [64] * 4),
+        (
+            "Qwen3ForCausalLM",
+            SLIDING | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            64,
+            [0, 0, 0, 64],
+        ),
+    ],
+)
+def test_windows_layer_by_layer(
+    architecture: str, changes: dict[str, Any], window: int | None, layers: list[int]
+) -> None:
+    config = huggingface(architecture, **changes)
+
+    assert config.sliding_window == window
+    assert [config.window(layer) for layer in range(4)] == layers
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("LlamaForCausalLM", (True, True, True, False)),
+        ("MistralForCausalLM", (False, False, False, False)),
+        ("Qwen2ForCausalLM", (True, False, False, False)),
+        ("Qwen3ForCausalLM", (True, True, False, True)),
+    ],
+)
+def test_who_has_biases_and_head_norms(architecture: str, expected: tuple[bool, ...]) -> None:
+    config = huggingface(architecture, attention_bias=True, mlp_bias=True)
+
+    found = (config.attention_bias, config.o_bias, config.mlp_bias, config.qk_norm)
+    assert found == expected
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, YARN, {"type": "linear", "factor": 2.0}])
+def test_both_spellings_of_rope_mean_the_same(scaling: dict[str, Any]) -> None:
+    old = huggingface("LlamaForCausalLM", rope_scaling=scaling, rope_theta=7e4)
+    new = huggingface(
+        "LlamaForCausalLM", rope_theta=1.0, rope_parameters=scaling | {"rope_theta": 7e4}
+    )
+
+    assert old == new
+    assert old.rope_theta == 7e4
+
+
+def test_yarn_without_lengths_takes_them_from_the_model() -> None:
+    bare = huggingface("Qwen2ForCausalLM", rope_scaling={"type": "yarn", "factor": None})
+    outer = huggingface(
+        "Qwen2ForCausalLM", rope_scaling={"type": "yarn"}, original_max_position_embeddings=128
+    )
+
+    assert bare.rope_scaling == RopeScaling("yarn", 1.0, 512)
+    assert outer.rope_scaling == RopeScaling("yarn", 4.0, 128)
+
+
+def test_without_key_value_heads_every_head_has_its_own() -> None:
+    for changes in ({"num_key_value_heads": None}, {"num_key_value_heads": 6}):
+        assert huggingface("LlamaForCausalLM", **changes).num_kv_heads == 6
+
+
+def test_part_of_a_head_can_be_rotated() -> None:
+    assert huggingface("LlamaForCausalLM", partial_rotary_factor=0.5).rotary_dim == 8
+
+
+def test_the_model_type_stands_in_for_missing_architectures() -> None:
+    assert ModelConfig.from_huggingface({"model_type": "qwen3"}).architecture == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Mistral",
+        ),
+        ({}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*linear, llama3, yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "same for every layer"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": "x"}}, "low_freq_factor is 'x'"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"hidden_size": "96"}, "hidden_size is '96'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_key_value_heads": 4}, "6 is not a multiple of num_key_value_heads 4"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
+        ({"eos_token_id": ["<end>"]}, "eos_token_id is .'<end>'.; expected token ids"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(raw: dict[str, Any], message: str) -> None:
+    supported = {"architectures": ["LlamaForCausalLM"], **SMALL} if raw else {}
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_huggingface(supported | raw)
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"], ["full_attention"] * 3 + ["chunked"]])
+def test_layer_types_must_be_known_and_complete(kinds: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="layer_types is .* expected 4 entries"):
+        huggingface("Qwen3ForCausalLM", **SLIDING, layer_types=kinds)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN])
+def test_json_brings_back_the_same_configuration(scaling: dict[str, Any] | None) -> None:
+    config = huggingface("MistralForCausalLM", rope_scaling=scaling)
+
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_foreign_json_names_the_keys_that_differ() -> None:
+    data = huggingface("LlamaForCausalLM").to_json()
+    renamed = {("layers" if key == "num_layers" else key): data[key] for key in data}
+    no_scaling = data | {"rope_scaling": None}
+
+    with pytest.raises(EngineMismatchError, match=r"\['layers'\] and lacks \['num_layers'\]"):
+        ModelConfig.from_json(renamed)
+    with pytest.raises(EngineMismatchError, match="beta_fast"):
+        ModelConfig.from_json(no_scaling)

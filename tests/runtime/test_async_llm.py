@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.request import RequestOutput
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.testing import counting_engine
+
+Body = Callable[[AsyncLLM, CountingExecutor], Awaitable[None]]
+
+
+def greedy(**params: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
+
+
+def serve(body: Body, num_pages: int = 64, **options: Any) -> None:
+    """Run ``body`` against a fresh engine; it must leave no page in use."""
+    engine = counting_engine(num_pages, **options)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine(engine) as llm:
+            await asyncio.wait_for(body(llm, executor), timeout=30)
+            await until_idle(llm)
+
+    asyncio.run(main())
+    assert executor.closed
+
+
+async def until_idle(llm: AsyncLLM) -> None:
+    for _ in range(2000):
+        stats = llm.stats
+        if (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0):
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"requests were left behind: {llm.stats}")
+
+
+async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    output = None
+    async for output in outputs:
+        pass
+    assert output is not None
+    return output
+
+
+def test_many_concurrent_requests_finish_with_their_own_tokens() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        prompts = [[token] * (1 + token % 5) for token in range(50)]
+        outputs = await asyncio.gather(*(last(llm.generate(p, greedy())) for p in prompts))
+        assert [o.outputs[0].token_ids for o in outputs] == [
+            [token + 1 + i for i in range(4)] for token in range(50)
+        ]
+        assert executor.steps < 150, "requests did not share steps"
+
+    serve(body, num_pages=12, max_batch_size=8)
+
+
+def test_outputs_stream_as_cumulative_or_delta() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        texts = [o.outputs[0].text async for o in llm.generate("a", greedy())]
+        assert texts == ["b", "bc", "bcd", "bcde"]
+        deltas = llm.generate("a", greedy(), output_kind="delta")
+        assert [o.outputs[0].text async for o in deltas] == ["b", "c", "d", "e"]
+        whole = llm.generate("a", greedy(), "my-id", output_kind="final")
+        assert [(o.request_id, o.outputs[0].text) async for o in whole] == [("my-id", "bcde")]
+
+    serve(body)
+
+
+def test_a_conversation_goes_through_the_chat_template() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        messages = [{"role": "user", "content": "hi"}]
+        assert (await last(llm.chat(messages, greedy()))).outputs[0].text == ";!?-"
+        outputs = llm.chat(messages, greedy(max_tokens=200, ignore_eos=True))
+        await anext(outputs)
+        await outputs.aclose()
+
+    serve(body, delay=0.001)
+
+
+def test_a_consumer_that_stops_listening_ends_its_request_within_one_step() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        endless = greedy(max_tokens=200, ignore_eos=True)
+        outputs = llm.generate("a", endless)
+        await anext(outputs)
+        before = executor.steps
+        await outputs.aclose()
+        await until_idle(llm)
+        assert executor.steps <= before + 2, "one on its way, one before the abort was seen"
+
+    serve(body, delay=0.02)
+
+
+def test_a_cancelled_consumer_ends_its_request() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        endless = greedy(max_tokens=200, ignore_eos=True)
+        for steps in range(4):
+            task = asyncio.create_task(last(llm.generate("abc", endless)))
+            before = executor.steps
+            while executor.steps < before + steps:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until_idle(llm)
+
+    serve(body, delay=0.002)
+
+
+def test_abort_by_id_ends_the_iterator() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        endless = greedy(max_tokens=200, ignore_eos=True)
+        outputs = llm.generate("a", endless, "x")
+        await anext(outputs)
+        await llm.abort("x")
+        await llm.abort("never seen")
+        final = await last(outputs)
+        assert final.finished and final.outputs[0].finish_reason == "abort"
+
+    serve(body, delay=0.001)
+
+
+def test_errors_reach_only_the_request_they_belong_to() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        good = asyncio.create_task(last(llm.generate("a", greedy(max_tokens=20))))
+        bad: list[tuple[Any, type[Exception]]] = [
+            ("", InvalidRequestError),
+            ("a" * 300, InvalidRequestError),
+            ("a" * 60, CapacityError),
+            ([10**6], InvalidRequestError),
+            (None, InvalidRequestError),
+        ]
+        for prompt, error in bad:
+            with pytest.raises(error):
+                await last(llm.generate(prompt, greedy()))
+        assert (await good).outputs[0].finish_reason == "length"
+
+    serve(body, num_pages=10, delay=0.001)
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        outputs = llm.generate("a", greedy(), "x")
+        await anext(outputs)
+        with pytest.raises(InvalidRequestError, match="'x' is in use"):
+            await last(llm.generate("b", greedy(), "x"))
+        assert (await last(outputs)).outputs[0].text == "bcde"
+        assert (await last(llm.generate("b", greedy(), "x"))).outputs[0].text == "cdef"
+
+    serve(body, delay=0.005)
+
+
+def test_a_device_failure_raises_in_its_consumers_and_the_engine_goes_on() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        executor.fail_next = True
+        with pytest.raises(ExecutionError, match="a step failed on the device"):
+            await last(llm.generate("a", greedy()))
+        assert (await last(llm.generate("a", greedy()))).outputs[0].text == "bcde"
+
+    serve(body)
+
+
+def test_the_event_loop_runs_on_while_the_device_computes() -> None:
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        task = asyncio.create_task(last(llm.generate("a", greedy(max_tokens=3))))
+        longest, before = 0.0, time.perf_counter()
+        while not task.done():
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            longest, before = max(longest, now - before), now
+        assert longest < 0.15, "a step of 0.2 s was waited for"
+
+    serve(body, delay=0.2)
+
+
+def test_shutdown_ends_open_requests_and_refuses_new_ones() -> None:
+    async def main() -> None:
+        llm = AsyncLLM.from_engine(counting_engine(delay=0.001))
+        outputs = llm.generate("a", greedy(max_tokens=200, ignore_eos=True))
+        await anext(outputs)
+        await asyncio.to_thread(llm.shutdown)
+        with pytest.raises(ExecutionError, match="was shut down"):
+            await last(outputs)
+        with pytest.raises(ExecutionError, match="was shut down"):
+            await last(llm.generate("a", greedy()))
+
+    asyncio.run(main())
+
+
+def test_a_broken_engine_loop_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        llm = AsyncLLM.from_engine(counting_engine())
+
+        def broken() -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(llm._loop, "step", broken)
+        for _ in range(2):
+            with pytest.raises(ExecutionError, match="the engine loop stopped: .*a bug"):
+                await last(llm.generate("a", greedy()))
+        await asyncio.to_thread(llm.shutdown)
+
+    asyncio.run(main())
+    assert "the engine loop stopped" in caplog.text
+
+
+def test_an_event_loop_that_closed_with_requests_open_leaves_no_pages_in_use() -> None:
+    engine = counting_engine(delay=0.005)
+    llm = AsyncLLM.from_engine(engine)
+
+    async def leave() -> None:
+        outputs = llm.generate("a", greedy(max_tokens=200, ignore_eos=True))
+        await anext(outputs)
+        left.append(outputs)  # so that it is not closed with the event loop
+
+    left: list[AsyncIterator[RequestOutput]] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+
+    async def use() -> None:
+        assert (await last(llm.generate("a", greedy()))).outputs[0].text == "bcde"
+        await until_idle(llm)
+
+    asyncio.run(use())
+    llm.shutdown()
+    assert isinstance(engine.executor, CountingExecutor)
+    assert engine.executor.steps < 50, "the request went on without a listener"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from slipstream.runtime.batch import BatchBuilder
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.scheduler import Scheduler
+from slipstream.runtime.sequence import Sequence
+
+CONFIG = RuntimeConfig(max_batch_size=4, max_num_tokens=16, max_seq_len=32, page_size=4)
+
+
+def sequence(prompt: list[int], arrival: int, **params: int) -> Sequence:
+    request = Request(str(arrival), prompt, SamplingParams(**params))
+    return Sequence(request, 0, (0, arrival, 0), max_tokens=8, seed=arrival)
+
+
+def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    first, second = sequence([10, 11, 12], 1), sequence(list(range(20, 40)), 2)
+    scheduler.add(first)
+    plan = scheduler.schedule()
+    builder.build(plan)
+    scheduler.commit(plan)
+    first.append(13)
+    scheduler.add(second)
+    batch, owners = builder.build(scheduler.schedule())
+
+    page = first.allocation.pages[0] if first.allocation else -1
+    pages = second.allocation.pages if second.allocation else []
+    slots = [pages[position // 4] * 4 + position % 4 for position in range(15)]
+    assert batch.token_ids.tolist() == [13, *range(20, 35)]
+    assert batch.positions.tolist() == [3, *range(15)]
+    assert batch.query_start.tolist() == [0, 1, 16]
+    assert batch.context_len.tolist() == [4, 15]
+    assert batch.slot_mapping.tolist() == [page * 4 + 3, *slots]
+    assert batch.page_table[0, 0] == page and batch.page_table[1].tolist() == pages
+    assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
+    assert owners == [first]
+    assert all(
+        array.dtype == "int32" and array.flags.c_contiguous
+        for array in (batch.token_ids, batch.positions, batch.page_table, batch.slot_mapping)
+    )
+
+
+def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler.add(only := sequence([1, 2], 7))
+    batch, _ = builder.build(scheduler.schedule())
+
+    row = batch.sampling[0]
+    assert (row.params, row.prompt, row.seed) == (only.request.params, [1, 2], 7)
+    assert row.output is only.output
+
+
+def test_a_scored_prompt_asks_for_each_row_once() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scored = sequence(list(range(20)), 1, prompt_logprobs=0)
+    scored.prompt_logprobs = [None]
+    scheduler.add(scored)
+    targets: list[int | None] = []
+    for _ in range(2):
+        plan = scheduler.schedule()
+        batch, _ = builder.build(plan)
+        targets += [row.target for row in batch.sampling]
+        for row in batch.sampling:
+            if row.target is not None:
+                scored.prompt_logprobs.append(None)
+        scheduler.commit(plan)
+
+    assert targets == [*range(1, 20), None]
