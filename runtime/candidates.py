@@ -55,7 +55,7 @@ def draw_token(logits: Floats, top: np.float32, params: SamplingParams, uniform:
             weights = weights[: _nucleus_size(weights, params.top_p * float(weights.sum()))]
     elif params.top_p < 1:
         weights = _weights(logits, top, scale)
-        ids = _nucleus(weights, params.top_p)
+        ids = nucleus(weights, params.top_p)
         weights = weights[ids]
     elif params.min_p > 0:
         # The likeliest token has weight 1, so this is min-p already; below it is applied exactly.
@@ -78,8 +78,11 @@ def _weights(logits: Floats, top: np.float32, scale: float) -> Floats:
     return weights
 
 
-def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Fewest tokens whose mass reaches ``top_p``; they are few as a rule, so sort a few first."""
+def nucleus(weights: Floats, top_p: float) -> Ids:
+    """Fewest and likeliest tokens whose share of ``weights[V]`` reaches ``top_p``, in any order.
+
+    They are few as a rule, so a few are sorted first.
+    """
     mass = top_p * float(weights.sum())
     for k in (128, 2048):
         if 8 * k > len(weights):

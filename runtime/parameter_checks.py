@@ -77,7 +77,7 @@ def check_strings(name: str, value: object) -> tuple[str, ...]:
 def check_token_ids(
     name: str, value: object, *, empty_remedy: str | None = None
 ) -> tuple[int, ...]:
-    """Accept several non-negative integers, or None; ``empty_remedy`` makes none of them an error."""
+    """Accept several non-negative integers or None; with ``empty_remedy`` at least one."""
     if value is None:
         value = ()
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):

@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
@@ -20,19 +21,18 @@ from slipstream.errors import CheckpointError
 from slipstream.quantize.tensor import QuantTensor, WeightFormat
 
 Bytes = NDArray[np.uint8]
-_Type = GGMLQuantizationType
 
-_DENSE: Mapping[_Type, type[np.generic]] = MappingProxyType(
-    {_Type.F32: np.float32, _Type.F16: np.float16, _Type.BF16: ml_dtypes.bfloat16}
+_DENSE: Mapping[Type, type[np.generic]] = MappingProxyType(
+    {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: ml_dtypes.bfloat16}
 )
 
 
-def is_lossless(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> bool:
+def is_lossless(kind: Type, shape: tuple[int, ...]) -> bool:
     """Whether a tensor keeps its stored numbers; the others become float32 when they are read."""
     return kind in _DENSE or (kind in _BLOCKS and len(shape) == 2)
 
 
-def weight_format(name: str, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> WeightFormat:
+def weight_format(name: str, kind: Type, shape: tuple[int, ...]) -> WeightFormat:
     """The format that ``decode`` will give; CheckpointError for a type that nobody can decode."""
     if kind in _DENSE:
         return WeightFormat(shape, "dense", np.dtype(_DENSE[kind]).name)
@@ -48,9 +48,7 @@ def weight_format(name: str, kind: GGMLQuantizationType, shape: tuple[int, ...])
     return WeightFormat(shape, "dense", "float32")
 
 
-def decode(
-    name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], data: Bytes
-) -> QuantTensor:
+def decode(name: str, kind: Type, shape: tuple[int, ...], data: Bytes) -> QuantTensor:
     """The tensor of ``shape`` (rows first) whose bytes are ``data`` (u8, one dimension)."""
     form = weight_format(name, kind, shape)
     if kind in _DENSE:
@@ -109,10 +107,10 @@ def _q8_0(blocks: Bytes) -> Decoded:
     return blocks[..., 2:] ^ np.uint8(0x80), _half(blocks, 0), None
 
 
-_BLOCKS: Mapping[_Type, tuple[WeightFormat, Callable[[Bytes], Decoded]]] = MappingProxyType(
+_BLOCKS: Mapping[Type, tuple[WeightFormat, Callable[[Bytes], Decoded]]] = MappingProxyType(
     {
-        _Type.Q4_0: (WeightFormat((), "int", "float16", 4, 32, "midpoint"), _q4_0),
-        _Type.Q4_1: (WeightFormat((), "int", "float16", 4, 32, "offset"), _q4_1),
-        _Type.Q8_0: (WeightFormat((), "int", "float16", 8, 32, "midpoint"), _q8_0),
+        Type.Q4_0: (WeightFormat((), "int", "float16", 4, 32, "midpoint"), _q4_0),
+        Type.Q4_1: (WeightFormat((), "int", "float16", 4, 32, "offset"), _q4_1),
+        Type.Q8_0: (WeightFormat((), "int", "float16", 8, 32, "midpoint"), _q8_0),
     }
 )

@@ -114,9 +114,9 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
             f"of {', '.join(_WORDS)}"
         )
     words = _WORDS[name]
-    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    model = BPE(_vocabulary(metadata), merges, ignore_merges=words.whole_words)
-    tokenizer = Tokenizer(model)
+    vocabulary = _vocabulary(metadata)
+    merges = _merges_of_file(metadata, vocabulary)
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=words.whole_words))
     if words.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[pre_tokenizers.PreTokenizer] = []
@@ -131,10 +131,10 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    given = metadata.get("tokenizer.ggml.merges")
-    merges = [_pair(merge) for merge in given] if given else _merges_by_score(metadata)
+    vocabulary = _vocabulary(metadata)
+    merges = _merges_of_file(metadata, vocabulary) or _merges_by_score(metadata)
     unknown = _token(metadata, "unknown_token_id")
-    model = BPE(_vocabulary(metadata), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     # llama.cpp puts a space before the text and after every special token; so does `Prepend`,
     # which runs on each stretch between special tokens.
@@ -157,9 +157,20 @@ def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+def _merges_of_file(
+    metadata: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """The merges that the file lists, best first; a SentencePiece vocabulary may list none."""
+    merges = []
+    for merge in metadata.get("tokenizer.ggml.merges") or []:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise CheckpointError(
+                f"the GGUF file's tokenizer.ggml.merges has {merge!r}, which joins or makes a "
+                "token that it does not have; download it again"
+            )
+        merges.append((left, right))
+    return merges
 
 
 def _merges_by_score(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ template <int bits, ZeroKind zero, int tokens>
 void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float* out) {
   const uint8_t* codes = tile.codes + lane * 4;
   Floats sum[tokens];
+#pragma GCC unroll 16
   for (int t = 0; t < tokens; ++t) sum[t] = splat(0.0f);
   const uint8_t* ahead = tile.codes + kAhead * bits;
   for (int64_t g = 0; g < tile.groups; ++g) {
@@ -47,6 +48,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
       const Codes<bits> block(codes);
       const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
       const int32_t* terms = reinterpret_cast<const int32_t*>(token_scales + tokens);
+#pragma GCC unroll 16
       for (int t = 0; t < tokens; ++t) {
         Ints start = splat(zero == ZeroKind::offset ? 0 : terms[t]);
         if constexpr (zero == ZeroKind::zero) start = multiply_small(zero_point, start);
@@ -60,6 +62,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
       record += tokens * kRecordBytes;
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < tokens; ++t) store(out + t * kTile + lane, sum[t]);
 }
 

@@ -7,13 +7,13 @@
 #include <cassert>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #include "../cpu/simd.h"
 #include "multiply.h"
 #include "plan.h"
 #include "scratch.h"
+#include "softmax.h"
 #include "write.h"
 
 namespace slipstream {
@@ -22,7 +22,6 @@ namespace attention {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 constexpr int64_t kTileKeys = 128;  // keys between two updates of the running maximum
 // Multiply-adds (first phase: elements) below which waking another thread costs more than it saves.
 constexpr int64_t kParallelWork = 100000;
@@ -37,7 +36,7 @@ struct Call {
   int64_t group;      // query heads of a kv head
   int64_t out_width;  // head_dim in whole vectors
   int64_t tile;       // kTileKeys in whole pages
-  float score_scale;  // with a soft cap: what tanh is multiplied by
+  float soft_cap;     // in units of log2
   float* queries;     // [num_kv_heads, tokens, group, head_dim]
   float* partial_out;
   float* partial_max;
@@ -47,11 +46,11 @@ struct Call {
 // Pages of one tile, or copies of them as floats, and the scales of their tokens (null if there are none).
 template <class T>
 struct Tile {
-  const T** keys;  // and after them those of the next tile, up to `ahead` in all; 0: nothing is to be prefetched
-  int64_t ahead;
+  const T** keys;  // then those of the next tile, `opened` in all
   const T** values;
   float* key_scales;
   float* value_scales;
+  int64_t opened;  // 0: nothing is to be prefetched
 };
 
 // Running softmax and output of the rows of a task.
@@ -64,43 +63,15 @@ struct Rows {
   int64_t count;
 };
 
-// Turns scores [begin, end) of a row into probabilities relative to the running maximum, of which only [low, high)
-// are not zero, and returns the factor that brings earlier ones to the new maximum.
-float softmax_row(const Call& call, float* scores, int64_t begin, int64_t end, int64_t low, int64_t high,
-                  const float* key_scales, const float* value_scales, float* row_max, float* row_sum) {
-  Vec largest = simd::splat(kNoScore);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    Vec score = simd::load(scores + i);
-    if (key_scales != nullptr) score = score * simd::load(key_scales + i);
-    if (call.args.soft_cap > 0.0f) score = simd::tanh(score) * simd::splat(call.score_scale);
-    if (i < low || i + kLanes > high) score = simd::keep(score, low - i, high - i, simd::splat(kNoScore));
-    largest = simd::max(largest, score);
-    simd::store(scores + i, score);
-  }
-  const float before = *row_max, now = std::max(before, simd::reduce_max(largest));
-  const Vec shift = simd::splat(now == kNoScore ? 0.0f : now);
-  Vec total = simd::splat(0.0f);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    Vec probability = simd::exp2(simd::load(scores + i) - shift);
-    total = total + probability;
-    if (value_scales != nullptr) probability = probability * simd::load(value_scales + i);
-    simd::store(scores + i, probability);
-  }
-  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
-  *row_max = now;
-  *row_sum = *row_sum * factor + simd::reduce_add(total);
-  return factor;
-}
-
 void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += kLanes) simd::store(row + i, simd::load(row + i) * simd::splat(factor));
 }
 
-// Asks for a page before it is needed: pages lie apart, so the hardware does not see the next one coming.
+// Brings a page to the second-level cache: pages lie apart, so the hardware does not see the next one coming.
 template <class T>
 void prefetch(const T* page, int64_t elements) {
   const char* bytes = reinterpret_cast<const char*>(page);
-  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, SLIP_LOC);
+  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
 // All rows of a task against keys [start, end), a tile or less.
@@ -119,14 +90,15 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
     if (first >= last) continue;
     for (int64_t key = first; key < last; key += page) {
       const int64_t i = key / page, next = i + call.tile / page;
-      if (tile.ahead > 0) prefetch(tile.values[i], page * dim);
-      if (next < tile.ahead) prefetch(tile.keys[next], page * dim);
+      if (tile.opened > 0) prefetch(tile.values[i], page * dim);
+      if (next < tile.opened) prefetch(tile.keys[next], page * dim);
       multiply(n, rows.queries + r * dim, dim, Panels<T>{tile.keys + i, dim, dim, page}, page, rows.scores + key,
                call.tile, false);
     }
     for (int64_t i = 0; i < n; ++i) {
-      const float factor = softmax_row(call, rows.scores + i * call.tile, first, last, low(r + i), high(r + i),
-                                       tile.key_scales, tile.value_scales, rows.max + r + i, rows.sum + r + i);
+      const Scores scores{rows.scores + i * call.tile, tile.key_scales, tile.value_scales, call.soft_cap};
+      const float factor =
+          softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + r + i, rows.sum + r + i);
       if (factor != 1.0f) scale_row(rows.out + (r + i) * call.out_width, call.out_width, factor);
     }
     multiply(n, rows.scores + first, call.tile, Panels<T>{tile.values + first / page, page, last - first, dim}, dim,
@@ -152,7 +124,7 @@ struct TaskMemory {
     const int64_t pages = call.tile / call.args.page_size, elements = call.tile * call.args.head_dim;
     const bool scaled = call.args.kv_type == KVType::i8;
     task_scratch.reset(Scratch::room<float>(row_count * call.out_width) + 2 * Scratch::room<float>(row_count) +
-                       Scratch::room<float>((kRows + 2) * call.tile) + 6 * Scratch::room<T*>(pages) +
+                       Scratch::room<float>((kRows + 2) * call.tile) + 5 * Scratch::room<T*>(pages) +
                        Scratch::room<float>(2 * elements) + 2 * Scratch::room<float>(call.tile));
     rows = {nullptr,
             task_scratch.take<float>(row_count * call.out_width),
@@ -162,8 +134,8 @@ struct TaskMemory {
             row_count};
     float* key_scales = scaled ? task_scratch.take<float>(call.tile) : nullptr;
     float* value_scales = scaled ? task_scratch.take<float>(call.tile) : nullptr;
-    tile = {task_scratch.take<const T*>(2 * pages), 0, task_scratch.take<const T*>(pages), key_scales, value_scales};
-    floats = {task_scratch.take<const float*>(pages), 0, task_scratch.take<const float*>(pages), key_scales, value_scales};
+    tile = {task_scratch.take<const T*>(2 * pages), task_scratch.take<const T*>(pages), key_scales, value_scales, 0};
+    floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages), key_scales, value_scales, 0};
     copies = task_scratch.take<float>(2 * elements);
   }
 };
@@ -182,6 +154,19 @@ void open_tile(const PagedAttentionArgs& args, int64_t sequence, int64_t head, i
   }
 }
 
+// A few rows use a page for less time than it takes to arrive, so the next tile's keys are fetched beside this one's,
+// and a task's first tile at once.
+template <class T>
+void look_ahead(const Call& call, const Chunk& chunk, int64_t head, int64_t start, int64_t end, Tile<T>& tile) {
+  const PagedAttentionArgs& args = call.args;
+  const int32_t* table = args.page_table + chunk.sequence * args.max_pages + start / args.page_size;
+  const int64_t here = divide_up(end - start, args.page_size);
+  tile.opened = divide_up(std::min(end + call.tile, chunk.end) - start, args.page_size);
+  for (int64_t i = here; i < tile.opened; ++i) tile.keys[i] = page_data<T>(args, table[i], kKeys, head);
+  if (start > chunk.begin) return;
+  for (int64_t i = 1; i < here; ++i) prefetch(tile.keys[i], args.page_size * args.head_dim);
+}
+
 template <class T>
 void attend_keys(const Call& call, const Chunk& chunk, int64_t head, TaskMemory<T>& memory) {
   const PagedAttentionArgs& args = call.args;
@@ -189,14 +174,7 @@ void attend_keys(const Call& call, const Chunk& chunk, int64_t head, TaskMemory<
   for (int64_t start = chunk.begin / args.page_size * args.page_size; start < chunk.end; start += call.tile) {
     const int64_t end = std::min(start + call.tile, chunk.end);
     open_tile(args, chunk.sequence, head, start, end, memory.tile);
-    if (memory.rows.count <= SLIP_PF) {
-      const int32_t* table = args.page_table + chunk.sequence * args.max_pages + start / args.page_size;
-      memory.tile.ahead = divide_up(std::min(end + call.tile, chunk.end) - start, args.page_size);
-      for (int64_t i = divide_up(end - start, args.page_size); i < memory.tile.ahead; ++i)
-        memory.tile.keys[i] = page_data<T>(args, table[i], kKeys, head);
-      if (start <= chunk.begin)
-        for (int64_t i = 1; i * args.page_size < end - start; ++i) prefetch(memory.tile.keys[i], elements);
-    }
+    if (memory.rows.count <= kRows) look_ahead(call, chunk, head, start, end, memory.tile);
     if (sizeof(T) == sizeof(float) || memory.rows.count <= kRows) {
       attend_tile(call, chunk, memory.rows, memory.tile, start, end);
       continue;

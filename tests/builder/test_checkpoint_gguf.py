@@ -1,4 +1,4 @@
-"""GGUF files: every number as the reference decoder gives it, Hugging Face's names and row order."""
+"""GGUF files: the numbers of the reference decoder, Hugging Face's names and order of rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
+
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.gguf_blocks import decode
 from slipstream.builder.models.config import RopeScaling
@@ -97,7 +98,9 @@ def tiny(architecture: str = "llama", *, tied: bool = True) -> TinyModel:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     return TinyModel(architecture, metadata, tensors)
 
 
@@ -241,7 +244,8 @@ def with_head_dim(model: TinyModel, head_dim: int) -> TinyModel:
     """The same model with other sizes of q, k, v and o."""
     rng = np.random.default_rng(1)
     sizes = {"q": HEADS * head_dim, "k": KV_HEADS * head_dim, "v": KV_HEADS * head_dim}
-    new = {f"blk.0.attn_{x}.weight": (size, HIDDEN) for x, size in sizes.items()}
+    new: dict[str, tuple[int, ...]] = {}
+    new |= {f"blk.0.attn_{x}.weight": (size, HIDDEN) for x, size in sizes.items()}
     new |= {f"blk.0.attn_{x}_norm.weight": (head_dim,) for x in "qk"}
     new |= {"blk.0.attn_output.weight": (HIDDEN, HEADS * head_dim)}
     model.tensors |= {n: rng.standard_normal(s).astype(np.float32) for n, s in new.items()}
@@ -383,7 +387,10 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (TinyModel("gemma"), "'gemma', which is not supported; expected one of llama, qwen2, qwen3"),
+        (
+            TinyModel("gemma"),
+            "'gemma', which is not supported; expected one of llama, qwen2, qwen3",
+        ),
         (changed(expert_count=8), "mixture of 8 experts"),
         (changed(split__count=3), "one of 3 parts; join them .* --merge"),
         (changed(attention__head_count_kv=[2, 4]), r"differs between layers \(\[2, 4\]\)"),
@@ -395,7 +402,10 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
         (changed(rope__scaling__type="linear"), "no llama.rope.scaling.factor"),
         (without("block_count"), "no llama.block_count"),
         (without("token_embd.weight"), "no token_embd.weight"),
-        (with_tensor("blk.0.ffn_gate_inp.weight", np.zeros(32, np.float32)), "does not use.*gate_inp"),
+        (
+            with_tensor("blk.0.ffn_gate_inp.weight", np.zeros(32, np.float32)),
+            "does not use.*gate_inp",
+        ),
         (with_tensor("extra.weight", np.zeros(32, np.float32)), "does not use, such as extra"),
         (with_tensor("strange", np.zeros(32, np.float32)), "does not use, such as strange"),
         (
@@ -414,7 +424,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, model: TinyModel, messag
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny().write(tmp_path / "m.gguf"))
 
-    with pytest.raises(CheckpointError, match="no tensor 'lm_head.weight' among its 11"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight' among its 11"):
         checkpoint.tensor("lm_head.weight")
 
 

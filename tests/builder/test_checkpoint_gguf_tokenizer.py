@@ -1,22 +1,25 @@
-"""Tokenizers rebuilt from GGUF metadata, against those of transformers and a plain SentencePiece."""
+"""Tokenizers from GGUF metadata, against those of transformers and SentencePiece's definition."""
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slipstream.builder.checkpoints.gguf_tokenizer import build_tokenizer, tokenizer_config
-from slipstream.errors import CheckpointError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
-from transformers.integrations.gguf import convert_gguf_tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+from slipstream.builder.checkpoints.gguf_tokenizer import build_tokenizer, tokenizer_config
+from slipstream.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; it's 2024 and they'll've seen 1234567 of them.",
     "def f(x):\n    return x ** 2  # 100 %\n\n\tvalues = [1, 22, 333]\n",
-    "Größe, naïve café, 你好，世界。今天是2024年 😀👩‍👩‍👧 привет мир",
+    "Größe, naïve café, 你好、世界。今天是2024年 😀👩‍👩‍👧 привет мир",
 ] * 3
 TEXTS = [
     *CORPUS[:3],
@@ -27,7 +30,7 @@ TEXTS = [
     "x =  1\n  22   333",
     "DON'T SHOUT'S We'Re",
     "e\u0301 is not \u00e9 until composed",
-    "½ ² ٣ １２３",
+    "½ ² ٣ \uff11\uff12\uff13",
     "unseen 龍 ☃ \U0001f9ff",
     "<|im_start|>user\nHi<|im_end|>\n<think>why</think>",
     "a<|im_end|> b <|im_end|>c",
@@ -42,9 +45,7 @@ def byte_level_metadata() -> dict[str, Any]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    model = tokenizer.model
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
-    assert isinstance(model, models.BPE)
+    vocabulary = by_id(tokenizer)
     marked = ["<|im_start|>", "<|im_end|>", "<think>"]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -57,9 +58,11 @@ def byte_level_metadata() -> dict[str, Any]:
     }
 
 
-def merges_of(tokenizer: Tokenizer) -> list[str]:
-    import json
+def by_id(tokenizer: Tokenizer) -> list[str]:
+    return [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
 
+
+def merges_of(tokenizer: Tokenizer) -> list[str]:
     return [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -143,8 +146,6 @@ def test_begin_and_end_tokens(
 
 
 def test_transformers_loads_what_is_written(byte_level: dict[str, Any], tmp_path: Path) -> None:
-    import json
-
     metadata = byte_level | {"tokenizer.ggml.pre": "llama-bpe"}
     ours = build_tokenizer(metadata)
     ours.save(str(tmp_path / "tokenizer.json"))
@@ -164,7 +165,7 @@ def sentencepiece_metadata() -> dict[str, Any]:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
     tokenizer.train_from_iterator([text[:40] for text in CORPUS], trainer)
-    learned = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    learned = by_id(tokenizer)
     single = [piece for piece in learned if len(piece) == 1]
     longer = [piece for piece in learned if len(piece) > 1]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *longer, *single]
@@ -189,7 +190,7 @@ def best_pair_first(metadata: dict[str, Any], text: str) -> list[str]:
     while True:
         joins = [
             (scores[left + right], -i)
-            for i, (left, right) in enumerate(zip(parts, parts[1:], strict=False))
+            for i, (left, right) in enumerate(pairwise(parts))
             if left + right in scores
         ]
         if not joins:
@@ -223,15 +224,18 @@ def test_sentencepiece_adds_begin_and_spaces_as_llama_cpp_does(pieces: dict[str,
     spaced = build_tokenizer(pieces)
     plain = build_tokenizer(pieces | {"tokenizer.ggml.add_space_prefix": False})
 
-    assert spaced.encode("q</s>q").tokens == ["<s>", "▁q", "</s>", "▁q"]
+    assert spaced.encode("q</s>q").tokens == ["<s>", "▁", "q", "</s>", "▁", "q"]
     assert plain.encode("q</s>q").tokens == ["<s>", "q", "</s>", "q"]
     assert plain.decode(plain.encode(" q").ids) == " q"
 
 
 def test_merges_of_the_file_are_preferred(pieces: dict[str, Any]) -> None:
-    tokenizer = build_tokenizer(pieces | {"tokenizer.ggml.merges": ["t h"]})
+    piece = next(token for token in pieces["tokenizer.ggml.tokens"][259:] if len(token) == 2)
+    tokenizer = build_tokenizer(pieces | {"tokenizer.ggml.merges": [" ".join(piece)]})
+    texts = {text: tokenizer.encode(text, add_special_tokens=False).tokens for text in TEXTS}
 
-    assert tokenizer.encode("the", add_special_tokens=False).tokens == ["▁", "th", "e"]
+    made = {token for tokens in texts.values() for token in tokens if not token.startswith("<0x")}
+    assert {token for token in made if len(token) > 1} - {"<s>", "</s>"} == {piece}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +245,7 @@ def test_merges_of_the_file_are_preferred(pieces: dict[str, Any]) -> None:
         ({"model": None}, "tokenizer.ggml.model is 'None'"),
         ({"pre": "gigachat"}, "tokenizer.ggml.pre is 'gigachat'.*llama-bpe"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"merges": ["a b", "a qqq"]}, "merges has 'a (b|qqq)'"),
         ({"token_type": [1, 1]}, "tokens and 2 token types"),
         ({"bos_token_id": 10**6, "add_bos_token": True}, "bos_token_id is 1000000, but it has"),
         ({"model": "llama", "merges": None}, "no merges and no score for each"),

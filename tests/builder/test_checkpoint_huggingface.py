@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.errors import CheckpointError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 Edit = Callable[[Path], None]
 
 
-def save_llama(directory: Path, dtype: torch.dtype, *, shard: str = "1GB", tied: bool = False) -> Any:  # noqa: ANN401
+def save_llama(
+    directory: Path, dtype: torch.dtype, *, shard: str = "1GB", tied: bool = False
+) -> Any:  # noqa: ANN401
     """Saves a small random model and returns it."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -29,7 +32,8 @@ def save_llama(directory: Path, dtype: torch.dtype, *, shard: str = "1GB", tied:
         num_key_value_heads=2,
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config).to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
     model.save_pretrained(directory, max_shard_size=shard)
     return model
 
@@ -73,7 +77,7 @@ def test_a_tied_checkpoint_has_no_head(tmp_path: Path) -> None:
 
     assert checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" not in checkpoint.names()
-    with pytest.raises(CheckpointError, match="no tensor 'lm_head.weight' among its 20"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight' among its 20"):
         checkpoint.tensor("lm_head.weight")
 
 
@@ -174,7 +178,7 @@ def test_shards_and_index_must_agree(tmp_path: Path) -> None:
         data["weight_map"]["model.extra"] = "model-00001-of-00005.safetensors"
 
     edit_json(index, add)
-    with pytest.raises(CheckpointError, match="lists 1 tensors .* model.extra in model-00001"):
+    with pytest.raises(CheckpointError, match=r"lists 1 tensors .* model\.extra in model-00001"):
         open_checkpoint(tmp_path)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="has no weight_map"):
@@ -234,5 +238,5 @@ def test_missing_tokenizer_extras_are_made_up_from_the_configuration(
 
 
 def test_a_missing_tokenizer_is_said_with_its_remedy(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer.json; write one with python -c"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json; write one with python -c"):
         written(saved, tmp_path)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.errors import CheckpointError, MissingDependencyError
 
@@ -35,10 +36,11 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "missing", ["no/such/directory", "./model", "/no/model", "model.gguf", "a/model.gguf", "~/m", ""]
+    "missing",
+    ["no/such/directory", "./model", "/no/model", "model.gguf", "a/model.gguf", "~/m", ""],
 )
 def test_a_path_that_does_not_exist_is_no_hub_id(directory: Path, missing: str) -> None:
-    with pytest.raises(CheckpointError, match="does not exist|has no config.json"):
+    with pytest.raises(CheckpointError, match=r"does not exist|has no config\.json"):
         open_checkpoint(missing)
 
 
@@ -63,7 +65,7 @@ def test_a_hub_id_is_downloaded_without_pickles(
     hub = FakeHub(directory)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_checkpoint(name)
     assert hub.asked == [name, ["*.json", "*.safetensors", "*.jinja"]]
 

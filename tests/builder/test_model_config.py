@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
 from slipstream.builder.models.config import ModelConfig, RopeScaling
 from slipstream.errors import CheckpointError, EngineMismatchError
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 CLASSES: dict[str, Any] = {
     "LlamaForCausalLM": LlamaConfig,
@@ -205,7 +206,7 @@ def test_what_cannot_be_run_is_refused(raw: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("kinds", [["full_attention"], ["full_attention"] * 3 + ["chunked"]])
 def test_layer_types_must_be_known_and_complete(kinds: list[str]) -> None:
-    with pytest.raises(CheckpointError, match="layer_types is .* expected 4 entries"):
+    with pytest.raises(CheckpointError, match=r"layer_types is .* expected 4 entries"):
         huggingface("Qwen3ForCausalLM", **SLIDING, layer_types=kinds)
 
 

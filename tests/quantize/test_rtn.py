@@ -7,10 +7,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.rtn import Bits, ScaleDtype, largest_group, quantize_rtn
 from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
@@ -31,9 +32,11 @@ def levels(tensor: QuantTensor) -> NDArray[np.float64]:
     zero: Any = 2 ** (tensor.format.bits - 1)
     if tensor.zero is not None:
         zero = tensor.zero.astype(np.float64)[..., None]
-    return (codes - zero) * tensor.scale.astype(np.float64)[..., None]
+    values: NDArray[np.float64] = (codes - zero) * tensor.scale.astype(np.float64)[..., None]
+    return values
 
 
+@settings(deadline=None)
 @given(WEIGHTS, BITS, st.booleans(), SCALES)
 def test_every_weight_gets_the_nearest_value_of_its_group(
     weight: NDArray[np.float32], bits: Bits, symmetric: bool, scale_dtype: ScaleDtype
@@ -53,10 +56,9 @@ def test_every_weight_gets_the_nearest_value_of_its_group(
     assert (error <= 1.01 * step + 2.0**-24 * 2**bits).all()
 
 
+@settings(deadline=None)
 @given(WEIGHTS, BITS, st.booleans())
-def test_zero_stays_exactly_zero(
-    weight: NDArray[np.float32], bits: Bits, symmetric: bool
-) -> None:
+def test_zero_stays_exactly_zero(weight: NDArray[np.float32], bits: Bits, symmetric: bool) -> None:
     weight[:, ::3] = 0
 
     tensor = quantize_rtn(weight, bits=bits, group_size=32, symmetric=symmetric)
@@ -167,7 +169,10 @@ def test_weights_below_any_scale_become_zero(scale_dtype: ScaleDtype, symmetric:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    shape: tuple[int, ...], bits: Any, group: int, message: str  # noqa: ANN401
+    shape: tuple[int, ...],
+    bits: Bits,
+    group: int,
+    message: str,
 ) -> None:
     with pytest.raises(BuildError, match=message):
         quantize_rtn(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+
 from slipstream.quantize.tensor import QuantTensor, WeightFormat, pack_nibbles
 
 _SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.uint8, _SHAPES, elements=st.integers(0, 15)))
 def test_four_bit_codes_survive_packing(codes: NDArray[np.uint8]) -> None:
     packed = pack_nibbles(codes)

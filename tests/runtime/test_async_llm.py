@@ -17,11 +17,11 @@ from slipstream.runtime.testing import counting_engine
 Body = Callable[[AsyncLLM, CountingExecutor], Awaitable[None]]
 
 
-def greedy(**params: Any) -> SamplingParams:
+def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
     return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
 
 
-def serve(body: Body, num_pages: int = 64, **options: Any) -> None:
+def serve(body: Body, num_pages: int = 64, **options: Any) -> None:  # noqa: ANN401
     """Run ``body`` against a fresh engine; it must leave no page in use."""
     engine = counting_engine(num_pages, **options)
     executor = engine.executor
@@ -46,11 +46,7 @@ async def until_idle(llm: AsyncLLM) -> None:
 
 
 async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
-    output = None
-    async for output in outputs:
-        pass
-    assert output is not None
-    return output
+    return [output async for output in outputs][-1]
 
 
 def test_many_concurrent_requests_finish_with_their_own_tokens() -> None:
@@ -208,7 +204,7 @@ def test_a_broken_engine_loop_leaves_nobody_waiting(
 
         monkeypatch.setattr(llm._loop, "step", broken)
         for _ in range(2):
-            with pytest.raises(ExecutionError, match="the engine loop stopped: .*a bug"):
+            with pytest.raises(ExecutionError, match=r"the engine loop stopped: .*a bug"):
                 await last(llm.generate("a", greedy()))
         await asyncio.to_thread(llm.shutdown)
 

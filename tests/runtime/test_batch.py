@@ -10,8 +10,8 @@ from slipstream.runtime.sequence import Sequence
 CONFIG = RuntimeConfig(max_batch_size=4, max_num_tokens=16, max_seq_len=32, page_size=4)
 
 
-def sequence(prompt: list[int], arrival: int, **params: int) -> Sequence:
-    request = Request(str(arrival), prompt, SamplingParams(**params))
+def sequence(prompt: list[int], arrival: int, params: SamplingParams | None = None) -> Sequence:
+    request = Request(str(arrival), prompt, params or SamplingParams())
     return Sequence(request, 0, (0, arrival, 0), max_tokens=8, seed=arrival)
 
 
@@ -55,7 +55,7 @@ def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
 
 def test_a_scored_prompt_asks_for_each_row_once() -> None:
     scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
-    scored = sequence(list(range(20)), 1, prompt_logprobs=0)
+    scored = sequence(list(range(20)), 1, SamplingParams(prompt_logprobs=0))
     scored.prompt_logprobs = [None]
     scheduler.add(scored)
     targets: list[int | None] = []

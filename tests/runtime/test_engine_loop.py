@@ -10,14 +10,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.engine_loop import EngineLoop
-from slipstream.runtime.executors.counting import CountingExecutor, next_token
+from slipstream.runtime.executors.counting import CountingExecutor, CountingStep, next_token
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.step import StepBatch
 from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
 
 
-def greedy(**params: Any) -> SamplingParams:
+def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
     return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
 
 
@@ -182,7 +183,7 @@ def test_a_failing_step_ends_its_own_requests_only() -> None:
 
 def test_a_device_that_refuses_a_step_ends_only_that_step() -> None:
     class Refusing(CountingExecutor):
-        def submit(self, batch: Any) -> Any:
+        def submit(self, batch: StepBatch) -> CountingStep:
             if self.fail_next:
                 self.fail_next = False
                 raise RuntimeError("no")

@@ -7,17 +7,21 @@ import pytest
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.llm import LLM
+from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.testing import EOS, counting_engine
 
 
-def open_llm(num_pages: int = 64, **options: Any) -> tuple[LLM, CountingExecutor]:
+def open_llm(
+    num_pages: int = 64,
+    **options: Any,  # noqa: ANN401
+) -> tuple[LLM, CountingExecutor]:
     engine = counting_engine(num_pages, **options)
     assert isinstance(engine.executor, CountingExecutor)
     return LLM.from_engine(engine), engine.executor
 
 
-def greedy(**params: Any) -> SamplingParams:
+def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
     return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
 
 
@@ -30,7 +34,8 @@ def test_prompts_may_be_one_or_many_texts_or_token_ids() -> None:
     llm, _ = open_llm()
     assert [o.outputs[0].text for o in llm.generate("abc", greedy())] == ["defg"]
     assert [o.outputs[0].text for o in llm.generate([0, 1, 2], greedy())] == ["defg"]
-    mixed = llm.generate(["abc", [4], "x"], [greedy(), greedy(max_tokens=1), greedy(n=2)])
+    prompts: list[Prompt] = ["abc", [4], "x"]
+    mixed = llm.generate(prompts, [greedy(), greedy(max_tokens=1), greedy(n=2)])
     assert [[c.text for c in o.outputs] for o in mixed] == [["defg"], ["f"], ["yzAB", "yzAB"]]
     assert [o.prompt for o in mixed] == ["abc", None, "x"]
     assert all(o.finished for o in mixed)

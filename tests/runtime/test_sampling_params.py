@@ -1,11 +1,11 @@
-"""Sampling parameters: what is accepted, what is refused and in which words, and how they are derived."""
+"""Sampling parameters: what is accepted, what is refused and in which words."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,36 +15,38 @@ from hypothesis import strategies as st
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling_params import SamplingParams
 
-INVALID: list[tuple[str, Any]] = [
-    *(("n", v) for v in (0, -1, 1.0, True, None, "2")),
-    *(("max_tokens", v) for v in (0, -5, 2.5, True, "16")),
-    *(("min_tokens", v) for v in (-1, None, 1.5)),
-    *(("temperature", v) for v in (-0.1, math.nan, math.inf, True, "1", None, 1e9)),
-    *(("top_k", v) for v in (-2, 1.5, None, True)),
-    *(("top_p", v) for v in (0, 0.0, 1.0001, -1, math.nan, None)),
-    *(("min_p", v) for v in (-0.01, 1.01, math.nan)),
-    *(("repetition_penalty", v) for v in (0, -1.0, math.inf, math.nan)),
-    *(("presence_penalty", v) for v in (-2.1, 2.1, math.nan, "0")),
-    *(("frequency_penalty", v) for v in (-2.1, 2.1, math.inf, False)),
-    *(("seed", v) for v in (-1, 2**64, 1.0, "7", True)),
-    *(("stop", v) for v in (7, [7], [""], "", b"x", [None])),
-    *(("stop_token_ids", v) for v in (5, [-1], ["1"], [True], "12", [1.0])),
-    *(("include_stop_str_in_output", v) for v in (1, None, "yes")),
-    *(("ignore_eos", v) for v in (0, "no")),
-    *(("skip_special_tokens", v) for v in (None, 1)),
-    *(("logit_bias", v) for v in ([(1, 2.0)], {"1": 2.0}, {1: 100.5}, {1: math.nan}, {-1: 0.0})),
-    *(("allowed_token_ids", v) for v in ([], [-3], [None], 3)),
-    *(("bad_words", v) for v in ([""], 3, [3])),
-    *(("bad_words_token_ids", v) for v in (1, "ab", [[]], [[-1]], [5], [["a"]])),
-    *(("logprobs", v) for v in (-2, 1.5, True)),
-    *(("prompt_logprobs", v) for v in (-2, "5")),
-]
+INVALID: dict[str, tuple[object, ...]] = {
+    "n": (0, -1, 1.0, True, None, "2"),
+    "max_tokens": (0, -5, 2.5, True, "16"),
+    "min_tokens": (-1, None, 1.5),
+    "temperature": (-0.1, math.nan, math.inf, True, "1", None, 1e9),
+    "top_k": (-2, 1.5, None, True),
+    "top_p": (0, 0.0, 1.0001, -1, math.nan, None),
+    "min_p": (-0.01, 1.01, math.nan),
+    "repetition_penalty": (0, -1.0, math.inf, math.nan),
+    "presence_penalty": (-2.1, 2.1, math.nan, "0"),
+    "frequency_penalty": (-2.1, 2.1, math.inf, False),
+    "seed": (-1, 2**64, 1.0, "7", True),
+    "stop": (7, [7], [""], "", b"x", [None]),
+    "stop_token_ids": (5, [-1], ["1"], [True], "12", [1.0]),
+    "include_stop_str_in_output": (1, None, "yes"),
+    "ignore_eos": (0, "no"),
+    "skip_special_tokens": (None, 1),
+    "logit_bias": ([(1, 2.0)], {"1": 2.0}, {1: 100.5}, {1: math.nan}, {-1: 0.0}),
+    "allowed_token_ids": ([], [-3], [None], 3),
+    "bad_words": ([""], 3, [3]),
+    "bad_words_token_ids": (1, "ab", [[]], [[-1]], [5], [["a"]]),
+    "logprobs": (-2, 1.5, True),
+    "prompt_logprobs": (-2, "5"),
+}
 
 
-@pytest.mark.parametrize(("name", "value"), INVALID)
-def test_invalid_value_is_refused_by_name_and_with_a_remedy(name: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in INVALID.items() for value in values]
+)
+def test_invalid_value_is_refused_by_name_and_with_a_remedy(name: str, value: object) -> None:
     with pytest.raises(InvalidRequestError, match=name) as caught:
-        SamplingParams(**{name: value})
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
     assert isinstance(caught.value, ValueError)
     assert ";" in str(caught.value), "a remedy follows the semicolon"
 
@@ -158,7 +160,12 @@ class TestFromDict:
 
 
 class TestFromGenerationConfig:
-    CONFIG = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 64, "eos_token_id": [1, 2]}
+    CONFIG: ClassVar[dict[str, Any]] = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_new_tokens": 64,
+        "eos_token_id": [1, 2],
+    }
 
     def test_recommended_values_become_defaults(self) -> None:
         params = SamplingParams.from_generation_config(self.CONFIG)
@@ -185,7 +192,7 @@ class TestResolve:
     )
     def test_ids_outside_the_vocabulary(self, given_ids: dict[str, Any]) -> None:
         params = SamplingParams(**given_ids)
-        with pytest.raises(InvalidRequestError, match="holds token 10.*from 0 to 9"):
+        with pytest.raises(InvalidRequestError, match=r"holds token 10.*from 0 to 9"):
             params.resolve(10)
         assert params.resolve(11) == params
 

