@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from slipstream import __version__
-from slipstream.builder.build import build
+from slipstream.builder.build import Progress, build
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.engine import FORMAT_VERSION, is_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import InvalidRequestError
 
 
-def cached_engine(source: str | Path, options: Mapping[str, Any]) -> Path:
+def cached_engine(
+    source: str | Path, options: Mapping[str, Any], progress: Progress | None = None
+) -> Path:
     """The engine of a checkpoint, built unless the cache holds it.
 
     ``options`` may mix fields of ``BuildOptions`` with those of the runtime that a build ignores.
+    ``progress`` is told what ``build`` tells it, when there is something to build.
     """
     known = BuildOptions.__dataclass_fields__
     recipe = BuildOptions(**{name: value for name, value in options.items() if name in known})
@@ -30,7 +33,7 @@ def cached_engine(source: str | Path, options: Mapping[str, Any]) -> Path:
     checkpoint = path if path.exists() else open_checkpoint(source).path
     engine = cache_directory() / f"{checkpoint.stem}-{_key(checkpoint, recipe)}"
     if not is_engine(engine):
-        build(checkpoint, engine, recipe)
+        build(checkpoint, engine, recipe, progress)
     return engine
 
 

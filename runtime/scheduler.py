@@ -106,7 +106,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step; an empty plan means that there is nothing to compute."""
-        preempted = self._make_room()
+        self._make_room()
         plan = StepPlan()
         prefills: list[Sequence] = []
         for sequence in self.running:
@@ -120,16 +120,14 @@ class Scheduler:
             if count:
                 plan.add(sequence, count)
                 budget -= count
-        if not preempted:  # what was just taken back must not be handed out again at once
-            self._admit(plan, budget)
+        self._admit(plan, budget)
         return plan
 
     def commit(self, plan: StepPlan) -> None:
         """Note that the tokens of ``plan`` are in the KV cache."""
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            if sequence.status is not Status.RUNNING:  # ended while the step was on its way
+            if sequence.allocation is None:  # ended while the step was on its way
                 continue
-            assert sequence.allocation is not None
             sequence.num_computed += count
             self.kv.commit(sequence.allocation, sequence.tokens, sequence.num_computed)
             if sequence.followers and sequence.num_computed >= sequence.prompt_len:
@@ -147,9 +145,8 @@ class Scheduler:
         sequence.followers = []
         sequence.status = Status.FINISHED
 
-    def _make_room(self) -> bool:
-        """Give every running sequence a page for its next token; True if that cost another its."""
-        preempted = False
+    def _make_room(self) -> None:
+        """Give every running sequence a page for its next token, if need be the last one's."""
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
@@ -158,13 +155,10 @@ class Scheduler:
                 position += 1
             else:
                 self._preempt(self.running.pop())
-                preempted = True
-        return preempted
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not self._reserve_all and self.running, "pages promised at admission are missing"
         self._release(sequence)
-        sequence.num_computed = 0
         sequence.status = Status.WAITING
         self._preemptions += 1
         self.add(sequence)

@@ -43,20 +43,20 @@ def huggingface_config(
         )
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
-    heads = keys.need("attention.head_count")
-    head_dim = keys.get("attention.key_length", keys.need("embedding_length") // heads)
-    rotary_dim = keys.get("rope.dimension_count", head_dim)
-    theta = float(keys.get("rope.freq_base", 10000.0))
+    heads = keys.count("attention.head_count")
+    head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
+    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    theta = keys.get("rope.freq_base", 10000.0)
     config = {
         "architectures": [ARCHITECTURES[architecture]],
         "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": keys.need("embedding_length"),
-        "intermediate_size": keys.need("feed_forward_length"),
-        "num_hidden_layers": keys.need("block_count"),
+        "hidden_size": keys.count("embedding_length"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": keys.need("context_length"),
+        "max_position_embeddings": keys.count("context_length"),
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
@@ -106,6 +106,15 @@ class _Keys:
                 f"the GGUF file has no {self._prefix}.{key}; download it again or convert it again"
             )
         return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.need(key) if default is None else self.get(key, default)
+        if isinstance(value, int) and value > 0:
+            return value
+        raise CheckpointError(
+            f"the GGUF file's {self._prefix}.{key} is {value!r}; expected a positive integer: "
+            "download it again"
+        )
 
 
 def _rope_scaling(

@@ -45,16 +45,17 @@ def read_gguf(path: Path) -> GGUFFile:
     """Reads metadata and tensor table; CheckpointError for a truncated or foreign file."""
     try:
         reader = _Reader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        parts = int(metadata.get("split.count", 1))
     # The package reports a damaged file through whatever its parsing trips over.
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(
             f"{path} cannot be read as GGUF ({error}); it is truncated, damaged or of another "
             "format: download it again"
         ) from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    if int(metadata.get("split.count", 1)) > 1:
+    if parts > 1:
         raise CheckpointError(
-            f"{path} is one of {metadata['split.count']} parts; join them with llama.cpp's "
+            f"{path} is one of {parts} parts; join them with llama.cpp's "
             "llama-gguf-split --merge and pass the result"
         )
     tensors = {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace slipstream {
 
@@ -13,7 +14,8 @@ struct Parallel {
 
   template <class F>
   void for_each(int64_t n, F&& f) {
-    run(n, [](void* ctx, int64_t i) { (*static_cast<F*>(ctx))(i); }, const_cast<void*>(static_cast<const void*>(&f)));
+    using Task = std::remove_reference_t<F>;
+    run(n, [](void* ctx, int64_t i) { (*static_cast<Task*>(ctx))(i); }, const_cast<void*>(static_cast<const void*>(&f)));
   }
 
  protected:

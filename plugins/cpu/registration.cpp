@@ -240,6 +240,22 @@ struct PagedAttentionOp : PagedAttentionSignature {
     }
   }
 
+  // A wrong page would be read or written outside the cache, so every one that the step uses is checked.
+  static void check_pages(const Call& call, const PagedAttentionArgs& args) {
+    call.expect(args.query_start[0] == 0 && args.query_start[args.sequences] == args.tokens, "query_start does not cover the tokens");
+    for (int64_t t = 0; t < args.tokens; ++t)
+      call.expect(args.slot_mapping[t] >= 0 && args.slot_mapping[t] < args.num_pages * args.page_size, "a slot is outside kv_cache");
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      const int64_t length = args.context_len[s], used = (length + args.page_size - 1) / args.page_size;
+      const int64_t queries = args.query_start[s + 1] - args.query_start[s];
+      call.expect(queries >= 0 && queries <= length && used <= args.max_pages, "context_len does not fit its queries or page_table");
+      for (int64_t p = 0; p < used; ++p) {
+        const int32_t page = args.page_table[s * args.max_pages + p];
+        call.expect(page >= 0 && page < args.num_pages, "page_table names a page outside kv_cache");
+      }
+    }
+  }
+
   static void compute(const Call& call, const Attributes& a, const Kernels& kernels, Parallel& parallel) {
     const Tensor qkv = call.input(Input::qkv, "qkv", 2), cos = call.input(Input::cos, "cos", 2);
     const Tensor sin = call.input(Input::sin, "sin", 2), kv = call.input(Input::kv_cache, "kv_cache", 5);
@@ -257,7 +273,16 @@ struct PagedAttentionOp : PagedAttentionSignature {
                 "kv_cache does not have the shape that the attributes say");
     call.expect(query_start.shape[0] == sequences + 1 && page_table.shape[0] == sequences && slots.shape[0] == tokens,
                 "the step's inputs do not fit each other");
-    call.expect(kv.type != ElementType::int8 || scales.data, "int8 pages need kv_scales");
+    call.expect(a.head_dim % 8 == 0 && a.head_dim <= 256, "head_dim must be a multiple of 8, at most 256");
+    call.expect(a.page_size % 16 == 0, "page_size must be a multiple of 16");
+    call.expect(a.num_heads % a.num_kv_heads == 0, "num_kv_heads must divide num_heads");
+    call.expect(2 * cos.shape[1] <= a.head_dim, "more of a head is rotated than it has");
+    call.expect(kv.type != ElementType::int8 ||
+                    elements(scales) == kv.shape[0] * kv.shape[1] * 2 * a.num_kv_heads * a.page_size,
+                "int8 pages need kv_scales, one for each token and head");
+    call.expect(!q_norm.data || elements(q_norm) == a.head_dim, "q_norm does not have head_dim elements");
+    call.expect(!k_norm.data || elements(k_norm) == a.head_dim, "k_norm does not have head_dim elements");
+    call.expect(!sinks.data || elements(sinks) == a.num_heads, "sinks does not have num_heads elements");
     PagedAttentionArgs args{};
     args.qkv = qkv.as<const float>();
     args.cos = cos.as<const float>();
@@ -286,6 +311,7 @@ struct PagedAttentionOp : PagedAttentionSignature {
     args.scale = a.scale;
     args.soft_cap = a.soft_cap;
     args.norm_eps = a.norm_eps;
+    check_pages(call, args);
     args.output = call.output({tokens, a.num_heads * a.head_dim});
     if (tokens > 0) kernels.paged_attention(args, parallel);
   }

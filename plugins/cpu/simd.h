@@ -49,7 +49,9 @@ SLIPSTREAM_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 SLIPSTREAM_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 
 SLIPSTREAM_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
-SLIPSTREAM_INLINE Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+SLIPSTREAM_INLINE Vec load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 SLIPSTREAM_INLINE Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -57,7 +59,9 @@ SLIPSTREAM_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 
 // The first n lanes (1 <= n <= kLanes) and no memory beyond them; the other lanes load as zero.
 SLIPSTREAM_INLINE Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-SLIPSTREAM_INLINE Vec load_first(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+SLIPSTREAM_INLINE Vec load_first(const Half* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
 SLIPSTREAM_INLINE Vec load_first(const int8_t* p, int n) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
 }
@@ -104,7 +108,9 @@ SLIPSTREAM_INLINE float reduce_max(Vec a) {
 }
 
 SLIPSTREAM_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-SLIPSTREAM_INLINE Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+SLIPSTREAM_INLINE Vec load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 SLIPSTREAM_INLINE Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -187,7 +193,8 @@ SLIPSTREAM_INLINE uint16_t half_bits(float x) {
   const uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (size >= 0x38800000) return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
+  if (size >= 0x38800000)
+    return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
   // Below the smallest normal half: a float of 0.5 has units of 2^-24 in its last place, as a half has there.
   float magnitude;
   std::memcpy(&magnitude, &size, sizeof(magnitude));

@@ -22,7 +22,7 @@ struct TileArgs {
   const uint8_t* scales;
   const uint8_t* zeros;
   int64_t groups;
-  int64_t step;
+  int64_t step;  // bytes of weight a block, for fetching ahead
   int blocks;  // of 32 elements in a group
   int scale_bytes;
 };

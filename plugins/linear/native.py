@@ -1,4 +1,4 @@
-"""The compiled kernels of quantized Linear and Embedding, called directly: for tests, ``inspect`` and benchmarks."""
+"""The compiled kernels of quantized Linear and Embedding, called without a session."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.plugins import library
+from slipstream.plugins.linear import ZERO_KINDS
 from slipstream.plugins.linear.packing import packed_size, scale_bytes
 from slipstream.quantize.tensor import WeightFormat
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-
-_ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
 
 
 class PackedWeight(ctypes.Structure):
@@ -62,17 +61,22 @@ class EmbeddingArgs(ctypes.Structure):
 
 def packed_weight(blob: Bytes, fmt: WeightFormat, gated: bool = False) -> PackedWeight:
     """The structure of a blob made by ``pack``; the blob must outlive it."""
-    assert blob.dtype == np.uint8 and blob.flags.c_contiguous and blob.size == packed_size(fmt, gated)
+    assert (
+        blob.dtype == np.uint8 and blob.flags.c_contiguous and blob.size == packed_size(fmt, gated)
+    )
     n, k = fmt.shape
     return PackedWeight(
-        blob.ctypes.data, k, n, fmt.bits, fmt.group, _ZERO_KINDS[fmt.zero], scale_bytes(fmt), gated
+        blob.ctypes.data, k, n, fmt.bits, fmt.group, ZERO_KINDS[fmt.zero], scale_bytes(fmt), gated
     )
 
 
 def _pointer(array: Floats | None, shape: tuple[int, ...]) -> int | None:
     if array is None:
         return None
-    assert array.dtype == np.float32 and array.shape == shape and array.flags.c_contiguous, (array.shape, shape)
+    assert array.dtype == np.float32 and array.shape == shape and array.flags.c_contiguous, (
+        array.shape,
+        shape,
+    )
     return array.ctypes.data
 
 
@@ -94,7 +98,7 @@ def linear(
     norm_weight: Floats | None = None,
     norm_eps: float = 0.0,
 ) -> Floats:
-    """``reference.linear`` by the kernel of one instruction set (``avx512``, ``avx2`` or ``generic``)."""
+    """``reference.linear`` by the kernel of one instruction set, a name in ``library.isas()``."""
     tokens = x.shape[0]
     outputs = weight.out_features // 2 if weight.gated else weight.out_features
     y = np.full((tokens, outputs), np.nan, np.float32)
@@ -108,12 +112,19 @@ def linear(
         tokens,
         norm_eps,
     )
-    status = _entry("slipstream_linear")(ctypes.byref(args), isa.encode(), threads)
-    assert status == 0, f"this library or machine has no {isa}"
+    run_linear(args, isa, threads)
     return y
 
 
-def embedding(ids: NDArray[np.int32], weight: PackedWeight, isa: str, *, threads: int = 2) -> Floats:
+def run_linear(args: LinearArgs, isa: str, threads: int = 2) -> None:
+    """The kernel on arguments that the caller has filled and keeps alive."""
+    status = _entry("slipstream_linear")(ctypes.byref(args), isa.encode(), threads)
+    assert status == 0, f"this library or machine has no {isa}"
+
+
+def embedding(
+    ids: NDArray[np.int32], weight: PackedWeight, isa: str, *, threads: int = 2
+) -> Floats:
     """``reference.embedding`` by the kernel of one instruction set."""
     assert ids.dtype == np.int32 and ids.flags.c_contiguous
     y = np.full((ids.size, weight.in_features), np.nan, np.float32)

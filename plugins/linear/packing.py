@@ -1,20 +1,23 @@
 """The blob of a quantized weight, laid out in the order in which the CPU kernels read it.
 
-The blob is a sequence of tiles of 16 rows (the last one padded with rows of zeros), each a multiple of 64 bytes:
+The blob is a sequence of tiles of 16 rows (the last one padded with rows of zeros), each a
+multiple of 64 bytes:
 
-* codes. For every 32 elements along K, 8 bits: byte ``[quad 8, row 16, 4]`` is the code of ``k = 4*quad + i``; 4 bits:
-  byte ``[pair 4, row 16, 4]`` holds the code of ``k = 8*pair + i`` in its low and of ``k = 8*pair + 4 + i`` in its
-  high nibble. So one load of 64 bytes gives 16 rows four consecutive elements each (twice for nibbles).
+* codes. For every 32 elements along K, 8 bits: byte ``[quad 8, row 16, 4]`` is the code of
+  ``k = 4*quad + i``; 4 bits: byte ``[pair 4, row 16, 4]`` holds the code of ``k = 8*pair + i`` in
+  its low and of ``k = 8*pair + 4 + i`` in its high nibble. So a load of 64 bytes gives 16 rows four
+  consecutive elements each (eight when they are nibbles).
 * scales ``[K/group, 16]``: float16 when the format's dtype is float16, else float32.
-* u8 zero points ``[K/group, 16]``, or offsets ``[K/group, 16]`` of the scales' type, or nothing (midpoint).
+* u8 zero points ``[K/group, 16]``, or offsets ``[K/group, 16]`` of the scales' type, or nothing.
 
-A gated weight (gate rows first, then as many up rows) alternates between tiles of gate rows and tiles of up rows.
+A gated weight (gate rows first, then as many up rows) alternates between tiles of gate rows and
+tiles of up rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +45,7 @@ def can_pack(fmt: WeightFormat) -> bool:
 
 
 def scale_bytes(fmt: WeightFormat) -> int:
-    """Bytes of a packed scale or offset: 2 for float16, 4 for every other dtype (all convert to float32 exactly)."""
+    """Bytes of a packed scale or offset: 2 for float16, 4 for all others, which float32 holds."""
     return 2 if fmt.dtype == "float16" else 4
 
 
@@ -85,7 +88,9 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
     out = np.zeros((layout.tiles, layout.stride), np.uint8)
     for first, last in _chunks(layout):
         tiles = slice(first, last)
-        _pack_codes(_rows_of(tensor.codes, layout, gated, tiles), fmt.bits, out[tiles, : layout.codes])
+        _pack_codes(
+            _rows_of(tensor.codes, layout, gated, tiles), fmt.bits, out[tiles, : layout.codes]
+        )
         scales = _tile_numbers(tensor.scale, layout, gated, tiles, np.dtype(number))
         out[tiles, layout.codes : layout.codes + layout.scales] = scales
         if zeros is not None:
@@ -96,15 +101,20 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
 
 
 def unpack(blob: Bytes, fmt: WeightFormat, gated: bool = False, name: str = "") -> QuantTensor:
-    """The weight in a blob; scales and offsets come back as float16 or float32, whatever the format's dtype."""
+    """The weight in a blob; scales and offsets come back in the blob's float16 or float32."""
     layout = _layout(fmt, gated)
     tiles = blob.reshape(layout.tiles, layout.stride)
     number = np.dtype(np.float16 if scale_bytes(fmt) == 2 else np.float32)
     bounds = np.cumsum([0, layout.codes, layout.scales, layout.zeros])
-    codes, scales, zeros = (tiles[:, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    codes, scales, zeros = (tiles[:, a:b] for a, b in pairwise(bounds))
 
     def numbers(part: Bytes, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        rows = np.ascontiguousarray(part).view(dtype).reshape(layout.tiles, -1, TILE).transpose(0, 2, 1)
+        rows = (
+            np.ascontiguousarray(part)
+            .view(dtype)
+            .reshape(layout.tiles, -1, TILE)
+            .transpose(0, 2, 1)
+        )
         return _untile(rows, fmt.shape[0], gated)
 
     return QuantTensor(
@@ -149,37 +159,40 @@ def _untile(tiles: NDArray[np.generic], n: int, gated: bool) -> NDArray[np.gener
 
 
 def _tile_numbers(
-    array: NDArray[np.generic], layout: _Layout, gated: bool, tiles: slice, dtype: np.dtype[np.generic]
+    array: NDArray[np.generic],
+    layout: _Layout,
+    gated: bool,
+    tiles: slice,
+    dtype: np.dtype[np.generic],
 ) -> Bytes:
     rows = _rows_of(array, layout, gated, tiles).astype(dtype)
     return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(rows.shape[0], -1).view(np.uint8)
 
 
-@lru_cache(maxsize=1)
-def _spread() -> NDArray[np.uint32]:
-    """Four nibbles to the low halves of four bytes."""
-    word = np.arange(1 << 16, dtype=np.uint32)
-    return (word & 15) | (word & 0xF0) << 4 | (word & 0xF00) << 8 | (word & 0xF000) << 12
+def _swap(words: NDArray[np.uint32], distance: int, mask: int) -> None:
+    """Exchanges, in place, the bits of ``mask`` with those ``distance`` places above them."""
+    changed = words >> distance
+    changed ^= words
+    changed &= mask
+    words ^= changed
+    changed <<= distance
+    words ^= changed
 
 
 def _pack_codes(rows: NDArray[np.generic], bits: int, out: Bytes) -> None:
-    """Codes ``[tiles, 16, K * bits / 8]`` of consecutive elements into the codes part of their tiles."""
-    if bits == 8:
-        words = rows.view(np.uint32)
-    else:
-        halves = rows.view(np.uint16)
-        words = _spread()[halves[..., 0::2]]
-        words |= _spread()[halves[..., 1::2]] << 4
+    """Codes ``[tiles, 16, K * bits / 8]`` of consecutive elements (lost) into their tiles."""
+    words = rows.view(np.uint32)
+    if bits == 4:  # nibbles 0 1 2 3 4 5 6 7 of a word become 0 4 1 5 2 6 3 7
+        _swap(words, 8, 0x0000FF00)
+        _swap(words, 4, 0x00F000F0)
     out.view(np.uint32).reshape(words.shape[0], -1, TILE)[:] = words.transpose(0, 2, 1)
 
 
 def _unpack_codes(codes: Bytes, bits: int) -> Bytes:
     """The inverse of ``_pack_codes``."""
-    tiles = codes.shape[0]
-    words = np.ascontiguousarray(np.ascontiguousarray(codes).view(np.uint32).reshape(tiles, -1, TILE).transpose(0, 2, 1))
-    if bits == 8:
-        return words.view(np.uint8)
-    quads = words.view(np.uint8).reshape(tiles, TILE, -1, 4)
-    first, second = quads & 15, quads >> 4
-    ordered = np.concatenate([first, second], axis=-1)  # the codes of eight consecutive elements
-    return np.asarray(ordered[..., 0::2] | ordered[..., 1::2] << 4, np.uint8).reshape(tiles, TILE, -1)
+    tiles = np.ascontiguousarray(codes).view(np.uint32).reshape(codes.shape[0], -1, TILE)
+    words = np.ascontiguousarray(tiles.transpose(0, 2, 1))
+    if bits == 4:
+        _swap(words, 4, 0x00F000F0)
+        _swap(words, 8, 0x0000FF00)
+    return words.view(np.uint8)

@@ -14,21 +14,24 @@ _SMALLEST = np.float32(2.0**-100)  # blocks of smaller values are taken as zero
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; the mean in float64, the rest in float32."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; the mean is taken in float64."""
     mean = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
     inverse = (1.0 / np.sqrt(mean + float(np.float32(eps)))).astype(np.float32)
-    return x * inverse * weight
+    return np.asarray(x * inverse * weight, np.float32)
 
 
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Symmetric int8 codes ``[T, K]`` and scales ``[T, K/32]`` of ``x`` ``[T, K]``: scale = largest magnitude / 127.
+    """Symmetric int8 codes ``[T, K]`` and scales ``[T, K/32]`` (largest magnitude / 127) of ``x``.
 
-    A block that holds an infinity or a NaN has codes of zero and that scale, so it makes its token's outputs NaN.
+    A block that holds an infinity or a NaN has codes of zero and that scale, so that every output
+    of its token becomes NaN.
     """
     blocks = x.reshape(x.shape[0], -1, BLOCK)
     largest = np.abs(blocks).max(axis=-1)
     usable = (largest >= _SMALLEST) & np.isfinite(largest)
-    inverse = np.where(usable, np.float32(127) / np.where(usable, largest, np.float32(1)), np.float32(0))
+    inverse = np.where(
+        usable, np.float32(127) / np.where(usable, largest, np.float32(1)), np.float32(0)
+    )
     with np.errstate(invalid="ignore"):
         codes = np.where(usable[..., None], np.rint(blocks * inverse[..., None]), 0)
     return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127)
@@ -44,11 +47,11 @@ def linear(
     norm_eps: float = 0.0,
     gated: bool = False,
 ) -> Floats:
-    """``act(norm(x) @ weight.T + bias) + residual`` with activations quantized to int8 in blocks of 32.
+    """``act(norm(x) @ weight.T + bias) + residual``; activations are quantized in blocks of 32.
 
-    x ``[T, K]``; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]`` when gated: then the first N/2 rows
-    of the weight are the gate and the rest up, and act is ``silu(gate) * up``. ``norm_weight`` ``[K]`` asks for an RMS
-    norm of x first. Sums are taken in float64.
+    x ``[T, K]``; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]`` when gated: then
+    the first N/2 rows of the weight are the gate and the rest up, and act is ``silu(gate) * up``.
+    ``norm_weight`` ``[K]`` asks for an RMS norm of x first. Sums are taken in float64.
     """
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps)

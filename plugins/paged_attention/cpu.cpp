@@ -76,7 +76,8 @@ void prefetch(const T* page, int64_t elements) {
 
 // All rows of a task against keys [start, end), a tile or less.
 template <class T>
-void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<T>& tile, int64_t start, int64_t end) {
+void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<T>& tile, int64_t start,
+                 int64_t end) {
   const PagedAttentionArgs& args = call.args;
   const int64_t dim = args.head_dim, page = args.page_size;
   const auto low = [&](int64_t row) {
@@ -135,14 +136,16 @@ struct TaskMemory {
     float* key_scales = scaled ? task_scratch.take<float>(call.tile) : nullptr;
     float* value_scales = scaled ? task_scratch.take<float>(call.tile) : nullptr;
     tile = {task_scratch.take<const T*>(2 * pages), task_scratch.take<const T*>(pages), key_scales, value_scales, 0};
-    floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages), key_scales, value_scales, 0};
+    floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages), key_scales,
+              value_scales, 0};
     copies = task_scratch.take<float>(2 * elements);
   }
 };
 
 // Finds the pages of keys [start, end) and gathers their scales.
 template <class T>
-void open_tile(const PagedAttentionArgs& args, int64_t sequence, int64_t head, int64_t start, int64_t end, Tile<T>& tile) {
+void open_tile(const PagedAttentionArgs& args, int64_t sequence, int64_t head, int64_t start, int64_t end,
+               Tile<T>& tile) {
   const int32_t* table = args.page_table + sequence * args.max_pages + start / args.page_size;
   const size_t bytes = static_cast<size_t>(args.page_size) * sizeof(float);
   for (int64_t i = 0; start + i * args.page_size < end; ++i) {
@@ -241,7 +244,8 @@ void reduce_row(const Call& call, const Reduction& reduction, int64_t head, int6
 
 template <class F>
 void run(Parallel& parallel, int64_t tasks, int64_t work, F&& task) {
-  if (tasks > 1 && work >= kParallelWork && parallel.threads() > 1) return parallel.for_each(tasks, std::forward<F>(task));
+  if (tasks > 1 && work >= kParallelWork && parallel.threads() > 1)
+    return parallel.for_each(tasks, std::forward<F>(task));
   for (int64_t i = 0; i < tasks; ++i) task(i);
 }
 

@@ -79,7 +79,8 @@ __attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, c
     multiply_block<T, rows, 1, false>(a, a_stride, b, column, kLanes, c, c_stride, accumulate);
   if constexpr (kLanes > 8)
     if (column < columns)
-      multiply_block<T, rows, 1, true>(a, a_stride, b, column, static_cast<int>(columns - column), c, c_stride, accumulate);
+      multiply_block<T, rows, 1, true>(a, a_stride, b, column, static_cast<int>(columns - column), c, c_stride,
+                                       accumulate);
 }
 
 template <int n>

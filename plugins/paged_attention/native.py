@@ -12,11 +12,13 @@ from slipstream.plugins import library
 from slipstream.plugins.paged_attention.reference import Attributes, Floats, Inputs
 
 _POINTERS = (
-    "qkv cos sin kv_cache kv_scales query_start context_len page_table slot_mapping q_norm k_norm sinks output".split()
+    *("qkv", "cos", "sin", "kv_cache", "kv_scales"),
+    *("query_start", "context_len", "page_table", "slot_mapping"),
+    *("q_norm", "k_norm", "sinks", "output"),
 )
 _SIZES = (
-    "tokens sequences max_pages num_pages rotary_half layer num_heads num_kv_heads head_dim page_size "
-    "sliding_window".split()
+    *("tokens", "sequences", "max_pages", "num_pages", "rotary_half", "layer"),
+    *("num_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window"),
 )
 _KV_TYPES = {"float32": 0, "float16": 1, "int8": 2}
 
@@ -66,11 +68,13 @@ def arguments(inputs: Inputs, attributes: Attributes, output: Floats) -> ctypes.
 
 
 def paged_attention(inputs: Inputs, attributes: Attributes, isa: str, threads: int = 1) -> Floats:
-    """The same as ``reference.paged_attention``, by the kernel compiled for ``isa`` on ``threads`` threads.
+    """The same as ``reference.paged_attention``, by a compiled kernel on ``threads`` threads.
 
-    All arrays must be C-contiguous, of the spec's dtypes. ``isa`` is one of ``library.isas()``; ValueError otherwise.
+    All arrays must be C-contiguous, of the spec's dtypes. ``isa`` is one of ``library.isas()``;
+    ValueError otherwise.
     """
-    output = np.full((inputs.qkv.shape[0], attributes.num_heads * attributes.head_dim), np.nan, np.float32)
+    width = attributes.num_heads * attributes.head_dim
+    output = np.full((inputs.qkv.shape[0], width), np.nan, np.float32)
     args = arguments(inputs, attributes, output)
     if _function()(ctypes.byref(args), isa.encode(), threads) != 0:
         raise ValueError(f"no kernels for {isa!r}; this machine has {', '.join(library.isas())}")

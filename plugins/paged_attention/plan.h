@@ -83,7 +83,8 @@ struct Plan {
     const int64_t token = args.query_start[s], count = args.query_start[s + 1] - token;
     const int64_t context = args.context_len[s], position = context - count, block = block_tokens(args);
     if (count == 0) return;
-    if (count <= block) return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, true});
+    if (count <= block)
+      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, true});
     for (int64_t done = 0; done < count; done += block) {
       const int64_t tokens = std::min(block, count - done), at = position + done;
       chunks[chunk_count++] = {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, true};

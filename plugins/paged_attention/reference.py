@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +47,10 @@ class Inputs:
 
 
 def rotate_half(x: Wide, cos: Floats, sin: Floats) -> Wide:
-    """Rotary embedding of heads ``[T, H, D]`` by angles ``[T, R]``: dimension i turns with i + R, for i < R (Su et al.,
-    2021, in the "rotate half" order of transformers); dimensions from 2 R on stay."""
+    """Rotary embedding (Su et al., 2021) of heads ``[T, H, D]`` by angles ``[T, R]``.
+
+    Dimension i < R turns with i + R, the "rotate half" order of transformers; from 2 R on none do.
+    """
     half = cos.shape[1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
@@ -55,9 +58,10 @@ def rotate_half(x: Wide, cos: Floats, sin: Floats) -> Wide:
 
 
 def write_page(inputs: Inputs, a: Attributes, which: int, slot: int, heads: Wide) -> None:
-    """Store the k (``which`` 0) or v (1) heads ``[num_kv_heads, D]`` of one token at ``slot``, rounding as the pages do.
+    """Store one token's k (``which`` 0) or v (1) heads ``[num_kv_heads, D]`` at ``slot``.
 
-    int8 pages are symmetric per token and head: ``scale = max|x| / 127``.
+    Values round to the dtype of the pages. int8 pages are symmetric per token and head:
+    ``scale = max|x| / 127``.
     """
     page, offset = divmod(slot, a.page_size)
     shape = (a.head_dim, a.page_size) if which == 0 else (a.page_size, a.head_dim)
@@ -85,11 +89,12 @@ def read_pages(inputs: Inputs, a: Attributes, which: int, sequence: int) -> Wide
     if inputs.kv_cache.dtype == np.int8:
         assert inputs.kv_scales is not None, "int8 pages need kv_scales"
         tokens = tokens * inputs.kv_scales[a.layer, pages, which].transpose(1, 0, 2)[..., None]
-    return tokens.reshape(a.num_kv_heads, -1, a.head_dim)[:, :context]
+    heads: Wide = tokens.reshape(a.num_kv_heads, -1, a.head_dim)[:, :context]
+    return heads
 
 
 def attend(q: Wide, k: Wide, v: Wide, a: Attributes, sinks: Floats | None) -> Wide:
-    """Causal attention ``[n, Hq, D]`` of the last n tokens of a context to k and v ``[Hkv, context, D]``."""
+    """Causal attention ``[n, Hq, D]`` of a context's last n tokens; k, v ``[Hkv, context, D]``."""
     n, context = q.shape[0], k.shape[1]
     k, v = (np.repeat(x, a.num_heads // a.num_kv_heads, axis=0) for x in (k, v))
     scores = np.einsum("nhd,hcd->hnc", q, k) * a.scale
@@ -106,7 +111,8 @@ def attend(q: Wide, k: Wide, v: Wide, a: Attributes, sinks: Floats | None) -> Wi
         scores = np.concatenate([scores, column], axis=-1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("hnc,hcd->nhd", weights[..., :context], v)
+    output: Wide = np.einsum("hnc,hcd->nhd", weights[..., :context], v)
+    return output
 
 
 def _norm(x: Wide, weight: Floats | None, eps: float) -> Wide:
@@ -117,7 +123,7 @@ def _norm(x: Wide, weight: Floats | None, eps: float) -> Wide:
 
 
 def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
-    """The first phase: store this step's k and v, and return its queries ``[T, Hq, D]``, rotated."""
+    """The first phase: store this step's k and v, and return its rotated queries ``[T, Hq, D]``."""
     a = attributes
     heads = inputs.qkv.astype(np.float64).reshape(inputs.qkv.shape[0], -1, a.head_dim)
     q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
@@ -131,16 +137,17 @@ def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
 def attend_pages(inputs: Inputs, attributes: Attributes, queries: Wide) -> Floats:
     """The second phase: float32 ``[T, num_heads * head_dim]`` from the pages alone."""
     output = np.empty(queries.shape)
-    for s, (begin, end) in enumerate(zip(inputs.query_start[:-1], inputs.query_start[1:], strict=True)):
+    for s, (begin, end) in enumerate(itertools.pairwise(inputs.query_start)):
         keys, values = (read_pages(inputs, attributes, which, s) for which in (0, 1))
         output[begin:end] = attend(queries[begin:end], keys, values, attributes, inputs.sinks)
     return np.asarray(output.reshape(len(queries), -1), np.float32)
 
 
 def paged_attention(inputs: Inputs, attributes: Attributes) -> Floats:
-    """Attention over a paged KV cache for a packed batch of prefill chunks and decodes (Kwon et al., 2023).
+    """Attention over a paged KV cache (Kwon et al., 2023) for prefill chunks and decodes together.
 
-    Returns float32 ``[T, num_heads * head_dim]`` and writes this step's k and v into ``inputs.kv_cache`` (and, for
-    int8 pages, their scales into ``inputs.kv_scales``). The queries of a sequence are the last tokens of its context.
+    Returns float32 ``[T, num_heads * head_dim]`` and writes this step's k and v into
+    ``inputs.kv_cache`` (and, for int8 pages, their scales into ``inputs.kv_scales``). The queries
+    of a sequence are the last tokens of its context.
     """
     return attend_pages(inputs, attributes, write_pages(inputs, attributes))

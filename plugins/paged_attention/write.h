@@ -78,7 +78,8 @@ inline void encode(Half* out, const float* x, int64_t dim, float*) {
 // Symmetric: x is about out * scale.
 inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
   Vec largest = simd::splat(0.0f);
-  for (int64_t i = 0; i < dim; i += kLanes) largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
+  for (int64_t i = 0; i < dim; i += kLanes)
+    largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
   const float amax = simd::reduce_max(largest);
   *scale = amax / 127.0f;
   const Vec inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
@@ -91,7 +92,8 @@ inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
 // Tokens [begin, end), at most kWriteTokens, of one kv head: its query heads go to `queries` (rotated and times
 // `factor`, one row of head_dim a token and head), its k and v into their pages.
 template <class T>
-void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, int64_t head, float factor, float* queries) {
+void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, int64_t head, float factor,
+                  float* queries) {
   const int64_t dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
   const int64_t width = (args.num_heads + 2 * args.num_kv_heads) * dim;
   T keys[kWriteTokens][kMaxHeadDim];

@@ -22,6 +22,7 @@ from slipstream.runtime.step import StepBatch, StepResult
 STEP_INPUTS = ("token_ids", "positions", "query_start", "context_len", "page_table", "slot_mapping", "logits_rows")
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
+_CACHE_LINE = 64
 _CACHED_BINDINGS = 64
 _CACHED_LOGITS_BYTES = 16 << 20
 
@@ -97,10 +98,10 @@ class CPUExecutor:
             )
         shape = (layout.num_layers, pages, 2, layout.num_kv_heads)
         arrays: dict[str, NDArray[Any]] = {
-            "kv_cache": np.zeros((*shape, layout.page_size * layout.head_dim), np.dtype(layout.dtype))
+            "kv_cache": _aligned_zeros((*shape, layout.page_size * layout.head_dim), layout.dtype)
         }
         if layout.dtype == "int8":
-            arrays["kv_scales"] = np.zeros((*shape, layout.page_size), np.float32)
+            arrays["kv_scales"] = _aligned_zeros((*shape, layout.page_size), "float32")
         self._bindings.clear()
         self._kv_arrays = list(arrays.values())
         self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
@@ -153,6 +154,14 @@ def _create_session(engine: Engine, num_threads: int) -> ort.InferenceSession:
             f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it again: "
             f"{engine.manifest.command}"
         ) from error
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + _CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _available_memory() -> int:

@@ -354,6 +354,14 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
             open_checkpoint(cut)
 
 
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = changed(tokenizer__chat_template="a template").write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"a template", b"a templat\xff"))
+
+    with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("start", "message"),
     [(b"PK\x03\x04", "magic"), (b"GGUF\x09\0\0\0", "version 9"), (b"GGUF\0\0\0\x03", "byte order")],
@@ -400,6 +408,9 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
             "yarn rope scaling has an attn_factor",
         ),
         (changed(rope__scaling__type="linear"), "no llama.rope.scaling.factor"),
+        (changed(attention__head_count=0), "attention.head_count is 0; expected a positive"),
+        (changed(embedding_length="wide"), "embedding_length is 'wide'; expected a positive"),
+        (changed(split__count="many"), "cannot be read as GGUF"),
         (without("block_count"), "no llama.block_count"),
         (without("token_embd.weight"), "no token_embd.weight"),
         (

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -111,6 +112,26 @@ def test_a_cancelled_consumer_ends_its_request() -> None:
             await until_idle(llm)
 
     serve(body, delay=0.002)
+
+
+def test_a_crowd_that_comes_and_goes_gets_its_own_tokens_and_leaves_nothing() -> None:
+    async def visit(llm: AsyncLLM, token: int, patience: int) -> bool:
+        outputs = llm.generate([token] * (1 + token % 6), greedy(max_tokens=8), priority=token % 3)
+        async with aclosing(outputs):
+            async for output in outputs:
+                tokens = output.outputs[0].token_ids
+                assert tokens == [token + 1 + i for i in range(len(tokens))]
+                if len(tokens) == patience:
+                    return False
+        return len(tokens) == 8
+
+    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+        visits = [visit(llm, n % 60, patience=1 + n % 11) for n in range(150)]
+        stayed = await asyncio.gather(*visits)
+        assert stayed == [n % 11 >= 8 for n in range(150)]
+
+    for policy in ("max_utilization", "guaranteed_no_evict"):
+        serve(body, num_pages=7, max_batch_size=5, scheduler_policy=policy)
 
 
 def test_abort_by_id_ends_the_iterator() -> None:

@@ -37,6 +37,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     assert batch.page_table[0, 0] == page and batch.page_table[1].tolist() == pages
     assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
     assert owners == [first]
+    assert second.allocation and second.allocation.synced == len(pages), "not to be copied again"
     assert all(
         array.dtype == "int32" and array.flags.c_contiguous
         for array in (batch.token_ids, batch.positions, batch.page_table, batch.slot_mapping)

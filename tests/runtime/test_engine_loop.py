@@ -133,6 +133,18 @@ def test_prompt_logprobs_cover_every_token_under_any_chunking_and_a_warm_cache(
         assert [each.token_ids for each in output.outputs] == [[24, 25, 26, 27]] * 2
 
 
+def test_prompt_logprobs_are_reported_once_though_the_prompt_was_computed_twice() -> None:
+    loop = EngineLoop(counting_engine(num_pages=6, max_batch_size=4, max_num_tokens=4))
+    loop.add_request(Request("first", [1] * 4, greedy(max_tokens=12)))
+    loop.add_request(Request("scored", list(range(16)), greedy(prompt_logprobs=0)))
+    output = drain(loop)["scored"]
+
+    assert loop.stats.num_preemptions > 0
+    scored = [each.token_id for each in output.prompt_logprobs or () if each]
+    assert scored == list(range(1, 16))
+    assert tokens_of(output) == [16, 17, 18, 19]
+
+
 def test_n_completions_share_the_prompt_and_differ_by_seed() -> None:
     loop = EngineLoop(counting_engine())
     request = Request("n", [5] * 9, SamplingParams(n=3, seed=10, max_tokens=3))

@@ -153,6 +153,12 @@ class TestDistribution:
     def test_equal_tokens_at_the_edge_of_the_nucleus(self) -> None:
         kept = nucleus(np.ones(40_000, np.float32), 0.25)
         assert sorted(kept.tolist()) == list(range(10_000))
+        weights = np.full(40_000, 0.5, np.float32)
+        weights[:20_000] = np.linspace(0.9, 1, 20_000)
+        # 19000 of 29000 lie in the first half; 0.8 of all needs 8400 of the equal ones.
+        kept = nucleus(weights, 0.8)
+        assert len(kept) == pytest.approx(28_400, abs=10)
+        assert sorted(kept.tolist()) == list(range(len(kept)))
 
     def chi_square(self, temperature: float, tokens: Iterable[int], logits: Floats) -> float:
         weights = np.exp(logits.astype(np.float64) / temperature)

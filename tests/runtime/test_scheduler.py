@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,11 @@ def drain(scheduler: Scheduler, limit: int = 500) -> None:
 
 def planned(plan: StepPlan) -> list[tuple[Sequence, int]]:
     return list(zip(plan.sequences, plan.counts, strict=True))
+
+
+def test_scheduling_needs_no_tensor_library() -> None:
+    code = "import sys, slipstream.runtime.scheduler as s; assert 'numpy' not in sys.modules, s"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_decodes_come_first_and_prefill_chunks_fill_the_budget() -> None:

@@ -262,6 +262,12 @@ class TestChatTemplates:
         assert tokenizer.has_chat_template
         assert tokenizer.apply_chat_template(CHATS[1]) == "3"
 
+    def test_null_counts_as_absent_as_in_transformers(self, tmp_path: Path) -> None:
+        template = "{{ messages[0].keys() | list }}"
+        chat: list[dict[str, Any]] = [{"role": "assistant", "content": None, "tools": None}]
+        expected = reference(template).apply_chat_template(chat, tokenize=False)
+        assert load(tmp_path, template).apply_chat_template(chat) == expected == "['role']"
+
     def test_the_callers_messages_are_left_alone(self, tmp_path: Path) -> None:
         template = "{% set _ = messages[0].update({'content': 'changed'}) %}"
         chat = [{"role": "user", "content": "x"}]

@@ -1,0 +1,191 @@
+"""Runs requests through an engine loop and notes when everything happened."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.executors.base import Executor, PendingStep
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import Request, RequestOutput
+from slipstream.runtime.request_factory import RequestFactory
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.step import StepBatch, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Random prompts of ``input_len`` tokens and greedy answers of exactly ``output_len``."""
+
+    input_len: int
+    output_len: int
+    seed: int
+
+
+@dataclass(slots=True)
+class Trace:
+    """When a request was sent and when each of its tokens came, in seconds."""
+
+    sent: float
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.tokens[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens."""
+        return [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Requests that ran together.
+
+    ``waits`` are the seconds from each answer of the executor to the next step's start: what the
+    loop costs outside of it.
+    """
+
+    traces: list[Trace]
+    seconds: float
+    waits: list[float]
+    steps: int
+    preemptions: int
+
+
+class TimedExecutor:
+    """An executor that notes how long it was left idle between steps."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.waits: list[float] = []
+        self.steps = 0
+        self._inner = inner
+        self._answered: float | None = None
+
+    def start(self) -> None:
+        """Begin anew; the time until the next step is nobody's."""
+        self.waits, self.steps, self._answered = [], 0, None
+
+    def reserve_kv(self, num_bytes: int | None) -> int:
+        """As the inner executor."""
+        return self._inner.reserve_kv(num_bytes)
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        """As the inner executor."""
+        if self._answered is not None:
+            self.waits.append(time.perf_counter() - self._answered)
+        self.steps += 1
+        return _TimedStep(self, self._inner.submit(batch))
+
+    def answered(self) -> None:
+        """A step's result was handed over."""
+        self._answered = time.perf_counter()
+
+    def shutdown(self) -> None:
+        """As the inner executor."""
+        self._inner.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    executor: TimedExecutor
+    inner: PendingStep
+
+    def result(self) -> StepResult:
+        result = self.inner.result()
+        self.executor.answered()
+        return result
+
+
+class Bench:
+    """An engine loop under measurement."""
+
+    def __init__(self, engine: LoadedEngine, workload: Workload) -> None:
+        """Raises ``InvalidRequestError`` for a workload that the engine would cut short."""
+        longest = engine.config.max_seq_len
+        if workload.input_len + workload.output_len > longest:
+            raise InvalidRequestError(
+                f"input-len {workload.input_len} and output-len {workload.output_len} are more than"
+                f" the engine's max_seq_len of {longest}; lower one of them"
+            )
+        self._executor = TimedExecutor(engine.executor)
+        self._loop = EngineLoop(replace(engine, executor=self._executor))
+        self._factory = RequestFactory(engine)
+        self._workload = workload
+        self._vocabulary = range(engine.vocab_size)
+        self._random = random.Random(workload.seed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._loop.shutdown()
+
+    def measure(
+        self, count: int, concurrency: int, progress: Callable[[int], None] = lambda done: None
+    ) -> Measurement:
+        """Run ``count`` new requests, at most ``concurrency`` of them at a time.
+
+        ``progress`` is told how many have ended.
+        """
+        requests = [self._request() for _ in range(count)]
+        preemptions = self._loop.stats.num_preemptions
+        self._executor.start()
+        started = time.perf_counter()
+        traces = self._run(requests, concurrency, progress)
+        return Measurement(
+            traces=traces,
+            seconds=time.perf_counter() - started,
+            waits=self._executor.waits,
+            steps=self._executor.steps,
+            preemptions=self._loop.stats.num_preemptions - preemptions,
+        )
+
+    def _request(self) -> Request:
+        length = self._workload.output_len
+        params = SamplingParams(
+            temperature=0, max_tokens=length, min_tokens=length, ignore_eos=True
+        )
+        prompt = self._random.choices(self._vocabulary, k=self._workload.input_len)
+        return self._factory.request(prompt, params, output_kind="delta")
+
+    def _run(
+        self, requests: Sequence[Request], concurrency: int, progress: Callable[[int], None]
+    ) -> list[Trace]:
+        traces: dict[str, Trace] = {}
+        waiting = list(reversed(requests))
+        running = 0
+        while waiting or running:
+            while waiting and running < concurrency:
+                request = waiting.pop()
+                traces[request.request_id] = Trace(time.perf_counter())
+                self._loop.add_request(request)
+                running += 1
+            outputs = self._loop.step()
+            _note(outputs, traces)
+            ended = sum(output.finished for output in outputs)
+            if ended:
+                running -= ended
+                progress(len(requests) - len(waiting) - running)
+        return list(traces.values())
+
+
+def _note(outputs: Iterable[RequestOutput], traces: dict[str, Trace]) -> None:
+    now = time.perf_counter()
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+        traces[output.request_id].tokens += [now] * len(output.outputs[0].token_ids)

@@ -1,0 +1,139 @@
+"""Reports of measurements: for people, and as JSON with all that is needed to repeat them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+
+from slipstream import __version__
+from slipstream.builder.engine import WEIGHTS, Engine, open_engine
+from slipstream.errors import InvalidRequestError
+from slipstream.plugins import library
+from slipstream.server.text import format_bytes, format_columns
+
+_PERCENTILES = (50, 90, 99)
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One benchmark; ``timings`` are samples in seconds, ``rates`` plain numbers."""
+
+    benchmark: str
+    engine: Path
+    settings: Mapping[str, int]
+    timings: Mapping[str, Sequence[float]]
+    rates: Mapping[str, float]
+
+    def publish(self, json_file: Path | None) -> None:
+        """Print the report, and write it to a file if one is given.
+
+        Raises ``InvalidRequestError`` if the file cannot be written.
+        """
+        click.echo(self._as_text())
+        if json_file is None:
+            return
+        text = json.dumps(self._as_dict(), indent=2) + "\n"
+        try:
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InvalidRequestError(
+                f"{json_file} cannot be written ({error.strerror}); choose another --json file"
+            ) from error
+
+    def _as_text(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        timings = [
+            (_spaced(name), *(f"{value:10.2f}" for value in distribution(samples).values()))
+            for name, samples in self.timings.items()
+        ]
+        head = ("milliseconds", *(f"{column:>10}" for column in distribution([0])))
+        rates = [(_spaced(name), f"{value:10,.1f}") for name, value in self.rates.items()]
+        return "\n".join(
+            [
+                f"{self.benchmark} of {self.engine} ({_described(open_engine(self.engine))})",
+                f"on {cpu_name()}, slipstream {__version__}",
+                f"with {settings}",
+                "",
+                format_columns([head, *timings]),
+                "",
+                format_columns(rates),
+            ]
+        )
+
+    def _as_dict(self) -> dict[str, object]:
+        return {
+            "benchmark": self.benchmark,
+            "settings": dict(self.settings),
+            "milliseconds": {
+                name: distribution(samples) for name, samples in self.timings.items() if samples
+            },
+            "rates": dict(self.rates),
+            "engine": _engine_summary(open_engine(self.engine)),
+            "environment": environment(),
+        }
+
+
+def distribution(seconds: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles in milliseconds; all nan for no values."""
+    values = np.asarray(seconds, np.float64) * 1000
+    if not len(values):
+        return dict.fromkeys(["mean", *(f"p{p}" for p in _PERCENTILES)], float("nan"))
+    points = np.percentile(values, _PERCENTILES)
+    named = {f"p{p}": float(point) for p, point in zip(_PERCENTILES, points, strict=True)}
+    return {"mean": float(values.mean()), **named}
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where that can be found out."""
+    if _CPUINFO.is_file():
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, object]:
+    """Versions and hardware."""
+    return {
+        "slipstream": __version__,
+        "onnxruntime": version("onnxruntime"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "instruction_sets": list(library.isas()),
+    }
+
+
+def _engine_summary(engine: Engine) -> dict[str, object]:
+    manifest = engine.manifest
+    return {
+        "path": str(engine.path),
+        "target": manifest.target,
+        "architecture": manifest.model["architecture"],
+        "quantization": manifest.quantization,
+        "kv_dtype": manifest.kv.dtype,
+        "weight_bytes": (engine.path / WEIGHTS).stat().st_size,
+        "limits": asdict(manifest.limits),
+        "command": manifest.command,
+    }
+
+
+def _described(engine: Engine) -> str:
+    manifest = engine.manifest
+    size = format_bytes((engine.path / WEIGHTS).stat().st_size)
+    return f"{manifest.model['architecture']}, {size} of weights, {manifest.kv.dtype} KV"
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")

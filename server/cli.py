@@ -1,0 +1,61 @@
+"""The ``slipstream`` command: a table of commands, each imported when it is used."""
+
+from __future__ import annotations
+
+import click
+
+from slipstream import __version__
+from slipstream.server.command import LazyGroup, resolve
+
+_COMMANDS = "slipstream.server.commands"
+
+bench = LazyGroup(
+    "bench",
+    help="Measure an engine on this machine, with random prompts of a fixed length.",
+    table={
+        "latency": (
+            f"{_COMMANDS}.bench_latency:latency",
+            "Time to first token and between tokens of one batch.",
+        ),
+        "throughput": (
+            f"{_COMMANDS}.bench_throughput:throughput",
+            "Tokens per second of many requests in flight.",
+        ),
+    },
+)
+
+slipstream = LazyGroup(
+    "slipstream",
+    help="""Compile language models into quantized engines and run them.
+
+    \b
+    Two commands from a checkpoint to an answer:
+      slipstream build SmolLM2-135M-Instruct.Q4_1.gguf -o engine
+      slipstream generate engine "Why is the sky blue?"
+
+    A model is an engine directory, a Hugging Face directory, a .gguf file or a hub id; a checkpoint
+    is compiled on first use and the engine kept in the cache.
+    """,
+    table={
+        "build": (f"{_COMMANDS}.build:build", "Compile a checkpoint into an engine."),
+        "generate": (f"{_COMMANDS}.generate:generate", "Answer one prompt."),
+        "chat": (f"{_COMMANDS}.chat:chat", "Chat with a model in the terminal."),
+        "bench": (f"{__name__}:bench", "Measure an engine on this machine."),
+        "inspect": (f"{_COMMANDS}.inspect:inspect", "Show what is inside an engine."),
+    },
+)
+click.version_option(__version__, prog_name="slipstream")(slipstream)
+
+
+def main() -> None:
+    """Run ``slipstream``."""
+    slipstream.main(prog_name="slipstream")
+
+
+def build_main() -> None:
+    """Run ``slipstream build`` under its own name."""
+    resolve(f"{_COMMANDS}.build:build").main(prog_name="slipstream-build")
+
+
+if __name__ == "__main__":
+    main()

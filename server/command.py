@@ -1,0 +1,107 @@
+"""What all commands share: loading on first use, ``--verbose``, ``--debug``, errors and exit statuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, cast
+
+import click
+
+from slipstream.errors import SlipstreamError
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+class CommandError(click.ClickException):
+    """An error of the user's that is no bad usage: one line on stderr, exit status 1."""
+
+    def show(self, file: Any = None) -> None:  # noqa: ANN401 - as declared by click
+        """Print the line."""
+        click.echo(f"error: {self.message}", err=True, file=file)
+
+
+class Command(click.Command):
+    """A command whose errors end in one line on stderr.
+
+    Exit status: 1 for a ``SlipstreamError``, 2 for bad usage, 130 for Ctrl-C.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of click.Command
+        kwargs.setdefault("context_settings", SETTINGS)
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(
+                ["--verbose"], is_flag=True, help="Log what is done, such as the compiler's passes."
+            ),
+            click.Option(["--debug"], is_flag=True, help="Show a traceback for an error."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        verbose, debug = ctx.params.pop("verbose"), ctx.params.pop("debug")
+        with _log_to_stderr(logging.INFO if verbose else logging.WARNING):
+            try:
+                return super().invoke(ctx)
+            except SlipstreamError as error:
+                if debug:
+                    raise
+                raise CommandError(str(error)) from error
+            except KeyboardInterrupt:
+                if debug:
+                    raise
+                click.echo(err=True)  # the terminal shows ^C in the middle of a line
+                ctx.exit(INTERRUPTED)
+
+
+class LazyGroup(click.Group):
+    """Commands from a table ``name -> (module:attribute, one line of help)``.
+
+    Help needs the table only, so it comes without importing a command.
+    """
+
+    def __init__(self, name: str, *, help: str, table: Mapping[str, tuple[str, str]]) -> None:
+        super().__init__(name, help=help, context_settings=SETTINGS)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        return resolve(self.table[cmd_name][0]) if cmd_name in self.table else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
+
+
+def resolve(path: str) -> click.Command:
+    """The command at ``module:attribute``."""
+    module, _, attribute = path.partition(":")
+    return cast(click.Command, getattr(import_module(module), attribute))
+
+
+class _EchoHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
+@contextmanager
+def _log_to_stderr(level: int) -> Iterator[None]:
+    logger, handler = logging.getLogger("slipstream"), _EchoHandler(level)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -1,0 +1,112 @@
+"""``slipstream build``."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slipstream.server.command import Command
+from slipstream.server.options import build_options
+from slipstream.server.progress import byte_progress
+from slipstream.server.text import format_bytes, format_columns
+
+if TYPE_CHECKING:
+    from slipstream.builder.build import Plan
+    from slipstream.builder.engine import Manifest
+    from slipstream.builder.options import BuildOptions
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Directory of the engine; an engine that stands there is replaced.",
+)
+@build_options
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="Print what the engine would need, without reading weights or writing anything.",
+)
+def build(checkpoint: str, output: Path | None, options: BuildOptions, estimate: bool) -> None:
+    """Compile a checkpoint into an engine.
+
+    CHECKPOINT is a Hugging Face directory, a .gguf file or a hub id such as Qwen/Qwen3-0.6B.
+    Weights that are quantized in it stay as they are.
+
+    \b
+    Examples:
+      slipstream build SmolLM2-135M-Instruct.Q4_1.gguf -o engine
+      slipstream build Qwen/Qwen3-0.6B -o engine --quantization int4_wo --max-seq-len 4096
+      slipstream build Qwen/Qwen3-0.6B --quantization int8_wo --estimate
+    """
+    if estimate:
+        _estimate(checkpoint, options)
+    elif output is None:
+        raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
+    else:
+        _build(checkpoint, output, options)
+
+
+def _estimate(checkpoint: str, options: BuildOptions) -> None:
+    from slipstream.builder.build import plan
+    from slipstream.server.engine_summary import count_kernels
+
+    planned = plan(checkpoint, options)
+    click.echo(format_columns(_needs(planned), indent=""))
+    click.echo()
+    _echo_kernels(count_kernels(planned.program.graph))
+
+
+def _needs(planned: Plan) -> list[tuple[str, str]]:
+    needed = planned.weight_bytes + planned.sequence_kv_bytes
+    full = planned.limits.max_batch_size
+    return [
+        ("weights", format_bytes(planned.weight_bytes)),
+        ("KV per token", f"{format_bytes(planned.kv.bytes_per_token)} ({planned.kv.dtype})"),
+        (
+            "KV of one sequence",
+            f"{format_bytes(planned.sequence_kv_bytes)} ({planned.limits.max_seq_len} tokens)",
+        ),
+        ("memory needed", f"{format_bytes(needed)} for weights and one sequence, plus the program"),
+        (
+            "memory of use",
+            f"{format_bytes(planned.weight_bytes + full * planned.sequence_kv_bytes)} "
+            f"for {full} sequences of full length; --kv-cache-bytes bounds it",
+        ),
+    ]
+
+
+def _build(checkpoint: str, output: Path, options: BuildOptions) -> None:
+    from slipstream.builder.build import build as build_engine
+
+    started = time.monotonic()
+    with byte_progress(f"building {output.name}") as report:
+        report(0, None)
+        manifest = build_engine(checkpoint, output, options, report)
+    _summarize(output, manifest, time.monotonic() - started)
+
+
+def _summarize(output: Path, manifest: Manifest, seconds: float) -> None:
+    from slipstream.builder.engine import Engine
+    from slipstream.server.engine_summary import count_kernels, read_graph
+
+    size = sum(file.stat().st_size for file in output.iterdir())
+    click.echo(
+        f"built {output} in {seconds:.1f} s: {format_bytes(size)}, {manifest.kv.dtype} KV cache of "
+        f"{format_bytes(manifest.kv.bytes_per_token)} per token"
+    )
+    click.echo()
+    _echo_kernels(count_kernels(read_graph(Engine(output, manifest))))
+    click.echo()
+    click.echo(f'next: slipstream generate {shlex.quote(str(output))} "Why is the sky blue?"')
+
+
+def _echo_kernels(kernels: dict[str, int]) -> None:
+    click.echo(format_columns([("kernel", "linears"), *kernels.items()]))

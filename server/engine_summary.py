@@ -1,0 +1,123 @@
+"""What an engine's files say about it, without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from slipstream.builder.engine import GRAPH, WEIGHTS, Engine, sha256
+from slipstream.errors import EngineMismatchError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+HashStatus = Literal["ok", "changed", "missing", "not checked"]
+_LINEARS = {
+    ("slipstream", "Linear"): ("slipstream", "group_size"),
+    ("com.microsoft", "MatMulNBits"): ("onnxruntime MatMulNBits", "block_size"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of an engine; ``size`` is in bytes, None for a missing file."""
+
+    name: str
+    size: int | None
+    status: HashStatus
+
+
+@dataclass(frozen=True, slots=True)
+class WeightEntry:
+    """A tensor of the weight file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def list_files(engine: Engine, *, verify: bool) -> list[FileEntry]:
+    """The files that the manifest names; ``verify`` compares their hashes."""
+    return [
+        _file_entry(engine.path / name, expected if verify else None)
+        for name, expected in engine.manifest.files.items()
+    ]
+
+
+def _file_entry(file: Path, expected: str | None) -> FileEntry:
+    if not file.is_file():
+        return FileEntry(file.name, None, "missing")
+    status: HashStatus = "not checked"
+    if expected is not None:
+        status = "ok" if sha256(file) == expected else "changed"
+    return FileEntry(file.name, file.stat().st_size, status)
+
+
+def list_weights(engine: Engine) -> list[WeightEntry]:
+    """The tensors of the weight file, from its header alone (the safetensors format).
+
+    Raises ``EngineMismatchError`` if there is no readable header.
+    """
+    file = engine.path / WEIGHTS
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return [_weight_entry(name, entry) for name, entry in header.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(engine, WEIGHTS, error) from error
+
+
+def _weight_entry(name: str, entry: dict[str, list[int]]) -> WeightEntry:
+    begin, end = entry["data_offsets"]
+    return WeightEntry(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+
+
+def read_graph(engine: Engine) -> ir.Graph:
+    """The graph of an engine, its weights unread; ``EngineMismatchError`` if it cannot be read."""
+    # Imported here because only reports about an engine need a graph library.
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        return ir.load(engine.path / GRAPH).graph
+    except (OSError, ValueError, DecodeError) as error:
+        raise _unreadable(engine, GRAPH, error) from error
+
+
+def count_operators(graph: Iterable[ir.Node]) -> dict[str, int]:
+    """How many nodes there are of every operator, most frequent first."""
+    counts = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in graph)
+    return dict(counts.most_common())
+
+
+def count_kernels(graph: Iterable[ir.Node]) -> dict[str, int]:
+    """How many linear layers run on every kernel, most frequent first."""
+    counts = Counter(kernel for node in graph if (kernel := _kernel(node)))
+    return dict(counts.most_common())
+
+
+def _kernel(node: ir.Node) -> str | None:
+    if (node.domain, node.op_type) == ("", "Gemm"):
+        return "onnxruntime Gemm float32"
+    known = _LINEARS.get((node.domain, node.op_type))
+    if known is None:
+        return None
+    name, group = known
+    bits, size = (node.attributes[key].as_int() for key in ("bits", group))
+    return f"{name} int{bits}, groups of {size}"
+
+
+def _unreadable(engine: Engine, name: str, error: Exception) -> EngineMismatchError:
+    return EngineMismatchError(
+        f"{name} of the engine {engine.path} cannot be read ({error}); build it again: "
+        f"{engine.manifest.command}"
+    )

@@ -1,0 +1,208 @@
+"""Command line options from the dataclasses that hold their defaults."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from slipstream.builder.options import BuildOptions
+from slipstream.errors import SlipstreamError
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.sampling_params import SamplingParams
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes: ``512M``, ``2G``, ``1.5GiB`` (powers of 1024) or plain ``1000000``."""
+
+    name = "size"
+
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,  # noqa: ANN401
+    ) -> int:
+        """Parse a size."""
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write for example 512M or 2G", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What the command line adds to a field: help, and where they differ, type, flag and default.
+
+    ``default`` is the text shown for a field that is left to the model or the engine.
+    """
+
+    help: str
+    default: str | None = None
+    type: click.ParamType | None = None
+    flag: str | None = None
+    least: int | None = None
+
+
+_ENGINES = "the engine's"
+RUNTIME = {
+    "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
+    "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
+    "max_seq_len": Option("Tokens of a prompt and its output together.", _ENGINES, least=2),
+    "num_threads": Option("CPU cores to use.", "all", least=1),
+    "kv_cache_bytes": Option(
+        "Memory for the KV cache, such as 512M or 2G.", "what fits", type=ByteSize()
+    ),
+    "scheduler_policy": Option(
+        "max_utilization admits early and recomputes when memory runs out; guaranteed_no_evict "
+        "admits only what can run to its end."
+    ),
+    "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
+    "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
+}
+SAMPLING = {
+    "max_tokens": Option("Most tokens to generate.", "up to max-seq-len"),
+    "min_tokens": Option("Fewest tokens to generate."),
+    "temperature": Option(
+        "0 takes the likeliest token; higher is more varied.", "the model's, or 1.0"
+    ),
+    "top_p": Option("Sample from the likeliest tokens of this total mass.", "the model's, or 1.0"),
+    "top_k": Option("Sample from this many likeliest tokens; 0 is all.", "the model's, or 0"),
+    "min_p": Option(
+        "Leave out tokens less likely than this times the likeliest.", "the model's, or 0.0"
+    ),
+    "repetition_penalty": Option(
+        "Above 1 makes tokens of the text so far less likely.", "the model's, or 1.0"
+    ),
+    "presence_penalty": Option("Subtracted once from tokens of the output."),
+    "frequency_penalty": Option("Subtracted from tokens of the output, per occurrence."),
+    "seed": Option("Makes sampling repeatable.", "random"),
+    "stop": Option("Text that ends the answer; may be repeated.", "none"),
+    "stop_token_ids": Option(
+        "Token that ends the answer; may be repeated.", "none", flag="stop-token-id"
+    ),
+    "bad_words": Option("Text never to generate; may be repeated.", "none", flag="bad-word"),
+    "ignore_eos": Option("Go on after the end-of-sequence token."),
+    "n": Option("Answers to generate."),
+    "logprobs": Option(
+        "Report log probabilities with this many alternatives; needs --json.", "none"
+    ),
+}
+_BUILD = {
+    "target": Option("Kind of device; auto takes the best that this machine has."),
+    "quantization": Option(
+        "Weight-only quantization, round to nearest, of weights that the checkpoint holds dense."
+    ),
+    "group_size": Option("Elements that share a scale: 32, 64 or 128."),
+    "symmetric": Option("Quantize without or with zero points.", flag="symmetric/--asymmetric"),
+    "kv_cache_dtype": Option(
+        "Type of the KV cache; auto is float32 for a dense engine and float16 for a quantized one."
+    ),
+    "gemm_plugin": Option(
+        "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
+    ),
+    "max_batch_size": Option("Sequences in one step, at most.", least=1),
+    "max_num_tokens": Option("Tokens in one step, at most.", least=1),
+    "max_seq_len": Option(
+        "Tokens of one sequence, at most.", "what the model was trained for", least=1
+    ),
+}
+
+
+def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add every field of ``BuildOptions``; the command gets ``options: BuildOptions``."""
+
+    def checked(values: dict[str, Any]) -> BuildOptions:
+        return _checked(BuildOptions, values)
+
+    return _collect(BuildOptions, _BUILD, "options", checked)(function)
+
+
+def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of ``RuntimeConfig``; the command gets those given as ``runtime: dict``."""
+    return _collect(RuntimeConfig, RUNTIME, "runtime", lambda values: values)(function)
+
+
+def sampling_options(*names: str) -> Decorator:
+    """Add these fields of ``SamplingParams``; the command gets those given as ``sampling: dict``."""
+
+    def checked(values: dict[str, Any]) -> dict[str, Any]:
+        _checked(SamplingParams, values)
+        return values
+
+    return _collect(SamplingParams, {name: SAMPLING[name] for name in names}, "sampling", checked)
+
+
+def _checked(cls: Callable[..., Any], values: dict[str, Any]) -> Any:  # noqa: ANN401
+    try:
+        return cls(**values)
+    except SlipstreamError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _collect(
+    cls: type, table: Mapping[str, Option], parameter: str, check: Callable[[dict[str, Any]], Any]
+) -> Decorator:
+    """A decorator that adds options and passes the ones given as one ``parameter``."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(**values: Any) -> object:  # noqa: ANN401 - options of any type
+            given = {name: values.pop(name) for name in table}
+            given = {name: value for name, value in given.items() if value not in (None, ())}
+            return function(**{parameter: check(given)}, **values)
+
+        for option in reversed(_click_options(cls, table)):
+            wrapper = option(wrapper)
+        return wrapper
+
+    return decorate
+
+
+def _click_options(cls: type, table: Mapping[str, Option]) -> list[Decorator]:
+    types = get_type_hints(cls)
+    defaults = {field.name: field.default for field in fields(cls)}
+    made = []
+    for name, option in table.items():
+        default = defaults[name]
+        assert default is not MISSING, f"{cls.__name__}.{name} has no default"
+        # The default is None, so that what was not given is left to the model or the engine.
+        text = f"{option.help}  [default: {option.default or _shown(default, option)}]"
+        flag, kind = _flag(name, types[name], option), _type(types[name], option)
+        made.append(click.option(flag, name, default=None, help=text, **kind))
+    return made
+
+
+def _shown(default: object, option: Option) -> str:
+    if not isinstance(default, bool):
+        return str(default)
+    on, _, off = (option.flag or "on/--off").partition("/--")
+    return on if default else off
+
+
+def _flag(name: str, hint: object, option: Option) -> str:
+    flag = option.flag or name.replace("_", "-")
+    return f"--{flag}/--no-{flag}" if hint is bool and option.flag is None else f"--{flag}"
+
+
+def _type(hint: Any, option: Option) -> dict[str, Any]:  # noqa: ANN401 - a type hint
+    """How click is to parse a field."""
+    if option.type is not None:
+        return {"type": option.type}
+    if isinstance(hint, UnionType):
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        return {"type": click.Choice(get_args(hint))}
+    if get_origin(hint) is Sequence:
+        return {"type": get_args(hint)[0], "multiple": True}
+    if hint is bool:
+        return {"is_flag": True}
+    return {"type": click.IntRange(min=option.least) if option.least is not None else hint}

@@ -1,0 +1,32 @@
+"""Numbers and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(count: float) -> str:
+    """A size in binary units: ``92.1 MiB``."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in _UNITS:
+        count /= 1024
+        if count < 1024:
+            break
+    return f"{count:.1f} {unit}"
+
+
+def format_columns(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as aligned text; the first column is left-aligned, and numbers are right-aligned."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = []
+    for row, text in zip(rows, texts, strict=True):
+        cells = [
+            word.rjust(width) if isinstance(value, int | float) else word.ljust(width)
+            for value, word, width in zip(row, text, widths, strict=True)
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,21 @@
+"""Random quantized weights for the tests of Linear."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slipstream.quantize.tensor import QuantTensor, WeightFormat, pack_nibbles
+
+
+def random_weight(fmt: WeightFormat, seed: int = 0) -> QuantTensor:
+    """Random codes, and scales that give weights of about one."""
+    rng = np.random.default_rng(seed)
+    n, k = fmt.shape
+    shape = (n, k // fmt.group)
+    codes = rng.integers(0, 2**fmt.bits, (n, k), dtype=np.uint8)
+    zero = rng.integers(0, 2**fmt.bits, shape, dtype=np.uint8) if fmt.zero == "zero" else None
+    offset = rng.normal(0, 0.1, shape).astype(fmt.dtype) if fmt.zero == "offset" else None
+    scale = (rng.uniform(0.1, 1, shape) / 2**fmt.bits).astype(fmt.dtype)
+    return QuantTensor(
+        "w", fmt, pack_nibbles(codes) if fmt.bits == 4 else codes, scale, zero, offset
+    )
