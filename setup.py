@@ -1,4 +1,5 @@
-"""Builds the native CPU plugins: every ``plugins/*/cpu.cpp`` once per instruction set, one shared library."""
+"""Builds the native CPU plugins: every ``plugins/*/cpu.cpp`` once per instruction set, one shared
+library."""
 
 import platform
 import sys
@@ -10,11 +11,28 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 PLUGINS = Path("plugins")
 X86_ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c".split(),
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "generic": [],
 }
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fno-math-errno"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-fno-math-errno",
+]
 
 
 class BuildNativePlugins(build_ext):
@@ -37,11 +55,17 @@ class BuildNativePlugins(build_ext):
                 depends=ext.depends,
             )
         objects += self.compiler.compile(
-            ext.sources[:1], output_dir=str(temp), include_dirs=include, extra_postargs=FLAGS, depends=ext.depends
+            ext.sources[:1],
+            output_dir=str(temp),
+            include_dirs=include,
+            extra_postargs=FLAGS,
+            depends=ext.depends,
         )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread"])
+        self.compiler.link_shared_object(
+            objects, target, target_lang="c++", extra_postargs=["-pthread"]
+        )
 
     @staticmethod
     def _generated_header() -> str:

@@ -3,10 +3,11 @@
     pip install -e '.[dev]' llama-cpp-python onnxruntime-genai
     python benchmarks/cpu_peers.py --json benchmarks/results/cpu_peers.json
 
-Each peer lives in a process of its own and measures itself when it is told to; only one works at a time, in rounds
-that interleave them. llama.cpp and Slipstream read the same Q4_1 GGUF; onnxruntime-genai gets its own int4 build (block
-32, accuracy level 4) of the same weights. Concurrency: llama.cpp's Python binding serves one context, so its eight
-requests run in turn; onnxruntime-genai runs them as one static batch; Slipstream batches them in flight.
+Each peer lives in a process of its own and measures itself when it is told to; only one works at a
+time, in rounds that interleave them. llama.cpp and Slipstream read the same Q4_1 GGUF;
+onnxruntime-genai gets its own int4 build (block 32, accuracy level 4) of the same weights.
+Concurrency: llama.cpp's Python binding serves one context, so its eight requests run in turn;
+onnxruntime-genai runs them as one static batch; Slipstream batches them in flight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import multiprocessing as mp
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,18 +27,27 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slipstream import SamplingParams
 
 ROOT = Path(__file__).parents[1]
-PREFILL, DECODE, CONCURRENT = 512, 64, 8
+DECODE, CONCURRENT = 64, 8
 Prompt = list[int]
 
 
 class Peer(Protocol):
     """An engine that completes prompts of token ids greedily, to a given length."""
 
-    def complete(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
-        """Generate ``new_tokens`` for every prompt."""
+    def complete(self, prompt: Prompt, new_tokens: int) -> float:
+        """Generate ``new_tokens`` for one prompt; the time at which the first of them was there."""
+        ...
+
+    def complete_all(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """Generate ``new_tokens`` for every prompt, in the way that serves them all soonest."""
         ...
 
 
@@ -48,11 +59,20 @@ class Slipstream:
 
         self._llm = LLM(model, num_threads=threads, enable_prefix_caching=False)
 
-    def complete(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    def complete(self, prompt: Prompt, new_tokens: int) -> float:
+        """A stream of tokens."""
+        arrivals = [time.perf_counter() for _ in self._llm.stream(prompt, self._params(new_tokens))]
+        return arrivals[0]
+
+    def complete_all(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         """One call; requests share steps."""
+        self._llm.generate(list(prompts), self._params(new_tokens))
+
+    @staticmethod
+    def _params(new_tokens: int) -> SamplingParams:
         from slipstream import SamplingParams
 
-        self._llm.generate(list(prompts), SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True))
+        return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
 
 
 class LlamaCpp:
@@ -62,16 +82,28 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         self._llm = Llama(
-            model, n_ctx=8192, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+            model,
+            n_ctx=8192,
+            n_batch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
         )
 
-    def complete(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    def complete(self, prompt: Prompt, new_tokens: int) -> float:
+        """The binding's own generator."""
+        self._llm.reset()
+        made = self._llm.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        next(made)
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            next(made)
+        return first
+
+    def complete_all(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         """One context, prompts in turn."""
         for prompt in prompts:
-            self._llm.reset()
-            made = self._llm.generate(prompt, temp=0.0, repeat_penalty=1.0)
-            for _ in range(new_tokens):
-                next(made)
+            self.complete(prompt, new_tokens)
 
 
 class OnnxRuntimeGenAI:
@@ -85,8 +117,15 @@ class OnnxRuntimeGenAI:
         (Path(model) / "genai_config.json").write_text(json.dumps(config))
         self._og, self._model = og, og.Model(model)
 
-    def complete(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    def complete(self, prompt: Prompt, new_tokens: int) -> float:
+        """A batch of one."""
+        return self._generate([prompt], new_tokens)
+
+    def complete_all(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         """One static batch; prompts are of one length."""
+        self._generate(prompts, new_tokens)
+
+    def _generate(self, prompts: Sequence[Prompt], new_tokens: int) -> float:
         import numpy as np
 
         params = self._og.GeneratorParams(self._model)
@@ -96,8 +135,11 @@ class OnnxRuntimeGenAI:
         )
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(np.array(prompts, np.int32))
-        for _ in range(new_tokens):
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
             generator.generate_next_token()
+        return first
 
 
 PEERS: dict[str, Callable[[str, int], Peer]] = {
@@ -107,29 +149,26 @@ PEERS: dict[str, Callable[[str, int], Peer]] = {
 }
 
 
-def measure(peer: Peer, rng: Any) -> dict[str, float]:
+def measure(peer: Peer, rng: np.random.Generator) -> dict[str, float]:
     """Tokens per second of each task, on new random prompts every time."""
 
-    def seconds(prompts: list[Prompt], new_tokens: int) -> float:
+    def prompt(length: int) -> Prompt:
+        made: Prompt = rng.integers(20, 40000, length).tolist()
+        return made
+
+    def rates(length: int) -> tuple[float, float]:
         start = time.perf_counter()
-        peer.complete(prompts, new_tokens)
-        return time.perf_counter() - start
+        first = peer.complete(prompt(length), DECODE + 1)
+        return length / (first - start), DECODE / (time.perf_counter() - first)
 
-    def prompts(count: int, length: int) -> list[Prompt]:
-        return [rng.integers(20, 40000, length).tolist() for _ in range(count)]
-
-    prefill = seconds(prompts(1, PREFILL), 1)
-    short = prompts(1, 32)
-    decode = seconds(short, DECODE + 1) - seconds(prompts(1, 32), 1)
-    far = prompts(1, 4000)
-    far_decode = seconds(far, DECODE + 1) - seconds(prompts(1, 4000), 1)
-    concurrent = seconds(prompts(CONCURRENT, 32), DECODE)
-    return {
-        "prefill_512": PREFILL / prefill,
-        "decode": DECODE / decode,
-        "decode_at_4k": DECODE / far_decode,
-        "concurrent_8": CONCURRENT * DECODE / concurrent,
-    }
+    result: dict[str, float] = {}
+    _, result["decode"] = rates(64)
+    result["prefill_512"], result["decode_at_512"] = rates(512)
+    _, result["decode_at_4k"] = rates(4000)
+    start = time.perf_counter()
+    peer.complete_all([prompt(32) for _ in range(CONCURRENT)], DECODE)
+    result["concurrent_8"] = CONCURRENT * DECODE / (time.perf_counter() - start)
+    return result
 
 
 def serve(name: str, model: str, threads: int, pipe: Connection) -> None:
@@ -137,7 +176,7 @@ def serve(name: str, model: str, threads: int, pipe: Connection) -> None:
     import numpy as np
 
     peer = PEERS[name](model, threads)
-    peer.complete([[1, 2, 3, 4] * 8], 8)
+    peer.complete([1, 2, 3, 4] * 8, 8)
     pipe.send("ready")
     while (seed := pipe.recv()) is not None:
         pipe.send(measure(peer, np.random.default_rng(seed)))
@@ -146,14 +185,17 @@ def serve(name: str, model: str, threads: int, pipe: Connection) -> None:
 def prepare(gguf: Path, scratch: Path) -> dict[str, str]:
     """The model of every peer, made from one GGUF."""
     engine, genai = scratch / "engine", scratch / "genai"
-    subprocess.run([sys.executable, "-m", "slipstream.server.cli", "build", gguf, "-o", engine], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "slipstream.server.cli", "build", gguf, "-o", engine], check=True
+    )
     checkpoint = scratch / "checkpoint"
     export_dense(gguf, checkpoint)
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", genai, "-p", "int4"]
-    options = ["-e", "cpu", "--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
+    command = f"-m onnxruntime_genai.models.builder -i {checkpoint} -o {genai} -p int4 -e cpu"
+    options = "--extra_options int4_block_size=32 int4_accuracy_level=4"
+    builder = [sys.executable, *shlex.split(f"{command} {options}")]
     with (scratch / "genai.log").open("w") as log:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        subprocess.run([*builder, *options], check=True, stdout=log, stderr=log, env=environment)
+        subprocess.run(builder, check=True, stdout=log, stderr=log, env=environment)
     return {"slipstream": str(engine), "llama.cpp": str(gguf), "onnxruntime-genai": str(genai)}
 
 
@@ -164,10 +206,18 @@ def export_dense(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory.mkdir()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    weights = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    weights = {
+        key: value.contiguous()
+        for key, value in model.state_dict().items()
+        if key != "lm_head.weight"
+    }
     save_file(weights, directory / "model.safetensors")
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key != "quantization_config"
+    }
     config["architectures"] = ["LlamaForCausalLM"]
     (directory / "config.json").write_text(json.dumps(config, default=str))
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
@@ -201,12 +251,18 @@ def report(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
     for task in ours[0]:
         row = {name: statistics.median(r[task] for r in rounds) for name, rounds in results.items()}
         ratios = {
-            f"vs {name}": statistics.median(a[task] / b[task] for a, b in zip(ours, rounds, strict=True))
+            f"vs {name}": statistics.median(
+                a[task] / b[task] for a, b in zip(ours, rounds, strict=True)
+            )
             for name, rounds in results.items()
             if name != "slipstream"
         }
         table[task] = row | ratios
-        cells = [f"{row[name]:10.1f}" + (f" ({ratios[f'vs {name}']:4.2f}x)" if f"vs {name}" in ratios else "") for name in results]
+        cells = [
+            f"{row[name]:10.1f}"
+            + (f" ({ratios[f'vs {name}']:4.2f}x)" if f"vs {name}" in ratios else "")
+            for name in results
+        ]
         print(f"{task:24}" + "".join(f"{cell:>22}" for cell in cells))
     return table
 
@@ -214,21 +270,30 @@ def report(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 def cpu_name() -> str:
     """The processor as the kernel calls it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--models", type=json.loads, help="JSON of peer -> model, to skip the preparation")
+    parser.add_argument(
+        "--models", type=json.loads, help="JSON of peer -> model, to skip the preparation"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         models = arguments.models
         if models is None:
-            fetch = [sys.executable, ROOT / "examples" / "fetch_smollm2.py"]
-            gguf = Path(subprocess.run(fetch, check=True, capture_output=True, text=True).stdout.strip())
+            fetch = [sys.executable, str(ROOT / "examples" / "fetch_smollm2.py")]
+            gguf = Path(
+                subprocess.run(fetch, check=True, capture_output=True, text=True).stdout.strip()
+            )
             models = prepare(gguf, Path(scratch))
         results = run(models, arguments.rounds, arguments.threads)
     table = report(results)

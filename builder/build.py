@@ -14,7 +14,15 @@ import onnx_ir as ir
 
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.base import Checkpoint
-from slipstream.builder.engine import GRAPH, MANIFEST, WEIGHTS, EngineLimits, KVLayout, Manifest, sha256
+from slipstream.builder.engine import (
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    EngineLimits,
+    KVLayout,
+    Manifest,
+    sha256,
+)
 from slipstream.builder.graph.ops import FLOAT, INT32, Ops
 from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
@@ -36,7 +44,8 @@ _REDUNDANT = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled program whose weights have not been read: what ``--estimate`` prints and ``build`` writes.
+    """A compiled program whose weights have not been read: what ``--estimate`` prints and
+    ``build`` writes.
 
     Sizes are in bytes.
     """
@@ -73,17 +82,24 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
     config, target = checkpoint.config, create_target(options.target)
     limits = _limits(config, options)
     kv = KVLayout(
-        target.kv_dtype(options, _is_dense(checkpoint, options)), target.page_size, config.num_layers, config.num_kv_heads, config.head_dim
+        target.kv_dtype(options, _is_dense(checkpoint, options)),
+        target.page_size,
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
     )
     program = _declare(checkpoint, kv)
     run_passes(program, target.pipeline(options))
     return Plan(checkpoint, options, program, target.name, limits, kv)
 
 
-def build(source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None) -> Manifest:
+def build(
+    source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> Manifest:
     """Write the engine of a checkpoint to ``output``, replacing an engine that stands there.
 
-    ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the build fails.
+    ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the
+    build fails.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BuildError(f"{output} exists and is no engine; choose another -o or remove it")
@@ -112,7 +128,8 @@ def _limits(config: ModelConfig, options: BuildOptions) -> EngineLimits:
     asked = options.max_seq_len or longest
     if asked > longest:
         raise BuildError(
-            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at most {longest}"
+            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at "
+            f"most {longest}"
         )
     return EngineLimits(options.max_batch_size, options.max_num_tokens, asked)
 
@@ -134,8 +151,10 @@ def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
     unread = sorted(name for name in names - used if not name.endswith(_REDUNDANT))
     if unread:
         raise CheckpointError(
-            f"{checkpoint.path} holds {len(unread)} tensors that {checkpoint.config.architecture} does not read, "
-            f"such as {unread[0]}; its config does not describe it: check config.json against the model's page"
+            f"{checkpoint.path} holds {len(unread)} tensors that {checkpoint.config.architecture} "
+            f"does not read, "
+            f"such as {unread[0]}; its config does not describe it: check config.json against the "
+            f"model's page"
         )
     return program
 
@@ -157,7 +176,9 @@ def _step_inputs(kv: KVLayout) -> dict[str, tuple[ir.DataType, tuple[int | str, 
     return inputs
 
 
-def _write(planned: Plan, staging: Path, source: str, output: str, progress: Progress | None) -> Manifest:
+def _write(
+    planned: Plan, staging: Path, source: str, output: str, progress: Progress | None
+) -> Manifest:
     total, done = planned.weight_bytes, 0
 
     def wrote(size: int) -> None:
@@ -172,12 +193,20 @@ def _write(planned: Plan, staging: Path, source: str, output: str, progress: Pro
             offset, length = places[value.name]
             assert value.dtype is not None and value.shape is not None
             value.const_value = ir.ExternalTensor(
-                WEIGHTS, offset, length, value.dtype, shape=value.shape, name=value.name, base_dir=staging
+                WEIGHTS,
+                offset,
+                length,
+                value.dtype,
+                shape=value.shape,
+                name=value.name,
+                base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
     planned.checkpoint.write_tokenizer(staging)
     manifest = _manifest(planned, source, output)
-    manifest = replace(manifest, files={file.name: sha256(file) for file in sorted(staging.iterdir())})
+    manifest = replace(
+        manifest, files={file.name: sha256(file) for file in sorted(staging.iterdir())}
+    )
     (staging / MANIFEST).write_text(manifest.to_json())
     os.chmod(staging, 0o755)  # mkdtemp made it private
     return manifest
@@ -195,6 +224,3 @@ def _manifest(planned: Plan, source: str, output: str) -> Manifest:
         source=source,
         command=planned.options.command(source, output),
     )
-
-
-

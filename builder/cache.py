@@ -1,4 +1,5 @@
-"""Engines that were built on the way to something else, kept under a key of everything that made them."""
+"""Engines that were built on the way to something else, kept under a key of everything that made
+them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from slipstream.builder.build import Progress, build
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.engine import FORMAT_VERSION, is_engine
 from slipstream.builder.options import BuildOptions
-from slipstream.errors import InvalidRequestError
 
 
 def cached_engine(
@@ -55,7 +55,8 @@ def _key(checkpoint: Path, recipe: BuildOptions) -> str:
 
 
 def _fingerprint(checkpoint: Path) -> Iterator[tuple[str, int, int]]:
-    # Size and time of change, not content: hashing gigabytes on every start would cost more than loading them.
+    # Size and time of change, not content: hashing gigabytes on every start would cost more than
+    # loading them.
     files = sorted(checkpoint.rglob("*")) if checkpoint.is_dir() else [checkpoint]
     for file in files:
         status = file.stat()

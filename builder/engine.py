@@ -58,8 +58,8 @@ class KVLayout:
 class Manifest:
     """The content of engine.json.
 
-    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
-    ``files`` holds the SHA-256 of every other file.
+    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch
+    can be mended. ``files`` holds the SHA-256 of every other file.
     """
 
     target: str
@@ -96,13 +96,16 @@ class Engine:
     manifest: Manifest
 
     def verify_files(self) -> None:
-        """Compare every file with its hash; EngineMismatchError names the first that differs or is missing."""
+        """Compare every file with its hash; EngineMismatchError names the first that differs or is
+        missing."""
         for name, expected in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
                 raise self._mismatch(f"{name} is missing from the engine {self.path}")
             if sha256(file) != expected:
-                raise self._mismatch(f"{name} of the engine {self.path} was changed or damaged after it was built")
+                raise self._mismatch(
+                    f"{name} of the engine {self.path} was changed or damaged after it was built"
+                )
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
@@ -123,33 +126,42 @@ def is_engine(path: Path) -> bool:
 
 
 def open_engine(path: Path) -> Engine:
-    """Read and check a manifest; EngineMismatchError says what was found, what is needed and how to mend it.
+    """Read and check a manifest; EngineMismatchError says what was found, what is needed and how
+    to mend it.
 
     Hashes are not compared here: ``Engine.verify_files`` does that, so that loading can overlap it.
     """
     file = path / MANIFEST
     if not file.is_file():
         raise EngineMismatchError(
-            f"{path} holds no {MANIFEST}, so it is no engine; make one with: slipstream build CHECKPOINT -o {path}"
+            f"{path} holds no {MANIFEST}, so it is no engine; make one with: slipstream build "
+            f"CHECKPOINT -o {path}"
         )
     try:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EngineMismatchError(f"{file} is not readable JSON ({error}); build the engine again") from error
+        raise EngineMismatchError(
+            f"{file} is not readable JSON ({error}); build the engine again"
+        ) from error
     _check_version(raw, file)
     try:
         manifest = Manifest.from_dict(raw)
     except (KeyError, TypeError) as error:
-        raise EngineMismatchError(f"{file} lacks or misnames a field ({error}); build the engine again") from error
+        raise EngineMismatchError(
+            f"{file} lacks or misnames a field ({error}); build the engine again"
+        ) from error
     return Engine(path, manifest)
 
 
 def _check_version(raw: object, file: Path) -> None:
     if not isinstance(raw, dict) or "format_version" not in raw:
-        raise EngineMismatchError(f"{file} has no format_version, so it is no engine manifest; build the engine again")
+        raise EngineMismatchError(
+            f"{file} has no format_version, so it is no engine manifest; build the engine again"
+        )
     if raw["format_version"] != FORMAT_VERSION:
         again = raw.get("command", "slipstream build CHECKPOINT -o ENGINE")
         raise EngineMismatchError(
-            f"{file} has format {raw['format_version']} and Slipstream {__version__} reads format {FORMAT_VERSION}; "
+            f"{file} has format {raw['format_version']} and Slipstream {__version__} reads format "
+            f"{FORMAT_VERSION}; "
             f"build it again: {again}"
         )

@@ -18,11 +18,13 @@ _LIMITS = EngineLimits()
 class BuildOptions:
     """How to compile a checkpoint.
 
-    quantization    weight-only, round to nearest, applied to weights that the checkpoint holds dense
+    quantization    weight-only, round to nearest, applied to weights that the checkpoint holds
+                    dense
     group_size      elements along K that share a scale
     symmetric       no zero points
     kv_cache_dtype  auto: float32 for a dense engine, float16 for a quantized one
-    gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's MatMulNBits
+    gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
+                    MatMulNBits
     """
 
     target: str = "auto"

@@ -1,7 +1,7 @@
 """Streams an engine's weights into one safetensors file, a weight at a time.
 
-The format (8 bytes of header length, a JSON header, the data) is that of the safetensors project; its library writes
-only tensors that are all in memory, and an engine may be larger than memory.
+The format (8 bytes of header length, a JSON header, the data) is that of the safetensors project;
+its library writes only tensors that are all in memory, and an engine may be larger than memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def _layout(parts: Iterable[StoredTensor]) -> tuple[bytes, dict[str, tuple[int, 
     offset = 0
     for part in parts:
         end = offset + part.nbytes
-        entries[part.name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [offset, end]}
+        entries[part.name] = {
+            "dtype": _NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [offset, end],
+        }
         spans[part.name] = (offset, part.nbytes)
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -73,7 +77,8 @@ def _checked_bytes(part: StoredTensor, array: NDArray[np.generic]) -> memoryview
     expected = ml_dtypes.bfloat16 if part.dtype == ir.DataType.BFLOAT16 else part.dtype.numpy()
     if array.shape != part.shape or array.dtype != expected:
         raise BuildError(
-            f"weight {part.name} was declared {part.dtype.name} {part.shape} but holds {array.dtype} {array.shape}; "
+            f"weight {part.name} was declared {part.dtype.name} {part.shape} but holds "
+            f"{array.dtype} {array.shape}; "
             "the checkpoint contradicts its own metadata: download it again"
         )
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data

@@ -15,8 +15,10 @@ def path() -> str:
     spec = find_spec("slipstream.plugins._cpu")
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
-            "The native CPU plugins are not compiled: install a C++17 compiler (g++ or clang++) and run "
-            "'pip install --force-reinstall --no-deps slipstream' (or 'pip install -e .' in a checkout)."
+            "The native CPU plugins are not compiled: install a C++17 compiler (g++ or clang++) "
+            "and run "
+            "'pip install --force-reinstall --no-deps slipstream' (or 'pip install -e .' in a "
+            "checkout)."
         )
     return spec.origin
 

@@ -12,10 +12,11 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output: its dtypes (ONNX names in lower case; several: any of them) and its shape.
+    """One input or output: its dtypes (ONNX names in lower case; several: any of them) and its
+    shape.
 
-    A dimension is a name bound by the first tensor that uses it, or an expression of names and attributes.
-    An empty shape means that the operator's text says what is allowed.
+    A dimension is a name bound by the first tensor that uses it, or an expression of names and
+    attributes. An empty shape means that the operator's text says what is allowed.
     """
 
     name: str
@@ -39,8 +40,9 @@ class AttributeSpec:
 class OperatorSpec:
     """The signature of one operator of the ``slipstream`` domain.
 
-    ``reference`` names the NumPy function (``module:function``) that defines what the operator computes. An engine
-    records ``version``, which rises when old engines would compute something else.
+    ``reference`` names the NumPy function (``module:function``) that defines what the operator
+    computes. An engine records ``version``, which rises when old engines would compute something
+    else.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""The one representation of a weight, quantized or dense, between checkpoint, algorithms and packers."""
+"""The one representation of a weight, quantized or dense, between checkpoint, algorithms and
+packers."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ ZeroKind = Literal["midpoint", "zero", "offset"]
 class WeightFormat:
     """What is known of a weight without reading its data.
 
-    ``zero`` says how an integer code becomes a number: ``midpoint`` is ``(q - 2**(bits-1)) * scale``,
-    ``zero`` is ``(q - zero) * scale`` and ``offset`` is ``q * scale + offset``. ``group`` is the number of
-    consecutive elements along K that share a scale. ``dtype`` is the element type of a dense weight and
-    the type of the scales of a quantized one, as a NumPy / ml_dtypes name.
+    ``zero`` says how an integer code becomes a number: ``midpoint`` is ``(q - 2**(bits-1)) *
+    scale``, ``zero`` is ``(q - zero) * scale`` and ``offset`` is ``q * scale + offset``. ``group``
+    is the number of consecutive elements along K that share a scale. ``dtype`` is the element type
+    of a dense weight and the type of the scales of a quantized one, as a NumPy / ml_dtypes name.
     """
 
     shape: tuple[int, ...]
@@ -33,9 +34,11 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantTensor:
-    """A weight ``[N, K]`` (a dense one may have any rank) as codes and the numbers that decode them.
+    """A weight ``[N, K]`` (a dense one may have any rank) as codes and the numbers that decode
+    them.
 
-    codes   dense: the values. int, 4 bits: u8 ``[N, ceil(K/2)]``, low nibble = even k; 8 bits: u8 ``[N, K]``.
+    codes   dense: the values. int, 4 bits: u8 ``[N, ceil(K/2)]``, low nibble = even k; 8 bits: u8
+            ``[N, K]``.
     scale   ``[N, K/group]`` multipliers.
     zero    u8 ``[N, K/group]`` when ``format.zero == "zero"``.
     offset  float ``[N, K/group]`` when ``format.zero == "offset"``.
@@ -71,7 +74,11 @@ class QuantTensor:
             assert self.offset is not None
             out = groups * scale + self.offset.astype(np.float32)[..., None]
         else:
-            zero = 2.0 ** (self.format.bits - 1) if self.zero is None else self.zero[..., None].astype(np.float32)
+            zero = (
+                2.0 ** (self.format.bits - 1)
+                if self.zero is None
+                else self.zero[..., None].astype(np.float32)
+            )
             out = (groups - zero) * scale
         return np.asarray(out, np.float32).reshape(n, k)
 
@@ -94,7 +101,8 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """Weights of one format (but for their rows) as one, rows in order; biases likewise along their only axis."""
+    """Weights of one format (but for their rows) as one, rows in order; biases likewise along
+    their only axis."""
     first = tensors[0].format
     rows = sum(tensor.format.shape[0] for tensor in tensors)
     name = _joint_name([tensor.name for tensor in tensors])

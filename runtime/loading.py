@@ -1,4 +1,5 @@
-"""From an engine directory, or a checkpoint that is built on the way, to what the engine loop needs."""
+"""From an engine directory, or a checkpoint that is built on the way, to what the engine loop
+needs."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from slipstream.runtime.tokenizer import Tokenizer
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load an engine, after building it into the cache if ``model`` is a checkpoint.
 
-    ``options`` are fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises CheckpointError,
-    BuildError, EngineMismatchError or InvalidRequestError.
+    ``options`` are fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises
+    CheckpointError, BuildError, EngineMismatchError or InvalidRequestError.
     """
-    runtime = {name: value for name, value in options.items() if name in RuntimeConfig.__dataclass_fields__}
+    runtime = {
+        name: value for name, value in options.items() if name in RuntimeConfig.__dataclass_fields__
+    }
     others = {name: value for name, value in options.items() if name not in runtime}
     engine = open_engine(_engine_path(model, runtime, others))
     config = _config(engine, runtime)
@@ -50,11 +53,14 @@ def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[
         if others:
             raise InvalidRequestError(
                 f"{model} is an engine, so {', '.join(others)} cannot be set: known options are "
-                f"{', '.join(RuntimeConfig.__dataclass_fields__)}; what a build decides is decided by slipstream build"
+                f"{', '.join(RuntimeConfig.__dataclass_fields__)}; what a build decides is decided "
+                f"by slipstream build"
             )
         return path
     # Loaded by name: serving an engine must not need the compiler and its libraries.
-    built: Path = import_module("slipstream.builder.cache").cached_engine(model, {**runtime, **others})
+    built: Path = import_module("slipstream.builder.cache").cached_engine(
+        model, {**runtime, **others}
+    )
     return built
 
 
@@ -63,10 +69,13 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
     for name, limit in limits.items():
         if runtime.get(name, 0) > limit:
             raise InvalidRequestError(
-                f"{name} is {runtime[name]}, but {engine.path} was built for {limit}; ask for less, or build again "
+                f"{name} is {runtime[name]}, but {engine.path} was built for {limit}; ask for "
+                f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    limits["max_batch_size"] = min(limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"]))
+    limits["max_batch_size"] = min(
+        limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
+    )
     return RuntimeConfig(**{**limits, "page_size": engine.manifest.kv.page_size, **runtime})
 
 

@@ -1,4 +1,5 @@
-"""What one step asks of an executor and what it answers: the contract between scheduler and device."""
+"""What one step asks of an executor and what it answers: the contract between scheduler and
+device."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ IntArray = NDArray[np.int32]
 class SamplingRow:
     """How to turn one row of logits into a token, or into the logprob of a given prompt token.
 
-    ``prompt`` and ``output`` are the live token lists of the sequence (never copied; penalties, bad words and
-    the random stream read them). ``target`` is set on rows that only score that prompt token.
+    ``prompt`` and ``output`` are the live token lists of the sequence (never copied; penalties,
+    bad words and the random stream read them). ``target`` is set on rows that only score that
+    prompt token.
     """
 
     params: SamplingParams
@@ -34,9 +36,9 @@ class StepBatch:
     """One packed step: prefill chunks and decodes side by side, no padding.
 
     Arrays are int32. T tokens, S sequences, L logits rows, P page-table columns.
-    ``token_ids[T]``, ``positions[T]``, ``query_start[S+1]``, ``context_len[S]`` (tokens in the cache after
-    this step), ``page_table[S, P]``, ``slot_mapping[T]`` (page * page_size + offset), ``logits_rows[L]`` (token
-    rows whose logits are wanted), and one ``SamplingRow`` a logits row.
+    ``token_ids[T]``, ``positions[T]``, ``query_start[S+1]``, ``context_len[S]`` (tokens in the
+    cache after this step), ``page_table[S, P]``, ``slot_mapping[T]`` (page * page_size + offset),
+    ``logits_rows[L]`` (token rows whose logits are wanted), and one ``SamplingRow`` a logits row.
     """
 
     token_ids: IntArray
@@ -51,7 +53,8 @@ class StepBatch:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Log probability and rank of one token, and of the most likely ones: ``{token_id: (logprob, rank)}``."""
+    """Log probability and rank of one token, and of the most likely ones: ``{token_id: (logprob,
+    rank)}``."""
 
     token_id: int
     logprob: float
@@ -61,7 +64,8 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits row."""
+    """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits
+    row."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]

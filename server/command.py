@@ -1,4 +1,4 @@
-"""What all commands share: loading on first use, ``--verbose``, ``--debug``, errors and exit statuses."""
+"""What all commands share: loading on first use, ``--verbose``, ``--debug`` and exit statuses."""
 
 from __future__ import annotations
 

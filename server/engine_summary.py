@@ -85,11 +85,10 @@ def read_graph(engine: Engine) -> ir.Graph:
     """The graph of an engine, its weights unread; ``EngineMismatchError`` if it cannot be read."""
     # Imported here because only reports about an engine need a graph library.
     import onnx_ir as ir
-    from google.protobuf.message import DecodeError
 
     try:
         return ir.load(engine.path / GRAPH).graph
-    except (OSError, ValueError, DecodeError) as error:
+    except Exception as error:  # protobuf's errors share no public base class
         raise _unreadable(engine, GRAPH, error) from error
 
 

@@ -20,34 +20,25 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes: ``512M``, ``2G``, ``1.5GiB`` (powers of 1024) or plain ``1000000``."""
-
-    name = "size"
-
-    def convert(
-        self,
-        value: Any,
-        param: click.Parameter | None,
-        ctx: click.Context | None,  # noqa: ANN401
-    ) -> int:
-        """Parse a size."""
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is not a size; write for example 512M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+def size(text: str) -> int:
+    """Parse bytes: ``512M``, ``2G``, ``1.5GiB`` (powers of 1024) or plain ``1000000``."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size; write for example 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What the command line adds to a field: help, and where they differ, type, flag and default.
+    """What the command line adds to a field: help, and where they differ, flag, parser and default.
 
-    ``default`` is the text shown for a field that is left to the model or the engine.
+    ``default`` is the text shown for a field that is left to the model or the engine; ``least`` is
+    the smallest number that makes sense.
     """
 
     help: str
     default: str | None = None
-    type: click.ParamType | None = None
+    parse: Callable[[str], object] | None = None
     flag: str | None = None
     least: int | None = None
 
@@ -59,7 +50,7 @@ RUNTIME = {
     "max_seq_len": Option("Tokens of a prompt and its output together.", _ENGINES, least=2),
     "num_threads": Option("CPU cores to use.", "all", least=1),
     "kv_cache_bytes": Option(
-        "Memory for the KV cache, such as 512M or 2G.", "what fits", type=ByteSize()
+        "Memory for the KV cache, such as 512M or 2G.", "what fits", parse=size
     ),
     "scheduler_policy": Option(
         "max_utilization admits early and recomputes when memory runs out; guaranteed_no_evict "
@@ -121,7 +112,8 @@ def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``BuildOptions``; the command gets ``options: BuildOptions``."""
 
     def checked(values: dict[str, Any]) -> BuildOptions:
-        return _checked(BuildOptions, values)
+        options: BuildOptions = _checked(BuildOptions, values)
+        return options
 
     return _collect(BuildOptions, _BUILD, "options", checked)(function)
 
@@ -132,7 +124,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sampling_options(*names: str) -> Decorator:
-    """Add these fields of ``SamplingParams``; the command gets those given as ``sampling: dict``."""
+    """Add fields of ``SamplingParams``; the command gets those given as ``sampling: dict``."""
 
     def checked(values: dict[str, Any]) -> dict[str, Any]:
         _checked(SamplingParams, values)
@@ -160,9 +152,10 @@ def _collect(
             given = {name: value for name, value in given.items() if value not in (None, ())}
             return function(**{parameter: check(given)}, **values)
 
+        command: Callable[..., Any] = wrapper
         for option in reversed(_click_options(cls, table)):
-            wrapper = option(wrapper)
-        return wrapper
+            command = option(command)
+        return command
 
     return decorate
 
@@ -170,7 +163,7 @@ def _collect(
 def _click_options(cls: type, table: Mapping[str, Option]) -> list[Decorator]:
     types = get_type_hints(cls)
     defaults = {field.name: field.default for field in fields(cls)}
-    made = []
+    made: list[Decorator] = []
     for name, option in table.items():
         default = defaults[name]
         assert default is not MISSING, f"{cls.__name__}.{name} has no default"
@@ -195,8 +188,8 @@ def _flag(name: str, hint: object, option: Option) -> str:
 
 def _type(hint: Any, option: Option) -> dict[str, Any]:  # noqa: ANN401 - a type hint
     """How click is to parse a field."""
-    if option.type is not None:
-        return {"type": option.type}
+    if option.parse is not None:
+        return {"type": option.parse}
     if isinstance(hint, UnionType):
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:

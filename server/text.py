@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
@@ -11,11 +12,8 @@ def format_bytes(count: float) -> str:
     """A size in binary units: ``92.1 MiB``."""
     if count < 1024:
         return f"{count:.0f} B"
-    for unit in _UNITS:
-        count /= 1024
-        if count < 1024:
-            break
-    return f"{count:.1f} {unit}"
+    power = min(int(math.log(count, 1024)), len(_UNITS))
+    return f"{count / 1024**power:.1f} {_UNITS[power - 1]}"
 
 
 def format_columns(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiny_models import TINY_SHAPE, save_tiny
+
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 
-from tests.tiny_models import TINY_SHAPE, save_tiny
-
 ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
@@ -37,7 +38,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with a byte-level BPE tokenizer and a ChatML template."""
     from transformers import LlamaConfig
 
-    return save_tiny(LlamaConfig(**TINY_SHAPE, eos_token_id=1, bos_token_id=0), tmp_path_factory.mktemp("tiny"))
+    return save_tiny(
+        LlamaConfig(**TINY_SHAPE, eos_token_id=1, bos_token_id=0), tmp_path_factory.mktemp("tiny")
+    )
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+    "+ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -21,16 +25,17 @@ TINY_SHAPE: dict[str, Any] = {
 }
 
 
-def save_tiny(config: Any, directory: Path, seed: int = 0) -> Path:
+def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
     """Write a random model of a transformers configuration, with the tiny tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norm weights and biases start as ones and zeros, which would hide a mix-up between them.
+            # Norm weights and biases start as ones and zeros, which would hide a mix-up between
+            # them.
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * (0.2 if "norm" in name else 0.5))
             else:
@@ -53,7 +58,9 @@ def write_tiny_tokenizer(directory: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and the cat sat on the mat"], trainer)
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the cat sat on the mat"], trainer
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHATML}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,4 +1,5 @@
-"""The one operator surface that model files call, and the one place that spells ONNX nodes for them."""
+"""The one operator surface that model files call, and the one place that spells ONNX nodes for
+them."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ class Ops:
         inputs = [x, self.program.add_weight(weight)]
         if bias is not None:
             inputs.append(self.program.add_weight(bias))
-        return self._node("Linear", inputs, (_rows(x), n), {"in_features": k, "out_features": n}, DOMAIN)
+        return self._node(
+            "Linear", inputs, (_rows(x), n), {"in_features": k, "out_features": n}, DOMAIN
+        )
 
     def rms_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
         """x / rms(x) * weight over the last axis."""
@@ -69,9 +72,14 @@ class Ops:
         return self._node("GatedActivation", [gate_up], (_rows(gate_up), width // 2), {}, DOMAIN)
 
     def paged_attention(
-        self, qkv: ir.Value, rotary: tuple[ir.Value, ir.Value], norms: Sequence[LazyTensor], attributes: Attributes
+        self,
+        qkv: ir.Value,
+        rotary: tuple[ir.Value, ir.Value],
+        norms: Sequence[LazyTensor],
+        attributes: Attributes,
     ) -> ir.Value:
-        """Attention over the KV pages; see ``plugins/paged_attention`` for the attributes. ``norms``: q, k or none."""
+        """Attention over the KV pages; see ``plugins/paged_attention`` for the attributes.
+        ``norms``: q, k or none."""
         names = ("kv_cache", "query_start", "context_len", "page_table", "slot_mapping")
         inputs: list[ir.Value | None] = [qkv, *rotary, *(self.input(name) for name in names)]
         has_scales = any(value.name == "kv_scales" for value in self.program.graph.inputs)
@@ -100,14 +108,21 @@ class Ops:
     def rotary(
         self, positions: ir.Value, inv_freq: NDArray[np.float32], attention_factor: float
     ) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines ``[T, R]`` of positions times frequencies ``[R]``, computed once a step."""
+        """Cosines and sines ``[T, R]`` of positions times frequencies ``[R]``, computed once a
+        step."""
         tokens, half = _rows(positions), len(inv_freq)
         as_float = self._node("Cast", [positions], (tokens,), {"to": int(FLOAT)})
-        column = self._node("Unsqueeze", [as_float, self.program.constant("axis_1", np.array([1]))], (tokens, 1))
-        angles = self._node("Mul", [column, self.program.constant("inv_freq", inv_freq[None, :])], (tokens, half))
+        column = self._node(
+            "Unsqueeze", [as_float, self.program.constant("axis_1", np.array([1]))], (tokens, 1)
+        )
+        angles = self._node(
+            "Mul", [column, self.program.constant("inv_freq", inv_freq[None, :])], (tokens, half)
+        )
         waves = [self._node(wave, [angles], (tokens, half)) for wave in ("Cos", "Sin")]
         if attention_factor != 1.0:
-            factor = self.program.constant("attention_factor", np.array(attention_factor, np.float32))
+            factor = self.program.constant(
+                "attention_factor", np.array(attention_factor, np.float32)
+            )
             waves = [self._node("Mul", [wave, factor], (tokens, half)) for wave in waves]
         return waves[0], waves[1]
 
@@ -121,7 +136,9 @@ class Ops:
     ) -> ir.Value:
         name = self._unique("/".join([*self._path, op_type]))
         output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
-        node = ir.node(op_type, inputs, attributes or {}, domain=domain, outputs=[output], name=name)
+        node = ir.node(
+            op_type, inputs, attributes or {}, domain=domain, outputs=[output], name=name
+        )
         self.program.graph.append(node)
         return output
 

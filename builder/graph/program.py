@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from slipstream.quantize.tensor import LazyTensor
 
@@ -39,7 +39,8 @@ class StoredWeight:
 
 @dataclass(slots=True)
 class Program:
-    """``weights`` maps a graph value to its lazy data; lowering turns each into a ``StoredWeight``."""
+    """``weights`` maps a graph value to its lazy data; lowering turns each into a
+    ``StoredWeight``."""
 
     model: ir.Model
     weights: dict[str, LazyTensor] = field(default_factory=dict)
@@ -67,10 +68,16 @@ class Program:
         if known is not None:
             return known
         self.weights[name] = tensor
-        value = ir.Value(name=name, shape=ir.Shape(tensor.format.shape), type=ir.TensorType(_dtype(tensor)))
-        # A placeholder keeps the graph well-formed until the engine writer knows the data's place in the file.
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.format.shape), type=ir.TensorType(_dtype(tensor))
+        )
+        # A placeholder keeps the graph well-formed until the engine writer knows the data's place
+        # in the file.
         value.const_value = ir.LazyTensor(
-            lambda: ir.Tensor(tensor.load().codes), dtype=_dtype(tensor), shape=ir.Shape(tensor.format.shape), name=name
+            lambda: ir.Tensor(tensor.load().codes),
+            dtype=_dtype(tensor),
+            shape=ir.Shape(tensor.format.shape),
+            name=name,
         )
         self.graph.register_initializer(value)
         return value
@@ -81,19 +88,26 @@ class Program:
         if known is not None:
             return known
         tensor = ir.Tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 
     def store(self, weight: StoredWeight) -> tuple[ir.Value, ...]:
-        """The graph values of a stored weight's parts, made on first use of the first part's name."""
+        """The graph values of a stored weight's parts, made on first use of the first part's
+        name."""
         first = weight.parts[0].name
         if first not in self.stored:
             self.stored[first] = weight
             for part in weight.parts:
-                value = ir.Value(name=part.name, shape=ir.Shape(part.shape), type=ir.TensorType(part.dtype))
+                value = ir.Value(
+                    name=part.name, shape=ir.Shape(part.shape), type=ir.TensorType(part.dtype)
+                )
                 # The engine writer sets offset and length when it has laid out the file.
-                value.const_value = ir.ExternalTensor("", 0, part.nbytes, part.dtype, shape=ir.Shape(part.shape), name=part.name)
+                value.const_value = ir.ExternalTensor(
+                    "", 0, part.nbytes, part.dtype, shape=ir.Shape(part.shape), name=part.name
+                )
                 self.graph.register_initializer(value)
         return tuple(self.graph.initializers[part.name] for part in self.stored[first].parts)
 
@@ -105,12 +119,22 @@ class Program:
                 self.weights.pop(name, None)
 
 
-def new_program(name: str, inputs: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]]) -> Program:
-    """An empty program with these inputs: name -> (dtype, shape; a text names a dynamic dimension)."""
+def new_program(
+    name: str, inputs: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]]
+) -> Program:
+    """An empty program with these inputs: name -> (dtype, shape; a text names a dynamic
+    dimension)."""
     values = [
-        ir.Value(name=key, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for key, (dtype, shape) in inputs.items()
+        ir.Value(name=key, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        for key, (dtype, shape) in inputs.items()
     ]
-    graph = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET, "slipstream": 1, "com.microsoft": 1}, name=name)
+    graph = ir.Graph(
+        values,
+        [],
+        nodes=[],
+        opset_imports={"": OPSET, "slipstream": 1, "com.microsoft": 1},
+        name=name,
+    )
     return Program(ir.Model(graph, ir_version=IR_VERSION, producer_name="slipstream"))
 
 
@@ -120,7 +144,7 @@ def _dtype(tensor: LazyTensor) -> ir.DataType:
     return ir.DataType.UINT4 if tensor.format.bits == 4 else ir.DataType.UINT8
 
 
-def _numpy_name(dtype: str) -> np.dtype[np.generic] | str:
+def _numpy_name(dtype: str) -> DTypeLike:
     if dtype == "bfloat16":
         import ml_dtypes
 

@@ -1,4 +1,5 @@
-"""Checks a program between stages: operators fit their specs, shapes fit each other, weights are accounted for."""
+"""Checks a program between stages: operators fit their specs, shapes fit each other, weights are
+accounted for."""
 
 from __future__ import annotations
 
@@ -12,16 +13,19 @@ Bindings = dict[str, int | str]
 
 
 class VerificationError(AssertionError):
-    """A stage of the compiler made a program that is not well-formed; always a defect of Slipstream."""
+    """A stage of the compiler made a program that is not well-formed; always a defect of
+    Slipstream."""
 
 
 def verify(program: Program, stage: str) -> None:
     """Raise VerificationError, naming the stage and the node, unless the program is well-formed."""
-    known = {value for value in program.graph.inputs} | set(program.graph.initializers.values())
+    known = set(program.graph.inputs) | set(program.graph.initializers.values())
     for node in program.graph:
         for value in node.inputs:
             if value is not None and value not in known:
-                raise VerificationError(f"after {stage}: {node.name} reads {value.name} before anything makes it")
+                raise VerificationError(
+                    f"after {stage}: {node.name} reads {value.name} before anything makes it"
+                )
         known.update(node.outputs)
         if node.domain == DOMAIN:
             _check_node(node, stage)
@@ -32,15 +36,22 @@ def verify(program: Program, stage: str) -> None:
 
 
 def _check_weights(program: Program, stage: str) -> None:
-    for name in (*program.weights, *(part.name for s in program.stored.values() for part in s.parts)):
+    for name in (
+        *program.weights,
+        *(part.name for s in program.stored.values() for part in s.parts),
+    ):
         if name not in program.graph.initializers:
-            raise VerificationError(f"after {stage}: weight {name} belongs to no value of the graph")
+            raise VerificationError(
+                f"after {stage}: weight {name} belongs to no value of the graph"
+            )
 
 
 def _check_node(node: ir.Node, stage: str) -> None:
     spec = OPERATORS.get(node.op_type)
     if spec is None:
-        raise VerificationError(f"after {stage}: {node.name} is of unknown operator {DOMAIN}.{node.op_type}")
+        raise VerificationError(
+            f"after {stage}: {node.name} is of unknown operator {DOMAIN}.{node.op_type}"
+        )
     problem = _attribute_problem(node, spec) or _tensor_problem(node, spec)
     if problem:
         raise VerificationError(f"after {stage}: {node.name} ({spec.name}) {problem}")
@@ -59,7 +70,9 @@ def _tensor_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
     if len(node.inputs) > len(spec.inputs) or len(node.outputs) > len(spec.outputs):
         return f"has {len(node.inputs)} inputs and {len(node.outputs)} outputs"
     bindings: Bindings = {a.name: a.default for a in spec.attributes if isinstance(a.default, int)}
-    bindings |= {a.name: a.as_int() for a in node.attributes.values() if a.type == ir.AttributeType.INT}
+    bindings |= {
+        a.name: a.as_int() for a in node.attributes.values() if a.type == ir.AttributeType.INT
+    }
     for index, tensor in enumerate(spec.inputs):
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
@@ -70,13 +83,19 @@ def _tensor_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
         if problem:
             return problem
     outputs = zip(node.outputs, spec.outputs, strict=False)
-    return next((p for value, tensor in outputs if (p := _value_problem(value, tensor, bindings))), None)
+    return next(
+        (p for value, tensor in outputs if (p := _value_problem(value, tensor, bindings))), None
+    )
 
 
 def _value_problem(value: ir.Value, tensor: TensorSpec, bindings: Bindings) -> str | None:
     if not tensor.shape:
         return None
-    if value.dtype is not None and value.dtype.name.lower() not in (*tensor.dtypes, "float", "bfloat16"):
+    if value.dtype is not None and value.dtype.name.lower() not in (
+        *tensor.dtypes,
+        "float",
+        "bfloat16",
+    ):
         return f"has {tensor.name} of dtype {value.dtype.name}, expected one of {tensor.dtypes}"
     if value.shape is None or len(value.shape) != len(tensor.shape):
         return f"has {tensor.name} of shape {value.shape}, expected {tensor.shape}"
@@ -86,7 +105,10 @@ def _value_problem(value: ir.Value, tensor: TensorSpec, bindings: Bindings) -> s
         if expected is None:
             bindings[symbol] = found
         elif found != expected and isinstance(found, int) == isinstance(expected, int):
-            return f"has {tensor.name} of shape {value.shape}, expected {tensor.shape} with {symbol} = {expected}"
+            return (
+                f"has {tensor.name} of shape {value.shape}, "
+                f"expected {tensor.shape} with {symbol} = {expected}"
+            )
     return None
 
 

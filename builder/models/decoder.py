@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 
 import onnx_ir as ir
 
@@ -19,7 +18,8 @@ Rotary = tuple[ir.Value, ir.Value]
 
 @dataclass(slots=True)
 class Decoder:
-    """Declares one model on an operator surface; subclasses override what their architecture changes.
+    """Declares one model on an operator surface; subclasses override what their architecture
+    changes.
 
     ``tensor`` gives a weight by its Hugging Face name. ``page_size`` is the KV cache's.
     """
@@ -57,8 +57,14 @@ class Decoder:
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
         biased = self.config.attention_bias
-        qkv = self.ops.concat([self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in "qkv"])
-        norms = [self.tensor(f"{prefix}{name}_norm.weight") for name in "qk"] if self.config.qk_norm else []
+        qkv = self.ops.concat(
+            [self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in "qkv"]
+        )
+        norms = (
+            [self.tensor(f"{prefix}{name}_norm.weight") for name in "qk"]
+            if self.config.qk_norm
+            else []
+        )
         attended = self.ops.paged_attention(qkv, rotary, norms, self.attention_attributes(layer))
         return self.linear(attended, f"{prefix}o_proj", bias=self.config.o_bias)
 
@@ -80,7 +86,9 @@ class Decoder:
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """down_proj(silu(gate_proj(x)) * up_proj(x))."""
         biased = self.config.mlp_bias
-        gate_up = self.ops.concat([self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in ("gate", "up")])
+        gate_up = self.ops.concat(
+            [self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in ("gate", "up")]
+        )
         return self.linear(self.ops.gated_activation(gate_up), f"{prefix}down_proj", bias=biased)
 
     def linear(self, x: ir.Value, name: str, *, bias: bool) -> ir.Value:
@@ -89,10 +97,3 @@ class Decoder:
             return self.ops.linear(
                 x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None
             )
-
-
-def create_decoder(ops: Ops, config: ModelConfig, tensor: TensorSource, page_size: int) -> Decoder:
-    """The decoder of a configuration's architecture."""
-    module, _, name = config.decoder.partition(":")
-    decoder: type[Decoder] = getattr(import_module(module), name)
-    return decoder(ops, config, tensor, page_size)

@@ -11,4 +11,6 @@ DEFAULTS = {
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
-ARCHITECTURE = Architecture("qwen2", Decoder, DEFAULTS, sliding="by_layer_type", attention_bias=True)
+ARCHITECTURE = Architecture(
+    "qwen2", Decoder, DEFAULTS, sliding="by_layer_type", attention_bias=True
+)

@@ -13,10 +13,11 @@ Frequencies = NDArray[np.float32]
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
-    """Inverse frequencies ``[rotary_dim / 2]`` and the factor of cosines and sines (1 except for YaRN).
+    """Inverse frequencies ``[rotary_dim / 2]`` and the factor of cosines and sines (1 except for
+    YaRN).
 
-    Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position interpolation),
-    ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023).
+    Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position
+    interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023).
     """
     scaling, dim = config.rope_scaling, config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -34,7 +35,11 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
 def _llama3(plain: Frequencies, scaling: RopeScaling) -> Frequencies:
     """Long wavelengths divided by the factor, short ones kept, a linear blend between."""
     wavelength = 2 * math.pi / plain
-    original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    original, low, high = (
+        scaling.original_max_position_embeddings,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+    )
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return np.asarray((1 - smooth) * plain / scaling.factor + smooth * plain, np.float32)
 

@@ -1,4 +1,5 @@
-"""Generates ``operators.h``: what the native library needs of every operator's spec, so that C++ repeats none of it."""
+"""Generates ``operators.h``: what the native library needs of every operator's spec, so that C++
+repeats none of it."""
 
 from __future__ import annotations
 

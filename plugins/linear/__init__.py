@@ -21,14 +21,22 @@ _WEIGHT = TensorSpec(
 
 SPEC = OperatorSpec(
     name="Linear",
-    doc="y = norm(x)·Wᵀ + bias + residual, where norm, bias and residual are optional; a gated Linear returns "
-    "silu(gate)·up of a weight that stacks gate rows over up rows.",
+    doc="y = norm(x)·Wᵀ + bias + residual, where norm, bias and residual are optional; a gated "
+    "Linear returns silu(gate)·up of a weight that stacks gate rows over up rows.",
     inputs=(
         TensorSpec("x", ("float32",), ("T", "in_features"), "activations"),
         _WEIGHT,
         TensorSpec("bias", ("float32",), ("out_features",), "added to every row", optional=True),
-        TensorSpec("residual", ("float32",), ("T", "out_features"), "added to the product", optional=True),
-        TensorSpec("norm_weight", ("float32",), ("in_features",), "RMS norm of x before the product", optional=True),
+        TensorSpec(
+            "residual", ("float32",), ("T", "out_features"), "added to the product", optional=True
+        ),
+        TensorSpec(
+            "norm_weight",
+            ("float32",),
+            ("in_features",),
+            "RMS norm of x before the product",
+            optional=True,
+        ),
     ),
     outputs=(TensorSpec("y", ("float32",), ("T", "out_features//(1+gated)"), "the product"),),
     attributes=(
@@ -43,7 +51,7 @@ SPEC = OperatorSpec(
 
 EMBEDDING_SPEC = OperatorSpec(
     name="Embedding",
-    doc="Rows of a weight [V, K] by token id; the weight may be the packed one of the output Linear.",
+    doc="Rows of a weight [V, K] by token id; the weight may be the output Linear's packed one.",
     inputs=(
         TensorSpec("token_ids", ("int32",), ("T",), "row numbers"),
         _WEIGHT,

@@ -6,22 +6,40 @@ _ANY_KV = ("float32", "float16", "int8")
 
 SPEC = OperatorSpec(
     name="PagedAttention",
-    doc="Applies the optional per-head RMS norm and the rotary embedding to q and k, writes this step's k and v "
-    "into their pages in place, then attends over pages with a causal mask.",
+    doc="Applies the optional per-head RMS norm and the rotary embedding to q and k, writes this "
+    "step's k and v into their pages in place, then attends over pages with a causal mask.",
     inputs=(
-        TensorSpec("qkv", ("float32",), ("T", "(num_heads+2*num_kv_heads)*head_dim"), "q, k and v heads of each token"),
-        TensorSpec("cos", ("float32",), ("T", "R"), "cosines of the rotary angles; R is half the rotated width"),
+        TensorSpec(
+            "qkv",
+            ("float32",),
+            ("T", "(num_heads+2*num_kv_heads)*head_dim"),
+            "q, k and v heads of each token",
+        ),
+        TensorSpec(
+            "cos",
+            ("float32",),
+            ("T", "R"),
+            "cosines of the rotary angles; R is half the rotated width",
+        ),
         TensorSpec("sin", ("float32",), ("T", "R"), "sines of the rotary angles"),
         TensorSpec(
             "kv_cache",
             _ANY_KV,
             ("layers", "pages", "2", "num_kv_heads", "page_size*head_dim"),
-            "pages, written in place; k is [head_dim, page_size] in a page and head, v is [page_size, head_dim]",
+            "pages, written in place; k is [head_dim, page_size] in a page and head, v is "
+            "[page_size, head_dim]",
         ),
         TensorSpec("query_start", ("int32",), ("S+1",), "first token row of each sequence, then T"),
-        TensorSpec("context_len", ("int32",), ("S",), "tokens of each sequence in the cache after this step"),
+        TensorSpec(
+            "context_len",
+            ("int32",),
+            ("S",),
+            "tokens of each sequence in the cache after this step",
+        ),
         TensorSpec("page_table", ("int32",), ("S", "P"), "page numbers of each sequence"),
-        TensorSpec("slot_mapping", ("int32",), ("T",), "page * page_size + offset of each new token"),
+        TensorSpec(
+            "slot_mapping", ("int32",), ("T",), "page * page_size + offset of each new token"
+        ),
         TensorSpec(
             "kv_scales",
             ("float32",),
@@ -29,9 +47,19 @@ SPEC = OperatorSpec(
             "scales of int8 pages, one a token and head",
             optional=True,
         ),
-        TensorSpec("q_norm", ("float32",), ("head_dim",), "RMS-norm weight of each q head", optional=True),
-        TensorSpec("k_norm", ("float32",), ("head_dim",), "RMS-norm weight of each k head", optional=True),
-        TensorSpec("sinks", ("float32",), ("num_heads",), "a logit that only joins the denominator", optional=True),
+        TensorSpec(
+            "q_norm", ("float32",), ("head_dim",), "RMS-norm weight of each q head", optional=True
+        ),
+        TensorSpec(
+            "k_norm", ("float32",), ("head_dim",), "RMS-norm weight of each k head", optional=True
+        ),
+        TensorSpec(
+            "sinks",
+            ("float32",),
+            ("num_heads",),
+            "a logit that only joins the denominator",
+            optional=True,
+        ),
     ),
     outputs=(TensorSpec("output", ("float32",), ("T", "num_heads*head_dim"), "attention output"),),
     attributes=(

@@ -19,7 +19,8 @@ class Executor(Protocol):
     """Runs steps of one loaded engine. Used from the engine-loop thread only."""
 
     def reserve_kv(self, num_bytes: int | None) -> int:
-        """Allocate KV pages within ``num_bytes`` (None: the executor's own default) and return how many."""
+        """Allocate KV pages within ``num_bytes`` (None: the executor's own default) and return how
+        many."""
         ...
 
     def submit(self, batch: StepBatch) -> PendingStep:

@@ -19,7 +19,15 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampler import Sampler
 from slipstream.runtime.step import StepBatch, StepResult
 
-STEP_INPUTS = ("token_ids", "positions", "query_start", "context_len", "page_table", "slot_mapping", "logits_rows")
+STEP_INPUTS = (
+    "token_ids",
+    "positions",
+    "query_start",
+    "context_len",
+    "page_table",
+    "slot_mapping",
+    "logits_rows",
+)
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
@@ -28,9 +36,16 @@ _CACHED_LOGITS_BYTES = 16 << 20
 
 
 class _Binding:
-    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write into."""
+    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write
+    into."""
 
-    def __init__(self, session: ort.InferenceSession, batch: StepBatch, kv: dict[str, ort.OrtValue], vocab: int) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        batch: StepBatch,
+        kv: dict[str, ort.OrtValue],
+        vocab: int,
+    ) -> None:
         self.io = session.io_binding()
         self.inputs = tuple(np.empty_like(getattr(batch, name)) for name in STEP_INPUTS)
         self.logits = np.empty((len(batch.logits_rows), vocab), np.float32)
@@ -65,8 +80,8 @@ class _Pending:
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes every core this process may use. The session runs in a thread of its own, so that the
-    engine loop's bookkeeping goes on meanwhile.
+    ``config.num_threads`` None takes every core this process may use. The session runs in a thread
+    of its own, so that the engine loop's bookkeeping goes on meanwhile.
     """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
@@ -85,8 +100,9 @@ class CPUExecutor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slipstream-session")
 
     def reserve_kv(self, num_bytes: int | None) -> int:
-        """Allocate pages within ``num_bytes``; None takes what the limits can use, at most 4 GiB and half of what is
-        free. Pages cost memory when they are first written. CapacityError when not even one page fits."""
+        """Allocate pages within ``num_bytes``; None takes what the limits can use, at most 4 GiB
+        and half of what is free. Pages cost memory when they are first written. CapacityError when
+        not even one page fits."""
         layout = self._kv_layout
         if num_bytes is None:
             num_bytes = min(self._full_kv_bytes, DEFAULT_KV_BYTES, _available_memory() // 2)
@@ -94,7 +110,8 @@ class CPUExecutor:
         pages = num_bytes // page_bytes
         if pages < 1:
             raise CapacityError(
-                f"{num_bytes} bytes of KV cache hold no page; one page takes {page_bytes} bytes: raise --kv-cache-bytes"
+                f"{num_bytes} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
+                f"raise --kv-cache-bytes"
             )
         shape = (layout.num_layers, pages, 2, layout.num_kv_heads)
         arrays: dict[str, NDArray[Any]] = {
@@ -148,10 +165,13 @@ def _create_session(engine: Engine, num_threads: int) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.dynamic_block_base", "4")
     try:
-        return ort.InferenceSession(str(engine.path / GRAPH), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(engine.path / GRAPH), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise EngineMismatchError(
-            f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it again: "
+            f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it "
+            f"again: "
             f"{engine.manifest.command}"
         ) from error
 

@@ -52,8 +52,8 @@ class Report:
     def _as_text(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         timings = [
-            (_spaced(name), *(f"{value:10.2f}" for value in distribution(samples).values()))
-            for name, samples in self.timings.items()
+            (_spaced(name), *(f"{value:10.2f}" for value in values.values()))
+            for name, values in self._distributions().items()
         ]
         head = ("milliseconds", *(f"{column:>10}" for column in distribution([0])))
         rates = [(_spaced(name), f"{value:10,.1f}") for name, value in self.rates.items()]
@@ -69,13 +69,15 @@ class Report:
             ]
         )
 
+    def _distributions(self) -> dict[str, dict[str, float]]:
+        # Answers of one token have no time between tokens.
+        return {name: distribution(taken) for name, taken in self.timings.items() if taken}
+
     def _as_dict(self) -> dict[str, object]:
         return {
             "benchmark": self.benchmark,
             "settings": dict(self.settings),
-            "milliseconds": {
-                name: distribution(samples) for name, samples in self.timings.items() if samples
-            },
+            "milliseconds": self._distributions(),
             "rates": dict(self.rates),
             "engine": _engine_summary(open_engine(self.engine)),
             "environment": environment(),
@@ -83,10 +85,8 @@ class Report:
 
 
 def distribution(seconds: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles in milliseconds; all nan for no values."""
+    """Mean and percentiles of at least one sample, in milliseconds."""
     values = np.asarray(seconds, np.float64) * 1000
-    if not len(values):
-        return dict.fromkeys(["mean", *(f"p{p}" for p in _PERCENTILES)], float("nan"))
     points = np.percentile(values, _PERCENTILES)
     named = {f"p{p}": float(point) for p, point in zip(_PERCENTILES, points, strict=True)}
     return {"mean": float(values.mean()), **named}

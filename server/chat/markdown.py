@@ -37,8 +37,8 @@ class MarkdownStream:
 
     def _undecided(self) -> bool:
         held = self._held
-        if self._line_start:
-            return len(held) < len(_FENCE) and _FENCE.startswith(held)
+        if self._line_start and len(held) < len(_FENCE) and _FENCE.startswith(held):
+            return True
         return held == "*" and not self._fenced
 
     def _next(self) -> Segment:

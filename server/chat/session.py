@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
@@ -58,7 +59,8 @@ class ChatSession:
 
     def set(self, name: str, value: object) -> None:
         """Change a sampling parameter; ``InvalidRequestError`` says why not."""
-        self.params = replace(self.params, **{name: value})
+        changed: dict[str, Any] = {name: value}
+        self.params = replace(self.params, **changed)
 
     def _turn(self, runner: asyncio.Runner, text: str) -> None:
         if text.startswith("/"):

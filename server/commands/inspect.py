@@ -94,7 +94,7 @@ def _as_json(contents: _Contents) -> dict[str, object]:
 
 
 def _as_text(contents: _Contents) -> str:
-    sections = {
+    sections: dict[str, Sequence[Sequence[object]]] = {
         "engine": _manifest_rows(contents.engine),
         "model": _model_rows(contents.engine),
         "files": [

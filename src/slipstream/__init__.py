@@ -20,7 +20,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute has any type
-    # Importing the package must stay free of onnxruntime and tokenizers, so names load on first use.
+    # Importing the package must stay free of onnxruntime and tokenizers, so names load on first
+    # use.
     if name not in _LAZY:
         raise AttributeError(f"module 'slipstream' has no attribute {name!r}")
     from importlib import import_module

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.tiny_models import TINY_SHAPE, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.loading import load
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import SamplingRow, StepBatch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-from tests.tiny_models import TINY_SHAPE, save_tiny
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -26,19 +26,28 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**TINY_SHAPE),
     "llama-tied": LlamaConfig(**TINY_SHAPE, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**TINY_SHAPE, attention_bias=True, mlp_bias=True),
     "llama-head-dim": LlamaConfig(**TINY_SHAPE, head_dim=24),
-    "llama-rope-linear": LlamaConfig(**TINY_SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "llama-rope-linear": LlamaConfig(
+        **TINY_SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
     "llama-rope-llama3": LlamaConfig(**TINY_SHAPE, rope_parameters=LLAMA3),
     "llama-rope-yarn": LlamaConfig(**TINY_SHAPE, rope_parameters=YARN),
     "mistral-window": MistralConfig(**TINY_SHAPE, sliding_window=17),
     "mistral-full": MistralConfig(**TINY_SHAPE, sliding_window=None),
     "qwen2": Qwen2Config(**TINY_SHAPE),
-    "qwen2-window": Qwen2Config(**TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen2-window": Qwen2Config(
+        **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=16),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
 }
@@ -47,7 +56,8 @@ PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    """Every position of a prompt computed in ragged chunks, beside a second sequence in the same steps."""
+    """Every position of a prompt computed in ragged chunks, beside a second sequence in the same
+    steps."""
     checkpoint = save_tiny(CONFIGS[name], tmp_path / "checkpoint")
     build(checkpoint, tmp_path / "engine", BuildOptions())
     rng = np.random.default_rng(0)
@@ -60,7 +70,8 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits ``[2, T, vocab]`` of two sequences that advance together in steps of ``CHUNKS`` tokens."""
+    """Logits ``[2, T, vocab]`` of two sequences that advance together in steps of ``CHUNKS``
+    tokens."""
     loaded = load(engine, {})
     executor = loaded.executor
     assert executor.reserve_kv(64 << 20) > 8
@@ -78,9 +89,12 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float3
             query_start=np.array([0, size, 2 * size], np.int32),
             context_len=np.array([start + size] * 2, np.int32),
             page_table=table,
-            slot_mapping=(table[rows, positions // page] * page + positions % page).astype(np.int32),
+            slot_mapping=(table[rows, positions // page] * page + positions % page).astype(
+                np.int32
+            ),
             logits_rows=np.arange(2 * size, dtype=np.int32),
-            sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0, target=0)] * (2 * size),
+            sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0, target=0)]
+            * (2 * size),
         )
         pending: Any = executor.submit(batch)
         pending.result()

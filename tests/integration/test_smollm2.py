@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from slipstream import SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
@@ -17,7 +19,6 @@ from slipstream.runtime.engine_loop import EngineLoop
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 OUTPUT_TOKENS = 64
@@ -62,11 +63,22 @@ def dense_engine(
 ) -> Path:
     """The unquantized float32 engine of the same weights."""
     checkpoint = tmp_path_factory.mktemp("smollm2-float32")
-    weights = {name: tensor for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, checkpoint / "model.safetensors")
-    config = {key: value for key, value in reference.config.to_dict().items() if key != "quantization_config"}
+    weights = {
+        name: tensor for name, tensor in reference.state_dict().items() if name != "lm_head.weight"
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        checkpoint / "model.safetensors",
+    )
+    config = {
+        key: value
+        for key, value in reference.config.to_dict().items()
+        if key != "quantization_config"
+    }
     (checkpoint / "config.json").write_text(json.dumps(config, default=str))
-    AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name).save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name).save_pretrained(
+        checkpoint
+    )
     build(checkpoint, checkpoint / "engine", BuildOptions())
     (checkpoint / "model.safetensors").unlink()
     return checkpoint / "engine"
@@ -111,7 +123,9 @@ def test_alone(reference: PreTrainedModel, dense_engine: Path) -> None:
     assert_greedy(reference, outputs)
 
 
-def test_batch_of_16_with_staggered_arrivals(reference: PreTrainedModel, dense_engine: Path) -> None:
+def test_batch_of_16_with_staggered_arrivals(
+    reference: PreTrainedModel, dense_engine: Path
+) -> None:
     outputs, _ = run(dense_engine, PROMPTS, stagger=3, max_batch_size=16)
     assert_greedy(reference, outputs)
 
@@ -123,7 +137,11 @@ def test_prefill_in_chunks_of_16(reference: PreTrainedModel, dense_engine: Path)
 
 def test_prefix_hits(reference: PreTrainedModel, dense_engine: Path) -> None:
     outputs, _ = run(dense_engine, PROMPTS, stagger=6, max_batch_size=2)
-    shared = [output for output in outputs if output.prompt is not None and output.prompt.startswith(SHARED)]
+    shared = [
+        output
+        for output in outputs
+        if output.prompt is not None and output.prompt.startswith(SHARED)
+    ]
     assert all(output.num_cached_tokens >= 32 for output in shared[1:])
     assert_greedy(reference, outputs)
 
@@ -136,7 +154,8 @@ def test_preemption(reference: PreTrainedModel, dense_engine: Path) -> None:
 
 
 def test_logprobs_of_the_quantized_engine(reference: PreTrainedModel, smollm2_engine: Path) -> None:
-    """The 4-bit engine, which rounds activations to 8 bits, scores prompts almost as the float32 model does."""
+    """The 4-bit engine, which rounds activations to 8 bits, scores prompts almost as the float32
+    model does."""
     loaded = load(smollm2_engine, {"enable_prefix_caching": False})
     loop, factory = EngineLoop(loaded), RequestFactory(loaded)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -150,5 +169,11 @@ def test_logprobs_of_the_quantized_engine(reference: PreTrainedModel, smollm2_en
     ours = np.array([entry.logprob for entry in outputs[-1].prompt_logprobs if entry is not None])
     tokens = torch.tensor([request.prompt_token_ids])
     with torch.no_grad():
-        theirs = reference(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0].numpy()
+        theirs = (
+            reference(tokens)
+            .logits[0, :-1]
+            .log_softmax(-1)
+            .gather(1, tokens[0, 1:, None])[:, 0]
+            .numpy()
+        )
     assert abs(float(ours.mean() - theirs.mean())) < 0.02

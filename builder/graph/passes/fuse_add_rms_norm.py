@@ -1,4 +1,5 @@
-"""Add followed by RMSNormalization becomes FusedAddRMSNorm, which reads and writes the stream once."""
+"""Add followed by RMSNormalization becomes FusedAddRMSNorm, which reads and writes the stream
+once."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ def _fuse(program: Program, add: ir.Node) -> bool:
     norm = norms[0]
     attributes = {"norm_eps": norm.attributes["epsilon"].as_float()}
     inputs = [add.inputs[1], add.inputs[0], norm.inputs[1]]
-    fused = ir.node("FusedAddRMSNorm", inputs, attributes, domain=DOMAIN, num_outputs=2, name=norm.name)
+    fused = ir.node(
+        "FusedAddRMSNorm", inputs, attributes, domain=DOMAIN, num_outputs=2, name=norm.name
+    )
     # The fused node stands where the Add stood, before every other reader of the sum.
-    replace(program, [norm, add], [fused], {norm.outputs[0]: fused.outputs[0], total: fused.outputs[1]})
+    replace(
+        program, [norm, add], [fused], {norm.outputs[0]: fused.outputs[0], total: fused.outputs[1]}
+    )
     return True

@@ -18,12 +18,22 @@ def fuse_gate(program: Program) -> int:
 def _fuse(program: Program, gate: ir.Node) -> bool:
     source = gate.inputs[0]
     linear = source.producer() if source is not None else None
-    if source is None or linear is None or linear.op_type != "Linear" or sole_consumer(source) is not gate:
+    if (
+        source is None
+        or linear is None
+        or linear.op_type != "Linear"
+        or sole_consumer(source) is not gate
+    ):
         return False
     if not can_pack(program.weight_of(linear).format):
         return False
     fused = ir.node(
-        "Linear", linear.inputs, {**linear.attributes, "gated": 1}, domain=DOMAIN, num_outputs=1, name=linear.name
+        "Linear",
+        linear.inputs,
+        {**linear.attributes, "gated": 1},
+        domain=DOMAIN,
+        num_outputs=1,
+        name=linear.name,
     )
     replace(program, [linear, gate], [fused], {gate.outputs[0]: fused.outputs[0]})
     return True

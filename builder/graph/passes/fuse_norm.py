@@ -1,6 +1,7 @@
 """Linear(RMSNormalization(x)) becomes a Linear that normalizes x while it quantizes it.
 
-The norm goes when every one of its consumers is a packable Linear; each consumer then repeats the cheap norm.
+The norm goes when every one of its consumers is a packable Linear; each consumer then repeats the
+cheap norm.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ def _fuse(program: Program, norm: ir.Node) -> bool:
     for linear in consumers:
         inputs: list[ir.Value | None] = [norm.inputs[0], *linear.inputs[1:]]
         inputs += [None] * (4 - len(inputs)) + [norm.inputs[1]]
-        attributes = {**linear.attributes, "norm_eps": norm.attributes["epsilon"].as_float()}
-        fused = ir.node("Linear", inputs, attributes, domain=DOMAIN, num_outputs=1, name=linear.name)
+        fused = ir.node(
+            "Linear", inputs, linear.attributes, domain=DOMAIN, num_outputs=1, name=linear.name
+        )
+        epsilon = norm.attributes["epsilon"].as_float()
+        fused.attributes["norm_eps"] = ir.AttrFloat32("norm_eps", epsilon)
         replace(program, [linear], [fused], {linear.outputs[0]: fused.outputs[0]})
     program.graph.remove(norm, safe=True)
     return True
 
 
 def _absorbs(program: Program, node: ir.Node) -> bool:
-    return node.op_type == "Linear" and len(node.inputs) < 5 and can_pack(program.weight_of(node).format)
+    return (
+        node.op_type == "Linear"
+        and len(node.inputs) < 5
+        and can_pack(program.weight_of(node).format)
+    )

@@ -35,7 +35,7 @@ def _fuse(program: Program, concat: ir.Node) -> bool:
     first = linears[0].attributes
     rows = sum(node.attributes["out_features"].as_int() for node in linears)
     attributes = {"in_features": first["in_features"].as_int(), "out_features": rows}
-    name = f"{concat.name.rsplit('/', 1)[0]}/Linear"
+    name = f"{(concat.name or '').rpartition('/')[0]}/Linear"
     fused = ir.node("Linear", inputs, attributes, domain=DOMAIN, name=name, num_outputs=1)
     replace(program, [*linears, concat], [fused], {concat.outputs[0]: fused.outputs[0]})
     return True

@@ -18,13 +18,20 @@ def fuse_residual(program: Program) -> int:
 def _fuse(program: Program, add: ir.Node) -> bool:
     for product, residual in (add.inputs, add.inputs[::-1]):
         linear = product.producer() if product is not None else None
-        if product is None or linear is None or linear.op_type != "Linear" or sole_consumer(product) is not add:
+        if (
+            product is None
+            or linear is None
+            or linear.op_type != "Linear"
+            or sole_consumer(product) is not add
+        ):
             continue
         if len(linear.inputs) > 3 or not can_pack(program.weight_of(linear).format):
             continue
         bias = linear.inputs[2] if len(linear.inputs) > 2 else None
         inputs = [linear.inputs[0], linear.inputs[1], bias, residual]
-        fused = ir.node("Linear", inputs, linear.attributes, domain=DOMAIN, num_outputs=1, name=linear.name)
+        fused = ir.node(
+            "Linear", inputs, linear.attributes, domain=DOMAIN, num_outputs=1, name=linear.name
+        )
         replace(program, [linear, add], [fused], {add.outputs[0]: fused.outputs[0]})
         return True
     return False

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.rtn import largest_group, quantize_rtn
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.quantize.rtn import Bits, largest_group, quantize_rtn
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 class QuantizeWeights:
     """Weight-only quantization at build time.
 
-    ``bits`` of Linears; the embedding and the output head, which are read by rows and by logits, get at least 8.
-    ``group_size`` is what is asked for: a weight whose width it does not divide takes the largest of 128, 64 and
-    32 that does, and stays dense where none does.
+    ``bits`` of Linears; the embedding and the output head, which are read by rows and by logits,
+    get at least 8. ``group_size`` is what is asked for: a weight whose width it does not divide
+    takes the largest of 128, 64 and 32 that does, and stays dense where none does.
     """
 
-    bits: int
+    bits: Bits
     group_size: int
     symmetric: bool
 
@@ -32,25 +32,31 @@ class QuantizeWeights:
         heads = {node.inputs[1] for node in program.nodes("Embedding")} | {
             node.inputs[1] for node in program.nodes("Linear") if node.outputs[0].is_graph_output()
         }
-        values = dict.fromkeys(node.inputs[1] for op in ("Embedding", "Linear") for node in program.nodes(op))
-        return sum(self._quantize(program, value, 8 if value in heads else self.bits) for value in values)
+        values = dict.fromkeys(
+            node.inputs[1] for op in ("Embedding", "Linear") for node in program.nodes(op)
+        )
+        return sum(
+            self._quantize(program, value, 8 if value in heads else self.bits) for value in values
+        )
 
-    def _quantize(self, program: Program, value: ir.Value | None, bits: int) -> bool:
+    def _quantize(self, program: Program, value: ir.Value | None, bits: Bits) -> bool:
         assert value is not None and value.name is not None
         dense = program.weights[value.name]
         if dense.format.kind != "dense":
             return False
         group = largest_group(dense.format.shape[1], self.group_size)
         if group is None:
-            log.warning("%s stays dense: no group of 128, 64 or 32 divides its width %d", *_named(dense))
+            log.warning(
+                "%s stays dense: no group of 128, 64 or 32 divides its width %d", *_named(dense)
+            )
             return False
         if group != self.group_size:
             log.info("%s (width %d) takes groups of %d", *_named(dense), group)
-        zero = "midpoint" if self.symmetric else "zero"
+        zero: ZeroKind = "midpoint" if self.symmetric else "zero"
         format = WeightFormat(dense.format.shape, "int", "float16", bits, group, zero)
 
         def load() -> QuantTensor:
-            return quantize_rtn(dense.load(), bits=bits, group_size=group, symmetric=self.symmetric)
+            return quantize_rtn(dense, bits=bits, group_size=group, symmetric=self.symmetric)
 
         program.weights[value.name] = LazyTensor(dense.name, format, load)
         value.type = ir.TensorType(ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8)

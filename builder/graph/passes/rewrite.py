@@ -10,9 +10,13 @@ from slipstream.builder.graph.program import Program
 
 
 def replace(
-    program: Program, old: Sequence[ir.Node], new: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]
+    program: Program,
+    old: Sequence[ir.Node],
+    new: Sequence[ir.Node],
+    values: Mapping[ir.Value, ir.Value],
 ) -> None:
-    """Put ``new`` where the last of ``old`` stood, let ``values`` take over all uses, and remove ``old``.
+    """Put ``new`` where the last of ``old`` stood, let ``values`` take over all uses, and remove
+    ``old``.
 
     A taken-over value passes on its name, shape and type, so that names stay those of the model.
     """
@@ -28,6 +32,7 @@ def replace(
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:
-    """The only node that reads ``value``, or None when there are several, none, or a graph output."""
+    """The only node that reads ``value``, or None when there are several, none, or a graph
+    output."""
     uses = value.uses()
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None

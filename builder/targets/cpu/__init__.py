@@ -13,8 +13,16 @@ from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.targets.cpu.dense import lower_dense_embedding, lower_dense_linear, store_dense_weights
-from slipstream.builder.targets.cpu.elementwise import lower_add_rms_norm, lower_gated_activation, lower_rms_norm
+from slipstream.builder.targets.cpu.dense import (
+    lower_dense_embedding,
+    lower_dense_linear,
+    store_dense_weights,
+)
+from slipstream.builder.targets.cpu.elementwise import (
+    lower_add_rms_norm,
+    lower_gated_activation,
+    lower_rms_norm,
+)
 from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 
@@ -47,7 +55,11 @@ class CPUTarget:
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Quantize, fuse, then lower what is left to ONNX Runtime's operators."""
-        quantize = [] if options.bits is None else [QuantizeWeights(options.bits, options.group_size, options.symmetric)]
+        quantize = (
+            []
+            if options.bits is None
+            else [QuantizeWeights(options.bits, options.group_size, options.symmetric)]
+        )
         linears: tuple[Pass, ...] = (lower_matmul_nbits,)
         if options.gemm_plugin == "auto":
             linears = (*_FUSE_INTO_LINEAR, pack_linear, lower_matmul_nbits)

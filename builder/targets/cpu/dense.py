@@ -11,7 +11,8 @@ from slipstream.quantize.tensor import LazyTensor
 
 
 def lower_dense_linear(program: Program) -> int:
-    """Linear becomes Gemm(x, W, bias) with a transposed W; formats without a kernel are dequantized."""
+    """Linear becomes Gemm(x, W, bias) with a transposed W; formats without a kernel are
+    dequantized."""
     nodes = [node for node in program.nodes("Linear") if _is_unlowered(program, node)]
     for node in nodes:
         inputs = [node.inputs[0], store_float32(program, program.weight_of(node))]
@@ -45,7 +46,9 @@ def store_dense_weights(program: Program) -> int:
 def store_float32(program: Program, tensor: LazyTensor) -> ir.Value:
     """The graph value of a weight as float32, made on first use."""
     part = StoredTensor(f"{tensor.name}.float32", ir.DataType.FLOAT, tensor.format.shape)
-    return program.store(StoredWeight((part,), lambda: (np.ascontiguousarray(tensor.load().dequantize()),)))[0]
+    return program.store(
+        StoredWeight((part,), lambda: (np.ascontiguousarray(tensor.load().dequantize()),))
+    )[0]
 
 
 def _is_unlowered(program: Program, node: ir.Node) -> bool:

@@ -1,7 +1,7 @@
 """Integer groups on ONNX Runtime's MatMulNBits, at accuracy level 4 (int8 dot products).
 
-A format with float offsets, w = q·s + m, would run 100 times slower there, so it is computed as the symmetric
-product plus a product 1/group the size:
+A format with float offsets, w = q·s + m, would run 100 times slower there, so it is computed as
+the symmetric product plus a product 1/group the size:
 
     x ──┬─ MatMulNBits(q, s) ───────────────────────────┐
         └─ group sums [T, K/g] ─ MatMul(m + 2^(b-1)·s) ─ Add ─ y
@@ -34,7 +34,11 @@ def lower_matmul_nbits(program: Program) -> int:
 def _is_integer(program: Program, node: ir.Node) -> bool:
     name = node.inputs[1].name if node.inputs[1] is not None else None
     tensor = program.weights.get(name or "")
-    return tensor is not None and tensor.format.kind == "int" and not tensor.format.shape[1] % tensor.format.group
+    return (
+        tensor is not None
+        and tensor.format.kind == "int"
+        and not tensor.format.shape[1] % tensor.format.group
+    )
 
 
 def _lower(program: Program, node: ir.Node) -> None:
@@ -55,7 +59,12 @@ def _lower(program: Program, node: ir.Node) -> None:
     while inputs[-1] is None:
         inputs.pop()
     product = ir.node(
-        "MatMulNBits", inputs, attributes, domain="com.microsoft", num_outputs=1, name=f"{node.name}/MatMulNBits"
+        "MatMulNBits",
+        inputs,
+        attributes,
+        domain="com.microsoft",
+        num_outputs=1,
+        name=f"{node.name}/MatMulNBits",
     )
     new = [product]
     if tensor.format.zero == "offset":
@@ -63,23 +72,34 @@ def _lower(program: Program, node: ir.Node) -> None:
         product.outputs[0].name, product.outputs[0].type = f"{node.name}/symmetric", FLOAT
         correction = ir.node("MatMul", [sums, rest[0]], num_outputs=1, name=f"{node.name}/offset")
         correction.outputs[0].name = f"{node.name}/correction"
-        total = ir.node("Add", [product.outputs[0], correction.outputs[0]], num_outputs=1, name=f"{node.name}/Add")
+        total = ir.node(
+            "Add",
+            [product.outputs[0], correction.outputs[0]],
+            num_outputs=1,
+            name=f"{node.name}/Add",
+        )
         new = [*made, product, correction, total]
     replace(program, [node], new, {node.outputs[0]: new[-1].outputs[0]})
 
 
-def _group_sums(program: Program, x: ir.Value, node: ir.Node, group: int) -> tuple[ir.Value, list[ir.Node]]:
+def _group_sums(
+    program: Program, x: ir.Value, node: ir.Node, group: int
+) -> tuple[ir.Value, list[ir.Node]]:
     """Sums of x over each group along K ``[T, K/g]``, and the nodes to insert when they are new."""
     name = f"{x.name}/sums_{group}"
-    for use in x.uses():
-        if use.node.name == f"{name}/reshape":
-            return use.node.outputs[0].uses()[0].node.outputs[0], []
+    known = {use.node.name: use.node for use in x.uses()}.get(f"{name}/reshape")
+    if known is not None:
+        return next(iter(known.outputs[0].uses())).node.outputs[0], []
     groups = node.attributes["in_features"].as_int() // group
-    shape = program.constant(f"group_shape_{groups}_{group}", np.array([-1, groups, group], np.int64))
+    shape = program.constant(
+        f"group_shape_{groups}_{group}", np.array([-1, groups, group], np.int64)
+    )
     axis = program.constant("axis_2", np.array([2], np.int64))
     reshape = ir.node("Reshape", [x, shape], num_outputs=1, name=f"{name}/reshape")
     reshape.outputs[0].name = f"{name}/grouped"
-    total = ir.node("ReduceSum", [reshape.outputs[0], axis], {"keepdims": 0}, num_outputs=1, name=name)
+    total = ir.node(
+        "ReduceSum", [reshape.outputs[0], axis], {"keepdims": 0}, num_outputs=1, name=name
+    )
     total.outputs[0].name = name
     return total.outputs[0], [reshape, total]
 
@@ -88,7 +108,9 @@ def _stored(tensor: LazyTensor) -> StoredWeight:
     n, k = tensor.format.shape
     groups, bits = k // tensor.format.group, tensor.format.bits
     parts = [
-        StoredTensor(f"{tensor.name}.codes", ir.DataType.UINT8, (n, groups, tensor.format.group * bits // 8)),
+        StoredTensor(
+            f"{tensor.name}.codes", ir.DataType.UINT8, (n, groups, tensor.format.group * bits // 8)
+        ),
         StoredTensor(f"{tensor.name}.scale", ir.DataType.FLOAT, (n, groups)),
     ]
     if tensor.format.zero == "zero":

@@ -1,4 +1,5 @@
-"""Quantized weights for this package's own kernels: one blob a weight, read where the file is mapped."""
+"""Quantized weights for this package's own kernels: one blob a weight, read where the file is
+mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def pack_linear(program: Program) -> int:
 
 
 def pack_embedding(program: Program) -> int:
-    """Store the weight of every Embedding whose format the kernels hold; a tied one shares the Linear's blob."""
+    """Store the weight of every Embedding whose format the kernels hold; a tied one shares the
+    Linear's blob."""
     return sum(_pack(program, node) for node in program.nodes("Embedding"))
 
 

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.bench.measure import Bench, Workload
+from slipstream.server.bench.report import distribution
+
+
+def test_every_request_gets_its_tokens_and_concurrency_is_kept() -> None:
+    seen: list[int] = []
+    with Bench(counting_engine(), Workload(input_len=5, output_len=4, seed=1)) as bench:
+        measured = bench.measure(7, 2, seen.append)
+    assert [len(trace.tokens) for trace in measured.traces] == [4] * 7
+    assert seen[-1] == 7 and seen == sorted(seen)
+    for index, trace in enumerate(measured.traces[2:], 2):
+        # When a request was sent, all but one of those before it had ended.
+        ended = sum(t.tokens[-1] <= trace.sent for t in measured.traces[:index])
+        assert ended >= index - 1
+
+
+def test_times_are_those_of_the_device() -> None:
+    with Bench(counting_engine(delay=0.02), Workload(5, 4, 0)) as bench:
+        measured = bench.measure(1, 1)
+    (trace,) = measured.traces
+    assert trace.first >= 0.02 and len(trace.gaps) == 3
+    assert all(gap >= 0.015 for gap in trace.gaps)
+    assert (measured.steps, len(measured.waits)) == (4, 3)
+    # What the loop takes itself is far less than what the device takes.
+    assert sum(measured.waits) < 0.02
+    assert measured.seconds >= 0.08
+
+
+def test_a_workload_that_would_be_cut_short_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="max_seq_len of 256"):
+        Bench(counting_engine(), Workload(200, 57, 0))
+
+
+def test_a_distribution_is_in_milliseconds() -> None:
+    assert distribution([0.001, 0.002, 0.003]) == pytest.approx(
+        {"mean": 2, "p50": 2, "p90": 2.8, "p99": 2.98}
+    )

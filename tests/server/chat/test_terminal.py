@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slipstream.server.chat.terminal import history_file, read_message
+
+Q = '"""'
+
+
+def read(*lines: str) -> tuple[str, list[bool]]:
+    """The message, and what was asked for with each line."""
+    asked: list[bool] = []
+    rest = iter(lines)
+
+    def read_line(more: bool) -> str:
+        asked.append(more)
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read_message(read_line), asked
+
+
+def test_a_line_is_a_message() -> None:
+    assert read("  hello ") == ("hello", [False])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [(f"{Q}one", f"two{Q}"), (Q, "one", "two", Q), (f"{Q}one", "two", f"{Q} ignored")],
+)
+def test_quotes_enclose_several_lines(lines: tuple[str, ...]) -> None:
+    text, asked = read(*lines)
+    assert text == "one\ntwo"
+    assert asked == [False] + [True] * (len(lines) - 1)
+
+
+def test_indentation_inside_is_kept() -> None:
+    assert read(Q, "def f():", "    return 1", Q)[0] == "def f():\n    return 1"
+
+
+def test_quotes_may_open_and_close_in_one_line() -> None:
+    assert read(f"{Q}one{Q}") == ("one", [False])
+
+
+def test_the_end_inside_quotes_is_the_end() -> None:
+    with pytest.raises(EOFError):
+        read(Q, "one")
+
+
+def test_the_history_is_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert history_file() == Path("/state/slipstream/chat_history")
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert history_file() == Path("/home/me/.local/state/slipstream/chat_history")

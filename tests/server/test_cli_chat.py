@@ -1,0 +1,186 @@
+"""``slipstream chat`` over plain streams, in process, and on a terminal of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from click.testing import CliRunner, Result
+
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.cli import slipstream
+from slipstream.server.commands import chat as module
+
+# The counting model, slow enough to be interrupted: 200 tokens of 20 ms.
+SLOW = """
+from slipstream.runtime.testing import counting_engine
+import slipstream.server.commands.chat as module
+from slipstream.server.cli import main
+module.load_model = lambda model, runtime: counting_engine(delay=0.02)
+main()
+"""
+
+
+def run(lines: str, *arguments: Any) -> Result:  # noqa: ANN401 - paths and texts
+    return CliRunner().invoke(slipstream, ["chat", *map(str, arguments)], input=lines)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``chat`` on the counting model, which answers ";!?-..." to everything."""
+    monkeypatch.setattr(module, "load_model", lambda model, runtime: counting_engine())
+
+
+def test_an_engine_chats(tiny_engine: Path) -> None:
+    result = run("the cat\n/stats\n", tiny_engine, "--max-tokens", 5, "--ignore-eos")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("\n") and len(result.stdout) > 1
+    assert "answer 5 tokens" in result.stderr and "of 512 tokens" in result.stderr
+
+
+@pytest.mark.usefixtures("counting")
+def test_answers_are_alone_on_standard_output() -> None:
+    result = run("hi\n\nagain\n", "m", "--max-tokens", 3)
+    assert (result.exit_code, result.stdout) == (0, ";!?\n;!?\n")
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_conversation_is_remembered_saved_and_reset(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    lines = f'hi\n"""two\nlines"""\n/save {first}\n/reset\n/save {second}\n'
+    result = run(lines, "m", "--max-tokens", 2, "--system", "be brief")
+    assert result.exit_code == 0, result.output
+    assert [(m["role"], m["content"]) for m in json.loads(first.read_text())] == [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", ";!"),
+        ("user", "two\nlines"),
+        ("assistant", ";!"),
+    ]
+    assert [m["role"] for m in json.loads(second.read_text())] == ["system"]
+
+
+@pytest.mark.usefixtures("counting")
+def test_settings_change_the_answers() -> None:
+    lines = '/set max_tokens=2\nhi\n/set stop=["?"]\n/set max-tokens=9\nhi\n/set stop=-\nhi\n/set\n'
+    result = run(lines, "m")
+    assert result.stdout == ";!\n;!\n;!?\n"
+    assert "max_tokens = 9" in result.stderr and "temperature = 0.0" in result.stderr
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set temperature=-1", "error: temperature=-1 is not a number in [0, 1000]"),
+        ("/set temperature=hot", "error: temperature='hot' is not a number in [0, 1000]"),
+        ("/set temperature", "error: /set temperature has no value"),
+        ("/set colour=1", "error: there is no setting colour"),
+        ("/set n=2", "error: there is no setting n"),
+        ("/dance", "error: there is no /dance; /help lists the commands"),
+        ("/save", "error: /save needs the name of a file"),
+        ("/save /no/such/directory/f", "cannot be written"),
+        ("x" * 300, "Shorten the prompt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_chat_goes_on(line: str, message: str) -> None:
+    result = run(f"{line}\nhi\n", "m", "--max-tokens", 3)
+    assert (result.exit_code, result.stdout) == (0, ";!?\n")
+    assert message in result.stderr
+
+
+@pytest.mark.usefixtures("counting")
+def test_system_and_help_and_exit() -> None:
+    result = run("/system\n/system be kind\n/system\n/help\n/stats\n/exit\nhi\n", "m")
+    assert result.stdout == ""
+    assert result.stderr.count("system prompt: be kind") == 2
+    assert "system prompt: none" in result.stderr and "no answer yet" in result.stderr
+    for name in ("/help", "/reset", "/system", "/set", "/stats", "/save", "/exit", "Ctrl-C"):
+        assert name in result.stderr
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_oldest_turns_make_room_with_a_notice() -> None:
+    # Each turn takes about 60 of the model's 256 tokens.
+    result = run("x" * 50 + "\n" + ("y" * 50 + "\n") * 4, "m", "--max-tokens", 4)
+    assert result.exit_code == 0 and result.stdout.count("\n") == 5
+    assert "the oldest turn was dropped: the model reads 256 tokens" in result.stderr
+
+
+def test_a_model_without_a_template_is_refused_at_once(tiny_engine: Path, tmp_path: Path) -> None:
+    from slipstream.builder.build import build
+    from slipstream.builder.options import BuildOptions
+
+    checkpoint = tmp_path / "base"
+    checkpoint.mkdir()
+    source = Path(json.loads((tiny_engine / "engine.json").read_text())["source"])
+    for file in source.iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    build(checkpoint, tmp_path / "engine", BuildOptions())
+    result = run("hi\n", tmp_path / "engine")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: this model has no default chat template")
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    """A chat with the slow counting model on a terminal."""
+    child = pexpect.spawn(
+        sys.executable,
+        ["-c", SLOW, "chat", "m", "--max-tokens", "200", "--ignore-eos"],
+        env={"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PATH": "/usr/bin:/bin", **_python()},
+        encoding="utf-8",
+        timeout=30,
+        dimensions=(24, 400),
+    )
+    child.expect_exact(">>> ")
+    yield child
+    child.close(force=True)
+
+
+def _python() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    terminal.sendline("hello")
+    terminal.expect_exact(";!?-")
+    terminal.sendintr()
+    terminal.expect_exact("stopped")
+    terminal.expect_exact(">>> ")
+    terminal.sendline("/stats")
+    terminal.expect(r"answer (\d+) tokens")
+    assert 4 <= int(terminal.match[1]) < 200
+    terminal.expect_exact(">>> ")
+    terminal.sendintr()  # at the prompt it does not leave
+    terminal.expect_exact("Ctrl-D leaves")
+    terminal.expect_exact(">>> ")
+    terminal.sendeof()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert (terminal.exitstatus, terminal.signalstatus) == (0, None)
+    assert "hello" in (tmp_path / "slipstream" / "chat_history").read_text().splitlines()
+
+
+def test_messages_of_several_lines_and_exit(terminal: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    terminal.sendline('"""first')
+    terminal.expect_exact("... ")
+    terminal.sendline('second"""')
+    terminal.expect_exact(";!?-")
+    terminal.sendintr()
+    terminal.expect_exact(">>> ")
+    terminal.sendline(f"/save {tmp_path / 'chat.json'}")
+    terminal.expect_exact("saved 2 messages")
+    terminal.sendline("/exit")
+    terminal.expect(pexpect.EOF)
+    question, answer = json.loads((tmp_path / "chat.json").read_text())
+    assert question["content"] == "first\nsecond"
+    assert answer["content"].startswith(";!?-")  # what was said before Ctrl-C is remembered
