@@ -49,9 +49,10 @@ class BuildOptions:
                 raise BuildError(f"{name} is {value}; it must be at least 1")
 
     @property
-    def bits(self) -> int | None:
+    def bits(self) -> Literal[4, 8] | None:
         """Bits of quantized weights; None when weights are kept as they are."""
-        return {"none": None, "int8_wo": 8, "int4_wo": 4}[self.quantization]
+        bits: dict[Quantization, Literal[4, 8] | None] = {"none": None, "int8_wo": 8, "int4_wo": 4}
+        return bits[self.quantization]
 
     def command(self, source: str, output: str) -> str:
         """The command that makes this build, with every option that differs from its default."""

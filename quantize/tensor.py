@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,6 +91,11 @@ class LazyTensor:
     name: str
     format: WeightFormat
     load: Callable[[], QuantTensor] = field(repr=False)
+
+
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
+    """The dtype of a NumPy or ml_dtypes name, such as ``float32`` or ``bfloat16``."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

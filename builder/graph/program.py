@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.quantize.tensor import LazyTensor, numpy_dtype
 
 OPSET = 23
 IR_VERSION = 11
@@ -140,13 +140,5 @@ def new_program(
 
 def _dtype(tensor: LazyTensor) -> ir.DataType:
     if tensor.format.kind == "dense":
-        return ir.DataType.from_numpy(np.dtype(_numpy_name(tensor.format.dtype)))
+        return ir.DataType.from_numpy(numpy_dtype(tensor.format.dtype))
     return ir.DataType.UINT4 if tensor.format.bits == 4 else ir.DataType.UINT8
-
-
-def _numpy_name(dtype: str) -> DTypeLike:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return dtype

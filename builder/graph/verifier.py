@@ -3,6 +3,8 @@ accounted for."""
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
@@ -28,7 +30,7 @@ def verify(program: Program, stage: str) -> None:
                 )
         known.update(node.outputs)
         if node.domain == DOMAIN:
-            _check_node(node, stage)
+            _check_node(node, stage, program.weights)
     for value in program.graph.outputs:
         if value not in known:
             raise VerificationError(f"after {stage}: output {value.name} is made by no node")
@@ -46,13 +48,13 @@ def _check_weights(program: Program, stage: str) -> None:
             )
 
 
-def _check_node(node: ir.Node, stage: str) -> None:
+def _check_node(node: ir.Node, stage: str, weights: Container[str | None]) -> None:
     spec = OPERATORS.get(node.op_type)
     if spec is None:
         raise VerificationError(
             f"after {stage}: {node.name} is of unknown operator {DOMAIN}.{node.op_type}"
         )
-    problem = _attribute_problem(node, spec) or _tensor_problem(node, spec)
+    problem = _attribute_problem(node, spec) or _tensor_problem(node, spec, weights)
     if problem:
         raise VerificationError(f"after {stage}: {node.name} ({spec.name}) {problem}")
 
@@ -66,7 +68,9 @@ def _attribute_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
     return f"lacks attributes {sorted(missing)}" if missing else None
 
 
-def _tensor_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
+def _tensor_problem(
+    node: ir.Node, spec: OperatorSpec, weights: Container[str | None]
+) -> str | None:
     if len(node.inputs) > len(spec.inputs) or len(node.outputs) > len(spec.outputs):
         return f"has {len(node.inputs)} inputs and {len(node.outputs)} outputs"
     bindings: Bindings = {a.name: a.default for a in spec.attributes if isinstance(a.default, int)}
@@ -79,24 +83,29 @@ def _tensor_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
             if not tensor.optional:
                 return f"lacks input {tensor.name}"
             continue
-        problem = _value_problem(value, tensor, bindings)
+        # A weight has the checkpoint's type until it is lowered.
+        typed = None if value.name in weights else _dtype_problem(value, tensor)
+        problem = typed or _shape_problem(value, tensor, bindings)
         if problem:
             return problem
-    outputs = zip(node.outputs, spec.outputs, strict=False)
-    return next(
-        (p for value, tensor in outputs if (p := _value_problem(value, tensor, bindings))), None
-    )
+    for value, tensor in zip(node.outputs, spec.outputs, strict=False):
+        problem = _dtype_problem(value, tensor) or _shape_problem(value, tensor, bindings)
+        if problem:
+            return problem
+    return None
 
 
-def _value_problem(value: ir.Value, tensor: TensorSpec, bindings: Bindings) -> str | None:
+def _dtype_problem(value: ir.Value, tensor: TensorSpec) -> str | None:
+    found = "none" if value.dtype is None else value.dtype.name.lower()
+    found = {"float": "float32"}.get(found, found)
+    if found in tensor.dtypes:
+        return None
+    return f"has {tensor.name} of dtype {found}, expected {' or '.join(tensor.dtypes)}"
+
+
+def _shape_problem(value: ir.Value, tensor: TensorSpec, bindings: Bindings) -> str | None:
     if not tensor.shape:
         return None
-    if value.dtype is not None and value.dtype.name.lower() not in (
-        *tensor.dtypes,
-        "float",
-        "bfloat16",
-    ):
-        return f"has {tensor.name} of dtype {value.dtype.name}, expected one of {tensor.dtypes}"
     if value.shape is None or len(value.shape) != len(tensor.shape):
         return f"has {tensor.name} of shape {value.shape}, expected {tensor.shape}"
     for actual, symbol in zip(value.shape, tensor.shape, strict=True):

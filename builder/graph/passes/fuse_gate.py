@@ -25,7 +25,9 @@ def _fuse(program: Program, gate: ir.Node) -> bool:
         or sole_consumer(source) is not gate
     ):
         return False
-    if not can_pack(program.weight_of(linear).format):
+    # A residual would be added before the gate here and is added after it by a gated Linear.
+    plain = len(linear.inputs) <= 3 and "gated" not in linear.attributes
+    if not plain or not can_pack(program.weight_of(linear).format):
         return False
     fused = ir.node(
         "Linear",

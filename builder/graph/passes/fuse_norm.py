@@ -20,8 +20,11 @@ def fuse_norm(program: Program) -> int:
 
 
 def _fuse(program: Program, norm: ir.Node) -> bool:
-    consumers = [use.node for use in norm.outputs[0].uses()]
-    if norm.outputs[0].is_graph_output() or not all(_absorbs(program, node) for node in consumers):
+    uses = norm.outputs[0].uses()
+    consumers = [use.node for use in uses]
+    as_x = all(use.idx == 0 for use in uses)  # the norm of a residual is no business of a Linear
+    absorbed = as_x and all(_absorbs(program, node) for node in consumers)
+    if norm.outputs[0].is_graph_output() or not absorbed:
         return False
     for linear in consumers:
         inputs: list[ir.Value | None] = [norm.inputs[0], *linear.inputs[1:]]

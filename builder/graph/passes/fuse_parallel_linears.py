@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.rewrite import replace
+from slipstream.builder.graph.passes.rewrite import replace, sole_consumer
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.operators import DOMAIN
 from slipstream.quantize.tensor import LazyTensor, stack_rows
@@ -27,7 +27,7 @@ def fuse_parallel_linears(program: Program) -> int:
 def _fuse(program: Program, concat: ir.Node) -> bool:
     producers = [value.producer() if value is not None else None for value in concat.inputs]
     linears = [node for node in producers if node is not None and node.op_type == "Linear"]
-    if len(linears) != len(concat.inputs) or not _compatible(program, linears):
+    if len(linears) != len(concat.inputs) or not _compatible(program, linears, concat):
         return False
     inputs: list[ir.Value | None] = [linears[0].inputs[0], _stack(program, linears, 1)]
     if len(linears[0].inputs) > 2:
@@ -41,12 +41,13 @@ def _fuse(program: Program, concat: ir.Node) -> bool:
     return True
 
 
-def _compatible(program: Program, linears: list[ir.Node]) -> bool:
+def _compatible(program: Program, linears: list[ir.Node], concat: ir.Node) -> bool:
     formats = {_without_rows(program.weight_of(node)) for node in linears}
     same_input = len({node.inputs[0] for node in linears}) == 1
     same_arity = len({len(node.inputs) for node in linears}) == 1
-    single_use = all(len(node.outputs[0].uses()) == 1 for node in linears)
-    return len(formats) == 1 and same_input and same_arity and single_use
+    single_use = all(sole_consumer(node.outputs[0]) is concat for node in linears)
+    plain = all(len(node.inputs) <= 3 and "gated" not in node.attributes for node in linears)
+    return len(formats) == 1 and same_input and same_arity and single_use and plain
 
 
 def _without_rows(tensor: LazyTensor) -> tuple[object, ...]:
