@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -104,17 +103,17 @@ def build(
     if output.exists() and not (output / MANIFEST).is_file():
         raise BuildError(f"{output} exists and is no engine; choose another -o or remove it")
     planned = plan(source, options)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        manifest = _write(planned, staging, str(source), str(output), progress)
-        if output.exists():
-            shutil.rmtree(output)
-        staging.rename(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+            staging = Path(scratch) / output.name
+            staging.mkdir()
+            manifest = _write(planned, staging, str(source), str(output), progress)
+            if output.exists():
+                shutil.rmtree(output)
+            staging.rename(output)
     except OSError as error:
         raise BuildError(f"cannot write the engine {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
@@ -208,7 +207,6 @@ def _write(
         manifest, files={file.name: sha256(file) for file in sorted(staging.iterdir())}
     )
     (staging / MANIFEST).write_text(manifest.to_json())
-    os.chmod(staging, 0o755)  # mkdtemp made it private
     return manifest
 
 

@@ -139,29 +139,21 @@ def open_engine(path: Path) -> Engine:
         )
     try:
         raw = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EngineMismatchError(
-            f"{file} is not readable JSON ({error}); build the engine again"
-        ) from error
-    _check_version(raw, file)
+    except (OSError, ValueError) as error:
+        raise _unreadable(f"{file} is not readable JSON ({error})", path) from error
+    if not isinstance(raw, dict) or "format_version" not in raw:
+        raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
+    command = raw.get("command")
+    if raw["format_version"] != FORMAT_VERSION:
+        found = f"{file} has format {raw['format_version']} and Slipstream {__version__} reads"
+        raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
     try:
         manifest = Manifest.from_dict(raw)
     except (KeyError, TypeError) as error:
-        raise EngineMismatchError(
-            f"{file} lacks or misnames a field ({error}); build the engine again"
-        ) from error
+        raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
     return Engine(path, manifest)
 
 
-def _check_version(raw: object, file: Path) -> None:
-    if not isinstance(raw, dict) or "format_version" not in raw:
-        raise EngineMismatchError(
-            f"{file} has no format_version, so it is no engine manifest; build the engine again"
-        )
-    if raw["format_version"] != FORMAT_VERSION:
-        again = raw.get("command", "slipstream build CHECKPOINT -o ENGINE")
-        raise EngineMismatchError(
-            f"{file} has format {raw['format_version']} and Slipstream {__version__} reads format "
-            f"{FORMAT_VERSION}; "
-            f"build it again: {again}"
-        )
+def _unreadable(found: str, path: Path, command: object = None) -> EngineMismatchError:
+    again = command if isinstance(command, str) else f"slipstream build CHECKPOINT -o {path}"
+    return EngineMismatchError(f"{found}; build it again: {again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -64,7 +65,7 @@ class BuildOptions:
                 continue
             flag = name.replace("_", "-")
             words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-        return " ".join(words)
+        return shlex.join(words)
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -14,10 +14,10 @@ _HEAD = f"""# Operators
 
 *Generated: run `python docs/generate_operators.py` when a spec under `plugins/` changes.*
 
-The operators of the ONNX domain `{DOMAIN}`. [architecture.md](architecture.md) says where they stand
-in the graph, [adding_an_operator.md](adding_an_operator.md) how one is made. Letters in shapes: T
-tokens of the step, S sequences, P columns of the page table. A name that stands in several shapes of
-one operator has one value in all of them.
+The operators of the ONNX domain `{DOMAIN}`. [architecture.md](architecture.md) says where they
+stand in the graph, [adding_an_operator.md](adding_an_operator.md) how one is made. Letters in
+shapes: T tokens of the step, S sequences, P columns of the page table. A name that stands in
+several shapes of one operator has one value in all of them.
 """
 
 

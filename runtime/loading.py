@@ -23,9 +23,10 @@ from slipstream.runtime.tokenizer import Tokenizer
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load an engine, after building it into the cache if ``model`` is a checkpoint.
 
-    ``options`` are fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises
+    ``options`` are, where not None, fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises
     CheckpointError, BuildError, EngineMismatchError or InvalidRequestError.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     runtime = {
         name: value for name, value in options.items() if name in RuntimeConfig.__dataclass_fields__
     }
@@ -35,9 +36,11 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(engine.verify_files)
-        tokenizer = Tokenizer.from_directory(engine.path)
-        executor = create_executor(engine, config)
-        verified.result()
+        try:
+            tokenizer = Tokenizer.from_directory(engine.path)
+            executor = create_executor(engine, config)
+        finally:
+            verified.result()  # a file that was changed is why the others failed, if they did
     return LoadedEngine(
         executor=executor,
         tokenizer=tokenizer,
@@ -58,9 +61,14 @@ def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[
             )
         return path
     # Loaded by name: serving an engine must not need the compiler and its libraries.
-    built: Path = import_module("slipstream.builder.cache").cached_engine(
-        model, {**runtime, **others}
-    )
+    cache = import_module("slipstream.builder.cache")
+    known = [*RuntimeConfig.__dataclass_fields__, *cache.BuildOptions.__dataclass_fields__]
+    unknown = sorted(others.keys() - known)
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown option {', '.join(unknown)}; known options: {', '.join(dict.fromkeys(known))}"
+        )
+    built: Path = cache.cached_engine(model, {**runtime, **others})
     return built
 
 
@@ -73,10 +81,16 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
+    page_size = engine.manifest.kv.page_size
+    if runtime.get("page_size", page_size) != page_size:
+        raise InvalidRequestError(
+            f"page_size is {runtime['page_size']}, but {engine.path} was built for {page_size}; "
+            "leave it out"
+        )
     limits["max_batch_size"] = min(
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
-    return RuntimeConfig(**{**limits, "page_size": engine.manifest.kv.page_size, **runtime})
+    return RuntimeConfig(**{**limits, "page_size": page_size, **runtime})
 
 
 def _generation_defaults(engine: Engine) -> SamplingParams:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from tests.plugins.linear_weights import random_weight
 
+from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
+from slipstream.builder.graph.verifier import verify
 from slipstream.plugins import library
 from slipstream.plugins.linear import ZERO_KINDS
 from slipstream.plugins.linear.packing import unpack
@@ -113,6 +115,16 @@ def evaluate(program: Program, inputs: Arrays) -> Arrays:
         made |= {str(v.name): r for v, r in zip(node.outputs, results, strict=True)}
         known |= made
     return made
+
+
+def apply(program: Program, *passes: Pass) -> list[int]:
+    """Run passes as the compiler does, verified, and return how often each matched."""
+    counts = []
+    for transform in passes:
+        counts.append(transform(program))
+        program.drop_unused_weights()
+        verify(program, str(transform))
+    return counts
 
 
 def run_onnxruntime(program: Program, inputs: Arrays) -> Arrays:

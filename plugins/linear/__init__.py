@@ -28,7 +28,11 @@ SPEC = OperatorSpec(
         _WEIGHT,
         TensorSpec("bias", ("float32",), ("out_features",), "added to every row", optional=True),
         TensorSpec(
-            "residual", ("float32",), ("T", "out_features"), "added to the product", optional=True
+            "residual",
+            ("float32",),
+            ("T", "out_features//(1+gated)"),
+            "added to the product",
+            optional=True,
         ),
         TensorSpec(
             "norm_weight",

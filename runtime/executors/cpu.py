@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,28 +31,26 @@ STEP_INPUTS = (
 DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _CACHED_BINDINGS = 64
-_CACHED_LOGITS_BYTES = 16 << 20
 
 
 class _Binding:
-    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write
-    into."""
+    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write."""
 
     def __init__(
         self,
         session: ort.InferenceSession,
         batch: StepBatch,
         kv: dict[str, ort.OrtValue],
-        vocab: int,
+        logits: NDArray[np.float32],
     ) -> None:
         self.io = session.io_binding()
         self.inputs = tuple(np.empty_like(getattr(batch, name)) for name in STEP_INPUTS)
-        self.logits = np.empty((len(batch.logits_rows), vocab), np.float32)
+        self.logits = logits
         for name, array in zip(STEP_INPUTS, self.inputs, strict=True):
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, value in kv.items():
             self.io.bind_ortvalue_input(name, value)
-        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
 
     def write(self, batch: StepBatch) -> None:
         """Copy a step of this shape into the bound arrays."""
@@ -63,41 +60,42 @@ class _Binding:
 
 @dataclass(slots=True)
 class _Pending:
-    """A step in the session's thread; sampling happens when the result is asked for."""
+    """A step whose inputs are in place. The session runs when the result is asked for."""
 
-    future: Future[NDArray[np.float32]]
+    run: Callable[[Any], None]
+    binding: _Binding
     batch: StepBatch
     sampler: Sampler
 
     def result(self) -> StepResult:
         try:
-            logits = self.future.result()
+            self.run(self.binding.io)
         except Exception as error:
             raise ExecutionError(f"the step failed in onnxruntime: {error}") from error
-        return self.sampler.sample(logits, self.batch.sampling)
+        return self.sampler.sample(self.binding.logits, self.batch.sampling)
 
 
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes every core this process may use. The session runs in a thread
-    of its own, so that the engine loop's bookkeeping goes on meanwhile.
+    ``config.num_threads`` None takes every core this process may use. The session runs in the
+    caller's thread: the device is made of the cores that would do the bookkeeping meanwhile, and
+    handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
+    switch interval of 5 ms when other threads were busy).
     """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
-        manifest = engine.manifest
-        self._vocab = int(manifest.model["vocab_size"])
-        self._kv_layout = manifest.kv
+        vocab = int(engine.manifest.model["vocab_size"])
+        self._kv_layout = engine.manifest.kv
         self._full_kv_bytes = (
-            manifest.kv.bytes_per_token * config.max_seq_len * config.max_batch_size
+            self._kv_layout.bytes_per_token * config.max_seq_len * config.max_batch_size
         )
         self._kv: dict[str, ort.OrtValue] = {}
         self._kv_arrays: list[NDArray[Any]] = []
         self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self._sampler = Sampler(self._vocab)
+        self._logits = np.empty((config.max_batch_size, vocab), np.float32)
+        self._sampler = Sampler(vocab)
         self._session = _create_session(engine, config.num_threads or len(os.sched_getaffinity(0)))
-        self._run: Callable[[Any], None] = self._session.run_with_iobinding
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slipstream-session")
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages within ``num_bytes``; None takes what the limits can use, at most 4 GiB
@@ -125,28 +123,27 @@ class CPUExecutor:
         return pages
 
     def submit(self, batch: StepBatch) -> _Pending:
-        """Start a step in the session's thread."""
+        """Put a step's inputs in place."""
         binding = self._binding(batch)
         binding.write(batch)
-        return _Pending(self._thread.submit(self._step, binding), batch, self._sampler)
+        return _Pending(self._session.run_with_iobinding, binding, batch, self._sampler)
 
     def shutdown(self) -> None:
-        """End the session's thread and let go of the pages."""
-        self._thread.shutdown()
+        """Let go of the pages."""
         self._bindings.clear()
         self._kv.clear()
         self._kv_arrays.clear()
-
-    def _step(self, binding: _Binding) -> NDArray[np.float32]:
-        self._run(binding.io)
-        return binding.logits
 
     def _binding(self, batch: StepBatch) -> _Binding:
         key = (len(batch.token_ids), *batch.page_table.shape, len(batch.logits_rows))
         binding = self._bindings.get(key)
         if binding is None:
-            binding = _Binding(self._session, batch, self._kv, self._vocab)
-            if binding.logits.nbytes <= _CACHED_LOGITS_BYTES:
+            rows, (capacity, vocab) = len(batch.logits_rows), self._logits.shape
+            # More rows than sequences are prompt logprobs: rare and large, so not kept.
+            large = rows > capacity
+            logits = np.empty((rows, vocab), np.float32) if large else self._logits[:rows]
+            binding = _Binding(self._session, batch, self._kv, logits)
+            if not large:
                 if len(self._bindings) >= _CACHED_BINDINGS:
                     self._bindings.pop(next(iter(self._bindings)))
                 self._bindings[key] = binding

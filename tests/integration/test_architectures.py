@@ -98,7 +98,7 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float3
         )
         pending: Any = executor.submit(batch)
         pending.result()
-        out.append(pending.future.result().reshape(2, size, -1).copy())
+        out.append(pending.binding.logits.reshape(2, size, -1).copy())
         start += size
     executor.shutdown()
     return np.concatenate(out, axis=1)

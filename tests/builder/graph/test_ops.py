@@ -1,0 +1,122 @@
+"""The operator surface: node names, shapes, shared weights, and numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from tests.programs import TOKENS, dense, evaluate, feeds, grouped, listing
+
+from slipstream.builder.graph.ops import FLOAT, INT32, Attributes, Ops
+from slipstream.builder.graph.program import new_program
+from slipstream.builder.graph.verifier import verify
+
+ATTENTION: Attributes = {
+    "layer": 0,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "page_size": 16,
+    "scale": 0.5,
+}
+
+
+def ops(**inputs: tuple[ir.DataType, tuple[int | str, ...]]) -> Ops:
+    return Ops(new_program("test", {"ids": (INT32, ("T",)), "x": (FLOAT, ("T", 64)), **inputs}))
+
+
+def shape(value: ir.Value) -> list[int | str | None]:
+    assert value.shape is not None
+    return [size if isinstance(size, int) else size.value for size in value.shape]
+
+
+def test_names_are_paths_and_unique() -> None:
+    o = ops()
+    with o.scope("layers.0"), o.scope("attn"):
+        first = o.add(o.input("x"), o.input("x"))
+        second = o.add(first, o.input("x"))
+    third = o.add(second, o.input("x"))
+    assert [v.name for v in (first, second, third)] == [
+        "layers.0/attn/Add",
+        "layers.0/attn/Add_1",
+        "Add",
+    ]
+    assert [node.name for node in o.program.graph] == [v.name for v in (first, second, third)]
+
+
+def test_every_operator_makes_the_shape_it_says_and_computes_it() -> None:
+    o = ops(rows=(INT32, ("L",)))
+    x = o.input("x")
+    embedded = o.embedding(o.input("ids"), dense("e", 320, 64))
+    normed = o.rms_norm(o.add(x, embedded), dense("n", 64), 1e-5)
+    plain = o.linear(normed, dense("w", 48, 64, dtype="bfloat16"))
+    biased = o.linear(normed, grouped("v", 16, 64), dense("b", 16))
+    gate_up = o.concat([plain, biased])
+    gated = o.gated_activation(gate_up)
+    picked = o.gather_rows(gated, o.input("rows"))
+    o.output(picked, "y")
+    verify(o.program, "the test")
+    assert [shape(v)[1] for v in (embedded, normed, plain, biased, gate_up, gated)] == [
+        *(64, 64, 48, 16, 64, 32)
+    ]
+    assert shape(picked) == ["L", 32]
+
+    inputs = feeds(o.program)
+    values = evaluate(o.program, inputs)
+    stream = inputs["x"] + dense("e", 320, 64).load().codes[inputs["ids"]]
+    norm = np.sqrt((stream**2).mean(-1, keepdims=True) + 1e-5)
+    want = stream / norm * dense("n", 64).load().codes
+    np.testing.assert_allclose(values[str(normed.name)], want, rtol=1e-5)
+    gate, up = np.split(values["Concat"], 2, axis=1)
+    want = (gate / (1 + np.exp(-gate)) * up)[inputs["rows"]]
+    np.testing.assert_allclose(values["y"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_rotary_angles(factor: float) -> None:
+    o = ops(positions=(INT32, ("T",)))
+    frequencies = np.array([1.0, 0.1, 0.01], np.float32)
+    cos, sin = o.rotary(o.input("positions"), frequencies, factor)
+    assert shape(cos) == shape(sin) == ["T", 3]
+    inputs = feeds(o.program) | {"positions": np.arange(0, 40 * TOKENS, 40, dtype=np.int32)}
+    values = evaluate(o.program, inputs)
+    angles = inputs["positions"][:, None] * frequencies
+    np.testing.assert_allclose(values[str(cos.name)], factor * np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(values[str(sin.name)], factor * np.sin(angles), atol=1e-5)
+    assert (factor == 1) == (len(list(o.program.graph)) == 5), "no multiplication by one"
+
+
+def test_a_weight_is_one_value_however_often_it_is_read() -> None:
+    o = ops()
+    tied = dense("tied", 320, 64)
+    x = o.embedding(o.input("ids"), tied)
+    o.output(o.linear(x, tied), "y")
+    assert list(o.program.graph.initializers) == ["tied"]
+    assert listing(o.program)[1].startswith("y = Linear(Embedding, tied)")
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_paged_attention_leaves_out_what_it_has_not(int8: bool, qk_norm: bool) -> None:
+    step: dict[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
+        "kv_cache": (ir.DataType.INT8 if int8 else FLOAT, (1, "pages", 2, 1, 128)),
+        "query_start": (INT32, ("S+1",)),
+        "context_len": (INT32, ("S",)),
+        "page_table": (INT32, ("S", "P")),
+        "slot_mapping": (INT32, ("T",)),
+        "qkv": (FLOAT, ("T", 32)),
+        "cos": (FLOAT, ("T", 4)),
+        "sin": (FLOAT, ("T", 4)),
+    }
+    if int8:
+        step["kv_scales"] = (FLOAT, (1, "pages", 2, 1, 16))
+    o = ops(**step)
+    norms = [dense("q_norm", 8), dense("k_norm", 8)] if qk_norm else []
+    rotary = o.input("cos"), o.input("sin")
+    o.output(o.paged_attention(o.input("qkv"), rotary, norms, ATTENTION), "y")
+    verify(o.program, "the test")
+    expected = ["qkv", "cos", "sin", "kv_cache", "query_start", "context_len", "page_table"]
+    expected += ["slot_mapping", *(["kv_scales"] if int8 else ["_"] if qk_norm else [])]
+    expected += [norm.name for norm in norms]
+    assert f"y = PagedAttention({', '.join(expected)}) " in listing(o.program)[0]
+    assert shape(o.program.graph.outputs[0]) == ["T", 16]

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from slipstream.builder.options import BuildOptions
+from slipstream.errors import BuildError
+from slipstream.server.options import build_options
+
+EVERYTHING = BuildOptions(
+    target="cpu",
+    quantization="int4_wo",
+    group_size=128,
+    symmetric=True,
+    kv_cache_dtype="int8",
+    gemm_plugin="disable",
+    max_batch_size=3,
+    max_num_tokens=17,
+    max_seq_len=99,
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization": "int3"}, "quantization is 'int3'; it must be one of none, int8_wo, int4"),
+        ({"quantization": None}, "quantization is None"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8'.* float32, float16, int8"),
+        ({"gemm_plugin": "on"}, "gemm_plugin is 'on'; it must be one of auto, disable"),
+        ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128"),
+        ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
+        ({"max_num_tokens": -1}, "max_num_tokens is -1; it must be at least 1"),
+        ({"max_seq_len": 0}, "max_seq_len is 0; it must be at least 1"),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        BuildOptions(**values)
+
+
+def test_bits() -> None:
+    assert BuildOptions().bits is None
+    assert BuildOptions(quantization="int8_wo").bits == 8
+    assert BuildOptions(quantization="int4_wo").bits == 4
+
+
+def test_a_default_build_needs_no_options() -> None:
+    assert BuildOptions().command("model", "engine") == "slipstream build model -o engine"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BuildOptions(),
+        EVERYTHING,
+        *(BuildOptions(**{n: getattr(EVERYTHING, n)}) for n in BuildOptions.__dataclass_fields__),
+    ],
+)
+def test_the_command_line_reads_back_the_command(options: BuildOptions) -> None:
+    seen: list[tuple[str, str, BuildOptions]] = []
+
+    @click.command()
+    @click.argument("checkpoint")
+    @click.option("-o", "--output")
+    @build_options
+    def build(checkpoint: str, output: str, options: BuildOptions) -> None:
+        seen.append((checkpoint, output, options))
+
+    source, target = "a model's/dir; rm", "an engine"
+    words = shlex.split(options.command(source, target))
+    assert words[:2] == ["slipstream", "build"]
+    result = CliRunner().invoke(build, words[2:])
+    assert result.exit_code == 0, result.output
+    assert seen == [(source, target, options)]
+
+
+def test_everything_differs_from_the_defaults() -> None:
+    """So that the test above covers every field, also those that are added."""
+    for name in BuildOptions.__dataclass_fields__:
+        assert getattr(EVERYTHING, name) != getattr(BuildOptions(), name), name

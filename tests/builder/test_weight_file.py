@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from safetensors import deserialize
+
+from slipstream.builder.graph.program import StoredTensor, StoredWeight
+from slipstream.builder.weight_file import ALIGNMENT, write_weights
+from slipstream.errors import BuildError
+
+NAMES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.UINT8: "U8",
+    ir.DataType.INT8: "I8",
+    ir.DataType.INT32: "I32",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+}
+DTYPES: dict[ir.DataType, Any] = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.FLOAT16: np.float16,
+    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT8: np.int8,
+    ir.DataType.INT32: np.int32,
+    ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+}
+
+
+def stored(**arrays: NDArray[Any]) -> StoredWeight:
+    """One weight of these parts."""
+    parts = tuple(
+        StoredTensor(name, ir.DataType.from_numpy(array.dtype), array.shape)
+        for name, array in arrays.items()
+    )
+    return StoredWeight(parts, lambda: tuple(arrays.values()))
+
+
+def sample(dtype: ir.DataType, *shape: int) -> NDArray[Any]:
+    return np.random.default_rng(0).integers(0, 100, shape).astype(DTYPES[dtype])
+
+
+def write(path: Path, *weights: StoredWeight) -> dict[str, tuple[int, int]]:
+    return write_weights(path, weights, lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_safetensors_library_reads_what_was_written(tmp_path: Path, dtype: ir.DataType) -> None:
+    arrays = {"a.b": sample(dtype, 3, 5), "number": sample(dtype), "none": sample(dtype, 0, 4)}
+    file = tmp_path / "w.safetensors"
+    write(file, *(stored(**{name: array}) for name, array in arrays.items()))
+    read = dict(deserialize(file.read_bytes()))
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name]["shape"] == list(array.shape)
+        assert read[name]["dtype"] == NAMES[dtype]
+        assert bytes(read[name]["data"]) == array.tobytes()
+
+
+def test_places_are_where_the_data_lies(tmp_path: Path) -> None:
+    """onnxruntime reads by these places, not by the header."""
+    arrays = {f"w{size}": sample(ir.DataType.UINT8, size) for size in (7, 64, 3, 128, 1, 64000)}
+    file = tmp_path / "w.safetensors"
+    places = write(file, *(stored(**{name: array}) for name, array in arrays.items()))
+    content = file.read_bytes()
+    for name, (offset, size) in places.items():
+        assert content[offset : offset + size] == arrays[name].tobytes()
+    assert max(offset + size for offset, size in places.values()) == len(content)
+    for name, array in arrays.items():
+        assert array.nbytes % ALIGNMENT or places[name][0] % ALIGNMENT == 0, name
+
+
+def test_parts_of_a_weight_stay_together_and_progress_tells_every_byte(tmp_path: Path) -> None:
+    first = stored(codes=sample(ir.DataType.UINT8, 4, 16), scale=sample(ir.DataType.FLOAT, 3))
+    second = stored(dense=sample(ir.DataType.FLOAT, 16))
+    told: list[int] = []
+    places = write_weights(tmp_path / "w", [first, second], told.append)
+    assert places["scale"][0] == sum(places["codes"])
+    assert told == [64, 64, 12]
+
+
+def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    loads: list[str] = []
+
+    def lazy(name: str) -> StoredWeight:
+        weight = stored(**{name: sample(ir.DataType.FLOAT, 16)})
+
+        def load() -> tuple[NDArray[np.generic], ...]:
+            loads.append(f"load {name}")
+            return weight.load()
+
+        return StoredWeight(weight.parts, load)
+
+    weights = [lazy("a"), lazy("b")]
+    write_weights(tmp_path / "w", weights, lambda _: loads.append("wrote"))
+    assert loads == ["load a", "wrote", "load b", "wrote"]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.float16),
+        np.zeros((4, 4), np.float64),
+        np.zeros((4, 4), np.int32),
+        np.zeros((2, 8), np.float32),
+        np.zeros(16, np.float32),
+        np.zeros((4, 3), np.float32),
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)
+def test_an_array_that_is_not_what_was_declared(tmp_path: Path, array: NDArray[Any]) -> None:
+    part = StoredTensor("layers.0.w", ir.DataType.FLOAT, (4, 4))
+    with pytest.raises(BuildError, match=r"weight layers\.0\.w was declared FLOAT \(4, 4\) but holds"):
+        write(tmp_path / "w", StoredWeight((part,), lambda: (array,)))
+
+
+def test_strided_arrays_are_written_in_order(tmp_path: Path) -> None:
+    array = sample(ir.DataType.FLOAT, 6, 4).T
+    places = write(tmp_path / "w", stored(w=array))
+    offset, size = places["w"]
+    assert (tmp_path / "w").read_bytes()[offset : offset + size] == array.tobytes()
