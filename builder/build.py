@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -57,6 +57,13 @@ class Plan:
     kv: KVLayout
 
     @property
+    def quantization(self) -> str:
+        """What the build applied, or ``checkpoint`` when weights came quantized and were kept."""
+        if self.options.bits is None and not _is_dense(self.checkpoint, self.options):
+            return "checkpoint"
+        return self.options.quantization
+
+    @property
     def weights(self) -> list[StoredWeight]:
         """Every weight of the engine."""
         return list(self.program.stored.values())
@@ -79,6 +86,7 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
     """
     checkpoint = open_checkpoint(source)
     config, target = checkpoint.config, create_target(options.target)
+    target.check(config)
     limits = _limits(config, options)
     kv = KVLayout(
         target.kv_dtype(options, _is_dense(checkpoint, options)),
@@ -141,7 +149,7 @@ def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
 
     def tensor(name: str) -> LazyTensor:
         used.add(name)
-        return checkpoint.tensor(name)
+        return _checked(checkpoint, name)
 
     decoder = architecture_of(checkpoint.config.architecture).decoder
     decoder(Ops(program), checkpoint.config, tensor, kv.page_size).build()
@@ -156,6 +164,18 @@ def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
             f"model's page"
         )
     return program
+
+
+def _checked(checkpoint: Checkpoint, name: str) -> LazyTensor:
+    """A weight that has the shape its configuration says."""
+    tensor, expected = checkpoint.tensor(name), checkpoint.config.weight_shape(name)
+    if expected not in (None, tensor.format.shape):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} has shape {list(tensor.format.shape)}, but by the "
+            f"configuration it is {list(expected or ())}; config and weights are of different "
+            "models: download both again"
+        )
+    return tensor
 
 
 def _step_inputs(kv: KVLayout) -> dict[str, tuple[ir.DataType, tuple[int | str, ...]]]:
@@ -202,23 +222,22 @@ def _write(
             )
     ir.save(planned.program.model, staging / GRAPH)
     planned.checkpoint.write_tokenizer(staging)
-    manifest = _manifest(planned, source, output)
-    manifest = replace(
-        manifest, files={file.name: sha256(file) for file in sorted(staging.iterdir())}
-    )
+    files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
+    manifest = _manifest(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())
     return manifest
 
 
-def _manifest(planned: Plan, source: str, output: str) -> Manifest:
+def _manifest(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
     used = {node.op_type for node in planned.program.graph if node.domain == DOMAIN}
     return Manifest(
         target=planned.target,
         model=planned.checkpoint.config.to_json(),
         limits=planned.limits,
         kv=planned.kv,
-        quantization=planned.options.quantization,
+        quantization=planned.quantization,
         plugins={name: spec.version for name, spec in OPERATORS.items() if name in used},
         source=source,
         command=planned.options.command(source, output),
+        files=files,
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slipstream import __version__
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.operators import OPERATORS
 
 FORMAT_VERSION = 1
 MANIFEST = "engine.json"
@@ -70,7 +71,7 @@ class Manifest:
     plugins: dict[str, int]
     source: str
     command: str
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str]
     capability: str = "any"
     slipstream_version: str = __version__
     format_version: int = FORMAT_VERSION
@@ -151,6 +152,11 @@ def open_engine(path: Path) -> Engine:
         manifest = Manifest.from_dict(raw)
     except (KeyError, TypeError) as error:
         raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
+    for name, version in manifest.plugins.items():
+        ours = OPERATORS[name].version if name in OPERATORS else "none"
+        if version != ours:
+            found = f"{file} needs version {version} of operator {name} and Slipstream"
+            raise _unreadable(f"{found} {__version__} has {ours}", path, command)
     return Engine(path, manifest)
 
 

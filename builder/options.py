@@ -30,7 +30,7 @@ class BuildOptions:
 
     target: str = "auto"
     quantization: Quantization = "none"
-    group_size: int = 64
+    group_size: int = 32
     symmetric: bool = False
     kv_cache_dtype: KVCacheDtype = "auto"
     gemm_plugin: GemmPlugin = "auto"

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -21,12 +20,7 @@ from slipstream.errors import BuildError
 ALIGNMENT = 64  # a cache line; kernels read weights where the file is mapped
 _NAMES = {
     ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
     ir.DataType.UINT8: "U8",
-    ir.DataType.INT8: "I8",
-    ir.DataType.INT32: "I32",
-    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
 }
 
 
@@ -74,8 +68,7 @@ def _layout(parts: Iterable[StoredTensor]) -> tuple[bytes, dict[str, tuple[int, 
 
 
 def _checked_bytes(part: StoredTensor, array: NDArray[np.generic]) -> memoryview:
-    expected = ml_dtypes.bfloat16 if part.dtype == ir.DataType.BFLOAT16 else part.dtype.numpy()
-    if array.shape != part.shape or array.dtype != expected:
+    if array.shape != part.shape or array.dtype != part.dtype.numpy():
         raise BuildError(
             f"weight {part.name} was declared {part.dtype.name} {part.shape} but holds "
             f"{array.dtype} {array.shape}; "

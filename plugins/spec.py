@@ -52,10 +52,3 @@ class OperatorSpec:
     attributes: tuple[AttributeSpec, ...]
     reference: str
     version: int = 1
-
-    def attribute(self, name: str) -> AttributeSpec:
-        """The attribute called ``name``; KeyError if there is none."""
-        for attribute in self.attributes:
-            if attribute.name == name:
-                return attribute
-        raise KeyError(f"{self.name} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["dense", "int", "float8_e4m3", "float4_e2m1", "codebook"]
+Kind = Literal["dense", "int"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
 
 

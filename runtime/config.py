@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from slipstream.builder.engine import EngineLimits
 from slipstream.errors import InvalidRequestError
 
+_LIMITS = EngineLimits()
 SchedulerPolicy = Literal["max_utilization", "guaranteed_no_evict"]
 
 
@@ -29,9 +31,9 @@ class RuntimeConfig:
     Raises ``InvalidRequestError`` for values that cannot work together.
     """
 
-    max_batch_size: int = 64
-    max_num_tokens: int = 512
-    max_seq_len: int = 2048
+    max_batch_size: int = _LIMITS.max_batch_size
+    max_num_tokens: int = _LIMITS.max_num_tokens
+    max_seq_len: int = _LIMITS.max_seq_len
     page_size: int = 32
     num_threads: int | None = None
     kv_cache_bytes: int | None = None

@@ -23,8 +23,9 @@ from slipstream.runtime.tokenizer import Tokenizer
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load an engine, after building it into the cache if ``model`` is a checkpoint.
 
-    ``options`` are, where not None, fields of ``RuntimeConfig`` and, with a checkpoint, of ``BuildOptions``. Raises
-    CheckpointError, BuildError, EngineMismatchError or InvalidRequestError.
+    ``options`` are, where not None, fields of ``RuntimeConfig`` and, with a checkpoint, of
+    ``BuildOptions``. Raises CheckpointError, BuildError, EngineMismatchError or
+    InvalidRequestError.
     """
     options = {name: value for name, value in options.items() if value is not None}
     runtime = {

@@ -140,7 +140,7 @@ def _check_peak(peak: np.float32) -> None:
     if not math.isfinite(peak):
         raise ExecutionError(
             f"the largest logit of a row is {peak}, expected a finite number; the engine or its "
-            "numerics are broken: rebuild it, with --dtype float32 if it was narrower"
+            "numerics are broken: build it again"
         )
 
 

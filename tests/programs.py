@@ -160,8 +160,7 @@ def _run(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
         return _CALLS[node.op_type](node, given)
     arrays = [_plain(value) for value in given]
     feed = {str(v.name): a for v, a in zip(node.inputs, arrays, strict=True) if v is not None}
-    result: list[NDArray[Any]] = ReferenceEvaluator(ir.to_proto(node)).run(None, feed)
-    return result
+    return list(ReferenceEvaluator(ir.to_proto(node)).run(None, feed))
 
 
 def _reference(op_type: str) -> Callable[..., Any]:

@@ -6,6 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from slipstream.builder.models.config import ModelConfig
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -19,6 +25,18 @@ TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+Arrays = dict[str, NDArray[Any]]
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -64,3 +82,25 @@ def write_tiny_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHATML}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def llama_tensors(**changes: Any) -> Arrays:  # noqa: ANN401 - keys of config.json
+    """Random weights of ``LLAMA`` with these changes; they repeat, to be made quickly."""
+    config = ModelConfig.from_huggingface({**LLAMA, **changes})
+    noise = np.random.default_rng(0).normal(0, 0.1, 100_003).astype(np.float32)
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        names += [f"{prefix}self_attn.{x}_proj.weight" for x in "qkvo"]
+        names += [f"{prefix}mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+        names += [f"{prefix}{x}_layernorm.weight" for x in ("input", "post_attention")]
+    return {name: np.resize(noise, config.weight_shape(name) or ()) for name in names}
+
+
+def save_llama(directory: Path, arrays: Arrays, **changes: Any) -> Path:  # noqa: ANN401
+    """Write a checkpoint of these weights and ``LLAMA`` with these changes."""
+    directory.mkdir(exist_ok=True)
+    save_file(arrays, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    write_tiny_tokenizer(directory)
+    return directory

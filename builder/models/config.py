@@ -70,7 +70,24 @@ class ModelConfig:
 
     def window(self, layer: int) -> int:
         """Tokens that a query of this layer sees, itself included; 0 when it sees all before it."""
-        return self.sliding_window or 0 if self.sliding_layers[layer] else 0
+        return self.sliding_window if self.sliding_window and self.sliding_layers[layer] else 0
+
+    def weight_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a weight by its Hugging Face name; None for a name that only one
+        architecture has."""
+        hidden, q = self.hidden_size, self.num_heads * self.head_dim
+        kv, inner = self.num_kv_heads * self.head_dim, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("embed_tokens", "lm_head"), (self.vocab_size, hidden)),
+            **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), (hidden,)),
+            **dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,)),
+            **dict.fromkeys(("k_proj", "v_proj"), (kv, hidden)),
+            **dict.fromkeys(("gate_proj", "up_proj"), (inner, hidden)),
+            **{"q_proj": (q, hidden), "o_proj": (hidden, q), "down_proj": (hidden, inner)},
+        }
+        *_, module, kind = ("", *name.split("."))
+        shape = shapes.get(module)
+        return shape[:1] if shape and kind == "bias" else shape
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain dicts, lists, strings and numbers."""

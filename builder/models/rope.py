@@ -23,7 +23,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers = np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)
     plain = np.asarray(np.float32(1) / powers, np.float32)
-    if scaling is None or scaling.kind == "default":
+    if scaling.kind == "default":
         return plain, 1.0
     if scaling.kind == "linear":
         return np.asarray(plain / np.float32(scaling.factor), np.float32), 1.0

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Protocol
 
 from slipstream.builder.graph.passes import Pass
+from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 
@@ -24,6 +25,10 @@ class Target(Protocol):
     @property
     def page_size(self) -> int:
         """Tokens of a KV page."""
+        ...
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise BuildError for a model that its kernels cannot run."""
         ...
 
     def kv_dtype(self, options: BuildOptions, dense: bool) -> str:

@@ -1,13 +1,13 @@
 """Every error that a user can cause.
 
     SlipstreamError
-    ├── CheckpointError        a checkpoint cannot be read: missing, truncated, unknown
-    architecture or tensor ├── BuildError             a checkpoint cannot be compiled with these
-    options ├── EngineMismatchError    an engine directory does not fit this Slipstream, machine or
-    its own hashes ├── InvalidRequestError    a request asks for something impossible; also a
-    ValueError ├── CapacityError          a request or setting needs more memory or pages than
-    there are ├── ExecutionError         a step failed on the device; the requests in it end with
-    this error └── MissingDependencyError an optional package is not installed; also an ImportError
+    ├── CheckpointError         a checkpoint cannot be read
+    ├── BuildError              a checkpoint cannot be compiled with these options
+    ├── EngineMismatchError     an engine does not fit this version, this machine or its own hashes
+    ├── InvalidRequestError     a request asks for something impossible; also a ValueError
+    ├── CapacityError           a request or setting needs more memory or pages than there are
+    ├── ExecutionError          a step failed on the device; its requests end with this error
+    └── MissingDependencyError  an optional package is not installed; also an ImportError
 
 A message says what was given, what was expected, and what to do.
 """

@@ -37,10 +37,10 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "slipstream" / "engines"
-    for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""),
-                  lambda: monkeypatch.delenv("XDG_CACHE_HOME")):  # fmt: skip
-        unset()
-        assert cache_directory() == Path.home() / ".cache" / "slipstream" / "engines"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_directory() == Path.home() / ".cache" / "slipstream" / "engines"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == Path.home() / ".cache" / "slipstream" / "engines"
 
 
 def test_the_second_call_builds_nothing(checkpoint: Path, builds: list[Path]) -> None:
@@ -71,9 +71,7 @@ def test_another_recipe_is_another_engine(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_changed_file_is_another_engine(
-    checkpoint: Path, builds: list[Path], name: str
-) -> None:
+def test_a_changed_file_is_another_engine(checkpoint: Path, builds: list[Path], name: str) -> None:
     first = cached_engine(checkpoint, {})
     status = (checkpoint / name).stat()
     os.utime(checkpoint / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))

@@ -96,7 +96,9 @@ def test_no_engine(tmp_path: Path) -> None:
 def test_another_format(engine: Path, version: object) -> None:
     command = open_engine(engine).manifest.command
     edit(engine, lambda raw: raw.update(format_version=version))
-    message = assert_mismatch(lambda: open_engine(engine), f"has format {version}", "reads format 1")
+    message = assert_mismatch(
+        lambda: open_engine(engine), f"has format {version}", "reads format 1"
+    )
     assert message.endswith(command)
 
 
@@ -113,7 +115,7 @@ def test_garbage(engine: Path, content: str | bytes) -> None:
 FIELDS = [
     name
     for name, field in Manifest.__dataclass_fields__.items()
-    if name not in ("format_version", "files", "capability", "slipstream_version")
+    if name not in ("format_version", "capability", "slipstream_version")
 ]
 
 
@@ -133,6 +135,13 @@ def test_an_extra_field_is_named(engine: Path, place: str) -> None:
 def test_a_part_that_is_no_object(engine: Path, place: str) -> None:
     edit(engine, lambda raw: raw.update({place: 3}))
     assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field")
+
+
+@pytest.mark.parametrize(("name", "ours"), [("PagedAttention", "1"), ("Abacus", "none")])
+def test_another_version_of_an_operator(engine: Path, name: str, ours: str) -> None:
+    edit(engine, lambda raw: raw["plugins"].update({name: 2}))
+    found = f"needs version 2 of operator {name} and Slipstream {__version__} has {ours}"
+    assert_mismatch(lambda: open_engine(engine), found)
 
 
 @pytest.mark.parametrize("name", FILES)

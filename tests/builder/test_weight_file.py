@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,24 +13,8 @@ from slipstream.builder.graph.program import StoredTensor, StoredWeight
 from slipstream.builder.weight_file import ALIGNMENT, write_weights
 from slipstream.errors import BuildError
 
-NAMES = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.UINT8: "U8",
-    ir.DataType.INT8: "I8",
-    ir.DataType.INT32: "I32",
-    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
-}
-DTYPES: dict[ir.DataType, Any] = {
-    ir.DataType.FLOAT: np.float32,
-    ir.DataType.FLOAT16: np.float16,
-    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
-    ir.DataType.UINT8: np.uint8,
-    ir.DataType.INT8: np.int8,
-    ir.DataType.INT32: np.int32,
-    ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
-}
+DTYPES: dict[ir.DataType, Any] = {ir.DataType.FLOAT: np.float32, ir.DataType.UINT8: np.uint8}
+NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.UINT8: "U8"}
 
 
 def stored(**arrays: NDArray[Any]) -> StoredWeight:
@@ -56,7 +39,7 @@ def test_the_safetensors_library_reads_what_was_written(tmp_path: Path, dtype: i
     arrays = {"a.b": sample(dtype, 3, 5), "number": sample(dtype), "none": sample(dtype, 0, 4)}
     file = tmp_path / "w.safetensors"
     write(file, *(stored(**{name: array}) for name, array in arrays.items()))
-    read = dict(deserialize(file.read_bytes()))
+    read = dict(deserialize(file.read_bytes()))  # type: ignore[no-untyped-call]
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         assert read[name]["shape"] == list(array.shape)
@@ -117,7 +100,9 @@ def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
 )
 def test_an_array_that_is_not_what_was_declared(tmp_path: Path, array: NDArray[Any]) -> None:
     part = StoredTensor("layers.0.w", ir.DataType.FLOAT, (4, 4))
-    with pytest.raises(BuildError, match=r"weight layers\.0\.w was declared FLOAT \(4, 4\) but holds"):
+    with pytest.raises(
+        BuildError, match=r"weight layers\.0\.w was declared FLOAT \(4, 4\) but holds"
+    ):
         write(tmp_path / "w", StoredWeight((part,), lambda: (array,)))
 
 

@@ -52,7 +52,9 @@ def commands() -> Iterator[tuple[str, bool]]:
                 yield match[1], False
         for span in _SPAN.findall(prose(page)):
             if match := _COMMAND.fullmatch(span):
-                yield match[1], True
+                first, *others = match[1].split(" / ")  # `slipstream build / chat` names two
+                yield first, True
+                yield from ((f"slipstream {other}", True) for other in others)
 
 
 def anchors(page: Path) -> set[str]:

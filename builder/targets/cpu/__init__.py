@@ -12,6 +12,7 @@ from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
+from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.cpu.dense import (
     lower_dense_embedding,
@@ -25,6 +26,7 @@ from slipstream.builder.targets.cpu.elementwise import (
 )
 from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
+from slipstream.errors import BuildError
 
 _FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
 _LOWER: tuple[Pass, ...] = (
@@ -46,6 +48,14 @@ class CPUTarget:
     name: str = "cpu"
     # 32 tokens fill two AVX-512 registers of scores and waste at most 31 slots a sequence.
     page_size: int = 32
+
+    def check(self, config: ModelConfig) -> None:
+        """PagedAttention works on vectors of 8 lanes and keeps a head in its scratch memory."""
+        if config.head_dim % 8 or config.head_dim > 256:
+            raise BuildError(
+                f"the model has heads of {config.head_dim} elements; the cpu target runs those of "
+                "a multiple of 8 up to 256: choose another model"
+            )
 
     def kv_dtype(self, options: BuildOptions, dense: bool) -> str:
         """As asked; ``auto`` keeps a dense engine exact and halves the pages of a quantized one."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from tests.programs import assert_close, dense, grouped, listing, outputs, parse
@@ -31,7 +33,7 @@ def assert_untouched(program: Program) -> None:
 
 
 @pytest.mark.parametrize("make", [dense, grouped])
-def test_q_k_v_become_one_linear(make: type[LazyTensor]) -> None:
+def test_q_k_v_become_one_linear(make: Callable[[str, int, int], LazyTensor]) -> None:
     weights = [make("q", 48, 64), make("k", 16, 64), make("v", 32, 64)]
     program = parse(QKV, *weights)
     want = outputs(program)

@@ -8,7 +8,7 @@ from tests.programs import assert_close, dense, grouped, listing, outputs, parse
 
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
 from slipstream.builder.graph.verifier import verify
-from slipstream.quantize.rtn import quantize_rtn
+from slipstream.quantize.rtn import Bits, quantize_rtn
 
 TEXT = """g (int32[T] ids, float[320, 128] e, float[64, 128] w, float[128, 64] v, float[64] b,
   float[320, 128] head) => (float[T, 320] y) {
@@ -26,7 +26,7 @@ TIED = TEXT.replace(",\n  float[320, 128] head", "").replace("(i, head)", "(i, e
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_linears_embedding_and_head_are_quantized(bits: int, symmetric: bool) -> None:
+def test_linears_embedding_and_head_are_quantized(bits: Bits, symmetric: bool) -> None:
     program = parse(TEXT, *WEIGHTS)
     before = listing(program)
     assert QuantizeWeights(bits, 32, symmetric)(program) == 4
@@ -39,7 +39,7 @@ def test_linears_embedding_and_head_are_quantized(bits: int, symmetric: bool) ->
     assert all(f.group == 32 and f.zero == zero for f in formats.values() if f.kind == "int")
     for tensor in program.weights.values():
         assert tensor.load().format == tensor.format
-    want = quantize_rtn(WEIGHTS[1], bits=bits, group_size=32, symmetric=symmetric)  # type: ignore[arg-type]
+    want = quantize_rtn(WEIGHTS[1], bits=bits, group_size=32, symmetric=symmetric)
     np.testing.assert_array_equal(program.weights["w"].load().codes, want.codes)
 
 

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.builder.cache import cache_directory
+from slipstream.builder.engine import open_engine
+from slipstream.errors import CapacityError, CheckpointError, EngineMismatchError
+from slipstream.errors import InvalidRequestError as Invalid
+from slipstream.runtime.loading import load
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(tiny_engine: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+
+
+def test_an_engine_brings_its_limits(tiny_engine: Path) -> None:
+    loaded = load(tiny_engine, {})
+    config, manifest = loaded.config, open_engine(tiny_engine).manifest
+    assert (config.max_batch_size, config.max_num_tokens) == (64, 512)
+    assert (config.max_seq_len, config.page_size) == (512, manifest.kv.page_size)
+    assert loaded.vocab_size == 320
+    loaded.executor.shutdown()
+
+
+def test_less_than_the_limits_can_be_asked_for(tiny_engine: Path) -> None:
+    loaded = load(str(tiny_engine), {"max_num_tokens": 16, "max_seq_len": 100, "num_threads": 1})
+    assert (loaded.config.max_num_tokens, loaded.config.max_seq_len) == (16, 100)
+    assert loaded.config.max_batch_size == 16, "a step holds one token of every sequence"
+    loaded.executor.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": 513}, "max_seq_len is 513, but .* was built for 512; .*--max-seq-len 513"),
+        ({"max_batch_size": 65}, "max_batch_size is 65, but .* was built for 64"),
+        ({"max_num_tokens": 513}, "max_num_tokens is 513, but .* was built for 512"),
+        ({"page_size": 16}, "page_size is 16, but .* was built for 32"),
+        ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
+        ({"quantization": "int8_wo"}, "is an engine, so quantization cannot be set: known options"),
+        ({"colour": "red"}, "is an engine, so colour cannot be set: known options are max_batch"),
+        ({"scheduler_policy": "fair"}, "scheduler_policy is 'fair'; known policies"),
+    ],
+)
+def test_options_that_an_engine_cannot_take(
+    tiny_engine: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Invalid, match=message):
+        load(tiny_engine, options)
+
+
+def test_none_leaves_an_option_to_the_engine(tiny_engine: Path) -> None:
+    loaded = load(tiny_engine, {"max_seq_len": None, "kv_cache_bytes": None, "page_size": None})
+    assert (loaded.config.max_seq_len, loaded.config.page_size) == (512, 32)
+    loaded.executor.shutdown()
+
+
+FILES = sorted(["graph.onnx", "tokenizer.json", "tokenizer_config.json", "weights.safetensors"])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["changed", "truncated", "emptied", "missing"])
+def test_a_damaged_file_is_refused(engine: Path, name: str, damage: str) -> None:
+    """Whatever else the damage breaks, the message names the file and how to mend it."""
+    data = bytearray((engine / name).read_bytes())
+    data[-len(data) // 3] ^= 1
+    if damage == "missing":
+        (engine / name).unlink()
+    else:
+        size = {"changed": len(data), "truncated": len(data) // 2, "emptied": 0}[damage]
+        (engine / name).write_bytes(data[:size])
+    with pytest.raises(EngineMismatchError, match=f"^{name} .*; build it again: slipstream build"):
+        load(engine, {})
+
+
+def test_a_graph_that_onnxruntime_refuses(engine: Path) -> None:
+    (engine / "graph.onnx").write_bytes(b"garbage")
+    rehash(engine, "graph.onnx")
+    with pytest.raises(EngineMismatchError, match=r"onnxruntime .* refuses the graph of .* again"):
+        load(engine, {})
+
+
+def test_an_engine_of_another_target(engine: Path) -> None:
+    file = engine / "engine.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target": "abacus"}))
+    with pytest.raises(EngineMismatchError, match="built for target 'abacus'; this version runs"):
+        load(engine, {})
+
+
+def rehash(engine: Path, name: str) -> None:
+    """Make a manifest agree with an edited file."""
+    from slipstream.builder.engine import sha256
+
+    raw = json.loads((engine / "engine.json").read_text())
+    raw["files"][name] = sha256(engine / name)
+    (engine / "engine.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("content", "temperature", "top_k"),
+    [
+        ({}, 1.0, 0),
+        ({"temperature": 0.5, "top_k": 7}, 0.5, 7),
+        ({"do_sample": True, "temperature": 0.5}, 0.5, 0),
+        ({"do_sample": False, "temperature": 0.5}, 0.0, 0),
+    ],
+)
+def test_defaults_of_sampling_come_from_the_model(
+    engine: Path, content: dict[str, Any], temperature: float, top_k: int
+) -> None:
+    (engine / "generation_config.json").write_text(json.dumps(content))
+    rehash(engine, "generation_config.json")
+    loaded = load(engine, {})
+    defaults = loaded.generation_defaults
+    assert (defaults.temperature, defaults.top_k) == (temperature, top_k)
+    loaded.executor.shutdown()
+
+
+def test_a_checkpoint_is_built_into_the_cache(
+    tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = []
+    for model in (tiny_engine, tiny_checkpoint, tiny_checkpoint):
+        with LLM(model, num_threads=1) as llm:
+            texts.append(llm.generate("the quick", GREEDY)[0].outputs[0].token_ids)
+    assert texts[0] == texts[1] == texts[2]
+    (cached,) = cache_directory().iterdir()
+    assert open_engine(cached).manifest.quantization == "none"
+    options: dict[str, Any] = {"quantization": "int8_wo", "max_seq_len": 64, "max_num_tokens": 64}
+    with LLM(str(tiny_checkpoint), **options) as llm:
+        llm.generate("the quick", GREEDY)
+    (other,) = (path for path in cache_directory().iterdir() if path != cached)
+    manifest = open_engine(other).manifest
+    assert (manifest.quantization, manifest.limits.max_seq_len) == ("int8_wo", 64)
+
+
+def test_options_that_a_checkpoint_cannot_take(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(
+        Invalid, match=r"unknown option quantisation; known options: max_batch_size"
+    ):
+        LLM(tiny_checkpoint, quantisation="int8_wo")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        LLM(tmp_path / "no" / "such" / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_holds_no_page(tiny_engine: Path) -> None:
+    with pytest.raises(CapacityError, match=r"100 bytes of KV cache hold no page; one page takes"):
+        LLM(tiny_engine, kv_cache_bytes=100)
+
+
+def test_running_an_engine_imports_no_compiler(tiny_engine: Path) -> None:
+    code = (
+        "import sys; from slipstream import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], num_threads=1)\n"
+        "llm.generate('the', SamplingParams(max_tokens=2))\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'gguf', 'slipstream.quantize'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_engine)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
