@@ -1,9 +1,9 @@
-"""How far 4-bit engines are from the float32 model on a text: Slipstream and llama.cpp on the same GGUF.
+"""How far 4-bit engines are from the float32 model: Slipstream and llama.cpp on the same GGUF.
 
     python benchmarks/cpu_accuracy.py --json benchmarks/results/cpu_accuracy.json
 
-The weights are the same everywhere; what differs is how kernels round activations (and KV pages) on the way. The
-reference is transformers in float32. The text is this repository's own documentation.
+The weights are the same everywhere; what differs is how kernels round activations (and KV pages)
+on the way. The reference is transformers in float32. The text is this repository's own documentation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one engine costs on this CPU beyond tokens/s: start-up, memory, and time outside the session.
+"""What an engine costs on this CPU beside tokens/s: start-up, memory, time outside the session.
 
     python benchmarks/cpu_engine.py ENGINE --json benchmarks/results/cpu_engine.json
 
@@ -8,6 +8,7 @@ Each figure comes from a fresh process; start-up is the median of five.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -58,7 +59,7 @@ def outside(engine: str) -> dict[str, float]:
     result = {}
     for requests in (1, 32):
         steps = _timed_steps(engine, requests)
-        gaps = [after[0] - before[1] for before, after in zip(steps, steps[1:], strict=False)]
+        gaps = [after[0] - before[1] for before, after in itertools.pairwise(steps)]
         runs = [end - start for start, end in steps]
         result[f"outside_session_{requests}_ms"] = statistics.median(gaps) * 1e3
         result[f"session_{requests}_ms"] = statistics.median(runs) * 1e3
@@ -68,6 +69,7 @@ def outside(engine: str) -> dict[str, float]:
 def _timed_steps(engine: str, requests: int) -> list[tuple[float, float]]:
     """Start and end of every decode step's session run."""
     import onnxruntime as ort
+
     from slipstream import LLM, SamplingParams
 
     steps: list[tuple[float, float]] = []

@@ -157,7 +157,8 @@ class Call {
     check(api_.tensor_info(value, &info));
     Status* status = api_.element_type(info, &tensor.type);
     if (status == nullptr) status = api_.rank(info, &tensor.rank);
-    if (status == nullptr && tensor.rank <= 8) status = api_.dimensions(info, tensor.shape, tensor.rank);
+    if (status == nullptr && tensor.rank > 8) status = api_.create_status(kInvalidArgument, "a tensor has more than 8 axes");
+    if (status == nullptr) status = api_.dimensions(info, tensor.shape, tensor.rank);
     api_.release_tensor_info(info);
     check(status);
     check(api_.tensor_data(value, &tensor.data));
@@ -179,7 +180,7 @@ PackedWeight packed_weight(const Call& call, const Tensor& blob, const LinearSig
   PackedWeight weight{blob.as<const uint8_t>(), a.in_features, a.out_features, static_cast<int32_t>(a.bits),
                       static_cast<int32_t>(a.group_size), static_cast<ZeroKind>(a.zero_kind),
                       static_cast<int32_t>(a.scale_bytes), static_cast<int32_t>(a.gated)};
-  call.expect(a.group_size >= 32 && a.group_size % 32 == 0 && a.in_features % a.group_size == 0 &&
+  call.expect((a.gated == 0 || a.gated == 1) && a.zero_kind >= 0 && a.zero_kind <= 2 && a.group_size >= 32 && a.group_size % 32 == 0 && a.in_features % a.group_size == 0 &&
                   (a.bits == 4 || a.bits == 8) && (a.scale_bytes == 2 || a.scale_bytes == 4),
               "the attributes describe no packed format");
   call.expect(elements(blob) == packed_bytes(weight), "the packed weight has the wrong size for its attributes");
@@ -191,13 +192,13 @@ struct LinearOp : LinearSignature {
     const Tensor x = call.input(Input::x, "x", 2), blob = call.input(Input::weight, "weight", 1);
     const Tensor bias = call.optional_input(Input::bias), residual = call.optional_input(Input::residual);
     const Tensor norm = call.optional_input(Input::norm_weight);
+    LinearArgs args{};
+    args.weight = packed_weight(call, blob, a);
     const int64_t rows = x.shape[0], columns = a.out_features / (1 + a.gated);
     call.expect(x.shape[1] == a.in_features, "x does not have in_features columns");
     call.expect(!bias.data || elements(bias) == a.out_features, "bias does not have out_features elements");
     call.expect(!residual.data || elements(residual) == rows * columns, "residual does not have the output's shape");
     call.expect(!norm.data || elements(norm) == a.in_features, "norm_weight does not have in_features elements");
-    LinearArgs args{};
-    args.weight = packed_weight(call, blob, a);
     args.x = x.as<const float>();
     args.rows = rows;
     args.bias = bias.as<const float>();
@@ -273,6 +274,7 @@ struct PagedAttentionOp : PagedAttentionSignature {
                 "kv_cache does not have the shape that the attributes say");
     call.expect(query_start.shape[0] == sequences + 1 && page_table.shape[0] == sequences && slots.shape[0] == tokens,
                 "the step's inputs do not fit each other");
+    call.expect(a.num_heads > 0 && a.num_kv_heads > 0 && a.page_size > 0 && a.head_dim > 0, "sizes must be positive");
     call.expect(a.head_dim % 8 == 0 && a.head_dim <= 256, "head_dim must be a multiple of 8, at most 256");
     call.expect(a.page_size % 16 == 0, "page_size must be a multiple of 16");
     call.expect(a.num_heads % a.num_kv_heads == 0, "num_kv_heads must divide num_heads");
