@@ -25,7 +25,7 @@ def path() -> str:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library with its C entry points (see the end of ``plugins/cpu/registration.cpp``)."""
+    """The library with its C entry points (see the end of ``plugins/cpu/kernels.cpp``)."""
     library = ctypes.CDLL(path())
     library.slipstream_isas.restype = ctypes.c_char_p
     return library

@@ -1,0 +1,112 @@
+// The table of instruction sets, and C entry points that run one kernel without a session: for tests and benchmarks.
+#include "cpu/kernels.h"
+
+#include <cstring>
+#include <string>
+#include <thread>
+
+namespace slipstream {
+
+#define SLIPSTREAM_DECLARE(isa)                                 \
+  namespace isa {                                               \
+  void linear(const LinearArgs&, Parallel&);                    \
+  void embedding(const EmbeddingArgs&, Parallel&);              \
+  void paged_attention(const PagedAttentionArgs&, Parallel&);   \
+  }
+
+#define SLIPSTREAM_KERNELS(isa) {#isa, isa::linear, isa::embedding, isa::paged_attention}
+
+SLIPSTREAM_DECLARE(generic)
+#if defined(__x86_64__)
+SLIPSTREAM_DECLARE(avx2)
+SLIPSTREAM_DECLARE(avx512)
+#endif
+
+static std::vector<Kernels> usable_kernels() {
+  std::vector<Kernels> kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    kernels.push_back(SLIPSTREAM_KERNELS(avx512));
+  if (avx2) kernels.push_back(SLIPSTREAM_KERNELS(avx2));
+#endif
+  kernels.push_back(SLIPSTREAM_KERNELS(generic));
+  return kernels;
+}
+
+const std::vector<Kernels>& all_kernels() {
+  static const std::vector<Kernels> kernels = usable_kernels();
+  return kernels;
+}
+
+static const Kernels* find_kernels(const char* isa) {
+  if (isa == nullptr) return &all_kernels().front();
+  for (const Kernels& kernels : all_kernels())
+    if (std::strcmp(kernels.isa, isa) == 0) return &kernels;
+  return nullptr;
+}
+
+std::atomic<int> session_threads{1};
+
+// Tasks on threads of their own, for tests and measurements without a session.
+class ThreadParallel final : public Parallel {
+ public:
+  explicit ThreadParallel(int threads) : threads_(threads) {}
+
+  void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+      for (int64_t i = next++; i < n; i = next++) fn(ctx, i);
+    };
+    std::vector<std::thread> pool;
+    for (int t = 1; t < threads_; ++t) pool.emplace_back(work);
+    work();
+    for (std::thread& thread : pool) thread.join();
+  }
+  int threads() const override { return threads_; }
+
+ private:
+  int threads_;
+};
+
+}  // namespace slipstream
+
+// How many threads sessions run on; a hint for splitting work.
+SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads; }
+
+// Comma-separated instruction sets this machine can run, best first.
+SLIPSTREAM_EXPORT const char* slipstream_isas() {
+  static const std::string names = [] {
+    std::string text;
+    for (const auto& kernels : slipstream::all_kernels()) text += (text.empty() ? "" : ",") + std::string(kernels.isa);
+    return text;
+  }();
+  return names.c_str();
+}
+
+// Each runs one kernel of the named instruction set (null: the best) and returns 0, or 1 for an unknown name.
+SLIPSTREAM_EXPORT int slipstream_linear(const slipstream::LinearArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->linear(*args, parallel);
+  return 0;
+}
+
+SLIPSTREAM_EXPORT int slipstream_embedding(const slipstream::EmbeddingArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->embedding(*args, parallel);
+  return 0;
+}
+
+SLIPSTREAM_EXPORT int slipstream_paged_attention(const slipstream::PagedAttentionArgs* args, const char* isa, int threads) {
+  const auto* kernels = slipstream::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  slipstream::ThreadParallel parallel(threads);
+  kernels->paged_attention(*args, parallel);
+  return 0;
+}

@@ -1,0 +1,28 @@
+// The kernels of one instruction set, and the choice among those this machine can run.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "linear/cpu.h"
+#include "paged_attention/cpu.h"
+
+#define SLIPSTREAM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace slipstream {
+
+struct Kernels {
+  const char* isa;
+  void (*linear)(const LinearArgs&, Parallel&);
+  void (*embedding)(const EmbeddingArgs&, Parallel&);
+  void (*paged_attention)(const PagedAttentionArgs&, Parallel&);
+};
+
+// Those for this machine, best first; never empty.
+const std::vector<Kernels>& all_kernels();
+
+// How many threads sessions run on; a hint for splitting work.
+extern std::atomic<int> session_threads;
+
+}  // namespace slipstream
