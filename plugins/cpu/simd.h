@@ -41,6 +41,11 @@ constexpr int kRegisters = 32;
 SLIPSTREAM_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 SLIPSTREAM_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
 SLIPSTREAM_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The instruction can broadcast by itself, but compilers keep a vector for a factor that is used twice.
+SLIPSTREAM_INLINE Vec fma_splat(const float* a, Vec b, Vec c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
+}
 SLIPSTREAM_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 SLIPSTREAM_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 SLIPSTREAM_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
@@ -231,6 +236,8 @@ template <class T>
 SLIPSTREAM_INLINE void store_first(T* p, Vec a, int) {
   store(p, a);
 }
+// The same factor for all lanes of b.
+SLIPSTREAM_INLINE Vec fma_splat(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
 #endif
 
 // 2^x for x <= 127 with a relative error below 3e-7; exactly 0 for x < -126, -infinity and NaN. The polynomial is a

@@ -24,6 +24,7 @@ constexpr int kRows = simd::kRegisters == 32 ? 12 : 6;
 template <class T>
 struct Panels {
   const T* const* data;
+  const T* const* ahead;  // panels to bring to the second-level cache meanwhile, a line for each line that is read
   int64_t panel_depth;
   int64_t depth;
   int64_t stride;
@@ -44,18 +45,20 @@ SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const Pa
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
     const T* right = b.data[panel] + column;
+    const int64_t ahead = reinterpret_cast<const char*>(b.ahead[panel]) - reinterpret_cast<const char*>(b.data[panel]);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
+      for (int64_t i = 0; i < vectors * kLanes * static_cast<int64_t>(sizeof(T)); i += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(right) + ahead + i, 0, 2);
       Vec lanes[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v)
         lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const Vec factor = simd::splat(left[r / 3][(r % 3) * a_stride]);
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = simd::fma(factor, lanes[v], sum[r][v]);
-      }
+        for (int v = 0; v < vectors; ++v)
+          sum[r][v] = simd::fma_splat(left[r / 3] + (r % 3) * a_stride, lanes[v], sum[r][v]);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r += 3) ++left[r / 3];
     }

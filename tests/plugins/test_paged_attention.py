@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
@@ -128,6 +130,8 @@ CASES = {
     "no_groups": Case(heads=3, kv_heads=3, head_dim=64),
     "smollm2": Case(heads=9, kv_heads=3, head_dim=64, batch=((1, 64), (70, 70), (33, 300))),
     "llama": Case(heads=8, kv_heads=2, head_dim=128, batch=((1, 100), (50, 90))),
+    # Tasks of few rows take several kv heads, here three and then two.
+    "uneven_heads": Case(heads=20, kv_heads=5, head_dim=16, batch=((1, 40), (1, 700), (3, 290))),
     "one_kv_head": Case(heads=20, kv_heads=1, head_dim=16, batch=((1, 40), (9, 40))),
     "more_heads_than_block": Case(heads=100, kv_heads=1, head_dim=8, batch=((1, 17), (3, 20))),
     "odd_widths": Case(heads=5, kv_heads=1, head_dim=40),
@@ -186,7 +190,7 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
 def test_sequence_is_bit_equal_alone_and_on_one_thread(dtype: str, isa: str) -> None:
     case = Case(batch=((1, 40), (1, 900), (20, 520), (100, 130), (3, 3)), sinks=True)
     inputs = case.inputs(dtype)
-    together = native.paged_attention(copy(inputs), case.attributes(), isa, threads=2)
+    together = native.paged_attention(copy(inputs), case.attributes(), isa, threads=3)
     for s, (begin, end) in enumerate(pairwise(inputs.query_start)):
         alone = rows_of(copy(inputs), begin, end, s, inputs.context_len[s])
         output = native.paged_attention(alone, case.attributes(), isa, threads=1)
@@ -228,6 +232,61 @@ def test_zero_heads_have_zero_scale_in_int8_pages(isa: str) -> None:
     inputs.qkv[:] = 0
     output = native.paged_attention(inputs, case.attributes(), isa)
     np.testing.assert_array_equal(output, 0)
+
+
+# Every array ends where memory that may be touched ends: one element more is a segmentation fault.
+_AT_THE_END_OF_MEMORY = """
+import ctypes, itertools, mmap, sys
+import numpy as np
+from slipstream.plugins.paged_attention import native
+from slipstream.plugins.paged_attention.reference import Attributes, Inputs
+
+protect = ctypes.CDLL(None).mprotect
+protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+def ones(*shape, dtype="float32"):
+    array = np.ones(shape, dtype)
+    room = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room
+    assert protect(guard, mmap.PAGESIZE, 0) == 0
+    moved = np.frombuffer(memory, dtype, array.size, room - array.nbytes).reshape(shape)
+    moved[:] = array
+    return moved
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+dtypes = ("float32", "float16", "int8")
+for dtype, dim, tokens in itertools.product(dtypes, (8, 24, 32, 72), (1, 16)):
+    print(dtype, dim, tokens, flush=True)
+    inputs = Inputs(
+        qkv=ones(tokens, 3 * dim),
+        cos=ones(tokens, dim // 2),
+        sin=ones(tokens, dim // 2),
+        kv_cache=ones(1, 1, 2, 1, 16 * dim, dtype=dtype),
+        query_start=ints(0, tokens),
+        context_len=ints(16),
+        page_table=ints(0).reshape(1, 1),
+        slot_mapping=ints(*range(16 - tokens, 16)),
+        kv_scales=ones(1, 1, 2, 1, 16) if dtype == "int8" else None,
+        q_norm=ones(dim),
+        k_norm=ones(dim),
+        sinks=ones(1),
+    )
+    native.paged_attention(inputs, Attributes(0, 1, 1, dim, 16, 1.0), sys.argv[1])
+"""
+
+
+def test_nothing_is_read_beyond_an_array(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_THE_END_OF_MEMORY, isa],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"died of {done.returncode} at {last}: {done.stderr}"
 
 
 def test_unknown_instruction_set_is_a_value_error() -> None:
