@@ -99,5 +99,5 @@ def test_can_pack() -> None:
     assert not can_pack(replace(good, group=16))
     assert not can_pack(replace(good, group=128))
     assert not can_pack(replace(good, bits=3))
-    assert not can_pack(replace(good, kind="codebook"))
+    assert not can_pack(replace(good, kind="dense"))
     assert not can_pack(WeightFormat((8, 576)))

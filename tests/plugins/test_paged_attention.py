@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ class Case:
         return table, np.array(slots, np.int32), num_pages
 
     def _slots(self, pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+        slots = pages[positions // self.page_size] * self.page_size + positions % self.page_size
+        return np.asarray(slots)
 
     def _fill(self, inputs: Inputs, rng: np.random.Generator) -> None:
         if inputs.kv_scales is None:
@@ -108,7 +110,7 @@ class Case:
 
 
 def copy(inputs: Inputs) -> Inputs:
-    values = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    values: dict[str, Any] = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
     return Inputs(**{name: None if x is None else x.copy() for name, x in values.items()})
 
 
@@ -171,7 +173,8 @@ def made(name: str, dtype: str) -> Inputs:
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
     case = CASES[name]
-    ours, theirs = copy(made(name, dtype)), copy(made(name, dtype))
+    ours: Any = copy(made(name, dtype))
+    theirs: Any = copy(made(name, dtype))
     output = native.paged_attention(ours, case.attributes(), isa, threads=2)
     queries = reference.write_pages(theirs, case.attributes())
     assert not np.isnan(output).any()
@@ -213,7 +216,7 @@ def test_every_half_survives_its_page(isa: str) -> None:
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
     values = np.concatenate([halves, -halves]).astype(np.float32)
     small = np.array([0.5, 1.5, 2.5, 1023.75]) * 2.0**-24
-    ties = np.float32([2049, 2051, 65519.996, 65520, 1e9, *small])
+    ties = np.array([2049, 2051, 65519.996, 65520, 1e9, *small], np.float32)
     values = np.concatenate([values, ties, -ties])
     dim = 256
     values = np.pad(values, (0, -len(values) % dim)).reshape(-1, dim)
