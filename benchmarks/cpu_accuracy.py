@@ -3,7 +3,7 @@
     python benchmarks/cpu_accuracy.py --json benchmarks/results/cpu_accuracy.json
 
 The weights are the same everywhere; what differs is how kernels round activations (and KV pages)
-on the way. The reference is transformers in float32. The text is this repository's own documentation.
+on the way. The reference is transformers in float32; the text is docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 // The activations of a Linear, quantized to int8 once a call and laid out as the kernels read them.
 //
+// Every 32 elements of a token along K become codes -128..127 of the range between their minimum and maximum:
+// x = code * scale + centre. That range is often far from symmetric about zero, so the centre gains most of a bit.
+//
 // Tokens are cut into blocks of at most kMaxTokens. A block of n tokens stores, for every 32 elements along K, a
-// record of n * 40 bytes: codes int8 [n, 32], scales float32 [n], terms [n]. So a kernel reads one sequential stream,
-// whatever K is. A term is what the zero of the weight multiplies: see term_of.
+// record of n * 44 bytes: codes int8 [n, 32], scales float32 [n], centres float32 [n], terms [n]. So a kernel reads
+// one sequential stream, whatever K is. A term is what the zero of the weight multiplies: see term_of.
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <new>
 
 #include "cpu.h"
@@ -22,9 +26,9 @@ namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
 constexpr int64_t kBlock = 32;
-constexpr int64_t kRecordBytes = 40;  // of one token and one block
-// Blocks with smaller values are taken as zero: 127 / value would overflow.
-constexpr float kSmallest = 0x1p-100f;
+constexpr int64_t kRecordBytes = 44;  // of one token and one block
+// Blocks of a narrower range are taken as their minimum everywhere: 255 / range would overflow.
+constexpr float kNarrowest = 0x1p-100f;
 
 // Memory that a thread keeps between calls, aligned to cache lines.
 class Scratch {
@@ -61,10 +65,10 @@ inline int block_tokens(int64_t left) {
 
 // midpoint: the zero point times the sum of the codes, ready to be the start of the dot product. zero: the sum, to be
 // multiplied by a row's zero point. offset: the sum of the quantized values, a float, to be multiplied by the offset.
-inline uint32_t term_of(const PackedWeight& weight, int32_t sum, float scale) {
+inline uint32_t term_of(const PackedWeight& weight, int32_t sum, float scale, float centre) {
   if (weight.zero == ZeroKind::midpoint) return uint32_t(-(sum << (weight.bits - 1)));
   if (weight.zero == ZeroKind::zero) return uint32_t(-sum);
-  const float value = scale * float(sum);
+  const float value = scale * float(sum) + kBlock * centre;
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
   return bits;
@@ -80,20 +84,25 @@ inline void normalise(const float* x, const float* weight, float eps, int64_t n,
 // Quantizes token `index` of a block of `count` tokens.
 inline void quantize_token(const PackedWeight& weight, const float* x, int count, int index, uint8_t* block) {
   for (int64_t k = 0; k < weight.in_features; k += kBlock, block += count * kRecordBytes) {
-    const float largest = largest_magnitude(x + k);
-    const float scale = largest / 127.0f;
+    const Range range = range_of(x + k);
+    const float width = range.high - range.low;
     int8_t* codes = reinterpret_cast<int8_t*>(block) + index * kBlock;
+    float scale = 0.0f, centre = range.low;
     int32_t sum = 0;
-    if (largest >= kSmallest && largest <= 3.4028235e38f) {
-      sum = quantize_block(x + k, 127.0f / largest, codes);
+    if (width >= kNarrowest && width <= std::numeric_limits<float>::max()) {
+      scale = width / 255.0f;
+      centre = range.low + 128.0f * scale;
+      sum = quantize_block(x + k, range.low, 255.0f / width, codes);
     } else {
-      // Zeros, or an infinity or NaN that the scale carries into every output of this token.
       __builtin_memset(codes, 0, kBlock);
+      // An infinity, a NaN or a range beyond float32 shows in every output of this token.
+      if (!(width < kNarrowest)) centre = std::numeric_limits<float>::quiet_NaN();
     }
-    const uint32_t term = term_of(weight, sum, scale);
+    const uint32_t term = term_of(weight, sum, scale, centre);
     uint8_t* numbers = block + count * kBlock + index * 4;
     __builtin_memcpy(numbers, &scale, 4);
-    __builtin_memcpy(numbers + count * 4, &term, 4);
+    __builtin_memcpy(numbers + count * 4, &centre, 4);
+    __builtin_memcpy(numbers + count * 8, &term, 4);
   }
 }
 

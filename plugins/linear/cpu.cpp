@@ -1,7 +1,12 @@
 // Quantized Linear on a CPU: int8 activations times packed integer codes, tiles of 16 weight rows.
 //
 // The arithmetic of one output is the same whatever the batch, the block and the thread: along K, for every 32
-// elements, an exact integer dot product, then one fused multiply-add into a float32 accumulator.
+// elements, an exact integer dot product and sum of weight codes, then fused multiply-adds into a float32 accumulator.
+//
+// With weights w = s*(c - z) + m and activations x = scale*q + centre, the sum of w*x over 32 elements is
+//   s*scale*(sum of (c - z)*q) + centre*s*(sum of c - z) + m*(sum of x).
+// The first sum is the dot product; the second belongs to the weight, and is cheaper to add up again for every block
+// of tokens than to read from memory; the last belongs to the token.
 
 #include "embedding.h"
 #include "kernels.h"

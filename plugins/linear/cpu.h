@@ -42,6 +42,9 @@ struct EmbeddingArgs {
 
 constexpr int kTile = 16;  // weight rows
 
+// Each translation unit has its own: the linker must not pick one that another instruction set compiled.
+namespace {
+
 // Where the parts of a tile lie in the blob: codes, then scales, then zero points or offsets.
 struct TileLayout {
   int64_t groups, scales, zeros, stride;
@@ -55,9 +58,11 @@ struct TileLayout {
   }
 };
 
-inline int64_t packed_bytes(const PackedWeight& w) {
+[[maybe_unused]] int64_t packed_bytes(const PackedWeight& w) {
   const int64_t parts = w.gated ? 2 : 1;
   return TileLayout(w).stride * parts * ((w.out_features / parts + kTile - 1) / kTile);
 }
+
+}  // namespace
 
 }  // namespace slipstream

@@ -38,7 +38,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
   for (int64_t g = 0; g < tile.groups; ++g) {
     const int64_t index = g * kTile + lane;
     const Floats scale = load_scales(tile.scales, index, tile.scale_bytes);
-    [[maybe_unused]] Ints zero_point;
+    Ints zero_point = splat(zero == ZeroKind::midpoint ? 1 << (bits - 1) : 0);
     [[maybe_unused]] Floats offset;
     if constexpr (zero == ZeroKind::zero) zero_point = load_bytes(tile.zeros + index);
     if constexpr (zero == ZeroKind::offset) offset = load_scales(tile.zeros, index, tile.scale_bytes);
@@ -46,14 +46,22 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
       for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
       ahead += tile.step;
       const Codes<bits> block(codes);
+      // What a token's centre multiplies: the sum of the weights, without their offset.
+      const Floats weights = multiply(scale, to_floats(block.sum_less(zero_point)));
       const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
-      const int32_t* terms = reinterpret_cast<const int32_t*>(token_scales + tokens);
+      const float* centres = token_scales + tokens;
+      const int32_t* terms = reinterpret_cast<const int32_t*>(centres + tokens);
 #pragma GCC unroll 16
       for (int t = 0; t < tokens; ++t) {
         Ints start = splat(zero == ZeroKind::offset ? 0 : terms[t]);
         if constexpr (zero == ZeroKind::zero) start = multiply_small(zero_point, start);
         const Ints dot = block.dot(reinterpret_cast<const int8_t*>(record) + t * kBlock, start);
         sum[t] = fma(to_floats(dot), multiply(scale, splat(token_scales[t])), sum[t]);
+      }
+      // Apart, so that no dot product waits for the sum of codes.
+#pragma GCC unroll 16
+      for (int t = 0; t < tokens; ++t) {
+        sum[t] = fma(weights, splat(centres[t]), sum[t]);
         if constexpr (zero == ZeroKind::offset) {
           sum[t] = fma(offset, splat(reinterpret_cast<const float*>(terms)[t]), sum[t]);
         }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -40,7 +41,7 @@ inline Ints load_bytes(const uint8_t* p) {
 // a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
 inline Ints multiply_small(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 
-// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*127 = 30480, which fits.
+// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits.
 inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x) {
   __m256i sum = _mm256_setzero_si256();
   for (int q = 0; q < 8; ++q) {
@@ -49,6 +50,13 @@ inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], splat(four)));
   }
   return sum;
+}
+
+// Sums of four bytes, each a sum of eight nibbles.
+inline __m256i sum_nibbles(const __m256i* quad) {
+  __m256i sum = quad[0];
+  for (int q = 1; q < 8; ++q) sum = _mm256_add_epi8(sum, quad[q]);
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(sum, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
 // 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Codes of 8 bits are kept as two nibbles, because
@@ -81,41 +89,55 @@ struct Codes {
     }
     return start;
   }
+
+  // The sum of each row's codes less 32 zero points.
+  Ints sum_less(Ints zero_point) const {
+    Ints sum = sum_nibbles(low);
+    if constexpr (bits == 8) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(sum_nibbles(high), 4));
+    return _mm256_sub_epi32(sum, _mm256_slli_epi32(zero_point, 5));
+  }
 };
 
-inline int32_t reduce_add(__m256i v) {
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+struct Range {
+  float low, high;
+};
+
+// The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
+inline Range range_of(const float* x) {
+  const __m256 a = load(x), b = load(x + 8), c = load(x + 16), d = load(x + 24);
+  // Maxima of x and of -x, reduced side by side: each has half of the vector.
+  const __m256 high = _mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d));
+  const __m256 least = _mm256_min_ps(_mm256_min_ps(a, b), _mm256_min_ps(c, d));
+  const __m256 low = _mm256_xor_ps(least, splat(-0.0f));
+  __m256 most = _mm256_max_ps(_mm256_permute2f128_ps(high, low, 0x20), _mm256_permute2f128_ps(high, low, 0x31));
+  most = _mm256_max_ps(most, _mm256_permute_ps(most, 0x4e));
+  most = _mm256_max_ps(most, _mm256_permute_ps(most, 0xb1));
+  const Range range{-_mm_cvtss_f32(_mm256_extractf128_ps(most, 1)), _mm256_cvtss_f32(most)};
+  // Maxima may lose a NaN.
+  const __m256 unordered = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q), _mm256_cmp_ps(c, d, _CMP_UNORD_Q));
+  return _mm256_movemask_ps(unordered) ? Range{range.low, std::numeric_limits<float>::quiet_NaN()} : range;
 }
 
-inline int32_t reduce_max(__m256i v) {
-  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+// The sum of 32 unsigned bytes.
+inline int32_t sum_bytes(__m256i bytes) {
+  const __m256i quarters = _mm256_sad_epu8(bytes, _mm256_setzero_si256());
+  const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+  return _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2);
 }
 
-// The largest magnitude of 32 values; NaN when one is NaN, because magnitudes are compared as integers.
-inline float largest_magnitude(const float* x) {
-  __m256i most = _mm256_setzero_si256();
-  for (int i = 0; i < 32; i += 8) {
-    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load(x + i)), splat(0x7fffffff)));
-  }
-  const int32_t bits = reduce_max(most);
-  float largest;
-  __builtin_memcpy(&largest, &bits, 4);
-  return largest;
-}
-
-// Rounds 32 values x * inverse, all within -127..127, to int8; returns their sum.
-inline int32_t quantize_block(const float* x, float inverse, int8_t* codes) {
+// Rounds 32 values (x - low) * inverse, all within 0..255, less 128, to int8; returns their sum.
+inline int32_t quantize_block(const float* x, float low, float inverse, int8_t* codes) {
   __m256i q[4];
-  for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(multiply(load(x + 8 * i), splat(inverse)));
-  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  for (int i = 0; i < 4; ++i) {
+    q[i] = _mm256_cvtps_epi32(multiply(_mm256_sub_ps(load(x + 8 * i), splat(low)), splat(inverse)));
+  }
   // The packs work on 128-bit halves: put the groups of four back in order.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(bytes, order));
-  return reduce_add(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
+  const __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  // Flipping the highest bit of a byte is the same as taking 128 away.
+  const __m256i less = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), less);
+  return sum_bytes(bytes) - 32 * 128;
 }
 
 // In double, so that the result does not depend on the order; n is a multiple of 32.

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -57,33 +58,73 @@ struct Codes {
   }
 
   Ints dot(const int8_t* x, Ints start) const {
-    for (int q = 0; q < 8; ++q) {
-      int32_t four;
+    // Two chains: one alone would wait for its own results.
+    __m512i odd = _mm512_setzero_si512();
+    for (int q = 0; q < 8; q += 2) {
+      int32_t four, next;
       __builtin_memcpy(&four, x + 4 * q, 4);
+      __builtin_memcpy(&next, x + 4 * q + 4, 4);
       start = _mm512_dpbusd_epi32(start, quad[q], _mm512_set1_epi32(four));
+      odd = _mm512_dpbusd_epi32(odd, quad[q + 1], _mm512_set1_epi32(next));
     }
-    return start;
+    return _mm512_add_epi32(start, odd);
+  }
+
+  // The sum of each row's codes less 32 zero points.
+  Ints sum_less(Ints zero_point) const {
+    const __m512i ones = _mm512_set1_epi8(1);
+    Ints sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(zero_point, 5));
+    if constexpr (bits == 8) {
+      __m512i odd = _mm512_setzero_si512();
+      for (int q = 0; q < 8; q += 2) {
+        sum = _mm512_dpbusd_epi32(sum, quad[q], ones);
+        odd = _mm512_dpbusd_epi32(odd, quad[q + 1], ones);
+      }
+      sum = _mm512_add_epi32(sum, odd);
+    } else {
+      // Eight nibbles fit a byte, and adding bytes leaves the units that multiply to the tokens.
+      __m512i bytes = quad[0];
+      for (int q = 1; q < 8; ++q) bytes = _mm512_add_epi8(bytes, quad[q]);
+      sum = _mm512_dpbusd_epi32(sum, bytes, ones);
+    }
+    return sum;
   }
 };
 
-// The largest magnitude of 32 values; NaN when one is NaN, because magnitudes are compared as integers.
-inline float largest_magnitude(const float* x) {
-  const __m512i mask = splat(0x7fffffff);
-  const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x), mask);
-  const __m512i b = _mm512_and_si512(_mm512_loadu_si512(x + 16), mask);
-  const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
-  float largest;
-  __builtin_memcpy(&largest, &bits, 4);
-  return largest;
+struct Range {
+  float low, high;
+};
+
+// The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
+inline Range range_of(const float* x) {
+  const __m512 a = load(x), b = load(x + 16);
+  // Maxima of x and of -x, reduced side by side: each has half of the vector.
+  const __m512 high = _mm512_max_ps(a, b), low = _mm512_xor_ps(_mm512_min_ps(a, b), splat(-0.0f));
+  __m512 most = _mm512_max_ps(_mm512_shuffle_f32x4(high, low, 0x44), _mm512_shuffle_f32x4(high, low, 0xee));
+  most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0xb1));
+  most = _mm512_max_ps(most, _mm512_permute_ps(most, 0x4e));
+  most = _mm512_max_ps(most, _mm512_permute_ps(most, 0xb1));
+  const Range range{-_mm512_cvtss_f32(_mm512_shuffle_f32x4(most, most, 2)), _mm512_cvtss_f32(most)};
+  // Maxima may lose a NaN.
+  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) ? Range{range.low, std::numeric_limits<float>::quiet_NaN()} : range;
 }
 
-// Rounds 32 values x * inverse, all within -127..127, to int8; returns their sum.
-inline int32_t quantize_block(const float* x, float inverse, int8_t* codes) {
-  const __m512i a = _mm512_cvtps_epi32(multiply(load(x), splat(inverse)));
-  const __m512i b = _mm512_cvtps_epi32(multiply(load(x + 16), splat(inverse)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(a));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(b));
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+// The sum of 32 unsigned bytes.
+inline int32_t sum_bytes(__m256i bytes) {
+  const __m256i quarters = _mm256_sad_epu8(bytes, _mm256_setzero_si256());
+  const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+  return _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2);
+}
+
+// Rounds 32 values (x - low) * inverse, all within 0..255, less 128, to int8; returns their sum.
+inline int32_t quantize_block(const float* x, float low, float inverse, int8_t* codes) {
+  const __m512i a = _mm512_cvtps_epi32(multiply(_mm512_sub_ps(load(x), splat(low)), splat(inverse)));
+  const __m512i b = _mm512_cvtps_epi32(multiply(_mm512_sub_ps(load(x + 16), splat(low)), splat(inverse)));
+  const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(b), _mm512_cvtepi32_epi8(a));
+  // Flipping the highest bit of a byte is the same as taking 128 away.
+  const __m256i less = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), less);
+  return sum_bytes(bytes) - 32 * 128;
 }
 
 // In double, so that the result does not depend on the order; n is a multiple of 32.

@@ -85,7 +85,7 @@ struct Codes {
     Pairs sum = {};
     for (int q = 0; q < 8; ++q) {
       const int16_t a = x[4 * q], b = x[4 * q + 1], c = x[4 * q + 2], d = x[4 * q + 3];
-      // One product (at most 255*127) fits 16 bits; sums of two neighbours are taken in 32.
+      // One product (at most 255*128) fits 16 bits; sums of two neighbours are taken in 32.
       const Shorts product =
           __builtin_convertvector(quad[q], Shorts) * Shorts{a, b, c, d, a, b, c, d, a, b, c, d, a, b, c, d};
       Pairs pair;
@@ -94,23 +94,43 @@ struct Codes {
     }
     return start + Ints{sum[0] + sum[1], sum[2] + sum[3], sum[4] + sum[5], sum[6] + sum[7]};
   }
+
+  // The sum of each row's codes less 32 zero points.
+  Ints sum_less(Ints zero_point) const {
+    Shorts sum = {};
+    for (const Bytes& codes : quad) sum += __builtin_convertvector(codes, Shorts);
+    Pairs pairs;
+    __builtin_memcpy(&pairs, &sum, sizeof pairs);
+    const Pairs both = (pairs & 0xffff) + (pairs >> 16);
+    return Ints{both[0] + both[1], both[2] + both[3], both[4] + both[5], both[6] + both[7]} - zero_point * 32;
+  }
 };
 
-// The largest magnitude of 32 values; NaN when one is NaN, because magnitudes are compared as integers.
-inline float largest_magnitude(const float* x) {
-  int32_t bits = 0;
-  for (int i = 0; i < 32; ++i) {
-    const int32_t magnitude = load_as<int32_t>(x + i) & 0x7fffffff;
-    bits = magnitude > bits ? magnitude : bits;
+struct Range {
+  float low, high;
+};
+
+// The bits of a float as an integer of the same order, and back; a NaN lies beyond the infinity of its sign.
+inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
+inline Range range_of(const float* x) {
+  int32_t low = ordered(load_as<int32_t>(x)), high = low;
+  for (int i = 1; i < 32; ++i) {
+    const int32_t value = ordered(load_as<int32_t>(x + i));
+    low = value < low ? value : low;
+    high = value > high ? value : high;
   }
-  return load_as<float>(&bits);
+  low = ordered(low);
+  high = ordered(high);
+  return {load_as<float>(&low), load_as<float>(&high)};
 }
 
-// Rounds 32 values x * inverse, all within -127..127, to int8; returns their sum.
-inline int32_t quantize_block(const float* x, float inverse, int8_t* codes) {
+// Rounds 32 values (x - low) * inverse, all within 0..255, less 128, to int8; returns their sum.
+inline int32_t quantize_block(const float* x, float low, float inverse, int8_t* codes) {
   int32_t sum = 0;
   for (int i = 0; i < 32; ++i) {
-    const int32_t q = int32_t(std::nearbyint(x[i] * inverse));
+    const int32_t q = int32_t(std::nearbyint((x[i] - low) * inverse)) - 128;
     codes[i] = int8_t(q);
     sum += q;
   }

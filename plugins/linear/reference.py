@@ -10,7 +10,7 @@ from slipstream.quantize.tensor import QuantTensor
 Floats = NDArray[np.float32]
 
 BLOCK = 32
-_SMALLEST = np.float32(2.0**-100)  # blocks of smaller values are taken as zero
+_NARROWEST = np.float32(2.0**-100)  # blocks of a narrower range are taken as their minimum
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -20,21 +20,26 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return np.asarray(x * inverse * weight, np.float32)
 
 
-def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Symmetric int8 codes ``[T, K]`` and scales ``[T, K/32]`` (largest magnitude / 127) of ``x``.
+def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
+    """Int8 codes ``[T, K]``, scales and centres ``[T, K/32]``: x is about code * scale + centre.
 
-    A block that holds an infinity or a NaN has codes of zero and that scale, so that every output
-    of its token becomes NaN.
+    Codes -128..127 span the range of their block of 32. Equal values have codes and scale of zero
+    and are their own centre, exactly. A block that holds an infinity or a NaN, or whose range is
+    beyond float32, has a centre of NaN, so that every output of its token becomes NaN.
     """
     blocks = x.reshape(x.shape[0], -1, BLOCK)
-    largest = np.abs(blocks).max(axis=-1)
-    usable = (largest >= _SMALLEST) & np.isfinite(largest)
-    inverse = np.where(
-        usable, np.float32(127) / np.where(usable, largest, np.float32(1)), np.float32(0)
-    )
-    with np.errstate(invalid="ignore"):
-        codes = np.where(usable[..., None], np.rint(blocks * inverse[..., None]), 0)
-    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127)
+    low = blocks.min(axis=-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        width = blocks.max(axis=-1) - low
+    usable = (width >= _NARROWEST) & np.isfinite(width)
+    scale = np.where(usable, width / np.float32(255), np.float32(0))
+    inverse = np.float32(255) / np.where(usable, width, np.float32(1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.rint((blocks - low[..., None]) * inverse[..., None])
+        centre = low + np.float32(128) * scale
+    codes = np.where(usable[..., None], steps - 128, 0)
+    centre = np.where(np.isfinite(width), centre, np.float32(np.nan))
+    return codes.astype(np.int8).reshape(x.shape), scale, centre
 
 
 def linear(
@@ -55,9 +60,8 @@ def linear(
     """
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps)
-    codes, scales = quantize_activations(x)
-    with np.errstate(invalid="ignore"):
-        rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), BLOCK, axis=1)
+    codes, scales, centres = (a.astype(np.float64) for a in quantize_activations(x))
+    rounded = codes * np.repeat(scales, BLOCK, axis=1) + np.repeat(centres, BLOCK, axis=1)
     y = rounded @ weight.dequantize().astype(np.float64).T
     if bias is not None:
         y += bias

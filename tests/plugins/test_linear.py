@@ -105,22 +105,47 @@ def test_extreme_codes_do_not_saturate(isa: str, bits: int) -> None:
     codes = np.full((n, k), 2**bits - 1, np.uint8)
     ones, zeros = np.ones((n, 2), np.float32), np.zeros((n, 2), np.uint8)
     blob = pack(QuantTensor("w", fmt, pack_nibbles(codes) if bits == 4 else codes, ones, zeros))
-    x = np.stack([np.full(k, 127.0), np.full(k, -127.0)]).astype(np.float32)
+    low = np.where(np.arange(k) % 32, np.float32(-128), np.float32(127))
+    x = np.stack([low, -1 - low, low + 128])  # scales of one: codes are -128 and 127 only
     got = native.linear(x, native.packed_weight(blob, fmt), isa)
-    want = (2**bits - 1) * 127.0 * k
-    np.testing.assert_array_equal(got, np.broadcast_to([[want], [-want]], (2, n)))
+    want = (2**bits - 1) * x.sum(axis=1)
+    np.testing.assert_array_equal(got, np.broadcast_to(want[:, None], (3, n)))
+
+
+def test_activations_span_the_codes_of_their_block() -> None:
+    x = np.random.default_rng(0).gamma(2, 1, (7, 96)).astype(np.float32) - 0.3
+    codes, scale, centre = reference.quantize_activations(x)
+    blocks = codes.reshape(7, 3, 32)
+    assert (blocks.min(axis=-1) == -128).all() and (blocks.max(axis=-1) == 127).all()
+    error = np.abs(blocks * scale[..., None] + centre[..., None] - x.reshape(7, 3, 32))
+    assert (error <= 0.5001 * scale[..., None]).all()
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_equal_values_are_exact(isa: str, zero: ZeroKind) -> None:
+    """No quantization error at all, at any size; zeros give exactly zero."""
+    weight = random_weight(WeightFormat((18, 64), "int", "float16", 4, 32, zero))
+    blob = pack(weight)
+    sizes = np.array([0.0, -0.0, 1e-35, 0.1, -123.4, 7e30], np.float32)
+    x = np.repeat(sizes, 64).reshape(-1, 64)
+    got = native.linear(x, native.packed_weight(blob, weight.format), isa)
+    want = np.outer(sizes.astype(np.float64), weight.dequantize().sum(axis=1, dtype=np.float64))
+    np.testing.assert_array_equal(got[:2], 0)
+    np.testing.assert_allclose(got[2:], want[2:], rtol=1e-4)
 
 
 def test_not_a_number_reaches_its_own_token_only(isa: str) -> None:
     weight = random_weight(WeightFormat((32, 96), "int", "float16", 4, 32, "midpoint"))
     blob = pack(weight)
     packed = native.packed_weight(blob, weight.format)
-    x = normal(6, 96)
+    x = normal(9, 96)
     clean = native.linear(x, packed, isa)
     x[1, 40], x[3, 95], x[4, 64:] = np.nan, np.inf, 0.0
+    x[6, 0], x[7, 63], x[8] = -np.inf, -np.nan, np.inf
     got = native.linear(x, packed, isa)
-    assert np.isnan(got[[1, 3]]).all()
+    assert np.isnan(got[[1, 3, 6, 7, 8]]).all()
     np.testing.assert_array_equal(got[[0, 2, 5]], clean[[0, 2, 5]])
+    assert np.isfinite(got[4]).all()
     np.testing.assert_array_equal(np.isnan(reference.linear(x, weight)), np.isnan(got))
 
 

@@ -111,7 +111,8 @@ class Case:
 
 def copy(inputs: Inputs) -> Inputs:
     values: dict[str, Any] = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
-    return Inputs(**{name: None if x is None else x.copy() for name, x in values.items()})
+    copies: dict[str, Any] = {name: None if x is None else x.copy() for name, x in values.items()}
+    return Inputs(**copies)
 
 
 def rows_of(inputs: Inputs, begin: int, end: int, sequence: int, context: int) -> Inputs:
