@@ -46,7 +46,8 @@ class Plan:
     """A compiled program whose weights have not been read: what ``--estimate`` prints and
     ``build`` writes.
 
-    Sizes are in bytes.
+    Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
+    come quantized and are kept.
     """
 
     checkpoint: Checkpoint
@@ -55,13 +56,7 @@ class Plan:
     target: str
     limits: EngineLimits
     kv: KVLayout
-
-    @property
-    def quantization(self) -> str:
-        """What the build applied, or ``checkpoint`` when weights came quantized and were kept."""
-        if self.options.bits is None and not _is_dense(self.checkpoint, self.options):
-            return "checkpoint"
-        return self.options.quantization
+    quantization: str
 
     @property
     def weights(self) -> list[StoredWeight]:
@@ -88,8 +83,9 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
     config, target = checkpoint.config, create_target(options.target)
     target.check(config)
     limits = _limits(config, options)
+    quantization = _quantization(checkpoint, options)
     kv = KVLayout(
-        target.kv_dtype(options, _is_dense(checkpoint, options)),
+        target.kv_dtype(options, quantization == "none"),
         target.page_size,
         config.num_layers,
         config.num_kv_heads,
@@ -97,7 +93,7 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
     )
     program = _declare(checkpoint, kv)
     run_passes(program, target.pipeline(options))
-    return Plan(checkpoint, options, program, target.name, limits, kv)
+    return Plan(checkpoint, options, program, target.name, limits, kv, quantization)
 
 
 def build(
@@ -125,9 +121,11 @@ def build(
     return manifest
 
 
-def _is_dense(checkpoint: Checkpoint, options: BuildOptions) -> bool:
+def _quantization(checkpoint: Checkpoint, options: BuildOptions) -> str:
     formats = (checkpoint.tensor(name).format for name in checkpoint.names())
-    return options.bits is None and all(format.kind == "dense" for format in formats)
+    if options.quantization == "none" and any(format.kind != "dense" for format in formats):
+        return "checkpoint"
+    return options.quantization
 
 
 def _limits(config: ModelConfig, options: BuildOptions) -> EngineLimits:

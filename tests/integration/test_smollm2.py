@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slipstream import SamplingParams
 from slipstream.builder.build import build
+from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine_loop import EngineLoop
 from slipstream.runtime.loading import load
@@ -161,6 +162,7 @@ def test_preemption(reference: PreTrainedModel, dense_engine: Path) -> None:
 def test_logprobs_of_the_quantized_engine(reference: PreTrainedModel, smollm2_engine: Path) -> None:
     """The 4-bit engine, which rounds activations to 8 bits, scores prompts almost as the float32
     model does."""
+    assert open_engine(smollm2_engine).manifest.quantization == "checkpoint"
     loaded = load(smollm2_engine, {"enable_prefix_caching": False})
     loop, factory = EngineLoop(loaded), RequestFactory(loaded)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.rewrite import replace, sole_consumer
+from slipstream.builder.graph.passes.rewrite import linear_only_for, replace
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.linear.packing import can_pack
 from slipstream.plugins.operators import DOMAIN
@@ -16,14 +16,8 @@ def fuse_gate(program: Program) -> int:
 
 
 def _fuse(program: Program, gate: ir.Node) -> bool:
-    source = gate.inputs[0]
-    linear = source.producer() if source is not None else None
-    if (
-        source is None
-        or linear is None
-        or linear.op_type != "Linear"
-        or sole_consumer(source) is not gate
-    ):
+    linear = linear_only_for(gate, gate.inputs[0])
+    if linear is None:
         return False
     # A residual would be added before the gate here and is added after it by a gated Linear.
     plain = len(linear.inputs) <= 3 and "gated" not in linear.attributes

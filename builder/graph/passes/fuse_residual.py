@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.rewrite import replace, sole_consumer
+from slipstream.builder.graph.passes.rewrite import linear_only_for, replace
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.linear.packing import can_pack
 from slipstream.plugins.operators import DOMAIN
@@ -17,15 +17,12 @@ def fuse_residual(program: Program) -> int:
 
 def _fuse(program: Program, add: ir.Node) -> bool:
     for product, residual in (add.inputs, add.inputs[::-1]):
-        linear = product.producer() if product is not None else None
+        linear = linear_only_for(add, product)
         if (
-            product is None
-            or linear is None
-            or linear.op_type != "Linear"
-            or sole_consumer(product) is not add
+            linear is None
+            or len(linear.inputs) > 3
+            or not can_pack(program.weight_of(linear).format)
         ):
-            continue
-        if len(linear.inputs) > 3 or not can_pack(program.weight_of(linear).format):
             continue
         bias = linear.inputs[2] if len(linear.inputs) > 2 else None
         inputs = [linear.inputs[0], linear.inputs[1], bias, residual]

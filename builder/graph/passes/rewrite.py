@@ -31,6 +31,14 @@ def replace(
         graph.remove(node, safe=True)
 
 
+def linear_only_for(consumer: ir.Node, value: ir.Value | None) -> ir.Node | None:
+    """The Linear that makes ``value`` for ``consumer`` and nobody else; None if it is not so."""
+    producer = value.producer() if value is not None else None
+    if value is None or producer is None or producer.op_type != "Linear":
+        return None
+    return producer if sole_consumer(value) is consumer else None
+
+
 def sole_consumer(value: ir.Value) -> ir.Node | None:
     """The only node that reads ``value``, or None when there are several, none, or a graph
     output."""
