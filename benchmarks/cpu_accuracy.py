@@ -66,6 +66,8 @@ def slipstream(engine: Path, texts: list[list[int]]) -> Logits:
             slot_mapping=steps,
             logits_rows=steps,
             sampling=[SamplingRow(SamplingParams(temperature=0), ids, [], 0, target=0)] * len(ids),
+            slots=np.array([0], np.int32),
+            sampling_slots=np.full(len(ids), -1, np.int32),
         )
         pending = executor.submit(batch)
         pending.result()

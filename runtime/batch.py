@@ -9,6 +9,8 @@ from slipstream.runtime.scheduler import StepPlan
 from slipstream.runtime.sequence import Sequence
 from slipstream.runtime.step import IntArray, SamplingRow, StepBatch
 
+_ON_DEVICE = -1
+
 
 class BatchBuilder:
     """Turns plans into ``StepBatch``; keeps a page table, so a decode copies no page list."""
@@ -20,52 +22,45 @@ class BatchBuilder:
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
 
     def build(self, plan: StepPlan) -> tuple[StepBatch, list[Sequence]]:
-        """The packed step, and for each of its logits rows the sequence it belongs to."""
-        tokens: list[int] = []
-        logits_rows: list[int] = []
-        sampling: list[SamplingRow] = []
-        owners: list[Sequence] = []
-        width = 0
-        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            start = sequence.num_computed
-            chunk = sequence.tokens[start : start + count]
-            width = max(width, self._sync(sequence))
-            for offset, target in _wanted_rows(sequence, count):
-                logits_rows.append(len(tokens) + offset)
-                sampling.append(_sampling_row(sequence, target))
-                owners.append(sequence)
-            tokens += chunk
+        """The packed step, and for each of its logits rows the sequence it belongs to.
 
-        context = np.array([s.num_computed for s in plan.sequences], np.int32)
+        ``plan`` is the scheduler's latest.
+        """
+        rows = [sequence.row for sequence in plan.sequences]
+        slots = np.array(rows, np.int32)
         counts = np.array(plan.counts, np.int32)
-        context += counts
+        context = np.array(plan.starts, np.int32) + counts
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        rows = [sequence.row for sequence in plan.sequences]
-        page_table = self._table[:, :width].take(rows, axis=0)
-        positions, slots = self._place(counts, context, query_start, page_table)
+        page_table = self._table[:, : self._sync(plan)].take(rows, axis=0)
+        positions, slot_mapping = self._place(counts, context, query_start, page_table)
+        wanted = _Wanted(plan, query_start.tolist())
         batch = StepBatch(
-            token_ids=np.array(tokens, np.int32),
+            token_ids=np.array(_tokens(plan), np.int32),
             positions=positions,
             query_start=query_start,
             context_len=context,
             page_table=page_table,
-            slot_mapping=slots,
-            logits_rows=np.array(logits_rows, np.int32),
-            sampling=sampling,
+            slot_mapping=slot_mapping,
+            logits_rows=np.array(wanted.rows, np.int32),
+            sampling=wanted.sampling,
+            slots=slots,
+            sampling_slots=np.array(wanted.slots, np.int32),
         )
-        return batch, owners
+        return batch, wanted.owners
 
-    def _sync(self, sequence: Sequence) -> int:
-        """Bring the sequence's row of the page table up to date and return its page count."""
-        allocation = sequence.allocation
-        assert allocation is not None
-        total = len(allocation.pages)
-        if allocation.synced < total:
-            pages = allocation.pages[allocation.synced :]
-            self._table[sequence.row, allocation.synced : total] = pages
-            allocation.synced = total
-        return total
+    def _sync(self, plan: StepPlan) -> int:
+        """Bring the plan's rows of the page table up to date and return the largest page count."""
+        width = 0
+        for sequence, allocation in zip(plan.sequences, plan.allocations, strict=True):
+            total = len(allocation.pages)
+            if total > width:
+                width = total
+            if allocation.synced < total:
+                pages = allocation.pages[allocation.synced :]
+                self._table[sequence.row, allocation.synced : total] = pages
+                allocation.synced = total
+        return width
 
     def _place(
         self, counts: IntArray, context: IntArray, query_start: IntArray, page_table: IntArray
@@ -83,21 +78,57 @@ class BatchBuilder:
         return positions, slots
 
 
-def _wanted_rows(sequence: Sequence, count: int) -> list[tuple[int, int | None]]:
-    """Rows of a chunk whose logits are wanted, and the prompt token that each is to score."""
-    start = sequence.num_computed
-    wanted: list[tuple[int, int | None]] = []
-    if sequence.scores_prompt:
-        assert sequence.prompt_logprobs is not None
-        first = max(start, len(sequence.prompt_logprobs) - 1)
-        last = min(start + count, sequence.prompt_len - 1)
-        wanted += [(row - start, sequence.tokens[row + 1]) for row in range(first, last)]
-    if start + count == len(sequence.tokens):
-        wanted.append((count - 1, None))
-    return wanted
+class _Wanted:
+    """The rows of a step whose logits are wanted: what for, whose, and where the token goes."""
+
+    __slots__ = ("owners", "rows", "sampling", "slots")
+
+    def __init__(self, plan: StepPlan, begins: list[int]) -> None:
+        """``begins`` are the first token rows of the plan's sequences."""
+        self.rows: list[int] = []
+        self.sampling: list[SamplingRow] = []
+        self.owners: list[Sequence] = []
+        self.slots: list[int] = []
+        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.outputs, begins, strict=False)
+        for sequence, start, count, output, begin in chunks:
+            if sequence.prompt_logprobs is not None:
+                for position in _unscored(sequence, start, start + count):
+                    target = sequence.tokens[position + 1]
+                    self._add(begin + position - start, _new_row(sequence, target), sequence, -1)
+            if output >= 0:
+                row = sequence.sampling_row
+                if row is None:
+                    row = sequence.sampling_row = _new_row(sequence, None)
+                row.position = output
+                self._add(begin + count - 1, row, sequence, sequence.row)
+
+    def _add(self, row: int, sampling: SamplingRow, owner: Sequence, slot: int) -> None:
+        self.rows.append(row)
+        self.sampling.append(sampling)
+        self.owners.append(owner)
+        self.slots.append(slot)
 
 
-def _sampling_row(sequence: Sequence, target: int | None) -> SamplingRow:
+def _tokens(plan: StepPlan) -> list[int]:
+    """The tokens of a step; only the single token of a decode can be unknown."""
+    tokens: list[int] = []
+    for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
+        known = sequence.tokens
+        if count > 1:
+            tokens += known[start : start + count]
+        else:
+            tokens.append(known[start] if start < len(known) else _ON_DEVICE)
+    return tokens
+
+
+def _unscored(sequence: Sequence, start: int, end: int) -> range:
+    """The positions from ``start`` to ``end`` that are to score the prompt token after them."""
+    assert sequence.prompt_logprobs is not None
+    first = max(start, len(sequence.prompt_logprobs) - 1)
+    return range(first, min(end, sequence.prompt_len - 1))
+
+
+def _new_row(sequence: Sequence, target: int | None) -> SamplingRow:
     request = sequence.request
     return SamplingRow(
         params=request.params,

@@ -1,4 +1,4 @@
-"""The loop: schedule a step, start it, tell callers of the step before, wait for it."""
+"""The loop: schedule a step and start it, wait for the step before, tell callers of that."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from slipstream.runtime.executors.base import PendingStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.request_state import CompletionState, RequestState
+from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.scheduler import Scheduler, SchedulerStats, StepPlan
 from slipstream.runtime.sequence import Sequence
 from slipstream.runtime.step import SamplingRow, StepResult
@@ -22,19 +23,35 @@ from slipstream.runtime.step import SamplingRow, StepResult
 
 @dataclass(slots=True)
 class _Flight:
-    """A step on its way, and whose logits rows it computes."""
+    """A step on its way, and whose logits rows it computes.
+
+    ``in_lockstep``: it must land before the next is started.
+    """
 
     plan: StepPlan
     owners: list[Sequence]
     rows: list[SamplingRow]
     pending: PendingStep
+    in_lockstep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A step that the device did not take; it ends in its turn, as one that failed."""
+
+    error: Exception
+
+    def result(self) -> StepResult:
+        raise self.error
 
 
 class EngineLoop:
     """Drives one engine; every method but ``validate`` and ``stats`` belongs to one thread.
 
     Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
-    outputs of a step while the device computes the next.
+    outputs of a step while the device computes the next. A device that runs ahead gets yet another
+    step before that one has landed, so that it is never idle; what a sequence has there beyond its
+    end is ignored.
     """
 
     def __init__(
@@ -52,6 +69,8 @@ class EngineLoop:
         self._arrivals = itertools.count()
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
+        # Unfinished requests whose tokens the host must know before it starts another step.
+        self._in_lockstep: set[RequestState] = set()
         self._flight: _Flight | None = None
 
     @property
@@ -85,9 +104,10 @@ class EngineLoop:
                 f"request id {request.request_id!r} is in use; give every request its own"
             )
         completions = [self._completion(s) for s in self._sequences(request)]
-        self._requests[request.request_id] = RequestState(
-            request, completions, RequestMetrics(arrival_time=self._clock())
-        )
+        state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))
+        self._requests[request.request_id] = state
+        if not self._runs_ahead_of(request.params):
+            self._in_lockstep.add(state)
         self.scheduler.add(completions[0].sequence)
 
     def abort(self, request_id: str) -> None:
@@ -98,14 +118,29 @@ class EngineLoop:
 
     def shutdown(self) -> None:
         """Wait for the device and free it; unfinished requests are dropped."""
-        self._land()
+        flight, self._flight = self._flight, None
+        self._land(flight)
         self._engine.executor.shutdown()
 
     def step(self) -> list[RequestOutput]:
-        """Finish the step on its way, start the next, and return what the finished one changed."""
-        self._land()
-        self._launch()
+        """Finish the step on its way, start the next (before that, if the device runs ahead), and
+        return what the finished one changed."""
+        flight, self._flight = self._flight, None
+        if flight and not (flight.in_lockstep or self._in_lockstep):
+            self._flight = self._launch()
+        self._land(flight)
+        if self._flight is None:
+            self._flight = self._launch()
         return self._tell()
+
+    def _runs_ahead_of(self, params: SamplingParams) -> bool:
+        executor = self._engine.executor
+        # Which prompt tokens are still to be scored is known only when the step before has landed.
+        return (
+            executor.runs_ahead
+            and params.prompt_logprobs is None
+            and executor.runs_ahead_of(params)
+        )
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
@@ -138,18 +173,19 @@ class EngineLoop:
             logprobs=None if params.logprobs is None else [],
         )
 
-    def _launch(self) -> None:
+    def _launch(self) -> _Flight | None:
         plan = self.scheduler.schedule()
         if not plan.sequences:
-            return
+            return None
         self._note_admitted(plan.admitted)
         batch, owners = self._builder.build(plan)
+        in_lockstep = bool(self._in_lockstep)
+        pending: PendingStep
         try:
             pending = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            self._fail(plan, error)
-        else:
-            self._flight = _Flight(plan, owners, batch.sampling, pending)
+            pending, in_lockstep = _Refused(error), True
+        return _Flight(plan, owners, batch.sampling, pending, in_lockstep)
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -157,8 +193,7 @@ class EngineLoop:
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = self._clock()
 
-    def _land(self) -> None:
-        flight, self._flight = self._flight, None
+    def _land(self, flight: _Flight | None) -> None:
         if flight is None:
             return
         try:
@@ -174,7 +209,7 @@ class EngineLoop:
         now = self._clock()
         rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
         for sequence, row, token, logprobs in rows:
-            if sequence.finish_reason:  # aborted while the step was on its way
+            if sequence.finish_reason:  # it ended while the step was on its way
                 continue
             if row.target is not None:
                 assert sequence.prompt_logprobs is not None
@@ -188,7 +223,7 @@ class EngineLoop:
             if sequence.finish_reason:
                 self.scheduler.finish(sequence)
                 if state.finished:
-                    del self._requests[state.request.request_id]
+                    self._forget(state)
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """End the requests of a failed step; nothing that it computed was committed."""
@@ -208,8 +243,12 @@ class EngineLoop:
             if not sequence.finish_reason:
                 sequence.finish_reason = reason
                 self.scheduler.finish(sequence)
-        del self._requests[state.request.request_id]
+        self._forget(state)
         self._changed[state] = None
+
+    def _forget(self, state: RequestState) -> None:
+        del self._requests[state.request.request_id]
+        self._in_lockstep.discard(state)
 
     def _tell(self) -> list[RequestOutput]:
         """Detokenize what changed and return what callers are to hear."""

@@ -20,7 +20,7 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     tokens get -inf.
     """
     params = row.params
-    too_short = len(row.output) < params.min_tokens
+    too_short = row.position < params.min_tokens
     if not (params.edits_logits or too_short):
         return logits
     edited = _only_allowed(logits, params)

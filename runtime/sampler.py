@@ -65,7 +65,7 @@ class Sampler:
         _check_peak(top)
         if row.params.greedy:
             return best
-        uniform = self._uniforms.at(row.seed, len(row.output))
+        uniform = self._uniforms.at(row.seed, row.position)
         return draw_token(edited, top, row.params, uniform)
 
 
@@ -123,7 +123,7 @@ def _is_plain_greedy(row: SamplingRow) -> bool:
         and not params.edits_logits
         and params.logprobs is None
         and row.target is None
-        and len(row.output) >= params.min_tokens
+        and row.position >= params.min_tokens
     )
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.kv_cache import KVCacheManager
+from slipstream.runtime.kv_cache import Allocation, KVCacheManager
 from slipstream.runtime.radix_tree import Node
 from slipstream.runtime.sequence import Sequence, Status
 
@@ -17,16 +17,34 @@ _ORDER = attrgetter("order")
 
 @dataclass(slots=True)
 class StepPlan:
-    """Sequences of one step and how many tokens of each: decodes first, then prefill chunks."""
+    """Sequences of one step and how many tokens of each: decodes first, then prefill chunks.
+
+    Of every sequence ``counts`` tokens from ``starts`` on are computed, in the pages that were its
+    ``allocations`` then. ``outputs`` is the position in its output of the token that is sampled
+    after them, -1 if there is more to compute first.
+    """
 
     sequences: list[Sequence] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
 
     def add(self, sequence: Sequence, count: int) -> None:
-        """Compute ``count`` more tokens of ``sequence``."""
+        """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""
+        assert sequence.allocation is not None
+        start, total = sequence.num_scheduled, sequence.num_tokens
         self.sequences.append(sequence)
         self.counts.append(count)
+        self.starts.append(start)
+        self.allocations.append(sequence.allocation)
+        sequence.num_scheduled = start + count
+        if start + count == total:
+            sequence.pending += 1
+            self.outputs.append(total - sequence.prompt_len)
+        else:
+            self.outputs.append(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +62,13 @@ class SchedulerStats:
 class Scheduler:
     """In-flight batching under a token budget, a sequence budget and a number of KV pages.
 
-    ``schedule`` and ``commit`` alternate; ``add`` and ``finish`` may come at any time between. A
-    waiting sequence never overtakes one before it, and the first running one can always take pages
-    from the last, so every sequence comes to its end.
+    Every plan is committed, in order, when its step has landed; before that the next may be
+    scheduled. ``add`` and ``finish`` may come at any time between. A waiting sequence never
+    overtakes one before it, and the first running one can always take pages from the last, so
+    every sequence comes to its end.
+
+    Pages that are given back while a step on its way still uses them can be given to others at
+    once: the device takes steps in order, so whoever gets a page writes it after the last use.
     """
 
     def __init__(self, config: RuntimeConfig, num_pages: int) -> None:
@@ -105,18 +127,19 @@ class Scheduler:
         insort(self.waiting, sequence, key=_ORDER)
 
     def schedule(self) -> StepPlan:
-        """Plan the next step; an empty plan means that there is nothing to compute."""
+        """Plan the next step; an empty plan means that there is nothing to compute, or nothing
+        before a step on its way has landed."""
         self._make_room()
         plan = StepPlan()
         prefills: list[Sequence] = []
         for sequence in self.running:
-            if len(sequence.tokens) - sequence.num_computed == 1:
-                plan.add(sequence, 1)
-            else:
+            if sequence.num_tokens - sequence.num_scheduled > 1:
                 prefills.append(sequence)
+            elif not sequence.awaits_last:
+                plan.add(sequence, 1)
         budget = self._config.max_num_tokens - len(plan.sequences)
         for sequence in prefills:
-            count = min(budget, len(sequence.tokens) - sequence.num_computed)
+            count = min(budget, sequence.num_tokens - sequence.num_scheduled)
             if count:
                 plan.add(sequence, count)
                 budget -= count
@@ -124,13 +147,19 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan) -> None:
-        """Note that the tokens of ``plan`` are in the KV cache."""
-        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            if sequence.allocation is None:  # ended while the step was on its way
-                continue
-            sequence.num_computed += count
-            self.kv.commit(sequence.allocation, sequence.tokens, sequence.num_computed)
-            if sequence.followers and sequence.num_computed >= sequence.prompt_len:
+        """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
+
+        A sequence that ended or lost its pages while the step was on its way has nothing there.
+        """
+        size = self.kv.page_size
+        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.allocations, strict=True)
+        for sequence, start, count, allocation in chunks:
+            end = start + count
+            if sequence.allocation is allocation:
+                sequence.num_computed = end
+                if end // size > start // size:
+                    self.kv.commit(allocation, sequence.tokens, end)
+            if sequence.followers and end >= sequence.prompt_len:
                 for follower in sequence.followers:
                     self.add(follower)
                 sequence.followers = []
@@ -151,7 +180,7 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             assert sequence.allocation is not None
-            if self.kv.grow(sequence.allocation, len(sequence.tokens)):
+            if sequence.awaits_last or self.kv.grow(sequence.allocation, sequence.num_tokens):
                 position += 1
             else:
                 self._preempt(self.running.pop())
@@ -172,6 +201,8 @@ class Scheduler:
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while budget and self.waiting and self._rows and self.kv.num_available:
             sequence = self.waiting[0]
+            if sequence.pending:  # preempted: the host must know its tokens to compute them again
+                return
             prefix = self._match(sequence)
             count = len(sequence.tokens) - prefix.depth * self.kv.page_size
             if count > budget and not self._config.enable_chunked_prefill:
@@ -202,7 +233,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, prefix: Node) -> None:
         sequence.allocation = self.kv.allocate(prefix, len(sequence.tokens))
-        sequence.num_computed = prefix.depth * self.kv.page_size
+        sequence.num_scheduled = sequence.num_computed = prefix.depth * self.kv.page_size
         sequence.row = self._rows.pop()
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_ORDER)

@@ -18,9 +18,11 @@ IntArray = NDArray[np.int32]
 class SamplingRow:
     """How to turn one row of logits into a token, or into the logprob of a given prompt token.
 
-    ``prompt`` and ``output`` are the live token lists of the sequence (never copied; penalties,
-    bad words and the random stream read them). ``target`` is set on rows that only score that
-    prompt token.
+    ``prompt`` and ``output`` are the live token lists of the sequence (never copied; penalties and
+    bad words read them). ``position`` is the number of output tokens before the one to be sampled:
+    it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
+    when the device runs ahead of what the host knows. ``target`` is set on rows that only score
+    that prompt token.
     """
 
     params: SamplingParams
@@ -29,6 +31,7 @@ class SamplingRow:
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     target: int | None = None
+    position: int = 0
 
 
 @dataclass(slots=True)
@@ -39,6 +42,11 @@ class StepBatch:
     ``token_ids[T]``, ``positions[T]``, ``query_start[S+1]``, ``context_len[S]`` (tokens in the
     cache after this step), ``page_table[S, P]``, ``slot_mapping[T]`` (page * page_size + offset),
     ``logits_rows[L]`` (token rows whose logits are wanted), and one ``SamplingRow`` a logits row.
+
+    ``slots[S]`` numbers each sequence from 0 below ``max_batch_size``, unchanged while it runs. A
+    device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says
+    where a row's token goes (-1 for a row that only scores a prompt token), and a token id of -1
+    stands for the token that the step before put into the slot of its sequence.
     """
 
     token_ids: IntArray
@@ -49,6 +57,8 @@ class StepBatch:
     slot_mapping: IntArray
     logits_rows: IntArray
     sampling: list[SamplingRow]
+    slots: IntArray
+    sampling_slots: IntArray
 
 
 @dataclass(slots=True)

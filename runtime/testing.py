@@ -36,12 +36,16 @@ def counting_engine(
     num_pages: int = 64,
     *,
     delay: float = 0.0,
+    runs_ahead: bool = False,
     **options: Any,  # noqa: ANN401 - the fields of RuntimeConfig
 ) -> LoadedEngine:
     """The counting model, which continues "abc" with "defg..."; sampling is greedy by default."""
     config = RuntimeConfig().override({"page_size": 4, "max_seq_len": 256, **options})
+    executor = CountingExecutor(
+        num_pages, config.page_size, VOCAB_SIZE, delay=delay, runs_ahead=runs_ahead
+    )
     return LoadedEngine(
-        executor=CountingExecutor(num_pages, config.page_size, VOCAB_SIZE, delay=delay),
+        executor=executor,
         tokenizer=counting_tokenizer(),
         config=config,
         vocab_size=VOCAB_SIZE,

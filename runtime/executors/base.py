@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import StepBatch, StepResult
 
 
@@ -16,7 +17,26 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """Runs steps of one loaded engine. Used from the engine-loop thread only."""
+    """Runs steps of one loaded engine, in order. Used from the engine-loop thread only.
+
+    Results are asked for in the order of submission. Most often one step is on its way; where
+    ``runs_ahead``, the next is submitted before the result of the last is asked for, and takes the
+    tokens that the host does not know yet from the device.
+    """
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether two steps may be on their way: the device works by itself and keeps the last
+        token of every slot."""
+        ...
+
+    def runs_ahead_of(self, params: SamplingParams) -> bool:
+        """Whether rows with ``params`` can be sampled before the host knows the token before.
+
+        While a request for which they cannot is unfinished, one step is on its way at most. So it
+        is with prompt logprobs, about which nobody asks. Of no meaning unless ``runs_ahead``.
+        """
+        ...
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate KV pages within ``num_bytes`` (None: the executor's own default) and return how
@@ -24,7 +44,10 @@ class Executor(Protocol):
         ...
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Start a step; may return before the device is done. At most one step is outstanding."""
+        """Start a step; may return before the device is done.
+
+        The sampling rows of ``batch`` belong to the sequences and change with the next batch.
+        """
         ...
 
     def shutdown(self) -> None:

@@ -16,6 +16,7 @@ from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampler import Sampler
+from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import StepBatch, StepResult
 
 STEP_INPUTS = (
@@ -121,6 +122,15 @@ class CPUExecutor:
         self._kv_arrays = list(arrays.values())
         self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         return pages
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Never: a step is computed when its result is asked for."""
+        return False
+
+    def runs_ahead_of(self, params: SamplingParams) -> bool:
+        """Never."""
+        return False
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""

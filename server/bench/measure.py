@@ -50,8 +50,8 @@ class Trace:
 class Measurement:
     """Requests that ran together.
 
-    ``waits`` are the seconds from each answer of the executor to the next step's start: what the
-    loop costs outside of it.
+    ``waits`` are the seconds from each answer of the executor to the next step's start, none if
+    that has begun before: what the loop costs outside of it.
     """
 
     traces: list[Trace]
@@ -69,10 +69,20 @@ class TimedExecutor:
         self.steps = 0
         self._inner = inner
         self._answered: float | None = None
+        self._on_their_way = 0
 
     def start(self) -> None:
         """Begin anew; the time until the next step is nobody's."""
         self.waits, self.steps, self._answered = [], 0, None
+
+    @property
+    def runs_ahead(self) -> bool:
+        """As the inner executor."""
+        return self._inner.runs_ahead
+
+    def runs_ahead_of(self, params: SamplingParams) -> bool:
+        """As the inner executor."""
+        return self._inner.runs_ahead_of(params)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """As the inner executor."""
@@ -80,14 +90,19 @@ class TimedExecutor:
 
     def submit(self, batch: StepBatch) -> PendingStep:
         """As the inner executor."""
-        if self._answered is not None:
+        if self._on_their_way:
+            self.waits.append(0.0)
+        elif self._answered is not None:
             self.waits.append(time.perf_counter() - self._answered)
+        pending = self._inner.submit(batch)
         self.steps += 1
-        return _TimedStep(self, self._inner.submit(batch))
+        self._on_their_way += 1
+        return _TimedStep(self, pending)
 
     def answered(self) -> None:
-        """A step's result was handed over."""
+        """A step's result, or its failure, was handed over."""
         self._answered = time.perf_counter()
+        self._on_their_way -= 1
 
     def shutdown(self) -> None:
         """As the inner executor."""
@@ -100,9 +115,10 @@ class _TimedStep:
     inner: PendingStep
 
     def result(self) -> StepResult:
-        result = self.inner.result()
-        self.executor.answered()
-        return result
+        try:
+            return self.inner.result()
+        finally:
+            self.executor.answered()
 
 
 class Bench:

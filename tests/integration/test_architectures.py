@@ -95,6 +95,8 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float3
             logits_rows=np.arange(2 * size, dtype=np.int32),
             sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0, target=0)]
             * (2 * size),
+            slots=np.array([0, 1], np.int32),
+            sampling_slots=np.full(2 * size, -1, np.int32),
         )
         pending: Any = executor.submit(batch)
         pending.result()

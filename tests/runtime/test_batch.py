@@ -37,6 +37,9 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     assert batch.page_table[0, 0] == page and batch.page_table[1].tolist() == pages
     assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
     assert owners == [first]
+    assert batch.slots.tolist() == [first.row, second.row]
+    assert batch.sampling_slots.tolist() == [first.row]
+    assert batch.sampling[0].position == 1
     assert second.allocation and second.allocation.synced == len(pages), "not to be copied again"
     assert all(
         array.dtype == "int32" and array.flags.c_contiguous
@@ -54,19 +57,37 @@ def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
     assert row.output is only.output
 
 
+def test_a_token_on_its_way_is_left_to_the_device() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler.add(only := sequence([1, 2], 7))
+    batches = [builder.build(scheduler.schedule())[0]]
+    row = batches[0].sampling[0]
+    assert row.position == 0
+    batches.append(builder.build(scheduler.schedule())[0])
+
+    assert [batch.token_ids.tolist() for batch in batches] == [[1, 2], [-1]]
+    assert [batch.positions.tolist() for batch in batches] == [[0, 1], [2]]
+    assert [batch.context_len.tolist() for batch in batches] == [[2], [3]]
+    assert batches[1].sampling == [row] and row.position == 1, "the row is made once"
+    assert row.output is only.output and not only.output
+
+
 def test_a_scored_prompt_asks_for_each_row_once() -> None:
     scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
     scored = sequence(list(range(20)), 1, SamplingParams(prompt_logprobs=0))
     scored.prompt_logprobs = [None]
     scheduler.add(scored)
     targets: list[int | None] = []
+    slots: list[int] = []
     for _ in range(2):
         plan = scheduler.schedule()
         batch, _ = builder.build(plan)
         targets += [row.target for row in batch.sampling]
+        slots += batch.sampling_slots.tolist()
         for row in batch.sampling:
             if row.target is not None:
                 scored.prompt_logprobs.append(None)
         scheduler.commit(plan)
 
     assert targets == [*range(1, 20), None]
+    assert slots == [-1] * 19 + [scored.row]

@@ -18,6 +18,13 @@ from slipstream.runtime.step import StepBatch
 from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
 
 
+@pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
+def runs_ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether the next step starts before the last has landed."""
+    ahead: bool = request.param
+    return ahead
+
+
 def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
     return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
 
@@ -54,8 +61,8 @@ def tokens_of(output: RequestOutput) -> list[int]:
     return output.outputs[0].token_ids
 
 
-def test_outputs_of_a_step_come_back_while_the_next_is_on_its_way() -> None:
-    loop = EngineLoop(counting_engine())
+def test_outputs_of_a_step_come_back_while_the_next_is_on_its_way(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
     loop.add_request(Request("a", [0, 1], greedy(max_tokens=3)))
 
     assert loop.step() == [], "the first step has only been started"
@@ -70,22 +77,22 @@ def test_outputs_of_a_step_come_back_while_the_next_is_on_its_way() -> None:
     assert not loop.has_work
 
 
-def test_no_step_is_computed_for_a_request_that_has_ended() -> None:
-    engine = counting_engine()
+def test_at_most_one_step_is_computed_for_a_request_that_has_ended(runs_ahead: bool) -> None:
+    engine = counting_engine(runs_ahead=runs_ahead)
     assert isinstance(engine.executor, CountingExecutor)
     loop = EngineLoop(engine)
     loop.add_request(Request("eos", [EOS - 2], greedy()))
     loop.add_request(Request("string", [0], greedy(max_tokens=9, stop="cd")))
     outputs = drain(loop)
 
-    assert engine.executor.steps == 3
+    assert engine.executor.steps == 3 + runs_ahead, "a device that runs ahead cannot know the end"
     assert outputs["eos"].outputs[0].stop_reason is None
     stopped = outputs["string"].outputs[0]
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("b", "stop", "cd")
 
 
-def test_a_stop_token_is_reported_and_kept_out_of_the_text() -> None:
-    loop = EngineLoop(counting_engine())
+def test_a_stop_token_is_reported_and_kept_out_of_the_text(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
     loop.add_request(Request("cut", [0], greedy(stop_token_ids=[3])))
     loop.add_request(
         Request("kept", [0], greedy(stop_token_ids=[3], include_stop_str_in_output=True))
@@ -99,9 +106,9 @@ def test_a_stop_token_is_reported_and_kept_out_of_the_text() -> None:
     assert outputs["late"].token_ids == [1, 2, 3]
 
 
-def test_deltas_join_to_the_cumulative_output() -> None:
+def test_deltas_join_to_the_cumulative_output(runs_ahead: bool) -> None:
     params = greedy(max_tokens=8, logprobs=0, stop=["hix"])
-    loop = EngineLoop(counting_engine())
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
     loop.add_request(Request("whole", [0], params, output_kind="final"))
     loop.add_request(Request("parts", [0], params, output_kind="delta"))
     outputs: dict[str, list[RequestOutput]] = {"whole": [], "parts": []}
@@ -120,9 +127,11 @@ def test_deltas_join_to_the_cumulative_output() -> None:
 
 @pytest.mark.parametrize("max_num_tokens", [4, 64])
 def test_prompt_logprobs_cover_every_token_under_any_chunking_and_a_warm_cache(
-    max_num_tokens: int,
+    max_num_tokens: int, runs_ahead: bool
 ) -> None:
-    loop = EngineLoop(counting_engine(max_batch_size=4, max_num_tokens=max_num_tokens))
+    loop = EngineLoop(
+        counting_engine(runs_ahead=runs_ahead, max_batch_size=4, max_num_tokens=max_num_tokens)
+    )
     prompt = list(range(10, 24))
     for name in ("cold", "warm"):
         loop.add_request(Request(name, prompt, greedy(prompt_logprobs=0, n=2)))
@@ -133,8 +142,12 @@ def test_prompt_logprobs_cover_every_token_under_any_chunking_and_a_warm_cache(
         assert [each.token_ids for each in output.outputs] == [[24, 25, 26, 27]] * 2
 
 
-def test_prompt_logprobs_are_reported_once_though_the_prompt_was_computed_twice() -> None:
-    loop = EngineLoop(counting_engine(num_pages=6, max_batch_size=4, max_num_tokens=4))
+def test_prompt_logprobs_are_reported_once_though_the_prompt_was_computed_twice(
+    runs_ahead: bool,
+) -> None:
+    loop = EngineLoop(
+        counting_engine(runs_ahead=runs_ahead, num_pages=6, max_batch_size=4, max_num_tokens=4)
+    )
     loop.add_request(Request("first", [1] * 4, greedy(max_tokens=12)))
     loop.add_request(Request("scored", list(range(16)), greedy(prompt_logprobs=0)))
     output = drain(loop)["scored"]
@@ -145,8 +158,8 @@ def test_prompt_logprobs_are_reported_once_though_the_prompt_was_computed_twice(
     assert tokens_of(output) == [16, 17, 18, 19]
 
 
-def test_n_completions_share_the_prompt_and_differ_by_seed() -> None:
-    loop = EngineLoop(counting_engine())
+def test_n_completions_share_the_prompt_and_differ_by_seed(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
     request = Request("n", [5] * 9, SamplingParams(n=3, seed=10, max_tokens=3))
     loop.add_request(request)
     output = drain(loop)["n"]
@@ -157,9 +170,9 @@ def test_n_completions_share_the_prompt_and_differ_by_seed() -> None:
     assert loop.stats.prefix_cache_hits == 2 * 8
 
 
-def test_cached_tokens_and_times_are_reported() -> None:
+def test_cached_tokens_and_times_are_reported(runs_ahead: bool) -> None:
     clock = iter(range(100))
-    loop = EngineLoop(counting_engine(), clock=lambda: float(next(clock)))
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead), clock=lambda: float(next(clock)))
     loop.add_request(Request("first", [5] * 9, greedy()))
     drain(loop)
     loop.add_request(Request("again", [5] * 9, greedy()))
@@ -176,8 +189,8 @@ def test_cached_tokens_and_times_are_reported() -> None:
     )
 
 
-def test_a_failing_step_ends_its_own_requests_only() -> None:
-    engine = counting_engine(max_batch_size=1)
+def test_a_failing_step_ends_its_own_requests_only(runs_ahead: bool) -> None:
+    engine = counting_engine(runs_ahead=runs_ahead, max_batch_size=1)
     assert isinstance(engine.executor, CountingExecutor)
     loop = EngineLoop(engine)
     loop.add_request(Request("struck", [0] * 6, greedy(n=2)))
@@ -193,7 +206,7 @@ def test_a_failing_step_ends_its_own_requests_only() -> None:
     assert tokens_of(outputs["spared"]) == [1, 2, 3, 4]
 
 
-def test_a_device_that_refuses_a_step_ends_only_that_step() -> None:
+def test_a_device_that_refuses_a_step_ends_only_that_step(runs_ahead: bool) -> None:
     class Refusing(CountingExecutor):
         def submit(self, batch: StepBatch) -> CountingStep:
             if self.fail_next:
@@ -201,8 +214,8 @@ def test_a_device_that_refuses_a_step_ends_only_that_step() -> None:
                 raise RuntimeError("no")
             return super().submit(batch)
 
-    executor = Refusing(8, 4, VOCAB_SIZE)
-    loop = EngineLoop(replace(counting_engine(), executor=executor))
+    executor = Refusing(8, 4, VOCAB_SIZE, runs_ahead=runs_ahead)
+    loop = EngineLoop(replace(counting_engine(runs_ahead=runs_ahead), executor=executor))
     executor.fail_next = True
     loop.add_request(Request("a", [0], greedy()))
     error = drain(loop)["a"].error
@@ -212,8 +225,8 @@ def test_a_device_that_refuses_a_step_ends_only_that_step() -> None:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_abort_at_every_stage_returns_the_pages_at_once(steps: int) -> None:
-    loop = EngineLoop(counting_engine(max_num_tokens=4, max_batch_size=4))
+def test_abort_at_every_stage_returns_the_pages_at_once(steps: int, runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead, max_num_tokens=4, max_batch_size=4))
     loop.add_request(Request("a", [0] * 9, greedy(n=2, max_tokens=20)))
     for _ in range(steps):
         loop.step()
@@ -225,8 +238,8 @@ def test_abort_at_every_stage_returns_the_pages_at_once(steps: int) -> None:
     assert {each.finish_reason for each in output.outputs} == {"abort"}
 
 
-def test_an_aborted_id_can_be_used_again_at_once() -> None:
-    loop = EngineLoop(counting_engine())
+def test_an_aborted_id_can_be_used_again_at_once(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
     loop.add_request(Request("a", [0], greedy()))
     loop.step()
     loop.abort("a")
@@ -272,7 +285,8 @@ REQUESTS = st.builds(
         max_tokens=st.integers(1, 9),
         ignore_eos=st.booleans(),
         logprobs=st.none() | st.just(0),
-        prompt_logprobs=st.none() | st.just(0),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        bad_words_token_ids=st.sampled_from([(), (), (), [[3]], [[1, 2]]]),
     ),
     priority=st.integers(0, 1),
     output_kind=st.sampled_from(["cumulative", "delta", "final"]),
@@ -287,10 +301,14 @@ class EngineLoopMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
         caching=st.booleans(),
         budget=st.integers(3, 12),
+        runs_ahead=st.booleans(),
     )
-    def open(self, num_pages: int, policy: str, caching: bool, budget: int) -> None:
+    def open(
+        self, num_pages: int, policy: str, caching: bool, budget: int, runs_ahead: bool
+    ) -> None:
         self.engine: LoadedEngine = counting_engine(
             num_pages,
+            runs_ahead=runs_ahead,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
@@ -382,4 +400,4 @@ class EngineLoopMachine(RuleBasedStateMachine):
 
 
 TestEngineLoopMachine = EngineLoopMachine.TestCase
-TestEngineLoopMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestEngineLoopMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

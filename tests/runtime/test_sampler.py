@@ -39,7 +39,7 @@ def row(
     eos_token_ids: frozenset[int] = frozenset(),
     target: int | None = None,
 ) -> SamplingRow:
-    return SamplingRow(params, prompt, output, seed, eos_token_ids, target)
+    return SamplingRow(params, prompt, output, seed, eos_token_ids, target, len(output))
 
 
 def sample_one(logits: Floats, sampling_row: SamplingRow) -> int:
@@ -267,7 +267,7 @@ def test_edits_equal_their_definition(
 ) -> None:
     logits = random_logits(SIZE, seed=seed)
     before = logits.copy()
-    sampling_row = SamplingRow(SamplingParams(**params), prompt, output, 0, eos)
+    sampling_row = row(SamplingParams(**params), prompt=prompt, output=output, eos_token_ids=eos)
     edited = process_logits(logits, sampling_row)
     np.testing.assert_allclose(edited, slow_edit(logits, sampling_row), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(logits, before)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -21,9 +21,14 @@ PAGE = 4
 _arrivals = itertools.count()
 
 
-def sequence(prompt: list[int], max_tokens: int = 4, priority: int = 0) -> Sequence:
+def sequence(
+    prompt: list[int], max_tokens: int = 4, priority: int = 0, stop_after: int | None = None
+) -> Sequence:
     arrival = next(_arrivals)
-    request = Request(str(arrival), prompt, SamplingParams(max_tokens=max_tokens))
+    params = SamplingParams(max_tokens=max_tokens)
+    if stop_after is not None:  # the model says 0 for ever
+        params = replace(params, min_tokens=min(stop_after, max_tokens), stop_token_ids=[0])
+    request = Request(str(arrival), prompt, params)
     return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0)
 
 
@@ -38,23 +43,37 @@ def check(scheduler: Scheduler) -> None:
     scheduler.kv.check_invariants(allocations)
 
 
-def step(scheduler: Scheduler) -> StepPlan:
-    """One step of a model that says 0 for ever, with every invariant checked on the way."""
+def start(scheduler: Scheduler) -> StepPlan:
+    """Plan a step and check the plan."""
     plan = scheduler.schedule()
     check(scheduler)
     assert len(set(plan.sequences)) == len(plan.sequences) <= 4
     assert sum(plan.counts) <= 16 and all(count > 0 for count in plan.counts)
-    for each, count in zip(plan.sequences, plan.counts, strict=True):
+    for each, begin, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
         assert each.allocation is not None
-        assert each.num_computed + count <= len(each.allocation.pages) * PAGE
+        assert begin + count == each.num_scheduled <= len(each.allocation.pages) * PAGE
+        assert each.num_scheduled <= each.max_cached_tokens
     assert len({each.row for each in scheduler.running}) == len(scheduler.running)
+    return plan
+
+
+def land(scheduler: Scheduler, plan: StepPlan) -> None:
+    """End a step of a model that says 0 for ever."""
     scheduler.commit(plan)
-    for each in plan.sequences:
-        if each.num_computed == len(each.tokens):
+    check(scheduler)
+    for each, output in zip(plan.sequences, plan.outputs, strict=True):
+        if output >= 0 and each.status is not Status.FINISHED:
+            assert output == len(each.output)
             each.append(0)
             if each.finish_reason:
                 scheduler.finish(each)
     check(scheduler)
+
+
+def step(scheduler: Scheduler) -> StepPlan:
+    """One step, with every invariant checked on the way."""
+    plan = start(scheduler)
+    land(scheduler, plan)
     return plan
 
 
@@ -228,6 +247,95 @@ def test_ending_while_the_step_is_on_its_way_commits_nothing() -> None:
     assert engine.kv.match([1] * 9).depth == 0
 
 
+def test_a_step_can_be_planned_before_the_last_one_has_landed() -> None:
+    engine = scheduler()
+    only = sequence([1] * 20, max_tokens=3)
+    engine.add(only)
+    plans = [start(engine) for _ in range(2)]
+    assert [plan.counts for plan in plans] == [[16], [4]]
+    assert (only.num_computed, only.num_scheduled, only.num_tokens) == (0, 20, 21)
+
+    land(engine, plans[0])
+    plans.append(start(engine))
+    assert (only.num_computed, only.num_scheduled, only.num_tokens) == (16, 21, 22)
+    land(engine, plans[1])
+    assert only.output == [0] and only.pending == 1
+    plans.append(start(engine))
+    assert [plan.outputs for plan in plans] == [[-1], [0], [1], [2]]
+    assert not start(engine).sequences, "the last token is on its way"
+    for plan in plans[2:]:
+        land(engine, plan)
+    assert only.finish_reason == "length" and not engine.has_work
+
+
+def test_only_what_has_landed_is_offered_to_others() -> None:
+    engine = scheduler()
+    engine.add(sequence([1] * 9))
+    first = start(engine)
+    engine.add(sequence([1] * 9))
+    second = start(engine)
+    assert planned(second)[1][1] == 9
+    land(engine, first)
+    land(engine, second)
+    engine.add(sequence([1] * 9))
+    assert planned(start(engine))[2][1] == 1
+
+
+def test_a_preempted_sequence_waits_for_its_token_and_nobody_overtakes_it() -> None:
+    engine = scheduler(num_pages=4)
+    first, second, third = sequence([1] * 7), sequence([2] * 7), sequence([3])
+    for each in (first, second, third):
+        engine.add(each)
+    land(engine, start(engine))
+    flights = [start(engine), start(engine)]
+    assert (second.status, second.pending) == (Status.WAITING, 1)
+    engine.finish(first)
+    assert not start(engine).sequences
+
+    for flight in flights:
+        land(engine, flight)
+    assert second.output == [0, 0], "the pages were its own when the step began"
+    plan = start(engine)
+    assert planned(plan) == [(second, 5), (third, 1)], "a page of it was cached"
+    land(engine, plan)
+    drain(engine)
+    assert len(second.output) == 4
+
+
+def test_a_step_is_not_committed_to_pages_that_a_sequence_got_after_it_began() -> None:
+    engine = scheduler(num_pages=14)
+    first, slow = sequence([1] * 15, max_tokens=8), sequence([1] * 40)  # 4 and 10 pages
+    engine.add(first)
+    engine.add(slow)
+    flights = [start(engine), start(engine)]
+    land(engine, flights.pop(0))
+    flights.append(start(engine))
+    assert engine.stats.num_preemptions == 1
+    assert slow in flights[1].admitted, "it needs fewer pages, now that some can be shared"
+
+    land(engine, flights.pop(0))
+    assert (slow.num_computed, slow.num_scheduled) == (12, 27)
+    land(engine, flights.pop(0))
+    assert slow.num_computed == 27
+    drain(engine)
+
+
+def test_siblings_start_though_their_leader_lost_its_pages_meanwhile() -> None:
+    engine = scheduler(num_pages=4)
+    first, leader, sibling = sequence([1] * 7), sequence([2] * 7, 1), sequence([2] * 7, 1)
+    leader.followers = [sibling]
+    engine.add(first)
+    land(engine, start(engine))
+    engine.add(leader)
+    flights = [start(engine), start(engine)]
+    assert leader in flights[0].admitted
+    engine.finish(first)
+    for flight in flights:
+        land(engine, flight)
+    assert leader.finish_reason == "length" and engine.waiting == [sibling]
+    drain(engine)
+
+
 @pytest.mark.parametrize("policy", ["max_utilization", "guaranteed_no_evict"])
 def test_a_flood_of_later_requests_does_not_starve_a_large_one(policy: str) -> None:
     engine = scheduler(num_pages=8, scheduler_policy=policy)
@@ -270,6 +378,7 @@ class Arrival:
     max_tokens: int
     priority: int
     abort_after: int | None
+    stop_after: int
 
 
 _ARRIVALS = st.lists(
@@ -280,6 +389,7 @@ _ARRIVALS = st.lists(
         max_tokens=st.integers(1, 12),
         priority=st.integers(-1, 1),
         abort_after=st.none() | st.integers(0, 12),
+        stop_after=st.integers(1, 20),
     ),
     min_size=1,
     max_size=10,
@@ -291,31 +401,36 @@ _ARRIVALS = st.lists(
     num_pages=st.integers(3, 14),
     policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
     caching=st.booleans(),
+    ahead=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_every_sequence_ends_and_every_page_returns(
-    arrivals: list[Arrival], num_pages: int, policy: str, caching: bool
+    arrivals: list[Arrival], num_pages: int, policy: str, caching: bool, ahead: bool
 ) -> None:
     engine = scheduler(num_pages, scheduler_policy=policy, enable_prefix_caching=caching)
     ages: dict[Sequence, int] = {}
     wanted: dict[Sequence, int | None] = {}
+    flights: list[StepPlan] = []
     for arrival in arrivals:
         try:
             limit = engine.clamp_max_tokens(len(arrival.prompt), arrival.max_tokens)
         except CapacityError:
             continue
-        new = sequence(arrival.prompt, limit, arrival.priority)
+        new = sequence(arrival.prompt, limit, arrival.priority, arrival.stop_after)
         wanted[new], ages[new] = arrival.abort_after, 0
         engine.add(new)
         for _ in range(arrival.after_steps):
-            _step_and_abort(engine, ages, wanted)
+            _step_and_abort(engine, ages, wanted, flights, ahead)
     for _ in range(1000):
-        if not engine.has_work:
+        if not (engine.has_work or flights):
             break
-        _step_and_abort(engine, ages, wanted)
+        _step_and_abort(engine, ages, wanted, flights, ahead)
 
     assert all(each.status is Status.FINISHED for each in wanted)
     assert all(len(s.output) == s.max_tokens for s in wanted if s.finish_reason == "length")
+    assert all(
+        len(s.output) == s.request.params.min_tokens for s in wanted if s.finish_reason == "stop"
+    )
     assert all(wanted[s] is not None for s in wanted if s.finish_reason is None)
     assert engine.kv.num_available == num_pages
     if policy == "guaranteed_no_evict":
@@ -323,12 +438,21 @@ def test_every_sequence_ends_and_every_page_returns(
 
 
 def _step_and_abort(
-    engine: Scheduler, ages: dict[Sequence, int], wanted: dict[Sequence, int | None]
+    engine: Scheduler,
+    ages: dict[Sequence, int],
+    wanted: dict[Sequence, int | None],
+    flights: list[StepPlan],
+    ahead: bool,
 ) -> None:
     had_work = engine.has_work
-    plan = step(engine)
-    assert bool(plan.sequences) == had_work, "work without progress"
+    plan = start(engine)
+    assert plan.sequences or flights or not had_work, "work without progress"
+    assert had_work or not plan.sequences
     _nobody_is_overtaken(engine, plan)
+    if plan.sequences:
+        flights.append(plan)
+    if flights and (len(flights) > ahead or not plan.sequences):
+        land(engine, flights.pop(0))
     for each in wanted:
         ages[each] += 1
         if each.status is not Status.FINISHED and ages[each] == wanted[each]:

@@ -26,7 +26,21 @@ def prefill(tokens: list[int], pages: list[int]) -> StepBatch:
         slot_mapping=table[0, positions // 2] * 2 + positions % 2,
         logits_rows=np.array([len(tokens) - 1], np.int32),
         sampling=[SamplingRow(GREEDY, tokens, [], seed=0)],
+        slots=np.array([0], np.int32),
+        sampling_slots=np.array([0], np.int32),
     )
+
+
+def one_more(tokens: list[int], pages: list[int], token: int, known: int = 3) -> StepBatch:
+    """The last of ``tokens`` alone, given as ``token``; the host knows the first ``known``."""
+    batch = prefill(tokens, pages)
+    batch.token_ids, batch.positions = np.array([token], np.int32), batch.positions[-1:]
+    batch.slot_mapping, batch.logits_rows[:] = batch.slot_mapping[-1:], 0
+    batch.query_start[1] = 1
+    batch.sampling = [
+        SamplingRow(GREEDY, tokens[:2], tokens[2:known], seed=0, position=len(tokens) - 2)
+    ]
+    return batch
 
 
 def test_it_counts() -> None:
@@ -71,9 +85,71 @@ def test_a_failing_step_leaves_garbage() -> None:
     executor.fail_next = True
     with pytest.raises(ExecutionError):
         executor.submit(prefill([4, 5], [0])).result()
-    decode = prefill([4, 5, 6], [0, 1])
-    decode.token_ids, decode.positions = decode.token_ids[2:], decode.positions[2:]
-    decode.slot_mapping, decode.logits_rows[:] = decode.slot_mapping[2:], 0
-    decode.query_start[1] = 1
+    decode = one_more([4, 5, 6], [0, 1], 6)
     with pytest.raises(AssertionError, match="another sequence"):
         executor.submit(decode).result()
+
+
+def ahead() -> CountingExecutor:
+    return CountingExecutor(num_pages=4, page_size=2, vocab_size=10, runs_ahead=True)
+
+
+def test_it_puts_in_the_token_that_only_the_device_knows() -> None:
+    executor = ahead()
+    first = executor.submit(prefill([4, 5], [0]))
+    second = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+    assert first.result().token_ids == [6]
+    third = executor.submit(one_more([4, 5, 6, 7], [0, 1], -1))
+    assert second.result().token_ids == [7]
+    assert third.result().token_ids == [8]
+
+
+def test_it_notices_a_token_that_no_step_before_has_sampled() -> None:
+    executor = ahead()
+    executor.submit(prefill([4, 5], [0]))
+    other = one_more([4, 5, 6], [0, 1], -1, known=2)
+    other.slots = other.sampling_slots = np.array([1], np.int32)
+    with pytest.raises(KeyError):
+        executor.submit(other)
+
+
+def test_it_notices_a_token_that_the_host_could_know() -> None:
+    executor = ahead()
+    executor.submit(prefill([4, 5], [0])).result()
+    with pytest.raises(AssertionError, match="the host knows"):
+        executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+
+
+def test_it_notices_a_wrong_position_in_the_output() -> None:
+    batch = prefill([4, 5], [0])
+    batch.sampling[0].position = 1
+    with pytest.raises(AssertionError, match="another position"):
+        ahead().submit(batch)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_it_takes_no_more_steps_than_it_said(runs_ahead: bool) -> None:
+    executor = CountingExecutor(4, 2, 10, runs_ahead=runs_ahead)
+    for _ in range(1 + runs_ahead):
+        executor.submit(prefill([4, 5], [0]))
+    with pytest.raises(AssertionError, match="too many steps"):
+        executor.submit(prefill([4, 5], [0]))
+
+
+def test_it_hands_over_results_in_order() -> None:
+    executor = ahead()
+    executor.submit(prefill([4, 5], [0]))
+    with pytest.raises(AssertionError, match="out of order"):
+        executor.submit(prefill([4, 5], [1])).result()
+
+
+def test_what_builds_on_a_failed_step_is_garbage_until_the_host_has_heard_of_it() -> None:
+    executor = ahead()
+    executor.fail_next = True
+    failing = executor.submit(prefill([4, 5], [0]))
+    after = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+    with pytest.raises(ExecutionError):
+        failing.result()
+    assert after.result().token_ids == [-1]
+    with pytest.raises(AssertionError, match="another sequence"):
+        executor.submit(one_more([4, 5, 6], [0, 1], 6))
