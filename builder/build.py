@@ -36,7 +36,13 @@ from slipstream.quantize.tensor import LazyTensor
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-_KV_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+_KV_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "int8": ir.DataType.INT8,
+}
 # Tensors that some checkpoints carry and that the configuration already says.
 _REDUNDANT = ("rotary_emb.inv_freq",)
 
@@ -54,6 +60,7 @@ class Plan:
     options: BuildOptions
     program: Program
     target: str
+    capability: str
     limits: EngineLimits
     kv: KVLayout
     quantization: str
@@ -79,10 +86,14 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
 
     Raises CheckpointError for what cannot be read, BuildError for options that do not fit it.
     """
-    checkpoint = open_checkpoint(source)
+    return compile_checkpoint(open_checkpoint(source), options)
+
+
+def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
+    """``plan`` for a checkpoint that is open."""
     config, target = checkpoint.config, create_target(options.target)
-    target.check(config)
-    limits = _limits(config, options)
+    target.check(config, options)
+    limits = _limits(config, options, target.limits)
     quantization = _quantization(checkpoint, options)
     kv = KVLayout(
         target.kv_dtype(options, quantization == "none"),
@@ -93,7 +104,8 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
     )
     program = _declare(checkpoint, kv)
     run_passes(program, target.pipeline(options))
-    return Plan(checkpoint, options, program, target.name, limits, kv, quantization)
+    capability = target.capability(program, kv.dtype)
+    return Plan(checkpoint, options, program, target.name, capability, limits, kv, quantization)
 
 
 def build(
@@ -128,7 +140,7 @@ def _quantization(checkpoint: Checkpoint, options: BuildOptions) -> str:
     return options.quantization
 
 
-def _limits(config: ModelConfig, options: BuildOptions) -> EngineLimits:
+def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -> EngineLimits:
     longest = config.max_position_embeddings
     asked = options.max_seq_len or longest
     if asked > longest:
@@ -136,7 +148,11 @@ def _limits(config: ModelConfig, options: BuildOptions) -> EngineLimits:
             f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at "
             f"most {longest}"
         )
-    return EngineLimits(options.max_batch_size, options.max_num_tokens, asked)
+    return EngineLimits(
+        options.max_batch_size or default.max_batch_size,
+        options.max_num_tokens or default.max_num_tokens,
+        asked,
+    )
 
 
 def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
@@ -221,15 +237,17 @@ def _write(
     ir.save(planned.program.model, staging / GRAPH)
     planned.checkpoint.write_tokenizer(staging)
     files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
-    manifest = _manifest(planned, files, source, output)
+    manifest = manifest_of(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())
     return manifest
 
 
-def _manifest(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
+def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
+    """The manifest of a compiled program whose files have these hashes."""
     used = {node.op_type for node in planned.program.graph if node.domain == DOMAIN}
     return Manifest(
         target=planned.target,
+        capability=planned.capability,
         model=planned.checkpoint.config.to_json(),
         limits=planned.limits,
         kv=planned.kv,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
+TACTICS = "tactics.json"
 _CHUNK = 1 << 22
 
 
@@ -39,7 +40,8 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How keys and values lie in pages; dtype is float32, float16 or int8."""
+    """How keys and values lie in pages; dtype is float32, float16, bfloat16, float8_e4m3fn or
+    int8."""
 
     dtype: str
     page_size: int
@@ -50,7 +52,7 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers, scales of int8 pages included."""
-        width = {"float32": 4, "float16": 2, "int8": 1}[self.dtype]
+        width = {"float32": 4, "float16": 2, "bfloat16": 2}.get(self.dtype, 1)
         per_head = self.head_dim * width + (4 if self.dtype == "int8" else 0)
         return 2 * self.num_layers * self.num_kv_heads * per_head
 
@@ -107,6 +109,13 @@ class Engine:
                 raise self._mismatch(
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
+
+    def write_file(self, name: str, text: str) -> None:
+        """Add or replace a file, and its hash in the manifest."""
+        file = self.path / name
+        file.write_text(text)
+        files = {**self.manifest.files, name: sha256(file)}
+        (self.path / MANIFEST).write_text(replace(self.manifest, files=files).to_json())
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")

@@ -6,44 +6,50 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from slipstream.builder.engine import EngineLimits
 from slipstream.errors import BuildError
 
-Quantization = Literal["none", "int8_wo", "int4_wo"]
-KVCacheDtype = Literal["auto", "float32", "float16", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 GemmPlugin = Literal["auto", "disable"]
-_LIMITS = EngineLimits()
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to compile a checkpoint.
+    """How to compile a checkpoint. What is None is left to the target.
 
-    quantization    weight-only, round to nearest, applied to weights that the checkpoint holds
-                    dense
+    dtype           of activations and of weights that are not quantized; auto: float32 on a CPU,
+                    bfloat16 on a GPU
+    quantization    applied to weights that the checkpoint holds dense, without looking at data:
+                    integer groups rounded to nearest (weight-only), or e4m3 with a scale a row and
+                    activations rounded with a scale a token (fp8, on a GPU)
     group_size      elements along K that share a scale
     symmetric       no zero points
-    kv_cache_dtype  auto: float32 for a dense engine, float16 for a quantized one
+    kv_cache_dtype  auto: on a CPU, float32 for a dense engine and float16 for a quantized one; on
+                    a GPU, the dtype
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits
     """
 
     target: str = "auto"
+    dtype: Dtype = "auto"
     quantization: Quantization = "none"
-    group_size: int = 32
+    group_size: int | None = None
     symmetric: bool = False
     kv_cache_dtype: KVCacheDtype = "auto"
     gemm_plugin: GemmPlugin = "auto"
-    max_batch_size: int = _LIMITS.max_batch_size
-    max_num_tokens: int = _LIMITS.max_num_tokens
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
     max_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value; BuildError says what was given and what is allowed."""
+        _choice("dtype", self.dtype, get_args(Dtype))
         _choice("quantization", self.quantization, get_args(Quantization))
         _choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
         _choice("gemm_plugin", self.gemm_plugin, get_args(GemmPlugin))
-        _choice("group_size", self.group_size, (32, 64, 128))
+        if self.group_size is not None:
+            _choice("group_size", self.group_size, (32, 64, 128))
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -51,9 +57,9 @@ class BuildOptions:
 
     @property
     def bits(self) -> Literal[4, 8] | None:
-        """Bits of quantized weights; None when weights are kept as they are."""
-        bits: dict[Quantization, Literal[4, 8] | None] = {"none": None, "int8_wo": 8, "int4_wo": 4}
-        return bits[self.quantization]
+        """Bits of integer groups; None for every other quantization."""
+        bits: dict[Quantization, Literal[4, 8]] = {"int8_wo": 8, "int4_wo": 4}
+        return bits.get(self.quantization)
 
     def command(self, source: str, output: str) -> str:
         """The command that makes this build, with every option that differs from its default."""

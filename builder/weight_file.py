@@ -20,6 +20,8 @@ from slipstream.errors import BuildError
 ALIGNMENT = 64  # a cache line; kernels read weights where the file is mapped
 _NAMES = {
     ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
     ir.DataType.UINT8: "U8",
 }
 

@@ -1,6 +1,6 @@
 """The table of operators in the ``slipstream`` domain."""
 
-from slipstream.plugins import gated_mlp, linear, paged_attention, rms_norm
+from slipstream.plugins import gated_mlp, linear, paged_attention, rms_norm, rotary
 from slipstream.plugins.spec import OperatorSpec
 
 DOMAIN = "slipstream"
@@ -12,5 +12,6 @@ OPERATORS: dict[str, OperatorSpec] = {
         paged_attention.SPEC,
         gated_mlp.SPEC,
         rms_norm.SPEC,
+        rotary.SPEC,
     )
 }

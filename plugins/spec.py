@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# What flows between operators: float32 on a CPU, whose kernels are compiled for it alone, and the
+# dtype that an engine was built with on a GPU.
+ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["dense", "int"]
+Kind = Literal["dense", "int", "float8_e4m3"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
+Activation = Literal["none", "token", "static", "group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,11 @@ class WeightFormat:
 
     ``zero`` says how an integer code becomes a number: ``midpoint`` is ``(q - 2**(bits-1)) *
     scale``, ``zero`` is ``(q - zero) * scale`` and ``offset`` is ``q * scale + offset``. ``group``
-    is the number of consecutive elements along K that share a scale. ``dtype`` is the element type
-    of a dense weight and the type of the scales of a quantized one, as a NumPy / ml_dtypes name.
+    is the number of consecutive elements along K, and ``rows`` of rows, that share a scale; a
+    weight with one scale a row has ``group`` = K. ``dtype`` is the element type of a dense weight
+    and the type of the scales of a quantized one, as a NumPy / ml_dtypes name. ``activation`` says
+    how x is rounded to the type of the codes where a kernel multiplies in that type: not at all, by
+    one scale a token, by the weight's own ``input_scale``, or by one scale a token and group of K.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +35,8 @@ class WeightFormat:
     bits: int = 0
     group: int = 0
     zero: ZeroKind = "midpoint"
+    rows: int = 1
+    activation: Activation = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +49,7 @@ class QuantTensor:
     scale   ``[N, K/group]`` multipliers.
     zero    u8 ``[N, K/group]`` when ``format.zero == "zero"``.
     offset  float ``[N, K/group]`` when ``format.zero == "offset"``.
+    input_scale  float32 ``[1]`` when ``format.activation == "static"``.
     """
 
     name: str
@@ -51,6 +58,7 @@ class QuantTensor:
     scale: NDArray[np.generic] | None = None
     zero: NDArray[np.uint8] | None = None
     offset: NDArray[np.generic] | None = None
+    input_scale: NDArray[np.float32] | None = None
 
     def unpacked_codes(self) -> NDArray[np.uint8]:
         """Integer codes one a byte: u8 ``[N, K]``."""
@@ -67,8 +75,12 @@ class QuantTensor:
         """The weight as float32 in its full shape."""
         if self.format.kind == "dense":
             return self.codes.astype(np.float32)
-        assert self.format.kind == "int" and self.scale is not None, self.format
+        assert self.scale is not None, self.format
         n, k = self.format.shape
+        if self.format.kind == "float8_e4m3":
+            spread = np.repeat(self.scale.astype(np.float32), self.format.rows, axis=0)[:n]
+            spread = np.repeat(spread, self.format.group, axis=1)[:, :k]
+            return np.asarray(self.codes.astype(np.float32) * spread, np.float32)
         groups = self.unpacked_codes().astype(np.float32).reshape(n, k // self.format.group, -1)
         scale = self.scale.astype(np.float32)[..., None]
         if self.format.zero == "offset":
@@ -123,6 +135,7 @@ def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
             _join([tensor.scale for tensor in loaded]),
             _join([tensor.zero for tensor in loaded]),
             _join([tensor.offset for tensor in loaded]),
+            _largest([tensor.input_scale for tensor in loaded]),
         )
 
     return LazyTensor(name, replace(first, shape=shape), load)
@@ -135,6 +148,12 @@ def _joint_name(names: Sequence[str]) -> str:
         return "+".join(names)
     columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
     return ".".join("+".join(column) for column in columns)
+
+
+def _largest(scales: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """The input scale of weights that read one x: the largest, by which no part of x saturates."""
+    present = [scale for scale in scales if scale is not None]
+    return np.max(present, axis=0) if present else None
 
 
 def _join(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:

@@ -23,6 +23,9 @@ class RuntimeConfig:
     page_size                tokens in one KV page; an engine is built for one value.
     num_threads              cores of a CPU engine; None takes all this process may use.
     kv_cache_bytes           memory for KV pages; None leaves the choice to the executor.
+    kv_cache_free_gpu_memory_fraction
+                             how much of a GPU's memory that weights and the largest step leave free
+                             KV pages take when kv_cache_bytes is None.
     scheduler_policy         ``max_utilization`` admits early and preempts by recomputing when pages
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
@@ -37,6 +40,7 @@ class RuntimeConfig:
     page_size: int = 32
     num_threads: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_free_gpu_memory_fraction: float = 0.9
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -47,6 +51,11 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value < least:
                 raise InvalidRequestError(f"{name} is {value}; it must be at least {least}")
+        fraction = self.kv_cache_free_gpu_memory_fraction
+        if not 0 < fraction <= 1:
+            raise InvalidRequestError(
+                f"kv_cache_free_gpu_memory_fraction is {fraction}; it must be above 0 and at most 1"
+            )
         if self.scheduler_policy not in get_args(SchedulerPolicy):
             known = ", ".join(get_args(SchedulerPolicy))
             raise InvalidRequestError(

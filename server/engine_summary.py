@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from slipstream.builder.engine import GRAPH, WEIGHTS, Engine, sha256
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.linear import WEIGHT_TYPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 HashStatus = Literal["ok", "changed", "missing", "not checked"]
+_DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
 _LINEARS = {
     ("slipstream", "Linear"): ("slipstream", "group_size"),
     ("com.microsoft", "MatMulNBits"): ("onnxruntime MatMulNBits", "block_size"),
@@ -111,6 +113,9 @@ def _kernel(node: ir.Node) -> str | None:
     if known is None:
         return None
     name, group = known
+    dense = _DENSE.get(node.attributes.get_int("weight_type", 0))
+    if dense is not None:
+        return f"{name} {dense}"
     bits, size = (node.attributes[key].as_int() for key in ("bits", group))
     return f"{name} int{bits}, groups of {size}"
 

@@ -52,6 +52,9 @@ RUNTIME = {
     "kv_cache_bytes": Option(
         "Memory for the KV cache, such as 512M or 2G.", "what fits", parse=size
     ),
+    "kv_cache_free_gpu_memory_fraction": Option(
+        "On a GPU: the part of the memory left free that the KV cache takes."
+    ),
     "scheduler_policy": Option(
         "max_utilization admits early and recomputes when memory runs out; guaranteed_no_evict "
         "admits only what can run to its end."
@@ -89,19 +92,30 @@ SAMPLING = {
 }
 _BUILD = {
     "target": Option("Kind of device; auto takes the best that this machine has."),
-    "quantization": Option(
-        "Weight-only quantization, round to nearest, of weights that the checkpoint holds dense."
+    "dtype": Option(
+        "Type of activations and unquantized weights; auto is float32 on a CPU, bfloat16 on a GPU."
     ),
-    "group_size": Option("Elements that share a scale: 32, 64 or 128."),
+    "quantization": Option(
+        "Quantization, round to nearest, of weights that the checkpoint holds dense; fp8 needs a "
+        "GPU and rounds activations too."
+    ),
+    "group_size": Option(
+        "Elements that share a scale: 32, 64 or 128.", "32 on a CPU, 128 on a GPU"
+    ),
     "symmetric": Option("Quantize without or with zero points.", flag="symmetric/--asymmetric"),
     "kv_cache_dtype": Option(
-        "Type of the KV cache; auto is float32 for a dense engine and float16 for a quantized one."
+        "Type of the KV cache; auto is, on a CPU, float32 for a dense engine and float16 for a "
+        "quantized one, and on a GPU the dtype."
     ),
     "gemm_plugin": Option(
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
-    "max_batch_size": Option("Sequences in one step, at most.", least=1),
-    "max_num_tokens": Option("Tokens in one step, at most.", least=1),
+    "max_batch_size": Option(
+        "Sequences in one step, at most.", "64 on a CPU, 256 on a GPU", least=1
+    ),
+    "max_num_tokens": Option(
+        "Tokens in one step, at most.", "512 on a CPU, 8192 on a GPU", least=1
+    ),
     "max_seq_len": Option(
         "Tokens of one sequence, at most.", "what the model was trained for", least=1
     ),

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tests.plugins.interpreter import repair
 from tests.tiny_models import TINY_SHAPE, save_tiny
 
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Kernels run in Triton's interpreter where there is no GPU; it is chosen as they are
+    declared, so before any test is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        repair()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, the kernels' parity tests are part of its suite."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("kernel") and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels run: on the GPU, or in Triton's interpreter on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
+from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
+from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
+from slipstream.plugins.cuda.detect import has_gpu
 
-TARGETS = {"cpu": "slipstream.builder.targets.cpu"}
+TARGETS = {"cpu": "slipstream.builder.targets.cpu", "cuda": "slipstream.builder.targets.cuda"}
 
 
 class Target(Protocol):
@@ -27,8 +30,18 @@ class Target(Protocol):
         """Tokens of a KV page."""
         ...
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise BuildError for a model that its kernels cannot run."""
+    @property
+    def limits(self) -> EngineLimits:
+        """What an engine is built for when nobody says."""
+        ...
+
+    def check(self, config: ModelConfig, options: BuildOptions) -> None:
+        """Raise BuildError for a model or options that its kernels cannot run."""
+        ...
+
+    def capability(self, program: Program, kv_dtype: str) -> str:
+        """The oldest device that runs a lowered program, such as ``sm_80``; ``any`` when all
+        do."""
         ...
 
     def kv_dtype(self, options: BuildOptions, dense: bool) -> str:
@@ -42,7 +55,8 @@ class Target(Protocol):
 
 def create_target(name: str) -> Target:
     """The target called ``name``, or the best one this machine has for ``auto``."""
-    name = "cpu" if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if has_gpu() else "cpu"
     if name not in TARGETS:
         raise BuildError(f"target {name!r} is unknown; known targets: auto, {', '.join(TARGETS)}")
     target: Target = import_module(TARGETS[name]).TARGET

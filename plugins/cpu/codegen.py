@@ -3,13 +3,14 @@ repeats none of it."""
 
 from __future__ import annotations
 
-from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
+from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
 _CPP = {"int": "int64_t", "float": "float"}
 
 
 def _type(tensor: TensorSpec) -> str:
-    name = tensor.dtypes[0] if len(tensor.dtypes) == 1 else "undefined"
+    fixed = len(tensor.dtypes) == 1 or tensor.dtypes == ACTIVATION_DTYPES
+    name = tensor.dtypes[0] if fixed else "undefined"
     characteristic = "optional" if tensor.optional else "required"
     return f'{{"{tensor.name}", ElementType::{name}, Characteristic::{characteristic}}},'
 

@@ -1,12 +1,12 @@
 """The gated activation of a SwiGLU feed-forward layer."""
 
-from slipstream.plugins.spec import OperatorSpec, TensorSpec
+from slipstream.plugins.spec import ACTIVATION_DTYPES, OperatorSpec, TensorSpec
 
 SPEC = OperatorSpec(
     name="GatedActivation",
     doc="silu(gate) * up, where gate is the first half of the columns and up the second.",
-    inputs=(TensorSpec("gate_up", ("float32",), ("T", "W"), "gate columns, then up columns"),),
-    outputs=(TensorSpec("y", ("float32",), ("T", "W//2"), "the gated values"),),
+    inputs=(TensorSpec("gate_up", ACTIVATION_DTYPES, ("T", "W"), "gate columns, then up columns"),),
+    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "W//2"), "the gated values"),),
     attributes=(),
     reference="slipstream.plugins.gated_mlp.reference:gated_activation",
 )

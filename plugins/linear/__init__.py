@@ -1,22 +1,35 @@
 """x·Wᵀ with a weight in any ``WeightFormat``, and the row lookup that shares a tied weight."""
 
-from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
+from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
 # How a format's zero is spelled in the zero_kind attribute.
 ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
+# The type of the codes, and how x is rounded for a product in that type, in a CUDA engine.
+WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3}
+ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3}
 
 _FORMAT = (
     AttributeSpec("bits", "int", "bits of a code: 4 or 8", 0),
     AttributeSpec("group_size", "int", "elements along K that share a scale", 0),
     AttributeSpec("zero_kind", "int", "0 midpoint, 1 zero points, 2 offsets", 0),
     AttributeSpec("scale_bytes", "int", "bytes of a stored scale or offset: 2 or 4", 2),
+    AttributeSpec(
+        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16", 0
+    ),
+    AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1),
+    AttributeSpec(
+        "activation",
+        "int",
+        "how x is rounded: 0 not, 1 by a scale a token, 2 by input_scale, 3 by a scale a group",
+        0,
+    ),
 )
 _WEIGHT = TensorSpec(
     "weight",
     ("uint8",),
     (),
     "canonical graph: the weight [N, K] in its own format; lowered graph: one packed blob "
-    "(plugins/linear/packing.py), which the attributes below describe",
+    "(plugins/linear/packing.py for CPUs, cuda_packing.py for GPUs), which the attributes describe",
 )
 
 SPEC = OperatorSpec(
@@ -24,25 +37,25 @@ SPEC = OperatorSpec(
     doc="y = norm(x)·Wᵀ + bias + residual, where norm, bias and residual are optional; a gated "
     "Linear returns silu(gate)·up of a weight that stacks gate rows over up rows.",
     inputs=(
-        TensorSpec("x", ("float32",), ("T", "in_features"), "activations"),
+        TensorSpec("x", ACTIVATION_DTYPES, ("T", "in_features"), "activations"),
         _WEIGHT,
-        TensorSpec("bias", ("float32",), ("out_features",), "added to every row", optional=True),
+        TensorSpec("bias", ACTIVATION_DTYPES, ("out_features",), "added to every row", optional=True),
         TensorSpec(
             "residual",
-            ("float32",),
+            ACTIVATION_DTYPES,
             ("T", "out_features//(1+gated)"),
             "added to the product",
             optional=True,
         ),
         TensorSpec(
             "norm_weight",
-            ("float32",),
+            ACTIVATION_DTYPES,
             ("in_features",),
             "RMS norm of x before the product",
             optional=True,
         ),
     ),
-    outputs=(TensorSpec("y", ("float32",), ("T", "out_features//(1+gated)"), "the product"),),
+    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "out_features//(1+gated)"), "the product"),),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "N, gate and up rows both counted"),
@@ -60,7 +73,7 @@ EMBEDDING_SPEC = OperatorSpec(
         TensorSpec("token_ids", ("int32",), ("T",), "row numbers"),
         _WEIGHT,
     ),
-    outputs=(TensorSpec("y", ("float32",), ("T", "in_features"), "dequantized rows"),),
+    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "in_features"), "dequantized rows"),),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "V"),

@@ -62,7 +62,33 @@ def linear(
         x = rms_norm(x, norm_weight, norm_eps)
     codes, scales, centres = (a.astype(np.float64) for a in quantize_activations(x))
     rounded = codes * np.repeat(scales, BLOCK, axis=1) + np.repeat(centres, BLOCK, axis=1)
-    y = rounded @ weight.dequantize().astype(np.float64).T
+    return _finish(rounded, weight, bias, residual, gated)
+
+
+def linear_exact(
+    x: Floats,
+    weight: QuantTensor,
+    *,
+    bias: Floats | None = None,
+    residual: Floats | None = None,
+    norm_weight: Floats | None = None,
+    norm_eps: float = 0.0,
+    gated: bool = False,
+) -> Floats:
+    """``linear`` with activations as they are, as GPUs multiply them."""
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, norm_eps)
+    return _finish(x.astype(np.float64), weight, bias, residual, gated)
+
+
+def _finish(
+    x: NDArray[np.float64],
+    weight: QuantTensor,
+    bias: Floats | None,
+    residual: Floats | None,
+    gated: bool,
+) -> Floats:
+    y = x @ weight.dequantize().astype(np.float64).T
     if bias is not None:
         y += bias
     if gated:

@@ -1,8 +1,8 @@
 """Attention over a paged KV cache for a packed batch that mixes prefill chunks and decodes."""
 
-from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
+from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
-_ANY_KV = ("float32", "float16", "int8")
+_ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn")
 
 SPEC = OperatorSpec(
     name="PagedAttention",
@@ -11,7 +11,7 @@ SPEC = OperatorSpec(
     inputs=(
         TensorSpec(
             "qkv",
-            ("float32",),
+            ACTIVATION_DTYPES,
             ("T", "(num_heads+2*num_kv_heads)*head_dim"),
             "q, k and v heads of each token",
         ),
@@ -26,8 +26,8 @@ SPEC = OperatorSpec(
             "kv_cache",
             _ANY_KV,
             ("layers", "pages", "2", "num_kv_heads", "page_size*head_dim"),
-            "pages, written in place; k is [head_dim, page_size] in a page and head, v is "
-            "[page_size, head_dim]",
+            "pages, written in place; v is [page_size, head_dim] in a page and head, k the same or "
+            "transposed (k_row_major)",
         ),
         TensorSpec("query_start", ("int32",), ("S+1",), "first token row of each sequence, then T"),
         TensorSpec(
@@ -48,10 +48,18 @@ SPEC = OperatorSpec(
             optional=True,
         ),
         TensorSpec(
-            "q_norm", ("float32",), ("head_dim",), "RMS-norm weight of each q head", optional=True
+            "q_norm",
+            ACTIVATION_DTYPES,
+            ("head_dim",),
+            "RMS-norm weight of each q head",
+            optional=True,
         ),
         TensorSpec(
-            "k_norm", ("float32",), ("head_dim",), "RMS-norm weight of each k head", optional=True
+            "k_norm",
+            ACTIVATION_DTYPES,
+            ("head_dim",),
+            "RMS-norm weight of each k head",
+            optional=True,
         ),
         TensorSpec(
             "sinks",
@@ -61,7 +69,9 @@ SPEC = OperatorSpec(
             optional=True,
         ),
     ),
-    outputs=(TensorSpec("output", ("float32",), ("T", "num_heads*head_dim"), "attention output"),),
+    outputs=(
+        TensorSpec("output", ACTIVATION_DTYPES, ("T", "num_heads*head_dim"), "attention output"),
+    ),
     attributes=(
         AttributeSpec("layer", "int", "index into the first axis of kv_cache"),
         AttributeSpec("num_heads", "int", "query heads"),
@@ -72,6 +82,14 @@ SPEC = OperatorSpec(
         AttributeSpec("sliding_window", "int", "keys a query sees, itself included; 0 for all", 0),
         AttributeSpec("soft_cap", "float", "c in c * tanh(score / c); 0 for none", 0.0),
         AttributeSpec("norm_eps", "float", "epsilon of q_norm and k_norm", 1e-6),
+        AttributeSpec(
+            "k_row_major",
+            "int",
+            "k in a page and head: 0 [head_dim, page_size], 1 [page_size, head_dim]",
+            0,
+        ),
+        AttributeSpec("k_scale", "float", "unit of the k codes of float8e4m3fn pages", 1.0),
+        AttributeSpec("v_scale", "float", "unit of the v codes of float8e4m3fn pages", 1.0),
     ),
     reference="slipstream.plugins.paged_attention.reference:paged_attention",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,17 @@ class Attributes:
     sliding_window: int = 0
     soft_cap: float = 0.0
     norm_eps: float = 1e-6
+    k_row_major: int = 0
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def unit(self, which: int) -> float:
+        """What a code of k (``which`` 0) or v (1) in a float8 page is multiplied by."""
+        return self.v_scale if which else self.k_scale
+
+    def transposed(self, which: int) -> bool:
+        """Whether a head of a page is ``[head_dim, page_size]``."""
+        return which == 0 and not self.k_row_major
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,20 +73,24 @@ def write_page(inputs: Inputs, a: Attributes, which: int, slot: int, heads: Wide
     """Store one token's k (``which`` 0) or v (1) heads ``[num_kv_heads, D]`` at ``slot``.
 
     Values round to the dtype of the pages. int8 pages are symmetric per token and head:
-    ``scale = max|x| / 127``.
+    ``scale = max|x| / 127``. float8_e4m3fn pages hold ``x / a.unit(which)``, saturated to ±448.
     """
     page, offset = divmod(slot, a.page_size)
-    shape = (a.head_dim, a.page_size) if which == 0 else (a.page_size, a.head_dim)
+    transposed = a.transposed(which)
+    shape = (a.head_dim, a.page_size) if transposed else (a.page_size, a.head_dim)
     block = inputs.kv_cache[a.layer, page, which].reshape(a.num_kv_heads, *shape)
+    if inputs.kv_cache.dtype == ml_dtypes.float8_e4m3fn:
+        heads = np.clip(heads / a.unit(which), -448, 448)
     if inputs.kv_cache.dtype == np.int8:
         assert inputs.kv_scales is not None, "int8 pages need kv_scales"
         scale = np.abs(heads).max(axis=-1) / 127
         inputs.kv_scales[a.layer, page, which, :, offset] = scale
         heads = np.rint(heads / np.where(scale > 0, scale, 1)[:, None])
-    if which == 0:
-        block[:, :, offset] = heads
+    codes = heads.astype(inputs.kv_cache.dtype)
+    if transposed:
+        block[:, :, offset] = codes
     else:
-        block[:, offset] = heads
+        block[:, offset] = codes
 
 
 def read_pages(inputs: Inputs, a: Attributes, which: int, sequence: int) -> Wide:
@@ -82,13 +98,15 @@ def read_pages(inputs: Inputs, a: Attributes, which: int, sequence: int) -> Wide
     context = int(inputs.context_len[sequence])
     pages = inputs.page_table[sequence, : -(-context // a.page_size)]
     blocks = inputs.kv_cache[a.layer, pages, which].astype(np.float64)
-    if which == 0:
+    if a.transposed(which):
         tokens = blocks.reshape(-1, a.num_kv_heads, a.head_dim, a.page_size).transpose(1, 0, 3, 2)
     else:
         tokens = blocks.reshape(-1, a.num_kv_heads, a.page_size, a.head_dim).transpose(1, 0, 2, 3)
     if inputs.kv_cache.dtype == np.int8:
         assert inputs.kv_scales is not None, "int8 pages need kv_scales"
         tokens = tokens * inputs.kv_scales[a.layer, pages, which].transpose(1, 0, 2)[..., None]
+    if inputs.kv_cache.dtype == ml_dtypes.float8_e4m3fn:
+        tokens = tokens * a.unit(which)
     heads: Wide = tokens.reshape(a.num_kv_heads, -1, a.head_dim)[:, :context]
     return heads
 

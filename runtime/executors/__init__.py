@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 from slipstream.builder.engine import Engine
-from slipstream.errors import EngineMismatchError
+from slipstream.errors import EngineMismatchError, MissingDependencyError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 
 # target -> "module:class"; a class is called with (engine, configuration).
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
+    "cuda": "slipstream.runtime.executors.cuda:CUDAExecutor",
 }
+_TUNERS = {"cuda": "slipstream.runtime.executors.cuda_tuning:tune_engine"}
+# Packages that installing Slipstream alone does not bring.
+_NEEDS = {"cuda": ("torch", "triton")}
 
 
 def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
     """Load an engine on its target's device, importing only that executor's libraries.
 
-    Raises ``EngineMismatchError`` for a target that this version cannot run.
+    Raises ``EngineMismatchError`` for a target that this version cannot run and
+    ``MissingDependencyError`` for a package that it needs.
     """
-    target = engine.manifest.target
-    if target not in _EXECUTORS:
-        raise EngineMismatchError(
-            f"the engine in {engine.path} was built for target {target!r}; this version runs"
-            f" {', '.join(_EXECUTORS)}. Rebuild it: {engine.manifest.command}"
-        )
-    module, name = _EXECUTORS[target].split(":")
-    executor: Executor = getattr(import_module(module), name)(engine, config)
+    executor: Executor = _load(_EXECUTORS, engine)(engine, config)
     return executor
+
+
+def tune(engine: Engine) -> Mapping[str, Sequence[object]]:
+    """Time the kernels of an engine on its device and store the choice in the engine.
+
+    Returns what was timed by shape. Raises ``EngineMismatchError`` for a target that has no choice
+    of kernels.
+    """
+    report: Mapping[str, Sequence[object]] = _load(_TUNERS, engine)(engine)
+    return report
+
+
+def _load(table: Mapping[str, str], engine: Engine) -> Callable[..., Any]:
+    target = engine.manifest.target
+    if target not in table:
+        raise EngineMismatchError(
+            f"the engine in {engine.path} was built for target {target!r}; this works for"
+            f" {', '.join(table)}. Rebuild it: {engine.manifest.command}"
+        )
+    for package in _NEEDS.get(target, ()):
+        if find_spec(package) is None:
+            raise MissingDependencyError(
+                f"the engine in {engine.path} runs on {target} and needs {package}, which is not "
+                f"installed; install it: pip install 'slipstream[{target}]'"
+            )
+    module, name = table[target].split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function

@@ -38,7 +38,15 @@ _PROGRAM_BYTES = 200 << 20
     is_flag=True,
     help="Print what the engine would need, without reading weights or writing anything.",
 )
-def build(checkpoint: str, output: Path | None, options: BuildOptions, estimate: bool) -> None:
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="After building for an NVIDIA GPU: time every kernel's variants on the one that is here "
+    "and keep the quickest in tactics.json (a few minutes).",
+)
+def build(
+    checkpoint: str, output: Path | None, options: BuildOptions, estimate: bool, tune: bool
+) -> None:
     """Compile a checkpoint into an engine.
 
     CHECKPOINT is a Hugging Face directory, a .gguf file or a hub id such as Qwen/Qwen3-0.6B.
@@ -56,6 +64,17 @@ def build(checkpoint: str, output: Path | None, options: BuildOptions, estimate:
         raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
     else:
         _build(checkpoint, output, options)
+        if tune:
+            _tune(output)
+
+
+def _tune(output: Path) -> None:
+    from slipstream.builder.engine import open_engine
+    from slipstream.runtime.executors import tune as tune_engine
+
+    started = time.monotonic()
+    report = tune_engine(open_engine(output))
+    click.echo(f"tuned {len(report)} shapes in {time.monotonic() - started:.0f} s")
 
 
 def _estimate(checkpoint: str, options: BuildOptions) -> None:

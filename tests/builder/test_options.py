@@ -14,6 +14,7 @@ from slipstream.server.options import build_options
 EVERYTHING = BuildOptions(
     target="cpu",
     quantization="int4_wo",
+    dtype="float32",
     group_size=128,
     symmetric=True,
     kv_cache_dtype="int8",
@@ -29,7 +30,8 @@ EVERYTHING = BuildOptions(
     [
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of none, int8_wo, int4"),
         ({"quantization": None}, "quantization is None"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8'.* float32, float16, int8"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'.* float32, bfloat16, float16, int8, fp8"),
+        ({"dtype": "half"}, "dtype is 'half'; it must be one of auto, float32, bfloat16, float16"),
         ({"gemm_plugin": "on"}, "gemm_plugin is 'on'; it must be one of auto, disable"),
         ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128"),
         ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),

@@ -31,7 +31,7 @@ from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
 from slipstream.quantize.tensor import QuantTensor, WeightFormat, ZeroKind
 
 Inputs = dict[str, NDArray[Any] | None]
-DTYPES = {"float32", "float16", "int8", "int32", "uint8"}
+DTYPES = {"float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int32", "uint8"}
 NATIVE = ("Linear", "Embedding", "PagedAttention")
 
 

@@ -72,7 +72,7 @@ def test_build_has_an_option_for_every_field_with_its_default() -> None:
         assert f"--{field.name.replace('_', '-')}" in text
         if isinstance(field.default, str | int) and not isinstance(field.default, bool):
             assert f"[default: {field.default}]" in text
-    assert "[none|int8_wo|int4_wo]" in text and "--asymmetric" in text
+    assert "[none|int8_wo|int4_wo|fp8]" in text and "--asymmetric" in text
 
 
 @pytest.mark.parametrize("name", RUNNING)

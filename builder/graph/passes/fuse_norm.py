@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.rewrite import replace
+from slipstream.builder.graph.passes.rewrite import Holds, replace
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.linear.packing import can_pack
 from slipstream.plugins.operators import DOMAIN
 
 
-def fuse_norm(program: Program) -> int:
-    """Fuse every RMSNormalization that only feeds packable Linears."""
-    return sum(_fuse(program, node) for node in program.nodes("RMSNormalization"))
+def fuse_norm(program: Program, holds: Holds = can_pack) -> int:
+    """Fuse every RMSNormalization that only feeds Linears whose weights a kernel ``holds``."""
+    return sum(_fuse(program, node, holds) for node in program.nodes("RMSNormalization"))
 
 
-def _fuse(program: Program, norm: ir.Node) -> bool:
+def _fuse(program: Program, norm: ir.Node, holds: Holds) -> bool:
     uses = norm.outputs[0].uses()
     consumers = [use.node for use in uses]
     as_x = all(use.idx == 0 for use in uses)  # the norm of a residual is no business of a Linear
-    absorbed = as_x and all(_absorbs(program, node) for node in consumers)
+    absorbed = as_x and all(_absorbs(program, node, holds) for node in consumers)
     if norm.outputs[0].is_graph_output() or not absorbed:
         return False
     for linear in consumers:
@@ -39,9 +39,7 @@ def _fuse(program: Program, norm: ir.Node) -> bool:
     return True
 
 
-def _absorbs(program: Program, node: ir.Node) -> bool:
+def _absorbs(program: Program, node: ir.Node, holds: Holds) -> bool:
     return (
-        node.op_type == "Linear"
-        and len(node.inputs) < 5
-        and can_pack(program.weight_of(node).format)
+        node.op_type == "Linear" and len(node.inputs) < 5 and holds(program.weight_of(node).format)
     )

@@ -47,12 +47,18 @@ def _compatible(program: Program, linears: list[ir.Node], concat: ir.Node) -> bo
     same_arity = len({len(node.inputs) for node in linears}) == 1
     single_use = all(sole_consumer(node.outputs[0]) is concat for node in linears)
     plain = all(len(node.inputs) <= 3 and "gated" not in node.attributes for node in linears)
+    plain = plain and all(_rows_stack(program.weight_of(node)) for node in linears[:-1])
     return len(formats) == 1 and same_input and same_arity and single_use and plain
 
 
 def _without_rows(tensor: LazyTensor) -> tuple[object, ...]:
     f = tensor.format
-    return (f.shape[1:], f.kind, f.dtype, f.bits, f.group, f.zero)
+    return (f.shape[1:], f.kind, f.dtype, f.bits, f.group, f.zero, f.rows, f.activation)
+
+
+def _rows_stack(tensor: LazyTensor) -> bool:
+    """Whether another weight can stand below this one: no block of rows is left open."""
+    return tensor.format.shape[0] % tensor.format.rows == 0
 
 
 def _stack(program: Program, linears: list[ir.Node], index: int) -> ir.Value:

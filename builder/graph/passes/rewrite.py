@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
+from slipstream.quantize.tensor import WeightFormat
+
+# Whether a target's kernels of Linear take a weight of this format, with all that is fused into it.
+Holds = Callable[[WeightFormat], bool]
 
 
 def replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
@@ -12,6 +13,7 @@ from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
+from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.cpu.dense import (
@@ -28,6 +30,11 @@ from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.errors import BuildError
 
+_CHOICES = {
+    "dtype": ("auto", "float32"),
+    "quantization": ("none", "int8_wo", "int4_wo"),
+    "kv_cache_dtype": ("auto", "float32", "float16", "int8"),
+}
 _FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
 _LOWER: tuple[Pass, ...] = (
     fuse_add_rms_norm,
@@ -48,14 +55,26 @@ class CPUTarget:
     name: str = "cpu"
     # 32 tokens fill two AVX-512 registers of scores and waste at most 31 slots a sequence.
     page_size: int = 32
+    limits: EngineLimits = EngineLimits()
+    group_size: int = 32
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """PagedAttention works on vectors of 8 lanes and keeps a head in its scratch memory."""
         if config.head_dim % 8 or config.head_dim > 256:
             raise BuildError(
                 f"the model has heads of {config.head_dim} elements; the cpu target runs those of "
                 "a multiple of 8 up to 256: choose another model"
             )
+
+        for name, known in _CHOICES.items():
+            if (value := getattr(options, name)) not in known:
+                raise BuildError(
+                    f"{name} {value} does not run on target cpu; use one of {', '.join(known)}"
+                )
+
+    def capability(self, program: Program, kv_dtype: str) -> str:
+        """Kernels for every instruction set are in the library."""
+        return "any"
 
     def kv_dtype(self, options: BuildOptions, dense: bool) -> str:
         """As asked; ``auto`` keeps a dense engine exact and halves the pages of a quantized one."""
@@ -68,7 +87,11 @@ class CPUTarget:
         quantize = (
             []
             if options.bits is None
-            else [QuantizeWeights(options.bits, options.group_size, options.symmetric)]
+            else [
+                QuantizeWeights(
+                    options.bits, options.group_size or self.group_size, options.symmetric
+                )
+            ]
         )
         linears: tuple[Pass, ...] = (lower_matmul_nbits,)
         if options.gemm_plugin == "auto":

@@ -32,6 +32,13 @@ def test_times_are_those_of_the_device() -> None:
     assert measured.seconds >= 0.08
 
 
+def test_a_device_that_runs_ahead_waits_for_nobody() -> None:
+    with Bench(counting_engine(runs_ahead=True), Workload(5, 4, 0)) as bench:
+        measured = bench.measure(3, 3)
+    assert [len(trace.tokens) for trace in measured.traces] == [4] * 3
+    assert measured.steps == 4 and measured.waits == [0.0] * 3
+
+
 def test_a_workload_that_would_be_cut_short_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="max_seq_len of 256"):
         Bench(counting_engine(), Workload(200, 57, 0))

@@ -1,0 +1,272 @@
+"""Speed on an NVIDIA GPU: an 8B Llama shape with random weights, each figure beside its floor.
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --formats bf16 fp8 --measures decode prefill
+
+Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
+prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
+tokens, prefixes are not shared, sampling is greedy. The floor of a decode step is the bytes it must
+read over the measured read bandwidth; that of a prefill, its products over the measured rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_models import LLAMA_8B, SMOLLM2, random_engine
+
+from slipstream.builder.options import BuildOptions
+from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling_params import SamplingParams
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"quantization": "fp8"},
+    "int4": {"quantization": "int4_wo", "group_size": 128, "symmetric": True},
+}
+MODELS = {"llama-8b": LLAMA_8B, "smollm2": SMOLLM2}
+# vLLM 0.26.0 on one H100 80GB with these shapes and measures.
+VLLM: dict[str, dict[str, float]] = {
+    "bf16": {
+        "decode_1": 6.51, "decode_16": 6.81, "decode_64": 7.81, "prefill_2048": 58.2,
+        "prefill_8192": 241, "throughput_512_256": 8937, "throughput_2048_128": 1654,
+        "start_up": 107,
+    },
+    "fp8": {
+        "decode_1": 4.25, "decode_16": 4.50, "decode_64": 5.44, "prefill_2048": 36.7,
+        "prefill_8192": 158, "throughput_512_256": 12190, "throughput_2048_128": 2309,
+        "start_up": 80,
+    },
+    "int4": {
+        "decode_1": 4.07, "decode_16": 4.26, "decode_64": 6.30, "prefill_2048": 54.7,
+        "prefill_8192": 231, "throughput_512_256": 9111, "throughput_2048_128": 1741,
+        "start_up": 60,
+    },
+}  # fmt: skip
+Figures = dict[str, float]
+
+
+class Runner:
+    """One engine under measurement."""
+
+    def __init__(self, engine: LoadedEngine) -> None:
+        self.engine = engine
+        started = time.perf_counter()
+        self.loop = EngineLoop(engine)
+        self.capture_seconds = time.perf_counter() - started
+        self._random = random.Random(0)
+        self._ids = itertools.count()
+
+    def seconds(self, count: int, input_len: int, output_len: int) -> float:
+        """Until all of ``count`` requests that come at once are done."""
+        requests = [self._request(input_len, output_len) for _ in range(count)]
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for request in requests:
+            self.loop.add_request(request)
+        while self.loop.has_work:
+            self.loop.step()
+        return time.perf_counter() - started
+
+    def _request(self, input_len: int, output_len: int) -> Request:
+        params = SamplingParams(
+            temperature=0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True
+        )
+        prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
+        return Request(str(next(self._ids)), prompt, params, output_kind="final")
+
+
+def decode(runner: Runner) -> Figures:
+    """ms a token at batch 1, 16 and 64, and ms to the first of 128 tokens."""
+    figures = {}
+    for batch in (1, 16, 64):
+        runner.seconds(batch, 128, 8)
+        pairs = [
+            (runner.seconds(batch, 128, 256) - runner.seconds(batch, 128, 1)) / 255
+            for _ in range(3)
+        ]
+        figures[f"decode_{batch}"] = statistics.median(pairs) * 1e3
+    figures["ttft_128"] = statistics.median(runner.seconds(1, 128, 1) for _ in range(5)) * 1e3
+    return figures
+
+
+def prefill(runner: Runner) -> Figures:
+    """ms to the first token of 2,048 and 8,192."""
+    figures = {}
+    for length in (2048, 8192):
+        runner.seconds(1, length, 1)
+        times = [runner.seconds(1, length, 1) for _ in range(5)]
+        figures[f"prefill_{length}"] = statistics.median(times) * 1e3
+    return figures
+
+
+def throughput(runner: Runner) -> Figures:
+    """Output tokens a second of many requests that come at once."""
+    figures = {}
+    for count, input_len, output_len in ((512, 512, 256), (256, 2048, 128)):
+        seconds = runner.seconds(count, input_len, output_len)
+        figures[f"throughput_{input_len}_{output_len}"] = count * output_len / seconds
+    return figures
+
+
+def profile(runner: Runner) -> Figures:
+    """µs of every kernel in a step of one decode, and how long the GPU idles between two."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    runner.seconds(1, 128, 64)
+    with record(activities=[ProfilerActivity.CUDA]) as profiler:
+        runner.seconds(1, 128, 64)
+    events = sorted(
+        (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda e: e.time_range.start,
+    )
+    decodes = events[len(events) // 4 :]
+    steps = 64 * 3 / 4
+    spent: dict[str, float] = defaultdict(float)
+    busy, idle, end = 0.0, 0.0, decodes[0].time_range.start
+    for event in decodes:
+        spent[event.name] += event.time_range.elapsed_us()
+        idle += max(0.0, event.time_range.start - end)
+        busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
+        end = max(end, event.time_range.end)
+    figures = {"gpu_busy_us_per_step": busy / steps, "gpu_idle_us_per_step": idle / steps}
+    for name, time_us in sorted(spent.items(), key=lambda item: -item[1])[:14]:
+        figures[f"us {name[:60]}"] = time_us / steps
+    return figures
+
+
+MEASURES: dict[str, Callable[[Runner], Figures]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "throughput": throughput,
+    "profile": profile,
+}
+
+
+def floors(model: dict[str, Any], weight_bytes: int, read_rate: float, product_rate: float) -> Figures:
+    """ms below which no step can be: ``read_rate`` bytes/s, ``product_rate`` FLOP/s."""
+    embedding = 2 * model["vocab_size"] * model["hidden_size"]
+    read = weight_bytes - (0 if model.get("tie_word_embeddings") else embedding)
+    hidden, inner = model["hidden_size"], model["intermediate_size"]
+    kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
+    per_token = 2 * model["num_hidden_layers"] * hidden * (2 * hidden + 2 * kv + 3 * inner)
+    result = dict.fromkeys((f"decode_{batch}" for batch in (1, 16, 64)), read / read_rate * 1e3)
+    for length in (2048, 8192):
+        result[f"prefill_{length}"] = per_token * length / product_rate * 1e3
+    return result
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over 4 GiB."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return data.nbytes / _seconds(lambda: data.sum())
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of cuBLAS at 2,048 × 28,672 × 4,096 on random numbers."""
+    m, n, k = 2048, 28672, 4096
+    a = torch.randn(m, k, device="cuda").to(dtype)
+    b = torch.randn(n, k, device="cuda").to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        one_a = torch.ones(m, 1, device="cuda")
+        one_b = torch.ones(1, n, device="cuda")
+        call = lambda: torch._scaled_mm(  # noqa: E731
+            a, b.t(), one_a, one_b, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    else:
+        call = lambda: a @ b.t()  # noqa: E731
+    return 2 * m * n * k / _seconds(call)
+
+
+def _seconds(call: Callable[[], object], repeats: int = 20) -> float:
+    for _ in range(3):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "gpu_driver_clock": gpu,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+    }
+
+
+def measure(model: str, form: str, measures: Sequence[str]) -> Figures:
+    """All figures of one model in one format."""
+    started = time.perf_counter()
+    engine = random_engine(
+        MODELS[model],
+        BuildOptions(target="cuda", max_seq_len=8448 if model == "llama-8b" else 8192, **FORMATS[form]),
+        enable_prefix_caching=False,
+    )
+    torch.cuda.synchronize()
+    figures: Figures = {"make_weights_s": time.perf_counter() - started}
+    runner = Runner(engine)
+    figures["compile_and_capture_s"] = runner.capture_seconds
+    for name in measures:
+        try:
+            figures |= MEASURES[name](runner)
+        except Exception as error:  # noqa: BLE001 - the other figures are still wanted
+            print(f"{name} failed: {error!r}"[:2000])
+        _show(model, form, figures, name)
+    runner.loop.shutdown()
+    return figures
+
+
+def _show(model: str, form: str, figures: Figures, measure: str) -> None:
+    print(f"--- {model} {form} {measure}")
+    for name, value in figures.items():
+        peer = VLLM.get(form, {}).get(name) if model == "llama-8b" else None
+        print(f"{name:64}{value:10.3f}" + (f"   vllm {peer}" if peer else ""), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rate = read_bandwidth()
+    report: dict[str, Any] = {**environment(), "read_tb_per_s": rate / 1e12}
+    for model, form in itertools.product(arguments.models, arguments.formats):
+        figures = measure(model, form, arguments.measures)
+        report.setdefault(model, {})[form] = figures
+        gc.collect()
+        torch.cuda.empty_cache()
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Engines of real shapes with random weights, made on the GPU: nothing is read or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import tokenizers
+import torch
+from torch import Tensor
+
+from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import BuildOptions
+from slipstream.plugins.linear.cuda_packing import Section, format_of, packed_size, sections
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors.cuda import CUDAExecutor
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.tokenizer import Tokenizer, TokenizerSettings
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 16384,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+}
+SMOLLM2: dict[str, Any] = {
+    **LLAMA_8B,
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+_SCALES = {"float8_e4m3": 1e-4, "int4": 0.004, "int8": 2e-4}
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCheckpoint:
+    """The names and shapes of a model; its weights have no values."""
+
+    config: ModelConfig
+    path: Path = Path("random")
+
+    def names(self) -> tuple[str, ...]:
+        """Every weight of a Llama."""
+        names = ["model.embed_tokens.weight", "model.norm.weight"]
+        if not self.config.tie_word_embeddings:
+            names.append("lm_head.weight")
+        for layer in range(self.config.num_layers):
+            prefix = f"model.layers.{layer}."
+            names += [f"{prefix}self_attn.{x}_proj.weight" for x in "qkvo"]
+            names += [f"{prefix}mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+            names += [f"{prefix}{x}_layernorm.weight" for x in ("input", "post_attention")]
+        return tuple(names)
+
+    def tensor(self, name: str) -> LazyTensor:
+        """A weight of the right shape that cannot be read."""
+        shape = self.config.weight_shape(name)
+        assert shape is not None
+        return LazyTensor(name, WeightFormat(shape, "dense", "bfloat16"), _unreadable)
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """There is none."""
+
+
+def _unreadable() -> QuantTensor:
+    raise AssertionError("the weights of a random checkpoint are made on the GPU")
+
+
+def random_plan(shape: dict[str, Any], options: BuildOptions) -> Plan:
+    """The compiled program of a model of this ``config.json``."""
+    return compile_checkpoint(RandomCheckpoint(ModelConfig.from_huggingface(shape)), options)
+
+
+def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """Every stored array by name, with values of a healthy size."""
+    torch.manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for node in plan.program.graph:
+        if node.op_type in ("Linear", "Embedding"):
+            blob = node.inputs[1]
+            assert blob is not None and blob.name is not None
+            values = {a.name: a.value for a in node.attributes.values()}
+            fmt = format_of({"zero_kind": 0, "scale_bytes": 4, **values})
+            if blob.name not in weights:
+                weights[blob.name] = _random_blob(fmt, device)
+    for weight in plan.weights:
+        for part in weight.parts:
+            if part.name not in weights:  # norms
+                bfloat16 = part.dtype == ir.DataType.BFLOAT16
+                dtype = torch.bfloat16 if bfloat16 else torch.float16
+                weights[part.name] = torch.ones(part.shape, dtype=dtype, device=device)
+    return weights
+
+
+def _random_blob(fmt: WeightFormat, device: str) -> Tensor:
+    blob = torch.zeros(packed_size(fmt), dtype=torch.uint8, device=device)
+    for name, section in sections(fmt).items():
+        part = blob[section.start : section.start + section.nbytes]
+        part.copy_(_random_section(name, section, fmt, device).view(torch.uint8).reshape(-1))
+    return blob
+
+
+def _random_section(name: str, section: Section, fmt: WeightFormat, device: str) -> Tensor:
+    if name == "zero":
+        middle = 2 ** (fmt.bits - 1)
+        return torch.full(section.shape, middle, dtype=torch.uint8, device=device)
+    if name != "codes":
+        kind = fmt.kind if fmt.kind != "int" else f"int{fmt.bits}"
+        value = 1.0 if name == "input_scale" else _SCALES[kind]
+        return torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
+    if fmt.kind == "int":
+        return torch.randint(
+            -(2**31), 2**31 - 1, section.shape, dtype=torch.int32, device=device
+        )
+    wide = torch.randn(section.shape, dtype=torch.bfloat16, device=device)
+    if fmt.kind == "float8_e4m3":
+        return (wide * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (wide * 0.02).to(_DTYPES[fmt.dtype])
+
+
+def random_engine(
+    shape: dict[str, Any], options: BuildOptions, **runtime: Any  # noqa: ANN401 - fields differ
+) -> LoadedEngine:
+    """A loaded engine of a model with random weights; every token of its vocabulary has a name."""
+    plan = random_plan(shape, options)
+    manifest = manifest_of(plan, {}, "random", "random")
+    limits = plan.limits
+    config = RuntimeConfig().override(
+        {
+            "max_batch_size": limits.max_batch_size,
+            "max_num_tokens": limits.max_num_tokens,
+            "max_seq_len": limits.max_seq_len,
+            "page_size": plan.kv.page_size,
+            **runtime,
+        }
+    )
+    executor = CUDAExecutor.from_weights(
+        manifest, config, plan.program.graph, random_weights(plan)
+    )
+    vocab_size = int(shape["vocab_size"])
+    return LoadedEngine(
+        executor, named_tokens(vocab_size), config, vocab_size, SamplingParams(temperature=0)
+    )
+
+
+def named_tokens(vocab_size: int) -> Tokenizer:
+    """A tokenizer that calls token 17 ``t17``."""
+    model = tokenizers.models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
+    return Tokenizer(tokenizers.Tokenizer(model), TokenizerSettings({}))

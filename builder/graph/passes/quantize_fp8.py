@@ -1,0 +1,29 @@
+"""Replaces dense weights of Linears by float8 with a scale a row, lazily."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from slipstream.builder.graph.program import Program
+from slipstream.quantize.fp8 import fp8_format, quantize_fp8
+from slipstream.quantize.tensor import LazyTensor, QuantTensor
+
+
+def quantize_fp8_weights(program: Program) -> int:
+    """Quantize every dense weight that a Linear reads, an Embedding's only if it is the same."""
+    values = dict.fromkeys(node.inputs[1] for node in program.nodes("Linear"))
+    return sum(_quantize(program, value) for value in values)
+
+
+def _quantize(program: Program, value: ir.Value | None) -> bool:
+    assert value is not None and value.name is not None
+    dense = program.weights[value.name]
+    if dense.format.kind != "dense":
+        return False
+
+    def load() -> QuantTensor:
+        return quantize_fp8(dense)
+
+    program.weights[value.name] = LazyTensor(dense.name, fp8_format(dense.format.shape), load)
+    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    return True

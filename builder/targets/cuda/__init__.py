@@ -1,0 +1,106 @@
+"""NVIDIA GPUs: our own executor runs the lowered graph on this package's kernels and cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from slipstream.builder.engine import EngineLimits
+from slipstream.builder.graph.passes import Pass
+from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
+from slipstream.builder.graph.passes.fuse_gate import fuse_gate
+from slipstream.builder.graph.passes.fuse_norm import fuse_norm
+from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
+from slipstream.builder.graph.passes.fuse_residual import fuse_residual
+from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
+from slipstream.builder.graph.passes.quantize_fp8 import quantize_fp8_weights
+from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
+from slipstream.builder.graph.program import Program
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import BuildOptions
+from slipstream.builder.targets.cuda.attention import use_row_major_keys
+from slipstream.builder.targets.cuda.weights import PackWeights, SetPrecision, StoreVectors
+from slipstream.errors import BuildError
+from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.quantize.tensor import WeightFormat
+
+_DTYPES = ("bfloat16", "float16")
+_KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
+
+
+@dataclass(frozen=True, slots=True)
+class CUDATarget:
+    """Lowering to the kernels of ``plugins/*/cuda.py``."""
+
+    name: str = "cuda"
+    # A page and head of 64 tokens is one tile of an attention kernel.
+    page_size: int = 64
+    limits: EngineLimits = EngineLimits(max_batch_size=256, max_num_tokens=8192)
+    group_size: int = 128
+
+    def check(self, config: ModelConfig, options: BuildOptions) -> None:
+        """Raise BuildError for heads or options that the kernels do not take."""
+        if config.head_dim % 8 or config.head_dim > 256:
+            raise BuildError(
+                f"the model has heads of {config.head_dim} elements; the cuda target runs those of "
+                "a multiple of 8 up to 256: choose another model"
+            )
+        if options.kv_cache_dtype not in _KV_DTYPES:
+            raise BuildError(
+                f"kv_cache_dtype {options.kv_cache_dtype} does not run on target cuda; use one of "
+                f"{', '.join(_KV_DTYPES)}"
+            )
+        if options.dtype not in ("auto", *_DTYPES):
+            raise BuildError(
+                f"dtype {options.dtype} does not run on target cuda; use one of auto, "
+                f"{', '.join(_DTYPES)}"
+            )
+        if options.gemm_plugin != "auto":
+            raise BuildError("gemm_plugin disable is for target cpu; leave it out")
+
+    def dtype(self, options: BuildOptions) -> str:
+        """The type of activations and of weights that are not quantized: bfloat16 unless asked."""
+        return "bfloat16" if options.dtype == "auto" else options.dtype
+
+    def kv_dtype(self, options: BuildOptions, dense: bool) -> str:
+        """As asked; ``auto`` is the type of the activations."""
+        return _KV_DTYPES[options.kv_cache_dtype] or self.dtype(options)
+
+    def capability(self, program: Program, kv_dtype: str) -> str:
+        """The oldest architecture that runs the engine."""
+        linears = program.nodes("Linear")
+        types = {node.attributes["weight_type"].as_int() for node in linears}
+        fp8 = kv_dtype == "float8_e4m3fn" or WEIGHT_TYPES["float8_e4m3"] in types
+        return "sm_89" if fp8 else "sm_80"
+
+    def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
+        """Quantize, fuse into five kernels a layer, pack."""
+        dtype = self.dtype(options)
+        quantize: list[Pass] = []
+        if options.quantization == "fp8":
+            quantize = [quantize_fp8_weights]
+        elif options.bits is not None:
+            group = options.group_size or self.group_size
+            quantize = [QuantizeWeights(options.bits, group, options.symmetric)]
+        return (
+            *quantize,
+            fuse_parallel_linears,
+            partial(fuse_gate, holds=_any),
+            partial(fuse_residual, holds=_any),
+            partial(fuse_norm, holds=_any),
+            fuse_add_rms_norm,
+            fuse_rotary,
+            use_row_major_keys,
+            PackWeights(dtype),
+            StoreVectors(dtype),
+            SetPrecision(dtype),
+        )
+
+
+def _any(fmt: WeightFormat) -> bool:
+    """What the kernels do not hold is dequantized when it is packed, so everything fuses."""
+    return True
+
+
+TARGET = CUDATarget()

@@ -1,0 +1,101 @@
+"""Weights as the CUDA kernels read them, and the type of everything that flows between."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.plugins.linear.cuda_packing import can_pack, format_attributes, pack, packed_size
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
+
+SUFFIX = ".cuda"
+log = logging.getLogger(__name__)
+_IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class PackWeights:
+    """Stores the weight of every Linear and Embedding as one blob.
+
+    ``dtype`` is that of dense weights, and of formats that no kernel holds, which are dequantized.
+    """
+
+    dtype: str
+
+    def __call__(self, program: Program) -> int:
+        """Pack every weight; a tied one is stored once."""
+        nodes = [*program.nodes("Linear"), *program.nodes("Embedding")]
+        for node in nodes:
+            tensor = self._held(program.weight_of(node))
+            part = StoredTensor(
+                tensor.name + SUFFIX, ir.DataType.UINT8, (packed_size(tensor.format),)
+            )
+            stored = StoredWeight((part,), lambda tensor=tensor: (pack(tensor.load()),))  # type: ignore[misc]
+            node.replace_input_with(1, program.store(stored)[0])
+            for name, value in format_attributes(tensor.format).items():
+                node.attributes[name] = ir.AttrInt64(name, value)
+        return len(nodes)
+
+    def _held(self, tensor: LazyTensor) -> LazyTensor:
+        if tensor.format.kind != "dense" and can_pack(tensor.format):
+            return tensor
+        if tensor.format.kind != "dense":
+            log.warning(
+                "%s: no kernel holds %s; it becomes %s", tensor.name, tensor.format, self.dtype
+            )
+        return as_dense(tensor, self.dtype)
+
+
+def as_dense(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """A weight as dense numbers of ``dtype``."""
+    fmt = WeightFormat(tensor.format.shape, "dense", dtype)
+
+    def load() -> QuantTensor:
+        weight = tensor.load()
+        values = weight.codes if weight.format.kind == "dense" else weight.dequantize()
+        return QuantTensor(tensor.name, fmt, values.astype(numpy_dtype(dtype), copy=False))
+
+    return LazyTensor(tensor.name, fmt, load)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreVectors:
+    """Norm weights, biases and sinks become stored arrays of ``dtype``."""
+
+    dtype: str
+
+    def __call__(self, program: Program) -> int:
+        """Store everything that is not stored yet."""
+        vectors = list(program.weights.items())
+        for name, tensor in vectors:
+            dense = as_dense(tensor, self.dtype)
+            part = StoredTensor(f"{name}.{self.dtype}", _IR_DTYPES[self.dtype], tensor.format.shape)
+            stored = StoredWeight(
+                (part,),
+                lambda dense=dense: (np.ascontiguousarray(dense.load().codes),),  # type: ignore[misc]
+            )
+            program.graph.initializers[name].replace_all_uses_with(program.store(stored)[0])
+        return len(vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class SetPrecision:
+    """Gives ``dtype`` to every value between operators but the logits and the rotary angles."""
+
+    dtype: str
+
+    def __call__(self, program: Program) -> int:
+        """Set the types."""
+        changed = 0
+        for node in program.graph:
+            if node.op_type == "RotaryAngles":
+                continue
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.type = ir.TensorType(_IR_DTYPES[self.dtype])
+                    changed += 1
+        return changed

@@ -1,0 +1,31 @@
+"""How Triton kernels are launched."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def launch_options(*, num_warps: int, num_stages: int = 1, pdl: bool = False) -> dict[str, object]:
+    """Keyword arguments of a kernel launch.
+
+    ``pdl`` asks for programmatic dependent launch: the kernel may begin while the one before it
+    still runs, and must call ``gdc_wait`` before it reads what that one wrote.
+    """
+    options: dict[str, object] = {"num_warps": num_warps, "num_stages": num_stages}
+    if pdl:  # the interpreter does not know the option
+        options["launch_pdl"] = True
+    return options
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether a device can overlap the start of a kernel with the end of the one before it."""
+    if interpreting() or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

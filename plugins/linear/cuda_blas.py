@@ -1,0 +1,199 @@
+"""Linear for many tokens: cuBLAS through torch, with a norm before it and an epilogue after.
+
+A float8 or int8 product needs x in the same type, so those weights are multiplied in it where
+x is to be rounded (``WeightFormat.activation``) and the library takes the shape. All other
+quantized weights are written out in x's type first: the dense fallback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.linear.cuda_kernels import (
+    dequantize_float8,
+    dequantize_words,
+    finish_product,
+)
+from slipstream.plugins.linear.cuda_weight import DeviceWeight
+from slipstream.plugins.linear.tactics import whole_rows
+from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_fp8
+from slipstream.quantize.tensor import WeightFormat
+
+_INT8_TOKENS = 17  # fewer are refused by torch._int_mm
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The inputs of a Linear beside its weight; see ``cuda.linear``."""
+
+    x: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    norm_eps: float
+    gated: bool
+    pdl: bool
+
+
+def multiplies_in(fmt: WeightFormat) -> str:
+    """The type in which many tokens are multiplied: "float8", "int8" or "dense"."""
+    n, k = fmt.shape
+    if fmt.activation not in ("token", "static"):
+        return "dense"
+    if fmt.kind == "float8_e4m3" and n % 16 == 0 and k % 16 == 0:
+        return "float8"
+    if whole_rows(fmt) and n % 8 == 0 and k % 8 == 0:
+        return "int8"
+    return "dense"
+
+
+def linear_blas(
+    weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None
+) -> None:
+    """Fill y ``[T, N]`` or, gated, ``[T, N/2]``."""
+    kind = multiplies_in(weight.format)
+    if kind == "float8" and _has_float8(inputs.x, y.dtype):
+        _float8(weight, inputs, y)
+    elif kind == "int8" and inputs.x.shape[0] >= _INT8_TOKENS:
+        _int8(weight, inputs, y, workspace)
+    else:
+        _dense(weight, inputs, y, workspace)
+
+
+def dequantize(
+    weight: DeviceWeight,
+    dtype: torch.dtype,
+    *,
+    workspace: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """The weight ``[N, K]`` in a type; int8 gives the codes of a weight of whole rows, centred.
+
+    It lies in ``workspace`` (uint8) if that is given and large enough. Dense weights are returned
+    as they are.
+    """
+    fmt = weight.format
+    if fmt.kind == "dense":
+        return weight.codes
+    n, k = fmt.shape
+    size = n * k * dtype.itemsize
+    if workspace is not None and workspace.numel() >= size:
+        out = workspace[:size].view(dtype).view(n, k)
+    else:
+        out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    options = launch_options(num_warps=4, pdl=pdl)
+    if fmt.kind == "float8_e4m3":
+        dequantize_float8[(-(-n // 16), -(-k // 256))](
+            weight.codes, weight.scale, out, n, k, ROWS=fmt.rows, GROUP=fmt.group, BN=16, BK=256,
+            PDL=pdl, **options,
+        )  # fmt: skip
+        return out
+    chunks = weight.codes.shape[1] // 32
+    dequantize_words[(-(-n // 32), chunks)](
+        weight.codes, weight.scale, weight.shift, out, n, k, chunks, BITS=fmt.bits,
+        GROUP=weight.group, ZERO=fmt.zero, SCALE=dtype != torch.int8, BN=32, PDL=pdl, **options,
+    )  # fmt: skip
+    return out
+
+
+def _has_float8(x: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether the GPU multiplies float8, with a scale a row and results of this type."""
+    if x.device.type != "cuda":
+        return True
+    capability = torch.cuda.get_device_capability(x.device)
+    # Elsewhere than on Hopper, torch takes CUTLASS kernels that write bfloat16 only.
+    return capability >= (8, 9) and (out_dtype == torch.bfloat16 or capability[0] == 9)
+
+
+def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
+    """x is rounded to float8 by a scale a token, or by the weight's own."""
+    assert weight.scale is not None
+    x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
+    if inputs.norm_weight is None:
+        codes, scale = quantize_rows(x, torch.float8_e4m3fn, input_scale=static, pdl=pdl)
+    else:
+        codes, scale = rms_norm_fp8(
+            x, inputs.norm_weight, inputs.norm_eps, input_scale=static, pdl=pdl
+        )[:2]
+    product = y if _is_plain(inputs) else y.new_empty(x.shape[0], weight.format.shape[0])
+    _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
+    if product is not y:
+        _finish(product, None, None, inputs, y)
+
+
+def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch._scaled_mm(
+            x, w.t(), x_scale, w_scale, out_dtype=out.dtype, use_fast_accum=True, out=out
+        )
+    else:
+        out.copy_((x.float() @ w.float().t()) * x_scale * w_scale)
+
+
+def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None) -> None:
+    """x is rounded to int8 by a scale a token."""
+    x = normed(inputs)
+    codes, scale = quantize_rows(x, torch.int8, input_scale=weight.input_scale, pdl=inputs.pdl)
+    plain = dequantize(weight, torch.int8, workspace=workspace, pdl=inputs.pdl)
+    product = torch._int_mm(codes, plain.t())
+    _finish(product, scale, weight.scale, inputs, y)
+
+
+def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None) -> None:
+    x = normed(inputs)
+    w = dequantize(weight, x.dtype, workspace=workspace, pdl=inputs.pdl).t()
+    if x.device.type == "cpu":
+        product = (x.float() @ w.float()).to(x.dtype if inputs.gated else y.dtype)
+        _finish(product, None, None, inputs, y)
+    elif _is_plain(inputs):
+        _mm(x, w, y)
+    elif (addend := _only_addend(inputs)) is not None and addend.dtype == x.dtype == y.dtype:
+        torch.addmm(addend, x, w, out=y)
+    else:
+        product = y.new_empty(x.shape[0], w.shape[1])
+        _mm(x, w, product)
+        _finish(product, None, None, inputs, y)
+
+
+def _only_addend(inputs: Operands) -> Tensor | None:
+    """The bias or residual, if just one of them follows the product."""
+    if inputs.gated or (inputs.bias is not None and inputs.residual is not None):
+        return None
+    return inputs.residual if inputs.bias is None else inputs.bias
+
+
+def _mm(x: Tensor, w: Tensor, out: Tensor) -> None:
+    if out.dtype == x.dtype:
+        torch.mm(x, w, out=out)
+    else:
+        torch.mm(x, w, out.dtype, out=out)  # 16-bit operands, float32 result
+
+
+def normed(inputs: Operands) -> Tensor:
+    """x after the norm, if there is one."""
+    if inputs.norm_weight is None:
+        return inputs.x
+    y = rms_norm(inputs.x, inputs.norm_weight, inputs.norm_eps, pdl=inputs.pdl)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _is_plain(inputs: Operands) -> bool:
+    return inputs.bias is None and inputs.residual is None and not inputs.gated
+
+
+def _finish(
+    product: Tensor, token_scale: Tensor | None, row_scale: Tensor | None, inputs: Operands,
+    y: Tensor,
+) -> None:  # fmt: skip
+    tokens, width = y.shape
+    finish_product[(tokens, -(-width // 1024))](
+        product, token_scale, row_scale, inputs.bias, inputs.residual, y, product.shape[1],
+        BLOCK=1024, GATED=inputs.gated, SCALE=token_scale is not None,
+        BIAS=inputs.bias is not None, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
+        **launch_options(num_warps=4, pdl=inputs.pdl),
+    )  # fmt: skip

@@ -1,0 +1,338 @@
+"""Matrix products of Linear for some tens of tokens: every weight is read once, and dequantized in
+registers on its way to the tensor cores.
+
+With SWAP the weight is the left operand, so that 64 of its rows, and not of the few tokens, fill
+the instruction of a Hopper GPU. SPLIT programs share the K of a tile; the last of them to finish
+adds their sums, in order, so results do not depend on which that is.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Asks for the cache lines at pointers; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
+    """acc + the product of w [BN, k] and x [BM, k]: [BN, BM] with SWAP, or [BM, BN]."""
+    if WIDEN:  # Triton's interpreter cannot multiply bfloat16
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
+
+
+@triton.jit
+def _narrow(w, x):
+    """w in x's type; float8 by way of float16, which GPUs convert fastest."""
+    if w.dtype == tl.float8e4nv:
+        w = w.to(tl.float16)
+        if x.dtype == tl.bfloat16:
+            w = w.to(tl.float32)
+    return w.to(x.dtype)
+
+
+@triton.jit
+def _along(values, ROWS: tl.constexpr):
+    """A vector as a column (ROWS) or a row of a matrix."""
+    return values[:, None] if ROWS else values[None, :]
+
+
+@triton.jit
+def _epilogue(
+    acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
+    SWAP: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    inside_n = n < width
+    if NORM:
+        acc = acc * _along(inverse, not SWAP)
+        if GATED:
+            up = up * _along(inverse, not SWAP)
+    if SCALE:
+        acc = acc * _along(tl.load(row_scale + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
+        if GATED:
+            scales = tl.load(row_scale + width + n, mask=inside_n, other=0.0).to(tl.float32)
+            up = up * _along(scales, SWAP)
+    if BIAS:
+        acc += _along(tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
+        if GATED:
+            biases = tl.load(bias + width + n, mask=inside_n, other=0.0).to(tl.float32)
+            up += _along(biases, SWAP)
+    if GATED:
+        acc = acc * tl.sigmoid(acc) * up
+    at = _along(m, not SWAP) * width + _along(n, SWAP)
+    inside = _along(m < tokens, not SWAP) & _along(inside_n, SWAP)
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish(
+    acc, up, inverse, y, row_scale, bias, residual, counters, partial, m, n, tokens, width,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    if SPLIT == 1:
+        _epilogue(
+            acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
+            SWAP, GATED, SCALE, BIAS, RESIDUAL, NORM,
+        )  # fmt: skip
+    else:
+        tiles = tl.num_programs(0) * tl.num_programs(1)
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        SIZE: tl.constexpr = BM * BN
+        BOTH: tl.constexpr = 2 if GATED else 1
+        local = _along(tl.arange(0, BN), SWAP) + _along(tl.arange(0, BM), not SWAP) * BN
+        mine = partial + (tl.program_id(2) * tiles + tile) * (BOTH * SIZE)
+        tl.store(mine + local, acc)
+        if GATED:
+            tl.store(mine + SIZE + local, up)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+            tl.store(counters + tile, 0)
+            acc = tl.zeros_like(acc)
+            up = tl.zeros_like(up)
+            for s in range(SPLIT):
+                theirs = partial + (s * tiles + tile) * (BOTH * SIZE)
+                acc += tl.load(theirs + local, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(theirs + SIZE + local, cache_modifier=".cg")
+            _epilogue(
+                acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
+                SWAP, GATED, SCALE, BIAS, RESIDUAL, NORM,
+            )  # fmt: skip
+
+
+@triton.jit
+def _normed(tile, gain, k, squares, K: tl.constexpr, EVEN: tl.constexpr):
+    """x [BM, k] times the norm's weight, in x's type; and the sums of squares of its rows."""
+    values = tile.to(tl.float32)
+    squares += tl.sum(values * values, axis=1)
+    if EVEN:
+        gains = tl.load(gain + k)
+    else:
+        gains = tl.load(gain + k, mask=k < K, other=0.0)
+    return (values * gains.to(tl.float32)[None, :]).to(tile.dtype), squares
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def dot_float(
+    x, weight, scale, bias, residual, gain, y, counters, partial, tokens, N, eps,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A 16-bit or float8 weight [N, K]; grid (tiles of N, tiles of tokens, SPLIT).
+
+    SCALE is "none", "row" or "block" (of 128 x 128: then BK divides 128, and BN or 128 the other).
+    EVEN: K is SPLIT whole ranges
+    of whole steps. Unless SPLIT is 1: counters int32, a zero a tile, and left so; partial
+    float32 [SPLIT, tiles, 1 or with GATED 2, BM, BN].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    width = N // 2 if GATED else N
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    row = tl.minimum(n, width - 1)
+    STEPS: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
+    start = tl.program_id(2) * (STEPS * BK)
+    w_at = weight + row.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + m[:, None] * K + k[None, :]
+    up_at = w_at + width.to(tl.int64) * K
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    if PDL:
+        ahead = start + tl.arange(0, 4) * LINE
+        _prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
+    shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
+    acc = tl.zeros(shape, tl.float32)
+    up = tl.zeros(shape, tl.float32)
+    squares = tl.zeros([BM], tl.float32)
+    BLOCKS: tl.constexpr = (K + 127) // 128
+    for step in range(0, STEPS):
+        base = start + step * BK
+        inside = (base + k < K)[None, :]
+        if EVEN:
+            xs = tl.load(x_at + base, mask=(m < tokens)[:, None], other=0.0)
+            w = tl.load(w_at + base)
+        else:
+            xs = tl.load(x_at + base, mask=(m < tokens)[:, None] & inside, other=0.0)
+            w = tl.load(w_at + base, mask=inside, other=0.0)
+        if GATED:
+            if EVEN:
+                w_up = tl.load(up_at + base)
+            else:
+                w_up = tl.load(up_at + base, mask=inside, other=0.0)
+        if NORM:
+            xs, squares = _normed(xs, gain, base + k, squares, K, EVEN)
+        w = _narrow(w, xs)
+        if GATED:
+            w_up = _narrow(w_up, xs)
+        if SCALE == "block":
+            factor = tl.load(scale + (row // 128) * BLOCKS + tl.minimum(base // 128, BLOCKS - 1))
+            acc += _product(w, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * _along(factor, SWAP)
+            if GATED:
+                factor = tl.load(
+                    scale + ((row + width) // 128) * BLOCKS + tl.minimum(base // 128, BLOCKS - 1)
+                )
+                up += _product(w_up, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * _along(
+                    factor, SWAP
+                )
+        else:
+            acc = _product(w, xs, acc, SWAP, WIDEN)
+            if GATED:
+                up = _product(w_up, xs, up, SWAP, WIDEN)
+    inverse = tl.rsqrt(squares / K + eps) if NORM else squares
+    _finish(
+        acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
+        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL, NORM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _move(words, CODES: tl.constexpr):
+    """Words shifted right by 4 * CODES bits; to the left if that is negative."""
+    if CODES < 0:
+        words = words << (-4 * CODES)
+    elif CODES > 0:
+        words = words >> (4 * CODES)
+    return words
+
+
+@triton.jit
+def _in_mantissa(words, PLACE: tl.constexpr, COMPILED: tl.constexpr):
+    """The four bits at PLACE, 12 or 16, plus 2**(23 - PLACE), as a float32."""
+    if COMPILED and PLACE == 16:  # one instruction, where the compiler takes two
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0xF0000, 0x43000000, 0xEA;", "=r,r", [words], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    elif COMPILED:
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0xF000, 0x45000000, 0xEA;", "=r,r", [words], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    elif PLACE == 16:
+        bits = (words & 0xF0000) | 0x43000000
+    else:
+        bits = (words & 0xF000) | 0x45000000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode(
+    words, i: tl.constexpr, scale, shift, place, DTYPE: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """Weights [BN, 32] of code i of a chunk's words; GROUP 0 leaves their scale to the epilogue.
+
+    A code moved into the mantissa of 2**7 or 2**11 is that number plus the code.
+    """
+    if BITS == 8:
+        codes = ((words >> (8 * i)) & 255).to(tl.float32)
+        zero = 0.0
+    elif i == 7 or i % 2 == 0:
+        codes = _in_mantissa(_move(words, i - 4), 16, COMPILED)
+        zero = 128.0
+    else:
+        codes = _in_mantissa(_move(words, i - 3), 12, COMPILED)
+        zero = 2048.0
+    if ZERO == "midpoint":
+        zero += 2.0 ** (BITS - 1)
+    if GROUP:
+        factor = tl.load(scale + place + i * 32 // GROUP).to(tl.float32)
+        if ZERO == "zero":
+            zero += tl.load(shift + place + i * 32 // GROUP).to(tl.float32)
+        begin = -zero * factor
+        if ZERO == "offset":
+            begin += tl.load(shift + place + i * 32 // GROUP).to(tl.float32)
+        values = codes * factor[:, None] + begin[:, None]
+    else:
+        values = codes - zero
+    return values.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def dot_int(
+    x, weight, scale, shift, bias, residual, gain, y, counters, partial, tokens, N, eps,
+    K: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """An integer weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
+
+    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; EVEN: no chunk is padded and SPLIT divides
+    CHUNKS. Grid, counters and
+    partial as in ``dot_float``.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    CODES: tl.constexpr = 32 // BITS
+    COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    width = N // 2 if GATED else N
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    j = tl.arange(0, 32)
+    row = tl.minimum(n, width - 1)
+    GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+    STEPS: tl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
+    start = tl.program_id(2) * STEPS
+    w_at = weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + j[None, :]
+    up_at = w_at + width.to(tl.int64) * (CHUNKS * 32)
+    x_at = x + m[:, None] * K + j[None, :]
+    if PDL:
+        lines = tl.minimum(start + tl.arange(0, 4), CHUNKS - 1) * 32
+        _prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
+        if GROUP:
+            _prefetch(scale + row * GROUPS + start * COUNT)
+        tl.extra.cuda.gdc_wait()
+    shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
+    acc = tl.zeros(shape, tl.float32)
+    up = tl.zeros(shape, tl.float32)
+    squares = tl.zeros([BM], tl.float32)
+    for step in range(0, STEPS):
+        chunk = start + step
+        stored = chunk if EVEN else tl.minimum(chunk, CHUNKS - 1)
+        words = tl.load(w_at + stored * 32)
+        place = row * GROUPS + stored * COUNT
+        if GATED:
+            up_words = tl.load(up_at + stored * 32)
+        for i in tl.static_range(CODES):
+            k = (chunk * CODES + i) * 32 + j
+            inside = (m < tokens)[:, None]
+            if not EVEN:
+                inside = inside & (k < K)[None, :]
+            xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
+            if NORM:
+                xs, squares = _normed(xs, gain, k, squares, K, EVEN)
+            w = _decode(words, i, scale, shift, place, DTYPE, BITS, GROUP, ZERO, not WIDEN)
+            acc = _product(w, xs, acc, SWAP, WIDEN)
+            if GATED:
+                up_place = place + width * GROUPS
+                w = _decode(
+                    up_words, i, scale, shift, up_place, DTYPE, BITS, GROUP, ZERO, not WIDEN
+                )
+                up = _product(w, xs, up, SWAP, WIDEN)
+    inverse = tl.rsqrt(squares / K + eps) if NORM else squares
+    _finish(
+        acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
+        BM, BN, SPLIT, SWAP, GATED, GROUP == 0, BIAS, RESIDUAL, NORM,
+    )  # fmt: skip

@@ -1,0 +1,286 @@
+"""Which kernel runs a Linear, and with which tiles: by weight, shape and number of tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from slipstream.errors import EngineMismatchError
+from slipstream.quantize.tensor import WeightFormat
+
+log = logging.getLogger(__name__)
+
+Kernel = Literal["gemv", "dot", "blas"]
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+GEMV_TOKENS = 4
+DOT_TOKENS = 256
+_PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
+_SHARED_MEMORY = {(8, 0): 160 << 10, (8, 6): 96 << 10, (8, 9): 96 << 10, (12, 0): 96 << 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Tactic:
+    """A kernel and its tiles.
+
+    block_n      rows of the result a program computes (gated: pairs of rows).
+    block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
+    num_stages   gemv: vectors in flight a row; dot: steps in flight.
+    fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
+    split_k      dot: programs that share the K of a tile.
+    swap         dot: the weight is the left operand, as wgmma wants few tokens.
+    """
+
+    kernel: Kernel
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    fuse_norm: bool = False
+    split_k: int = 1
+    swap: bool = False
+
+
+def vector_size(fmt: WeightFormat) -> int:
+    """Elements of a weight in 16 bytes."""
+    bits = {"dense": 16, "float8_e4m3": 8, "int": fmt.bits}[fmt.kind]
+    return 128 // bits
+
+
+def weight_key(fmt: WeightFormat) -> str:
+    """Short name of a format without its shape, such as ``int4g128z``."""
+    if fmt.kind == "dense":
+        return fmt.dtype
+    if fmt.kind == "float8_e4m3":
+        return "fp8block" if fmt.rows > 1 else "fp8"
+    if whole_rows(fmt):
+        return "int8row"
+    return f"int{fmt.bits}g{fmt.group}{fmt.zero[0]}"
+
+
+def whole_rows(fmt: WeightFormat) -> bool:
+    """Whether an integer weight has one scale a row."""
+    return (
+        fmt.kind == "int"
+        and fmt.bits == 8
+        and fmt.zero == "midpoint"
+        and (fmt.group == fmt.shape[1])
+    )
+
+
+def can_stream(fmt: WeightFormat) -> bool:
+    """Whether gemv and dot can read the rows of a weight in whole vectors."""
+    return fmt.shape[1] % (4 if fmt.kind == "int" else vector_size(fmt)) == 0
+
+
+def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
+    """Tokens up to which dot is the better guess; more go to the BLAS library.
+
+    That multiplies 16-bit weights as they are, and float8 ones twice as fast where the GPU can; an
+    integer weight must first be written to memory as a dense one.
+    """
+    if fmt.kind == "float8_e4m3" and fmt.rows == 1 and capability >= (8, 9):
+        return 16
+    return 32 if fmt.kind == "dense" else 128
+
+
+def largest_gemv(fmt: WeightFormat) -> int:
+    """Tokens up to which gemv is the better guess: its arithmetic grows with them, and takes as
+    long as reading a 4-bit weight from about three tokens on."""
+    return 2 if fmt.kind == "int" and fmt.bits == 4 else GEMV_TOKENS
+
+
+def default_tactic(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    """A sensible tactic for a shape that nobody timed."""
+    if not can_stream(fmt):
+        return Tactic("blas")
+    if tokens <= largest_gemv(fmt):
+        return _default_gemv(fmt, gated)
+    if tokens <= largest_dot(fmt, capability):
+        return _default_dot(fmt, gated, tokens, capability)
+    return Tactic("blas")
+
+
+def _default_gemv(fmt: WeightFormat, gated: bool) -> Tactic:
+    """Four warps, a vector of each row a lane, and two or four rows a thread, which share x."""
+    width = fmt.shape[0] // (2 if gated else 1)
+    few = width < 8192  # then smaller programs, to fill the GPU
+    rows = 4 if fmt.kind == "int" and not few else 2
+    return Tactic(
+        "gemv",
+        block_n=4 * (rows // 2 if gated else rows),
+        block_k=32 * vector_size(fmt),
+        num_warps=4,
+        num_stages=1 if rows == 4 else 2,
+        fuse_norm=True,
+    )
+
+
+def _default_dot(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    width = fmt.shape[0] // (2 if gated else 1)
+    swap = capability[0] == 9 and fmt.kind == "int"
+    block_n = 64 if swap or width >= 64 * _PROCESSORS else 32
+    block_k = 64 if tokens > 32 else 128
+    split = 1
+    while split < 4 and -(-width // block_n) * split < _PROCESSORS and tokens <= 64:
+        split *= 2
+    found = Tactic("dot", block_n, block_k, num_stages=4, split_k=split, swap=swap)
+    return _fit_stages(found, fmt, gated, tokens, capability)
+
+
+def _fit_stages(
+    tactic: Tactic, fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    """With as many stages as shared memory holds, at least two."""
+    elements = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
+    bits = fmt.bits or 16
+    rows = tactic.block_n * (2 if gated else 1)
+    stage = elements * (2 * block_m(tokens) + rows * bits // 8)
+    room = _SHARED_MEMORY.get(capability, 200 << 10)
+    return replace(tactic, num_stages=max(2, min(tactic.num_stages, room // stage)))
+
+
+def block_m(tokens: int) -> int:
+    """Tokens of a tile of dot."""
+    return next((size for size in (16, 32, 64) if tokens <= size), 128)
+
+
+def candidate_tactics(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """What is worth timing, the default first."""
+    found = [default_tactic(fmt, gated, tokens, capability)]
+    if can_stream(fmt) and tokens <= GEMV_TOKENS:
+        found += _gemv_candidates(fmt, gated, tokens)
+    if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
+        found += _dot_candidates(fmt, gated, tokens, capability)
+    return list(dict.fromkeys([*found, Tactic("blas")]))
+
+
+def _gemv_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic]:
+    """Warps, lanes along K, vectors a thread, stages; a gated row is two vectors."""
+    choices = [
+        (4, 32, 2, 1), (4, 32, 2, 2), (4, 32, 4, 1), (4, 32, 4, 2), (8, 32, 2, 1), (8, 32, 2, 2),
+        (8, 64, 4, 1), (8, 64, 2, 2), (2, 32, 4, 1),
+    ]  # fmt: skip
+    if not gated and fmt.kind != "int":
+        choices += [(8, 32, 1, 2), (8, 32, 1, 4), (4, 32, 1, 4)]
+    if fmt.kind == "int" and tokens == 1:
+        choices += [(4, 32, 8, 1), (4, 64, 8, 1)]
+    return [
+        Tactic(
+            "gemv",
+            block_n=32 * warps // lanes * vectors // (2 if gated else 1),
+            block_k=lanes * vector_size(fmt),
+            num_warps=warps,
+            num_stages=stages,
+            fuse_norm=True,
+        )
+        for warps, lanes, vectors, stages in choices
+    ]
+
+
+def _dot_candidates(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """Rows and elements of K of a tile, warps, and whether the weight is on the left."""
+    whole = 1024 // fmt.bits if fmt.kind == "int" else 0
+    choices = [(16, 256, 4, False), (32, 128, 4, False), (64, 128, 4, False), (32, 64, 4, False)]
+    if tokens > 64:
+        choices = [(32, 64, 4, False), (64, 64, 4, False), (128, 64, 8, False)]
+    if capability[0] == 9:
+        choices += [(64, 128, 4, True), (64, 64, 4, True), (128, 64, 8, True)]
+    width = fmt.shape[0] // (2 if gated else 1)
+    found = []
+    for rows, columns, warps, swap in choices:
+        programs = -(-width // rows)
+        for split in (1, 2, 4) if tokens <= 64 else (1,):
+            if split > 1 and programs * split > 4 * _PROCESSORS:
+                continue
+            columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
+            tactic = Tactic("dot", rows, columns, warps, 6, False, split, swap)
+            found.append(_fit_stages(tactic, fmt, gated, tokens, capability))
+    return found
+
+
+@dataclass(slots=True)
+class Tactics:
+    """The tactics that were timed on a GPU, by ``entry_key``."""
+
+    capability: tuple[int, int]
+    device: str = ""
+    entries: dict[str, Tactic] = field(default_factory=dict)
+
+    def key(self, fmt: WeightFormat) -> str:
+        """See ``weight_key``."""
+        return weight_key(fmt)
+
+    def find(self, fmt: WeightFormat, gated: bool, tokens: int) -> Tactic:
+        """The tactic that was timed for this shape and bucket of tokens, or the default."""
+        bucket = next((size for size in BUCKETS if size >= tokens), None)
+        if bucket is None:
+            return Tactic("blas")
+        found = self.entries.get(entry_key(fmt, gated, bucket))
+        return found or default_tactic(fmt, gated, tokens, self.capability)
+
+    def put(self, fmt: WeightFormat, gated: bool, tokens: int, tactic: Tactic) -> None:
+        """Store the tactic of a shape for a bucket of tokens, one of ``BUCKETS``."""
+        assert tokens in BUCKETS, tokens
+        self.entries[entry_key(fmt, gated, tokens)] = tactic
+
+    def to_json(self) -> str:
+        """The table as the text of ``tactics.json``."""
+        entries = {key: asdict(tactic) for key, tactic in sorted(self.entries.items())}
+        table = {"device": self.device, "capability": list(self.capability), "entries": entries}
+        return json.dumps(table, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Tactics:
+        """The table in a text; raises EngineMismatchError for anything this version does not
+        know."""
+        try:
+            table = json.loads(text)
+            _only(table, {"device", "capability", "entries"})
+            major, minor = table["capability"]
+            entries = {key: _tactic(entry) for key, entry in table["entries"].items()}
+            return cls((int(major), int(minor)), str(table["device"]), entries)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EngineMismatchError(
+                f"tactics.json cannot be used: {error}; delete it or tune the engine again"
+            ) from error
+
+    @classmethod
+    def load(cls, file: Path | None, capability: tuple[int, int], device: str) -> Tactics:
+        """The table in a file; an empty one if there is none or it is of another GPU."""
+        if file is not None and file.exists():
+            table = cls.from_json(file.read_text())
+            if table.device == device and table.capability == capability:
+                return table
+            log.info("tactics.json was timed on %s, this is %s: not used", table.device, device)
+        return cls(capability, device)
+
+
+def entry_key(fmt: WeightFormat, gated: bool, bucket: int) -> str:
+    """The key of a shape and bucket, such as ``int4g128z 28672x4096 gated 4``."""
+    n, k = fmt.shape
+    return f"{weight_key(fmt)} {n}x{k} {'gated ' if gated else ''}{bucket}"
+
+
+def _tactic(entry: dict[str, Any]) -> Tactic:
+    _only(entry, {f.name for f in fields(Tactic)})
+    tactic = Tactic(**entry)
+    if tactic.kernel not in get_args(Kernel):
+        raise ValueError(f"no kernel {tactic.kernel!r}; there are {', '.join(get_args(Kernel))}")
+    return tactic
+
+
+def _only(found: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(unknown)}")

@@ -1,0 +1,142 @@
+"""RMS norms on CUDA, with the residual add before and the quantization after them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.rms_norm.cuda_kernels import quantize_kernel, rms_norm_kernel
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x²) + eps) * weight of rows ``[T, H]``, in the dtype of x.
+
+    With a residual ``[T, H]``, the norm of the sum and the sum, rounded to the dtype of x.
+    """
+    y = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    _norm(x, weight, eps, residual, y, total, None, None, pdl)
+    return y if total is None else (y, total)
+
+
+def rms_norm_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The norm as float8_e4m3fn codes ``[T, H]`` and float32 scales ``[T, 1]``, and the sum if
+    there is a residual.
+
+    Without ``input_scale``, float32 ``[1]``, a row's largest value has code 448.
+    """
+    return _quantized_norm(x, weight, eps, torch.float8_e4m3fn, residual, input_scale, pdl)
+
+
+def rms_norm_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """``rms_norm_fp8`` with int8 codes: a row's largest value has code 127."""
+    return _quantized_norm(x, weight, eps, torch.int8, residual, input_scale, pdl)
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    input_scale: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn or int8 codes ``[T, H]`` and float32 scales ``[T, 1]`` of rows ``[T, H]``."""
+    assert x.is_contiguous()
+    codes, scales = empty_codes(x.shape[0], x.shape[1], dtype, x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    if len(x):
+        quantize_kernel[(len(x),)](
+            x,
+            input_scale,
+            codes,
+            scales,
+            WIDTH=x.shape[1],
+            BLOCK=block,
+            PDL=pdl,
+            **launch_options(num_warps=row_warps(block), pdl=pdl),
+        )
+    return codes, scales
+
+
+def empty_codes(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the codes ``[rows, columns]`` and float32 scales ``[rows, 1]`` of a matrix."""
+    return (
+        torch.empty((rows, columns), dtype=dtype, device=device),
+        torch.empty((rows, 1), dtype=torch.float32, device=device),
+    )
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that has ``block`` columns: 16 bytes a thread and load, up to 16 warps."""
+    return min(max(block // 256, 1), 16)
+
+
+def _quantized_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    pdl: bool,
+) -> tuple[torch.Tensor, ...]:
+    codes, scales = empty_codes(x.shape[0], x.shape[1], dtype, x.device)
+    total = None if residual is None else torch.empty_like(x)
+    _norm(x, weight, eps, residual, codes, total, scales, input_scale, pdl)
+    return (codes, scales) if total is None else (codes, scales, total)
+
+
+def _norm(  # noqa: PLR0913 - the kernel's inputs
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    total: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    pdl: bool,
+) -> None:
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    block = triton.next_power_of_2(x.shape[1])
+    if len(x):
+        rms_norm_kernel[(len(x),)](
+            x,
+            residual,
+            weight,
+            input_scale,
+            y,
+            total,
+            scales,
+            eps,
+            WIDTH=x.shape[1],
+            BLOCK=block,
+            PDL=pdl,
+            **launch_options(num_warps=row_warps(block), pdl=pdl),
+        )

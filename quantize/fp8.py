@@ -1,0 +1,47 @@
+"""FP8 (e4m3) weights, which need no data: each row is scaled to the range of the format."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.errors import CheckpointError
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+
+FP8_MAX = 448.0  # the largest e4m3fn number
+_CHUNK = 1 << 20  # elements worked on at once
+
+
+def fp8_format(shape: tuple[int, ...]) -> WeightFormat:
+    """One float32 scale a row; activations are rounded with one scale a token."""
+    return WeightFormat(shape, "float8_e4m3", "float32", bits=8, group=shape[1], activation="token")
+
+
+def quantize_fp8(weight: LazyTensor) -> QuantTensor:
+    """Rounds a weight ``[N, K]`` to float8_e4m3fn with ``scale = max|row| / 448``.
+
+    Raises CheckpointError for a weight that holds numbers that are not finite.
+    """
+    values = weight.load().codes
+    n, k = weight.format.shape
+    codes = np.empty((n, k), ml_dtypes.float8_e4m3fn)
+    scales = np.empty((n, 1), np.float32)
+    step = max(1, _CHUNK // k)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        chunk = values[rows].astype(np.float32)
+        largest = np.abs(chunk).max(axis=1, keepdims=True)
+        if not np.isfinite(largest).all():
+            raise CheckpointError(
+                f"tensor {weight.name} holds infinite or undefined numbers; the checkpoint is "
+                "damaged: download it again"
+            )
+        scales[rows] = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
+        codes[rows] = _saturated(chunk / scales[rows])
+    return QuantTensor(weight.name, fp8_format((n, k)), codes, scales)
+
+
+def _saturated(values: NDArray[np.float32]) -> NDArray[np.generic]:
+    # A quotient can exceed 448 by a rounding, and e4m3fn would make that a NaN.
+    return np.clip(values, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)

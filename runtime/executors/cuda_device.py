@@ -1,0 +1,142 @@
+"""The GPU as the executor sees it: streams, events, graphs and pinned memory.
+
+Where Triton interprets its kernels (``TRITON_INTERPRET=1``, for tests without a GPU) everything
+happens at once on the CPU and a captured graph is the function itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from slipstream.errors import EngineMismatchError
+from slipstream.plugins.cuda.launch import has_pdl, interpreting
+
+Work = Callable[[], None]
+_COMPILERS = 16
+
+
+class Event:
+    """A point in the device's work that the host can wait for."""
+
+    def __init__(self, device: Device) -> None:
+        self._event = torch.cuda.Event() if device.is_cuda else None
+
+    def record(self) -> None:
+        """Put the point behind everything enqueued so far."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Let the host wait until the device is there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Device:
+    """One GPU, one stream of work, and one pool of memory for all captured graphs.
+
+    Graphs may share the pool because they never run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.is_cuda = not interpreting()
+        self.torch = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
+        self.capability = torch.cuda.get_device_capability(0) if self.is_cuda else (9, 0)
+        self.has_pdl = has_pdl(self.torch)
+        self._stream = torch.cuda.Stream() if self.is_cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+
+    @property
+    def name(self) -> str:
+        """As the driver calls it."""
+        return torch.cuda.get_device_name(0) if self.is_cuda else "Triton interpreter"
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Enqueue what is done inside on the executor's stream."""
+        with torch.no_grad():
+            if self._stream is None:
+                yield
+            else:
+                with torch.cuda.stream(self._stream):
+                    yield
+
+    def compile(self, works: Sequence[Work]) -> None:
+        """Run all of them, several at a time: compiling their kernels is what takes the time."""
+        if not self.is_cuda:
+            return
+
+        def run(work: Work) -> None:
+            with self.work():
+                work()
+
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(run, works))
+        self.synchronize()
+
+    def capture(self, work: Work) -> Work:
+        """``work``, run once to compile its kernels and then captured: calling it replays it."""
+        with self.work():
+            work()
+        if not self.is_cuda:
+            return work
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.no_grad(),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
+        ):
+            work()
+        return graph.replay
+
+    def synchronize(self) -> None:
+        """Wait for everything that was enqueued."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that the device copies from and to by itself."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated, those that torch keeps for reuse included."""
+        if not self.is_cuda:
+            return 1 << 30
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(0)
+        return int(free)
+
+
+def require(capability: str, command: str) -> None:
+    """Raise EngineMismatchError unless there is a GPU of at least ``capability`` (``sm_80``)."""
+    if interpreting():
+        return
+    if not torch.cuda.is_available():
+        raise EngineMismatchError(
+            "the engine is for an NVIDIA GPU, and torch "
+            f"{torch.__version__} {_why_no_gpu()}; or build it for a CPU: {command} --target cpu"
+        )
+    major, minor = torch.cuda.get_device_capability(0)
+    needed = int(capability.removeprefix("sm_"))
+    if major * 10 + minor < needed:
+        raise EngineMismatchError(
+            f"the engine needs a GPU of {capability} or newer and this one "
+            f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it without fp8: {command}"
+        )
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "was built without CUDA: install torch from https://pytorch.org with CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        return f"cannot use one ({reason}): update the driver for CUDA {torch.version.cuda}"
+    return "finds none: check nvidia-smi"

@@ -1,0 +1,312 @@
+"""The host's side of sampling on a GPU: packs what rows ask for and reads what came out.
+
+A step is ``prepare``, ``launch``, ``fetch``, all enqueued on the current stream without waiting;
+``PendingSample.result`` is for when the device is done. Two steps may be on their way at once.
+What a sequence asks for is packed when its slot first sees it; a step then only adds positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slipstream.errors import ExecutionError
+from slipstream.plugins import sampling
+from slipstream.plugins.sampling import MAX_BIASES, MAX_LOGPROBS, Field, Kind
+from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.runtime.logits_processors import _ending_tokens
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.step import IntArray, SamplingRow, StepResult, TokenLogprobs
+
+_STEPS_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The row that a slot was packed for, and how far its history is on the device."""
+
+    row: SamplingRow
+    too_short: bool
+    uploaded: bool = False  # mask and biases
+    next_position: int = -1  # history is complete below it; -1: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """Host memory that a step's results are copied into."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSample:
+    """The results of one step, on their way to the host."""
+
+    tokens: IntArray
+    logprobs: IntArray
+
+    def result(self, rows: Sequence[SamplingRow]) -> StepResult:
+        """Tokens and log probabilities of ``rows``, once the device is done with the step.
+
+        Rows that ``CUDASampler.supports`` refuses get token -1. Raises ``ExecutionError`` if the
+        largest logit of a row is not finite.
+        """
+        token_ids = self.tokens[: len(rows)].tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        for i, row in enumerate(rows):
+            if not supports(row):
+                token_ids[i] = -1
+            elif token_ids[i] == sampling.BROKEN:
+                raise ExecutionError(
+                    "the largest logit of a row is NaN or infinite, expected a finite number; "
+                    "the engine or its numerics are broken: build it again"
+                )
+            elif row.params.logprobs is not None:
+                logprobs[i] = _token_logprobs(token_ids[i], self.logprobs[i], row.params.logprobs)
+        return StepResult(token_ids, logprobs)
+
+
+class CUDASampler:
+    """Samples on the device that has the logits (a CPU in Triton's interpreter)."""
+
+    def __init__(
+        self,
+        max_rows: int,
+        num_slots: int,
+        vocab_size: int,
+        max_seq_len: int,
+        device: torch.device | str,
+    ) -> None:
+        """Room for steps of ``max_rows`` logits rows of width ``vocab_size``."""
+        self.buffers = SamplerBuffers.allocate(max_rows, num_slots, vocab_size, max_seq_len, device)
+        self._pins = torch.device(device).type == "cuda"
+        self._seen: list[_Seen | None] = [None] * num_slots
+        self._columns = np.zeros((len(Field), num_slots), np.int32)
+        self._params = [self._host(len(Field), max_rows) for _ in range(_STEPS_IN_FLIGHT)]
+        self._results = [
+            _Results(self._host(max_rows), self._host(max_rows, sampling.LOGPROB_COLUMNS))
+            for _ in range(_STEPS_IN_FLIGHT)
+        ]
+        self._step = 0
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """The token sampled last for each slot, int32 [slots], on the device."""
+        return self.buffers.last_tokens
+
+    @staticmethod
+    def supports(row: SamplingRow) -> bool:
+        """Whether the device can sample ``row``; the others are for ``runtime.sampler``."""
+        return supports(row)
+
+    def kind(self, rows: Sequence[SamplingRow]) -> Kind:
+        """Which kernels a step of ``rows`` needs."""
+        return max(map(_kind, rows), default=Kind.GREEDY)
+
+    def prepare(
+        self, rows: Sequence[SamplingRow], slots: Sequence[int], padded: int, kind: Kind
+    ) -> None:
+        """Copy what ``rows`` ask for to the device, for a step of ``padded`` rows.
+
+        ``slots`` are numbers of sequences (-1: the row samples nothing), unchanged while a
+        sequence runs. The first step of kind ``FULL`` allocates more buffers.
+        """
+        count = len(rows)
+        assert count == len(slots) <= padded <= self.buffers.tokens.shape[0]
+        if kind is Kind.FULL:
+            self.buffers.enable_full()
+        used = [
+            slot if slot >= 0 and supports(row) else -1
+            for row, slot in zip(rows, slots, strict=True)
+        ]
+        for row, slot in zip(rows, used, strict=True):
+            if slot >= 0:
+                self._notice(row, slot, kind)
+        self._step += 1
+        host = self._params[self._step % _STEPS_IN_FLIGHT]
+        block: IntArray = host.numpy()
+        block[Field.SLOT] = -1
+        if count:
+            block[:, :count] = self._columns.take(used, axis=1, mode="wrap")
+            block[Field.SLOT, :count] = used
+            block[Field.POSITION, :count] = [row.position for row in rows]
+        self.buffers.params.copy_(host, non_blocking=True)
+
+    def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
+        """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
+        sample(logits, self.buffers, padded, kind, pdl)
+
+    def fetch(self, num_rows: int, kind: Kind) -> PendingSample:
+        """Start copying the results of the step that was prepared last to the host."""
+        results = self._results[self._step % _STEPS_IN_FLIGHT]
+        results.tokens[:num_rows].copy_(self.buffers.tokens[:num_rows], non_blocking=True)
+        full = self.buffers.full
+        if kind is Kind.FULL and full is not None:
+            results.logprobs[:num_rows].copy_(full.logprobs[:num_rows], non_blocking=True)
+        return PendingSample(results.tokens.numpy(), results.logprobs.numpy())
+
+    def set_last_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Tell the device the tokens that the host has chosen for ``slots``, all distinct."""
+        index = self._device(np.array(slots, np.int64))
+        self.buffers.last_tokens[index] = self._device(np.array(tokens, np.int32))
+
+    def _host(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, pin_memory=self._pins)
+
+    def _device(self, values: NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        if self._pins:  # torch keeps pinned memory until the copy is done
+            tensor = tensor.pin_memory()
+        return tensor.to(self.buffers.tokens.device, non_blocking=True)
+
+    def _notice(self, row: SamplingRow, slot: int, kind: Kind) -> None:
+        """Bring what is kept for a slot up to date."""
+        seen = self._seen[slot]
+        too_short = row.position < row.params.min_tokens
+        if seen is None or seen.too_short != too_short or not _same_sequence(seen.row, row):
+            seen = self._seen[slot] = _Seen(row, too_short)
+            self._columns[:, slot] = _pack(row, slot, self.buffers.vocab_size)
+        if kind is not Kind.FULL:
+            return
+        if not seen.uploaded:
+            self._upload_edits(row, slot)
+            seen.uploaded = True
+        if row.params.penalizes:
+            if not 0 <= row.position <= seen.next_position:
+                self._upload_history(row, slot)
+            seen.next_position = row.position + 1
+
+    def _upload_edits(self, row: SamplingRow, slot: int) -> None:
+        full = self.buffers.enable_full()
+        if self._columns[Field.FLAGS, slot] & sampling.MASKED:
+            full.bitmask[slot] = self._device(_bitmask(row, self.buffers.vocab_size))
+        bias = row.params.logit_bias
+        if bias and self._columns[Field.NUM_BIASES, slot]:
+            ids = np.array(list(bias), np.int32)
+            values = np.array(list(bias.values()), np.float32)
+            full.bias_ids[slot, : len(ids)] = self._device(ids)
+            full.bias_values[slot, : len(ids)] = self._device(values)
+
+    def _upload_history(self, row: SamplingRow, slot: int) -> None:
+        full = self.buffers.enable_full()
+        known = np.array([*row.prompt, *row.output], np.int32)
+        wanted = len(row.prompt) + row.position
+        known = known[:wanted]
+        full.history[slot, : len(known)] = self._device(known)
+        if len(known) < wanted:  # the last token is known to the device only
+            assert len(known) == wanted - 1, (len(known), wanted)
+            full.history[slot, wanted - 1] = self.buffers.last_tokens[slot]
+
+
+def supports(row: SamplingRow) -> bool:
+    """Whether the device can sample ``row``; it cannot score given tokens."""
+    return row.target is None and supports_params(row.params)
+
+
+def supports_params(params: SamplingParams) -> bool:
+    """Whether the device can sample with ``params``.
+
+    It cannot list more than ``MAX_LOGPROBS`` or all log probabilities, add more than
+    ``MAX_BIASES`` biases, or ban words of several tokens.
+    """
+    return (
+        (params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS)
+        and (not params.logit_bias or len(params.logit_bias) <= MAX_BIASES)
+        and all(len(word) == 1 for word in params.bad_words_token_ids)
+    )
+
+
+def _kind(row: SamplingRow) -> Kind:
+    params = row.params
+    if not supports(row):
+        return Kind.GREEDY
+    if params.edits_logits or params.logprobs is not None or row.position < params.min_tokens:
+        return Kind.FULL
+    return Kind.GREEDY if params.greedy else Kind.SAMPLE
+
+
+def _same_sequence(first: SamplingRow, second: SamplingRow) -> bool:
+    return (
+        first.output is second.output
+        and first.params is second.params
+        and first.seed == second.seed
+        and first.prompt is second.prompt
+    )
+
+
+def _pack(row: SamplingRow, slot: int, vocab_size: int) -> IntArray:
+    """The parameters of a row in the order of ``Field``, without its position."""
+    params = row.params
+    column = np.zeros(len(Field), np.int32)
+    floats = column.view(np.float32)
+    banned = _banned(row)
+    # With every token forbidden, the likeliest of those the allow list names is taken, unedited.
+    stuck = _bans_all(banned, params, vocab_size)
+    seed = np.array([row.seed % 2**64], np.uint64).view(np.int32)  # low, high
+    column[Field.SLOT] = slot
+    column[Field.SEED_LOW], column[Field.SEED_HIGH] = seed
+    column[Field.TOP_K] = params.top_k if 0 < params.top_k < vocab_size else 0
+    column[Field.FLAGS] = _flags(params, bool(banned))
+    column[Field.NUM_BIASES] = 0 if stuck else len(params.logit_bias or ())
+    column[Field.PROMPT_LEN] = len(row.prompt)
+    floats[Field.TEMPERATURE] = 0 if stuck or params.greedy else params.temperature
+    floats[Field.TOP_P] = params.top_p
+    floats[Field.MIN_P] = params.min_p
+    floats[Field.REPETITION_PENALTY] = 1 if stuck else params.repetition_penalty
+    floats[Field.PRESENCE_PENALTY] = 0 if stuck else params.presence_penalty
+    floats[Field.FREQUENCY_PENALTY] = 0 if stuck else params.frequency_penalty
+    return column
+
+
+def _flags(params: SamplingParams, bans: bool) -> int:
+    masked = bans or params.allowed_token_ids is not None
+    return (
+        sampling.MASKED * masked
+        | sampling.PENALIZES * params.penalizes
+        | sampling.LOGPROBS * (params.logprobs is not None)
+    )
+
+
+def _banned(row: SamplingRow) -> set[int]:
+    """Bad words, and while the output is too short the tokens that would end it."""
+    banned = {word[0] for word in row.params.bad_words_token_ids}
+    if row.position < row.params.min_tokens:
+        banned.update(_ending_tokens(row))
+    return banned
+
+
+def _bans_all(banned: set[int], params: SamplingParams, vocab_size: int) -> bool:
+    if params.allowed_token_ids is None:
+        return len(banned) == vocab_size
+    return banned.issuperset(params.allowed_token_ids)
+
+
+def _bitmask(row: SamplingRow, vocab_size: int) -> IntArray:
+    """The allowed tokens of a row as int32 words; the allow list alone if all of it is banned."""
+    mask = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    allowed = row.params.allowed_token_ids
+    mask[slice(vocab_size) if allowed is None else list(allowed)] = True
+    permitted = mask.copy()
+    permitted[list(_banned(row))] = False
+    words: IntArray = np.packbits(permitted if permitted.any() else mask, bitorder="little").view(
+        np.int32
+    )
+    return words
+
+
+def _token_logprobs(token: int, columns: IntArray, count: int) -> TokenLogprobs:
+    values = columns.view(np.float32)
+    ids = columns[sampling.TOP_IDS_COLUMN : sampling.TOP_IDS_COLUMN + count].tolist()
+    found = values[sampling.TOP_VALUES_COLUMN : sampling.TOP_VALUES_COLUMN + count].tolist()
+    top = {
+        i: (value, rank)
+        for rank, (i, value) in enumerate(zip(ids, found, strict=True), 1)
+        if i >= 0
+    }
+    own = float(values[sampling.LOGPROB_COLUMN])
+    return TokenLogprobs(token, own, int(columns[sampling.RANK_COLUMN]), top)

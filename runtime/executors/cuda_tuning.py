@@ -1,0 +1,62 @@
+"""Fills an engine's tactics.json on the GPU that will run it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+from slipstream.plugins.linear.cuda import DeviceWeight
+from torch import Tensor
+
+from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
+from slipstream.plugins.linear.cuda_tuning import Problem, Timing, cold, tune
+from slipstream.plugins.linear.tactics import BUCKETS, Tactics
+from slipstream.runtime.executors.cuda_device import Device, require
+from slipstream.runtime.executors.cuda_program import node_dtype, node_weight
+from slipstream.runtime.executors.cuda_weights import load_weights
+
+
+def tune_engine(engine: Engine) -> dict[str, list[Timing]]:
+    """Time every kernel of Linear for every shape of an engine and store the quickest.
+
+    Returns the timings by shape and number of tokens, quickest first. Raises what loading raises.
+    """
+    manifest = engine.manifest
+    require(manifest.capability, manifest.command)
+    device = Device()
+    graph = ir.load(engine.path / GRAPH).graph
+    weights = load_weights(engine.path / WEIGHTS, device)
+    table = Tactics.load(None, device.capability, device.name)
+    largest = manifest.limits.max_batch_size
+    buckets = [size for size in BUCKETS if size <= max(largest, 1)]
+    report = tune(problems(graph, weights), buckets, table)
+    engine.write_file(TACTICS, table.to_json())
+    return report
+
+
+def problems(graph: Iterable[ir.Node], weights: Mapping[str, Tensor]) -> list[Problem]:
+    """The Linears of a lowered graph, those of one shape and use together."""
+    groups: dict[tuple[object, ...], list[tuple[ir.Node, DeviceWeight]]] = defaultdict(list)
+    for node in graph:
+        if node.op_type == "Linear":
+            weight = node_weight(node, weights)
+            inputs = [value is not None for value in (*node.inputs, None, None, None)[3:5]]
+            gated = node.attributes.get_int("gated", 0)
+            groups[(weight.format, gated, *inputs, node_dtype(node))].append((node, weight))
+    return [_problem(members) for members in groups.values()]
+
+
+def _problem(members: list[tuple[ir.Node, DeviceWeight]]) -> Problem:
+    node = members[0][0]
+    inputs = (*node.inputs, None, None, None)
+    x = node.inputs[0]
+    assert x is not None
+    return Problem(
+        weights=cold([weight for _, weight in members]),
+        gated=bool(node.attributes.get_int("gated", 0)),
+        norm=inputs[4] is not None,
+        residual=inputs[3] is not None,
+        dtype=node_dtype(x.producer() or node),
+        out_dtype=node_dtype(node),
+    )

@@ -1,0 +1,77 @@
+"""Copies an engine's weight file to the GPU at the speed of the bus."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from slipstream.errors import CapacityError
+from slipstream.runtime.executors.cuda_device import Device
+
+_CHUNK = 64 << 20
+_READERS = 4
+_DTYPES = {
+    "U8": torch.uint8,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def load_weights(file: Path, device: Device) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors file, as views of one allocation on the device.
+
+    Raises CapacityError when the device has no room for it.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    free = device.free_memory()
+    if size > free:
+        raise CapacityError(
+            f"the weights take {size >> 20} MiB and the GPU has {free >> 20} MiB free; stop what "
+            "else uses it, or quantize: --quantization int4_wo"
+        )
+    data = torch.empty(size, dtype=torch.uint8, device=device.torch)
+    _copy(file, 8 + length, data, device)
+    return {
+        name: data[slice(*entry["data_offsets"])]
+        .view(_DTYPES[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def _copy(file: Path, start: int, data: torch.Tensor, device: Device) -> None:
+    """Readers fill pinned buffers from the page cache while the device copies from others."""
+    size = data.numel()
+    chunks = range(0, size, _CHUNK)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            shares = [chunks[reader::_READERS] for reader in range(_READERS)]
+            for done in [pool.submit(_read, descriptor, start, data, s, device) for s in shares]:
+                done.result()
+    finally:
+        os.close(descriptor)
+
+
+def _read(
+    descriptor: int, start: int, data: torch.Tensor, chunks: Iterable[int], device: Device
+) -> None:
+    buffer = device.pinned((min(_CHUNK, max(data.numel(), 1)),), torch.uint8)
+    view = memoryview(buffer.numpy())
+    for begin in chunks:
+        end = min(begin + _CHUNK, data.numel())
+        part = view[: end - begin]
+        done = 0
+        while done < len(part):
+            done += os.preadv(descriptor, [part[done:]], start + begin + done)
+        data[begin:end].copy_(buffer[: end - begin])

@@ -1,0 +1,47 @@
+"""Triton's interpreter with its defects mended: as it comes, it truncates bfloat16, loses a carry
+in float8, multiplies the bits of bfloat16 matrices, and cannot count to a tensor in NumPy 2.4."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slipstream.plugins.cuda.launch import interpreting
+
+
+@cache
+def repair() -> None:
+    """Corrects the interpreter, once; does nothing where kernels are compiled."""
+    if not interpreting():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    types = {
+        tl.float32: np.dtype(np.float32),
+        tl.float16: np.dtype(np.float16),
+        tl.bfloat16: np.dtype(ml_dtypes.bfloat16),
+        tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn),
+    }
+
+    def floats(data: Any, dtype: Any) -> Any:  # noqa: ANN401 - the interpreter is untyped
+        return np.ascontiguousarray(data).view(types[dtype]).reshape(data.shape)
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:  # noqa: ANN401
+        return floats(data, source).astype(types[target]).view(f"u{types[target].itemsize}")
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:  # noqa: ANN401
+        x, y = (floats(t.data, t.dtype.scalar).astype(np.float32) for t in (a, b))
+        return interpreter.TensorHandle(x @ y + d.data, d.dtype.scalar)
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:  # noqa: ANN401
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
