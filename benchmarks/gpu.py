@@ -83,9 +83,7 @@ class Runner:
         return time.perf_counter() - started
 
     def _request(self, input_len: int, output_len: int) -> Request:
-        params = SamplingParams(
-            temperature=0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True
-        )
+        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
         prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
         return Request(str(next(self._ids)), prompt, params, output_kind="final")
 
@@ -158,7 +156,9 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
 }
 
 
-def floors(model: dict[str, Any], weight_bytes: int, read_rate: float, product_rate: float) -> Figures:
+def floors(
+    model: dict[str, Any], weight_bytes: int, read_rate: float, product_rate: float
+) -> Figures:
     """ms below which no step can be: ``read_rate`` bytes/s, ``product_rate`` FLOP/s."""
     embedding = 2 * model["vocab_size"] * model["hidden_size"]
     read = weight_bytes - (0 if model.get("tie_word_embeddings") else embedding)
@@ -219,12 +219,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def measure(model: str, form: str, measures: Sequence[str]) -> Figures:
+def measure(model: str, form: str, measures: Sequence[str], tactics: Path | None) -> Figures:
     """All figures of one model in one format."""
     started = time.perf_counter()
     engine = random_engine(
         MODELS[model],
-        BuildOptions(target="cuda", max_seq_len=8448 if model == "llama-8b" else 8192, **FORMATS[form]),
+        BuildOptions(
+            target="cuda", max_seq_len=8448 if model == "llama-8b" else 8192, **FORMATS[form]
+        ),
+        tactics,
         enable_prefix_caching=False,
     )
     torch.cuda.synchronize()
@@ -255,12 +258,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b"])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--tactics", type=Path, help="What gpu_linear.py stored.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rate = read_bandwidth()
     report: dict[str, Any] = {**environment(), "read_tb_per_s": rate / 1e12}
     for model, form in itertools.product(arguments.models, arguments.formats):
-        figures = measure(model, form, arguments.measures)
+        figures = measure(model, form, arguments.measures, arguments.tactics)
         report.setdefault(model, {})[form] = figures
         gc.collect()
         torch.cuda.empty_cache()

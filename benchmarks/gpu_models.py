@@ -127,9 +127,7 @@ def _random_section(name: str, section: Section, fmt: WeightFormat, device: str)
         value = 1.0 if name == "input_scale" else _SCALES[kind]
         return torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
     if fmt.kind == "int":
-        return torch.randint(
-            -(2**31), 2**31 - 1, section.shape, dtype=torch.int32, device=device
-        )
+        return torch.randint(-(2**31), 2**31 - 1, section.shape, dtype=torch.int32, device=device)
     wide = torch.randn(section.shape, dtype=torch.bfloat16, device=device)
     if fmt.kind == "float8_e4m3":
         return (wide * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -137,7 +135,10 @@ def _random_section(name: str, section: Section, fmt: WeightFormat, device: str)
 
 
 def random_engine(
-    shape: dict[str, Any], options: BuildOptions, **runtime: Any  # noqa: ANN401 - fields differ
+    shape: dict[str, Any],
+    options: BuildOptions,
+    tactics: Path | None = None,
+    **runtime: Any,  # noqa: ANN401 - fields differ
 ) -> LoadedEngine:
     """A loaded engine of a model with random weights; every token of its vocabulary has a name."""
     plan = random_plan(shape, options)
@@ -153,7 +154,7 @@ def random_engine(
         }
     )
     executor = CUDAExecutor.from_weights(
-        manifest, config, plan.program.graph, random_weights(plan)
+        manifest, config, plan.program.graph, random_weights(plan), tactics
     )
     vocab_size = int(shape["vocab_size"])
     return LoadedEngine(

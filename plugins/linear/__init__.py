@@ -39,7 +39,9 @@ SPEC = OperatorSpec(
     inputs=(
         TensorSpec("x", ACTIVATION_DTYPES, ("T", "in_features"), "activations"),
         _WEIGHT,
-        TensorSpec("bias", ACTIVATION_DTYPES, ("out_features",), "added to every row", optional=True),
+        TensorSpec(
+            "bias", ACTIVATION_DTYPES, ("out_features",), "added to every row", optional=True
+        ),
         TensorSpec(
             "residual",
             ACTIVATION_DTYPES,

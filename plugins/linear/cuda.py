@@ -13,7 +13,7 @@ from slipstream.plugins.linear.cuda_blas import Operands, linear_blas, multiplie
 from slipstream.plugins.linear.cuda_decode import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda_dot_kernels import dot_float, dot_int
 from slipstream.plugins.linear.cuda_kernels import embedding_rows
-from slipstream.plugins.linear.cuda_weight import DeviceWeight
+from slipstream.plugins.linear.cuda_weight import DeviceWeight, converts_float8
 from slipstream.plugins.linear.tactics import (
     DOT_TOKENS,
     GEMV_TOKENS,
@@ -115,7 +115,7 @@ def embedding(
     block = min(1024, triton.next_power_of_2(k))
     fmt = weight.format
     embedding_rows[(tokens, -(-k // block))](
-        token_ids, last_tokens, slots, weight.codes, weight.scale, weight.shift, y,
+        token_ids, last_tokens, slots, weight.typed_codes, weight.scale, weight.shift, y,
         1 if last_tokens is None else last_tokens.shape[0], v, k, BLOCK=block,
         KIND=kinds[fmt.kind], BITS=fmt.bits, GROUP=fmt.group, ROWS=fmt.rows, ZERO=fmt.zero,
         LAST=last_tokens is not None and slots is not None, PDL=pdl,
@@ -163,7 +163,7 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     assert fp8 or weight.codes.dtype == x.dtype, (weight.codes.dtype, x.dtype)
     gemv_float[grid](
         quads, weight.codes.view(torch.int64), weight.scale, *ends,
-        FP8=fp8, NATIVE=fp8 and _converts_float8(x.device), SCALE=_scales(fmt), **constants,
+        FP8=fp8, NATIVE=fp8 and converts_float8(x.device), SCALE=_scales(fmt), **constants,
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
     dot_float[grid](
-        x, weight.codes, weight.scale, *ends,
+        x, weight.typed_codes, weight.scale, *ends,
         BK=tactic.block_k, SCALE=_scales(fmt),
         EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
     )  # fmt: skip
@@ -228,8 +228,3 @@ def _scales(fmt: WeightFormat) -> str:
     if fmt.kind == "dense":
         return "none"
     return "row" if fmt.rows == 1 else "block"
-
-
-def _converts_float8(device: torch.device) -> bool:
-    """Whether there are instructions for it; the interpreter has none."""
-    return not interpreting() and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -33,12 +33,23 @@ def _product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def float8_bits(codes):
+    """float8_e4m3 codes in uint8 as float16, for GPUs without that type."""
+    wide = codes.to(tl.int16)
+    # With one more bit of exponent, the same bits are 2**8 too small.
+    bits = ((wide & 128) << 8) | ((wide & 127) << 7)
+    return bits.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
 def _narrow(w, x):
     """w in x's type; float8 by way of float16, which GPUs convert fastest."""
-    if w.dtype == tl.float8e4nv:
+    if w.dtype == tl.uint8:
+        w = float8_bits(w)
+    elif w.dtype == tl.float8e4nv:
         w = w.to(tl.float16)
-        if x.dtype == tl.bfloat16:
-            w = w.to(tl.float32)
+    if w.dtype != x.dtype:
+        w = w.to(tl.float32)
     return w.to(x.dtype)
 
 
@@ -117,21 +128,19 @@ def _finish(
 
 
 @triton.jit
-def _normed(tile, gain, k, squares, K: tl.constexpr, EVEN: tl.constexpr):
+def _normed(tile, gain, k, squares, K: tl.constexpr):
     """x [BM, k] times the norm's weight, in x's type; and the sums of squares of its rows."""
     values = tile.to(tl.float32)
     squares += tl.sum(values * values, axis=1)
-    if EVEN:
-        gains = tl.load(gain + k)
-    else:
-        gains = tl.load(gain + k, mask=k < K, other=0.0)
+    gains = tl.load(gain + k, mask=k < K, other=0.0)
     return (values * gains.to(tl.float32)[None, :]).to(tile.dtype), squares
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_float(
     x, weight, scale, bias, residual, gain, y, counters, partial, tokens, N, eps,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr,
     SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -172,14 +181,13 @@ def dot_float(
             w = tl.load(w_at + base)
         else:
             xs = tl.load(x_at + base, mask=(m < tokens)[:, None] & inside, other=0.0)
-            w = tl.load(w_at + base, mask=inside, other=0.0)
-        if GATED:
-            if EVEN:
-                w_up = tl.load(up_at + base)
-            else:
-                w_up = tl.load(up_at + base, mask=inside, other=0.0)
+            w = tl.load(w_at + base, mask=inside, other=0)
+        if GATED and EVEN:
+            w_up = tl.load(up_at + base)
+        elif GATED:
+            w_up = tl.load(up_at + base, mask=inside, other=0)
         if NORM:
-            xs, squares = _normed(xs, gain, base + k, squares, K, EVEN)
+            xs, squares = _normed(xs, gain, base + k, squares, K)
         w = _narrow(w, xs)
         if GATED:
             w_up = _narrow(w_up, xs)
@@ -236,8 +244,9 @@ def _in_mantissa(words, PLACE: tl.constexpr, COMPILED: tl.constexpr):
 
 @triton.jit
 def _decode(
-    words, i: tl.constexpr, scale, shift, place, DTYPE: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, COMPILED: tl.constexpr,
+    words, i: tl.constexpr, scale, shift, row_start, group, GROUPS: tl.constexpr,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Weights [BN, 32] of code i of a chunk's words; GROUP 0 leaves their scale to the epilogue.
 
@@ -255,12 +264,14 @@ def _decode(
     if ZERO == "midpoint":
         zero += 2.0 ** (BITS - 1)
     if GROUP:
-        factor = tl.load(scale + place + i * 32 // GROUP).to(tl.float32)
+        # Codes of padding, whose x is zero, have no group: any finite scale will do for them.
+        place = row_start + tl.minimum(group + i * 32 // GROUP, GROUPS - 1)
+        factor = tl.load(scale + place).to(tl.float32)
         if ZERO == "zero":
-            zero += tl.load(shift + place + i * 32 // GROUP).to(tl.float32)
+            zero += tl.load(shift + place).to(tl.float32)
         begin = -zero * factor
         if ZERO == "offset":
-            begin += tl.load(shift + place + i * 32 // GROUP).to(tl.float32)
+            begin += tl.load(shift + place).to(tl.float32)
         values = codes * factor[:, None] + begin[:, None]
     else:
         values = codes - zero
@@ -271,16 +282,14 @@ def _decode(
 def dot_int(
     x, weight, scale, shift, bias, residual, gain, y, counters, partial, tokens, N, eps,
     K: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, SWAP: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """An integer weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
 
     GROUP 0 is a scale a row; ZERO as in ``gemv_int``; EVEN: no chunk is padded and SPLIT divides
-    CHUNKS. Grid, counters and
-    partial as in ``dot_float``.
+    CHUNKS. Grid, counters and partial as in ``dot_float``.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -312,7 +321,6 @@ def dot_int(
         chunk = start + step
         stored = chunk if EVEN else tl.minimum(chunk, CHUNKS - 1)
         words = tl.load(w_at + stored * 32)
-        place = row * GROUPS + stored * COUNT
         if GATED:
             up_words = tl.load(up_at + stored * 32)
         for i in tl.static_range(CODES):
@@ -322,14 +330,17 @@ def dot_int(
                 inside = inside & (k < K)[None, :]
             xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
             if NORM:
-                xs, squares = _normed(xs, gain, k, squares, K, EVEN)
-            w = _decode(words, i, scale, shift, place, DTYPE, BITS, GROUP, ZERO, not WIDEN)
+                xs, squares = _normed(xs, gain, k, squares, K)
+            w = _decode(
+                words, i, scale, shift, row * GROUPS, stored * COUNT, GROUPS,
+                DTYPE, BITS, GROUP, ZERO, not WIDEN,
+            )  # fmt: skip
             acc = _product(w, xs, acc, SWAP, WIDEN)
             if GATED:
-                up_place = place + width * GROUPS
                 w = _decode(
-                    up_words, i, scale, shift, up_place, DTYPE, BITS, GROUP, ZERO, not WIDEN
-                )
+                    up_words, i, scale, shift, (row + width) * GROUPS, stored * COUNT, GROUPS,
+                    DTYPE, BITS, GROUP, ZERO, not WIDEN,
+                )  # fmt: skip
                 up = _product(w, xs, up, SWAP, WIDEN)
     inverse = tl.rsqrt(squares / K + eps) if NORM else squares
     _finish(

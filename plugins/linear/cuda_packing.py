@@ -50,7 +50,7 @@ def can_pack(fmt: WeightFormat) -> bool:
     """Whether the CUDA kernels hold a matrix of this format as it is."""
     if len(fmt.shape) != 2:
         return False
-    n, k = fmt.shape
+    k = fmt.shape[1]
     if fmt.kind == "dense":
         return fmt.dtype in DENSE_DTYPES
     if fmt.kind == "float8_e4m3":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import has_pdl
+from slipstream.plugins.cuda.precompile import compile_kernels, record
 from slipstream.plugins.linear.cuda import DeviceWeight, candidates, linear
 from slipstream.plugins.linear.tactics import Tactic, Tactics
 
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 _LAUNCHES = 64
 _REPLAYS = 5
-_COMPILERS = 16
 PDL_TOKENS = 32
 
 
@@ -47,38 +47,48 @@ class Timing:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The timings of one problem and number of tokens, quickest first, and the default tactic."""
+
+    problem: Problem
+    tokens: int
+    timings: list[Timing]
+    usual: Tactic
+
+
 def time_tactics(problem: Problem, tokens: int, tactics: Sequence[Tactic]) -> list[Timing]:
     """Every tactic that runs, quickest first."""
     calls = [_call(problem, tokens, tactic) for tactic in tactics]
-    with ThreadPoolExecutor(_COMPILERS) as pool:
-        usable = list(pool.map(_runs, calls))
     timings = [
         Timing(tactic, _seconds(call, len(problem.weights)))
-        for tactic, call, runs in zip(tactics, calls, usable, strict=True)
-        if runs
+        for tactic, call in zip(tactics, calls, strict=True)
+        if _runs(call)
     ]
     return sorted(timings, key=lambda timing: timing.seconds)
 
 
-def tune(
-    problems: Sequence[Problem], buckets: Sequence[int], table: Tactics
-) -> dict[str, list[Timing]]:
-    """Put the quickest tactic of every problem and bucket of tokens into ``table``.
-
-    Returns all timings by a line that names the problem.
-    """
+def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) -> list[Tuned]:
+    """Put the quickest tactic of every problem and bucket of tokens into ``table``."""
     capability = torch.cuda.get_device_capability()
-    report = {}
-    for problem in problems:
-        fmt = problem.weights[0].format
-        for tokens in buckets:
-            choices = candidates(fmt, problem.gated, tokens, capability)
-            timings = time_tactics(problem, tokens, choices)
-            if timings:
-                table.put(fmt, problem.gated, tokens, timings[0].tactic)
-                name = f"{fmt.shape[0]}x{fmt.shape[1]} {table.key(fmt)} tokens {tokens}"
-                report[name] = timings
-                log.info("%s: %.1f us, %s", name, timings[0].seconds * 1e6, timings[0].tactic)
+    choices = {
+        (index, tokens): candidates(problem.weights[0].format, problem.gated, tokens, capability)
+        for index, problem in enumerate(problems)
+        for tokens in buckets
+    }
+    works = [
+        partial(_call(problems[index], tokens, tactic), 0)
+        for (index, tokens), tactics in choices.items()
+        for tactic in tactics
+    ]
+    with torch.no_grad():
+        compile_kernels(record(works), capability)
+    report = []
+    for (index, tokens), tactics in choices.items():
+        problem = problems[index]
+        timings = time_tactics(problem, tokens, tactics)
+        table.put(problem.weights[0].format, problem.gated, tokens, timings[0].tactic)
+        report.append(Tuned(problem, tokens, timings, usual=tactics[0]))
     return report
 
 
@@ -112,7 +122,7 @@ def _call(problem: Problem, tokens: int, tactic: Tactic) -> Callable[[int], Tens
 
 
 def _runs(call: Callable[[int], Tensor]) -> bool:
-    """Whether a candidate compiles and fits this GPU; compiles it in passing."""
+    """Whether a candidate compiles and fits this GPU."""
     try:
         with torch.no_grad():
             call(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear.cuda_packing import sections
 from slipstream.plugins.linear.tactics import whole_rows
 from slipstream.quantize.tensor import WeightFormat
@@ -54,11 +55,32 @@ class DeviceWeight:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        parts = (self.codes, self.scale, self.zero, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
     def shift(self) -> Tensor | None:
         """Zero points or offsets, whichever there are."""
         return self.zero if self.zero is not None else self.offset
 
     @property
+    def typed_codes(self) -> Tensor:
+        """The codes in a type that Triton knows on this device: float8 as uint8 where it does not.
+
+        The interpreter takes those too, so that it tries the same arithmetic as an older GPU.
+        """
+        if self.format.kind != "float8_e4m3" or converts_float8(self.codes.device):
+            return self.codes
+        return self.codes.view(torch.uint8)
+
+    @property
     def group(self) -> int:
         """Elements of a group of an integer weight; 0 for a scale a row."""
         return 0 if whole_rows(self.format) else self.format.group
+
+
+def converts_float8(device: torch.device) -> bool:
+    """Whether a device has instructions for float8; the interpreter has none."""
+    return not interpreting() and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -125,7 +125,8 @@ def _default_dot(
 ) -> Tactic:
     width = fmt.shape[0] // (2 if gated else 1)
     swap = capability[0] == 9 and fmt.kind == "int"
-    block_n = 64 if swap or width >= 64 * _PROCESSORS else 32
+    crowded = gated and tokens > 32  # two sums of a tile no longer fit the registers
+    block_n = 64 if swap or (width >= 64 * _PROCESSORS and not crowded) else 32
     block_k = 64 if tokens > 32 else 128
     split = 1
     while split < 4 and -(-width // block_n) * split < _PROCESSORS and tokens <= 64:
@@ -158,6 +159,7 @@ def candidate_tactics(
     found = [default_tactic(fmt, gated, tokens, capability)]
     if can_stream(fmt) and tokens <= GEMV_TOKENS:
         found += _gemv_candidates(fmt, gated, tokens)
+        found += [replace(found[0], fuse_norm=False)]
     if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
         found += _dot_candidates(fmt, gated, tokens, capability)
     return list(dict.fromkeys([*found, Tactic("blas")]))

@@ -81,13 +81,13 @@ def _begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def _int(params, params_stride, FIELD: tl.constexpr, row):
-    return tl.load(params + FIELD * params_stride + row)
+def _int(settings, settings_stride, FIELD: tl.constexpr, row):
+    return tl.load(settings + FIELD * settings_stride + row)
 
 
 @triton.jit
-def _float(params, params_stride, FIELD: tl.constexpr, row):
-    return tl.load(params + FIELD * params_stride + row).to(tl.float32, bitcast=True)
+def _float(settings, settings_stride, FIELD: tl.constexpr, row):
+    return tl.load(settings + FIELD * settings_stride + row).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -119,12 +119,12 @@ def _edits(flags, num_biases):
 
 
 @triton.jit
-def _source(logits, stride, edited, vocab, params, params_stride, row, FULL: tl.constexpr):
+def _source(logits, stride, edited, vocab, settings, settings_stride, row, FULL: tl.constexpr):
     """The row's logits: the edited copy if there are edits."""
     source = logits + row.to(tl.int64) * stride
     if FULL:
-        flags = _int(params, params_stride, FLAGS, row)
-        if _edits(flags, _int(params, params_stride, NUM_BIASES, row)):
+        flags = _int(settings, settings_stride, FLAGS, row)
+        if _edits(flags, _int(settings, settings_stride, NUM_BIASES, row)):
             source = edited + row.to(tl.int64) * vocab
     return source
 
@@ -209,8 +209,8 @@ def argmax_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     block_max,
     block_id,
     BLOCK: tl.constexpr,
@@ -220,7 +220,7 @@ def argmax_kernel(
     _begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
-    if _int(params, params_stride, SLOT, row) < 0:
+    if _int(settings, settings_stride, SLOT, row) < 0:
         return
     ids = block * BLOCK + tl.arange(0, BLOCK)
     best, best_id = _best(_load(logits + row.to(tl.int64) * stride, ids, vocab), ids)
@@ -230,8 +230,8 @@ def argmax_kernel(
 
 @triton.jit
 def argmax_combine_kernel(
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     block_max,
     block_id,
     num_blocks,
@@ -243,7 +243,7 @@ def argmax_combine_kernel(
     """The token of a greedy row from its blocks; grid (rows)."""
     _begin(PDL)
     row = tl.program_id(0)
-    slot = _int(params, params_stride, SLOT, row)
+    slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
     index = tl.arange(0, BLOCKS)
@@ -259,8 +259,8 @@ def scan_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     edited,
     counts,
     block_max,
@@ -279,18 +279,18 @@ def scan_kernel(
     _begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
-    if _int(params, params_stride, SLOT, row) < 0:
+    if _int(settings, settings_stride, SLOT, row) < 0:
         return
     groups = tl.arange(0, BLOCK // GROUP)
     ids = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    source = _source(logits, stride, edited, vocab, params, params_stride, row, FULL)
+    source = _source(logits, stride, edited, vocab, settings, settings_stride, row, FULL)
     x = _load(source, ids, vocab)
     if FULL:  # noqa: SIM102 - decided when it is compiled
-        if (_int(params, params_stride, FLAGS, row) & PENALIZES) != 0:
+        if (_int(settings, settings_stride, FLAGS, row) & PENALIZES) != 0:
             inside = ids < vocab
             start = row.to(tl.int64) * vocab
             count = tl.load(counts + start + ids, mask=inside, other=0)
-            x = _penalize(x, count, params, params_stride, row)
+            x = _penalize(x, count, settings, settings_stride, row)
             tl.store(edited + start + ids, x, mask=inside)
     peaks = tl.max(x, 1)
     best = tl.max(peaks)
@@ -298,19 +298,19 @@ def scan_kernel(
     tl.store(block_max + at, best)
     tl.store(block_id + at, tl.min(tl.min(tl.where(x == best, ids, NO_ID), 1)))
     tl.store(group_max + at * (BLOCK // GROUP) + groups, peaks)
-    temperature = _float(params, params_stride, TEMPERATURE, row)
-    nucleus = _float(params, params_stride, TOP_P, row) < 1
-    if (temperature > 0) & nucleus & (_int(params, params_stride, TOP_K, row) == 0):
+    temperature = _float(settings, settings_stride, TEMPERATURE, row)
+    nucleus = _float(settings, settings_stride, TOP_P, row) < 1
+    if (temperature > 0) & nucleus & (_int(settings, settings_stride, TOP_K, row) == 0):
         base = tl.where(_is_finite(peaks), peaks, 0.0)  # the peak, where it can be subtracted
         powers = tl.exp((x - base[:, None]) * (1 / temperature))
         tl.store(group_sum + at * (BLOCK // GROUP) + groups, tl.sum(powers, 1))
 
 
 @triton.jit
-def _penalize(x, count, params, params_stride, row):
-    repetition = _float(params, params_stride, REPETITION_PENALTY, row)
-    presence = _float(params, params_stride, PRESENCE_PENALTY, row)
-    frequency = _float(params, params_stride, FREQUENCY_PENALTY, row)
+def _penalize(x, count, settings, settings_stride, row):
+    repetition = _float(settings, settings_stride, REPETITION_PENALTY, row)
+    presence = _float(settings, settings_stride, PRESENCE_PENALTY, row)
+    frequency = _float(settings, settings_stride, FREQUENCY_PENALTY, row)
     repeated = tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + repetition), x * repetition)
     x = tl.where(count != 0, repeated, x)
     spoken = count & (IN_PROMPT - 1)
@@ -319,8 +319,8 @@ def _penalize(x, count, params, params_stride, row):
 
 @triton.jit
 def bound_kernel(
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     group_max,
     group_sum,
     num_groups,
@@ -337,17 +337,17 @@ def bound_kernel(
     """
     _begin(PDL)
     row = tl.program_id(0)
-    if _int(params, params_stride, SLOT, row) < 0:
+    if _int(settings, settings_stride, SLOT, row) < 0:
         return
     index = tl.arange(0, GROUPS)
     inside = index < num_groups
     start = row * num_groups
     peaks = tl.load(group_max + start + index, mask=inside, other=-INF)
     peak = tl.max(peaks)
-    temperature = _float(params, params_stride, TEMPERATURE, row)
-    top_k = _int(params, params_stride, TOP_K, row)
-    top_p = _float(params, params_stride, TOP_P, row)
-    min_p = _float(params, params_stride, MIN_P, row)
+    temperature = _float(settings, settings_stride, TEMPERATURE, row)
+    top_k = _int(settings, settings_stride, TOP_K, row)
+    top_p = _float(settings, settings_stride, TOP_P, row)
+    min_p = _float(settings, settings_stride, MIN_P, row)
     floor = tl.where(min_p > 0, peak + temperature * tl.log(tl.maximum(min_p, 1e-30)), -INF)
     floor_key = tl.maximum(_key(floor), KEY_LEAST)
     collect = tl.full((), KEY_INF, tl.int32)
@@ -401,8 +401,8 @@ def collect_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     edited,
     block_max,
     block_id,
@@ -425,7 +425,7 @@ def collect_kernel(
     _begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
-    if _int(params, params_stride, SLOT, row) < 0:
+    if _int(settings, settings_stride, SLOT, row) < 0:
         return
     collect = tl.load(state_int + row * STATE + COLLECT)
     direct = tl.load(state_int + row * STATE + DIRECT)
@@ -436,18 +436,18 @@ def collect_kernel(
     at = row * tl.num_programs(0) + block
     # Groups that lie below the bound are not read again.
     peaks = tl.load(group_max + at * (BLOCK // GROUP) + groups)
-    source = _source(logits, stride, edited, vocab, params, params_stride, row, FULL)
+    source = _source(logits, stride, edited, vocab, settings, settings_stride, row, FULL)
     offsets = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (offsets < vocab) & (_key(peaks) >= lowest)[:, None]
     x = tl.reshape(tl.load(source + offsets, mask=inside, other=-INF), [BLOCK])
     ids = block * BLOCK + tl.arange(0, BLOCK)
     wanted = _key(x) >= lowest
     if direct < KEY_INF:
-        scale = 1 / _float(params, params_stride, TEMPERATURE, row)
+        scale = 1 / _float(settings, settings_stride, TEMPERATURE, row)
         peak = tl.load(state_float + row * STATE + PEAK)
-        position = _int(params, params_stride, POSITION, row)
-        seed_low = _int(params, params_stride, SEED_LOW, row)
-        seed_high = _int(params, params_stride, SEED_HIGH, row)
+        position = _int(settings, settings_stride, POSITION, row)
+        seed_low = _int(settings, settings_stride, SEED_LOW, row)
+        seed_high = _int(settings, settings_stride, SEED_HIGH, row)
         noise = _log_noise_of_tile(block * BLOCK, position, seed_low, seed_high, BLOCK)
         best, best_id = _best(tl.where(wanted, (x - peak) * scale - noise, -INF), ids)
         tl.store(block_max + at, best)
@@ -467,8 +467,8 @@ def select_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     edited,
     block_max,
     block_id,
@@ -491,7 +491,7 @@ def select_kernel(
     """The exact threshold of a row and its token; grid (rows)."""
     _begin(PDL)
     row = tl.program_id(0)
-    slot = _int(params, params_stride, SLOT, row)
+    slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
     collect = tl.load(state_int + row * STATE + COLLECT)
@@ -499,11 +499,11 @@ def select_kernel(
     peak = tl.load(state_float + row * STATE + PEAK)
     total = tl.load(state_float + row * STATE + TOTAL)
     floor = tl.load(state_float + row * STATE + FLOOR)
-    top_k = _int(params, params_stride, TOP_K, row)
-    top_p = _float(params, params_stride, TOP_P, row)
-    position = _int(params, params_stride, POSITION, row)
-    seed_low = _int(params, params_stride, SEED_LOW, row)
-    seed_high = _int(params, params_stride, SEED_HIGH, row)
+    top_k = _int(settings, settings_stride, TOP_K, row)
+    top_p = _float(settings, settings_stride, TOP_P, row)
+    position = _int(settings, settings_stride, POSITION, row)
+    seed_low = _int(settings, settings_stride, SEED_LOW, row)
+    seed_high = _int(settings, settings_stride, SEED_HIGH, row)
     threshold = tl.maximum(_key(floor), KEY_LEAST)
     if collect == KEY_INF:  # the blocks have it
         index = tl.arange(0, BLOCKS)
@@ -512,7 +512,7 @@ def select_kernel(
         ids = tl.load(block_id + row * num_blocks + index, mask=inside, other=NO_ID)
         _, token = _best(values, ids)
     elif count <= CANDIDATES:
-        scale = 1 / _float(params, params_stride, TEMPERATURE, row)
+        scale = 1 / _float(settings, settings_stride, TEMPERATURE, row)
         index = tl.arange(0, CANDIDATES)
         inside = index < count
         x = tl.load(candidate_values + row * CANDIDATES + index, mask=inside, other=-INF)
@@ -522,8 +522,8 @@ def select_kernel(
         score = (x - peak) * scale - _log_noise_of(ids, position, seed_low, seed_high)
         _, token = _best(tl.where(_key(x) >= threshold, score, -INF), ids)
     else:
-        scale = 1 / _float(params, params_stride, TEMPERATURE, row)
-        source = _source(logits, stride, edited, vocab, params, params_stride, row, FULL)
+        scale = 1 / _float(settings, settings_stride, TEMPERATURE, row)
+        source = _source(logits, stride, edited, vocab, settings, settings_stride, row, FULL)
         exact = _threshold_of_row(source, vocab, peak, scale, total, collect, top_k, top_p, TILE)
         threshold = tl.maximum(threshold, exact)
         token = _draw_from_row(
@@ -532,8 +532,8 @@ def select_kernel(
     _write_token(token, not _is_finite(peak), row, slot, tokens, last_tokens)
     tl.store(thresholds + row, _value(threshold))
     if FULL:  # noqa: SIM102 - decided when it is compiled
-        if (_int(params, params_stride, FLAGS, row) & PENALIZES) != 0:
-            known = _int(params, params_stride, PROMPT_LEN, row) + position
+        if (_int(settings, settings_stride, FLAGS, row) & PENALIZES) != 0:
+            known = _int(settings, settings_stride, PROMPT_LEN, row) + position
             place = history + slot.to(tl.int64) * history_stride + known
             tl.store(place, token, mask=(known < history_stride) & _is_finite(peak))
 
@@ -631,8 +631,8 @@ def mask_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     bitmask,
     bitmask_stride,
     edited,
@@ -649,11 +649,11 @@ def mask_kernel(
     _begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
-    slot = _int(params, params_stride, SLOT, row)
+    slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
-    flags = _int(params, params_stride, FLAGS, row)
-    edits = _edits(flags, _int(params, params_stride, NUM_BIASES, row))
+    flags = _int(settings, settings_stride, FLAGS, row)
+    edits = _edits(flags, _int(settings, settings_stride, NUM_BIASES, row))
     if (not edits) & ((flags & LOGPROBS) == 0):
         return
     groups = tl.arange(0, BLOCK // GROUP)
@@ -682,8 +682,8 @@ def mask_kernel(
 @triton.jit
 def edit_kernel(
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     bias_ids,
     bias_values,
     history,
@@ -700,11 +700,11 @@ def edit_kernel(
     _begin(PDL)
     part = tl.program_id(0)
     row = tl.program_id(1)
-    slot = _int(params, params_stride, SLOT, row).to(tl.int64)
+    slot = _int(settings, settings_stride, SLOT, row).to(tl.int64)
     if slot < 0:
         return
     start = row.to(tl.int64) * vocab
-    num_biases = _int(params, params_stride, NUM_BIASES, row)
+    num_biases = _int(settings, settings_stride, NUM_BIASES, row)
     if (num_biases > 0) & (part == 0):
         index = tl.arange(0, MAX_BIASES)
         inside = index < num_biases
@@ -712,9 +712,9 @@ def edit_kernel(
         values = tl.load(bias_values + slot * MAX_BIASES + index, mask=inside, other=0.0)
         x = tl.load(edited + start + ids, mask=inside, other=0.0)
         tl.store(edited + start + ids, x + values, mask=inside)
-    if (_int(params, params_stride, FLAGS, row) & PENALIZES) != 0:
-        prompt_len = _int(params, params_stride, PROMPT_LEN, row)
-        known = prompt_len + _int(params, params_stride, POSITION, row)
+    if (_int(settings, settings_stride, FLAGS, row) & PENALIZES) != 0:
+        prompt_len = _int(settings, settings_stride, PROMPT_LEN, row)
+        known = prompt_len + _int(settings, settings_stride, POSITION, row)
         first = part * CHUNK
         while first < known:
             index = first + tl.arange(0, CHUNK)
@@ -731,8 +731,8 @@ def logprobs_kernel(
     logits,
     stride,
     vocab,
-    params,
-    params_stride,
+    settings,
+    settings_stride,
     raw_block_max,
     raw_block_sum,
     raw_group_max,
@@ -752,10 +752,10 @@ def logprobs_kernel(
     """Rank and log probability of the token, and the likeliest tokens with theirs; grid (rows)."""
     _begin(PDL)
     row = tl.program_id(0)
-    slot = _int(params, params_stride, SLOT, row)
+    slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
-    if (_int(params, params_stride, FLAGS, row) & LOGPROBS) == 0:
+    if (_int(settings, settings_stride, FLAGS, row) & LOGPROBS) == 0:
         return
     token = tl.load(tokens + row)
     if token < 0:

@@ -32,13 +32,13 @@ def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
     return executor
 
 
-def tune(engine: Engine) -> Mapping[str, Sequence[object]]:
+def tune(engine: Engine) -> Sequence[object]:
     """Time the kernels of an engine on its device and store the choice in the engine.
 
-    Returns what was timed by shape. Raises ``EngineMismatchError`` for a target that has no choice
+    Returns what was timed, by shape. Raises ``EngineMismatchError`` for a target that has no choice
     of kernels.
     """
-    report: Mapping[str, Sequence[object]] = _load(_TUNERS, engine)(engine)
+    report: Sequence[object] = _load(_TUNERS, engine)(engine)
     return report
 
 

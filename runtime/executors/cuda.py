@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,12 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda_device import Device, Event, Work, require
 from slipstream.runtime.executors.cuda_inputs import Blocks, Shape, StepInputs, query_blocks
 from slipstream.runtime.executors.cuda_program import CUDAProgram, Memory
-from slipstream.runtime.executors.cuda_sampling import CUDASampler, PendingSample, supports, supports_params
+from slipstream.runtime.executors.cuda_sampling import (
+    CUDASampler,
+    PendingSample,
+    supports,
+    supports_params,
+)
 from slipstream.runtime.executors.cuda_weights import load_weights
 from slipstream.runtime.sampler import Sampler
 from slipstream.runtime.sampling_params import SamplingParams
@@ -132,13 +138,13 @@ class CUDAExecutor:
         config: RuntimeConfig,
         graph: ir.Graph,
         weights: Mapping[str, Tensor],
-        tactics: Tactics | None = None,
+        tactics: Path | None = None,
     ) -> CUDAExecutor:
         """An executor of a graph whose weights are on the device already."""
         executor = cls.__new__(cls)
         device = Device()
-        tactics = tactics or Tactics.load(None, device.capability, device.name)
-        program = CUDAProgram(graph, weights, tactics, device.torch)
+        table = Tactics.load(tactics, device.capability, device.name)
+        program = CUDAProgram(graph, weights, table, device.torch)
         executor._start(manifest, config, device, program)
         return executor
 
@@ -364,17 +370,13 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
+        layers, samplers = self._works()
+        device.compile([*layers.values(), *samplers.values(), self._largest_step])
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        rows = self._config.max_batch_size
-        shape = self._eager_shape(self._config.max_num_tokens, rows, rows)
-        assert self._memory is not None
         try:
             with device.work():
-                self._inputs.clear()
-                step = self._inputs.step(shape, 0, pdl=False)
-                self._program.hidden(step, self._memory)
-                self._program.logits(self._rows, self._logits)
+                self._largest_step()
             device.synchronize()
         except torch.OutOfMemoryError as error:
             raise CapacityError(
@@ -384,20 +386,28 @@ class CUDAExecutor:
         peak = torch.cuda.max_memory_allocated() - before
         return device.free_memory() - peak - _RESERVE_BYTES
 
-    def _capture_all(self) -> None:
-        """Capture every graph that steps may want, but for rare kinds of sampling."""
+    def _largest_step(self) -> None:
+        rows = self._config.max_batch_size
+        shape = self._eager_shape(self._config.max_num_tokens, rows, rows)
+        assert self._memory is not None
+        self._inputs.clear()
+        step = self._inputs.step(shape, 0, pdl=False)
+        self._program.hidden(step, self._memory)
+        self._program.logits(self._rows, self._logits)
+
+    def _works(self) -> tuple[dict[Shape, Work], dict[tuple[int, Kind], Work]]:
+        """What is captured at the start: the layers of all shapes, and the usual sampling."""
         shapes = {self._decode_shape(size): size for size in self._buckets}
         shapes |= {self._mixed_shape(tokens): 0 for tokens in self._mixed}
-        works = {shape: self._layers_work(shape, decodes) for shape, decodes in shapes.items()}
-        samplers = {
-            (size, kind): self._sampling_work(size, kind)
-            for size in self._buckets
-            for kind in PREPARED_KINDS
-        }
+        layers = {shape: self._layers_work(shape, decodes) for shape, decodes in shapes.items()}
+        keys = [(size, kind) for size in self._buckets for kind in PREPARED_KINDS]
+        return layers, {key: self._sampling_work(*key) for key in keys}
+
+    def _capture_all(self) -> None:
+        layers, samplers = self._works()
         with self._device.work():
             self._inputs.clear()
-        self._device.compile([*works.values(), *samplers.values()])
-        for shape, work in works.items():
+        for shape, work in layers.items():
             self._graphs[shape] = self._device.capture(work)
         for key, work in samplers.items():
             self._samplers[key] = self._device.capture(work)

@@ -7,16 +7,15 @@ happens at once on the CPU and a captured graph is the function itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.launch import has_pdl, interpreting
+from slipstream.plugins.cuda.precompile import compile_kernels, record
 
 Work = Callable[[], None]
-_COMPILERS = 16
 
 
 class Event:
@@ -66,17 +65,12 @@ class Device:
                     yield
 
     def compile(self, works: Sequence[Work]) -> None:
-        """Run all of them, several at a time: compiling their kernels is what takes the time."""
-        if not self.is_cuda:
-            return
-
-        def run(work: Work) -> None:
+        """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
+        if self.is_cuda:
             with self.work():
-                work()
-
-        with ThreadPoolExecutor(_COMPILERS) as pool:
-            list(pool.map(run, works))
-        self.synchronize()
+                kernels = record(works)
+            self.synchronize()
+            compile_kernels(kernels, self.capability)
 
     def capture(self, work: Work) -> Work:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""
@@ -127,7 +121,8 @@ def require(capability: str, command: str) -> None:
     if major * 10 + minor < needed:
         raise EngineMismatchError(
             f"the engine needs a GPU of {capability} or newer and this one "
-            f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it without fp8: {command}"
+            f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it without fp8: "
+            f"{command}"
         )
 
 

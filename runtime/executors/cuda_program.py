@@ -8,12 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from slipstream.plugins.gated_mlp.cuda import gated_activation
-from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
-from slipstream.plugins.rms_norm.cuda import rms_norm
-from slipstream.plugins.rotary.cuda import rotary_angles
 from torch import Tensor
 
+from slipstream.plugins.gated_mlp.cuda import gated_activation
+from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
 from slipstream.plugins.linear.cuda_packing import format_of
 from slipstream.plugins.linear.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import (
@@ -22,6 +20,8 @@ from slipstream.plugins.paged_attention.cuda import (
     paged_attention,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
+from slipstream.plugins.rms_norm.cuda import rms_norm
+from slipstream.plugins.rotary.cuda import rotary_angles
 
 Environment = dict[str, Tensor]
 _FORMAT_DEFAULTS = {"zero_kind": 0, "scale_bytes": 4}

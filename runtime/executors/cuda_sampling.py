@@ -225,7 +225,8 @@ def _kind(row: SamplingRow) -> Kind:
     params = row.params
     if not supports(row):
         return Kind.GREEDY
-    if params.edits_logits or params.logprobs is not None or row.position < params.min_tokens:
+    too_short = row.position < params.min_tokens and _ending_tokens(row)
+    if params.edits_logits or params.logprobs is not None or too_short:
         return Kind.FULL
     return Kind.GREEDY if params.greedy else Kind.SAMPLE
 

@@ -6,21 +6,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
-from slipstream.plugins.linear.cuda import DeviceWeight
 from torch import Tensor
 
 from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
-from slipstream.plugins.linear.cuda_tuning import Problem, Timing, cold, tune
+from slipstream.plugins.linear.cuda import DeviceWeight
+from slipstream.plugins.linear.cuda_tuning import Problem, Tuned, cold, tune
 from slipstream.plugins.linear.tactics import BUCKETS, Tactics
 from slipstream.runtime.executors.cuda_device import Device, require
 from slipstream.runtime.executors.cuda_program import node_dtype, node_weight
 from slipstream.runtime.executors.cuda_weights import load_weights
 
 
-def tune_engine(engine: Engine) -> dict[str, list[Timing]]:
+def tune_engine(engine: Engine) -> list[Tuned]:
     """Time every kernel of Linear for every shape of an engine and store the quickest.
 
-    Returns the timings by shape and number of tokens, quickest first. Raises what loading raises.
+    Returns the timings of each shape and number of tokens. Raises what loading raises.
     """
     manifest = engine.manifest
     require(manifest.capability, manifest.command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.plugins.test_paged_attention import copy
 
 from slipstream.plugins.paged_attention import cuda, reference
 from slipstream.plugins.paged_attention.cuda import (
@@ -240,7 +240,7 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 def test_matches_the_reference(name: str, device: str) -> None:
     case = CASES[name]
     inputs = case.inputs()
-    output, pages = run(case, copy(inputs), device)
+    output, pages = run(case, deepcopy(inputs), device)
     queries = reference.write_pages(inputs, case.attributes())
     check_pages(pages, inputs.kv_cache)
     want = reference.attend_pages(replace(inputs, kv_cache=pages), case.attributes(), queries)
@@ -252,7 +252,7 @@ def alone(inputs: Inputs, sequence: int) -> Inputs:
     """The step of one of the decodes."""
     names = ("qkv", "cos", "sin", "slot_mapping", "context_len", "page_table")
     cut = {name: getattr(inputs, name)[sequence : sequence + 1] for name in names}
-    return replace(copy(inputs), **cut, query_start=np.array([0, 1], np.int32))
+    return replace(deepcopy(inputs), **cut, query_start=np.array([0, 1], np.int32))
 
 
 def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
@@ -261,21 +261,21 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
     batch = ((1, 700), (1, 30), (1, 2309), (1, 129))  # the third has splits of two pages
     case = Case(batch, 4, heads=2, kv_heads=1, head_dim=16, sinks=True)
     inputs = case.inputs()
-    together, _ = run(case, copy(inputs), device)
+    together, _ = run(case, deepcopy(inputs), device)
     for s in range(len(batch)):
         one = replace(case, batch=batch[s : s + 1], decodes=1)
         output, _ = run(one, alone(inputs, s), device)
         np.testing.assert_array_equal(output[0], together[s])
     for programs in ((1, 1), (3, 1), (16, 8)):  # one for all splits; several each
         monkeypatch.setattr(cuda, "_programs", lambda *_, chosen=programs: chosen)
-        output, _ = run(case, copy(inputs), device)
+        output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
 
 
 def test_a_prefill_is_bit_equal_in_any_chunks(device: str) -> None:
     case = Case(((100, 100),), 0, kv_heads=1)
     inputs = case.inputs()
-    whole, _ = run(case, copy(inputs), device)
+    whole, _ = run(case, deepcopy(inputs), device)
     pages = inputs.kv_cache
     for begin, end in ((0, 50), (50, 64), (64, 100)):
         chunk = replace(case, batch=((end - begin, end),))

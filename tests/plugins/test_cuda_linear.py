@@ -166,6 +166,32 @@ def test_a_row_does_not_feel_the_others(tactic: Tactic, device: str) -> None:
         np.testing.assert_array_equal(case.run(tactic)[0], whole[0])
 
 
+@pytest.mark.parametrize(
+    "tactic",
+    [
+        Tactic("gemv", 16, 1024, 8, 1, True),
+        Tactic("dot", 32, 64, num_stages=2),
+        Tactic("dot", 64, 64, num_stages=2, split_k=2, swap=True),
+        Tactic("blas"),
+    ],
+    ids=str,
+)
+def test_what_lies_behind_a_weight_is_not_used(tactic: Tactic, device: str) -> None:
+    """K is padded in the codes but not in the scales, which end with the blob here."""
+    fmt = WeightFormat((64, 576), "int", "float16", 4, 32, "midpoint")
+    weight = random_weight(fmt)
+    blob = torch.from_numpy(pack(weight))
+    room = torch.full((len(blob) + 256,), 255, dtype=torch.uint8, device=device)  # NaN, as floats
+    room[: len(blob)] = blob
+    x = torch.randn(3, 576).to(torch.bfloat16)
+    got = linear(
+        x.to(device), DeviceWeight.from_blob(room[: len(blob)], fmt), out_dtype=torch.float32,
+        tactic=tactic,
+    )  # fmt: skip
+    want = reference.linear_exact(x.float().numpy(), weight)
+    assert_close(got.cpu().numpy(), want, 1e-2)
+
+
 def test_counters_are_left_at_zero(device: str) -> None:
     case = Case("bf16", 16, "", device)
     tactic = Tactic("dot", 16, 64, num_stages=2, split_k=4)

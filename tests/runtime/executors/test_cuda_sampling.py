@@ -307,7 +307,7 @@ class TestSteps:
     [
         ({"temperature": 0}, Kind.GREEDY),
         ({"temperature": 0, "top_k": 3, "min_tokens": 2}, Kind.GREEDY),
-        ({"temperature": 0, "min_tokens": 3}, Kind.FULL),
+        ({"temperature": 0, "min_tokens": 3, "stop_token_ids": [5]}, Kind.FULL),
         ({"top_k": 3}, Kind.SAMPLE),
         ({"logprobs": 0}, Kind.FULL),
         ({"logprobs": -1}, Kind.GREEDY),

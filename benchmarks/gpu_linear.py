@@ -1,0 +1,76 @@
+"""Times every tactic of the Linears of an 8B Llama on the GPU that is there.
+
+    python benchmarks/gpu_linear.py --formats bf16 int4 --buckets 1 16 64 --tactics tactics.json
+
+Weights are cold, launches are replayed from a graph, and each line shows the quickest tactic, the
+default one and cuBLAS beside the floor: the bytes of the weight over the read bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from gpu import FORMATS, MODELS, read_bandwidth
+from gpu_models import random_plan, random_weights
+
+from slipstream.builder.options import BuildOptions
+from slipstream.plugins.linear.cuda_tuning import Tuned, tune
+from slipstream.plugins.linear.tactics import BUCKETS, Tactic, Tactics
+from slipstream.runtime.executors.cuda_device import Device
+from slipstream.runtime.executors.cuda_tuning import problems
+
+_LAYERS = 3  # enough distinct weights; smaller ones are copied
+
+
+def line(form: str, tuned: Tuned, rate: float) -> str:
+    """The quickest tactic of one problem beside the default and cuBLAS."""
+    weight = tuned.problem.weights[0]
+    times = {timing.tactic: timing.seconds * 1e6 for timing in tuned.timings}
+    best, nan = tuned.timings[0], float("nan")
+    blas = next((us for tactic, us in times.items() if tactic.kernel == "blas"), nan)
+    n, k = weight.format.shape
+    return (
+        f"{form} {n}x{k} tokens {tuned.tokens:<4} best {best.seconds * 1e6:7.1f} "
+        f"default {times.get(tuned.usual, nan):7.1f} cublas {blas:7.1f} "
+        f"floor {weight.nbytes / rate * 1e6:7.1f} us {weight.nbytes / best.seconds / 1e12:5.2f} TB/s "
+        f"{_short(best.tactic)}"
+    )
+
+
+def _short(tactic: Tactic) -> str:
+    return " ".join(str(value) for value in asdict(tactic).values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="llama-8b")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
+    parser.add_argument("--tactics", type=Path, help="Where to store the quickest; added to.")
+    arguments = parser.parse_args()
+    device = Device()
+    table = Tactics.load(arguments.tactics, device.capability, device.name)
+    rate = read_bandwidth()
+    for form in arguments.formats:
+        started = time.perf_counter()
+        shape = {**MODELS[arguments.model], "num_hidden_layers": _LAYERS}
+        plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
+        weights = random_weights(plan)
+        found = problems(plan.program.graph, weights)
+        for tuned in tune(found, arguments.buckets, table):
+            print(line(form, tuned, rate))
+        print(f"{form} took {time.perf_counter() - started:.0f} s", flush=True)
+        del weights, found
+        torch.cuda.empty_cache()
+        if arguments.tactics:
+            arguments.tactics.write_text(table.to_json())
+
+
+if __name__ == "__main__":
+    main()

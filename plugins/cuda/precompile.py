@@ -1,0 +1,105 @@
+"""Compiles Triton kernels in processes of their own, before they are launched.
+
+Compiling holds the interpreter's lock, so threads would take turns. ``record`` finds out which
+kernels some work launches, without launching any; ``compile_kernels`` puts them into Triton's
+cache on disk, from where the launch takes them. Run as a module, this file is such a process: it
+reads its share from stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Options that a launch gives; Triton derives the others from them and from the GPU.
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "instrumentation_mode")
+_WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Specialization:
+    """One compiled form of a kernel, as Triton's own cache tells them apart."""
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
+    """The kernels that ``works`` launch and that this process has not compiled."""
+    found: dict[str, Specialization] = {}
+
+    def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: ANN401
+        options = json.loads(compile["specialization_data"])["options"]
+        found[f"{fn.module}.{fn.name} {key}"] = Specialization(
+            fn.module,
+            fn.name,
+            dict(compile["signature"]),
+            dict(compile["constants"]),
+            dict(compile["configs"][0]),
+            {name: options[name] for name in _OPTIONS if name in options},
+        )
+        return True  # neither compile nor launch
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        for work in works:
+            work()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+    return list(found.values())
+
+
+def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:
+    """Compile ``kernels`` for a GPU into Triton's cache, on all cores; failures are left to the
+    launch, which reports them."""
+    workers = min(len(os.sched_getaffinity(0)), len(kernels))
+    if workers < 2:
+        return
+    command = [sys.executable, "-m", __name__]
+    processes = []
+    for worker in range(workers):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdin is not None
+        share = kernels[worker::workers]
+        process.stdin.write(pickle.dumps((capability[0] * 10 + capability[1], share)))
+        process.stdin.close()
+        processes.append(process)
+    for process in processes:
+        process.wait()
+
+
+def _compile(kernel: Specialization, architecture: int) -> None:
+    function = getattr(import_module(kernel.module), kernel.name)
+    source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+    target = GPUTarget("cuda", architecture, _WARP)
+    triton.compile(source, target=target, options=kernel.options)
+
+
+def main() -> None:
+    """Compile the share of the process that started this one."""
+    architecture, kernels = pickle.load(sys.stdin.buffer)
+    for kernel in kernels:
+        try:
+            _compile(kernel, architecture)
+        except Exception:  # noqa: BLE001 - the launch will meet and report it
+            continue
+
+
+if __name__ == "__main__":
+    main()
