@@ -88,8 +88,8 @@ def dequantize(
     options = launch_options(num_warps=4, pdl=pdl)
     if fmt.kind == "float8_e4m3":
         dequantize_float8[(-(-n // 16), -(-k // 256))](
-            weight.typed_codes, weight.scale, out, n, k, ROWS=fmt.rows, GROUP=fmt.group, BN=16, BK=256,
-            PDL=pdl, **options,
+            weight.typed_codes, weight.scale, out, n, k, ROWS=fmt.rows, GROUP=fmt.group,
+            BN=16, BK=256, PDL=pdl, **options,
         )  # fmt: skip
         return out
     chunks = weight.codes.shape[1] // 32

@@ -181,11 +181,11 @@ def dot_float(
             w = tl.load(w_at + base)
         else:
             xs = tl.load(x_at + base, mask=(m < tokens)[:, None] & inside, other=0.0)
-            w = tl.load(w_at + base, mask=inside, other=0)
+            w = tl.load(w_at + base, mask=inside, other=0.0)
         if GATED and EVEN:
             w_up = tl.load(up_at + base)
         elif GATED:
-            w_up = tl.load(up_at + base, mask=inside, other=0)
+            w_up = tl.load(up_at + base, mask=inside, other=0.0)
         if NORM:
             xs, squares = _normed(xs, gain, base + k, squares, K)
         w = _narrow(w, xs)

@@ -29,7 +29,7 @@ def _decode_at(
         place = (wide // ROWS) * groups + k // GROUP
         factor = tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
         if KIND == "fp8":
-            value = _float8(tl.load(codes + wide * K + k, mask=inside, other=0))
+            value = _float8(tl.load(codes + wide * K + k, mask=inside, other=0.0))
         else:
             CHUNK: tl.constexpr = 1024 // BITS
             words = tl.cdiv(K, CHUNK) * 32
@@ -89,7 +89,7 @@ def dequantize_float8(
     groups = tl.cdiv(K, GROUP)
     rows = tl.minimum(n, N - 1)
     factor = tl.load(scale + (rows // ROWS) * groups + tl.minimum(k // GROUP, groups - 1))
-    values = _float8(tl.load(codes + at, mask=inside, other=0)) * factor
+    values = _float8(tl.load(codes + at, mask=inside, other=0.0)) * factor
     tl.store(y + at, values.to(y.dtype.element_ty), mask=inside)
 
 

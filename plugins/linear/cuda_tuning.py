@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slipstream.plugins.cuda.launch import has_pdl
+from slipstream.plugins.cuda.launch import PDL_TOKENS, has_pdl
 from slipstream.plugins.cuda.precompile import compile_kernels, record
 from slipstream.plugins.linear.cuda import DeviceWeight, candidates, linear
 from slipstream.plugins.linear.tactics import Tactic, Tactics
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 _LAUNCHES = 64
 _REPLAYS = 5
-PDL_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)

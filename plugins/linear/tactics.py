@@ -237,10 +237,13 @@ class Tactics:
         self.entries[entry_key(fmt, gated, tokens)] = tactic
 
     def to_json(self) -> str:
-        """The table as the text of ``tactics.json``."""
-        entries = {key: asdict(tactic) for key, tactic in sorted(self.entries.items())}
-        table = {"device": self.device, "capability": list(self.capability), "entries": entries}
-        return json.dumps(table, indent=1) + "\n"
+        """The table as the text of ``tactics.json``, a line an entry."""
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(_given(tactic))}"
+            for key, tactic in sorted(self.entries.items())
+        ]
+        head = f'{{"device": {json.dumps(self.device)}, "capability": {[*self.capability]},'
+        return f'{head}\n "entries": {{\n' + ",\n".join(lines) + "\n}}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Tactics:
@@ -259,13 +262,29 @@ class Tactics:
 
     @classmethod
     def load(cls, file: Path | None, capability: tuple[int, int], device: str) -> Tactics:
-        """The table in a file; an empty one if there is none or it is of another GPU."""
+        """The table that ships for GPUs of this capability, and over it the one in ``file``, if
+        that was timed on this very device."""
+        table = cls(capability, device)
+        shipped = Path(__file__).with_name(f"tactics_sm{capability[0]}{capability[1]}.json")
+        if shipped.exists():
+            table.entries |= cls.from_json(shipped.read_text()).entries
         if file is not None and file.exists():
-            table = cls.from_json(file.read_text())
-            if table.device == device and table.capability == capability:
-                return table
-            log.info("tactics.json was timed on %s, this is %s: not used", table.device, device)
-        return cls(capability, device)
+            timed = cls.from_json(file.read_text())
+            if timed.device == device and timed.capability == capability:
+                table.entries |= timed.entries
+            else:
+                log.info("tactics.json was timed on %s, this is %s: not used", timed.device, device)
+        return table
+
+
+def _given(tactic: Tactic) -> dict[str, object]:
+    """The fields that differ from their defaults."""
+    usual = Tactic(tactic.kernel)
+    return {
+        name: value
+        for name, value in asdict(tactic).items()
+        if name == "kernel" or value != getattr(usual, name)
+    }
 
 
 def entry_key(fmt: WeightFormat, gated: bool, bucket: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, ExecutionError
+from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.linear.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
 from slipstream.plugins.sampling import Kind
@@ -35,9 +36,7 @@ from slipstream.runtime.step import IntArray, SamplingRow, StepBatch, StepResult
 
 log = logging.getLogger(__name__)
 # Steps of mixed prefill chunks and decodes up to the last of these are captured, too.
-MIXED_TOKENS = (16, 32, 64, 128, 256, 512)
-# Beyond this many tokens kernels fill the GPU and overlapping their ends costs more than it hides.
-PDL_TOKENS = 32
+MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
 _RESERVE_BYTES = 512 << 20
 # Kinds of sampling that are captured at the start; the others are, when they are first asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from slipstream.plugins.linear.tactics import (
     block_m,
     candidate_tactics,
     default_tactic,
+    entry_key,
     weight_key,
 )
 from slipstream.quantize.tensor import WeightFormat
@@ -76,9 +78,24 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Tactics.from_json(table.to_json()) == table
     file = tmp_path / "tactics.json"
     file.write_text(table.to_json())
-    assert Tactics.load(file, HOPPER, "NVIDIA H100") == table
+    key = entry_key(INT4, True, 4)
+    shipped = Tactics.load(None, HOPPER, "NVIDIA H100")
+    assert Tactics.load(file, HOPPER, "NVIDIA H100").entries == {**shipped.entries, **table.entries}
+    assert Tactics.load(file, HOPPER, "NVIDIA H200") == replace(shipped, device="NVIDIA H200")
     assert not Tactics.load(file, (8, 0), "NVIDIA A100").entries
-    assert not Tactics.load(tmp_path / "none.json", HOPPER, "NVIDIA H100").entries
+    assert key not in Tactics.load(tmp_path / "none.json", HOPPER, "NVIDIA H100").entries
+
+
+def test_a_table_ships_for_hopper() -> None:
+    """The shapes of an 8B Llama in its usual formats, at every bucket that was timed."""
+    shipped = Tactics.load(None, HOPPER, "NVIDIA H100")
+    for fmt in (
+        WeightFormat((28672, 4096), "dense", "bfloat16"),
+        WeightFormat((28672, 4096), "float8_e4m3", "float32", 8, 4096, activation="token"),
+        WeightFormat((28672, 4096), "int", "float16", 4, 128, "midpoint"),
+    ):
+        for tokens in (1, 16, 64):
+            assert entry_key(fmt, True, tokens) in shipped.entries
 
 
 @pytest.mark.parametrize("place", ["table", "entry"])
