@@ -36,7 +36,8 @@ def line(form: str, tuned: Tuned, rate: float) -> str:
     return (
         f"{form} {n}x{k} tokens {tuned.tokens:<4} best {best.seconds * 1e6:7.1f} "
         f"default {times.get(tuned.usual, nan):7.1f} cublas {blas:7.1f} "
-        f"floor {weight.nbytes / rate * 1e6:7.1f} us {weight.nbytes / best.seconds / 1e12:5.2f} TB/s "
+        f"floor {weight.nbytes / rate * 1e6:7.1f} us "
+        f"{weight.nbytes / best.seconds / 1e12:5.2f} TB/s "
         f"{_short(best.tactic)}"
     )
 

@@ -7,7 +7,7 @@ import os
 import torch
 
 # Steps of more tokens launch their kernels one after the other: each fills the GPU by itself.
-PDL_TOKENS = int(os.environ.get("PDLT", "64"))
+PDL_TOKENS = 64
 
 
 def launch_options(*, num_warps: int, num_stages: int = 1, pdl: bool = False) -> dict[str, object]:

@@ -138,8 +138,9 @@ class StepInputs:
             block_start=views["block_start"],
             num_decodes=num_decodes,
         )
-        tokens = (views[name] for name in ("token_ids", "positions", "token_slots"))
-        return Step(*tokens, attention, pdl)
+        return Step(
+            views["token_ids"], views["positions"], views["token_slots"], attention, pdl
+        )
 
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""

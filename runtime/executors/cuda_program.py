@@ -244,7 +244,13 @@ def _gate(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
 def _norm(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
     x, weight = _names(node)
     eps = node.attributes["epsilon"].as_float()
-    return lambda run: (rms_norm(run.values[x], run.values[weight], eps, pdl=run.pdl),)
+
+    def kernel(run: _Run) -> Sequence[Tensor]:
+        y = rms_norm(run.values[x], run.values[weight], eps, pdl=run.pdl)
+        assert isinstance(y, Tensor)
+        return (y,)
+
+    return kernel
 
 
 def _add_norm(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
@@ -253,7 +259,9 @@ def _add_norm(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel
 
     def kernel(run: _Run) -> Sequence[Tensor]:
         values = run.values
-        return rms_norm(values[x], values[weight], eps, residual=values[residual], pdl=run.pdl)
+        both = rms_norm(values[x], values[weight], eps, residual=values[residual], pdl=run.pdl)
+        assert isinstance(both, tuple)
+        return both
 
     return kernel
 

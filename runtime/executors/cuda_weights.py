@@ -67,7 +67,7 @@ def _read(
     descriptor: int, start: int, data: torch.Tensor, chunks: Iterable[int], device: Device
 ) -> None:
     buffer = device.pinned((min(_CHUNK, max(data.numel(), 1)),), torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     for begin in chunks:
         end = min(begin + _CHUNK, data.numel())
         part = view[: end - begin]

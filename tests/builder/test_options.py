@@ -30,7 +30,7 @@ EVERYTHING = BuildOptions(
     [
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of none, int8_wo, int4"),
         ({"quantization": None}, "quantization is None"),
-        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'.* float32, bfloat16, float16, int8, fp8"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'.* float32, bfloat16, float16, int8"),
         ({"dtype": "half"}, "dtype is 'half'; it must be one of auto, float32, bfloat16, float16"),
         ({"gemm_plugin": "on"}, "gemm_plugin is 'on'; it must be one of auto, disable"),
         ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128"),

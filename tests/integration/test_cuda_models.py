@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
+from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.linear import tactics
 from slipstream.runtime.executors.cuda import CUDAExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
@@ -25,6 +27,17 @@ from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import SamplingRow, StepBatch
 
 Logits = NDArray[np.float32]
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run kernel by kernel here, and in the interpreter without GEMVs, which take it a
+    second each."""
+    monkeypatch.setattr(CUDAExecutor, "_capture_all", lambda self: None)
+    if interpreting():
+        monkeypatch.setattr(tactics, "GEMV_TOKENS", 0)
+
+
 LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 # In the interpreter a model takes seconds, so there only what differs most is run.
 INTERPRETED = ("llama-head-dim", "mistral-window", "qwen3")
@@ -32,7 +45,9 @@ NAMES = CONFIGS if torch.cuda.is_available() else INTERPRETED
 
 
 @pytest.mark.kernel
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("uncaptured")
 def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Every position of a prompt computed in ragged chunks, beside a second sequence."""
     checkpoint = save_tiny(CONFIGS[name], tmp_path / "checkpoint")
@@ -45,6 +60,7 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_p
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("uncaptured")
 @pytest.mark.parametrize(
     ("options", "limit"),
     [

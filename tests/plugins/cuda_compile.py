@@ -1,9 +1,9 @@
 """Compiles every kernel that a host function launches, for GPUs that are not there.
 
-Run as a program, without Triton's interpreter: it calls the functions of ``CALLS`` on CPU tensors
-of real sizes with launching replaced by compiling, and prints a line for every kernel.
+Run as a program, without Triton's interpreter: it calls the host functions on CPU tensors, with
+launching replaced by compiling, and prints a line for every kernel.
 
-    python tests/plugins/cuda_compile.py 80 90
+    python -m tests.plugins.cuda_compile 90
 """
 
 from __future__ import annotations
@@ -17,6 +17,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from slipstream.plugins.gated_mlp.cuda import gated_activation
+from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
+from slipstream.plugins.linear.cuda_blas import dequantize
+from slipstream.plugins.linear.cuda_packing import packed_size
+from slipstream.plugins.linear.tactics import default_tactic
+from slipstream.plugins.paged_attention.cuda import (
+    DecodeWorkspace,
+    StepTensors,
+    paged_attention,
+)
+from slipstream.plugins.paged_attention.reference import Attributes
+from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_fp8
+from slipstream.plugins.rotary.cuda import rotary_angles
+from slipstream.plugins.sampling import Kind
+from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.quantize.tensor import WeightFormat
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -32,10 +49,10 @@ _OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 class Compiler:
-    """Stands in for ``JITFunction.run``: compiles for some architectures and launches nothing."""
+    """Stands in for ``JITFunction.run``: compiles for an architecture and launches nothing."""
 
-    def __init__(self, architectures: list[int]) -> None:
-        self.architectures = architectures
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
         self.done: set[tuple[object, ...]] = set()
 
     def __call__(self, fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ANN401
@@ -56,16 +73,9 @@ class Compiler:
         if key in self.done:
             return
         self.done.add(key)
-        for architecture in self.architectures:
-            if architecture < 89 and "*fp8e4nv" in signature.values():
-                continue  # such engines ask for sm_89
-            if options.get("launch_pdl") and architecture < 90:
-                continue
-            source = ASTSource(fn, signature, constants, attributes)
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source, target=target, options=options)
-            shared = compiled.metadata.shared
-            print(f"{fn.__name__} sm_{architecture} {shared} bytes of shared memory {options}")
+        source = ASTSource(fn, signature, constants, attributes)
+        compiled = triton.compile(source, target=self.target, options=options)
+        sys.stdout.write(f"{fn.__name__} {compiled.metadata.shared} bytes shared {options}\n")
 
 
 def _default(fn: Any, name: str) -> Any:  # noqa: ANN401
@@ -80,17 +90,90 @@ def _type(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def blob(fmt: WeightFormat) -> DeviceWeight:
+    return DeviceWeight.from_blob(torch.zeros(packed_size(fmt), dtype=torch.uint8), fmt)
+
+
+def linears(capability: tuple[int, int], pdl: bool) -> None:
+    """Every format at one token and at sixteen, with a norm, with a residual and gated."""
+    n, k = 512, 1024
+    for fmt in (
+        WeightFormat((n, k), "dense", "bfloat16"),
+        WeightFormat((n, k), "int", "float16", 4, 128, "zero"),
+        WeightFormat((n, k), "int", "float16", 8, 64, "midpoint"),
+        WeightFormat((n, k), "float8_e4m3", "float32", 8, k, activation="token"),
+        WeightFormat((n, k), "float8_e4m3", "float32", 8, 128, rows=128, activation="group"),
+    ):
+        if fmt.kind == "float8_e4m3" and capability < (8, 9):
+            continue  # such engines ask for sm_89
+        for tokens in (1, 16):
+            x = torch.zeros(tokens, k, dtype=torch.bfloat16)
+            tactic = default_tactic(fmt, False, tokens, capability)
+            norm = torch.ones(k, dtype=torch.bfloat16)
+            residual = torch.zeros(tokens, n, dtype=torch.bfloat16)
+            weight = blob(fmt)
+            linear(x, weight, norm_weight=norm, norm_eps=1e-5, tactic=tactic, pdl=pdl)
+            linear(x, weight, residual=residual, tactic=tactic, pdl=pdl)
+            gate = default_tactic(fmt, True, tokens, capability)
+            linear(x, weight, norm_weight=norm, gated=True, tactic=gate, pdl=pdl)
+        embedding(torch.zeros(4, dtype=torch.int32), blob(fmt), torch.bfloat16, pdl=pdl)
+        dequantize(blob(fmt), torch.bfloat16, pdl=pdl)
+
+
+def attention(capability: tuple[int, int], pdl: bool) -> None:
+    """A decode and a prefill in one step, over pages of both kinds."""
+    a = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
+    row, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 8, dtype=torch.int32)
+    step = StepTensors(row, row, table, row, row, row, num_decodes=4)
+    qkv = torch.zeros(8, 12 * 128, dtype=torch.bfloat16)
+    angles = torch.zeros(8, 64)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        if dtype != torch.bfloat16 and capability < (8, 9):
+            continue
+        pages = torch.zeros(1, 4, 2, 2, 64 * 128, dtype=dtype)
+        workspace = DecodeWorkspace.allocate(8, 8, 128, 512, "cpu")
+        paged_attention(qkv, angles, angles, pages, step, a, workspace=workspace, pdl=pdl)
+
+
+def elementwise(capability: tuple[int, int], pdl: bool) -> None:
+    """Norms, gates and angles."""
+    x, weight = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.ones(1024, dtype=torch.bfloat16)
+    rms_norm(x, weight, 1e-5, pdl=pdl)
+    rms_norm(x, weight, 1e-5, residual=x, pdl=pdl)
+    gated_activation(x, pdl=pdl)
+    rotary_angles(torch.zeros(4, dtype=torch.int32), torch.ones(64), pdl=pdl)
+    if capability >= (8, 9):
+        rms_norm_fp8(x, weight, 1e-5, pdl=pdl)
+        quantize_rows(x, torch.float8_e4m3fn, pdl=pdl)
+
+
+def sampling(capability: tuple[int, int], pdl: bool) -> None:
+    """All kinds, at a vocabulary of a Llama."""
+    vocab = 128256
+    buffers = SamplerBuffers.allocate(2, 2, vocab, 64, "cpu")
+    buffers.enable_full()
+    for kind in Kind:
+        sample(torch.zeros(2, vocab), buffers, 2, kind, pdl)
+
+
+CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
+    linears,
+    attention,
+    elementwise,
+    sampling,
+)
+
+
 def main() -> None:
-    architectures = [int(argument) for argument in sys.argv[1:]]
-    compiler = Compiler(architectures)
-    JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)  # type: ignore[method-assign]
-    pdl = [False, True] if max(architectures) >= 90 else [False]
+    """Compile everything for the architecture that is the argument, such as 90."""
+    architecture = int(sys.argv[1])
+    capability = divmod(architecture, 10)
+    compiler = Compiler(architecture)
+    JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)
+    torch.cuda.get_device_capability = lambda *_: capability
     for call in CALLS:
-        for each in pdl:
-            call(each)
+        call(capability, capability >= (9, 0))
 
-
-CALLS: list[Callable[[bool], object]] = []
 
 if __name__ == "__main__":
     main()

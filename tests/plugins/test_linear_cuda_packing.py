@@ -1,4 +1,4 @@
-"""Blobs of the CUDA kernels hold exactly the weight that went in, in the order that the page says."""
+"""Blobs of the CUDA kernels hold exactly the weight that went in, in the order they say."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.errors import BuildError
 
+_LIMITS = EngineLimits()
 _CHOICES = {
     "dtype": ("auto", "float32"),
     "quantization": ("none", "int8_wo", "int4_wo"),
@@ -55,7 +56,7 @@ class CPUTarget:
     name: str = "cpu"
     # 32 tokens fill two AVX-512 registers of scores and waste at most 31 slots a sequence.
     page_size: int = 32
-    limits: EngineLimits = EngineLimits()
+    limits: EngineLimits = _LIMITS
     group_size: int = 32
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:

@@ -25,6 +25,7 @@ from slipstream.errors import BuildError
 from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.quantize.tensor import WeightFormat
 
+_LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
 _DTYPES = ("bfloat16", "float16")
 _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
 
@@ -36,7 +37,7 @@ class CUDATarget:
     name: str = "cuda"
     # A page and head of 64 tokens is one tile of an attention kernel.
     page_size: int = 64
-    limits: EngineLimits = EngineLimits(max_batch_size=256, max_num_tokens=8192)
+    limits: EngineLimits = _LIMITS
     group_size: int = 128
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:

@@ -82,9 +82,7 @@ def test_dense_weights_are_stored_in_the_dtype(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[name].codes, arrays[name].astype(ml_dtypes.bfloat16))
     gate, up = (arrays[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up"))
     both = found["model.layers.0.mlp.gate_proj+up_proj.weight"]
-    np.testing.assert_array_equal(
-        both.codes, np.concatenate([gate, up]).astype(ml_dtypes.bfloat16)
-    )
+    np.testing.assert_array_equal(both.codes, np.concatenate([gate, up]).astype(ml_dtypes.bfloat16))
 
 
 def test_quantized_weights_are_those_of_the_quantizer(tmp_path: Path) -> None:

@@ -1,0 +1,221 @@
+"""What must not change a bit on a GPU: replays, graphs, leftovers in memory, and company."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny_models import TINY_SHAPE, save_tiny
+from torch import Tensor
+from transformers import LlamaConfig
+
+from slipstream.builder.build import build
+from slipstream.builder.options import BuildOptions
+from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.executors.cuda import CUDAExecutor
+from slipstream.runtime.loading import load
+from slipstream.runtime.request import RequestOutput
+from slipstream.runtime.request_factory import RequestFactory
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.step import SamplingRow, StepBatch
+
+pytestmark = pytest.mark.gpu
+FORMATS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp16": {"dtype": "float16"},
+    "fp8": {"quantization": "fp8"},
+    "fp8-kv": {"kv_cache_dtype": "fp8"},
+    "int4": {"quantization": "int4_wo", "group_size": 32},
+    "int8": {"quantization": "int8_wo", "group_size": 64, "symmetric": True},
+}
+SHAPE = {**TINY_SHAPE, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+PAGE, COLUMNS = 64, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(LlamaConfig(**SHAPE), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def engine(
+    checkpoint: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp(f"engine-{request.param}") / "engine"
+    build(checkpoint, path, BuildOptions(target="cuda", **FORMATS[request.param]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def executor(engine: Path) -> Iterator[CUDAExecutor]:
+    limits = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": PAGE * COLUMNS}
+    executor = load(engine, limits).executor
+    assert isinstance(executor, CUDAExecutor)
+    executor.reserve_kv(64 << 20)
+    yield executor
+    executor.shutdown()
+
+
+def step(counts: list[int], contexts: list[int], seed: int = 0) -> StepBatch:
+    """Sequences on pages of their own that compute ``counts`` tokens at the end of ``contexts``."""
+    rng = np.random.default_rng(seed)
+    size = len(counts)
+    table = np.arange(1, size * COLUMNS + 1, dtype=np.int32).reshape(size, COLUMNS)
+    positions = np.concatenate(
+        [np.arange(c - n, c) for n, c in zip(counts, contexts, strict=True)]
+    ).astype(np.int32)
+    owner = np.repeat(np.arange(size), counts)
+    tokens = np.concatenate(
+        [np.random.default_rng([seed, i]).integers(0, 320, n) for i, n in enumerate(counts)]
+    )
+    row = SamplingRow(SamplingParams(temperature=0), [0], [], int(rng.integers(9)))
+    return StepBatch(
+        token_ids=tokens.astype(np.int32),
+        positions=positions,
+        query_start=np.cumsum([0, *counts]).astype(np.int32),
+        context_len=np.array(contexts, np.int32),
+        page_table=table,
+        slot_mapping=(table[owner, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32),
+        logits_rows=(np.cumsum(counts) - 1).astype(np.int32),
+        sampling=[row] * size,
+        slots=np.arange(size, dtype=np.int32),
+        sampling_slots=np.arange(size, dtype=np.int32),
+    )
+
+
+def rows(executor: CUDAExecutor, batch: StepBatch, *, eager: bool) -> Tensor:
+    """The last layer's output of every sequence, and their logits behind it."""
+    with executor._device.work():
+        hidden = executor._layers(batch, batch.logits_rows, eager=eager)
+        count = len(batch.logits_rows)
+        assert hidden is not None
+        executor._program.logits(executor._rows[:count], executor._logits[:count])
+        both = torch.cat([executor._rows[:count].float(), executor._logits[:count]], dim=1)
+    executor._device.synchronize()
+    return both
+
+
+def fill(executor: CUDAExecutor, contexts: list[int]) -> None:
+    """Prefill all but the last token of each sequence, alone."""
+    for index, context in enumerate(contexts):
+        whole = step([context - 1], [context - 1], seed=index)
+        table = np.arange(1, len(contexts) * COLUMNS + 1, dtype=np.int32)
+        table = table.reshape(-1, COLUMNS)[index : index + 1]
+        positions = whole.positions
+        whole.page_table = table
+        whole.slot_mapping = (table[0, positions // PAGE] * PAGE + positions % PAGE).astype(
+            np.int32
+        )
+        rows(executor, whole, eager=True)
+
+
+CONTEXTS = [130, 5, 65, 64, 200, 1, 77, 300]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_replayed_decode_is_the_eager_one(executor: CUDAExecutor, size: int) -> None:
+    contexts = [max(context, 2) for context in CONTEXTS[:size]]
+    fill(executor, contexts)
+    batch = step([1] * size, contexts, seed=7)
+    eager, replayed = (rows(executor, batch, eager=mode) for mode in (True, False))
+    assert torch.equal(eager, replayed)
+    assert bool(eager.isfinite().all())
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_a_replayed_prefill_is_the_eager_one(executor: CUDAExecutor, tokens: int) -> None:
+    batch = step([tokens], [tokens])
+    eager, replayed = (rows(executor, batch, eager=mode) for mode in (True, False))
+    assert torch.equal(eager, replayed)
+
+
+def test_a_thousand_replays_are_equal(executor: CUDAExecutor) -> None:
+    contexts = [max(context, 2) for context in CONTEXTS]
+    fill(executor, contexts)
+    batch = step([1] * 8, contexts, seed=7)
+    first = rows(executor, batch, eager=False)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    shape = executor._decode_shape(8)
+    for _ in range(1000):
+        executor._graphs[shape]()
+        differing += (executor._rows[:8].float() != first[:, : executor._rows.shape[1]]).sum()
+    assert int(differing) == 0
+
+
+def test_what_lay_in_memory_before_does_not_matter(executor: CUDAExecutor) -> None:
+    contexts = [max(context, 2) for context in CONTEXTS]
+    prompt, batch = step([100], [100]), step([1] * 8, contexts, seed=7)
+    fill(executor, contexts)
+    clean = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]
+    memory = executor._memory
+    assert memory is not None
+    memory.kv_cache.view(torch.uint8).fill_(0xFF)  # a NaN in every format
+    memory.workspace.partials.fill_(float("nan"))
+    memory.workspace.statistics.fill_(float("nan"))
+    poison = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(8)]
+    executor._rows.fill_(float("nan"))
+    executor._logits.fill_(float("nan"))
+    del poison
+    fill(executor, contexts)
+    again = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]
+    for first, second in zip(clean, again, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_company_of_one_bucket_changes_no_bit(executor: CUDAExecutor) -> None:
+    """Five to eight sequences share kernels, so the first says the same beside any others."""
+    contexts = [max(context, 2) for context in CONTEXTS]
+    fill(executor, contexts)
+    eight = rows(executor, step([1] * 8, contexts, seed=7), eager=False)
+    for size in (5, 6, 7):
+        fewer = rows(executor, step([1] * size, contexts[:size], seed=7), eager=False)
+        assert torch.equal(fewer, eight[:size])
+
+
+def test_other_buckets_change_the_last_bits_only(executor: CUDAExecutor) -> None:
+    contexts = [max(context, 2) for context in CONTEXTS]
+    fill(executor, contexts)
+    eight = rows(executor, step([1] * 8, contexts, seed=7), eager=False)
+    alone = rows(executor, step([1], contexts[:1], seed=7), eager=False)
+    distance = (alone[0] - eight[0]).norm() / eight[0].norm()
+    # fp8 rounds activations in the kernels of larger batches only.
+    assert float(distance) < 0.08
+
+
+def test_continuous_batching_serves_what_each_gets_alone(engine: Path) -> None:
+    """Sixteen seeded requests that come and go, against each of them alone; bits may differ
+    between buckets, so up to a tenth may part ways at a near tie."""
+    limits = {"max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 256}
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, 320, int(n)).tolist() for n in rng.integers(3, 120, 16)]
+    together = serve(engine, prompts, **limits)
+    alone = serve(engine, prompts, **{**limits, "max_batch_size": 1})
+    pairs = zip(together, alone, strict=True)
+    same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in pairs)
+    assert same >= 13
+    for output in together:
+        assert len(output.outputs[0].token_ids) == 24
+
+
+def serve(engine: Path, prompts: list[list[int]], **limits: int) -> list[RequestOutput]:
+    loaded = load(engine, {**limits, "kv_cache_bytes": 16 << 20})
+    loop, factory = EngineLoop(loaded), RequestFactory(loaded)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    waiting = [
+        factory.request(prompt, params, request_id=str(i), output_kind="final")
+        for i, prompt in enumerate(prompts)
+    ]
+    done: dict[str, RequestOutput] = {}
+    while waiting or loop.has_work:
+        if waiting:
+            loop.add_request(waiting.pop(0))
+        done |= {output.request_id: output for output in loop.step()}
+        running = [s.allocation for s in loop.scheduler.running if s.allocation]
+        loop.scheduler.kv.check_invariants(running)
+    assert loop.scheduler.kv.num_available == loop.scheduler.kv.num_pages
+    loop.shutdown()
+    return [done[str(i)] for i in range(len(prompts))]

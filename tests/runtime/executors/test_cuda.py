@@ -1,0 +1,197 @@
+"""The executor of GPUs with a micro engine: in Triton's interpreter, or on a GPU natively."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny_models import TINY_SHAPE, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from slipstream import LLM, SamplingParams
+from slipstream.builder.build import build
+from slipstream.builder.engine import open_engine
+from slipstream.builder.options import BuildOptions
+from slipstream.errors import CapacityError, EngineMismatchError, MissingDependencyError
+from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.linear import tactics
+from slipstream.runtime import executors
+from slipstream.runtime.executors import cuda, cuda_device
+from slipstream.runtime.loading import load
+from slipstream.runtime.request import RequestOutput
+
+# What padding computes is undefined, of which NumPy warns in the interpreter.
+pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+SHAPE = {
+    **TINY_SHAPE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+LIMITS = {"max_batch_size": 2, "max_num_tokens": 16, "max_seq_len": 96, "kv_cache_bytes": 1 << 17}
+PROMPTS = [[5, 6, 7, 8, 9, 10], [100, 3], list(range(40, 62))]
+
+
+def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
+    return SamplingParams(**{"temperature": 0, "max_tokens": 4, "ignore_eos": True, **params})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(LlamaConfig(**SHAPE), tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Path:
+    build(checkpoint, checkpoint / "engine", BuildOptions(target="cuda", max_seq_len=96))
+    return checkpoint / "engine"
+
+
+@pytest.fixture(scope="module")
+def llm(engine: Path) -> Iterator[LLM]:
+    """One for all tests: capturing takes the interpreter seconds, and a GEMV one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "MIXED_TOKENS", (16,))
+        if interpreting():
+            patch.setattr(tactics, "GEMV_TOKENS", 0)
+        with LLM(engine, enable_prefix_caching=False, **LIMITS) as llm:
+            yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> list[RequestOutput]:
+    return [llm.generate([prompt], greedy(logprobs=2))[0] for prompt in PROMPTS]
+
+
+def reference(checkpoint: Path, tokens: list[int]) -> torch.Tensor:
+    """Log probabilities ``[T, vocab]`` by transformers in float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits.log_softmax(-1)
+
+
+def test_tokens_follow_transformers(checkpoint: Path, alone: list[RequestOutput]) -> None:
+    for output in alone:
+        completion = output.outputs[0]
+        table = reference(checkpoint, [*output.prompt_token_ids, *completion.token_ids])
+        rows = table[len(output.prompt_token_ids) - 1 : -1]
+        assert completion.logprobs is not None and len(completion.token_ids) == 4
+        for row, token, entry in zip(rows, completion.token_ids, completion.logprobs, strict=True):
+            assert float(row.max() - row[token]) < 0.05
+            assert entry.logprob == pytest.approx(float(row[token]), abs=0.05)
+            assert entry.rank == 1 and len(entry.top) == 2
+
+
+def test_a_batch_that_waits_and_is_padded_says_the_same(
+    llm: LLM, alone: list[RequestOutput]
+) -> None:
+    outputs = llm.generate(PROMPTS, greedy())
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in alone]
+    assert llm.stats.kv_cache_usage == 0
+
+
+def test_prompt_scores_come_from_the_host(checkpoint: Path, llm: LLM) -> None:
+    """More rows than a batch has sequences, beside a request that the device samples."""
+    scored, other = (greedy(max_tokens=2, prompt_logprobs=1), greedy(max_tokens=2))
+    first = llm.generate([PROMPTS[0]], scored)[0]
+    table = reference(checkpoint, [*PROMPTS[0], *first.outputs[0].token_ids])
+    assert first.prompt_logprobs is not None and first.prompt_logprobs[0] is None
+    for position, entry in enumerate(first.prompt_logprobs[1:]):
+        assert entry is not None and entry.token_id == PROMPTS[0][position + 1]
+        assert entry.logprob == pytest.approx(float(table[position, entry.token_id]), abs=0.05)
+    both = llm.generate([PROMPTS[0], PROMPTS[1]], [scored, other])
+    assert both[0].outputs[0].token_ids == first.outputs[0].token_ids
+    assert len(both[1].outputs[0].token_ids) == 2
+
+
+def test_a_seed_says_the_same_in_any_company(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=11, max_tokens=4, ignore_eos=True, top_k=50)
+    alone = llm.generate([PROMPTS[1]], params)[0].outputs[0].token_ids
+    other = SamplingParams(temperature=0.7, seed=4, max_tokens=3, ignore_eos=True)
+    assert llm.generate(PROMPTS[:2], [other, params])[1].outputs[0].token_ids == alone
+    seeds = [
+        SamplingParams(temperature=1.5, seed=seed, max_tokens=4, ignore_eos=True) for seed in (1, 2)
+    ]
+    first, second = (o.outputs[0].token_ids for o in llm.generate([PROMPTS[1]] * 2, seeds))
+    assert first != second
+
+
+def test_memory_for_no_page_is_refused(engine: Path) -> None:
+    executor = load(engine, LIMITS).executor
+    with pytest.raises(CapacityError, match=r"100 bytes of KV cache hold no page; one page takes"):
+        executor.reserve_kv(100)
+    executor.shutdown()
+
+
+def test_more_memory_than_there_is_shrinks_with_a_message(
+    engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = load(engine, LIMITS).executor
+    assert isinstance(executor, cuda.CUDAExecutor)
+    monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 16)
+    monkeypatch.setattr(executor, "_capture_all", lambda: None)
+    page = open_engine(engine).manifest.kv.bytes_per_token * 64
+    with caplog.at_level(logging.WARNING):
+        assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page
+    assert "the GPU has no more free" in caplog.text
+    executor.shutdown()
+
+
+def test_buckets_reach_the_limit_in_small_steps() -> None:
+    for limit in (1, 3, 16, 64, 200, 256, 300, 1000):
+        sizes = cuda.decode_buckets(limit)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == limit
+        steps = np.diff([size for size in sizes if size >= 16])
+        assert all(step <= 64 for step in steps)
+        for count in range(1, limit + 1):
+            assert cuda.bucket(count, sizes) >= count
+
+
+class TestEnvironment:
+    """One sentence and one remedy for a machine that cannot run the engine."""
+
+    def test_no_torch(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(executors, "find_spec", lambda name: None if name == "torch" else 1)
+        with pytest.raises(MissingDependencyError, match=r"needs torch, .* 'slipstream\[cuda\]'"):
+            load(engine, LIMITS)
+
+    def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        with pytest.raises(EngineMismatchError, match="was built without CUDA: install torch"):
+            cuda_device.require("sm_80", "slipstream build x -o y")
+
+    def test_driver_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def init() -> None:
+            raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)")
+
+        monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "init", init)
+        with pytest.raises(EngineMismatchError, match=r"is too old .* update the driver for CUDA"):
+            cuda_device.require("sm_80", "slipstream build x -o y")
+
+    def test_gpu_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+        with pytest.raises(
+            EngineMismatchError, match=r"needs a GPU of sm_89 or newer and this one \(NVIDIA A100"
+        ):
+            cuda_device.require("sm_89", "slipstream build x -o y")
+
+    def test_weights_that_do_not_fit(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_device.Device, "free_memory", lambda self: 10)
+        with pytest.raises(CapacityError, match=r"the GPU has 0 MiB free; stop what else uses it"):
+            load(engine, LIMITS)
