@@ -64,13 +64,14 @@ def main() -> None:
         plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
         weights = random_weights(plan)
         found = problems(plan.program.graph, weights)
-        for tuned in tune(found, arguments.buckets, table):
-            print(line(form, tuned, rate))
-        print(f"{form} took {time.perf_counter() - started:.0f} s", flush=True)
+        for bucket in arguments.buckets:
+            for tuned in tune(found, [bucket], table):
+                print(line(form, tuned, rate))
+            if arguments.tactics:
+                arguments.tactics.write_text(table.to_json())
+            print(f"{form} took {time.perf_counter() - started:.0f} s", flush=True)
         del weights, found
         torch.cuda.empty_cache()
-        if arguments.tactics:
-            arguments.tactics.write_text(table.to_json())
 
 
 if __name__ == "__main__":

@@ -186,19 +186,29 @@ def test_other_buckets_change_the_last_bits_only(executor: CUDAExecutor) -> None
     assert float(distance) < 0.08
 
 
-def test_continuous_batching_serves_what_each_gets_alone(engine: Path) -> None:
-    """Sixteen seeded requests that come and go, against each of them alone; bits may differ
-    between buckets, so up to a tenth may part ways at a near tie."""
+def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
+    """Sixteen requests that come and go. Bits differ between buckets, and the logits of a random
+    model nearly tie, so each token is judged by the logits of the whole sequence in one step."""
     limits = {"max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 256}
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 320, int(n)).tolist() for n in rng.integers(3, 120, 16)]
-    together = serve(engine, prompts, **limits)
-    alone = serve(engine, prompts, **{**limits, "max_batch_size": 1})
-    pairs = zip(together, alone, strict=True)
-    same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in pairs)
-    assert same >= 13
-    for output in together:
-        assert len(output.outputs[0].token_ids) == 24
+    outputs = serve(engine, prompts, **limits)
+    executor = load(engine, {**limits, "max_num_tokens": 256, "max_batch_size": 1}).executor
+    assert isinstance(executor, CUDAExecutor)
+    executor.reserve_kv(16 << 20)
+    # fp8 rounds activations only in the kernels of many tokens.
+    tolerance = 1.0 if "fp8" in str(engine) else 0.15
+    for output in outputs:
+        tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        whole = step([len(tokens)], [len(tokens)])
+        whole.token_ids = np.array(tokens, np.int32)
+        whole.logits_rows = np.arange(len(output.prompt_token_ids) - 1, len(tokens) - 1).astype(
+            np.int32
+        )
+        logits = executor.logits(whole)
+        chosen = logits[np.arange(24), output.outputs[0].token_ids]
+        assert ((logits.max(axis=1) - chosen) / logits.std(axis=1)).max() < tolerance
+    executor.shutdown()
 
 
 def serve(engine: Path, prompts: list[list[int]], **limits: int) -> list[RequestOutput]:

@@ -64,10 +64,10 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "limit"),
     [
-        ({"quantization": "fp8"}, 0.12),
-        ({"quantization": "int8_wo", "group_size": 32}, 0.04),
-        ({"quantization": "int4_wo", "group_size": 32}, 0.35),
-        ({"kv_cache_dtype": "fp8"}, 0.12),
+        ({"quantization": "fp8"}, 0.2),
+        ({"quantization": "int8_wo", "group_size": 32}, 0.06),
+        ({"quantization": "int4_wo", "group_size": 32}, 0.5),
+        ({"kv_cache_dtype": "fp8"}, 0.2),
         ({"dtype": "float16"}, 0.01),
     ],
     ids=str,
@@ -174,12 +174,15 @@ def assert_follows(reference: PreTrainedModel, outputs: Sequence[RequestOutput])
 
 @pytest.mark.gpu
 @pytest.mark.real_model
-@pytest.mark.parametrize("options", [{"max_batch_size": 1}, {}, {"max_num_tokens": 24}], ids=str)
-@pytest.mark.parametrize("stagger", [0, 3])
+@pytest.mark.parametrize(
+    ("stagger", "options"),
+    [(0, {"max_batch_size": 1}), (3, {"max_batch_size": 16}), (0, {"max_num_tokens": 24})],
+    ids=["alone", "mixed batches", "chunks"],
+)
 def test_smollm2_follows_transformers(
-    reference: PreTrainedModel, smollm2_bf16: Path, options: dict[str, int], stagger: int
+    reference: PreTrainedModel, smollm2_bf16: Path, stagger: int, options: dict[str, int]
 ) -> None:
-    limits = {"max_batch_size": 16, **options}
+    limits = {"max_batch_size": 4, "max_num_tokens": 256, **options}
     outputs, _ = run(smollm2_bf16, PROMPTS, stagger=stagger, **limits)
     total = sum(len(output.outputs[0].token_ids) for output in outputs)
     assert assert_follows(reference, outputs) <= 0.04 * total
