@@ -130,7 +130,7 @@ def profile(runner: Runner) -> Figures:
     with record(activities=[ProfilerActivity.CUDA]) as profiler:
         runner.seconds(1, 128, 64)
     events = sorted(
-        (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+        (e for e in profiler.events() if str(e.device_type).endswith("CUDA")),
         key=lambda e: e.time_range.start,
     )
     decodes = events[len(events) // 4 :]
@@ -198,13 +198,16 @@ def product_rate(dtype: torch.dtype) -> float:
 def _seconds(call: Callable[[], object], repeats: int = 20) -> float:
     for _ in range(3):
         call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     start.record()
     for _ in range(repeats):
         call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
 def environment() -> dict[str, str]:

@@ -20,8 +20,8 @@ from gpu_models import random_plan, random_weights
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda_tuning import Tuned, tune
 from slipstream.plugins.linear.tactics import BUCKETS, Tactic, Tactics
-from slipstream.runtime.executors.cuda_device import Device
-from slipstream.runtime.executors.cuda_tuning import problems
+from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.tuning import problems
 
 _LAYERS = 3  # enough distinct weights; smaller ones are copied
 

@@ -17,7 +17,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda_packing import Section, format_of, packed_size, sections
 from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors.cuda import CUDAExecutor
+from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.tokenizer import Tokenizer, TokenizerSettings

@@ -133,7 +133,7 @@ def _runs(call: Callable[[int], Tensor]) -> bool:
 
 def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
     launches = max(weights, _LAUNCHES // 4)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
@@ -142,12 +142,15 @@ def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
     graph.replay()
     times = []
     for _ in range(_REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / launches)
+        times.append(float(start.elapsed_time(end)) / 1e3 / launches)
     return statistics.median(times)
 
 

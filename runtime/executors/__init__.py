@@ -15,9 +15,9 @@ from slipstream.runtime.executors.base import Executor
 # target -> "module:class"; a class is called with (engine, configuration).
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
-    "cuda": "slipstream.runtime.executors.cuda:CUDAExecutor",
+    "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
 }
-_TUNERS = {"cuda": "slipstream.runtime.executors.cuda_tuning:tune_engine"}
+_TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {"cuda": ("torch", "triton")}
 

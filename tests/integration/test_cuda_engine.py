@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine_loop import EngineLoop
-from slipstream.runtime.executors.cuda import CUDAExecutor
+from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -89,12 +89,11 @@ def step(counts: list[int], contexts: list[int], seed: int = 0) -> StepBatch:
 
 def rows(executor: CUDAExecutor, batch: StepBatch, *, eager: bool) -> Tensor:
     """The last layer's output of every sequence, and their logits behind it."""
+    runner = executor.runner
     with executor._device.work():
-        hidden = executor._layers(batch, batch.logits_rows, eager=eager)
-        count = len(batch.logits_rows)
-        assert hidden is not None
-        executor._program.logits(executor._rows[:count], executor._logits[:count])
-        both = torch.cat([executor._rows[:count].float(), executor._logits[:count]], dim=1)
+        runner.layers(batch, batch.logits_rows, eager=eager)
+        wanted = runner.rows[: len(batch.logits_rows)]
+        both = torch.cat([wanted.float(), runner.logits_of(wanted)], dim=1)
     executor._device.synchronize()
     return both
 
@@ -139,10 +138,11 @@ def test_a_thousand_replays_are_equal(executor: CUDAExecutor) -> None:
     batch = step([1] * 8, contexts, seed=7)
     first = rows(executor, batch, eager=False)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    shape = executor._decode_shape(8)
+    runner = executor.runner
+    replay, width = runner._layers[runner._buckets.decode(8)], runner.rows.shape[1]
     for _ in range(1000):
-        executor._graphs[shape]()
-        differing += (executor._rows[:8].float() != first[:, : executor._rows.shape[1]]).sum()
+        replay()
+        differing += (runner.rows[:8].float() != first[:, :width]).sum()
     assert int(differing) == 0
 
 
@@ -151,14 +151,14 @@ def test_what_lay_in_memory_before_does_not_matter(executor: CUDAExecutor) -> No
     prompt, batch = step([100], [100]), step([1] * 8, contexts, seed=7)
     fill(executor, contexts)
     clean = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]
-    memory = executor._memory
+    memory = executor.runner.memory
     assert memory is not None
     memory.kv_cache.view(torch.uint8).fill_(0xFF)  # a NaN in every format
     memory.workspace.partials.fill_(float("nan"))
     memory.workspace.statistics.fill_(float("nan"))
     poison = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(8)]
-    executor._rows.fill_(float("nan"))
-    executor._logits.fill_(float("nan"))
+    executor.runner.rows.fill_(float("nan"))
+    executor.runner.logits.fill_(float("nan"))
     del poison
     fill(executor, contexts)
     again = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]

@@ -20,7 +20,8 @@ from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear import tactics
-from slipstream.runtime.executors.cuda import CUDAExecutor
+from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ Logits = NDArray[np.float32]
 def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps run kernel by kernel here, and in the interpreter without GEMVs, which take it a
     second each."""
-    monkeypatch.setattr(CUDAExecutor, "_capture_all", lambda self: None)
+    monkeypatch.setattr(StepRunner, "capture", lambda self: None)
     if interpreting():
         monkeypatch.setattr(tactics, "GEMV_TOKENS", 0)
 
@@ -130,7 +131,7 @@ def reference(smollm2_gguf: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
-    return model.to("cuda")  # type: ignore[arg-type]
+    return model.to("cuda")  # type: ignore[arg-type, no-any-return]
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,9 @@ def test_each_row_is_scaled_to_448_and_rounded_to_the_nearest(dtype: str) -> Non
     values = weight.load().codes.astype(np.float64)
     got = quantize_fp8(weight)
     assert got.scale is not None and got.scale.shape == (70, 1)
-    np.testing.assert_allclose(got.scale[:, 0], np.abs(values).max(axis=1) / 448, rtol=1e-6)
-    scaled = values / got.scale
+    scale = got.scale.astype(np.float64)
+    np.testing.assert_allclose(scale[:, 0], np.abs(values).max(axis=1) / 448, rtol=1e-6)
+    scaled = values / scale
     distance = np.abs(NUMBERS[:, None, None] - scaled).min(axis=0)
     error = np.abs(got.codes.astype(np.float64) - scaled)
     np.testing.assert_allclose(error, distance, atol=1e-4)

@@ -46,7 +46,7 @@ def rounded(arrays: Arrays, options: BuildOptions) -> Arrays:
     """The weights that a quantized engine stands for."""
     out = dict(arrays)
     for name, array in arrays.items():
-        group = largest_group(array.shape[-1], options.group_size)
+        group = largest_group(array.shape[-1], options.group_size or 32)
         if array.ndim == 2 and group is not None:
             head = name in ("model.embed_tokens.weight", "lm_head.weight")
             out[name] = quantize_rtn(

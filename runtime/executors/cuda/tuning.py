@@ -12,9 +12,9 @@ from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
 from slipstream.plugins.linear.cuda import DeviceWeight
 from slipstream.plugins.linear.cuda_tuning import Problem, Tuned, cold, tune
 from slipstream.plugins.linear.tactics import BUCKETS, Tactics
-from slipstream.runtime.executors.cuda_device import Device, require
-from slipstream.runtime.executors.cuda_program import node_dtype, node_weight
-from slipstream.runtime.executors.cuda_weights import load_weights
+from slipstream.runtime.executors.cuda.device import Device, require
+from slipstream.runtime.executors.cuda.program import node_dtype, node_weight
+from slipstream.runtime.executors.cuda.weights import load_weights
 
 
 def tune_engine(engine: Engine) -> list[Tuned]:

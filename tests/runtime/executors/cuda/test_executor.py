@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.tiny_models import TINY_SHAPE, save_tiny
@@ -21,7 +20,9 @@ from slipstream.errors import CapacityError, EngineMismatchError, MissingDepende
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear import tactics
 from slipstream.runtime import executors
-from slipstream.runtime.executors import cuda, cuda_device
+from slipstream.runtime.executors.cuda import buckets
+from slipstream.runtime.executors.cuda import device as cuda_device
+from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 
@@ -58,7 +59,7 @@ def engine(checkpoint: Path) -> Path:
 def llm(engine: Path) -> Iterator[LLM]:
     """One for all tests: capturing takes the interpreter seconds, and a GEMV one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "MIXED_TOKENS", (16,))
+        patch.setattr(buckets, "MIXED_TOKENS", (16,))
         if interpreting():
             patch.setattr(tactics, "GEMV_TOKENS", 0)
         with LLM(engine, enable_prefix_caching=False, **LIMITS) as llm:
@@ -135,24 +136,14 @@ def test_more_memory_than_there_is_shrinks_with_a_message(
     engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = load(engine, LIMITS).executor
-    assert isinstance(executor, cuda.CUDAExecutor)
+    assert isinstance(executor, CUDAExecutor)
     monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 16)
-    monkeypatch.setattr(executor, "_capture_all", lambda: None)
+    monkeypatch.setattr(executor.runner, "capture", lambda: None)
     page = open_engine(engine).manifest.kv.bytes_per_token * 64
     with caplog.at_level(logging.WARNING):
         assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page
     assert "the GPU has no more free" in caplog.text
     executor.shutdown()
-
-
-def test_buckets_reach_the_limit_in_small_steps() -> None:
-    for limit in (1, 3, 16, 64, 200, 256, 300, 1000):
-        sizes = cuda.decode_buckets(limit)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == limit
-        steps = np.diff([size for size in sizes if size >= 16])
-        assert all(step <= 64 for step in steps)
-        for count in range(1, limit + 1):
-            assert cuda.bucket(count, sizes) >= count
 
 
 class TestEnvironment:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slipstream.runtime.executors.cuda_device import Device
-from slipstream.runtime.executors.cuda_inputs import Shape, StepInputs, query_blocks
+from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.inputs import Shape, StepInputs, query_blocks
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import SamplingRow, StepBatch
 

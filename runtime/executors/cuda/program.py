@@ -104,6 +104,10 @@ class CUDAProgram:
             _name(value) for value in (nodes[split].inputs[0], nodes[split].outputs[0])
         )
         self.dtype = node_dtype(nodes[split])
+        self.hidden_size, self.vocab_size = (
+            int(value.shape[1])  # type: ignore[index,arg-type]
+            for value in (nodes[split].outputs[0], graph.outputs[0])
+        )
         kept = {*self._constants, self._hidden}
         self._body = _compile(nodes[:split], self._constants, tactics, kept)
         self._tail = _compile(nodes[split + 1 :], self._constants, tactics, kept)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from slipstream.plugins.paged_attention.cuda import StepTensors
-from slipstream.runtime.executors.cuda_device import Device, Event
-from slipstream.runtime.executors.cuda_program import Step
+from slipstream.runtime.executors.cuda.device import Device, Event
+from slipstream.runtime.executors.cuda.program import Step
 from slipstream.runtime.step import IntArray, StepBatch
 
 _ALIGNMENT = 32  # int32s: every array starts a cache line, so that kernels compile once
@@ -48,6 +48,9 @@ class Shape:
             offsets[name] = start
             start += -(-length // _ALIGNMENT) * _ALIGNMENT
         return {**offsets, "page_table": start}
+
+
+padded_shape = lru_cache(maxsize=256)(Shape)  # a shape computes its places once
 
 
 # What stands where a step is padded; everything else is zero there.
@@ -138,9 +141,7 @@ class StepInputs:
             block_start=views["block_start"],
             num_decodes=num_decodes,
         )
-        return Step(
-            views["token_ids"], views["positions"], views["token_slots"], attention, pdl
-        )
+        return Step(views["token_ids"], views["positions"], views["token_slots"], attention, pdl)
 
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from slipstream.errors import CapacityError
-from slipstream.runtime.executors.cuda_device import Device
+from slipstream.runtime.executors.cuda.device import Device
 
 _CHUNK = 64 << 20
 _READERS = 4

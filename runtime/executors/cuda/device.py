@@ -22,7 +22,7 @@ class Event:
     """A point in the device's work that the host can wait for."""
 
     def __init__(self, device: Device) -> None:
-        self._event = torch.cuda.Event() if device.is_cuda else None
+        self._event = torch.cuda.Event() if device.is_cuda else None  # type: ignore[no-untyped-call]
 
     def record(self) -> None:
         """Put the point behind everything enqueued so far."""
@@ -46,7 +46,7 @@ class Device:
         self.torch = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
         self.capability = torch.cuda.get_device_capability(0) if self.is_cuda else (9, 0)
         self.has_pdl = has_pdl(self.torch)
-        self._stream = torch.cuda.Stream() if self.is_cuda else None
+        self._stream = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     @property
@@ -130,7 +130,7 @@ def _why_no_gpu() -> str:
     if torch.version.cuda is None:
         return "was built without CUDA: install torch from https://pytorch.org with CUDA"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
         return f"cannot use one ({reason}): update the driver for CUDA {torch.version.cuda}"

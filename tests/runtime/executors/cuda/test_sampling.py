@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slipstream.errors import ExecutionError
 from slipstream.plugins.sampling import MAX_BIASES, Kind, reference
 from slipstream.runtime.candidates import draw_token
-from slipstream.runtime.executors.cuda_sampling import CUDASampler, PendingSample
+from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample
 from slipstream.runtime.logits_processors import process_logits
 from slipstream.runtime.sampler import Sampler, token_logprobs
 from slipstream.runtime.sampling_params import SamplingParams

@@ -1,0 +1,65 @@
+"""The sizes to which steps are padded, so that a few captured graphs serve them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from slipstream.runtime.executors.cuda.inputs import Shape, padded_shape
+
+# Steps of mixed prefill chunks and decodes up to the last of these are captured. Beyond, a step
+# takes the GPU longer than it takes Python to launch its kernels one by one.
+MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+
+
+def decode_buckets(limit: int) -> list[int]:
+    """Batch sizes of captured decode steps: powers of two to 16, then steps of 8 to 64."""
+    sizes = [1, 2, 4, 8, 16, *range(24, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
+    sizes += range(256, limit + 64, 64)
+    return [*(size for size in sizes if size < limit), limit]
+
+
+def bucket(count: int, sizes: Sequence[int]) -> int:
+    """The smallest of ``sizes`` that holds ``count``."""
+    return next(size for size in sizes if size >= count)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Shapes of padded steps within the limits of an engine.
+
+    ``query_block`` is the number of query tokens of a block of the prefill kernel.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    query_block: int
+
+    @cached_property
+    def batch_sizes(self) -> list[int]:
+        """Sequences of decode steps, and rows of logits."""
+        return decode_buckets(self.max_batch_size)
+
+    @cached_property
+    def mixed_tokens(self) -> list[int]:
+        """Tokens of captured steps that are more than decodes."""
+        largest = max(self.max_num_tokens, MIXED_TOKENS[0])
+        return [tokens for tokens in MIXED_TOKENS if tokens <= largest]
+
+    def decode(self, sequences: int) -> Shape:
+        """A step of one token a sequence, whose rows are all wanted."""
+        return padded_shape(sequences, sequences)
+
+    def mixed(self, tokens: int) -> Shape:
+        """A step of up to ``tokens`` tokens, of as many sequences as can be in it."""
+        sequences = min(tokens, self.max_batch_size)
+        # Every sequence may end in a block that is not full.
+        blocks = tokens // self.query_block + sequences
+        return padded_shape(tokens, sequences, blocks, sequences)
+
+    @property
+    def largest(self) -> Shape:
+        """The largest step there can be."""
+        tokens, rows = max(self.max_num_tokens, MIXED_TOKENS[0]), self.max_batch_size
+        return padded_shape(tokens, rows, tokens // self.query_block + rows, rows)

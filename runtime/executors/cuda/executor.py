@@ -1,0 +1,236 @@
+"""Runs an engine of the ``cuda`` target: captured graphs of our own kernels, one step ahead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.errors import CapacityError
+from slipstream.plugins.linear.tactics import Tactics
+from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
+from slipstream.runtime.executors.cuda.device import Device, Event, require
+from slipstream.runtime.executors.cuda.pending import Part, PendingCUDAStep
+from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
+from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.executors.cuda.sampling import CUDASampler, supports, supports_params
+from slipstream.runtime.executors.cuda.weights import load_weights
+from slipstream.runtime.sampler import Sampler
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.step import SamplingRow, StepBatch, StepResult
+
+log = logging.getLogger(__name__)
+# What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
+_RESERVE_BYTES = 512 << 20
+_KV_TYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+
+
+class CUDAExecutor:
+    """The ``Executor`` of an NVIDIA GPU.
+
+    Python pays for three launches a step: all layers (one captured graph), norm, head and sampling
+    (another), and the copy of the tokens to the host; only steps of many tokens are launched
+    kernel by kernel. Sampled tokens stay on the device, from where the next step reads them.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        """Put an engine's weights on the GPU.
+
+        Raises EngineMismatchError for a GPU, driver or torch that cannot run it, CapacityError
+        when its weights do not fit.
+        """
+        require(engine.manifest.capability, engine.manifest.command)
+        device = Device()
+        graph = ir.load(engine.path / GRAPH).graph
+        weights = load_weights(engine.path / WEIGHTS, device)
+        tactics = Tactics.load(engine.path / TACTICS, device.capability, device.name)
+        program = CUDAProgram(graph, weights, tactics, device.torch)
+        self._start(engine.manifest, config, device, program)
+
+    @classmethod
+    def from_weights(
+        cls,
+        manifest: Manifest,
+        config: RuntimeConfig,
+        graph: ir.Graph,
+        weights: Mapping[str, Tensor],
+        tactics: Path | None = None,
+    ) -> CUDAExecutor:
+        """An executor of a graph whose weights are on the device already."""
+        executor = cls.__new__(cls)
+        device = Device()
+        table = Tactics.load(tactics, device.capability, device.name)
+        program = CUDAProgram(graph, weights, table, device.torch)
+        executor._start(manifest, config, device, program)
+        return executor
+
+    def _start(
+        self, manifest: Manifest, config: RuntimeConfig, device: Device, program: CUDAProgram
+    ) -> None:
+        self._device, self._kv, self._config = device, manifest.kv, config
+        self._heads = int(manifest.model["num_heads"])
+        self._host_sampler = Sampler(program.vocab_size)
+        rows = config.max_batch_size
+        buckets = Buckets(
+            rows, config.max_num_tokens, query_block(self._heads, self._kv.num_kv_heads)
+        )
+        self._row_sizes = buckets.batch_sizes
+        self._columns = -(-config.max_seq_len // self._kv.page_size)
+        with device.work():
+            self._sampler = CUDASampler(
+                rows, rows, program.vocab_size, config.max_seq_len, device.torch
+            )
+        self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
+
+    def reserve_kv(self, num_bytes: int | None) -> int:
+        """Allocate pages, then capture the graphs that write to them.
+
+        None takes ``kv_cache_free_gpu_memory_fraction`` of what weights and the largest step leave
+        free, at most what the limits can use. More than is free shrinks to that, with a message.
+        """
+        page_bytes = self._kv.bytes_per_token * self._kv.page_size
+        self._allocate(1)
+        free = self._free_after_largest_step() + page_bytes
+        if num_bytes is None:
+            usable = int(free * self._config.kv_cache_free_gpu_memory_fraction)
+            pages = min(usable // page_bytes, self._columns * self._config.max_batch_size)
+        else:
+            usable = min(num_bytes, free)
+            pages = usable // page_bytes
+        if num_bytes is not None and num_bytes > free:
+            log.warning(
+                "the KV cache takes %d MiB, not the %d MiB asked for: the GPU has no more free",
+                usable >> 20,
+                num_bytes >> 20,
+            )
+        if pages < 1:
+            raise CapacityError(
+                f"{usable} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
+                "raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the GPU"
+            )
+        self._allocate(pages)
+        self.runner.capture()
+        return pages
+
+    def runs_ahead_of(self, params: SamplingParams) -> bool:
+        """Whether the device samples such a request by itself."""
+        return supports_params(params)
+
+    def submit(self, batch: StepBatch) -> PendingCUDAStep:
+        """Enqueue a step and return at once."""
+        ours = [supports(row) for row in batch.sampling]
+        at = [place for place, mine in enumerate(ours) if mine]
+        hosted_at = [place for place, mine in enumerate(ours) if not mine]
+        parts: list[Part] = []
+        with self._device.work():
+            hidden = self.runner.layers(batch, batch.logits_rows[at], eager=bool(hosted_at))
+            if hidden is not None and hosted_at:
+                parts.append(self._sampled_on_host(batch, hosted_at, hidden))
+            if at:
+                parts.append(self._sampled(batch, at))
+            done = Event(self._device)
+            done.record()
+        return PendingCUDAStep(done, batch.sampling, parts)
+
+    def shutdown(self) -> None:
+        """Let go of the graphs and the pages."""
+        self._device.synchronize()
+        self.runner.bind(None)
+
+    def logits(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
+        with self._device.work():
+            hidden = self.runner.layers(batch, batch.logits_rows[:0], eager=True)
+            assert hidden is not None
+            wanted = hidden[self._index(batch.logits_rows)]
+            size = self._config.max_batch_size
+            parts = [self._copied_logits(part) for part in torch.split(wanted, size)]
+        return np.concatenate(parts)
+
+    def _sampled(self, batch: StepBatch, at: Sequence[int]) -> Part:
+        """Enqueue the sampling of rows that the device can sample."""
+        rows = [batch.sampling[place] for place in at]
+        slots: list[int] = batch.sampling_slots[at].tolist()
+        kind, padded = self._sampler.kind(rows), bucket(len(rows), self._row_sizes)
+        self._sampler.prepare(rows, slots, padded, kind)
+        self.runner.head(padded, kind)
+        return Part(at, self._sampler.fetch(len(rows), kind).result)
+
+    def _sampled_on_host(self, batch: StepBatch, at: Sequence[int], hidden: Tensor) -> Part:
+        """The other rows, whose logits are copied when their answers are wanted."""
+        wanted = hidden[self._index(batch.logits_rows[at])]
+        slots: list[int] = batch.sampling_slots[at].tolist()
+
+        def answer(rows: Sequence[SamplingRow]) -> StepResult:
+            result = StepResult([], [])
+            size = self._config.max_batch_size
+            with self._device.work():
+                for start in range(0, len(rows), size):
+                    logits = self._copied_logits(wanted[start : start + size])
+                    part = self._host_sampler.sample(logits, rows[start : start + size])
+                    result.token_ids += part.token_ids
+                    result.logprobs += part.logprobs
+                chosen = dict(zip(slots, result.token_ids, strict=True))
+                chosen.pop(-1, None)  # rows that only score a prompt token
+                if chosen:
+                    self._sampler.set_last_tokens(list(chosen), list(chosen.values()))
+            return result
+
+        return Part(at, answer)
+
+    def _copied_logits(self, hidden: Tensor) -> NDArray[np.float32]:
+        copied: NDArray[np.float32] = self.runner.logits_of(hidden).cpu().numpy().copy()
+        return copied
+
+    def _index(self, rows: NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(rows.astype(np.int64)).to(self._device.torch)
+
+    def _allocate(self, pages: int) -> None:
+        layout, config, device = self._kv, self._config, self._device.torch
+        self.runner.bind(None)  # the old pages go before the new ones come
+        heads = (layout.num_layers, pages, 2, layout.num_kv_heads)
+        with self._device.work():
+            cache = torch.zeros(
+                (*heads, layout.page_size * layout.head_dim),
+                dtype=_KV_TYPES[layout.dtype],
+                device=device,
+            )
+            workspace = DecodeWorkspace.allocate(
+                config.max_batch_size, self._heads, layout.head_dim, config.max_seq_len, device
+            )
+        self.runner.bind(Memory(cache, self._sampler.last_tokens, workspace))
+
+    def _free_after_largest_step(self) -> int:
+        """Bytes left when the largest step runs, measured by running one of padding."""
+        device = self._device
+        if not device.is_cuda:
+            return device.free_memory()
+        self.runner.compile()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            with device.work():
+                self.runner.largest_step()
+            device.synchronize()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"a step of {self._config.max_num_tokens} tokens does not fit in the GPU's memory "
+                "beside the weights; lower --max-num-tokens or --max-batch-size"
+            ) from error
+        peak = torch.cuda.max_memory_allocated() - before
+        return device.free_memory() - peak - _RESERVE_BYTES

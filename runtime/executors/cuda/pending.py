@@ -1,0 +1,43 @@
+"""A step on its way on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slipstream.errors import ExecutionError
+from slipstream.runtime.executors.cuda.device import Event
+from slipstream.runtime.step import SamplingRow, StepResult, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a step: their places in the batch, and how their answers are had."""
+
+    places: Sequence[int]
+    answer: Callable[[Sequence[SamplingRow]], StepResult]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingCUDAStep:
+    """The rows of a step in parts: those that the device samples, and those that the host does."""
+
+    done: Event
+    rows: Sequence[SamplingRow]
+    parts: Sequence[Part]
+
+    def result(self) -> StepResult:
+        """Wait for the device, then answer every row in the order of the batch."""
+        tokens: list[int] = [-1] * len(self.rows)
+        logprobs: list[TokenLogprobs | None] = [None] * len(self.rows)
+        try:
+            self.done.wait()
+            for part in self.parts:
+                answers = part.answer([self.rows[place] for place in part.places])
+                for place, token, entry in zip(
+                    part.places, answers.token_ids, answers.logprobs, strict=True
+                ):
+                    tokens[place], logprobs[place] = token, entry
+        except RuntimeError as error:
+            raise ExecutionError(f"the step failed on the GPU: {error}") from error
+        return StepResult(tokens, logprobs)

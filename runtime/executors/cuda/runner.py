@@ -1,0 +1,180 @@
+"""Runs steps: captured graphs for steps that fit a bucket, kernel by kernel for the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.plugins.cuda.launch import PDL_TOKENS
+from slipstream.plugins.sampling import Kind
+from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
+from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.inputs import (
+    Blocks,
+    Shape,
+    StepInputs,
+    padded_shape,
+    query_blocks,
+)
+from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
+from slipstream.runtime.executors.cuda.sampling import CUDASampler
+from slipstream.runtime.step import IntArray, StepBatch
+
+# Kinds of sampling that are captured at the start; the others are, when they are first asked for.
+PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
+_NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+class StepRunner:
+    """The model on a device, in two halves: all layers, and the head with sampling.
+
+    Between them stand ``rows [max_batch_size, hidden]``, the rows whose logits are wanted; what
+    the head makes of them is in ``logits [max_batch_size, vocab]``.
+    """
+
+    def __init__(
+        self,
+        program: CUDAProgram,
+        sampler: CUDASampler,
+        device: Device,
+        buckets: Buckets,
+        page_columns: int,
+    ) -> None:
+        self._program, self._sampler, self._device = program, sampler, device
+        self._buckets = buckets
+        self._memory: Memory | None = None
+        self._layers: dict[Shape, Work] = {}
+        self._heads: dict[tuple[int, Kind], Work] = {}
+        count = buckets.max_batch_size
+        with device.work():
+            self._inputs = StepInputs(device, buckets.largest, page_columns)
+            self.rows = torch.zeros(
+                (count, program.hidden_size), dtype=program.dtype, device=device.torch
+            )
+            self.logits = torch.zeros((count, program.vocab_size), device=device.torch)
+
+    @property
+    def memory(self) -> Memory:
+        """What ``bind`` was given."""
+        assert self._memory is not None
+        return self._memory
+
+    def bind(self, memory: Memory | None) -> None:
+        """Use these pages from now on; graphs that were captured with others are dropped."""
+        self._layers.clear()
+        self._heads.clear()
+        self._memory = memory
+
+    def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor | None:
+        """Enqueue all layers; the wanted ``rows`` of the step are then in ``self.rows``.
+
+        Returns the last layer's output of every token where kernels were launched one by one,
+        which ``eager`` asks for.
+        """
+        tokens, decodes = len(batch.token_ids), _num_decodes(batch)
+        mixed = self._buckets.mixed_tokens
+        if not eager and decodes == tokens == len(rows):
+            shape = self._buckets.decode(bucket(tokens, self._buckets.batch_sizes))
+            self._inputs.load(batch, shape, _NO_BLOCKS, rows[:0])
+        elif not eager and tokens <= mixed[-1]:
+            shape = self._buckets.mixed(bucket(tokens, mixed))
+            self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
+        else:
+            return self._by_kernel(batch, rows, decodes)
+        self._layers[shape]()
+        return None
+
+    def head(self, padded: int, kind: Kind) -> None:
+        """Enqueue norm, head and sampling of the first ``padded`` rows."""
+        key = (padded, kind)
+        if key not in self._heads:
+            self._heads[key] = self._device.capture(self._head_work(padded, kind))
+        self._heads[key]()
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """float32 logits ``[L, vocab]`` of up to ``max_batch_size`` rows, valid until the next."""
+        out = self.logits[: len(hidden)]
+        self._program.logits(hidden, out)
+        return out
+
+    def compile(self) -> None:
+        """Compile every kernel that steps of padding launch."""
+        layers, heads = self._works()
+        self._device.compile([*layers.values(), *heads.values(), self.largest_step])
+
+    def capture(self) -> None:
+        """Capture the layers of all buckets, and the usual kinds of sampling."""
+        layers, heads = self._works()
+        with self._device.work():
+            self._inputs.clear()
+        for shape, work in layers.items():
+            self._layers[shape] = self._device.capture(work)
+        for key, work in heads.items():
+            self._heads[key] = self._device.capture(work)
+        self._device.synchronize()
+
+    def largest_step(self) -> None:
+        """Enqueue the step that takes the most memory, made of padding."""
+        self._inputs.clear()
+        step = self._inputs.step(self._buckets.largest, 0, pdl=False)
+        self._program.hidden(step, self.memory)
+        self._program.logits(self.rows, self.logits)
+
+    def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
+        blocks = query_blocks(batch, decodes, self._buckets.query_block)
+        tokens, sequences = len(batch.token_ids), len(batch.context_len)
+        shape = padded_shape(tokens, sequences, len(blocks.sequence), len(rows))
+        self._inputs.load(batch, shape, blocks, rows)
+        step = self._inputs.step(shape, decodes, pdl=False)
+        hidden = self._program.hidden(step, self.memory)
+        if len(rows):
+            wanted = self._inputs.logits_rows(shape)
+            torch.index_select(hidden, 0, wanted, out=self.rows[: len(rows)])
+        return hidden
+
+    def _works(self) -> tuple[dict[Shape, Work], dict[tuple[int, Kind], Work]]:
+        buckets = self._buckets
+        layers = {buckets.decode(n): self._decode_work(n) for n in buckets.batch_sizes}
+        layers |= {buckets.mixed(n): self._mixed_work(n) for n in buckets.mixed_tokens}
+        keys = [(size, kind) for size in buckets.batch_sizes for kind in PREPARED_KINDS]
+        return layers, {key: self._head_work(*key) for key in keys}
+
+    def _decode_work(self, sequences: int) -> Work:
+        shape, memory = self._buckets.decode(sequences), self.memory
+        step = self._inputs.step(shape, sequences, pdl=self._overlaps(sequences))
+
+        def work() -> None:
+            self._program.hidden(step, memory, out=self.rows[:sequences])
+
+        return work
+
+    def _mixed_work(self, tokens: int) -> Work:
+        shape, memory = self._buckets.mixed(tokens), self.memory
+        step = self._inputs.step(shape, 0, pdl=self._overlaps(tokens))
+        wanted = self._inputs.logits_rows(shape)
+
+        def work() -> None:
+            hidden = self._program.hidden(step, memory)
+            torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
+
+        return work
+
+    def _head_work(self, padded: int, kind: Kind) -> Work:
+        rows, logits = self.rows[:padded], self.logits[:padded]
+        pdl = self._overlaps(padded)
+
+        def work() -> None:
+            self._program.logits(rows, logits, pdl)
+            self._sampler.launch(logits, padded, kind, pdl)
+
+        return work
+
+    def _overlaps(self, tokens: int) -> bool:
+        return self._device.has_pdl and tokens <= PDL_TOKENS
+
+
+def _num_decodes(batch: StepBatch) -> int:
+    """How many sequences, from the first on, compute a single token."""
+    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
+    return int(longer[0]) if len(longer) else len(batch.context_len)
