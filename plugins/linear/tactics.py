@@ -17,6 +17,8 @@ Kernel = Literal["gemv", "dot", "blas"]
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GEMV_TOKENS = 4
 DOT_TOKENS = 256
+# Up to this many tokens gemv is the better guess: its arithmetic grows with them.
+_GUESS_GEMV_TOKENS = 2
 _PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
 _SHARED_MEMORY = {(8, 0): 160 << 10, (8, 6): 96 << 10, (8, 9): 96 << 10, (12, 0): 96 << 10}
 
@@ -82,14 +84,8 @@ def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
     integer weight must first be written to memory as a dense one.
     """
     if fmt.kind == "float8_e4m3" and fmt.rows == 1 and capability >= (8, 9):
-        return 16
-    return 32 if fmt.kind == "dense" else 128
-
-
-def largest_gemv(fmt: WeightFormat) -> int:
-    """Tokens up to which gemv is the better guess: its arithmetic grows with them, and takes as
-    long as reading a 4-bit weight from about three tokens on."""
-    return 2 if fmt.kind == "int" and fmt.bits == 4 else GEMV_TOKENS
+        return 32
+    return 64 if fmt.kind == "dense" else 128
 
 
 def default_tactic(
@@ -98,7 +94,7 @@ def default_tactic(
     """A sensible tactic for a shape that nobody timed."""
     if not can_stream(fmt):
         return Tactic("blas")
-    if tokens <= largest_gemv(fmt):
+    if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
@@ -106,16 +102,21 @@ def default_tactic(
 
 
 def _default_gemv(fmt: WeightFormat, gated: bool) -> Tactic:
-    """Four warps, a vector of each row a lane, and two or four rows a thread, which share x."""
-    width = fmt.shape[0] // (2 if gated else 1)
-    few = width < 8192  # then smaller programs, to fill the GPU
-    rows = 4 if fmt.kind == "int" and not few else 2
+    """What was quickest on an H100 for the shapes of an 8B Llama, by their kind.
+
+    Rows of many vectors are shared by two warps, and few rows make small programs, so that there
+    are enough of them. A gated thread has two rows for one, so it takes fewer.
+    """
+    lanes, warps = (64, 8) if fmt.shape[1] >= 128 * vector_size(fmt) and not gated else (32, 4)
+    few = fmt.shape[0] < 6144 or gated
+    rows_a_thread = 2 if few else 4
+    rows = 32 * warps // lanes * rows_a_thread
     return Tactic(
         "gemv",
-        block_n=4 * (rows // 2 if gated else rows),
-        block_k=32 * vector_size(fmt),
-        num_warps=4,
-        num_stages=1 if rows == 4 else 2,
+        block_n=rows // 2 if gated else rows,
+        block_k=lanes * vector_size(fmt),
+        num_warps=warps,
+        num_stages=2 if few else 1,
         fuse_norm=True,
     )
 
@@ -124,15 +125,39 @@ def _default_dot(
     fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
 ) -> Tactic:
     width = fmt.shape[0] // (2 if gated else 1)
-    swap = capability[0] == 9 and fmt.kind == "int"
-    crowded = gated and tokens > 32  # two sums of a tile no longer fit the registers
-    block_n = 64 if swap or (width >= 64 * _PROCESSORS and not crowded) else 32
-    block_k = 64 if tokens > 32 else 128
-    split = 1
-    while split < 4 and -(-width // block_n) * split < _PROCESSORS and tokens <= 64:
-        split *= 2
-    found = Tactic("dot", block_n, block_k, num_stages=4, split_k=split, swap=swap)
+    if capability[0] == 9:
+        found = _hopper_dot(fmt, width, tokens)
+    else:
+        crowded = gated and tokens > 32  # two sums of a tile no longer fit the registers
+        block_n = 64 if width >= 64 * _PROCESSORS and not crowded else 32
+        split = _split(width, block_n, tokens, _PROCESSORS)
+        found = Tactic(
+            "dot", block_n, 64 if tokens > 32 else 128, num_stages=4, split_k=split
+        )
     return _fit_stages(found, fmt, gated, tokens, capability)
+
+
+def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
+    """As ``_default_gemv``. With the weight on the left, wgmma takes few tokens as they are."""
+    many = tokens > 32
+    if fmt.kind == "dense":
+        block_n = 32 if many and width <= 64 * 66 else 64
+        split = 1 if many else min(_split(width, block_n, tokens, 128), 2)
+        return Tactic("dot", block_n, 128, num_stages=6, split_k=split, swap=not many)
+    if fmt.kind == "float8_e4m3":
+        split = _split(width, 64, tokens, 128 if many else 256)
+        return Tactic("dot", 64, 128, num_stages=6, split_k=split, swap=many)
+    block_n, warps = (128, 8) if many else (64, 4)
+    split = _split(width, block_n, tokens, 96 if many else 192)
+    return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
+
+
+def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
+    """By how many programs the K of a tile is shared, so that there are ``programs`` or more."""
+    split = 1
+    while split < 4 and -(-width // block_n) * split < programs and tokens <= 64:
+        split *= 2
+    return split
 
 
 def _fit_stages(
