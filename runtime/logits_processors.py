@@ -27,7 +27,7 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     for token in _completed_bad_words(params, row.output):
         edited[token] = -np.inf
     if too_short:
-        edited[_ending_tokens(row)] = -np.inf
+        edited[ending_tokens(row)] = -np.inf
     if params.logit_bias:
         edited[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
     if params.penalizes:
@@ -53,7 +53,8 @@ def _completed_bad_words(params: SamplingParams, output: Sequence[int]) -> list[
     return completed
 
 
-def _ending_tokens(row: SamplingRow) -> list[int]:
+def ending_tokens(row: SamplingRow) -> list[int]:
+    """The tokens that would end the row's sequence."""
     # With ignore_eos the end-of-sequence tokens end nothing, so they stay possible.
     ending = set(row.params.stop_token_ids)
     if not row.params.ignore_eos:

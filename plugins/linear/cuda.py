@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
-from slipstream.plugins.linear.cuda_blas import Operands, linear_blas, multiplies_in, normed
+from slipstream.plugins.linear.cuda_blas import Operands, linear_blas, normed
 from slipstream.plugins.linear.cuda_decode import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda_dot_kernels import dot_float, dot_int
 from slipstream.plugins.linear.cuda_kernels import embedding_rows
@@ -25,7 +25,7 @@ from slipstream.plugins.linear.tactics import (
 )
 from slipstream.quantize.tensor import WeightFormat
 
-__all__ = ["DeviceWeight", "candidates", "describe", "embedding", "linear"]
+__all__ = ["DeviceWeight", "candidates", "embedding", "linear"]
 
 
 def linear(  # noqa: PLR0913 - what is fused
@@ -40,7 +40,6 @@ def linear(  # noqa: PLR0913 - what is fused
     out_dtype: torch.dtype | None = None,
     tactic: Tactic,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """``act(norm(x) @ weight.T + bias) + residual``.
@@ -48,8 +47,7 @@ def linear(  # noqa: PLR0913 - what is fused
     x bf16 or fp16 ``[T, K]``, contiguous; a 16-bit weight has its type. norm_weight ``[K]`` of
     x's type asks for an RMS norm; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]``
     when gated: then act is ``silu(gate) * up`` of the first and second N/2 rows. The result is of
-    ``out_dtype`` (x's, or float32), and in ``out`` if that is given. A weight that is dequantized
-    first lies in ``workspace`` (uint8) if that is large enough.
+    ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
     """
     n, _ = weight.format.shape
     width = n // 2 if gated else n
@@ -59,7 +57,7 @@ def linear(  # noqa: PLR0913 - what is fused
     assert y.shape == (x.shape[0], width) and y.is_contiguous() and x.is_contiguous()
     inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, pdl)
     if tactic.kernel == "blas":
-        linear_blas(weight, inputs, y, workspace)
+        linear_blas(weight, inputs, y)
         return y
     assert can_stream(weight.format), weight.format
     if norm_weight is not None and not tactic.fuse_norm:
@@ -74,24 +72,6 @@ def candidates(
 ) -> list[Tactic]:
     """Tactics that are worth timing, the default first."""
     return candidate_tactics(fmt, gated, tokens, capability)
-
-
-def describe(fmt: WeightFormat) -> str:
-    """The kernels of a weight, for people: ``fp8 per channel: GEMV, dot, cuBLASLt W8A8``."""
-    few = "GEMV, dot" if can_stream(fmt) else ""
-    if fmt.kind == "dense":
-        name, many = fmt.dtype, "cuBLAS"
-    elif fmt.kind == "float8_e4m3":
-        name = "fp8 per channel" if fmt.rows == 1 else f"fp8 per block of {fmt.rows}x{fmt.group}"
-        many = "cuBLASLt W8A8"
-    else:
-        name = f"int{fmt.bits} per group of {fmt.group}"
-        many = "unpack and cuBLASLt W8A8"
-        if multiplies_in(fmt) == "int8":
-            name = "int8 per row"
-    if fmt.kind != "dense" and multiplies_in(fmt) == "dense":
-        many = "dense fallback (dequantize, cuBLAS)"
-    return f"{name}: {', '.join(part for part in (few, many) if part)}"
 
 
 def embedding(

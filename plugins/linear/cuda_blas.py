@@ -19,9 +19,8 @@ from slipstream.plugins.linear.cuda_kernels import (
     finish_product,
 )
 from slipstream.plugins.linear.cuda_weight import DeviceWeight
-from slipstream.plugins.linear.tactics import whole_rows
-from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_fp8
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.plugins.linear.tactics import multiplies_in
+from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
 
 _INT8_TOKENS = 17  # fewer are refused by torch._int_mm
 
@@ -39,52 +38,27 @@ class Operands:
     pdl: bool
 
 
-def multiplies_in(fmt: WeightFormat) -> str:
-    """The type in which many tokens are multiplied: "float8", "int8" or "dense"."""
-    n, k = fmt.shape
-    if fmt.activation not in ("token", "static"):
-        return "dense"
-    if fmt.kind == "float8_e4m3" and n % 16 == 0 and k % 16 == 0:
-        return "float8"
-    if whole_rows(fmt) and n % 8 == 0 and k % 8 == 0:
-        return "int8"
-    return "dense"
-
-
-def linear_blas(
-    weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None
-) -> None:
+def linear_blas(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """Fill y ``[T, N]`` or, gated, ``[T, N/2]``."""
     kind = multiplies_in(weight.format)
     if kind == "float8" and _has_float8(inputs.x, y.dtype):
         _float8(weight, inputs, y)
     elif kind == "int8" and inputs.x.shape[0] >= _INT8_TOKENS:
-        _int8(weight, inputs, y, workspace)
+        _int8(weight, inputs, y)
     else:
-        _dense(weight, inputs, y, workspace)
+        _dense(weight, inputs, y)
 
 
-def dequantize(
-    weight: DeviceWeight,
-    dtype: torch.dtype,
-    *,
-    workspace: Tensor | None = None,
-    pdl: bool = False,
-) -> Tensor:
+def dequantize(weight: DeviceWeight, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
     """The weight ``[N, K]`` in a type; int8 gives the codes of a weight of whole rows, centred.
 
-    It lies in ``workspace`` (uint8) if that is given and large enough. Dense weights are returned
-    as they are.
+    Dense weights are returned as they are.
     """
     fmt = weight.format
     if fmt.kind == "dense":
         return weight.codes
     n, k = fmt.shape
-    size = n * k * dtype.itemsize
-    if workspace is not None and workspace.numel() >= size:
-        out = workspace[:size].view(dtype).view(n, k)
-    else:
-        out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
     options = launch_options(num_warps=4, pdl=pdl)
     if fmt.kind == "float8_e4m3":
         dequantize_float8[(-(-n // 16), -(-k // 256))](
@@ -112,17 +86,23 @@ def _has_float8(x: Tensor, out_dtype: torch.dtype) -> bool:
 def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
-    x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
-    if inputs.norm_weight is None:
-        codes, scale = quantize_rows(x, torch.float8_e4m3fn, input_scale=static, pdl=pdl)
-    else:
-        codes, scale = rms_norm_fp8(
-            x, inputs.norm_weight, inputs.norm_eps, input_scale=static, pdl=pdl
-        )[:2]
+    codes, scale = _rounded(weight, inputs, torch.float8_e4m3fn)
+    x = inputs.x
     product = y if _is_plain(inputs) else y.new_empty(x.shape[0], weight.format.shape[0])
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
     if product is not y:
         _finish(product, None, None, inputs, y)
+
+
+def _rounded(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes ``[T, K]`` and scales ``[T, 1]`` of the input, after its norm."""
+    x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
+    if inputs.norm_weight is None:
+        return quantize_rows(x, dtype, input_scale=static, pdl=pdl)
+    codes, scale, *_ = rms_norm_quantized(
+        x, inputs.norm_weight, inputs.norm_eps, dtype, input_scale=static, pdl=pdl
+    )
+    return codes, scale
 
 
 def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor) -> None:
@@ -134,18 +114,17 @@ def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tens
         out.copy_((x.float() @ w.float().t()) * x_scale * w_scale)
 
 
-def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None) -> None:
+def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to int8 by a scale a token."""
-    x = normed(inputs)
-    codes, scale = quantize_rows(x, torch.int8, input_scale=weight.input_scale, pdl=inputs.pdl)
-    plain = dequantize(weight, torch.int8, workspace=workspace, pdl=inputs.pdl)
+    codes, scale = _rounded(weight, inputs, torch.int8)
+    plain = dequantize(weight, torch.int8, pdl=inputs.pdl)
     product = torch._int_mm(codes, plain.t())
     _finish(product, scale, weight.scale, inputs, y)
 
 
-def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor, workspace: Tensor | None) -> None:
+def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     x = normed(inputs)
-    w = dequantize(weight, x.dtype, workspace=workspace, pdl=inputs.pdl).t()
+    w = dequantize(weight, x.dtype, pdl=inputs.pdl).t()
     if x.device.type == "cpu":
         product = (x.float() @ w.float()).to(x.dtype if inputs.gated else y.dtype)
         _finish(product, None, None, inputs, y)

@@ -77,6 +77,29 @@ def can_stream(fmt: WeightFormat) -> bool:
     return fmt.shape[1] % (4 if fmt.kind == "int" else vector_size(fmt)) == 0
 
 
+def multiplies_in(fmt: WeightFormat) -> str:
+    """The type in which many tokens are multiplied: "float8", "int8" or "dense"."""
+    n, k = fmt.shape
+    if fmt.activation not in ("token", "static"):
+        return "dense"
+    if fmt.kind == "float8_e4m3" and n % 16 == 0 and k % 16 == 0:
+        return "float8"
+    if whole_rows(fmt) and n % 8 == 0 and k % 8 == 0:
+        return "int8"
+    return "dense"
+
+
+def describe(fmt: WeightFormat) -> str:
+    """The kernels of a weight, for people: ``fp8: GEMV, dot, cuBLASLt float8``."""
+    few = ["GEMV", "dot"] if can_stream(fmt) else []
+    many = f"cuBLASLt {multiplies_in(fmt)}"
+    if fmt.kind == "dense":
+        many = "cuBLAS"
+    elif multiplies_in(fmt) == "dense":
+        many = "dense fallback (dequantize, cuBLAS)"
+    return f"{weight_key(fmt)}: {', '.join([*few, many])}"
+
+
 def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
     """Tokens up to which dot is the better guess; more go to the BLAS library.
 
@@ -131,9 +154,7 @@ def _default_dot(
         crowded = gated and tokens > 32  # two sums of a tile no longer fit the registers
         block_n = 64 if width >= 64 * _PROCESSORS and not crowded else 32
         split = _split(width, block_n, tokens, _PROCESSORS)
-        found = Tactic(
-            "dot", block_n, 64 if tokens > 32 else 128, num_stages=4, split_k=split
-        )
+        found = Tactic("dot", block_n, 64 if tokens > 32 else 128, num_stages=4, split_k=split)
     return _fit_stages(found, fmt, gated, tokens, capability)
 
 
@@ -243,10 +264,6 @@ class Tactics:
     capability: tuple[int, int]
     device: str = ""
     entries: dict[str, Tactic] = field(default_factory=dict)
-
-    def key(self, fmt: WeightFormat) -> str:
-        """See ``weight_key``."""
-        return weight_key(fmt)
 
     def find(self, fmt: WeightFormat, gated: bool, tokens: int) -> Tactic:
         """The tactic that was timed for this shape and bucket of tokens, or the default."""

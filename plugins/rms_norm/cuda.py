@@ -27,34 +27,25 @@ def rms_norm(
     return y if total is None else (y, total)
 
 
-def rms_norm_fp8(
+def rms_norm_quantized(
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
+    dtype: torch.dtype,
     *,
     residual: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """The norm as float8_e4m3fn codes ``[T, H]`` and float32 scales ``[T, 1]``, and the sum if
-    there is a residual.
+    """The norm as codes ``[T, H]`` of float8_e4m3fn or int8 and float32 scales ``[T, 1]``, and the
+    sum if there is a residual.
 
-    Without ``input_scale``, float32 ``[1]``, a row's largest value has code 448.
+    Without ``input_scale``, float32 ``[1]``, a row's largest value has the largest code.
     """
-    return _quantized_norm(x, weight, eps, torch.float8_e4m3fn, residual, input_scale, pdl)
-
-
-def rms_norm_int8(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    residual: torch.Tensor | None = None,
-    input_scale: torch.Tensor | None = None,
-    pdl: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """``rms_norm_fp8`` with int8 codes: a row's largest value has code 127."""
-    return _quantized_norm(x, weight, eps, torch.int8, residual, input_scale, pdl)
+    codes, scales = empty_codes(x.shape[0], x.shape[1], dtype, x.device)
+    total = None if residual is None else torch.empty_like(x)
+    _norm(x, weight, eps, residual, codes, total, scales, input_scale, pdl)
+    return (codes, scales) if total is None else (codes, scales, total)
 
 
 def quantize_rows(
@@ -95,21 +86,6 @@ def empty_codes(
 def row_warps(block: int) -> int:
     """Warps of a program that has ``block`` columns: 16 bytes a thread and load, up to 16 warps."""
     return min(max(block // 256, 1), 16)
-
-
-def _quantized_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    residual: torch.Tensor | None,
-    input_scale: torch.Tensor | None,
-    pdl: bool,
-) -> tuple[torch.Tensor, ...]:
-    codes, scales = empty_codes(x.shape[0], x.shape[1], dtype, x.device)
-    total = None if residual is None else torch.empty_like(x)
-    _norm(x, weight, eps, residual, codes, total, scales, input_scale, pdl)
-    return (codes, scales) if total is None else (codes, scales, total)
 
 
 def _norm(  # noqa: PLR0913 - the kernel's inputs

@@ -29,7 +29,7 @@ from slipstream.plugins.paged_attention.cuda import (
     paged_attention,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
-from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_fp8
+from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
@@ -143,7 +143,7 @@ def elementwise(capability: tuple[int, int], pdl: bool) -> None:
     gated_activation(x, pdl=pdl)
     rotary_angles(torch.zeros(4, dtype=torch.int32), torch.ones(64), pdl=pdl)
     if capability >= (8, 9):
-        rms_norm_fp8(x, weight, 1e-5, pdl=pdl)
+        rms_norm_quantized(x, weight, 1e-5, torch.float8_e4m3fn, pdl=pdl)
         quantize_rows(x, torch.float8_e4m3fn, pdl=pdl)
 
 

@@ -88,10 +88,11 @@ def test_quantized_norm(dtype: torch.dtype, input_scale: float | None, device: s
     x, residual = (rows(3, 576, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1))
     weight = rows(576, dtype=torch.bfloat16, device=device, seed=2)
     static = None if input_scale is None else torch.tensor([input_scale], device=device)
-    function = norm.rms_norm_int8 if dtype == torch.int8 else norm.rms_norm_fp8
-    codes, scales = function(x, weight, EPS, input_scale=static)
+    codes, scales = norm.rms_norm_quantized(x, weight, EPS, dtype, input_scale=static)
     assert_codes(codes, scales, norm_reference.rms_norm(numpy(x), numpy(weight), EPS), input_scale)
-    codes, scales, total = function(x, weight, EPS, residual=residual, input_scale=static)
+    codes, scales, total = norm.rms_norm_quantized(
+        x, weight, EPS, dtype, residual=residual, input_scale=static
+    )
     assert torch.equal(total, x + residual)
     want = norm_reference.rms_norm(numpy(total), numpy(weight), EPS)
     assert_codes(codes, scales, want, input_scale)
@@ -115,17 +116,6 @@ def test_gated_activation(dtype: torch.dtype, width: int, device: str) -> None:
     y = gated.gated_activation(gate_up)
     assert y.shape == (3, width)
     assert_close(y, gated_reference.gated_activation(numpy(gate_up)))
-
-
-@pytest.mark.parametrize("input_scale", [None, 0.02])
-@pytest.mark.parametrize("dtype", CODES)
-def test_quantized_gated_activation(
-    dtype: torch.dtype, input_scale: float | None, device: str
-) -> None:
-    gate_up = rows(3, 2 * 1536, dtype=torch.bfloat16, device=device)
-    static = None if input_scale is None else torch.tensor([input_scale], device=device)
-    codes, scales = gated.gated_activation_quantized(gate_up, dtype, static)
-    assert_codes(codes, scales, gated_reference.gated_activation(numpy(gate_up)), input_scale)
 
 
 @pytest.mark.parametrize("half", [64, 20])

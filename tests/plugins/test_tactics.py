@@ -18,6 +18,7 @@ from slipstream.plugins.linear.tactics import (
     block_m,
     candidate_tactics,
     default_tactic,
+    describe,
     entry_key,
     weight_key,
 )
@@ -125,3 +126,14 @@ def test_keys_name_a_format() -> None:
     assert [weight_key(fmt) for fmt in FORMATS] == [
         "bfloat16", "int4g128z", "int8g64o", "int8row", "fp8", "fp8block", "int4g32m",
     ]  # fmt: skip
+
+
+def test_kernels_are_described() -> None:
+    odd = WeightFormat((40, 570), "float8_e4m3", "float32", 8, 570, activation="token")
+    assert [describe(fmt) for fmt in (*FORMATS[:2], FORMATS[3], FORMATS[4], odd)] == [
+        "bfloat16: GEMV, dot, cuBLAS",
+        "int4g128z: GEMV, dot, dense fallback (dequantize, cuBLAS)",
+        "int8row: GEMV, dot, cuBLASLt int8",
+        "fp8: GEMV, dot, cuBLASLt float8",
+        "fp8: dense fallback (dequantize, cuBLAS)",
+    ]

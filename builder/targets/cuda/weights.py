@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
 from slipstream.plugins.linear.cuda_packing import can_pack, format_attributes, pack, packed_size
+from slipstream.plugins.linear.tactics import describe
 from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
 SUFFIX = ".cuda"
@@ -29,8 +31,11 @@ class PackWeights:
     def __call__(self, program: Program) -> int:
         """Pack every weight; a tied one is stored once."""
         nodes = [*program.nodes("Linear"), *program.nodes("Embedding")]
+        kernels: Counter[str] = Counter()
         for node in nodes:
             tensor = self._held(program.weight_of(node))
+            if node.op_type == "Linear":
+                kernels[describe(tensor.format)] += 1
             part = StoredTensor(
                 tensor.name + SUFFIX, ir.DataType.UINT8, (packed_size(tensor.format),)
             )
@@ -38,6 +43,8 @@ class PackWeights:
             node.replace_input_with(1, program.store(stored)[0])
             for name, value in format_attributes(tensor.format).items():
                 node.attributes[name] = ir.AttrInt64(name, value)
+        for kernel, count in kernels.items():
+            log.info("%d linears run on %s", count, kernel)
         return len(nodes)
 
     def _held(self, tensor: LazyTensor) -> LazyTensor:

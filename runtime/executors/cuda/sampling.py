@@ -18,7 +18,7 @@ from slipstream.errors import ExecutionError
 from slipstream.plugins import sampling
 from slipstream.plugins.sampling import MAX_BIASES, MAX_LOGPROBS, Field, Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
-from slipstream.runtime.logits_processors import _ending_tokens
+from slipstream.runtime.logits_processors import ending_tokens
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import IntArray, SamplingRow, StepResult, TokenLogprobs
 
@@ -53,7 +53,7 @@ class PendingSample:
     def result(self, rows: Sequence[SamplingRow]) -> StepResult:
         """Tokens and log probabilities of ``rows``, once the device is done with the step.
 
-        Rows that ``CUDASampler.supports`` refuses get token -1. Raises ``ExecutionError`` if the
+        Rows that ``supports`` refuses get token -1. Raises ``ExecutionError`` if the
         largest logit of a row is not finite.
         """
         token_ids = self.tokens[: len(rows)].tolist()
@@ -98,11 +98,6 @@ class CUDASampler:
     def last_tokens(self) -> torch.Tensor:
         """The token sampled last for each slot, int32 [slots], on the device."""
         return self.buffers.last_tokens
-
-    @staticmethod
-    def supports(row: SamplingRow) -> bool:
-        """Whether the device can sample ``row``; the others are for ``runtime.sampler``."""
-        return supports(row)
 
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
         """Which kernels a step of ``rows`` needs."""
@@ -225,7 +220,7 @@ def _kind(row: SamplingRow) -> Kind:
     params = row.params
     if not supports(row):
         return Kind.GREEDY
-    too_short = row.position < params.min_tokens and _ending_tokens(row)
+    too_short = row.position < params.min_tokens and ending_tokens(row)
     if params.edits_logits or params.logprobs is not None or too_short:
         return Kind.FULL
     return Kind.GREEDY if params.greedy else Kind.SAMPLE
@@ -277,7 +272,7 @@ def _banned(row: SamplingRow) -> set[int]:
     """Bad words, and while the output is too short the tokens that would end it."""
     banned = {word[0] for word in row.params.bad_words_token_ids}
     if row.position < row.params.min_tokens:
-        banned.update(_ending_tokens(row))
+        banned.update(ending_tokens(row))
     return banned
 
 

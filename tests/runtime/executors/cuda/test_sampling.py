@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slipstream.errors import ExecutionError
 from slipstream.plugins.sampling import MAX_BIASES, Kind, reference
 from slipstream.runtime.candidates import draw_token
-from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample
+from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, supports
 from slipstream.runtime.logits_processors import process_logits
 from slipstream.runtime.sampler import Sampler, token_logprobs
 from slipstream.runtime.sampling_params import SamplingParams
@@ -274,7 +274,7 @@ class TestSteps:
             row(greedy(bad_words_token_ids=[[1, 2]])),
             row(greedy()),
         ]
-        assert [CUDASampler.supports(each) for each in rows] == [False, False, True]
+        assert [supports(each) for each in rows] == [False, False, True]
         logits = random_logits(3, SIZE)
         result = on_device.step(logits, rows, [-1, 0, 3])
         best = int(logits[2].argmax())
@@ -339,7 +339,7 @@ def test_kind_is_that_of_the_most_demanding_row(arguments: dict[str, Any], kind:
     ],
 )
 def test_what_the_device_can_sample(arguments: dict[str, Any], supported: bool) -> None:
-    assert CUDASampler.supports(row(SamplingParams(**arguments))) is supported
+    assert supports(row(SamplingParams(**arguments))) is supported
 
 
 @pytest.mark.parametrize(
