@@ -164,3 +164,13 @@ def test_a_truncated_file(engine: Path) -> None:
     data = (engine / "weights.safetensors").read_bytes()
     (engine / "weights.safetensors").write_bytes(data[:-1])
     assert_mismatch(open_engine(engine).verify_files, "weights.safetensors")
+
+
+def test_a_file_that_comes_later_is_in_the_manifest(tiny_engine: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+    for text in ("{}", '{"other": 1}'):
+        open_engine(copy).write_file("tactics.json", text)
+        engine = open_engine(copy)
+        assert (copy / "tactics.json").read_text() == text
+        assert set(engine.manifest.files) == {*FILES, "tactics.json"}
+        engine.verify_files()

@@ -36,7 +36,7 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     second each."""
     monkeypatch.setattr(StepRunner, "capture", lambda self: None)
     if interpreting():
-        monkeypatch.setattr(tactics, "GEMV_TOKENS", 0)
+        monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
 
 
 LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}

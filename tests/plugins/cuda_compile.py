@@ -23,6 +23,7 @@ from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
 from slipstream.plugins.linear.cuda_blas import dequantize
 from slipstream.plugins.linear.cuda_packing import packed_size
 from slipstream.plugins.linear.tactics import default_tactic
+from slipstream.plugins.paged_attention import cuda as attention_on_cuda
 from slipstream.plugins.paged_attention.cuda import (
     DecodeWorkspace,
     StepTensors,
@@ -171,6 +172,7 @@ def main() -> None:
     compiler = Compiler(architecture)
     JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)
     torch.cuda.get_device_capability = lambda *_: capability
+    attention_on_cuda._capability = lambda _: capability  # type: ignore[assignment]
     for call in CALLS:
         call(capability, capability >= (9, 0))
 

@@ -108,3 +108,10 @@ def test_what_is_no_engine_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path
     result = run(tiny_checkpoint, "-o", tmp_path)
     assert result.exit_code == 1 and "is no engine" in result.stderr
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_an_engine_of_the_cpu_has_nothing_to_tune(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", "--target", "cpu", "--tune")
+    assert result.exit_code == 1
+    assert "was built for target 'cpu'; this works for cuda." in result.stderr
+    assert open_engine(tmp_path / "engine").manifest.target == "cpu"

@@ -6,11 +6,13 @@ happens at once on the CPU and a captured graph is the function itself.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.launch import has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, record
@@ -107,22 +109,22 @@ class Device:
         return int(free)
 
 
-def require(capability: str, command: str) -> None:
-    """Raise EngineMismatchError unless there is a GPU of at least ``capability`` (``sm_80``)."""
+def require(manifest: Manifest) -> None:
+    """Raise EngineMismatchError unless there is a GPU that can run an engine."""
     if interpreting():
         return
     if not torch.cuda.is_available():
+        again = shlex.join(["slipstream", "build", manifest.source, "-o", "ENGINE"])
         raise EngineMismatchError(
-            "the engine is for an NVIDIA GPU, and torch "
-            f"{torch.__version__} {_why_no_gpu()}; or build it for a CPU: {command} --target cpu"
+            f"the engine is for an NVIDIA GPU, and torch {torch.__version__} {_why_no_gpu()}; or "
+            f"build one for a CPU: {again} --target cpu"
         )
     major, minor = torch.cuda.get_device_capability(0)
-    needed = int(capability.removeprefix("sm_"))
-    if major * 10 + minor < needed:
+    if major * 10 + minor < int(manifest.capability.removeprefix("sm_")):
         raise EngineMismatchError(
-            f"the engine needs a GPU of {capability} or newer and this one "
-            f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it without fp8: "
-            f"{command}"
+            f"the engine needs a GPU of {manifest.capability} or newer and this one "
+            f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it again "
+            f"without the fp8 in: {manifest.command}"
         )
 
 

@@ -54,7 +54,7 @@ class CUDAExecutor:
         Raises EngineMismatchError for a GPU, driver or torch that cannot run it, CapacityError
         when its weights do not fit.
         """
-        require(engine.manifest.capability, engine.manifest.command)
+        require(engine.manifest)
         device = Device()
         graph = ir.load(engine.path / GRAPH).graph
         weights = load_weights(engine.path / WEIGHTS, device)

@@ -23,7 +23,7 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     Returns the timings of each shape and number of tokens. Raises what loading raises.
     """
     manifest = engine.manifest
-    require(manifest.capability, manifest.command)
+    require(manifest)
     device = Device()
     graph = ir.load(engine.path / GRAPH).graph
     weights = load_weights(engine.path / WEIGHTS, device)

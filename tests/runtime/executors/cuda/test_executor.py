@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def llm(engine: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "MIXED_TOKENS", (16,))
         if interpreting():
-            patch.setattr(tactics, "GEMV_TOKENS", 0)
+            patch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
         with LLM(engine, enable_prefix_caching=False, **LIMITS) as llm:
             yield llm
 
@@ -154,14 +155,14 @@ class TestEnvironment:
         with pytest.raises(MissingDependencyError, match=r"needs torch, .* 'slipstream\[cuda\]'"):
             load(engine, LIMITS)
 
-    def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_torch_without_cuda(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.version, "cuda", None)
         with pytest.raises(EngineMismatchError, match="was built without CUDA: install torch"):
-            cuda_device.require("sm_80", "slipstream build x -o y")
+            cuda_device.require(open_engine(engine).manifest)
 
-    def test_driver_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_driver_too_old(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def init() -> None:
             raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)")
 
@@ -170,9 +171,9 @@ class TestEnvironment:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "init", init)
         with pytest.raises(EngineMismatchError, match=r"is too old .* update the driver for CUDA"):
-            cuda_device.require("sm_80", "slipstream build x -o y")
+            cuda_device.require(open_engine(engine).manifest)
 
-    def test_gpu_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_gpu_too_old(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
@@ -180,7 +181,7 @@ class TestEnvironment:
         with pytest.raises(
             EngineMismatchError, match=r"needs a GPU of sm_89 or newer and this one \(NVIDIA A100"
         ):
-            cuda_device.require("sm_89", "slipstream build x -o y")
+            cuda_device.require(replace(open_engine(engine).manifest, capability="sm_89"))
 
     def test_weights_that_do_not_fit(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_device.Device, "free_memory", lambda self: 10)

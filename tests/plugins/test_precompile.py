@@ -1,0 +1,50 @@
+"""Kernels compile in other processes and are found in Triton's cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.rms_norm.cuda import rms_norm
+
+SCRIPT = """
+from slipstream.plugins.cuda.precompile import Specialization, compile_kernels
+from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel as kernel
+
+types = {"gate_up": "*bf16", "y": "*bf16"}
+signature = {p.name: types.get(p.name, "constexpr") for p in kernel.params}
+
+def specialization(block, width=1024):
+    constants = {(2,): width, (3,): block, (4,): True}
+    options = {"num_warps": 4, "num_stages": 1, "launch_pdl": True}
+    module, name = "slipstream.plugins.gated_mlp.cuda_kernels", "gated_kernel"
+    return Specialization(module, name, signature, constants, {}, options)
+
+broken = specialization(24)  # no power of two: left to the launch to report
+compile_kernels([specialization(128), broken, specialization(256), broken], (9, 0))
+"""
+
+
+def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
+    assert len(list(tmp_path.rglob("gated_kernel.cubin"))) == 2
+
+
+@pytest.mark.gpu
+def test_recording_launches_nothing() -> None:
+    x = torch.ones(3, 1536, dtype=torch.float16, device="cuda")
+    weight = torch.ones(1536, dtype=torch.float16, device="cuda")
+    kernels = record([lambda: rms_norm(x, weight, 1e-5)] * 2)
+    assert [kernel.name for kernel in kernels] == ["rms_norm_kernel"]
+    compile_kernels(kernels * 2, torch.cuda.get_device_capability())
+    y = rms_norm(x, weight, 1e-5)
+    assert isinstance(y, torch.Tensor) and torch.equal(y, x)
+    assert record([lambda: rms_norm(x, weight, 1e-5)]) == []
