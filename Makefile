@@ -16,7 +16,7 @@ $(ENGINE)/engine.json: $(VENV)/installed
 	$(BIN)/slipstream build "$$($(BIN)/python examples/fetch_smollm2.py)" -o $(ENGINE)
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff format --check .

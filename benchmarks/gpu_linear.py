@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--tactics", type=Path, help="Where to store the quickest; added to.")
     arguments = parser.parse_args()
     device = Device()
-    table = Tactics.load(arguments.tactics, device.capability, device.name)
+    table = Tactics(device.capability, device.name)
+    if arguments.tactics and arguments.tactics.exists():
+        table = Tactics.from_json(arguments.tactics.read_text())
     rate = read_bandwidth()
     for form in arguments.formats:
         started = time.perf_counter()

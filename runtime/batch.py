@@ -32,7 +32,7 @@ class BatchBuilder:
         context = np.array(plan.starts, np.int32) + counts
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        page_table = self._table[:, : self._sync(plan)].take(rows, axis=0)
+        page_table = self._table[slots, : self._sync(plan)]
         positions, slot_mapping = self._place(counts, context, query_start, page_table)
         wanted = _Wanted(plan, query_start.tolist())
         batch = StepBatch(

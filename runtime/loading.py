@@ -14,7 +14,7 @@ from typing import Any
 from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors import create_executor
+from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     others = {name: value for name, value in options.items() if name not in runtime}
     engine = open_engine(_engine_path(model, runtime, others))
     config = _config(engine, runtime)
+    check_device(engine)  # before a large file is hashed in vain
     # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(engine.verify_files)

@@ -1,10 +1,18 @@
-"""Whether this machine can run CUDA engines, found without importing torch."""
+"""What is known of GPUs without importing torch."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
 from importlib.util import find_spec
+
+# Bytes of shared memory that one program may have, by compute capability; 99 KiB on the others.
+_SHARED_MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that one program may have on a GPU of this compute capability."""
+    return _SHARED_MEMORY.get(capability, 99 << 10)
 
 
 @cache

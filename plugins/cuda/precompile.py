@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +26,7 @@ from triton.compiler import ASTSource
 # Options that a launch gives; Triton derives the others from them and from the GPU.
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "instrumentation_mode")
 _WARP = 32
+_MOST_WORKERS = 16  # each is an interpreter with Triton in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,22 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
 
 
 def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:
-    """Compile ``kernels`` for a GPU into Triton's cache, on all cores; failures are left to the
-    launch, which reports them."""
-    workers = min(len(os.sched_getaffinity(0)), len(kernels))
+    """Compile ``kernels`` for a GPU into Triton's cache, on several cores; whatever fails here is
+    left to the launch, which reports it."""
+    workers = min(len(os.sched_getaffinity(0)), len(kernels), _MOST_WORKERS)
     if workers < 2:
         return
-    command = [sys.executable, "-m", __name__]
+    architecture = capability[0] * 10 + capability[1]
     processes = []
     for worker in range(workers):
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdin is not None
-        share = kernels[worker::workers]
-        process.stdin.write(pickle.dumps((capability[0] * 10 + capability[1], share)))
-        process.stdin.close()
-        processes.append(process)
+        with tempfile.TemporaryFile() as share:  # a pipe would hold us up until it is read
+            share.write(pickle.dumps((architecture, kernels[worker::workers])))
+            share.seek(0)
+            try:
+                command = [sys.executable, "-m", __name__]
+                processes.append(subprocess.Popen(command, stdin=share, stderr=subprocess.DEVNULL))
+            except OSError:  # no interpreter to start, or no room for one
+                break
     for process in processes:
         process.wait()
 

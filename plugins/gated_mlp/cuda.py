@@ -17,7 +17,7 @@ def gated_activation(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tenso
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        gated_kernel[(triton.cdiv(width, _BLOCK), rows)](
+        gated_kernel[(rows, triton.cdiv(width, _BLOCK))](
             gate_up,
             y,
             WIDTH=width,

@@ -8,11 +8,11 @@ from slipstream.plugins.cuda.kernels import begin
 
 @triton.jit
 def gated_kernel(gate_up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Gates of a row are followed by its ups. Grid: (blocks of columns, rows)."""
+    """Gates of a row are followed by its ups. Grid: (rows, blocks of columns)."""
     begin(PDL)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     at = gate_up + row * (2 * WIDTH) + columns
     gate = tl.load(at, inside, 0.0).to(tl.float32)
     up = tl.load(at + WIDTH, inside, 0.0).to(tl.float32)

@@ -20,12 +20,11 @@ from slipstream.plugins.linear.tactics import (
     Tactic,
     block_m,
     can_stream,
-    candidate_tactics,
     vector_size,
 )
 from slipstream.quantize.tensor import WeightFormat
 
-__all__ = ["DeviceWeight", "candidates", "embedding", "linear"]
+__all__ = ["DeviceWeight", "embedding", "linear"]
 
 
 def linear(  # noqa: PLR0913 - what is fused
@@ -65,13 +64,6 @@ def linear(  # noqa: PLR0913 - what is fused
     run = _gemv if tactic.kernel == "gemv" else _dot
     run(weight, inputs, y, tactic)
     return y
-
-
-def candidates(
-    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
-) -> list[Tactic]:
-    """Tactics that are worth timing, the default first."""
-    return candidate_tactics(fmt, gated, tokens, capability)
 
 
 def embedding(

@@ -8,6 +8,7 @@ quantized weights are written out in x's type first: the dense fallback.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,12 +76,23 @@ def dequantize(weight: DeviceWeight, dtype: torch.dtype, *, pdl: bool = False) -
 
 
 def _has_float8(x: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether the GPU multiplies float8, with a scale a row and results of this type."""
-    if x.device.type != "cuda":
-        return True
-    capability = torch.cuda.get_device_capability(x.device)
-    # Elsewhere than on Hopper, torch takes CUTLASS kernels that write bfloat16 only.
-    return capability >= (8, 9) and (out_dtype == torch.bfloat16 or capability[0] == 9)
+    """Whether the GPU and this torch multiply float8 with a scale a row into this type."""
+    return x.device.type != "cuda" or _multiplies_float8(x.device, out_dtype)
+
+
+@cache
+def _multiplies_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
+    # It depends on the GPU, on the version of cuBLAS and on the type, so it is tried.
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    x, w = (torch.zeros(n, 64, dtype=torch.float8_e4m3fn, device=device) for n in (32, 64))
+    scales = torch.ones(64, device=device)
+    out = torch.empty(32, 64, dtype=out_dtype, device=device)
+    try:
+        _scaled_mm(x, w, scales[:32].view(-1, 1), scales.view(1, -1), out)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:

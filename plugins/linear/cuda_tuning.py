@@ -17,8 +17,8 @@ from torch import Tensor
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS, has_pdl
 from slipstream.plugins.cuda.precompile import compile_kernels, record
-from slipstream.plugins.linear.cuda import DeviceWeight, candidates, linear
-from slipstream.plugins.linear.tactics import Tactic, Tactics
+from slipstream.plugins.linear.cuda import DeviceWeight, linear
+from slipstream.plugins.linear.tactics import Tactic, Tactics, candidate_tactics
 
 log = logging.getLogger(__name__)
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
@@ -71,7 +71,9 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
     """Put the quickest tactic of every problem and bucket of tokens into ``table``."""
     capability = torch.cuda.get_device_capability()
     choices = {
-        (index, tokens): candidates(problem.weights[0].format, problem.gated, tokens, capability)
+        (index, tokens): candidate_tactics(
+            problem.weights[0].format, problem.gated, tokens, capability
+        )
         for index, problem in enumerate(problems)
         for tokens in buckets
     }
@@ -82,6 +84,7 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
     ]
     with torch.no_grad():
         compile_kernels(record(works), capability)
+    works.clear()  # and the inputs that they hold
     report = []
     for (index, tokens), tactics in choices.items():
         problem = problems[index]

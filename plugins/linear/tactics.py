@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.quantize.tensor import WeightFormat
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ DOT_TOKENS = 256
 # Up to this many tokens gemv is the better guess: its arithmetic grows with them.
 _GUESS_GEMV_TOKENS = 2
 _PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
-_SHARED_MEMORY = {(8, 0): 160 << 10, (8, 6): 96 << 10, (8, 9): 96 << 10, (12, 0): 96 << 10}
+_SPARE_BYTES = 3 << 10  # of shared memory, for what Triton adds to the tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def _fit_stages(
     bits = fmt.bits or 16
     rows = tactic.block_n * (2 if gated else 1)
     stage = elements * (2 * block_m(tokens) + rows * bits // 8)
-    room = _SHARED_MEMORY.get(capability, 200 << 10)
+    room = min(shared_memory(capability) - _SPARE_BYTES, 200 << 10)
     return replace(tactic, num_stages=max(2, min(tactic.num_stages, room // stage)))
 
 

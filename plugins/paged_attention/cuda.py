@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import triton
 
+from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.paged_attention.cuda_kernels import (
     decode_kernel,
@@ -25,8 +26,6 @@ _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 _BLOCK_ROWS = 128  # queries times heads of a block of the prefill kernel
 _NO_WINDOW = 1 << 30
-# Bytes that one program may have, by compute capability; 99 KiB on the others.
-_SHARED_MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,7 +289,7 @@ def _prefill_tile(
     for every stage beside the queries, at most two pages, or one without Hopper's registers."""
     width = max(triton.next_power_of_2(a.head_dim), 16)
     stages, most = (3, 128) if capability[0] >= 9 else (2, 64)
-    space = _SHARED_MEMORY.get(capability, 99 << 10) - _BLOCK_ROWS * width * 2
+    space = shared_memory(capability) - _BLOCK_ROWS * width * 2
     keys = 2 * a.page_size
     while keys > 16 and (keys > most or keys * width * bytes_each * 2 * stages > space):
         keys //= 2

@@ -556,7 +556,8 @@ def prefill_kernel(
 ):
     """Blocks of BLOCK_Q queries, whose k and v are in the pages, for a group of heads together.
 
-    Grid: (blocks * NUM_KV_HEADS). The last blocks, which have the most keys, come first.
+    Grid: (blocks * NUM_KV_HEADS), in the order of the blocks: those with the most keys should be
+    the first.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -564,7 +565,7 @@ def prefill_kernel(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // NUM_KV_HEADS
+    block = tl.program_id(0) // NUM_KV_HEADS
     sequence = tl.load(block_sequence + block)
     if sequence < 0:
         return

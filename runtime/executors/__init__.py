@@ -18,8 +18,17 @@ _EXECUTORS = {
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
 }
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
+_CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {"cuda": ("torch", "triton")}
+
+
+def check_device(engine: Engine) -> None:
+    """Raise what a glance at this machine tells: a target that nothing here runs, a package or a
+    device that is missing."""
+    _find(_EXECUTORS, engine)
+    if engine.manifest.target in _CHECKS:
+        _load(_CHECKS, engine)(engine.manifest)
 
 
 def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
@@ -43,6 +52,13 @@ def tune(engine: Engine) -> Sequence[object]:
 
 
 def _load(table: Mapping[str, str], engine: Engine) -> Callable[..., Any]:
+    module, name = _find(table, engine).split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _find(table: Mapping[str, str], engine: Engine) -> str:
+    """The entry of an engine's target, whose packages are there."""
     target = engine.manifest.target
     if target not in table:
         raise EngineMismatchError(
@@ -55,6 +71,4 @@ def _load(table: Mapping[str, str], engine: Engine) -> Callable[..., Any]:
                 f"the engine in {engine.path} runs on {target} and needs {package}, which is not "
                 f"installed; install it: pip install 'slipstream[{target}]'"
             )
-    module, name = table[target].split(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
+    return table[target]

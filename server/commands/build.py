@@ -58,6 +58,8 @@ def build(
       slipstream build Qwen/Qwen3-0.6B -o engine --quantization int4_wo --max-seq-len 4096
       slipstream build Qwen/Qwen3-0.6B --quantization int8_wo --estimate
     """
+    if tune:
+        _check_tunable(options, estimate)
     if estimate:
         _estimate(checkpoint, options)
     elif output is None:
@@ -66,6 +68,16 @@ def build(
         _build(checkpoint, output, options)
         if tune:
             _tune(output)
+
+
+def _check_tunable(options: BuildOptions, estimate: bool) -> None:
+    from slipstream.builder.targets.base import create_target
+
+    target = create_target(options.target).name
+    if target != "cuda":
+        raise click.UsageError(f"--tune is for NVIDIA GPUs and the target is {target}")
+    if estimate:
+        raise click.UsageError("--tune needs an engine and --estimate makes none; leave one out")
 
 
 def _tune(output: Path) -> None:

@@ -12,10 +12,10 @@ from tests.plugins.linear_weights import random_weight
 
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear import reference
-from slipstream.plugins.linear.cuda import DeviceWeight, candidates, embedding, linear
+from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
 from slipstream.plugins.linear.cuda_blas import dequantize
 from slipstream.plugins.linear.cuda_packing import pack
-from slipstream.plugins.linear.tactics import Tactic, multiplies_in, vector_size
+from slipstream.plugins.linear.tactics import Tactic, candidate_tactics, multiplies_in, vector_size
 from slipstream.quantize.tensor import QuantTensor, WeightFormat
 
 pytestmark = pytest.mark.kernel
@@ -239,6 +239,6 @@ def test_every_candidate_agrees(device: str) -> None:
     """All tactics that may be chosen for a shape compute the same."""
     for tokens in (1, 16):
         case = Case("int8g64z", tokens, "", device)
-        found = candidates(FORMATS["int8g64z"], False, tokens, (9, 0))
+        found = candidate_tactics(FORMATS["int8g64z"], False, tokens, (9, 0))
         for tactic in found[:: 1 + len(found) // 6]:
             assert_close(case.run(tactic), case.want, 2e-2)

@@ -110,8 +110,16 @@ def test_what_is_no_engine_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path
     assert (tmp_path / "precious").read_text() == "data"
 
 
-def test_an_engine_of_the_cpu_has_nothing_to_tune(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    result = run(tiny_checkpoint, "-o", tmp_path / "engine", "--target", "cpu", "--tune")
-    assert result.exit_code == 1
-    assert "was built for target 'cpu'; this works for cuda." in result.stderr
-    assert open_engine(tmp_path / "engine").manifest.target == "cpu"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "cpu"], "--tune is for NVIDIA GPUs and the target is cpu"),
+        (["--target", "cuda", "--estimate"], "--tune needs an engine and --estimate makes none"),
+    ],
+)
+def test_tuning_is_refused_before_anything_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", "--tune", *arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "engine").exists()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from slipstream.plugins.linear.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
-from slipstream.runtime.executors.cuda.device import Device, Event, require
+from slipstream.runtime.executors.cuda.device import Device, Event, Work
 from slipstream.runtime.executors.cuda.pending import Part, PendingCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
 from slipstream.runtime.executors.cuda.runner import StepRunner
@@ -51,15 +52,15 @@ class CUDAExecutor:
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.
 
-        Raises EngineMismatchError for a GPU, driver or torch that cannot run it, CapacityError
-        when its weights do not fit.
+        The machine has been checked (``device.require``). Raises CapacityError when weights or
+        buffers do not fit.
         """
-        require(engine.manifest)
         device = Device()
         graph = ir.load(engine.path / GRAPH).graph
         weights = load_weights(engine.path / WEIGHTS, device)
         tactics = Tactics.load(engine.path / TACTICS, device.capability, device.name)
-        program = CUDAProgram(graph, weights, tactics, device.torch)
+        with device.work():
+            program = CUDAProgram(graph, weights, tactics, device.torch)
         self._start(engine.manifest, config, device, program)
 
     @classmethod
@@ -75,7 +76,8 @@ class CUDAExecutor:
         executor = cls.__new__(cls)
         device = Device()
         table = Tactics.load(tactics, device.capability, device.name)
-        program = CUDAProgram(graph, weights, table, device.torch)
+        with device.work():
+            program = CUDAProgram(graph, weights, table, device.torch)
         executor._start(manifest, config, device, program)
         return executor
 
@@ -91,11 +93,12 @@ class CUDAExecutor:
         )
         self._row_sizes = buckets.batch_sizes
         self._columns = -(-config.max_seq_len // self._kv.page_size)
-        with device.work():
+        with device.work(), self._fitting():
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
             )
-        self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
+            self._sampler.buffers.enable_full()  # before pages take what is free
+            self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
@@ -103,9 +106,16 @@ class CUDAExecutor:
         None takes ``kv_cache_free_gpu_memory_fraction`` of what weights and the largest step leave
         free, at most what the limits can use. More than is free shrinks to that, with a message.
         """
+        with self._fitting():
+            pages = self._affordable_pages(num_bytes)
+            self._allocate(pages)
+            self.runner.capture()
+        return pages
+
+    def _affordable_pages(self, num_bytes: int | None) -> int:
         page_bytes = self._kv.bytes_per_token * self._kv.page_size
         self._allocate(1)
-        free = self._free_after_largest_step() + page_bytes
+        free = max(self._free_after_largest_step() + page_bytes, 0)
         if num_bytes is None:
             usable = int(free * self._config.kv_cache_free_gpu_memory_fraction)
             pages = min(usable // page_bytes, self._columns * self._config.max_batch_size)
@@ -123,8 +133,6 @@ class CUDAExecutor:
                 f"{usable} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
                 "raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the GPU"
             )
-        self._allocate(pages)
-        self.runner.capture()
         return pages
 
     def runs_ahead_of(self, params: SamplingParams) -> bool:
@@ -172,9 +180,11 @@ class CUDAExecutor:
         return Part(at, self._sampler.fetch(len(rows), kind).result)
 
     def _sampled_on_host(self, batch: StepBatch, at: Sequence[int], hidden: Tensor) -> Part:
-        """The other rows, whose logits are copied when their answers are wanted."""
+        """The other rows, whose logits are copied when their answers are wanted.
+
+        The loop waits for these before it plans the next step, so no device needs their tokens.
+        """
         wanted = hidden[self._index(batch.logits_rows[at])]
-        slots: list[int] = batch.sampling_slots[at].tolist()
 
         def answer(rows: Sequence[SamplingRow]) -> StepResult:
             result = StepResult([], [])
@@ -185,10 +195,6 @@ class CUDAExecutor:
                     part = self._host_sampler.sample(logits, rows[start : start + size])
                     result.token_ids += part.token_ids
                     result.logprobs += part.logprobs
-                chosen = dict(zip(slots, result.token_ids, strict=True))
-                chosen.pop(-1, None)  # rows that only score a prompt token
-                if chosen:
-                    self._sampler.set_last_tokens(list(chosen), list(chosen.values()))
             return result
 
         return Part(at, answer)
@@ -216,21 +222,34 @@ class CUDAExecutor:
         self.runner.bind(Memory(cache, self._sampler.last_tokens, workspace))
 
     def _free_after_largest_step(self) -> int:
-        """Bytes left when the largest step runs, measured by running one of padding."""
+        """Bytes left when the largest step runs, measured by running one of padding.
+
+        Captured graphs have memory of their own, which the steps between them cannot use.
+        """
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
         self.runner.compile()
+        alone = self._peak(self.runner.largest_step)
+        captured = max(self._peak(work) for work in self.runner.largest_captured())
+        return device.free_memory() - alone - captured - _RESERVE_BYTES
+
+    def _peak(self, work: Work) -> int:
+        """Bytes that some work takes while it runs."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        with self._device.work():
+            work()
+        self._device.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
         try:
-            with device.work():
-                self.runner.largest_step()
-            device.synchronize()
+            yield
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"a step of {self._config.max_num_tokens} tokens does not fit in the GPU's memory "
-                "beside the weights; lower --max-num-tokens or --max-batch-size"
+                f"steps of {self._config.max_num_tokens} tokens and {self._config.max_batch_size} "
+                "sequences do not fit in the GPU's memory beside the weights; lower "
+                "--max-num-tokens, --max-batch-size or --kv-cache-bytes"
             ) from error
-        peak = torch.cuda.max_memory_allocated() - before
-        return device.free_memory() - peak - _RESERVE_BYTES

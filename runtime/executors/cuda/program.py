@@ -130,7 +130,9 @@ def _execute(calls: Sequence[_Call], run: _Run, out: Tensor | None) -> Tensor:
         run.values.update(zip(call.outputs, call.kernel(run), strict=True))
         for name in call.dead:  # so that a long prefill holds one layer's tensors, not all
             del run.values[name]
-    return last.kernel(replace(run, out=out))[0]
+    result = last.kernel(replace(run, out=out))[0]
+    assert out is None or result is out, "only a Linear fills a given output"
+    return result
 
 
 def _compile(

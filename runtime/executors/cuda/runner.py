@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -100,12 +102,19 @@ class StepRunner:
 
     def compile(self) -> None:
         """Compile every kernel that steps of padding launch."""
-        layers, heads = self._works()
+        layers, heads = self._works(tuple(Kind))
         self._device.compile([*layers.values(), *heads.values(), self.largest_step])
+
+    def largest_captured(self) -> list[Work]:
+        """The captured work that takes the most memory, of each sort."""
+        buckets = self._buckets
+        largest = buckets.max_batch_size
+        layers = [self._mixed_work(buckets.mixed_tokens[-1]), self._decode_work(largest)]
+        return [*layers, self._head_work(largest, Kind.SAMPLE)]
 
     def capture(self) -> None:
         """Capture the layers of all buckets, and the usual kinds of sampling."""
-        layers, heads = self._works()
+        layers, heads = self._works(PREPARED_KINDS)
         with self._device.work():
             self._inputs.clear()
         for shape, work in layers.items():
@@ -133,11 +142,13 @@ class StepRunner:
             torch.index_select(hidden, 0, wanted, out=self.rows[: len(rows)])
         return hidden
 
-    def _works(self) -> tuple[dict[Shape, Work], dict[tuple[int, Kind], Work]]:
+    def _works(
+        self, kinds: Sequence[Kind]
+    ) -> tuple[dict[Shape, Work], dict[tuple[int, Kind], Work]]:
         buckets = self._buckets
         layers = {buckets.decode(n): self._decode_work(n) for n in buckets.batch_sizes}
         layers |= {buckets.mixed(n): self._mixed_work(n) for n in buckets.mixed_tokens}
-        keys = [(size, kind) for size in buckets.batch_sizes for kind in PREPARED_KINDS]
+        keys = [(size, kind) for size in buckets.batch_sizes for kind in kinds]
         return layers, {key: self._head_work(*key) for key in keys}
 
     def _decode_work(self, sequences: int) -> Work:

@@ -145,11 +145,6 @@ class CUDASampler:
             results.logprobs[:num_rows].copy_(full.logprobs[:num_rows], non_blocking=True)
         return PendingSample(results.tokens.numpy(), results.logprobs.numpy())
 
-    def set_last_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Tell the device the tokens that the host has chosen for ``slots``, all distinct."""
-        index = self._device(np.array(slots, np.int64))
-        self.buffers.last_tokens[index] = self._device(np.array(tokens, np.int32))
-
     def _host(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=self._pins)
 

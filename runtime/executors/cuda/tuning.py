@@ -27,9 +27,8 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     device = Device()
     graph = ir.load(engine.path / GRAPH).graph
     weights = load_weights(engine.path / WEIGHTS, device)
-    table = Tactics.load(None, device.capability, device.name)
-    largest = manifest.limits.max_batch_size
-    buckets = [size for size in BUCKETS if size <= max(largest, 1)]
+    table = Tactics(device.capability, device.name)
+    buckets = [size for size in BUCKETS if size <= manifest.limits.max_num_tokens] or [1]
     report = tune(problems(graph, weights), buckets, table)
     engine.write_file(TACTICS, table.to_json())
     return report

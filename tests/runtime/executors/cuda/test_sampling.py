@@ -215,7 +215,7 @@ class TestHistory:
         logits = np.abs(random_logits(1, SIZE, seed=3))
         best = int(logits.argmax())
         on_device = Device(device, 1)
-        on_device.sampler.set_last_tokens([0], [best])
+        on_device.sampler.last_tokens[0] = best
         ahead = row(self.PARAMS, position=1)
         known = row(self.PARAMS, output=[best])
         assert on_device.step(logits, [ahead]) == Sampler(SIZE).sample(logits, [known])
@@ -279,8 +279,7 @@ class TestSteps:
         result = on_device.step(logits, rows, [-1, 0, 3])
         best = int(logits[2].argmax())
         assert result.token_ids == [-1, -1, best]
-        on_device.sampler.set_last_tokens([0], [77])
-        assert on_device.sampler.last_tokens.tolist() == [77, 0, 0, best]
+        assert on_device.sampler.last_tokens.tolist() == [0, 0, 0, best]
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize(
