@@ -193,7 +193,9 @@ def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 320, int(n)).tolist() for n in rng.integers(3, 120, 16)]
     outputs = serve(engine, prompts, **limits)
-    executor = load(engine, {**limits, "max_num_tokens": 256, "max_batch_size": 1}).executor
+    executor = load(
+        engine, {"max_num_tokens": 256, "max_batch_size": 1, "max_seq_len": PAGE * COLUMNS}
+    ).executor
     assert isinstance(executor, CUDAExecutor)
     executor.reserve_kv(16 << 20)
     # fp8 rounds activations only in the kernels of many tokens.
