@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from slipstream.plugins.cuda.kernels import begin
 from slipstream.plugins.linear.cuda_dot_kernels import float8_bits
 
 
@@ -57,9 +58,7 @@ def embedding_rows(
     KIND "dense", "fp8" or "int". With LAST an id of -1 stands for ``last_tokens[slots[row]]``.
     Numbers out of range are moved into it: they belong to rows that nobody reads.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     row = tl.program_id(0)
     token = tl.load(token_ids + row)
     if LAST:
@@ -79,9 +78,7 @@ def dequantize_float8(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A float8 weight [N, K] in the type of y; a scale for ROWS rows and GROUP columns."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
     k = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
     inside = (n < N) & (k < K)
@@ -103,9 +100,7 @@ def dequantize_words(
 
     GROUP 0 is a scale a row. Without SCALE the codes minus the midpoint, for int8 products.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     CODES: tl.constexpr = 32 // BITS
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     chunk = tl.program_id(1)
@@ -140,9 +135,7 @@ def finish_product(
 
     SCALE: token_scale [T] and row_scale [N], both float32, for products of int8.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     t = tl.program_id(0).to(tl.int64)
     width = N // 2 if GATED else N
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

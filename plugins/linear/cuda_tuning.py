@@ -58,7 +58,7 @@ class Tuned:
 
 def time_tactics(problem: Problem, tokens: int, tactics: Sequence[Tactic]) -> list[Timing]:
     """Every tactic that runs, quickest first."""
-    calls = [_call(problem, tokens, tactic) for tactic in tactics]
+    calls = _calls(problem, tokens, tactics)
     timings = [
         Timing(tactic, _seconds(call, len(problem.weights)))
         for tactic, call in zip(tactics, calls, strict=True)
@@ -77,14 +77,13 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
         for index, problem in enumerate(problems)
         for tokens in buckets
     }
-    works = [
-        partial(_call(problems[index], tokens, tactic), 0)
-        for (index, tokens), tactics in choices.items()
-        for tactic in tactics
-    ]
+
+    def launch_all(key: tuple[int, int]) -> None:
+        for call in _calls(problems[key[0]], key[1], choices[key]):
+            call(0)
+
     with torch.no_grad():
-        compile_kernels(record(works), capability)
-    works.clear()  # and the inputs that they hold
+        compile_kernels(record([partial(launch_all, key) for key in choices]), capability)
     report = []
     for (index, tokens), tactics in choices.items():
         problem = problems[index]
@@ -94,7 +93,10 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
     return report
 
 
-def _call(problem: Problem, tokens: int, tactic: Tactic) -> Callable[[int], Tensor]:
+def _calls(
+    problem: Problem, tokens: int, tactics: Sequence[Tactic]
+) -> list[Callable[[int], Tensor]]:
+    """For each tactic a launch on the weight of a number, all of them on the same input."""
     n, k = problem.weights[0].format.shape
     device = problem.weights[0].codes.device
     x = torch.randn(tokens, k, device=device).to(problem.dtype)
@@ -106,7 +108,7 @@ def _call(problem: Problem, tokens: int, tactic: Tactic) -> Callable[[int], Tens
     out = torch.empty(tokens, width, dtype=problem.out_dtype, device=device)
     pdl = has_pdl(device) and tokens <= PDL_TOKENS
 
-    def call(index: int) -> Tensor:
+    def call(tactic: Tactic, index: int) -> Tensor:
         return linear(
             x,
             problem.weights[index % len(problem.weights)],
@@ -120,7 +122,7 @@ def _call(problem: Problem, tokens: int, tactic: Tactic) -> Callable[[int], Tens
             pdl=pdl,
         )
 
-    return call
+    return [partial(call, tactic) for tactic in tactics]
 
 
 def _runs(call: Callable[[int], Tensor]) -> bool:

@@ -9,6 +9,8 @@ exponential. A head's columns are padded to ``BLOCK_D``, a power of two.
 import triton
 import triton.language as tl
 
+from slipstream.plugins.cuda.kernels import begin
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = tl.constexpr(-1e30)
@@ -203,9 +205,7 @@ def decode_kernel(
     from its context alone; how many programs share them changes no bit of the result. The new
     token's k and v join the last page from registers. The last program to arrive adds up all.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     PLANE: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
@@ -371,9 +371,9 @@ def add_splits(
     m = tl.full([ROWS], NO_KEY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for begin in tl.range(0, splits, UNROLL):
+    for base in tl.range(0, splits, UNROLL):
         for j in tl.static_range(UNROLL):
-            split = begin + j
+            split = base + j
             here = split < splits
             at = (first_row + rows) * MAX_SPLITS + split
             m_next = tl.load(statistics + 2 * at, grouped & here, NO_KEY, cache_modifier=".cg")
@@ -411,9 +411,7 @@ def write_kernel(
 
     Grid: (tokens, NUM_KV_HEADS).
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     token = first_token + tl.program_id(0)
@@ -559,9 +557,7 @@ def prefill_kernel(
     Grid: (blocks * NUM_KV_HEADS), in the order of the blocks: those with the most keys should be
     the first.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -570,8 +566,8 @@ def prefill_kernel(
     if sequence < 0:
         return
     context = tl.load(context_len + sequence)
-    begin = tl.load(query_start + sequence)
-    queries = tl.load(query_start + sequence + 1) - begin
+    first_token = tl.load(query_start + sequence)
+    queries = tl.load(query_start + sequence + 1) - first_token
     start = tl.load(block_start + block)
     if (context <= 0) | (start >= queries):
         return
@@ -582,7 +578,7 @@ def prefill_kernel(
     heads = kv_head * GROUP + rows % GROUP
     valid = (query < queries) & (rows < BLOCK_Q * GROUP)
     wide = valid[:, None] & (d < HEAD_DIM)[None, :]
-    token = (begin + query).to(tl.int64)
+    token = (first_token + query).to(tl.int64)
     q = tl.load(qkv + (token * WIDTH + heads * HEAD_DIM)[:, None] + d[None, :], wide, 0.0)
     if pages.dtype.element_ty != tl.float8e4nv:
         q = q.to(pages.dtype.element_ty)

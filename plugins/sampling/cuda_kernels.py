@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins import sampling
+from slipstream.plugins.cuda.kernels import begin
 
 SLOT = tl.constexpr(int(sampling.Field.SLOT))
 POSITION = tl.constexpr(int(sampling.Field.POSITION))
@@ -71,13 +72,6 @@ IN_PROMPT = tl.constexpr(1 << 30)
 # Tokens above the 20th largest group maximum lie in fewer than 20 groups, so ties have a fixed
 # place behind them.
 TIES = tl.constexpr(640)
-
-
-@triton.jit
-def _begin(PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -217,7 +211,7 @@ def argmax_kernel(
     PDL: tl.constexpr,
 ):
     """Largest logit and its id of every block; grid (blocks, rows)."""
-    _begin(PDL)
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
     if _int(settings, settings_stride, SLOT, row) < 0:
@@ -241,7 +235,7 @@ def argmax_combine_kernel(
     PDL: tl.constexpr,
 ):
     """The token of a greedy row from its blocks; grid (rows)."""
-    _begin(PDL)
+    begin(PDL)
     row = tl.program_id(0)
     slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
@@ -276,7 +270,7 @@ def scan_kernel(
 
     The sum of a group is relative to its maximum, and computed only for rows with top-p alone.
     """
-    _begin(PDL)
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
     if _int(settings, settings_stride, SLOT, row) < 0:
@@ -335,7 +329,7 @@ def bound_kernel(
     With top-k, the k-th largest group maximum. With top-p alone, a logit that the tokens below
     have at most a share of 1 - p. Otherwise min-p says it exactly, and the row is drawn directly.
     """
-    _begin(PDL)
+    begin(PDL)
     row = tl.program_id(0)
     if _int(settings, settings_stride, SLOT, row) < 0:
         return
@@ -422,7 +416,7 @@ def collect_kernel(
 
     The list is in no order. A row with more than CANDIDATES has their number only.
     """
-    _begin(PDL)
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
     if _int(settings, settings_stride, SLOT, row) < 0:
@@ -489,7 +483,7 @@ def select_kernel(
     PDL: tl.constexpr,
 ):
     """The exact threshold of a row and its token; grid (rows)."""
-    _begin(PDL)
+    begin(PDL)
     row = tl.program_id(0)
     slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
@@ -646,7 +640,7 @@ def mask_kernel(
 ):
     """Of rows with edits, a copy of the allowed logits and no counts yet; of rows with logprobs,
     maxima and sums of exp of the model's own logits; grid (blocks, rows)."""
-    _begin(PDL)
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
     slot = _int(settings, settings_stride, SLOT, row)
@@ -697,7 +691,7 @@ def edit_kernel(
 
     The ids of a row's bias are distinct.
     """
-    _begin(PDL)
+    begin(PDL)
     part = tl.program_id(0)
     row = tl.program_id(1)
     slot = _int(settings, settings_stride, SLOT, row).to(tl.int64)
@@ -750,7 +744,7 @@ def logprobs_kernel(
     PDL: tl.constexpr,
 ):
     """Rank and log probability of the token, and the likeliest tokens with theirs; grid (rows)."""
-    _begin(PDL)
+    begin(PDL)
     row = tl.program_id(0)
     slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:

@@ -55,13 +55,10 @@ class CUDAExecutor:
         The machine has been checked (``device.require``). Raises CapacityError when weights or
         buffers do not fit.
         """
-        device = Device()
+        self._device = Device()
         graph = ir.load(engine.path / GRAPH).graph
-        weights = load_weights(engine.path / WEIGHTS, device)
-        tactics = Tactics.load(engine.path / TACTICS, device.capability, device.name)
-        with device.work():
-            program = CUDAProgram(graph, weights, tactics, device.torch)
-        self._start(engine.manifest, config, device, program)
+        weights = load_weights(engine.path / WEIGHTS, self._device)
+        self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
 
     @classmethod
     def from_weights(
@@ -74,19 +71,21 @@ class CUDAExecutor:
     ) -> CUDAExecutor:
         """An executor of a graph whose weights are on the device already."""
         executor = cls.__new__(cls)
-        device = Device()
-        table = Tactics.load(tactics, device.capability, device.name)
-        with device.work():
-            program = CUDAProgram(graph, weights, table, device.torch)
-        executor._start(manifest, config, device, program)
+        executor._device = Device()
+        executor._start(manifest, config, graph, weights, tactics)
         return executor
 
     def _start(
-        self, manifest: Manifest, config: RuntimeConfig, device: Device, program: CUDAProgram
+        self,
+        manifest: Manifest,
+        config: RuntimeConfig,
+        graph: ir.Graph,
+        weights: Mapping[str, Tensor],
+        tactics: Path | None,
     ) -> None:
-        self._device, self._kv, self._config = device, manifest.kv, config
+        self._kv, self._config, device = manifest.kv, config, self._device
         self._heads = int(manifest.model["num_heads"])
-        self._host_sampler = Sampler(program.vocab_size)
+        table = Tactics.load(tactics, device.capability, device.name)
         rows = config.max_batch_size
         buckets = Buckets(
             rows, config.max_num_tokens, query_block(self._heads, self._kv.num_kv_heads)
@@ -94,6 +93,8 @@ class CUDAExecutor:
         self._row_sizes = buckets.batch_sizes
         self._columns = -(-config.max_seq_len // self._kv.page_size)
         with device.work(), self._fitting():
+            program = CUDAProgram(graph, weights, table, device.torch)
+            self._host_sampler = Sampler(program.vocab_size)
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
             )
