@@ -160,8 +160,9 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
 def floors(model: dict[str, Any], form: str, read_rate: float) -> Figures:
     """ms below which no step can be: bytes of weights, or products, over the measured rates."""
     plan = random_plan(model, BuildOptions(target="cuda", **FORMATS[form]))
-    embedding = 2 * model["vocab_size"] * model["hidden_size"]
-    read = plan.weight_bytes - (0 if model.get("tie_word_embeddings") else embedding)
+    tied = model.get("tie_word_embeddings")
+    parts = [part for weight in plan.weights for part in weight.parts]
+    read = sum(p.nbytes for p in parts if tied or not p.name.startswith("model.embed_tokens"))
     hidden, inner = model["hidden_size"], model["intermediate_size"]
     kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
     per_token = 2 * model["num_hidden_layers"] * hidden * (2 * hidden + 2 * kv + 3 * inner)

@@ -249,7 +249,7 @@ def _dot_candidates(
     found = []
     for rows, columns, warps, swap in choices:
         programs = -(-width // rows)
-        for split in (1, 2, 4) if tokens <= 64 else (1,):
+        for split in (1, 2, 4) if tokens <= 64 or whole else (1,):
             if split > 1 and programs * split > 4 * _PROCESSORS:
                 continue
             columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
