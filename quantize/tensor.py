@@ -11,9 +11,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["dense", "int", "float8_e4m3"]
+Kind = Literal["dense", "int", "float8_e4m3", "float4_e2m1", "codebook"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
 Activation = Literal["none", "token", "static", "group"]
+# The numbers of the eight codes of float4_e2m1 without its sign, which is bit 3.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class WeightFormat:
     and the type of the scales of a quantized one, as a NumPy / ml_dtypes name. ``activation`` says
     how x is rounded to the type of the codes where a kernel multiplies in that type: not at all, by
     one scale a token, by the weight's own ``input_scale``, or by one scale a token and group of K.
+    ``bits`` is the size of a stored code, 4 or 8: codes of 2 and 3 bits are held in 4, of 5 to 7 in
+    8, with a ``zero`` of their own. Where ``group`` does not divide K, the last group is shorter.
     """
 
     shape: tuple[int, ...]
@@ -40,16 +44,39 @@ class WeightFormat:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class InputTransform:
+    """What is done to x before a weight's codes are applied: ``(x * scale)[:, perm]``.
+
+    perm   int32 ``[K]``: column j of the codes belongs to column ``perm[j]`` of x (act-order).
+    scale  float32 ``[K]``, in the order of x (the pre-scale of AWQ and SmoothQuant exports).
+    """
+
+    perm: NDArray[np.int32] | None = None
+    scale: NDArray[np.float32] | None = None
+
+    def equals(self, other: InputTransform | None) -> bool:
+        """Whether both do the same to x, so that one result serves both weights."""
+        return other is not None and all(
+            (mine is None and theirs is None)
+            or (mine is not None and theirs is not None and np.array_equal(mine, theirs))
+            for mine, theirs in ((self.perm, other.perm), (self.scale, other.scale))
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class QuantTensor:
     """A weight ``[N, K]`` (a dense one may have any rank) as codes and the numbers that decode
     them.
 
-    codes   dense: the values. int, 4 bits: u8 ``[N, ceil(K/2)]``, low nibble = even k; 8 bits: u8
-            ``[N, K]``.
-    scale   ``[N, K/group]`` multipliers.
-    zero    u8 ``[N, K/group]`` when ``format.zero == "zero"``.
-    offset  float ``[N, K/group]`` when ``format.zero == "offset"``.
+    codes   dense: the values. 4 bits (int, float4_e2m1, codebook): u8 ``[N, ceil(K/2)]``, low
+            nibble = even k; 8 bits: u8 ``[N, K]``. float8_e4m3: that type, ``[N, K]``.
+    scale   ``[ceil(N/rows), ceil(K/group)]`` multipliers.
+    zero    u8 ``[N, ceil(K/group)]`` when ``format.zero == "zero"``.
+    offset  float ``[N, ceil(K/group)]`` when ``format.zero == "offset"``.
     input_scale  float32 ``[1]`` when ``format.activation == "static"``.
+    scale2    float32 ``[1]``, a multiplier of all scales (NVFP4); None is 1.
+    codebook  float32 ``[16]``, the number of each code, when ``format.kind == "codebook"``.
+    input     what must be done to x before these codes are applied; None is nothing.
     """
 
     name: str
@@ -59,6 +86,9 @@ class QuantTensor:
     zero: NDArray[np.uint8] | None = None
     offset: NDArray[np.generic] | None = None
     input_scale: NDArray[np.float32] | None = None
+    scale2: NDArray[np.float32] | None = None
+    codebook: NDArray[np.float32] | None = None
+    input: InputTransform | None = None
 
     def unpacked_codes(self) -> NDArray[np.uint8]:
         """Integer codes one a byte: u8 ``[N, K]``."""
@@ -72,37 +102,64 @@ class QuantTensor:
         return out[:, :k]
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weight as float32 in its full shape."""
+        """The weight as float32 in its full shape: what multiplies x, ``input`` included."""
         if self.format.kind == "dense":
             return self.codes.astype(np.float32)
-        assert self.scale is not None, self.format
+        values = self._decoded()
+        if self.input is None:
+            return values
+        if self.input.perm is not None:
+            ordered = np.empty_like(values)
+            ordered[:, self.input.perm] = values
+            values = ordered
+        return values if self.input.scale is None else values * self.input.scale
+
+    def _decoded(self) -> NDArray[np.float32]:
+        """The numbers of the codes, column by column as they are stored."""
+        scale = self._spread(self.scale)
+        if self.scale2 is not None:
+            scale = scale * self.scale2
+        kind, zero = self.format.kind, self.format.zero
+        if kind == "float8_e4m3":
+            return self.codes.astype(np.float32) * scale
+        codes = self.unpacked_codes()
+        if kind == "codebook":
+            assert self.codebook is not None
+            return self.codebook[codes] * scale
+        if kind == "float4_e2m1":
+            return np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]) * scale
+        if zero == "offset":
+            return codes * scale + self._spread(self.offset)
+        midpoint = np.float32(2 ** (self.format.bits - 1))
+        return (codes - (midpoint if zero == "midpoint" else self._spread(self.zero))) * scale
+
+    def _spread(self, numbers: NDArray[Any] | None) -> NDArray[np.float32]:
+        """A number for every element: float32 ``[N, K]``."""
+        assert numbers is not None, self.format
         n, k = self.format.shape
-        if self.format.kind == "float8_e4m3":
-            spread = np.repeat(self.scale.astype(np.float32), self.format.rows, axis=0)[:n]
-            spread = np.repeat(spread, self.format.group, axis=1)[:, :k]
-            return np.asarray(self.codes.astype(np.float32) * spread, np.float32)
-        groups = self.unpacked_codes().astype(np.float32).reshape(n, k // self.format.group, -1)
-        scale = self.scale.astype(np.float32)[..., None]
-        if self.format.zero == "offset":
-            assert self.offset is not None
-            out = groups * scale + self.offset.astype(np.float32)[..., None]
-        else:
-            zero = (
-                2.0 ** (self.format.bits - 1)
-                if self.zero is None
-                else self.zero[..., None].astype(np.float32)
-            )
-            out = (groups - zero) * scale
-        return np.asarray(out, np.float32).reshape(n, k)
+        rows = np.repeat(numbers.astype(np.float32), self.format.rows, axis=0)[:n]
+        return np.repeat(rows, self.format.group, axis=1)[:, :k]
+
+
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """Scales of an fp8 KV cache, one a layer: keys and values are stored divided by them."""
+
+    k: tuple[float, ...]
+    v: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A weight that is read (memory-mapped, converted, quantized) only when ``load`` is called."""
+    """A weight that is read (memory-mapped, converted, quantized) only when ``load`` is called.
+
+    ``input`` is that of the tensor that ``load`` gives.
+    """
 
     name: str
     format: WeightFormat
     load: Callable[[], QuantTensor] = field(repr=False)
+    input: InputTransform | None = field(default=None, repr=False)
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
@@ -121,6 +178,7 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Weights of one format (but for their rows) as one, rows in order; biases likewise along
     their only axis."""
+    assert all(tensor.input is None for tensor in tensors), "apply_input_transforms comes first"
     first = tensors[0].format
     rows = sum(tensor.format.shape[0] for tensor in tensors)
     name = _joint_name([tensor.name for tensor in tensors])

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.quantize.tensor import KVScales, LazyTensor
 
 
 class Checkpoint(Protocol):
@@ -29,6 +29,10 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Shape and constants of the model."""
+
+    @property
+    def kv_scales(self) -> KVScales | None:
+        """Those of an fp8 KV cache, if it was calibrated for one."""
 
     def names(self) -> tuple[str, ...]:
         """Every tensor, by its Hugging Face name: ``model.layers.0.self_attn.q_proj.weight``."""

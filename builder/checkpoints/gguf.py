@@ -67,6 +67,11 @@ class GGUFCheckpoint:
     stored: Mapping[str, GGUFTensor]
     file: GGUFFile
 
+    @property
+    def kv_scales(self) -> None:
+        """The format has none."""
+        return
+
     def names(self) -> tuple[str, ...]:
         """Every tensor of the checkpoint, by its Hugging Face name."""
         return tuple(self.stored)

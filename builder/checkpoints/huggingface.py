@@ -18,7 +18,7 @@ from slipstream.builder.checkpoints.base import (
 from slipstream.builder.checkpoints.safetensors_file import StoredTensor, read_header
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -32,6 +32,7 @@ class HuggingFaceCheckpoint:
     path: Path
     config: ModelConfig
     stored: Mapping[str, StoredTensor]
+    kv_scales: KVScales | None = None
 
     def names(self) -> tuple[str, ...]:
         """Every tensor of the checkpoint."""
