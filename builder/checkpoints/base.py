@@ -71,6 +71,17 @@ def map_array(
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError when there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
+    return data
+
+
 def write_json(path: Path, data: object) -> None:
     """``data`` as indented UTF-8 JSON."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,13 +12,22 @@ from typing import Any
 
 from slipstream.builder.checkpoints.base import (
     generation_config,
+    read_json,
     unknown_tensor,
     write_json,
+)
+from slipstream.builder.checkpoints.quantized import (
+    QUANTIZED_SUFFIXES,
+    Stored,
+    quantization_config,
+    read_quantized,
 )
 from slipstream.builder.checkpoints.safetensors_file import StoredTensor, read_header
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
+from slipstream.quantize.tensor import KVScales, LazyTensor
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -27,24 +36,22 @@ _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 @dataclass(frozen=True, slots=True)
 class HuggingFaceCheckpoint:
-    """A directory whose weights are dense float32, float16 or bfloat16."""
+    """A directory whose weights are float32, float16, bfloat16, or quantized in a known format."""
 
     path: Path
     config: ModelConfig
-    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, LazyTensor]
     kv_scales: KVScales | None = None
 
     def names(self) -> tuple[str, ...]:
-        """Every tensor of the checkpoint."""
-        return tuple(self.stored)
+        """Every weight of the checkpoint; scales and the like belong to their weight."""
+        return tuple(self.tensors)
 
     def tensor(self, name: str) -> LazyTensor:
-        """One dense weight, not yet read."""
-        if name not in self.stored:
+        """One weight, not yet read."""
+        if name not in self.tensors:
             raise unknown_tensor(self.path, name, self.names())
-        stored = self.stored[name]
-        form = WeightFormat(stored.shape, "dense", stored.numpy_dtype().name)
-        return LazyTensor(name, form, lambda: QuantTensor(name, form, stored.map()))
+        return self.tensors[name]
 
     def write_tokenizer(self, directory: Path) -> None:
         """Copies the tokenizer files; the chat template always ends in chat_template.jinja."""
@@ -68,23 +75,34 @@ class HuggingFaceCheckpoint:
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
-    """Opens a directory that has config.json; reads headers, no weights."""
+    """Opens a directory that has config.json; reads headers and small tensors, no weights."""
     path = Path(source)
     raw = _config(path)
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            method = raw[key].get("quant_method", "unknown")
-            raise CheckpointError(
-                f"{path} is quantized (quant_method {method!r}), a format that cannot be read yet; "
-                "pass the unquantized checkpoint it was made from (and --quantization), or a GGUF "
-                "file of the model"
-            )
-    return HuggingFaceCheckpoint(path, ModelConfig.from_huggingface(raw), _weights(path))
+    quantization = quantization_config(path, raw)
+    config = ModelConfig.from_huggingface(raw)
+    stored = _weights(path)
+    if quantization is None:
+        return HuggingFaceCheckpoint(path, config, _dense(path, stored))
+    weights = read_quantized(Stored(path, stored), config, quantization)
+    for note in weights.notes:
+        logger.warning("%s: %s", path.name, note)
+    return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales)
+
+
+def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
+    quantized = [name for name in stored if name.endswith(QUANTIZED_SUFFIXES)]
+    if quantized:
+        raise CheckpointError(
+            f"{path} holds {len(quantized)} quantized tensors such as {quantized[0]}, but neither "
+            "config.json nor a file beside it says how they are quantized; download config.json "
+            "(its quantization_config) or quantize_config.json of the model"
+        )
+    return {name: tensor.dense() for name, tensor in stored.items()}
 
 
 def _config(path: Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
-        return _read_json(path / "config.json")
+        return read_json(path / "config.json")
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     remedy = f"pass one of its files: {', '.join(ggufs)}" if ggufs else "check the path"
     raise CheckpointError(f"{path} has no config.json, so it is no checkpoint; {remedy}")
@@ -108,7 +126,7 @@ def _weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
-    shard_of = _read_json(path / _INDEX).get("weight_map")
+    shard_of = read_json(path / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict):
         raise CheckpointError(f"{path / _INDEX} has no weight_map; download the checkpoint again")
     shards = sorted(set(shard_of.values()))
@@ -135,18 +153,8 @@ def _chat_template(path: Path) -> str | None:
     if own.is_file():
         return own.read_text(encoding="utf-8")
     config = path / "tokenizer_config.json"
-    template = _read_json(config).get("chat_template") if config.is_file() else None
+    template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return data

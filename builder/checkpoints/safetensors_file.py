@@ -20,14 +20,30 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.base import map_array
 from slipstream.errors import CheckpointError
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
         "F32": np.dtype(np.float32),
         "F16": np.dtype(np.float16),
         "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F64": np.dtype(np.float64),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "I8": np.dtype(np.int8),
+        "I16": np.dtype(np.int16),
+        "I32": np.dtype(np.int32),
+        "I64": np.dtype(np.int64),
+        "U8": np.dtype(np.uint8),
+        "U16": np.dtype(np.uint16),
+        "U32": np.dtype(np.uint32),
+        "U64": np.dtype(np.uint64),
+        "BOOL": np.dtype(np.bool_),
     }
 )
+# Types that a weight has when it is not quantized.
+DENSE = ("F32", "F16", "BF16")
 _AGAIN = "download the checkpoint again"
 
 
@@ -43,13 +59,24 @@ class StoredTensor:
     size: int
 
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The element type; CheckpointError for one that is not a weight's."""
+        """The element type; CheckpointError for one that NumPy cannot hold."""
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: tensor {self.name} has type {self.dtype}; only {', '.join(DTYPES)} "
                 "can be read: convert the checkpoint to bfloat16"
             )
         return DTYPES[self.dtype]
+
+    def dense(self) -> LazyTensor:
+        """The weight, not yet read; CheckpointError when it is of no type that weights have."""
+        if self.dtype not in DENSE:
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name} has type {self.dtype}; only {', '.join(DENSE)} "
+                "can be read where config.json describes no quantization: use the config.json that "
+                "belongs to the weights, or convert them to bfloat16"
+            )
+        form = WeightFormat(self.shape, "dense", self.numpy_dtype().name)
+        return LazyTensor(self.name, form, lambda: QuantTensor(self.name, form, self.map()))
 
     def map(self) -> NDArray[np.generic]:
         """The values, mapped from the file."""
