@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slipstream.runtime.sampling_params import SamplingParams
 from slipstream.runtime.step import StepBatch, StepResult
@@ -52,4 +55,18 @@ class Executor(Protocol):
 
     def shutdown(self) -> None:
         """Free the device."""
+        ...
+
+
+@runtime_checkable
+class ScoringExecutor(Protocol):
+    """An executor that also shows the logits it computes, for measuring a model."""
+
+    def reserve_kv(self, num_bytes: int | None) -> int:
+        """As ``Executor.reserve_kv``."""
+        ...
+
+    def logits(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled, and
+        ``batch.sampling`` is not read. Raises ``ExecutionError`` if the device fails."""
         ...

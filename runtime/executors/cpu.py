@@ -31,6 +31,7 @@ STEP_INPUTS = (
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
+_ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
 
 
@@ -69,11 +70,14 @@ class _Pending:
     sampler: Sampler
 
     def result(self) -> StepResult:
+        return self.sampler.sample(self.logits(), self.batch.sampling)
+
+    def logits(self) -> NDArray[np.float32]:
         try:
             self.run(self.binding.io)
         except Exception as error:
             raise ExecutionError(f"the step failed in onnxruntime: {error}") from error
-        return self.sampler.sample(self.binding.logits, self.batch.sampling)
+        return self.binding.logits
 
 
 class CPUExecutor:
@@ -113,14 +117,19 @@ class CPUExecutor:
                 f"raise --kv-cache-bytes"
             )
         shape = (layout.num_layers, pages, 2, layout.num_kv_heads)
+        float8 = layout.dtype == "float8_e4m3fn"
+        dtype = "uint8" if float8 else layout.dtype
         arrays: dict[str, NDArray[Any]] = {
-            "kv_cache": _aligned_zeros((*shape, layout.page_size * layout.head_dim), layout.dtype)
+            "kv_cache": _aligned_zeros((*shape, layout.page_size * layout.head_dim), dtype)
         }
         if layout.dtype == "int8":
             arrays["kv_scales"] = _aligned_zeros((*shape, layout.page_size), "float32")
         self._bindings.clear()
         self._kv_arrays = list(arrays.values())
         self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        if float8:
+            typed = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+            self._kv["kv_cache"] = typed(arrays["kv_cache"], _ONNX_FLOAT8)
         return pages
 
     @property
@@ -137,6 +146,10 @@ class CPUExecutor:
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(self._session.run_with_iobinding, binding, batch, self._sampler)
+
+    def logits(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
+        return self.submit(batch).logits().copy()
 
     def shutdown(self) -> None:
         """Let go of the pages."""
