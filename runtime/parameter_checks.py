@@ -33,13 +33,13 @@ class Number:
         """Return ``value`` as a plain int or float (NumPy scalars included), or raise."""
         number: int | float | None = None
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            number = self.kind(int(value))
+            number = int(value)
         elif isinstance(value, numbers.Real) and self.kind is float and not isinstance(value, bool):
             number = float(value)
         if number is not None:
             above = number > self.low if self.open_low else number >= self.low
-            if above and number <= self.high and math.isfinite(number):
-                return number
+            if above and number <= self.high and -math.inf < number < math.inf:
+                return self.kind(number)
         raise InvalidRequestError(f"{name}={value!r} is not {self.describe()}; {self.remedy}")
 
 

@@ -27,7 +27,7 @@ from slipstream.runtime.parameter_checks import (
 GREEDY_TEMPERATURE = 1e-5
 
 _NUMBERS = {
-    "n": Number(int, 1, remedy="use 1 for one completion"),
+    "n": Number(int, 1, 16384, remedy="use 1 for one completion"),
     "max_tokens": Number(int, 1, optional=True, remedy="leave it out to use all the room left"),
     "min_tokens": Number(int, 0, remedy="use 0 for no minimum"),
     "temperature": Number(

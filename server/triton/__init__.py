@@ -1,0 +1,1 @@
+"""A Python-based backend of the Triton Inference Server, and the model repository that uses it."""

@@ -1,0 +1,93 @@
+"""From what the engine loop tells of a request to the outputs of a response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.runtime.request import CompletionOutput, RequestOutput
+from slipstream.runtime.step import TokenLogprobs
+from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.server.triton.parameters import Query
+
+Outputs = Mapping[str, NDArray[Any]]
+# JSON has no infinity; no token that can be sampled comes near this.
+_LEAST_LOGPROB = -9999.0
+
+
+class Answer:
+    """The responses to one request, in order."""
+
+    def __init__(self, query: Query, tokenizer: Tokenizer) -> None:
+        self._query = query
+        self._tokenizer = tokenizer
+        self._begun = False
+
+    def tensors(self, steps: Sequence[RequestOutput]) -> Outputs:
+        """One response for outputs of kind ``delta`` that followed each other, or for one of kind
+        ``final``; an entry for each completion."""
+        by_completion = list(zip(*(step.outputs for step in steps), strict=True))
+        prompt = self._query.prompt if self._query.echo and not self._begun else ""
+        self._begun = True
+        outputs: dict[str, NDArray[Any]] = {
+            "text_output": _strings(prompt + _joined_text(parts) for parts in by_completion)
+        }
+        for name in self._query.returns:
+            outputs[name] = self._extras[name](self, steps, by_completion)
+        return outputs
+
+    def _finish_reason(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        # The word "None" for one that goes on, as vLLM's backend.
+        return _strings(str(parts[-1].finish_reason) for parts in completions)
+
+    def _cumulative_logprob(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        return np.array([parts[-1].cumulative_logprob for parts in completions], np.float32)
+
+    def _logprobs(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        return _strings(
+            json.dumps([self._described(entry) for part in parts for entry in part.logprobs or ()])
+            for parts in completions
+        )
+
+    def _num_input_tokens(self, steps: _Steps, _: _Completions) -> NDArray[Any]:
+        return np.array([len(steps[-1].prompt_token_ids)], np.uint32)
+
+    def _num_output_tokens(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        counts = [sum(len(part.token_ids) for part in parts) for parts in completions]
+        return np.array(counts, np.uint32)
+
+    def _described(self, entry: TokenLogprobs) -> dict[int, dict[str, object]]:
+        """The token itself and the likeliest ones, by token id."""
+        tokens = {**entry.top, entry.token_id: (entry.logprob, entry.rank)}
+        return {
+            token: {
+                "logprob": max(logprob, _LEAST_LOGPROB),
+                "rank": rank,
+                "decoded_token": self._tokenizer.decode([token], skip_special_tokens=False),
+            }
+            for token, (logprob, rank) in tokens.items()
+        }
+
+    _extras: Mapping[str, Callable[[Answer, _Steps, _Completions], NDArray[Any]]] = {
+        "finish_reason": _finish_reason,
+        "cumulative_logprob": _cumulative_logprob,
+        "logprobs": _logprobs,
+        "num_input_tokens": _num_input_tokens,
+        "num_output_tokens": _num_output_tokens,
+    }
+
+
+_Steps = Sequence[RequestOutput]
+_Completions = Sequence[Sequence[CompletionOutput]]
+
+
+def _joined_text(parts: Sequence[CompletionOutput]) -> str:
+    return "".join(part.text for part in parts)
+
+
+def _strings(texts: Any) -> NDArray[Any]:  # noqa: ANN401 - an iterable of str
+    return np.array([text.encode() for text in texts], np.object_)

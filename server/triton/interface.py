@@ -1,0 +1,80 @@
+"""The inputs and outputs of a served model: vLLM's names, and those of TensorRT-LLM's ensemble.
+
+Triton completes a model's configuration from these tables, and requests are read by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DataType = Literal[
+    "TYPE_BOOL", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64", "TYPE_FP32", "TYPE_STRING"
+]
+ANY_LENGTH = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A one-dimensional input or output; ``length`` is its number of elements.
+
+    ``field`` is the sampling parameter that an input sets, None for one that sets none.
+    """
+
+    data_type: DataType
+    length: int = 1
+    optional: bool = True
+    field: str | None = None
+
+    def describe(self, name: str) -> dict[str, object]:
+        """The tensor in the form of Triton's ``ModelConfig.add_input`` and ``add_output``."""
+        described: dict[str, object] = {
+            "name": name,
+            "data_type": self.data_type,
+            "dims": [self.length],
+        }
+        if self.optional:
+            described["optional"] = True
+        return described
+
+
+# What decides how the answer is told.
+SWITCHES: Mapping[str, Tensor] = {
+    "stream": Tensor("TYPE_BOOL"),
+    "exclude_input_in_output": Tensor("TYPE_BOOL"),
+    "return_finish_reason": Tensor("TYPE_BOOL"),
+    "return_cumulative_logprob": Tensor("TYPE_BOOL"),
+    "return_logprobs": Tensor("TYPE_BOOL"),
+    "return_num_input_tokens": Tensor("TYPE_BOOL"),
+    "return_num_output_tokens": Tensor("TYPE_BOOL"),
+}
+# Sampling parameters that have an input of their own; all others come in `sampling_parameters`.
+SAMPLING: Mapping[str, Tensor] = {
+    "max_tokens": Tensor("TYPE_INT32", field="max_tokens"),
+    "min_tokens": Tensor("TYPE_INT32", field="min_tokens"),
+    "temperature": Tensor("TYPE_FP32", field="temperature"),
+    "top_k": Tensor("TYPE_INT32", field="top_k"),
+    "top_p": Tensor("TYPE_FP32", field="top_p"),
+    "repetition_penalty": Tensor("TYPE_FP32", field="repetition_penalty"),
+    "presence_penalty": Tensor("TYPE_FP32", field="presence_penalty"),
+    "frequency_penalty": Tensor("TYPE_FP32", field="frequency_penalty"),
+    "random_seed": Tensor("TYPE_UINT64", field="seed"),
+    "stop_words": Tensor("TYPE_STRING", ANY_LENGTH, field="stop"),
+    "bad_words": Tensor("TYPE_STRING", ANY_LENGTH, field="bad_words"),
+}
+INPUTS: Mapping[str, Tensor] = {
+    "text_input": Tensor("TYPE_STRING", optional=False),
+    "sampling_parameters": Tensor("TYPE_STRING"),
+    **SWITCHES,
+    **SAMPLING,
+}
+# An entry for each of the `n` completions, except of the prompt's tokens.
+OUTPUTS: Mapping[str, Tensor] = {
+    "text_output": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
+    "finish_reason": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
+    "cumulative_logprob": Tensor("TYPE_FP32", ANY_LENGTH, optional=False),
+    "logprobs": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
+    "num_input_tokens": Tensor("TYPE_UINT32", optional=False),
+    "num_output_tokens": Tensor("TYPE_UINT32", ANY_LENGTH, optional=False),
+}

@@ -1,0 +1,131 @@
+"""The metrics of ``slipstream serve``, under the same names, as custom metrics of Triton."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from prometheus_client.core import Metric
+
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.server.metrics import FAMILIES, PREFIX, EngineMetrics, Histogram, RequestWatch
+
+_LOG = logging.getLogger(__name__)
+_KINDS: Mapping[str, int] = {
+    "gauge": pb_utils.MetricFamily.GAUGE,
+    "counter": pb_utils.MetricFamily.COUNTER,
+    "histogram": pb_utils.MetricFamily.HISTOGRAM,
+}
+
+
+class TritonMetrics:
+    """Counts as ``slipstream serve`` does and tells Triton what has changed.
+
+    Instances of a model are told apart by the label ``engine``, versions by ``version``.
+    """
+
+    def __init__(self, args: Mapping[str, str], llm: AsyncLLM) -> None:
+        """``args`` are those of ``initialize``; ``TritonModelException`` if metrics are off."""
+        self._counts = EngineMetrics(args["model_name"], lambda: llm.stats)
+        self._journals = {name: _Journal() for name in self._counts.histograms}
+        self._counts.histograms = dict(self._journals)
+        self._labels = {
+            "model_name": args["model_name"],
+            "version": args["model_version"],
+            "engine": args["model_instance_name"].rpartition("_")[2],
+        }
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, ...], Any] = {}
+        self._told: dict[tuple[str, ...], float] = {}
+        self._histograms = {
+            name: self._family(PREFIX + name, family.kind, family.help).Metric(
+                labels=self._labels, buckets=list(map(float, family.buckets))
+            )
+            for name, family in FAMILIES.items()
+            if family.kind == "histogram"
+        }
+        self.publish()
+
+    def watch(self) -> RequestWatch:
+        """An observer of one request."""
+        return self._counts.watch()
+
+    def publish(self) -> None:
+        """Tell what has changed since the last time."""
+        for metric in self._counts.collect():
+            if metric.type in ("gauge", "counter"):
+                self._publish_values(metric)
+        for name, journal in self._journals.items():
+            for value in journal.take():
+                self._histograms[name].observe(value)
+
+    def close(self) -> None:
+        """Take the metrics out of Triton, which keeps those of a process that has ended."""
+        self._metrics.clear()
+        self._histograms.clear()
+        self._families.clear()
+
+    def _publish_values(self, metric: Metric) -> None:
+        for sample in metric.samples:
+            key = (sample.name, *sample.labels.values())
+            if key not in self._metrics:
+                family = self._family(sample.name, metric.type, metric.documentation)
+                self._metrics[key] = family.Metric(labels={**self._labels, **sample.labels})
+            change = sample.value - self._told.get(key, 0.0)
+            if change and metric.type == "gauge":
+                self._metrics[key].set(sample.value)
+            elif change:
+                self._metrics[key].increment(change)
+            self._told[key] = sample.value
+
+    def _family(self, name: str, kind: str, help: str) -> Any:  # noqa: ANN401 - Triton's
+        """A family; Triton forgets one that nobody holds."""
+        if name not in self._families:
+            self._families[name] = pb_utils.MetricFamily(
+                name=name, description=help, kind=_KINDS[kind]
+            )
+        return self._families[name]
+
+
+class _Journal(Histogram):
+    """Remembers values until they are published, because Triton keeps the buckets."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self._values: deque[float] = deque()
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Remember a value."""
+        self._values.extend([value] * times)
+
+    def take(self) -> list[float]:
+        """What came since the last time."""
+        return [self._values.popleft() for _ in range(len(self._values))]
+
+
+class _NoMetrics:
+    """Counts for nobody, where Triton was started without metrics."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._counts = EngineMetrics("", lambda: llm.stats)
+
+    def watch(self) -> RequestWatch:
+        return self._counts.watch()
+
+    def publish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def create_metrics(args: Mapping[str, str], llm: AsyncLLM) -> TritonMetrics | _NoMetrics:
+    """Metrics for a model instance; ``args`` are those of ``initialize``."""
+    try:
+        return TritonMetrics(args, llm)
+    except pb_utils.TritonModelException as error:
+        _LOG.info("no metrics are exported: %s", error)
+        return _NoMetrics(llm)

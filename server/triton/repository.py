@@ -1,0 +1,110 @@
+"""Writes a model repository, and the backend directory that it needs, for a stock Triton."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slipstream.builder.engine import open_engine
+from slipstream.errors import InvalidRequestError
+from slipstream.server.triton.settings import Settings
+
+VersionPolicy = Literal["latest", "all"]
+BACKEND = "slipstream"
+_ENGINE = "engine"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_POLICIES: Mapping[VersionPolicy, str] = {"latest": "latest { num_versions: 1 }", "all": "all { }"}
+_CONFIG = """\
+# Written by slipstream triton-repo. The backend adds the inputs and outputs.
+backend: "{backend}"
+max_batch_size: 0
+model_transaction_policy {{ decoupled: true }}
+version_policy: {{ {policy} }}
+instance_group [ {{ kind: KIND_MODEL, count: {instances} }} ]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """How Triton is to serve an engine.
+
+    name             the model's name in URLs.
+    version          the number of the version that is written; others are kept.
+    version_policy   which versions Triton serves: the ``latest``, or ``all`` of them.
+    instances        processes, each with weights and a KV cache of its own; one shares its batch
+                     among all requests, and is what a device needs.
+    copy_engine      copy the engine into the repository, which can then be moved.
+
+    Raises ``InvalidRequestError``.
+    """
+
+    name: str
+    version: int = 1
+    version_policy: VersionPolicy = "latest"
+    instances: int = 1
+    copy_engine: bool = False
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InvalidRequestError(
+                f"{self.name!r} cannot be a model's name; use letters, digits, '.', '_' and '-'"
+            )
+        for field in ("version", "instances"):
+            if getattr(self, field) < 1:
+                raise InvalidRequestError(
+                    f"{field} is {getattr(self, field)}; it must be at least 1"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """``models/NAME`` and ``backends/slipstream``."""
+
+    model: Path
+    backend: Path
+
+
+def write_repository(
+    directory: Path, engine: Path, deployment: Deployment, options: Mapping[str, Any]
+) -> Written:
+    """Write ``models/NAME`` and ``backends/slipstream`` below ``directory``.
+
+    ``options`` are fields of ``RuntimeConfig``. A version that stands there is replaced. Raises
+    ``InvalidRequestError`` for what could not be served.
+    """
+    model, backend = directory / "models" / deployment.name, directory / "backends" / BACKEND
+    version = model / str(deployment.version)
+    _check(engine, version, deployment, options)
+    shutil.rmtree(version, ignore_errors=True)
+    version.mkdir(parents=True)
+    if deployment.copy_engine:
+        shutil.copytree(engine, version / _ENGINE)
+    source = _ENGINE if deployment.copy_engine else str(engine.resolve())
+    Settings(source, options).write(version)
+    config = _CONFIG.format(
+        backend=BACKEND,
+        policy=_POLICIES[deployment.version_policy],
+        instances=deployment.instances,
+    )
+    (model / "config.pbtxt").write_text(config, encoding="utf-8")
+    backend.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).with_name("model.py"), backend)
+    return Written(model, backend)
+
+
+def _check(engine: Path, version: Path, deployment: Deployment, options: Mapping[str, Any]) -> None:
+    manifest = open_engine(engine).manifest
+    if engine.resolve().is_relative_to(version.resolve()):
+        raise InvalidRequestError(
+            f"{engine} is in {version}, which is to be replaced; move the engine or choose another "
+            "version"
+        )
+    if manifest.target != "cpu" and deployment.instances > 1 and "kv_cache_bytes" not in options:
+        raise InvalidRequestError(
+            f"{deployment.instances} instances share the GPU, and each would take all of its free "
+            "memory; say with --kv-cache-bytes how much of it one may have"
+        )

@@ -1,0 +1,114 @@
+"""Requests in flight, each a task of one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import aclosing
+from typing import Literal, Protocol
+
+from slipstream.errors import ExecutionError, SlipstreamError
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.request import RequestOutput
+from slipstream.server.triton.answers import Answer
+from slipstream.server.triton.errors import CancelledError
+from slipstream.server.triton.outbox import Call, Outbox, Reply
+from slipstream.server.triton.parameters import Query
+
+_LOG = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Who hears of one request, to count."""
+
+    def see(self, output: RequestOutput) -> None:
+        """Hear an output of kind ``delta`` or ``final``."""
+        ...
+
+    def close(self, reason: Literal["abort", "error"]) -> None:
+        """Hear that there is no last output."""
+        ...
+
+
+class Metrics(Protocol):
+    """Who counts."""
+
+    def watch(self) -> Observer:
+        """An observer for one request; it is used in the event loop only."""
+        ...
+
+    def publish(self) -> None:
+        """Tell what has changed; called a few times a second by another thread."""
+        ...
+
+    def close(self) -> None:
+        """Forget everything."""
+        ...
+
+
+class Serving:
+    """Answers any number of requests at a time with one ``AsyncLLM``, which it owns."""
+
+    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
+        self._llm = llm
+        self._metrics = metrics
+        self._outbox = Outbox(metrics.publish)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="slipstream-requests", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, query: Query, reply: Reply) -> None:
+        """Begin to answer, and return at once; from any thread."""
+        self._loop.call_soon_threadsafe(self._begin, query, reply)
+
+    def close(self) -> None:
+        """End what is running with an error, free the engine and stop the threads."""
+        self._llm.shutdown()
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._outbox.close()
+        self._metrics.close()
+
+    def _begin(self, query: Query, reply: Reply) -> None:
+        task: asyncio.Task[None]
+
+        def cancel() -> None:
+            self._loop.call_soon_threadsafe(task.cancel)
+
+        call = Call(reply, Answer(query, self._llm.tokenizer), cancel)
+        task = self._loop.create_task(self._answer(query, call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._outbox.open(call)
+
+    async def _finish(self) -> None:
+        await asyncio.gather(*self._tasks)
+        await self._loop.shutdown_default_executor()
+
+    async def _answer(self, query: Query, call: Call) -> None:
+        observer = self._metrics.watch()
+        outputs = self._llm.generate(
+            query.prompt, query.params, output_kind="delta" if query.stream else "final"
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    observer.see(output)
+                    self._outbox.put(call, output)
+        except asyncio.CancelledError:
+            observer.close("abort")
+            self._outbox.put(call, CancelledError("the request was cancelled"))
+        except SlipstreamError as error:
+            if isinstance(error, ExecutionError):  # others were refused before they began
+                observer.close("error")
+            self._outbox.put(call, error)
+        except Exception as error:  # noqa: BLE001 - a client must never wait for ever
+            _LOG.exception("a request failed")
+            observer.close("error")
+            self._outbox.put(call, ExecutionError(f"the request failed: {error!r}"))

@@ -1,0 +1,143 @@
+"""``slipstream triton-repo``, without a server."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from slipstream.errors import InvalidRequestError
+from slipstream.server.cli import slipstream
+from slipstream.server.triton import repository
+from slipstream.server.triton.repository import Deployment, write_repository
+from slipstream.server.triton.settings import Settings, read_settings
+
+
+def run(*arguments: Any) -> Result:  # noqa: ANN401 - paths, numbers and texts
+    return CliRunner().invoke(slipstream, ["triton-repo", *map(str, arguments)])
+
+
+def test_a_repository_refers_to_its_engine(tiny_engine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "triton"
+    result = run(tiny_engine, "-o", output, "--max-batch-size", 4, "--kv-cache-bytes", "2M")
+    assert result.exit_code == 0, result.output
+    files = {str(f.relative_to(output)) for f in output.rglob("*") if f.is_file()}
+    assert files == {
+        "models/engine/config.pbtxt",
+        "models/engine/1/model.json",
+        "backends/slipstream/model.py",
+    }
+    assert str(output / "models") in result.stdout
+    assert json.loads((output / "models/engine/1/model.json").read_text()) == {
+        "model": str(tiny_engine),
+        "max_batch_size": 4,
+        "kv_cache_bytes": 2 << 20,
+    }
+    config = (output / "models/engine/config.pbtxt").read_text()
+    for line in (
+        'backend: "slipstream"',
+        "max_batch_size: 0",
+        "decoupled: true",
+        "kind: KIND_MODEL, count: 1",
+        "latest { num_versions: 1 }",
+    ):
+        assert line in config
+    assert len(config.splitlines()) < 10
+
+
+def test_versions_stand_beside_each_other(tiny_engine: Path, tmp_path: Path) -> None:
+    options = ("-o", tmp_path, "--name", "m", "--version-policy", "all", "--instances", 3)
+    assert run(tiny_engine, *options).exit_code == 0
+    assert run(tiny_engine, *options, "--version", 2, "--copy-engine").exit_code == 0
+    model = tmp_path / "models" / "m"
+    assert {path.name for path in model.iterdir()} == {"1", "2", "config.pbtxt"}
+    assert "all { }" in (model / "config.pbtxt").read_text()
+    assert "count: 3" in (model / "config.pbtxt").read_text()
+    copied = read_settings(model / "2")
+    assert copied == Settings(str(model / "2" / "engine"))
+    for file in tiny_engine.iterdir():
+        assert (Path(copied.model) / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_version_that_stands_there_is_replaced(tiny_engine: Path, tmp_path: Path) -> None:
+    write_repository(tmp_path, tiny_engine, Deployment("m", copy_engine=True), {})
+    write_repository(tmp_path, tiny_engine, Deployment("m"), {"max_batch_size": 2})
+    assert [path.name for path in (tmp_path / "models" / "m" / "1").iterdir()] == ["model.json"]
+
+
+def test_an_engine_inside_the_version_is_not_lost(tiny_engine: Path, tmp_path: Path) -> None:
+    written = write_repository(tmp_path, tiny_engine, Deployment("m", copy_engine=True), {})
+    engine = written.model / "1" / "engine"
+    with pytest.raises(InvalidRequestError, match="is to be replaced; move the engine"):
+        write_repository(tmp_path, engine, Deployment("m"), {})
+    assert (engine / "engine.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--name", "../m"], 1, "cannot be a model's name; use letters"),
+        (["--name", "a b"], 1, "cannot be a model's name"),
+        (["--version", "0"], 2, "--version"),
+        (["--instances", "0"], 2, "--instances"),
+        (["--max-batch-size", "0"], 2, "--max-batch-size"),
+    ],
+)
+def test_bad_usage(
+    tiny_engine: Path, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    result = run(tiny_engine, "-o", tmp_path / "out", *arguments)
+    assert (result.exit_code, message in result.stderr) == (status, True), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_engine(tmp_path: Path) -> None:
+    result = run(tmp_path / "nothing", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "does not exist" in result.stderr
+
+
+def test_instances_on_a_gpu_need_a_cache_size(tiny_engine: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    manifest = json.loads((tiny_engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**manifest, "target": "cuda"}))
+    plan = Deployment("m", instances=2)
+    with pytest.raises(InvalidRequestError, match="say with --kv-cache-bytes"):
+        write_repository(tmp_path, engine, plan, {})
+    write_repository(tmp_path, engine, plan, {"kv_cache_bytes": 1 << 20})
+
+
+def test_instances_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    assert Settings("m").shared_among(1) == Settings("m")
+    assert Settings("m").shared_among(4) == Settings("m", {"num_threads": 2})
+    assert Settings("m").shared_among(20) == Settings("m", {"num_threads": 1})
+    given = Settings("m", {"num_threads": 8})
+    assert given.shared_among(4) == given
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "model.json cannot be read"),
+        ("{", "model.json cannot be read"),
+        ("[]", "does not name its model"),
+        ('{"max_batch_size": 4}', "does not name its model"),
+        ('{"model": 5}', "does not name its model"),
+    ],
+)
+def test_a_damaged_model_json_says_so(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "model.json").write_text(text)
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        read_settings(tmp_path)
+
+
+def test_the_backend_is_the_file_of_the_package(tiny_engine: Path, tmp_path: Path) -> None:
+    written = write_repository(tmp_path, tiny_engine, Deployment("m"), {})
+    source = Path(repository.__file__).with_name("model.py")
+    assert (written.backend / "model.py").read_bytes() == source.read_bytes()

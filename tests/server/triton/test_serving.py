@@ -1,0 +1,249 @@
+"""Requests in flight on the counting model, with clients that are objects of this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.llm import LLM
+from slipstream.runtime.request import RequestOutput
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.triton.answers import Answer, Outputs
+from slipstream.server.triton.errors import CancelledError
+from slipstream.server.triton.outbox import Call, Outbox
+from slipstream.server.triton.parameters import Query
+from slipstream.server.triton.serving import Serving
+
+LONG = 200
+
+
+class Client:
+    """Takes responses; ``gone`` is what Triton would know, ``unwell`` makes sending fail."""
+
+    def __init__(self) -> None:
+        self.responses: queue.SimpleQueue[Outputs | SlipstreamError] = queue.SimpleQueue()
+        self.gone = False
+        self.unwell = False
+        self.ended = False
+        self.threads: set[int] = set()
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        assert not self.ended, "a response after the last"
+        self.threads.add(threading.get_ident())
+        if self.unwell:
+            raise RuntimeError("shared memory is full")
+        self.ended = final
+        self.responses.put(outputs)
+
+    def fail(self, error: SlipstreamError) -> None:
+        assert not self.ended, "an error after the last response"
+        self.threads.add(threading.get_ident())
+        self.ended = True
+        self.responses.put(error)
+
+    def is_cancelled(self) -> bool:
+        assert not self.ended, "asked about a request that has ended"
+        self.threads.add(threading.get_ident())
+        return self.gone
+
+    def next(self) -> Outputs:
+        """The next response, or its error raised."""
+        response = self.responses.get(timeout=10)
+        if isinstance(response, SlipstreamError):
+            raise response
+        return response
+
+    def text(self) -> str:
+        """The joined text of what comes until the end."""
+        text = b""
+        while not (self.ended and self.responses.empty()):
+            text += self.next()["text_output"][0]
+        return text.decode()
+
+
+class Counts:
+    """Counts what observers hear."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.published = 0
+        self.closed = False
+
+    def watch(self) -> Counts:
+        return self
+
+    def see(self, output: RequestOutput) -> None:
+        if output.finished:
+            self.heard.append(str(output.outputs[0].finish_reason))
+
+    def close(self, reason: str | None = None) -> None:
+        if reason is None:
+            self.closed = True
+        else:
+            self.heard.append(reason)
+
+    def publish(self) -> None:
+        self.published += 1
+
+
+class Bench:
+    """A serving counting model."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of counting_engine
+        engine = counting_engine(**options)
+        assert isinstance(engine.executor, CountingExecutor)
+        self.executor = engine.executor
+        self.llm = AsyncLLM.from_engine(engine)
+        self.counts = Counts()
+        self.serving = Serving(self.llm, self.counts)
+
+    def ask(self, prompt: str, *, stream: bool = True, **sampling: Any) -> Client:  # noqa: ANN401
+        """Submit a greedy request."""
+        client = Client()
+        params = SamplingParams(temperature=0, **sampling)
+        self.serving.submit(Query(prompt, params, stream, False, frozenset()), client)
+        return client
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+        """Return when it holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def slow() -> Iterator[Bench]:
+    """10 ms a step, two sequences at a time."""
+    bench = Bench(delay=0.01, max_batch_size=2)
+    yield bench
+    bench.serving.close()
+
+
+@pytest.fixture
+def fast() -> Iterator[Bench]:
+    """As fast as it goes."""
+    bench = Bench()
+    yield bench
+    bench.serving.close()
+
+
+def test_streams_and_single_answers_are_the_same_text(fast: Bench) -> None:
+    clients = [fast.ask("abc", stream=stream, max_tokens=20) for stream in (True, False)]
+    assert [client.text() for client in clients] == ["defghijklmnopqrstuvw"] * 2
+    assert fast.counts.heard == ["length"] * 2
+
+
+def test_what_piles_up_is_sent_as_one_response(fast: Bench) -> None:
+    client = fast.ask("abc", max_tokens=50)
+    fast.wait(lambda: client.ended)
+    count = client.responses.qsize()
+    assert 1 <= count <= 50 and len(client.text()) == 50
+
+
+def test_one_thread_talks_to_triton(slow: Bench) -> None:
+    clients = [slow.ask(letter, max_tokens=5) for letter in "abcd"]
+    assert [client.text() for client in clients] == ["bcdef", "cdefg", "defgh", "efghi"]
+    (thread,) = set().union(*(client.threads for client in clients))
+    assert thread != threading.get_ident()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_request_within_a_few_steps(slow: Bench, stream: bool) -> None:
+    client = slow.ask("a", stream=stream, max_tokens=LONG, ignore_eos=True)
+    slow.wait(lambda: slow.llm.stats.num_running == 1)
+    steps = slow.executor.steps
+    client.gone = True
+    slow.wait(lambda: slow.llm.stats.num_running == 0)
+    assert slow.executor.steps - steps <= 6  # a poll is two steps long
+    assert slow.llm.stats.kv_cache_usage == 0
+    slow.wait(lambda: client.ended)
+    with pytest.raises(CancelledError):
+        client.text()
+    assert slow.counts.heard == ["abort"]
+
+
+def test_a_client_that_goes_while_its_request_waits(slow: Bench) -> None:
+    running = [slow.ask(letter, max_tokens=LONG, ignore_eos=True) for letter in "ab"]
+    slow.wait(lambda: slow.llm.stats.num_running == 2)
+    waiting = slow.ask("c", max_tokens=5)
+    slow.wait(lambda: slow.llm.stats.num_waiting == 1)
+    waiting.gone = True
+    slow.wait(lambda: slow.llm.stats.num_waiting == 0)
+    assert slow.llm.stats.num_running == 2
+    for client in running:
+        client.gone = True
+    slow.wait(lambda: slow.llm.stats.num_running == 0)
+
+
+def test_a_bad_request_ends_with_its_error_and_the_others_go_on(fast: Bench) -> None:
+    good = fast.ask("abc", max_tokens=30)
+    with pytest.raises(InvalidRequestError, match="Shorten the prompt"):
+        fast.ask("a" * 300).next()
+    with pytest.raises(InvalidRequestError, match="stop_token_ids holds token 999"):
+        fast.ask("a", stop_token_ids=[999]).next()
+    assert len(good.text()) == 30
+    assert fast.counts.heard == ["length"]
+
+
+def test_a_failed_step_ends_its_requests_and_the_next_is_answered(fast: Bench) -> None:
+    fast.executor.fail_next = True
+    with pytest.raises(ExecutionError, match="a step failed"):
+        fast.ask("abc").text()
+    assert fast.ask("abc", max_tokens=2).text() == "de"
+    assert fast.counts.heard == ["error", "length"]
+
+
+def test_a_response_that_cannot_be_sent_ends_only_its_request(slow: Bench) -> None:
+    client, other = (slow.ask(letter, max_tokens=30) for letter in "ab")
+    client.next()
+    client.unwell = True
+    with pytest.raises(ExecutionError, match="shared memory is full"):
+        client.text()
+    assert len(other.text()) == 30
+    slow.wait(lambda: slow.llm.stats.num_running == 0)
+
+
+def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Bench) -> None:
+    published = threading.Event()
+
+    def publish() -> None:
+        published.set()
+        raise RuntimeError("no metrics")  # requests go on without
+
+    client, cancelled = Client(), threading.Event()
+    client.gone = True
+    outbox = Outbox(publish)
+    query = Query("abc", SamplingParams(), True, False, frozenset())
+    call = Call(client, Answer(query, fast.llm.tokenizer), cancelled.set)
+    outbox.open(call)
+    assert cancelled.wait(5)
+    with LLM.from_engine(counting_engine()) as llm:
+        (output,) = llm.generate(["abc"], SamplingParams(temperature=0, max_tokens=2))
+    outbox.put(call, output)
+    fast.wait(lambda: client.ended)
+    assert client.text() == "de"
+    assert published.wait(5)
+    outbox.close()
+
+
+def test_closing_ends_what_runs_with_an_error() -> None:
+    before = set(threading.enumerate())
+    bench = Bench(delay=0.01)
+    client = bench.ask("a", max_tokens=LONG, ignore_eos=True)
+    client.next()
+    bench.serving.close()
+    with pytest.raises(ExecutionError, match="shut down"):
+        client.text()
+    assert client.ended and bench.executor.closed and bench.counts.closed
+    assert bench.counts.published >= 1
+    assert set(threading.enumerate()) <= before
