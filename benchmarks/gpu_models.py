@@ -57,6 +57,7 @@ class RandomCheckpoint:
 
     config: ModelConfig
     path: Path = Path("random")
+    kv_scales: None = None
 
     def names(self) -> tuple[str, ...]:
         """Every weight of a Llama."""

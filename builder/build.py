@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,8 +22,10 @@ from slipstream.builder.engine import (
     Manifest,
     sha256,
 )
+from slipstream.builder.graph.describe import count_formats
 from slipstream.builder.graph.ops import FLOAT, INT32, Ops
 from slipstream.builder.graph.passes import run_passes
+from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
@@ -32,7 +34,7 @@ from slipstream.builder.targets.base import create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.plugins.operators import DOMAIN, OPERATORS
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.quantize.tensor import KVScales, LazyTensor, WeightFormat
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -53,7 +55,8 @@ class Plan:
     ``build`` writes.
 
     Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
-    come quantized and are kept.
+    come quantized and are kept. ``formats`` counts the checkpoint's matrices by what they hold.
+    ``kv_scales`` are those that float8 pages use; None is 1.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +67,8 @@ class Plan:
     limits: EngineLimits
     kv: KVLayout
     quantization: str
+    formats: dict[str, int]
+    kv_scales: KVScales | None = None
 
     @property
     def weights(self) -> list[StoredWeight]:
@@ -94,18 +99,24 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     config, target = checkpoint.config, create_target(options.target)
     target.check(config, options)
     limits = _limits(config, options, target.limits)
-    quantization = _quantization(checkpoint, options)
+    formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
+    quantization = _quantization(formats, options)
     kv = KVLayout(
-        target.kv_dtype(options, quantization == "none"),
+        target.kv_dtype(_with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"),
         target.page_size,
         config.num_layers,
         config.num_kv_heads,
         config.head_dim,
     )
     program = _declare(checkpoint, kv)
-    run_passes(program, target.pipeline(options))
+    scales = _kv_scales(checkpoint.kv_scales, kv)
+    scaling = [] if scales is None else [SetKVScales(scales)]
+    run_passes(program, [*scaling, *target.pipeline(options)])
     capability = target.capability(program, kv.dtype)
-    return Plan(checkpoint, options, program, target.name, capability, limits, kv, quantization)
+    return Plan(
+        checkpoint, options, program, target.name, capability, limits, kv, quantization,
+        count_formats(formats), scales,
+    )  # fmt: skip
 
 
 def build(
@@ -133,8 +144,23 @@ def build(
     return manifest
 
 
-def _quantization(checkpoint: Checkpoint, options: BuildOptions) -> str:
-    formats = (checkpoint.tensor(name).format for name in checkpoint.names())
+def _with_kv_dtype(options: BuildOptions, scales: KVScales | None) -> BuildOptions:
+    """A checkpoint that was calibrated for a float8 cache gets one unless another is asked for."""
+    if options.kv_cache_dtype != "auto" or scales is None:
+        return options
+    return replace(options, kv_cache_dtype="fp8")
+
+
+def _kv_scales(scales: KVScales | None, kv: KVLayout) -> KVScales | None:
+    if scales is not None and kv.dtype != "float8_e4m3fn":
+        log.warning(
+            "the checkpoint's KV scales are for fp8 and are not used: pages are %s", kv.dtype
+        )
+        return None
+    return scales
+
+
+def _quantization(formats: Iterable[WeightFormat], options: BuildOptions) -> str:
     if options.quantization == "none" and any(format.kind != "dense" for format in formats):
         return "checkpoint"
     return options.quantization
@@ -252,6 +278,7 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         limits=planned.limits,
         kv=planned.kv,
         quantization=planned.quantization,
+        formats=planned.formats,
         plugins={name: spec.version for name, spec in OPERATORS.items() if name in used},
         source=source,
         command=planned.options.command(source, output),

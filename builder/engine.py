@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class KVLayout:
 class Manifest:
     """The content of engine.json.
 
-    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch
-    can be mended. ``files`` holds the SHA-256 of every other file.
+    ``formats`` counts the matrices of the checkpoint by what they hold there. ``source`` is the
+    checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
+    ``files`` holds the SHA-256 of every other file.
     """
 
     target: str
@@ -75,6 +76,7 @@ class Manifest:
     command: str
     files: dict[str, str]
     capability: str = "any"
+    formats: dict[str, int] = field(default_factory=dict)
     slipstream_version: str = __version__
     format_version: int = FORMAT_VERSION
 

@@ -25,8 +25,8 @@ class BuildOptions:
                     activations rounded with a scale a token (fp8, on a GPU)
     group_size      elements along K that share a scale
     symmetric       no zero points
-    kv_cache_dtype  auto: on a CPU, float32 for a dense engine and float16 for a quantized one; on
-                    a GPU, the dtype
+    kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
+                    dense engine and float16 for a quantized one, on a GPU the dtype
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits
     """

@@ -23,6 +23,7 @@ _NAMES = {
     ir.DataType.FLOAT16: "F16",
     ir.DataType.BFLOAT16: "BF16",
     ir.DataType.UINT8: "U8",
+    ir.DataType.INT32: "I32",
 }
 
 

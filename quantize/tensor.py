@@ -103,8 +103,6 @@ class QuantTensor:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight as float32 in its full shape: what multiplies x, ``input`` included."""
-        if self.format.kind == "dense":
-            return self.codes.astype(np.float32)
         values = self._decoded()
         if self.input is None:
             return values
@@ -116,6 +114,8 @@ class QuantTensor:
 
     def _decoded(self) -> NDArray[np.float32]:
         """The numbers of the codes, column by column as they are stored."""
+        if self.format.kind == "dense":
+            return self.codes.astype(np.float32)
         scale = self._spread(self.scale)
         if self.scale2 is not None:
             scale = scale * self.scale2

@@ -58,8 +58,9 @@ _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<part>weight|
 class GGUFCheckpoint:
     """A model of the llama (Mistral included), qwen2 or qwen3 architecture in one GGUF file.
 
-    ``stored`` has the tensors by Hugging Face name. Q4_0, Q4_1 and Q8_0 stay quantized, F32, F16
-    and BF16 stay dense, every other type becomes float32.
+    ``stored`` has the tensors by Hugging Face name. Types whose codes are integers (Q4_0 to Q8_0,
+    Q2_K to Q6_K, IQ4, MXFP4) stay quantized, F32, F16 and BF16 stay dense, every other type becomes
+    float32.
     """
 
     path: Path

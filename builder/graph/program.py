@@ -82,6 +82,11 @@ class Program:
         self.graph.register_initializer(value)
         return value
 
+    def replace_weight(self, name: str, tensor: LazyTensor) -> None:
+        """Give a value another weight of the same shape."""
+        self.weights[name] = tensor
+        self.graph.initializers[name].type = ir.TensorType(_dtype(tensor))
+
     def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         """A small array that lives in graph.onnx itself, made once a name."""
         known = self.graph.initializers.get(name)

@@ -23,7 +23,7 @@ struct TensorInfo;
 struct ShapeInferContext;
 
 enum class ElementType : int {
-  undefined = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, float16 = 10,
+  undefined = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, float16 = 10, float8e4m3fn = 17,
 };
 enum class Characteristic : int { required = 0, optional = 1, variadic = 2 };
 constexpr int kInvalidArgument = 2;  // OrtErrorCode ORT_INVALID_ARGUMENT

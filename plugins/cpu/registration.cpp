@@ -119,7 +119,9 @@ PackedWeight packed_weight(const Call& call, const Tensor& blob, const LinearSig
   PackedWeight weight{blob.as<const uint8_t>(), a.in_features, a.out_features, static_cast<int32_t>(a.bits),
                       static_cast<int32_t>(a.group_size), static_cast<ZeroKind>(a.zero_kind),
                       static_cast<int32_t>(a.scale_bytes), static_cast<int32_t>(a.gated)};
-  call.expect((a.gated == 0 || a.gated == 1) && a.zero_kind >= 0 && a.zero_kind <= 2 && a.group_size >= 32 && a.group_size % 32 == 0 && a.in_features % a.group_size == 0 &&
+  const bool halves = a.group_size == 16 && a.bits == 8 && a.zero_kind == 0 && a.in_features % 32 == 0;
+  const bool blocks = a.group_size >= 32 && a.group_size % 32 == 0;
+  call.expect((a.gated == 0 || a.gated == 1) && a.zero_kind >= 0 && a.zero_kind <= 2 && (halves || blocks) && a.in_features % a.group_size == 0 &&
                   (a.bits == 4 || a.bits == 8) && (a.scale_bytes == 2 || a.scale_bytes == 4),
               "the attributes describe no packed format");
   call.expect(elements(blob) == packed_bytes(weight), "the packed weight has the wrong size for its attributes");
@@ -176,7 +178,8 @@ struct PagedAttentionOp : PagedAttentionSignature {
       case ElementType::float32: return KVType::f32;
       case ElementType::float16: return KVType::f16;
       case ElementType::int8: return KVType::i8;
-      default: call.fail("kv_cache must be float32, float16 or int8");
+      case ElementType::float8e4m3fn: return KVType::e4m3;
+      default: call.fail("kv_cache must be float32, float16, int8 or float8e4m3fn");
     }
   }
 
@@ -249,6 +252,9 @@ struct PagedAttentionOp : PagedAttentionSignature {
     args.page_size = a.page_size;
     args.sliding_window = a.sliding_window;
     args.kv_type = kv_type(call, kv.type);
+    args.k_scale = args.kv_type == KVType::e4m3 ? a.k_scale : 1.0f;
+    args.v_scale = args.kv_type == KVType::e4m3 ? a.v_scale : 1.0f;
+    call.expect(args.k_scale > 0 && args.v_scale > 0, "k_scale and v_scale must be positive");
     args.scale = a.scale;
     args.soft_cap = a.soft_cap;
     args.norm_eps = a.norm_eps;

@@ -27,6 +27,11 @@ struct Half {
   uint16_t bits;
 };
 
+// A float8_e4m3fn: no infinities, NaN with all bits but the sign set, 448 the largest.
+struct Float8 {
+  uint8_t bits;
+};
+
 namespace SLIPSTREAM_ISA {
 namespace simd {
 
@@ -60,6 +65,16 @@ SLIPSTREAM_INLINE Vec load(const Half* p) {
 SLIPSTREAM_INLINE Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+// A half has four of a Float8's bits of exponent and one more on top, which is 2^8 apart; a NaN gets them all.
+SLIPSTREAM_INLINE Vec from_e4m3(__m128i codes) {
+  const __m256i wide = _mm256_cvtepi8_epi16(codes), one = _mm256_set1_epi16(1), top = _mm256_set1_epi16(0x80);
+  const __m256i size = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_and_si256(_mm256_add_epi16(size, one), top);
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_or_si256(size, nan), 7),
+                                       _mm256_and_si256(wide, _mm256_set1_epi16(-0x8000)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), splat(256.0f));
+}
+SLIPSTREAM_INLINE Vec load(const Float8* p) { return from_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 SLIPSTREAM_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 
 // The first n lanes (1 <= n <= kLanes) and no memory beyond them; the other lanes load as zero.
@@ -69,6 +84,9 @@ SLIPSTREAM_INLINE Vec load_first(const Half* p, int n) {
 }
 SLIPSTREAM_INLINE Vec load_first(const int8_t* p, int n) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+SLIPSTREAM_INLINE Vec load_first(const Float8* p, int n) {
+  return from_e4m3(_mm_maskz_loadu_epi8(first_lanes(n), p));
 }
 SLIPSTREAM_INLINE void store_first(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
 SLIPSTREAM_INLINE void store_first(Half* p, Vec a, int n) {
@@ -118,6 +136,15 @@ SLIPSTREAM_INLINE Vec load(const Half* p) {
 }
 SLIPSTREAM_INLINE Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// A half has four of a Float8's bits of exponent and one more on top, which is 2^8 apart; a NaN gets them all.
+SLIPSTREAM_INLINE Vec load(const Float8* p) {
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i size = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+  const __m128i nan = _mm_and_si128(_mm_add_epi16(size, _mm_set1_epi16(1)), _mm_set1_epi16(0x80));
+  const __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_or_si128(size, nan), 7),
+                                    _mm_and_si128(wide, _mm_set1_epi16(-0x8000)));
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), splat(256.0f));
 }
 SLIPSTREAM_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 SLIPSTREAM_INLINE void store(Half* p, Vec a) {
@@ -170,6 +197,15 @@ SLIPSTREAM_INLINE Vec load(const float* p) {
 }
 SLIPSTREAM_INLINE Vec load(const int8_t* p) {
   return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
+// The bits of a normal number, moved to where a float has them, are 2^120 too small: its exponent grows by 120. That
+// gives a subnormal an implicit one which it does not have, and half its unit.
+SLIPSTREAM_INLINE Vec load(const Float8* p) {
+  const Ints bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits}, size = bits & 0x7f;
+  const Vec normal = reinterpret_cast<Vec>((size << 20) + (120 << 23));
+  const Vec value = size < 8 ? (normal - splat(0x1p-7f)) * splat(2.0f) : normal;
+  const Ints nan = (size == 0x7f) & 0x7fc00000;
+  return reinterpret_cast<Vec>(reinterpret_cast<Ints>(value) | nan | ((bits & 0x80) << 24));
 }
 SLIPSTREAM_INLINE void store(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
 SLIPSTREAM_INLINE void store(int8_t* p, Vec a) {
@@ -224,6 +260,31 @@ SLIPSTREAM_INLINE Vec scale_or_zero(Vec a, Vec n, Vec x) {
   return reinterpret_cast<Vec>(scaled & (x >= splat(-126.0f)));
 }
 
+#endif
+
+// Rounds to nearest, ties to even, and to 448 what is larger.
+SLIPSTREAM_INLINE uint8_t e4m3_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = (bits >> 24) & 0x80, size = bits & 0x7fffffff;
+  // Below the smallest normal number: a float of 2^14 has units of 2^-9 in its last place, as Float8 has there.
+  float magnitude;
+  std::memcpy(&magnitude, &size, sizeof(magnitude));
+  magnitude += 16384.0f;
+  std::memcpy(&bits, &magnitude, sizeof(bits));
+  const uint32_t small = bits - 0x46800000, normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
+  const uint32_t finite = size < 0x3c800000 ? small : size < 0x43e00000 ? normal : 0x7e;
+  return static_cast<uint8_t>(sign | (size > 0x7f800000 ? 0x7f : finite));
+}
+SLIPSTREAM_INLINE void store_e4m3(Float8* p, Vec a, int n) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i].bits = e4m3_bits(lanes[i]);
+}
+#if defined(__AVX512F__)
+SLIPSTREAM_INLINE void store_first(Float8* p, Vec a, int n) { store_e4m3(p, a, n); }
+#else
+SLIPSTREAM_INLINE void store(Float8* p, Vec a) { store_e4m3(p, a, kLanes); }
 #endif
 
 #if !defined(__AVX512F__)

@@ -65,7 +65,13 @@ inline int block_tokens(int64_t left) {
 
 // midpoint: the zero point times the sum of the codes, ready to be the start of the dot product. zero: the sum, to be
 // multiplied by a row's zero point. offset: the sum of the quantized values, a float, to be multiplied by the offset.
-inline uint32_t term_of(const PackedWeight& weight, int32_t sum, float scale, float centre) {
+// Groups of 16: the sums of the first 16 codes and of the others, as two int16 (at most 16 * 128).
+inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t sum, float scale, float centre) {
+  if (weight.group < int(kBlock)) {
+    int32_t first = 0;
+    for (int i = 0; i < kBlock / 2; ++i) first += codes[i];
+    return (uint32_t(first) & 0xffff) | uint32_t(sum - first) << 16;
+  }
   if (weight.zero == ZeroKind::midpoint) return uint32_t(-(sum << (weight.bits - 1)));
   if (weight.zero == ZeroKind::zero) return uint32_t(-sum);
   const float value = scale * float(sum) + kBlock * centre;
@@ -98,7 +104,7 @@ inline void quantize_token(const PackedWeight& weight, const float* x, int count
       // An infinity, a NaN or a range beyond float32 shows in every output of this token.
       if (!(width < kNarrowest)) centre = std::numeric_limits<float>::quiet_NaN();
     }
-    const uint32_t term = term_of(weight, sum, scale, centre);
+    const uint32_t term = term_of(weight, codes, sum, scale, centre);
     uint8_t* numbers = block + count * kBlock + index * 4;
     __builtin_memcpy(numbers, &scale, 4);
     __builtin_memcpy(numbers + count * 4, &centre, 4);

@@ -12,10 +12,10 @@ enum class ZeroKind : int32_t { midpoint = 0, zero = 1, offset = 2 };
 
 struct PackedWeight {
   const uint8_t* data;   // 64-byte alignment is faster, not required
-  int64_t in_features;   // K, a multiple of group
+  int64_t in_features;   // K, a multiple of group and of 32
   int64_t out_features;  // N; gate and up together when gated
   int32_t bits;          // 4 or 8
-  int32_t group;         // elements along K that share a scale, a multiple of 32
+  int32_t group;         // elements along K that share a scale: a multiple of 32, or 16 with 8 bits and midpoints
   ZeroKind zero;
   int32_t scale_bytes;   // 2: scales and offsets are float16; 4: float32
   int32_t gated;         // 1: tiles alternate between gate rows (the first N/2) and up rows (the rest)

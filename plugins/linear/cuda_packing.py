@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,11 @@ def can_pack(fmt: WeightFormat) -> bool:
     if fmt.kind == "dense":
         return fmt.dtype in DENSE_DTYPES
     if fmt.kind == "float8_e4m3":
-        channel = fmt.rows == 1 and fmt.group == k and fmt.activation in ("token", "static")
-        return channel or (fmt.rows == 128 and fmt.group == 128 and fmt.activation == "group")
+        channel = fmt.rows == 1 and fmt.group == k and fmt.activation != "group"
+        block = fmt.rows == 128 and fmt.group == 128 and fmt.activation in ("none", "group")
+        return channel or block
+    if fmt.kind != "int" or fmt.rows != 1:
+        return False
     whole_rows = fmt.group == k and fmt.bits == 8 and fmt.zero == "midpoint"
     return fmt.bits in (4, 8) and (whole_rows or (fmt.group in GROUPS and k % fmt.group == 0))
 
@@ -126,7 +129,7 @@ def pack(tensor: QuantTensor) -> Bytes:
 
 def unpack(blob: Bytes, fmt: WeightFormat, name: str = "") -> QuantTensor:
     """The weight in a blob; scales and offsets come back in the blob's float16 or float32."""
-    parts = {
+    parts: dict[str, Any] = {
         key: blob[s.start : s.start + s.nbytes].view(numpy_dtype(s.dtype)).reshape(s.shape)
         for key, s in sections(fmt).items()
     }

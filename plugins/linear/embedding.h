@@ -34,17 +34,19 @@ inline void decode_row(const PackedWeight& weight, int64_t row, float* y) {
   const uint8_t* tile = weight.data + row / kTile * layout.stride;
   const uint8_t* codes = tile + lane * 4;
   int32_t block[kBlock];
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t index = g * kTile + lane;
+  const int64_t span = weight.group < kBlock ? weight.group : kBlock;  // elements that surely share a scale
+  for (int64_t k = 0; k < weight.in_features; k += span, y += span) {
+    if (k % kBlock == 0) {
+      weight.bits == 4 ? decode_codes<4>(codes, block) : decode_codes<8>(codes, block);
+      codes += kTile * kBlock * weight.bits / 8;
+    }
+    const int64_t index = k / weight.group * kTile + lane;
     const float scale = scale_at(tile + layout.scales, index, weight.scale_bytes);
     const bool has_offset = weight.zero == ZeroKind::offset;
     const float offset = has_offset ? scale_at(tile + layout.zeros, index, weight.scale_bytes) : 0.0f;
     int32_t zero = has_offset ? 0 : 1 << (weight.bits - 1);
     if (weight.zero == ZeroKind::zero) zero = tile[layout.zeros + index];
-    for (int b = 0; b < weight.group; b += kBlock, y += kBlock, codes += kTile * kBlock * weight.bits / 8) {
-      weight.bits == 4 ? decode_codes<4>(codes, block) : decode_codes<8>(codes, block);
-      for (int i = 0; i < kBlock; ++i) y[i] = float(block[i] - zero) * scale + offset;
-    }
+    for (int i = 0; i < span; ++i) y[i] = float(block[k % kBlock + i] - zero) * scale + offset;
   }
 }
 

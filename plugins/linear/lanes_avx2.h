@@ -42,9 +42,9 @@ inline Ints load_bytes(const uint8_t* p) {
 inline Ints multiply_small(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 
 // Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits.
-inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x) {
+inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x, int first, int last) {
   __m256i sum = _mm256_setzero_si256();
-  for (int q = 0; q < 8; ++q) {
+  for (int q = first; q < last; ++q) {
     int32_t four;
     __builtin_memcpy(&four, x + 4 * q, 4);
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], splat(four)));
@@ -52,10 +52,10 @@ inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x) {
   return sum;
 }
 
-// Sums of four bytes, each a sum of eight nibbles.
-inline __m256i sum_nibbles(const __m256i* quad) {
-  __m256i sum = quad[0];
-  for (int q = 1; q < 8; ++q) sum = _mm256_add_epi8(sum, quad[q]);
+// Sums of four bytes, each a sum of at most eight nibbles.
+inline __m256i sum_nibbles(const __m256i* quad, int first, int last) {
+  __m256i sum = quad[first];
+  for (int q = first + 1; q < last; ++q) sum = _mm256_add_epi8(sum, quad[q]);
   return _mm256_madd_epi16(_mm256_maddubs_epi16(sum, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
@@ -82,19 +82,22 @@ struct Codes {
     }
   }
 
-  Ints dot(const int8_t* x, Ints start) const {
-    start = _mm256_add_epi32(start, _mm256_madd_epi16(dot_nibbles(low, x), _mm256_set1_epi16(1)));
+  // Quads first..last-1 alone, where half of them share a scale.
+  Ints dot(const int8_t* x, Ints start, int first = 0, int last = 8) const {
+    const __m256i units = dot_nibbles(low, x, first, last);
+    start = _mm256_add_epi32(start, _mm256_madd_epi16(units, _mm256_set1_epi16(1)));
     if constexpr (bits == 8) {
-      start = _mm256_add_epi32(start, _mm256_madd_epi16(dot_nibbles(high, x), _mm256_set1_epi16(16)));
+      const __m256i sixteens = dot_nibbles(high, x, first, last);
+      start = _mm256_add_epi32(start, _mm256_madd_epi16(sixteens, _mm256_set1_epi16(16)));
     }
     return start;
   }
 
-  // The sum of each row's codes less 32 zero points.
-  Ints sum_less(Ints zero_point) const {
-    Ints sum = sum_nibbles(low);
-    if constexpr (bits == 8) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(sum_nibbles(high), 4));
-    return _mm256_sub_epi32(sum, _mm256_slli_epi32(zero_point, 5));
+  // The sum of each row's codes, each less its zero point.
+  Ints sum_less(Ints zero_point, int first = 0, int last = 8) const {
+    Ints sum = sum_nibbles(low, first, last);
+    if constexpr (bits == 8) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(sum_nibbles(high, first, last), 4));
+    return _mm256_sub_epi32(sum, _mm256_slli_epi32(zero_point, last - first == 8 ? 5 : 4));
   }
 };
 

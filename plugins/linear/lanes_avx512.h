@@ -57,10 +57,11 @@ struct Codes {
     }
   }
 
-  Ints dot(const int8_t* x, Ints start) const {
+  // Quads first..last-1 alone, where half of them share a scale.
+  Ints dot(const int8_t* x, Ints start, int first = 0, int last = 8) const {
     // Two chains: one alone would wait for its own results.
     __m512i odd = _mm512_setzero_si512();
-    for (int q = 0; q < 8; q += 2) {
+    for (int q = first; q < last; q += 2) {
       int32_t four, next;
       __builtin_memcpy(&four, x + 4 * q, 4);
       __builtin_memcpy(&next, x + 4 * q + 4, 4);
@@ -70,21 +71,21 @@ struct Codes {
     return _mm512_add_epi32(start, odd);
   }
 
-  // The sum of each row's codes less 32 zero points.
-  Ints sum_less(Ints zero_point) const {
+  // The sum of each row's codes, each less its zero point.
+  Ints sum_less(Ints zero_point, int first = 0, int last = 8) const {
     const __m512i ones = _mm512_set1_epi8(1);
-    Ints sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(zero_point, 5));
+    Ints sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(zero_point, last - first == 8 ? 5 : 4));
     if constexpr (bits == 8) {
       __m512i odd = _mm512_setzero_si512();
-      for (int q = 0; q < 8; q += 2) {
+      for (int q = first; q < last; q += 2) {
         sum = _mm512_dpbusd_epi32(sum, quad[q], ones);
         odd = _mm512_dpbusd_epi32(odd, quad[q + 1], ones);
       }
       sum = _mm512_add_epi32(sum, odd);
     } else {
       // Eight nibbles fit a byte, and adding bytes leaves the units that multiply to the tokens.
-      __m512i bytes = quad[0];
-      for (int q = 1; q < 8; ++q) bytes = _mm512_add_epi8(bytes, quad[q]);
+      __m512i bytes = quad[first];
+      for (int q = first + 1; q < last; ++q) bytes = _mm512_add_epi8(bytes, quad[q]);
       sum = _mm512_dpbusd_epi32(sum, bytes, ones);
     }
     return sum;

@@ -81,9 +81,10 @@ struct Codes {
     }
   }
 
-  Ints dot(const int8_t* x, Ints start) const {
+  // Quads first..last-1 alone, where half of them share a scale.
+  Ints dot(const int8_t* x, Ints start, int first = 0, int last = 8) const {
     Pairs sum = {};
-    for (int q = 0; q < 8; ++q) {
+    for (int q = first; q < last; ++q) {
       const int16_t a = x[4 * q], b = x[4 * q + 1], c = x[4 * q + 2], d = x[4 * q + 3];
       // One product (at most 255*128) fits 16 bits; sums of two neighbours are taken in 32.
       const Shorts product =
@@ -95,14 +96,14 @@ struct Codes {
     return start + Ints{sum[0] + sum[1], sum[2] + sum[3], sum[4] + sum[5], sum[6] + sum[7]};
   }
 
-  // The sum of each row's codes less 32 zero points.
-  Ints sum_less(Ints zero_point) const {
+  // The sum of each row's codes, each less its zero point.
+  Ints sum_less(Ints zero_point, int first = 0, int last = 8) const {
     Shorts sum = {};
-    for (const Bytes& codes : quad) sum += __builtin_convertvector(codes, Shorts);
+    for (int q = first; q < last; ++q) sum += __builtin_convertvector(quad[q], Shorts);
     Pairs pairs;
     __builtin_memcpy(&pairs, &sum, sizeof pairs);
     const Pairs both = (pairs & 0xffff) + (pairs >> 16);
-    return Ints{both[0] + both[1], both[2] + both[3], both[4] + both[5], both[6] + both[7]} - zero_point * 32;
+    return Ints{both[0] + both[1], both[2] + both[3], both[4] + both[5], both[6] + both[7]} - zero_point * (4 * (last - first));
   }
 };
 

@@ -26,6 +26,7 @@ from slipstream.quantize.tensor import QuantTensor, WeightFormat
 
 TILE = 16
 BLOCK = 32
+HALF = 16  # the one narrower group, of 8-bit codes around their midpoint
 _LINE = 64
 _CHUNK_BYTES = 1 << 20  # of codes handled at once, so that intermediate arrays stay in the cache
 
@@ -34,14 +35,12 @@ Bytes = NDArray[np.uint8]
 
 def can_pack(fmt: WeightFormat) -> bool:
     """Whether the CPU kernels can hold a weight of this format."""
-    return (
-        fmt.kind == "int"
-        and len(fmt.shape) == 2
-        and fmt.bits in (4, 8)
-        and fmt.group >= BLOCK
-        and fmt.group % BLOCK == 0
-        and fmt.shape[1] % fmt.group == 0
-    )
+    if fmt.kind != "int" or len(fmt.shape) != 2 or fmt.rows != 1 or fmt.bits not in (4, 8):
+        return False
+    k = fmt.shape[1]
+    if fmt.group == HALF:
+        return fmt.bits == 8 and fmt.zero == "midpoint" and k % BLOCK == 0
+    return fmt.group >= BLOCK and fmt.group % BLOCK == 0 and k % fmt.group == 0
 
 
 def scale_bytes(fmt: WeightFormat) -> int:

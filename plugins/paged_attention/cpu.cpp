@@ -225,7 +225,7 @@ void attend(const Call& call, const Chunk& chunk) {
   for (int64_t r = 0; r < all; ++r) {
     const int64_t token = chunk.token + r % rows.count / call.group;
     float* out = args.output + (token * args.num_heads + query_head(r)) * args.head_dim;
-    const float inverse = 1.0f / rows.sum[r];
+    const float inverse = args.v_scale / rows.sum[r];
     for (int64_t i = 0; i < args.head_dim; ++i) out[i] = rows.out[r * call.out_width + i] * inverse;
   }
 }
@@ -248,7 +248,7 @@ void reduce_row(const Call& call, const Reduction& reduction, int64_t head, int6
     sum += weight * call.partial_sum[at];
     for (int64_t i = 0; i < args.head_dim; ++i) out[i] += weight * part[i];
   }
-  const float inverse = 1.0f / sum;
+  const float inverse = args.v_scale / sum;
   for (int64_t i = 0; i < args.head_dim; ++i) out[i] *= inverse;
 }
 
@@ -283,7 +283,7 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
                   call_scratch.take<float>(plan.partial_rows),
                   call_scratch.take<float>(plan.partial_rows)};
 
-  const float factor = capped ? args.scale / args.soft_cap : args.scale * kLog2E;
+  const float scale = args.scale * args.k_scale, factor = capped ? scale / args.soft_cap : scale * kLog2E;
   const int64_t elements = args.tokens * (args.num_heads + 2 * heads) * dim;
   run(parallel, divide_up(args.tokens, kWriteTokens) * heads, elements, [&](int64_t i) {
     const int64_t head = i % heads, begin = i / heads * kWriteTokens;
@@ -311,6 +311,7 @@ void paged_attention(const PagedAttentionArgs& args, Parallel& parallel) {
     case KVType::f32: return attention::paged_attention_of<float>(args, parallel);
     case KVType::f16: return attention::paged_attention_of<Half>(args, parallel);
     case KVType::i8: return attention::paged_attention_of<int8_t>(args, parallel);
+    case KVType::e4m3: return attention::paged_attention_of<Float8>(args, parallel);
   }
 }
 

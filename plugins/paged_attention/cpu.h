@@ -8,7 +8,7 @@
 namespace slipstream {
 
 // Element type of the pages.
-enum class KVType : int32_t { f32 = 0, f16 = 1, i8 = 2 };
+enum class KVType : int32_t { f32 = 0, f16 = 1, i8 = 2, e4m3 = 3 };
 
 // All arrays are dense and row-major, in the shapes of the operator's spec. native.py mirrors this struct.
 struct PagedAttentionArgs {
@@ -40,6 +40,8 @@ struct PagedAttentionArgs {
   float scale;
   float soft_cap;  // 0: none
   float norm_eps;
+  float k_scale;  // the unit of the codes in pages of e4m3; 1 with all others
+  float v_scale;
 };
 
 }  // namespace slipstream

@@ -20,7 +20,7 @@ _SIZES = (
     *("tokens", "sequences", "max_pages", "num_pages", "rotary_half", "layer"),
     *("num_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window"),
 )
-_KV_TYPES = {"float32": 0, "float16": 1, "int8": 2}
+_KV_TYPES = {"float32": 0, "float16": 1, "int8": 2, "float8_e4m3fn": 3}
 
 
 class _Args(ctypes.Structure):
@@ -30,7 +30,10 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
         ("kv_type", ctypes.c_int32),
-        *((name, ctypes.c_float) for name in ("scale", "soft_cap", "norm_eps")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("scale", "soft_cap", "norm_eps", "k_scale", "v_scale")
+        ),
     )
 
 
@@ -64,6 +67,8 @@ def arguments(inputs: Inputs, attributes: Attributes, output: Floats) -> ctypes.
         "rotary_half": inputs.cos.shape[1],
         "kv_type": _KV_TYPES[inputs.kv_cache.dtype.name],
     }
+    if inputs.kv_cache.dtype.name != "float8_e4m3fn":
+        values |= {"k_scale": 1.0, "v_scale": 1.0}
     return _Args(**values)
 
 

@@ -89,6 +89,15 @@ inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
   }
 }
 
+// In units of *scale, saturated.
+inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
+  const Vec unit = simd::splat(*scale);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const int n = lanes_left(i, dim);
+    simd::store_first(out + i, simd::load_first(x + i, n) / unit, n);
+  }
+}
+
 // Tokens [begin, end), at most kWriteTokens, of one kv head: its query heads go to `queries` (rotated and times
 // `factor`, one row of head_dim a token and head), its k and v into their pages.
 template <class T>
@@ -104,7 +113,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
     for (int64_t g = 0; g < group; ++g, queries += dim)
       rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
-    float unused, *k_scale = &unused, *v_scale = &unused;
+    float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
     if (args.kv_type == KVType::i8) {
       k_scale = page_scales(args, page, kKeys, head) + offset;
       v_scale = page_scales(args, page, kValues, head) + offset;

@@ -131,6 +131,7 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
         ("made by", f"slipstream {manifest.slipstream_version}, format {manifest.format_version}"),
         ("command", manifest.command),
         ("quantization", manifest.quantization),
+        ("checkpoint", "; ".join(f"{n} {name}" for name, n in manifest.formats.items())),
         ("plugins", ", ".join(f"{name} {v}" for name, v in manifest.plugins.items())),
         *((name, str(value)) for name, value in asdict(manifest.limits).items()),
         ("KV cache", f"{kv.dtype}, pages of {kv.page_size} tokens"),

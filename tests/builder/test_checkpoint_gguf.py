@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.checkpoints import gguf_blocks, open_checkpoint
 from slipstream.builder.checkpoints.gguf_blocks import decode
 from slipstream.builder.models.config import RopeScaling
 from slipstream.errors import CheckpointError
@@ -112,26 +112,48 @@ def random_blocks(kind: Type, rows: int, columns: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "zero"),
-    [(Type.Q4_0, 4, "midpoint"), (Type.Q4_1, 4, "offset"), (Type.Q8_0, 8, "midpoint")],
+    ("kind", "bits", "group", "zero", "dtype"),
+    [
+        (Type.Q4_0, 4, 32, "midpoint", np.float16),
+        (Type.Q4_1, 4, 32, "offset", np.float16),
+        (Type.Q5_0, 8, 32, "midpoint", np.float16),
+        (Type.Q5_1, 8, 32, "offset", np.float16),
+        (Type.Q8_0, 8, 32, "midpoint", np.float16),
+        (Type.Q2_K, 4, 16, "offset", np.float32),
+        (Type.Q3_K, 4, 16, "midpoint", np.float32),
+        (Type.Q4_K, 4, 32, "offset", np.float32),
+        (Type.Q5_K, 8, 32, "offset", np.float32),
+        (Type.Q6_K, 8, 16, "midpoint", np.float32),
+        (Type.IQ4_NL, 8, 32, "midpoint", np.float16),
+        (Type.IQ4_XS, 8, 32, "midpoint", np.float32),
+        (Type.MXFP4, 8, 32, "midpoint", np.float32),
+    ],
 )
+@pytest.mark.parametrize("chunk", [1 << 22, 700])
 def test_blocks_stay_quantized_and_decode_like_the_reference(
-    kind: Type, bits: int, zero: str
+    kind: Type,
+    bits: int,
+    group: int,
+    zero: str,
+    dtype: type[np.generic],
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = random_blocks(kind, 48, 96)
+    monkeypatch.setattr(gguf_blocks, "_CHUNK", chunk)
+    data = random_blocks(kind, 47, 768)
 
-    tensor = decode("w", kind, (48, 96), data.reshape(-1))
+    tensor = decode("w", kind, (47, 768), data.reshape(-1))
 
     form = tensor.format
-    assert (form.kind, form.bits, form.group, form.zero) == ("int", bits, 32, zero)
-    assert form.dtype == "float16"
-    assert tensor.scale is not None
-    assert tensor.scale.dtype == np.float16
-    assert tensor.codes.shape == (48, 96 * bits // 8)
+    assert (form.kind, form.bits, form.group, form.zero) == ("int", bits, group, zero)
+    assert form == gguf_blocks.weight_format("w", kind, (47, 768))
+    assert tensor.scale is not None and tensor.scale.shape == (47, 768 // group)
+    assert tensor.scale.dtype == np.dtype(form.dtype) == dtype
+    assert tensor.codes.shape == (47, 768 * bits // 8)
     np.testing.assert_array_equal(tensor.dequantize(), gguf.quants.dequantize(data, kind))
 
 
-@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q6_K, Type.IQ4_XS])
+@pytest.mark.parametrize("kind", [Type.TQ1_0, Type.IQ2_XXS, Type.IQ3_S, Type.IQ1_M])
 def test_other_blocks_become_float32_of_the_same_numbers(kind: Type) -> None:
     data = random_blocks(kind, 4, 512)
 
@@ -336,12 +358,13 @@ def test_types_that_become_float32_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny()
-    model.kinds = {"blk.0.ffn_up.weight": Type.Q5_1, "blk.0.ffn_gate.weight": Type.Q8_0}
+    model.kinds = {"blk.0.ffn_up.weight": Type.TQ2_0, "blk.0.ffn_gate.weight": Type.Q8_0}
+    model.tensors["blk.0.ffn_up.weight"] = random_blocks(Type.TQ2_0, FEED_FORWARD, 256)
 
     with caplog.at_level(logging.INFO, "slipstream"):
         open_checkpoint(model.write(tmp_path / "m.gguf"))
 
-    assert caplog.messages == ["m.gguf: 1 tensors of type Q5_1 become float32"]
+    assert caplog.messages == ["m.gguf: 1 tensors of type TQ2_0 become float32"]
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

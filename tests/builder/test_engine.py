@@ -115,7 +115,7 @@ def test_garbage(engine: Path, content: str | bytes) -> None:
 FIELDS = [
     name
     for name, field in Manifest.__dataclass_fields__.items()
-    if name not in ("format_version", "capability", "slipstream_version")
+    if name not in ("format_version", "capability", "formats", "slipstream_version")
 ]
 
 

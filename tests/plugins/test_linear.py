@@ -46,8 +46,9 @@ def assert_close(got: Floats, want: Floats) -> None:
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_matches_reference(isa: str, bits: int, zero: ZeroKind, dtype: str) -> None:
+    narrow = [16] if (bits, zero) == (8, "midpoint") else []
     for n, k in SHAPES:
-        for group in (g for g in (32, 64, 128) if k % g == 0):
+        for group in (g for g in (*narrow, 32, 64, 128, k) if k % g == 0):
             weight = random_weight(WeightFormat((n, k), "int", dtype, bits, group, zero))
             blob = pack(weight)
             packed = native.packed_weight(blob, weight.format)
@@ -78,12 +79,15 @@ def test_prologue_and_epilogues(isa: str, names: str, gated: bool) -> None:
             assert_close(got, reference.linear(x, weight, gated=gated, **options))
 
 
-@pytest.mark.parametrize(("bits", "zero"), [(4, "offset"), (4, "zero"), (8, "midpoint")])
+@pytest.mark.parametrize(
+    ("bits", "zero", "group"),
+    [(4, "offset", 64), (4, "zero", 64), (8, "midpoint", 64), (8, "midpoint", 16)],
+)
 def test_a_row_does_not_depend_on_its_batch_or_the_threads(
-    isa: str, bits: int, zero: ZeroKind
+    isa: str, bits: int, zero: ZeroKind, group: int
 ) -> None:
     n, k, rows = 82, 1536, 400  # enough tokens for several blocks, tasks and cache chunks
-    weight = random_weight(WeightFormat((n, k), "int", "float16", bits, 64, zero))
+    weight = random_weight(WeightFormat((n, k), "int", "float16", bits, group, zero))
     blob = pack(weight, gated=True)
     packed = native.packed_weight(blob, weight.format, gated=True)
     x, bias, norm = normal(rows, k), normal(n), normal(k)
@@ -180,7 +184,8 @@ def test_residual_may_be_the_output(isa: str) -> None:
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_embedding(isa: str, bits: int, zero: ZeroKind, dtype: str) -> None:
-    for group in (32, 96):
+    narrow = [16] if (bits, zero) == (8, "midpoint") else []
+    for group in (*narrow, 32, 96):
         weight = random_weight(WeightFormat((50, 96), "int", dtype, bits, group, zero))
         blob = pack(weight)
         for rows in (1, 4, 50):
@@ -188,6 +193,17 @@ def test_embedding(isa: str, bits: int, zero: ZeroKind, dtype: str) -> None:
             ids[0] = 49
             got = native.embedding(ids, native.packed_weight(blob, weight.format), isa)
             np.testing.assert_allclose(got, reference.embedding(ids, weight), rtol=1e-6, atol=1e-7)
+
+
+def test_zero_points_may_lie_beyond_the_codes(isa: str) -> None:
+    """Some GPTQ files have a zero point of 16 in 4 bits."""
+    weight = random_weight(WeightFormat((50, 96), "int", "float16", 4, 32, "zero"))
+    assert weight.zero is not None
+    weight.zero[::3] = 16
+    packed = native.packed_weight(blob := pack(weight), weight.format)
+    assert blob.size
+    x = normal(5, 96)
+    assert_close(native.linear(x, packed, isa), reference.linear(x, weight))
 
 
 def test_subnormal_and_signed_half_scales(isa: str) -> None:

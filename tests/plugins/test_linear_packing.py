@@ -28,14 +28,14 @@ def assert_equal(a: QuantTensor, b: QuantTensor) -> None:
 def formats(draw: st.DrawFn) -> tuple[WeightFormat, bool]:
     gated = draw(st.booleans())
     rows = draw(st.integers(1, 70)) * (2 if gated else 1)
-    group = draw(st.sampled_from([32, 64, 96, 128]))
+    group = draw(st.sampled_from([16, 32, 64, 96, 128]))
     fmt = WeightFormat(
-        shape=(rows, group * draw(st.integers(1, 5))),
+        shape=(rows, max(group, 32) * draw(st.integers(1, 5))),
         kind="int",
         dtype=draw(st.sampled_from(["float16", "float32"])),
-        bits=draw(st.sampled_from([4, 8])),
+        bits=8 if group == 16 else draw(st.sampled_from([4, 8])),
         group=group,
-        zero=draw(st.sampled_from(["midpoint", "zero", "offset"])),
+        zero="midpoint" if group == 16 else draw(st.sampled_from(["midpoint", "zero", "offset"])),
     )
     return fmt, gated
 

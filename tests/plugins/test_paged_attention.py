@@ -16,8 +16,9 @@ import torch
 from slipstream.plugins import library
 from slipstream.plugins.paged_attention import native, reference
 from slipstream.plugins.paged_attention.reference import Attributes, Inputs
+from slipstream.quantize.tensor import numpy_dtype
 
-KV_DTYPES = ("float32", "float16", "int8")
+KV_DTYPES = ("float32", "float16", "int8", "float8_e4m3fn")
 LAYERS = 2
 
 Sequence = tuple[int, int]  # (query tokens, tokens in the cache after the step)
@@ -40,6 +41,8 @@ class Case:
     soft_cap: float = 0.0
     norm: bool = False
     sinks: bool = False
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     def attributes(self) -> Attributes:
         scale = float(np.float32(self.head_dim**-0.5))
@@ -53,6 +56,8 @@ class Case:
             sliding_window=self.window,
             soft_cap=self.soft_cap,
             norm_eps=1e-5,
+            k_scale=float(np.float32(self.k_scale)),
+            v_scale=float(np.float32(self.v_scale)),
         )
 
     def inputs(self, dtype: str, seed: int = 0) -> Inputs:
@@ -64,7 +69,7 @@ class Case:
         table, slots, num_pages = self._pages(rng)
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         scales = np.full((LAYERS, num_pages, 2, self.kv_heads, self.page_size), np.nan, np.float32)
-        cache = np.zeros((*scales.shape[:-1], self.page_size * self.head_dim), dtype)
+        cache = np.zeros((*scales.shape[:-1], self.page_size * self.head_dim), numpy_dtype(dtype))
         inputs = Inputs(
             qkv=rng.normal(0, 1.5, (tokens, width)).astype(np.float32),
             cos=np.cos(angles).astype(np.float32),
@@ -152,6 +157,8 @@ CASES = {
     "sinks": Case(sinks=True),
     "sinks_over_splits": Case(sinks=True, batch=((1, 600), (10, 520))),
     "everything": Case(
+        k_scale=0.021,
+        v_scale=0.3,
         head_dim=24,
         window=50,
         soft_cap=5.0,
@@ -184,8 +191,13 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
         np.testing.assert_allclose(ours.kv_cache, theirs.kv_cache, atol=1)
         np.testing.assert_allclose(ours.kv_scales, theirs.kv_scales, rtol=3e-6)
     else:
-        rtol, atol = (1e-5, 2e-6) if dtype == "float32" else (1.1e-3, 2e-6)
-        np.testing.assert_allclose(ours.kv_cache, theirs.kv_cache, rtol=rtol, atol=atol)
+        rtol, atol = {
+            "float32": (1e-5, 2e-6),
+            "float16": (1.1e-3, 2e-6),
+            "float8_e4m3fn": (0.13, 2.1**-9),
+        }[dtype]
+        got, want = (x.kv_cache.astype(np.float32) for x in (ours, theirs))
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
     expected = reference.attend_pages(ours, case.attributes(), queries)
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=2e-5)
 
@@ -230,6 +242,34 @@ def test_every_half_survives_its_page(isa: str) -> None:
     np.testing.assert_array_equal(output, expected)
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.25])
+def test_every_float8_survives_its_page(isa: str, unit: float) -> None:
+    """As with halves; between two neighbours the even one is taken, beyond 448 there is 448."""
+    codes = np.arange(0x7F, dtype=np.uint8).view(numpy_dtype("float8_e4m3fn")).astype(np.float32)
+    ties = (codes[1:] + codes[:-1]) / 2
+    near = np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(0))
+    values = np.concatenate(
+        [codes, ties, *near, np.array([464, 465, 1e9, np.inf, 1e-9], np.float32)]
+    )
+    values = np.concatenate([values, -values])
+    dim = 256
+    padded = np.pad(values, (0, -len(values) % dim)).reshape(-1, dim)
+    case = Case(heads=1, kv_heads=1, head_dim=dim, page_size=16, batch=((1, 1),) * len(padded))
+    inputs = case.inputs("float8_e4m3fn")
+    inputs.qkv[:, 2 * dim :] = padded * np.float32(unit)
+    output = native.paged_attention(inputs, replace(case.attributes(), v_scale=unit), isa)
+    clipped = np.clip(padded, -448, 448).astype(numpy_dtype("float8_e4m3fn"))
+    np.testing.assert_array_equal(output, clipped.astype(np.float32) * np.float32(unit))
+
+
+def test_a_nan_stays_one_in_a_float8_page(isa: str) -> None:
+    case = Case(heads=1, kv_heads=1, head_dim=24, page_size=16, batch=((1, 1), (1, 1)))
+    inputs = case.inputs("float8_e4m3fn")
+    inputs.qkv[1, -1] = np.nan
+    output = native.paged_attention(inputs, case.attributes(), isa)
+    assert np.isnan(output[1, -1]) and np.isnan(output).sum() == 1
+
+
 def test_zero_heads_have_zero_scale_in_int8_pages(isa: str) -> None:
     case = Case(batch=((3, 3),))
     inputs = case.inputs("int8")
@@ -241,6 +281,7 @@ def test_zero_heads_have_zero_scale_in_int8_pages(isa: str) -> None:
 # Every array ends where memory that may be touched ends: one element more is a segmentation fault.
 _AT_THE_END_OF_MEMORY = """
 import ctypes, itertools, mmap, sys
+import ml_dtypes
 import numpy as np
 from slipstream.plugins.paged_attention import native
 from slipstream.plugins.paged_attention.reference import Attributes, Inputs
@@ -254,14 +295,15 @@ def ones(*shape, dtype="float32"):
     memory = mmap.mmap(-1, room + mmap.PAGESIZE)
     guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room
     assert protect(guard, mmap.PAGESIZE, 0) == 0
-    moved = np.frombuffer(memory, dtype, array.size, room - array.nbytes).reshape(shape)
+    moved = np.frombuffer(memory, np.uint8, array.nbytes, room - array.nbytes)
+    moved = moved.view(array.dtype).reshape(shape)
     moved[:] = array
     return moved
 
 def ints(*values):
     return np.array(values, np.int32)
 
-dtypes = ("float32", "float16", "int8")
+dtypes = ("float32", "float16", "int8", ml_dtypes.float8_e4m3fn)
 for dtype, dim, tokens in itertools.product(dtypes, (8, 24, 32, 72), (1, 16)):
     print(dtype, dim, tokens, flush=True)
     inputs = Inputs(

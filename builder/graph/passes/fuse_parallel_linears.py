@@ -6,10 +6,13 @@
       \\ | /                  |
       Concat                 y
 
-This fuses q/k/v and gate/up: one activation read, one quantization of x, one parallel region.
+This fuses q/k/v and gate/up: one activation read, one quantization of x, one parallel region. Of
+weights in different formats, neighbours of one format are fused and the others stay apart.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -20,35 +23,71 @@ from slipstream.quantize.tensor import LazyTensor, stack_rows
 
 
 def fuse_parallel_linears(program: Program) -> int:
-    """Fuse every Concat of Linears that read one input and share one weight format."""
+    """Fuse neighbours in every Concat of Linears that read one input in one weight format."""
     return sum(_fuse(program, concat) for concat in program.nodes("Concat"))
 
 
 def _fuse(program: Program, concat: ir.Node) -> bool:
     producers = [value.producer() if value is not None else None for value in concat.inputs]
     linears = [node for node in producers if node is not None and node.op_type == "Linear"]
-    if len(linears) != len(concat.inputs) or not _compatible(program, linears, concat):
+    if len(linears) != len(concat.inputs) or not all(_is_plain(node, concat) for node in linears):
         return False
+    runs = _runs(program, linears)
+    fused = [_stacked(program, run, concat) if len(run) > 1 else run[0] for run in runs]
+    old = [node for run in runs if len(run) > 1 for node in run]
+    new = [node for node in fused if node not in linears]
+    if not old:
+        return False
+    last = new[0]
+    if len(runs) > 1:
+        inputs = [node.outputs[0] for node in fused]
+        last = ir.node("Concat", inputs, concat.attributes, num_outputs=1, name=concat.name)
+        new.append(last)
+    replace(program, [*old, concat], new, {concat.outputs[0]: last.outputs[0]})
+    return True
+
+
+def _runs(program: Program, linears: list[ir.Node]) -> list[list[ir.Node]]:
+    """Neighbours that one Linear can stand for."""
+    runs = [[linears[0]]]
+    for before, node in pairwise(linears):
+        if _compatible(program, before, node):
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+    return runs
+
+
+def _compatible(program: Program, above: ir.Node, below: ir.Node) -> bool:
+    formats = {_without_rows(program.weight_of(node)) for node in (above, below)}
+    same_input = above.inputs[0] is below.inputs[0]
+    same_arity = len(above.inputs) == len(below.inputs)
+    return len(formats) == 1 and same_input and same_arity and _rows_stack(program.weight_of(above))
+
+
+def _is_plain(node: ir.Node, concat: ir.Node) -> bool:
+    single_use = sole_consumer(node.outputs[0]) is concat
+    return single_use and len(node.inputs) <= 3 and "gated" not in node.attributes
+
+
+def _stacked(program: Program, linears: list[ir.Node], concat: ir.Node) -> ir.Node:
     inputs: list[ir.Value | None] = [linears[0].inputs[0], _stack(program, linears, 1)]
     if len(linears[0].inputs) > 2:
         inputs.append(_stack(program, linears, 2))
     first = linears[0].attributes
     rows = sum(node.attributes["out_features"].as_int() for node in linears)
     attributes = {"in_features": first["in_features"].as_int(), "out_features": rows}
-    name = f"{(concat.name or '').rpartition('/')[0]}/Linear"
-    fused = ir.node("Linear", inputs, attributes, domain=DOMAIN, name=name, num_outputs=1)
-    replace(program, [*linears, concat], [fused], {concat.outputs[0]: fused.outputs[0]})
-    return True
+    whole = len(linears) == len(concat.inputs)
+    parts = "" if whole else "+".join(_module(node) for node in linears) + "/"
+    name = f"{(concat.name or '').rpartition('/')[0]}/{parts}Linear"
+    shape = ir.Shape([linears[0].outputs[0].shape[0], rows])  # type: ignore[index]
+    output = ir.Value(name=None if whole else name, shape=shape, type=linears[0].outputs[0].type)
+    return ir.node("Linear", inputs, attributes, domain=DOMAIN, name=name, outputs=[output])
 
 
-def _compatible(program: Program, linears: list[ir.Node], concat: ir.Node) -> bool:
-    formats = {_without_rows(program.weight_of(node)) for node in linears}
-    same_input = len({node.inputs[0] for node in linears}) == 1
-    same_arity = len({len(node.inputs) for node in linears}) == 1
-    single_use = all(sole_consumer(node.outputs[0]) is concat for node in linears)
-    plain = all(len(node.inputs) <= 3 and "gated" not in node.attributes for node in linears)
-    plain = plain and all(_rows_stack(program.weight_of(node)) for node in linears[:-1])
-    return len(formats) == 1 and same_input and same_arity and single_use and plain
+def _module(node: ir.Node) -> str:
+    """``q_proj`` of a node called ``layers.0/attn/q_proj/Linear``."""
+    return (node.name or "").rpartition("/")[0].rpartition("/")[2]
 
 
 def _without_rows(tensor: LazyTensor) -> tuple[object, ...]:

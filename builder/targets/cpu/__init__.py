@@ -7,12 +7,18 @@ from dataclasses import dataclass
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
+from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
+from slipstream.builder.graph.passes.convert_to_integers import ConvertToIntegers
+from slipstream.builder.graph.passes.dequantize_unheld import DequantizeUnheld
+from slipstream.builder.graph.passes.fit_groups import FitGroups
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
+from slipstream.builder.graph.passes.rewrite import Holds
+from slipstream.builder.graph.passes.round_activations import RoundActivations
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -26,22 +32,25 @@ from slipstream.builder.targets.cpu.elementwise import (
     lower_gated_activation,
     lower_rms_norm,
 )
-from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
+from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.errors import BuildError
+from slipstream.plugins.linear.packing import can_pack
+from slipstream.quantize.tensor import WeightFormat
 
 _LIMITS = EngineLimits()
 _CHOICES = {
     "dtype": ("auto", "float32"),
     "quantization": ("none", "int8_wo", "int4_wo"),
-    "kv_cache_dtype": ("auto", "float32", "float16", "int8"),
+    "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8"),
 }
+_ACTIVATIONS = "to int8 in blocks of 32, each by its own range"
 _FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
 _LOWER: tuple[Pass, ...] = (
     fuse_add_rms_norm,
     lower_dense_linear,
-    lower_dense_embedding,
     pack_embedding,
+    lower_dense_embedding,
     lower_add_rms_norm,
     lower_rms_norm,
     lower_gated_activation,
@@ -80,24 +89,46 @@ class CPUTarget:
     def kv_dtype(self, options: BuildOptions, dense: bool) -> str:
         """As asked; ``auto`` keeps a dense engine exact and halves the pages of a quantized one."""
         if options.kv_cache_dtype != "auto":
-            return options.kv_cache_dtype
+            return "float8_e4m3fn" if options.kv_cache_dtype == "fp8" else options.kv_cache_dtype
         return "float32" if dense else "float16"
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
-        """Quantize, fuse, then lower what is left to ONNX Runtime's operators."""
-        quantize = (
-            []
-            if options.bits is None
-            else [
-                QuantizeWeights(
-                    options.bits, options.group_size or self.group_size, options.symmetric
-                )
-            ]
-        )
+        """Quantize, bring what came quantized into the kernels' forms, fuse, then lower what is
+        left to ONNX Runtime's operators."""
+        quantize: list[Pass] = []
+        if options.bits is not None:
+            group = options.group_size or self.group_size
+            quantize = [QuantizeWeights(options.bits, group, options.symmetric)]
         linears: tuple[Pass, ...] = (lower_matmul_nbits,)
+        kernels: tuple[Holds, ...] = (can_lower,)
         if options.gemm_plugin == "auto":
             linears = (*_FUSE_INTO_LINEAR, pack_linear, lower_matmul_nbits)
-        return (*quantize, fuse_parallel_linears, *linears, *_LOWER)
+            kernels = (can_pack, can_lower)
+        return (
+            ApplyInputTransforms(fold_norms=True),
+            *quantize,
+            *_fit(FitGroups(kernels)),
+            fuse_parallel_linears,
+            *linears,
+            *_LOWER,
+        )
+
+
+def _fit(groups: FitGroups) -> tuple[Pass, ...]:
+    def fits(fmt: WeightFormat) -> bool:
+        return groups.fitting(fmt) is not None
+
+    return (
+        ConvertToIntegers(("float8_e4m3", "float4_e2m1", "codebook"), fits),
+        RoundActivations(_never, _ACTIVATIONS),
+        groups,
+        DequantizeUnheld(fits, "cpu", "float32"),
+    )
+
+
+def _never(fmt: WeightFormat) -> bool:
+    """The kernels have one way of rounding x."""
+    return False
 
 
 TARGET = CPUTarget()

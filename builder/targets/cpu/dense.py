@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.plugins.linear.packing import can_pack
 from slipstream.quantize.tensor import LazyTensor
 
 
@@ -24,8 +25,12 @@ def lower_dense_linear(program: Program) -> int:
 
 
 def lower_dense_embedding(program: Program) -> int:
-    """Embedding becomes Gather."""
-    nodes = [n for n in program.nodes("Embedding") if program.weight_of(n).format.kind == "dense"]
+    """Embedding becomes Gather; formats that our kernel does not hold are dequantized."""
+    nodes = [
+        node
+        for node in program.nodes("Embedding")
+        if _is_unlowered(program, node) and not can_pack(program.weight_of(node).format)
+    ]
     for node in nodes:
         inputs = [store_float32(program, program.weight_of(node)), node.inputs[0]]
         gather = ir.node("Gather", inputs, {"axis": 0}, num_outputs=1, name=node.name)

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, pack_nibbles
+from slipstream.errors import BuildError
+from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 ACCURACY_LEVEL = 4
+BLOCKS = (16, 32, 64, 128, 256)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
@@ -31,14 +33,16 @@ def lower_matmul_nbits(program: Program) -> int:
     return len(nodes)
 
 
+def can_lower(fmt: WeightFormat) -> bool:
+    """Whether MatMulNBits holds a weight of this format."""
+    whole = fmt.group in BLOCKS and fmt.shape[1] % fmt.group == 0
+    return fmt.kind == "int" and fmt.rows == 1 and whole
+
+
 def _is_integer(program: Program, node: ir.Node) -> bool:
     name = node.inputs[1].name if node.inputs[1] is not None else None
     tensor = program.weights.get(name or "")
-    return (
-        tensor is not None
-        and tensor.format.kind == "int"
-        and not tensor.format.shape[1] % tensor.format.group
-    )
+    return tensor is not None and can_lower(tensor.format)
 
 
 def _lower(program: Program, node: ir.Node) -> None:
@@ -127,6 +131,11 @@ def _arrays(weight: QuantTensor, codes_shape: tuple[int, ...]) -> tuple[NDArray[
     scale = weight.scale.astype(np.float32)
     arrays: list[NDArray[np.generic]] = [weight.codes.reshape(codes_shape), scale]
     if weight.zero is not None:
+        if weight.zero.max(initial=0) >= 2**weight.format.bits:
+            raise BuildError(
+                f"{weight.name} has the zero point {weight.zero.max()}, which {weight.format.bits} "
+                "bits cannot hold (some GPTQ files do); leave out --gemm-plugin disable"
+            )
         arrays.append(weight.zero if weight.format.bits == 8 else pack_nibbles(weight.zero))
     elif weight.offset is not None:
         midpoint = np.float32(2 ** (weight.format.bits - 1))

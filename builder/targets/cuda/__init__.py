@@ -8,6 +8,10 @@ from functools import partial
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
+from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
+from slipstream.builder.graph.passes.convert_to_integers import ConvertToIntegers
+from slipstream.builder.graph.passes.dequantize_unheld import DequantizeUnheld
+from slipstream.builder.graph.passes.fit_groups import FitGroups
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.passes.fuse_norm import fuse_norm
@@ -16,6 +20,7 @@ from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
 from slipstream.builder.graph.passes.quantize_fp8 import quantize_fp8_weights
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
+from slipstream.builder.graph.passes.round_activations import RoundActivations
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -23,6 +28,8 @@ from slipstream.builder.targets.cuda.attention import use_row_major_keys
 from slipstream.builder.targets.cuda.weights import PackWeights, SetPrecision, StoreVectors
 from slipstream.errors import BuildError
 from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.plugins.linear.cuda_packing import can_pack
+from slipstream.plugins.linear.tactics import whole_rows
 from slipstream.quantize.tensor import WeightFormat
 
 _LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
@@ -85,7 +92,12 @@ class CUDATarget:
             group = options.group_size or self.group_size
             quantize = [QuantizeWeights(options.bits, group, options.symmetric)]
         return (
+            ApplyInputTransforms(),
             *quantize,
+            ConvertToIntegers(("float4_e2m1",), can_pack),
+            RoundActivations(_rounds, "not rounded"),
+            FitGroups((can_pack,)),
+            DequantizeUnheld(can_pack, self.name, dtype),
             fuse_parallel_linears,
             partial(fuse_gate, holds=_any),
             partial(fuse_residual, holds=_any),
@@ -102,6 +114,11 @@ class CUDATarget:
 def _any(fmt: WeightFormat) -> bool:
     """What the kernels do not hold is dequantized when it is packed, so everything fuses."""
     return True
+
+
+def _rounds(fmt: WeightFormat) -> bool:
+    """Whether a kernel multiplies in the type of the codes, and rounds x as the format says."""
+    return fmt.kind == "float8_e4m3" or whole_rows(fmt)
 
 
 TARGET = CUDATarget()

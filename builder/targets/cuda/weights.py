@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.plugins.linear.cuda_packing import can_pack, format_attributes, pack, packed_size
+from slipstream.plugins.linear.cuda_packing import format_attributes, pack, packed_size
 from slipstream.plugins.linear.tactics import describe
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
 SUFFIX = ".cuda"
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 class PackWeights:
     """Stores the weight of every Linear and Embedding as one blob.
 
-    ``dtype`` is that of dense weights, and of formats that no kernel holds, which are dequantized.
+    ``dtype`` is that of dense weights; kernels hold every other one (``DequantizeUnheld``).
     """
 
     dtype: str
@@ -33,7 +33,9 @@ class PackWeights:
         nodes = [*program.nodes("Linear"), *program.nodes("Embedding")]
         kernels: Counter[str] = Counter()
         for node in nodes:
-            tensor = self._held(program.weight_of(node))
+            tensor = program.weight_of(node)
+            if tensor.format.kind == "dense":
+                tensor = as_dense(tensor, self.dtype)
             if node.op_type == "Linear":
                 kernels[describe(tensor.format)] += 1
             part = StoredTensor(
@@ -46,27 +48,6 @@ class PackWeights:
         for kernel, count in kernels.items():
             log.info("%d linears run on %s", count, kernel)
         return len(nodes)
-
-    def _held(self, tensor: LazyTensor) -> LazyTensor:
-        if tensor.format.kind != "dense" and can_pack(tensor.format):
-            return tensor
-        if tensor.format.kind != "dense":
-            log.warning(
-                "%s: no kernel holds %s; it becomes %s", tensor.name, tensor.format, self.dtype
-            )
-        return as_dense(tensor, self.dtype)
-
-
-def as_dense(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """A weight as dense numbers of ``dtype``."""
-    fmt = WeightFormat(tensor.format.shape, "dense", dtype)
-
-    def load() -> QuantTensor:
-        weight = tensor.load()
-        values = weight.codes if weight.format.kind == "dense" else weight.dequantize()
-        return QuantTensor(tensor.name, fmt, values.astype(numpy_dtype(dtype), copy=False))
-
-    return LazyTensor(tensor.name, fmt, load)
 
 
 @dataclass(frozen=True, slots=True)

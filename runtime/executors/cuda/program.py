@@ -99,7 +99,7 @@ class CUDAProgram:
     ) -> None:
         self._constants = _constants(graph, weights, device)
         nodes = list(graph)
-        split = next(i for i, node in enumerate(nodes) if node.op_type == "Gather")
+        split = next(i for i, node in enumerate(nodes) if _picks_rows(node))
         self._hidden, self._rows = (
             _name(value) for value in (nodes[split].inputs[0], nodes[split].outputs[0])
         )
@@ -121,6 +121,11 @@ class CUDAProgram:
     def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
         """float32 logits of rows ``[L, hidden]`` into ``out [L, vocab]``."""
         _execute(self._tail, _Run({**self._constants, self._rows: rows}, pdl), out)
+
+
+def _picks_rows(node: ir.Node) -> bool:
+    """Whether a node is the gathering of the rows whose logits are wanted."""
+    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 
 
 def _execute(calls: Sequence[_Call], run: _Run, out: Tensor | None) -> Tensor:
@@ -282,6 +287,24 @@ def _concat(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
     return lambda run: (torch.cat([run.values[name] for name in names], dim=-1),)
 
 
+def _scale(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
+    """Columns of x times a float32 vector: what a weight wants done to x (AWQ, SmoothQuant)."""
+    x, scale = _names(node)
+
+    def kernel(run: _Run) -> Sequence[Tensor]:
+        tokens = run.values[x]
+        return (torch.mul(tokens, run.values[scale], out=torch.empty_like(tokens)),)
+
+    return kernel
+
+
+def _order(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
+    """Columns of x in another order (act-order)."""
+    x, order = _names(node)
+    assert node.attributes["axis"].as_int() == 1, "rows are gathered between the halves"
+    return lambda run: (torch.index_select(run.values[x], 1, run.values[order]),)
+
+
 _KERNELS: dict[str, Callable[[ir.Node, Environment, Tactics], Kernel]] = {
     "Embedding": _embedding,
     "Linear": _linear,
@@ -292,6 +315,8 @@ _KERNELS: dict[str, Callable[[ir.Node, Environment, Tactics], Kernel]] = {
     "FusedAddRMSNorm": _add_norm,
     "Add": _add,
     "Concat": _concat,
+    "Mul": _scale,
+    "Gather": _order,
 }
 
 

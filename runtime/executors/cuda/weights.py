@@ -17,6 +17,7 @@ _CHUNK = 64 << 20
 _READERS = 4
 _DTYPES = {
     "U8": torch.uint8,
+    "I32": torch.int32,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

@@ -59,17 +59,35 @@ def test_biases_are_stacked_with_their_weights() -> None:
     assert_close(outputs(program), want, 1e-6)
 
 
-def test_formats_must_be_equal() -> None:
-    q, k = dense("q", 48, 64), dense("k", 16, 64)
-    assert_untouched(parse(QKV, q, k, dense("v", 32, 64, dtype="float16")))
-    q, k = grouped("q", 48, 64), grouped("k", 16, 64)
-    for v in (
+@pytest.mark.parametrize(
+    "v",
+    [
         dense("v", 32, 64),
         grouped("v", 32, 64, bits=8),
         grouped("v", 32, 64, group=64),
         grouped("v", 32, 64, zero="midpoint"),
-    ):
-        assert_untouched(parse(QKV, q, k, v))
+    ],
+    ids=["dense", "bits", "group", "zero"],
+)
+def test_neighbours_of_one_format_are_fused_and_others_stay_apart(v: LazyTensor) -> None:
+    q, k = grouped("q", 48, 64), grouped("k", 16, 64)
+    program = parse(QKV, q, k, v)
+    want = outputs(program)
+    assert fuse_parallel_linears(program) == 1
+    program.drop_unused_weights()
+    verify(program, "fuse_parallel_linears")
+    assert [node.op_type for node in program.graph] == ["Linear", "Linear", "Concat"]
+    assert list(program.weights) == ["v", "q+k"]
+    assert_close(outputs(program), want, 1e-6)
+
+
+def test_no_two_of_one_format_stay_apart() -> None:
+    assert_untouched(
+        parse(QKV, dense("q", 48, 64), grouped("k", 16, 64), dense("v", 32, 64)),
+    )
+    assert_untouched(
+        parse(QKV, grouped("q", 48, 64, bits=8), grouped("k", 16, 64), dense("v", 32, 64))
+    )
 
 
 def test_inputs_must_be_equal() -> None:

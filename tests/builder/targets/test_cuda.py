@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,27 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.quantized_models import (
+    MemoryCheckpoint,
+    Scheme,
+    float4,
+    float8,
+    integers,
+    nf4,
+    quantized_llama,
+    with_input,
+)
 from tests.tiny_models import LLAMA, llama_tensors, save_llama
 
-from slipstream.builder.build import Plan, build, plan
+from slipstream.builder.build import Plan, build, compile_checkpoint, plan
 from slipstream.builder.engine import open_engine
+from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 from slipstream.plugins.linear.cuda_packing import format_of, unpack
 from slipstream.quantize.fp8 import quantize_fp8
 from slipstream.quantize.rtn import quantize_rtn
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
 
 LAYERS = LLAMA["num_hidden_layers"]
 
@@ -131,7 +144,10 @@ def test_the_manifest_says_which_gpu_is_old_enough(
         ({"target": "cuda", "gemm_plugin": "disable"}, "gemm_plugin disable is for target cpu"),
         ({"target": "cpu", "quantization": "fp8"}, "quantization fp8 does not run on target cpu"),
         ({"target": "cpu", "dtype": "bfloat16"}, "dtype bfloat16 does not run on target cpu; use"),
-        ({"target": "cpu", "kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 does not run on target c"),
+        (
+            {"target": "cpu", "kv_cache_dtype": "bfloat16"},
+            "kv_cache_dtype bfloat16 does not run on",
+        ),
     ],
 )
 def test_what_a_target_does_not_run_is_refused(
@@ -147,3 +163,87 @@ def test_heads_that_the_kernels_cannot_run_are_refused(tmp_path: Path, head_dim:
     checkpoint = save_llama(tmp_path, llama_tensors(head_dim=head_dim), head_dim=head_dim)
     with pytest.raises(BuildError, match=f"heads of {head_dim} elements; the cuda target runs"):
         plan(checkpoint, BuildOptions(target="cuda"))
+
+
+HELD: dict[str, tuple[Scheme, str]] = {
+    "ragged groups": (integers(4, 128, "zero"), "int4, groups of 64, zero points"),
+    "zero points of 16": (integers(4, 64, "zero", beyond=True), "int4, groups of 64, zero points"),
+    "offsets": (integers(8, 32, "offset", dtype="float32"), "int8, groups of 32, offsets"),
+    "int4 rows": (integers(4), "int4, groups of 64"),
+    "int4 with rounded x": (integers(4, 64, activation="token"), "int4, groups of 64"),
+    "int8 rows": (
+        integers(8, activation="token"),
+        "int8, a scale a row, activations rounded by token",
+    ),
+    "int8 static": (
+        integers(8, activation="static", dtype="bfloat16"),
+        "int8, a scale a row, activations rounded by a fixed scale",
+    ),
+    "float8 weight-only": (float8(activation="none"), "float8_e4m3, a scale a row"),
+    "float8 static": (
+        float8(activation="static"),
+        "float8_e4m3, a scale a row, activations rounded by a fixed scale",
+    ),
+    "float8 blocks": (
+        float8(128, 128, activation="group"),
+        "float8_e4m3, blocks of 128x128, activations rounded by token and group",
+    ),
+    "act-order": (with_input(integers(4, 64, "zero"), order=1), "int4, groups of 64, zero points"),
+}
+
+
+def compiled(checkpoint: MemoryCheckpoint) -> Plan:
+    return compile_checkpoint(checkpoint, BuildOptions(target="cuda"))
+
+
+def stored(checkpoint: MemoryCheckpoint, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The numbers of a weight's codes, of one that several were fused into too."""
+    module, _, rest = name.rpartition(".self_attn.")
+    names = [f"{module}.self_attn.{part}" for part in rest.split("+")] if module else [name]
+    if not module:
+        module, _, rest = name.rpartition(".mlp.")
+        names = [f"{module}.mlp.{part}" for part in rest.split("+")] if module else [name]
+    names = [each if each.endswith(".weight") else f"{each}.weight" for each in names]
+    parts = [replace(checkpoint.tensors[each], input=None).dequantize() for each in names]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_schemes_of_checkpoints_stay_what_they_are(name: str) -> None:
+    scheme, form = HELD[name]
+    checkpoint = quantized_llama({"proj": scheme}, num_hidden_layers=1)
+    found = weights(compiled(checkpoint))
+    linears = {key: tensor for key, tensor in found.items() if "proj" in key}
+    # Blocks of 128 rows cannot be stacked where rows of a block are missing.
+    assert len(linears) == (7 if "blocks" in form else 4)
+    for key, tensor in linears.items():
+        assert describe_format(tensor.format) == form
+        np.testing.assert_array_equal(tensor.dequantize(), stored(checkpoint, key))
+
+
+@pytest.mark.parametrize("scheme", [nf4, float4, integers(8, 16)], ids=["nf4", "nvfp4", "16"])
+def test_what_no_kernel_holds_is_dense_and_named(
+    scheme: Scheme, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = quantized_llama({"proj": scheme}, num_hidden_layers=1)
+    with caplog.at_level(logging.WARNING):
+        found = weights(compiled(checkpoint))
+    kind = describe_format(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].format)
+    assert caplog.messages == [
+        "7 weights (model.layers.0.self_attn.q_proj.weight, …): target cuda has no kernel for "
+        f"{kind}; they become bfloat16"
+    ]
+    for key in (key for key in found if "proj" in key):
+        want = stored(checkpoint, key).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(found[key].codes, want)
+
+
+def test_calibrated_kv_scales_reach_the_attention_of_their_layer() -> None:
+    scales = KVScales((0.5, 0.25), (0.125, 2.0))
+    planned = compiled(quantized_llama({}, kv_scales=scales))
+    found = [
+        tuple(node.attributes[f"{name}_scale"].as_float() for name in "kv")
+        for node in planned.program.nodes("PagedAttention")
+    ]
+    assert found == [(0.5, 0.125), (0.25, 2.0)]
+    assert (planned.kv.dtype, planned.capability) == ("float8_e4m3fn", "sm_89")
