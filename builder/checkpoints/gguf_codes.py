@@ -73,9 +73,14 @@ def _fields(stored: Bytes, bits: int, size: int) -> Bytes:
     return np.asarray(fields.reshape(*stored.shape[:-1], -1), np.uint8)
 
 
-def _bits(stored: Bytes) -> Bytes:
-    """Every bit of some bytes, the lowest first."""
-    return np.unpackbits(stored, axis=-1, bitorder="little")
+def _bits(stored: Bytes, place: int) -> Bytes:
+    """Every bit of some bytes, the lowest first, moved to a place of a byte of its own."""
+    return _raised(np.unpackbits(stored, axis=-1, bitorder="little"), place)
+
+
+def _raised(codes: Bytes, places: int) -> Bytes:
+    """The upper bits of codes, in their place."""
+    return np.asarray(codes << places, np.uint8)
 
 
 def _q4_0(blocks: Bytes) -> Decoded:
@@ -87,12 +92,12 @@ def _q4_1(blocks: Bytes) -> Decoded:
 
 
 def _q5_0(blocks: Bytes) -> Decoded:
-    codes = _fields(blocks[..., 6:], 4, 16) | (_bits(blocks[..., 2:6]) << 4)
+    codes = _fields(blocks[..., 6:], 4, 16) | _bits(blocks[..., 2:6], 4)
     return codes + np.uint8(_MIDPOINT - 16), _half(blocks, 0), None
 
 
 def _q5_1(blocks: Bytes) -> Decoded:
-    codes = _fields(blocks[..., 8:], 4, 16) | (_bits(blocks[..., 4:8]) << 4)
+    codes = _fields(blocks[..., 8:], 4, 16) | _bits(blocks[..., 4:8], 4)
     return codes, _half(blocks, 0), _half(blocks, 2)
 
 
@@ -110,9 +115,9 @@ def _q2_k(blocks: Bytes) -> Decoded:
 
 def _q3_k(blocks: Bytes) -> Decoded:
     low, packed = _fields(blocks[..., 32:96], 2, 32), blocks[..., 96:108]
-    six = _fields(packed[..., :8], 4, 8) | (_fields(packed[..., 8:], 2, 4) << 4)
+    six = _fields(packed[..., :8], 4, 8) | _raised(_fields(packed[..., 8:], 2, 4), 4)
     scale = _single(blocks, 108) * (six.astype(np.float32) - 32)
-    codes = low | (_fields(blocks[..., :32], 1, 32) << 2)  # 0..7 around 4
+    codes = low | _raised(_fields(blocks[..., :32], 1, 32), 2)  # 0..7 around 4
     return _paired(codes + np.uint8(4)), scale, None
 
 
@@ -132,14 +137,14 @@ def _q4_k(blocks: Bytes) -> Decoded:
 
 
 def _q5_k(blocks: Bytes) -> Decoded:
-    codes = _fields(blocks[..., 48:], 4, 32) | (_fields(blocks[..., 16:48], 1, 32) << 4)
+    codes = _fields(blocks[..., 48:], 4, 32) | _raised(_fields(blocks[..., 16:48], 1, 32), 4)
     return codes, *_scales_of_k(blocks)
 
 
 def _q6_k(blocks: Bytes) -> Decoded:
     low, high = _fields(blocks[..., :128], 4, 64), _fields(blocks[..., 128:192], 2, 32)
     scales = blocks[..., 192:208].view(np.int8).astype(np.float32)
-    codes = (low | (high << 4)) + np.uint8(_MIDPOINT - 32)
+    codes = (low | _raised(high, 4)) + np.uint8(_MIDPOINT - 32)
     return codes, _single(blocks, 208) * scales, None
 
 
