@@ -42,6 +42,33 @@ def quantize_fp8(weight: LazyTensor) -> QuantTensor:
     return QuantTensor(weight.name, fp8_format((n, k)), codes, scales)
 
 
+def quantize_fp8_block(weight: LazyTensor, block: int = 128) -> QuantTensor:
+    """Rounds a weight ``[N, K]`` with one scale a block of ``block`` by ``block``; x is rounded in
+    groups of ``block``.
+
+    Raises CheckpointError for a weight that holds numbers that are not finite.
+    """
+    values = weight.load().dequantize()
+    n, k = weight.format.shape
+    form = WeightFormat(
+        (n, k), "float8_e4m3", "float32", bits=8, group=block, rows=block, activation="group"
+    )
+    codes = np.empty((n, k), ml_dtypes.float8_e4m3fn)
+    scales = np.empty((-(-n // block), -(-k // block)), np.float32)
+    for row, column in np.ndindex(scales.shape):
+        part = np.s_[row * block : (row + 1) * block, column * block : (column + 1) * block]
+        largest = np.abs(values[part]).max()
+        if not np.isfinite(largest):
+            raise CheckpointError(
+                f"tensor {weight.name} holds infinite or undefined numbers; the checkpoint is "
+                "damaged: download it again"
+            )
+        scale = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
+        scales[row, column] = scale
+        codes[part] = _saturated(values[part] / scale)
+    return QuantTensor(weight.name, form, codes, scales)
+
+
 def _saturated(values: NDArray[np.float32]) -> NDArray[np.generic]:
     # A quotient can exceed 448 by a rounding, and e4m3fn would make that a NaN.
     return np.clip(values, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)

@@ -1,0 +1,277 @@
+"""NVIDIA's nvidia-modelopt behind the interface of our own algorithms: fp8_static, w4a8_awq, nvfp4.
+
+It works on the whole model at once, in bfloat16. Its export is read back by our own importer, so
+that its codes come out in the one representation. https://nvidia.github.io/Model-Optimizer/ (0.47)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from slipstream.quantize.layerwise import LayerResult, LinearStats
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.errors import BuildError, MissingDependencyError
+from slipstream.quantize.options import QuantizeOptions, Scheme
+from slipstream.quantize.plan import Plan, layer_of
+from slipstream.quantize.rtn import quantize_rtn
+from slipstream.quantize.skeleton import fill
+from slipstream.quantize.tensor import QuantTensor
+from slipstream.quantize.writers.model_config import describe
+
+log = logging.getLogger(__name__)
+
+Tokens = NDArray[np.int32]
+_CONFIGS: Mapping[str, str] = MappingProxyType(
+    {"fp8_static": "FP8_DEFAULT_CFG", "w4a8_awq": "W4A8_AWQ_BETA_CFG", "nvfp4": "W4A16_NVFP4_CFG"}
+)
+_REROUNDED = "modelopt scales its inputs, which nothing before it can do; rounded to nearest"
+
+
+def quantize_layers(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tokens: Sequence[Tokens],
+    options: QuantizeOptions,
+    resume_from: int = 0,
+    load_done: Callable[[int], Mapping[str, QuantTensor]] | None = None,
+) -> Iterator[LayerResult]:
+    """Every layer from ``resume_from`` on, as ``layerwise.quantize_layers`` gives them.
+
+    ``load_done`` is not used: all layers are made again, for the same data the same. Raises
+    MissingDependencyError without modelopt.
+    """
+    seen = sum(map(len, tokens))
+    with tempfile.TemporaryDirectory(prefix="slipstream-modelopt-") as directory:
+        _export(checkpoint, plan, tokens, Path(directory))
+        made = open_checkpoint(directory)
+        for layer in plan.layers[resume_from:]:
+            yield _Layer(checkpoint, made, plan, layer.index, seen).result()
+
+
+def _export(checkpoint: Checkpoint, plan: Plan, tokens: Sequence[Tokens], directory: Path) -> None:
+    """Calibrates, rounds and stores a model with modelopt."""
+    try:
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.export import export_hf_checkpoint
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{plan.options.qformat} needs nvidia-modelopt, which cannot be imported ({error}); "
+            "install it: pip install 'slipstream[modelopt]'"
+        ) from error
+    model = _model(checkpoint)
+
+    def forward_loop(model: torch.nn.Module) -> None:
+        for window in tokens:
+            model(torch.from_numpy(np.asarray(window, np.int64))[None])
+
+    config = _config(copy.deepcopy(getattr(mtq, _CONFIGS[_qformat(plan)])), plan)
+    with _quiet(), torch.inference_mode():
+        mtq.quantize(model, config, forward_loop)
+        export_hf_checkpoint(model, export_dir=directory)
+
+
+def _qformat(plan: Plan) -> str:
+    names = {scheme.name for scheme in plan.schemes.values()}
+    if len(names) > 1:
+        raise BuildError(f"modelopt makes one of {', '.join(sorted(names))} in a run; choose one")
+    return names.pop()
+
+
+def _model(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The model in bfloat16, its head apart from its embedding."""
+    config = AutoConfig.for_model(**{**describe(checkpoint.config), "tie_word_embeddings": False})
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    weights = {name: _bfloat16(checkpoint, name) for name in checkpoint.names()}
+    if checkpoint.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    fill(model, weights)
+    # Its frequencies are no weights: on the meta device they are lost.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    evaluated: torch.nn.Module = model.eval()
+    return evaluated
+
+
+def _bfloat16(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    values = np.ascontiguousarray(checkpoint.tensor(name).load().dequantize())
+    return torch.from_numpy(values).to(torch.bfloat16)
+
+
+def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """One of modelopt's configurations with the plan's groups and without its dense linears."""
+    entries: list[dict[str, Any]] = []
+    for entry in config["quant_cfg"]:
+        if entry["quantizer_name"] == "*weight_quantizer":
+            entries += [_weights(entry, module, scheme) for module, scheme in plan.schemes.items()]
+        else:
+            entries.append(entry)
+    dense = [module for module in plan.linears if module not in plan.schemes]
+    entries += [{"quantizer_name": f"{module}.*", "enable": False} for module in dense]
+    return {**config, "quant_cfg": entries}
+
+
+def _weights(entry: dict[str, Any], module: str, scheme: Scheme) -> dict[str, Any]:
+    """The entry for one module's weight."""
+    own = {**copy.deepcopy(entry), "quantizer_name": f"{module}.weight_quantizer"}
+    if scheme.kind == "int":
+        own["cfg"][0]["block_sizes"][-1] = scheme.group
+    return own
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps modelopt's reports off the terminal; its warnings go to the log."""
+    sink = io.StringIO()
+    with (
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        log.info("modelopt: %s", message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer of what modelopt ``made`` of a checkpoint."""
+
+    source: Checkpoint
+    made: Checkpoint
+    plan: Plan
+    index: int
+    seen: int
+
+    def result(self) -> LayerResult:
+        """Its tensors, without scales on inputs: they are folded into what comes before."""
+        names = [name for name in self.source.names() if layer_of(name) == self.index]
+        tensors = {name: self._tensor(name) for name in names}
+        schemes = self.plan.layers[self.index].linears
+        errors = {module: self._error(tensors, module) for module in schemes}
+        rerounded = self._fold(tensors)
+        stats = [
+            LinearStats(
+                name=module,
+                scheme=scheme.name,
+                group=scheme.group,
+                weight_error=errors[module],
+                output_error=None,
+                clip=None,
+                alpha=None,
+                damping=None,
+                fallback=_REROUNDED if module in rerounded else None,
+                tokens_seen=self.seen,
+                bytes=scheme.nbytes(self.plan.shape(module)),
+            )
+            for module, scheme in schemes.items()
+        ]
+        return LayerResult(self.index, tensors, tuple(stats), None)
+
+    def _tensor(self, name: str) -> QuantTensor:
+        """A tensor of modelopt's; one that it only passed on is taken from the source."""
+        tensor = self.made.tensor(name).load()
+        module = name.removesuffix(".weight")
+        scheme = self.plan.layers[self.index].linears.get(module)
+        if scheme is not None:
+            return _with_scale_dtype(tensor, scheme)
+        source = self.source.tensor(name).load()
+        rounded = source.dequantize().astype(tensor.codes.dtype)
+        return source if np.array_equal(rounded, tensor.codes) else tensor
+
+    def _error(self, tensors: Mapping[str, QuantTensor], module: str) -> float:
+        """|W' - W|² / |W|², the norm's share of a folded scale taken back."""
+        name = f"{module}.weight"
+        original = self.source.tensor(name).load().dequantize()
+        difference = tensors[name].dequantize() * self._folded_norm(tensors, module) - original
+        return float(np.square(difference).sum() / max(np.square(original).sum(), 1e-30))
+
+    def _folded_norm(self, tensors: Mapping[str, QuantTensor], module: str) -> NDArray[np.float32]:
+        """What modelopt multiplied the norm before a linear by."""
+        norm = _NORMS.get(module.rpartition(".")[2])
+        if norm is None:
+            return np.ones(1, np.float32)
+        name = f"model.layers.{self.index}.{norm}.weight"
+        before = self.source.tensor(name).load().dequantize()
+        after = tensors[name].dequantize()
+        return np.divide(after, before, out=np.ones_like(before), where=before != 0)
+
+    def _fold(self, tensors: dict[str, QuantTensor]) -> set[str]:
+        """Takes the scales of inputs out of ``tensors``; returns the modules rounded anew."""
+        rerounded = set()
+        for name, tensor in list(tensors.items()):
+            if tensor.input is None or tensor.input.scale is None:
+                continue
+            module = name.removesuffix(".weight")
+            before = self._producer(module)
+            if before is None:
+                tensors[name] = self._rounded(module)
+                rerounded.add(module)
+            else:
+                scale = tensor.input.scale
+                tensors[before] = _with_scaled_rows(tensors[before], scale)
+                bias = before.replace(".weight", ".bias")
+                if bias in tensors:
+                    tensors[bias] = _with_scaled_rows(tensors[bias], scale)
+                tensors[name] = replace(tensor, input=None)
+        return rerounded
+
+    def _producer(self, module: str) -> str | None:
+        """The weight whose rows make the columns of a linear's input, one for one."""
+        config = self.source.config
+        prefix, _, kind = module.rpartition(".")
+        if kind == "down_proj":
+            return f"{prefix}.up_proj.weight"
+        if kind == "o_proj" and config.num_heads == config.num_kv_heads:
+            return f"{prefix}.v_proj.weight"
+        return None
+
+    def _rounded(self, module: str) -> QuantTensor:
+        scheme = self.plan.layers[self.index].linears[module]
+        assert scheme.kind == "int" and scheme.bits == 4, scheme
+        return quantize_rtn(
+            self.source.tensor(f"{module}.weight"), bits=4, group_size=scheme.group, symmetric=True
+        )
+
+
+_NORMS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
+        **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
+    }
+)
+
+
+def _with_scale_dtype(tensor: QuantTensor, scheme: Scheme) -> QuantTensor:
+    """The tensor with the scales' type that the scheme asks for."""
+    assert tensor.scale is not None
+    if tensor.format.kind != "int" or tensor.format.dtype == scheme.scale_dtype:
+        return tensor
+    scale = tensor.scale.astype(scheme.scale_dtype)
+    return replace(tensor, scale=scale, format=replace(tensor.format, dtype=scheme.scale_dtype))
+
+
+def _with_scaled_rows(tensor: QuantTensor, factors: NDArray[np.float32]) -> QuantTensor:
+    """Each row (or element of a bias) times a factor."""
+    if tensor.format.kind == "dense":
+        values = tensor.codes.astype(np.float32)
+        values = values * (factors[:, None] if values.ndim == 2 else factors)
+        return replace(tensor, codes=values.astype(tensor.codes.dtype))
+    assert tensor.scale is not None and tensor.format.rows == 1
+    scale = tensor.scale.astype(np.float32) * factors[:, None]
+    return replace(tensor, scale=scale.astype(tensor.scale.dtype))

@@ -1,0 +1,273 @@
+"""Which linear gets which scheme and group, and what that takes: from names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.builder.models.config import ModelConfig
+from slipstream.errors import BuildError, CheckpointError
+from slipstream.quantize.options import (
+    DENSE,
+    PATTERN,
+    WHOLE_ROW,
+    Algorithm,
+    QuantizeOptions,
+    Scheme,
+    Target,
+    parse_override,
+)
+from slipstream.quantize.rtn import GROUP_SIZES
+from slipstream.quantize.tensor import WeightFormat, numpy_dtype
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Operations a second of float32 matrices on one core of a small server, and bytes a second of
+# reading, rounding and writing: for estimates of time only.
+_OPERATIONS, _BYTES = 3e10, 1e8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One decoder layer: the scheme, with its group, of each linear that is quantized, by name:
+    ``model.layers.0.self_attn.q_proj``."""
+
+    index: int
+    linears: Mapping[str, Scheme]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a quantization will do.
+
+    ``formats`` has every tensor of the source. ``notes`` says what differs from what was asked.
+    """
+
+    config: ModelConfig
+    options: QuantizeOptions
+    formats: Mapping[str, WeightFormat]
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every quantized linear."""
+        return {name: scheme for layer in self.layers for name, scheme in layer.linears.items()}
+
+    @property
+    def algorithms(self) -> set[Algorithm]:
+        """All that are used."""
+        return {scheme.algorithm for scheme in self.schemes.values()}
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """``[N, K]`` of a linear."""
+        n, k = self.formats[f"{module}.weight"].shape
+        return n, k
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors of the result."""
+        schemes = self.schemes
+        return sum(
+            schemes[module].nbytes(self.shape(module))
+            if (module := name.removesuffix(".weight")) in schemes
+            else _dense_bytes(form)
+            for name, form in self.formats.items()
+        )
+
+    @property
+    def source_nbytes(self) -> int:
+        """Size of all tensors of the source."""
+        return sum(map(_dense_bytes, self.formats.values()))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of all tensors."""
+        return sum(map(_elements, self.formats.values()))
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean bits of the decoder's linears, scales and zeros counted."""
+        return effective_bits({m: self.formats[f"{m}.weight"] for m in self.linears}, self.schemes)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear of the decoder's layers, quantized or not."""
+        return tuple(linears({name: form.shape for name, form in self.formats.items()}))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes at its peak, about: the embedding, a layer in float32 with its Gram
+        matrices, and the hidden states of all calibration tokens before and after that layer."""
+        layer = [self.formats[name] for name in self.formats if name.startswith("model.layers.0.")]
+        inputs = {form.shape[1] for form in layer if len(form.shape) == 2}
+        gram = sum(4 * k * k for k in inputs) if self.calibrated else 0
+        embedding = 4 * self.config.vocab_size * self.config.hidden_size
+        states = 2 * 4 * self._tokens * self.config.hidden_size
+        weights = sum(4 * _elements(form) for form in layer)
+        return embedding + 2 * weights + 3 * gram + states
+
+    def seconds(self, cores: int) -> float:
+        """Time that it takes on so many cores, to within a factor of a few."""
+        weights = sum(n * k for n, k in map(self.shape, self.schemes))
+        # A token takes two operations a weight, once to see inputs and once to go on.
+        operations = 4.0 * weights * self._tokens
+        if "gptq" in self.algorithms:
+            operations += 40.0 * sum(k * k * (n + k) / 4 for n, k in map(self.shape, self.schemes))
+        if "awq" in self.algorithms:
+            operations += 40.0 * sum(2 * n * k * k for n, k in map(self.shape, self.schemes))
+        return operations / (_OPERATIONS * cores) + (self.source_nbytes + self.nbytes) / _BYTES
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text must run through the model."""
+        return bool(self.algorithms - {"rtn"}) or self.options.kv_cache_dtype == "fp8"
+
+    @property
+    def _tokens(self) -> int:
+        options = self.options
+        return options.calib_size * options.calib_max_seq_length if self.calibrated else 0
+
+    def with_qformats(self, chosen: Mapping[str, str]) -> Plan:
+        """The plan with other qformats (or ``dense``) for some linears, by name."""
+        notes = list(self.notes)
+        schemes = self.schemes
+        for module, qformat in chosen.items():
+            schemes.pop(module, None)
+            if qformat != DENSE:
+                scheme = self.options.scheme(qformat)
+                placed = _placed(scheme, module, self.shape(module), self.options, notes)
+                schemes |= {module: placed} if placed else {}
+        return replace(self, layers=_by_layer(self.config, schemes), notes=tuple(notes))
+
+
+def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
+    """The plan for a checkpoint of dense weights.
+
+    Raises CheckpointError for one that is quantized, BuildError for targets that match no linear
+    and for options that leave nothing to quantize.
+    """
+    formats = {name: checkpoint.tensor(name).format for name in checkpoint.names()}
+    _check_dense(checkpoint, formats)
+    base = Plan(checkpoint.config, options, MappingProxyType(formats), ())
+    modules = base.linears
+    plan = base.with_qformats(_chosen(modules, options))
+    if not plan.schemes:
+        raise BuildError(
+            f"of the {len(modules)} linears of {checkpoint.path} none would be quantized: "
+            f"{'; '.join(plan.notes) or 'all are excluded'}; exclude fewer"
+        )
+    return replace(plan, notes=tuple(_grouped(plan.notes)))
+
+
+def linears(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """The linears of decoder layers, by the names and shapes of a checkpoint's tensors."""
+    for name, shape in shapes.items():
+        if _LAYER.match(name) and name.endswith(".weight") and len(shape) == 2:
+            yield name.removesuffix(".weight")
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor is of; None for the embedding, the last norm and the head."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def effective_bits(formats: Mapping[str, WeightFormat], schemes: Mapping[str, Scheme]) -> float:
+    """Mean bits a weight of linears by name, scales and zeros counted."""
+    total = sum(
+        schemes[module].nbytes(form.shape) if module in schemes else _dense_bytes(form)
+        for module, form in formats.items()
+    )
+    return 8 * total / sum(map(_elements, formats.values()))
+
+
+def _check_dense(checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]) -> None:
+    quantized = [name for name, form in formats.items() if form.kind != "dense"]
+    if quantized:
+        form = formats[quantized[0]]
+        raise CheckpointError(
+            f"{checkpoint.path} is quantized already ({len(quantized)} tensors, {quantized[0]} in "
+            f"{form.bits}-bit {form.kind}), and quantizing twice adds up the errors of both; give "
+            "the original checkpoint in float16 or bfloat16, build an engine of this one with "
+            "slipstream build, or change its layout with slipstream convert"
+        )
+
+
+def _chosen(modules: Sequence[str], options: QuantizeOptions) -> dict[str, str]:
+    """The qformat of every linear."""
+    chosen: dict[str, str] = dict.fromkeys(modules, options.qformat)
+    for text in options.overrides:
+        target, qformat = parse_override(text)
+        chosen |= dict.fromkeys(_matching(target, modules), qformat)
+    for text in options.exclude:
+        chosen |= dict.fromkeys(_matching(Target.parse(text), modules), DENSE)
+    return chosen
+
+
+def _matching(target: Target, modules: Sequence[str]) -> list[str]:
+    found = [module for module in modules if target.matches(module)]
+    if not found:
+        hint = "" if target.text.startswith(PATTERN) else "; a pattern starts with re:"
+        raise BuildError(
+            f"the target {target.text!r} matches none of the {len(modules)} linears, which are "
+            f"named like {modules[0] if modules else 'model.layers.0.mlp.down_proj'}{hint}"
+        )
+    return found
+
+
+def _placed(
+    scheme: Scheme, module: str, shape: tuple[int, int], options: QuantizeOptions, notes: list[str]
+) -> Scheme | None:
+    """The scheme with the group for a weight of this shape; None, with a note, if none fits."""
+    k = shape[1]
+    if scheme.grouping in ("channel", "tensor"):
+        return replace(scheme, group=k)
+    if scheme.grouping == "block":
+        return replace(scheme, group=scheme.rows)
+    wanted = scheme.group or options.group_size or GROUP_SIZES[0]
+    if wanted == WHOLE_ROW:
+        return replace(scheme, group=k)
+    sizes = (wanted,) if scheme.group else (wanted, *(g for g in GROUP_SIZES if g < wanted))
+    group = next((size for size in sizes if k % size == 0), None)
+    if group is None:
+        notes.append(f"{module} stays dense: no group of {_either(sizes)} divides its {k} columns")
+        return None
+    if options.group_size not in (None, group):
+        notes.append(f"{module} has groups of {group}: {wanted} does not divide its {k} columns")
+    return replace(scheme, group=group)
+
+
+def _either(sizes: Iterable[int]) -> str:
+    return " or ".join(map(str, sizes))
+
+
+def _by_layer(config: ModelConfig, schemes: Mapping[str, Scheme]) -> tuple[LayerPlan, ...]:
+    layers: list[dict[str, Scheme]] = [{} for _ in range(config.num_layers)]
+    for module, scheme in schemes.items():
+        index = layer_of(f"{module}.")
+        assert index is not None
+        layers[index][module] = scheme
+    return tuple(LayerPlan(i, MappingProxyType(linears)) for i, linears in enumerate(layers))
+
+
+def _grouped(notes: Iterable[str]) -> Iterator[str]:
+    """The notes, those that say the same of many layers as one."""
+    same: dict[str, list[str]] = {}
+    for note in notes:
+        same.setdefault(re.sub(r"(?<=layers\.)\d+", "*", note), []).append(note)
+    for pattern, members in same.items():
+        yield members[0] if len(members) == 1 else f"{pattern} ({len(members)} layers)"
+
+
+def _elements(form: WeightFormat) -> int:
+    elements = 1
+    for size in form.shape:
+        elements *= size
+    return elements
+
+
+def _dense_bytes(form: WeightFormat) -> int:
+    return _elements(form) * numpy_dtype(form.dtype).itemsize

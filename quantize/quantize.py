@@ -1,0 +1,379 @@
+"""A dense checkpoint to a quantized one, layer by layer, and how good it became."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.errors import BuildError, CheckpointError, MissingDependencyError
+from slipstream.quantize.calibration_data import (
+    EVALUATION_WINDOW,
+    ApplyChatTemplate,
+    Encode,
+    Sample,
+    calibration_windows,
+    evaluation_windows,
+)
+from slipstream.quantize.evaluate import Accuracy
+from slipstream.quantize.options import QuantizeOptions
+from slipstream.quantize.plan import Plan, layer_of, make_plan
+from slipstream.quantize.report import LinearRow, Report, peak_memory, versions
+from slipstream.quantize.staging import (
+    LayerRecord,
+    Staging,
+    check_output,
+    describe_run,
+    staging,
+)
+from slipstream.quantize.tensor import KVScales, QuantTensor
+from slipstream.quantize.writers import create_layout
+from slipstream.quantize.writers.base import Layout
+from slipstream.quantize.writers.directory import DirectoryWriter, kv_arrays
+
+if TYPE_CHECKING:
+    from slipstream.quantize.layerwise import LayerResult, LinearStats
+
+Tokens = NDArray[np.int32]
+# Told the stage, how much of it is done, and of how much in all.
+Progress = Callable[[str, int, int], None]
+_PACKAGES = {"modelopt": "nvidia-modelopt"}
+LAYERS, MEASURING = "quantizing layers", "measuring"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """How a model reads text, and how it writes some (``sample``) where that is possible."""
+
+    encode: Encode
+    apply_chat_template: ApplyChatTemplate | None = None
+    sample: Sample | None = None
+
+
+def quantize(
+    source: str | Path,
+    output: Path,
+    options: QuantizeOptions,
+    text: Callable[[Checkpoint], Text],
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the quantized checkpoint ``output`` with its report, replacing an earlier result.
+
+    ``text`` makes the tokenizer of a checkpoint. With ``resume``, the finished layers of a run that
+    was cut short are kept. Raises CheckpointError for a source that cannot be quantized, BuildError
+    for options that do not fit it and for a result that is worse than ``max_ppl_increase`` allows,
+    InvalidRequestError for calibration text that is of no use; nothing is left behind then.
+    """
+    report = progress or (lambda stage, done, total: None)
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, options)
+    check_output(output, checkpoint.path)
+    check_plan(plan)
+    run = _Run(checkpoint, plan, str(source), output, report)
+    calibration, evaluation = _windows(plan, text(checkpoint))
+    _check_space(plan, output)
+    with staging(output, describe_run(checkpoint, options), resume=resume) as place:
+        return run.make(place, calibration, evaluation)
+
+
+def check_plan(plan: Plan) -> None:
+    """BuildError or MissingDependencyError for what could only fail later."""
+    options = plan.options
+    layout = _layout(plan)
+    if options.auto_bits is not None and options.format == "awq":
+        raise BuildError("AWQ's layout holds 4 bits alone; use another --format with --auto-bits")
+    if options.kv_cache_dtype == "fp8" and not layout.holds_kv_scales:
+        raise BuildError(
+            f"a checkpoint in the layout {layout.name} has no place for the scales of an fp8 KV "
+            "cache; use --format compressed-tensors or another --kv-cache-dtype"
+        )
+    _check_producer(plan)
+
+
+def _layout(plan: Plan) -> Layout:
+    formats = {
+        f"{module}.weight": (scheme.weight_format(plan.shape(module)), None)
+        for module, scheme in plan.schemes.items()
+    }
+    rounded = [module for module, scheme in plan.schemes.items() if scheme.float8_inputs]
+    return create_layout(plan.options.format, formats, rounded)
+
+
+def _check_producer(plan: Plan) -> None:
+    """Errors for schemes that nobody makes together, and for packages that they need."""
+    if not _is_foreign(plan):
+        return _check_installed("torch", "transformers")
+    ours = [scheme.name for scheme in plan.schemes.values() if scheme.algorithm != "modelopt"]
+    if ours:
+        raise BuildError(
+            f"{plan.options.qformat} and {ours[0]} cannot be mixed: one of them is made by "
+            "nvidia-modelopt and the other is not; use overrides of one kind"
+        )
+    if plan.options.kv_cache_dtype == "fp8":
+        raise BuildError(
+            f"scales of an fp8 KV cache are not calibrated together with {plan.options.qformat}; "
+            "leave --kv-cache-dtype at auto, or use fp8, fp8_block or int8_sq for the weights"
+        )
+    return _check_installed("torch", "transformers", "modelopt")
+
+
+def _is_foreign(plan: Plan) -> bool:
+    return "modelopt" in plan.algorithms
+
+
+def _check_installed(*modules: str) -> None:
+    missing = next((module for module in modules if find_spec(module) is None), None)
+    if missing:
+        extra = "modelopt" if missing == "modelopt" else "quantize"
+        raise MissingDependencyError(
+            f"this needs {_PACKAGES.get(missing, missing)}, which is not installed; install it: "
+            f"pip install 'slipstream[{extra}]'"
+        )
+
+
+def _quantize_layers(plan: Plan) -> Callable[..., Iterator[LayerResult]]:
+    """The function that makes this plan's layers, torch behind it."""
+    module = "modelopt_adapter" if _is_foreign(plan) else "layerwise"
+    made: Callable[..., Iterator[LayerResult]] = import_module(
+        f"slipstream.quantize.{module}"
+    ).quantize_layers
+    return made
+
+
+def _windows(plan: Plan, text: Text) -> tuple[list[Tokens], list[Tokens]]:
+    """The calibration windows, none where no data is needed, and those to measure on."""
+    options, longest = plan.options, plan.config.max_position_embeddings
+    calibration: list[Tokens] = []
+    if plan.calibrated:
+        given = options.calib_dataset
+        calibration = calibration_windows(
+            text.encode,
+            text.apply_chat_template,
+            "self" if given == "self" else None if given is None else Path(given),
+            options.calib_size,
+            min(options.calib_max_seq_length, longest),
+            options.seed,
+            text.sample,
+        )
+    window = min(EVALUATION_WINDOW, longest)
+    evaluation = None if options.eval_dataset is None else Path(options.eval_dataset)
+    return calibration, evaluation_windows(
+        text.encode, evaluation, window, text.apply_chat_template
+    )
+
+
+def _check_space(plan: Plan, output: Path) -> None:
+    parent = next(path for path in output.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < plan.nbytes:
+        raise BuildError(
+            f"{output} would take {plan.nbytes >> 20} MiB and {parent} has {free >> 20} MiB free; "
+            "make room or choose another -o"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One quantization: from the first shard to the name."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    source: str
+    output: Path
+    progress: Progress
+
+    def make(
+        self, place: Staging, calibration: Sequence[Tokens], evaluation: Sequence[Tokens]
+    ) -> Report:
+        clock = _Clock(place.seconds)
+        plan = self._with_chosen_bits(place, calibration)
+        writer = self._writer(place, plan)
+        self._write_layers(place, plan, writer, calibration, clock)
+        kv_scales = _kv_scales(place.layers)
+        writer.describe(self.checkpoint, kv_scales=kv_scales is not None)
+        self.checkpoint.write_tokenizer(place.checkpoint)
+        written = open_checkpoint(place.checkpoint)
+        self._check_complete(written)
+        quantized = clock.seconds
+        measured = self._measure(written, evaluation)
+        seconds = {"quantize": quantized, "measure": clock.seconds - quantized}
+        report = self._report(plan, place, calibration, measured, seconds, writer.nbytes)
+        _check_gate(report, plan.options)
+        report.write(place.checkpoint)
+        place.publish(self.output)
+        return report
+
+    def _with_chosen_bits(self, place: Staging, calibration: Sequence[Tokens]) -> Plan:
+        """The plan; with ``auto_bits``, that which measured sensitivities lead to."""
+        if self.plan.options.auto_bits is None:
+            return self.plan
+        if place.qformats is None:
+            sensitivity = import_module("slipstream.quantize.sensitivity")
+            place.qformats = sensitivity.choose_qformats(self.checkpoint, self.plan, calibration)
+        return self.plan.with_qformats(place.qformats)
+
+    def _writer(self, place: Staging, plan: Plan) -> DirectoryWriter:
+        """The writer of all shards, with those that are done; the first has what is no layer."""
+        writer = DirectoryWriter(place.checkpoint, _layout(plan), 1 + plan.config.num_layers)
+        if not place.started:
+            outer = [name for name in self.checkpoint.names() if layer_of(name) is None]
+            writer.stream(0, [self.checkpoint.tensor(name) for name in outer])
+            place.save()
+        else:
+            for index, layer in enumerate([None, *place.layers]):
+                writer.modules |= layer.modules if layer else {}
+                writer.keep(index)
+        return writer
+
+    def _write_layers(
+        self,
+        place: Staging,
+        plan: Plan,
+        writer: DirectoryWriter,
+        calibration: Sequence[Tokens],
+        clock: _Clock,
+    ) -> None:
+        done, total = len(place.layers), plan.config.num_layers
+        self.progress(LAYERS, done, total)
+        results = _quantize_layers(plan)(
+            self.checkpoint,
+            plan,
+            calibration,
+            plan.options,
+            done,
+            self._finished(place, writer) if done else None,
+        )
+        for result in results:
+            index = result.index
+            scales = kv_arrays(result.kv, index) if result.kv is not None else None
+            settings = writer.write(index + 1, result.tensors.values(), scales)
+            rows = [_row(stat, plan) for stat in result.stats]
+            place.layers.append(LayerRecord([asdict(row) for row in rows], settings, result.kv))
+            place.seconds = clock.seconds
+            place.save()
+            self.progress(LAYERS, index + 1, total)
+
+    def _finished(
+        self, place: Staging, writer: DirectoryWriter
+    ) -> Callable[[int], Mapping[str, QuantTensor]]:
+        """Reads a finished layer back, as every reader of the result will."""
+        writer.describe(self.checkpoint, kv_scales=_kv_scales(place.layers) is not None)
+        written = open_checkpoint(place.checkpoint)
+
+        def load(layer: int) -> Mapping[str, QuantTensor]:
+            names = [name for name in written.names() if layer_of(name) == layer]
+            return {name: written.tensor(name).load() for name in names}
+
+        return load
+
+    def _check_complete(self, written: Checkpoint) -> None:
+        lost = set(self.checkpoint.names()) ^ set(written.names())
+        if lost:
+            raise CheckpointError(
+                f"{len(lost)} tensors such as {min(lost)} are in only one of {self.source} and its "
+                "quantized form; the checkpoint has tensors that its architecture does not use: "
+                "remove them from it"
+            )
+
+    def _measure(self, written: Checkpoint, evaluation: Sequence[Tokens]) -> Accuracy:
+        # Imported here because it needs torch, and a plan does not.
+        from slipstream.quantize.measure import measure
+
+        def progress(done: int, total: int) -> None:
+            self.progress(MEASURING, done, total)
+
+        dtype = self.plan.options.kv_cache_dtype
+        return measure(self.checkpoint, written, dtype, evaluation, progress)
+
+    def _report(
+        self,
+        plan: Plan,
+        place: Staging,
+        calibration: Sequence[Tokens],
+        measured: Accuracy,
+        seconds: Mapping[str, float],
+        size: int,
+    ) -> Report:
+        options = plan.options
+        return Report(
+            source=self.source,
+            output=str(self.output),
+            qformat=options.qformat,
+            kv_cache_dtype=options.kv_cache_dtype,
+            linears=[LinearRow(**row) for layer in place.layers for row in layer.rows],
+            size=size,
+            size_before=plan.source_nbytes,
+            parameters=plan.parameters,
+            accuracy=measured,
+            calibration=_described(calibration, options),
+            seed=options.seed,
+            seconds=seconds,
+            peak_memory=peak_memory(),
+            options=asdict(options),
+            versions=versions(),
+            notes=plan.notes,
+        )
+
+
+class _Clock:
+    """Seconds of this run and of those that it goes on with."""
+
+    def __init__(self, before: float) -> None:
+        self._start = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _row(stats: LinearStats, plan: Plan) -> LinearRow:
+    n, k = plan.shape(stats.name)
+    return LinearRow(
+        name=stats.name,
+        scheme=stats.scheme,
+        group=stats.group,
+        weights=n * k,
+        bytes=stats.bytes,
+        weight_error=stats.weight_error,
+        output_error=stats.output_error,
+        clip=stats.clip,
+        alpha=stats.alpha,
+        damping=stats.damping,
+        fallback=stats.fallback,
+        tokens_seen=stats.tokens_seen,
+    )
+
+
+def _kv_scales(layers: Sequence[LayerRecord]) -> KVScales | None:
+    scales = [layer.kv for layer in layers if layer.kv is not None]
+    return KVScales(tuple(k for k, _ in scales), tuple(v for _, v in scales)) if scales else None
+
+
+def _described(calibration: Sequence[Tokens], options: QuantizeOptions) -> str:
+    if not calibration:
+        return ""
+    source = options.calib_dataset or "the text that comes with Slipstream"
+    return f"{len(calibration)} windows of {len(calibration[0])} tokens of {source}"
+
+
+def _check_gate(report: Report, options: QuantizeOptions) -> None:
+    allowed, found = options.max_ppl_increase, report.accuracy
+    if allowed is None or found is None or 100 * found.increase <= allowed:
+        return
+    worst = report.worst()[0]
+    raise BuildError(
+        f"perplexity rose by {found.change}, from {found.reference} to {found.candidate}, and "
+        f"max_ppl_increase is {allowed:g}%; nothing was written. The worst linear is {worst.name}: "
+        f"try {worst.suggestion()}, --auto-bits 5 or another --qformat"
+    )

@@ -1,0 +1,36 @@
+"""Writing quantized checkpoints: one layout a file, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from typing import cast
+
+from slipstream.quantize.options import OutputFormat
+from slipstream.quantize.tensor import InputTransform, WeightFormat
+from slipstream.quantize.writers.base import Layout, cannot_store
+
+Weights = Mapping[str, tuple[WeightFormat, InputTransform | None]]
+_LAYOUTS: dict[OutputFormat, str] = {
+    "compressed-tensors": "slipstream.quantize.writers.compressed_tensors",
+    "gptq": "slipstream.quantize.writers.gptq",
+    "awq": "slipstream.quantize.writers.awq",
+}
+
+
+def create_layout(
+    name: OutputFormat, weights: Weights, float8_inputs: Collection[str] = ()
+) -> Layout:
+    """The layout of this name, for a checkpoint of these quantized weights (by tensor name).
+
+    ``float8_inputs`` are the modules of integer weights whose inputs a runtime should round to
+    float8 a token, which their format does not say. Raises BuildError naming the first weight that
+    the layout cannot hold, and why.
+    """
+    formats = [form for form, _ in weights.values()]
+    layout = cast("Layout", import_module(_LAYOUTS[name]).create(formats, frozenset(float8_inputs)))
+    for tensor, (form, transform) in weights.items():
+        reason = layout.refusal(form, transform)
+        if reason:
+            raise cannot_store(name, tensor, reason)
+    return layout
