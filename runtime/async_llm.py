@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -28,10 +29,28 @@ _Event = RequestOutput | SlipstreamError
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """Where the outputs of one request go."""
+    """Where the outputs of one request go: a queue with one reader, at half the price of asyncio's.
+
+    ``put`` and ``get`` belong to the event loop.
+    """
 
     event_loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
+    _events: deque[_Event] = field(default_factory=deque)
+    _waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: _Event) -> None:
+        """Append an event and wake the reader."""
+        self._events.append(event)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def get(self) -> _Event:
+        """Wait for the next event."""
+        while not self._events:
+            self._waiter = self.event_loop.create_future()
+            await self._waiter
+        return self._events.popleft()
 
 
 class AsyncLLM:
@@ -55,6 +74,8 @@ class AsyncLLM:
 
     def _open(self, engine: LoadedEngine) -> None:
         self.tokenizer = engine.tokenizer
+        self.config = engine.config
+        self.generation_defaults = engine.generation_defaults
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine)
         self._streams: dict[str, _Stream] = {}
@@ -67,6 +88,11 @@ class AsyncLLM:
     def stats(self) -> SchedulerStats:
         """What the scheduler is doing and has done."""
         return self._loop.stats
+
+    @property
+    def closed(self) -> str | None:
+        """Why no request is taken any more; None while they are."""
+        return self._closed
 
     async def generate(
         self,
@@ -96,7 +122,7 @@ class AsyncLLM:
         finished = False
         try:
             while not finished:
-                event = await stream.events.get()
+                event = await stream.get()
                 finished = isinstance(event, SlipstreamError) or event.finished
                 if isinstance(event, SlipstreamError):
                     raise event
@@ -210,4 +236,4 @@ class AsyncLLM:
 
 def _put(events: list[tuple[_Stream, _Event]]) -> None:
     for stream, event in events:
-        stream.events.put_nowait(event)
+        stream.put(event)

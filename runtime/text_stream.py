@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 # A byte-fallback token, as `tokenizers` recognises it.
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextStream(Protocol):
@@ -101,14 +101,14 @@ class WindowStream:
 
     def _settles(self, token_id: int) -> bool:
         token = self._token(token_id)
-        return token is not None and token_id not in self._skip and not _BYTE_TOKEN.fullmatch(token)
+        return token is not None and token_id not in self._skip and not BYTE_TOKEN.fullmatch(token)
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is now certain."""
         if token_id in self._skip or (token := self._token(token_id)) is None:
             return ""
         self._window.append(token_id)
-        if _BYTE_TOKEN.fullmatch(token):
+        if BYTE_TOKEN.fullmatch(token):
             return ""
         text = self._decode(self._window)
         if text.endswith("\ufffd"):

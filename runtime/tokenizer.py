@@ -12,6 +12,7 @@ import tokenizers
 
 from slipstream.errors import CheckpointError, InvalidRequestError
 from slipstream.runtime.text_stream import (
+    BYTE_TOKEN,
     ByteLevelStream,
     TextStream,
     WindowStream,
@@ -97,6 +98,16 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Text of the special tokens by role, such as ``eos_token``."""
+        return self._settings.special_tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the usual chat template."""
+        return self._settings.chat_templates.get("default")
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
         return bool(self._settings.chat_templates)
@@ -125,6 +136,18 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """A token as written in the vocabulary, or None outside it."""
         return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text: maybe a part of a character, or a special token's
+        own name; none for an id outside the vocabulary."""
+        if self._byte_level:
+            return self._token_bytes(token_id)
+        fallback = BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "")
+        if fallback:
+            return bytes([int(fallback[1], 16)])
+        # A decoder may treat the first token of a text differently.
+        first, both = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return both[len(first) :].encode()
 
     def text_stream(self, *, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
         """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``."""

@@ -38,10 +38,18 @@ slipstream = LazyGroup(
     """,
     table={
         "build": (f"{_COMMANDS}.build:build", "Compile a checkpoint into an engine."),
+        "quantize": (f"{_COMMANDS}.quantize:quantize", "Quantize a checkpoint, with a report."),
+        "convert": (f"{_COMMANDS}.convert:convert", "Change the layout of a quantized checkpoint."),
         "generate": (f"{_COMMANDS}.generate:generate", "Answer one prompt."),
         "chat": (f"{_COMMANDS}.chat:chat", "Chat with a model in the terminal."),
+        "serve": (f"{_COMMANDS}.serve:serve", "Serve a model over OpenAI's HTTP interface."),
+        "triton-repo": (
+            f"{_COMMANDS}.triton_repo:triton_repo",
+            "Write a model repository for the Triton Inference Server.",
+        ),
         "bench": (f"{__name__}:bench", "Measure an engine on this machine."),
         "inspect": (f"{_COMMANDS}.inspect:inspect", "Show what is inside an engine."),
+        "eval": (f"{_COMMANDS}.eval:evaluate", "Measure what an engine predicts."),
     },
 )
 click.version_option(__version__, prog_name="slipstream")(slipstream)
@@ -55,6 +63,11 @@ def main() -> None:
 def build_main() -> None:
     """Run ``slipstream build`` under its own name."""
     resolve(f"{_COMMANDS}.build:build").main(prog_name="slipstream-build")
+
+
+def quantize_main() -> None:
+    """Run ``slipstream quantize`` under its own name."""
+    resolve(f"{_COMMANDS}.quantize:quantize").main(prog_name="slipstream-quantize")
 
 
 if __name__ == "__main__":

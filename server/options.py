@@ -13,8 +13,10 @@ import click
 
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import SlipstreamError
+from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.server.openai.options import ServerOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -33,7 +35,7 @@ class Option:
     """What the command line adds to a field: help, and where they differ, flag, parser and default.
 
     ``default`` is the text shown for a field that is left to the model or the engine; ``least`` is
-    the smallest number that makes sense.
+    the smallest number that makes sense. ``envvar`` is read where the flag is not given.
     """
 
     help: str
@@ -41,6 +43,7 @@ class Option:
     parse: Callable[[str], object] | None = None
     flag: str | None = None
     least: int | None = None
+    envvar: str | None = None
 
 
 _ENGINES = "the engine's"
@@ -120,6 +123,86 @@ _BUILD = {
         "Tokens of one sequence, at most.", "what the model was trained for", least=1
     ),
 }
+_QUANTIZE = {
+    "qformat": Option(
+        "Scheme of the decoder's linears: integers by AWQ, GPTQ or rounding (wo), W8A8 (int8_sq), "
+        "float8, and formats of nvidia-modelopt (fp8_static, w4a8_awq, nvfp4)."
+    ),
+    "kv_cache_dtype": Option(
+        "KV cache to measure with; fp8 also stores calibrated scales; auto leaves it alone."
+    ),
+    "group_size": Option(
+        "Elements that share a scale: 32, 64, 128, or -1 for whole rows.",
+        "the largest of 128, 64 and 32 that divides a row",
+    ),
+    "symmetric": Option(
+        "Quantize without or with zero points.",
+        "as the qformat does",
+        flag="symmetric/--asymmetric",
+    ),
+    "calib_dataset": Option(
+        "A .txt or .jsonl file to calibrate on, or self for text that the model writes.",
+        "a text that comes with Slipstream",
+    ),
+    "calib_size": Option("Windows of calibration text.", least=1),
+    "calib_max_seq_length": Option("Tokens in a window.", least=16),
+    "eval_dataset": Option(
+        "A .txt or .jsonl file to measure the result on.", "a text that comes with Slipstream"
+    ),
+    "overrides": Option(
+        "TARGET=QFORMAT for some linears, such as 're:.*down_proj=int8_wo'; TARGET is a name, or "
+        "re: and a pattern of whole names. May be repeated; the last that matches counts.",
+        "none",
+        flag="override",
+    ),
+    "exclude": Option("TARGET of linears to leave as they are; may be repeated.", "none"),
+    "auto_bits": Option(
+        "Mean bits a weight, such as 4.5: the linears that need it most get 8.", "all alike"
+    ),
+    "max_ppl_increase": Option(
+        "Fail, and write nothing, if perplexity rises by more than this percentage.", "no limit"
+    ),
+    "seed": Option("Chooses the windows of calibration text.", least=0),
+    "format": Option("Layout of the files."),
+}
+_SERVER = {
+    "host": Option("Address to listen on; 0.0.0.0 is all of this machine's."),
+    "port": Option("Port to listen on; 0 takes a free one."),
+    "api_key": Option(
+        "Key that requests must carry as Authorization: Bearer; may be repeated. "
+        "SLIPSTREAM_API_KEY holds one or several, separated by spaces.",
+        "none",
+        envvar="SLIPSTREAM_API_KEY",
+    ),
+    "served_model_name": Option(
+        "Name of the model in requests; may be repeated, and answers give the first.",
+        "the model's file or directory",
+    ),
+    "max_queued_requests": Option(
+        "Requests that may wait when the batch is full; more are refused with status 429."
+    ),
+    "max_request_bytes": Option("Largest body of a request, such as 512K or 4M.", "4M", parse=size),
+    "allowed_origins": Option(
+        "Origin of web pages that may ask (CORS), or *; may be repeated.",
+        "none",
+        flag="allowed-origins",
+    ),
+    "log_format": Option("Log lines for people or for machines."),
+    "log_prompts": Option("Write prompts into the log."),
+    "drain_timeout": Option(
+        "Seconds that running requests have to end in after SIGTERM or Ctrl-C."
+    ),
+}
+
+
+def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add every field of ``ServerOptions``; the command gets ``server: ServerOptions``."""
+
+    def checked(values: dict[str, Any]) -> ServerOptions:
+        options: ServerOptions = _checked(ServerOptions, values)
+        return options
+
+    return _collect(ServerOptions, _SERVER, "server", checked)(function)
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +213,16 @@ def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return options
 
     return _collect(BuildOptions, _BUILD, "options", checked)(function)
+
+
+def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add every field of ``QuantizeOptions``; the command gets ``options: QuantizeOptions``."""
+
+    def checked(values: dict[str, Any]) -> QuantizeOptions:
+        options: QuantizeOptions = _checked(QuantizeOptions, values)
+        return options
+
+    return _collect(QuantizeOptions, _QUANTIZE, "options", checked)(function)
 
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,7 +277,7 @@ def _click_options(cls: type, table: Mapping[str, Option]) -> list[Decorator]:
         # The default is None, so that what was not given is left to the model or the engine.
         text = f"{option.help}  [default: {option.default or _shown(default, option)}]"
         flag, kind = _flag(name, types[name], option), _type(types[name], option)
-        made.append(click.option(flag, name, default=None, help=text, **kind))
+        made.append(click.option(flag, name, default=None, help=text, envvar=option.envvar, **kind))
     return made
 
 

@@ -1,0 +1,51 @@
+"""``slipstream serve``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slipstream.server.command import Command
+from slipstream.server.logs import structured_logs
+from slipstream.server.models import load_model
+from slipstream.server.openai.options import ServerOptions
+from slipstream.server.options import runtime_options, server_options
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@server_options
+@runtime_options
+def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
+    """Serve a model over OpenAI's HTTP interface.
+
+    MODEL is an engine, or a checkpoint, which is compiled on first use. Clients are given
+    http://HOST:PORT/v1 as their base URL; a browser finds a page to chat at http://HOST:PORT/.
+    SIGTERM and Ctrl-C let running requests end; a second one does not wait for them.
+
+    \b
+    Examples:
+      slipstream serve engine --port 8000
+      slipstream serve Qwen/Qwen3-0.6B --served-model-name qwen --api-key secret
+      slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
+    """
+    # Imported here, with what it needs, so that bad usage is reported at once.
+    from slipstream.server.openai.serve import bind, run
+
+    listener = bind(server.host, server.port)
+    with listener, structured_logs(server.log_format):
+        engine = load_model(model, runtime)
+        from slipstream.runtime.async_llm import AsyncLLM
+
+        names = server.served_model_name or (default_name(model),)
+        options = replace(server, served_model_name=names)
+        run(AsyncLLM.from_engine(engine), options, listener)
+
+
+def default_name(model: str) -> str:
+    """What a model is called in requests: a hub id as it is, a path by its last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model

@@ -1,0 +1,168 @@
+"""Requests as they come in JSON: OpenAI's fields and vLLM's extra ones; others are refused.
+
+Only shapes and sizes are checked here. What a value may be is ``SamplingParams``' to say.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from slipstream.server.limits import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_TEXT_LENGTH,
+    MAX_TEXTS,
+    MAX_TOKEN_IDS,
+)
+
+# Null stands for a field left out, as in OpenAI's client.
+Flag = Annotated[bool, Field(strict=True)] | None
+Int = Annotated[int, Field(strict=True)]
+OptionalInt = Int | None
+Float = Annotated[float, Field(strict=True)] | None
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
+_Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
+Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS)] | None
+Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS)] | None
+# What has no effect on an answer is taken and not looked at.
+Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
+
+
+def _only(*accepted: object) -> AfterValidator:
+    def check(value: object) -> object:
+        if value is None or value in accepted:
+            return value
+        raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
+
+    return AfterValidator(check)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: Flag = None
+    continuous_usage_stats: Flag = None
+    include_obfuscation: Ignored = None
+
+
+class GenerationRequest(_Request):
+    """What completions and chats have in common."""
+
+    max_tokens: OptionalInt = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
+    temperature: Float = None
+    top_p: Float = None
+    presence_penalty: Float = None
+    frequency_penalty: Float = None
+    seed: OptionalInt = None
+    stop: Texts = None
+    logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    stream: Flag = None
+    stream_options: StreamOptions | None = None
+
+    top_k: OptionalInt = None
+    min_p: Float = None
+    repetition_penalty: Float = None
+    min_tokens: OptionalInt = None
+    stop_token_ids: Tokens = None
+    ignore_eos: Flag = None
+    include_stop_str_in_output: Flag = None
+    skip_special_tokens: Flag = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: Texts = None
+    prompt_logprobs: Count = None
+    priority: OptionalInt = None
+    add_special_tokens: Flag = None
+
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[str] | list[Int] | list[list[Int]] = Field(
+        description="A text or token ids, or a list of either.", examples=["Once upon a time"]
+    )
+    echo: Flag = None
+    logprobs: Count = None
+    best_of: Annotated[Any, _only(1)] = None
+    suffix: Annotated[Any, _only("")] = None
+
+
+class ContentPart(BaseModel):
+    """A part of a message; only text is understood."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """A turn of a conversation; the model's chat template sees fields not named here too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str = Field(examples=["user"])
+    content: str | list[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+
+
+class Conversation(_Request):
+    """Messages and how a chat template turns them into a prompt."""
+
+    messages: list[ChatMessage]
+    add_generation_prompt: Flag = None
+    continue_final_message: Flag = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(Conversation, GenerationRequest):
+    """The body of ``/v1/chat/completions``."""
+
+    max_completion_tokens: OptionalInt = None
+    logprobs: Flag = None
+    top_logprobs: Count = None
+
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none")] = None
+    parallel_tool_calls: Ignored = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none")] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    audio: Annotated[Any, _only()] = None
+
+
+class TokenizeRequest(_Request):
+    """The body of ``/tokenize``: a ``prompt``, or ``messages``."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: Flag = None
+    return_token_strs: Flag = None
+    add_generation_prompt: Flag = None
+    continue_final_message: Flag = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(_Request):
+    """The body of ``/detokenize``."""
+
+    tokens: list[Annotated[int, Field(strict=True, ge=0)]]

@@ -1,0 +1,63 @@
+"""Sampling parameters of a request, on top of the model's own defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+
+# What OpenAI's completions (not chats) generate when the request does not say.
+DEFAULT_COMPLETION_TOKENS = 16
+_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.init)
+
+
+def completion_params(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+    """Raises ``InvalidRequestError``; with ``echo``, ``max_tokens`` 0 only scores the prompt."""
+    max_tokens, prompt_logprobs = request.max_tokens, request.prompt_logprobs
+    if max_tokens is None:
+        max_tokens = defaults.max_tokens or DEFAULT_COMPLETION_TOKENS
+    elif only_scores(request):
+        max_tokens = 1
+    if request.echo and prompt_logprobs is None:
+        prompt_logprobs = request.logprobs
+    return _params(
+        request,
+        defaults,
+        max_tokens=max_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def only_scores(request: CompletionRequest) -> bool:
+    """Whether nothing is to be generated; a step samples one token nevertheless."""
+    return bool(request.echo) and request.max_tokens == 0
+
+
+def chat_params(request: ChatRequest, defaults: SamplingParams) -> SamplingParams:
+    """Raises ``InvalidRequestError``."""
+    max_tokens = request.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return _params(
+        request,
+        defaults,
+        max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
+        logprobs=logprobs,
+    )
+
+
+def _params(
+    request: GenerationRequest,
+    defaults: SamplingParams,
+    **decided: Any,  # noqa: ANN401 - fields have many types
+) -> SamplingParams:
+    values = {name: getattr(defaults, name) for name in _FIELDS}
+    for name in _FIELDS:
+        given = getattr(request, name, None)
+        if given is not None and name not in decided:
+            values[name] = given
+    return SamplingParams.from_dict(values | decided)

@@ -1,0 +1,72 @@
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.server.openai.conversation import chat_prompt
+from slipstream.server.openai.errors import ApiError
+from slipstream.server.openai.protocol import DetokenizeRequest, TokenizeRequest
+from slipstream.server.openai.reply import dump
+from slipstream.server.openai.respond import service_of
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    """Token ids of a text, or of a conversation in the model's chat template."""
+    service = service_of(request)
+    service.model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt or messages", param="prompt")
+    answer = await asyncio.to_thread(
+        _tokenize, service.llm.tokenizer, body, service.llm.config.max_seq_len
+    )
+    return Response(answer, media_type="application/json")
+
+
+def _tokenize(tokenizer: Tokenizer, body: TokenizeRequest, max_seq_len: int) -> bytes:
+    if body.prompt is None:
+        tokens = chat_prompt(tokenizer, body, body.add_special_tokens).token_ids
+    else:
+        tokens = tokenizer.encode(
+            body.prompt, add_special_tokens=body.add_special_tokens is not False
+        )
+    names = [tokenizer.id_to_token(i) for i in tokens] if body.return_token_strs else None
+    return dump({"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens,
+                 "token_strs": names})  # fmt: skip
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of token ids."""
+    service = service_of(request)
+    service.model(body.model)
+    answer = await asyncio.to_thread(_detokenize, service.llm.tokenizer, body.tokens)
+    return Response(answer, media_type="application/json")
+
+
+def _detokenize(tokenizer: Tokenizer, tokens: list[int]) -> bytes:
+    if tokens and max(tokens) >= tokenizer.vocab_size:
+        raise InvalidRequestError(
+            f"tokens holds {max(tokens)}; this model's tokens go from 0 to "
+            f"{tokenizer.vocab_size - 1}"
+        )
+    return dump({"prompt": tokenizer.decode(tokens, skip_special_tokens=False)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What a client needs to make prompts itself, as lm-eval does."""
+    tokenizer = service_of(request).llm.tokenizer
+    special = {
+        name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")
+    }
+    return {**special, "chat_template": tokenizer.chat_template}

@@ -1,0 +1,116 @@
+"""A real server on a free port of this machine, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.scheduler import SchedulerStats
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.openai.options import ServerOptions
+from slipstream.server.openai.serve import DrainingServer, bind, server_of, url_of
+from slipstream.server.openai.service import Service
+
+
+@dataclass(slots=True)
+class Running:
+    """A server that runs, and clients for it."""
+
+    url: str
+    llm: AsyncLLM
+    server: DrainingServer
+    service: Service
+
+    def client(self, **options: Any) -> openai.OpenAI:  # noqa: ANN401 - those of the client
+        """OpenAI's own client; it does not repeat what fails."""
+        given = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **given)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """The same for asyncio."""
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20
+        )
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:  # noqa: ANN401 - JSON
+        """A request as it is."""
+        return httpx.post(self.url + path, json=body, timeout=20, **options)
+
+    def stats(self) -> SchedulerStats:
+        """What the engine does now."""
+        return self.llm.stats
+
+    def samples(self) -> dict[str, float]:
+        """Metrics by name and, where it is not that of the model, label."""
+        return samples_of(httpx.get(f"{self.url}/metrics", timeout=20).text)
+
+    def wait_idle(self, seconds: float = 5) -> None:
+        """Wait until no request and no page is left."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            stats = self.stats()
+            idle = (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
+            if idle and not self.service.num_open:
+                return
+            time.sleep(0.002)
+        raise AssertionError(f"requests were left behind: {self.stats()}")
+
+
+def samples_of(text: str) -> dict[str, float]:
+    """The samples of Prometheus' text format."""
+    return {
+        " ".join([sample.name, *(v for k, v in sample.labels.items() if k != "model_name")]): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@contextmanager
+def serving(
+    engine: LoadedEngine | None = None,
+    **options: Any,  # noqa: ANN401 - those of the server
+) -> Iterator[Running]:
+    """Serve an engine (None: the counting model); at the end no request may be left."""
+    llm = AsyncLLM.from_engine(engine or counting_engine())
+    settings = ServerOptions(**{"served_model_name": ("counting",), **options})
+    listener = bind("127.0.0.1", 0)
+    started, box = threading.Event(), []
+
+    def run() -> None:
+        async def main() -> None:
+            server = server_of(llm, settings)
+            box.append(server)
+            task = asyncio.create_task(server.serve([listener]))
+            while not server.started and not task.done():
+                await asyncio.sleep(0.001)
+            started.set()
+            await task
+
+        asyncio.run(main())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(10)
+        running = Running(url_of(listener), llm, box[0], box[0].service)
+        yield running
+        running.wait_idle()
+    finally:
+        box[0].should_exit = True
+        thread.join(15)
+        llm.shutdown()
+        listener.close()
+    assert not thread.is_alive()

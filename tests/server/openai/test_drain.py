@@ -1,0 +1,110 @@
+"""SIGTERM to a server in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[3]
+_PROGRAM = """
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.logs import structured_logs
+from slipstream.server.openai.options import ServerOptions
+from slipstream.server.openai.serve import bind, run
+
+options = ServerOptions(served_model_name=("counting",), drain_timeout={timeout})
+with bind("127.0.0.1", 0) as listener, structured_logs("text"):
+    run(AsyncLLM.from_engine(counting_engine(delay={delay})), options, listener)
+"""
+_URL = re.compile(r"\burl=(http://\S+)")
+
+
+@contextmanager
+def process(timeout: float, delay: float) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server process, its URL, and its log, which grows."""
+    program = _PROGRAM.format(timeout=timeout, delay=delay)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as child:
+        assert child.stderr is not None
+        log: list[str] = []
+        url = None
+        while url is None:
+            line = child.stderr.readline()
+            assert line, f"the server did not start: {''.join(log)}"
+            log.append(line)
+            url = _URL.search(line)
+        reader = threading.Thread(target=log.extend, args=(child.stderr,))
+        reader.start()
+        try:
+            yield child, url[1], log
+        finally:
+            child.kill()
+            reader.join()
+
+
+@contextmanager
+def stream(url: str, tokens: int) -> Iterator[Iterator[str]]:
+    """The lines of a stream after the first."""
+    body = {"prompt": "a", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        yield lines
+
+
+def wait_for_503(url: str) -> None:
+    deadline = time.monotonic() + 5
+    while httpx.get(f"{url}/health").status_code != 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_lets_a_stream_end_and_takes_no_more() -> None:
+    with process(timeout=20, delay=0.01) as (child, url, log):
+        with stream(url, tokens=100) as lines:
+            child.send_signal(signal.SIGTERM)
+            wait_for_503(url)
+            refused: Any = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+            assert refused.status_code == 503
+            assert "shutting down" in refused.json()["error"]["message"]
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        assert child.wait(10) == 0
+    assert any(" draining requests=1" in line for line in log)
+    assert any(line.endswith(" stopped\n") for line in log)
+
+
+def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error() -> None:
+    with process(timeout=0.3, delay=0.05) as (child, url, log):
+        with stream(url, tokens=200) as lines:
+            child.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1].startswith('data: {"error": {"message": "the server is shutting down')
+        assert child.wait(10) == 0
+    assert any(" aborting requests=1" in line for line in log)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with process(timeout=60, delay=0.05) as (child, url, _), stream(url, tokens=200):
+        child.send_signal(signal.SIGINT)
+        wait_for_503(url)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(5) == 0
+
+
+def test_an_idle_server_ends_at_once() -> None:
+    with process(timeout=60, delay=0) as (child, _, _):
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0

@@ -1,0 +1,142 @@
+"""Keys, sizes, queues and origins."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import openai
+import pytest
+from tests.server.openai.serving import Running, serving
+
+from slipstream.runtime.testing import counting_engine
+
+ENDLESS = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
+BRIEF = {"prompt": "a", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Running]:
+    """A server that wants a key and knows one origin."""
+    with serving(
+        api_key=("secret", "schlüssel"), allowed_origins=("https://a.example",)
+    ) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "Bearer wrong", "Bearer", "Basic secret", "secret", "Bearer secret2", "Bearer é"],
+)
+def test_without_a_known_key_everything_is_401(guarded: Running, header: str | None) -> None:
+    headers = {} if header is None else {b"Authorization": header.encode()}
+    for path in ("/v1/completions", "/tokenize", "/v1/models", "/nothing"):
+        response = httpx.post(guarded.url + path, json={"prompt": "a"}, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_known_key_opens_and_probes_need_none(guarded: Running) -> None:
+    for key in ("secret", "schlüssel"):
+        headers = {b"Authorization": f"Bearer {key}".encode()}
+        body = {"prompt": "a", "max_tokens": 1}
+        assert guarded.post("/v1/completions", body, headers=headers).status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        guarded.client(api_key="wrong").models.list()
+    for path in ("/", "/health", "/metrics", "/version", "/openapi.json"):
+        assert httpx.get(guarded.url + path).status_code == 200
+
+
+def test_cors(guarded: Running) -> None:
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{guarded.url}/v1/completions", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    refused = httpx.post(f"{guarded.url}/v1/completions", headers={"Origin": "https://a.example"})
+    assert refused.status_code == 401, "a page must be able to read why"
+    assert refused.headers["access-control-allow-origin"] == "https://a.example"
+    other = httpx.get(f"{guarded.url}/health", headers={"Origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_origin_is_allowed_by_default(server: Running) -> None:
+    response = httpx.get(f"{server.url}/health", headers={"Origin": "https://a.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_large_body_is_413_whether_its_size_is_told_or_not() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(20):
+            yield b"a" * 1000
+        yield b'"}'
+
+    with serving(max_request_bytes=10_000) as running:
+        url, headers = f"{running.url}/v1/completions", {"Content-Type": "application/json"}
+        for content in (b"".join(pieces()), pieces()):
+            response = httpx.post(url, content=content, headers=headers)
+            assert response.status_code == 413
+            assert "larger than 10000 bytes" in response.json()["error"]["message"]
+        assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_size_told_in_the_header_is_refused_before_the_body_comes() -> None:
+    with serving(max_request_bytes=1000) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n"
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_full_queue_is_429_with_retry_after() -> None:
+    engine = counting_engine(256, delay=0.01, max_batch_size=2)
+    with serving(engine, max_queued_requests=1) as running:
+        url = f"{running.url}/v1/completions"
+        with httpx.Client(timeout=20) as client, ExitStack() as stack:
+            streams = [
+                stack.enter_context(client.stream("POST", url, json=ENDLESS)).iter_lines()
+                for _ in range(2)
+            ]
+            assert all(next(lines) for lines in streams)
+            waiting = threading.Thread(target=running.post, args=("/v1/completions", BRIEF))
+            waiting.start()
+            wait_until_open(running, 3)
+            refused = client.post(url, json=BRIEF)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert int(refused.headers["retry-after"]) >= 1
+            with pytest.raises(openai.RateLimitError):
+                running.client().completions.create(model="counting", prompt="a")
+        waiting.join()
+        running.wait_idle()
+        answer = running.client().completions.create(model="counting", prompt="a", max_tokens=1)
+        assert answer.choices[0].text == "b"
+
+
+def wait_until_open(running: Running, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while running.service.num_open != count:
+        assert time.monotonic() < deadline, f"{running.service.num_open} open, expected {count}"
+        time.sleep(0.002)
+
+
+def test_a_request_id_is_honoured_and_returned(server: Running) -> None:
+    def returned(given: dict[str, str]) -> str:
+        body = {"prompt": "a", "max_tokens": 1}
+        return server.post("/v1/completions", body, headers=given).headers["x-request-id"]
+
+    assert returned({"X-Request-Id": "abc-123"}) == "abc-123"
+    assert returned({"X-Request-Id": "a" * 200}) != "a" * 200
+    assert returned({"X-Request-Id": "a b"}) != "a b"
+    assert len({returned({}) for _ in range(3)}) == 3
+    same = {"X-Request-Id": "twice"}
+    assert [returned(same), returned(same)] == ["twice", "twice"]
+    missing = httpx.get(f"{server.url}/nothing", headers=same)
+    assert missing.headers["x-request-id"] == "twice"

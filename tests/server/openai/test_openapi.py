@@ -1,0 +1,71 @@
+"""Requests made up by schemathesis from our own OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from tests.server.openai.serving import Running
+
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+OPERATIONS = [
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+    "POST /tokenize",
+    "POST /detokenize",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "GET /health",
+    "GET /metrics",
+    "GET /version",
+    "GET /tokenizer_info",
+]
+
+
+@pytest.fixture(scope="module")
+def operations(server: Running) -> dict[str, Any]:
+    """The operations of the document that the server gives."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found: list[Any] = list(schema.get_all_operations())
+    return {result.ok().label: result.ok() for result in found}
+
+
+def test_the_document_has_all_operations(operations: dict[str, Any]) -> None:
+    assert set(operations) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [
+        (label, mode)
+        for label in OPERATIONS
+        for mode in GenerationMode
+        if label.startswith("POST") or mode is GenerationMode.POSITIVE
+    ],
+)
+def test_no_request_makes_the_server_fail(
+    server: Running, operations: dict[str, Any], label: str, mode: GenerationMode
+) -> None:
+    operation = operations[label]
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:  # noqa: ANN401 - generic in what it was made from
+        case.call_and_validate(checks=CHECKS, timeout=20)
+
+    check()
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    server.wait_idle()

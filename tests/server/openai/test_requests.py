@@ -1,0 +1,212 @@
+"""What is refused, in what words, and that nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from tests.server.openai.serving import Running, serving
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error of a response, after a check of its shape."""
+    body = response.json()
+    assert list(body) == ["error"]
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert response.headers["content-type"] == "application/json"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "param"),
+    [
+        ({"foo": 1}, "unknown field 'foo'", "foo"),
+        ({"prompt": None}, "prompt", "prompt"),
+        ({"prompt": ["a", 1]}, "prompt: ", "prompt"),
+        ({"prompt": []}, "0 prompts", "prompt"),
+        ({"prompt": ""}, "the prompt has 0 tokens", None),
+        ({"prompt": "a" * 300}, "the prompt has 300 tokens", None),
+        ({"prompt": [10**30]}, "vocabulary", None),
+        ({"prompt": [-1]}, "vocabulary", None),
+        ({"temperature": "hot"}, "temperature: input should be a valid number", "temperature"),
+        ({"temperature": -1}, "temperature=-1.0 is not a number in", None),
+        ({"max_tokens": 0}, "max_tokens 0 needs echo", "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens: input should be a valid integer", "max_tokens"),
+        ({"n": 0}, "n: input should be greater", "n"),
+        ({"n": 10**9}, "n: input should be less", "n"),
+        ({"prompt": ["a"] * 3000}, "3000 prompts of 1 completions", "prompt"),
+        ({"logprobs": 21}, "logprobs: input should be less than or equal to 20", "logprobs"),
+        ({"best_of": 2}, "best_of: not supported by this server", "best_of"),
+        ({"suffix": "x"}, "suffix: not supported by this server", "suffix"),
+        ({"stop": [""]}, "stop holds ''", None),
+        ({"stop": ["a"] * 100}, "stop: ", "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias key", None),
+        ({"logit_bias": {"500": 1}}, "logit_bias holds token 500", None),
+        ({"stream_options": {"include_usage": True}}, "needs stream", "stream_options"),
+        (
+            {"stream": True, "stream_options": {"x": 1}},
+            "unknown field 'stream_options.x'",
+            "stream_options.x",
+        ),
+        ({"stream": True, "prompt_logprobs": 1}, "not told in streams", "prompt_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "not supported", "response_format"),
+    ],
+)
+def test_a_bad_completion_is_400_and_says_why(
+    server: Running, changes: dict[str, Any], words: str, param: str | None
+) -> None:
+    response = server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2, **changes})
+    error = error_of(response)
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert words in error["message"] and error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"messages": []}, "messages is [], expected a non-empty list"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"messages": "hi"}, "messages: input should be a valid list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "a part of type 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "messages[0].tool_calls is not supported",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools: not supported"),
+        ({"tool_choice": "auto"}, "tool_choice: not supported"),
+        ({"functions": [{}]}, "functions: not supported"),
+        ({"audio": {"voice": "x"}}, "audio: not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities: not supported"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: not supported"),
+        ({"reasoning_effort": "low"}, "unknown field 'reasoning_effort'"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"logprobs": 2}, "logprobs: input should be a valid boolean"),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs holds messages"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "cannot both be true"),
+    ],
+)
+def test_a_bad_chat_is_400_and_says_why(
+    server: Running, changes: dict[str, Any], words: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **changes}
+    response = server.post(CHAT, body)
+    assert response.status_code == 400 and words in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none"},
+        {"stop": None, "seed": None, "n": None, "stream_options": None, "logit_bias": None},
+        {"parallel_tool_calls": False, "modalities": ["text"], "priority": -3},
+        {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "bad_words": ["z"]},
+        {
+            "min_tokens": 1,
+            "ignore_eos": True,
+            "allowed_token_ids": [64],
+            "skip_special_tokens": True,
+        },
+    ],
+)
+def test_what_has_no_effect_or_is_vllms_is_taken(server: Running, changes: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **changes}
+    response = server.post(CHAT, body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "words"),
+    [
+        (b"{", JSON, "no valid JSON"),
+        (b"", JSON, "must be a JSON object"),
+        (b"[1]", JSON, "must be a JSON object"),
+        (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, "must be a JSON object"),
+        (b'{"prompt": "\\ud800"}', JSON, "not valid Unicode"),
+        (b'{"prompt": "a", "temperature": NaN}', JSON, "temperature=nan"),
+        (b"[" * 100_000, JSON, "cannot be read"),
+        (b'{"prompt": "\xff"}', JSON, "cannot be read"),
+        (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", JSON, "cannot be read"),
+    ],
+)
+def test_a_malformed_body_is_400(
+    server: Running, content: bytes, headers: dict[str, str], words: str
+) -> None:
+    response = httpx.post(server.url + COMPLETIONS, content=content, headers=headers)
+    assert response.status_code == 400 and words in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", COMPLETIONS, 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/models/gpt-4", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_other_paths_and_methods(server: Running, method: str, path: str, status: int) -> None:
+    response = httpx.request(method, server.url + path)
+    assert response.status_code == status and error_of(response)["message"]
+
+
+def test_an_unknown_model_is_404_everywhere(server: Running) -> None:
+    message = [{"role": "user", "content": "hi"}]
+    for path, body in (
+        (COMPLETIONS, {"prompt": "a"}),
+        (CHAT, {"messages": message}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        response = server.post(path, {**body, "model": "gpt-4"})
+        assert response.status_code == 404
+        assert error_of(response)["code"] == "model_not_found"
+
+
+def test_served_names() -> None:
+    with serving(served_model_name=("org/first", "second")) as running:
+        client = running.client()
+        assert [model.id for model in client.models.list()] == ["org/first", "second"]
+        assert client.models.retrieve("org/first").id == "org/first"
+        for name, answered in (("second", "second"), ("org/first", "org/first")):
+            answer = client.completions.create(model=name, prompt="a", max_tokens=1)
+            assert answer.model == answered
+        unnamed = running.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1}).json()
+        assert unnamed["model"] == "org/first"
+
+
+def test_tokens_and_back(server: Running) -> None:
+    answer = server.post("/tokenize", {"prompt": "abc", "return_token_strs": True}).json()
+    assert answer == {
+        "count": 3,
+        "max_model_len": 256,
+        "tokens": [0, 1, 2],
+        "token_strs": ["a", "b", "c"],
+    }
+    assert server.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "abc"}
+    for tokens in ([-1], [73], [10**20], "x", [True]):
+        response = server.post("/detokenize", {"tokens": tokens})
+        assert response.status_code == 400 and error_of(response)
+    for body in ({}, {"prompt": "a", "messages": []}):
+        assert server.post("/tokenize", body).status_code == 400
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert info["eos_token"] == "<eos>" and "messages" not in info and info["chat_template"]
+
+
+def test_what_the_server_says_of_itself(server: Running) -> None:
+    get = {path: httpx.get(server.url + path) for path in ("/health", "/version", "/", "/metrics")}
+    assert {response.status_code for response in get.values()} == {200}
+    assert list(get["/version"].json()) == ["version"]
+    assert get["/"].headers["content-type"].startswith("text/html")
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert {COMPLETIONS, CHAT, "/tokenize", "/metrics"} <= set(paths)
+    assert "422" not in paths[CHAT]["post"]["responses"]

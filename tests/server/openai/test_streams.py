@@ -1,0 +1,171 @@
+"""Clients that leave, and engines that fail, with streams open."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tests.server.openai.serving import Running, serving
+
+from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.openai.merge import merge
+
+ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
+DELAY = 0.02
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": ["a", "b", "c"]}, {"n": 3}])
+def test_a_stream_that_is_left_ends_within_a_step(body: dict[str, Any]) -> None:
+    engine = counting_engine(256, delay=DELAY)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    with serving(engine) as running:
+        request = {**ENDLESS, **body, "stream": True}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=request) as stream:
+            lines = stream.iter_lines()
+            for _ in range(5):
+                next(lines)
+            before = executor.steps
+        running.wait_idle()
+        # One on its way, one that starts before the abort is seen, one for the network.
+        assert executor.steps <= before + 3
+        assert running.samples()["slipstream:request_success_total abort"] >= 1
+
+
+def test_an_answer_nobody_waits_for_ends_within_a_step() -> None:
+    engine = counting_engine(256, delay=DELAY)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    with serving(engine) as running:
+        for path, extra in (
+            ("/v1/completions", {"prompt": ["a", "b"]}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ):
+            body = {"max_tokens": 200, "ignore_eos": True, **extra}
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(running.url + path, json=body, timeout=0.3)
+            before = executor.steps
+            running.wait_idle()
+            assert executor.steps <= before + 3
+
+
+def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
+    async def visit(client: httpx.AsyncClient, url: str, number: int) -> None:
+        body = {**ENDLESS, "stream": bool(number % 2), "n": 1 + number % 2}
+        try:
+            async with asyncio.timeout(0.002 * (number % 25)):
+                await client.post(url, json=body)
+        except TimeoutError:
+            return
+
+    async def crowd(url: str) -> None:
+        async with httpx.AsyncClient(timeout=30) as client:
+            await asyncio.gather(*(visit(client, url, number) for number in range(100)))
+
+    with serving(counting_engine(24, delay=0.001, max_batch_size=6)) as running:
+        asyncio.run(crowd(f"{running.url}/v1/completions"))
+        running.wait_idle()
+
+
+def test_a_device_that_fails_in_a_stream_is_told_in_the_stream() -> None:
+    engine = counting_engine(delay=0.005)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    with serving(engine) as running:
+        client = running.client()
+        stream = client.completions.create(
+            model="counting",
+            prompt="a",
+            max_tokens=250,
+            extra_body={"ignore_eos": True},
+            stream=True,
+        )
+        assert next(stream).choices[0].text == "b"
+        executor.fail_next = True
+        with pytest.raises(openai.APIError, match="a step failed on the device"):
+            list(stream)
+        executor.fail_next = True
+        response = running.post("/v1/completions", {"prompt": "a", "stream": True})
+        assert response.status_code == 503, "nothing was sent yet, so there is a status"
+        assert response.json()["error"]["type"] == "service_unavailable_error"
+        assert client.completions.create(model="counting", prompt="a", max_tokens=1)
+        samples = running.samples()
+        assert samples["slipstream:request_success_total error"] == 2
+
+
+def test_an_error_event_is_the_last_of_a_stream() -> None:
+    engine = counting_engine(delay=0.005)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    with serving(engine) as running:
+        body = {**ENDLESS, "stream": True}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            executor.fail_next = True
+            rest = [line for line in lines if line]
+    assert rest[-1].startswith('data: {"error": {"message": "a step failed')
+    assert not any("[DONE]" in line for line in rest)
+
+
+def test_a_dead_engine_is_503_and_unhealthy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving() as running:
+
+        def broken() -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(running.llm._loop, "step", broken)
+        for _ in range(2):
+            response = running.post("/v1/completions", {"prompt": "a"})
+            assert response.status_code == 503
+            assert "the engine loop stopped" in response.json()["error"]["message"]
+        assert httpx.get(f"{running.url}/health").status_code == 503
+        monkeypatch.undo()
+        running.llm._loop.abort(next(iter(running.llm._loop._requests)))
+    assert "the engine loop stopped" in caplog.text
+
+
+def test_a_bug_is_500_with_the_request_id(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(name: str | None) -> str:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(server.service, "model", broken)
+    response = server.post("/v1/completions", {"prompt": "a"}, headers={"X-Request-Id": "x7"})
+    assert response.status_code == 500 and response.headers["x-request-id"] == "x7"
+    assert response.json()["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in caplog.text and "ZeroDivisionError" not in response.text
+
+
+def test_merged_generators_end_together() -> None:
+    ended = []
+
+    async def count(name: str, to: int, fail: bool = False) -> Any:  # noqa: ANN401
+        try:
+            for number in range(to):
+                await asyncio.sleep(0)
+                yield name, number
+            if fail:
+                raise ValueError(name)
+        finally:
+            ended.append(name)
+
+    async def main() -> None:
+        items = [item async for item in merge([count("a", 3), count("b", 2)])]
+        assert sorted(items) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
+        with pytest.raises(ValueError, match="c"):
+            async for _ in merge([count("c", 1, fail=True), count("d", 10**9)]):
+                pass
+        left = merge([count("e", 10**9), count("f", 10**9)])
+        await anext(left)
+        await left.aclose()
+
+    asyncio.run(main())
+    assert sorted(ended) == ["a", "b", "c", "d", "e", "f"]
