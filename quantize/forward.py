@@ -15,7 +15,7 @@ from slipstream.quantize.activations import KVQuant, round_activations
 from slipstream.quantize.skeleton import Skeleton, linears, watch_kv
 
 Tokens = NDArray[np.int32]
-_HEAD_ROWS = 512  # tokens whose logits are computed at once
+_HEAD_ROWS = 512  # tokens whose logits are there at once
 
 
 class CheckpointModel:
@@ -37,7 +37,8 @@ class CheckpointModel:
         self.skeleton = Skeleton(checkpoint.config, dtype)
 
     def logits(self, windows: Sequence[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
-        """Of each window of token ids, on its own from position 0: float32 ``[T, vocab]``."""
+        """Of each window of token ids, on its own from position 0: float32 ``[T, vocab]`` for the
+        first 512 tokens, the next 512, and so on, then those of the next window."""
         with torch.inference_mode():
             hidden = self.embed(windows)
             for index in range(self.checkpoint.config.num_layers):
@@ -82,8 +83,6 @@ class CheckpointModel:
         head = self.weight("model.embed_tokens.weight" if tied else "lm_head.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
         for states in hidden:
-            out = np.empty((states.shape[1], len(head)), np.float32)
-            for start in range(0, len(out), _HEAD_ROWS):
-                rows = self.skeleton.norm(states[0, start : start + _HEAD_ROWS])
-                out[start : start + len(rows)] = torch.nn.functional.linear(rows, head).float()
-            yield out
+            for rows in torch.split(states[0], _HEAD_ROWS):  # type: ignore[no-untyped-call]
+                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head)
+                yield logits.float().numpy()
