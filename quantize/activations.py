@@ -77,7 +77,7 @@ def round_activations(linear: nn.Linear, weight: LazyTensor) -> RemovableHandle 
 
 def _rounded(x: Tensor, kind: str, static: float | None, group: int | None) -> Tensor:
     if group is not None:
-        parts = x.split(group, dim=-1)
+        parts = torch.split(x, group, dim=-1)
         return torch.cat([_rounded(part, kind, None, None) for part in parts], dim=-1)
     if kind == "float8_e4m3":
         return round_fp8(x, _largest(x) / FP8_MAX if static is None else static)

@@ -50,11 +50,11 @@ def conditional_importance(gram: Tensor, way: Compensation | None) -> Tensor:
 def search_scales(
     linears: Sequence[Weighted], importance: Tensor, tied: Callable[[Tensor], Tensor]
 ) -> Scaling:
-    """The exponent α, and scales ``(√importance)^α / w^(1-α)``, of least error for linears that
+    """The exponent alpha, and scales ``sqrt(importance)^alpha / w^(1 - alpha)``, of least error for linears that
     read one x.
 
     w is the mean magnitude of a column within its groups; ``tied`` makes channels equal that must
-    share a scale. α = 0, no scaling, is kept unless another wins.
+    share a scale. alpha = 0, no scaling, is kept unless another wins.
     """
     activity = tied(importance).sqrt()
     if not bool((activity > 0).any()):
@@ -76,7 +76,7 @@ def _column_magnitude(linears: Sequence[Weighted]) -> Tensor:
     """Mean over rows of |w| over the largest of its group: ``[K]``."""
     parts = []
     for linear in linears:
-        groups = linear.weight.abs().unflatten(1, (-1, linear.scheme.group))
+        groups = linear.weight.abs().reshape(len(linear.weight), -1, linear.scheme.group)
         largest = groups.amax(-1, keepdim=True)
         parts.append((groups / torch.where(largest > 0, largest, 1)).flatten(1).mean(0))
     return torch.stack(parts).mean(0)

@@ -33,7 +33,7 @@ def search_range(weight: Tensor, importance: Tensor, scheme: Scheme, name: str) 
     inputs. A group that no input reaches keeps its whole range.
     """
     step = max(1, _CHUNK // weight.shape[1])
-    found = [_search(rows, importance, scheme, name) for rows in weight.split(step, dim=0)]
+    found = [_search(rows, importance, scheme, name) for rows in torch.split(weight, step)]
     grids = [grid for grid, _ in found]
     grid = Grid(
         torch.cat([grid.scale for grid in grids]),
@@ -46,8 +46,8 @@ def search_range(weight: Tensor, importance: Tensor, scheme: Scheme, name: str) 
 
 def _search(weight: Tensor, importance: Tensor, scheme: Scheme, name: str) -> tuple[Grid, Tensor]:
     low, high = weight_range(weight, scheme.group)
-    groups = weight.unflatten(1, (-1, scheme.group))
-    counts = importance.unflatten(0, (-1, scheme.group))
+    groups = weight.reshape(len(weight), -1, scheme.group)
+    counts = importance.reshape(-1, scheme.group)
     ends = torch.ones_like(low), torch.ones_like(high)
     best = range_grid(low, high, scheme, name)
     least = _error(groups, counts, best)

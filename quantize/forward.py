@@ -83,6 +83,6 @@ class CheckpointModel:
         head = self.weight("model.embed_tokens.weight" if tied else "lm_head.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
         for states in hidden:
-            for rows in torch.split(states[0], _HEAD_ROWS):  # type: ignore[no-untyped-call]
+            for rows in torch.split(states[0], _HEAD_ROWS):
                 logits = torch.nn.functional.linear(self.skeleton.norm(rows), head)
                 yield logits.float().numpy()

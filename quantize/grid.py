@@ -74,7 +74,7 @@ def range_grid(low: Tensor, high: Tensor, scheme: Scheme, name: str) -> Grid:
 
 def weight_range(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Lowest and highest of every group, 0 among them: two ``[N, K/group]``."""
-    groups = weight.unflatten(1, (-1, group))
+    groups = weight.reshape(len(weight), -1, group)
     return groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
 
 

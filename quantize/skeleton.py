@@ -99,7 +99,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Gives a module of the meta device its weights, and its linears the biases among them."""
     for name, linear in linears(module).items():
         bias = weights.get(f"{name}.bias")
-        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        given = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        linear.bias = given  # type: ignore[assignment]
     module.load_state_dict(dict(weights), strict=True, assign=True)
     module.requires_grad_(False)
 

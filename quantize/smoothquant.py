@@ -1,6 +1,6 @@
 """SmoothQuant: part of the range of activations moved into the weights that read them.
 
-Xiao et al., 2022 (arXiv 2211.10438). Scales ``max|x|^α / max|w|^(1-α)``, with the α that rounds
+Xiao et al., 2022 (arXiv 2211.10438). Scales ``max|x|^alpha / max|w|^(1 - alpha)``, with the alpha that rounds
 some of the inputs best, and none where none of them helps.
 """
 

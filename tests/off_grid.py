@@ -2,8 +2,8 @@
 
 The weights of a quantized file look lossless to a quantizer of the same kind. Multiplying a norm's
 weight by random factors and dividing by them the columns of the linears that it feeds (likewise the
-rows of up_proj and v_proj and the columns of down_proj and o_proj) leaves the model's function as it
-was and no group of weights on a grid.
+rows of up_proj and v_proj and the columns of down_proj and o_proj) leaves the model's function as
+it was and no group of weights on a grid.
 """
 
 from __future__ import annotations

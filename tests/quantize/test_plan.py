@@ -11,7 +11,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import LayerPlan, Plan, make_plan
-from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
+from slipstream.quantize.tensor import Kind, KVScales, LazyTensor, QuantTensor, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shapes:
     def tensor(self, name: str) -> LazyTensor:
         shape = self.config.weight_shape(name)
         assert shape is not None
-        kind = self.kind if "down_proj" in name else "dense"
+        kind: Kind = self.kind if "down_proj" in name else "dense"
         form = WeightFormat(shape, kind, "bfloat16" if kind == "dense" else "float16", 4, 32)
 
         def load() -> QuantTensor:

@@ -18,7 +18,13 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import BuildError
 from slipstream.quantize.options import OutputFormat
 from slipstream.quantize.plan import linears
-from slipstream.quantize.tensor import InputTransform, QuantTensor, WeightFormat, pack_nibbles
+from slipstream.quantize.tensor import (
+    InputTransform,
+    QuantTensor,
+    WeightFormat,
+    numpy_dtype,
+    pack_nibbles,
+)
 from slipstream.quantize.writers import create_layout
 from slipstream.quantize.writers.directory import DirectoryWriter, kv_arrays
 from slipstream.quantize.writers.model_config import describe
@@ -346,8 +352,11 @@ def test_transformers_loads_it_with_the_same_logits(
 
     weights = {
         name: replace(
-            tensor, scale=(np.asarray(tensor.scale, np.float32) / 64).astype(tensor.scale.dtype)
-        )  # type: ignore[union-attr]
+            tensor,
+            scale=(np.asarray(tensor.scale, np.float32) / 64).astype(
+                numpy_dtype(tensor.format.dtype)
+            ),
+        )
         for name, tensor in quantized(source, changes).items()
     }
     write(source, weights, tmp_path / "out")
