@@ -50,8 +50,8 @@ def conditional_importance(gram: Tensor, way: Compensation | None) -> Tensor:
 def search_scales(
     linears: Sequence[Weighted], importance: Tensor, tied: Callable[[Tensor], Tensor]
 ) -> Scaling:
-    """The exponent alpha, and scales ``sqrt(importance)^alpha / w^(1 - alpha)``, of least error for linears that
-    read one x.
+    """The exponent alpha, and scales ``sqrt(importance)^alpha / w^(1 - alpha)``, of least error for
+    linears that read one x.
 
     w is the mean magnitude of a column within its groups; ``tied`` makes channels equal that must
     share a scale. alpha = 0, no scaling, is kept unless another wins.

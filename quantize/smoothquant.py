@@ -1,7 +1,7 @@
 """SmoothQuant: part of the range of activations moved into the weights that read them.
 
-Xiao et al., 2022 (arXiv 2211.10438). Scales ``max|x|^alpha / max|w|^(1 - alpha)``, with the alpha that rounds
-some of the inputs best, and none where none of them helps.
+Xiao et al., 2022 (arXiv 2211.10438). Scales ``max|x|^alpha / max|w|^(1 - alpha)``, with the alpha
+that rounds some of the inputs best, and none where none of them helps.
 """
 
 from __future__ import annotations
