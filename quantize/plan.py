@@ -123,7 +123,9 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether text must run through the model."""
-        return bool(self.algorithms - {"rtn"}) or self.options.kv_cache_dtype == "fp8"
+        options = self.options
+        wanted = options.kv_cache_dtype == "fp8" or options.auto_bits is not None
+        return wanted or bool(self.algorithms - {"rtn"})
 
     @property
     def _tokens(self) -> int:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +48,7 @@ Tokens = NDArray[np.int32]
 # Told the stage, how much of it is done, and of how much in all.
 Progress = Callable[[str, int, int], None]
 _PACKAGES = {"modelopt": "nvidia-modelopt"}
-LAYERS, MEASURING = "quantizing layers", "measuring"
+CHOOSING, LAYERS, MEASURING = "choosing bits", "quantizing layers", "measuring"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +220,12 @@ class _Run:
         if self.plan.options.auto_bits is None:
             return self.plan
         if place.qformats is None:
-            sensitivity = import_module("slipstream.quantize.sensitivity")
-            place.qformats = sensitivity.choose_qformats(self.checkpoint, self.plan, calibration)
+            # Imported here because it needs torch, and a plan does not.
+            from slipstream.quantize.sensitivity import choose_qformats
+
+            place.qformats = choose_qformats(
+                self.checkpoint, self.plan, calibration, partial(self.progress, CHOOSING)
+            )
         return self.plan.with_qformats(place.qformats)
 
     def _writer(self, place: Staging, plan: Plan) -> DirectoryWriter:
@@ -290,11 +295,10 @@ class _Run:
         # Imported here because it needs torch, and a plan does not.
         from slipstream.quantize.measure import measure
 
-        def progress(done: int, total: int) -> None:
-            self.progress(MEASURING, done, total)
-
         dtype = self.plan.options.kv_cache_dtype
-        return measure(self.checkpoint, written, dtype, evaluation, progress)
+        return measure(
+            self.checkpoint, written, dtype, evaluation, partial(self.progress, MEASURING)
+        )
 
     def _report(
         self,
@@ -371,9 +375,8 @@ def _check_gate(report: Report, options: QuantizeOptions) -> None:
     allowed, found = options.max_ppl_increase, report.accuracy
     if allowed is None or found is None or 100 * found.increase <= allowed:
         return
-    worst = report.worst()[0]
+    tries = [*(worst.suggestion() for worst in report.worst()[:1]), "another --qformat"]
     raise BuildError(
         f"perplexity rose by {found.change}, from {found.reference} to {found.candidate}, and "
-        f"max_ppl_increase is {allowed:g}%; nothing was written. The worst linear is {worst.name}: "
-        f"try {worst.suggestion()}, --auto-bits 5 or another --qformat"
+        f"max_ppl_increase is {allowed:g}%; nothing was written: try {', '.join(tries)}"
     )

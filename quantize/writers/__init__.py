@@ -31,6 +31,8 @@ def create_layout(
     layout = cast("Layout", import_module(_LAYOUTS[name]).create(formats, frozenset(float8_inputs)))
     for tensor, (form, transform) in weights.items():
         reason = layout.refusal(form, transform)
+        if tensor.endswith("embed_tokens.weight"):
+            reason = "it is the embedding, for which only a dense form is known"
         if reason:
             raise cannot_store(name, tensor, reason)
     return layout

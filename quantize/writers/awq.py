@@ -20,6 +20,7 @@ from slipstream.quantize.writers.base import (
     even_group,
     even_groups,
     exact_cast,
+    left_alone,
 )
 from slipstream.quantize.writers.packing import pack_words
 
@@ -86,7 +87,7 @@ class AWQ:
             "bits": _BITS,
             "group_size": self.group or -1,
             "zero_point": any(settings["zero_point"] for settings in modules.values()),
-            "modules_to_not_convert": [*dense, "lm_head"],
+            "modules_to_not_convert": left_alone(modules, dense),
         }
 
 

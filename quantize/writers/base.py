@@ -14,6 +14,7 @@ from slipstream.errors import BuildError
 from slipstream.quantize.tensor import InputTransform, QuantTensor, WeightFormat
 
 Settings = Mapping[str, Any]
+HEAD = "lm_head"
 _SMALLEST_GROUP = 16
 
 
@@ -56,6 +57,11 @@ def cannot_store(layout: str, name: str, reason: str) -> BuildError:
         f"{name} cannot be stored as {layout}: {reason}; use another --format"
         + ("" if layout == "compressed-tensors" else ", such as compressed-tensors")
     )
+
+
+def left_alone(modules: Mapping[str, Settings], dense: Sequence[str]) -> list[str]:
+    """The linears that a configuration has to name as not quantized, the head among them."""
+    return [*dense, *(() if HEAD in modules else (HEAD,))]
 
 
 def even_groups(tensor: QuantTensor, size: int | None = None) -> QuantTensor:

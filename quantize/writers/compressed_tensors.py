@@ -21,6 +21,7 @@ from slipstream.quantize.writers.base import (
     cannot_store,
     even_group,
     even_groups,
+    left_alone,
 )
 from slipstream.quantize.writers.packing import pack_words
 
@@ -99,7 +100,7 @@ class CompressedTensors:
                 }
                 for index, (group, target) in enumerate(zip(groups, targets, strict=True))
             },
-            "ignore": [*dense, "lm_head"],
+            "ignore": left_alone(modules, dense),
             "kv_cache_scheme": _args(8, "float", "tensor") if kv_scales else None,
         }
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.quantize.tensor import InputTransform, QuantTensor, WeightFormat
-from slipstream.quantize.writers.base import Encoded, Settings, cannot_store, exact_cast
+from slipstream.quantize.writers.base import HEAD, Encoded, Settings, cannot_store, exact_cast
 from slipstream.quantize.writers.packing import pack_words
 
 _NAME = "gptq"
@@ -96,7 +96,7 @@ class GPTQ:
             "quant_method": _NAME,
             "checkpoint_format": _NAME if self.version == 1 else f"{_NAME}_v2",
             **common,
-            "lm_head": False,
+            "lm_head": HEAD in modules,
             "pack_dtype": "int32",
             **({"dynamic": dynamic} if dynamic else {}),
         }

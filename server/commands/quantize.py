@@ -208,7 +208,8 @@ def _summarize(report: Report, output: Path, seconds: float) -> None:
             ("KL divergence", f"{found.kl_mean:.4g} nats, 99th percentile {found.kl_p99:.3g}"),
             ("same top token", f"{found.top1:.1%}"),
         ]
-    rows.append(("worst linear", f"{report.worst()[0].name} ({report.worst()[0].suggestion()})"))
+    for worst in report.worst()[:1]:
+        rows.append(("worst linear", f"{worst.name} ({worst.suggestion()})"))
     click.echo(format_columns(rows))
     for note in report.notes:
         click.echo(f"note: {note}")

@@ -197,7 +197,7 @@ def test_32_streams_share_the_batch(server: Server, llm: LLM) -> None:
             inputs = {"text_input": prompt, "stream": True, "temperature": 0.0}
             yield {
                 "model_name": "llama",
-                "inputs": tensors({**inputs, "max_tokens": 60}),
+                "inputs": tensors({**inputs, "max_tokens": 300}),
             }
 
         text = b""
@@ -220,7 +220,7 @@ def test_32_streams_share_the_batch(server: Server, llm: LLM) -> None:
         return texts
 
     texts = asyncio.run(everything())
-    expected = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=60))
+    expected = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=300))
     assert texts == [output.outputs[0].text for output in expected]
     assert most > 8
     wait_until_idle(server)
