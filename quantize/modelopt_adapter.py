@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from slipstream.quantize.layerwise import LayerResult, LinearStats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.errors import BuildError, MissingDependencyError
+from slipstream.quantize.layerwise import LayerResult, LinearStats
 from slipstream.quantize.options import QuantizeOptions, Scheme
 from slipstream.quantize.plan import Plan, layer_of
 from slipstream.quantize.rtn import quantize_rtn
