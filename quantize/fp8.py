@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from slipstream.errors import CheckpointError
 from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
 
+Floats = NDArray[np.float32]
 FP8_MAX = 448.0  # the largest e4m3fn number
 _CHUNK = 1 << 20  # elements worked on at once
+# Scales that are tried, as multiples of max|row| / 448: after an octave the grid is the same again.
+_OCTAVE = np.exp2(np.arange(8, dtype=np.float32) / 8)
 
 
 def fp8_format(shape: tuple[int, ...]) -> WeightFormat:
@@ -18,10 +21,12 @@ def fp8_format(shape: tuple[int, ...]) -> WeightFormat:
     return WeightFormat(shape, "float8_e4m3", "float32", bits=8, group=shape[1], activation="token")
 
 
-def quantize_fp8(weight: LazyTensor) -> QuantTensor:
+def quantize_fp8(weight: LazyTensor, *, search: bool = False) -> QuantTensor:
     """Rounds a weight ``[N, K]`` to float8_e4m3fn with ``scale = max|row| / 448``.
 
-    Raises CheckpointError for a weight that holds numbers that are not finite.
+    With ``search`` the scale of a row is that of least squared error between this and twice it: a
+    tenth less error, for several times the work. Raises CheckpointError for a weight that holds
+    numbers that are not finite.
     """
     values = weight.load().codes
     n, k = weight.format.shape
@@ -37,9 +42,27 @@ def quantize_fp8(weight: LazyTensor) -> QuantTensor:
                 f"tensor {weight.name} holds infinite or undefined numbers; the checkpoint is "
                 "damaged: download it again"
             )
-        scales[rows] = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
+        scale = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
+        scales[rows] = _best_scales(chunk, scale) if search else scale
         codes[rows] = _saturated(chunk / scales[rows])
     return QuantTensor(weight.name, fp8_format((n, k)), codes, scales)
+
+
+def _best_scales(chunk: Floats, scale: Floats) -> Floats:
+    """Of the multiples of ``scale`` ``[rows, 1]``, those of least squared error."""
+    scaled = chunk / scale
+    errors = [multiple**2 * _squared_error(scaled / multiple) for multiple in _OCTAVE]
+    return np.asarray(scale * _OCTAVE[np.argmin(errors, axis=0)][:, None], np.float32)
+
+
+def _squared_error(values: Floats) -> Floats:
+    """What rounding to four significant bits costs each row; that the least numbers of e4m3 have
+    fewer is left out."""
+    bits = values.view(np.int32)
+    # Half of the last bit that stays is added, less one unit where the result must be even.
+    rounded = (bits + (0x7FFFF + ((bits >> 20) & 1))) & ~0xFFFFF
+    error = values - rounded.view(np.float32)
+    return np.asarray(np.einsum("nk,nk->n", error, error), np.float32)
 
 
 def quantize_fp8_block(weight: LazyTensor, block: int = 128) -> QuantTensor:
@@ -69,6 +92,6 @@ def quantize_fp8_block(weight: LazyTensor, block: int = 128) -> QuantTensor:
     return QuantTensor(weight.name, form, codes, scales)
 
 
-def _saturated(values: NDArray[np.float32]) -> NDArray[np.generic]:
+def _saturated(values: Floats) -> NDArray[np.generic]:
     # A quotient can exceed 448 by a rounding, and e4m3fn would make that a NaN.
     return np.clip(values, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)

@@ -287,8 +287,8 @@ class _Layer:
         full = f"{self.prefix}{name}.weight"
         if scheme.kind == "float8_e4m3":
             lazy = _lazy(_dense_tensor(full, weight))
-            make = quantize_fp8_block if scheme.grouping == "block" else quantize_fp8
-            return _Rounded(make(lazy))
+            block = scheme.grouping == "block"
+            return _Rounded(quantize_fp8_block(lazy) if block else quantize_fp8(lazy, search=True))
         asked = scheme.algorithm in ("awq", "gptq")
         if gram is None or not asked:
             grid = range_grid(*weight_range(weight, scheme.group), scheme, full)

@@ -36,8 +36,26 @@ def test_each_row_is_scaled_to_448_and_rounded_to_the_nearest(dtype: str) -> Non
     np.testing.assert_allclose(got.dequantize(), values, atol=np.abs(values).max() / 16)
 
 
-def test_rows_of_zeros_stay_zero() -> None:
-    got = quantize_fp8(lazy(np.zeros((2, 32), np.float32)))
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_a_searched_scale_is_the_best_of_its_octave(size: float) -> None:
+    values = (np.random.default_rng(3).normal(0, size, (16, 256))).astype(np.float32)
+    plain, searched = quantize_fp8(lazy(values)), quantize_fp8(lazy(values), search=True)
+
+    def error(scale: NDArray[np.float32]) -> NDArray[np.float64]:
+        codes = (values / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        return np.asarray((((codes * scale - values) / size) ** 2).sum(axis=1))
+
+    assert plain.scale is not None and searched.scale is not None
+    first = plain.scale.astype(np.float32)
+    found = error(searched.scale.astype(np.float32))
+    candidates = [error(first * np.float32(2 ** (i / 8))) for i in range(8)]
+    np.testing.assert_allclose(found, np.min(candidates, axis=0), rtol=1e-4)
+    assert found.sum() < 0.95 * candidates[0].sum()
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_rows_of_zeros_stay_zero(search: bool) -> None:
+    got = quantize_fp8(lazy(np.zeros((2, 32), np.float32)), search=search)
     assert not got.dequantize().any()
 
 
