@@ -28,7 +28,7 @@ from slipstream.quantize.evaluate import Accuracy, accuracy
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.quantize import Text, quantize
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.off_grid import OffGridCheckpoint, write_directory

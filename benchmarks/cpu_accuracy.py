@@ -48,9 +48,9 @@ def reference(checkpoint: Path, texts: list[list[int]]) -> Logits:
 
 def slipstream(engine: Path, texts: list[list[int]]) -> Logits:
     """Logits of an engine, straight from its executor."""
+    from slipstream.runtime.engine.step import SamplingRow, StepBatch
     from slipstream.runtime.loading import load
-    from slipstream.runtime.sampling_params import SamplingParams
-    from slipstream.runtime.step import SamplingRow, StepBatch
+    from slipstream.runtime.sampling.params import SamplingParams
 
     executor: Any = load(engine, {}).executor
     executor.reserve_kv(256 << 20)

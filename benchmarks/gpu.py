@@ -28,10 +28,10 @@ import torch
 from gpu_models import LLAMA_8B, SMOLLM2, random_engine, random_plan
 
 from slipstream.builder.options import BuildOptions
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},

@@ -18,8 +18,8 @@ from gpu import FORMATS, MODELS, read_bandwidth
 from gpu_models import random_plan, random_weights
 
 from slipstream.builder.options import BuildOptions
-from slipstream.plugins.linear.cuda_tuning import Tuned, tune
-from slipstream.plugins.linear.tactics import BUCKETS, Tactic, Tactics
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactic, Tactics
+from slipstream.plugins.linear.cuda.tuning import Tuned, tune
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.tuning import problems
 

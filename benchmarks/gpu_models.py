@@ -14,13 +14,13 @@ from torch import Tensor
 from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.plugins.linear.cuda_packing import Section, format_of, packed_size, sections
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

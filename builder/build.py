@@ -34,7 +34,7 @@ from slipstream.builder.targets.base import create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.plugins.operators import DOMAIN, OPERATORS
-from slipstream.quantize.tensor import KVScales, LazyTensor, WeightFormat
+from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slipstream.errors import BuildError
-from slipstream.quantize.fp8 import FP8_MAX
 from slipstream.quantize.skeleton import KVHook
-from slipstream.quantize.tensor import KVScales, LazyTensor
+from slipstream.weights.fp8 import FP8_MAX
+from slipstream.weights.tensor import KVScales, LazyTensor
 
 _INT8_MAX = 127.0
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.names import layer_of
+from slipstream.builder.checkpoints.writing import OutputFormat, create_layout
+from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
 from slipstream.errors import BuildError
-from slipstream.quantize.options import OutputFormat
-from slipstream.quantize.plan import layer_of
 from slipstream.quantize.staging import check_output, staging
-from slipstream.quantize.writers import create_layout
-from slipstream.quantize.writers.directory import DirectoryWriter, kv_arrays
 
 # Told how many layers are done, and of how many.
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slipstream.errors import CheckpointError
 from slipstream.quantize.options import Scheme
-from slipstream.quantize.tensor import QuantTensor, numpy_dtype, pack_nibbles
+from slipstream.weights.tensor import QuantTensor, numpy_dtype, pack_nibbles
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -19,20 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.checkpoints import Checkpoint
+from slipstream.builder.checkpoints.names import layer_of
 from slipstream.quantize.activations import round_activations
 from slipstream.quantize.awq import Scaling, Weighted, conditional_importance, search_scales
 from slipstream.quantize.clip import search_range
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.fp8 import FP8_MAX, quantize_fp8, quantize_fp8_block
 from slipstream.quantize.gptq import Compensation, compensated_codes, compensation
 from slipstream.quantize.grid import quantized, range_grid, weight_range
 from slipstream.quantize.options import QuantizeOptions, Scheme
-from slipstream.quantize.plan import Plan, layer_of
+from slipstream.quantize.plan import Plan
 from slipstream.quantize.sites import SITES, Folding, Site
 from slipstream.quantize.skeleton import linears, watch_kv
 from slipstream.quantize.smoothquant import smoothing_scales
 from slipstream.quantize.statistics import Collector, Inputs
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
+from slipstream.weights.fp8 import FP8_MAX, quantize_fp8, quantize_fp8_block
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
 log = logging.getLogger(__name__)
 Tokens = NDArray[np.int32]

@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.names import layer_of
+from slipstream.builder.checkpoints.writing.model_config import describe
 from slipstream.errors import BuildError, MissingDependencyError
 from slipstream.quantize.layerwise import LayerResult, LinearStats
 from slipstream.quantize.options import QuantizeOptions, Scheme
-from slipstream.quantize.plan import Plan, layer_of
-from slipstream.quantize.rtn import quantize_rtn
+from slipstream.quantize.plan import Plan
 from slipstream.quantize.skeleton import fill
-from slipstream.quantize.tensor import QuantTensor
-from slipstream.quantize.writers.model_config import describe
+from slipstream.weights.rtn import quantize_rtn
+from slipstream.weights.tensor import QuantTensor
 
 log = logging.getLogger(__name__)
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from slipstream.builder.checkpoints.writing import OutputFormat
 from slipstream.errors import BuildError
 
 if TYPE_CHECKING:
-    from slipstream.quantize.tensor import Activation, Kind, WeightFormat
+    from slipstream.weights.tensor import Activation, Kind, WeightFormat
 
 QFormat = Literal[
     "int4_awq", "int4_gptq", "int8_gptq", "int4_wo", "int8_wo", "int8_sq", "fp8", "fp8_static",
     "fp8_block", "w4a8_awq", "nvfp4",
 ]  # fmt: skip
 KVDtype = Literal["auto", "fp8", "int8"]
-OutputFormat = Literal["compressed-tensors", "gptq", "awq"]
 Grouping = Literal["group", "channel", "tensor", "block"]
 Algorithm = Literal["rtn", "awq", "gptq", "smoothquant", "modelopt"]
 
@@ -61,7 +61,7 @@ class Scheme:
     def weight_format(self, shape: tuple[int, ...]) -> WeightFormat:
         """The format of a weight ``[N, K]`` quantized so."""
         # Imported here because the command line shows its help without NumPy.
-        from slipstream.quantize.tensor import WeightFormat
+        from slipstream.weights.tensor import WeightFormat
 
         assert self.group, f"{self.name} has no group yet; a plan chooses it"
         return WeightFormat(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.builder.checkpoints.names import layer_of, linears
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.options import (
@@ -20,10 +21,9 @@ from slipstream.quantize.options import (
     Target,
     parse_override,
 )
-from slipstream.quantize.rtn import GROUP_SIZES
-from slipstream.quantize.tensor import WeightFormat, numpy_dtype
+from slipstream.weights.rtn import GROUP_SIZES
+from slipstream.weights.tensor import WeightFormat, numpy_dtype
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Operations a second of float32 matrices on one core of a small server, and bytes a second of
 # reading, rounding and writing: for estimates of time only.
 _OPERATIONS, _BYTES = 3e10, 1e8
@@ -162,19 +162,6 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
             f"{'; '.join(plan.notes) or 'all are excluded'}; exclude fewer"
         )
     return replace(plan, notes=tuple(_grouped(plan.notes)))
-
-
-def linears(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """The linears of decoder layers, by the names and shapes of a checkpoint's tensors."""
-    for name, shape in shapes.items():
-        if _LAYER.match(name) and name.endswith(".weight") and len(shape) == 2:
-            yield name.removesuffix(".weight")
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer that a tensor is of; None for the embedding, the last norm and the head."""
-    match = _LAYER.match(name)
-    return int(match[1]) if match else None
 
 
 def effective_bits(formats: Mapping[str, WeightFormat], schemes: Mapping[str, Scheme]) -> float:

@@ -16,6 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.names import layer_of
+from slipstream.builder.checkpoints.writing import create_layout
+from slipstream.builder.checkpoints.writing.base import Layout
+from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
 from slipstream.errors import BuildError, CheckpointError, MissingDependencyError
 from slipstream.quantize.calibration_data import (
     EVALUATION_WINDOW,
@@ -27,7 +31,7 @@ from slipstream.quantize.calibration_data import (
 )
 from slipstream.quantize.evaluate import Accuracy
 from slipstream.quantize.options import QuantizeOptions
-from slipstream.quantize.plan import Plan, layer_of, make_plan
+from slipstream.quantize.plan import Plan, make_plan
 from slipstream.quantize.report import LinearRow, Report, peak_memory, versions
 from slipstream.quantize.staging import (
     LayerRecord,
@@ -36,10 +40,7 @@ from slipstream.quantize.staging import (
     describe_run,
     staging,
 )
-from slipstream.quantize.tensor import KVScales, QuantTensor
-from slipstream.quantize.writers import create_layout
-from slipstream.quantize.writers.base import Layout
-from slipstream.quantize.writers.directory import DirectoryWriter, kv_arrays
+from slipstream.weights.tensor import KVScales, QuantTensor
 
 if TYPE_CHECKING:
     from slipstream.quantize.layerwise import LayerResult, LinearStats

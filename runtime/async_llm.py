@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.scheduler import SchedulerStats
+from slipstream.runtime.sampling.params import SamplingParams
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.scheduler import SchedulerStats
+from slipstream.runtime.sampling.params import SamplingParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 

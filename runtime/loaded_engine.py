@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from slipstream.errors import SlipstreamError
-    from slipstream.runtime.sampling_params import SamplingParams
-    from slipstream.runtime.step import TokenLogprobs
+    from slipstream.runtime.engine.step import TokenLogprobs
+    from slipstream.runtime.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 OutputKind = Literal["cumulative", "delta", "final"]

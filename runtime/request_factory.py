@@ -10,7 +10,7 @@ from typing import Any
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
+from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.base import ScoringExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.step import IntArray, StepBatch
 
 # Logits of one step; a large vocabulary makes steps of fewer tokens.
 _LOGITS_BYTES = 128 << 20

@@ -20,8 +20,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from slipstream.runtime.engine.scheduler import SchedulerStats
     from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
-    from slipstream.runtime.scheduler import SchedulerStats
 
 PREFIX = "slipstream:"
 _Kind = Literal["gauge", "counter", "histogram"]

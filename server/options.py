@@ -15,7 +15,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.errors import SlipstreamError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.openai.options import ServerOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slipstream.builder.checkpoints import open_checkpoint
-from slipstream.quantize.tensor import QuantTensor
+from slipstream.weights.tensor import QuantTensor
 
 Args = dict[str, Any]
 # A matrix of a width that 128 does not divide and a height that is no multiple of anything.

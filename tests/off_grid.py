@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from slipstream.builder.checkpoints import Checkpoint
 from slipstream.builder.models.config import ModelConfig
-from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
 
 _CLASSES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",

@@ -11,16 +11,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
-from tests.plugins.linear_weights import random_weight
+from tests.plugins.linear.weights import random_weight
 
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
 from slipstream.builder.graph.verifier import verify
 from slipstream.plugins import library
 from slipstream.plugins.linear import ZERO_KINDS
-from slipstream.plugins.linear.packing import unpack
+from slipstream.plugins.linear.cpu.packing import unpack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
 Arrays = dict[str, NDArray[Any]]
 TOKENS = 5  # the size of every dimension that a program leaves open

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tests.tiny_models import LLAMA, Arrays, llama_tensors, write_tiny_tokenizer
 
 from slipstream.builder.models.config import ModelConfig
-from slipstream.quantize.tensor import (
+from slipstream.weights.tensor import (
     E2M1,
     Activation,
     InputTransform,

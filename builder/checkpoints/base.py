@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import KVScales, LazyTensor
+from slipstream.weights.tensor import KVScales, LazyTensor
 
 
 class Checkpoint(Protocol):

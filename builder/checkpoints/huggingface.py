@@ -25,7 +25,7 @@ from slipstream.builder.checkpoints.quantized import (
 from slipstream.builder.checkpoints.safetensors_file import StoredTensor, read_header
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import KVScales, LazyTensor
+from slipstream.weights.tensor import KVScales, LazyTensor
 
 logger = logging.getLogger(__name__)
 

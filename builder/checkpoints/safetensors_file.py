@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.base import map_array
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {

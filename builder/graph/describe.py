@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.weights.tensor import WeightFormat
 
 _ZEROS = {"midpoint": "", "zero": ", zero points", "offset": ", offsets"}
 _KINDS = {"float8_e4m3": "float8_e4m3", "float4_e2m1": "float4_e2m1", "codebook": "codebook of 16"}

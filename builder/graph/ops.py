@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.operators import DOMAIN
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor
 
 Dim = int | str
 Attributes = dict[str, int | float | list[int]]

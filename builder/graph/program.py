@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from slipstream.quantize.tensor import LazyTensor, numpy_dtype
+from slipstream.weights.tensor import LazyTensor, numpy_dtype
 
 OPSET = 23
 IR_VERSION = 11

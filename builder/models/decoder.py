@@ -10,7 +10,7 @@ import onnx_ir as ir
 from slipstream.builder.graph.ops import Attributes, Ops
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]

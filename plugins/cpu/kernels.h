@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "linear/cpu.h"
+#include "linear/cpu/cpu.h"
 #include "paged_attention/cpu.h"
 
 #define SLIPSTREAM_EXPORT extern "C" __attribute__((visibility("default")))

@@ -29,7 +29,7 @@ _WEIGHT = TensorSpec(
     ("uint8",),
     (),
     "canonical graph: the weight [N, K] in its own format; lowered graph: one packed blob "
-    "(plugins/linear/packing.py for CPUs, cuda_packing.py for GPUs), which the attributes describe",
+    "(cpu/packing.py and cuda/packing.py write it), which the attributes describe",
 )
 
 SPEC = OperatorSpec(

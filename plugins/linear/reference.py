@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.quantize.tensor import QuantTensor
+from slipstream.weights.tensor import QuantTensor
 
 Floats = NDArray[np.float32]
 

@@ -1,9 +1,9 @@
 """Sampling on the device that computed the logits, so that tokens need not visit the host.
 
 Sampling is not a node of the engine graph: the executor launches it after the graph, in the same
-CUDA graph. ``slipstream.runtime.sampler`` says what is computed; this folder does the same with
-kernels, except that a draw uses other random numbers, and that tokens which tie at the edge of the
-nucleus (top-p) are all kept.
+CUDA graph. ``slipstream.runtime.sampling.sampler`` says what is computed; this folder does the same
+with kernels, except that a draw uses other random numbers, and that tokens which tie at the edge of
+the nucleus (top-p) are all kept.
 
 A draw is the Gumbel-max trick: the token with the largest ``(logit - peak) / temperature -
 log(E)`` among the survivors of top-k, top-p and min-p, where the ``E`` are independent

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import StepBatch, StepResult
+from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.sampling.params import SamplingParams
 
 
 class PendingStep(Protocol):

@@ -8,8 +8,14 @@ from collections import deque
 import numpy as np
 
 from slipstream.errors import ExecutionError
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import IntArray, SamplingRow, StepBatch, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import (
+    IntArray,
+    SamplingRow,
+    StepBatch,
+    StepResult,
+    TokenLogprobs,
+)
+from slipstream.runtime.sampling.params import SamplingParams
 
 _GARBAGE = -1
 

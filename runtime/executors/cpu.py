@@ -15,9 +15,9 @@ from slipstream.builder.engine import GRAPH, Engine
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.sampler import Sampler
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import StepBatch, StepResult
+from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.sampler import Sampler
 
 STEP_INPUTS = (
     "token_ids",

@@ -10,13 +10,13 @@ from types import TracebackType
 from typing import Self
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.step import StepBatch, StepResult
 from slipstream.runtime.executors.base import Executor, PendingStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import StepBatch, StepResult
+from slipstream.runtime.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

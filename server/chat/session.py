@@ -10,7 +10,7 @@ from typing import Any
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.chat.commands import run_command
 from slipstream.server.chat.conversation import Conversation, Message
 from slipstream.server.chat.terminal import Terminal

@@ -25,7 +25,7 @@ from slipstream.server.text import format_columns
 
 if TYPE_CHECKING:
     from slipstream.runtime.loaded_engine import LoadedEngine
-    from slipstream.runtime.tokenizer import Tokenizer
+    from slipstream.runtime.text.tokenizer import Tokenizer
 
 Tokens = NDArray[np.int32]
 Blocks = Iterable[NDArray[np.float32]]

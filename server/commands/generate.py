@@ -15,11 +15,11 @@ from slipstream.server.options import SAMPLING, runtime_options, sampling_option
 from slipstream.server.usage import Usage
 
 if TYPE_CHECKING:
+    from slipstream.runtime.engine.step import TokenLogprobs
     from slipstream.runtime.llm import LLM
     from slipstream.runtime.request import CompletionOutput, RequestOutput
-    from slipstream.runtime.sampling_params import SamplingParams
-    from slipstream.runtime.step import TokenLogprobs
-    from slipstream.runtime.tokenizer import Tokenizer
+    from slipstream.runtime.sampling.params import SamplingParams
+    from slipstream.runtime.text.tokenizer import Tokenizer
 
 Prompt = str | list[dict[str, str]]
 

@@ -132,7 +132,7 @@ def _quantize(source: str, output: Path, options: QuantizeOptions, resume: bool)
 
 def _text(checkpoint: Checkpoint, source: str, stack: ExitStack) -> Text:
     from slipstream.quantize.quantize import Text
-    from slipstream.runtime.tokenizer import Tokenizer
+    from slipstream.runtime.text.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.write_tokenizer(Path(directory))
@@ -151,7 +151,7 @@ def _sampler(source: str, stack: ExitStack) -> Callable[[Sequence[int], int, int
 
     def sample(prompt: Sequence[int], count: int, seed: int) -> Sequence[int]:
         from slipstream.runtime.llm import LLM
-        from slipstream.runtime.sampling_params import SamplingParams
+        from slipstream.runtime.sampling.params import SamplingParams
         from slipstream.server.models import load_model
 
         if not engines:

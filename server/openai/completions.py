@@ -10,10 +10,10 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
-from slipstream.runtime.step import TokenLogprobs
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.openai.errors import ApiError
 from slipstream.server.openai.logprobs import completion_logprobs, prompt_logprobs
 from slipstream.server.openai.protocol import CompletionRequest, StreamOptions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.openai.protocol import (
     ChatMessage,
     ContentPart,

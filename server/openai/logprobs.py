@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from slipstream.runtime.step import TokenLogprobs
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 # JSON has no infinity; what cannot happen is given this, as by vLLM.
 _LOWEST = -9999.0

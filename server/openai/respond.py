@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.logs import log_event
 from slipstream.server.openai.errors import ApiError, as_api_error, internal_error
 from slipstream.server.openai.middleware import direct_send, log_fields

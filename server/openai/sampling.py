@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
 # What OpenAI's completions (not chats) generate when the request does not say.

@@ -16,7 +16,7 @@ from slipstream.errors import ExecutionError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.logs import log_event
 from slipstream.server.metrics import EngineMetrics, RequestWatch, registry_of
 from slipstream.server.openai.errors import ApiError

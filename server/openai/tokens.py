@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.openai.conversation import chat_prompt
 from slipstream.server.openai.errors import ApiError
 from slipstream.server.openai.protocol import DetokenizeRequest, TokenizeRequest

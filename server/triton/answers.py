@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.runtime.step import TokenLogprobs
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.triton.parameters import Query
 
 Outputs = Mapping[str, NDArray[Any]]

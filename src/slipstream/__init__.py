@@ -7,7 +7,7 @@ from slipstream import errors
 if TYPE_CHECKING:
     from slipstream.runtime.async_llm import AsyncLLM
     from slipstream.runtime.llm import LLM
-    from slipstream.runtime.sampling_params import SamplingParams
+    from slipstream.runtime.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__", "errors"]
@@ -15,7 +15,7 @@ __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__", "errors"]
 _LAZY = {
     "LLM": "slipstream.runtime.llm",
     "AsyncLLM": "slipstream.runtime.async_llm",
-    "SamplingParams": "slipstream.runtime.sampling_params",
+    "SamplingParams": "slipstream.runtime.sampling.params",
 }
 
 

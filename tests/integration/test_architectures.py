@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
+from slipstream.runtime.engine.step import SamplingRow, StepBatch
 from slipstream.runtime.loading import load
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch
+from slipstream.runtime.sampling.params import SamplingParams
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -15,13 +15,13 @@ from transformers import LlamaConfig
 
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.step import SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch
+from slipstream.runtime.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.gpu
 FORMATS: dict[str, dict[str, Any]] = {

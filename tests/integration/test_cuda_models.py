@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
-from slipstream.plugins.linear import tactics
+from slipstream.plugins.linear.cuda import tactics
+from slipstream.runtime.engine.step import SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch
+from slipstream.runtime.sampling.params import SamplingParams
 
 Logits = NDArray[np.float32]
 

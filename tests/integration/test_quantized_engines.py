@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from tests.builder.test_checkpoint_gguf import random_blocks
+from tests.builder.checkpoints.test_gguf import random_blocks
 from tests.integration.test_architectures import run_in_chunks
 from tests.quantized_models import (
     RAGGED,
@@ -28,11 +28,11 @@ from tests.tiny_models import save_llama
 
 from slipstream.builder import build as builder
 from slipstream.builder.build import compile_checkpoint
-from slipstream.builder.checkpoints.gguf_blocks import decode
+from slipstream.builder.checkpoints.gguf.blocks import decode
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError, CheckpointError
-from slipstream.quantize.tensor import KVScales, QuantTensor
+from slipstream.weights.tensor import KVScales, QuantTensor
 
 Logits = NDArray[np.float32]
 PROMPTS = np.random.default_rng(0).integers(0, 320, (2, 75))

@@ -16,7 +16,7 @@ from slipstream import SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory

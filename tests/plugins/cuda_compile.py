@@ -19,10 +19,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.gated_mlp.cuda import gated_activation
-from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
-from slipstream.plugins.linear.cuda_blas import dequantize
-from slipstream.plugins.linear.cuda_packing import packed_size
-from slipstream.plugins.linear.tactics import default_tactic
+from slipstream.plugins.linear.cuda.blas import dequantize
+from slipstream.plugins.linear.cuda.host import DeviceWeight, embedding, linear
+from slipstream.plugins.linear.cuda.packing import packed_size
+from slipstream.plugins.linear.cuda.tactics import default_tactic
 from slipstream.plugins.paged_attention import cuda as attention_on_cuda
 from slipstream.plugins.paged_attention.cuda import (
     DecodeWorkspace,
@@ -34,7 +34,7 @@ from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_q
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.weights.tensor import WeightFormat
 
 _TYPES = {
     torch.bfloat16: "*bf16",

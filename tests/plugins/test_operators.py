@@ -16,19 +16,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from tests.plugins.linear_weights import random_weight
-from tests.plugins.test_paged_attention import Case, copy
+from tests.plugins.linear.weights import random_weight
+from tests.plugins.paged_attention.test_cpu import Case, copy
 from tests.programs import session
 
 from slipstream.builder.targets.cpu.packed import format_attributes
 from slipstream.plugins import cpu
 from slipstream.plugins.cpu.codegen import generate
 from slipstream.plugins.linear import reference as linear_reference
-from slipstream.plugins.linear.packing import pack
+from slipstream.plugins.linear.cpu.packing import pack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.plugins.paged_attention import reference as attention_reference
 from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
-from slipstream.quantize.tensor import QuantTensor, WeightFormat, ZeroKind
+from slipstream.weights.tensor import QuantTensor, WeightFormat, ZeroKind
 
 Inputs = dict[str, NDArray[Any] | None]
 DTYPES = {"float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int32", "uint8"}

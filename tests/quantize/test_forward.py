@@ -21,7 +21,7 @@ from transformers import (
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.quantize.activations import KVQuant
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.tensor import KVScales
+from slipstream.weights.tensor import KVScales
 
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 CONFIGS: dict[str, PreTrainedConfig] = {

@@ -23,7 +23,7 @@ from slipstream.quantize.plan import make_plan
 from slipstream.quantize.sensitivity import choose_qformats
 from slipstream.quantize.sites import SITES
 from slipstream.quantize.statistics import Collector
-from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor
+from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor
 
 SHAPE: dict[str, Any] = {**TINY_SHAPE, "num_hidden_layers": 2}
 RNG = np.random.default_rng(0)

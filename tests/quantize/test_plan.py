@@ -11,7 +11,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import LayerPlan, Plan, make_plan
-from slipstream.quantize.tensor import Kind, KVScales, LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import Kind, KVScales, LazyTensor, QuantTensor, WeightFormat
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.writing.directory import DirectoryWriter
 from slipstream.errors import (
     BuildError,
     CheckpointError,
@@ -24,8 +25,7 @@ from slipstream.quantize import quantize as module
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.quantize import LAYERS, MEASURING, Text, quantize
 from slipstream.quantize.report import Report
-from slipstream.quantize.writers.directory import DirectoryWriter
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 Run = Callable[..., Report]
 

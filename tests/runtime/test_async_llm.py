@@ -12,7 +12,7 @@ from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.request import RequestOutput
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 
 Body = Callable[[AsyncLLM, CountingExecutor], Awaitable[None]]

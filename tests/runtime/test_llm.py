@@ -8,7 +8,7 @@ from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.request_factory import Prompt
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import EOS, counting_engine
 
 

@@ -76,7 +76,7 @@ def test_what_cannot_be_scored(tiny_engine: Path) -> None:
 def test_a_gpu_engine_is_scored_by_its_own_kernels(
     tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slipstream.plugins.linear import tactics
+    from slipstream.plugins.linear.cuda import tactics
     from slipstream.runtime.executors.cuda.runner import StepRunner
 
     # Steps run kernel by kernel here, and without GEMVs, which take the interpreter a second each.

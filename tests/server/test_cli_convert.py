@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
-from slipstream.quantize.plan import layer_of, linears
-from slipstream.quantize.rtn import Bits, quantize_rtn
-from slipstream.quantize.tensor import QuantTensor
-from slipstream.quantize.writers import create_layout
-from slipstream.quantize.writers.directory import DirectoryWriter, kv_arrays
+from slipstream.builder.checkpoints.names import layer_of, linears
+from slipstream.builder.checkpoints.writing import create_layout
+from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
 from slipstream.server.cli import slipstream
+from slipstream.weights.rtn import Bits, quantize_rtn
+from slipstream.weights.tensor import QuantTensor
 
 
 def run(*arguments: Any) -> Result:  # noqa: ANN401 - paths and texts

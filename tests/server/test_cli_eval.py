@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.quantize import texts
-from slipstream.runtime.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.cli import slipstream
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the cat sat on the mat. " * 12

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from slipstream.runtime.llm import LLM
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.cli import slipstream
 from slipstream.server.commands import generate as module

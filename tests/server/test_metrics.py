@@ -5,8 +5,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
-from slipstream.runtime.scheduler import SchedulerStats
 from slipstream.server.metrics import FAMILIES, EngineMetrics, Histogram, registry_of, render
 
 STATS = SchedulerStats(

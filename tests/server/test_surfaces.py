@@ -17,7 +17,7 @@ from tests.server.triton.harness import Server, install, running
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.triton.repository import Deployment, write_repository
 
 pytestmark = pytest.mark.triton_server

@@ -26,10 +26,10 @@ _PACKAGE = "slipstream.builder.checkpoints.quantized"
 # Each module has `read(stored, quantization, config)`; it is imported when it is needed.
 _READERS: Mapping[str, str] = MappingProxyType(
     {
-        "awq": "awq",
-        "gptq": "gptq",
+        "awq": "awq.reader",
+        "gptq": "gptq.reader",
         "bitsandbytes": "bitsandbytes",
-        "compressed-tensors": "compressed_tensors",
+        "compressed-tensors": "compressed_tensors.reader",
         "fp8": "fp8",
         "fbgemm_fp8": "fp8",
         "modelopt": "modelopt",

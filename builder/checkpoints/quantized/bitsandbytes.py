@@ -23,7 +23,7 @@ from slipstream.builder.checkpoints.quantized.stored import (
 from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 _STATE = "quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")

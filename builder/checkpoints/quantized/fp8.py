@@ -21,7 +21,7 @@ from slipstream.builder.checkpoints.quantized.weights import Parts, float8_weigh
 from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import Activation, LazyTensor
+from slipstream.weights.tensor import Activation, LazyTensor
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _INPUT_SCALES = ("input_scale", "activation_scale")

@@ -11,7 +11,7 @@ import numpy as np
 
 from slipstream.builder.checkpoints.quantized.stored import Stored
 from slipstream.builder.models.config import ModelConfig
-from slipstream.quantize.tensor import KVScales
+from slipstream.weights.tensor import KVScales
 
 # self_attn.k_scale, .attn.k_scale, .qkv_proj.k_scale, .k_proj.k_scale (modelopt),
 # .k_proj.output_scale (2024), .k_cache.scale, and kv_scale, which is both.

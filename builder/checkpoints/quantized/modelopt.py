@@ -31,7 +31,7 @@ from slipstream.builder.checkpoints.quantized.weights import (
 from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import (
+from slipstream.weights.tensor import (
     Activation,
     InputTransform,
     LazyTensor,

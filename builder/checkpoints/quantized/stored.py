@@ -13,7 +13,7 @@ import numpy as np
 from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import KVScales, LazyTensor
+from slipstream.weights.tensor import KVScales, LazyTensor
 
 # Tensors that some checkpoints carry and that the configuration already says.
 _REDUNDANT = ("rotary_emb.inv_freq",)

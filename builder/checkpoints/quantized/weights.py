@@ -18,7 +18,7 @@ from slipstream.builder.checkpoints.quantized.scales import (
 )
 from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import (
+from slipstream.weights.tensor import (
     Activation,
     InputTransform,
     LazyTensor,

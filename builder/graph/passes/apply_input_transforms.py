@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.passes.matrices import embedded
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.quantize.tensor import InputTransform, LazyTensor, QuantTensor
+from slipstream.weights.tensor import InputTransform, LazyTensor, QuantTensor
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]

@@ -22,7 +22,7 @@ from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.passes.rewrite import Holds
 from slipstream.builder.graph.program import Program
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import E2M1, Kind, LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import E2M1, Kind, LazyTensor, QuantTensor, WeightFormat
 
 _GROUP = 32
 _MIDPOINT = 128

@@ -19,7 +19,7 @@ from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.passes.rewrite import Holds
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 _GROUPS = (128, 64, 32, 16)
 _BLOCK = 128

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from slipstream.builder.graph.passes.rewrite import replace, sole_consumer
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.operators import DOMAIN
-from slipstream.quantize.tensor import LazyTensor, stack_rows
+from slipstream.weights.tensor import LazyTensor, stack_rows
 
 
 def fuse_parallel_linears(program: Program) -> int:

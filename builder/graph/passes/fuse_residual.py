@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.rewrite import Holds, linear_only_for, replace
 from slipstream.builder.graph.program import Program
-from slipstream.plugins.linear.packing import can_pack
+from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.plugins.operators import DOMAIN
 
 

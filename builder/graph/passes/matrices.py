@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor
 
 log = logging.getLogger(__name__)
 _OPERATORS = ("Linear", "Embedding")

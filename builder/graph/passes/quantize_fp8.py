@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.fp8 import fp8_format, quantize_fp8
-from slipstream.quantize.tensor import LazyTensor, QuantTensor
+from slipstream.weights.fp8 import fp8_format, quantize_fp8
+from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 
 def quantize_fp8_weights(program: Program) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.rtn import Bits, largest_group, quantize_rtn
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
+from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
 log = logging.getLogger(__name__)
 

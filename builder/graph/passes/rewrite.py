@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.weights.tensor import WeightFormat
 
 # Whether a target's kernels of Linear take a weight of this format, with all that is fused into it.
 Holds = Callable[[WeightFormat], bool]

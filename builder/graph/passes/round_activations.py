@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.program import Program
-from slipstream.quantize.tensor import Activation, LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import Activation, LazyTensor, QuantTensor, WeightFormat
 
 # What the checkpoint says; a scale that somebody calibrated is not dropped silently.
 _SAID: Mapping[Activation, tuple[str, int]] = MappingProxyType(

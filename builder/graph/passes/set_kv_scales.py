@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
 from slipstream.errors import CheckpointError
-from slipstream.quantize.tensor import KVScales
+from slipstream.weights.tensor import KVScales
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from slipstream.builder.targets.cpu.elementwise import (
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.errors import BuildError
-from slipstream.plugins.linear.packing import can_pack
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.plugins.linear.cpu.packing import can_pack
+from slipstream.weights.tensor import WeightFormat
 
 _LIMITS = EngineLimits()
 _CHOICES = {

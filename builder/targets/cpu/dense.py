@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.plugins.linear.packing import can_pack
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.plugins.linear.cpu.packing import can_pack
+from slipstream.weights.tensor import LazyTensor
 
 
 def lower_dense_linear(program: Program) -> int:

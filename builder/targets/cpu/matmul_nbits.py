@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
 from slipstream.errors import BuildError
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 ACCURACY_LEVEL = 4
 BLOCKS = (16, 32, 64, 128, 256)

@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
 from slipstream.plugins.linear import ZERO_KINDS
-from slipstream.plugins.linear.packing import can_pack, pack, packed_size, scale_bytes
-from slipstream.quantize.tensor import LazyTensor, WeightFormat
+from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size, scale_bytes
+from slipstream.weights.tensor import LazyTensor, WeightFormat
 
 SUFFIX = ".packed"
 

@@ -28,9 +28,9 @@ from slipstream.builder.targets.cuda.attention import use_row_major_keys
 from slipstream.builder.targets.cuda.weights import PackWeights, SetPrecision, StoreVectors
 from slipstream.errors import BuildError
 from slipstream.plugins.linear import WEIGHT_TYPES
-from slipstream.plugins.linear.cuda_packing import can_pack
-from slipstream.plugins.linear.tactics import whole_rows
-from slipstream.quantize.tensor import WeightFormat
+from slipstream.plugins.linear.cuda.packing import can_pack
+from slipstream.plugins.linear.cuda.tactics import whole_rows
+from slipstream.weights.tensor import WeightFormat
 
 _LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
 _DTYPES = ("bfloat16", "float16")

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.plugins.linear.cuda_packing import format_attributes, pack, packed_size
-from slipstream.plugins.linear.tactics import describe
+from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
+from slipstream.plugins.linear.cuda.tactics import describe
 
 SUFFIX = ".cuda"
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError
-from slipstream.plugins.linear.tactics import Tactics
+from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Event, Work
 from slipstream.runtime.executors.cuda.pending import Part, PendingCUDAStep
@@ -25,9 +26,8 @@ from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, supports, supports_params
 from slipstream.runtime.executors.cuda.weights import load_weights
-from slipstream.runtime.sampler import Sampler
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch, StepResult
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.

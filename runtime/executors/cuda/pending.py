@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.step import SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.executors.cuda.device import Event
-from slipstream.runtime.step import SamplingRow, StepResult, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.gated_mlp.cuda import gated_activation
-from slipstream.plugins.linear.cuda import DeviceWeight, embedding, linear
-from slipstream.plugins.linear.cuda_packing import format_of
-from slipstream.plugins.linear.tactics import Tactics
+from slipstream.plugins.linear.cuda.host import DeviceWeight, embedding, linear
+from slipstream.plugins.linear.cuda.packing import format_of
+from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import (
     DecodeWorkspace,
     StepTensors,

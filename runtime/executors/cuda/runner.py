@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
+from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.inputs import (
@@ -21,7 +22,6 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.step import IntArray, StepBatch
 
 # Kinds of sampling that are captured at the start; the others are, when they are first asked for.
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)

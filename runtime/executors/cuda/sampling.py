@@ -18,9 +18,9 @@ from slipstream.errors import ExecutionError
 from slipstream.plugins import sampling
 from slipstream.plugins.sampling import MAX_BIASES, MAX_LOGPROBS, Field, Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
-from slipstream.runtime.logits_processors import ending_tokens
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import IntArray, SamplingRow, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, TokenLogprobs
+from slipstream.runtime.sampling.logits_processors import ending_tokens
+from slipstream.runtime.sampling.params import SamplingParams
 
 _STEPS_IN_FLIGHT = 2
 

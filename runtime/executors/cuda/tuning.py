@@ -9,9 +9,9 @@ import onnx_ir as ir
 from torch import Tensor
 
 from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
-from slipstream.plugins.linear.cuda import DeviceWeight
-from slipstream.plugins.linear.cuda_tuning import Problem, Tuned, cold, tune
-from slipstream.plugins.linear.tactics import BUCKETS, Tactics
+from slipstream.plugins.linear.cuda.host import DeviceWeight
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactics
+from slipstream.plugins.linear.cuda.tuning import Problem, Tuned, cold, tune
 from slipstream.runtime.executors.cuda.device import Device, require
 from slipstream.runtime.executors.cuda.program import node_dtype, node_weight
 from slipstream.runtime.executors.cuda.weights import load_weights

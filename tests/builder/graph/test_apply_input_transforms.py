@@ -10,7 +10,7 @@ from tests.programs import run_onnxruntime as run
 
 from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
 from slipstream.builder.targets.cpu.packed import pack_linear
-from slipstream.quantize.tensor import InputTransform, LazyTensor, QuantTensor
+from slipstream.weights.tensor import InputTransform, LazyTensor, QuantTensor
 
 K = 64
 ORDER = np.random.default_rng(0).permutation(K).astype(np.int32)

@@ -11,8 +11,8 @@ from tests.quantized_models import NF4, Scheme, float4, float8, nf4, with_input
 
 from slipstream.builder.graph.passes.convert_to_integers import ConvertToIntegers, integer_format
 from slipstream.errors import CheckpointError
-from slipstream.quantize.rtn import quantize_rtn
-from slipstream.quantize.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.rtn import quantize_rtn
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 LINEAR = """g (float[T, 256] x, float[300, 256] w) => (float[T, 300] y) {
   y = slipstream.Linear <in_features = 256, out_features = 300> (x, w)

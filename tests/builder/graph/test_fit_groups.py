@@ -10,8 +10,9 @@ from tests.quantized_models import Scheme, float8, integers
 
 from slipstream.builder.graph.passes.fit_groups import FitGroups, refit
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower
-from slipstream.plugins.linear import cuda_packing, packing
-from slipstream.quantize.tensor import QuantTensor, WeightFormat
+from slipstream.plugins.linear.cpu import packing
+from slipstream.plugins.linear.cuda import packing as cuda_packing
+from slipstream.weights.tensor import QuantTensor, WeightFormat
 
 TARGETS = {
     "cpu": FitGroups((packing.can_pack, can_lower)),

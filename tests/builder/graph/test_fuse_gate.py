@@ -5,7 +5,7 @@ from tests.programs import assert_close, dense, grouped, listing, outputs, parse
 
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.verifier import verify
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor
 
 TEXT = """g (float[T, 64] x, float[96, 64] w) => (float[T, 48] y) {
   h = slipstream.Linear <in_features = 64, out_features = 96> (x, w)

@@ -9,7 +9,7 @@ from tests.programs import assert_close, dense, grouped, listing, outputs, parse
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.program import Program
 from slipstream.builder.graph.verifier import verify
-from slipstream.quantize.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor
 
 QKV = """g (float[T, 64] x, float[48, 64] q, float[16, 64] k, float[32, 64] v) => (float[T, 96] y) {
   a = slipstream.Linear <in_features = 64, out_features = 48> (x, q)

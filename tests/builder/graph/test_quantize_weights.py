@@ -8,7 +8,7 @@ from tests.programs import assert_close, dense, grouped, listing, outputs, parse
 
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
 from slipstream.builder.graph.verifier import verify
-from slipstream.quantize.rtn import Bits, quantize_rtn
+from slipstream.weights.rtn import Bits, quantize_rtn
 
 TEXT = """g (int32[T] ids, float[320, 128] e, float[64, 128] w, float[128, 64] v, float[64] b,
   float[320, 128] head) => (float[T, 320] y) {

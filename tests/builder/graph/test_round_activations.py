@@ -9,7 +9,7 @@ from tests.quantized_models import float8, integers
 
 from slipstream.builder.graph.passes.dequantize_unheld import DequantizeUnheld
 from slipstream.builder.graph.passes.round_activations import RoundActivations
-from slipstream.quantize.tensor import LazyTensor, QuantTensor
+from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 TWO = """g (float[T, 64] x, float[48, 64] a, float[16, 64] b) => (float[T, 48] y, float[T, 16] z) {
   y = slipstream.Linear <in_features = 64, out_features = 48> (x, a)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from tests.builder.test_checkpoint_gguf import TinyModel, tiny
+from tests.builder.checkpoints.test_gguf import TinyModel, tiny
 from tests.integration.test_architectures import run_in_chunks
 from tests.tiny_models import LLAMA, Arrays, llama_tensors, save_llama
 
@@ -18,7 +18,7 @@ from slipstream.builder.build import build, plan
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
-from slipstream.quantize.rtn import largest_group, quantize_rtn
+from slipstream.weights.rtn import largest_group, quantize_rtn
 
 Logits = NDArray[np.float32]
 PROMPTS = np.random.default_rng(0).integers(0, 40, (2, 75))

@@ -29,10 +29,10 @@ from slipstream.builder.engine import open_engine
 from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
-from slipstream.plugins.linear.cuda_packing import format_of, unpack
-from slipstream.quantize.fp8 import quantize_fp8
-from slipstream.quantize.rtn import quantize_rtn
-from slipstream.quantize.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
+from slipstream.plugins.linear.cuda.packing import format_of, unpack
+from slipstream.weights.fp8 import quantize_fp8
+from slipstream.weights.rtn import quantize_rtn
+from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
 
 LAYERS = LLAMA["num_hidden_layers"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.step import SamplingRow, StepBatch
 from slipstream.runtime.executors.counting import CountingExecutor
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch
+from slipstream.runtime.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

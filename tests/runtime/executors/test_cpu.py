@@ -17,7 +17,7 @@ from slipstream.builder.build import build
 from slipstream.builder.engine import sha256
 from slipstream.builder.options import BuildOptions, KVCacheDtype
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
-from slipstream.runtime.engine_loop import EngineLoop
+from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.executors.cpu import CPUExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput

@@ -15,8 +15,8 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.scheduler import SchedulerStats
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.openai.options import ServerOptions
 from slipstream.server.openai.serve import DrainingServer, bind, server_of, url_of

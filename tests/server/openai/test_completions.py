@@ -12,7 +12,7 @@ from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 
 CASES: dict[str, dict[str, Any]] = {

@@ -4,9 +4,9 @@ import math
 
 import tokenizers
 
-from slipstream.runtime.step import TokenLogprobs
+from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.testing import counting_tokenizer
-from slipstream.runtime.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
 from slipstream.server.openai.logprobs import (
     TokenTexts,
     chat_logprobs,

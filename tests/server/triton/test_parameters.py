@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.triton.interface import INPUTS, OUTPUTS, SAMPLING, SWITCHES
 from slipstream.server.triton.parameters import Query, read_query
 

@@ -15,7 +15,7 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.request import RequestOutput
-from slipstream.runtime.sampling_params import SamplingParams
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.triton.answers import Answer, Outputs
 from slipstream.server.triton.errors import CancelledError

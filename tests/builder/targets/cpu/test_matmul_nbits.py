@@ -6,7 +6,7 @@ from tests.programs import run_onnxruntime as run
 
 from slipstream.builder.targets.cpu.dense import store_dense_weights
 from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
-from slipstream.quantize.tensor import ZeroKind
+from slipstream.weights.tensor import ZeroKind
 
 TEXT = """g (float[T, 192] x, float[48, 192] w, float[48] b) => (float[T, 48] y) {
   y = slipstream.Linear <in_features = 192, out_features = 48> (x, w, b)

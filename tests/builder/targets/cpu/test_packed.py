@@ -8,8 +8,8 @@ from tests.programs import run_onnxruntime as run
 from slipstream.builder.targets.cpu.dense import store_dense_weights
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.plugins.linear import ZERO_KINDS
-from slipstream.plugins.linear.packing import packed_size
-from slipstream.quantize.tensor import ZeroKind
+from slipstream.plugins.linear.cpu.packing import packed_size
+from slipstream.weights.tensor import ZeroKind
 
 LINEAR = """g (float[T, 128] x, float[128] n, float[96, 128] w, float[96] b, float[T, 48] r)
   => (float[T, 48] y) {

@@ -19,7 +19,7 @@ from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, MissingDependencyError
 from slipstream.plugins.cuda.launch import interpreting
-from slipstream.plugins.linear import tactics
+from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slipstream.runtime.engine.step import SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.inputs import Shape, StepInputs, query_blocks
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepBatch
+from slipstream.runtime.sampling.params import SamplingParams
 
 
 def batch(counts: list[int], contexts: list[int], columns: int = 3) -> StepBatch:

@@ -29,10 +29,10 @@ from slipstream.builder import build as builder
 from slipstream.builder.engine import GRAPH
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
-from slipstream.plugins.linear import tactics
-from slipstream.quantize.tensor import KVScales
+from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.weights.tensor import KVScales
 
 # What padding computes is undefined, of which NumPy warns in the interpreter.
 pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from slipstream.errors import ExecutionError
 from slipstream.plugins.sampling import MAX_BIASES, Kind, reference
-from slipstream.runtime.candidates import draw_token
+from slipstream.runtime.engine.step import SamplingRow, StepResult
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, supports
-from slipstream.runtime.logits_processors import process_logits
-from slipstream.runtime.sampler import Sampler, token_logprobs
-from slipstream.runtime.sampling_params import SamplingParams
-from slipstream.runtime.step import SamplingRow, StepResult
+from slipstream.runtime.sampling.candidates import draw_token
+from slipstream.runtime.sampling.logits_processors import process_logits
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.sampler import Sampler, token_logprobs
 
 Floats = NDArray[np.float32]
 

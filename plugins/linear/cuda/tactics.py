@@ -1,0 +1,350 @@
+"""Which kernel runs a Linear, and with which tiles: by weight, shape and number of tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from slipstream.errors import EngineMismatchError
+from slipstream.plugins.cuda.detect import shared_memory
+from slipstream.weights.tensor import WeightFormat
+
+log = logging.getLogger(__name__)
+
+Kernel = Literal["gemv", "dot", "blas"]
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+GEMV_TOKENS = 4
+DOT_TOKENS = 256
+# Up to this many tokens gemv is the better guess: its arithmetic grows with them.
+_GUESS_GEMV_TOKENS = 2
+_PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
+_SPARE_BYTES = 3 << 10  # of shared memory, for what Triton adds to the tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Tactic:
+    """A kernel and its tiles.
+
+    block_n      rows of the result a program computes (gated: pairs of rows).
+    block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
+    num_stages   gemv: vectors in flight a row; dot: steps in flight.
+    fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
+    split_k      dot: programs that share the K of a tile.
+    swap         dot: the weight is the left operand, as wgmma wants few tokens.
+    """
+
+    kernel: Kernel
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    fuse_norm: bool = False
+    split_k: int = 1
+    swap: bool = False
+
+
+def vector_size(fmt: WeightFormat) -> int:
+    """Elements of a weight in 16 bytes."""
+    bits = {"dense": 16, "float8_e4m3": 8, "int": fmt.bits}[fmt.kind]
+    return 128 // bits
+
+
+def weight_key(fmt: WeightFormat) -> str:
+    """Short name of a format without its shape, such as ``int4g128z``."""
+    if fmt.kind == "dense":
+        return fmt.dtype
+    if fmt.kind == "float8_e4m3":
+        return "fp8block" if fmt.rows > 1 else "fp8"
+    if whole_rows(fmt):
+        return "int8row"
+    return f"int{fmt.bits}g{fmt.group}{fmt.zero[0]}"
+
+
+def whole_rows(fmt: WeightFormat) -> bool:
+    """Whether an integer weight has one scale a row."""
+    return (
+        fmt.kind == "int"
+        and fmt.bits == 8
+        and fmt.zero == "midpoint"
+        and (fmt.group == fmt.shape[1])
+    )
+
+
+def can_stream(fmt: WeightFormat) -> bool:
+    """Whether gemv and dot can read the rows of a weight in whole vectors."""
+    return fmt.shape[1] % (4 if fmt.kind == "int" else vector_size(fmt)) == 0
+
+
+def multiplies_in(fmt: WeightFormat) -> str:
+    """The type in which many tokens are multiplied: "float8", "int8" or "dense"."""
+    n, k = fmt.shape
+    if fmt.activation not in ("token", "static"):
+        return "dense"
+    if fmt.kind == "float8_e4m3" and n % 16 == 0 and k % 16 == 0:
+        return "float8"
+    if whole_rows(fmt) and n % 8 == 0 and k % 8 == 0:
+        return "int8"
+    return "dense"
+
+
+def describe(fmt: WeightFormat) -> str:
+    """The kernels of a weight, for people: ``fp8: GEMV, dot, cuBLASLt float8``."""
+    few = ["GEMV", "dot"] if can_stream(fmt) else []
+    many = f"cuBLASLt {multiplies_in(fmt)}"
+    if fmt.kind == "dense":
+        many = "cuBLAS"
+    elif multiplies_in(fmt) == "dense":
+        many = "dense fallback (dequantize, cuBLAS)"
+    return f"{weight_key(fmt)}: {', '.join([*few, many])}"
+
+
+def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
+    """Tokens up to which dot is the better guess; more go to the BLAS library.
+
+    That multiplies 16-bit weights as they are, and float8 ones twice as fast where the GPU can; an
+    integer weight must first be written to memory as a dense one.
+    """
+    if fmt.kind == "float8_e4m3" and fmt.rows == 1 and capability >= (8, 9):
+        return 32
+    return 64 if fmt.kind == "dense" else 128
+
+
+def default_tactic(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    """A sensible tactic for a shape that nobody timed."""
+    if not can_stream(fmt):
+        return Tactic("blas")
+    if tokens <= _GUESS_GEMV_TOKENS:
+        return _default_gemv(fmt, gated)
+    if tokens <= largest_dot(fmt, capability):
+        return _default_dot(fmt, gated, tokens, capability)
+    return Tactic("blas")
+
+
+def _default_gemv(fmt: WeightFormat, gated: bool) -> Tactic:
+    """What was quickest on an H100 for the shapes of an 8B Llama, by their kind.
+
+    Rows of many vectors are shared by two warps, and few rows make small programs, so that there
+    are enough of them. A gated thread has two rows for one, so it takes fewer.
+    """
+    lanes, warps = (64, 8) if fmt.shape[1] >= 128 * vector_size(fmt) and not gated else (32, 4)
+    few = fmt.shape[0] < 6144 or gated
+    rows_a_thread = 2 if few else 4
+    rows = 32 * warps // lanes * rows_a_thread
+    return Tactic(
+        "gemv",
+        block_n=rows // 2 if gated else rows,
+        block_k=lanes * vector_size(fmt),
+        num_warps=warps,
+        num_stages=2 if few else 1,
+        fuse_norm=True,
+    )
+
+
+def _default_dot(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    width = fmt.shape[0] // (2 if gated else 1)
+    if capability[0] == 9:
+        found = _hopper_dot(fmt, width, tokens)
+    else:
+        crowded = gated and tokens > 32  # two sums of a tile no longer fit the registers
+        block_n = 64 if width >= 64 * _PROCESSORS and not crowded else 32
+        split = _split(width, block_n, tokens, _PROCESSORS)
+        found = Tactic("dot", block_n, 64 if tokens > 32 else 128, num_stages=4, split_k=split)
+    return _fit_stages(found, fmt, gated, tokens, capability)
+
+
+def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
+    """As ``_default_gemv``. With the weight on the left, wgmma takes few tokens as they are."""
+    many = tokens > 32
+    if fmt.kind == "dense":
+        block_n = 32 if many and width <= 64 * 66 else 64
+        split = 1 if many else min(_split(width, block_n, tokens, 128), 2)
+        return Tactic("dot", block_n, 128, num_stages=6, split_k=split, swap=not many)
+    if fmt.kind == "float8_e4m3":
+        split = _split(width, 64, tokens, 128 if many else 256)
+        return Tactic("dot", 64, 128, num_stages=6, split_k=split, swap=many)
+    block_n, warps = (128, 8) if many else (64, 4)
+    split = _split(width, block_n, tokens, 96 if many else 192)
+    return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
+
+
+def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
+    """By how many programs the K of a tile is shared, so that there are ``programs`` or more."""
+    split = 1
+    while split < 4 and -(-width // block_n) * split < programs and tokens <= 64:
+        split *= 2
+    return split
+
+
+def _fit_stages(
+    tactic: Tactic, fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> Tactic:
+    """With as many stages as shared memory holds, at least two."""
+    elements = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
+    bits = fmt.bits or 16
+    rows = tactic.block_n * (2 if gated else 1)
+    stage = elements * (2 * block_m(tokens) + rows * bits // 8)
+    room = min(shared_memory(capability) - _SPARE_BYTES, 200 << 10)
+    return replace(tactic, num_stages=max(2, min(tactic.num_stages, room // stage)))
+
+
+def block_m(tokens: int) -> int:
+    """Tokens of a tile of dot."""
+    return next((size for size in (16, 32, 64) if tokens <= size), 128)
+
+
+def candidate_tactics(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """What is worth timing, the default first."""
+    found = [default_tactic(fmt, gated, tokens, capability)]
+    if can_stream(fmt) and tokens <= GEMV_TOKENS:
+        found += _gemv_candidates(fmt, gated, tokens)
+        found += [replace(found[0], fuse_norm=False)]
+    if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
+        found += _dot_candidates(fmt, gated, tokens, capability)
+    return list(dict.fromkeys([*found, Tactic("blas")]))
+
+
+def _gemv_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic]:
+    """Warps, lanes along K, vectors a thread, stages; a gated row is two vectors."""
+    choices = [
+        (4, 32, 2, 1), (4, 32, 2, 2), (4, 32, 4, 1), (4, 32, 4, 2), (8, 32, 2, 1), (8, 32, 2, 2),
+        (8, 64, 4, 1), (8, 64, 2, 2), (2, 32, 4, 1),
+    ]  # fmt: skip
+    if not gated and fmt.kind != "int":
+        choices += [(8, 32, 1, 2), (8, 32, 1, 4), (4, 32, 1, 4)]
+    if fmt.kind == "int" and tokens == 1:
+        choices += [(4, 32, 8, 1), (4, 64, 8, 1)]
+    return [
+        Tactic(
+            "gemv",
+            block_n=32 * warps // lanes * vectors // (2 if gated else 1),
+            block_k=lanes * vector_size(fmt),
+            num_warps=warps,
+            num_stages=stages,
+            fuse_norm=True,
+        )
+        for warps, lanes, vectors, stages in choices
+    ]
+
+
+def _dot_candidates(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """Rows and elements of K of a tile, warps, and whether the weight is on the left."""
+    whole = 1024 // fmt.bits if fmt.kind == "int" else 0
+    choices = [(16, 256, 4, False), (32, 128, 4, False), (64, 128, 4, False), (32, 64, 4, False)]
+    if tokens > 64:
+        choices = [(32, 64, 4, False), (64, 64, 4, False), (128, 64, 8, False)]
+    if capability[0] == 9:
+        choices += [(64, 128, 4, True), (64, 64, 4, True), (128, 64, 8, True)]
+    width = fmt.shape[0] // (2 if gated else 1)
+    found = []
+    for rows, columns, warps, swap in choices:
+        programs = -(-width // rows)
+        for split in (1, 2, 4) if tokens <= 64 or whole else (1,):
+            if split > 1 and programs * split > 4 * _PROCESSORS:
+                continue
+            columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
+            tactic = Tactic("dot", rows, columns, warps, 6, False, split, swap)
+            found.append(_fit_stages(tactic, fmt, gated, tokens, capability))
+    return found
+
+
+@dataclass(slots=True)
+class Tactics:
+    """The tactics that were timed on a GPU, by ``entry_key``."""
+
+    capability: tuple[int, int]
+    device: str = ""
+    entries: dict[str, Tactic] = field(default_factory=dict)
+
+    def find(self, fmt: WeightFormat, gated: bool, tokens: int) -> Tactic:
+        """The tactic that was timed for this shape and bucket of tokens, or the default."""
+        bucket = next((size for size in BUCKETS if size >= tokens), None)
+        if bucket is None:
+            return Tactic("blas")
+        found = self.entries.get(entry_key(fmt, gated, bucket))
+        return found or default_tactic(fmt, gated, tokens, self.capability)
+
+    def put(self, fmt: WeightFormat, gated: bool, tokens: int, tactic: Tactic) -> None:
+        """Store the tactic of a shape for a bucket of tokens, one of ``BUCKETS``."""
+        assert tokens in BUCKETS, tokens
+        self.entries[entry_key(fmt, gated, tokens)] = tactic
+
+    def to_json(self) -> str:
+        """The table as the text of ``tactics.json``, a line an entry."""
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(_given(tactic))}"
+            for key, tactic in sorted(self.entries.items())
+        ]
+        head = f'{{"device": {json.dumps(self.device)}, "capability": {[*self.capability]},'
+        return f'{head}\n "entries": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Tactics:
+        """The table in a text; raises EngineMismatchError for anything this version does not
+        know."""
+        try:
+            table = json.loads(text)
+            _only(table, {"device", "capability", "entries"})
+            major, minor = table["capability"]
+            entries = {key: _tactic(entry) for key, entry in table["entries"].items()}
+            return cls((int(major), int(minor)), str(table["device"]), entries)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EngineMismatchError(
+                f"tactics.json cannot be used: {error}; delete it or tune the engine again"
+            ) from error
+
+    @classmethod
+    def load(cls, file: Path | None, capability: tuple[int, int], device: str) -> Tactics:
+        """The table that ships for GPUs of this capability, and over it the one in ``file``, if
+        that was timed on this very device."""
+        table = cls(capability, device)
+        shipped = Path(__file__).with_name(f"tactics_sm{capability[0]}{capability[1]}.json")
+        if shipped.exists():
+            table.entries |= cls.from_json(shipped.read_text()).entries
+        if file is not None and file.exists():
+            timed = cls.from_json(file.read_text())
+            if timed.device == device and timed.capability == capability:
+                table.entries |= timed.entries
+            else:
+                log.info("tactics.json was timed on %s, this is %s: not used", timed.device, device)
+        return table
+
+
+def _given(tactic: Tactic) -> dict[str, object]:
+    """The fields that differ from their defaults."""
+    usual = Tactic(tactic.kernel)
+    return {
+        name: value
+        for name, value in asdict(tactic).items()
+        if name == "kernel" or value != getattr(usual, name)
+    }
+
+
+def entry_key(fmt: WeightFormat, gated: bool, bucket: int) -> str:
+    """The key of a shape and bucket, such as ``int4g128z 28672x4096 gated 4``."""
+    n, k = fmt.shape
+    return f"{weight_key(fmt)} {n}x{k} {'gated ' if gated else ''}{bucket}"
+
+
+def _tactic(entry: dict[str, Any]) -> Tactic:
+    _only(entry, {f.name for f in fields(Tactic)})
+    tactic = Tactic(**entry)
+    if tactic.kernel not in get_args(Kernel):
+        raise ValueError(f"no kernel {tactic.kernel!r}; there are {', '.join(get_args(Kernel))}")
+    return tactic
+
+
+def _only(found: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(unknown)}")

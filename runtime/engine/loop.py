@@ -1,0 +1,263 @@
+"""The loop: schedule a step and start it, wait for the step before, tell callers of that."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.request_state import CompletionState, RequestState
+from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
+from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.step import SamplingRow, StepResult
+from slipstream.runtime.executors.base import PendingStep
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.detokenizer import Detokenizer
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step on its way, and whose logits rows it computes.
+
+    ``in_lockstep``: it must land before the next is started.
+    """
+
+    plan: StepPlan
+    owners: list[Sequence]
+    rows: list[SamplingRow]
+    pending: PendingStep
+    in_lockstep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A step that the device did not take; it ends in its turn, as one that failed."""
+
+    error: Exception
+
+    def result(self) -> StepResult:
+        raise self.error
+
+
+class EngineLoop:
+    """Drives one engine; every method but ``validate`` and ``stats`` belongs to one thread.
+
+    Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
+    outputs of a step while the device computes the next. A device that runs ahead gets yet another
+    step before that one has landed, so that it is never idle; what a sequence has there beyond its
+    end is ignored.
+    """
+
+    def __init__(
+        self, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
+        if num_pages < 1:
+            raise CapacityError(
+                f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
+            )
+        self.scheduler = Scheduler(engine.config, num_pages)
+        self._engine = engine
+        self._builder = BatchBuilder(engine.config)
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self._requests: dict[str, RequestState] = {}
+        self._changed: dict[RequestState, None] = {}
+        # Unfinished requests whose tokens the host must know before it starts another step.
+        self._in_lockstep: set[RequestState] = set()
+        self._flight: _Flight | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` still has something to compute or to tell."""
+        return bool(self._changed or self._flight or self.scheduler.has_work)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """A snapshot of the scheduler; may be read from any thread."""
+        return self.scheduler.stats
+
+    def validate(self, request: Request) -> None:
+        """Raise the typed error that ``add_request`` would raise; safe from any thread."""
+        tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
+        self.scheduler.clamp_max_tokens(len(tokens), request.params.max_tokens)
+        if min(tokens) < 0 or max(tokens) >= vocab_size:
+            raise InvalidRequestError(
+                f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
+                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?"
+            )
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises ``InvalidRequestError`` or ``CapacityError`` for one that could never run.
+        """
+        self.validate(request)
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
+        completions = [self._completion(s) for s in self._sequences(request)]
+        state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))
+        self._requests[request.request_id] = state
+        if not self._runs_ahead_of(request.params):
+            self._in_lockstep.add(state)
+        self.scheduler.add(completions[0].sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its pages are free for the next step. Unknown ids are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._end(state, "abort")
+
+    def shutdown(self) -> None:
+        """Wait for the device and free it; unfinished requests are dropped."""
+        flight, self._flight = self._flight, None
+        self._land(flight)
+        self._engine.executor.shutdown()
+
+    def step(self) -> list[RequestOutput]:
+        """Finish the step on its way, start the next (before that, if the device runs ahead), and
+        return what the finished one changed."""
+        flight, self._flight = self._flight, None
+        if flight and not (flight.in_lockstep or self._in_lockstep):
+            self._flight = self._launch()
+        self._land(flight)
+        if self._flight is None:
+            self._flight = self._launch()
+        return self._tell()
+
+    def _runs_ahead_of(self, params: SamplingParams) -> bool:
+        executor = self._engine.executor
+        # Which prompt tokens are still to be scored is known only when the step before has landed.
+        return (
+            executor.runs_ahead
+            and params.prompt_logprobs is None
+            and executor.runs_ahead_of(params)
+        )
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        """The first of the ``n`` sequences is scheduled; it releases the others."""
+        params = request.params
+        seed = random.getrandbits(32) if params.seed is None else params.seed
+        arrival = next(self._arrivals)
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                order=(request.priority, arrival, index),
+                max_tokens=self.scheduler.clamp_max_tokens(
+                    len(request.prompt_token_ids), params.max_tokens
+                ),
+                seed=(seed + index) % 2**64,
+                eos_token_ids=self._engine.tokenizer.eos_token_ids,
+            )
+            for index in range(params.n)
+        ]
+        sequences[0].followers = sequences[1:]
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = [None]
+        return sequences
+
+    def _completion(self, sequence: Sequence) -> CompletionState:
+        params = sequence.request.params
+        return CompletionState(
+            sequence,
+            Detokenizer(self._engine.tokenizer, params, sequence.request.prompt_token_ids),
+            logprobs=None if params.logprobs is None else [],
+        )
+
+    def _launch(self) -> _Flight | None:
+        plan = self.scheduler.schedule()
+        if not plan.sequences:
+            return None
+        self._note_admitted(plan.admitted)
+        batch, owners = self._builder.build(plan)
+        in_lockstep = bool(self._in_lockstep)
+        pending: PendingStep
+        try:
+            pending = self._engine.executor.submit(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            pending, in_lockstep = _Refused(error), True
+        return _Flight(plan, owners, batch.sampling, pending, in_lockstep)
+
+    def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            metrics = self._requests[sequence.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = self._clock()
+
+    def _land(self, flight: _Flight | None) -> None:
+        if flight is None:
+            return
+        try:
+            result = flight.pending.result()
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            self._fail(flight.plan, error)
+            return
+        self.scheduler.commit(flight.plan)
+        self._take(flight, result)
+
+    def _take(self, flight: _Flight, result: StepResult) -> None:
+        """Give every logits row's answer to its sequence and end those that are complete."""
+        now = self._clock()
+        rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
+        for sequence, row, token, logprobs in rows:
+            if sequence.finish_reason:  # it ended while the step was on its way
+                continue
+            if row.target is not None:
+                assert sequence.prompt_logprobs is not None
+                sequence.prompt_logprobs.append(logprobs)
+                continue
+            state = self._requests[sequence.request.request_id]
+            state.completions[sequence.index].take(token, logprobs)
+            self._changed[state] = None
+            if state.metrics.first_token_time is None:
+                state.metrics.first_token_time = now
+            if sequence.finish_reason:
+                self.scheduler.finish(sequence)
+                if state.finished:
+                    self._forget(state)
+
+    def _fail(self, plan: StepPlan, cause: Exception) -> None:
+        """End the requests of a failed step; nothing that it computed was committed."""
+        for sequence in plan.sequences:
+            if not sequence.finish_reason:
+                state = self._requests[sequence.request.request_id]
+                state.error = ExecutionError(
+                    f"a step failed on the device: {cause}. The requests in it have ended and the"
+                    " engine goes on; send them again, and restart the engine if it recurs"
+                )
+                state.error.__cause__ = cause
+                self._end(state, "error")
+
+    def _end(self, state: RequestState, reason: FinishReason) -> None:
+        for completion in state.completions:
+            sequence = completion.sequence
+            if not sequence.finish_reason:
+                sequence.finish_reason = reason
+                self.scheduler.finish(sequence)
+        self._forget(state)
+        self._changed[state] = None
+
+    def _forget(self, state: RequestState) -> None:
+        del self._requests[state.request.request_id]
+        self._in_lockstep.discard(state)
+
+    def _tell(self) -> list[RequestOutput]:
+        """Detokenize what changed and return what callers are to hear."""
+        changed, self._changed = self._changed, {}
+        outputs = []
+        for state in changed:
+            if state.finished:
+                state.metrics.finished_time = self._clock()
+            output = state.output()
+            if output is not None:
+                outputs.append(output)
+        return outputs

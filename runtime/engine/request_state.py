@@ -1,0 +1,108 @@
+"""What the engine loop remembers of a request to tell its caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.errors import SlipstreamError
+from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.text.detokenizer import Detokenizer
+
+
+@dataclass(slots=True, eq=False)
+class CompletionState:
+    """Text and log probabilities of one sequence, and how much of them was told."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer
+    logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float = 0.0
+    text: str = ""
+    _closed: bool = False
+    _decoded: int = 0
+    _told_tokens: int = 0
+    _told_text: int = 0
+
+    def take(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Append a sampled token; a stop string ends the sequence at once."""
+        sequence = self.sequence
+        sequence.append(token)
+        if logprobs is not None and self.logprobs is not None:
+            self.logprobs.append(logprobs)
+            self.cumulative_logprob += logprobs.logprob
+        if sequence.request.params.stop:
+            self.decode()
+            if self.detokenizer.stopped:
+                sequence.finish_reason = "stop"
+                sequence.stop_reason = self.detokenizer.stop_reason
+
+    def decode(self) -> None:
+        """Turn the tokens that came since the last call into text."""
+        sequence = self.sequence
+        end = len(sequence.output)
+        if sequence.finish_reason == "stop":
+            # A stop token is not part of the text. (After a stop string all tokens are decoded.)
+            end -= not sequence.request.params.include_stop_str_in_output
+        if end > self._decoded:
+            self.text += self.detokenizer.append(sequence.output[self._decoded : end])
+            self._decoded = end
+        if sequence.finish_reason and not self._closed:
+            self.text += self.detokenizer.finish()
+            self._closed = True
+
+    def output(self, delta: bool) -> CompletionOutput:
+        """Everything so far, or what is new since the last call."""
+        sequence = self.sequence
+        start = self._told_tokens if delta else 0
+        text = self.text[self._told_text :] if delta else self.text
+        self._told_tokens, self._told_text = len(sequence.output), len(self.text)
+        return CompletionOutput(
+            index=sequence.index,
+            text=text,
+            token_ids=sequence.output[start:],
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else self.logprobs[start:],
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request, its completions, and its times."""
+
+    request: Request
+    completions: list[CompletionState]
+    metrics: RequestMetrics
+    error: SlipstreamError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        for completion in self.completions:  # noqa: SIM110 - every step asks, and all() is slower
+            if completion.sequence.finish_reason is None:
+                return False
+        return True
+
+    def output(self) -> RequestOutput | None:
+        """What the caller is to hear now, if anything; decodes what is new."""
+        finished = self.finished
+        kind = self.request.output_kind
+        if kind == "final" and not finished:
+            return None
+        for completion in self.completions:
+            completion.decode()
+        request, leader = self.request, self.completions[0].sequence
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion.output(kind == "delta") for completion in self.completions],
+            finished=finished,
+            metrics=self.metrics,
+            prompt_logprobs=None if leader.scores_prompt else leader.prompt_logprobs,
+            num_cached_tokens=leader.num_cached or 0,
+            error=self.error,
+        )

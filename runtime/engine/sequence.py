@@ -1,0 +1,101 @@
+"""The state of one continuation while it waits and runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slipstream.runtime.engine.kv_cache import Allocation
+    from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
+    from slipstream.runtime.request import FinishReason, Request
+
+
+class Status(Enum):
+    """Where a sequence is; a preempted one waits again."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of one continuation, how many are in the KV cache, and why it ended.
+
+    ``tokens`` are those the host knows. ``pending`` counts what comes after them: tokens that a
+    step on its way samples, 0 or 1, and 2 while the loop has two steps on their way. The first
+    ``num_scheduled`` tokens are computed or on their way, the first ``num_computed`` have landed.
+
+    ``order`` is (priority, arrival, index): the smaller runs first and is preempted last.
+    ``max_tokens`` is already clamped to the room that is left; ``max_len`` counts the prompt too.
+    ``row`` is its row in the page table while it runs. ``followers`` are its siblings (``n`` > 1),
+    which start once its prompt is computed. ``prompt_logprobs`` collects the scores of the prompt
+    if they are wanted. ``sampling_row`` is made by the step builder and used for every token.
+    """
+
+    request: Request
+    index: int
+    order: tuple[int, int, int]
+    max_tokens: int
+    seed: int
+    eos_token_ids: frozenset[int] = frozenset()
+    followers: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    tokens: list[int] = field(init=False)
+    output: list[int] = field(init=False, default_factory=list)
+    prompt_len: int = field(init=False)
+    max_len: int = field(init=False)
+    pending: int = 0
+    num_scheduled: int = 0
+    num_computed: int = 0
+    num_cached: int | None = None
+    allocation: Allocation | None = None
+    row: int = -1
+    sampling_row: SamplingRow | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    _stop_token_ids: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.tokens = list(self.request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.max_len = self.prompt_len + self.max_tokens
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        self._stop_token_ids = eos | frozenset(params.stop_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, whether or not the host knows them yet."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def awaits_last(self) -> bool:
+        """Whether the last token that it may have is being sampled: nothing is left to compute."""
+        return len(self.tokens) + self.pending >= self.max_len
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """The most tokens that can ever be in the KV cache: the last output is never fed back."""
+        return self.max_len - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt tokens are still to be scored, so that none may be skipped."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
+
+    def append(self, token: int) -> None:
+        """Take a sampled token that has landed and set ``finish_reason`` if it is the last."""
+        self.pending -= 1
+        self.tokens.append(token)
+        self.output.append(token)
+        count = len(self.output)
+        if token in self._stop_token_ids and count >= self.request.params.min_tokens:
+            self.finish_reason = "stop"
+            by_caller = token in self.request.params.stop_token_ids
+            self.stop_reason = token if by_caller else None
+        elif count >= self.max_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,81 @@
+"""What one step asks of an executor and what it answers: the contract between scheduler and
+device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.runtime.sampling.params import SamplingParams
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """How to turn one row of logits into a token, or into the logprob of a given prompt token.
+
+    ``prompt`` and ``output`` are the live token lists of the sequence (never copied; penalties and
+    bad words read them). ``position`` is the number of output tokens before the one to be sampled:
+    it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
+    when the device runs ahead of what the host knows. ``target`` is set on rows that only score
+    that prompt token.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    seed: int
+    eos_token_ids: frozenset[int] = frozenset()
+    target: int | None = None
+    position: int = 0
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """One packed step: prefill chunks and decodes side by side, no padding.
+
+    Arrays are int32. T tokens, S sequences, L logits rows, P page-table columns.
+    ``token_ids[T]``, ``positions[T]``, ``query_start[S+1]``, ``context_len[S]`` (tokens in the
+    cache after this step), ``page_table[S, P]``, ``slot_mapping[T]`` (page * page_size + offset),
+    ``logits_rows[L]`` (token rows whose logits are wanted), and one ``SamplingRow`` a logits row.
+
+    ``slots[S]`` numbers each sequence from 0 below ``max_batch_size``, unchanged while it runs. A
+    device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says
+    where a row's token goes (-1 for a row that only scores a prompt token), and a token id of -1
+    stands for the token that the step before put into the slot of its sequence.
+    """
+
+    token_ids: IntArray
+    positions: IntArray
+    query_start: IntArray
+    context_len: IntArray
+    page_table: IntArray
+    slot_mapping: IntArray
+    logits_rows: IntArray
+    sampling: list[SamplingRow]
+    slots: IntArray
+    sampling_slots: IntArray
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log probability and rank of one token, and of the most likely ones: ``{token_id: (logprob,
+    rank)}``."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: dict[int, tuple[float, int]]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits
+    row."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]

@@ -1,0 +1,128 @@
+"""Streaming text of one sequence, and stop strings found in it across token boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Text of one sequence, emitted as soon as it is certain.
+
+    The joined results of ``append`` and ``finish`` equal ``tokenizer.decode`` of the same tokens
+    up to a stop string, however the tokens were grouped. Text that may turn out to be the
+    beginning of a stop string is held back. With ``prompt`` the text is what follows the prompt,
+    so a SentencePiece-like tokenizer keeps its leading space.
+
+    The caller leaves out a final end-of-sequence or stop token, unless
+    ``include_stop_str_in_output``. ``stopped`` and ``stop_reason`` (the stop string) tell that a
+    stop string ended the text; ``num_tokens`` counts the tokens taken until then.
+    """
+
+    __slots__ = ("_emitted", "_exempt", "_matcher", "_stream", "num_tokens", "stop_reason")
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
+    ) -> None:
+        """Start with no text."""
+        self._stream = tokenizer.text_stream(
+            skip_special_tokens=params.skip_special_tokens, prompt=prompt
+        )
+        self._matcher = (
+            StopMatcher(params.stop, keep=params.include_stop_str_in_output)
+            if params.stop
+            else None
+        )
+        self._exempt = params.min_tokens
+        self._emitted: list[str] = []
+        self.num_tokens = 0
+        self.stop_reason: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found; later tokens are ignored."""
+        return self.stop_reason is not None
+
+    @property
+    def text(self) -> str:
+        """All text emitted so far."""
+        return "".join(self._emitted)
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens and return the new text that is safe to show."""
+        increment = ""
+        for token_id in token_ids:
+            if self.stop_reason is not None:
+                break
+            self.num_tokens += 1
+            increment += self._search(self._stream.push(token_id))
+        return self._emit(increment)
+
+    def finish(self) -> str:
+        """Return the text still held back; nothing more follows."""
+        if self.stop_reason is not None:
+            return ""
+        increment = self._search(self._stream.flush())
+        if self._matcher is not None and self.stop_reason is None:
+            increment += self._matcher.release()
+        return self._emit(increment)
+
+    def _search(self, text: str) -> str:
+        if self._matcher is None or not text or self.num_tokens <= self._exempt:
+            return text
+        text = self._matcher.feed(text)
+        self.stop_reason = self._matcher.matched
+        return text
+
+    def _emit(self, increment: str) -> str:
+        if increment:
+            self._emitted.append(increment)
+        return increment
+
+
+class StopMatcher:
+    """Finds the stop string that completes first in a text that arrives in pieces."""
+
+    __slots__ = ("_held", "_inner", "_keep", "_stops", "matched")
+
+    def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
+        """``keep`` leaves the stop string in the text."""
+        self._stops = stops
+        self._keep = keep
+        self._held = ""
+        self._inner = {char for stop in stops for char in stop[:-1]}
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> str:
+        """Take a piece and return the text that no stop string can claim any more."""
+        text = self._held + text
+        # Of several that complete at the same character the longest counts.
+        found = [(at + len(s), -len(s), s) for s in self._stops if (at := text.find(s)) >= 0]
+        if found:
+            end, negative_length, self.matched = min(found)
+            self._held = ""
+            return text[:end] if self._keep else text[: end + negative_length]
+        cut = len(text) - self._possible_beginning(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def release(self) -> str:
+        """Return what was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        if text[-1] not in self._inner:
+            return 0
+        return max(
+            (
+                size
+                for stop in self._stops
+                for size in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
+        )

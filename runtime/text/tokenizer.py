@@ -1,0 +1,240 @@
+"""Text to tokens and back, and chat templates, from the tokenizer files of an engine directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from slipstream.errors import CheckpointError, InvalidRequestError
+from slipstream.runtime.text.stream import (
+    BYTE_TOKEN,
+    ByteLevelStream,
+    TextStream,
+    WindowStream,
+    byte_level_bytes,
+)
+
+if TYPE_CHECKING:
+    from slipstream.runtime.text.chat_template import ChatTemplate
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSettings:
+    """What the files beside ``tokenizer.json`` say.
+
+    ``special_tokens``: text of the special tokens by role, e.g. ``{"eos_token": "</s>"}``.
+    ``eos_token_ids``: the ids that end a completion according to ``generation_config.json``.
+    ``chat_templates``: Jinja source by name; the usual one is ``default``.
+    """
+
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    eos_token_ids: frozenset[int] = frozenset()
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_directory(cls, path: Path) -> TokenizerSettings:
+        """Read the optional files; raises ``CheckpointError`` on one that is not JSON."""
+        config = _read_json(path / "special_tokens_map.json") | _read_json(
+            path / "tokenizer_config.json"
+        )
+        eos = _read_json(path / "generation_config.json").get("eos_token_id")
+        ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        return cls(_special_tokens(config), frozenset(ids), _chat_templates(path, config))
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer with its chat templates; safe to use from several threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        """Wrap ``backend``, switching off truncation and padding: no prompt is cut silently."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._settings = settings
+        self._templates: dict[str, ChatTemplate] = {}
+        self._bytes: dict[int, bytes] = {}
+        self._byte_level = _is_byte_level(backend)
+        self.special_token_ids = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        self.eos_token_ids = settings.eos_token_ids | frozenset(eos)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Load ``tokenizer.json`` and what lies beside it.
+
+        Reads special_tokens_map.json, tokenizer_config.json, generation_config.json and
+        chat_template.jinja where present. Raises ``CheckpointError`` if a file is missing or
+        damaged.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing; an engine needs a fast tokenizer: save one with transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) and build again"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises nothing narrower
+            raise CheckpointError(
+                f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
+                f"`tokenizers` (installed: {tokenizers.__version__})"
+            ) from error
+        return cls(backend, TokenizerSettings.from_directory(Path(path)))
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, added ones included; a model's logits may be wider."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Text of the special tokens by role, such as ``eos_token``."""
+        return self._settings.special_tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the usual chat template."""
+        return self._settings.chat_templates.get("default")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``apply_chat_template`` can work."""
+        return bool(self._settings.chat_templates)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``, with what the tokenizer puts around a text (e.g. BOS) if asked."""
+        if not isinstance(text, str):
+            raise InvalidRequestError(
+                f"the prompt is {type(text).__name__} {text!r:.80}, expected text"
+            )
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeError) as error:
+            raise InvalidRequestError(
+                f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates"
+            ) from error
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of all tokens at once; ids outside the vocabulary are left out."""
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token written as in the vocabulary."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """A token as written in the vocabulary, or None outside it."""
+        return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text: maybe a part of a character, or a special token's
+        own name; none for an id outside the vocabulary."""
+        if self._byte_level:
+            return self._token_bytes(token_id)
+        fallback = BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "")
+        if fallback:
+            return bytes([int(fallback[1], 16)])
+        # A decoder may treat the first token of a text differently.
+        first, both = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return both[len(first) :].encode()
+
+    def text_stream(self, *, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
+        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``."""
+        skip = self.special_token_ids if skip_special_tokens else frozenset()
+        if self._byte_level:
+            return ByteLevelStream(self._token_bytes, skip)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return self._backend.decode(token_ids, skip_special_tokens=False)
+
+        return WindowStream(decode, self._backend.id_to_token, skip, prompt)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,  # noqa: ANN401 - templates define their own
+    ) -> str:
+        """The prompt text for a conversation; encode it with ``add_special_tokens=False``.
+
+        ``variables`` reach the template (e.g. ``enable_thinking=False``). Raises
+        ``InvalidRequestError`` if there is no template, the messages are malformed, or the
+        template refuses them.
+        """
+        # Imported here because jinja2 is slow to import and plain prompts do not need it.
+        from slipstream.runtime.text.chat_template import ChatTemplate, select_template
+
+        name = select_template(self._settings.chat_templates, with_tools=tools is not None)
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
+        variables = {
+            **self._settings.special_tokens,
+            "documents": None,
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._templates[name].render(messages, tools, variables)
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._settings.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = byte_level_bytes(self._backend.id_to_token(token_id) or "")
+            self._bytes[token_id] = known
+        return known
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    return isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(content).__name__}, expected an object; fetch it again"
+        )
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in _SPECIAL_NAMES:
+        value = config.get(name)
+        if isinstance(value, Mapping):  # a serialised AddedToken
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        templates = {entry["name"]: entry["template"] for entry in given}
+    else:
+        templates = {"default": given} if isinstance(given, str) else {}
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    return templates

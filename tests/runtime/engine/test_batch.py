@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.scheduler import Scheduler
+from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling.params import SamplingParams
+
+CONFIG = RuntimeConfig(max_batch_size=4, max_num_tokens=16, max_seq_len=32, page_size=4)
+
+
+def sequence(prompt: list[int], arrival: int, params: SamplingParams | None = None) -> Sequence:
+    request = Request(str(arrival), prompt, params or SamplingParams())
+    return Sequence(request, 0, (0, arrival, 0), max_tokens=8, seed=arrival)
+
+
+def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    first, second = sequence([10, 11, 12], 1), sequence(list(range(20, 40)), 2)
+    scheduler.add(first)
+    plan = scheduler.schedule()
+    builder.build(plan)
+    scheduler.commit(plan)
+    first.append(13)
+    scheduler.add(second)
+    batch, owners = builder.build(scheduler.schedule())
+
+    page = first.allocation.pages[0] if first.allocation else -1
+    pages = second.allocation.pages if second.allocation else []
+    slots = [pages[position // 4] * 4 + position % 4 for position in range(15)]
+    assert batch.token_ids.tolist() == [13, *range(20, 35)]
+    assert batch.positions.tolist() == [3, *range(15)]
+    assert batch.query_start.tolist() == [0, 1, 16]
+    assert batch.context_len.tolist() == [4, 15]
+    assert batch.slot_mapping.tolist() == [page * 4 + 3, *slots]
+    assert batch.page_table[0, 0] == page and batch.page_table[1].tolist() == pages
+    assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
+    assert owners == [first]
+    assert batch.slots.tolist() == [first.row, second.row]
+    assert batch.sampling_slots.tolist() == [first.row]
+    assert batch.sampling[0].position == 1
+    assert second.allocation and second.allocation.synced == len(pages), "not to be copied again"
+    assert all(
+        array.dtype == "int32" and array.flags.c_contiguous
+        for array in (batch.token_ids, batch.positions, batch.page_table, batch.slot_mapping)
+    )
+
+
+def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler.add(only := sequence([1, 2], 7))
+    batch, _ = builder.build(scheduler.schedule())
+
+    row = batch.sampling[0]
+    assert (row.params, row.prompt, row.seed) == (only.request.params, [1, 2], 7)
+    assert row.output is only.output
+
+
+def test_a_token_on_its_way_is_left_to_the_device() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler.add(only := sequence([1, 2], 7))
+    batches = [builder.build(scheduler.schedule())[0]]
+    row = batches[0].sampling[0]
+    assert row.position == 0
+    batches.append(builder.build(scheduler.schedule())[0])
+
+    assert [batch.token_ids.tolist() for batch in batches] == [[1, 2], [-1]]
+    assert [batch.positions.tolist() for batch in batches] == [[0, 1], [2]]
+    assert [batch.context_len.tolist() for batch in batches] == [[2], [3]]
+    assert batches[1].sampling == [row] and row.position == 1, "the row is made once"
+    assert row.output is only.output and not only.output
+
+
+def test_a_scored_prompt_asks_for_each_row_once() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scored = sequence(list(range(20)), 1, SamplingParams(prompt_logprobs=0))
+    scored.prompt_logprobs = [None]
+    scheduler.add(scored)
+    targets: list[int | None] = []
+    slots: list[int] = []
+    for _ in range(2):
+        plan = scheduler.schedule()
+        batch, _ = builder.build(plan)
+        targets += [row.target for row in batch.sampling]
+        slots += batch.sampling_slots.tolist()
+        for row in batch.sampling:
+            if row.target is not None:
+                scored.prompt_logprobs.append(None)
+        scheduler.commit(plan)
+
+    assert targets == [*range(1, 20), None]
+    assert slots == [-1] * 19 + [scored.row]

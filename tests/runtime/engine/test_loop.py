@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.step import StepBatch
+from slipstream.runtime.executors.counting import CountingExecutor, CountingStep, next_token
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import Request, RequestOutput
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
+
+
+@pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
+def runs_ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether the next step starts before the last has landed."""
+    ahead: bool = request.param
+    return ahead
+
+
+def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
+    return SamplingParams(**{"temperature": 0, "max_tokens": 4, **params})
+
+
+def expected_output(request: Request, index: int) -> list[int]:
+    """The closed form: count on from the prompt until end of sequence or ``max_tokens``."""
+    params, tokens = request.params, list[int]()
+    stride = (params.seed or 0) + index if params.temperature else 0
+    last = request.prompt_token_ids[-1]
+    while len(tokens) < (params.max_tokens or 0):
+        last = next_token(last, VOCAB_SIZE, stride)
+        tokens.append(last)
+        if last == EOS and not params.ignore_eos:
+            break
+    return tokens
+
+
+def check(loop: EngineLoop) -> None:
+    running = loop.scheduler.running
+    loop.scheduler.kv.check_invariants([s.allocation for s in running if s.allocation])
+
+
+def drain(loop: EngineLoop) -> dict[str, RequestOutput]:
+    outputs: dict[str, RequestOutput] = {}
+    while loop.has_work:
+        for output in loop.step():
+            outputs[output.request_id] = output
+        check(loop)
+    assert loop.scheduler.kv.num_available == loop.scheduler.kv.num_pages
+    return outputs
+
+
+def tokens_of(output: RequestOutput) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+def test_outputs_of_a_step_come_back_while_the_next_is_on_its_way(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
+    loop.add_request(Request("a", [0, 1], greedy(max_tokens=3)))
+
+    assert loop.step() == [], "the first step has only been started"
+    assert [tokens_of(o) for o in loop.step()] == [[2]]
+    assert [tokens_of(o) for o in loop.step()] == [[2, 3]]
+    last = loop.step()[0]
+    assert (tokens_of(last), last.finished, last.outputs[0].finish_reason) == (
+        [2, 3, 4],
+        True,
+        "length",
+    )
+    assert not loop.has_work
+
+
+def test_at_most_one_step_is_computed_for_a_request_that_has_ended(runs_ahead: bool) -> None:
+    engine = counting_engine(runs_ahead=runs_ahead)
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine)
+    loop.add_request(Request("eos", [EOS - 2], greedy()))
+    loop.add_request(Request("string", [0], greedy(max_tokens=9, stop="cd")))
+    outputs = drain(loop)
+
+    assert engine.executor.steps == 3 + runs_ahead, "a device that runs ahead cannot know the end"
+    assert outputs["eos"].outputs[0].stop_reason is None
+    stopped = outputs["string"].outputs[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("b", "stop", "cd")
+
+
+def test_a_stop_token_is_reported_and_kept_out_of_the_text(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
+    loop.add_request(Request("cut", [0], greedy(stop_token_ids=[3])))
+    loop.add_request(
+        Request("kept", [0], greedy(stop_token_ids=[3], include_stop_str_in_output=True))
+    )
+    loop.add_request(Request("late", [0], greedy(stop_token_ids=[1, 3], min_tokens=2)))
+    outputs = {name: output.outputs[0] for name, output in drain(loop).items()}
+
+    assert (outputs["cut"].text, outputs["cut"].token_ids) == ("bc", [1, 2, 3])
+    assert (outputs["cut"].finish_reason, outputs["cut"].stop_reason) == ("stop", 3)
+    assert outputs["kept"].text == "bcd"
+    assert outputs["late"].token_ids == [1, 2, 3]
+
+
+def test_deltas_join_to_the_cumulative_output(runs_ahead: bool) -> None:
+    params = greedy(max_tokens=8, logprobs=0, stop=["hix"])
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
+    loop.add_request(Request("whole", [0], params, output_kind="final"))
+    loop.add_request(Request("parts", [0], params, output_kind="delta"))
+    outputs: dict[str, list[RequestOutput]] = {"whole": [], "parts": []}
+    while loop.has_work:
+        for output in loop.step():
+            outputs[output.request_id].append(output)
+
+    (whole,) = outputs["whole"]
+    parts = [output.outputs[0] for output in outputs["parts"]]
+    assert len(parts) == 8
+    assert "".join(part.text for part in parts) == whole.outputs[0].text == "bcdefghi"
+    assert [t for part in parts for t in part.token_ids] == whole.outputs[0].token_ids
+    assert [x for part in parts for x in part.logprobs or ()] == whole.outputs[0].logprobs
+    assert parts[-1].cumulative_logprob == whole.outputs[0].cumulative_logprob
+
+
+@pytest.mark.parametrize("max_num_tokens", [4, 64])
+def test_prompt_logprobs_cover_every_token_under_any_chunking_and_a_warm_cache(
+    max_num_tokens: int, runs_ahead: bool
+) -> None:
+    loop = EngineLoop(
+        counting_engine(runs_ahead=runs_ahead, max_batch_size=4, max_num_tokens=max_num_tokens)
+    )
+    prompt = list(range(10, 24))
+    for name in ("cold", "warm"):
+        loop.add_request(Request(name, prompt, greedy(prompt_logprobs=0, n=2)))
+        output = drain(loop)[name]
+        scored = output.prompt_logprobs or []
+        assert scored[0] is None
+        assert [each.token_id for each in scored[1:] if each] == prompt[1:]
+        assert [each.token_ids for each in output.outputs] == [[24, 25, 26, 27]] * 2
+
+
+def test_prompt_logprobs_are_reported_once_though_the_prompt_was_computed_twice(
+    runs_ahead: bool,
+) -> None:
+    loop = EngineLoop(
+        counting_engine(runs_ahead=runs_ahead, num_pages=6, max_batch_size=4, max_num_tokens=4)
+    )
+    loop.add_request(Request("first", [1] * 4, greedy(max_tokens=12)))
+    loop.add_request(Request("scored", list(range(16)), greedy(prompt_logprobs=0)))
+    output = drain(loop)["scored"]
+
+    assert loop.stats.num_preemptions > 0
+    scored = [each.token_id for each in output.prompt_logprobs or () if each]
+    assert scored == list(range(1, 16))
+    assert tokens_of(output) == [16, 17, 18, 19]
+
+
+def test_n_completions_share_the_prompt_and_differ_by_seed(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
+    request = Request("n", [5] * 9, SamplingParams(n=3, seed=10, max_tokens=3))
+    loop.add_request(request)
+    output = drain(loop)["n"]
+
+    assert [each.token_ids for each in output.outputs] == [
+        expected_output(request, i) for i in range(3)
+    ]
+    assert loop.stats.prefix_cache_hits == 2 * 8
+
+
+def test_cached_tokens_and_times_are_reported(runs_ahead: bool) -> None:
+    clock = iter(range(100))
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead), clock=lambda: float(next(clock)))
+    loop.add_request(Request("first", [5] * 9, greedy()))
+    drain(loop)
+    loop.add_request(Request("again", [5] * 9, greedy()))
+    output = drain(loop)["again"]
+
+    times = output.metrics
+    assert output.num_cached_tokens == 8
+    assert times.first_scheduled_time and times.first_token_time and times.finished_time
+    assert (
+        times.arrival_time
+        < times.first_scheduled_time
+        < times.first_token_time
+        < times.finished_time
+    )
+
+
+def test_a_failing_step_ends_its_own_requests_only(runs_ahead: bool) -> None:
+    engine = counting_engine(runs_ahead=runs_ahead, max_batch_size=1)
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine)
+    loop.add_request(Request("struck", [0] * 6, greedy(n=2)))
+    loop.add_request(Request("spared", [0] * 6, greedy()))
+    loop.step()
+    engine.executor.fail_next = True
+    outputs = drain(loop)
+
+    struck = outputs["struck"]
+    assert [each.finish_reason for each in struck.outputs] == ["error", "error"]
+    assert isinstance(struck.error, ExecutionError) and "send them again" in str(struck.error)
+    assert outputs["spared"].error is None
+    assert tokens_of(outputs["spared"]) == [1, 2, 3, 4]
+
+
+def test_a_device_that_refuses_a_step_ends_only_that_step(runs_ahead: bool) -> None:
+    class Refusing(CountingExecutor):
+        def submit(self, batch: StepBatch) -> CountingStep:
+            if self.fail_next:
+                self.fail_next = False
+                raise RuntimeError("no")
+            return super().submit(batch)
+
+    executor = Refusing(8, 4, VOCAB_SIZE, runs_ahead=runs_ahead)
+    loop = EngineLoop(replace(counting_engine(runs_ahead=runs_ahead), executor=executor))
+    executor.fail_next = True
+    loop.add_request(Request("a", [0], greedy()))
+    error = drain(loop)["a"].error
+    assert isinstance(error, ExecutionError) and isinstance(error.__cause__, RuntimeError)
+    loop.add_request(Request("b", [0], greedy()))
+    assert tokens_of(drain(loop)["b"]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_abort_at_every_stage_returns_the_pages_at_once(steps: int, runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead, max_num_tokens=4, max_batch_size=4))
+    loop.add_request(Request("a", [0] * 9, greedy(n=2, max_tokens=20)))
+    for _ in range(steps):
+        loop.step()
+    loop.abort("a")
+    loop.abort("unknown")
+    assert loop.scheduler.kv.usage == 0
+    output = drain(loop)["a"]
+    assert output.finished
+    assert {each.finish_reason for each in output.outputs} == {"abort"}
+
+
+def test_an_aborted_id_can_be_used_again_at_once(runs_ahead: bool) -> None:
+    loop = EngineLoop(counting_engine(runs_ahead=runs_ahead))
+    loop.add_request(Request("a", [0], greedy()))
+    loop.step()
+    loop.abort("a")
+    loop.add_request(Request("a", [7], greedy()))
+    assert tokens_of(drain(loop)["a"]) == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "complaint"),
+    [
+        (Request("a", [], greedy()), InvalidRequestError, "has 0 tokens"),
+        (Request("a", [1] * 256, greedy()), InvalidRequestError, "Shorten the prompt"),
+        (Request("a", [VOCAB_SIZE], greedy()), InvalidRequestError, "the vocabulary has 0 to"),
+        (Request("a", [-1], greedy()), InvalidRequestError, "range from -1"),
+        (Request("a", [1] * 13, greedy()), CapacityError, "raise kv_cache_bytes"),
+        (Request("busy", [1], greedy()), InvalidRequestError, "'busy' is in use"),
+    ],
+)
+def test_a_bad_request_never_gets_in(
+    request_: Request, error: type[Exception], complaint: str
+) -> None:
+    loop = EngineLoop(counting_engine(num_pages=3))
+    loop.add_request(Request("busy", [0], greedy()))
+    with pytest.raises(error, match=complaint):
+        loop.add_request(request_)
+    assert list(drain(loop)) == ["busy"]
+
+
+def test_an_engine_without_pages_is_refused() -> None:
+    with pytest.raises(CapacityError, match="holds no KV page"):
+        EngineLoop(counting_engine(num_pages=0, kv_cache_bytes=10))
+
+
+REQUESTS = st.builds(
+    Request,
+    request_id=st.just(""),
+    prompt_token_ids=st.lists(st.sampled_from([0, 1, EOS - 5]), min_size=1, max_size=14),
+    params=st.builds(
+        SamplingParams,
+        n=st.integers(1, 3),
+        temperature=st.sampled_from([0.0, 1.0]),
+        seed=st.integers(0, 3),
+        max_tokens=st.integers(1, 9),
+        ignore_eos=st.booleans(),
+        logprobs=st.none() | st.just(0),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        bad_words_token_ids=st.sampled_from([(), (), (), [[3]], [[1, 2]]]),
+    ),
+    priority=st.integers(0, 1),
+    output_kind=st.sampled_from(["cumulative", "delta", "final"]),
+)
+
+
+class EngineLoopMachine(RuleBasedStateMachine):
+    """Random arrivals, aborts and device failures in a cache of a few pages."""
+
+    @initialize(
+        num_pages=st.integers(3, 10),
+        policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
+        caching=st.booleans(),
+        budget=st.integers(3, 12),
+        runs_ahead=st.booleans(),
+    )
+    def open(
+        self, num_pages: int, policy: str, caching: bool, budget: int, runs_ahead: bool
+    ) -> None:
+        self.engine: LoadedEngine = counting_engine(
+            num_pages,
+            runs_ahead=runs_ahead,
+            page_size=3,
+            max_seq_len=24,
+            max_batch_size=3,
+            max_num_tokens=budget,
+            scheduler_policy=policy,
+            enable_prefix_caching=caching,
+        )
+        self.loop = EngineLoop(self.engine)
+        self.requests: dict[str, Request] = {}
+        self.aborted: set[str] = set()
+        self.failures = 0
+        self.outputs: dict[str, list[RequestOutput]] = {}
+
+    @rule(request=REQUESTS)
+    def add(self, request: Request) -> None:
+        request = replace(request, request_id=str(len(self.outputs)))
+        try:
+            self.loop.add_request(request)
+        except CapacityError:
+            needed = len(request.prompt_token_ids) + (request.params.max_tokens or 0) - 1
+            assert needed > self.loop.scheduler.kv.num_pages * 3
+        else:
+            self.requests[request.request_id] = request
+            self.outputs[request.request_id] = []
+
+    @rule()
+    def step(self) -> None:
+        for output in self.loop.step():
+            seen = self.outputs[output.request_id]
+            assert not (seen and seen[-1].finished), "an output after the last"
+            seen.append(output)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.requests:
+            request_id = data.draw(st.sampled_from(sorted(self.requests)))
+            self.loop.abort(request_id)
+            self.aborted.add(request_id)
+
+    @rule()
+    def fail(self) -> None:
+        assert isinstance(self.engine.executor, CountingExecutor)
+        self.engine.executor.fail_next = True
+        self.failures += 1
+
+    @invariant()
+    def pages_add_up(self) -> None:
+        check(self.loop)
+        scheduler = self.loop.scheduler
+        assert len(scheduler.running) <= 3
+        assert (scheduler.stats.num_running, scheduler.stats.num_waiting) == (
+            len(scheduler.running),
+            len(scheduler.waiting),
+        )
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        for _ in range(3000):
+            if not self.loop.has_work:
+                break
+            self.step()
+        assert not self.loop.has_work
+        assert self.loop.scheduler.kv.num_available == self.loop.scheduler.kv.num_pages
+        for request_id, request in self.requests.items():
+            self.judge(request, self.outputs[request_id])
+
+    def judge(self, request: Request, outputs: list[RequestOutput]) -> None:
+        assert [each.finished for each in outputs].count(True) == 1
+        last = outputs[-1]
+        told = outputs if request.output_kind == "delta" else [last]
+        for index, completion in enumerate(last.outputs):
+            tokens = [token for each in told for token in each.outputs[index].token_ids]
+            expected = expected_output(request, index)
+            if completion.finish_reason == "error":
+                assert self.failures and last.error is not None
+                assert "told to fail" in str(last.error)
+            if completion.finish_reason in ("error", "abort"):
+                assert tokens == expected[: len(tokens)]
+                assert completion.finish_reason == "error" or request.request_id in self.aborted
+            else:
+                assert tokens == expected
+                assert completion.finish_reason == (
+                    "stop" if tokens[-1] == EOS and not request.params.ignore_eos else "length"
+                )
+        if last.prompt_logprobs is not None:
+            scored = [each.token_id for each in last.prompt_logprobs if each is not None]
+            assert scored == request.prompt_token_ids[1:]
+
+
+TestEngineLoopMachine = EngineLoopMachine.TestCase
+TestEngineLoopMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,56 @@
+"""QuantTensor: nibble packing and what codes mean."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from slipstream.weights.tensor import QuantTensor, WeightFormat, pack_nibbles
+
+_SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.uint8, _SHAPES, elements=st.integers(0, 15)))
+def test_four_bit_codes_survive_packing(codes: NDArray[np.uint8]) -> None:
+    packed = pack_nibbles(codes)
+    form = WeightFormat(codes.shape, "int", bits=4, group=32)
+
+    assert packed.shape == (codes.shape[0], (codes.shape[1] + 1) // 2)
+    np.testing.assert_array_equal(QuantTensor("w", form, packed).unpacked_codes(), codes)
+
+
+def test_the_low_nibble_is_the_even_column() -> None:
+    assert pack_nibbles(np.array([[1, 2, 3]], np.uint8)).tolist() == [[0x21, 0x03]]
+
+
+def test_codes_mean_what_the_zero_kind_says() -> None:
+    codes = np.arange(64, dtype=np.uint8).reshape(1, 64)
+    scale = np.array([[0.5, 2.0]], np.float16)
+    zero = np.array([[3, 200]], np.uint8)
+    offset = np.array([[-1.5, 0.25]], np.float16)
+
+    def decoded(kind: str, at: int) -> float:
+        form = WeightFormat((1, 64), "int", "float16", 8, 32, kind)  # type: ignore[arg-type]
+        extra = {"zero": {"zero": zero}, "offset": {"offset": offset}}.get(kind, {})
+        return float(QuantTensor("w", form, codes, scale, **extra).dequantize()[0, at])  # type: ignore[arg-type]
+
+    assert decoded("midpoint", 5) == (5 - 128) * 0.5
+    assert decoded("midpoint", 40) == (40 - 128) * 2.0
+    assert decoded("zero", 5) == (5 - 3) * 0.5
+    assert decoded("zero", 40) == (40 - 200) * 2.0
+    assert decoded("offset", 5) == 5 * 0.5 - 1.5
+    assert decoded("offset", 40) == 40 * 2.0 + 0.25
+
+
+def test_dense_values_become_float32_of_any_rank() -> None:
+    values = np.array([1.5, -2.0, 3.0], ml_dtypes.bfloat16)
+
+    dense = QuantTensor("norm", WeightFormat((3,), "dense", "bfloat16"), values).dequantize()
+
+    assert dense.dtype == np.float32
+    assert dense.tolist() == [1.5, -2.0, 3.0]

@@ -1,0 +1,141 @@
+"""Round-to-nearest quantization: needs no data, only the range of each group of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.errors import BuildError, CheckpointError
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
+
+Bits = Literal[4, 8]
+ScaleDtype = Literal["float16", "float32"]
+Floats = NDArray[np.float32]
+
+GROUP_SIZES = (128, 64, 32)
+# Elements worked on at once: the temporaries stay in the cache and small beside the weight.
+_CHUNK = 1 << 18
+
+
+def largest_group(k: int, requested: int) -> int | None:
+    """``requested`` if it divides ``k``, else the largest of 128, 64, 32 below it that does, or
+    None."""
+    candidates = (requested, *(size for size in GROUP_SIZES if size < requested))
+    return next((size for size in candidates if k % size == 0), None)
+
+
+def quantize_rtn(
+    weight: LazyTensor | NDArray[np.generic],
+    *,
+    bits: Bits,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: ScaleDtype = "float16",
+    name: str = "weight",
+) -> QuantTensor:
+    """Quantizes a weight ``[N, K]`` to integers in groups of ``group_size`` along K.
+
+    Symmetric is zero kind ``midpoint`` with the full range: the element of largest magnitude gets
+    the lowest code, so a scale can be negative (the convention of ggml's Q4_0 and ONNX Runtime;
+    about a tenth less error at 4 bits than a scale of max/7). Asymmetric is zero kind ``zero``:
+    the range from min to max, widened to contain 0, which stays exact. Codes are rounded against
+    the scale as it is stored, in ``scale_dtype``.
+
+    ``name`` is for an array; a LazyTensor brings its own. Raises BuildError for bits, a group size
+    or a shape that does not fit, CheckpointError for weights that are not finite or too large for
+    ``scale_dtype``.
+    """
+    values, name = _values(weight, name)
+    _check(values, name, bits, group_size)
+    n, k = values.shape
+    groups = k // group_size
+    codes = np.empty((n, k * bits // 8), np.uint8)
+    scales = np.empty((n, groups), scale_dtype)
+    zeros = None if symmetric else np.empty((n, groups), np.uint8)
+    for rows in _row_chunks(n, k):
+        chunk = values[rows].astype(np.float32).reshape(-1, groups, group_size)
+        low, high = chunk.min(axis=-1), chunk.max(axis=-1)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise CheckpointError(
+                f"tensor {name} holds infinite or undefined numbers; the checkpoint is damaged: "
+                "download it again"
+            )
+        scale, zero = _symmetric(low, high, bits) if symmetric else _asymmetric(low, high, bits)
+        scales[rows] = _stored(scale, scale_dtype, name)
+        packed = _codes(chunk, scales[rows].astype(np.float32), zero, bits).reshape(-1, k)
+        codes[rows] = pack_nibbles(packed) if bits == 4 else packed
+        if zeros is not None:
+            zeros[rows] = zero
+    kind: Literal["midpoint", "zero"] = "midpoint" if symmetric else "zero"
+    form = WeightFormat((n, k), "int", scale_dtype, bits, group_size, kind)
+    return QuantTensor(name, form, codes, scales, zeros)
+
+
+def _values(weight: LazyTensor | NDArray[np.generic], name: str) -> tuple[NDArray[np.generic], str]:
+    if not isinstance(weight, LazyTensor):
+        return weight, name
+    tensor = weight.load()
+    dense = tensor.format.kind == "dense"
+    return (tensor.codes if dense else tensor.dequantize()), weight.name
+
+
+def _check(values: NDArray[np.generic], name: str, bits: int, group_size: int) -> None:
+    if bits not in get_args(Bits):
+        raise BuildError(f"bits is {bits}; round-to-nearest makes 4 or 8")
+    if values.ndim != 2:
+        raise BuildError(
+            f"tensor {name} has shape {list(values.shape)}; only a matrix can be quantized"
+        )
+    k = values.shape[1]
+    if group_size < 1 or k % group_size or (bits == 4 and group_size % 2):
+        raise BuildError(
+            f"group size {group_size} does not divide the {k} columns of tensor {name}; use "
+            f"{largest_group(k, GROUP_SIZES[0]) or 'no quantization for it'}"
+        )
+
+
+def _row_chunks(n: int, k: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, step):
+        yield slice(start, start + step)
+
+
+def _symmetric(low: Floats, high: Floats, bits: int) -> tuple[Floats, Floats]:
+    """Scale and zero code per group, the zero code being the midpoint."""
+    half = np.float32(2 ** (bits - 1))
+    largest = np.where(-low >= high, low, high)
+    return np.asarray(largest / -half, np.float32), np.full_like(low, half)
+
+
+def _asymmetric(low: Floats, high: Floats, bits: int) -> tuple[Floats, Floats]:
+    top = np.float32(2**bits - 1)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    # Divided first: the difference of two finite numbers can overflow.
+    scale = high / top - low / top
+    zero = np.rint(np.divide(-low, scale, out=np.zeros_like(low), where=scale > 0))
+    return scale, np.clip(zero, 0, top)
+
+
+def _stored(scale: Floats, dtype: ScaleDtype, name: str) -> NDArray[np.generic]:
+    largest = np.abs(scale).max(initial=0)
+    if largest > np.finfo(dtype).max:
+        raise CheckpointError(
+            f"tensor {name} needs a scale of {largest:.3g}, which {dtype} cannot hold; use float32 "
+            "scales or leave this tensor unquantized"
+        )
+    return scale.astype(dtype)
+
+
+def _codes(chunk: Floats, scale: Floats, zero: Floats, bits: int) -> NDArray[np.uint8]:
+    """Nearest codes of ``chunk`` [rows, groups, group]; overwrites it."""
+    # A group that is zero, or too small for its scale to be inverted, becomes zero.
+    usable = np.abs(scale) >= np.finfo(np.float32).tiny
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=usable)
+    chunk *= inverse[..., None]
+    np.rint(chunk, out=chunk)
+    chunk += zero[..., None]
+    np.clip(chunk, 0, 2**bits - 1, out=chunk)
+    return chunk.astype(np.uint8)
