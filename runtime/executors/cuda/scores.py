@@ -26,7 +26,7 @@ def rows_at_once(vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PendingScores:
-    """Scores on their way to the host: ``ids`` and ``values`` ``[R, count]``, the others ``[R]``."""
+    """On their way to the host: ``ids`` and ``values`` are ``[R, count]``, the others ``[R]``."""
 
     tokens: Tensor
     logprobs: Tensor
