@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny_models import LLAMA, llama_tensors, write_tiny_tokenizer
 
 from slipstream.builder.checkpoints.quantized import QuantizedWeights, Stored, read_quantized
-from slipstream.builder.checkpoints.safetensors_file import read_header
 from slipstream.builder.models.config import ModelConfig
+from slipstream.weights.safetensors import read_header
 
 Arrays = dict[str, NDArray[Any]]
 Pack = Callable[[str, NDArray[np.float32]], Arrays]

@@ -22,9 +22,9 @@ from slipstream.builder.checkpoints.quantized import (
     quantization_config,
     read_quantized,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor, read_header
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor, read_header
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 logger = logging.getLogger(__name__)

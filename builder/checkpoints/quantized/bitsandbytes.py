@@ -20,9 +20,9 @@ from slipstream.builder.checkpoints.quantized.stored import (
     Stored,
     dense_linears,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 _STATE = "quant_state.bitsandbytes__"

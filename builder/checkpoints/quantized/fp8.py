@@ -18,9 +18,9 @@ from slipstream.builder.checkpoints.quantized.stored import (
     dense_linears,
 )
 from slipstream.builder.checkpoints.quantized.weights import Parts, float8_weight
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import Activation, LazyTensor
 
 _SCALES = ("weight_scale_inv", "weight_scale")

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 
 # Bytes of scales that are powers of two: 2 ** (byte - 127).
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 # Tensors that some checkpoints carry and that the configuration already says.

@@ -27,8 +27,8 @@ from slipstream.builder.checkpoints import open_checkpoint, quantized
 from slipstream.builder.checkpoints.quantized import quantization_config
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.stored import Notes, Stored
-from slipstream.builder.checkpoints.safetensors_file import read_header
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import read_header
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}

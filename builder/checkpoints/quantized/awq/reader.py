@@ -24,9 +24,9 @@ from slipstream.builder.checkpoints.quantized.stored import (
     drop_empty_biases,
     whole_number,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind, pack_nibbles
 
 Codes = NDArray[np.uint8]

@@ -36,9 +36,9 @@ from slipstream.builder.checkpoints.quantized.weights import (
     float8_weight,
     int8_weight,
 )
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import Activation, KVScales, LazyTensor
 
 # Scales that are powers of two: the exponent plus 127.

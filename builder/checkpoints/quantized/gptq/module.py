@@ -17,9 +17,9 @@ from slipstream.builder.checkpoints.quantized.gptq.zeros import (
 )
 from slipstream.builder.checkpoints.quantized.refused import refusal
 from slipstream.builder.checkpoints.quantized.stored import Notes, Stored, whole_number
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 
 _BITS = (2, 3, 4, 8)
 _WORDS = ("I32", "I64", "I16", "I8")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.stored import Notes
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
+from slipstream.weights.safetensors import StoredTensor
 
 Version = Literal[1, 2]
 
