@@ -14,6 +14,7 @@ from tests.tiny_models import LLAMA, llama_tensors, write_tiny_tokenizer
 
 from slipstream.builder.checkpoints.quantized import QuantizedWeights, Stored, read_quantized
 from slipstream.builder.models.config import ModelConfig
+from slipstream.weights.json import Fields, Origin
 from slipstream.weights.safetensors import read_header
 
 Arrays = dict[str, NDArray[Any]]
@@ -53,7 +54,8 @@ def read_arrays(
     file = directory / "model.safetensors"
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
     config = ModelConfig.from_huggingface(LLAMA)
-    return read_quantized(Stored(directory, read_header(file)), config, quantization)
+    section = Fields(quantization, Origin("config.json", "download config.json again"))
+    return read_quantized(Stored(directory, read_header(file)), config, section)
 
 
 def save_quantized_llama(
