@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
+from slipstream.builder.contract import page_size_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
@@ -150,7 +151,7 @@ def random_engine(
             "max_batch_size": limits.max_batch_size,
             "max_num_tokens": limits.max_num_tokens,
             "max_seq_len": limits.max_seq_len,
-            "page_size": plan.kv.page_size,
+            "page_size": page_size_of(plan.caches),
             **runtime,
         }
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.docs.test_docs import ROOT, blocks, prose
 
+from slipstream.builder.contract import bytes_per_token
 from slipstream.builder.engine import MANIFEST, Manifest, open_engine
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.loading import load
@@ -36,7 +37,7 @@ def write_manifest(directory: Path, **changes: object) -> None:
 def test_the_example_is_a_manifest(tmp_path: Path) -> None:
     assert list(EXAMPLE) == FIELDS
     write_manifest(tmp_path)
-    assert open_engine(tmp_path).manifest.kv.bytes_per_token == 2 * 30 * 3 * 64 * 2
+    assert bytes_per_token(open_engine(tmp_path).manifest.caches) == 2 * 30 * 3 * 64 * 2
 
 
 def test_every_field_is_explained() -> None:
