@@ -160,7 +160,12 @@ def random_engine(
     )
     vocab_size = int(shape["vocab_size"])
     return LoadedEngine(
-        executor, named_tokens(vocab_size), config, vocab_size, SamplingParams(temperature=0)
+        executor=executor,
+        tokenizer=named_tokens(vocab_size),
+        config=config,
+        caches=plan.caches,
+        vocab_size=vocab_size,
+        generation_defaults=SamplingParams(temperature=0),
     )
 
 

@@ -8,7 +8,7 @@ beside ``builder/engine.py`` it is all that the runtime knows of the builder.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -175,7 +175,7 @@ def paged_port(source: Source, cache: CacheSpec) -> Port:
 def array_port(array: CacheArray, cache: CacheSpec) -> Port:
     """The input that is an array of a cache."""
     count = _scoped("pages" if cache.kind == "paged" else "slots", cache.name)
-    shape = (len(cache.layers), count, *array.shape)
+    shape: tuple[Dim, ...] = (len(cache.layers), count, *array.shape)
     return Port(array.name, Source.CACHE, array.dtype, shape, cache.name)
 
 
@@ -190,12 +190,12 @@ def ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
         yield from (array_port(array, cache) for array in cache.arrays)
 
 
-def paged(caches: Sequence[CacheSpec]) -> tuple[CacheSpec, ...]:
+def paged(caches: Iterable[CacheSpec]) -> tuple[CacheSpec, ...]:
     """The caches whose content lies in pages."""
     return tuple(cache for cache in caches if cache.kind == "paged")
 
 
-def states(caches: Sequence[CacheSpec]) -> tuple[CacheSpec, ...]:
+def states(caches: Iterable[CacheSpec]) -> tuple[CacheSpec, ...]:
     """The caches that hold a state a sequence."""
     return tuple(cache for cache in caches if cache.kind == "state")
 
@@ -229,7 +229,7 @@ def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec])
     for name, graph in graphs.items():
         _check_graph(f"graph {name}", graph, caches)
     target = graphs.get(TARGET_GRAPH)
-    logits = target and target.output(LOGITS)
+    logits = target.output(LOGITS) if target else None
     _require(logits is not None, f"graphs has no {TARGET_GRAPH} with an output {LOGITS}")
     assert logits is not None
     fits = len(logits.shape) == 2 and logits.shape[0] == "L" and isinstance(logits.shape[1], int)

@@ -131,7 +131,7 @@ class Ops:
             *(qkv, *rotary, pages),
             *map(self.input, (Source.QUERY_START, Source.CONTEXT_LEN)),
             *(self._input(paged_port(source, cache)) for source in PAGED_SOURCES),
-            *(scales or [None]),
+            *(scales or (None,)),
             *map(self.program.add_weight, norms),
         ]
         while inputs[-1] is None:

@@ -164,9 +164,10 @@ def test_a_part_that_is_no_object(engine: Path, place: str) -> None:
 def test_every_field_of_a_part_is_needed(engine: Path, place: str) -> None:
     whole = json.loads((engine / "engine.json").read_text())
     for name in at(whole, place):
-        edit(engine, lambda raw, name=name: at(raw, place).pop(name))
+        raw = json.loads(json.dumps(whole))
+        del at(raw, place)[name]
+        (engine / "engine.json").write_text(json.dumps(raw))
         assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", name)
-        (engine / "engine.json").write_text(json.dumps(whole))
 
 
 def leaves(value: object) -> Iterator[tuple[Any, Any]]:
@@ -179,20 +180,21 @@ def leaves(value: object) -> Iterator[tuple[Any, Any]]:
                 yield value, key
 
 
+WRONG: tuple[object, ...] = ({}, 1.5, True, [[]])
+
+
 def test_no_value_of_another_type_passes(tiny_engine: Path, tmp_path: Path) -> None:
     """Whatever stands in any place but ``model``, which is the builder's, opening says so."""
     raw = json.loads((tiny_engine / "engine.json").read_text())
-    places = [*leaves({name: part for name, part in raw.items() if name != "model"})]
-    assert len(places) > 100
+    raw["model"] = {}
+    places = [*leaves(raw)]
+    assert len(places) > 80
     for holder, key in places:
         was = holder[key]
-        for wrong in ([], {}, 1.5, True, None if isinstance(was, str | int) else 1):
-            if key in ("cache", "updates", "seam") and wrong is None:
-                continue
+        for wrong in WRONG:
             holder[key] = wrong
-            if holder.get("format_version", 2) == 2 if isinstance(holder, dict) else True:
-                (tmp_path / "engine.json").write_text(json.dumps(raw))
-                assert_mismatch(lambda: open_engine(tmp_path), str(tmp_path / "engine.json"))
+            (tmp_path / "engine.json").write_text(json.dumps(raw))
+            assert_mismatch(lambda: open_engine(tmp_path), str(tmp_path / "engine.json"))
         holder[key] = was
 
 
@@ -248,7 +250,7 @@ def no_pages(raw: dict[str, Any]) -> None:
     raw["caches"], raw["graphs"]["target"]["inputs"] = [], []
 
 
-DEFECTS = {
+DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
     no_page_size: "cache kv has page_size 0 and window 0, but is paged",
     unknown_kind: "caches[0].kind is 'latent', not one of paged, state",
     unknown_source: "graphs.target.inputs[0].source is 'tokens', not one of token_ids",
