@@ -50,7 +50,7 @@ def _attention_problem(
         given = {n: v.name for n, v in zip(names, node.inputs, strict=False) if v is not None}
         found = {owners.get(given[name] or "") for name in _PAGED_INPUTS if name in given}
         if len(found) != 1 or None in found:
-            return f"{node.name} reads pages of {found}, not of one cache"
+            return f"{node.name} reads pages of {sorted(found, key=str)}, not of one cache"
         cache = specs[str(found.pop())]
         layer, window = (
             node.attributes["layer"].as_int(),
