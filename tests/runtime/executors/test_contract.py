@@ -29,6 +29,7 @@ from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.executors.cpu import CPUExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.request import CompletionOutput
 from slipstream.runtime.request_factory import RequestFactory
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import VOCAB_SIZE, counting_engine
@@ -229,7 +230,7 @@ def test_the_loop_serves_such_a_contract(runs_ahead: bool) -> None:
         loop.add_request(
             factory.request(prompt, params, request_id=str(index), output_kind="final")
         )
-    finished = {}
+    finished: dict[str, CompletionOutput] = {}
     while loop.has_work:
         finished |= {o.request_id: o.outputs[0] for o in loop.step() if o.finished}
     assert loop.stats.num_preemptions > 0
