@@ -12,7 +12,8 @@
 #include <limits>
 #include <new>
 
-#include "cpu.h"
+#include "operators.h"
+#include "weight.h"
 
 #if defined(__AVX512VNNI__)
 #include "lanes_avx512.h"
@@ -112,14 +113,15 @@ inline void quantize_token(const PackedWeight& weight, const float* x, int count
   }
 }
 
-inline void quantize_tokens(const LinearArgs& args, int64_t first, int count, uint8_t* block) {
+inline void quantize_tokens(const LinearArgs& args, const PackedWeight& weight, int64_t first, int count,
+                            uint8_t* block) {
   static thread_local Scratch scratch;
-  const int64_t columns = args.weight.in_features;
+  const int64_t columns = weight.in_features;
   float* normal = args.norm_weight ? scratch.reserve<float>(columns) : nullptr;
   for (int i = 0; i < count; ++i) {
     const float* x = args.x + (first + i) * columns;
     if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal);
-    quantize_token(args.weight, normal ? normal : x, count, i, block);
+    quantize_token(weight, normal ? normal : x, count, i, block);
   }
 }
 

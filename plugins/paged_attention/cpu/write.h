@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cpu/simd.h"
-#include "cpu.h"
+#include "cpu/simd.h"
+#include "operators.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -114,7 +114,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
       rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
     float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
-    if (args.kv_type == KVType::i8) {
+    if (args.kv_cache_type == ElementType::int8) {
       k_scale = page_scales(args, page, kKeys, head) + offset;
       v_scale = page_scales(args, page, kValues, head) + offset;
     }

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../cpu/simd.h"
+#include "cpu/simd.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../cpu/simd.h"
+#include "cpu/simd.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
