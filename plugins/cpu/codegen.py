@@ -6,7 +6,7 @@ Runtime, with the checks that follow from the spec.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from slipstream.plugins.arguments import Field, cpu_dtypes, fields
 from slipstream.plugins.shapes import bindings, in_cpp
@@ -91,8 +91,12 @@ def _signature(spec: OperatorSpec) -> str:
     return f"""struct {spec.name}Signature {{
   using Args = {spec.name}Args;
   static constexpr const char* name = "{spec.name}";
-  static constexpr TensorDeclaration inputs[] = {{{", ".join(map(_declaration, spec.inputs))}}};
-  static constexpr TensorDeclaration outputs[] = {{{", ".join(map(_declaration, spec.outputs))}}};
+  static constexpr TensorDeclaration inputs[] = {{
+{_lines(map(_declaration, spec.inputs))}
+  }};
+  static constexpr TensorDeclaration outputs[] = {{
+{_lines(map(_declaration, spec.outputs))}
+  }};
   static auto kernel(const Kernels& kernels) {{ return kernels.{spec.function}; }}
 
   static void attributes([[maybe_unused]] const Node& node, [[maybe_unused]] Args& args) {{
@@ -113,7 +117,7 @@ def _signature(spec: OperatorSpec) -> str:
 """
 
 
-def _lines(lines: Iterator[str]) -> str:
+def _lines(lines: Iterable[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -121,7 +125,7 @@ def _declaration(tensor: TensorSpec) -> str:
     dtypes = cpu_dtypes(tensor)
     element = dtypes[0] if len(dtypes) == 1 else "undefined"
     characteristic = "optional" if tensor.optional else "required"
-    return f"{{ElementType::{element}, Characteristic::{characteristic}}}"
+    return f"{{ElementType::{element}, Characteristic::{characteristic}}},"
 
 
 def _attributes(spec: OperatorSpec) -> Iterator[str]:
