@@ -6,8 +6,8 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
-from slipstream.plugins.build import BuildNative, NativeExtension  # noqa: E402
-from slipstream.plugins.operators import OPERATORS, OURS  # noqa: E402
+from slipstream.plugins.build import BuildNative, NativeExtension
+from slipstream.plugins.operators import OPERATORS, OURS
 
 LIBRARY = "slipstream.plugins._cpu"
 operators = [OPERATORS[name] for name in OURS if OPERATORS[name].native == LIBRARY]

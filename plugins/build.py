@@ -39,7 +39,7 @@ _FLAGS = [
 ]
 
 
-class NativeExtension(Extension):
+class NativeExtension(Extension):  # type: ignore[misc]
     """The library ``name`` (a module's dotted name) of the C++ kernels of ``operators``.
 
     ``folders`` are relative to ``setup.py``; each has a ``kernel.cpp`` and what that includes.
@@ -57,7 +57,7 @@ class NativeExtension(Extension):
         self.operators = tuple(operators)
 
 
-class BuildNative(build_ext):
+class BuildNative(build_ext):  # type: ignore[misc]
     """Compiles every kernel once an instruction set; ``cpu/kernels.cpp`` chooses at run time."""
 
     def build_extension(self, ext: Extension) -> None:

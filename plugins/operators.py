@@ -13,9 +13,10 @@ from importlib.metadata import EntryPoint, entry_points
 from slipstream.errors import BuildError
 from slipstream.plugins.spec import DOMAIN, OperatorSpec
 
-__all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "OperatorTable"]
+__all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "STANDARD_DOMAINS", "OperatorTable"]
 
 GROUP = "slipstream.operators"
+STANDARD_DOMAINS = ("", "com.microsoft")  # of ONNX and of ONNX Runtime: not in this table
 OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",

@@ -26,8 +26,8 @@ class TensorSpec:
     shape.
 
     A dimension is a name bound by the first tensor that uses it, or an expression of names and
-    attributes. An empty shape means that the operator's text says what is allowed. ``written`` marks
-    an input that the operator also writes, in place.
+    attributes. An empty shape means that the operator's text says what is allowed. ``written``
+    marks an input that the operator also writes, in place.
     """
 
     name: str
@@ -64,9 +64,9 @@ class OperatorSpec:
 
     ``reference`` names the NumPy function (``module:function``) that defines what the operator
     computes. ``native`` is the module of the compiled library that holds its C++ kernel, and
-    ``checked`` says that C++ of its own looks at a call's arguments before the kernel does. ``cuda``
-    names the function that makes a node a call on a GPU (``plugins/cuda/binding.py``). An operator
-    without one of them is lowered to others before it runs there.
+    ``checked`` says that C++ of its own looks at a call's arguments before the kernel does.
+    ``cuda`` names the function that makes a node a call on a GPU (``plugins/cuda/binding.py``). An
+    operator without one of them is lowered to others before it runs there.
 
     All operators of a library share a ``domain``, and no two libraries may share one. An engine
     records ``version``, which rises when old engines would compute something else.
@@ -101,3 +101,8 @@ class OperatorSpec:
         if missing := sorted(required - set(attributes)):
             raise TypeError(f"{self.name} needs attributes {missing}")
         return {name: known[name].typed(value) for name, value in attributes.items()}
+
+    def complete(self, attributes: Mapping[str, object]) -> dict[str, int | float]:
+        """``typed``, and the defaults of those left out."""
+        defaults = {a.name: a.default for a in self.attributes if a.default is not None}
+        return defaults | self.typed(attributes)

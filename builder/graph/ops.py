@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.graph.program import Program
-from slipstream.plugins.operators import DOMAIN
+from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.tensor import LazyTensor
 
 Dim = int | str
@@ -134,6 +134,9 @@ class Ops:
         attributes: Attributes | None = None,
         domain: str = "",
     ) -> ir.Value:
+        if domain:
+            attributes = {**OPERATORS[op_type].typed(attributes or {})}
+            self.program.model.opset_imports.setdefault(domain, 1)
         name = self._unique("/".join([*self._path, op_type]))
         output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
         node = ir.node(

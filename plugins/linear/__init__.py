@@ -57,7 +57,9 @@ SPEC = OperatorSpec(
             optional=True,
         ),
     ),
-    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "out_features//(1+gated)"), "the product"),),
+    outputs=(
+        TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "out_features//(1+gated)"), "the product"),
+    ),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "N, gate and up rows both counted"),

@@ -30,14 +30,21 @@ SPEC = OperatorSpec(
             "transposed (k_row_major)",
             written=True,
         ),
-        TensorSpec("query_start", ("int32",), ("sequences+1",), "first token row of each sequence, then the number of tokens"),
+        TensorSpec(
+            "query_start",
+            ("int32",),
+            ("sequences+1",),
+            "first token row of each sequence, then the number of tokens",
+        ),
         TensorSpec(
             "context_len",
             ("int32",),
             ("sequences",),
             "tokens of each sequence in the cache after this step",
         ),
-        TensorSpec("page_table", ("int32",), ("sequences", "max_pages"), "page numbers of each sequence"),
+        TensorSpec(
+            "page_table", ("int32",), ("sequences", "max_pages"), "page numbers of each sequence"
+        ),
         TensorSpec(
             "slot_mapping", ("int32",), ("tokens",), "page * page_size + offset of each new token"
         ),
@@ -72,7 +79,9 @@ SPEC = OperatorSpec(
         ),
     ),
     outputs=(
-        TensorSpec("output", ACTIVATION_DTYPES, ("tokens", "num_heads*head_dim"), "attention output"),
+        TensorSpec(
+            "output", ACTIVATION_DTYPES, ("tokens", "num_heads*head_dim"), "attention output"
+        ),
     ),
     attributes=(
         AttributeSpec("layer", "int", "index into the first axis of kv_cache"),

@@ -6,9 +6,14 @@ SPEC = OperatorSpec(
     name="RotaryAngles",
     doc="cos = factor * cos(position * inv_freq), sin likewise: how PagedAttention turns heads.",
     inputs=(
-        TensorSpec("positions", ("int32",), ("tokens",), "place of each token in its sequence, from 0"),
         TensorSpec(
-            "inv_freq", ("float32",), ("rotary_half",), "radians a token; R is half the rotated width"
+            "positions", ("int32",), ("tokens",), "place of each token in its sequence, from 0"
+        ),
+        TensorSpec(
+            "inv_freq",
+            ("float32",),
+            ("rotary_half",),
+            "radians a token; R is half the rotated width",
         ),
     ),
     outputs=(

@@ -382,7 +382,11 @@ X, BLOB = normal(3, 64), pack(weight())
 @pytest.mark.parametrize(
     ("changes", "attributes", "message"),
     [
-        ({"x": normal(3, 32)}, {}, r"x does not have the shape \[tokens, in_features\]: axis 1 is 32"),
+        (
+            {"x": normal(3, 32)},
+            {},
+            r"x does not have the shape .*: axis 1 is 32",
+        ),
         ({"x": normal(64)}, {}, "input x has rank 1, expected 2"),
         ({"weight": BLOB[:-1]}, {}, "the packed weight has the wrong size for its attributes"),
         ({}, {"out_features": 64}, "the packed weight has the wrong size for its attributes"),
@@ -392,7 +396,11 @@ X, BLOB = normal(3, 64), pack(weight())
         ({}, {"group_size": 0}, "the attributes describe no packed format"),
         ({}, {"scale_bytes": 3}, "the attributes describe no packed format"),
         ({"bias": normal(47)}, {}, r"bias does not have the shape \[out_features\]"),
-        ({"residual": normal(2, 48)}, {}, r"residual does not have the shape \[tokens, out_features"),
+        (
+            {"residual": normal(2, 48)},
+            {},
+            r"residual does not have the shape \[tokens, ",
+        ),
         ({"norm_weight": normal(48)}, {}, r"norm_weight does not have the shape \[in_features\]"),
     ],
 )
@@ -494,7 +502,9 @@ def test_an_integer_is_taken_where_a_float_is_declared(value: float) -> None:
     ],
 )
 def test_an_attribute_of_another_type_is_refused_at_load(
-    attribute: str, value: Any, kind: str
+    attribute: str,
+    value: Any,  # noqa: ANN401 - anything but what is right
+    kind: str,
 ) -> None:
     inputs = attention(Case().inputs("float32"))
     message = f"slipstream.PagedAttention: attribute {attribute} is not of type {kind}"

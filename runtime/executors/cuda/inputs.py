@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slipstream.plugins.paged_attention.cuda import StepTensors
+from slipstream.plugins.cuda.binding import Step
+from slipstream.plugins.paged_attention.cuda.attention import StepTensors
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.device import Device, Event
-from slipstream.runtime.executors.cuda.program import Step
 
 _ALIGNMENT = 32  # int32s: every array starts a cache line, so that kernels compile once
 _IN_FLIGHT = 3  # two steps on the device and one being written

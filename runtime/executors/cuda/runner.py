@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.runtime.engine.step import IntArray, StepBatch
@@ -20,7 +21,7 @@ from slipstream.runtime.executors.cuda.inputs import (
     padded_shape,
     query_blocks,
 )
-from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
+from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 
 # Kinds of sampling that are captured at the start; the others are, when they are first asked for.

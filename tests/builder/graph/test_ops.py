@@ -10,6 +10,7 @@ from tests.programs import TOKENS, dense, evaluate, feeds, grouped, listing
 from slipstream.builder.graph.ops import FLOAT, INT32, Attributes, Ops
 from slipstream.builder.graph.program import new_program
 from slipstream.builder.graph.verifier import verify
+from slipstream.plugins.operators import DOMAIN
 
 ATTENTION: Attributes = {
     "layer": 0,
@@ -120,3 +121,15 @@ def test_paged_attention_leaves_out_what_it_has_not(int8: bool, qk_norm: bool) -
     expected += [norm.name for norm in norms]
     assert f"y = PagedAttention({', '.join(expected)}) " in listing(o.program)[0]
     assert shape(o.program.graph.outputs[0]) == ["T", 16]
+
+
+def test_attributes_have_the_types_of_the_spec() -> None:
+    """1 for a float is 1.0, never the default; what is no number of that kind is refused."""
+    step = {"gate_up": (FLOAT, ("T", 8)), "residual": (FLOAT, ("T", 8)), "weight": (FLOAT, (8,))}
+    o = ops(**step)
+    inputs = list(o.program.graph.inputs)
+    made = o._node("FusedAddRMSNorm", inputs, ("T", 8), {"norm_eps": 1}, DOMAIN)
+    node = made.producer()
+    assert node is not None and node.attributes["norm_eps"].as_float() == 1.0
+    with pytest.raises(TypeError, match=r"attribute norm_eps is \[1\], which is not a float"):
+        o._node("FusedAddRMSNorm", inputs, ("T", 8), {"norm_eps": [1]}, DOMAIN)
