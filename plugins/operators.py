@@ -44,6 +44,9 @@ class OperatorTable(Mapping[str, OperatorSpec]):
             self._specs[name] = _load(name, entry)
         return self._specs[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._ours or name in self._all()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
 

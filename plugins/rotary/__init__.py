@@ -13,7 +13,7 @@ SPEC = OperatorSpec(
             "inv_freq",
             ("float32",),
             ("rotary_half",),
-            "radians a token; R is half the rotated width",
+            "radians a token, of half the rotated width",
         ),
     ),
     outputs=(

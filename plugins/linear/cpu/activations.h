@@ -12,16 +12,9 @@
 #include <limits>
 #include <new>
 
+#include "codes.h"
 #include "operators.h"
 #include "weight.h"
-
-#if defined(__AVX512VNNI__)
-#include "lanes_avx512.h"
-#elif defined(__AVX2__)
-#include "lanes_avx2.h"
-#else
-#include "lanes_generic.h"
-#endif
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -84,7 +77,7 @@ inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t
 inline void normalise(const float* x, const float* weight, float eps, int64_t n, float* out) {
   const Floats inverse = splat(float(1.0 / std::sqrt(sum_of_squares(x, n) / double(n) + double(eps))));
   for (int64_t i = 0; i < n; i += kLanes) {
-    store(out + i, multiply(multiply(load(x + i), inverse), load(weight + i)));
+    store(out + i, load(x + i) * inverse * load(weight + i));
   }
 }
 

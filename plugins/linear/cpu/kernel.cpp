@@ -19,7 +19,7 @@ namespace {
 // e^v to about one unit in the last place (Cephes' expf: a polynomial on half of [-ln 2, ln 2]).
 inline Floats exponential(Floats v) {
   v = clamp(v, -87.0f, 88.0f);
-  const Floats n = round(multiply(v, splat(1.44269504088896341f)));
+  const Floats n = round(v * splat(1.44269504088896341f));
   Floats r = fma(n, splat(-0.693359375f), v);
   r = fma(n, splat(2.12194440e-4f), r);
   Floats p = splat(1.9875691500e-4f);
@@ -28,16 +28,16 @@ inline Floats exponential(Floats v) {
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(multiply(r, r), p, add(r, splat(1.0f)));
-  return multiply(p, exp2_whole(n));
+  p = fma(r * r, p, r + splat(1.0f));
+  return p * exp2_whole(n);
 }
 
 // gate becomes silu(gate) * up, for one row of a tile.
 inline void gate_row(float* gate, const float* up) {
   for (int i = 0; i < kTile; i += kLanes) {
     const Floats g = load(gate + i);
-    const Floats denominator = add(splat(1.0f), exponential(multiply(g, splat(-1.0f))));
-    store(gate + i, multiply(divide(g, denominator), load(up + i)));
+    const Floats denominator = splat(1.0f) + exponential(g * splat(-1.0f));
+    store(gate + i, g / denominator * load(up + i));
   }
 }
 

@@ -13,7 +13,7 @@ namespace SLIPSTREAM_ISA {
 namespace attention {
 
 using simd::kLanes;
-using simd::Vec;
+using simd::Floats;
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kWriteTokens = 32;  // tokens of one writing task
@@ -41,9 +41,9 @@ inline void rotate(const PagedAttentionArgs& args, int64_t token, const float* x
                    float* __restrict out) {
   const int64_t dim = args.head_dim, half = args.rotary_half;
   if (norm != nullptr) {
-    Vec squares = simd::splat(0.0f);
+    Floats squares = simd::splat(0.0f);
     for (int64_t i = 0; i < dim; i += kLanes) {
-      const Vec v = simd::load_first(x + i, lanes_left(i, dim));
+      const Floats v = simd::load_first(x + i, lanes_left(i, dim));
       squares = simd::fma(v, v, squares);
     }
     const float mean = simd::reduce_add(squares) / static_cast<float>(dim);
@@ -77,12 +77,12 @@ inline void encode(Half* out, const float* x, int64_t dim, float*) {
 
 // Symmetric: x is about out * scale.
 inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
-  Vec largest = simd::splat(0.0f);
+  Floats largest = simd::splat(0.0f);
   for (int64_t i = 0; i < dim; i += kLanes)
     largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
   const float amax = simd::reduce_max(largest);
   *scale = amax / 127.0f;
-  const Vec inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
+  const Floats inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) * inverse, n);
@@ -91,7 +91,7 @@ inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
 
 // In units of *scale, saturated.
 inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
-  const Vec unit = simd::splat(*scale);
+  const Floats unit = simd::splat(*scale);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) / unit, n);

@@ -133,3 +133,11 @@ def test_attributes_have_the_types_of_the_spec() -> None:
     assert node is not None and node.attributes["norm_eps"].as_float() == 1.0
     with pytest.raises(TypeError, match=r"attribute norm_eps is \[1\], which is not a float"):
         o._node("FusedAddRMSNorm", inputs, ("T", 8), {"norm_eps": [1]}, DOMAIN)
+
+
+def test_any_operator_of_the_table_has_the_shape_that_its_spec_says() -> None:
+    o = ops(gate_up=(FLOAT, ("T", 8)))
+    made = o.operator("GatedActivation", [o.input("gate_up")])
+    o.output(made, "y")
+    verify(o.program, "the test")
+    assert shape(made) == ["T", 4]
