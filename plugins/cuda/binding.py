@@ -30,14 +30,13 @@ _TORCH = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's inputs on the device; ``attention`` has what only attention reads.
+    """One step's inputs on the device, by name; ``attention`` has what only attention reads.
 
-    int32: ``token_ids`` and ``positions`` ``[T]``, ``token_slots [T]`` (the slot whose last token
-    stands for an id of -1). ``pdl`` lets kernels begin before those in front of them have ended.
+    int32, as ``token_slots [T]`` (the slot whose last token stands for an id of -1). ``pdl`` lets
+    kernels begin before those in front of them have ended.
     """
 
-    token_ids: Tensor
-    positions: Tensor
+    inputs: Mapping[str, Tensor]
     token_slots: Tensor
     attention: StepTensors
     pdl: bool

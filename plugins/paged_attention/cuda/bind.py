@@ -19,11 +19,16 @@ from slipstream.plugins.paged_attention.cuda import attention
 from slipstream.plugins.paged_attention.reference import Attributes
 
 
+def attention_attributes(node: ir.Node) -> Attributes:
+    """The attributes of a PagedAttention, with their defaults."""
+    return Attributes(**attributes_of(node))
+
+
 def paged_attention(node: ir.Node, context: Context) -> Kernel:
     """The step's inputs and the pages come with the step, not by name."""
     qkv, cos, sin = (name_of(value) for value in node.inputs[:3])
     q_norm, k_norm, sinks = input_names(node, 12)[9:]
-    attributes = Attributes(**attributes_of(node))
+    attributes = attention_attributes(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
         step, memory = run.kv()

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from slipstream.builder.contract import GraphSpec
 from slipstream.plugins.cuda.binding import (
     Context,
     Environment,
@@ -21,6 +22,7 @@ from slipstream.plugins.cuda.binding import (
     name_of,
 )
 from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,46 +35,45 @@ class _Call:
 class CUDAProgram:
     """Runs the graph in two halves: all layers (``hidden``), then norm and head (``logits``).
 
-    Between them stand the rows whose logits are wanted, which the executor gathers.
+    Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
+    wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
     """
 
     def __init__(
         self,
         graph: ir.Graph,
+        spec: GraphSpec,
         weights: Mapping[str, Tensor],
         tactics: Tactics,
         device: torch.device,
     ) -> None:
         self._constants = _constants(graph, weights, device)
         nodes = list(graph)
-        split = next(i for i, node in enumerate(nodes) if _picks_rows(node))
-        self._hidden, self._rows = (
-            name_of(value) for value in (nodes[split].inputs[0], nodes[split].outputs[0])
-        )
+        assert spec.seam is not None
+        hidden, self._rows = spec.seam
+        split = next(i for i, node in enumerate(nodes) if self._rows == name_of(node.outputs[0]))
+        self.inputs = spec.inputs
         self.dtype = dtype_of(nodes[split])
         self.hidden_size, self.vocab_size = (
             int(value.shape[1])  # type: ignore[index,arg-type]
             for value in (nodes[split].outputs[0], graph.outputs[0])
         )
-        kept = {*self._constants, self._hidden}
+        self.attention = [
+            attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
+        ]
         context = Context(self._constants, tactics)
+        kept = {*self._constants, hidden}
         self._body = _compile(nodes[:split], context, kept)
         self._tail = _compile(nodes[split + 1 :], context, kept)
 
     def hidden(self, step: Step, memory: Memory, out: Tensor | None = None) -> Tensor:
         """The residual stream ``[T, hidden]`` after the last layer, in ``out`` if given."""
-        values = {**self._constants, "token_ids": step.token_ids, "positions": step.positions}
-        run = Run(values, step.pdl, step, memory)
+        run = Run({**self._constants, **step.inputs}, step.pdl, step, memory)
         return _execute(self._body, run, out)
 
     def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
         """float32 logits of rows ``[L, hidden]`` into ``out [L, vocab]``."""
         _execute(self._tail, Run({**self._constants, self._rows: rows}, pdl), out)
-
-
-def _picks_rows(node: ir.Node) -> bool:
-    """Whether a node is the gathering of the rows whose logits are wanted."""
-    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 
 
 def _execute(calls: Sequence[_Call], run: Run, out: Tensor | None) -> Tensor:
