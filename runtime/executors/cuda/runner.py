@@ -18,7 +18,6 @@ from slipstream.runtime.executors.cuda.inputs import (
     Layout,
     Shape,
     StepInputs,
-    padded_shape,
     query_blocks,
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
@@ -135,7 +134,7 @@ class StepRunner:
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
         blocks = query_blocks(batch, decodes, self._buckets.query_block)
         tokens, sequences = len(batch.token_ids), len(batch.context_len)
-        shape = padded_shape(tokens, sequences, len(blocks.sequence), len(rows))
+        shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
         hidden = self._program.hidden(step, self.memory)
