@@ -31,7 +31,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
-from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
 from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
 
 log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _write(
 
 def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
     """The manifest of a compiled program whose files have these hashes."""
-    used = {node.op_type for node in planned.program.graph if node.domain == DOMAIN}
+    used = {node.op_type for node in planned.program.graph if node.domain not in STANDARD_DOMAINS}
     return Manifest(
         target=planned.target,
         capability=planned.capability,
@@ -262,7 +262,7 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         caches=planned.caches,
         quantization=planned.quantization,
         formats=planned.formats,
-        plugins={name: spec.version for name, spec in OPERATORS.items() if name in used},
+        plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},
         source=source,
         command=planned.options.command(source, output),
         files=files,

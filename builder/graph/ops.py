@@ -23,7 +23,8 @@ from slipstream.builder.contract import (
     step_port,
 )
 from slipstream.builder.graph.program import Program, dtype_name, ir_dtype
-from slipstream.plugins.operators import DOMAIN
+from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.shapes import bindings, evaluate
 from slipstream.weights.tensor import LazyTensor
 
 Dim = int | str
@@ -162,6 +163,26 @@ class Ops:
         """``x[rows]``."""
         return self._node("Gather", [x, rows], (_rows(rows), *_shape(x)[1:]), {"axis": 0})
 
+    def operator(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Attributes | None = None,
+    ) -> ir.Value:
+        """The output of any operator of the table that has one, such as another package's, in the
+        shape that its spec says."""
+        spec = OPERATORS[op_type]
+        (output,) = spec.outputs
+        sizes: dict[str, Dim] = {**spec.complete(attributes or {})}  # type: ignore[dict-item]
+        for name, (index, axis) in bindings(spec).items():
+            value = inputs[index]
+            assert value is not None, f"{op_type} needs its input {spec.inputs[index].name}"
+            sizes[name] = _shape(value)[axis]
+        known = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        computed = [(size, evaluate(size, known)) for size in output.shape]
+        shape = tuple(sizes.get(size, size) if n is None else n for size, n in computed)
+        return self._node(op_type, inputs, shape, attributes, spec.domain)
+
     def rotary(
         self, positions: ir.Value, inv_freq: NDArray[np.float32], attention_factor: float
     ) -> tuple[ir.Value, ir.Value]:
@@ -199,6 +220,9 @@ class Ops:
         attributes: Attributes | None = None,
         domain: str = "",
     ) -> ir.Value:
+        if domain:
+            attributes = {**OPERATORS[op_type].typed(attributes or {})}
+            self.program.model.opset_imports.setdefault(domain, 1)
         name = self._unique("/".join([*self._path, op_type]))
         output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
         node = ir.node(

@@ -76,10 +76,6 @@ class StepBatch:
     graph: str = TARGET_GRAPH
     outputs: tuple[str, ...] = ()
 
-    def array(self, port: Port) -> IntArray:
-        """What a step puts into an input."""
-        return reader_of(port)(self)
-
 
 def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
     """How to take what a step puts into an input, found once for many steps."""

@@ -230,7 +230,9 @@ class CPUExecutor:
 
 def _create_session(engine: Engine, graph: Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.register_custom_ops_library(library.path())
+    for module in library.modules(engine.manifest.plugins):
+        options.register_custom_ops_library(library.path(module))
+        library.load(module).slipstream_set_threads(num_threads)
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     # The builder has fused what there is to fuse, and every step may have another shape.

@@ -16,14 +16,15 @@ from torch import Tensor
 from slipstream.builder.contract import LOGITS, TARGET_GRAPH, CacheSpec, GraphSpec
 from slipstream.builder.engine import TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
+from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Event, Work
 from slipstream.runtime.executors.cuda.pending import Part, PendingCUDAStep
-from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
+from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, supports, supports_params
 from slipstream.runtime.executors.cuda.weights import load_weights

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import Dim, Port, Source
-from slipstream.plugins.paged_attention.cuda import StepTensors
+from slipstream.plugins.cuda.binding import Step
+from slipstream.plugins.paged_attention.cuda.attention import StepTensors
 from slipstream.runtime.engine.step import IntArray, StepBatch, reader_of
 from slipstream.runtime.executors.cuda.device import Device, Event
-from slipstream.runtime.executors.cuda.program import Step
 
 _ALIGNMENT = 32  # int32s: every array starts a cache line, so that kernels compile once
 _IN_FLIGHT = 3  # two steps on the device and one being written
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes to which a step is padded: tokens, sequences, blocks of queries and rows of logits."""
 
@@ -29,7 +29,7 @@ class Shape:
     blocks: int = 0
     rows: int = 0
 
-    @cached_property
+    @property
     def sizes(self) -> dict[Dim, int]:
         """By the dimensions of a contract, and B for blocks."""
         return {
@@ -39,9 +39,6 @@ class Shape:
             "L": self.rows,
             "B": self.blocks,
         }
-
-
-padded_shape = lru_cache(maxsize=256)(Shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +58,34 @@ _BLOCK_SEQUENCE = Field("block_sequence", "B", padding=-1)
 _BLOCK_START = Field("block_start", "B")
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Begin and end of every array in the block, by name, and of the page table behind them."""
+
+    spans: dict[str, tuple[int, int]]
+    table: tuple[int, int]
+
+
 class Layout:
     """Which arrays of a step lie in the block, and where: what the inputs of a graph with one paged
     cache take, then what kernels want beside; ``columns`` is the width of its page table."""
 
     def __init__(self, inputs: Iterable[Port], columns: int) -> None:
         ports = {port.source: port for port in inputs if port.source is not Source.CACHE}
-        self.table = ports.pop(Source.PAGE_TABLE)
-        self.read_table = reader_of(self.table)
+        self.read_table = reader_of(ports.pop(Source.PAGE_TABLE))
         self.columns = columns
         self.ports = ports
         fields = [*map(_field, ports.values()), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
         self.fields = {field.name: field for field in fields}
-        self._offsets: dict[Shape, dict[str, int]] = {}
+        self.places = lru_cache(maxsize=256)(self._places)  # of a shape, computed once
 
-    def offsets(self, shape: Shape) -> dict[str, int]:
-        """Where each array starts in the block; the page table is the last."""
-        offsets = self._offsets.get(shape)
-        if offsets is None:
-            offsets, start = {}, 0
-            for name, field in self.fields.items():
-                offsets[name] = start
-                start += -(-shape.sizes[field.dim] // _ALIGNMENT) * _ALIGNMENT
-            offsets[self.table.name] = start
-            self._offsets[shape] = offsets
-        return offsets
-
-    def size(self, shape: Shape) -> int:
-        """All of the block that a step takes."""
-        return self.offsets(shape)[self.table.name] + shape.sequences * self.columns
+    def _places(self, shape: Shape) -> Places:
+        spans, start = {}, 0
+        for name, field in self.fields.items():
+            end = start + shape.sizes[field.dim]
+            spans[name] = (start, end)
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return Places(spans, (start, start + shape.sequences * self.columns))
 
 
 def _field(port: Port) -> Field:
@@ -126,7 +122,7 @@ class StepInputs:
     def __init__(self, device: Device, layout: Layout, largest: Shape) -> None:
         self._layout = layout
         self._rows = layout.ports[Source.LOGITS_ROWS].name
-        size = layout.size(largest)
+        _, size = layout.places(largest).table
         self._block = torch.zeros(size, dtype=torch.int32, device=device.torch)
         self._hosts = [
             _Host(device.pinned((size,), torch.int32), Event(device)) for _ in range(_IN_FLIGHT)
@@ -137,7 +133,7 @@ class StepInputs:
         host = self._hosts[0]
         self._hosts = [*self._hosts[1:], host]
         host.copied.wait()
-        layout, offsets = self._layout, self._layout.offsets(shape)
+        layout, places = self._layout, self._layout.places(shape)
         made = {
             self._rows: rows,
             _TOKEN_SLOTS.name: np.repeat(batch.slots, np.diff(batch.query_start)),
@@ -146,10 +142,10 @@ class StepInputs:
         }
         for name, field in layout.fields.items():
             array = made[name] if field.read is None else field.read(batch)
-            start, end = offsets[name], offsets[name] + shape.sizes[field.dim]
+            start, end = places.spans[name]
             host.array[start : start + len(array)] = array
             host.array[start + len(array) : end] = field.padding
-        start, size = offsets[layout.table.name], layout.size(shape)
+        start, size = places.table
         padded = host.array[start:size].reshape(shape.sequences, layout.columns)
         table = layout.read_table(batch)
         count, width = table.shape
@@ -166,12 +162,9 @@ class StepInputs:
 
     def step(self, shape: Shape, num_decodes: int, *, pdl: bool) -> Step:
         """The arrays of a step of this shape, as views of the block."""
-        layout, offsets = self._layout, self._layout.offsets(shape)
-        views = {
-            name: self._block[offsets[name] : offsets[name] + shape.sizes[field.dim]]
-            for name, field in layout.fields.items()
-        }
-        table = self._block[offsets[layout.table.name] : layout.size(shape)]
+        layout, places = self._layout, self._layout.places(shape)
+        views = {name: self._block[start:end] for name, (start, end) in places.spans.items()}
+        table = self._block[slice(*places.table)]
         of = {source: views[port.name] for source, port in layout.ports.items()}
         attention = StepTensors(
             query_start=of[Source.QUERY_START],
@@ -186,8 +179,7 @@ class StepInputs:
 
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""
-        start = self._layout.offsets(shape)[self._rows]
-        return self._block[start : start + shape.rows]
+        return self._block[slice(*self._layout.places(shape).spans[self._rows])]
 
 
 class _Host:

@@ -11,6 +11,7 @@ from slipstream.builder.contract import CacheSpec, Output, Source, attention_cac
 from slipstream.builder.graph.ops import FLOAT, Attributes, Ops
 from slipstream.builder.graph.program import new_program
 from slipstream.builder.graph.verifier import verify
+from slipstream.plugins.operators import DOMAIN
 
 ATTENTION: Attributes = {
     "layer": 0,
@@ -143,3 +144,23 @@ def test_what_is_named_becomes_the_contract() -> None:
     assert layers == [0, 0], "of their own caches"
     o.program.contract, o.program.caches = contract, o.caches
     verify(o.program, "the test")
+
+
+def test_attributes_have_the_types_of_the_spec() -> None:
+    """1 for a float is 1.0, never the default; what is no number of that kind is refused."""
+    o = ops()
+    x = graph_input(o.program, "x", FLOAT, ("T", 64))
+    weight = o.program.add_weight(dense("w", 64))
+    made = o._node("FusedAddRMSNorm", [x, x, weight], ("T", 64), {"norm_eps": 1}, DOMAIN)
+    node = made.producer()
+    assert node is not None and node.attributes["norm_eps"].as_float() == 1.0
+    with pytest.raises(TypeError, match=r"attribute norm_eps is \[1\], which is not a float"):
+        o._node("FusedAddRMSNorm", [x, x, weight], ("T", 64), {"norm_eps": [1]}, DOMAIN)
+
+
+def test_any_operator_of_the_table_has_the_shape_that_its_spec_says() -> None:
+    o = ops()
+    made = o.operator("GatedActivation", [graph_input(o.program, "gate_up", FLOAT, ("T", 8))])
+    o.output(made, "y")
+    verify(o.program, "the test")
+    assert shape(made) == ["T", 4]

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
+from tests.runtime.executors.two_graphs import save_engine
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,6 +24,7 @@ from slipstream.errors import CapacityError, EngineMismatchError, MissingDepende
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
+from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
@@ -188,3 +191,10 @@ class TestEnvironment:
         monkeypatch.setattr(cuda_device.Device, "free_memory", lambda self: 10)
         with pytest.raises(CapacityError, match=r"the GPU has 0 MiB free; stop what else uses it"):
             load(engine, LIMITS)
+
+
+def test_a_contract_of_more_than_the_kernels_run_is_refused(tmp_path: Path) -> None:
+    manifest = save_engine(tmp_path)
+    graph = ir.load(tmp_path / "target.onnx").graph
+    with pytest.raises(EngineMismatchError, match="graphs target, draft, caches kv, sum and outp"):
+        CUDAExecutor.from_weights(manifest, RuntimeConfig(), graph, {})

@@ -1,45 +1,10 @@
-// What the Linear kernels need of AVX2: 8 weight rows a vector, so a tile of 16 takes two passes.
+// Codes and their sums on AVX2: 8 weight rows a vector, so a tile of 16 takes two passes. Included by codes.h.
 #pragma once
-
-#include <immintrin.h>
-
-#include <cstdint>
-#include <limits>
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-using Floats = __m256;
-using Ints = __m256i;
-constexpr int kLanes = 8;
 constexpr int kMaxTokens = 4;
-
-inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline Floats splat(float v) { return _mm256_set1_ps(v); }
-inline Ints splat(int32_t v) { return _mm256_set1_epi32(v); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-inline Floats clamp(Floats v, float low, float high) {
-  return _mm256_min_ps(_mm256_max_ps(v, splat(low)), splat(high));
-}
-inline Floats round(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2^v of whole numbers in -126..127.
-inline Floats exp2_whole(Floats v) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), splat(127)), 23));
-}
-
-inline Floats load_halves(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline Ints load_bytes(const uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-// a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
-inline Ints multiply_small(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 
 // Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits.
 inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x, int first, int last) {
@@ -101,10 +66,6 @@ struct Codes {
   }
 };
 
-struct Range {
-  float low, high;
-};
-
 // The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
 inline Range range_of(const float* x) {
   const __m256 a = load(x), b = load(x + 8), c = load(x + 16), d = load(x + 24);
@@ -121,18 +82,11 @@ inline Range range_of(const float* x) {
   return _mm256_movemask_ps(unordered) ? Range{range.low, std::numeric_limits<float>::quiet_NaN()} : range;
 }
 
-// The sum of 32 unsigned bytes.
-inline int32_t sum_bytes(__m256i bytes) {
-  const __m256i quarters = _mm256_sad_epu8(bytes, _mm256_setzero_si256());
-  const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
-  return _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2);
-}
-
 // Rounds 32 values (x - low) * inverse, all within 0..255, less 128, to int8; returns their sum.
 inline int32_t quantize_block(const float* x, float low, float inverse, int8_t* codes) {
   __m256i q[4];
   for (int i = 0; i < 4; ++i) {
-    q[i] = _mm256_cvtps_epi32(multiply(_mm256_sub_ps(load(x + 8 * i), splat(low)), splat(inverse)));
+    q[i] = _mm256_cvtps_epi32((load(x + 8 * i) - splat(low)) * splat(inverse));
   }
   // The packs work on 128-bit halves: put the groups of four back in order.
   const __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));

@@ -15,7 +15,7 @@ import triton
 
 from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.cuda.launch import launch_options
-from slipstream.plugins.paged_attention.cuda_kernels import (
+from slipstream.plugins.paged_attention.cuda.kernels import (
     decode_kernel,
     prefill_kernel,
     write_kernel,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
-from slipstream.plugins.linear.cuda.dot_kernels import dot_float, dot_int
-from slipstream.plugins.linear.cuda.gemv_kernels import gemv_float, gemv_int
-from slipstream.plugins.linear.cuda.rows_kernels import embedding_rows
+from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
+from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
+from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
 from slipstream.plugins.linear.cuda.tactics import (
     DOT_TOKENS,
     GEMV_TOKENS,
@@ -23,8 +23,6 @@ from slipstream.plugins.linear.cuda.tactics import (
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
-
-__all__ = ["DeviceWeight", "embedding", "linear"]
 
 
 def linear(  # noqa: PLR0913 - what is fused

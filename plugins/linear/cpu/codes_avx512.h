@@ -1,43 +1,10 @@
-// What the Linear kernels need of AVX-512 with VNNI: 16 weight rows a vector.
+// Codes and their sums on AVX-512 with VNNI: 16 weight rows a vector. Included by codes.h.
 #pragma once
-
-#include <immintrin.h>
-
-#include <cstdint>
-#include <limits>
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-using Floats = __m512;
-using Ints = __m512i;
-constexpr int kLanes = 16;
 constexpr int kMaxTokens = 16;  // accumulators of the largest token block, beside 8 vectors of codes
-
-inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline Floats splat(float v) { return _mm512_set1_ps(v); }
-inline Ints splat(int32_t v) { return _mm512_set1_epi32(v); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-inline Floats clamp(Floats v, float low, float high) {
-  return _mm512_min_ps(_mm512_max_ps(v, splat(low)), splat(high));
-}
-inline Floats round(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2^v of whole numbers.
-inline Floats exp2_whole(Floats v) { return _mm512_scalef_ps(splat(1.0f), v); }
-
-inline Floats load_halves(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline Ints load_bytes(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-// a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
-inline Ints multiply_small(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
 
 // 32 codes of 16 rows: vector q holds k = 4q..4q+3 of every row.
 template <int bits>
@@ -92,10 +59,6 @@ struct Codes {
   }
 };
 
-struct Range {
-  float low, high;
-};
-
 // The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
 inline Range range_of(const float* x) {
   const __m512 a = load(x), b = load(x + 16);
@@ -110,17 +73,10 @@ inline Range range_of(const float* x) {
   return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) ? Range{range.low, std::numeric_limits<float>::quiet_NaN()} : range;
 }
 
-// The sum of 32 unsigned bytes.
-inline int32_t sum_bytes(__m256i bytes) {
-  const __m256i quarters = _mm256_sad_epu8(bytes, _mm256_setzero_si256());
-  const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
-  return _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2);
-}
-
 // Rounds 32 values (x - low) * inverse, all within 0..255, less 128, to int8; returns their sum.
 inline int32_t quantize_block(const float* x, float low, float inverse, int8_t* codes) {
-  const __m512i a = _mm512_cvtps_epi32(multiply(_mm512_sub_ps(load(x), splat(low)), splat(inverse)));
-  const __m512i b = _mm512_cvtps_epi32(multiply(_mm512_sub_ps(load(x + 16), splat(low)), splat(inverse)));
+  const __m512i a = _mm512_cvtps_epi32((load(x) - splat(low)) * splat(inverse));
+  const __m512i b = _mm512_cvtps_epi32((load(x + 16) - splat(low)) * splat(inverse));
   const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(b), _mm512_cvtepi32_epi8(a));
   // Flipping the highest bit of a byte is the same as taking 128 away.
   const __m256i less = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));

@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <limits>
 
-#include "../cpu/simd.h"
+#include "cpu/simd.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
 using simd::kLanes;
-using simd::Vec;
+using simd::Floats;
 
 constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
@@ -30,9 +30,9 @@ struct Scores {
 inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float* row_max,
                          float* row_sum) {
   float* scores = row.values;
-  Vec largest = simd::splat(kNoScore);
+  Floats largest = simd::splat(kNoScore);
   for (int64_t i = begin; i < end; i += kLanes) {
-    Vec score = simd::load(scores + i);
+    Floats score = simd::load(scores + i);
     if (row.key_scales != nullptr) score = score * simd::load(row.key_scales + i);
     if (row.soft_cap > 0.0f) score = simd::tanh(score) * simd::splat(row.soft_cap);
     if (i < low || i + kLanes > high) score = simd::keep(score, low - i, high - i, simd::splat(kNoScore));
@@ -40,10 +40,10 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
     simd::store(scores + i, score);
   }
   const float before = *row_max, now = std::max(before, simd::reduce_max(largest));
-  const Vec shift = simd::splat(now == kNoScore ? 0.0f : now);
-  Vec total = simd::splat(0.0f);
+  const Floats shift = simd::splat(now == kNoScore ? 0.0f : now);
+  Floats total = simd::splat(0.0f);
   for (int64_t i = begin; i < end; i += kLanes) {
-    Vec probability = simd::exp2(simd::load(scores + i) - shift);
+    Floats probability = simd::exp2(simd::load(scores + i) - shift);
     total = total + probability;
     if (row.value_scales != nullptr) probability = probability * simd::load(row.value_scales + i);
     simd::store(scores + i, probability);

@@ -1,18 +1,12 @@
-// What the Linear kernels need, in portable C++ with the vector extensions of GCC and Clang (SSE2, NEON, ...).
+// Codes and their sums in portable C++ with the vector extensions of GCC and Clang. Included by codes.h.
 #pragma once
-
-#include <cmath>
-#include <cstdint>
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
 typedef int32_t Pairs __attribute__((vector_size(32)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-constexpr int kLanes = 4;
 constexpr int kMaxTokens = 4;
 
 template <class V>
@@ -21,49 +15,6 @@ inline V load_as(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline Floats load(const float* p) { return load_as<Floats>(p); }
-inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Floats splat(float v) { return Floats{v, v, v, v}; }
-inline Ints splat(int32_t v) { return Ints{v, v, v, v}; }
-inline Floats add(Floats a, Floats b) { return a + b; }
-inline Floats multiply(Floats a, Floats b) { return a * b; }
-inline Floats divide(Floats a, Floats b) { return a / b; }
-inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
-inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-inline Floats clamp(Floats v, float low, float high) {
-  v = v > splat(low) ? v : splat(low);
-  return v < splat(high) ? v : splat(high);
-}
-inline Floats round(Floats v) {
-  return Floats{std::nearbyint(v[0]), std::nearbyint(v[1]), std::nearbyint(v[2]), std::nearbyint(v[3])};
-}
-// 2^v of whole numbers in -126..127.
-inline Floats exp2_whole(Floats v) {
-  const Ints bits = (__builtin_convertvector(v, Ints) + 127) << 23;
-  return load_as<Floats>(&bits);
-}
-
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16;
-  uint32_t bits = uint32_t(half & 0x7fff) << 13;
-  if ((half & 0x7c00) == 0x7c00) {
-    bits |= 0x7f800000;
-  } else {
-    // Scaling by 2^112 moves the exponent's bias from 15 to 127 and also normalises subnormal numbers.
-    const float value = load_as<float>(&bits) * 0x1p112f;
-    bits = load_as<uint32_t>(&value);
-  }
-  bits |= sign;
-  return load_as<float>(&bits);
-}
-inline Floats load_halves(const uint8_t* p) {
-  Floats out;
-  for (int i = 0; i < 4; ++i) out[i] = half_to_float(load_as<uint16_t>(p + 2 * i));
-  return out;
-}
-inline Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
-inline Ints multiply_small(Ints a, Ints b) { return a * b; }
-
 // 32 codes of 4 rows: vector q holds k = 4q..4q+3 of every row.
 template <int bits>
 struct Codes {
@@ -105,10 +56,6 @@ struct Codes {
     const Pairs both = (pairs & 0xffff) + (pairs >> 16);
     return Ints{both[0] + both[1], both[2] + both[3], both[4] + both[5], both[6] + both[7]} - zero_point * (4 * (last - first));
   }
-};
-
-struct Range {
-  float low, high;
 };
 
 // The bits of a float as an integer of the same order, and back; a NaN lies beyond the infinity of its sign.

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <tuple>
 
-#include "cpu.h"
+#include "operators.h"
 #include "scratch.h"
 
 namespace slipstream {

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins.cuda.kernels import begin
-from slipstream.plugins.linear.cuda.dot_kernels import float8_bits
+from slipstream.plugins.linear.cuda.kernels.dot import float8_bits
 
 
 @triton.jit

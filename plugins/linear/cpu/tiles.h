@@ -47,7 +47,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
       ahead += tile.step;
       const Codes<bits> block(codes);
       // What a token's centre multiplies: the sum of the weights, without their offset.
-      const Floats weights = multiply(scale, to_floats(block.sum_less(zero_point)));
+      const Floats weights = scale * to_floats(block.sum_less(zero_point));
       const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
       const float* centres = token_scales + tokens;
       const int32_t* terms = reinterpret_cast<const int32_t*>(centres + tokens);
@@ -56,7 +56,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
         Ints start = splat(zero == ZeroKind::offset ? 0 : terms[t]);
         if constexpr (zero == ZeroKind::zero) start = multiply_small(zero_point, start);
         const Ints dot = block.dot(reinterpret_cast<const int8_t*>(record) + t * kBlock, start);
-        sum[t] = fma(to_floats(dot), multiply(scale, splat(token_scales[t])), sum[t]);
+        sum[t] = fma(to_floats(dot), scale * splat(token_scales[t]), sum[t]);
       }
       // Apart, so that no dot product waits for the sum of codes.
 #pragma GCC unroll 16
@@ -91,7 +91,7 @@ void multiply_halves(const TileArgs& tile, int lane, const uint8_t* record, floa
     ahead += tile.step;
     const Codes<bits> block(codes);
     const Floats weights = fma(high, to_floats(block.sum_less(zero_point, 4, 8)),
-                               multiply(low, to_floats(block.sum_less(zero_point, 0, 4))));
+                               low * to_floats(block.sum_less(zero_point, 0, 4)));
     const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
     const float* centres = token_scales + tokens;
     const int32_t* terms = reinterpret_cast<const int32_t*>(centres + tokens);
@@ -101,8 +101,8 @@ void multiply_halves(const TileArgs& tile, int lane, const uint8_t* record, floa
       const Floats scale = splat(token_scales[t]);
       const Ints first = block.dot(x, splat(-int32_t(int16_t(terms[t])) * (1 << (bits - 1))), 0, 4);
       const Ints second = block.dot(x, splat(-(terms[t] >> 16) * (1 << (bits - 1))), 4, 8);
-      sum[t] = fma(to_floats(first), multiply(low, scale), sum[t]);
-      sum[t] = fma(to_floats(second), multiply(high, scale), sum[t]);
+      sum[t] = fma(to_floats(first), low * scale, sum[t]);
+      sum[t] = fma(to_floats(second), high * scale, sum[t]);
     }
 #pragma GCC unroll 16
     for (int t = 0; t < tokens; ++t) sum[t] = fma(weights, splat(centres[t]), sum[t]);

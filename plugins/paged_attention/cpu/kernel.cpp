@@ -2,15 +2,15 @@
 //
 // The query heads that share a kv head are packed with the tokens of a chunk into rows (row = token * group + head),
 // so that a page is read once for all of them. Scores are kept in units of log2, so that softmax uses 2^x.
-#include "cpu.h"
-
 #include <cassert>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
-#include "../cpu/simd.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 #include "multiply.h"
+#include "operators.h"
 #include "plan.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -130,7 +130,7 @@ struct TaskMemory {
 
   TaskMemory(const Call& call, const Chunk& chunk) {
     const PagedAttentionArgs& args = call.args;
-    const bool scaled = args.kv_type == KVType::i8;
+    const bool scaled = args.kv_cache_type == ElementType::int8;
     const int64_t count = chunk.count * call.group, all = chunk.heads * count;
     const int64_t keys = count <= kFewRows ? kFewRowsTileKeys : kTileKeys;
     const int64_t width = std::max<int64_t>(1, keys / args.page_size) * args.page_size;
@@ -304,14 +304,15 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
 }  // namespace
 }  // namespace attention
 
-void paged_attention(const PagedAttentionArgs& args, Parallel& parallel) {
-  assert(args.head_dim % 8 == 0 && args.head_dim <= attention::kMaxHeadDim && args.page_size % 16 == 0);
-  assert(args.num_heads % args.num_kv_heads == 0 && 2 * args.rotary_half <= args.head_dim);
-  switch (args.kv_type) {
-    case KVType::f32: return attention::paged_attention_of<float>(args, parallel);
-    case KVType::f16: return attention::paged_attention_of<Half>(args, parallel);
-    case KVType::i8: return attention::paged_attention_of<int8_t>(args, parallel);
-    case KVType::e4m3: return attention::paged_attention_of<Float8>(args, parallel);
+void paged_attention(const PagedAttentionArgs& given, Parallel& parallel) {
+  PagedAttentionArgs args = given;
+  if (args.kv_cache_type != ElementType::float8e4m3fn) args.k_scale = args.v_scale = 1.0f;  // only codes have a unit
+  switch (args.kv_cache_type) {
+    case ElementType::float32: return attention::paged_attention_of<float>(args, parallel);
+    case ElementType::float16: return attention::paged_attention_of<Half>(args, parallel);
+    case ElementType::int8: return attention::paged_attention_of<int8_t>(args, parallel);
+    case ElementType::float8e4m3fn: return attention::paged_attention_of<Float8>(args, parallel);
+    default: assert(false);
   }
 }
 

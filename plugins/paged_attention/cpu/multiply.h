@@ -8,14 +8,14 @@
 
 #include <cstdint>
 
-#include "../cpu/simd.h"
+#include "cpu/simd.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
 using simd::kLanes;
-using simd::Vec;
+using simd::Floats;
 
 // Rows of a that are multiplied together: with two vectors of columns, as many accumulators as registers allow.
 constexpr int kRows = simd::kRegisters == 32 ? 12 : 6;
@@ -33,7 +33,7 @@ struct Panels {
 template <class T, int rows, int vectors, bool partial>
 SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const Panels<T>& b, int64_t column, int count,
                                       float* c, int64_t c_stride, bool accumulate) {
-  Vec sum[rows][vectors];
+  Floats sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -50,7 +50,7 @@ SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const Pa
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       for (int64_t i = 0; i < vectors * kLanes * static_cast<int64_t>(sizeof(T)); i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(right) + ahead + i, 0, 2);
-      Vec lanes[vectors];
+      Floats lanes[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v)
         lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);

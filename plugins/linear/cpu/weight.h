@@ -1,9 +1,8 @@
-// The quantized Linear and Embedding operators on a CPU. packing.py documents and writes the weight blob.
+// The packed weight of Linear and Embedding, which their attributes describe. packing.py documents and writes the blob.
 #pragma once
 
 #include <cstdint>
 
-#include "../../cpu/parallel.h"
 
 namespace slipstream {
 
@@ -21,26 +20,20 @@ struct PackedWeight {
   int32_t gated;         // 1: tiles alternate between gate rows (the first N/2) and up rows (the rest)
 };
 
-// y = act(norm(x) W^T + bias) + residual, where act(gate, up) = silu(gate) * up when the weight is gated.
-struct LinearArgs {
-  PackedWeight weight;
-  const float* x;            // [rows, K]
-  const float* bias;         // [N] or null, in the order of the unpacked weight
-  const float* residual;     // like y, or null; may be y itself
-  const float* norm_weight;  // [K] or null: x is replaced by x / sqrt(mean(x^2) + norm_eps) * norm_weight
-  float* y;                  // [rows, N], or [rows, N/2] when gated
-  int64_t rows;
-  float norm_eps;
-};
-
-struct EmbeddingArgs {
-  PackedWeight weight;       // not gated
-  const int32_t* token_ids;  // [rows], each in [0, N)
-  float* y;                  // [rows, K]
-  int64_t rows;
-};
-
 constexpr int kTile = 16;  // weight rows
+
+// Of a Linear or an Embedding, whose attributes have the same names.
+template <class Args>
+PackedWeight packed_weight(const Args& args, bool gated) {
+  return {args.weight,
+          args.in_features,
+          args.out_features,
+          static_cast<int32_t>(args.bits),
+          static_cast<int32_t>(args.group_size),
+          static_cast<ZeroKind>(args.zero_kind),
+          static_cast<int32_t>(args.scale_bytes),
+          gated};
+}
 
 // Each translation unit has its own: the linker must not pick one that another instruction set compiled.
 namespace {

@@ -5,15 +5,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cpu/simd.h"
-#include "cpu.h"
+#include "cpu/simd.h"
+#include "operators.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
 using simd::kLanes;
-using simd::Vec;
+using simd::Floats;
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kWriteTokens = 32;  // tokens of one writing task
@@ -41,9 +41,9 @@ inline void rotate(const PagedAttentionArgs& args, int64_t token, const float* x
                    float* __restrict out) {
   const int64_t dim = args.head_dim, half = args.rotary_half;
   if (norm != nullptr) {
-    Vec squares = simd::splat(0.0f);
+    Floats squares = simd::splat(0.0f);
     for (int64_t i = 0; i < dim; i += kLanes) {
-      const Vec v = simd::load_first(x + i, lanes_left(i, dim));
+      const Floats v = simd::load_first(x + i, lanes_left(i, dim));
       squares = simd::fma(v, v, squares);
     }
     const float mean = simd::reduce_add(squares) / static_cast<float>(dim);
@@ -77,12 +77,12 @@ inline void encode(Half* out, const float* x, int64_t dim, float*) {
 
 // Symmetric: x is about out * scale.
 inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
-  Vec largest = simd::splat(0.0f);
+  Floats largest = simd::splat(0.0f);
   for (int64_t i = 0; i < dim; i += kLanes)
     largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
   const float amax = simd::reduce_max(largest);
   *scale = amax / 127.0f;
-  const Vec inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
+  const Floats inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) * inverse, n);
@@ -91,7 +91,7 @@ inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
 
 // In units of *scale, saturated.
 inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
-  const Vec unit = simd::splat(*scale);
+  const Floats unit = simd::splat(*scale);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) / unit, n);
@@ -114,7 +114,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
       rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
     float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
-    if (args.kv_type == KVType::i8) {
+    if (args.kv_cache_type == ElementType::int8) {
       k_scale = page_scales(args, page, kKeys, head) + offset;
       v_scale = page_scales(args, page, kValues, head) + offset;
     }
