@@ -9,6 +9,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from slipstream.weights.json import shortened
+
 T = TypeVar("T")
 
 
@@ -74,14 +76,14 @@ def _read_items(kinds: tuple[Any, ...], value: object, place: str) -> tuple[Any,
 
 def _choice(known: Any, value: object, place: str) -> object:  # noqa: ANN401 - a sequence
     if value not in known:
-        raise ValueError(f"{place} is {value!r}, not one of {', '.join(map(str, known))}")
+        raise ValueError(f"{place} is {shortened(value)}, not one of {', '.join(map(str, known))}")
     return value
 
 
 def _typed(kind: type[Any], value: object, place: str) -> Any:  # noqa: ANN401 - of that type
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {dict: "an object", list: "a list", types.NoneType: "null"}
-        raise ValueError(f"{place} is {value!r}, not {names.get(kind, kind.__name__)}")
+        raise ValueError(f"{place} is {shortened(value)}, not {names.get(kind, kind.__name__)}")
     return value
 
 
