@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.operators import DOMAIN, OPERATORS, OURS
 from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
 
 PAGE = Path(__file__).with_name("operators.md")
@@ -15,9 +15,8 @@ _HEAD = f"""# Operators
 *Generated: run `python docs/generate_operators.py` when a spec under `plugins/` changes.*
 
 The operators of the ONNX domain `{DOMAIN}`. [architecture.md](architecture.md) says where they
-stand in the graph, [adding_an_operator.md](adding_an_operator.md) how one is made. Letters in
-shapes: T tokens of the step, S sequences, P columns of the page table. A name that stands in
-several shapes of one operator has one value in all of them.
+stand in the graph, [adding_an_operator.md](adding_an_operator.md) how one is made. A name that
+stands in several shapes of one operator has one value in all of them.
 """
 
 
@@ -41,7 +40,8 @@ def _operator(spec: OperatorSpec) -> str:
 
 def _tensor(tensor: TensorSpec) -> Sequence[str]:
     shape = f"`[{', '.join(tensor.shape)}]`" if tensor.shape else "see meaning"
-    name = f"`{tensor.name}`" + (" (optional)" if tensor.optional else "")
+    notes = ["optional"] * tensor.optional + ["written"] * tensor.written
+    name = f"`{tensor.name}`" + (f" ({', '.join(notes)})" if notes else "")
     return name, " / ".join(tensor.dtypes), shape, tensor.doc
 
 
@@ -57,4 +57,4 @@ def _table(head: Sequence[str], rows: map[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(OPERATORS), encoding="utf-8")
+    PAGE.write_text(render({name: OPERATORS[name] for name in OURS}), encoding="utf-8")

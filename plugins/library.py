@@ -1,36 +1,47 @@
-"""Finds and loads the native CPU plugins that installation compiled."""
+"""Finds and loads the native libraries that hold the CPU kernels of operators."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 
 from slipstream.errors import MissingDependencyError
+from slipstream.plugins.operators import OPERATORS
+
+OURS = "slipstream.plugins._cpu"
+
+
+def modules(operators: Iterable[str]) -> tuple[str, ...]:
+    """The libraries that these operators' CPU kernels are in, each once."""
+    natives = (OPERATORS[name].native for name in operators)
+    return tuple(dict.fromkeys(native for native in natives if native is not None))
 
 
 @cache
-def path() -> str:
-    """File of the shared library; MissingDependencyError when it was never compiled."""
-    spec = find_spec("slipstream.plugins._cpu")
+def path(module: str = OURS) -> str:
+    """File of a shared library; MissingDependencyError when it was never compiled."""
+    spec = find_spec(module)
     if spec is None or spec.origin is None:
+        package = module.partition(".")[0]
         raise MissingDependencyError(
-            "The native CPU plugins are not compiled: install a C++17 compiler (g++ or clang++) "
-            "and run "
-            "'pip install --force-reinstall --no-deps slipstream' (or 'pip install -e .' in a "
-            "checkout)."
+            f"The native CPU plugins {module} are not compiled: install a C++17 compiler (g++ or "
+            f"clang++) and run "
+            f"'pip install --force-reinstall --no-deps {package}' (or 'pip install -e .' in a "
+            f"checkout)."
         )
     return spec.origin
 
 
 @cache
-def load() -> ctypes.CDLL:
-    """The library with its C entry points (see the end of ``plugins/cpu/kernels.cpp``)."""
-    library = ctypes.CDLL(path())
+def load(module: str = OURS) -> ctypes.CDLL:
+    """A library with its C entry points (see the end of ``plugins/cpu/kernels.cpp``)."""
+    library = ctypes.CDLL(path(module))
     library.slipstream_isas.restype = ctypes.c_char_p
     return library
 
 
-def isas() -> tuple[str, ...]:
+def isas(module: str = OURS) -> tuple[str, ...]:
     """Instruction sets that this machine runs and the library holds, best first."""
-    return tuple(load().slipstream_isas().decode().split(","))
+    return tuple(load(module).slipstream_isas().decode().split(","))

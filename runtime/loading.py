@@ -3,7 +3,6 @@ needs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
@@ -18,6 +18,7 @@ from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.weights.json import Origin, read_fields
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
@@ -47,7 +48,8 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         executor=executor,
         tokenizer=tokenizer,
         config=config,
-        vocab_size=int(engine.manifest.model["vocab_size"]),
+        caches=engine.manifest.caches,
+        vocab_size=engine.manifest.vocab_size,
         generation_defaults=_generation_defaults(engine),
     )
 
@@ -83,7 +85,7 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    page_size = engine.manifest.kv.page_size
+    page_size = page_size_of(engine.manifest.caches)
     if runtime.get("page_size", page_size) != page_size:
         raise InvalidRequestError(
             f"page_size is {runtime['page_size']}, but {engine.path} was built for {page_size}; "
@@ -97,7 +99,12 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
 
 def _generation_defaults(engine: Engine) -> SamplingParams:
     file = engine.path / "generation_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    if not config.get("do_sample", True):
-        config = {**config, "temperature": 0.0}
-    return SamplingParams.from_generation_config(config)
+    if not file.is_file():
+        return SamplingParams()
+    origin = Origin(file, f"correct it in the checkpoint and {engine.manifest.command}")
+    config = read_fields(file, origin)
+    greedy = {} if config.flag("do_sample", True) else {"temperature": 0.0}
+    try:
+        return SamplingParams.from_generation_config({**config.values, **greedy})
+    except InvalidRequestError as error:
+        raise origin.refusal(f"cannot be used ({error})") from error

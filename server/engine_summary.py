@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slipstream.builder.engine import GRAPH, WEIGHTS, Engine, sha256
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import WEIGHTS, Engine, sha256
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.weights.json import Origin
+from slipstream.weights.safetensors import read_header
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,22 +67,13 @@ def list_weights(engine: Engine) -> list[WeightEntry]:
 
     Raises ``EngineMismatchError`` if there is no readable header.
     """
-    file = engine.path / WEIGHTS
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return [_weight_entry(name, entry) for name, entry in header.items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _unreadable(engine, WEIGHTS, error) from error
-
-
-def _weight_entry(name: str, entry: dict[str, list[int]]) -> WeightEntry:
-    begin, end = entry["data_offsets"]
-    return WeightEntry(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+    origin = Origin(
+        f"{WEIGHTS} of the engine {engine.path}",
+        f"build it again: {engine.manifest.command}",
+        EngineMismatchError,
+    )
+    tensors = read_header(engine.path / WEIGHTS, origin).values()
+    return [WeightEntry(t.name, t.dtype, t.shape, t.size) for t in tensors]
 
 
 def read_graph(engine: Engine) -> ir.Graph:
@@ -88,10 +81,11 @@ def read_graph(engine: Engine) -> ir.Graph:
     # Imported here because only reports about an engine need a graph library.
     import onnx_ir as ir
 
+    name = engine.manifest.graphs[TARGET_GRAPH].file
     try:
-        return ir.load(engine.path / GRAPH).graph
+        return ir.load(engine.path / name).graph
     except Exception as error:  # protobuf's errors share no public base class
-        raise _unreadable(engine, GRAPH, error) from error
+        raise _unreadable(engine, name, error) from error
 
 
 def count_operators(graph: Iterable[ir.Node]) -> dict[str, int]:

@@ -8,10 +8,13 @@ from collections.abc import Container
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.builder.graph.verify_contract import contract_problem
+from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
+from slipstream.plugins.shapes import evaluate
 from slipstream.plugins.spec import OperatorSpec, TensorSpec
 
 Bindings = dict[str, int | str]
+_ATTRIBUTE_TYPES = {"int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT}
 
 
 class VerificationError(AssertionError):
@@ -29,12 +32,16 @@ def verify(program: Program, stage: str) -> None:
                     f"after {stage}: {node.name} reads {value.name} before anything makes it"
                 )
         known.update(node.outputs)
-        if node.domain == DOMAIN:
+        if node.domain not in STANDARD_DOMAINS:
             _check_node(node, stage, program.weights)
     for value in program.graph.outputs:
         if value not in known:
             raise VerificationError(f"after {stage}: output {value.name} is made by no node")
     _check_weights(program, stage)
+    if program.contract is not None:
+        problem = contract_problem(program.graph, program.contract, program.caches)
+        if problem:
+            raise VerificationError(f"after {stage}: {problem}")
 
 
 def _check_weights(program: Program, stage: str) -> None:
@@ -50,9 +57,9 @@ def _check_weights(program: Program, stage: str) -> None:
 
 def _check_node(node: ir.Node, stage: str, weights: Container[str | None]) -> None:
     spec = OPERATORS.get(node.op_type)
-    if spec is None:
+    if spec is None or spec.domain != node.domain:
         raise VerificationError(
-            f"after {stage}: {node.name} is of unknown operator {DOMAIN}.{node.op_type}"
+            f"after {stage}: {node.name} is of unknown operator {node.domain}.{node.op_type}"
         )
     problem = _attribute_problem(node, spec) or _tensor_problem(node, spec, weights)
     if problem:
@@ -60,12 +67,19 @@ def _check_node(node: ir.Node, stage: str, weights: Container[str | None]) -> No
 
 
 def _attribute_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
-    names = {attribute.name for attribute in spec.attributes}
-    unknown = set(node.attributes) - names
+    known = {attribute.name: attribute for attribute in spec.attributes}
+    unknown = set(node.attributes) - set(known)
     if unknown:
         return f"has unknown attributes {sorted(unknown)}"
     missing = {a.name for a in spec.attributes if a.default is None} - set(node.attributes)
-    return f"lacks attributes {sorted(missing)}" if missing else None
+    if missing:
+        return f"lacks attributes {sorted(missing)}"
+    for attribute in node.attributes.values():
+        expected = known[attribute.name].type
+        if attribute.type != _ATTRIBUTE_TYPES[expected]:
+            found = attribute.type.name.lower()
+            return f"has attribute {attribute.name} of type {found}, expected {expected}"
+    return None
 
 
 def _tensor_problem(
@@ -121,12 +135,7 @@ def _shape_problem(value: ir.Value, tensor: TensorSpec, bindings: Bindings) -> s
     return None
 
 
-def _evaluate(symbol: str, bindings: Bindings) -> int | str | None:
-    if symbol in bindings:
-        return bindings[symbol]
-    names = {name: value for name, value in bindings.items() if isinstance(value, int)}
-    try:
-        # Symbols come from the specs in this package, never from a file.
-        return int(eval(symbol, {"__builtins__": {}}, names))
-    except NameError:
-        return None
+def _evaluate(size: str, bindings: Bindings) -> int | str | None:
+    if size in bindings:
+        return bindings[size]
+    return evaluate(size, {n: v for n, v in bindings.items() if isinstance(v, int)})

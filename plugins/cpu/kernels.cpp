@@ -7,19 +7,23 @@
 
 namespace slipstream {
 
-#define SLIPSTREAM_DECLARE(isa)                                 \
-  namespace isa {                                               \
-  void linear(const LinearArgs&, Parallel&);                    \
-  void embedding(const EmbeddingArgs&, Parallel&);              \
-  void paged_attention(const PagedAttentionArgs&, Parallel&);   \
+#define SLIPSTREAM_KERNEL(Name, function) void function(const Name##Args&, Parallel&);
+#define SLIPSTREAM_ASSIGN(Name, function) kernels.function = function;
+#define SLIPSTREAM_TABLE(name)                \
+  namespace name {                            \
+  SLIPSTREAM_OPERATORS(SLIPSTREAM_KERNEL)     \
+  static Kernels table() {                    \
+    Kernels kernels{};                        \
+    kernels.isa = #name;                      \
+    SLIPSTREAM_OPERATORS(SLIPSTREAM_ASSIGN)   \
+    return kernels;                           \
+  }                                           \
   }
 
-#define SLIPSTREAM_KERNELS(isa) {#isa, isa::linear, isa::embedding, isa::paged_attention}
-
-SLIPSTREAM_DECLARE(generic)
+SLIPSTREAM_TABLE(generic)
 #if defined(__x86_64__)
-SLIPSTREAM_DECLARE(avx2)
-SLIPSTREAM_DECLARE(avx512)
+SLIPSTREAM_TABLE(avx2)
+SLIPSTREAM_TABLE(avx512)
 #endif
 
 static std::vector<Kernels> usable_kernels() {
@@ -29,10 +33,10 @@ static std::vector<Kernels> usable_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    kernels.push_back(SLIPSTREAM_KERNELS(avx512));
-  if (avx2) kernels.push_back(SLIPSTREAM_KERNELS(avx2));
+    kernels.push_back(avx512::table());
+  if (avx2) kernels.push_back(avx2::table());
 #endif
-  kernels.push_back(SLIPSTREAM_KERNELS(generic));
+  kernels.push_back(generic::table());
   return kernels;
 }
 
@@ -86,27 +90,13 @@ SLIPSTREAM_EXPORT const char* slipstream_isas() {
   return names.c_str();
 }
 
-// Each runs one kernel of the named instruction set (null: the best) and returns 0, or 1 for an unknown name.
-SLIPSTREAM_EXPORT int slipstream_linear(const slipstream::LinearArgs* args, const char* isa, int threads) {
-  const auto* kernels = slipstream::find_kernels(isa);
-  if (kernels == nullptr) return 1;
-  slipstream::ThreadParallel parallel(threads);
-  kernels->linear(*args, parallel);
-  return 0;
-}
-
-SLIPSTREAM_EXPORT int slipstream_embedding(const slipstream::EmbeddingArgs* args, const char* isa, int threads) {
-  const auto* kernels = slipstream::find_kernels(isa);
-  if (kernels == nullptr) return 1;
-  slipstream::ThreadParallel parallel(threads);
-  kernels->embedding(*args, parallel);
-  return 0;
-}
-
-SLIPSTREAM_EXPORT int slipstream_paged_attention(const slipstream::PagedAttentionArgs* args, const char* isa, int threads) {
-  const auto* kernels = slipstream::find_kernels(isa);
-  if (kernels == nullptr) return 1;
-  slipstream::ThreadParallel parallel(threads);
-  kernels->paged_attention(*args, parallel);
-  return 0;
-}
+// One a kernel: runs that of the named instruction set (null: the best) and returns 0, or 1 for an unknown name.
+#define SLIPSTREAM_ENTRY(Name, function)                                                                         \
+  SLIPSTREAM_EXPORT int slipstream_##function(const slipstream::Name##Args* args, const char* isa, int threads) { \
+    const auto* kernels = slipstream::find_kernels(isa);                                                         \
+    if (kernels == nullptr) return 1;                                                                            \
+    slipstream::ThreadParallel parallel(threads);                                                                \
+    kernels->function(*args, parallel);                                                                          \
+    return 0;                                                                                                    \
+  }
+SLIPSTREAM_OPERATORS(SLIPSTREAM_ENTRY)

@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "linear/cpu/cpu.h"
-#include "paged_attention/cpu.h"
+#include "operators.h"
 
 #define SLIPSTREAM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -14,9 +13,9 @@ namespace slipstream {
 
 struct Kernels {
   const char* isa;
-  void (*linear)(const LinearArgs&, Parallel&);
-  void (*embedding)(const EmbeddingArgs&, Parallel&);
-  void (*paged_attention)(const PagedAttentionArgs&, Parallel&);
+#define SLIPSTREAM_FIELD(Name, function) void (*function)(const Name##Args&, Parallel&);
+  SLIPSTREAM_OPERATORS(SLIPSTREAM_FIELD)
+#undef SLIPSTREAM_FIELD
 };
 
 // Those for this machine, best first; never empty.

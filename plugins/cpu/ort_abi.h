@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/elements.h"
+
 namespace slipstream::ort {
 
 constexpr uint32_t kApiVersion = 18;
@@ -22,9 +24,6 @@ struct Value;
 struct TensorInfo;
 struct ShapeInferContext;
 
-enum class ElementType : int {
-  undefined = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, float16 = 10, float8e4m3fn = 17,
-};
 enum class Characteristic : int { required = 0, optional = 1, variadic = 2 };
 constexpr int kInvalidArgument = 2;  // OrtErrorCode ORT_INVALID_ARGUMENT
 constexpr int kCpuMemory = 0;        // OrtMemTypeDefault
@@ -43,6 +42,7 @@ class Api {
   Status* create_status(int code, const char* message) const {
     return slot<Status*(int, const char*)>(0)(code, message);
   }
+  const char* message(const Status* status) const { return slot<const char*(const Status*)>(2)(status); }
   Status* create_domain(const char* name, CustomOpDomain** out) const {
     return slot<Status*(const char*, CustomOpDomain**)>(26)(name, out);
   }

@@ -5,8 +5,13 @@ from slipstream.plugins.spec import ACTIVATION_DTYPES, OperatorSpec, TensorSpec
 SPEC = OperatorSpec(
     name="GatedActivation",
     doc="silu(gate) * up, where gate is the first half of the columns and up the second.",
-    inputs=(TensorSpec("gate_up", ACTIVATION_DTYPES, ("T", "W"), "gate columns, then up columns"),),
-    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "W//2"), "the gated values"),),
+    inputs=(
+        TensorSpec(
+            "gate_up", ACTIVATION_DTYPES, ("tokens", "width"), "gate columns, then up columns"
+        ),
+    ),
+    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "width//2"), "the gated values"),),
     attributes=(),
     reference="slipstream.plugins.gated_mlp.reference:gated_activation",
+    cuda="slipstream.plugins.gated_mlp.cuda:bind",
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import torch
 import triton
 
+from slipstream.plugins.cuda.binding import Context, Kernel, required_names
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel
 
@@ -26,3 +28,9 @@ def gated_activation(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tenso
             **launch_options(num_warps=4, pdl=pdl),
         )
     return y
+
+
+def bind(node: ir.Node, context: Context) -> Kernel:
+    """A GatedActivation node as a call."""
+    (gate_up,) = required_names(node)
+    return lambda run: (gated_activation(run.values[gate_up], pdl=run.pdl),)

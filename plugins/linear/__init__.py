@@ -37,7 +37,7 @@ SPEC = OperatorSpec(
     doc="y = norm(x)·Wᵀ + bias + residual, where norm, bias and residual are optional; a gated "
     "Linear returns silu(gate)·up of a weight that stacks gate rows over up rows.",
     inputs=(
-        TensorSpec("x", ACTIVATION_DTYPES, ("T", "in_features"), "activations"),
+        TensorSpec("x", ACTIVATION_DTYPES, ("tokens", "in_features"), "activations"),
         _WEIGHT,
         TensorSpec(
             "bias", ACTIVATION_DTYPES, ("out_features",), "added to every row", optional=True
@@ -45,7 +45,7 @@ SPEC = OperatorSpec(
         TensorSpec(
             "residual",
             ACTIVATION_DTYPES,
-            ("T", "out_features//(1+gated)"),
+            ("tokens", "out_features//(1+gated)"),
             "added to the product",
             optional=True,
         ),
@@ -57,7 +57,9 @@ SPEC = OperatorSpec(
             optional=True,
         ),
     ),
-    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "out_features//(1+gated)"), "the product"),),
+    outputs=(
+        TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "out_features//(1+gated)"), "the product"),
+    ),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "N, gate and up rows both counted"),
@@ -66,20 +68,26 @@ SPEC = OperatorSpec(
         AttributeSpec("norm_eps", "float", "epsilon of the RMS norm", 1e-6),
     ),
     reference="slipstream.plugins.linear.reference:linear",
+    native="slipstream.plugins._cpu",
+    checked=True,
+    cuda="slipstream.plugins.linear.cuda.bind:linear",
 )
 
 EMBEDDING_SPEC = OperatorSpec(
     name="Embedding",
     doc="Rows of a weight [V, K] by token id; the weight may be the output Linear's packed one.",
     inputs=(
-        TensorSpec("token_ids", ("int32",), ("T",), "row numbers"),
+        TensorSpec("token_ids", ("int32",), ("tokens",), "row numbers"),
         _WEIGHT,
     ),
-    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("T", "in_features"), "dequantized rows"),),
+    outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "in_features"), "dequantized rows"),),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "V"),
         *_FORMAT,
     ),
     reference="slipstream.plugins.linear.reference:embedding",
+    native="slipstream.plugins._cpu",
+    checked=True,
+    cuda="slipstream.plugins.linear.cuda.bind:embedding",
 )

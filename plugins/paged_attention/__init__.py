@@ -12,40 +12,49 @@ SPEC = OperatorSpec(
         TensorSpec(
             "qkv",
             ACTIVATION_DTYPES,
-            ("T", "(num_heads+2*num_kv_heads)*head_dim"),
+            ("tokens", "(num_heads+2*num_kv_heads)*head_dim"),
             "q, k and v heads of each token",
         ),
         TensorSpec(
             "cos",
             ("float32",),
-            ("T", "R"),
-            "cosines of the rotary angles; R is half the rotated width",
+            ("tokens", "rotary_half"),
+            "cosines of the rotary angles, of half the rotated width",
         ),
-        TensorSpec("sin", ("float32",), ("T", "R"), "sines of the rotary angles"),
+        TensorSpec("sin", ("float32",), ("tokens", "rotary_half"), "sines of the rotary angles"),
         TensorSpec(
             "kv_cache",
             _ANY_KV,
-            ("layers", "pages", "2", "num_kv_heads", "page_size*head_dim"),
+            ("layers", "num_pages", "2", "num_kv_heads", "page_size*head_dim"),
             "pages, written in place; v is [page_size, head_dim] in a page and head, k the same or "
             "transposed (k_row_major)",
+            written=True,
         ),
-        TensorSpec("query_start", ("int32",), ("S+1",), "first token row of each sequence, then T"),
+        TensorSpec(
+            "query_start",
+            ("int32",),
+            ("sequences+1",),
+            "first token row of each sequence, then the number of tokens",
+        ),
         TensorSpec(
             "context_len",
             ("int32",),
-            ("S",),
+            ("sequences",),
             "tokens of each sequence in the cache after this step",
         ),
-        TensorSpec("page_table", ("int32",), ("S", "P"), "page numbers of each sequence"),
         TensorSpec(
-            "slot_mapping", ("int32",), ("T",), "page * page_size + offset of each new token"
+            "page_table", ("int32",), ("sequences", "max_pages"), "page numbers of each sequence"
+        ),
+        TensorSpec(
+            "slot_mapping", ("int32",), ("tokens",), "page * page_size + offset of each new token"
         ),
         TensorSpec(
             "kv_scales",
             ("float32",),
-            ("layers", "pages", "2", "num_kv_heads", "page_size"),
+            ("layers", "num_pages", "2", "num_kv_heads", "page_size"),
             "scales of int8 pages, one a token and head",
             optional=True,
+            written=True,
         ),
         TensorSpec(
             "q_norm",
@@ -70,7 +79,9 @@ SPEC = OperatorSpec(
         ),
     ),
     outputs=(
-        TensorSpec("output", ACTIVATION_DTYPES, ("T", "num_heads*head_dim"), "attention output"),
+        TensorSpec(
+            "output", ACTIVATION_DTYPES, ("tokens", "num_heads*head_dim"), "attention output"
+        ),
     ),
     attributes=(
         AttributeSpec("layer", "int", "index into the first axis of kv_cache"),
@@ -92,4 +103,7 @@ SPEC = OperatorSpec(
         AttributeSpec("v_scale", "float", "unit of the v codes of float8e4m3fn pages", 1.0),
     ),
     reference="slipstream.plugins.paged_attention.reference:paged_attention",
+    native="slipstream.plugins._cpu",
+    checked=True,
+    cuda="slipstream.plugins.paged_attention.cuda.bind:paged_attention",
 )

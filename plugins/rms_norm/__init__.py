@@ -6,14 +6,15 @@ SPEC = OperatorSpec(
     name="FusedAddRMSNorm",
     doc="sum = x + residual; y = sum / sqrt(mean(sum²) + eps) * weight.",
     inputs=(
-        TensorSpec("x", ACTIVATION_DTYPES, ("T", "H"), "output of the last sublayer"),
-        TensorSpec("residual", ACTIVATION_DTYPES, ("T", "H"), "the residual stream"),
-        TensorSpec("weight", ACTIVATION_DTYPES, ("H",), "norm weight"),
+        TensorSpec("x", ACTIVATION_DTYPES, ("tokens", "hidden"), "output of the last sublayer"),
+        TensorSpec("residual", ACTIVATION_DTYPES, ("tokens", "hidden"), "the residual stream"),
+        TensorSpec("weight", ACTIVATION_DTYPES, ("hidden",), "norm weight"),
     ),
     outputs=(
-        TensorSpec("y", ACTIVATION_DTYPES, ("T", "H"), "the normalized sum"),
-        TensorSpec("sum", ACTIVATION_DTYPES, ("T", "H"), "the new residual stream"),
+        TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "hidden"), "the normalized sum"),
+        TensorSpec("sum", ACTIVATION_DTYPES, ("tokens", "hidden"), "the new residual stream"),
     ),
     attributes=(AttributeSpec("norm_eps", "float", "epsilon of the norm"),),
     reference="slipstream.plugins.rms_norm.reference:fused_add_rms_norm",
+    cuda="slipstream.plugins.rms_norm.cuda:bind",
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import onnx_ir as ir
 import torch
 import triton
 
+from slipstream.plugins.cuda.binding import Context, Kernel, Run, attributes_of, required_names
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.rms_norm.cuda_kernels import quantize_kernel, rms_norm_kernel
 
@@ -116,3 +120,17 @@ def _norm(  # noqa: PLR0913 - the kernel's inputs
             PDL=pdl,
             **launch_options(num_warps=row_warps(block), pdl=pdl),
         )
+
+
+def bind(node: ir.Node, context: Context) -> Kernel:
+    """A FusedAddRMSNorm node as a call."""
+    x, residual, weight = required_names(node)
+    eps = attributes_of(node)["norm_eps"]
+
+    def kernel(run: Run) -> Sequence[torch.Tensor]:
+        values = run.values
+        both = rms_norm(values[x], values[weight], eps, residual=values[residual], pdl=run.pdl)
+        assert isinstance(both, tuple)
+        return both
+
+    return kernel

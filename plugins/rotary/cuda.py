@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import onnx_ir as ir
 import torch
 import triton
 
+from slipstream.plugins.cuda.binding import Context, Kernel, Run, attributes_of, required_names
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.rotary.cuda_kernels import angles_kernel
 
@@ -31,3 +35,15 @@ def rotary_angles(
             **launch_options(num_warps=1, pdl=pdl),
         )
     return cos, sin
+
+
+def bind(node: ir.Node, context: Context) -> Kernel:
+    """A RotaryAngles node as a call."""
+    positions, frequencies = required_names(node)
+    factor = attributes_of(node)["factor"]
+
+    def kernel(run: Run) -> Sequence[torch.Tensor]:
+        inputs = (run.values[positions], run.values[frequencies])
+        return rotary_angles(*inputs, factor=factor, pdl=run.pdl)
+
+    return kernel

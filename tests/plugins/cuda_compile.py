@@ -20,11 +20,12 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.gated_mlp.cuda import gated_activation
 from slipstream.plugins.linear.cuda.blas import dequantize
-from slipstream.plugins.linear.cuda.host import DeviceWeight, embedding, linear
+from slipstream.plugins.linear.cuda.linear import embedding, linear
 from slipstream.plugins.linear.cuda.packing import packed_size
 from slipstream.plugins.linear.cuda.tactics import default_tactic
-from slipstream.plugins.paged_attention import cuda as attention_on_cuda
-from slipstream.plugins.paged_attention.cuda import (
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.paged_attention.cuda import attention as attention_on_cuda
+from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
     paged_attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import shutil
 import subprocess
@@ -21,8 +22,8 @@ from tests.plugins.paged_attention.test_cpu import Case, copy
 from tests.programs import session
 
 from slipstream.builder.targets.cpu.packed import format_attributes
-from slipstream.plugins import cpu
-from slipstream.plugins.cpu.codegen import generate
+from slipstream.plugins import arguments, cpu, native
+from slipstream.plugins.cpu.codegen import generate, generate_signatures
 from slipstream.plugins.linear import reference as linear_reference
 from slipstream.plugins.linear.cpu.packing import pack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
@@ -76,62 +77,162 @@ def test_the_attention_reference_takes_what_the_spec_names() -> None:
 
 
 SMALL = OperatorSpec(
-    name="Small",
+    name="SmallOp",
     doc="An operator.",
     inputs=(
-        TensorSpec("x", ("float32",), ("T",), "x"),
-        TensorSpec("pages", ("float32", "int8"), (), "pages"),
-        TensorSpec("bias", ("float32",), ("T",), "bias", optional=True),
+        TensorSpec("x", ("float32",), ("tokens", "2*width"), "activations"),
+        TensorSpec("pages", ("float32", "bfloat16", "int8"), (), "pages", written=True),
+        TensorSpec("bias", ("float32",), ("tokens+1",), "added", optional=True),
     ),
-    outputs=(TensorSpec("y", ("int32",), ("T",), "y"),),
-    attributes=(AttributeSpec("layer", "int", "layer"), AttributeSpec("eps", "float", "e", 1e-6)),
+    outputs=(TensorSpec("y", ("int32",), ("tokens", "width//(1+layer)"), "the result"),),
+    attributes=(
+        AttributeSpec("width", "int", "columns"),
+        AttributeSpec("layer", "int", "which", 0),
+        AttributeSpec("eps", "float", "tiny", 1e-6),
+    ),
     reference="nowhere:nothing",
+    checked=True,
 )
 
 
-def test_the_generated_header() -> None:
-    text = generate({"Small": SMALL})
-    struct = text[text.index("struct Small") : text.index("}  // namespace")]
+def test_the_generated_arguments() -> None:
+    text = generate([SMALL])
+    assert "#define SLIPSTREAM_OPERATORS(X) X(SmallOp, small_op)\n" in text
+    struct = text[text.index("struct SmallOp") : text.index("}  // namespace")]
     assert (
         struct.strip()
-        == """struct SmallSignature {
-  static constexpr const char* name = "Small";
-  static constexpr size_t input_count = 3;
-  static constexpr size_t output_count = 1;
-  static constexpr TensorDeclaration tensors[] = {
-      {"x", ElementType::float32, Characteristic::required},
-      {"pages", ElementType::undefined, Characteristic::required},
-      {"bias", ElementType::float32, Characteristic::optional},
-      {"y", ElementType::int32, Characteristic::required},
+        == """struct SmallOpArgs {
+  const float* x;  // [tokens, 2*width]: activations
+  void* pages;  // any shape: pages
+  const float* bias;  // [tokens+1], or null: added
+  int32_t* y;  // [tokens, width//(1+layer)]: the result
+  ElementType pages_type;  // of pages
+  int64_t pages_size;  // elements of pages
+  int64_t tokens;  // axis 0 of x
+  int64_t width;  // columns
+  int64_t layer;  // which
+  float eps;  // tiny
+};
+
+// What is wrong with them, or null: the operator's own look at its arguments.
+const char* check(const SmallOpArgs&);"""
+    )
+
+
+def test_the_generated_signature() -> None:
+    text = generate_signatures([SMALL])
+    struct = text[text.index("struct SmallOp") : text.index("using Signatures")]
+    assert (
+        struct.strip()
+        == """struct SmallOpSignature {
+  using Args = SmallOpArgs;
+  static constexpr const char* name = "SmallOp";
+  static constexpr TensorDeclaration inputs[] = {
+    {ElementType::float32, Characteristic::required},
+    {ElementType::undefined, Characteristic::required},
+    {ElementType::float32, Characteristic::optional},
   };
-  enum Input : size_t { x, pages, bias };
-  struct Attributes {
-    int64_t layer;
-    float eps;
-    Status* read([[maybe_unused]] const Api& api, [[maybe_unused]] const KernelInfo* info) {
-      if (auto* s = api.attribute(info, "layer", &layer)) return s;
-      if (auto* s = api.attribute(info, "eps", &eps)) { api.release_status(s); eps = 1e-06; }
-      return nullptr;
-    }
+  static constexpr TensorDeclaration outputs[] = {
+    {ElementType::int32, Characteristic::required},
   };
+  static auto kernel(const Kernels& kernels) { return kernels.small_op; }
+
+  static void attributes([[maybe_unused]] const Node& node, [[maybe_unused]] Args& args) {
+    args.width = node.int_attribute("width");
+    args.layer = node.int_attribute("layer", 0);
+    args.eps = node.float_attribute("eps", 1e-06);
+  }
+
+  static void fill(const Call& call, Args& args) {
+    const Tensor x = call.required(0, "x", 2);
+    args.x = x.as<const float>();
+    const Tensor pages = call.required(1, "pages", 0);
+    args.pages = pages.as<void>();
+    call.expect_type(pages, "pages", {ElementType::float32, ElementType::int8}, "float32 or int8");
+    args.pages_type = pages.type;
+    args.pages_size = pages.elements();
+    const Tensor bias = call.optional(2, "bias", 1);
+    args.bias = bias.as<const float>();
+    args.tokens = x.shape[0];
+    call.expect_shape(x, "x", {args.tokens, (2 * args.width)}, "[tokens, 2*width]");
+    call.expect_shape(bias, "bias", {(args.tokens + 1)}, "[tokens+1]");
+  }
+
+  // Whether there is anything to compute.
+  static bool make_outputs(const Call& call, Args& args) {
+    bool any = false;
+    args.y = call.output<int32_t>(0, {args.tokens, divide(args.width, (1 + args.layer))}, any);
+    return any;
+  }
 };"""
     )
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_the_generated_header_compiles(tmp_path: Path) -> None:
-    (tmp_path / "operators.h").write_text(generate(OPERATORS))
-    checks = [
-        f"static_assert(sizeof(slipstream::ort::{spec.name}Signature::tensors) / "
-        f"sizeof(slipstream::ort::TensorDeclaration) == {len(spec.inputs) + len(spec.outputs)});"
-        for spec in OPERATORS.values()
-    ]
-    (tmp_path / "check.cpp").write_text("\n".join(['#include "operators.h"', *checks]))
+def test_ctypes_and_the_compiler_lay_the_arguments_out_alike(tmp_path: Path) -> None:
+    """Every member of every operator at the same place."""
+    specs = [spec for spec in OPERATORS.values() if spec.native]
+    checks = ["#include <cstddef>", '#include "operators.h"', "using namespace slipstream;"]
+    for spec in specs:
+        mirror = native.arguments_type(spec)
+        checks.append(f"static_assert(sizeof({spec.name}Args) == {ctypes.sizeof(mirror)});")
+        for field in arguments.fields(spec):
+            offset = getattr(mirror, field.name).offset
+            checks.append(f"static_assert(offsetof({spec.name}Args, {field.name}) == {offset});")
+    compile_header(tmp_path, specs, checks)
+
+
+def test_the_generated_headers_compile(tmp_path: Path) -> None:
+    compile_header(tmp_path, [SMALL], ['#include "signatures.h"'])
+
+
+def compile_header(folder: Path, specs: list[OperatorSpec], lines: list[str]) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    (folder / "operators.h").write_text(generate(specs))
+    (folder / "signatures.h").write_text(generate_signatures(specs))
+    (folder / "check.cpp").write_text("\n".join(lines))
     plugins = Path(cpu.__path__[0]).parent
     command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
-    command += [f"-I{tmp_path}", f"-I{plugins}", str(tmp_path / "check.cpp")]
+    command += [f"-I{folder}", f"-I{plugins}", str(folder / "check.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_size_that_nothing_gives_is_a_defect_of_the_spec() -> None:
+    inputs = (TensorSpec("x", ("float32",), ("2*width",), "x"),)
+    spec = replace(SMALL, inputs=inputs, outputs=(), attributes=())
+    with pytest.raises(ValueError, match=r"SmallOp: width, in the shape of x, is neither"):
+        generate([spec])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("Linear", "linear"), ("FusedAddRMSNorm", "fused_add_rms_norm"), ("SoftCap", "soft_cap")],
+)
+def test_kernels_are_named_in_snake_case(name: str, function: str) -> None:
+    assert replace(SMALL, name=name).function == function
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"width": 4, "eps": "1"}, "attribute eps is '1', which is not a float"),
+        ({"width": 4.0}, "attribute width is 4.0, which is not an int"),
+        ({"width": True}, "attribute width is True, which is not an int"),
+        ({}, r"SmallOp needs attributes \['width'\]"),
+        ({"width": 1, "depth": 2}, r"SmallOp has no attributes \['depth'\]"),
+    ],
+)
+def test_attributes_of_another_type_are_refused(
+    attributes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        SMALL.typed(attributes)
+
+
+def test_an_integer_is_a_float() -> None:
+    typed = SMALL.typed({"width": np.int64(4), "eps": 1})
+    assert typed == {"width": 4, "eps": 1.0} and type(typed["eps"]) is float
 
 
 def run(op_type: str, inputs: Inputs, **attributes: float) -> NDArray[np.float32]:
@@ -281,7 +382,11 @@ X, BLOB = normal(3, 64), pack(weight())
 @pytest.mark.parametrize(
     ("changes", "attributes", "message"),
     [
-        ({"x": normal(3, 32)}, {}, "x does not have in_features columns"),
+        (
+            {"x": normal(3, 32)},
+            {},
+            r"x does not have the shape .*: axis 1 is 32",
+        ),
         ({"x": normal(64)}, {}, "input x has rank 1, expected 2"),
         ({"weight": BLOB[:-1]}, {}, "the packed weight has the wrong size for its attributes"),
         ({}, {"out_features": 64}, "the packed weight has the wrong size for its attributes"),
@@ -290,9 +395,13 @@ X, BLOB = normal(3, 64), pack(weight())
         ({}, {"group_size": 48}, "the attributes describe no packed format"),
         ({}, {"group_size": 0}, "the attributes describe no packed format"),
         ({}, {"scale_bytes": 3}, "the attributes describe no packed format"),
-        ({"bias": normal(47)}, {}, "bias does not have out_features elements"),
-        ({"residual": normal(2, 48)}, {}, "residual does not have the output's shape"),
-        ({"norm_weight": normal(48)}, {}, "norm_weight does not have in_features elements"),
+        ({"bias": normal(47)}, {}, r"bias does not have the shape \[out_features\]"),
+        (
+            {"residual": normal(2, 48)},
+            {},
+            r"residual does not have the shape \[tokens, ",
+        ),
+        ({"norm_weight": normal(48)}, {}, r"norm_weight does not have the shape \[in_features\]"),
     ],
 )
 def test_linear_refuses(changes: Inputs, attributes: dict[str, float], message: str) -> None:
@@ -326,18 +435,18 @@ ATTENTION_DEFECTS: list[tuple[Inputs, dict[str, float], str]] = [
     (edited("query_start", (0,), 1), {}, "query_start does not cover the tokens"),
     (edited("query_start", (5,), 63), {}, "query_start does not cover the tokens"),
     (edited("query_start", (2,), 60), {}, "context_len does not fit its queries or page_table"),
-    ({"qkv": INPUTS.qkv[:, :-1].copy()}, {}, "qkv does not have all heads"),
-    ({"cos": INPUTS.cos[:-1].copy()}, {}, "cos and sin do not fit qkv"),
-    ({"sin": INPUTS.sin[:, :-1].copy()}, {}, "cos and sin do not fit qkv"),
-    ({"slot_mapping": INPUTS.slot_mapping[:-1].copy()}, {}, "the step's inputs do not fit"),
-    ({"page_table": INPUTS.page_table[:-1].copy()}, {}, "the step's inputs do not fit"),
+    ({"qkv": INPUTS.qkv[:, :-1].copy()}, {}, "qkv does not have the shape"),
+    ({"cos": INPUTS.cos[:-1].copy()}, {}, "cos does not have the shape"),
+    ({"sin": INPUTS.sin[:, :-1].copy()}, {}, "sin does not have the shape"),
+    ({"slot_mapping": INPUTS.slot_mapping[:-1].copy()}, {}, "slot_mapping does not have the shape"),
+    ({"page_table": INPUTS.page_table[:-1].copy()}, {}, "page_table does not have the shape"),
     ({"kv_cache": INPUTS.kv_cache[:, :, :1].copy()}, {}, "kv_cache does not have the shape"),
     ({"kv_cache": INPUTS.kv_cache[0].copy()}, {}, "input kv_cache has rank 4, expected 5"),
     ({"kv_cache": INPUTS.kv_cache.astype(np.float64)}, {}, "kv_cache must be float32, float16"),
     ({"kv_cache": np.zeros(INPUTS.kv_cache.shape, np.int8)}, {}, "int8 pages need kv_scales"),
-    ({"q_norm": normal(31)}, {}, "q_norm does not have head_dim elements"),
-    ({"k_norm": normal(31)}, {}, "k_norm does not have head_dim elements"),
-    ({"sinks": normal(5)}, {}, "sinks does not have num_heads elements"),
+    ({"q_norm": normal(31)}, {}, r"q_norm does not have the shape \[head_dim\]"),
+    ({"k_norm": normal(31)}, {}, r"k_norm does not have the shape \[head_dim\]"),
+    ({"sinks": normal(5)}, {}, r"sinks does not have the shape \[num_heads\]"),
     ({}, {"layer": 2}, "layer is outside kv_cache"),
     ({}, {"layer": -1}, "layer is outside kv_cache"),
     ({}, {"page_size": 16}, "kv_cache does not have the shape"),
@@ -371,3 +480,33 @@ def test_a_required_attribute_that_is_missing(name: str) -> None:
     del attributes[required]
     with pytest.raises(Exception, match=required):
         run(name, inputs[name], **attributes)
+
+
+@pytest.mark.parametrize("value", [1, 1.0])
+def test_an_integer_is_taken_where_a_float_is_declared(value: float) -> None:
+    case = Case(soft_cap=1.0)
+    inputs = case.inputs("float32")
+    want = attention_reference.paged_attention(copy(inputs), case.attributes())
+    got = run("PagedAttention", attention(inputs), **{**attributes_of(case), "soft_cap": value})
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "kind"),
+    [
+        ("sliding_window", 9.0, "int"),
+        ("num_heads", 6.0, "int"),
+        ("soft_cap", "1", "float"),
+        ("soft_cap", [1.0], "float"),
+        ("sliding_window", [9], "int"),
+    ],
+)
+def test_an_attribute_of_another_type_is_refused_at_load(
+    attribute: str,
+    value: Any,  # noqa: ANN401 - anything but what is right
+    kind: str,
+) -> None:
+    inputs = attention(Case().inputs("float32"))
+    message = f"slipstream.PagedAttention: attribute {attribute} is not of type {kind}"
+    with pytest.raises(Exception, match=message):
+        run("PagedAttention", inputs, **{**attributes_of(Case()), attribute: value})

@@ -12,15 +12,9 @@
 #include <limits>
 #include <new>
 
-#include "cpu.h"
-
-#if defined(__AVX512VNNI__)
-#include "lanes_avx512.h"
-#elif defined(__AVX2__)
-#include "lanes_avx2.h"
-#else
-#include "lanes_generic.h"
-#endif
+#include "codes.h"
+#include "operators.h"
+#include "weight.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -83,7 +77,7 @@ inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t
 inline void normalise(const float* x, const float* weight, float eps, int64_t n, float* out) {
   const Floats inverse = splat(float(1.0 / std::sqrt(sum_of_squares(x, n) / double(n) + double(eps))));
   for (int64_t i = 0; i < n; i += kLanes) {
-    store(out + i, multiply(multiply(load(x + i), inverse), load(weight + i)));
+    store(out + i, load(x + i) * inverse * load(weight + i));
   }
 }
 
@@ -112,14 +106,15 @@ inline void quantize_token(const PackedWeight& weight, const float* x, int count
   }
 }
 
-inline void quantize_tokens(const LinearArgs& args, int64_t first, int count, uint8_t* block) {
+inline void quantize_tokens(const LinearArgs& args, const PackedWeight& weight, int64_t first, int count,
+                            uint8_t* block) {
   static thread_local Scratch scratch;
-  const int64_t columns = args.weight.in_features;
+  const int64_t columns = weight.in_features;
   float* normal = args.norm_weight ? scratch.reserve<float>(columns) : nullptr;
   for (int i = 0; i < count; ++i) {
     const float* x = args.x + (first + i) * columns;
     if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal);
-    quantize_token(args.weight, normal ? normal : x, count, i, block);
+    quantize_token(weight, normal ? normal : x, count, i, block);
   }
 }
 

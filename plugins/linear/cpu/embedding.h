@@ -1,7 +1,7 @@
 // One row of a packed weight as float32.
 #pragma once
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {

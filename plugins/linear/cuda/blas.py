@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import launch_options
-from slipstream.plugins.linear.cuda.rows_kernels import (
+from slipstream.plugins.linear.cuda.kernels.rows import (
     dequantize_float8,
     dequantize_words,
     finish_product,

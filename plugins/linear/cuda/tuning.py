@@ -17,8 +17,9 @@ from torch import Tensor
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS, has_pdl
 from slipstream.plugins.cuda.precompile import compile_kernels, record
-from slipstream.plugins.linear.cuda.host import DeviceWeight, linear
+from slipstream.plugins.linear.cuda.linear import linear
 from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics, candidate_tactics
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
 
 log = logging.getLogger(__name__)
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100

@@ -17,7 +17,7 @@ _TILE_ROWS = 16  # of the smallest tile of the split dot
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceWeight:
-    """Views of the sections of a blob (see ``cuda_packing``) on the device.
+    """Views of the sections of a blob (see ``packing``) on the device.
 
     codes     dense ``[N, K]`` of its dtype; float8_e4m3fn ``[N, K]``; int32 words ``[N, W]``.
     scale     ``[N/rows, K/group]``; zero u8 and offset ``[N, K/group]``; input_scale ``[1]``.

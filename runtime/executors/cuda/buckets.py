@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from slipstream.runtime.executors.cuda.inputs import Shape, padded_shape
+from slipstream.runtime.executors.cuda.inputs import Shape
 
 # Steps of mixed prefill chunks and decodes up to the last of these are captured. Beyond, a step
 # takes the GPU longer than it takes Python to launch its kernels one by one.
@@ -49,17 +49,17 @@ class Buckets:
 
     def decode(self, sequences: int) -> Shape:
         """A step of one token a sequence, whose rows are all wanted."""
-        return padded_shape(sequences, sequences)
+        return Shape(sequences, sequences)
 
     def mixed(self, tokens: int) -> Shape:
         """A step of up to ``tokens`` tokens, of as many sequences as can be in it."""
         sequences = min(tokens, self.max_batch_size)
         # Every sequence may end in a block that is not full.
         blocks = tokens // self.query_block + sequences
-        return padded_shape(tokens, sequences, blocks, sequences)
+        return Shape(tokens, sequences, blocks, sequences)
 
     @property
     def largest(self) -> Shape:
         """The largest step there can be."""
         tokens, rows = max(self.max_num_tokens, MIXED_TOKENS[0]), self.max_batch_size
-        return padded_shape(tokens, rows, tokens // self.query_block + rows, rows)
+        return Shape(tokens, rows, tokens // self.query_block + rows, rows)

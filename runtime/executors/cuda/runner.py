@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.runtime.engine.step import IntArray, StepBatch
@@ -15,12 +16,12 @@ from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
+    Layout,
     Shape,
     StepInputs,
-    padded_shape,
     query_blocks,
 )
-from slipstream.runtime.executors.cuda.program import CUDAProgram, Memory
+from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 
 # Kinds of sampling that are captured at the start; the others are, when they are first asked for.
@@ -50,7 +51,8 @@ class StepRunner:
         self._heads: dict[tuple[int, Kind], Work] = {}
         count = buckets.max_batch_size
         with device.work():
-            self._inputs = StepInputs(device, buckets.largest, page_columns)
+            layout = Layout(program.inputs, page_columns)
+            self._inputs = StepInputs(device, layout, buckets.largest)
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )
@@ -133,7 +135,7 @@ class StepRunner:
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
         blocks = query_blocks(batch, decodes, self._buckets.query_block)
         tokens, sequences = len(batch.token_ids), len(batch.context_len)
-        shape = padded_shape(tokens, sequences, len(blocks.sequence), len(rows))
+        shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
         hidden = self._program.hidden(step, self.memory)

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
-from slipstream.plugins.linear.cuda.host import DeviceWeight
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import TACTICS, WEIGHTS, Engine
+from slipstream.plugins.cuda.binding import dtype_of
+from slipstream.plugins.linear.cuda.bind import weight_of
 from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactics
 from slipstream.plugins.linear.cuda.tuning import Problem, Tuned, cold, tune
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.runtime.executors.cuda.device import Device, require
-from slipstream.runtime.executors.cuda.program import node_dtype, node_weight
 from slipstream.runtime.executors.cuda.weights import load_weights
 
 
@@ -25,7 +27,7 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     manifest = engine.manifest
     require(manifest)
     device = Device()
-    graph = ir.load(engine.path / GRAPH).graph
+    graph = ir.load(engine.path / manifest.graphs[TARGET_GRAPH].file).graph
     weights = load_weights(engine.path / WEIGHTS, device)
     table = Tactics(device.capability, device.name)
     buckets = [size for size in BUCKETS if size <= manifest.limits.max_num_tokens] or [1]
@@ -39,10 +41,10 @@ def problems(graph: Iterable[ir.Node], weights: Mapping[str, Tensor]) -> list[Pr
     groups: dict[tuple[object, ...], list[tuple[ir.Node, DeviceWeight]]] = defaultdict(list)
     for node in graph:
         if node.op_type == "Linear":
-            weight = node_weight(node, weights)
+            weight = weight_of(node, weights)
             inputs = [value is not None for value in (*node.inputs, None, None, None)[3:5]]
             gated = node.attributes.get_int("gated", 0)
-            groups[(weight.format, gated, *inputs, node_dtype(node))].append((node, weight))
+            groups[(weight.format, gated, *inputs, dtype_of(node))].append((node, weight))
     return [_problem(members) for members in groups.values()]
 
 
@@ -56,6 +58,6 @@ def _problem(members: list[tuple[ir.Node, DeviceWeight]]) -> Problem:
         gated=bool(node.attributes.get_int("gated", 0)),
         norm=inputs[4] is not None,
         residual=inputs[3] is not None,
-        dtype=node_dtype(x.producer() or node),
-        out_dtype=node_dtype(node),
+        dtype=dtype_of(x.producer() or node),
+        out_dtype=dtype_of(node),
     )

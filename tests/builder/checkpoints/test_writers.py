@@ -19,14 +19,14 @@ from slipstream.builder.checkpoints.writing import create_layout
 from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.writing.model_config import describe
 from slipstream.builder.checkpoints.writing.packing import pack_words
-from slipstream.builder.checkpoints.writing.safetensors_writer import (
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import OutputFormat
+from slipstream.errors import BuildError
+from slipstream.weights.safetensors import (
     TensorSpec,
     write_arrays,
     write_safetensors,
 )
-from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.options import OutputFormat
-from slipstream.errors import BuildError
 from slipstream.weights.tensor import (
     InputTransform,
     QuantTensor,

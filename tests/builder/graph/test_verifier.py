@@ -51,6 +51,18 @@ def unknown_attribute(program: Program) -> None:
     linear(program).attributes["colour"] = ir.AttrInt64("colour", 1)
 
 
+def int_for_a_float(program: Program) -> None:
+    linear(program).attributes["norm_eps"] = ir.AttrInt64("norm_eps", 1)
+
+
+def float_for_an_int(program: Program) -> None:
+    linear(program).attributes["gated"] = ir.AttrFloat32("gated", 1.0)
+
+
+def another_domain(program: Program) -> None:
+    linear(program).domain = "elsewhere"
+
+
 def missing_attribute(program: Program) -> None:
     del linear(program).attributes["in_features"]
 
@@ -111,6 +123,9 @@ DEFECTS: dict[Callable[[Program], None], str] = {
     swap: "third reads h before anything makes it",
     unknown_operator: "second is of unknown operator slipstream.Lineal",
     unknown_attribute: r"second \(Linear\) has unknown attributes \['colour'\]",
+    int_for_a_float: r"has attribute norm_eps of type int, expected float",
+    float_for_an_int: r"has attribute gated of type float, expected int",
+    another_domain: "second is of unknown operator elsewhere.Linear",
     missing_attribute: r"second \(Linear\) lacks attributes \['in_features'\]",
     missing_input: r"second \(Linear\) lacks input x",
     too_many_inputs: r"second \(Linear\) has 8 inputs and 1 outputs",
@@ -119,7 +134,7 @@ DEFECTS: dict[Callable[[Program], None], str] = {
     wrong_rank: r"second \(Linear\) has residual of shape \[T,48,1\]",
     no_shape: r"second \(Linear\) has y of shape None",
     shape_against_attribute: r"has x of shape \[T,32\], .* with in_features = 64",
-    shapes_against_each_other: r"has residual of shape \[L,48\], .* with T = T",
+    shapes_against_each_other: r"has residual of shape \[L,48\], .* with tokens = T",
     wrong_output_shape: r"has y of shape \[T,24\], .* with out_features//\(1\+gated\) = 48",
     output_of_nothing: "output new is made by no node",
     lost_weight: "weight ghost belongs to no value of the graph",

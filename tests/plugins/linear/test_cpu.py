@@ -7,11 +7,11 @@ from typing import TypedDict
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.plugins.linear import native
 from tests.plugins.linear.weights import random_weight
 
 from slipstream.plugins import library
 from slipstream.plugins.linear import reference
-from slipstream.plugins.linear.cpu import native
 from slipstream.plugins.linear.cpu.packing import pack
 from slipstream.weights.tensor import QuantTensor, WeightFormat, ZeroKind, pack_nibbles
 
@@ -170,14 +170,8 @@ def test_residual_may_be_the_output(isa: str) -> None:
     blob = pack(weight)
     x, residual = normal(5, 64), normal(5, 50)
     want = native.linear(x, native.packed_weight(blob, weight.format), isa, residual=residual)
-    args = native.LinearArgs(
-        weight=native.packed_weight(blob, weight.format),
-        x=x.ctypes.data,
-        residual=residual.ctypes.data,
-        y=residual.ctypes.data,
-        rows=5,
-    )
-    native.run_linear(args, isa)
+    packed = native.packed_weight(blob, weight.format)
+    native.linear_into(residual, x, packed, isa, residual)
     np.testing.assert_array_equal(residual, want)
 
 

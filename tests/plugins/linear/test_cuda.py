@@ -13,7 +13,7 @@ from tests.plugins.linear.weights import random_weight
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear import reference
 from slipstream.plugins.linear.cuda.blas import dequantize
-from slipstream.plugins.linear.cuda.host import DeviceWeight, embedding, linear
+from slipstream.plugins.linear.cuda.linear import embedding, linear
 from slipstream.plugins.linear.cuda.packing import pack
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
@@ -21,6 +21,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     multiplies_in,
     vector_size,
 )
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.weights.tensor import QuantTensor, WeightFormat
 
 pytestmark = pytest.mark.kernel

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.plugins import library
-from slipstream.plugins.paged_attention import native, reference
+from slipstream.plugins import library, native
+from slipstream.plugins.paged_attention import SPEC, reference
 from slipstream.plugins.paged_attention.reference import Attributes, Inputs
 from slipstream.weights.tensor import numpy_dtype
 
@@ -114,6 +114,13 @@ class Case:
                     reference.write_page(inputs, attributes, which, int(slot), heads)
 
 
+def attention(inputs: Inputs, attributes: Attributes, isa: str, threads: int = 1) -> np.ndarray:
+    """``reference.paged_attention`` by the kernel of one instruction set."""
+    values = {field.name: getattr(part, field.name)
+              for part in (inputs, attributes) for field in fields(part)}  # fmt: skip
+    return native.call(SPEC, values, isa, threads)[0]
+
+
 def copy(inputs: Inputs) -> Inputs:
     values: dict[str, Any] = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
     copies: dict[str, Any] = {name: None if x is None else x.copy() for name, x in values.items()}
@@ -183,7 +190,7 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
     case = CASES[name]
     ours: Any = copy(made(name, dtype))
     theirs: Any = copy(made(name, dtype))
-    output = native.paged_attention(ours, case.attributes(), isa, threads=2)
+    output = attention(ours, case.attributes(), isa, threads=2)
     queries = reference.write_pages(theirs, case.attributes())
     assert not np.isnan(output).any()
     # Codes may differ by one unit where float32 and float64 fall on two sides of a tie.
@@ -206,21 +213,21 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
 def test_sequence_is_bit_equal_alone_and_on_one_thread(dtype: str, isa: str) -> None:
     case = Case(batch=((1, 40), (1, 900), (20, 520), (100, 130), (3, 3)), sinks=True)
     inputs = case.inputs(dtype)
-    together = native.paged_attention(copy(inputs), case.attributes(), isa, threads=3)
+    together = attention(copy(inputs), case.attributes(), isa, threads=3)
     for s, (begin, end) in enumerate(pairwise(inputs.query_start)):
         alone = rows_of(copy(inputs), begin, end, s, inputs.context_len[s])
-        output = native.paged_attention(alone, case.attributes(), isa, threads=1)
+        output = attention(alone, case.attributes(), isa, threads=1)
         np.testing.assert_array_equal(output, together[begin:end])
 
 
 def test_chunks_of_a_prefill_equal_the_whole(isa: str) -> None:
     case = Case(heads=9, kv_heads=3, head_dim=64, batch=((150, 150),))
     inputs = case.inputs("float32")
-    whole = native.paged_attention(copy(inputs), case.attributes(), isa)
+    whole = attention(copy(inputs), case.attributes(), isa)
     for begin in range(0, 150, 16):
         end = min(begin + 16, 150)
         chunk = rows_of(inputs, begin, end, 0, context=end)
-        output = native.paged_attention(chunk, case.attributes(), isa)
+        output = attention(chunk, case.attributes(), isa)
         np.testing.assert_allclose(output, whole[begin:end], rtol=1e-5, atol=5e-6)
 
 
@@ -236,7 +243,7 @@ def test_every_half_survives_its_page(isa: str) -> None:
     case = Case(heads=1, kv_heads=1, head_dim=dim, page_size=16, batch=((1, 1),) * len(values))
     inputs = case.inputs("float16")
     inputs.qkv[:, 2 * dim :] = values
-    output = native.paged_attention(inputs, case.attributes(), isa)
+    output = attention(inputs, case.attributes(), isa)
     with np.errstate(over="ignore"):
         expected = values.astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(output, expected)
@@ -257,7 +264,7 @@ def test_every_float8_survives_its_page(isa: str, unit: float) -> None:
     case = Case(heads=1, kv_heads=1, head_dim=dim, page_size=16, batch=((1, 1),) * len(padded))
     inputs = case.inputs("float8_e4m3fn")
     inputs.qkv[:, 2 * dim :] = padded * np.float32(unit)
-    output = native.paged_attention(inputs, replace(case.attributes(), v_scale=unit), isa)
+    output = attention(inputs, replace(case.attributes(), v_scale=unit), isa)
     clipped = np.clip(padded, -448, 448).astype(numpy_dtype("float8_e4m3fn"))
     np.testing.assert_array_equal(output, clipped.astype(np.float32) * np.float32(unit))
 
@@ -266,7 +273,7 @@ def test_a_nan_stays_one_in_a_float8_page(isa: str) -> None:
     case = Case(heads=1, kv_heads=1, head_dim=24, page_size=16, batch=((1, 1), (1, 1)))
     inputs = case.inputs("float8_e4m3fn")
     inputs.qkv[1, -1] = np.nan
-    output = native.paged_attention(inputs, case.attributes(), isa)
+    output = attention(inputs, case.attributes(), isa)
     assert np.isnan(output[1, -1]) and np.isnan(output).sum() == 1
 
 
@@ -274,7 +281,7 @@ def test_zero_heads_have_zero_scale_in_int8_pages(isa: str) -> None:
     case = Case(batch=((3, 3),))
     inputs = case.inputs("int8")
     inputs.qkv[:] = 0
-    output = native.paged_attention(inputs, case.attributes(), isa)
+    output = attention(inputs, case.attributes(), isa)
     np.testing.assert_array_equal(output, 0)
 
 
@@ -283,8 +290,8 @@ _AT_THE_END_OF_MEMORY = """
 import ctypes, itertools, mmap, sys
 import ml_dtypes
 import numpy as np
-from slipstream.plugins.paged_attention import native
-from slipstream.plugins.paged_attention.reference import Attributes, Inputs
+from slipstream.plugins import native
+from slipstream.plugins.paged_attention import SPEC
 
 protect = ctypes.CDLL(None).mprotect
 protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -306,7 +313,7 @@ def ints(*values):
 dtypes = ("float32", "float16", "int8", ml_dtypes.float8_e4m3fn)
 for dtype, dim, tokens in itertools.product(dtypes, (8, 24, 32, 72), (1, 16)):
     print(dtype, dim, tokens, flush=True)
-    inputs = Inputs(
+    values = dict(
         qkv=ones(tokens, 3 * dim),
         cos=ones(tokens, dim // 2),
         sin=ones(tokens, dim // 2),
@@ -319,8 +326,14 @@ for dtype, dim, tokens in itertools.product(dtypes, (8, 24, 32, 72), (1, 16)):
         q_norm=ones(dim),
         k_norm=ones(dim),
         sinks=ones(1),
+        layer=0,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=dim,
+        page_size=16,
+        scale=1.0,
     )
-    native.paged_attention(inputs, Attributes(0, 1, 1, dim, 16, 1.0), sys.argv[1])
+    native.call(SPEC, values, sys.argv[1])
 """
 
 
@@ -338,7 +351,7 @@ def test_nothing_is_read_beyond_an_array(isa: str) -> None:
 def test_unknown_instruction_set_is_a_value_error() -> None:
     case = Case(batch=((1, 1),))
     with pytest.raises(ValueError, match="no kernels for 'mmx'"):
-        native.paged_attention(case.inputs("float32"), case.attributes(), "mmx")
+        attention(case.inputs("float32"), case.attributes(), "mmx")
 
 
 def test_reference_matches_torch() -> None:

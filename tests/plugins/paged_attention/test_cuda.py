@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slipstream.plugins.paged_attention import cuda, reference
-from slipstream.plugins.paged_attention.cuda import (
+from slipstream.plugins.paged_attention import reference
+from slipstream.plugins.paged_attention.cuda import attention as cuda
+from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
     paged_attention,

@@ -17,8 +17,10 @@ from slipstream.runtime.llm import LLM
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.refusal import Refusal
 from slipstream.server.triton.answers import Answer, Outputs
-from slipstream.server.triton.errors import CancelledError
+from slipstream.server.triton.errors import CancelledError, code_of
 from slipstream.server.triton.outbox import Call, Outbox
 from slipstream.server.triton.parameters import Query
 from slipstream.server.triton.serving import Serving
@@ -77,6 +79,7 @@ class Counts:
         self.heard: list[str] = []
         self.published = 0
         self.closed = False
+        self.mean_latency = 0.0
 
     def watch(self) -> Counts:
         return self
@@ -203,6 +206,18 @@ def test_a_failed_step_ends_its_requests_and_the_next_is_answered(fast: Bench) -
     assert fast.counts.heard == ["error", "length"]
 
 
+def test_an_unhealthy_engine_refuses_and_says_why(
+    fast: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fast.serving.unavailable is None
+    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
+    assert fast.serving.unavailable == "the device hangs"
+    with pytest.raises(Refusal, match="the device hangs") as caught:
+        fast.ask("abc").next()
+    assert code_of(caught.value) == "UNAVAILABLE"
+    assert not fast.counts.heard
+
+
 def test_a_response_that_cannot_be_sent_ends_only_its_request(slow: Bench) -> None:
     client, other = (slow.ask(letter, max_tokens=30) for letter in "ab")
     client.next()
@@ -224,7 +239,7 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
     client.gone = True
     outbox = Outbox(publish)
     query = Query("abc", SamplingParams(), True, False, frozenset())
-    call = Call(client, Answer(query, fast.llm.tokenizer), cancelled.set)
+    call = Call(client, Answer(query, TokenTexts(fast.llm.tokenizer)), cancelled.set)
     outbox.open(call)
     assert cancelled.wait(5)
     with LLM.from_engine(counting_engine()) as llm:

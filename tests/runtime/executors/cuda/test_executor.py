@@ -8,19 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
+from tests.runtime.executors.two_graphs import save_engine
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
+from slipstream.builder.contract import bytes_per_token
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, MissingDependencyError
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
+from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
@@ -140,7 +144,7 @@ def test_more_memory_than_there_is_shrinks_with_a_message(
     assert isinstance(executor, CUDAExecutor)
     monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 16)
     monkeypatch.setattr(executor.runner, "capture", lambda: None)
-    page = open_engine(engine).manifest.kv.bytes_per_token * 64
+    page = bytes_per_token(open_engine(engine).manifest.caches) * 64
     with caplog.at_level(logging.WARNING):
         assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page
     assert "the GPU has no more free" in caplog.text
@@ -187,3 +191,10 @@ class TestEnvironment:
         monkeypatch.setattr(cuda_device.Device, "free_memory", lambda self: 10)
         with pytest.raises(CapacityError, match=r"the GPU has 0 MiB free; stop what else uses it"):
             load(engine, LIMITS)
+
+
+def test_a_contract_of_more_than_the_kernels_run_is_refused(tmp_path: Path) -> None:
+    manifest = save_engine(tmp_path)
+    graph = ir.load(tmp_path / "target.onnx").graph
+    with pytest.raises(EngineMismatchError, match="graphs target, draft, caches kv, sum and outp"):
+        CUDAExecutor.from_weights(manifest, RuntimeConfig(), graph, {})

@@ -1,0 +1,110 @@
+// 128-bit vectors in the compilers' own terms, with NEON where they have none. Included by simd.h, which has what all instruction sets share.
+#pragma once
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+namespace simd {
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+#if defined(__ARM_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+SLIPSTREAM_INLINE Floats splat(float x) { return Floats{x, x, x, x}; }
+SLIPSTREAM_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+SLIPSTREAM_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+SLIPSTREAM_INLINE Floats abs(Floats a) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(a) & 0x7fffffff); }
+// Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
+SLIPSTREAM_INLINE Floats round(Floats a) { return (a + splat(12582912.0f)) - splat(12582912.0f); }
+SLIPSTREAM_INLINE float reduce_add(Floats a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+SLIPSTREAM_INLINE float reduce_max(Floats a) {
+  const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
+  return even > odd ? even : odd;
+}
+
+SLIPSTREAM_INLINE Floats load(const float* p) {
+  Floats a;
+  std::memcpy(&a, p, sizeof(a));
+  return a;
+}
+SLIPSTREAM_INLINE Floats load(const int8_t* p) {
+  return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
+// The bits of a normal number, moved to where a float has them, are 2^120 too small: its exponent grows by 120. That
+// gives a subnormal an implicit one which it does not have, and half its unit.
+SLIPSTREAM_INLINE Floats load(const Float8* p) {
+  const Ints bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits}, size = bits & 0x7f;
+  const Floats normal = reinterpret_cast<Floats>((size << 20) + (120 << 23));
+  const Floats value = size < 8 ? (normal - splat(0x1p-7f)) * splat(2.0f) : normal;
+  const Ints nan = (size == 0x7f) & 0x7fc00000;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(value) | nan | ((bits & 0x80) << 24));
+}
+SLIPSTREAM_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof(a)); }
+SLIPSTREAM_INLINE void store(int8_t* p, Floats a) {
+  const Floats whole = round(a);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(whole[i]);
+}
+
+#if defined(__ARM_NEON)
+SLIPSTREAM_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+SLIPSTREAM_INLINE Floats load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+SLIPSTREAM_INLINE void store(Half* p, Floats a) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+#else
+SLIPSTREAM_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+// The exponent and fraction of a half, moved to where a float has them, are 2^112 too small; that holds for
+// subnormals too. Infinities and NaNs get the float's largest exponent.
+SLIPSTREAM_INLINE Floats load(const Half* p) {
+  const Ints bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const Floats size = reinterpret_cast<Floats>((bits & 0x7fff) << 13) * splat(0x1p112f);
+  const Ints special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(size) | special | ((bits & 0x8000) << 16));
+}
+// Rounds to nearest, ties to even.
+SLIPSTREAM_INLINE uint16_t half_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (size >= 0x38800000)
+    return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
+  // Below the smallest normal half: a float of 0.5 has units of 2^-24 in its last place, as a half has there.
+  float magnitude;
+  std::memcpy(&magnitude, &size, sizeof(magnitude));
+  magnitude += 0.5f;
+  std::memcpy(&bits, &magnitude, sizeof(bits));
+  return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+}
+SLIPSTREAM_INLINE void store(Half* p, Floats a) {
+  for (int i = 0; i < kLanes; ++i) p[i].bits = half_bits(a[i]);
+}
+#endif
+
+SLIPSTREAM_INLINE Floats keep(Floats a, int64_t low, int64_t high, Floats other) {
+  const Floats lane = {0, 1, 2, 3};
+  const Ints inside = (lane >= splat(static_cast<float>(low))) & (lane < splat(static_cast<float>(high)));
+  return inside ? a : other;
+}
+SLIPSTREAM_INLINE Floats scale_or_zero(Floats a, Floats n, Floats x) {
+  const Floats safe = x >= splat(-126.0f) ? n : splat(0.0f);
+  const Ints power = __builtin_convertvector(safe, Ints);
+  const Ints scaled = reinterpret_cast<Ints>(a) + (power << 23);
+  return reinterpret_cast<Floats>(scaled & (x >= splat(-126.0f)));
+}
+
+SLIPSTREAM_INLINE Ints splat(int32_t x) { return Ints{x, x, x, x}; }
+SLIPSTREAM_INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
+SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+SLIPSTREAM_INLINE Ints multiply_small(Ints a, Ints b) { return a * b; }
+// 2^a of whole numbers in -126..127.
+SLIPSTREAM_INLINE Floats exp2_whole(Floats a) {
+  return reinterpret_cast<Floats>((__builtin_convertvector(a, Ints) + 127) << 23);
+}
+
+}  // namespace simd
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,61 @@
+// The packed weight of Linear and Embedding, which their attributes describe. packing.py documents and writes the blob.
+#pragma once
+
+#include <cstdint>
+
+
+namespace slipstream {
+
+// How an integer code q becomes a weight: (q - 2^(bits-1)) s, (q - zero) s, or q s + offset.
+enum class ZeroKind : int32_t { midpoint = 0, zero = 1, offset = 2 };
+
+struct PackedWeight {
+  const uint8_t* data;   // 64-byte alignment is faster, not required
+  int64_t in_features;   // K, a multiple of group and of 32
+  int64_t out_features;  // N; gate and up together when gated
+  int32_t bits;          // 4 or 8
+  int32_t group;         // elements along K that share a scale: a multiple of 32, or 16 with 8 bits and midpoints
+  ZeroKind zero;
+  int32_t scale_bytes;   // 2: scales and offsets are float16; 4: float32
+  int32_t gated;         // 1: tiles alternate between gate rows (the first N/2) and up rows (the rest)
+};
+
+constexpr int kTile = 16;  // weight rows
+
+// Of a Linear or an Embedding, whose attributes have the same names.
+template <class Args>
+PackedWeight packed_weight(const Args& args, bool gated) {
+  return {args.weight,
+          args.in_features,
+          args.out_features,
+          static_cast<int32_t>(args.bits),
+          static_cast<int32_t>(args.group_size),
+          static_cast<ZeroKind>(args.zero_kind),
+          static_cast<int32_t>(args.scale_bytes),
+          gated};
+}
+
+// Each translation unit has its own: the linker must not pick one that another instruction set compiled.
+namespace {
+
+// Where the parts of a tile lie in the blob: codes, then scales, then zero points or offsets.
+struct TileLayout {
+  int64_t groups, scales, zeros, stride;
+
+  explicit TileLayout(const PackedWeight& w) {
+    groups = w.in_features / w.group;
+    scales = w.in_features * kTile * w.bits / 8;
+    zeros = scales + groups * kTile * w.scale_bytes;
+    const int64_t zero_bytes = w.zero == ZeroKind::zero ? 1 : w.zero == ZeroKind::offset ? w.scale_bytes : 0;
+    stride = (zeros + groups * kTile * zero_bytes + 63) / 64 * 64;
+  }
+};
+
+[[maybe_unused]] int64_t packed_bytes(const PackedWeight& w) {
+  const int64_t parts = w.gated ? 2 : 1;
+  return TileLayout(w).stride * parts * ((w.out_features / parts + kTile - 1) / kTile);
+}
+
+}  // namespace
+
+}  // namespace slipstream

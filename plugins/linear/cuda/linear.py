@@ -1,0 +1,200 @@
+"""Linear and Embedding on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from slipstream.plugins.cuda.launch import interpreting, launch_options
+from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
+from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
+from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
+from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
+from slipstream.plugins.linear.cuda.tactics import (
+    DOT_TOKENS,
+    GEMV_TOKENS,
+    Tactic,
+    block_m,
+    can_stream,
+    vector_size,
+)
+from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
+from slipstream.weights.tensor import WeightFormat
+
+
+def linear(  # noqa: PLR0913 - what is fused
+    x: Tensor,
+    weight: DeviceWeight,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    gated: bool = False,
+    out_dtype: torch.dtype | None = None,
+    tactic: Tactic,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """``act(norm(x) @ weight.T + bias) + residual``.
+
+    x bf16 or fp16 ``[T, K]``, contiguous; a 16-bit weight has its type. norm_weight ``[K]`` of
+    x's type asks for an RMS norm; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]``
+    when gated: then act is ``silu(gate) * up`` of the first and second N/2 rows. The result is of
+    ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
+    """
+    n, _ = weight.format.shape
+    width = n // 2 if gated else n
+    y = out
+    if y is None:
+        y = torch.empty(x.shape[0], width, dtype=out_dtype or x.dtype, device=x.device)
+    assert y.shape == (x.shape[0], width) and y.is_contiguous() and x.is_contiguous()
+    inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, pdl)
+    if tactic.kernel == "blas":
+        linear_blas(weight, inputs, y)
+        return y
+    assert can_stream(weight.format), weight.format
+    if norm_weight is not None and not tactic.fuse_norm:
+        inputs = replace(inputs, x=normed(inputs), norm_weight=None)
+    run = _gemv if tactic.kernel == "gemv" else _dot
+    run(weight, inputs, y, tactic)
+    return y
+
+
+def embedding(
+    token_ids: Tensor,
+    weight: DeviceWeight,
+    dtype: torch.dtype,
+    *,
+    last_tokens: Tensor | None = None,
+    slots: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Rows ``[T, K]`` of a weight by token ids int32 ``[T]``.
+
+    An id of -1 stands for ``last_tokens[slots[row]]`` (int32; slots ``[T]``). Ids and slots out of
+    range are moved into it.
+    """
+    v, k = weight.format.shape
+    tokens = token_ids.shape[0]
+    y = torch.empty(tokens, k, dtype=dtype, device=token_ids.device)
+    kinds = {"dense": "dense", "float8_e4m3": "fp8", "int": "int"}
+    block = min(1024, triton.next_power_of_2(k))
+    fmt = weight.format
+    embedding_rows[(tokens, -(-k // block))](
+        token_ids, last_tokens, slots, weight.typed_codes, weight.scale, weight.shift, y,
+        1 if last_tokens is None else last_tokens.shape[0], v, k, BLOCK=block,
+        KIND=kinds[fmt.kind], BITS=fmt.bits, GROUP=fmt.group, ROWS=fmt.rows, ZERO=fmt.zero,
+        LAST=last_tokens is not None and slots is not None, PDL=pdl,
+        **launch_options(num_warps=4, pdl=pdl),
+    )  # fmt: skip
+    return y
+
+
+def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
+    fmt, x = weight.format, inputs.x
+    n, k = fmt.shape
+    tokens = x.shape[0]
+    assert tokens <= GEMV_TOKENS, tokens
+    lanes = tactic.block_k // vector_size(fmt)
+    rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
+    row_tensors = tactic.block_n // rows * (2 if inputs.gated else 1)
+    vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
+    padded = fmt.kind == "int" and k * fmt.bits != vectors * 128
+    constants = {
+        "K": k,
+        "VECTORS": vectors,
+        "T": tokens,
+        "BR": rows,
+        "RT": row_tensors,
+        "Q": lanes,
+        "DEPTH": tactic.num_stages,
+        "BF16": x.dtype == torch.bfloat16,
+        "EVEN": vectors % (lanes * tactic.num_stages) == 0 and not padded,
+        "COMPILED": not interpreting(),
+        **_epilogue(inputs),
+        **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
+    }
+    grid = (-(-y.shape[1] // tactic.block_n),)
+    gain = inputs.norm_weight
+    quads = x.view(torch.int64)  # four elements each
+    gains = None if gain is None else gain.view(torch.int64)
+    ends = (inputs.bias, inputs.residual, gains, y, n, inputs.norm_eps)
+    if fmt.kind == "int":
+        gemv_int[grid](
+            quads, weight.codes.view(torch.int64), weight.scale, weight.shift, *ends,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero, **constants,
+        )  # fmt: skip
+        return
+    fp8 = fmt.kind == "float8_e4m3"
+    assert fp8 or weight.codes.dtype == x.dtype, (weight.codes.dtype, x.dtype)
+    gemv_float[grid](
+        quads, weight.codes.view(torch.int64), weight.scale, *ends,
+        FP8=fp8, NATIVE=fp8 and converts_float8(x.device), SCALE=_scales(fmt), **constants,
+    )  # fmt: skip
+
+
+def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
+    fmt, x = weight.format, inputs.x
+    n, k = fmt.shape
+    tokens = x.shape[0]
+    assert tokens <= DOT_TOKENS, tokens
+    rows = block_m(tokens)
+    grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), tactic.split_k)
+    # The sum of squares of a row is of its whole K, which no program of a split one sees.
+    assert tactic.split_k == 1 or inputs.norm_weight is None
+    partial = None
+    if tactic.split_k > 1:
+        size = rows * tactic.block_n * (2 if inputs.gated else 1)
+        partial = torch.empty(
+            grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device
+        )
+        assert grid[0] * grid[1] <= weight.counters.shape[0]
+    constants = {
+        "K": k,
+        "BM": rows,
+        "BN": tactic.block_n,
+        "SPLIT": tactic.split_k,
+        "SWAP": tactic.swap,
+        "WIDEN": interpreting(),
+        **_epilogue(inputs),
+        **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
+    }
+    ends = (
+        inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial, tokens, n,
+        inputs.norm_eps,
+    )  # fmt: skip
+    if fmt.kind == "int":
+        chunks = weight.codes.shape[1] // 32
+        dot_int[grid](
+            x, weight.codes, weight.scale, weight.shift, *ends,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero,
+            CHUNKS=chunks,
+            EVEN=chunks * 1024 == k * fmt.bits and chunks % tactic.split_k == 0, **constants,
+        )  # fmt: skip
+        return
+    assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
+    dot_float[grid](
+        x, weight.typed_codes, weight.scale, *ends,
+        BK=tactic.block_k, SCALE=_scales(fmt),
+        EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
+    )  # fmt: skip
+
+
+def _epilogue(inputs: Operands) -> dict[str, object]:
+    return {
+        "GATED": inputs.gated,
+        "BIAS": inputs.bias is not None,
+        "RESIDUAL": inputs.residual is not None,
+        "NORM": inputs.norm_weight is not None,
+        "PDL": inputs.pdl,
+    }
+
+
+def _scales(fmt: WeightFormat) -> str:
+    if fmt.kind == "dense":
+        return "none"
+    return "row" if fmt.rows == 1 else "block"

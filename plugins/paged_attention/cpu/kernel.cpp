@@ -1,0 +1,320 @@
+// PagedAttention on a CPU: k and v go into their pages, then flash attention reads pages only.
+//
+// The query heads that share a kv head are packed with the tokens of a chunk into rows (row = token * group + head),
+// so that a page is read once for all of them. Scores are kept in units of log2, so that softmax uses 2^x.
+#include <cassert>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "multiply.h"
+#include "operators.h"
+#include "plan.h"
+#include "scratch.h"
+#include "softmax.h"
+#include "write.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+namespace attention {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+// So many rows take less time for a page than memory does.
+constexpr int64_t kFewRows = 12;
+// Keys between two updates of the running maximum: fewer where a task waits for its first tile.
+constexpr int64_t kTileKeys = 128, kFewRowsTileKeys = 64;
+// Multiply-adds (first phase: elements) below which waking another thread costs more than it saves.
+constexpr int64_t kParallelWork = 100000;
+
+thread_local Scratch plan_scratch;  // of the calling thread, for one call: tasks
+thread_local Scratch call_scratch;  // of the calling thread, for one call: queries, partial results
+thread_local Scratch task_scratch;  // of every thread, for one task
+
+// What all tasks of a call share.
+struct Call {
+  const PagedAttentionArgs& args;
+  int64_t group;      // query heads of a kv head
+  int64_t out_width;  // head_dim in whole vectors
+  float soft_cap;     // in units of log2
+  float* queries;     // [num_kv_heads, tokens, group, head_dim]
+  float* partial_out;
+  float* partial_max;
+  float* partial_sum;
+};
+
+// Pages of one tile, or copies of them as floats, and the scales of their tokens (null if there are none).
+template <class T>
+struct Tile {
+  const T** keys;  // [heads, pages]
+  const T** values;
+  const T** next_keys;  // to fetch ahead
+  float* key_scales;    // [heads, tile]
+  float* value_scales;
+};
+
+// Queries, running softmax and output of a task: the rows of one kv head after those of another.
+struct Rows {
+  const float* queries;
+  int64_t query_stride;  // from one head to the next
+  float* out;
+  float* max;
+  float* sum;
+  float* scores;  // [heads, up to kRows, tile]
+  int64_t heads;
+  int64_t count;  // of each head
+  int64_t tile;   // keys, in whole pages
+};
+
+void scale_row(float* row, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += kLanes) simd::store(row + i, simd::load(row + i) * simd::splat(factor));
+}
+
+// All rows of a task against keys [start, end), a tile or less. Values are fetched while keys are multiplied, and the
+// next keys while values are.
+template <class T>
+void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<T>& tile, int64_t start,
+                 int64_t end) {
+  const PagedAttentionArgs& args = call.args;
+  const int64_t dim = args.head_dim, page = args.page_size, pages = rows.tile / page;
+  const auto low = [&](int64_t row) {
+    const int64_t position = chunk.position + row / call.group;
+    return args.sliding_window > 0 ? std::max<int64_t>(position + 1 - args.sliding_window - start, 0) : 0;
+  };
+  const auto high = [&](int64_t row) { return std::min(chunk.position + row / call.group + 1, end) - start; };
+  for (int64_t r = 0; r < rows.count; r += kRows) {
+    const int64_t n = std::min<int64_t>(kRows, rows.count - r), block = n * rows.tile;
+    const int64_t first = low(r) / page * page, last = high(r + n - 1);
+    if (first >= last) continue;
+    for (int64_t key = first; key < last; key += page)
+      for (int64_t head = 0; head < rows.heads; ++head) {
+        const int64_t at = head * pages + key / page;
+        const Panels<T> keys{tile.keys + at, tile.values + at, dim, dim, page};
+        multiply(n, rows.queries + head * rows.query_stride + r * dim, dim, keys, page,
+                 rows.scores + head * block + key, rows.tile, false);
+      }
+    for (int64_t head = 0; head < rows.heads; ++head)
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = head * rows.count + r + i, scales = head * rows.tile;
+        const Scores scores{rows.scores + head * block + i * rows.tile,
+                            tile.key_scales == nullptr ? nullptr : tile.key_scales + scales,
+                            tile.key_scales == nullptr ? nullptr : tile.value_scales + scales, call.soft_cap};
+        const float factor =
+            softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + row, rows.sum + row);
+        if (factor != 1.0f) scale_row(rows.out + row * call.out_width, call.out_width, factor);
+      }
+    for (int64_t head = 0; head < rows.heads; ++head) {
+      const int64_t at = head * pages + first / page;
+      const Panels<T> values{tile.values + at, tile.next_keys + at, page, last - first, dim};
+      multiply(n, rows.scores + head * block + first, rows.tile, values, dim,
+               rows.out + (head * rows.count + r) * call.out_width, call.out_width, true);
+    }
+  }
+}
+
+template <class T>
+const float* as_floats(const T* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kLanes) simd::store(to + i, simd::load(from + i));
+  return to;
+}
+
+// Scratch of one task: rows of results, one tile of scores, page pointers, scales, and pages as floats.
+template <class T>
+struct TaskMemory {
+  Rows rows;
+  Tile<T> tile;
+  Tile<float> floats;
+  float* copies;
+
+  TaskMemory(const Call& call, const Chunk& chunk) {
+    const PagedAttentionArgs& args = call.args;
+    const bool scaled = args.kv_cache_type == ElementType::int8;
+    const int64_t count = chunk.count * call.group, all = chunk.heads * count;
+    const int64_t keys = count <= kFewRows ? kFewRowsTileKeys : kTileKeys;
+    const int64_t width = std::max<int64_t>(1, keys / args.page_size) * args.page_size;
+    const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
+    const int64_t pages = chunk.heads * width / args.page_size, elements = width * args.head_dim;
+    task_scratch.reset(Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
+                       Scratch::room<float>(score_rows * width) + 6 * Scratch::room<T*>(pages) +
+                       2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(2 * elements));
+    rows = {call.queries + (chunk.head * args.tokens + chunk.token) * call.group * args.head_dim,
+            args.tokens * call.group * args.head_dim,
+            task_scratch.take<float>(all * call.out_width),
+            task_scratch.take<float>(all),
+            task_scratch.take<float>(all),
+            task_scratch.take<float>(score_rows * width),
+            chunk.heads,
+            count,
+            width};
+    float* key_scales = scaled ? task_scratch.take<float>(chunk.heads * width) : nullptr;
+    float* value_scales = scaled ? task_scratch.take<float>(chunk.heads * width) : nullptr;
+    tile = {task_scratch.take<const T*>(pages), task_scratch.take<const T*>(pages), task_scratch.take<const T*>(pages),
+            key_scales, value_scales};
+    floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages),
+              task_scratch.take<const float*>(pages), key_scales, value_scales};
+    copies = task_scratch.take<float>(2 * elements);
+  }
+};
+
+// Finds the pages of the tile of keys [start, end) and of the keys after it, and gathers the scales. After the last
+// tile of a task come keys that this thread is likely to take next.
+template <class T>
+void open_tile(const PagedAttentionArgs& args, const Chunk& chunk, int64_t width, int64_t start, int64_t end,
+               Tile<T>& tile) {
+  const int64_t pages = width / args.page_size, context = args.context_len[chunk.sequence];
+  const int32_t* table = args.page_table + chunk.sequence * args.max_pages + start / args.page_size;
+  const size_t bytes = static_cast<size_t>(args.page_size) * sizeof(float);
+  for (int64_t i = 0; start + i * args.page_size < end; ++i)
+    for (int64_t h = 0; h < chunk.heads; ++h) {
+      const int64_t head = chunk.head + h, at = h * pages + i, key = h * width + i * args.page_size;
+      const bool more = start + (pages + i) * args.page_size < context;
+      tile.keys[at] = page_data<T>(args, table[i], kKeys, head);
+      tile.values[at] = page_data<T>(args, table[i], kValues, head);
+      tile.next_keys[at] = more ? page_data<T>(args, table[pages + i], kKeys, head) : tile.values[at];
+      if (tile.key_scales == nullptr) continue;
+      std::memcpy(tile.key_scales + key, page_scales(args, table[i], kKeys, head), bytes);
+      std::memcpy(tile.value_scales + key, page_scales(args, table[i], kValues, head), bytes);
+    }
+}
+
+template <class T>
+void attend_keys(const Call& call, const Chunk& chunk, TaskMemory<T>& memory) {
+  const PagedAttentionArgs& args = call.args;
+  const int64_t elements = args.page_size * args.head_dim, width = memory.rows.tile;
+  for (int64_t start = chunk.begin / args.page_size * args.page_size; start < chunk.end; start += width) {
+    const int64_t end = std::min(start + width, chunk.end);
+    open_tile(args, chunk, width, start, end, memory.tile);
+    if (sizeof(T) == sizeof(float) || memory.rows.count <= kFewRows) {
+      attend_tile(call, chunk, memory.rows, memory.tile, start, end);
+      continue;
+    }
+    // So many rows read a page several times: convert it once.
+    float* copy = memory.copies;
+    for (int64_t i = 0; start + i * args.page_size < end; ++i, copy += 2 * elements) {
+      memory.floats.keys[i] = as_floats(memory.tile.keys[i], elements, copy);
+      memory.floats.values[i] = as_floats(memory.tile.values[i], elements, copy + elements);
+      memory.floats.next_keys[i] = memory.floats.values[i];
+    }
+    attend_tile(call, chunk, memory.rows, memory.floats, start, end);
+  }
+}
+
+template <class T>
+void attend(const Call& call, const Chunk& chunk) {
+  const PagedAttentionArgs& args = call.args;
+  TaskMemory<T> memory(call, chunk);
+  Rows& rows = memory.rows;
+  const int64_t all = rows.heads * rows.count;
+  if (chunk.partial >= 0) {
+    const int64_t at = chunk.partial + chunk.head * rows.count;
+    rows.out = call.partial_out + at * call.out_width;
+    rows.max = call.partial_max + at;
+    rows.sum = call.partial_sum + at;
+  }
+  const auto query_head = [&](int64_t row) { return (chunk.head + row / rows.count) * call.group + row % call.group; };
+  const bool sinks = chunk.sinks && args.sinks != nullptr;
+  for (int64_t r = 0; r < all; ++r) {
+    rows.max[r] = sinks ? args.sinks[query_head(r)] * kLog2E : kNoScore;
+    rows.sum[r] = sinks ? 1.0f : 0.0f;
+  }
+  std::memset(rows.out, 0, static_cast<size_t>(all * call.out_width) * sizeof(float));
+  attend_keys(call, chunk, memory);
+  if (chunk.partial >= 0) return;
+  for (int64_t r = 0; r < all; ++r) {
+    const int64_t token = chunk.token + r % rows.count / call.group;
+    float* out = args.output + (token * args.num_heads + query_head(r)) * args.head_dim;
+    const float inverse = args.v_scale / rows.sum[r];
+    for (int64_t i = 0; i < args.head_dim; ++i) out[i] = rows.out[r * call.out_width + i] * inverse;
+  }
+}
+
+// Joins the partial results of one row, in the order of the keys.
+void reduce_row(const Call& call, const Reduction& reduction, int64_t head, int64_t row) {
+  const PagedAttentionArgs& args = call.args;
+  const int64_t step = reduction.count * args.num_heads;
+  const int64_t first = reduction.partial + head * reduction.count * call.group + row;
+  float max = kNoScore, sum = 0.0f;
+  for (int64_t p = 0; p < reduction.parts; ++p) max = std::max(max, call.partial_max[first + p * step]);
+  const int64_t token = reduction.token + row / call.group, query_head = head * call.group + row % call.group;
+  float* __restrict out = args.output + (token * args.num_heads + query_head) * args.head_dim;
+  std::memset(out, 0, static_cast<size_t>(args.head_dim) * sizeof(float));
+  for (int64_t p = 0; p < reduction.parts; ++p) {
+    const int64_t at = first + p * step;
+    if (call.partial_sum[at] == 0.0f) continue;
+    const float weight = std::exp2(call.partial_max[at] - max);
+    const float* __restrict part = call.partial_out + at * call.out_width;
+    sum += weight * call.partial_sum[at];
+    for (int64_t i = 0; i < args.head_dim; ++i) out[i] += weight * part[i];
+  }
+  const float inverse = args.v_scale / sum;
+  for (int64_t i = 0; i < args.head_dim; ++i) out[i] *= inverse;
+}
+
+template <class F>
+void run(Parallel& parallel, int64_t tasks, int64_t work, F&& task) {
+  if (tasks > 1 && work >= kParallelWork && parallel.threads() > 1)
+    return parallel.for_each(tasks, std::forward<F>(task));
+  for (int64_t i = 0; i < tasks; ++i) task(i);
+}
+
+template <class T>
+void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
+  const int64_t heads = args.num_kv_heads, dim = args.head_dim, group = args.num_heads / heads;
+  const int64_t out_width = (dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t max_chunks = Plan::max_chunks(args), query_elements = args.tokens * args.num_heads * dim;
+  Plan plan;
+  plan_scratch.reset(Scratch::room<Chunk>(max_chunks) + Scratch::room<Reduction>(args.sequences));
+  plan.chunks = plan_scratch.take<Chunk>(max_chunks);
+  plan.reductions = plan_scratch.take<Reduction>(args.sequences);
+  plan.threads = std::max(1, parallel.threads());
+  plan.make(args);
+
+  call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(plan.partial_rows * out_width) +
+                     2 * Scratch::room<float>(plan.partial_rows));
+  const bool capped = args.soft_cap > 0.0f;
+  const Call call{args,
+                  group,
+                  out_width,
+                  args.soft_cap * kLog2E,
+                  call_scratch.take<float>(query_elements),
+                  call_scratch.take<float>(plan.partial_rows * out_width),
+                  call_scratch.take<float>(plan.partial_rows),
+                  call_scratch.take<float>(plan.partial_rows)};
+
+  const float scale = args.scale * args.k_scale, factor = capped ? scale / args.soft_cap : scale * kLog2E;
+  const int64_t elements = args.tokens * (args.num_heads + 2 * heads) * dim;
+  run(parallel, divide_up(args.tokens, kWriteTokens) * heads, elements, [&](int64_t i) {
+    const int64_t head = i % heads, begin = i / heads * kWriteTokens;
+    write_tokens<T>(args, begin, std::min(begin + kWriteTokens, args.tokens), head, factor,
+                    call.queries + (head * args.tokens + begin) * group * dim);
+  });
+
+  const int64_t work = plan.cost * group * dim * 2;
+  if (work >= kParallelWork) plan.sort();
+  run(parallel, plan.chunk_count, work, [&](int64_t i) { attend<T>(call, plan.chunks[i]); });
+
+  run(parallel, plan.reduction_count * heads, plan.partial_rows * dim, [&](int64_t i) {
+    const Reduction& reduction = plan.reductions[i / heads];
+    for (int64_t row = 0; row < reduction.count * group; ++row) reduce_row(call, reduction, i % heads, row);
+  });
+}
+
+}  // namespace
+}  // namespace attention
+
+void paged_attention(const PagedAttentionArgs& given, Parallel& parallel) {
+  PagedAttentionArgs args = given;
+  if (args.kv_cache_type != ElementType::float8e4m3fn) args.k_scale = args.v_scale = 1.0f;  // only codes have a unit
+  switch (args.kv_cache_type) {
+    case ElementType::float32: return attention::paged_attention_of<float>(args, parallel);
+    case ElementType::float16: return attention::paged_attention_of<Half>(args, parallel);
+    case ElementType::int8: return attention::paged_attention_of<int8_t>(args, parallel);
+    case ElementType::float8e4m3fn: return attention::paged_attention_of<Float8>(args, parallel);
+    default: assert(false);
+  }
+}
+
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

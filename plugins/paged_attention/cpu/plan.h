@@ -1,0 +1,138 @@
+// Cuts a batch into tasks: which queries attend to which keys together.
+//
+// The cut of a sequence depends on its own lengths only, never on the batch or the number of threads, so its result
+// is the same in any company.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "operators.h"
+#include "scratch.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+namespace attention {
+
+constexpr int64_t kBlockRows = 96;  // query rows (tokens times heads of a group) of one task
+constexpr int64_t kHeadRows = 16;   // rows of one task that covers several kv heads, at most
+// Where a sequence has too few queries for many tasks, its keys are split: about kSplits tasks of at least and at most
+// so many keys, but never more tasks than kMaxSplits.
+constexpr int64_t kSplits = 16, kMaxSplits = 64;
+constexpr int64_t kMinSplitKeys = 128, kMaxSplitKeys = 512;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Neighbouring queries of one sequence and the keys they attend to, for some kv heads.
+struct Chunk {
+  int64_t sequence;
+  int64_t token;     // first row of qkv
+  int64_t count;     // tokens
+  int64_t position;  // of the first token in its sequence
+  int64_t begin;     // first key
+  int64_t end;       // last key + 1
+  int64_t partial;   // first row of partial results, or -1: these are all the keys
+  bool sinks;        // whether sinks join here
+  int64_t head;      // first kv head
+  int64_t heads;     // kv heads
+  int64_t turn;      // tasks of the same cost and sequence run in this order
+
+  int64_t cost() const { return heads * count * (end - begin); }
+};
+
+// A sequence whose keys were split: how its partial results become its output.
+struct Reduction {
+  int64_t token, count;
+  int64_t partial, parts;
+};
+
+struct Plan {
+  Chunk* chunks = nullptr;
+  Reduction* reductions = nullptr;
+  int64_t chunk_count = 0, reduction_count = 0, partial_rows = 0;
+  int64_t cost = 0;
+  int64_t threads = 1;  // a hint for the order of tasks
+
+  static int64_t split_keys(int64_t context, int64_t page_size) {
+    const int64_t keys = std::clamp(divide_up(context, kSplits), kMinSplitKeys, kMaxSplitKeys);
+    return divide_up(std::max(keys, divide_up(context, kMaxSplits)), page_size) * page_size;
+  }
+
+  static int64_t block_tokens(const PagedAttentionArgs& args) {
+    return std::max<int64_t>(1, kBlockRows / (args.num_heads / args.num_kv_heads));
+  }
+
+  // Room for chunks that is always enough.
+  static int64_t max_chunks(const PagedAttentionArgs& args) {
+    int64_t n = 0;
+    for (int64_t s = 0; s < args.sequences; ++s)
+      n += std::max(divide_up(args.query_start[s + 1] - args.query_start[s], block_tokens(args)),
+                    divide_up(args.context_len[s], split_keys(args.context_len[s], args.page_size)));
+    return n * args.num_kv_heads;
+  }
+
+  void make(const PagedAttentionArgs& args) {
+    for (int64_t s = 0; s < args.sequences; ++s) add_sequence(args, s);
+    for (int64_t i = 0; i < chunk_count; ++i) cost += chunks[i].cost();
+  }
+
+  // The costly tasks first, so that no thread starts one when the others have finished. Threads take tasks in turn, so
+  // equal ones are dealt out like cards: each thread walks neighbouring keys and finds them fetched ahead.
+  void sort() {
+    std::sort(chunks, chunks + chunk_count, [](const Chunk& a, const Chunk& b) {
+      return std::tuple(-a.cost(), a.sequence, a.turn) < std::tuple(-b.cost(), b.sequence, b.turn);
+    });
+  }
+
+ private:
+  static int64_t first_key(const PagedAttentionArgs& args, int64_t position) {
+    return args.sliding_window > 0 ? std::max<int64_t>(0, position + 1 - args.sliding_window) : 0;
+  }
+
+  void add_sequence(const PagedAttentionArgs& args, int64_t s) {
+    const int64_t token = args.query_start[s], count = args.query_start[s + 1] - token;
+    const int64_t context = args.context_len[s], position = context - count, block = block_tokens(args);
+    if (count == 0) return;
+    if (count <= block)
+      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, true, 0, 0, 0});
+    for (int64_t done = 0; done < count; done += block) {
+      const int64_t tokens = std::min(block, count - done), at = position + done;
+      add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, true, 0, 0, 0});
+    }
+  }
+
+  // A few rows wait for memory, which is fastest in order: they take several heads, which lie together in a page.
+  void add_heads(const PagedAttentionArgs& args, Chunk chunk) {
+    const int64_t rows = chunk.count * (args.num_heads / args.num_kv_heads);
+    const int64_t parts = divide_up(args.num_kv_heads, std::max<int64_t>(1, kHeadRows / rows));
+    const int64_t step = divide_up(args.num_kv_heads, parts);
+    for (; chunk.head < args.num_kv_heads; chunk.head += step) {
+      chunk.heads = std::min(step, args.num_kv_heads - chunk.head);
+      chunks[chunk_count++] = chunk;
+    }
+  }
+
+  void add_splits(const PagedAttentionArgs& args, Chunk chunk) {
+    const int64_t keys = split_keys(chunk.end, args.page_size);
+    const int64_t first = chunk.begin / keys, parts = divide_up(chunk.end, keys) - first;
+    if (parts == 1) return add_heads(args, chunk);
+    reductions[reduction_count++] = {chunk.token, chunk.count, partial_rows, parts};
+    const int64_t row = partial_rows, step = divide_up(parts, threads);
+    for (int64_t turn = 0; turn < step; ++turn)
+      for (int64_t part = turn; part < parts; part += step) {
+        Chunk piece = chunk;
+        piece.begin = std::max(chunk.begin, (first + part) * keys);
+        piece.end = std::min(chunk.end, (first + part + 1) * keys);
+        piece.partial = row + part * chunk.count * args.num_heads;
+        piece.sinks = part == 0;
+        piece.turn = turn;
+        add_heads(args, piece);
+      }
+    partial_rows += parts * chunk.count * args.num_heads;
+  }
+};
+
+}  // namespace attention
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,59 @@
+// The running softmax of flash attention (Milakov and Gimelshein, 2018; Dao et al., 2022), in units of log2.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/simd.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+namespace attention {
+
+using simd::kLanes;
+using simd::Floats;
+
+constexpr float kNoScore = -std::numeric_limits<float>::infinity();
+
+// One row's scores against a tile.
+struct Scores {
+  float* values;
+  const float* key_scales;    // of int8 pages, or null: they multiply the scores,
+  const float* value_scales;  // and these the probabilities, outside of their sum
+  float soft_cap;             // 0, or c for c * tanh(score)
+};
+
+// Turns scores [begin, end) of a row into probabilities relative to the running maximum, of which only [low, high)
+// are not zero, and returns the factor that brings earlier ones to the new maximum.
+inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float* row_max,
+                         float* row_sum) {
+  float* scores = row.values;
+  Floats largest = simd::splat(kNoScore);
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats score = simd::load(scores + i);
+    if (row.key_scales != nullptr) score = score * simd::load(row.key_scales + i);
+    if (row.soft_cap > 0.0f) score = simd::tanh(score) * simd::splat(row.soft_cap);
+    if (i < low || i + kLanes > high) score = simd::keep(score, low - i, high - i, simd::splat(kNoScore));
+    largest = simd::max(largest, score);
+    simd::store(scores + i, score);
+  }
+  const float before = *row_max, now = std::max(before, simd::reduce_max(largest));
+  const Floats shift = simd::splat(now == kNoScore ? 0.0f : now);
+  Floats total = simd::splat(0.0f);
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats probability = simd::exp2(simd::load(scores + i) - shift);
+    total = total + probability;
+    if (row.value_scales != nullptr) probability = probability * simd::load(row.value_scales + i);
+    simd::store(scores + i, probability);
+  }
+  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
+  *row_max = now;
+  *row_sum = *row_sum * factor + simd::reduce_add(total);
+  return factor;
+}
+
+}  // namespace attention
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

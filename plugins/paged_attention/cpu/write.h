@@ -1,0 +1,134 @@
+// The first phase: norm and rotary embedding of q and k, and this step's k and v into their pages.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd.h"
+#include "operators.h"
+
+namespace slipstream {
+namespace SLIPSTREAM_ISA {
+namespace attention {
+
+using simd::kLanes;
+using simd::Floats;
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kWriteTokens = 32;  // tokens of one writing task
+
+constexpr int64_t kKeys = 0, kValues = 1;  // the third axis of the cache
+
+// Number of (page, k or v, head) blocks before this one.
+inline int64_t block_index(const PagedAttentionArgs& args, int64_t page, int64_t which, int64_t head) {
+  return ((args.layer * args.num_pages + page) * 2 + which) * args.num_kv_heads + head;
+}
+
+template <class T>
+T* page_data(const PagedAttentionArgs& args, int64_t page, int64_t which, int64_t head) {
+  return static_cast<T*>(args.kv_cache) + block_index(args, page, which, head) * args.page_size * args.head_dim;
+}
+
+inline float* page_scales(const PagedAttentionArgs& args, int64_t page, int64_t which, int64_t head) {
+  return args.kv_scales + block_index(args, page, which, head) * args.page_size;
+}
+
+inline int lanes_left(int64_t i, int64_t n) { return n - i < kLanes ? static_cast<int>(n - i) : kLanes; }
+
+// out = rotated(norm(x)) * factor, for one head of one token; `norm` may be null.
+inline void rotate(const PagedAttentionArgs& args, int64_t token, const float* x, const float* norm, float factor,
+                   float* __restrict out) {
+  const int64_t dim = args.head_dim, half = args.rotary_half;
+  if (norm != nullptr) {
+    Floats squares = simd::splat(0.0f);
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const Floats v = simd::load_first(x + i, lanes_left(i, dim));
+      squares = simd::fma(v, v, squares);
+    }
+    const float mean = simd::reduce_add(squares) / static_cast<float>(dim);
+    const float scale = 1.0f / std::sqrt(mean + args.norm_eps);
+    for (int64_t i = 0; i < dim; ++i) out[i] = x[i] * scale * norm[i];
+  } else {
+    std::memcpy(out, x, static_cast<size_t>(dim) * sizeof(float));
+  }
+  const float* __restrict cos = args.cos + token * half;
+  const float* __restrict sin = args.sin + token * half;
+  float* __restrict second = out + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = out[i], b = second[i];
+    out[i] = a * cos[i] - b * sin[i];
+    second[i] = b * cos[i] + a * sin[i];
+  }
+  if (factor != 1.0f)
+    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
+}
+
+inline void encode(float* out, const float* x, int64_t dim, float*) {
+  std::memcpy(out, x, static_cast<size_t>(dim) * sizeof(float));
+}
+
+inline void encode(Half* out, const float* x, int64_t dim, float*) {
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const int n = lanes_left(i, dim);
+    simd::store_first(out + i, simd::load_first(x + i, n), n);
+  }
+}
+
+// Symmetric: x is about out * scale.
+inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
+  Floats largest = simd::splat(0.0f);
+  for (int64_t i = 0; i < dim; i += kLanes)
+    largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
+  const float amax = simd::reduce_max(largest);
+  *scale = amax / 127.0f;
+  const Floats inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const int n = lanes_left(i, dim);
+    simd::store_first(out + i, simd::load_first(x + i, n) * inverse, n);
+  }
+}
+
+// In units of *scale, saturated.
+inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
+  const Floats unit = simd::splat(*scale);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const int n = lanes_left(i, dim);
+    simd::store_first(out + i, simd::load_first(x + i, n) / unit, n);
+  }
+}
+
+// Tokens [begin, end), at most kWriteTokens, of one kv head: its query heads go to `queries` (rotated and times
+// `factor`, one row of head_dim a token and head), its k and v into their pages.
+template <class T>
+void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, int64_t head, float factor,
+                  float* queries) {
+  const int64_t dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
+  const int64_t width = (args.num_heads + 2 * args.num_kv_heads) * dim;
+  T keys[kWriteTokens][kMaxHeadDim];
+  T* columns[kWriteTokens];
+  float rotated[kMaxHeadDim];
+  for (int64_t t = begin; t < end; ++t) {
+    const float* token = args.qkv + t * width;
+    for (int64_t g = 0; g < group; ++g, queries += dim)
+      rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
+    const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
+    float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
+    if (args.kv_cache_type == ElementType::int8) {
+      k_scale = page_scales(args, page, kKeys, head) + offset;
+      v_scale = page_scales(args, page, kValues, head) + offset;
+    }
+    rotate(args, t, token + (args.num_heads + head) * dim, args.k_norm, 1.0f, rotated);
+    encode(keys[t - begin], rotated, dim, k_scale);
+    columns[t - begin] = page_data<T>(args, page, kKeys, head) + offset;
+    encode(page_data<T>(args, page, kValues, head) + offset * dim,
+           token + (args.num_heads + args.num_kv_heads + head) * dim, dim, v_scale);
+  }
+  // Neighbouring tokens share cache lines of a transposed page, so the token loop is the inner one.
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t t = 0; t < end - begin; ++t) columns[t][i * args.page_size] = keys[t][i];
+}
+
+}  // namespace attention
+}  // namespace SLIPSTREAM_ISA
+}  // namespace slipstream

@@ -1,0 +1,296 @@
+"""PagedAttention on CUDA: which kernels run, and in what shape.
+
+Pages are bfloat16, float16, or float8_e4m3fn (from compute capability 8.9 on), and k is row-major
+in them (``k_row_major``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from slipstream.plugins.cuda.detect import shared_memory
+from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.paged_attention.cuda.kernels import (
+    decode_kernel,
+    prefill_kernel,
+    write_kernel,
+)
+from slipstream.plugins.paged_attention.reference import Attributes
+
+_MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
+_LEAST_SPLIT = 64  # keys
+_BLOCK_ROWS = 128  # queries times heads of a block of the prefill kernel
+_NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTensors:
+    """One step on the device; all int32.
+
+    query_start ``[S+1]``, context_len ``[S]``, page_table ``[S, P]`` (rows may lie further apart)
+    and slot_mapping ``[T]`` are the operator's inputs. The first ``num_decodes`` sequences have one
+    query each, token rows 0 to num_decodes - 1. The queries of the others are cut into blocks of
+    ``query_block`` tokens: block_sequence ``[NB]`` names a block's sequence, -1 where there is no
+    block, and block_start ``[NB]`` its first query, counted from the sequence's first one.
+
+    Padding has a context_len of 0 or a slot of -1; its output is undefined.
+    """
+
+    query_start: torch.Tensor
+    context_len: torch.Tensor
+    page_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_sequence: torch.Tensor
+    block_start: torch.Tensor
+    num_decodes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeWorkspace:
+    """What the programs of a decode hand to each other; calls on one stream may share it.
+
+    partials ``[S, num_heads, splits, head_dim]`` and statistics ``[S, num_heads, splits, 2]`` are
+    float32: the softmax sums of a split, its largest score and the sum of its weights.
+    arrivals, int32 ``[S, num_kv_heads <= num_heads]``, is zero between calls.
+    """
+
+    partials: torch.Tensor
+    statistics: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        max_sequences: int,
+        num_heads: int,
+        head_dim: int,
+        max_seq_len: int,
+        device: torch.device | str,
+    ) -> DecodeWorkspace:
+        """Space for steps of up to ``max_sequences`` decodes.
+
+        A sequence has at most 32 splits, fewer where ``max_seq_len`` is below 2048; longer
+        sequences are no error.
+        """
+        splits = min(triton.cdiv(max_seq_len, _LEAST_SPLIT), _MAX_SPLITS)
+        rows = (max_sequences, num_heads, splits)
+        return cls(
+            torch.empty((*rows, head_dim), dtype=torch.float32, device=device),
+            torch.empty((*rows, 2), dtype=torch.float32, device=device),
+            torch.zeros((max_sequences, num_heads), dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scalars:
+    """Factors of one layer; scores are in units of log 2."""
+
+    scale: float
+    soft_cap: float | None
+    window: int
+    v_scale: float
+
+
+def query_block(num_heads: int, num_kv_heads: int) -> int:
+    """Query tokens of a block of the prefill kernel."""
+    return max(_BLOCK_ROWS // (num_heads // num_kv_heads), 1)
+
+
+def paged_attention(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    step: StepTensors,
+    attributes: Attributes,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    workspace: DecodeWorkspace,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
+
+    Writes k and v into ``kv_cache``. The queries of sequences that are no decodes are normed and
+    turned in place in ``qkv``. A decode's result depends on nothing but its own sequence.
+    """
+    a = attributes
+    assert a.k_row_major and a.scale > 0, "CUDA pages hold row-major keys"
+    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    pages = kv_cache[a.layer]
+    assert pages.is_contiguous()
+    output = torch.empty(
+        (qkv.shape[0], a.num_heads * a.head_dim), dtype=qkv.dtype, device=qkv.device
+    )
+    if step.num_decodes:
+        _decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+    if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
+        _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
+        _prefill(qkv, pages, step, a, sinks, output, pdl)
+    return output
+
+
+def _scalars(a: Attributes, pages: torch.Tensor) -> _Scalars:
+    coded = pages.dtype == torch.float8_e4m3fn
+    return _Scalars(
+        scale=a.scale * (a.k_scale if coded else 1.0) * math.log2(math.e),
+        soft_cap=a.soft_cap if a.soft_cap > 0 else None,
+        window=a.sliding_window,
+        v_scale=a.v_scale if coded else 1.0,
+    )
+
+
+def _shape(a: Attributes) -> dict[str, int]:
+    return {
+        "NUM_HEADS": a.num_heads,
+        "NUM_KV_HEADS": a.num_kv_heads,
+        "HEAD_DIM": a.head_dim,
+        "PAGE": a.page_size,
+        "BLOCK_D": max(triton.next_power_of_2(a.head_dim), 16),
+    }
+
+
+def _programs(sequences: int, num_kv_heads: int) -> tuple[int, int]:
+    """Programs that may share a head of a sequence, and the fewest pages worth one of them.
+
+    A few hundred programs fill a GPU, and those without work are not free: many sequences need
+    few programs each, but a long one among them still gets two.
+    """
+    heads = sequences * num_kv_heads
+    return min(max(1024 // heads, 2), _MAX_SPLITS), min(max(heads // 32, 1), 16)
+
+
+def _decode(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    weights: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    workspace: DecodeWorkspace,
+    output: torch.Tensor,
+    pdl: bool,
+) -> None:
+    by = _scalars(a, pages)
+    programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
+    warps = 4 if a.page_size * triton.next_power_of_2(a.head_dim) <= 8192 else 8
+    decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
+        qkv,
+        cos,
+        sin,
+        pages,
+        step.context_len,
+        step.page_table,
+        step.slot_mapping,
+        *weights,
+        output,
+        workspace.partials,
+        workspace.statistics,
+        workspace.arrivals,
+        step.page_table.stride(0),
+        by.window or _NO_WINDOW,
+        min_pages,
+        by.scale,
+        by.soft_cap,
+        a.norm_eps,
+        a.k_scale,
+        by.v_scale,
+        **_shape(a),
+        ROTARY=cos.shape[1],
+        ROWS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 16),
+        MAX_SPLITS=workspace.partials.shape[2],
+        PDL=pdl,
+        **launch_options(num_warps=warps, pdl=pdl),
+    )
+
+
+def _write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    pdl: bool,
+) -> None:
+    write_kernel[(qkv.shape[0] - step.num_decodes, a.num_kv_heads)](
+        qkv,
+        cos,
+        sin,
+        pages,
+        step.slot_mapping,
+        *norms,
+        step.num_decodes,
+        a.norm_eps,
+        a.k_scale,
+        a.v_scale,
+        **_shape(a),
+        ROTARY=cos.shape[1],
+        PDL=pdl,
+        **launch_options(num_warps=1, pdl=pdl),
+    )
+
+
+def _prefill(
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+    pdl: bool,
+) -> None:
+    by = _scalars(a, pages)
+    keys, warps, stages = _prefill_tile(_capability(qkv.device), a, pages.element_size())
+    rows = max(_BLOCK_ROWS, triton.next_power_of_2(a.num_heads // a.num_kv_heads))
+    prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
+        qkv,
+        pages,
+        step.query_start,
+        step.context_len,
+        step.page_table,
+        step.block_sequence,
+        step.block_start,
+        sinks,
+        output,
+        step.page_table.stride(0),
+        by.scale,
+        by.soft_cap,
+        by.v_scale,
+        **_shape(a),
+        BLOCK_Q=query_block(a.num_heads, a.num_kv_heads),
+        BLOCK_M=rows,
+        BLOCK_N=keys,
+        WINDOW=by.window,
+        PDL=pdl,
+        **launch_options(num_warps=warps, num_stages=stages, pdl=pdl),
+    )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 9, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def _prefill_tile(
+    capability: tuple[int, int], a: Attributes, bytes_each: int
+) -> tuple[int, int, int]:
+    """Keys of a tile, warps and stages of the prefill kernel: as many keys as shared memory holds
+    for every stage beside the queries, at most two pages, or one without Hopper's registers."""
+    width = max(triton.next_power_of_2(a.head_dim), 16)
+    stages, most = (3, 128) if capability[0] >= 9 else (2, 64)
+    space = shared_memory(capability) - _BLOCK_ROWS * width * 2
+    keys = 2 * a.page_size
+    while keys > 16 and (keys > most or keys * width * bytes_each * 2 * stages > space):
+        keys //= 2
+    return keys, 8, stages

@@ -1,0 +1,156 @@
+"""What happens around every request: its id, its log line, its key and its size.
+
+Plain ASGI, because a stream passes through here chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slipstream.server.core.logs import log_event, request_id
+from slipstream.server.core.refusal import Refusal, internal_refusal
+
+# Renders a refusal for whoever sent a request.
+Refuse = Callable[[Scope, Refusal], Response]
+_LOG = logging.getLogger(__name__)
+_FIELDS = "slipstream.log_fields"
+_SEND = "slipstream.send"
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# Of these nobody needs a key: they are asked by machines, and tell nothing of anybody's requests.
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/openapi.json"})
+
+
+def log_fields(scope: Scope) -> dict[str, Any]:
+    """What a handler adds to the log line of its request."""
+    return cast(dict[str, Any], scope.setdefault(_FIELDS, {}))
+
+
+def direct_send(scope: Scope) -> Send:
+    """The server's own ``send``, for what follows the start of a stream: no middleware looks at
+    it, and each costs time for every token."""
+    return cast(Send, scope[_SEND])
+
+
+class RequestLog:
+    """Gives every request an id (``X-Request-Id``, the client's own if it sent one) and one log
+    line, and answers 500 to a bug."""
+
+    def __init__(self, app: ASGIApp, refuse: Refuse) -> None:
+        self._app = app
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        started, status = time.monotonic(), 0
+        scope[_SEND] = send
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        token = request_id.set(name)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:  # a bug: whoever asked must hear of it, and the log why
+            _LOG.exception("a request failed")
+            if status:
+                raise
+            await self._refuse(scope, internal_refusal())(scope, receive, send_with_id)
+        finally:
+            _log(scope, status, time.monotonic() - started)
+            request_id.reset(token)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    client = scope.get("client")
+    fields = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "seconds": round(seconds, 4),
+        "client": client and f"{client[0]}:{client[1]}",
+    }
+    # Probes come every few seconds.
+    level = logging.DEBUG if scope["path"] in OPEN_PATHS and status < 400 else logging.INFO
+    log_event(_LOG, "request", fields | log_fields(scope), level)
+
+
+class KeyGuard:
+    """Lets requests pass that carry one of the keys, and those that need none."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], refuse: Refuse) -> None:
+        self._app = app
+        self._refuse = refuse
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, or pass on."""
+        app = self._app
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
+            refusal = Refusal(
+                "unauthorized",
+                "this server wants an API key it knows: send Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
+            app = self._refuse(scope, refusal)
+        await app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")  # as it came
+        # All are compared, each in constant time, so that time tells nothing of a key.
+        found = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(found)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, before or while they are read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 413, or pass on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            response = self._refuse(scope, Refusal("too_large", self._message()))
+            await response(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_bytes:
+                raise HTTPException(413, self._message())  # the one kind that FastAPI passes on
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _message(self) -> str:
+        return f"the body is larger than {self._max_bytes} bytes; send less in one request"

@@ -1,0 +1,130 @@
+"""The process: a listening socket, uvicorn, and an end that drops nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.server.core.http.api import Api
+from slipstream.server.core.http.app import create_app
+from slipstream.server.core.logs import log_event
+from slipstream.server.core.metrics import EngineMetrics
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.service import Service
+
+_LOG = logging.getLogger(__name__)
+_CLOSING_SECONDS = 5  # for answers on their way to slow clients, after all requests have ended
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, which refuses connections until it is served.
+
+    Raises ``InvalidRequestError`` for an address that cannot be had.
+    """
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise InvalidRequestError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --host"
+            " or --port"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a bound socket can be reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
+    """A server that can be started, once, in the running event loop."""
+    metrics = EngineMetrics(options.served_model_name[0], llm)
+    service = Service(llm, options, metrics)
+    config = uvicorn.Config(
+        create_app(service, metrics, apis),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
+    return DrainingServer(config, service)
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on listening while running requests end, so that health checks and new requests are
+    answered with 503. An engine that becomes unhealthy ends it like a signal."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self._signals = 0
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say where."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            names = ",".join(self.service.names)
+            log_event(_LOG, "serving", {"model": names, "url": url_of(listener)})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal; it may come between any two bytecodes."""
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; true: stop."""
+        unhealthy = self.service.llm.unhealthy
+        if self._drain is None and (self._signals or unhealthy):
+            if unhealthy:
+                log_event(_LOG, "unhealthy", {"reason": unhealthy}, logging.ERROR)
+            self._drain = asyncio.create_task(self.service.drain())
+        if self._signals > 1:
+            self.should_exit = self.force_exit = True
+        if self._drain is not None and self._drain.done():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(
+    llm: AsyncLLM, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
+) -> str | None:
+    """Serve until SIGTERM or SIGINT, or until the engine is unhealthy; then drain, then shut the
+    engine down. Returns what ails the engine, None if nothing does.
+
+    A second signal ends at once.
+    """
+
+    async def main() -> None:
+        await server_of(llm, options, apis).serve([listener])
+
+    # Its own lines about start and end are told by this module.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+        unhealthy = llm.unhealthy
+    finally:
+        llm.shutdown()
+    log_event(_LOG, "stopped", {})
+    return unhealthy

@@ -1,0 +1,265 @@
+"""What a server counts, with vLLM's metric names under the prefix ``slipstream:``."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from slipstream.runtime.engine.scheduler import SchedulerStats
+    from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
+
+PREFIX = "slipstream:"
+_Kind = Literal["gauge", "counter", "histogram"]
+_STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
+_TOKEN_SECONDS = (*_STEPS, 1, 2.5, 5, 10, 20, 40, 80)
+_REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20,
+                    30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: ``buckets`` are the upper bounds of a histogram, ``label`` its own label."""
+
+    kind: _Kind
+    help: str
+    buckets: tuple[float, ...] = ()
+    label: str | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "engine_healthy": Family("gauge", "1 while the engine takes requests, 0 from then on."),
+    "num_requests_running": Family("gauge", "Sequences in the running batch."),
+    "num_requests_waiting": Family("gauge", "Sequences waiting to be run."),
+    "kv_cache_usage_perc": Family("gauge", "KV pages in use; 1 means all of them."),
+    "prefix_cache_queries": Family("counter", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": Family("counter", "Prompt tokens found in the prefix cache."),
+    "num_preemptions": Family("counter", "Sequences that gave their pages to others."),
+    "prompt_tokens": Family("counter", "Prompt tokens of requests that were answered."),
+    "generation_tokens": Family("counter", "Tokens generated."),
+    "request_success": Family("counter", "Completions that ended.", label="finished_reason"),
+    "time_to_first_token_seconds": Family(
+        "histogram", "From arrival to the first token.", _REQUEST_SECONDS
+    ),
+    "inter_token_latency_seconds": Family("histogram", "Between two tokens.", _TOKEN_SECONDS),
+    "e2e_request_latency_seconds": Family(
+        "histogram", "From arrival to the last token.", _REQUEST_SECONDS
+    ),
+    "request_queue_time_seconds": Family(
+        "histogram", "From arrival to the first step.", _REQUEST_SECONDS
+    ),
+    "request_prefill_time_seconds": Family(
+        "histogram", "From the first step to the first token.", _REQUEST_SECONDS
+    ),
+    "request_decode_time_seconds": Family(
+        "histogram", "From the first token to the last.", _REQUEST_SECONDS
+    ),
+    "request_inference_time_seconds": Family(
+        "histogram", "From the first step to the last token.", _REQUEST_SECONDS
+    ),
+}
+# Which two times of a request a histogram measures.
+_SPANS: Mapping[str, tuple[str, str]] = {
+    "e2e_request_latency_seconds": ("arrival_time", "finished_time"),
+    "request_queue_time_seconds": ("arrival_time", "first_scheduled_time"),
+    "request_prefill_time_seconds": ("first_scheduled_time", "first_token_time"),
+    "request_decode_time_seconds": ("first_token_time", "finished_time"),
+    "request_inference_time_seconds": ("first_scheduled_time", "finished_time"),
+}
+
+
+class Engine(Protocol):
+    """Whose gauges are read."""
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler is doing and has done."""
+        ...
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why the engine should be restarted, None while it is well."""
+        ...
+
+    @property
+    def closed(self) -> str | None:
+        """Why the engine takes no more requests, None while it does."""
+        ...
+
+
+class Histogram:
+    """Counts by bucket; a value equal to an upper bound belongs to that bucket."""
+
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many values were observed."""
+        return sum(self._counts)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Add a value."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bounds as text, and how many values are at most that."""
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        return list(zip(names, map(float, accumulate(self._counts)), strict=True))
+
+
+class EngineMetrics(Collector):
+    """The metrics of one engine: gauges are read when asked for, the rest is told by ``watch``.
+
+    Watches belong to one thread; ``collect`` may be called from any.
+    """
+
+    def __init__(self, model_name: str, engine: Engine) -> None:
+        self.histograms = {
+            name: Histogram(family.buckets)
+            for name, family in FAMILIES.items()
+            if family.kind == "histogram"
+        }
+        self.prompt_tokens = self.generation_tokens = 0
+        self.finished: Counter[str] = Counter(
+            dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        )
+        self._model_name = model_name
+        self._engine = engine
+
+    @property
+    def mean_latency(self) -> float:
+        """Mean seconds from the arrival of a request to its last token; 0 before the first."""
+        latency = self.histograms["e2e_request_latency_seconds"]
+        return latency.sum / max(1, latency.count)
+
+    def watch(self) -> RequestWatch:
+        """An observer of one request."""
+        return RequestWatch(self)
+
+    def observe(self, name: str, value: float, times: int = 1) -> None:
+        """Add a value to a histogram."""
+        self.histograms[name].observe(value, times)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of ``FAMILIES`` in the form of prometheus-client."""
+        values = self._values()
+        for name, family in FAMILIES.items():
+            if family.kind == "histogram":
+                metric = HistogramMetricFamily(PREFIX + name, family.help, labels=["model_name"])
+                histogram = self.histograms[name]
+                metric.add_metric([self._model_name], histogram.buckets(), histogram.sum)
+                yield metric
+            else:
+                yield self._scalar(name, family, values[name])
+
+    def _scalar(self, name: str, family: Family, values: Mapping[str, float]) -> Metric:
+        labels = ["model_name"] if family.label is None else ["model_name", family.label]
+        kind = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
+        metric = kind(PREFIX + name, family.help, labels=labels)
+        for label, value in values.items():
+            metric.add_metric([self._model_name, label][: len(labels)], value)
+        return metric
+
+    def _values(self) -> dict[str, Mapping[str, float]]:
+        """Values of gauges and counters by label; the label is of no meaning for most."""
+        engine, stats = self._engine, self._engine.stats
+        single = {
+            "engine_healthy": float(engine.unhealthy is None and engine.closed is None),
+            "num_requests_running": stats.num_running,
+            "num_requests_waiting": stats.num_waiting,
+            "kv_cache_usage_perc": stats.kv_cache_usage,
+            "prefix_cache_queries": stats.prefix_cache_queries,
+            "prefix_cache_hits": stats.prefix_cache_hits,
+            "num_preemptions": stats.num_preemptions,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+        }
+        return {
+            **{name: {"": value} for name, value in single.items()},
+            "request_success": dict(self.finished),
+        }
+
+
+class RequestWatch:
+    """Turns the outputs of one request, of kind ``delta`` or ``final``, into observations."""
+
+    __slots__ = ("_ended", "_last", "_metrics")
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+        self._last: dict[int, float] = {}  # when a completion had its last token, by its index
+        self._ended: set[int] = set()
+
+    def see(self, output: RequestOutput) -> None:
+        """Take an output into account."""
+        times = output.metrics
+        now = times.finished_time or time.monotonic()
+        if not self._last and times.first_token_time is not None:
+            self._metrics.prompt_tokens += len(output.prompt_token_ids)
+            self._observe("time_to_first_token_seconds", times, "arrival_time", "first_token_time")
+        for completion in output.outputs:
+            if completion.index not in self._ended:
+                self._see_completion(completion, times, now)
+        if output.finished:
+            for name, span in _SPANS.items():
+                self._observe(name, times, *span)
+
+    def close(self, reason: Literal["abort", "error"]) -> None:
+        """Count a request that ended without a last output."""
+        if not self._ended:
+            self._metrics.finished[reason] += 1
+
+    def _see_completion(
+        self, completion: CompletionOutput, times: RequestMetrics, now: float
+    ) -> None:
+        count, metrics = len(completion.token_ids), self._metrics
+        if count and times.first_token_time is not None:
+            metrics.generation_tokens += count
+            last = self._last.get(completion.index)
+            if last is None:  # the first token's time is known, and it follows no other
+                last, count = times.first_token_time, count - 1
+            if count:
+                metrics.observe("inter_token_latency_seconds", (now - last) / count, count)
+                last = now
+            self._last[completion.index] = last
+        if completion.finish_reason is not None:
+            self._ended.add(completion.index)
+            metrics.finished[completion.finish_reason] += 1
+
+    def _observe(self, name: str, times: RequestMetrics, begin: str, end: str) -> None:
+        start, stop = getattr(times, begin), getattr(times, end)
+        if start is not None and stop is not None:
+            self._metrics.observe(name, stop - start)
+
+
+def registry_of(metrics: EngineMetrics) -> CollectorRegistry:
+    """A registry of its own for one server, with the metrics of the process."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(metrics)
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def render(registry: CollectorRegistry) -> bytes:
+    """The Prometheus text format, version 0.0.4."""
+    return generate_latest(registry)

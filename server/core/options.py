@@ -1,0 +1,53 @@
+"""How a server is set up: every default is written here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slipstream.errors import InvalidRequestError
+from slipstream.server.core.logs import LogFormat
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """The options of one server.
+
+    host, port            where to listen; port 0 takes a free one.
+    api_key               keys of which every request must carry one as ``Authorization: Bearer``;
+                          none: everybody may ask.
+    served_model_name     names that requests may give; the first is the one that is answered with.
+                          None: the name of the model's file or directory.
+    max_queued_requests   prompts that may wait beyond the running batch; more are refused with 429.
+    max_request_bytes     size of a request's body; larger ones are refused with 413.
+    allowed_origins       web pages of which origins may ask (CORS); ``*`` allows all.
+    log_format            ``text`` or ``json``.
+    log_prompts           write prompts into the log.
+    drain_timeout         seconds for running requests to end in after SIGTERM.
+
+    Raises ``InvalidRequestError`` for a value that makes no sense.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: Sequence[str] = ()
+    served_model_name: Sequence[str] = ()
+    max_queued_requests: int = 1024
+    max_request_bytes: int = 4 << 20
+    allowed_origins: Sequence[str] = ()
+    log_format: LogFormat = "text"
+    log_prompts: bool = False
+    drain_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        least = {"port": 0, "max_queued_requests": 0, "max_request_bytes": 1, "drain_timeout": 0}
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise InvalidRequestError(
+                    f"{name} is {getattr(self, name)}; it must be at least {value}"
+                )
+        if self.port > 65535:
+            raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")
+        for name in ("api_key", "served_model_name", "allowed_origins"):
+            if not all(getattr(self, name)):
+                raise InvalidRequestError(f"{name} is empty; leave it out, or give a text")

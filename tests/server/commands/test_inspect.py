@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+
+from slipstream.builder.contract import bytes_per_token
+from slipstream.builder.engine import open_engine, sha256
+from slipstream.server.cli import slipstream
+
+
+def run(*arguments: Any) -> Result:  # noqa: ANN401 - paths and texts
+    return CliRunner().invoke(slipstream, ["inspect", *map(str, arguments)])
+
+
+@pytest.fixture
+def engine(tiny_engine: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+
+
+def test_json_is_the_manifest_and_what_the_files_hold(tiny_engine: Path) -> None:
+    result = run(tiny_engine, "--json", "--verify")
+    assert result.exit_code == 0, result.output
+    report, manifest = json.loads(result.stdout), open_engine(tiny_engine).manifest
+    assert report["model"] == manifest.model
+    per_token = bytes_per_token(manifest.caches)
+    assert report["kv"]["bytes_per_token"] == per_token == 2 * 3 * 2 * 16 * 4
+    assert report["limits"]["max_seq_len"] == 512
+    for file in report["files"]:
+        path = tiny_engine / file["name"]
+        assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256(path))
+        assert file["status"] == "ok"
+    with safe_open(tiny_engine / "weights.safetensors", "numpy") as weights:
+        arrays = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    assert report["weights"]["count"] == len(arrays)
+    assert report["weights"]["nbytes"] == sum(array.nbytes for array in arrays.values())
+    assert report["weights"]["by_dtype"]["F32"]["count"] == len(arrays)
+    biggest = report["weights"]["biggest"]
+    assert biggest[0]["nbytes"] == max(array.nbytes for array in arrays.values())
+    assert tuple(biggest[0]["shape"]) == arrays[biggest[0]["name"]].shape
+    assert report["operators"]["slipstream.PagedAttention"] == 3
+    assert report["linear_kernels"] == {"onnxruntime Gemm float32": report["operators"]["Gemm"]}
+
+
+def test_text_shows_the_same_to_people(tiny_engine: Path) -> None:
+    result = run(tiny_engine)
+    assert result.exit_code == 0, result.output
+    for words in ("llama", "max_seq_len", "KV per token", "768 B", "slipstream.PagedAttention"):
+        assert words in result.stdout
+    assert "weights.safetensors" in result.stdout and "not checked" in result.stdout
+
+
+def test_verify_finds_a_changed_byte(engine: Path) -> None:
+    tokenizer = engine / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    result = run(engine, "--verify")
+    assert result.exit_code == 1
+    assert "changed" in result.stdout
+    assert result.stderr.startswith("error: tokenizer.json is changed; build the engine again: ")
+    assert run(engine).exit_code == 0
+
+
+def test_a_missing_file_is_found_without_verify(engine: Path) -> None:
+    (engine / "weights.safetensors").unlink()
+    result = run(engine, "--json")
+    assert result.exit_code == 1 and "weights.safetensors is missing" in result.stderr
+    files = {file["name"]: file for file in json.loads(result.stdout)["files"]}
+    assert files["weights.safetensors"]["status"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights.safetensors", b""),
+        ("weights.safetensors", b"\xff" * 100),
+        ("weights.safetensors", b"\x02\0\0\0\0\0\0\0[]"),
+        ("graph.onnx", b"\xff" * 100),
+    ],
+)
+def test_a_damaged_file_is_one_error(engine: Path, name: str, content: bytes) -> None:
+    (engine / name).write_bytes(content)
+    result = run(engine)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {name} of the engine")
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_is_no_engine(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 1 and "is no engine" in result.stderr

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.cli import slipstream
+from slipstream.server.commands import serve
+from slipstream.server.commands.serve import default_name
+
+_URL = re.compile(r"\burl=(http://\S+)")
+
+
+def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
+    command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(tiny_engine)]
+    options = ["--port", "0", "--served-model-name", "tiny", "--served-model-name", "same"]
+    with subprocess.Popen(
+        [*command, *options, "--max-batch-size", "4"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SLIPSTREAM_API_KEY": "one two"},
+    ) as child:
+        assert child.stderr is not None
+        try:
+            log = ""
+            while (url := _URL.search(log)) is None:
+                line = child.stderr.readline()
+                assert line, log
+                log += line
+            for key, status in (("two", 200), ("three", 401)):
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"model": "same", "prompt": "the fox", "max_tokens": 3}
+                answer = httpx.post(f"{url[1]}/v1/completions", json=body, headers=headers)
+                assert answer.status_code == status, answer.text
+            assert "text/html" in httpx.get(url[1]).headers["content-type"]
+        finally:
+            child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+        log += child.stderr.read()
+    assert " serving model=" in log and " stopped" in log
+    assert len(re.findall(r" request .*path=/v1/completions status=(?:200|401)", log)) == 2
+
+
+def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve, "load_model", lambda *_: counting_engine())
+    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
+    result = CliRunner().invoke(slipstream, ["serve", "engine", "--port", "0"])
+    assert result.exit_code == 70
+    for words in (" serving ", ' unhealthy reason="the device hangs"', " draining ", " stopped"):
+        assert words in result.stderr
+
+
+def test_an_address_in_use_is_one_error_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(slipstream, ["serve", "no-such-model", "--port", port])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: cannot listen on 127.0.0.1 port {port}: Address")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "70000"], "port is 70000; it must be at most 65535"),
+        (["--max-queued-requests", "-1"], "max_queued_requests is -1; it must be at least 0"),
+        (["--drain-timeout", "-1"], "drain_timeout is -1.0; it must be at least 0"),
+        (["--api-key", ""], "api_key is empty"),
+        (["--log-format", "xml"], "'xml' is not one of"),
+    ],
+)
+def test_bad_options_are_bad_usage(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(slipstream, ["serve", "engine", *arguments])
+    assert result.exit_code == 2 and words in result.stderr
+
+
+def test_a_model_is_named_after_its_path_or_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    assert default_name(str(tmp_path / "engine")) == "engine"
+    assert default_name(f"{tmp_path}/engine/.") == "engine"
+    assert default_name("org/model") == "org/model"
