@@ -46,6 +46,8 @@ class BatchBuilder:
             sampling=wanted.sampling,
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
+            drafts=plan.drafts,
+            moves=plan.moves,
         )
         return batch, wanted.owners
 
@@ -89,18 +91,28 @@ class _Wanted:
         self.sampling: list[SamplingRow] = []
         self.owners: list[Sequence] = []
         self.slots: list[int] = []
-        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.outputs, begins, strict=False)
-        for sequence, start, count, output, begin in chunks:
+        chunks = zip(
+            plan.sequences,
+            plan.starts,
+            plan.counts,
+            plan.drafts,
+            plan.outputs,
+            begins,
+            strict=False,  # there is one more of begins, the end
+        )
+        for sequence, start, count, drafts, output, begin in chunks:
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     target = sequence.tokens[position + 1]
                     self._add(begin + position - start, _new_row(sequence, target), sequence, -1)
             if output >= 0:
-                row = sequence.sampling_row
-                if row is None:
-                    row = sequence.sampling_row = _new_row(sequence, None)
-                row.position = output
-                self._add(begin + count - 1, row, sequence, sequence.row)
+                rows = sequence.sampling_rows
+                while len(rows) <= drafts:
+                    rows.append(_new_row(sequence, None))
+                for guessed in range(drafts + 1):
+                    rows[guessed].position = output + guessed
+                    at = begin + count - 1 - drafts + guessed
+                    self._add(at, rows[guessed], sequence, sequence.row)
 
     def _add(self, row: int, sampling: SamplingRow, owner: Sequence, slot: int) -> None:
         self.rows.append(row)
@@ -110,12 +122,14 @@ class _Wanted:
 
 
 def _tokens(plan: StepPlan) -> list[int]:
-    """The tokens of a step; only the single token of a decode can be unknown."""
+    """The tokens of a step; only a decode has some that the host does not know."""
     tokens: list[int] = []
     for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
         known = sequence.tokens
         if count > 1:
-            tokens += known[start : start + count]
+            chunk = known[start : start + count]
+            tokens += chunk
+            tokens += [_ON_DEVICE] * (count - len(chunk))
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
     return tokens

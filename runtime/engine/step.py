@@ -4,14 +4,18 @@ device."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.sampling.params import SamplingParams
 
 IntArray = NDArray[np.int32]
+# The token of a logits row whose guess, or one before it, was not accepted.
+REJECTED = -2
 
 
 @dataclass(slots=True)
@@ -47,6 +51,15 @@ class StepBatch:
     device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says
     where a row's token goes (-1 for a row that only scores a prompt token), and a token id of -1
     stands for the token that the step before put into the slot of its sequence.
+
+    The last ``drafts[s]`` tokens of a sequence are guesses that only the device knows, -1 too, and
+    its logits rows are the last ``1 + drafts[s]``: a guess is accepted if the row before it, which
+    was accepted, samples the same. If the device knows, by a first token of -1, that the step
+    before ended in a run of more than one token, it adds what exceeds one to the positions of the
+    sequence, here and in its sampling rows; its pages have room for that.
+
+    Before its layers run, a step makes ``moves``, whose pages are read as the step before left
+    them.
     """
 
     token_ids: IntArray
@@ -59,6 +72,8 @@ class StepBatch:
     sampling: list[SamplingRow]
     slots: IntArray
     sampling_slots: IntArray
+    drafts: Sequence[int] = ()
+    moves: Sequence[Move] = ()
 
 
 @dataclass(slots=True)
@@ -74,8 +89,13 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits
-    row."""
+    """Token and logprobs (where asked) of every logits row.
+
+    The token is -1 on rows that only score a prompt token. The rows of a sequence with guesses give
+    a run: a token for each row up to the first whose guess was wrong, ``REJECTED`` after that.
+    ``failed`` says why a row, by its number, has no answer; its token means nothing.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    failed: dict[int, ExecutionError] = field(default_factory=dict)

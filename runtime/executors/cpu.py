@@ -141,6 +141,11 @@ class CPUExecutor:
         """Never."""
         return False
 
+    @property
+    def draft_tokens(self) -> int:
+        """None."""
+        return 0
+
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
         binding = self._binding(batch)

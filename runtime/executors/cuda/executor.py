@@ -48,6 +48,7 @@ class CUDAExecutor:
     """
 
     runs_ahead = True
+    draft_tokens = 0
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.
@@ -196,6 +197,7 @@ class CUDAExecutor:
                     part = self._host_sampler.sample(logits, rows[start : start + size])
                     result.token_ids += part.token_ids
                     result.logprobs += part.logprobs
+                    result.failed.update((start + i, why) for i, why in part.failed.items())
             return result
 
         return Part(at, answer)
