@@ -228,9 +228,7 @@ class EngineLoop:
     def _accept(self, flight: _Flight, result: StepResult) -> None:
         """Tell the scheduler of runs of more than one token."""
         runs: dict[Sequence, list[int]] = {}
-        for sequence, row, token in zip(
-            flight.owners, flight.rows, result.token_ids, strict=True
-        ):
+        for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
             if row.target is None and token != REJECTED:
                 runs.setdefault(sequence, []).append(token)
         for sequence, run in runs.items():

@@ -179,7 +179,9 @@ class Scheduler:
         A sequence that ended or lost its pages while the step was on its way has nothing there.
         Guesses count when they are accepted.
         """
-        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True)
+        chunks = zip(
+            plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
+        )
         for sequence, start, count, drafts, allocation in chunks:
             if drafts:
                 count -= drafts
@@ -247,9 +249,9 @@ class Scheduler:
             tokens = min(longest, sequence.max_cached_tokens)
         if not self.kv.windows:
             return self.kv.grow(allocation, tokens)
-        return self.kv.grow_windows(
-            allocation, sequence.num_scheduled, tokens
-        ) and self.kv.grow(allocation, tokens)
+        return self.kv.grow_windows(allocation, sequence.num_scheduled, tokens) and self.kv.grow(
+            allocation, tokens
+        )
 
     def _draft(self, plan: StepPlan, budget: int) -> int:
         """Give the decodes of a plan tokens to guess, within a budget, and return how many. No

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import (
+    REJECTED,
     IntArray,
     SamplingRow,
     StepBatch,
@@ -25,6 +29,12 @@ def next_token(token: int, vocab_size: int, seed: int = 0) -> int:
     return (token + 1 + seed) % vocab_size
 
 
+def run_length(token: int, position: int, drafts: int) -> int:
+    """How many tokens a step gives that computes ``token`` at ``position`` and guesses ``drafts``
+    tokens after it."""
+    return 1 + (token + position) % (drafts + 1)
+
+
 def logprob_of(token: int) -> float:
     """The made-up log probability of ``token``, exact in binary."""
     return -(1 + token % 8) / 8
@@ -37,6 +47,9 @@ class CountingExecutor:
     page table; anything but the tokens of the sequence is an ``AssertionError``. Set ``fail_next``
     to make the next step fail (and leave garbage in its slots); ``delay`` is seconds a step,
     ``steps`` counts them, and ``closed`` tells whether ``shutdown`` was called.
+
+    It guesses ``draft_tokens`` tokens at a time, of which ``run_length`` tells how many are right.
+    A row that would give ``broken_token`` fails.
 
     With ``runs_ahead`` it takes two steps at a time and puts in the tokens that the host does not
     know. It does so in ``submit``, as a device that is infinitely fast, but keeps the answer until
@@ -51,18 +64,21 @@ class CountingExecutor:
         *,
         delay: float = 0.0,
         runs_ahead: bool = False,
+        draft_tokens: int = 0,
     ) -> None:
         self.delay = delay
         self.fail_next = False
+        self.broken_token: int | None = None
         self.steps = 0
         self.closed = False
         self._runs_ahead = runs_ahead
+        self._draft_tokens = draft_tokens
         self._num_pages = num_pages
         self._page_size = page_size
         self._vocab_size = vocab_size
         self._memory = np.full(num_pages * page_size, _GARBAGE, np.int32)
-        # What the step before sampled, by the slot of the sequence.
-        self._last_tokens: dict[int, int] = {}
+        # The last token of what the step before sampled and the length of the run, by slot.
+        self._last_runs: dict[int, tuple[int, int]] = {}
         self._on_their_way: deque[CountingStep] = deque()
 
     @property
@@ -74,6 +90,11 @@ class CountingExecutor:
         """Whether ``params`` have no bad words of several tokens: an example of what needs the
         host."""
         return all(len(word) == 1 for word in params.bad_words_token_ids)
+
+    @property
+    def draft_tokens(self) -> int:
+        """As given at construction."""
+        return self._draft_tokens
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """The number of pages given at construction; a page has no bytes."""
@@ -117,52 +138,95 @@ class CountingExecutor:
 
     def _spoil(self, batch: StepBatch) -> None:
         """Leave garbage wherever a step would have written."""
-        self._memory[batch.slot_mapping] = _GARBAGE
-        self._last_tokens = dict.fromkeys(batch.sampling_slots.tolist(), _GARBAGE)
+        for index in range(len(batch.context_len)):
+            chunk = self._chunk(batch, index)
+            self._memory[chunk.slots[chunk.start :]] = _GARBAGE
+        self._last_runs = dict.fromkeys(batch.sampling_slots.tolist(), (_GARBAGE, 1))
 
     def _run(self, batch: StepBatch, excused: bool) -> StepResult:
         """Compute a step; only what ``excused`` sequences read may be garbage."""
-        assert len(np.unique(batch.slot_mapping)) == len(batch.token_ids), "a slot written twice"
         assert len(np.unique(batch.slots)) == len(batch.slots), "two sequences in a slot"
-        self._memory[batch.slot_mapping] = self._token_ids(batch)
-        contexts = [self._context(batch, s) for s in range(len(batch.context_len))]
+        self._move_pages(batch.moves)
+        chunks = [self._chunk(batch, s) for s in range(len(batch.context_len))]
+        written = np.concatenate([chunk.slots[chunk.start :] for chunk in chunks])
+        assert len(np.unique(written)) == len(batch.token_ids), "a slot written twice"
+        self._memory[written] = np.concatenate([chunk.tokens for chunk in chunks])
+        contexts = [self._memory[chunk.slots] for chunk in chunks]
         result = StepResult([], [])
-        last_tokens: dict[int, int] = {}
+        last_runs: dict[int, tuple[int, int]] = {}
         owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right") - 1
         for index, (owner, row) in enumerate(zip(owners, batch.sampling, strict=True)):
-            token_row = batch.logits_rows[index]
-            context = contexts[owner][: batch.positions[token_row] + 1]
+            chunk, token_row = chunks[owner], batch.logits_rows[index]
+            context = contexts[owner][: batch.positions[token_row] + chunk.surplus + 1]
+            guesses = max(0, len(context) - len(contexts[owner]) + chunk.guesses)
             if not (excused and _GARBAGE in context):
-                _check_row(context, row, num_unknown=int(batch.token_ids[token_row] < 0))
+                unknown = (1 + chunk.surplus) * chunk.is_ahead + guesses
+                _check_row(context, row, unknown, chunk.surplus)
             token = self._next(int(context[-1]), row)
+            slot = -1 if row.target is not None else int(batch.slots[owner])
+            assert batch.sampling_slots[index] == slot, "a token for another slot"
+            before = last_runs.get(slot) if guesses else None
+            if guesses and (before is None or before != (int(context[-1]), guesses)):
+                result.token_ids.append(REJECTED)
+                result.logprobs.append(None)
+                continue
+            if token == self.broken_token and row.target is None:
+                result.failed[index] = ExecutionError("the counting executor broke this token")
             result.token_ids.append(token if row.target is None else -1)
             result.logprobs.append(_logprobs(token, row))
-            slot = -1 if row.target is not None else batch.slots[owner]
-            assert batch.sampling_slots[index] == slot, "a token for another slot"
-            last_tokens[int(slot)] = token
-        self._last_tokens = last_tokens
+            last_runs[slot] = (token, guesses + 1)
+        self._last_runs = last_runs
         return result
 
-    def _token_ids(self, batch: StepBatch) -> IntArray:
-        """The tokens of a step, with those that only the device knows put in."""
-        token_ids = batch.token_ids.copy()
-        owners = np.repeat(batch.slots, np.diff(batch.query_start))
-        for row in np.flatnonzero(token_ids < 0):
-            assert self._on_their_way, "the host knows this token"
-            token_ids[row] = self._last_tokens[int(owners[row])]
-        return token_ids
+    def _move_pages(self, moves: Sequence[Move]) -> None:
+        """Copy pages, all of them as the step before left them."""
+        targets = [move.destination for move in moves]
+        assert len(set(targets)) == len(moves), "a page moved over another"
+        assert not set(targets) & {move.source for move in moves}, "a page moved on"
+        pages = self._memory.reshape(-1, self._page_size)
+        for move in moves:
+            pages[move.destination] = pages[move.source]
 
-    def _context(self, batch: StepBatch, index: int) -> IntArray:
-        """Read one sequence's tokens back through its page table."""
+    def _chunk(self, batch: StepBatch, index: int) -> _Chunk:
+        """Check how one sequence was packed; put in what only the device knows."""
         begin, end = batch.query_start[index : index + 2]
-        length, size = int(batch.context_len[index]), self._page_size
-        positions = np.arange(length - (end - begin), length)
-        pages = batch.page_table[index, : -(-length // size)]
-        slots = (pages[:, None] * size + np.arange(size)).ravel()[:length]
+        tokens, length = batch.token_ids[begin:end].copy(), int(batch.context_len[index])
+        guesses = batch.drafts[index] if batch.drafts else 0
+        assert 0 <= guesses <= min(self._draft_tokens, len(tokens) - 1), "too many guesses"
+        start = length - len(tokens)
+        slots = self._slots(batch.page_table[index], length)
+        positions = np.arange(start, length)
         assert np.array_equal(batch.positions[begin:end], positions), "wrong positions"
         assert np.array_equal(batch.slot_mapping[begin:end], slots[positions]), "wrong slots"
-        context: IntArray = self._memory[slots]
-        return context
+        is_ahead, surplus = bool(tokens[0] < 0), 0
+        if is_ahead:
+            assert self._on_their_way, "the host knows this token"
+            tokens[0], run = self._last_runs[int(batch.slots[index])]
+            surplus = run - 1
+        if guesses:
+            row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
+            tokens[-guesses:] = self._guess(int(tokens[0]), start + surplus, guesses, row)
+        garbage = is_ahead and tokens[0] == _GARBAGE
+        assert garbage or (tokens >= 0).all(), "a token that nobody knows"
+        slots = self._slots(batch.page_table[index], length + surplus)
+        return _Chunk(tokens, slots, start + surplus, guesses, is_ahead, surplus)
+
+    def _slots(self, pages: IntArray, length: int) -> IntArray:
+        """The slots of the first ``length`` tokens of a sequence with these pages."""
+        size = self._page_size
+        used = pages[: -(-length // size)]
+        assert len(used) * size >= length, "no page for a token"
+        slots: IntArray = (used[:, None] * size + np.arange(size)).ravel()[:length]
+        return slots
+
+    def _guess(self, token: int, position: int, count: int, row: SamplingRow) -> list[int]:
+        """What is guessed to follow ``token``, right up to the length of the run."""
+        right = run_length(token, position, count) - 1
+        guesses: list[int] = []
+        for place in range(count):
+            token = self._next(token, row)
+            guesses.append(token if place < right else self._next(token, row))
+        return guesses
 
     def _next(self, token: int, row: SamplingRow) -> int:
         if row.target is not None:
@@ -170,6 +234,23 @@ class CountingExecutor:
         if token == _GARBAGE:
             return _GARBAGE
         return next_token(token, self._vocab_size, row.seed if row.params.temperature else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What a step computes of one sequence: ``tokens`` from ``start`` on, of which the last
+    ``guesses`` are the device's own, and the ``slots`` of all tokens so far.
+
+    ``is_ahead``: the host does not know the first, nor that the run before exceeds one token by
+    ``surplus``.
+    """
+
+    tokens: IntArray
+    slots: IntArray
+    start: int
+    guesses: int
+    is_ahead: bool
+    surplus: int
 
 
 class CountingStep:
@@ -195,14 +276,15 @@ class CountingStep:
         return self._result
 
 
-def _check_row(context: IntArray, row: SamplingRow, num_unknown: int) -> None:
+def _check_row(context: IntArray, row: SamplingRow, num_unknown: int, surplus: int) -> None:
     """Compare what was read for a row with what the host knows, all but ``num_unknown`` tokens."""
     known = [*row.prompt, *row.output]
     size = min(len(context), len(known))
     assert context[:size].tolist() == known[:size], "pages hold another sequence"
     if row.target is None:
         assert len(context) == len(known) + num_unknown, "sampled too early"
-        assert row.position == len(context) - len(row.prompt), "sampled at another position"
+        position = row.position + surplus
+        assert position == len(context) - len(row.prompt), "sampled at another position"
 
 
 def _logprobs(token: int, row: SamplingRow) -> TokenLogprobs | None:

@@ -26,8 +26,10 @@ def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
 class Recorder(CountingExecutor):
     """Notes when steps are started and landed, and at which positions each sequence samples."""
 
-    def __init__(self, num_pages: int, page_size: int, runs_ahead: bool) -> None:
-        super().__init__(num_pages, page_size, VOCAB_SIZE, runs_ahead=runs_ahead)
+    def __init__(self, num_pages: int, page_size: int, runs_ahead: bool, draft_tokens: int) -> None:
+        super().__init__(
+            num_pages, page_size, VOCAB_SIZE, runs_ahead=runs_ahead, draft_tokens=draft_tokens
+        )
         self.events: list[str] = []
         self.refuse_next = False
         # The live output of a sequence, and the positions of its rows.
@@ -52,10 +54,11 @@ def recorded(
     num_pages: int = 64,
     *,
     runs_ahead: bool = True,
+    draft_tokens: int = 0,
     **options: Any,  # noqa: ANN401 - fields of RuntimeConfig
 ) -> tuple[EngineLoop, Recorder]:
     engine = counting_engine(num_pages, **options)
-    executor = Recorder(num_pages, engine.config.page_size, runs_ahead)
+    executor = Recorder(num_pages, engine.config.page_size, runs_ahead, draft_tokens)
     return EngineLoop(replace(engine, executor=executor)), executor
 
 
@@ -281,16 +284,23 @@ def same(ours: CompletionOutput, theirs: CompletionOutput) -> bool:
     budget=st.integers(3, 12),
     policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
     caching=st.booleans(),
+    draft_tokens=st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=150, deadline=None)
-def test_running_ahead_changes_no_answer(
-    workload: list[Arrival], num_pages: int, budget: int, policy: str, caching: bool
+@settings(max_examples=200, deadline=None)
+def test_running_ahead_and_guessing_change_no_answer(
+    workload: list[Arrival],
+    num_pages: int,
+    budget: int,
+    policy: str,
+    caching: bool,
+    draft_tokens: int,
 ) -> None:
     results = []
-    for runs_ahead in (False, True):
+    for runs_ahead, drafts in ((False, 0), (False, draft_tokens), (True, draft_tokens)):
         loop, executor = recorded(
             num_pages,
             runs_ahead=runs_ahead,
+            draft_tokens=drafts,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
@@ -299,12 +309,14 @@ def test_running_ahead_changes_no_answer(
             enable_prefix_caching=caching,
         )
         results.append(run(loop, workload))
-        check_waste(executor, results[-1])
-    in_turn, ahead = results
-    assert in_turn.keys() == ahead.keys()
-    for request_id, output in ahead.items():
-        assert output.error is None and output.finished
-        theirs = in_turn[request_id]
-        assert all(map(same, output.outputs, theirs.outputs))
-        if output.prompt_logprobs and theirs.prompt_logprobs:
-            assert output.prompt_logprobs == theirs.prompt_logprobs
+        if not drafts:
+            check_waste(executor, results[-1])
+    plain, *others = results
+    for other in others:
+        assert plain.keys() == other.keys()
+        for request_id, output in other.items():
+            assert output.error is None and output.finished
+            theirs = plain[request_id]
+            assert all(map(same, output.outputs, theirs.outputs))
+            if output.prompt_logprobs and theirs.prompt_logprobs:
+                assert output.prompt_logprobs == theirs.prompt_logprobs
