@@ -74,9 +74,9 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Fraction of all pages that running sequences hold, in the group that has the fewest."""
-        groups = (self, *self.windows)
-        return max(1 - group.num_available / group.num_pages for group in groups)
+        """Fraction of all pages that running sequences hold, in the group that is fullest."""
+        left = self.num_available / self.num_pages
+        return 1 - min([left, *(g.num_available / g.num_pages for g in self.windows)])
 
     def shares(self, namespace: Namespace) -> bool:
         """Whether pages computed in ``namespace`` can serve another sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from slipstream.builder.engine import GRAPH, Engine
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch, StepResult
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler
@@ -148,6 +149,7 @@ class CPUExecutor:
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
+        self._move_pages(batch.moves)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(self._session.run_with_iobinding, binding, batch, self._sampler)
@@ -161,6 +163,11 @@ class CPUExecutor:
         self._bindings.clear()
         self._kv.clear()
         self._kv_arrays.clear()
+
+    def _move_pages(self, moves: Sequence[Move]) -> None:
+        for move in moves:
+            for array in self._kv_arrays:
+                array[:, move.destination] = array[:, move.source]
 
     def _binding(self, batch: StepBatch) -> _Binding:
         key = (len(batch.token_ids), *batch.page_table.shape, len(batch.logits_rows))

@@ -18,6 +18,7 @@ from slipstream.errors import CapacityError
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Event, Work
@@ -148,6 +149,7 @@ class CUDAExecutor:
         hosted_at = [place for place, mine in enumerate(ours) if not mine]
         parts: list[Part] = []
         with self._device.work():
+            self._move_pages(batch.moves)
             hidden = self.runner.layers(batch, batch.logits_rows[at], eager=bool(hosted_at))
             if hidden is not None and hosted_at:
                 parts.append(self._sampled_on_host(batch, hosted_at, hidden))
@@ -171,6 +173,14 @@ class CUDAExecutor:
             size = self._config.max_batch_size
             parts = [self._copied_logits(part) for part in torch.split(wanted, size)]
         return np.concatenate(parts)
+
+    def _move_pages(self, moves: Sequence[Move]) -> None:
+        """Enqueue copies of pages, which the layers of the step may read."""
+        if moves:
+            cache = self.runner.memory.kv_cache.view(torch.uint8)  # no copies of 8-bit floats
+            sources = self._index(np.array([move.source for move in moves], np.int32))
+            targets = self._index(np.array([move.destination for move in moves], np.int32))
+            cache.index_copy_(1, targets, cache.index_select(1, sources))
 
     def _sampled(self, batch: StepBatch, at: Sequence[int]) -> Part:
         """Enqueue the sampling of rows that the device can sample."""
