@@ -120,9 +120,10 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt (a text or token ids), yielding after every token.
 
-        Cached prompts are shared with those of equal ``cache_salt`` only. A consumer that is cancelled or closes the iterator aborts the request. Raises
-        ``InvalidRequestError`` or ``CapacityError`` for a request that cannot run, and
-        ``ExecutionError`` if the device fails; other requests go on.
+        Cached prompts are shared with those of equal ``cache_salt`` only. A consumer that is
+        cancelled or closes the iterator aborts the request. Raises ``InvalidRequestError`` or
+        ``CapacityError`` for a request that cannot run, and ``ExecutionError`` if the device fails;
+        other requests go on.
         """
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await asyncio.to_thread(
@@ -220,8 +221,7 @@ class AsyncLLM:
     def _free(self) -> None:
         try:
             self._loop.shutdown()
-        except Exception:
-            # What a broken device says at its end is news to nobody who waits.
+        except Exception:  # noqa: BLE001 - a broken device; everybody has been told
             _LOG.exception("the device could not be freed")
 
     def check_health(self) -> bool:

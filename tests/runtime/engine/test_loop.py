@@ -227,6 +227,42 @@ def test_a_device_that_refuses_a_step_ends_only_that_step(device: dict[str, Any]
     assert tokens_of(drain(loop)["b"]) == [1, 2, 3, 4]
 
 
+def test_a_row_that_fails_ends_its_own_request_only(device: dict[str, Any]) -> None:
+    engine = counting_engine(**device)
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine)
+    loop.add_request(Request("struck", [20] * 9, greedy(n=2, max_tokens=8)))
+    loop.add_request(Request("spared", [0] * 9, greedy(max_tokens=8)))
+    engine.executor.broken_token = 23
+    outputs = drain(loop)
+
+    struck = outputs["struck"]
+    assert [each.finish_reason for each in struck.outputs] == ["error", "error"]
+    assert isinstance(struck.error, ExecutionError) and "broke this token" in str(struck.error)
+    assert tokens_of(struck) == [21, 22][: len(tokens_of(struck))]
+    assert outputs["spared"].error is None
+    assert tokens_of(outputs["spared"]) == list(range(1, 9))
+    assert loop.scheduler.kv.match([20] * 10).depth == 0, "nobody reads what it computed"
+    assert loop.scheduler.kv.match([0] * 10).depth == 2
+    assert loop.unhealthy is None
+
+
+def test_a_row_that_fails_leaves_what_others_read(device: dict[str, Any]) -> None:
+    engine = counting_engine(**device)
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine)
+    loop.add_request(Request("same", [20] * 9, greedy(max_tokens=2)))
+    drain(loop)
+    loop.add_request(Request("reader", [*[20] * 8, 0], greedy(max_tokens=9)))
+    loop.add_request(Request("struck", [20] * 9, greedy(max_tokens=9)))
+    loop.step()
+    engine.executor.broken_token = 22
+    outputs = drain(loop)
+    assert outputs["struck"].error and not outputs["reader"].error
+    assert tokens_of(outputs["reader"]) == list(range(1, 10))
+    assert loop.scheduler.kv.match([20] * 10).depth == 2
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_abort_at_every_stage_returns_the_pages_at_once(steps: int, device: dict[str, Any]) -> None:
     loop = EngineLoop(counting_engine(**device, max_num_tokens=4, max_batch_size=4))
@@ -365,6 +401,12 @@ class EngineLoopMachine(RuleBasedStateMachine):
         self.engine.executor.fail_next = True
         self.failures += 1
 
+    @rule(token=st.sampled_from([None, 3, EOS - 2]))
+    def break_token(self, token: int | None) -> None:
+        assert isinstance(self.engine.executor, CountingExecutor)
+        self.engine.executor.broken_token = token
+        self.failures += 1
+
     @invariant()
     def pages_add_up(self) -> None:
         check(self.loop)
@@ -396,7 +438,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
             expected = expected_output(request, index)
             if completion.finish_reason == "error":
                 assert self.failures and last.error is not None
-                assert "told to fail" in str(last.error)
+                assert "told to fail" in str(last.error) or "broke" in str(last.error)
             if completion.finish_reason in ("error", "abort"):
                 assert tokens == expected[: len(tokens)]
                 assert completion.finish_reason == "error" or request.request_id in self.aborted
