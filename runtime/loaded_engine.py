@@ -13,14 +13,12 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """A device with weights on it, its tokenizer, its limits, and how it samples by default.
-
-    ``caches`` are those of the model; none stand for one that remembers every token.
-    """
+    """A device with weights on it, what that remembers of sequences, its tokenizer, its limits,
+    and how it samples by default."""
 
     executor: Executor
     tokenizer: Tokenizer
     config: RuntimeConfig
+    caches: tuple[CacheSpec, ...]
     vocab_size: int
     generation_defaults: SamplingParams
-    caches: tuple[CacheSpec, ...] = ()

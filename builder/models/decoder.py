@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.rope import rotary_frequencies
@@ -21,28 +22,35 @@ class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
     changes.
 
-    ``tensor`` gives a weight by its Hugging Face name. ``page_size`` is the KV cache's.
+    ``tensor`` gives a weight by its Hugging Face name. What an architecture gives beside logits,
+    such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
     """
 
     ops: Ops
     config: ModelConfig
     tensor: TensorSource
-    page_size: int
+
+    @classmethod
+    def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
+        """What the layers remember of a sequence: pages of one cache, unless an architecture has
+        layers of several kinds."""
+        layers = range(config.num_layers)
+        return (attention_cache(kv_dtype, layers, page_size, config.num_kv_heads, config.head_dim),)
 
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
         ops, config = self.ops, self.config
         frequencies, factor = rotary_frequencies(config)
         embedding = self.tensor("model.embed_tokens.weight")
-        rotary = ops.rotary(ops.input("positions"), frequencies, factor)
-        x = ops.embedding(ops.input("token_ids"), embedding)
+        rotary = ops.rotary(ops.input(Source.POSITIONS), frequencies, factor)
+        x = ops.embedding(ops.input(Source.TOKEN_IDS), embedding)
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
                 x = self.layer(x, rotary, layer)
-        x = ops.gather_rows(x, ops.input("logits_rows"))
+        x = ops.pick_rows(x)
         x = ops.rms_norm(x, self.tensor("model.norm.weight"), config.rms_norm_eps)
         head = embedding if config.tie_word_embeddings else self.tensor("lm_head.weight")
-        ops.output(ops.linear(x, head), "logits")
+        ops.output(ops.linear(x, head), LOGITS)
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
         """x + attention(norm(x)), then + mlp(norm(·))."""
@@ -76,7 +84,6 @@ class Decoder:
             "num_heads": config.num_heads,
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "page_size": self.page_size,
             "scale": config.head_dim**-0.5,
             "sliding_window": config.window(layer) or 0,
             "soft_cap": 0.0,

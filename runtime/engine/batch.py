@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.cache_groups import group_caches
+from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.scheduler import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import IntArray, SamplingRow, StepBatch
+from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
+from slipstream.runtime.engine.window_group import WindowPages
 
 _ON_DEVICE = -1
 
 
 class BatchBuilder:
-    """Turns plans into ``StepBatch``; keeps a page table, so a decode copies no page list."""
+    """Turns plans into ``StepBatch``; keeps page tables, so a decode copies no page list."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
-        max_pages = -(-config.max_seq_len // config.page_size)
-        self._page_size = config.page_size
-        self._table = np.zeros((config.max_batch_size, max_pages), np.int32)
+    def __init__(self, config: RuntimeConfig, caches: tuple[CacheSpec, ...]) -> None:
+        groups = group_caches(caches)
+        self._full = _PageTable(config, groups.full) if groups.full else None
+        self._windows = [_PageTable(config, names) for names in groups.windows.values()]
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
 
     def build(self, plan: StepPlan) -> tuple[StepBatch, list[Sequence]]:
@@ -32,52 +38,74 @@ class BatchBuilder:
         context = np.array(plan.starts, np.int32) + counts
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        page_table = self._table[slots, : self._sync(plan)]
-        positions, slot_mapping = self._place(counts, context, query_start, page_table)
+        owners, positions = self._place(counts, context, query_start)
+        pages: dict[str, PagedInputs] = {}
+        if self._full is not None:
+            pages = self._full.inputs(slots, plan.allocations, owners, positions)
+        for index, table in enumerate(self._windows):
+            held = [allocation.windows[index] for allocation in plan.allocations]
+            pages |= table.inputs(slots, held, owners, positions)
         wanted = _Wanted(plan, query_start.tolist())
         batch = StepBatch(
             token_ids=np.array(_tokens(plan), np.int32),
             positions=positions,
             query_start=query_start,
             context_len=context,
-            page_table=page_table,
-            slot_mapping=slot_mapping,
             logits_rows=np.array(wanted.rows, np.int32),
             sampling=wanted.sampling,
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
+            pages=pages,
             drafts=plan.drafts,
             moves=plan.moves,
         )
         return batch, wanted.owners
 
-    def _sync(self, plan: StepPlan) -> int:
-        """Bring the plan's rows of the page table up to date and return the largest page count."""
-        width = 0
-        for sequence, allocation in zip(plan.sequences, plan.allocations, strict=True):
-            total = len(allocation.pages)
-            if total > width:
-                width = total
-            if allocation.synced < total:
-                pages = allocation.pages[allocation.synced :]
-                self._table[sequence.row, allocation.synced : total] = pages
-                allocation.synced = total
-        return width
-
     def _place(
-        self, counts: IntArray, context: IntArray, query_start: IntArray, page_table: IntArray
+        self, counts: IntArray, context: IntArray, query_start: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """Position and slot of every token."""
+        """Of every token, which of the plan's sequences it belongs to and its position."""
         total = int(query_start[-1])
         if total == len(counts):  # decodes only
-            owner = self._counter[:total]
-            positions = context - 1
-        else:
-            owner = self._counter[: len(counts)].repeat(counts)
-            positions = self._counter[:total] + (context - query_start[1:])[owner]
-        page, offset = np.divmod(positions, np.int32(self._page_size))
-        slots = page_table[owner, page] * np.int32(self._page_size) + offset
-        return positions, slots
+            return self._counter[:total], context - 1
+        owners = self._counter[: len(counts)].repeat(counts)
+        return owners, self._counter[:total] + (context - query_start[1:])[owners]
+
+
+class _PageTable:
+    """The pages of all running sequences in the caches of one group."""
+
+    def __init__(self, config: RuntimeConfig, names: tuple[str, ...]) -> None:
+        columns = -(-config.max_seq_len // config.page_size)
+        self._names = names
+        self._page_size = np.int32(config.page_size)
+        self._table = np.zeros((config.max_batch_size, columns), np.int32)
+
+    def inputs(
+        self,
+        rows: IntArray,
+        held: Iterable[Allocation | WindowPages],
+        owners: IntArray,
+        positions: IntArray,
+    ) -> dict[str, PagedInputs]:
+        """The rows of the table, brought up to date, and the slot of every token; the caches of a
+        group share them."""
+        table = self._table[rows, : self._sync(rows.tolist(), held)]
+        page, offset = np.divmod(positions, self._page_size)
+        slots = table[owners, page] * self._page_size + offset
+        return dict.fromkeys(self._names, PagedInputs(table, slots))
+
+    def _sync(self, rows: Iterable[int], held: Iterable[Allocation | WindowPages]) -> int:
+        """Bring rows of the table up to date and return the largest page count."""
+        width = 0
+        for row, each in zip(rows, held, strict=True):
+            total = len(each.pages)
+            if total > width:
+                width = total
+            if each.synced < total:
+                self._table[row, each.synced : total] = each.pages[each.synced :]
+                each.synced = total
+        return width
 
 
 class _Wanted:

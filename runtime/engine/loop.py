@@ -71,7 +71,7 @@ class EngineLoop:
         )
         self._engine = engine
         self._drafts = engine.executor.draft_tokens > 0
-        self._builder = BatchBuilder(engine.config)
+        self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
         self._health = Health(engine.config.step_timeout, clock)
         self._arrivals = itertools.count()

@@ -1,27 +1,53 @@
-"""A model without weights: the next token is a closed form, and the KV cache holds the tokens."""
+"""A model without weights: the next token is a closed form, and the caches hold the tokens."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from slipstream.builder.contract import (
+    KV,
+    LOGITS,
+    TARGET_GRAPH,
+    CacheArray,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    ports_of,
+)
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import (
     REJECTED,
     IntArray,
+    PagedInputs,
     SamplingRow,
     StepBatch,
     StepResult,
     TokenLogprobs,
 )
+from slipstream.runtime.executors.counting_caches import (
+    GARBAGE,
+    CountingCache,
+    HashedState,
+    PagedTokens,
+)
 from slipstream.runtime.sampling.params import SamplingParams
 
-_GARBAGE = -1
+
+def counting_contract(
+    page_size: int, vocab_size: int
+) -> tuple[dict[str, GraphSpec], tuple[CacheSpec, ...]]:
+    """One graph and one paged cache."""
+    array = CacheArray("kv_cache", "int32", (page_size,))
+    caches = (CacheSpec(KV, "paged", (0,), (array,), page_size),)
+    logits = Output(LOGITS, "float32", ("L", vocab_size))
+    return {TARGET_GRAPH: GraphSpec("", tuple(ports_of(caches)), (logits,))}, caches
 
 
 def next_token(token: int, vocab_size: int, seed: int = 0) -> int:
@@ -43,10 +69,11 @@ def logprob_of(token: int) -> float:
 class CountingExecutor:
     """Runs steps of the counting model and verifies that they were scheduled and paged correctly.
 
-    Every step writes its token ids to their slots and reads each whole context back through the
-    page table; anything but the tokens of the sequence is an ``AssertionError``. Set ``fail_next``
-    to make the next step fail (and leave garbage in its slots); ``delay`` is seconds a step,
-    ``steps`` counts them, and ``closed`` tells whether ``shutdown`` was called.
+    Every step writes its token ids to the caches of its graph and reads each whole context back;
+    anything but the tokens of the sequence is an ``AssertionError``. Further outputs hold the token
+    of each row. Set ``fail_next`` to make the next step fail (and leave garbage in its slots);
+    ``delay`` is seconds a step, ``steps`` counts them, and ``closed`` tells whether ``shutdown``
+    was called.
 
     It guesses ``draft_tokens`` tokens at a time, of which ``run_length`` tells how many are right.
     A row that would give ``broken_token`` fails.
@@ -59,13 +86,15 @@ class CountingExecutor:
     def __init__(
         self,
         num_pages: int,
-        page_size: int,
-        vocab_size: int,
+        graphs: Mapping[str, GraphSpec],
+        caches: Sequence[CacheSpec],
         *,
         delay: float = 0.0,
         runs_ahead: bool = False,
         draft_tokens: int = 0,
     ) -> None:
+        """``graphs`` and ``caches`` are an engine's; every graph reads a paged cache without a
+        window."""
         self.delay = delay
         self.fail_next = False
         self.broken_token: int | None = None
@@ -74,9 +103,10 @@ class CountingExecutor:
         self._runs_ahead = runs_ahead
         self._draft_tokens = draft_tokens
         self._num_pages = num_pages
-        self._page_size = page_size
-        self._vocab_size = vocab_size
-        self._memory = np.full(num_pages * page_size, _GARBAGE, np.int32)
+        self._graphs = graphs
+        self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
+        self._caches = _caches_of_graphs(graphs, caches, num_pages)
+        self._page_sizes = {cache.name: cache.page_size for cache in caches}
         # The last token of what the step before sampled and the length of the run, by slot.
         self._last_runs: dict[int, tuple[int, int]] = {}
         self._on_their_way: deque[CountingStep] = deque()
@@ -138,38 +168,34 @@ class CountingExecutor:
 
     def _spoil(self, batch: StepBatch) -> None:
         """Leave garbage wherever a step would have written."""
-        for index in range(len(batch.context_len)):
-            chunk = self._chunk(batch, index)
-            self._memory[chunk.slots[chunk.start :]] = _GARBAGE
-        self._last_runs = dict.fromkeys(batch.sampling_slots.tolist(), (_GARBAGE, 1))
+        batch, _ = self._placed(batch)
+        whole, others = self._caches[batch.graph]
+        for cache in (whole, *others):
+            cache.spoil(batch)
+        self._last_runs = dict.fromkeys(batch.sampling_slots.tolist(), (GARBAGE, 1))
 
-    def _run(self, batch: StepBatch, excused: bool) -> StepResult:
+    def _run(self, planned: StepBatch, excused: bool) -> StepResult:
         """Compute a step; only what ``excused`` sequences read may be garbage."""
-        assert len(np.unique(batch.slots)) == len(batch.slots), "two sequences in a slot"
-        self._move_pages(batch.moves)
-        chunks = [self._chunk(batch, s) for s in range(len(batch.context_len))]
-        written = np.concatenate([chunk.slots[chunk.start :] for chunk in chunks])
-        assert len(np.unique(written)) == len(batch.token_ids), "a slot written twice"
-        self._memory[written] = np.concatenate([chunk.tokens for chunk in chunks])
-        contexts = [self._memory[chunk.slots] for chunk in chunks]
-        result = StepResult([], [])
+        assert len(np.unique(planned.slots)) == len(planned.slots), "two sequences in a slot"
+        batch, surplus = self._placed(planned)
+        contexts = self._contexts(batch, batch.token_ids, excused)
+        result = StepResult([], [], self._outputs(batch, batch.token_ids))
         last_runs: dict[int, tuple[int, int]] = {}
         owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right") - 1
-        for index, (owner, row) in enumerate(zip(owners, batch.sampling, strict=True)):
-            chunk, token_row = chunks[owner], batch.logits_rows[index]
-            context = contexts[owner][: batch.positions[token_row] + chunk.surplus + 1]
-            guesses = max(0, len(context) - len(contexts[owner]) + chunk.guesses)
-            if not (excused and _GARBAGE in context):
-                unknown = (1 + chunk.surplus) * chunk.is_ahead + guesses
-                _check_row(context, row, unknown, chunk.surplus)
-            token = self._next(int(context[-1]), row)
+        for index, (owner, row) in enumerate(zip(owners.tolist(), batch.sampling, strict=True)):
+            length = int(batch.positions[batch.logits_rows[index]]) + 1
+            context, more = contexts[owner][:length], int(surplus[owner])
+            guesses = max(0, length - len(contexts[owner]) + _num_drafts(batch, owner))
+            if not (excused and GARBAGE in context):
+                is_ahead = planned.token_ids[planned.query_start[owner]] < 0
+                _check_row(context, row, int(is_ahead) * (1 + more) + guesses, more)
             slot = -1 if row.target is not None else int(batch.slots[owner])
             assert batch.sampling_slots[index] == slot, "a token for another slot"
-            before = last_runs.get(slot) if guesses else None
-            if guesses and (before is None or before != (int(context[-1]), guesses)):
+            if guesses and last_runs[slot] != (int(context[-1]), guesses):
                 result.token_ids.append(REJECTED)
                 result.logprobs.append(None)
                 continue
+            token = self._next(int(context[-1]), row)
             if token == self.broken_token and row.target is None:
                 result.failed[index] = ExecutionError("the counting executor broke this token")
             result.token_ids.append(token if row.target is None else -1)
@@ -178,46 +204,39 @@ class CountingExecutor:
         self._last_runs = last_runs
         return result
 
-    def _move_pages(self, moves: Sequence[Move]) -> None:
-        """Copy pages, all of them as the step before left them."""
-        targets = [move.destination for move in moves]
-        assert len(set(targets)) == len(moves), "a page moved over another"
-        assert not set(targets) & {move.source for move in moves}, "a page moved on"
-        pages = self._memory.reshape(-1, self._page_size)
-        for move in moves:
-            pages[move.destination] = pages[move.source]
+    def _placed(self, batch: StepBatch) -> tuple[StepBatch, IntArray]:
+        """A step with what only the device knows put in: tokens, and for every sequence how much
+        longer than one token the run before was."""
+        tokens, surplus = batch.token_ids.copy(), np.zeros(len(batch.slots), np.int32)
+        for index, slot in enumerate(batch.slots.tolist()):
+            begin, end = batch.query_start[index : index + 2].tolist()
+            drafts = _num_drafts(batch, index)
+            assert 0 <= drafts <= min(self._draft_tokens, end - begin - 1), "too many guesses"
+            if tokens[begin] < 0:
+                assert self._on_their_way, "the host knows this token"
+                tokens[begin], run = self._last_runs[slot]
+                surplus[index] = run - 1
+            if drafts:
+                row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
+                position = int(batch.positions[begin] + surplus[index])
+                tokens[end - drafts : end] = self._guess(int(tokens[begin]), position, drafts, row)
+            assert (tokens[begin + 1 : end - drafts] >= 0).all(), "a token that nobody knows"
+        return self._shifted(replace(batch, token_ids=tokens), surplus), surplus
 
-    def _chunk(self, batch: StepBatch, index: int) -> _Chunk:
-        """Check how one sequence was packed; put in what only the device knows."""
-        begin, end = batch.query_start[index : index + 2]
-        tokens, length = batch.token_ids[begin:end].copy(), int(batch.context_len[index])
-        guesses = batch.drafts[index] if batch.drafts else 0
-        assert 0 <= guesses <= min(self._draft_tokens, len(tokens) - 1), "too many guesses"
-        start = length - len(tokens)
-        slots = self._slots(batch.page_table[index], length)
-        positions = np.arange(start, length)
-        assert np.array_equal(batch.positions[begin:end], positions), "wrong positions"
-        assert np.array_equal(batch.slot_mapping[begin:end], slots[positions]), "wrong slots"
-        is_ahead, surplus = bool(tokens[0] < 0), 0
-        if is_ahead:
-            assert self._on_their_way, "the host knows this token"
-            tokens[0], run = self._last_runs[int(batch.slots[index])]
-            surplus = run - 1
-        if guesses:
-            row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
-            tokens[-guesses:] = self._guess(int(tokens[0]), start + surplus, guesses, row)
-        garbage = is_ahead and tokens[0] == _GARBAGE
-        assert garbage or (tokens >= 0).all(), "a token that nobody knows"
-        slots = self._slots(batch.page_table[index], length + surplus)
-        return _Chunk(tokens, slots, start + surplus, guesses, is_ahead, surplus)
-
-    def _slots(self, pages: IntArray, length: int) -> IntArray:
-        """The slots of the first ``length`` tokens of a sequence with these pages."""
-        size = self._page_size
-        used = pages[: -(-length // size)]
-        assert len(used) * size >= length, "no page for a token"
-        slots: IntArray = (used[:, None] * size + np.arange(size)).ravel()[:length]
-        return slots
+    def _shifted(self, batch: StepBatch, surplus: IntArray) -> StepBatch:
+        """A step whose sequences stand ``surplus`` positions further on."""
+        owners = np.repeat(np.arange(len(surplus)), np.diff(batch.query_start))
+        positions = batch.positions + surplus[owners]
+        pages = {}
+        for name, paged in batch.pages.items():
+            size = self._page_sizes[name]
+            table = paged.page_table
+            slots = table[owners, batch.positions // size] * size + batch.positions % size
+            assert np.array_equal(paged.slot_mapping, slots), "wrong slots"
+            slots = table[owners, positions // size] * size + positions % size
+            pages[name] = PagedInputs(table, slots)
+        context_len = batch.context_len + surplus
+        return replace(batch, positions=positions, context_len=context_len, pages=pages)
 
     def _guess(self, token: int, position: int, count: int, row: SamplingRow) -> list[int]:
         """What is guessed to follow ``token``, right up to the length of the run."""
@@ -228,29 +247,36 @@ class CountingExecutor:
             guesses.append(token if place < right else self._next(token, row))
         return guesses
 
+    def _contexts(self, batch: StepBatch, tokens: IntArray, excused: bool) -> list[IntArray]:
+        """Write a step to all caches of its graph and read every sequence back."""
+        whole, others = self._caches[batch.graph]
+        for cache in (whole, *others):
+            cache.move(batch.moves)
+            cache.write(batch, tokens)
+        contexts = [whole.read(batch, index) for index in range(len(batch.context_len))]
+        for index, context in enumerate(contexts):
+            if not (excused and GARBAGE in context):
+                for cache in others:
+                    cache.check(batch, index, context)
+        return contexts
+
+    def _outputs(self, batch: StepBatch, tokens: IntArray) -> dict[str, NDArray[Any]]:
+        rows = {"T": tokens, "L": tokens[batch.logits_rows]}
+        outputs: dict[str, NDArray[Any]] = {}
+        for name in batch.outputs:
+            output = self._graphs[batch.graph].output(name)
+            assert output is not None, f"{batch.graph} has no output {name}"
+            of, *width = output.shape
+            values = rows[str(of)].astype(output.dtype)
+            outputs[name] = np.tile(values.reshape(-1, *(1 for _ in width)), (1, *map(int, width)))
+        return outputs
+
     def _next(self, token: int, row: SamplingRow) -> int:
         if row.target is not None:
             return row.target
-        if token == _GARBAGE:
-            return _GARBAGE
+        if token == GARBAGE:
+            return GARBAGE
         return next_token(token, self._vocab_size, row.seed if row.params.temperature else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """What a step computes of one sequence: ``tokens`` from ``start`` on, of which the last
-    ``guesses`` are the device's own, and the ``slots`` of all tokens so far.
-
-    ``is_ahead``: the host does not know the first, nor that the run before exceeds one token by
-    ``surplus``.
-    """
-
-    tokens: IntArray
-    slots: IntArray
-    start: int
-    guesses: int
-    is_ahead: bool
-    surplus: int
 
 
 class CountingStep:
@@ -276,8 +302,38 @@ class CountingStep:
         return self._result
 
 
+def _vocab_size(graph: GraphSpec) -> int:
+    logits = graph.output(LOGITS)
+    assert logits is not None
+    return int(logits.shape[1])
+
+
+def _caches_of_graphs(
+    graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec], num_pages: int
+) -> dict[str, tuple[PagedTokens, list[CountingCache]]]:
+    """For every graph one cache that holds whole contexts, and the others that it reads."""
+    tokens = {
+        cache.name: PagedTokens(cache, num_pages) for cache in caches if cache.kind == "paged"
+    }
+    made: dict[str, CountingCache] = {
+        cache.name: tokens.get(cache.name) or HashedState(cache) for cache in caches
+    }
+    whole = [cache.name for cache in caches if cache.kind == "paged" and not cache.window]
+    found = {}
+    for name, graph in graphs.items():
+        read = {port.cache for port in graph.inputs} - {None}
+        first = next(cache for cache in whole if cache in read)
+        found[name] = tokens[first], [made[c] for c in made if c in read and c != first]
+    return found
+
+
+def _num_drafts(batch: StepBatch, index: int) -> int:
+    return batch.drafts[index] if batch.drafts else 0
+
+
 def _check_row(context: IntArray, row: SamplingRow, num_unknown: int, surplus: int) -> None:
-    """Compare what was read for a row with what the host knows, all but ``num_unknown`` tokens."""
+    """Compare what was read for a row with what the host knows, all but ``num_unknown`` tokens; its
+    position lacks the ``surplus``."""
     known = [*row.prompt, *row.output]
     size = min(len(context), len(known))
     assert context[:size].tolist() == known[:size], "pages hold another sequence"

@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 import click
 
-from slipstream.builder.checkpoints.writing import OutputFormat
+from slipstream.builder.options import OutputFormat
 from slipstream.server.command import Command
 from slipstream.server.progress import item_progress
 from slipstream.server.text import format_bytes

@@ -12,7 +12,11 @@ import pytest
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
+from slipstream.runtime.executors.counting import (
+    CountingExecutor,
+    CountingStep,
+    counting_contract,
+)
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import VOCAB_SIZE, counting_engine
@@ -222,7 +226,7 @@ def test_a_device_that_hangs_is_given_up_while_its_step_is_waited_for() -> None:
 
     now = [0.0]
     engine = counting_engine()
-    executor = Hanging(64, 4, VOCAB_SIZE)
+    executor = Hanging(64, *counting_contract(4, VOCAB_SIZE))
 
     async def main() -> None:
         engine_ = replace(engine, executor=executor)

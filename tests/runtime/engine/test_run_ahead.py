@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
+from slipstream.runtime.executors.counting import CountingExecutor, CountingStep, counting_contract
 from slipstream.runtime.request import CompletionOutput, Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
@@ -28,7 +28,10 @@ class Recorder(CountingExecutor):
 
     def __init__(self, num_pages: int, page_size: int, runs_ahead: bool, draft_tokens: int) -> None:
         super().__init__(
-            num_pages, page_size, VOCAB_SIZE, runs_ahead=runs_ahead, draft_tokens=draft_tokens
+            num_pages,
+            *counting_contract(page_size, VOCAB_SIZE),
+            runs_ahead=runs_ahead,
+            draft_tokens=draft_tokens,
         )
         self.events: list[str] = []
         self.refuse_next = False
