@@ -134,13 +134,21 @@ class _Wanted:
                     target = sequence.tokens[position + 1]
                     self._add(begin + position - start, _new_row(sequence, target), sequence, -1)
             if output >= 0:
-                rows = sequence.sampling_rows
-                while len(rows) <= drafts:
-                    rows.append(_new_row(sequence, None))
-                for guessed in range(drafts + 1):
-                    rows[guessed].position = output + guessed
-                    at = begin + count - 1 - drafts + guessed
-                    self._add(at, rows[guessed], sequence, sequence.row)
+                at = begin + count - 1 - drafts
+                self._add_run(sequence, at, output, drafts)
+
+    def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
+        """The rows from ``at`` on that sample the output from ``output`` on."""
+        rows = sequence.sampling_rows
+        while len(rows) <= drafts:
+            rows.append(_new_row(sequence, None))
+        for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
+            row.position = output
+            self.rows.append(at)
+            self.sampling.append(row)
+            self.owners.append(sequence)
+            self.slots.append(sequence.row)
+            output, at = output + 1, at + 1
 
     def _add(self, row: int, sampling: SamplingRow, owner: Sequence, slot: int) -> None:
         self.rows.append(row)

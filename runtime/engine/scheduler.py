@@ -46,7 +46,6 @@ class StepPlan:
         self.sequences.append(sequence)
         self.counts.append(count)
         self.starts.append(start)
-        self.drafts.append(0)
         self.allocations.append(sequence.allocation)
         sequence.num_scheduled = start + count
         if start + count == total:
@@ -55,10 +54,11 @@ class StepPlan:
         else:
             self.outputs.append(-1)
 
-    def draft(self, index: int, count: int) -> None:
-        """Have the device guess ``count`` tokens after those of a decode."""
+    def draft(self, count: int) -> None:
+        """Have the device guess ``count`` tokens after those of the next sequence of the plan."""
+        index = len(self.drafts)
         self.counts[index] += count
-        self.drafts[index] = count
+        self.drafts.append(count)
         self.sequences[index].num_drafted += count
 
 
@@ -171,6 +171,7 @@ class Scheduler:
                 plan.add(sequence, count)
                 budget -= count
         self._admit(plan, budget)
+        plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -232,11 +233,15 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Give every running sequence pages for its next step, if need be the last one's."""
-        position = 0
+        position, size = 0, self.kv.page_size
+        simple = not (self._draft_tokens or self.kv.windows)
         while position < len(self.running):
             sequence = self.running[position]
-            assert sequence.allocation is not None
-            if sequence.awaits_last or self._grow(sequence, sequence.allocation):
+            allocation = sequence.allocation
+            assert allocation is not None
+            # Most often the last page has room, and asking is dearer than looking.
+            has_room = simple and sequence.num_tokens <= len(allocation.pages) * size
+            if has_room or sequence.awaits_last or self._grow(sequence, allocation):
                 position += 1
             else:
                 self._preempt(self.running.pop())
@@ -257,12 +262,13 @@ class Scheduler:
         """Give the decodes of a plan tokens to guess, within a budget, and return how many. No
         run can pass the end of its sequence."""
         left = budget
-        for index, sequence in enumerate(plan.sequences):
-            if plan.starts[index] >= sequence.num_prefill:  # the device has sampled it before
+        for sequence, start in zip(plan.sequences, plan.starts, strict=True):
+            count = 0
+            if start >= sequence.num_prefill:  # the device has sampled it before
                 room = sequence.max_len - sequence.num_tokens - sequence.num_drafted
                 count = min(self._draft_tokens, room, left)
-                plan.draft(index, count)
-                left -= count
+            plan.draft(count)
+            left -= count
         return budget - left
 
     def _preempt(self, sequence: Sequence) -> None:
