@@ -110,7 +110,9 @@ DECODER = (
     *map(_gate_up, ("gate", "up")),
     DOWN_PROJ,
     Module("model.norm", "norm", (hidden,), gguf="output_norm"),
-    Module("lm_head", "linear", (vocabulary,), hidden, tied=True, shard="vocabulary", gguf="output"),
+    Module(
+        "lm_head", "linear", (vocabulary,), hidden, tied=True, shard="vocabulary", gguf="output"
+    ),
 )
 
 

@@ -15,9 +15,7 @@ MODULES = differing(DECODER, q_proj={"gguf_permuted": True}, k_proj={"gguf_permu
 def read(keys: Fields) -> ModelConfig:
     """One flag for the four biases of attention, one for those of the MLP."""
     attention, mlp = keys.flag("attention_bias"), keys.flag("mlp_bias")
-    return replace(
-        read_decoder(keys), attention_bias=attention, o_bias=attention, mlp_bias=mlp
-    )
+    return replace(read_decoder(keys), attention_bias=attention, o_bias=attention, mlp_bias=mlp)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -37,7 +37,11 @@ def read_windowed(keys: Fields) -> ModelConfig:
 
 def write_windowed(config: ModelConfig) -> dict[str, Any]:
     """The window, its layers, and that they are used."""
-    return {} if config.sliding_window is None else {"use_sliding_window": True, **write_window(config)}
+    return (
+        {}
+        if config.sliding_window is None
+        else {"use_sliding_window": True, **write_window(config)}
+    )
 
 
 def _read(keys: Fields) -> ModelConfig:

@@ -17,7 +17,6 @@ from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.writing import OutputFormat, create_layout
 from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
-from slipstream.builder.checkpoints.writing.model_config import describe
 from slipstream.builder.checkpoints.writing.packing import pack_words
 from slipstream.builder.checkpoints.writing.safetensors_writer import (
     TensorSpec,
@@ -25,6 +24,7 @@ from slipstream.builder.checkpoints.writing.safetensors_writer import (
     write_safetensors,
 )
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.huggingface_config import describe
 from slipstream.errors import BuildError
 from slipstream.weights.tensor import (
     InputTransform,
