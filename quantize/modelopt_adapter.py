@@ -210,7 +210,8 @@ class _Layer:
             return np.ones(1, np.float32)
         before = self.source.tensor(name).load().dequantize() + np.float32(source.offset)
         after = tensors[name].dequantize() + np.float32(source.offset)
-        return np.divide(after, before, out=np.ones_like(before), where=before != 0)
+        ratio: NDArray[np.float32] = np.ones_like(before)
+        return np.divide(after, before, out=ratio, where=before != 0)
 
     @property
     def _prefix(self) -> str:

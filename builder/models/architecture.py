@@ -131,3 +131,28 @@ def differing(modules: tuple[Module, ...], **changes: Mapping[str, Any]) -> tupl
     return tuple(
         dataclasses.replace(m, **changes.get(m.name.rpartition(".")[2], {})) for m in modules
     )
+
+
+def stacked(
+    modules: tuple[Module, ...], name: str, parts: tuple[str, ...], gguf: str | None = None
+) -> tuple[Module, ...]:
+    """A table in which checkpoints hold some linears as one, their rows one after the other.
+
+    ``parts`` are the linears in the order of their rows and ``name`` is that of the one, each the
+    last part of a pattern. What read a part reads the same rows of the one.
+    """
+    rows = {m.name: m for part in parts for m in modules if m.name.rpartition(".")[2] == part}
+    assert len(rows) == len(parts), f"not every row of {parts} is in the table"
+    first, order = next(iter(rows.values())), list(rows)
+    one = dataclasses.replace(
+        first,
+        name=f"{first.name.rpartition('.')[0]}.{name}",
+        rows=tuple(measure for row in rows.values() for measure in row.rows),
+        gguf=gguf,
+        gguf_permuted=False,
+    )
+    table = [one if m is first else m for m in modules if m is first or m.name not in rows]
+    return tuple(
+        dataclasses.replace(m, reads=one.name, part=order.index(m.reads)) if m.reads in rows else m
+        for m in table
+    )

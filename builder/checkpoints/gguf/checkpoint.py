@@ -84,7 +84,8 @@ class GGUFCheckpoint:
             tensor = undo_rope_permutation(tensor, rows(self.config).units)
         if module is not None and module.offset:
             # llama.cpp stores what a norm multiplies by.
-            tensor = replace(tensor, codes=tensor.codes - tensor.codes.dtype.type(module.offset))
+            stored_weight = tensor.dequantize() - np.float32(module.offset)
+            tensor = replace(tensor, codes=stored_weight.astype(tensor.codes.dtype))
         return tensor
 
 

@@ -108,8 +108,8 @@ class _Keys:
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise CheckpointError(
-                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), which "
-                    "is not supported; use a model whose layers are alike"
+                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
+                    "which is not supported; use a model whose layers are alike"
                 )
             return value[0]
         return default if value is None else value
@@ -118,7 +118,8 @@ class _Keys:
         value = self.get(key, None)
         if value is None:
             raise CheckpointError(
-                f"the GGUF file has no {self.architecture}.{key}; download it again or convert it again"
+                f"the GGUF file has no {self.architecture}.{key}; download it again or convert it "
+                "again"
             )
         return value
 
