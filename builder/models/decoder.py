@@ -133,16 +133,20 @@ class Decoder:
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
         ops, config = self.ops, self.config
-        embedding = self.tensor("model.embed_tokens.weight")
         rotaries = self.rotaries()
-        x = ops.embedding(ops.input("token_ids"), embedding)
+        x = self.embed()
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
                 x = self.layer(x, rotaries[config.rope(layer)], layer)
         x = ops.gather_rows(x, ops.input("logits_rows"))
         x = self.norm(x, "model.norm")
-        head = embedding if config.tie_word_embeddings else self.tensor("lm_head.weight")
-        ops.output(ops.linear(x, head), "logits")
+        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), "logits")
+
+    def embed(self) -> ir.Value:
+        """The rows of the tokens."""
+        weight = self.tensor("model.embed_tokens.weight")
+        return self.ops.embedding(self.ops.input("token_ids"), weight)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
