@@ -251,7 +251,7 @@ def test_foreign_json_names_the_keys_that_differ() -> None:
         ("num_hidden_layers", 10**18),
         ("num_attention_heads", 4.0),
         ("num_key_value_heads", 0),
-        ("hidden_size", 10**5000),
+        ("hidden_size", 10**4000),
         ("hidden_size", 3),
         ("head_dim", -1),
         ("head_dim", [16]),

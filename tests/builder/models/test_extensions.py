@@ -69,7 +69,7 @@ def test_a_checkpoint_of_an_added_architecture_is_built(tmp_path: Path) -> None:
 
 def test_the_table_wins_and_what_is_wrong_is_said() -> None:
     assert load_architecture("LlamaForCausalLM").name == "llama"
-    with pytest.raises(BuildError, match=r"camelids.gone of slipstream.architectures cannot be"):
+    with pytest.raises(BuildError, match=r"camelids\.gone of slipstream\.architectures cannot be"):
         load_architecture("GoneForCausalLM")
-    with pytest.raises(CheckpointError, match="one of LlamaForCausalLM, .*VicugnaForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"one of LlamaForCausalLM, .*VicugnaForCausalLM"):
         ModelConfig.from_huggingface({**LLAMA, "architectures": ["AlpacaForCausalLM"]})

@@ -160,7 +160,7 @@ def test_a_mixture_of_experts_finds_room_in_a_table() -> None:
 
 
 def test_a_difference_from_a_row_that_is_not_there_is_a_mistake() -> None:
-    with pytest.raises(AssertionError, match="no row is called .'qkv_proj'"):
+    with pytest.raises(AssertionError, match=r"no row is called .'qkv_proj'"):
         differing(DECODER, qkv_proj={"bias": True})
     with pytest.raises(AssertionError, match="not every row"):
         stacked(DECODER, "qkv_proj", ("q_proj", "w_proj"))

@@ -65,7 +65,7 @@ class SandwichDecoder(Decoder):
         def load() -> Any:  # noqa: ANN401 - a QuantTensor
             loaded = weight.load()
             factor = np.float32(self.config.hidden_size**0.5)
-            return dataclasses.replace(loaded, codes=loaded.codes * factor)
+            return dataclasses.replace(loaded, codes=loaded.dequantize() * factor)
 
         scaled = LazyTensor(weight.name, weight.format, load)
         return self.ops.embedding(self.ops.input("token_ids"), scaled)
@@ -153,7 +153,7 @@ def test_each_kind_of_layer_has_its_angles_on_a_gpu(checkpoint: Path) -> None:
     angles = program.nodes("RotaryAngles")
     assert len(angles) == 2
     frequencies = [node.inputs[1].const_value.numpy() for node in angles]  # type: ignore[union-attr]
-    assert not np.array_equal(*frequencies)
+    assert not np.array_equal(frequencies[0], frequencies[1])
 
 
 def test_layers_are_quantized(checkpoint: Path) -> None:
