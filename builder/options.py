@@ -12,6 +12,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 GemmPlugin = Literal["auto", "disable"]
+# Layouts of quantized checkpoints that can be written.
+OutputFormat = Literal["compressed-tensors", "gptq", "awq"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,8 +210,9 @@ class _Layer:
             return np.ones(1, np.float32)
         before = self.source.tensor(name).load().dequantize() + np.float32(source.offset)
         after = tensors[name].dequantize() + np.float32(source.offset)
-        ratio: NDArray[np.float32] = np.ones_like(before)
-        return np.divide(after, before, out=ratio, where=before != 0)
+        ratio = np.ones(len(before), np.float32)
+        np.divide(after, before, out=ratio, where=before != 0)
+        return ratio
 
     @property
     def _prefix(self) -> str:

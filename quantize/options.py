@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from slipstream.builder.checkpoints.writing import OutputFormat
+from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
 
 if TYPE_CHECKING:

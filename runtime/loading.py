@@ -3,7 +3,6 @@ needs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.weights.json import Origin, read_fields
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
@@ -97,7 +97,12 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
 
 def _generation_defaults(engine: Engine) -> SamplingParams:
     file = engine.path / "generation_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    if not config.get("do_sample", True):
-        config = {**config, "temperature": 0.0}
-    return SamplingParams.from_generation_config(config)
+    if not file.is_file():
+        return SamplingParams()
+    origin = Origin(file, f"correct it in the checkpoint and {engine.manifest.command}")
+    config = read_fields(file, origin)
+    greedy = {} if config.flag("do_sample", True) else {"temperature": 0.0}
+    try:
+        return SamplingParams.from_generation_config({**config.values, **greedy})
+    except InvalidRequestError as error:
+        raise origin.refusal(f"cannot be used ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from slipstream.builder.engine import GRAPH, WEIGHTS, Engine, sha256
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.weights.json import Origin
+from slipstream.weights.safetensors import read_header
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,22 +66,13 @@ def list_weights(engine: Engine) -> list[WeightEntry]:
 
     Raises ``EngineMismatchError`` if there is no readable header.
     """
-    file = engine.path / WEIGHTS
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return [_weight_entry(name, entry) for name, entry in header.items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _unreadable(engine, WEIGHTS, error) from error
-
-
-def _weight_entry(name: str, entry: dict[str, list[int]]) -> WeightEntry:
-    begin, end = entry["data_offsets"]
-    return WeightEntry(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+    origin = Origin(
+        f"{WEIGHTS} of the engine {engine.path}",
+        f"build it again: {engine.manifest.command}",
+        EngineMismatchError,
+    )
+    tensors = read_header(engine.path / WEIGHTS, origin).values()
+    return [WeightEntry(t.name, t.dtype, t.shape, t.size) for t in tensors]
 
 
 def read_graph(engine: Engine) -> ir.Graph:

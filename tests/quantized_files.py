@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny_models import LLAMA, llama_tensors, write_tiny_tokenizer
 
 from slipstream.builder.checkpoints.quantized import QuantizedWeights, Stored, read_quantized
-from slipstream.builder.checkpoints.safetensors_file import read_header
 from slipstream.builder.models.config import ModelConfig
+from slipstream.weights.json import Fields, Origin
+from slipstream.weights.safetensors import read_header
 
 Arrays = dict[str, NDArray[Any]]
 Pack = Callable[[str, NDArray[np.float32]], Arrays]
@@ -53,7 +54,8 @@ def read_arrays(
     file = directory / "model.safetensors"
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
     config = ModelConfig.from_huggingface(LLAMA)
-    return read_quantized(Stored(directory, read_header(file)), config, quantization)
+    section = Fields(quantization, Origin("config.json", "download config.json again"))
+    return read_quantized(Stored(directory, read_header(file)), config, section)
 
 
 def save_quantized_llama(

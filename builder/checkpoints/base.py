@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
-
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
 from slipstream.weights.tensor import KVScales, LazyTensor
@@ -51,24 +48,6 @@ def unknown_tensor(path: Path, name: str, known: Sequence[str]) -> CheckpointErr
         f"{path} has no tensor {name!r} among its {len(known)}; the file is incomplete or its "
         "configuration describes another model: download the checkpoint again"
     )
-
-
-def map_array(
-    path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...]
-) -> NDArray[np.generic]:
-    """A read-only array over ``path`` from byte ``offset`` on; unmapped when it is let go.
-
-    Each array has a map of its own, so that a build that drops a layer also drops its pages.
-    """
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    try:
-        return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read at byte {offset} ({error}); it was moved or changed during "
-            "the build: put it back and build again"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

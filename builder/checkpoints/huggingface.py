@@ -8,11 +8,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slipstream.builder.checkpoints.base import (
     generation_config,
-    read_json,
     unknown_tensor,
     write_json,
 )
@@ -22,15 +20,17 @@ from slipstream.builder.checkpoints.quantized import (
     quantization_config,
     read_quantized,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor, read_header
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.safetensors import StoredTensor, read_header
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_CONFIG_AGAIN = "download config.json again"
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -79,7 +79,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
     path = Path(source)
     raw = _config(path)
     quantization = quantization_config(path, raw)
-    config = ModelConfig.from_huggingface(raw)
+    config = ModelConfig.from_huggingface(raw.values)
     stored = _weights(path)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
@@ -100,9 +100,9 @@ def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTens
     return {name: tensor.dense() for name, tensor in stored.items()}
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> Fields:
     if (path / "config.json").is_file():
-        return read_json(path / "config.json")
+        return read_fields(path / "config.json", Origin(path / "config.json", _CONFIG_AGAIN))
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     remedy = f"pass one of its files: {', '.join(ggufs)}" if ggufs else "check the path"
     raise CheckpointError(f"{path} has no config.json, so it is no checkpoint; {remedy}")
@@ -126,9 +126,10 @@ def _weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
-    shard_of = read_json(path / _INDEX).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise CheckpointError(f"{path / _INDEX} has no weight_map; download the checkpoint again")
+    index = read_fields(path / _INDEX, Origin(path / _INDEX, "download the checkpoint again"))
+    if not index.has("weight_map"):
+        raise index.origin.refusal("has no weight_map")
+    shard_of = index.texts_by_name("weight_map")
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
@@ -151,10 +152,17 @@ def _chat_template(path: Path) -> str | None:
     """The template from its own file, else from tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
     if own.is_file():
-        return own.read_text(encoding="utf-8")
+        return _text(own)
     config = path / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template
+    fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
+    if not isinstance(fields.values.get("chat_template"), list):
+        return fields.optional_text("chat_template")
+    named = fields.list_of_fields("chat_template")
+    return {entry.text("name"): entry.text("template") for entry in named}.get("default")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Origin(file).refusal(f"cannot be read ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from slipstream.runtime.text.stream import (
     WindowStream,
     byte_level_bytes,
 )
+from slipstream.weights.json import Fields, Origin, read_fields
 
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
@@ -40,13 +40,14 @@ class TokenizerSettings:
 
     @classmethod
     def from_directory(cls, path: Path) -> TokenizerSettings:
-        """Read the optional files; raises ``CheckpointError`` on one that is not JSON."""
-        config = _read_json(path / "special_tokens_map.json") | _read_json(
-            path / "tokenizer_config.json"
+        """Read the optional files; raises ``CheckpointError`` on one that is damaged."""
+        config = _read(path / "tokenizer_config.json")
+        special = _special_tokens(_read(path / "special_tokens_map.json"))
+        return cls(
+            special | _special_tokens(config),
+            _token_ids(_read(path / "generation_config.json"), "eos_token_id"),
+            _chat_templates(path, config),
         )
-        eos = _read_json(path / "generation_config.json").get("eos_token_id")
-        ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        return cls(_special_tokens(config), frozenset(ids), _chat_templates(path, config))
 
 
 class Tokenizer:
@@ -203,38 +204,45 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     return isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(content).__name__}, expected an object; fetch it again"
-        )
-    return content
+def _read(file: Path) -> Fields:
+    origin = Origin(file, "fetch it again and build the engine again")
+    return read_fields(file, origin) if file.is_file() else Fields({}, origin)
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _token_ids(config: Fields, key: str) -> frozenset[int]:
+    """One token, several or none."""
+    if isinstance(config.values.get(key), list):
+        return frozenset(config.integers(key))
+    token = config.optional_integer(key)
+    return frozenset(() if token is None else (token,))
+
+
+def _special_tokens(config: Fields) -> dict[str, str]:
     tokens = {}
-    for name in _SPECIAL_NAMES:
-        value = config.get(name)
-        if isinstance(value, Mapping):  # a serialised AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
+    for name in filter(config.has, _SPECIAL_NAMES):
+        # An object is a serialised AddedToken.
+        whole = isinstance(config.values[name], Mapping)
+        tokens[name] = config.fields(name).text("content") if whole else config.text(name)
     return tokens
 
 
-def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        templates = {entry["name"]: entry["template"] for entry in given}
-    else:
-        templates = {"default": given} if isinstance(given, str) else {}
+def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
+    templates: dict[str, str] = {}
+    if isinstance(config.values.get("chat_template"), list):
+        entries = config.list_of_fields("chat_template")
+        templates = {entry.text("name"): entry.text("template") for entry in entries}
+    elif config.has("chat_template"):
+        templates = {"default": config.text("chat_template")}
     file = path / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = _text(file)
     return templates
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); fetch it again and build the engine again"
+        ) from error

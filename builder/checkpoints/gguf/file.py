@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import DTypeLike, NDArray
 
-from slipstream.builder.checkpoints.base import map_array
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import map_array
 
 
 @dataclass(frozen=True, slots=True)

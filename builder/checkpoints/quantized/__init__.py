@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
-from slipstream.builder.checkpoints.base import read_json
 from slipstream.builder.checkpoints.quantized.refused import refusal
 from slipstream.builder.checkpoints.quantized.stored import QuantizedWeights, Stored
 from slipstream.builder.models.config import ModelConfig
-from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin, read_fields
 
 __all__ = [
     "QUANTIZED_SUFFIXES",
@@ -47,6 +47,8 @@ QUANTIZED_SUFFIXES = (
     ".SCB",
     ".absmax",
 )
+# Where config.json describes the quantization: today, and in files of 2024.
+_KEYS = ("quantization_config", "compression_config")
 # Files beside config.json that describe the quantization, and the method they belong to.
 _SIDE_FILES: Mapping[str, str] = MappingProxyType(
     {
@@ -57,15 +59,13 @@ _SIDE_FILES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_quantized(
-    stored: Stored, config: ModelConfig, quantization: Mapping[str, Any]
-) -> QuantizedWeights:
+def read_quantized(stored: Stored, config: ModelConfig, quantization: Fields) -> QuantizedWeights:
     """The weights of a directory, decoded as its ``quant_method`` says; reads headers, no weights.
 
     Raises CheckpointError for a format that cannot be read and for a tensor that is missing or that
     nobody accounts for.
     """
-    method = str(quantization.get("quant_method", "")).lower()
+    method = quantization.text("quant_method", "").lower()
     if method not in _READERS:
         raise refusal(stored.path, method, known=sorted(set(_READERS)))
     reader = import_module(f"{_PACKAGE}.{_READERS[method]}")
@@ -74,46 +74,47 @@ def read_quantized(
     return weights
 
 
-def quantization_config(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization_config(path: Path, raw: Fields) -> Fields | None:
     """What a directory says of its quantization, ``quant_method`` always set; None when it says
     nothing.
 
-    It stands in config.json (``quantization_config``, or ``compression_config`` in files of 2024)
-    or in a file of its own. The keys of modelopt's file, ``producer`` and ``quantization``, are
-    added to those of config.json.
+    It stands in config.json, which is ``raw`` (``quantization_config``, or ``compression_config``
+    in files of 2024), or in a file of its own. The keys of modelopt's file, ``producer`` and
+    ``quantization``, are added to those of config.json.
     """
-    found = _in_config(path, raw)
+    found = _in_config(raw)
     for name, method in _SIDE_FILES.items():
         if not (path / name).is_file():
             continue
         if found is None:
-            return {"quant_method": method, **read_json(path / name)}
-        if method == found["quant_method"] == "modelopt":
-            return {**read_json(path / name), **found}
+            own = _read(path / name)
+            return replace(own, values={"quant_method": method, **own.values})
+        if method == found.values["quant_method"] == "modelopt":
+            return replace(found, values={**_read(path / name).values, **found.values})
     return found
 
 
-def _in_config(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    section = raw.get("quantization_config") or raw.get("compression_config")
-    if not section:
+def _read(file: Path) -> Fields:
+    return read_fields(file, Origin(file, f"download {file.name} again"))
+
+
+def _in_config(raw: Fields) -> Fields | None:
+    key = next((key for key in _KEYS if raw.values.get(key)), None)
+    if key is None:
         return None
-    if not isinstance(section, dict):
-        raise CheckpointError(
-            f"{path}: quantization_config in config.json is {section!r}, not an object; download "
-            "config.json again"
-        )
-    nested = section.get("quantization_config")
-    section = nested if isinstance(nested, dict) else section
-    method = section.get("quant_method") or _guessed_method(section, raw)
-    return {**section, "quant_method": method}
+    section = raw.fields(key)
+    if isinstance(section.values.get("quantization_config"), dict):
+        section = section.fields("quantization_config")
+    method = section.optional_text("quant_method") or _guessed_method(section, key)
+    return replace(section, values={**section.values, "quant_method": method})
 
 
-def _guessed_method(section: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
+def _guessed_method(section: Fields, key: str) -> str:
     """The method of a section that does not name it, as files before 2024 did not."""
-    if "config_groups" in section or "quantization_config" not in raw:
+    if section.has("config_groups") or key != _KEYS[0]:
         return "compressed-tensors"
-    if "quant_algo" in section:
+    if section.has("quant_algo"):
         return "modelopt"
-    if section.get("load_in_4bit") or section.get("load_in_8bit"):
+    if section.values.get("load_in_4bit") or section.values.get("load_in_8bit"):
         return "bitsandbytes"
     return ""

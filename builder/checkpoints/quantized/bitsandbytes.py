@@ -5,7 +5,6 @@ Layout: bitsandbytes 0.50, functional.py (QuantState.as_dict) and nn/modules.py 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +19,16 @@ from slipstream.builder.checkpoints.quantized.stored import (
     Stored,
     dense_linears,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin, parse_fields, shortened
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 _STATE = "quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")
+# The library writes blocks of at most 4096.
+_LARGEST_BLOCK = 1 << 20
 # Smaller groups than this gain nothing over a dense weight.
 _SMALLEST_GROUP = 32
 # LLM.int8 scales a row by its largest magnitude / 127.
@@ -67,7 +69,7 @@ class _Blocks:
         return np.asarray(self.table.map(), np.float32).ravel()
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """The weights of a bitsandbytes directory; ``quantization`` is its ``quantization_config``.
 
     Blocks of 4-bit codes that do not end with a row become smaller groups, or a dense weight where
@@ -89,7 +91,7 @@ def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -
         )
     if eights:
         notes.add(
-            f"llm_int8_threshold {quantization.get('llm_int8_threshold', 6.0)} is not used: "
+            f"llm_int8_threshold {quantization.number('llm_int8_threshold', 6.0)} is not used: "
             "weights stay int8, activations are not rounded",
             eights[0],
         )
@@ -155,15 +157,17 @@ def _dense(blocks: _Blocks) -> LazyTensor:
 def _blocks(stored: Stored, name: str, kind: str) -> _Blocks:
     """The tensors of the weight ``name``, checked against its quant_state."""
     state = _state(stored, f"{name}.{_STATE}{kind}")
-    try:
-        n, k = map(int, state["shape"])
-        size = int(state["blocksize"])
-        nested_size = int(state.get("nested_blocksize", 1))
-        offset = float(state.get("nested_offset", 0))
-    except (KeyError, TypeError, ValueError) as error:
+    shape = state.integers("shape", (), minimum=1)
+    if len(shape) != 2 or not state.has("blocksize"):
         raise _contradiction(
-            stored, name, f"has the quant_state {state}, without a shape [N, K] or a blocksize"
-        ) from error
+            stored,
+            name,
+            f"has the quant_state {shortened(state.values)}, without a shape [N, K] or a blocksize",
+        )
+    n, k = shape
+    size = state.integer("blocksize", minimum=1, maximum=_LARGEST_BLOCK)
+    nested_size = state.integer("nested_blocksize", 1, minimum=1, maximum=_LARGEST_BLOCK)
+    offset = state.number("nested_offset", 0)
     codes = stored.take(name, "U8", "I8", "F16", "BF16", "F32")
     if codes.size != (n * k + 1) // 2:
         raise _contradiction(
@@ -183,26 +187,18 @@ def _blocks(stored: Stored, name: str, kind: str) -> _Blocks:
     return _Blocks(name, (n, k), size, codes, absmax, table, nested, nested_size, offset)
 
 
-def _state(stored: Stored, name: str) -> dict[str, Any]:
+def _state(stored: Stored, name: str) -> Fields:
     """The JSON object that a tensor of bytes spells."""
-    data = stored.take(name, "U8").map().tobytes()
-    try:
-        state = json.loads(data)
-    except ValueError as error:
-        raise _contradiction(stored, name, f"is no JSON ({error})") from error
-    if not isinstance(state, dict):
-        raise _contradiction(stored, name, "is no JSON object")
-    return state
+    origin = Origin(f"{stored.path}: tensor {name}", "download the checkpoint again")
+    return parse_fields(stored.take(name, "U8").map().tobytes(), origin)
 
 
 def _contradiction(stored: Stored, name: str, what: str) -> CheckpointError:
     return CheckpointError(f"{stored.path}: tensor {name} {what}; download the checkpoint again")
 
 
-def _note_exceptions(
-    dense: Mapping[str, LazyTensor], quantization: Mapping[str, Any], notes: Notes
-) -> None:
-    skipped = tuple(quantization.get("llm_int8_skip_modules") or ())
+def _note_exceptions(dense: Mapping[str, LazyTensor], quantization: Fields, notes: Notes) -> None:
+    skipped = quantization.texts("llm_int8_skip_modules", ())
     for module in dense_linears(dense):
         if not any(part in module for part in skipped):
             notes.add("not quantized, though llm_int8_skip_modules does not list it", module)

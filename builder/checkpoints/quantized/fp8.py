@@ -8,7 +8,6 @@ layers/quantization/fp8.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from slipstream.builder.checkpoints.quantized.kv_scales import read_kv_scales
 from slipstream.builder.checkpoints.quantized.scales import Grid, matrix_shape, scale_grid
@@ -18,9 +17,10 @@ from slipstream.builder.checkpoints.quantized.stored import (
     dense_linears,
 )
 from slipstream.builder.checkpoints.quantized.weights import Parts, float8_weight
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import Activation, LazyTensor
 
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -30,7 +30,7 @@ _POWERS = ("U8", "F8_E8M0")
 _SCHEMES = ("dynamic", "static")
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """Every weight of the directory, none of them read yet."""
     notes: dict[str, None] = {}
     tensors: dict[str, LazyTensor] = {}
@@ -46,7 +46,7 @@ def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -
 
 
 def _float8(
-    stored: Stored, quantization: Mapping[str, Any], module: str, notes: dict[str, None]
+    stored: Stored, quantization: Fields, module: str, notes: dict[str, None]
 ) -> LazyTensor:
     weight = _weight(stored, module)
     scale = _scale(stored, module)
@@ -72,9 +72,11 @@ def _scale(stored: Stored, module: str) -> StoredTensor:
     return stored.take(f"{module}.{found[0] if found else 'weight_scale'}", *DENSE, *_POWERS)
 
 
-def _blocks(quantization: Mapping[str, Any]) -> list[Grid]:
-    block = quantization.get("weight_block_size")
-    return [Grid(int(block[0]), int(block[1]))] if block else []
+def _blocks(quantization: Fields) -> list[Grid]:
+    block = quantization.integers("weight_block_size", (), minimum=1)
+    if len(block) not in (0, 2):
+        raise quantization.refusal("weight_block_size", "rows and columns of a block")
+    return [Grid(*block)] if block else []
 
 
 def _input_scale(stored: Stored, module: str) -> StoredTensor | None:
@@ -86,12 +88,12 @@ def _input_scale(stored: Stored, module: str) -> StoredTensor | None:
 
 def _activation(
     stored: Stored,
-    quantization: Mapping[str, Any],
+    quantization: Fields,
     grouped: bool,
     input_scale: StoredTensor | None,
     notes: dict[str, None],
 ) -> Activation:
-    scheme = str(quantization.get("activation_scheme", "dynamic")).lower()
+    scheme = quantization.text("activation_scheme", "dynamic").lower()
     if scheme not in _SCHEMES:
         raise CheckpointError(
             f"{stored.path}: activation_scheme in config.json is {scheme!r}; it is one of "
@@ -113,12 +115,12 @@ def _activation(
 
 
 def _compare(
-    quantization: Mapping[str, Any], tensors: Mapping[str, LazyTensor], notes: dict[str, None]
+    quantization: Fields, tensors: Mapping[str, LazyTensor], notes: dict[str, None]
 ) -> None:
     """Notes where the list of unquantized modules and the tensors disagree."""
     listed = (
-        *(quantization.get("ignored_layers") or ()),
-        *(quantization.get("modules_to_not_convert") or ()),
+        *quantization.texts("ignored_layers", ()),
+        *quantization.texts("modules_to_not_convert", ()),
     )
     dense = [module for module in dense_linears(tensors) if not _is_listed(module, listed)]
     if dense:

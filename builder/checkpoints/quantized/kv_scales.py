@@ -84,7 +84,7 @@ def _take_beside(stored: Stored) -> tuple[str, ...]:
 def _filled(
     values: Mapping[int, np.ndarray], part: str, layers: int, notes: list[str]
 ) -> tuple[float, ...]:
-    scales = [float(np.max(values[i])) if i in values else 0.0 for i in range(layers)]
+    scales = [float(np.max(values[i], initial=0)) if i in values else 0.0 for i in range(layers)]
     missing = [i for i, scale in enumerate(scales) if not (scale > 0 and math.isfinite(scale))]
     if missing:
         notes.append(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +27,10 @@ from slipstream.builder.checkpoints.quantized.weights import (
     float8_weight,
     int8_weight,
 )
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import (
     Activation,
     InputTransform,
@@ -71,7 +71,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 _POWERS = ("U8",)
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """Every weight of the directory, none of them read yet."""
     settings = _settings(quantization)
     tensors: dict[str, LazyTensor] = {}
@@ -93,7 +93,7 @@ class _Settings:
     """What the configuration says: one algorithm, or one a layer, and the modules without."""
 
     algorithm: str | None
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Fields]
     exclude: tuple[str, ...]
     kv_cache: str | None
     notes: dict[str, None] = field(default_factory=dict)
@@ -108,22 +108,28 @@ class _Settings:
         """The algorithm of a module that has quantized tensors."""
         entry = self.layers.get(module)
         # Some are written in lower case, as modelopt names them inside.
-        return str(entry["quant_algo"] if entry else self.algorithm).upper()
+        return str(entry.text("quant_algo") if entry else self.algorithm).upper()
 
 
-def _settings(quantization: Mapping[str, Any]) -> _Settings:
+def _settings(quantization: Fields) -> _Settings:
     """From hf_quant_config.json, whose settings are one level down, or from config.json."""
-    nested = quantization.get("quantization")
-    merged = {**(nested if isinstance(nested, Mapping) else {}), **quantization}
-    kv_cache = merged.get("kv_cache_quant_algo") or merged.get("kv_cache_scheme")
-    if isinstance(kv_cache, Mapping):
-        kv_cache = "FP8" if kv_cache.get("type", "float") == "float" else "INT8"
+    nested = quantization.fields("quantization", {})
+    merged = replace(quantization, values={**nested.values, **quantization.values})
     return _Settings(
-        merged.get("quant_algo"),
-        merged.get("quantized_layers") or {},
-        (*(merged.get("exclude_modules") or ()), *(merged.get("ignore") or ())),
-        kv_cache,
+        merged.optional_text("quant_algo"),
+        merged.fields_by_name("quantized_layers"),
+        (*merged.texts("exclude_modules", ()), *merged.texts("ignore", ())),
+        _kv_cache(merged),
     )
+
+
+def _kv_cache(settings: Fields) -> str | None:
+    """The type of the cache: an algorithm, or a scheme as compressed-tensors has it."""
+    algorithm = settings.optional_text("kv_cache_quant_algo")
+    if algorithm or not isinstance(settings.values.get("kv_cache_scheme"), dict):
+        return algorithm or settings.optional_text("kv_cache_scheme")
+    scheme = settings.fields("kv_cache_scheme")
+    return "FP8" if scheme.text("type", "float") == "float" else "INT8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +207,7 @@ def _float8(module: _Module) -> LazyTensor:
     n, k = matrix_shape(module.weight)
     cells = module.scale.shape[::2] if len(module.scale.shape) == 4 else module.scale.shape
     expected: tuple[Grid, ...] = ()
-    if len(cells) == 2 and cells[0] != n:
+    if len(cells) == 2 and cells[0] != n and 0 < cells[0] <= n and 0 < cells[1] <= k:
         expected = (Grid(128, 128), Grid(n // cells[0], k // cells[1]))
     return float8_weight(module.parts((n, k), expected))
 

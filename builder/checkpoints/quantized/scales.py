@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 
 # Bytes of scales that are powers of two: 2 ** (byte - 127).
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -45,8 +45,9 @@ def scale_grid(scale: StoredTensor, shape: tuple[int, ...], expected: Sequence[G
             return grid
     if math.prod(found) == 1 or (found == (n,) and scale.shape[0] == n):
         return Grid(1, k)
-    if len(scale.shape) == 2 and scale.shape[0] == n and k % scale.shape[1] == 0:
-        return Grid(1, k // scale.shape[1])
+    groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == n else 0
+    if 0 < groups <= k and k % groups == 0:
+        return Grid(1, k // groups)
     raise CheckpointError(
         f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, which fits no grouping "
         f"of a weight {list(shape)}{_wanted(expected, shape)}; config.json and weights are of "
@@ -82,7 +83,7 @@ def scale_type(scale: StoredTensor) -> str:
 
 def matrix_shape(weight: StoredTensor) -> tuple[int, int]:
     """The shape of a stored weight, which must be a matrix."""
-    if len(weight.shape) != 2:
+    if len(weight.shape) != 2 or 0 in weight.shape:
         raise CheckpointError(
             f"{weight.path}: tensor {weight.name} has shape {list(weight.shape)}; a quantized "
             "weight is a matrix: pass another quantization of the model"

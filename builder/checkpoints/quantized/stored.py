@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from slipstream.builder.checkpoints.names import REDUNDANT
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, shortened
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 _DENSE_SUFFIXES = (".weight", ".bias")
@@ -122,17 +122,23 @@ class Stored:
             )
 
 
-def whole_number(stored: Stored, settings: Mapping[str, Any], key: str, default: int) -> int:
-    """A number of quantization_config; CheckpointError when it is none."""
-    value = settings.get(key)
-    if value is None:
-        return default
+def group_size(settings: Fields, key: str, default: int = -1) -> int:
+    """A number of columns, or -1 for all of them."""
+    size = settings.integer(key, default, minimum=-1)
+    if size == 0:
+        raise settings.refusal(key, "a number of columns, or -1 for all")
+    return size
+
+
+def matches(pattern: str, module: str, settings: Fields, key: str) -> bool:
+    """Whether a regular expression of ``settings[key]`` fits the start of a module's name."""
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{stored.path}: {key} of quantization_config is {value!r}, not a number; download "
-            "config.json again"
+        return re.match(pattern, module) is not None
+    # What `re` raises for a repetition or a nesting beyond its limits.
+    except (re.error, OverflowError, RecursionError) as error:
+        raise settings.origin.error(
+            f"{settings.origin.file}: {settings.path}{key} has the pattern {shortened(pattern)}, "
+            f"which is no regular expression ({error}); {settings.origin.remedy}"
         ) from error
 
 

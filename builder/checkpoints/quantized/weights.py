@@ -16,8 +16,8 @@ from slipstream.builder.checkpoints.quantized.scales import (
     scale_values,
     spread,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import (
     Activation,
     InputTransform,

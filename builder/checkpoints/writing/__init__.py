@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from importlib import import_module
-from typing import Literal, cast
+from typing import cast
 
 from slipstream.builder.checkpoints.writing.base import Layout, cannot_store
+from slipstream.builder.options import OutputFormat
 from slipstream.weights.tensor import InputTransform, WeightFormat
 
-OutputFormat = Literal["compressed-tensors", "gptq", "awq"]
 Weights = Mapping[str, tuple[WeightFormat, InputTransform | None]]
 _LAYOUTS: dict[OutputFormat, str] = {
     "compressed-tensors": "slipstream.builder.checkpoints.quantized.compressed_tensors.writer",

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.base import Checkpoint, write_json
 from slipstream.builder.checkpoints.names import linears
-from slipstream.builder.checkpoints.safetensors_file import read_header
 from slipstream.builder.checkpoints.writing.base import Layout, Settings
 from slipstream.builder.checkpoints.writing.model_config import source_config
-from slipstream.builder.checkpoints.writing.safetensors_writer import (
+from slipstream.weights.safetensors import (
     TensorSpec,
+    read_header,
     write_arrays,
     write_safetensors,
 )

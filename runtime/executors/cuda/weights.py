@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from slipstream.errors import CapacityError
+from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.runtime.executors.cuda.device import Device
+from slipstream.weights.json import Origin
+from slipstream.weights.safetensors import read_header
 
 _CHUNK = 64 << 20
 _READERS = 4
@@ -27,13 +28,12 @@ _DTYPES = {
 def load_weights(file: Path, device: Device) -> dict[str, torch.Tensor]:
     """Every tensor of a safetensors file, as views of one allocation on the device.
 
-    Raises CapacityError when the device has no room for it.
+    Raises CapacityError when the device has no room for it, EngineMismatchError for a damaged file.
     """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    again = Origin(file, "build the engine again", EngineMismatchError)
+    tensors = read_header(file, again).values()
+    start = min((tensor.offset for tensor in tensors), default=0)
+    size = max((tensor.offset + tensor.size for tensor in tensors), default=0) - start
     free = device.free_memory()
     if size > free:
         raise CapacityError(
@@ -41,12 +41,12 @@ def load_weights(file: Path, device: Device) -> dict[str, torch.Tensor]:
             "else uses it, or quantize: --quantization int4_wo"
         )
     data = torch.empty(size, dtype=torch.uint8, device=device.torch)
-    _copy(file, 8 + length, data, device)
+    _copy(file, start, data, device)
     return {
-        name: data[slice(*entry["data_offsets"])]
-        .view(_DTYPES[entry["dtype"]])
-        .reshape(entry["shape"])
-        for name, entry in header.items()
+        tensor.name: data[tensor.offset - start : tensor.offset - start + tensor.size]
+        .view(_DTYPES[tensor.dtype])
+        .reshape(tensor.shape)
+        for tensor in tensors
     }
 
 

@@ -150,9 +150,9 @@ def state(**changes: Any) -> Edit:  # noqa: ANN401
         ),
         (state(shape=None), "without a shape .N, K. or a blocksize"),
         (state(shape=[20, 575]), r"says \[20, 575\] at 4 bits"),
-        (state(blocksize="x"), "or a blocksize"),
-        (lambda a: a.update({STATE: a[STATE][:-1]}), "bitsandbytes__nf4 is no JSON"),
-        (lambda a: a.update({STATE: np.frombuffer(b"[1]", np.uint8)}), "is no JSON object"),
+        (state(blocksize="x"), "blocksize is 'x'; expected an integer of at least 1"),
+        (lambda a: a.update({STATE: a[STATE][:-1]}), "bitsandbytes__nf4 cannot be read"),
+        (lambda a: a.update({STATE: np.frombuffer(b"[1]", np.uint8)}), "is not a JSON object"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, edit: Edit, message: str) -> None:

@@ -27,8 +27,9 @@ from slipstream.builder.checkpoints import open_checkpoint, quantized
 from slipstream.builder.checkpoints.quantized import quantization_config
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.stored import Notes, Stored
-from slipstream.builder.checkpoints.safetensors_file import read_header
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin
+from slipstream.weights.safetensors import read_header
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
@@ -207,12 +208,15 @@ def test_where_a_quantization_is_described(
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
 
-    assert quantization_config(tmp_path, raw) == expected
+    found = quantization_config(tmp_path, Fields(raw, Origin("config.json")))
+
+    assert (None if found is None else found.values) == expected
 
 
 def test_a_quantization_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is 'awq', not an object; download config"):
-        quantization_config(tmp_path, {"quantization_config": "awq"})
+    with pytest.raises(CheckpointError, match="is 'awq'; expected an object: download config"):
+        origin = Origin("config.json", "download config.json again")
+        quantization_config(tmp_path, Fields({"quantization_config": "awq"}, origin))
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from slipstream.builder.checkpoints.quantized.stored import (
     Stored,
     dense_linears,
     drop_empty_biases,
-    whole_number,
+    group_size,
 )
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind, pack_nibbles
 
 Codes = NDArray[np.uint8]
@@ -54,13 +55,13 @@ class _Module:
         return self.k // self.group
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """The weights of an AutoAWQ directory; ``quantization`` is its ``quantization_config``.
 
     gemm and gemv weights get integer zero points, gemv_fast ones the float offsets that they store.
     Raises CheckpointError for other layouts and for tensors that do not belong together.
     """
-    version = str(quantization.get("version", "gemm")).lower()
+    version = quantization.text("version", "gemm").lower()
     if version == "marlin":
         raise refusal(stored.path, "awq_marlin", known=())
     modules = stored.modules("qweight")
@@ -87,12 +88,12 @@ def _check_modules(stored: Stored, modules: tuple[str, ...]) -> None:
         )
 
 
-def _linear(stored: Stored, name: str, quantization: Mapping[str, Any], notes: Notes) -> LazyTensor:
-    key = "group_size" if "group_size" in quantization else "q_group_size"
-    group = whole_number(stored, quantization, key, 128)
+def _linear(stored: Stored, name: str, quantization: Fields, notes: Notes) -> LazyTensor:
+    key = "group_size" if quantization.has("group_size") else "q_group_size"
+    group = group_size(quantization, key, 128)
     layout, module = _module(stored, name, group)
-    version = str(quantization.get("version", layout)).lower()
-    if version not in _SPELLINGS[layout] and quantization.get("backend") != "llm-awq":
+    version = quantization.text("version", layout).lower()
+    if version not in _SPELLINGS[layout] and quantization.optional_text("backend") != "llm-awq":
         notes.add(f"config.json says version {version}, its tensors are {layout}", name)
     if group != module.group and not (group == -1 and module.groups == 1):
         notes.add(f"config.json says group_size {group}, its tensors {module.group}", name)
@@ -112,15 +113,13 @@ def _linear(stored: Stored, name: str, quantization: Mapping[str, Any], notes: N
     return LazyTensor(weight, form, load)
 
 
-def _zero_kind(
-    layout: str, module: _Module, quantization: Mapping[str, Any], notes: Notes
-) -> ZeroKind:
+def _zero_kind(layout: str, module: _Module, quantization: Fields, notes: Notes) -> ZeroKind:
     """``midpoint`` where ``zero_point`` is false and the stored zeros, if any, are 8."""
     if layout == "gemv_fast":
         return "offset"
     if module.zeros is None:
         return "midpoint"
-    if quantization.get("zero_point", True):
+    if quantization.flag("zero_point", True):
         return "zero"
     zeros = _DECODERS[layout](module)[2] if layout == "gemv" else _gemm_zeros(module)
     if zeros is not None and np.all(zeros == 8):
@@ -271,11 +270,11 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 def _note_exceptions(
     dense: Mapping[str, LazyTensor],
     modules: tuple[str, ...],
-    quantization: Mapping[str, Any],
+    quantization: Fields,
     notes: Notes,
 ) -> None:
     """Notes linears that are quantized, or are not, unlike ``modules_to_not_convert`` says."""
-    left_out = tuple(quantization.get("modules_to_not_convert") or ())
+    left_out = quantization.texts("modules_to_not_convert", ())
     for module in dense_linears(dense):
         if not any(part in module for part in left_out):
             notes.add("not quantized, though modules_to_not_convert does not list it", module)

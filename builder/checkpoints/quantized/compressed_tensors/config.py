@@ -5,14 +5,14 @@ Keys: https://github.com/vllm-project/compressed-tensors (versions up to 0.20).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from slipstream.builder.checkpoints.quantized.stored import matches
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, shortened
 
 _DENSE = "pass the unquantized checkpoint it was made from, with --quantization or `quantize`"
 # Spellings of `format` that are read; the tensors of a module say which of them it has.
@@ -50,8 +50,8 @@ class Scheme:
 
     name: str
     targets: tuple[str, ...]
-    weights: Mapping[str, Any]
-    inputs: Mapping[str, Any] | None = None
+    weights: Fields
+    inputs: Fields | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +61,18 @@ class Config:
     path: Path
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...]
-    kv_cache: Mapping[str, Any] | None = None
+    quantization: Fields
+    kv_cache: Fields | None = None
     notes: dict[str, None] = field(default_factory=dict)
 
     def ignores(self, module: str) -> bool:
         """Whether ``ignore`` names it, exactly or by ``re:``."""
-        return any(_matches(target, module) for target in self.ignore)
+        tests = (_is_name, self._is_pattern, _is_class)
+        return any(test(target, module) for target in self.ignore for test in tests)
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme that targets a module: by its name, else by ``re:``, else by its class."""
-        for test in (_is_name, _is_pattern, _is_class):
+        for test in (_is_name, self._is_pattern, _is_class):
             for scheme in self.schemes:
                 if any(test(target, module) for target in scheme.targets):
                     return scheme
@@ -90,36 +92,48 @@ class Config:
             )
         return scheme
 
+    def _is_pattern(self, target: str, module: str) -> bool:
+        pattern = target.removeprefix("re:")
+        key = "targets or ignore"
+        return pattern != target and matches(pattern, module, self.quantization, key)
+
     def note(self, sentence: str) -> None:
         """Remember something to tell, once."""
         self.notes[sentence] = None
 
 
-def parse(path: Path, quantization: Mapping[str, Any]) -> Config:
+def parse(path: Path, quantization: Fields) -> Config:
     """The configuration; CheckpointError for a format or a transform that cannot be read."""
-    groups = quantization.get("config_groups") or {}
-    formats = {str(quantization.get("format"))}
-    formats |= {str(group["format"]) for group in _objects(path, groups) if group.get("format")}
+    groups = _groups(path, quantization)
+    formats = {quantization.text("format", "None")}
+    formats |= {group.text("format") for group in groups.values() if group.has("format")}
     _check_formats(path, formats)
     _check_sparsity(path, quantization)
-    _check_transforms(path, quantization.get("transform_config") or {})
+    _check_transforms(path, quantization.fields("transform_config", {}))
     schemes = tuple(
-        Scheme(name, tuple(group["targets"]), group["weights"], group.get("input_activations"))
+        Scheme(
+            name,
+            group.texts("targets"),
+            group.fields("weights"),
+            group.optional_fields("input_activations"),
+        )
         for name, group in groups.items()
-        if group.get("weights")
+        if group.has("weights")
     )
-    ignore = tuple(quantization.get("ignore") or ())
-    return Config(path, schemes, ignore, quantization.get("kv_cache_scheme"))
+    kv_cache = quantization.optional_fields("kv_cache_scheme")
+    return Config(path, schemes, quantization.texts("ignore", ()), quantization, kv_cache)
 
 
-def _objects(path: Path, groups: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    for name, group in groups.items():
-        if not isinstance(group, Mapping) or "targets" not in group:
+def _groups(path: Path, quantization: Fields) -> dict[str, Fields]:
+    groups = quantization.fields("config_groups", {})
+    for name, group in groups.values.items():
+        if not isinstance(group, dict) or "targets" not in group:
             raise CheckpointError(
-                f"{path}: config_groups[{name!r}] is {group!r}; files have an object with targets "
-                "and weights there: save the model with compressed-tensors, which writes it out"
+                f"{path}: config_groups[{name!r:.80}] is {shortened(group)}; files have an object "
+                "with targets and weights there: save the model with compressed-tensors, which "
+                "writes it out"
             )
-    return list(groups.values())
+    return {name: groups.fields(name) for name in groups.values}
 
 
 def _check_formats(path: Path, formats: set[str]) -> None:
@@ -134,24 +148,24 @@ def _check_formats(path: Path, formats: set[str]) -> None:
         )
 
 
-def _check_sparsity(path: Path, quantization: Mapping[str, Any]) -> None:
-    sparsity = quantization.get("sparsity_config") or {}
-    stored = sparsity.get("format", "dense")
+def _check_sparsity(path: Path, quantization: Fields) -> None:
+    stored = quantization.fields("sparsity_config", {}).text("format", "dense")
     if stored != "dense":
         raise CheckpointError(
-            f"{path} has its weights in the sparse format {stored!r} of compressed-tensors, which "
-            f"cannot be read; {_DENSE}"
+            f"{path} has its weights in the sparse format {stored!r:.80} of compressed-tensors, "
+            f"which cannot be read; {_DENSE}"
         )
 
 
-def _check_transforms(path: Path, transforms: Mapping[str, Any]) -> None:
+def _check_transforms(path: Path, transforms: Fields) -> None:
     """Rotations that are folded into the weights are as good as none; others need kernels."""
-    for name, scheme in (transforms.get("config_groups") or {}).items():
-        places = {str(apply.get("location")) for apply in scheme.get("apply") or ()}
+    for name, scheme in transforms.fields_by_name("config_groups").items():
+        applied = scheme.list_of_fields("apply") if scheme.has("apply") else ()
+        places = {apply.text("location", "") for apply in applied}
         online = sorted(places.intersection(_ONLINE))
         if online:
             raise CheckpointError(
-                f"{path} rotates activations as it runs (transform_config {name!r} at "
+                f"{path} rotates activations as it runs (transform_config {name!r:.80} at "
                 f"{', '.join(online)}), which no kernel of ours does; {_DENSE}"
             )
 
@@ -160,13 +174,5 @@ def _is_name(target: str, module: str) -> bool:
     return target == module
 
 
-def _is_pattern(target: str, module: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], module) is not None
-
-
 def _is_class(target: str, module: str) -> bool:
     return target == ("Embedding" if module.endswith("embed_tokens") else "Linear")
-
-
-def _matches(target: str, module: str) -> bool:
-    return any(test(target, module) for test in (_is_name, _is_pattern, _is_class))

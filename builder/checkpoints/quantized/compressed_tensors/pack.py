@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.scales import spread
 from slipstream.builder.checkpoints.quantized.weights import Parts, signed_zeros
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
 from slipstream.errors import CheckpointError
+from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import (
     InputTransform,
     LazyTensor,

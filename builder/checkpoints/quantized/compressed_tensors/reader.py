@@ -6,10 +6,10 @@ say how it is stored; config.json says the bits, the groups and what happens to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from slipstream.builder.checkpoints.quantized.stored import (
     QuantizedWeights,
     Stored,
     dense_linears,
+    group_size,
 )
 from slipstream.builder.checkpoints.quantized.weights import (
     Parts,
@@ -36,16 +37,17 @@ from slipstream.builder.checkpoints.quantized.weights import (
     float8_weight,
     int8_weight,
 )
-from slipstream.builder.checkpoints.safetensors_file import DENSE, StoredTensor
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import Activation, KVScales, LazyTensor
 
 # Scales that are powers of two: the exponent plus 127.
 _POWERS = ("U8", "F8_E8M0")
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """Every weight of the directory, none of them read yet."""
     settings = parse(stored.path, quantization)
     tensors: dict[str, LazyTensor] = {}
@@ -73,7 +75,7 @@ class _Module:
     @property
     def bits(self) -> int:
         """Of a weight's integer."""
-        return int(self.scheme.weights.get("num_bits", 8))
+        return self.scheme.weights.integer("num_bits", 8, minimum=1)
 
     def take(self, suffix: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor:
         return self.stored.take(f"{self.name}.{suffix}", *dtypes, shape=shape)
@@ -85,7 +87,7 @@ class _Module:
 
     def zero(self, *dtypes: str) -> StoredTensor | None:
         """The zero points; None when there are none, or only the zeros of a symmetric scheme."""
-        if not self.scheme.weights.get("symmetric", True):
+        if not self.scheme.weights.flag("symmetric", True):
             return self.take("weight_zero_point", *dtypes)
         zero = self.optional("weight_zero_point", *dtypes)
         if zero is None or not np.any(zero.map().view(np.uint8)):
@@ -104,10 +106,11 @@ class _Module:
         expected = _expected(self.scheme.weights)
         grid = scale_grid(scale, shape, expected)
         if (grid not in expected) if expected else (grid.group != shape[1]):
+            weights = self.scheme.weights
             self.settings.note(
-                f"config_groups has strategy {self.scheme.weights.get('strategy')} and group_size "
-                f"{self.scheme.weights.get('group_size')} for {self.name}, but its scales are "
-                f"{list(scale.shape)} of a weight {list(shape)}: groups of {grid.group}"
+                f"config_groups has strategy {weights.optional_text('strategy')} and group_size "
+                f"{weights.optional_integer('group_size', minimum=-1)} for {self.name}, but its "
+                f"scales are {list(scale.shape)} of a weight {list(shape)}: groups of {grid.group}"
             )
         return grid
 
@@ -126,12 +129,22 @@ def _module(stored: Stored, settings: Config, name: str) -> _Module:
     return _Module(stored, settings, name, settings.scheme_of_quantized(name))
 
 
-def _expected(weights: Mapping[str, Any]) -> list[Grid]:
-    block, group = weights.get("block_structure"), weights.get("group_size")
-    if block:
-        rows, columns = (int(x) for x in (block.split("x") if isinstance(block, str) else block))
-        return [Grid(rows, columns)]
-    return [Grid(1, int(group))] if group and int(group) > 0 else []
+def _expected(weights: Fields) -> list[Grid]:
+    if weights.has("block_structure"):
+        return [Grid(*_block(weights))]
+    group = group_size(weights, "group_size")
+    return [Grid(1, group)] if group > 0 else []
+
+
+def _block(weights: Fields) -> tuple[int, int]:
+    """Rows and columns of a block, written ``128x128`` or ``[128, 128]``."""
+    key = "block_structure"
+    spelled = isinstance(weights.values.get(key), str)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", weights.text(key)) if spelled else None
+    sizes = [int(n) for n in found.groups()] if found else () if spelled else weights.integers(key)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise weights.refusal(key, "rows and columns of a block")
+    return sizes[0], sizes[1]
 
 
 def _packed(module: _Module) -> LazyTensor:
@@ -203,7 +216,7 @@ def _float4(module: _Module, weight: StoredTensor) -> LazyTensor:
 
 def _packed_int(module: _Module, weight: StoredTensor) -> LazyTensor:
     scale = module.take("weight_scale", *DENSE)
-    n, k = (int(size) for size in module.take("weight_shape", "I64", "I32").map().reshape(-1))
+    n, k = _shape(module.take("weight_shape", "I64", "I32", shape=(2,)))
     packing = packing_of(weight, (n, k), module.bits)
     grid = module.grid(scale, (n, k))
     zero = module.zero("I32", "I8")
@@ -218,6 +231,16 @@ def _packed_int(module: _Module, weight: StoredTensor) -> LazyTensor:
     name = f"{module.name}.weight"
     parts = Parts(name, weight, scale, grid, activation, zero=zero, bits=bits, input=order)
     return packed_weight(parts, packing)
+
+
+def _shape(stored: StoredTensor) -> tuple[int, int]:
+    n, k = (int(size) for size in stored.map())
+    if min(n, k) < 1:
+        raise CheckpointError(
+            f"{stored.path}: tensor {stored.name} says that its weight is {n} x {k}; download the "
+            "checkpoint again"
+        )
+    return n, k
 
 
 _PLAIN: Mapping[str, Callable[[_Module, StoredTensor], LazyTensor]] = MappingProxyType(
@@ -238,15 +261,18 @@ def _activation(module: _Module, bits: int) -> Activation:
     inputs, weights = module.scheme.inputs, module.scheme.weights
     if not inputs:
         return "none"
-    kind = str(inputs.get("type", "int"))
-    if bits != 8 or int(inputs.get("num_bits", 8)) != 8 or kind != weights.get("type", "int"):
+    kind, stored = inputs.text("type", "int"), weights.text("type", "int")
+    rounded = inputs.integer("num_bits", 8, minimum=1)
+    if bits != 8 or rounded != 8 or kind != stored:
         module.settings.note(
-            f"activations of {inputs.get('num_bits')} bits ({kind}) stay 16-bit beside weights of "
-            f"{module.bits} bits ({weights.get('type', 'int')}, {weights.get('strategy')})"
+            f"activations of {rounded} bits ({kind}) stay 16-bit beside weights of "
+            f"{module.bits} bits ({stored}, {weights.optional_text('strategy')})"
         )
         return "none"
-    if inputs.get("dynamic"):
-        grouped = inputs.get("strategy") == "group" and inputs.get("group_size", 0) > 0
+    # True, or "local" for scales that are dynamic beside one that is not.
+    if inputs.values.get("dynamic"):
+        groups = group_size(inputs, "group_size") > 0
+        grouped = inputs.optional_text("strategy") == "group" and groups
         return "group" if grouped else "token"
     if kind == "float":
         return "static"
@@ -260,8 +286,10 @@ def _activation(module: _Module, bits: int) -> Activation:
 def _kv_scales(
     stored: Stored, settings: Config, config: ModelConfig
 ) -> tuple[KVScales | None, tuple[str, ...]]:
-    scheme = settings.kv_cache or {}
-    fp8 = str(scheme.get("type", "float")) == "float" and int(scheme.get("num_bits", 8)) == 8
+    scheme = settings.kv_cache
+    fp8 = scheme is None or (
+        scheme.text("type", "float") == "float" and scheme.integer("num_bits", 8) == 8
+    )
     return read_kv_scales(stored, config, fp8=fp8)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +14,11 @@ from slipstream.builder.checkpoints.quantized.gptq.zeros import (
     written_by_gptqmodel,
 )
 from slipstream.builder.checkpoints.quantized.refused import refusal
-from slipstream.builder.checkpoints.quantized.stored import Notes, Stored, whole_number
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
+from slipstream.builder.checkpoints.quantized.stored import Notes, Stored, group_size, matches
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import StoredTensor
 
 _BITS = (2, 3, 4, 8)
 _WORDS = ("I32", "I64", "I16", "I8")
@@ -42,26 +41,19 @@ class GPTQModule:
     group_of: NDArray[np.int32] | None
 
 
-def override_of(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+def override_of(quantization: Fields, module: str) -> Fields | None:
     """What ``dynamic`` says of a module by its first pattern that matches: None leaves it out."""
-    dynamic = quantization.get("dynamic")
-    for pattern, settings in dynamic.items() if isinstance(dynamic, Mapping) else ():
-        try:
-            matches = re.match(re.sub(r"^[+-]:", "", pattern), module)
-        except re.error as error:
-            raise CheckpointError(
-                f"dynamic of quantization_config has the pattern {pattern!r}, which is no regular "
-                f"expression ({error}); download config.json again"
-            ) from error
-        if matches:
-            return None if pattern.startswith("-:") else settings
-    return {}
+    dynamic = quantization.fields("dynamic", {})
+    for pattern in dynamic.values:
+        if matches(re.sub(r"^[+-]:", "", pattern), module, quantization, "dynamic"):
+            return None if pattern.startswith("-:") else dynamic.fields(pattern, {})
+    return Fields({}, quantization.origin)
 
 
 def open_module(
     stored: Stored,
     name: str,
-    quantization: Mapping[str, Any],
+    quantization: Fields,
     config: ModelConfig,
     notes: Notes,
 ) -> GPTQModule:
@@ -69,14 +61,16 @@ def open_module(
     override = override_of(quantization, name)
     if override is None:
         notes.add("quantized, though config.json leaves it out", name)
-    settings = {**quantization, **(override or {})}
+    settings = quantization
+    if override is not None:
+        settings = replace(quantization, values={**quantization.values, **override.values})
     codes = stored.take(f"{name}.qweight", *_WORDS)
     scales = stored.take(f"{name}.scales", *_SCALES)
     _check_shapes(stored, name, codes, scales)
     index = stored.take_optional(f"{name}.g_idx", "I32", "I64")
     word = codes.numpy_dtype().itemsize * 8
-    configured = whole_number(stored, settings, "bits", 4)
-    k = _input_features(name, codes, index, config, max(configured, 1))
+    configured = settings.integer("bits", 4, minimum=1)
+    k = _input_features(name, codes, index, config, configured)
     bits = _bits(stored, name, codes, k, configured)
     if bits != configured:
         notes.add(f"config.json says {configured} bits, its tensors {bits}", name)
@@ -147,7 +141,7 @@ def _groups_of_columns(
     name: str,
     index: StoredTensor | None,
     shape: tuple[int, int],
-    settings: Mapping[str, Any],
+    settings: Fields,
     notes: Notes,
 ) -> NDArray[np.int32] | None:
     """g_idx ``[K]``, None when it is absent or says nothing; ``shape`` is (groups, K)."""
@@ -157,7 +151,7 @@ def _groups_of_columns(
     if index.shape != (k,):
         stored.take(index.name, shape=(k,))
     group_of = index.map().astype(np.int32)
-    if groups > 1 and not settings.get("desc_act") and not group_of.any():
+    if groups > 1 and not settings.flag("desc_act", False) and not group_of.any():
         notes.add("its g_idx is all 0, as if it had one group; columns are grouped in order", name)
         return None
     if group_of.min() < 0 or group_of.max() >= groups:
@@ -173,12 +167,12 @@ def _group_size(
     name: str,
     group_of: NDArray[np.int32] | None,
     shape: tuple[int, int],
-    settings: Mapping[str, Any],
+    settings: Fields,
     notes: Notes,
 ) -> int:
     """Columns of a group; ``shape`` is (groups, K)."""
     groups, k = shape
-    configured = whole_number(stored, settings, "group_size", 128)
+    configured = group_size(settings, "group_size", 128)
     group = k if configured == -1 else configured
     if group_of is not None:
         found = int(np.count_nonzero(group_of == 0))

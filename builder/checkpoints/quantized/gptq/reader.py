@@ -6,9 +6,7 @@ Layout: AutoGPTQ 0.7, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py; override
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,11 @@ from slipstream.builder.checkpoints.quantized.gptq.module import (
     open_module,
     override_of,
 )
-from slipstream.builder.checkpoints.quantized.gptq.zeros import Version, version_of
+from slipstream.builder.checkpoints.quantized.gptq.zeros import (
+    Version,
+    format_name,
+    version_of,
+)
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.refused import refusal
 from slipstream.builder.checkpoints.quantized.stored import (
@@ -30,6 +32,7 @@ from slipstream.builder.checkpoints.quantized.stored import (
 )
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, shortened
 from slipstream.weights.tensor import (
     InputTransform,
     LazyTensor,
@@ -40,7 +43,7 @@ from slipstream.weights.tensor import (
 )
 
 
-def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -> QuantizedWeights:
+def read(stored: Stored, quantization: Fields, config: ModelConfig) -> QuantizedWeights:
     """The weights of a GPTQ directory; ``quantization`` is its ``quantization_config``.
 
     Columns are sorted by their group where act-order mixed them, and the order is the weight's
@@ -66,31 +69,35 @@ def read(stored: Stored, quantization: Mapping[str, Any], config: ModelConfig) -
     return QuantizedWeights({**tensors, **dense}, notes=notes.sentences())
 
 
-def _check_format(stored: Stored, quantization: Mapping[str, Any]) -> None:
-    name = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
-    name = "marlin" if quantization.get("is_marlin_format") else name.lower()
+def _check_format(stored: Stored, quantization: Fields) -> None:
+    marlin = quantization.flag("is_marlin_format", False)
+    name = "marlin" if marlin else format_name(quantization)
     if name not in ("gptq", "gptq_v2", "gptq_p"):
         raise refusal(stored.path, name, known=("gptq", "gptq_v2"))
-    if name == "gptq_p" and quantization.get("bits") not in (2, 4, 8):
+    bits = quantization.integer("bits", 4, minimum=1)
+    if name == "gptq_p" and bits not in (2, 4, 8):
         raise CheckpointError(
             f"{stored.path} has checkpoint_format gptq_p, which splits codes of "
-            f"{quantization.get('bits')} bits into planes; only 2, 4 and 8 bits can be read of it: "
+            f"{bits} bits into planes; only 2, 4 and 8 bits can be read of it: "
             "pass files of checkpoint_format gptq, or the unquantized checkpoint"
         )
-    if quantization.get("rotation"):
+    rotation = quantization.values.get("rotation")
+    if rotation:
         raise CheckpointError(
-            f"{stored.path} was quantized with rotation {quantization['rotation']!r}, whose "
+            f"{stored.path} was quantized with rotation {shortened(rotation)}, whose "
             "activations must be rotated at run time; pass files that were quantized without it"
         )
 
 
-def _unlisted(quantization: Mapping[str, Any], module: str) -> bool:
+def _unlisted(quantization: Fields, module: str) -> bool:
     """Whether a list of the modules to be quantized exists and leaves this one out."""
-    chosen = quantization.get("modules_in_block_to_quantize")
-    if not chosen:
-        return False
-    flat = [part for entry in chosen for part in ([entry] if isinstance(entry, str) else entry)]
-    return not any(module.endswith(part) for part in flat)
+    key = "modules_in_block_to_quantize"
+    chosen = quantization.sequence(key, ())
+    flat = [part for entry in chosen for part in (entry if isinstance(entry, list) else [entry])]
+    parts = [part for part in flat if isinstance(part, str)]
+    if len(parts) < len(flat):
+        raise quantization.refusal(key, "names of modules, or lists of them")
+    return bool(parts) and not any(module.endswith(part) for part in parts)
 
 
 def _linear(module: GPTQModule, version: Version, notes: Notes) -> LazyTensor:

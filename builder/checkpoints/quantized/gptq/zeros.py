@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.stored import Notes
-from slipstream.builder.checkpoints.safetensors_file import StoredTensor
+from slipstream.weights.json import Fields
+from slipstream.weights.safetensors import StoredTensor
 
 Version = Literal[1, 2]
 
@@ -71,21 +72,19 @@ def open_zeros(tensor: StoredTensor, n: int, bits: int, *, carries: bool) -> Sto
     return StoredZeros(tensor, n, bits, carries, low, high)
 
 
-def written_by_gptqmodel(quantization: Mapping[str, Any]) -> bool:
+def written_by_gptqmodel(quantization: Fields) -> bool:
     """Whether ``meta.quantizer`` (a string or a list of ``name:version``) names GPTQModel."""
-    meta = quantization.get("meta")
-    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    names = [quantizer] if isinstance(quantizer, str) else quantizer or []
-    return any(str(name).lower().startswith("gptqmodel") for name in names)
+    meta = quantization.fields("meta", {})
+    alone = isinstance(meta.values.get("quantizer"), str)
+    names = (meta.text("quantizer"),) if alone else meta.texts("quantizer", ())
+    return any(name.lower().startswith("gptqmodel") for name in names)
 
 
-def version_of(
-    zeros: Mapping[str, StoredZeros], quantization: Mapping[str, Any], notes: Notes
-) -> Version:
+def version_of(zeros: Mapping[str, StoredZeros], quantization: Fields, notes: Notes) -> Version:
     """The convention of a file, by module name; v1 and v2 differ in what a symmetric zero is."""
     configured = _configured(quantization)
     uniform = [stored for stored in zeros.values() if stored.low == stored.high]
-    telling = bool(quantization.get("sym", True)) or len(uniform) == len(zeros)
+    telling = quantization.flag("sym", True) or len(uniform) == len(zeros)
     found = _by_midpoint(s.low - 2 ** (s.bits - 1) for s in uniform) if telling else None
     if found is None or found == configured:
         return configured
@@ -100,9 +99,14 @@ def version_of(
 _NAMES: Mapping[Version, str] = {1: "gptq", 2: "gptq_v2"}
 
 
-def _configured(quantization: Mapping[str, Any]) -> Version:
-    name = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    return 2 if str(name).lower() in ("gptq_v2", "gptq_p") else 1
+def _configured(quantization: Fields) -> Version:
+    return 2 if format_name(quantization) in ("gptq_v2", "gptq_p") else 1
+
+
+def format_name(quantization: Fields) -> str:
+    """The layout that the configuration names, in lower case."""
+    name = quantization.optional_text("checkpoint_format") or quantization.optional_text("format")
+    return (name or "gptq").lower()
 
 
 def _by_midpoint(distances: Iterable[int]) -> Version | None:
