@@ -40,7 +40,7 @@ def huggingface_config(
     heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
     rotary_dim = keys.count("rope.dimension_count", head_dim)
-    theta = keys.get("rope.freq_base", 10000.0)
+    theta = keys.number("rope.freq_base", 10000.0)
     return {
         "model_type": architecture.name,
         "vocab_size": shapes["token_embd.weight"][0],
@@ -92,8 +92,9 @@ def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
 def eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The tokens that end a text or a turn, in the order of their importance."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
-    return list(dict.fromkeys(token for token in found if token is not None))
+    values = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
+    found = [token for token in values if token is not None]
+    return [token for i, token in enumerate(found) if token not in found[:i]]
 
 
 class _Keys:
@@ -106,7 +107,7 @@ class _Keys:
     def get(self, key: str, default: Any) -> Any:  # noqa: ANN401  a metadata value has any type
         value = self._metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
                     f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
                     "which is not supported; use a model whose layers are alike"
@@ -123,9 +124,18 @@ class _Keys:
             )
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return float(value)
+        raise CheckpointError(
+            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive number: "
+            "download it again"
+        )
+
     def count(self, key: str, default: int | None = None) -> int:
         value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         raise CheckpointError(
             f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive integer: "
@@ -162,7 +172,7 @@ def _rope_scaling(
 def _llama3_scaling(factors: NDArray[np.float64], theta: float, rotary_dim: int) -> dict[str, Any]:
     """The llama3 parameters whose per-frequency divisors are ``factors``."""
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    factor = float(factors.max())
+    factor = float(factors.max(initial=1.0))
     frequency = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
     turns = _LLAMA3["original_max_position_embeddings"] * frequency / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
