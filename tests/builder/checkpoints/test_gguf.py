@@ -434,7 +434,7 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
         (changed(rope__scaling__type="linear"), "no llama.rope.scaling.factor"),
         (changed(attention__head_count=0), "attention.head_count is 0; expected a positive"),
         (changed(embedding_length="wide"), "embedding_length is 'wide'; expected a positive"),
-        (changed(split__count="many"), "cannot be read as GGUF"),
+        (changed(split__count="many"), "split.count is .many.; expected an integer"),
         (without("block_count"), "no llama.block_count"),
         (without("token_embd.weight"), "no token_embd.weight"),
         (
