@@ -14,13 +14,18 @@ from typing import Literal
 ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
 
 
+# What an operator does with a weight: multiplies its first input by it, or looks up its rows.
+WeightUse = Literal["product", "rows"]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output: its dtypes (ONNX names in lower case; several: any of them) and its
     shape.
 
     A dimension is a name bound by the first tensor that uses it, or an expression of names and
-    attributes. An empty shape means that the operator's text says what is allowed.
+    attributes. An empty shape means that the operator's text says what is allowed. ``weight`` marks
+    a weight in any ``WeightFormat``, which preparation brings into the forms that kernels hold.
     """
 
     name: str
@@ -28,6 +33,7 @@ class TensorSpec:
     shape: tuple[str, ...]
     doc: str
     optional: bool = False
+    weight: WeightUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
