@@ -65,7 +65,7 @@ def linear(
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps)
     rounded = round_activations(x, weight, activation or weight.format.activation)
-    y = rounded @ weight.dequantize().astype(np.float64).T
+    y: NDArray[np.float64] = rounded @ weight.dequantize().astype(np.float64).T
     if bias is not None:
         y += bias
     if gated:
@@ -93,7 +93,7 @@ def round_activations(
     top = np.float32(FP8_MAX if float8 else 127)
     if activation == "static":
         assert weight.input_scale is not None
-        scale = np.full((len(x), 1), weight.input_scale, np.float32)
+        scale: Floats = np.full(x.shape, weight.input_scale, np.float32)
     else:
         width = weight.format.group if activation == "group" else x.shape[1]
         starts = np.arange(0, x.shape[1], width)
