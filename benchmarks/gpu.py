@@ -39,22 +39,19 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"quantization": "int4_wo", "group_size": 128, "symmetric": True},
 }
 MODELS = {"llama-8b": LLAMA_8B, "smollm2": SMOLLM2}
-# vLLM 0.26.0 on one H100 80GB with these shapes and measures.
+# vLLM 0.26.0 beside us on one H100 80GB with these shapes and measures (benchmarks/README.md).
 VLLM: dict[str, dict[str, float]] = {
     "bf16": {
-        "decode_1": 6.51, "decode_16": 6.81, "decode_64": 7.81, "prefill_2048": 58.2,
-        "prefill_8192": 241, "throughput_512_256": 8937, "throughput_2048_128": 1654,
-        "start_up": 107,
+        "decode_1": 6.47, "decode_16": 6.78, "decode_64": 7.74, "prefill_2048": 51.5,
+        "prefill_8192": 217, "throughput_512_256": 9875, "throughput_2048_128": 1882,
     },
     "fp8": {
-        "decode_1": 4.25, "decode_16": 4.50, "decode_64": 5.44, "prefill_2048": 36.7,
-        "prefill_8192": 158, "throughput_512_256": 12190, "throughput_2048_128": 2309,
-        "start_up": 80,
+        "decode_1": 4.25, "decode_16": 4.47, "decode_64": 5.43, "prefill_2048": 34.9,
+        "prefill_8192": 149.5, "throughput_512_256": 12817, "throughput_2048_128": 2516,
     },
     "int4": {
-        "decode_1": 4.07, "decode_16": 4.26, "decode_64": 6.30, "prefill_2048": 54.7,
-        "prefill_8192": 231, "throughput_512_256": 9111, "throughput_2048_128": 1741,
-        "start_up": 60,
+        "decode_1": 4.03, "decode_16": 4.24, "decode_64": 6.24, "prefill_2048": 53,
+        "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
     },
 }  # fmt: skip
 Figures = dict[str, float]

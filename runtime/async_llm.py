@@ -81,6 +81,7 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closed: str | None = None
+        self._unhealthy: str | None = None
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._thread.start()
 
@@ -93,6 +94,11 @@ class AsyncLLM:
     def closed(self) -> str | None:
         """Why no request is taken any more; None while they are."""
         return self._closed
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why the engine should be restarted; None while it is well."""
+        return self._unhealthy
 
     async def generate(
         self,

@@ -13,6 +13,7 @@ import click
 from slipstream.errors import SlipstreamError
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+UNHEALTHY = 70  # EX_SOFTWARE of sysexits.h: the engine does not work any more; start it again
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -27,7 +28,8 @@ class CommandError(click.ClickException):
 class Command(click.Command):
     """A command whose errors end in one line on stderr.
 
-    Exit status: 1 for a ``SlipstreamError``, 2 for bad usage, 130 for Ctrl-C.
+    Exit status: 1 for a ``SlipstreamError``, 2 for bad usage, 130 for Ctrl-C, and 70 of a server
+    whose engine has become unhealthy.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of click.Command

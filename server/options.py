@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ from slipstream.errors import SlipstreamError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.openai.options import ServerOptions
+from slipstream.server.core.options import ServerOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -195,34 +196,26 @@ _SERVER = {
 }
 
 
+def output_option(help: str, *, required: bool = False) -> Decorator:
+    """``-o DIRECTORY``; the command gets ``output: Path | None``."""
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), required=required, help=help
+    )
+
+
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``ServerOptions``; the command gets ``server: ServerOptions``."""
-
-    def checked(values: dict[str, Any]) -> ServerOptions:
-        options: ServerOptions = _checked(ServerOptions, values)
-        return options
-
-    return _collect(ServerOptions, _SERVER, "server", checked)(function)
+    return _all_of(ServerOptions, _SERVER, "server")(function)
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``BuildOptions``; the command gets ``options: BuildOptions``."""
-
-    def checked(values: dict[str, Any]) -> BuildOptions:
-        options: BuildOptions = _checked(BuildOptions, values)
-        return options
-
-    return _collect(BuildOptions, _BUILD, "options", checked)(function)
+    return _all_of(BuildOptions, _BUILD, "options")(function)
 
 
 def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``QuantizeOptions``; the command gets ``options: QuantizeOptions``."""
-
-    def checked(values: dict[str, Any]) -> QuantizeOptions:
-        options: QuantizeOptions = _checked(QuantizeOptions, values)
-        return options
-
-    return _collect(QuantizeOptions, _QUANTIZE, "options", checked)(function)
+    return _all_of(QuantizeOptions, _QUANTIZE, "options")(function)
 
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,6 +231,11 @@ def sampling_options(*names: str) -> Decorator:
         return values
 
     return _collect(SamplingParams, {name: SAMPLING[name] for name in names}, "sampling", checked)
+
+
+def _all_of(cls: type, table: Mapping[str, Option], parameter: str) -> Decorator:
+    """Every field of a dataclass; the command gets an instance as ``parameter``."""
+    return _collect(cls, table, parameter, functools.partial(_checked, cls))
 
 
 def _checked(cls: Callable[..., Any], values: dict[str, Any]) -> Any:  # noqa: ANN401

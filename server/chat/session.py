@@ -14,7 +14,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.chat.commands import run_command
 from slipstream.server.chat.conversation import Conversation, Message
 from slipstream.server.chat.terminal import Terminal
-from slipstream.server.usage import Usage
+from slipstream.server.core.usage import Usage
 
 
 class ChatSession:

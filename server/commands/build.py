@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slipstream.server.command import Command
-from slipstream.server.options import build_options
+from slipstream.server.options import build_options, output_option
 from slipstream.server.progress import byte_progress
 from slipstream.server.text import format_bytes, format_columns
 
@@ -26,12 +26,7 @@ _PROGRAM_BYTES = 200 << 20
 
 @click.command(cls=Command)
 @click.argument("checkpoint")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Directory of the engine; an engine that stands there is replaced.",
-)
+@output_option("Directory of the engine; an engine that stands there is replaced.")
 @build_options
 @click.option(
     "--estimate",

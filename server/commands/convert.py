@@ -10,19 +10,14 @@ import click
 
 from slipstream.builder.options import OutputFormat
 from slipstream.server.command import Command
+from slipstream.server.options import output_option
 from slipstream.server.progress import item_progress
 from slipstream.server.text import format_bytes
 
 
 @click.command(cls=Command)
 @click.argument("checkpoint")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Directory to write, which must not exist.",
-)
+@output_option("Directory to write, which must not exist.", required=True)
 @click.option(
     "--format", type=click.Choice(get_args(OutputFormat)), required=True, help="Layout to write."
 )

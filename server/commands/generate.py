@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slipstream.server.command import Command
+from slipstream.server.core.usage import Usage
 from slipstream.server.models import load_model
 from slipstream.server.options import SAMPLING, runtime_options, sampling_options
-from slipstream.server.usage import Usage
 
 if TYPE_CHECKING:
     from slipstream.runtime.engine.step import TokenLogprobs

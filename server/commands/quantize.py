@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slipstream.server.command import Command
-from slipstream.server.options import quantize_options
+from slipstream.server.options import output_option, quantize_options
 from slipstream.server.progress import Report as Bar
 from slipstream.server.progress import item_progress
 from slipstream.server.text import format_bytes, format_columns
@@ -31,12 +31,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("checkpoint")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Directory of the result; an older result that stands there is replaced.",
-)
+@output_option("Directory of the result; an older result that stands there is replaced.")
 @quantize_options
 @click.option(
     "--dry-run",

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from slipstream.server.command import Command
-from slipstream.server.logs import structured_logs
+from slipstream.server.command import UNHEALTHY, Command
+from slipstream.server.core.logs import structured_logs
+from slipstream.server.core.options import ServerOptions
 from slipstream.server.models import load_model
-from slipstream.server.openai.options import ServerOptions
 from slipstream.server.options import runtime_options, server_options
 
 
@@ -24,7 +24,9 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
     MODEL is an engine, or a checkpoint, which is compiled on first use. Clients are given
     http://HOST:PORT/v1 as their base URL; a browser finds a page to chat at http://HOST:PORT/.
-    SIGTERM and Ctrl-C let running requests end; a second one does not wait for them.
+    SIGTERM and Ctrl-C let running requests end; a second one does not wait for them. An engine that
+    becomes unhealthy (its device fails step after step, or hangs) ends the server with exit status
+    70, so that it can be started again.
 
     \b
     Examples:
@@ -33,7 +35,8 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
       slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
     """
     # Imported here, with what it needs, so that bad usage is reported at once.
-    from slipstream.server.openai.serve import bind, run
+    from slipstream.server.core.http.process import bind, run
+    from slipstream.server.openai.api import OPENAI
 
     listener = bind(server.host, server.port)
     with listener, structured_logs(server.log_format):
@@ -42,7 +45,9 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        run(AsyncLLM.from_engine(engine), options, listener)
+        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, [OPENAI])
+    if unhealthy is not None:  # the log has said so
+        click.get_current_context().exit(UNHEALTHY)
 
 
 def default_name(model: str) -> str:

@@ -10,14 +10,23 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.server.openai.conversation import chat_prompt
-from slipstream.server.openai.errors import ApiError
+from slipstream.server.core.conversation import chat_prompt
+from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import chat_logprobs, prompt_logprobs
-from slipstream.server.openai.protocol import ChatRequest, StreamOptions
-from slipstream.server.openai.reply import Frame, Usage, dump, json_text, last_fields
-from slipstream.server.openai.respond import GENERATED, log_prompts, respond, service_of
+from slipstream.server.openai.messages import conversation_of
+from slipstream.server.openai.protocol import ChatRequest
+from slipstream.server.openai.reply import (
+    GENERATED,
+    Frame,
+    check_stream,
+    dump,
+    job_of,
+    json_text,
+    last_fields,
+)
 from slipstream.server.openai.sampling import chat_params
-from slipstream.server.openai.service import Job
 
 router = APIRouter()
 
@@ -26,34 +35,18 @@ router = APIRouter()
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = service_of(request)
-    model = service.model(body.model)
-    _check(body)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    frame = Frame.of(service, body, kind, "chatcmpl-")
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
+    check_stream(body)
     params = chat_params(body, service.llm.generation_defaults)
     # A long conversation takes milliseconds to render and encode.
     prompt = await asyncio.to_thread(
-        chat_prompt, service.llm.tokenizer, body, body.add_special_tokens
+        chat_prompt, service.llm.tokenizer, conversation_of(body), body.add_special_tokens
     )
     log_prompts(service, [prompt.text], params)
-    job = Job([prompt.token_ids], params, "delta" if body.stream else "final", body.priority or 0)
-    frame = Frame(
-        "chat.completion.chunk" if body.stream else "chat.completion",
-        "chatcmpl-",
-        model,
-        service.texts,
-        body.stream_options or StreamOptions(),
-    )
-    return await respond(request, job, ChatReply(frame))
-
-
-def _check(body: ChatRequest) -> None:
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    if body.stream and body.prompt_logprobs is not None:
-        raise ApiError(
-            400, "prompt_logprobs is not told in streams; leave out stream", param="prompt_logprobs"
-        )
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+    return await respond(request, job_of(body, [prompt.token_ids], params), ChatReply(frame))
 
 
 @dataclass(slots=True)
@@ -71,18 +64,22 @@ class ChatReply:
 
     def events(self, position: int, output: RequestOutput) -> bytes:
         """A chunk for every completion with something new."""
-        self.frame.usage.add(position, output)
+        self.frame.usage.add(output, position)
         events = "".join(self._chunks(c) for c in output.outputs if c.index not in self._ended)
         return events.encode()
 
     def end(self) -> bytes:
         """The events after the last."""
-        return self.frame.end().encode()
+        return self.frame.end()
+
+    def error(self, refusal: Refusal) -> bytes:
+        """The event in their place."""
+        return self.frame.error(refusal)
 
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The ``chat.completion`` object."""
         (output,) = outputs
-        self.frame.usage.add(0, output)
+        self.frame.usage.add(output)
         choices = [self._choice(completion) for completion in output.outputs]
         if output.prompt_logprobs is None:
             return self.frame.whole(choices)

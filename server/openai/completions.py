@@ -14,13 +14,21 @@ from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.openai.errors import ApiError
+from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import completion_logprobs, prompt_logprobs
-from slipstream.server.openai.protocol import CompletionRequest, StreamOptions
-from slipstream.server.openai.reply import Frame, Usage, dump, json_text, last_fields
-from slipstream.server.openai.respond import GENERATED, log_prompts, respond, service_of
+from slipstream.server.openai.protocol import CompletionRequest
+from slipstream.server.openai.reply import (
+    GENERATED,
+    Frame,
+    check_stream,
+    dump,
+    job_of,
+    json_text,
+    last_fields,
+)
 from slipstream.server.openai.sampling import completion_params, only_scores
-from slipstream.server.openai.service import Job
 
 router = APIRouter()
 
@@ -29,19 +37,18 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     service = service_of(request)
-    model = service.model(body.model)
-    _check(body)
+    frame = Frame.of(service, body, "text_completion", "cmpl-")
+    check_stream(body, "leave out stream, or use echo and logprobs")
+    if body.max_tokens == 0 and not body.echo:
+        raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
     params = completion_params(body, service.llm.generation_defaults)
     prompts = as_prompts(body.prompt)
     log_prompts(service, prompts, params)
     tokenizer = service.llm.tokenizer
     if body.add_special_tokens is False:
         prompts = await asyncio.to_thread(_encode_bare, tokenizer, prompts)
-    job = Job(prompts, params, "delta" if body.stream else "final", body.priority or 0)
-    frame = Frame(
-        "text_completion", "cmpl-", model, service.texts, body.stream_options or StreamOptions()
-    )
-    return await respond(request, job, CompletionReply(body, frame, tokenizer, params.n))
+    reply = CompletionReply(body, frame, tokenizer, params.n)
+    return await respond(request, job_of(body, prompts, params), reply)
 
 
 def as_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
@@ -58,19 +65,6 @@ def _encode_bare(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Prompt
         tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
-
-
-def _check(body: CompletionRequest) -> None:
-    if body.stream and body.prompt_logprobs is not None:
-        raise ApiError(
-            400,
-            "prompt_logprobs is not told in streams; leave out stream, or use echo and logprobs",
-            param="prompt_logprobs",
-        )
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
-    if body.max_tokens == 0 and not body.echo:
-        raise ApiError(400, "max_tokens 0 needs echo; use at least 1", param="max_tokens")
 
 
 @dataclass(slots=True)
@@ -102,7 +96,11 @@ class CompletionReply:
 
     def end(self) -> bytes:
         """The events after the last."""
-        return self.frame.end().encode()
+        return self.frame.end()
+
+    def error(self, refusal: Refusal) -> bytes:
+        """The event in their place."""
+        return self.frame.error(refusal)
 
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The ``text_completion`` object."""
@@ -116,7 +114,7 @@ class CompletionReply:
         if self._only_scores:
             for completion in output.outputs:
                 _drop_tokens(completion)
-        self.frame.usage.add(position, output)
+        self.frame.usage.add(output, position)
 
     def _chunk(self, position: int, output: RequestOutput, completion: CompletionOutput) -> str:
         index = position * self.n + completion.index

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from slipstream.server.limits import (
+from slipstream.server.core.limits import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_TEXT_LENGTH,
@@ -125,18 +125,19 @@ class ChatMessage(BaseModel):
     content: str | list[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
 
 
-class Conversation(_Request):
+class Templated(_Request):
     """Messages and how a chat template turns them into a prompt."""
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class ChatRequest(Conversation, GenerationRequest):
+class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
+    messages: list[ChatMessage]
     max_completion_tokens: OptionalInt = None
     logprobs: Flag = None
     top_logprobs: Count = None
@@ -150,16 +151,12 @@ class ChatRequest(Conversation, GenerationRequest):
     audio: Annotated[Any, _only()] = None
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Templated):
     """The body of ``/tokenize``: a ``prompt``, or ``messages``."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
     add_special_tokens: Flag = None
     return_token_strs: Flag = None
-    add_generation_prompt: Flag = None
-    continue_final_message: Flag = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(_Request):

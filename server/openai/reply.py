@@ -1,4 +1,4 @@
-"""What the two generating endpoints have in common: usage, and JSON made by hand for streams."""
+"""What the two generating endpoints have in common: checks, and JSON made by hand for streams."""
 
 from __future__ import annotations
 
@@ -8,62 +8,43 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as json_text
-from typing import Any, Protocol
+from typing import Any, Self
 
-from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.server.openai.logprobs import TokenTexts
-from slipstream.server.openai.protocol import StreamOptions
+from slipstream.runtime.request import CompletionOutput
+from slipstream.runtime.request_factory import Prompt
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.service import Job, Service
+from slipstream.server.core.usage import Usage
+from slipstream.server.openai.errors import error_body
+from slipstream.server.openai.protocol import GenerationRequest, StreamOptions
 
-__all__ = ["Frame", "Reply", "Usage", "dump", "json_text", "last_fields"]
+__all__ = ["GENERATED", "Frame", "check_stream", "dump", "job_of", "json_text", "last_fields"]
 
-
-class Reply(Protocol):
-    """Turns the outputs of a request into what the client reads."""
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        ...
-
-    def events(self, position: int, output: RequestOutput) -> bytes:
-        """Server-sent events for an output of kind ``delta``, maybe none."""
-        ...
-
-    def end(self) -> bytes:
-        """The events after the last output."""
-        ...
-
-    def body(self, outputs: Sequence[RequestOutput]) -> bytes:
-        """The JSON of the whole answer, from outputs of kind ``final``."""
-        ...
+GENERATED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer: one object, or with `stream` events that end with `[DONE]`.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 
 
-@dataclass(slots=True)
-class Usage:
-    """Tokens of all prompts and completions of a request."""
+def check_stream(request: GenerationRequest, instead: str = "leave out stream") -> None:
+    """Raise ``Refusal`` for fields that do not go with a stream, or without one."""
+    if request.stream and request.prompt_logprobs is not None:
+        raise Refusal(
+            "invalid",
+            f"prompt_logprobs is not told in streams; {instead}",
+            param="prompt_logprobs",
+        )
+    if request.stream_options is not None and not request.stream:
+        raise Refusal("invalid", "stream_options needs stream to be true", param="stream_options")
 
-    prompt: int = 0
-    cached: int = 0
-    generated: int = 0
-    _seen: set[int] = field(default_factory=set)
 
-    def add(self, position: int, output: RequestOutput) -> None:
-        """Take an output of kind ``delta`` or ``final`` into account."""
-        if position not in self._seen:
-            self._seen.add(position)
-            self.prompt += len(output.prompt_token_ids)
-            self.cached += output.num_cached_tokens
-        for completion in output.outputs:
-            self.generated += len(completion.token_ids)
-
-    def as_json(self) -> dict[str, Any]:
-        """OpenAI's ``usage``."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": self.prompt + self.generated,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
+def job_of(request: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams) -> Job:
+    """What a request asks of the engine."""
+    return Job(prompts, params, "delta" if request.stream else "final", request.priority or 0)
 
 
 @dataclass(slots=True)
@@ -81,6 +62,12 @@ class Frame:
     _head: str = ""
     _tail: str | None = None  # None: it changes
 
+    @classmethod
+    def of(cls, service: Service, request: GenerationRequest, kind: str, id_prefix: str) -> Self:
+        """The frame of the answer to a request; raises ``Refusal`` for an unknown model."""
+        options = request.stream_options or StreamOptions()
+        return cls(kind, id_prefix, service.model(request.model), service.texts, options)
+
     def __post_init__(self) -> None:
         self.request_id = self.id_prefix + uuid.uuid4().hex
         named = f'"id":"{self.request_id}","object":"{self.kind}","created":{self.created}'
@@ -94,10 +81,14 @@ class Frame:
         """An event with one choice, given as JSON, or with none."""
         return self._head + choice + (self._tail or self._usage_tail())
 
-    def end(self) -> str:
+    def end(self) -> bytes:
         """The events that close a stream."""
         usage = self._head + self._usage_tail() if self.stream_options.include_usage else ""
-        return usage + "data: [DONE]\n\n"
+        return f"{usage}data: [DONE]\n\n".encode()
+
+    def error(self, refusal: Refusal) -> bytes:
+        """The event that closes a stream which failed."""
+        return b"data: " + error_body(refusal) + b"\n\n"
 
     def whole(self, choices: Sequence[Any], **extra: Any) -> bytes:  # noqa: ANN401 - JSON
         """The object that answers a request that is not streamed."""
@@ -107,12 +98,18 @@ class Frame:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "usage": self.usage.as_json(),
+            "usage": _usage_json(self.usage),
         }
         return dump({**answer, **extra})
 
     def _usage_tail(self) -> str:
-        return f'],"usage":{json.dumps(self.usage.as_json())}}}\n\n'
+        return f'],"usage":{json.dumps(_usage_json(self.usage))}}}\n\n'
+
+
+def _usage_json(usage: Usage) -> dict[str, Any]:
+    tokens = usage.tokens()
+    cached = tokens.pop("cached_tokens")
+    return {**tokens, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def last_fields(completion: CompletionOutput) -> str:

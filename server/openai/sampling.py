@@ -1,16 +1,15 @@
-"""Sampling parameters of a request, on top of the model's own defaults."""
+"""Sampling parameters of OpenAI's requests."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.sampling import FIELDS, sampling_params
 from slipstream.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
 # What OpenAI's completions (not chats) generate when the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
-_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.init)
 
 
 def completion_params(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
@@ -55,9 +54,6 @@ def _params(
     defaults: SamplingParams,
     **decided: Any,  # noqa: ANN401 - fields have many types
 ) -> SamplingParams:
-    values = {name: getattr(defaults, name) for name in _FIELDS}
-    for name in _FIELDS:
-        given = getattr(request, name, None)
-        if given is not None and name not in decided:
-            values[name] = given
-    return SamplingParams.from_dict(values | decided)
+    given = {name: getattr(request, name, None) for name in FIELDS - decided.keys()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return sampling_params(defaults, given | decided)

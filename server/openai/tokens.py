@@ -10,11 +10,12 @@ from fastapi.responses import Response
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.openai.conversation import chat_prompt
-from slipstream.server.openai.errors import ApiError
+from slipstream.server.core.conversation import chat_prompt
+from slipstream.server.core.http.respond import service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.openai.messages import conversation_of
 from slipstream.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 from slipstream.server.openai.reply import dump
-from slipstream.server.openai.respond import service_of
 
 router = APIRouter()
 
@@ -25,7 +26,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service = service_of(request)
     service.model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give either prompt or messages", param="prompt")
+        raise Refusal("invalid", "give either prompt or messages", param="prompt")
     answer = await asyncio.to_thread(
         _tokenize, service.llm.tokenizer, body, service.llm.config.max_seq_len
     )
@@ -34,7 +35,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 
 def _tokenize(tokenizer: Tokenizer, body: TokenizeRequest, max_seq_len: int) -> bytes:
     if body.prompt is None:
-        tokens = chat_prompt(tokenizer, body, body.add_special_tokens).token_ids
+        tokens = chat_prompt(tokenizer, conversation_of(body), body.add_special_tokens).token_ids
     else:
         tokens = tokenizer.encode(
             body.prompt, add_special_tokens=body.add_special_tokens is not False

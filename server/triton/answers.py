@@ -9,22 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.logprobs import TokenTexts, by_token_id
 from slipstream.server.triton.parameters import Query
 
 Outputs = Mapping[str, NDArray[Any]]
-# JSON has no infinity; no token that can be sampled comes near this.
-_LEAST_LOGPROB = -9999.0
 
 
 class Answer:
     """The responses to one request, in order."""
 
-    def __init__(self, query: Query, tokenizer: Tokenizer) -> None:
+    def __init__(self, query: Query, texts: TokenTexts) -> None:
         self._query = query
-        self._tokenizer = tokenizer
+        self._texts = texts
         self._begun = False
 
     def tensors(self, steps: Sequence[RequestOutput]) -> Outputs:
@@ -49,7 +46,7 @@ class Answer:
 
     def _logprobs(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
         return _strings(
-            json.dumps([self._described(entry) for part in parts for entry in part.logprobs or ()])
+            json.dumps([by_token_id(e, self._texts) for part in parts for e in part.logprobs or ()])
             for parts in completions
         )
 
@@ -59,18 +56,6 @@ class Answer:
     def _num_output_tokens(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
         counts = [sum(len(part.token_ids) for part in parts) for parts in completions]
         return np.array(counts, np.uint32)
-
-    def _described(self, entry: TokenLogprobs) -> dict[int, dict[str, object]]:
-        """The token itself and the likeliest ones, by token id."""
-        tokens = {**entry.top, entry.token_id: (entry.logprob, entry.rank)}
-        return {
-            token: {
-                "logprob": max(logprob, _LEAST_LOGPROB),
-                "rank": rank,
-                "decoded_token": self._tokenizer.decode([token], skip_special_tokens=False),
-            }
-            for token, (logprob, rank) in tokens.items()
-        }
 
     _extras: Mapping[str, Callable[[Answer, _Steps, _Completions], NDArray[Any]]] = {
         "finish_reason": _finish_reason,

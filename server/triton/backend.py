@@ -62,6 +62,10 @@ class TritonPythonModel:
                 logging.getLogger(__name__).exception("a request could not be read")
                 reply.fail(ExecutionError(f"the request could not be read: {error!r}"))
 
+    def is_ready(self) -> bool:
+        """Whether requests are taken; Triton asks from 2026 on, when its own clients ask it."""
+        return self._serving.unavailable is None
+
     def finalize(self) -> None:
         """Free the engine."""
         if hasattr(self, "_serving"):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from slipstream.errors import CapacityError, InvalidRequestError, SlipstreamError
+from slipstream.errors import SlipstreamError
+from slipstream.server.core.refusal import Kind, refusal_of
 
 
 class CancelledError(SlipstreamError):
     """Nobody waits for the answer any more."""
 
 
-_CODES: Mapping[type[SlipstreamError], str] = {
-    InvalidRequestError: "INVALID_ARG",
-    CapacityError: "INVALID_ARG",
-    CancelledError: "CANCELLED",
+_CODES: Mapping[Kind, str] = {
+    "invalid": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "unavailable": "UNAVAILABLE",
 }
 
 
 def code_of(error: SlipstreamError) -> str:
     """The name of a code of Triton's ``TritonError``."""
-    return _CODES.get(type(error), "INTERNAL")
+    if isinstance(error, CancelledError):
+        return "CANCELLED"
+    return _CODES.get(refusal_of(error).kind, "INTERNAL")

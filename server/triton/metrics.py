@@ -10,8 +10,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from prometheus_client.core import Metric
 
-from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.server.metrics import FAMILIES, PREFIX, EngineMetrics, Histogram, RequestWatch
+from slipstream.server.core.metrics import FAMILIES, PREFIX, Engine, EngineMetrics
 
 _LOG = logging.getLogger(__name__)
 _KINDS: Mapping[str, int] = {
@@ -21,26 +20,26 @@ _KINDS: Mapping[str, int] = {
 }
 
 
-class TritonMetrics:
+class TritonMetrics(EngineMetrics):
     """Counts as ``slipstream serve`` does and tells Triton what has changed.
 
     Instances of a model are told apart by the label ``engine``, versions by ``version``.
     """
 
-    def __init__(self, args: Mapping[str, str], llm: AsyncLLM) -> None:
+    def __init__(self, args: Mapping[str, str], engine: Engine) -> None:
         """``args`` are those of ``initialize``; ``TritonModelException`` if metrics are off."""
-        self._counts = EngineMetrics(args["model_name"], lambda: llm.stats)
-        self._journals = {name: _Journal() for name in self._counts.histograms}
-        self._counts.histograms = dict(self._journals)
+        super().__init__(args["model_name"], engine)
         self._labels = {
             "model_name": args["model_name"],
             "version": args["model_version"],
             "engine": args["model_instance_name"].rpartition("_")[2],
         }
+        # Values for histograms until they are published: their buckets are Triton's to count.
+        self._observed: deque[tuple[str, float]] = deque()
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, ...], Any] = {}
         self._told: dict[tuple[str, ...], float] = {}
-        self._histograms = {
+        self._published = {
             name: self._family(PREFIX + name, family.kind, family.help).Metric(
                 labels=self._labels, buckets=list(map(float, family.buckets))
             )
@@ -49,23 +48,24 @@ class TritonMetrics:
         }
         self.publish()
 
-    def watch(self) -> RequestWatch:
-        """An observer of one request."""
-        return self._counts.watch()
+    def observe(self, name: str, value: float, times: int = 1) -> None:
+        """Add a value to a histogram, here and at the next ``publish`` in Triton's."""
+        super().observe(name, value, times)
+        self._observed.extend([(name, value)] * times)
 
     def publish(self) -> None:
         """Tell what has changed since the last time."""
-        for metric in self._counts.collect():
+        for metric in self.collect():
             if metric.type in ("gauge", "counter"):
                 self._publish_values(metric)
-        for name, journal in self._journals.items():
-            for value in journal.take():
-                self._histograms[name].observe(value)
+        for _ in range(len(self._observed)):
+            name, value = self._observed.popleft()
+            self._published[name].observe(value)
 
     def close(self) -> None:
         """Take the metrics out of Triton, which keeps those of a process that has ended."""
         self._metrics.clear()
-        self._histograms.clear()
+        self._published.clear()
         self._families.clear()
 
     def _publish_values(self, metric: Metric) -> None:
@@ -90,30 +90,8 @@ class TritonMetrics:
         return self._families[name]
 
 
-class _Journal(Histogram):
-    """Remembers values until they are published, because Triton keeps the buckets."""
-
-    def __init__(self) -> None:
-        super().__init__(())
-        self._values: deque[float] = deque()
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Remember a value."""
-        self._values.extend([value] * times)
-
-    def take(self) -> list[float]:
-        """What came since the last time."""
-        return [self._values.popleft() for _ in range(len(self._values))]
-
-
-class _NoMetrics:
+class _Unpublished(EngineMetrics):
     """Counts for nobody, where Triton was started without metrics."""
-
-    def __init__(self, llm: AsyncLLM) -> None:
-        self._counts = EngineMetrics("", lambda: llm.stats)
-
-    def watch(self) -> RequestWatch:
-        return self._counts.watch()
 
     def publish(self) -> None:
         pass
@@ -122,10 +100,10 @@ class _NoMetrics:
         pass
 
 
-def create_metrics(args: Mapping[str, str], llm: AsyncLLM) -> TritonMetrics | _NoMetrics:
+def create_metrics(args: Mapping[str, str], engine: Engine) -> TritonMetrics | _Unpublished:
     """Metrics for a model instance; ``args`` are those of ``initialize``."""
     try:
-        return TritonMetrics(args, llm)
+        return TritonMetrics(args, engine)
     except pb_utils.TritonModelException as error:
         _LOG.info("no metrics are exported: %s", error)
-        return _NoMetrics(llm)
+        return _Unpublished(args["model_name"], engine)

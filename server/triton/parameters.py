@@ -7,7 +7,6 @@ is not known, or is said twice, is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,33 +17,16 @@ from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.limits import (
-    MAX_LOGPROBS,
-    MAX_N,
-    MAX_TEXT_LENGTH,
-    MAX_TEXTS,
-    MAX_TOKEN_IDS,
-)
+from slipstream.server.core.sampling import FIELDS, sampling_params
 from slipstream.server.triton.interface import SAMPLING, SWITCHES
 
 Inputs = Mapping[str, NDArray[Any]]
 
 # No output tells log probabilities of the prompt.
-_FIELDS = frozenset(
-    field.name
-    for field in dataclasses.fields(SamplingParams)
-    if field.init and field.name != "prompt_logprobs"
-)
+_FIELDS = FIELDS - {"prompt_logprobs"}
 # The fields that are text themselves, so that text is not read as JSON.
 _TEXTS = frozenset({"stop", "bad_words"})
 _RETURNS = "return_"
-_MOST_ENTRIES: Mapping[str, int] = {
-    "stop": MAX_TEXTS,
-    "bad_words": MAX_TEXTS,
-    "stop_token_ids": MAX_TOKEN_IDS,
-    "bad_words_token_ids": MAX_TOKEN_IDS,
-    "logit_bias": MAX_TOKEN_IDS,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,35 +118,14 @@ def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
     sampling = given.sampling
     if returns & {"logprobs", "cumulative_logprob"}:
         sampling = {"logprobs": defaults.logprobs or 0, **sampling}
-    values = {name: getattr(defaults, name) for name in _FIELDS}
     try:
-        params = SamplingParams.from_dict({**values, **sampling})
-        _check_limits(params)
+        params = sampling_params(defaults, sampling)
     except InvalidRequestError as error:
         raise InvalidRequestError(given.explain(error)) from error
     stream = switches.get("stream", False)
     # As vLLM's backend: a single answer begins with the prompt, a stream does not.
     echo = not switches.get("exclude_input_in_output", stream)
     return Query(prompt, params, stream, echo, frozenset(returns))
-
-
-def _check_limits(params: SamplingParams) -> None:
-    for name, most in (("n", MAX_N), ("logprobs", MAX_LOGPROBS)):
-        value = getattr(params, name)
-        if value is not None and not 0 <= value <= most:
-            raise InvalidRequestError(
-                f"{name}={value} is more than this server gives; at most {most}"
-            )
-    for name, most in _MOST_ENTRIES.items():
-        count = len(getattr(params, name) or ())
-        if count > most:
-            raise InvalidRequestError(f"{name} has {count} entries; this server takes {most}")
-    for name in _TEXTS:
-        longest = max(map(len, getattr(params, name)), default=0)
-        if longest > MAX_TEXT_LENGTH:
-            raise InvalidRequestError(
-                f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}"
-            )
 
 
 def _known() -> list[str]:

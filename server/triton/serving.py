@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from contextlib import aclosing
-from typing import Literal, Protocol
+from typing import Protocol
 
 from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.request import RequestOutput
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.service import Job, Service
+from slipstream.server.core.service import Metrics as ServiceMetrics
 from slipstream.server.triton.answers import Answer
 from slipstream.server.triton.errors import CancelledError
 from slipstream.server.triton.outbox import Call, Outbox, Reply
 from slipstream.server.triton.parameters import Query
 
 _LOG = logging.getLogger(__name__)
+# How many requests may wait is for Triton to say.
+_OPTIONS = ServerOptions(max_queued_requests=sys.maxsize)
 
 
-class Observer(Protocol):
-    """Who hears of one request, to count."""
-
-    def see(self, output: RequestOutput) -> None:
-        """Hear an output of kind ``delta`` or ``final``."""
-        ...
-
-    def close(self, reason: Literal["abort", "error"]) -> None:
-        """Hear that there is no last output."""
-        ...
-
-
-class Metrics(Protocol):
-    """Who counts."""
-
-    def watch(self) -> Observer:
-        """An observer for one request; it is used in the event loop only."""
-        ...
+class Metrics(ServiceMetrics, Protocol):
+    """Who counts, and tells Triton."""
 
     def publish(self) -> None:
         """Tell what has changed; called a few times a second by another thread."""
@@ -51,7 +40,7 @@ class Serving:
     """Answers any number of requests at a time with one ``AsyncLLM``, which it owns."""
 
     def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
-        self._llm = llm
+        self._service = Service(llm, _OPTIONS, metrics)
         self._metrics = metrics
         self._outbox = Outbox(metrics.publish)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -61,13 +50,18 @@ class Serving:
         )
         self._thread.start()
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why no request is taken now."""
+        return self._service.unavailable
+
     def submit(self, query: Query, reply: Reply) -> None:
         """Begin to answer, and return at once; from any thread."""
         self._loop.call_soon_threadsafe(self._begin, query, reply)
 
     def close(self) -> None:
         """End what is running with an error, free the engine and stop the threads."""
-        self._llm.shutdown()
+        self._service.llm.shutdown()
         asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -81,7 +75,7 @@ class Serving:
         def cancel() -> None:
             self._loop.call_soon_threadsafe(task.cancel)
 
-        call = Call(reply, Answer(query, self._llm.tokenizer), cancel)
+        call = Call(reply, Answer(query, self._service.texts), cancel)
         task = self._loop.create_task(self._answer(query, call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -92,23 +86,15 @@ class Serving:
         await self._loop.shutdown_default_executor()
 
     async def _answer(self, query: Query, call: Call) -> None:
-        observer = self._metrics.watch()
-        outputs = self._llm.generate(
-            query.prompt, query.params, output_kind="delta" if query.stream else "final"
-        )
+        job = Job([query.prompt], query.params, "delta" if query.stream else "final")
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    observer.see(output)
+            async with aclosing(self._service.run(job)) as items:
+                async for _, output in items:
                     self._outbox.put(call, output)
         except asyncio.CancelledError:
-            observer.close("abort")
             self._outbox.put(call, CancelledError("the request was cancelled"))
         except SlipstreamError as error:
-            if isinstance(error, ExecutionError):  # others were refused before they began
-                observer.close("error")
             self._outbox.put(call, error)
         except Exception as error:  # noqa: BLE001 - a client must never wait for ever
             _LOG.exception("a request failed")
-            observer.close("error")
             self._outbox.put(call, ExecutionError(f"the request failed: {error!r}"))

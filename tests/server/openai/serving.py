@@ -18,9 +18,10 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
-from slipstream.server.openai.options import ServerOptions
-from slipstream.server.openai.serve import DrainingServer, bind, server_of, url_of
-from slipstream.server.openai.service import Service
+from slipstream.server.core.http.process import DrainingServer, bind, server_of, url_of
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.service import Service
+from slipstream.server.openai.api import OPENAI
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Running:
         while time.monotonic() < deadline:
             stats = self.stats()
             idle = (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
-            if idle and not self.service.num_open:
+            if idle and not self.service._open:
                 return
             time.sleep(0.002)
         raise AssertionError(f"requests were left behind: {self.stats()}")
@@ -91,7 +92,7 @@ def serving(
 
     def run() -> None:
         async def main() -> None:
-            server = server_of(llm, settings)
+            server = server_of(llm, settings, [OPENAI])
             box.append(server)
             task = asyncio.create_task(server.serve([listener]))
             while not server.started and not task.done():

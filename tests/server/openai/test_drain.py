@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[3]
 _PROGRAM = """
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.testing import counting_engine
-from slipstream.server.logs import structured_logs
-from slipstream.server.openai.options import ServerOptions
-from slipstream.server.openai.serve import bind, run
+from slipstream.server.core.logs import structured_logs
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.http.process import bind, run
+from slipstream.server.openai.api import OPENAI
 
 options = ServerOptions(served_model_name=("counting",), drain_timeout={timeout})
 with bind("127.0.0.1", 0) as listener, structured_logs("text"):
-    run(AsyncLLM.from_engine(counting_engine(delay={delay})), options, listener)
+    run(AsyncLLM.from_engine(counting_engine(delay={delay})), options, listener, [OPENAI])
 """
 _URL = re.compile(r"\burl=(http://\S+)")
 

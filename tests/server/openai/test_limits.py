@@ -122,8 +122,8 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
 
 def wait_until_open(running: Running, count: int) -> None:
     deadline = time.monotonic() + 5
-    while running.service.num_open != count:
-        assert time.monotonic() < deadline, f"{running.service.num_open} open, expected {count}"
+    while running.service._open != count:
+        assert time.monotonic() < deadline, f"{running.service._open} open, expected {count}"
         time.sleep(0.002)
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from tests.server.openai.serving import Running, serving
 
-from slipstream.server.logs import structured_logs
+from slipstream.server.core.logs import structured_logs
 
 SECRET = "attack at dawn"
 

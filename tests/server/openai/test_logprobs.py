@@ -7,8 +7,8 @@ import tokenizers
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.testing import counting_tokenizer
 from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.openai.logprobs import (
-    TokenTexts,
     chat_logprobs,
     completion_logprobs,
     prompt_logprobs,

@@ -12,7 +12,7 @@ from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.testing import counting_engine
-from slipstream.server.openai.merge import merge
+from slipstream.server.core.merge import merge
 
 ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
 DELAY = 0.02

@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.request import CompletionOutput
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.metrics import FAMILIES
+from slipstream.server.core.metrics import FAMILIES
 from slipstream.server.triton.repository import Deployment, write_repository
 
 pytestmark = pytest.mark.triton_server

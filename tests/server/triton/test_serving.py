@@ -17,6 +17,7 @@ from slipstream.runtime.llm import LLM
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.triton.answers import Answer, Outputs
 from slipstream.server.triton.errors import CancelledError
 from slipstream.server.triton.outbox import Call, Outbox
@@ -77,6 +78,7 @@ class Counts:
         self.heard: list[str] = []
         self.published = 0
         self.closed = False
+        self.mean_latency = 0.0
 
     def watch(self) -> Counts:
         return self
@@ -224,7 +226,7 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
     client.gone = True
     outbox = Outbox(publish)
     query = Query("abc", SamplingParams(), True, False, frozenset())
-    call = Call(client, Answer(query, fast.llm.tokenizer), cancelled.set)
+    call = Call(client, Answer(query, TokenTexts(fast.llm.tokenizer)), cancelled.set)
     outbox.open(call)
     assert cancelled.wait(5)
     with LLM.from_engine(counting_engine()) as llm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -12,10 +13,12 @@ import uvloop
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.server.logs import log_event
-from slipstream.server.openai.app import create_app
-from slipstream.server.openai.options import ServerOptions
-from slipstream.server.openai.service import Service
+from slipstream.server.core.http.api import Api
+from slipstream.server.core.http.app import create_app
+from slipstream.server.core.logs import log_event
+from slipstream.server.core.metrics import EngineMetrics
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.service import Service
 
 _LOG = logging.getLogger(__name__)
 _CLOSING_SECONDS = 5  # for answers on their way to slow clients, after all requests have ended
@@ -50,11 +53,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(llm: AsyncLLM, options: ServerOptions) -> DrainingServer:
+def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
     """A server that can be started, once, in the running event loop."""
-    service = Service(llm, options)
+    metrics = EngineMetrics(options.served_model_name[0], llm)
+    service = Service(llm, options, metrics)
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, metrics, apis),
         http="httptools",
         ws="none",
         lifespan="off",
@@ -69,7 +73,7 @@ def server_of(llm: AsyncLLM, options: ServerOptions) -> DrainingServer:
 
 class DrainingServer(uvicorn.Server):
     """Goes on listening while running requests end, so that health checks and new requests are
-    answered with 503."""
+    answered with 503. An engine that becomes unhealthy ends it like a signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -90,10 +94,11 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true: stop."""
-        if self._signals and self._drain is None:
-            self._drain = asyncio.create_task(
-                self.service.drain(self.service.options.drain_timeout)
-            )
+        unhealthy = self.service.llm.unhealthy
+        if self._drain is None and (self._signals or unhealthy):
+            if unhealthy:
+                log_event(_LOG, "unhealthy", {"reason": unhealthy}, logging.ERROR)
+            self._drain = asyncio.create_task(self.service.drain())
         if self._signals > 1:
             self.should_exit = self.force_exit = True
         if self._drain is not None and self._drain.done():
@@ -101,20 +106,25 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(llm: AsyncLLM, options: ServerOptions, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, then drain, then shut the engine down.
+def run(
+    llm: AsyncLLM, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
+) -> str | None:
+    """Serve until SIGTERM or SIGINT, or until the engine is unhealthy; then drain, then shut the
+    engine down. Returns what ails the engine, None if nothing does.
 
     A second signal ends at once.
     """
 
     async def main() -> None:
-        await server_of(llm, options).serve([listener])
+        await server_of(llm, options, apis).serve([listener])
 
     # Its own lines about start and end are told by this module.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())
+        unhealthy = llm.unhealthy
     finally:
         llm.shutdown()
     log_event(_LOG, "stopped", {})
+    return unhealthy

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slipstream.errors import InvalidRequestError
-from slipstream.server.logs import LogFormat
+from slipstream.server.core.logs import LogFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,19 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slipstream.server.logs import log_event, request_id
-from slipstream.server.openai.errors import ApiError, internal_error
+from slipstream.server.core.logs import log_event, request_id
+from slipstream.server.core.refusal import Refusal, internal_refusal
 
+# Renders a refusal for whoever sent a request.
+Refuse = Callable[[Scope, Refusal], Response]
 _LOG = logging.getLogger(__name__)
 _FIELDS = "slipstream.log_fields"
 _SEND = "slipstream.send"
@@ -43,8 +46,9 @@ class RequestLog:
     """Gives every request an id (``X-Request-Id``, the client's own if it sent one) and one log
     line, and answers 500 to a bug."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refuse: Refuse) -> None:
         self._app = app
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run a request."""
@@ -70,7 +74,7 @@ class RequestLog:
             _LOG.exception("a request failed")
             if status:
                 raise
-            await internal_error().response()(scope, receive, send_with_id)
+            await self._refuse(scope, internal_refusal())(scope, receive, send_with_id)
         finally:
             _log(scope, status, time.monotonic() - started)
             request_id.reset(token)
@@ -93,20 +97,21 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
 class KeyGuard:
     """Lets requests pass that carry one of the keys, and those that need none."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], refuse: Refuse) -> None:
         self._app = app
+        self._refuse = refuse
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass on."""
         app = self._app
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
-            app = ApiError(
-                401,
+            refusal = Refusal(
+                "unauthorized",
                 "this server wants an API key it knows: send Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            ).response()
+            )
+            app = self._refuse(scope, refusal)
         await app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
@@ -120,9 +125,10 @@ class KeyGuard:
 class BodyLimit:
     """Refuses bodies that are too large, before or while they are read."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 413, or pass on."""
@@ -131,9 +137,8 @@ class BodyLimit:
             return
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self._max_bytes:
-            # Closing spares both sides the rest of it.
-            error = ApiError(413, self._message(), headers={"Connection": "close"})
-            await error.response()(scope, receive, send)
+            response = self._refuse(scope, Refusal("too_large", self._message()))
+            await response(scope, receive, send)
             return
         read = 0
 
@@ -142,7 +147,7 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._max_bytes:
-                raise HTTPException(413, self._message(), {"Connection": "close"})
+                raise HTTPException(413, self._message())  # the one kind that FastAPI passes on
             return message
 
         await self._app(scope, counted, send)

@@ -1,4 +1,4 @@
-"""What the server says of itself: models, health, metrics, version, and the page at ``/``."""
+"""``/v1/models``, and the page at ``/`` that asks through this API."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
-from slipstream import __version__
-from slipstream.server.metrics import render
-from slipstream.server.openai.errors import ApiError
-from slipstream.server.openai.respond import service_of
-from slipstream.server.openai.service import Service
+from slipstream.server.core.http.respond import service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.service import Service
 
 router = APIRouter()
 
@@ -43,31 +40,10 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/health")
-async def health(request: Request) -> dict[str, str]:
-    """200 while requests are taken, 503 when the server drains or its engine has stopped."""
-    reason = service_of(request).unavailable
-    if reason is not None:
-        raise ApiError(503, reason)
-    return {"status": "ok"}
-
-
-@router.get("/metrics")
-def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format."""
-    return Response(render(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/version")
-async def version() -> dict[str, str]:
-    """The version of the server."""
-    return {"version": __version__}
-
-
 @router.get("/", include_in_schema=False)
 def page() -> Response:
     """A page to chat with the model."""
     file = files("slipstream.server.openai") / "page" / "index.html"
     if not file.is_file():
-        raise ApiError(404, "this installation has no page; send requests to /v1")
+        raise Refusal("not_found", "this installation has no page; send requests to /v1")
     return HTMLResponse(file.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,22 +16,42 @@ from slipstream.errors import SlipstreamError
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.logs import log_event
-from slipstream.server.openai.errors import ApiError, as_api_error, internal_error
-from slipstream.server.openai.middleware import direct_send, log_fields
-from slipstream.server.openai.presence import ClientGone, while_present
-from slipstream.server.openai.reply import Reply
-from slipstream.server.openai.service import Item, Job, Service
+from slipstream.server.core.http.api import STATUSES
+from slipstream.server.core.http.middleware import direct_send, log_fields
+from slipstream.server.core.http.presence import ClientGone, while_present
+from slipstream.server.core.logs import log_event
+from slipstream.server.core.refusal import Refusal, internal_refusal, refusal_of
+from slipstream.server.core.service import Item, Job, Service
+from slipstream.server.core.usage import Usage
 
 _LOG = logging.getLogger(__name__)
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 CLIENT_GONE = 499  # what nginx logs for it; nobody reads this answer
-GENERATED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer: one object, or with `stream` events that end with `[DONE]`.",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    }
-}
+
+
+class Reply(Protocol):
+    """Turns the outputs of a request into what the client of an API reads."""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        ...
+
+    def events(self, position: int, output: RequestOutput) -> bytes:
+        """Server-sent events for an output of kind ``delta``, maybe none."""
+        ...
+
+    def end(self) -> bytes:
+        """The events after the last output."""
+        ...
+
+    def error(self, refusal: Refusal) -> bytes:
+        """The event that ends a stream in their place."""
+        ...
+
+    def body(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """The JSON of the whole answer, from outputs of kind ``final``."""
+        ...
 
 
 def service_of(request: Request) -> Service:
@@ -77,18 +97,10 @@ async def _collect(items: AsyncGenerator[Item, None], count: int) -> list[Reques
     return [outputs[position] for position in range(count)]
 
 
-def _error_event(error: ApiError, scope: Scope) -> bytes:
-    log_fields(scope)["error"] = error.status
-    return b"data: " + error.body() + b"\n\n"
-
-
 def _usage_fields(reply: Reply) -> dict[str, int]:
-    usage = reply.usage
-    return {
-        "prompt_tokens": usage.prompt,
-        "cached_tokens": usage.cached,
-        "completion_tokens": usage.generated,
-    }
+    tokens = reply.usage.tokens()
+    del tokens["total_tokens"]
+    return tokens
 
 
 class EventStream(StreamingResponse):
@@ -120,12 +132,16 @@ class EventStream(StreamingResponse):
         try:
             await self._send_items(send)
             end = self._reply.end()
-        except (ApiError, SlipstreamError) as error:
-            end = _error_event(as_api_error(error), scope)
+        except SlipstreamError as error:
+            end = self._error(refusal_of(error), scope)
         except Exception:  # noqa: BLE001 - the stream is open: the client must be told here
             _LOG.exception("a stream failed")
-            end = _error_event(internal_error(), scope)
+            end = self._error(internal_refusal(), scope)
         await send({"type": "http.response.body", "body": end, "more_body": False})
+
+    def _error(self, refusal: Refusal, scope: Scope) -> bytes:
+        log_fields(scope)["error"] = STATUSES[refusal.kind]
+        return self._reply.error(refusal)
 
     async def _send_items(self, send: Send) -> None:
         events_of = self._reply.events

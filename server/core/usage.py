@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -11,17 +11,23 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens and times of one request, from its outputs of kind ``delta`` or ``final``."""
+    """Tokens of all prompts and completions of a request, and the times of the last that was seen,
+    from outputs of kind ``delta`` or ``final``."""
 
     prompt: int = 0
     cached: int = 0
     generated: int = 0
     metrics: RequestMetrics | None = None
+    _seen: set[int] = field(default_factory=set)
 
-    def add(self, output: RequestOutput) -> Self:
-        """Take an output into account."""
-        self.prompt, self.cached = len(output.prompt_token_ids), output.num_cached_tokens
-        self.generated += sum(len(completion.token_ids) for completion in output.outputs)
+    def add(self, output: RequestOutput, position: int = 0) -> Self:
+        """Take an output of the prompt at ``position`` into account."""
+        if position not in self._seen:
+            self._seen.add(position)
+            self.prompt += len(output.prompt_token_ids)
+            self.cached += output.num_cached_tokens
+        for completion in output.outputs:
+            self.generated += len(completion.token_ids)
         self.metrics = output.metrics
         return self
 

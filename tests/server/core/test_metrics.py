@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
-from slipstream.server.metrics import FAMILIES, EngineMetrics, Histogram, registry_of, render
+from slipstream.server.core.metrics import FAMILIES, EngineMetrics, Histogram, registry_of, render
 
 STATS = SchedulerStats(
     num_running=3,
@@ -17,6 +18,18 @@ STATS = SchedulerStats(
     prefix_cache_hits=40,
     num_preemptions=1,
 )
+
+
+@dataclass
+class Engine:
+    """What metrics read of an engine."""
+
+    stats: SchedulerStats = STATS
+    unhealthy: str | None = None
+    closed: str | None = None
+
+
+ENGINE = Engine()
 # vLLM's names of what dashboards show, without its prefix.
 VLLM = {
     "num_requests_running",
@@ -36,6 +49,7 @@ VLLM = {
     "request_decode_time_seconds",
     "request_inference_time_seconds",
 }
+OWN = {"engine_healthy"}
 
 
 def scrape(metrics: EngineMetrics) -> dict[str, float]:
@@ -58,24 +72,34 @@ def output(
 
 
 def test_the_families_are_vllms() -> None:
-    assert set(FAMILIES) == VLLM
-    families = {f.name: f for f in EngineMetrics("m", lambda: STATS).collect()}
-    assert set(families) == {f"slipstream:{name}" for name in VLLM}
+    assert set(FAMILIES) == VLLM | OWN
+    families = {f.name: f for f in EngineMetrics("m", ENGINE).collect()}
+    assert set(families) == {f"slipstream:{name}" for name in VLLM | OWN}
     for name, family in FAMILIES.items():
         assert families[f"slipstream:{name}"].type == family.kind
         assert families[f"slipstream:{name}"].samples[0].labels["model_name"] == "m"
 
 
 def test_gauges_are_what_the_scheduler_says_now() -> None:
-    samples = scrape(EngineMetrics("m", lambda: STATS))
+    samples = scrape(EngineMetrics("m", ENGINE))
     assert samples["slipstream:num_requests_running"] == 3
     assert samples["slipstream:num_requests_waiting"] == 2
     assert samples["slipstream:kv_cache_usage_perc"] == 0.25
     assert samples["slipstream:prefix_cache_hits_total"] == 40
 
 
+def test_an_engine_that_is_unhealthy_or_closed_is_told() -> None:
+    engine = Engine()
+    metrics = EngineMetrics("m", engine)
+    assert scrape(metrics)["slipstream:engine_healthy"] == 1
+    engine.unhealthy = "the device hangs"
+    assert scrape(metrics)["slipstream:engine_healthy"] == 0
+    engine.unhealthy, engine.closed = None, "shut down"
+    assert scrape(metrics)["slipstream:engine_healthy"] == 0
+
+
 def test_a_request_in_one_piece() -> None:
-    metrics = EngineMetrics("m", lambda: STATS)
+    metrics = EngineMetrics("m", ENGINE)
     metrics.watch().see(output(RequestMetrics(10, 11, 13, 17), 5, "stop"))
     samples = scrape(metrics)
     assert samples["slipstream:prompt_tokens_total"] == 3
@@ -98,7 +122,7 @@ def test_a_request_in_one_piece() -> None:
 
 
 def test_a_stream_counts_the_same_and_measures_every_gap() -> None:
-    metrics = EngineMetrics("m", lambda: STATS)
+    metrics = EngineMetrics("m", ENGINE)
     now = time.monotonic()
     times = RequestMetrics(now - 3, now - 2, now - 1)
     watch = metrics.watch()
@@ -116,7 +140,7 @@ def test_a_stream_counts_the_same_and_measures_every_gap() -> None:
 
 
 def test_a_completion_that_ended_is_counted_once() -> None:
-    metrics = EngineMetrics("m", lambda: STATS)
+    metrics = EngineMetrics("m", ENGINE)
     watch, times = metrics.watch(), RequestMetrics(1, 2, 3, 4)
     first = output(times, 2, "stop")
     first.finished = False
@@ -129,7 +153,7 @@ def test_a_completion_that_ended_is_counted_once() -> None:
 
 
 def test_a_request_that_was_dropped() -> None:
-    metrics = EngineMetrics("m", lambda: STATS)
+    metrics = EngineMetrics("m", ENGINE)
     metrics.watch().close("abort")
     assert metrics.finished["abort"] == 1 and metrics.prompt_tokens == 0
 
@@ -143,7 +167,7 @@ def test_a_value_on_a_bound_is_below_it() -> None:
 
 
 def test_two_servers_share_nothing() -> None:
-    one, other = EngineMetrics("a", lambda: STATS), EngineMetrics("b", lambda: STATS)
+    one, other = EngineMetrics("a", ENGINE), EngineMetrics("b", ENGINE)
     one.watch().see(output(RequestMetrics(1, 2, 3, 4), 2, "stop"))
     assert scrape(one)["slipstream:generation_tokens_total"] == 2
     assert scrape(other)["slipstream:generation_tokens_total"] == 0

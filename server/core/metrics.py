@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -42,6 +42,7 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "engine_healthy": Family("gauge", "1 while the engine takes requests, 0 from then on."),
     "num_requests_running": Family("gauge", "Sequences in the running batch."),
     "num_requests_waiting": Family("gauge", "Sequences waiting to be run."),
     "kv_cache_usage_perc": Family("gauge", "KV pages in use; 1 means all of them."),
@@ -81,6 +82,25 @@ _SPANS: Mapping[str, tuple[str, str]] = {
 }
 
 
+class Engine(Protocol):
+    """Whose gauges are read."""
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler is doing and has done."""
+        ...
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why the engine should be restarted, None while it is well."""
+        ...
+
+    @property
+    def closed(self) -> str | None:
+        """Why the engine takes no more requests, None while it does."""
+        ...
+
+
 class Histogram:
     """Counts by bucket; a value equal to an upper bound belongs to that bucket."""
 
@@ -113,7 +133,7 @@ class EngineMetrics(Collector):
     Watches belong to one thread; ``collect`` may be called from any.
     """
 
-    def __init__(self, model_name: str, stats: Callable[[], SchedulerStats]) -> None:
+    def __init__(self, model_name: str, engine: Engine) -> None:
         self.histograms = {
             name: Histogram(family.buckets)
             for name, family in FAMILIES.items()
@@ -124,11 +144,21 @@ class EngineMetrics(Collector):
             dict.fromkeys(("stop", "length", "abort", "error"), 0)
         )
         self._model_name = model_name
-        self._stats = stats
+        self._engine = engine
+
+    @property
+    def mean_latency(self) -> float:
+        """Mean seconds from the arrival of a request to its last token; 0 before the first."""
+        latency = self.histograms["e2e_request_latency_seconds"]
+        return latency.sum / max(1, latency.count)
 
     def watch(self) -> RequestWatch:
         """An observer of one request."""
         return RequestWatch(self)
+
+    def observe(self, name: str, value: float, times: int = 1) -> None:
+        """Add a value to a histogram."""
+        self.histograms[name].observe(value, times)
 
     def collect(self) -> Iterator[Metric]:
         """Every family of ``FAMILIES`` in the form of prometheus-client."""
@@ -152,8 +182,9 @@ class EngineMetrics(Collector):
 
     def _values(self) -> dict[str, Mapping[str, float]]:
         """Values of gauges and counters by label; the label is of no meaning for most."""
-        stats = self._stats()
+        engine, stats = self._engine, self._engine.stats
         single = {
+            "engine_healthy": float(engine.unhealthy is None and engine.closed is None),
             "num_requests_running": stats.num_running,
             "num_requests_waiting": stats.num_waiting,
             "kv_cache_usage_perc": stats.kv_cache_usage,
@@ -208,8 +239,7 @@ class RequestWatch:
             if last is None:  # the first token's time is known, and it follows no other
                 last, count = times.first_token_time, count - 1
             if count:
-                latency = metrics.histograms["inter_token_latency_seconds"]
-                latency.observe((now - last) / count, count)
+                metrics.observe("inter_token_latency_seconds", (now - last) / count, count)
                 last = now
             self._last[completion.index] = last
         if completion.finish_reason is not None:
@@ -219,7 +249,7 @@ class RequestWatch:
     def _observe(self, name: str, times: RequestMetrics, begin: str, end: str) -> None:
         start, stop = getattr(times, begin), getattr(times, end)
         if start is not None and stop is not None:
-            self._metrics.histograms[name].observe(stop - start)
+            self._metrics.observe(name, stop - start)
 
 
 def registry_of(metrics: EngineMetrics) -> CollectorRegistry:

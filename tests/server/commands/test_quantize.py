@@ -14,7 +14,7 @@ from slipstream.quantize.plan import make_plan
 from slipstream.server.cli import slipstream
 from slipstream.server.text import format_bytes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: Any) -> Result:  # noqa: ANN401 - paths and texts

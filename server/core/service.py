@@ -1,4 +1,4 @@
-"""The engine as the HTTP handlers see it: admission, metrics and an orderly end around it."""
+"""The engine as every server sees it: admission, metrics and an orderly end around it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from slipstream.errors import ExecutionError
+from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.logs import log_event
-from slipstream.server.metrics import EngineMetrics, RequestWatch, registry_of
-from slipstream.server.openai.errors import ApiError
-from slipstream.server.openai.logprobs import TokenTexts
-from slipstream.server.openai.merge import merge
-from slipstream.server.openai.options import ServerOptions
+from slipstream.server.core.limits import MAX_SEQUENCES
+from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.logs import log_event
+from slipstream.server.core.merge import merge
+from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.refusal import Refusal
 
-MAX_SEQUENCES = 2048  # completions that one HTTP request may ask for
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
 
@@ -34,7 +33,7 @@ Item = tuple[int, RequestOutput]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one HTTP request asks of the engine."""
+    """What one request of a client asks of the engine."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
@@ -42,48 +41,67 @@ class Job:
     priority: int = 0
 
 
+class Observer(Protocol):
+    """Who hears of one prompt, to count."""
+
+    def see(self, output: RequestOutput) -> None:
+        """Hear an output of kind ``delta`` or ``final``."""
+        ...
+
+    def close(self, reason: Literal["abort", "error"]) -> None:
+        """Hear that there is no last output."""
+        ...
+
+
+class Metrics(Protocol):
+    """Who counts."""
+
+    @property
+    def mean_latency(self) -> float:
+        """Mean seconds that a request took."""
+        ...
+
+    def watch(self) -> Observer:
+        """An observer for one prompt; it is used in the event loop only."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Track:
     """One prompt of a job on its way through the engine."""
 
     position: int
-    watch: RequestWatch
+    observer: Observer
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Service:
     """One engine behind one server; belongs to one event loop."""
 
-    def __init__(self, llm: AsyncLLM, options: ServerOptions) -> None:
+    def __init__(self, llm: AsyncLLM, options: ServerOptions, metrics: Metrics) -> None:
         self.llm = llm
         self.options = options
         self.names = list(options.served_model_name)
         self.created = int(time.time())
-        self.metrics = EngineMetrics(self.names[0], lambda: llm.stats)
-        self.registry = registry_of(self.metrics)
+        self.metrics = metrics
         self.texts = TokenTexts(llm.tokenizer)
         self.draining = False
-        self._open = 0
+        self._open = 0  # prompts that run or wait, those on their way to the engine included
         self._running: set[str] = set()
         self._idle = asyncio.Event()
 
     @property
     def unavailable(self) -> str | None:
         """Why no request is taken now."""
-        return _SHUTTING_DOWN if self.draining else self.llm.closed
-
-    @property
-    def num_open(self) -> int:
-        """Prompts that run or wait, those on their way to the engine included."""
-        return self._open
+        return self.llm.unhealthy or (_SHUTTING_DOWN if self.draining else self.llm.closed)
 
     def model(self, name: str | None) -> str:
-        """The name to answer with; raises ``ApiError`` for a model that is not served."""
+        """The name to answer with; raises ``Refusal`` for a model that is not served."""
         if name is None:
             return self.names[0]
         if name not in self.names:
-            raise ApiError(
-                404,
+            raise Refusal(
+                "not_found",
                 f"there is no model {name!r:.100}; this server has {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
@@ -93,7 +111,7 @@ class Service:
     async def run(self, job: Job) -> AsyncGenerator[Item, None]:
         """The outputs of all prompts as they come; closing or cancelling this aborts them.
 
-        Raises ``ApiError`` if the server takes no more, or ends the request; and what
+        Raises ``Refusal`` if the server takes no more, or ends the request; and what
         ``AsyncLLM.generate`` raises.
         """
         with self._admission(job), self._tracking(job) as tracks:
@@ -101,9 +119,9 @@ class Service:
             async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as outputs:
                 async for output in outputs:
                     track = tracks[output.request_id]
-                    track.watch.see(output)
+                    track.observer.see(output)
                     if output.finished and _aborted(output):
-                        raise ApiError(503, _SHUTTING_DOWN)
+                        raise Refusal("unavailable", _SHUTTING_DOWN)
                     yield track.position, output
 
     def _generate(self, job: Job, track: _Track) -> AsyncGenerator[RequestOutput, None]:
@@ -123,18 +141,21 @@ class Service:
         self._running |= tracks.keys()
         try:
             yield tracks
-        except ExecutionError:
-            _close(tracks, "error")
+        except (InvalidRequestError, CapacityError, Refusal):  # never begun, or seen to its end
             raise
         except (asyncio.CancelledError, GeneratorExit):
             _close(tracks, "abort")
             raise
+        except Exception:
+            _close(tracks, "error")
+            raise
         finally:
             self._running -= tracks.keys()
 
-    async def drain(self, timeout: float) -> None:
-        """Take no more requests and wait for the open ones; abort those that last longer."""
+    async def drain(self) -> None:
+        """Take no more requests and wait for the open ones; abort those that last too long."""
         self.draining = True
+        timeout = self.options.drain_timeout
         log_event(_LOG, "draining", {"requests": self._open, "timeout": timeout})
         if self._open:
             self._idle.clear()
@@ -148,21 +169,21 @@ class Service:
     @contextmanager
     def _admission(self, job: Job) -> Iterator[None]:
         if self.unavailable is not None:
-            raise ApiError(503, self.unavailable)
+            raise Refusal("unavailable", self.unavailable)
         count = len(job.prompts)
         if not 1 <= count * job.params.n <= MAX_SEQUENCES:
-            raise ApiError(
-                400,
+            raise Refusal(
+                "invalid",
                 f"{count} prompts of {job.params.n} completions each; one request takes 1 to "
                 f"{MAX_SEQUENCES} completions. Send several requests",
                 param="prompt",
             )
         if self._open >= self.llm.config.max_batch_size + self.options.max_queued_requests:
-            raise ApiError(
-                429,
+            raise Refusal(
+                "busy",
                 f"{self._open} requests run or wait already; send this one again later",
                 code="queue_full",
-                headers={"Retry-After": str(self._wait_estimate())},
+                retry_after=self._wait_estimate(),
             )
         self._open += count
         try:
@@ -174,14 +195,12 @@ class Service:
 
     def _wait_estimate(self) -> int:
         """Seconds until a place may be free: about what a request takes, of at least one."""
-        latency = self.metrics.histograms["e2e_request_latency_seconds"]
-        mean = latency.sum / max(1, latency.count)
-        return math.ceil(min(max(mean, 1), 60))
+        return math.ceil(min(max(self.metrics.mean_latency, 1), 60))
 
 
 def _close(tracks: Mapping[str, _Track], reason: Literal["abort", "error"]) -> None:
     for track in tracks.values():
-        track.watch.close(reason)
+        track.observer.close(reason)
 
 
 def _aborted(output: RequestOutput) -> bool:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from slipstream.server.logs import LogFormat, log_event, request_id, structured_logs
+from slipstream.server.core.logs import LogFormat, log_event, request_id, structured_logs
 
 LOG = logging.getLogger("slipstream.server.test")
 

@@ -1,0 +1,73 @@
+"""What an HTTP API is to the server: its routes, and how it tells an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from slipstream.server.core.refusal import Kind, Refusal
+
+STATUSES: Mapping[Kind, int] = {
+    "invalid": 400,
+    "unauthorized": 401,
+    "not_found": 404,
+    "wrong_method": 405,
+    "too_large": 413,
+    "busy": 429,
+    "unavailable": 503,
+    "failed": 503,
+    "internal": 500,
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """One API among those of a server.
+
+    ``error_body`` gives the JSON of a refusal, and ``responses`` describes the answers that are
+    errors, by status, for ``/openapi.json``.
+    """
+
+    router: APIRouter
+    error_body: Callable[[Refusal], bytes]
+    responses: dict[int | str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Apis:
+    """The APIs of a server; the first also speaks for paths that are nobody's."""
+
+    apis: Sequence[Api]
+
+    @property
+    def first(self) -> Api:
+        """Who speaks for the server itself."""
+        return self.apis[0]
+
+    def refuse(self, scope: Scope, refusal: Refusal) -> Response:
+        """The answer to a request, in the shape of the API that it was sent to."""
+        body = self._api_of(scope).error_body(refusal)
+        return Response(body, STATUSES[refusal.kind], _headers(refusal), "application/json")
+
+    def _api_of(self, scope: Scope) -> Api:
+        for api in self.apis:
+            if any(route.matches(scope)[0] is not Match.NONE for route in api.router.routes):
+                return api
+        return self.first
+
+
+def _headers(refusal: Refusal) -> dict[str, str]:
+    headers = {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    if refusal.kind == "unauthorized":
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.kind == "too_large":  # closing spares both sides the rest of the body
+        headers["Connection"] = "close"
+    return headers

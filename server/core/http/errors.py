@@ -1,0 +1,78 @@
+"""Errors of handlers, of validation and of routing as refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from slipstream.errors import SlipstreamError
+from slipstream.server.core.http.api import STATUSES, Apis
+from slipstream.server.core.refusal import Kind, Refusal, refusal_of
+
+_KINDS: Mapping[int, Kind] = {status: kind for kind, status in STATUSES.items()}
+
+
+def install_handlers(app: FastAPI, apis: Apis) -> None:
+    """Answer every error in the shape of the API that was asked."""
+    meanings: Mapping[type[Exception], Callable[[Request, Any], Refusal]] = {
+        SlipstreamError: lambda _, error: refusal_of(error),
+        RequestValidationError: lambda _, error: _invalid(error.errors()),
+        HTTPException: _unroutable,
+    }
+    for kind, meaning in meanings.items():
+        app.add_exception_handler(kind, _handler(apis, meaning))
+
+
+def _handler(
+    apis: Apis, meaning: Callable[[Request, Any], Refusal]
+) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        response = apis.refuse(request.scope, meaning(request, error))
+        if isinstance(error, HTTPException):  # such as the methods that a path takes
+            response.headers.update(error.headers or {})
+        return response
+
+    return answer
+
+
+def _unroutable(request: Request, error: HTTPException) -> Refusal:
+    messages = {
+        400: "the body cannot be read; send a JSON object in UTF-8",
+        404: f"there is no {request.url.path} here; see /openapi.json for what there is",
+        405: f"{request.url.path} does not take {request.method}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return Refusal(_KINDS.get(error.status_code, "invalid"), message)
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    """One refusal for what pydantic found: of the first wrong field, what it may be."""
+    first = errors[0]
+    kind, path = first["type"], [part for part in first["loc"] if part not in ("body", "path")]
+    if kind == "json_invalid":
+        detail = first.get("ctx", {}).get("error", "")
+        return Refusal("invalid", f"the body is no valid JSON: {detail} at character {path[0]}")
+    if not path:
+        return Refusal(
+            "invalid", "the body must be a JSON object sent with Content-Type: application/json"
+        )
+    name = str(path[0])
+    if kind == "extra_forbidden":
+        where = ".".join(map(str, path))
+        return Refusal("invalid", f"unknown field {where!r}; leave it out", param=where)
+    if kind == "missing":
+        return Refusal("invalid", f"{'.'.join(map(str, path))} is missing", param=name)
+    about = [error for error in errors if error["loc"][: len(first["loc"]) - len(path) + 1]
+             == first["loc"][: len(first["loc"]) - len(path) + 1]]  # fmt: skip
+    wanted = dict.fromkeys(_sentence(error["msg"]) for error in about)
+    return Refusal("invalid", f"{name}: {'; or '.join(wanted)}", param=name)
+
+
+def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

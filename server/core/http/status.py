@@ -1,0 +1,35 @@
+"""What the server says of itself: health, metrics and version."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from slipstream import __version__
+from slipstream.server.core.http.respond import service_of
+from slipstream.server.core.metrics import render
+from slipstream.server.core.refusal import Refusal
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """200 while requests are taken, 503 when the server drains or its engine is unhealthy."""
+    reason = service_of(request).unavailable
+    if reason is not None:
+        raise Refusal("unavailable", reason)
+    return {"status": "ok"}
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(render(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of the server."""
+    return {"version": __version__}

@@ -1,0 +1,71 @@
+"""Why a request is not answered, in words that every API renders in its own shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from slipstream.errors import (
+    CapacityError,
+    ExecutionError,
+    InvalidRequestError,
+    SlipstreamError,
+)
+
+# invalid       the request asks for something impossible or unknown.
+# unauthorized  it carries no key that is known.
+# not_found     there is no such model, or no such path.
+# wrong_method  there is, but not for this method.
+# too_large     its body is larger than the server takes.
+# busy          too many requests wait already.
+# unavailable   the server drains, or its engine has stopped.
+# failed        a step failed on the device; others are answered.
+# internal      a bug.
+Kind = Literal[
+    "invalid", "unauthorized", "not_found", "wrong_method", "too_large", "busy", "unavailable",
+    "failed", "internal",
+]  # fmt: skip
+
+_KINDS: Mapping[type[SlipstreamError], Kind] = {
+    InvalidRequestError: "invalid",
+    CapacityError: "invalid",
+    ExecutionError: "failed",
+}
+
+
+class Refusal(SlipstreamError):
+    """A request is not answered, or not to its end.
+
+    ``param`` is the field it is about, ``code`` a word for programs, and ``retry_after`` the
+    seconds after which it may be sent again.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+
+def refusal_of(error: SlipstreamError) -> Refusal:
+    """What a surface says of an error."""
+    if isinstance(error, Refusal):
+        return error
+    return Refusal(_KINDS.get(type(error), "internal"), str(error))
+
+
+def internal_refusal() -> Refusal:
+    """What is said of a bug; the log has the rest."""
+    return Refusal(
+        "internal", "an error inside the server; its log has the details under this request"
+    )

@@ -1,0 +1,15 @@
+"""OpenAI's API, with vLLM's extra fields and endpoints."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from slipstream.server.core.http.api import Api
+from slipstream.server.openai import chat, completions, models, tokens
+from slipstream.server.openai.errors import RESPONSES, error_body
+
+_router = APIRouter()
+for _part in (chat, completions, tokens, models):
+    _router.include_router(_part.router)
+
+OPENAI = Api(_router, error_body, RESPONSES)
