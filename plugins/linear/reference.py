@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +95,7 @@ def round_activations(
     top = np.float32(FP8_MAX if float8 else 127)
     if activation == "static":
         assert weight.input_scale is not None
-        scale: Floats = np.full(x.shape, weight.input_scale, np.float32)
+        scale: NDArray[Any] = np.full(x.shape, weight.input_scale, np.float32)
     else:
         width = weight.format.group if activation == "group" else x.shape[1]
         starts = np.arange(0, x.shape[1], width)

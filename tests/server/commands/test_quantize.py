@@ -73,9 +73,9 @@ def test_options_reach_the_plan(tiny_checkpoint: Path, tmp_path: Path, little: l
 def test_a_dry_run_prints_the_plan_and_reads_no_weights(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slipstream.builder.checkpoints import safetensors_file
+    from slipstream.weights import safetensors
 
-    monkeypatch.setattr(safetensors_file, "map_array", None)
+    monkeypatch.setattr(safetensors, "map_array", None)
     arguments = ["--qformat", "int4_gptq", "--exclude", "re:.*o_proj", "--group-size", 128]
     result = run(tiny_checkpoint, "-o", tmp_path / "out", "--dry-run", *arguments)
     assert result.exit_code == 0, result.output
