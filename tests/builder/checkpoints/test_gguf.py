@@ -435,6 +435,13 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
         (changed(attention__head_count=0), "attention.head_count is 0; expected a positive"),
         (changed(embedding_length="wide"), "embedding_length is 'wide'; expected a positive"),
         (changed(split__count="many"), "split.count is .many.; expected an integer"),
+        (changed(rope__freq_base="far"), "rope.freq_base is 'far'; expected a positive number"),
+        (changed(rope__freq_base=math.nan), "rope.freq_base is nan"),
+        (changed(block_count=True), "block_count is True; expected a positive integer"),
+        (changed(block_count=2**32 - 1), "num_hidden_layers is 4294967295"),
+        (changed(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps is 'x'"),
+        (changed(tokenizer__ggml__eos_token_id=[1, 2]), r"eos_token_id is \[\[1, 2\]\]"),
+        (changed(rope__scaling__type=[["yarn"]]), "rope type"),
         (without("block_count"), "no llama.block_count"),
         (without("token_embd.weight"), "no token_embd.weight"),
         (
