@@ -103,7 +103,7 @@ def round_activations(
         scale = np.repeat(largest / top, width, axis=1)[:, : x.shape[1]]
     steps = np.clip(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), -top, top)
     whole = steps.astype(ml_dtypes.float8_e4m3fn) if float8 else np.rint(steps)
-    return whole.astype(np.float64) * scale
+    return np.asarray(whole.astype(np.float64) * scale, np.float64)
 
 
 def embedding(ids: NDArray[np.int32], weight: QuantTensor) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.builder.checkpoints.test_gguf import TinyModel, tiny
 from tests.quantized_files import pack_awq, pack_gptq, pack_nf4, save_quantized_llama
 from tests.tiny_models import llama_tensors, save_llama
 
@@ -260,7 +262,9 @@ def check(case: Case, directory: Path) -> str | None:
         case.read(directory)
     except SlipstreamError as error:
         message = str(error)
-        assert any(name in message for name in (str(directory), "config.json")), message[:500]
+        assert any(name in message for name in (str(directory), "config.json", "GGUF")), message[
+            :500
+        ]
         assert any(remedy in message for remedy in REMEDIES), message[:500]
         assert len(message) < 1500, message[:500]
         return message
@@ -295,3 +299,55 @@ def test_a_malformed_file_is_a_typed_error(name: str, change: str, tmp_path: Pat
     case.put(tmp_path, FILES[change](case.get(tmp_path)))
     refused = check(case, tmp_path)
     assert refused or change == "an empty object"
+
+
+# What may stand in place of a value of GGUF metadata, of every type that its writer knows.
+METADATA = (
+    *(True, False, 0, 1, 7, 2**32 - 1, 0.0, -1.0, 0.5, math.inf, math.nan, "", "text", "4", "\0"),
+    *([0], [1, 2], [True], [0.5], [math.nan], ["a"], ["a", "b c"], [[0]], [["a"]]),
+)
+
+
+def gguf_model() -> TinyModel:
+    """A model with every key of metadata that somebody reads."""
+    model = tiny()
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(26)), "ab"]
+    model.metadata |= {
+        "attention.key_length": 16, "rope.dimension_count": 16, "attention.sliding_window": 128,
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.original_context_length": 128, "rope.scaling.yarn_beta_fast": 32.0,
+        "expert_count": 0, "split.count": 1, "tokenizer.chat_template": "x",
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.5] * len(tokens), "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.eot_token_id": 2,
+    }  # fmt: skip
+    return model
+
+
+def read_gguf(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.names():
+        checkpoint.tensor(name).load()
+    checkpoint.write_tokenizer(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("key", gguf_model().metadata)
+def test_malformed_metadata_of_gguf_is_a_typed_error(key: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    case = Case(lambda _: None, lambda _: read_gguf(path), path.name)
+    for value in (None, *METADATA):
+        model = gguf_model()
+        model.metadata["tokenizer.ggml.model"] = kind
+        model.metadata[key] = value
+        if value is None:
+            del model.metadata[key]
+        model.write(path)
+        try:
+            check(case, tmp_path)
+        except Exception as error:
+            error.add_note(f"{key}: {value!r}")
+            raise
