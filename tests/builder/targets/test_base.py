@@ -21,9 +21,7 @@ def test_an_installed_package_adds_a_target(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert create_target("abacus") is target
     assert create_target("cpu").name == "cpu"  # ours are not replaced
-    with pytest.raises(
-        BuildError, match=r"no_such_package of slipstream\.targets cannot"
-    ):
+    with pytest.raises(BuildError, match=r"no_such_package of slipstream\.targets cannot"):
         create_target("broken")
     with pytest.raises(BuildError, match=r"'x' is unknown; known targets: auto, .*abacus.*cuda"):
         create_target("x")
