@@ -48,7 +48,8 @@ def reference(checkpoint: Path, texts: list[list[int]]) -> Logits:
 
 def slipstream(engine: Path, texts: list[list[int]]) -> Logits:
     """Logits of an engine, straight from its executor."""
-    from slipstream.runtime.engine.step import SamplingRow, StepBatch
+    from slipstream.builder.contract import KV, LOGITS
+    from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
     from slipstream.runtime.loading import load
     from slipstream.runtime.sampling.params import SamplingParams
 
@@ -62,16 +63,15 @@ def slipstream(engine: Path, texts: list[list[int]]) -> Logits:
             positions=steps,
             query_start=np.array([0, len(ids)], np.int32),
             context_len=np.array([len(ids)], np.int32),
-            page_table=np.arange(len(ids) // 32 + 1, dtype=np.int32)[None],
-            slot_mapping=steps,
             logits_rows=steps,
             sampling=[SamplingRow(SamplingParams(temperature=0), ids, [], 0, target=0)] * len(ids),
             slots=np.array([0], np.int32),
             sampling_slots=np.full(len(ids), -1, np.int32),
+            pages={KV: PagedInputs(np.arange(len(ids) // 32 + 1, dtype=np.int32)[None], steps)},
         )
         pending = executor.submit(batch)
         pending.result()
-        rows.append(pending.binding.logits.copy())
+        rows.append(pending.binding.outputs[LOGITS].copy())
     return np.concatenate(rows)
 
 

@@ -41,6 +41,7 @@ def start_up(engine: str) -> dict[str, float]:
 def memory(engine: str) -> dict[str, float]:
     """MB resident after a 512-token prompt, beside the engine's weights and the pages in use."""
     from slipstream import LLM, SamplingParams
+    from slipstream.builder.contract import bytes_per_token
     from slipstream.builder.engine import WEIGHTS, open_engine
 
     llm = LLM(engine)
@@ -48,7 +49,7 @@ def memory(engine: str) -> dict[str, float]:
     status = Path("/proc/self/smaps_rollup").read_text().split()
     resident = int(status[status.index("Rss:") + 1]) * 1024
     weights = (Path(engine) / WEIGHTS).stat().st_size
-    pages = open_engine(Path(engine)).manifest.kv.bytes_per_token * 528
+    pages = bytes_per_token(open_engine(Path(engine)).manifest.caches) * 528
     sizes = {"resident": resident, "weights": weights, "kv_in_use": pages}
     sizes["beyond_weights_and_kv"] = resident - weights - pages
     return {f"{name}_mb": size / 1e6 for name, size in sizes.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
+from slipstream.builder.contract import page_size_of
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -143,7 +144,7 @@ def random_engine(
             "max_batch_size": limits.max_batch_size,
             "max_num_tokens": limits.max_num_tokens,
             "max_seq_len": limits.max_seq_len,
-            "page_size": plan.kv.page_size,
+            "page_size": page_size_of(plan.caches),
             **runtime,
         }
     )
@@ -152,7 +153,12 @@ def random_engine(
     )
     vocab_size = int(shape["vocab_size"])
     return LoadedEngine(
-        executor, named_tokens(vocab_size), config, vocab_size, SamplingParams(temperature=0)
+        executor=executor,
+        tokenizer=named_tokens(vocab_size),
+        config=config,
+        caches=plan.caches,
+        vocab_size=vocab_size,
+        generation_defaults=SamplingParams(temperature=0),
     )
 
 

@@ -14,17 +14,15 @@ import onnx_ir as ir
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.base import Checkpoint
 from slipstream.builder.checkpoints.names import REDUNDANT
-from slipstream.builder.engine import (
-    GRAPH,
-    MANIFEST,
-    WEIGHTS,
-    EngineLimits,
-    KVLayout,
-    Manifest,
-    sha256,
+from slipstream.builder.contract import (
+    TARGET_GRAPH,
+    CacheSpec,
+    GraphSpec,
+    bytes_per_token,
 )
+from slipstream.builder.engine import GRAPH, MANIFEST, WEIGHTS, EngineLimits, Manifest, sha256
 from slipstream.builder.graph.describe import count_formats
-from slipstream.builder.graph.ops import FLOAT, INT32, Ops
+from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
@@ -41,13 +39,6 @@ from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 Shapes = Mapping[str, tuple[int, ...]]
-_KV_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
-    "int8": ir.DataType.INT8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +57,20 @@ class Plan:
     target: str
     capability: str
     limits: EngineLimits
-    kv: KVLayout
     quantization: str
     formats: dict[str, int]
     kv_scales: KVScales | None = None
+
+    @property
+    def graphs(self) -> dict[str, GraphSpec]:
+        """The contract of every graph."""
+        assert self.program.contract is not None
+        return {TARGET_GRAPH: self.program.contract}
+
+    @property
+    def caches(self) -> tuple[CacheSpec, ...]:
+        """What the graphs remember."""
+        return self.program.caches
 
     @property
     def weights(self) -> list[StoredWeight]:
@@ -84,7 +85,7 @@ class Plan:
     @property
     def sequence_kv_bytes(self) -> int:
         """KV pages of one sequence of the full length."""
-        return self.kv.bytes_per_token * self.limits.max_seq_len
+        return bytes_per_token(self.caches) * self.limits.max_seq_len
 
 
 def plan(source: str | Path, options: BuildOptions) -> Plan:
@@ -102,20 +103,16 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
-    kv = KVLayout(
-        target.kv_dtype(_with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"),
-        target.page_size,
-        config.num_layers,
-        config.num_kv_heads,
-        config.head_dim,
+    kv_dtype = target.kv_dtype(
+        _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
-    program = _declare(checkpoint, kv)
-    scales = _kv_scales(checkpoint.kv_scales, kv)
+    program = _declare(checkpoint, kv_dtype, target.page_size)
+    scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
-    capability = target.capability(program, kv.dtype)
+    capability = target.capability(program, kv_dtype)
     return Plan(
-        checkpoint, options, program, target.name, capability, limits, kv, quantization,
+        checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
     )  # fmt: skip
 
@@ -152,10 +149,10 @@ def _with_kv_dtype(options: BuildOptions, scales: KVScales | None) -> BuildOptio
     return replace(options, kv_cache_dtype="fp8")
 
 
-def _kv_scales(scales: KVScales | None, kv: KVLayout) -> KVScales | None:
-    if scales is not None and kv.dtype != "float8_e4m3fn":
+def _kv_scales(scales: KVScales | None, kv_dtype: str) -> KVScales | None:
+    if scales is not None and kv_dtype != "float8_e4m3fn":
         log.warning(
-            "the checkpoint's KV scales are for fp8 and are not used: pages are %s", kv.dtype
+            "the checkpoint's KV scales are for fp8 and are not used: pages are %s", kv_dtype
         )
         return None
     return scales
@@ -182,19 +179,22 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
     )
 
 
-def _declare(checkpoint: Checkpoint, kv: KVLayout) -> Program:
+def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int) -> Program:
     """The canonical program of a checkpoint, with every tensor of it accounted for."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
     _check_read(checkpoint, architecture, expected)
-    program = new_program(config.architecture, _step_inputs(kv))
+    program = new_program(config.architecture)
     used: set[str] = set()
 
     def tensor(name: str) -> LazyTensor:
         used.add(name)
         return _checked(checkpoint, name, expected)
 
-    architecture.decoder(Ops(program), config, architecture, tensor, kv.page_size).build()
+    decoder = architecture.decoder
+    ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
+    decoder(ops, config, architecture, tensor).build()
+    program.contract, program.caches = ops.contract(GRAPH), ops.caches
     differing = used ^ set(expected)
     if differing:
         raise BuildError(
@@ -230,23 +230,6 @@ def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
             "models: download both again"
         )
     return tensor
-
-
-def _step_inputs(kv: KVLayout) -> dict[str, tuple[ir.DataType, tuple[int | str, ...]]]:
-    heads = ("pages", 2, kv.num_kv_heads)
-    inputs: dict[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
-        "token_ids": (INT32, ("T",)),
-        "positions": (INT32, ("T",)),
-        "query_start": (INT32, ("S+1",)),
-        "context_len": (INT32, ("S",)),
-        "page_table": (INT32, ("S", "P")),
-        "slot_mapping": (INT32, ("T",)),
-        "logits_rows": (INT32, ("L",)),
-        "kv_cache": (_KV_TYPES[kv.dtype], (kv.num_layers, *heads, kv.page_size * kv.head_dim)),
-    }
-    if kv.dtype == "int8":
-        inputs["kv_scales"] = (FLOAT, (kv.num_layers, *heads, kv.page_size))
-    return inputs
 
 
 def _write(
@@ -290,7 +273,8 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         capability=planned.capability,
         model=planned.checkpoint.config.to_json(),
         limits=planned.limits,
-        kv=planned.kv,
+        graphs=planned.graphs,
+        caches=planned.caches,
         quantization=planned.quantization,
         formats=planned.formats,
         plugins={name: spec.version for name, spec in OPERATORS.items() if name in used},

@@ -8,7 +8,7 @@ beside ``builder/engine.py`` it is all that the runtime knows of the builder.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -50,14 +50,18 @@ STEP_SHAPES: Mapping[Source, tuple[str, ...]] = {
     Source.PAGE_TABLE: ("S", "P"),
     Source.SLOT_MAPPING: ("T",),
 }
+PAGED_SOURCES = (Source.PAGE_TABLE, Source.SLOT_MAPPING)
 # The graph that the engine loop runs, and the output that it samples from.
 TARGET_GRAPH = "target"
 LOGITS = "logits"
+# The cache of an engine that has one; names of what belongs to another carry that one's name.
+KV = "kv"
 
 
 @dataclass(frozen=True, slots=True)
 class CacheArray:
-    """One tensor of a cache: ``[layers, pages or slots, *shape]`` of ``dtype``."""
+    """One tensor of a cache: ``[layers, pages or slots, *shape]`` of ``dtype``; its name is its
+    own in the engine."""
 
     name: str
     dtype: str
@@ -75,8 +79,8 @@ class CacheSpec:
 
     ``paged``: a page holds ``page_size`` tokens; with a ``window`` a query sees that many tokens,
     itself included, and pages behind it may be given back. ``state``: a slot holds what is left of
-    all tokens so far; ``page_size`` is 0. ``layers`` are the model's, in the order of the arrays'
-    first axis.
+    all tokens so far, and what a graph finds there before the first token means nothing;
+    ``page_size`` is 0. ``layers`` are the model's, in the order of the arrays' first axis.
     """
 
     name: str
@@ -94,7 +98,10 @@ class CacheSpec:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input of a graph: its name there, what is put in, and of which cache that speaks."""
+    """An input of a graph: its name there, what is put in, and of which cache that speaks.
+
+    A port of an array of a cache has the array's name.
+    """
 
     name: str
     source: Source
@@ -105,11 +112,16 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output of a graph; rows are those of ``logits_rows`` (L) or all tokens (T)."""
+    """An output of a graph; rows are those of ``logits_rows`` (L) or all tokens (T).
+
+    ``updates`` names the array of a cache that the output is the next content of: whole, in the
+    same memory. Whatever reads the array must come before what makes the output.
+    """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+    updates: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +136,148 @@ class GraphSpec:
     inputs: tuple[Port, ...]
     outputs: tuple[Output, ...]
     seam: tuple[str, str] | None = None
+
+    def output(self, name: str) -> Output | None:
+        """The output of that name, None if there is none."""
+        return next((output for output in self.outputs if output.name == name), None)
+
+
+def attention_cache(
+    dtype: str,
+    layers: Sequence[int],
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    name: str = KV,
+    window: int = 0,
+) -> CacheSpec:
+    """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn or int8,
+    whose scales are an array of their own."""
+    heads = (2, num_kv_heads)
+    arrays = [CacheArray(_scoped("kv_cache", name), dtype, (*heads, page_size * head_dim))]
+    if dtype == "int8":
+        arrays.append(CacheArray(_scoped("kv_scales", name), "float32", (*heads, page_size)))
+    return CacheSpec(name, "paged", tuple(layers), tuple(arrays), page_size, window)
+
+
+def step_port(source: Source) -> Port:
+    """The input that takes an array of the step."""
+    return Port(source.value, source, "int32", STEP_SHAPES[source])
+
+
+def paged_port(source: Source, cache: CacheSpec) -> Port:
+    """The input that takes a step's page table or slot mapping of a paged cache."""
+    shape = tuple(_scoped(dim, cache.name) if dim == "P" else dim for dim in STEP_SHAPES[source])
+    return Port(_scoped(source.value, cache.name), source, "int32", shape, cache.name)
+
+
+def array_port(array: CacheArray, cache: CacheSpec) -> Port:
+    """The input that is an array of a cache."""
+    count = _scoped("pages" if cache.kind == "paged" else "slots", cache.name)
+    shape: tuple[Dim, ...] = (len(cache.layers), count, *array.shape)
+    return Port(array.name, Source.CACHE, array.dtype, shape, cache.name)
+
+
+def ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
+    """Every input that a graph on these caches can have."""
+    for source in STEP_SHAPES:
+        if source not in PAGED_SOURCES:
+            yield step_port(source)
+    for cache in caches:
+        if cache.kind == "paged":
+            yield from (paged_port(source, cache) for source in PAGED_SOURCES)
+        yield from (array_port(array, cache) for array in cache.arrays)
+
+
+def paged(caches: Iterable[CacheSpec]) -> tuple[CacheSpec, ...]:
+    """The caches whose content lies in pages."""
+    return tuple(cache for cache in caches if cache.kind == "paged")
+
+
+def states(caches: Iterable[CacheSpec]) -> tuple[CacheSpec, ...]:
+    """The caches that hold a state a sequence."""
+    return tuple(cache for cache in caches if cache.kind == "state")
+
+
+def page_size_of(caches: Sequence[CacheSpec]) -> int:
+    """Tokens of a page, the same in all paged caches."""
+    return paged(caches)[0].page_size
+
+
+def bytes_per_token(caches: Sequence[CacheSpec]) -> int:
+    """Bytes that one token takes in the pages of all layers, scales of int8 pages included."""
+    return sum(cache.bytes_per_page // cache.page_size for cache in paged(caches))
+
+
+def kv_dtype_of(caches: Sequence[CacheSpec]) -> str:
+    """The dtype of pages, for people: that of the first paged cache."""
+    return paged(caches)[0].arrays[0].dtype
+
+
+def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec]) -> None:
+    """Raise ValueError, naming the place, unless graphs and caches fit together."""
+    _unique([cache.name for cache in caches], "caches")
+    _unique([array.name for cache in caches for array in cache.arrays], "arrays of caches")
+    for cache in caches:
+        problem = _cache_problem(cache)
+        _require(not problem, f"cache {cache.name} has {problem}")
+    sizes = {cache.page_size for cache in paged(caches)}
+    _require(
+        len(sizes) == 1, f"caches have pages of {sorted(sizes) or 'no'} tokens, not all the same"
+    )
+    for name, graph in graphs.items():
+        _check_graph(f"graph {name}", graph, caches)
+    target = graphs.get(TARGET_GRAPH)
+    logits = target.output(LOGITS) if target else None
+    _require(logits is not None, f"graphs has no {TARGET_GRAPH} with an output {LOGITS}")
+    assert logits is not None
+    fits = len(logits.shape) == 2 and logits.shape[0] == "L" and isinstance(logits.shape[1], int)
+    _require(fits, f"output {LOGITS} has shape {list(logits.shape)}, not [L, vocabulary]")
+
+
+def _cache_problem(cache: CacheSpec) -> str | None:
+    if not cache.layers or not cache.arrays or len(set(cache.layers)) < len(cache.layers):
+        return "no layers, a layer twice or no arrays"
+    for array in cache.arrays:
+        if array.dtype not in _ITEM_BYTES or any(size < 1 for size in array.shape):
+            return f"an array {array.name} of dtype {array.dtype} and shape {list(array.shape)}"
+    is_paged = cache.kind == "paged"
+    if (cache.page_size > 0) != is_paged or cache.window < 0 or (cache.window and not is_paged):
+        return f"page_size {cache.page_size} and window {cache.window}, but is {cache.kind}"
+    return None
+
+
+def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> None:
+    _unique([port.name for port in graph.inputs], f"inputs of {place}")
+    _unique([output.name for output in graph.outputs], f"outputs of {place}")
+    known = {port.name: port for port in ports_of(caches)}
+    for port in graph.inputs:
+        fits = port == known.get(port.name)
+        _require(fits, f"input {port.name} of {place} is none that these caches and a step have")
+    arrays = [
+        (port.name, port.dtype, port.shape) for port in graph.inputs if port.source is Source.CACHE
+    ]
+    for output in graph.outputs:
+        told = f"output {output.name} of {place}"
+        _require(output.dtype in _ITEM_BYTES, f"{told} has dtype {output.dtype}")
+        if output.updates is None:
+            named = {size for size in output.shape if isinstance(size, str)}
+            _require(named <= {"T", "S", "L"}, f"{told} has shape {list(output.shape)}")
+        else:
+            shapes = (output.updates, output.dtype, output.shape)
+            _require(shapes in arrays, f"{told} updates {output.updates}, which is no such input")
+
+
+def _unique(names: Sequence[str], of: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"{of} has {', '.join(twice)} twice")
+
+
+def _require(fits: bool, problem: str) -> None:
+    if not fits:
+        raise ValueError(problem)
+
+
+def _scoped(name: str, cache: str) -> str:
+    return name if cache == KV else f"{name}.{cache}"

@@ -1,22 +1,29 @@
 """The engine directory: its manifest, and the checks that come before anything is loaded.
 
-The only module of the builder that the runtime may import; it imports nothing heavy.
+Beside ``builder/contract.py`` all that the runtime knows of the builder; it imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slipstream import __version__
+from slipstream.builder.contract import (
+    LOGITS,
+    TARGET_GRAPH,
+    CacheSpec,
+    GraphSpec,
+    check_contract,
+)
+from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
@@ -39,37 +46,20 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class KVLayout:
-    """How keys and values lie in pages; dtype is float32, float16, bfloat16, float8_e4m3fn or
-    int8."""
-
-    dtype: str
-    page_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes in all layers, scales of int8 pages included."""
-        width = {"float32": 4, "float16": 2, "bfloat16": 2}.get(self.dtype, 1)
-        per_head = self.head_dim * width + (4 if self.dtype == "int8" else 0)
-        return 2 * self.num_layers * self.num_kv_heads * per_head
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of engine.json.
 
-    ``formats`` counts the matrices of the checkpoint by what they hold there. ``source`` is the
-    checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
-    ``files`` holds the SHA-256 of every other file.
+    ``graphs``, by name, and the ``caches`` that they share are the contract of a step. ``formats``
+    counts the matrices of the checkpoint by what they hold there. ``source`` is the checkpoint and
+    ``command`` the build that made the engine, so that a mismatch can be mended. ``files`` holds
+    the SHA-256 of every other file.
     """
 
     target: str
     model: dict[str, Any]
     limits: EngineLimits
-    kv: KVLayout
+    graphs: dict[str, GraphSpec]
+    caches: tuple[CacheSpec, ...]
     quantization: str
     plugins: dict[str, int]
     source: str
@@ -85,12 +75,19 @@ class Manifest:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> Manifest:
-        """From parsed JSON; KeyError or TypeError when fields are missing or unknown."""
-        values = dict(raw)
-        values["limits"] = EngineLimits(**values["limits"])
-        values["kv"] = KVLayout(**values["kv"])
-        return Manifest(**values)
+    def from_dict(raw: object) -> Manifest:
+        """From parsed JSON; ValueError names a field that is missing, unknown, of another type or
+        at odds with the others."""
+        manifest = from_json(Manifest, raw)
+        check_contract(manifest.graphs, manifest.caches)
+        return manifest
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of the logits, which may exceed the number of tokens."""
+        logits = self.graphs[TARGET_GRAPH].output(LOGITS)
+        assert logits is not None and isinstance(logits.shape[1], int)
+        return logits.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +148,7 @@ def open_engine(path: Path) -> Engine:
         )
     try:
         raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(f"{file} is not readable JSON ({error})", path) from error
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
@@ -161,7 +158,7 @@ def open_engine(path: Path) -> Engine:
         raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
     try:
         manifest = Manifest.from_dict(raw)
-    except (KeyError, TypeError) as error:
+    except ValueError as error:
         raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
     for name, version in manifest.plugins.items():
         ours = OPERATORS[name].version if name in OPERATORS else "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 from slipstream.runtime.sampling.params import SamplingParams
@@ -12,10 +13,12 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """A device with weights on it, its tokenizer, its limits, and how it samples by default."""
+    """A device with weights on it, what that remembers of sequences, its tokenizer, its limits,
+    and how it samples by default."""
 
     executor: Executor
     tokenizer: Tokenizer
     config: RuntimeConfig
+    caches: tuple[CacheSpec, ...]
     vocab_size: int
     generation_defaults: SamplingParams

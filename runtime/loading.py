@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
@@ -47,7 +48,8 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         executor=executor,
         tokenizer=tokenizer,
         config=config,
-        vocab_size=int(engine.manifest.model["vocab_size"]),
+        caches=engine.manifest.caches,
+        vocab_size=engine.manifest.vocab_size,
         generation_defaults=generation_defaults(engine.path, engine.manifest.command),
     )
 
@@ -83,7 +85,7 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    page_size = engine.manifest.kv.page_size
+    page_size = page_size_of(engine.manifest.caches)
     if runtime.get("page_size", page_size) != page_size:
         raise InvalidRequestError(
             f"page_size is {runtime['page_size']}, but {engine.path} was built for {page_size}; "

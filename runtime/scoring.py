@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import CacheSpec, page_size_of, paged
 from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
-from slipstream.runtime.engine.step import IntArray, StepBatch
+from slipstream.runtime.engine.step import IntArray, PagedInputs, StepBatch
 from slipstream.runtime.executors.base import ScoringExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 
@@ -49,22 +50,22 @@ def window_logits(
     rows = min(config.max_num_tokens, max(1, _LOGITS_BYTES // (4 * engine.vocab_size)))
     for window in windows:
         for start in range(0, len(window), rows):
-            yield executor.logits(_chunk(window[start : start + rows], start, config.page_size))
+            yield executor.logits(_chunk(window[start : start + rows], start, engine.caches))
 
 
-def _chunk(tokens: IntArray, start: int, page_size: int) -> StepBatch:
+def _chunk(tokens: IntArray, start: int, caches: Sequence[CacheSpec]) -> StepBatch:
     """A step of one sequence whose pages are the first of the cache, all logits wanted."""
     end = start + len(tokens)
     positions = np.arange(start, end, dtype=np.int32)
+    table = np.arange(-(-end // page_size_of(caches)), dtype=np.int32)[None]
     return StepBatch(
         token_ids=np.ascontiguousarray(tokens, np.int32),
         positions=positions,
         query_start=np.array([0, len(tokens)], np.int32),
         context_len=np.array([end], np.int32),
-        page_table=np.arange(-(-end // page_size), dtype=np.int32)[None],
-        slot_mapping=positions,
         logits_rows=np.arange(len(tokens), dtype=np.int32),
         sampling=[],
         slots=np.zeros(1, np.int32),
         sampling_slots=_NONE,
+        pages={cache.name: PagedInputs(table, positions) for cache in paged(caches)},
     )

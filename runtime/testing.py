@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.executors.counting import CountingExecutor, counting_contract
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
@@ -41,13 +41,13 @@ def counting_engine(
 ) -> LoadedEngine:
     """The counting model, which continues "abc" with "defg..."; sampling is greedy by default."""
     config = RuntimeConfig().override({"page_size": 4, "max_seq_len": 256, **options})
-    executor = CountingExecutor(
-        num_pages, config.page_size, VOCAB_SIZE, delay=delay, runs_ahead=runs_ahead
-    )
+    graphs, caches = counting_contract(config.page_size, VOCAB_SIZE)
+    executor = CountingExecutor(num_pages, graphs, caches, delay=delay, runs_ahead=runs_ahead)
     return LoadedEngine(
         executor=executor,
         tokenizer=counting_tokenizer(),
         config=config,
+        caches=caches,
         vocab_size=VOCAB_SIZE,
         generation_defaults=SamplingParams(temperature=0, max_tokens=16),
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slipstream.builder.engine import GRAPH, WEIGHTS, Engine, sha256
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import WEIGHTS, Engine, sha256
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.weights.json import Origin
@@ -80,10 +81,11 @@ def read_graph(engine: Engine) -> ir.Graph:
     # Imported here because only reports about an engine need a graph library.
     import onnx_ir as ir
 
+    name = engine.manifest.graphs[TARGET_GRAPH].file
     try:
-        return ir.load(engine.path / GRAPH).graph
+        return ir.load(engine.path / name).graph
     except Exception as error:  # protobuf's errors share no public base class
-        raise _unreadable(engine, GRAPH, error) from error
+        raise _unreadable(engine, name, error) from error
 
 
 def count_operators(graph: Iterable[ir.Node]) -> dict[str, int]:

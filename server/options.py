@@ -180,7 +180,7 @@ _SERVER = {
         "the model's file or directory",
     ),
     "max_queued_requests": Option(
-        "Requests that may wait when the batch is full; more are refused with status 429."
+        "Prompts that may wait when the batch is full; more are refused with status 429."
     ),
     "max_request_bytes": Option("Largest body of a request, such as 512K or 4M.", "4M", parse=size),
     "allowed_origins": Option(

@@ -67,6 +67,15 @@ def parse(text: str, *weights: LazyTensor) -> Program:
     return program
 
 
+def graph_input(
+    program: Program, name: str, dtype: ir.DataType, shape: tuple[int | str, ...]
+) -> ir.Value:
+    """A new input of a graph that is not an engine's."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    program.graph.inputs.append(value)
+    return value
+
+
 def listing(program: Program) -> list[str]:
     """Every node as text: ``y, z = Op(a, _, b) k=1 l=2``, with ``_`` for an input left out."""
     lines = []

@@ -10,20 +10,40 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from slipstream.builder.graph.program import Program
+from slipstream.builder.contract import (
+    PAGED_SOURCES,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    Port,
+    Source,
+    array_port,
+    paged,
+    paged_port,
+    step_port,
+)
+from slipstream.builder.graph.program import Program, dtype_name, ir_dtype
 from slipstream.plugins.operators import DOMAIN
 from slipstream.weights.tensor import LazyTensor
 
 Dim = int | str
 Attributes = dict[str, int | float | list[int]]
-FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
+FLOAT = ir.DataType.FLOAT
 
 
 class Ops:
-    """Appends nodes to a program; node names are paths, such as ``layers.0/attn/q_proj``."""
+    """Appends nodes to a program; node names are paths, such as ``layers.0/attn/q_proj``.
 
-    def __init__(self, program: Program) -> None:
+    What the graph reads and gives becomes the program's contract as it is named: a step's arrays
+    and ``caches`` are inputs from their first use on.
+    """
+
+    def __init__(self, program: Program, caches: Sequence[CacheSpec] = ()) -> None:
         self.program = program
+        self.caches = tuple(caches)
+        self._ports: dict[str, Port] = {}
+        self._outputs: list[Output] = []
+        self._seam: tuple[ir.Value, ir.Value] | None = None
         self._path: list[str] = []
         self._names: dict[str, int] = {}
 
@@ -34,14 +54,36 @@ class Ops:
         yield
         self._path.pop()
 
-    def input(self, name: str) -> ir.Value:
-        """A step input by name."""
-        return next(value for value in self.program.graph.inputs if value.name == name)
+    def contract(self, file: str) -> GraphSpec:
+        """What the graph reads and gives, as far as it is declared."""
+        seam = None
+        if self._seam is not None:
+            before, after = (str(value.name) for value in self._seam)
+            seam = before, after
+        return GraphSpec(file, tuple(self._ports.values()), tuple(self._outputs), seam)
 
-    def output(self, value: ir.Value, name: str) -> None:
-        """Make a value an output of the graph."""
+    def input(self, source: Source) -> ir.Value:
+        """An array of the step."""
+        return self._input(step_port(source))
+
+    def arrays(self, cache: CacheSpec) -> list[ir.Value]:
+        """The arrays of a cache, ``[layers, pages or slots, ...]`` each."""
+        return [self._input(array_port(array, cache)) for array in cache.arrays]
+
+    def output(self, value: ir.Value, name: str, updates: ir.Value | None = None) -> None:
+        """Make a value an output of the graph, or the next content of an array of a cache."""
+        assert value.dtype is not None
         value.name = name
         self.program.graph.outputs.append(value)
+        array = None if updates is None else str(updates.name)
+        self._outputs.append(Output(name, dtype_name(value.dtype), _shape(value), array))
+
+    def pick_rows(self, x: ir.Value) -> ir.Value:
+        """The rows of ``x [T, K]`` whose logits are wanted ``[L, K]``: here a device may part the
+        graph, so nothing after it may read anything else that was made before."""
+        picked = self.gather_rows(x, self.input(Source.LOGITS_ROWS))
+        self._seam = x, picked
+        return picked
 
     def embedding(self, token_ids: ir.Value, weight: LazyTensor) -> ir.Value:
         """Rows of ``weight [V, K]``: ``[T, K]``."""
@@ -78,18 +120,33 @@ class Ops:
         norms: Sequence[LazyTensor],
         attributes: Attributes,
     ) -> ir.Value:
-        """Attention over the KV pages; see ``plugins/paged_attention`` for the attributes.
-        ``norms``: q, k or none."""
-        names = ("kv_cache", "query_start", "context_len", "page_table", "slot_mapping")
-        inputs: list[ir.Value | None] = [qkv, *rotary, *(self.input(name) for name in names)]
-        has_scales = any(value.name == "kv_scales" for value in self.program.graph.inputs)
-        inputs.append(self.input("kv_scales") if has_scales else None)
-        inputs += [self.program.add_weight(norm) for norm in norms]
+        """Attention over the pages of the cache that has the layer.
+
+        ``attributes`` are those of ``plugins/paged_attention``, but the page size and that
+        ``layer`` is the model's. ``norms``: q, k or none.
+        """
+        cache = next(c for c in paged(self.caches) if attributes["layer"] in c.layers)
+        pages, *scales = self.arrays(cache)
+        inputs: list[ir.Value | None] = [
+            *(qkv, *rotary, pages),
+            *map(self.input, (Source.QUERY_START, Source.CONTEXT_LEN)),
+            *(self._input(paged_port(source, cache)) for source in PAGED_SOURCES),
+            *(scales or (None,)),
+            *map(self.program.add_weight, norms),
+        ]
         while inputs[-1] is None:
             inputs.pop()
         heads, width = attributes["num_heads"], attributes["head_dim"]
         assert isinstance(heads, int) and isinstance(width, int)
-        return self._node("PagedAttention", inputs, (_rows(qkv), heads * width), attributes, DOMAIN)
+        layer = cache.layers.index(attributes["layer"])
+        of_cache: Attributes = {"layer": layer, "page_size": cache.page_size}
+        return self._node(
+            "PagedAttention",
+            inputs,
+            (_rows(qkv), heads * width),
+            {**attributes, **of_cache},
+            DOMAIN,
+        )
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """a + b, of one shape."""
@@ -125,6 +182,14 @@ class Ops:
             )
             waves = [self._node("Mul", [wave, factor], (tokens, half)) for wave in waves]
         return waves[0], waves[1]
+
+    def _input(self, port: Port) -> ir.Value:
+        inputs = self.program.graph.inputs
+        if port.name not in self._ports:
+            self._ports[port.name] = port
+            kind = ir.TensorType(ir_dtype(port.dtype))
+            inputs.append(ir.Value(name=port.name, shape=ir.Shape(port.shape), type=kind))
+        return next(value for value in inputs if value.name == port.name)
 
     def _node(
         self,

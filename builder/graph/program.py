@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import CacheSpec, GraphSpec
 from slipstream.weights.tensor import LazyTensor, numpy_dtype
 
 OPSET = 23
 IR_VERSION = 11
+# Where the contract's names of dtypes are not those of ONNX in lower case.
+_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,14 @@ class StoredWeight:
 @dataclass(slots=True)
 class Program:
     """``weights`` maps a graph value to its lazy data; lowering turns each into a
-    ``StoredWeight``."""
+    ``StoredWeight``. ``contract`` says what the graph reads and gives, and ``caches`` what of an
+    engine's; None where a graph is not an engine's."""
 
     model: ir.Model
     weights: dict[str, LazyTensor] = field(default_factory=dict)
     stored: dict[str, StoredWeight] = field(default_factory=dict)
+    contract: GraphSpec | None = None
+    caches: tuple[CacheSpec, ...] = ()
 
     @property
     def graph(self) -> ir.Graph:
@@ -129,23 +135,26 @@ class Program:
                 self.weights.pop(name, None)
 
 
-def new_program(
-    name: str, inputs: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]]
-) -> Program:
-    """An empty program with these inputs: name -> (dtype, shape; a text names a dynamic
-    dimension)."""
-    values = [
-        ir.Value(name=key, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        for key, (dtype, shape) in inputs.items()
-    ]
+def new_program(name: str) -> Program:
+    """An empty program."""
     graph = ir.Graph(
-        values,
+        [],
         [],
         nodes=[],
         opset_imports={"": OPSET, "slipstream": 1, "com.microsoft": 1},
         name=name,
     )
     return Program(ir.Model(graph, ir_version=IR_VERSION, producer_name="slipstream"))
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    """A dtype as contracts and operators spell it, such as ``float8_e4m3fn``."""
+    return _NAMES.get(dtype, dtype.name.lower())
+
+
+def ir_dtype(name: str) -> ir.DataType:
+    """The dtype of that name."""
+    return next(dtype for dtype in ir.DataType if dtype_name(dtype) == name)
 
 
 def _dtype(tensor: LazyTensor) -> ir.DataType:

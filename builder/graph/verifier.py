@@ -8,6 +8,7 @@ from collections.abc import Container
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
+from slipstream.builder.graph.verify_contract import contract_problem
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.plugins.spec import OperatorSpec, TensorSpec
 
@@ -35,6 +36,10 @@ def verify(program: Program, stage: str) -> None:
         if value not in known:
             raise VerificationError(f"after {stage}: output {value.name} is made by no node")
     _check_weights(program, stage)
+    if program.contract is not None:
+        problem = contract_problem(program.graph, program.contract, program.caches)
+        if problem:
+            raise VerificationError(f"after {stage}: {problem}")
 
 
 def _check_weights(program: Program, stage: str) -> None:

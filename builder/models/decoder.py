@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig, Rope
@@ -121,14 +122,21 @@ class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
     changes.
 
-    ``tensor`` gives a weight by its Hugging Face name. ``page_size`` is the KV cache's.
+    ``tensor`` gives a weight by its Hugging Face name. What an architecture gives beside logits,
+    such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
     """
 
     ops: Ops
     config: ModelConfig
     architecture: Architecture
     tensor: TensorSource
-    page_size: int
+
+    @classmethod
+    def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
+        """What the layers remember of a sequence: pages of one cache, unless an architecture has
+        layers of several kinds."""
+        layers = range(config.num_layers)
+        return (attention_cache(kv_dtype, layers, page_size, config.num_kv_heads, config.head_dim),)
 
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
@@ -138,19 +146,18 @@ class Decoder:
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
                 x = self.layer(x, rotaries[config.rope(layer)], layer)
-        x = ops.gather_rows(x, ops.input("logits_rows"))
-        x = self.norm(x, "model.norm")
+        x = self.norm(ops.pick_rows(x), "model.norm")
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), "logits")
+        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
         weight = self.tensor("model.embed_tokens.weight")
-        return self.ops.embedding(self.ops.input("token_ids"), weight)
+        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
-        positions = self.ops.input("positions")
+        positions = self.ops.input(Source.POSITIONS)
         ropes = dict.fromkeys(map(self.config.rope, range(self.config.num_layers)))
         return {rope: self.ops.rotary(positions, *rotary_frequencies(rope)) for rope in ropes}
 
@@ -179,7 +186,6 @@ class Decoder:
             "num_heads": config.num_heads,
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "page_size": self.page_size,
             "scale": config.head_dim**-0.5,
             "sliding_window": config.window(layer) or 0,
             "soft_cap": 0.0,

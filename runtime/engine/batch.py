@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from slipstream.builder.contract import CacheSpec, paged
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.scheduler import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import IntArray, SamplingRow, StepBatch
+from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 
 _ON_DEVICE = -1
 
@@ -15,9 +18,10 @@ _ON_DEVICE = -1
 class BatchBuilder:
     """Turns plans into ``StepBatch``; keeps a page table, so a decode copies no page list."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, caches: Iterable[CacheSpec]) -> None:
         max_pages = -(-config.max_seq_len // config.page_size)
         self._page_size = config.page_size
+        self._paged = [cache.name for cache in paged(caches)]
         self._table = np.zeros((config.max_batch_size, max_pages), np.int32)
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
 
@@ -40,12 +44,12 @@ class BatchBuilder:
             positions=positions,
             query_start=query_start,
             context_len=context,
-            page_table=page_table,
-            slot_mapping=slot_mapping,
             logits_rows=np.array(wanted.rows, np.int32),
             sampling=wanted.sampling,
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
+            # Page n of a sequence is page n of every cache: one allocation serves them all.
+            pages=dict.fromkeys(self._paged, PagedInputs(page_table, slot_mapping)),
         )
         return batch, wanted.owners
 

@@ -64,7 +64,7 @@ class EngineLoop:
             )
         self.scheduler = Scheduler(engine.config, num_pages)
         self._engine = engine
-        self._builder = BatchBuilder(engine.config)
+        self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
         self._arrivals = itertools.count()
         self._requests: dict[str, RequestState] = {}

@@ -3,12 +3,15 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import TARGET_GRAPH, Port
 from slipstream.runtime.sampling.params import SamplingParams
 
 IntArray = NDArray[np.int32]
@@ -34,14 +37,26 @@ class SamplingRow:
     position: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PagedInputs:
+    """Where a step finds and puts what it keeps in one paged cache; int32.
+
+    ``page_table[S, P]`` and ``slot_mapping[T]`` (page * page_size + offset).
+    """
+
+    page_table: IntArray
+    slot_mapping: IntArray
+
+
 @dataclass(slots=True)
 class StepBatch:
-    """One packed step: prefill chunks and decodes side by side, no padding.
+    """One packed step of a ``graph``: prefill chunks and decodes side by side, no padding.
 
-    Arrays are int32. T tokens, S sequences, L logits rows, P page-table columns.
-    ``token_ids[T]``, ``positions[T]``, ``query_start[S+1]``, ``context_len[S]`` (tokens in the
-    cache after this step), ``page_table[S, P]``, ``slot_mapping[T]`` (page * page_size + offset),
-    ``logits_rows[L]`` (token rows whose logits are wanted), and one ``SamplingRow`` a logits row.
+    Arrays are int32. T tokens, S sequences, L logits rows. ``token_ids[T]``, ``positions[T]``,
+    ``query_start[S+1]``, ``context_len[S]`` (tokens in the cache after this step),
+    ``logits_rows[L]`` (token rows whose logits are wanted), one ``SamplingRow`` a logits row, and
+    the ``pages`` of every paged cache by its name. ``outputs`` names what is wanted of the graph
+    beside its logits.
 
     ``slots[S]`` numbers each sequence from 0 below ``max_batch_size``, unchanged while it runs. A
     device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says
@@ -53,12 +68,26 @@ class StepBatch:
     positions: IntArray
     query_start: IntArray
     context_len: IntArray
-    page_table: IntArray
-    slot_mapping: IntArray
     logits_rows: IntArray
     sampling: list[SamplingRow]
     slots: IntArray
     sampling_slots: IntArray
+    pages: dict[str, PagedInputs]
+    graph: str = TARGET_GRAPH
+    outputs: tuple[str, ...] = ()
+
+    def array(self, port: Port) -> IntArray:
+        """What a step puts into an input."""
+        return reader_of(port)(self)
+
+
+def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
+    """How to take what a step puts into an input, found once for many steps."""
+    read: Callable[[object], IntArray] = attrgetter(port.source.value)
+    if port.cache is None:
+        return read
+    cache = port.cache
+    return lambda batch: read(batch.pages[cache])
 
 
 @dataclass(slots=True)
@@ -75,7 +104,8 @@ class TokenLogprobs:
 @dataclass(slots=True)
 class StepResult:
     """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits
-    row."""
+    row, and by name the further outputs that were asked for."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    outputs: dict[str, NDArray[Any]] = field(default_factory=dict)

@@ -1,12 +1,25 @@
-"""A model without weights: the next token is a closed form, and the KV cache holds the tokens."""
+"""A model without weights: the next token is a closed form, and the caches hold the tokens."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from slipstream.builder.contract import (
+    KV,
+    LOGITS,
+    TARGET_GRAPH,
+    CacheArray,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    ports_of,
+)
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import (
     IntArray,
@@ -15,9 +28,23 @@ from slipstream.runtime.engine.step import (
     StepResult,
     TokenLogprobs,
 )
+from slipstream.runtime.executors.counting_caches import (
+    GARBAGE,
+    CountingCache,
+    HashedState,
+    PagedTokens,
+)
 from slipstream.runtime.sampling.params import SamplingParams
 
-_GARBAGE = -1
+
+def counting_contract(
+    page_size: int, vocab_size: int
+) -> tuple[dict[str, GraphSpec], tuple[CacheSpec, ...]]:
+    """One graph and one paged cache."""
+    array = CacheArray("kv_cache", "int32", (page_size,))
+    caches = (CacheSpec(KV, "paged", (0,), (array,), page_size),)
+    logits = Output(LOGITS, "float32", ("L", vocab_size))
+    return {TARGET_GRAPH: GraphSpec("", tuple(ports_of(caches)), (logits,))}, caches
 
 
 def next_token(token: int, vocab_size: int, seed: int = 0) -> int:
@@ -33,10 +60,11 @@ def logprob_of(token: int) -> float:
 class CountingExecutor:
     """Runs steps of the counting model and verifies that they were scheduled and paged correctly.
 
-    Every step writes its token ids to their slots and reads each whole context back through the
-    page table; anything but the tokens of the sequence is an ``AssertionError``. Set ``fail_next``
-    to make the next step fail (and leave garbage in its slots); ``delay`` is seconds a step,
-    ``steps`` counts them, and ``closed`` tells whether ``shutdown`` was called.
+    Every step writes its token ids to the caches of its graph and reads each whole context back;
+    anything but the tokens of the sequence is an ``AssertionError``. Further outputs hold the token
+    of each row. Set ``fail_next`` to make the next step fail (and leave garbage in its slots);
+    ``delay`` is seconds a step, ``steps`` counts them, and ``closed`` tells whether ``shutdown``
+    was called.
 
     With ``runs_ahead`` it takes two steps at a time and puts in the tokens that the host does not
     know. It does so in ``submit``, as a device that is infinitely fast, but keeps the answer until
@@ -46,21 +74,23 @@ class CountingExecutor:
     def __init__(
         self,
         num_pages: int,
-        page_size: int,
-        vocab_size: int,
+        graphs: Mapping[str, GraphSpec],
+        caches: Sequence[CacheSpec],
         *,
         delay: float = 0.0,
         runs_ahead: bool = False,
     ) -> None:
+        """``graphs`` and ``caches`` are an engine's; every graph reads a paged cache without a
+        window."""
         self.delay = delay
         self.fail_next = False
         self.steps = 0
         self.closed = False
         self._runs_ahead = runs_ahead
         self._num_pages = num_pages
-        self._page_size = page_size
-        self._vocab_size = vocab_size
-        self._memory = np.full(num_pages * page_size, _GARBAGE, np.int32)
+        self._graphs = graphs
+        self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
+        self._caches = _caches_of_graphs(graphs, caches, num_pages)
         # What the step before sampled, by the slot of the sequence.
         self._last_tokens: dict[int, int] = {}
         self._on_their_way: deque[CountingStep] = deque()
@@ -117,22 +147,23 @@ class CountingExecutor:
 
     def _spoil(self, batch: StepBatch) -> None:
         """Leave garbage wherever a step would have written."""
-        self._memory[batch.slot_mapping] = _GARBAGE
-        self._last_tokens = dict.fromkeys(batch.sampling_slots.tolist(), _GARBAGE)
+        whole, others = self._caches[batch.graph]
+        for cache in (whole, *others):
+            cache.spoil(batch)
+        self._last_tokens = dict.fromkeys(batch.sampling_slots.tolist(), GARBAGE)
 
     def _run(self, batch: StepBatch, excused: bool) -> StepResult:
         """Compute a step; only what ``excused`` sequences read may be garbage."""
-        assert len(np.unique(batch.slot_mapping)) == len(batch.token_ids), "a slot written twice"
         assert len(np.unique(batch.slots)) == len(batch.slots), "two sequences in a slot"
-        self._memory[batch.slot_mapping] = self._token_ids(batch)
-        contexts = [self._context(batch, s) for s in range(len(batch.context_len))]
-        result = StepResult([], [])
+        tokens = self._token_ids(batch)
+        contexts = self._contexts(batch, tokens, excused)
+        result = StepResult([], [], self._outputs(batch, tokens))
         last_tokens: dict[int, int] = {}
         owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right") - 1
         for index, (owner, row) in enumerate(zip(owners, batch.sampling, strict=True)):
             token_row = batch.logits_rows[index]
             context = contexts[owner][: batch.positions[token_row] + 1]
-            if not (excused and _GARBAGE in context):
+            if not (excused and GARBAGE in context):
                 _check_row(context, row, num_unknown=int(batch.token_ids[token_row] < 0))
             token = self._next(int(context[-1]), row)
             result.token_ids.append(token if row.target is None else -1)
@@ -152,23 +183,34 @@ class CountingExecutor:
             token_ids[row] = self._last_tokens[int(owners[row])]
         return token_ids
 
-    def _context(self, batch: StepBatch, index: int) -> IntArray:
-        """Read one sequence's tokens back through its page table."""
-        begin, end = batch.query_start[index : index + 2]
-        length, size = int(batch.context_len[index]), self._page_size
-        positions = np.arange(length - (end - begin), length)
-        pages = batch.page_table[index, : -(-length // size)]
-        slots = (pages[:, None] * size + np.arange(size)).ravel()[:length]
-        assert np.array_equal(batch.positions[begin:end], positions), "wrong positions"
-        assert np.array_equal(batch.slot_mapping[begin:end], slots[positions]), "wrong slots"
-        context: IntArray = self._memory[slots]
-        return context
+    def _contexts(self, batch: StepBatch, tokens: IntArray, excused: bool) -> list[IntArray]:
+        """Write a step to all caches of its graph and read every sequence back."""
+        whole, others = self._caches[batch.graph]
+        for cache in (whole, *others):
+            cache.write(batch, tokens)
+        contexts = [whole.read(batch, index) for index in range(len(batch.context_len))]
+        for index, context in enumerate(contexts):
+            if not (excused and GARBAGE in context):
+                for cache in others:
+                    cache.check(batch, index, context)
+        return contexts
+
+    def _outputs(self, batch: StepBatch, tokens: IntArray) -> dict[str, NDArray[Any]]:
+        rows = {"T": tokens, "L": tokens[batch.logits_rows]}
+        outputs: dict[str, NDArray[Any]] = {}
+        for name in batch.outputs:
+            output = self._graphs[batch.graph].output(name)
+            assert output is not None, f"{batch.graph} has no output {name}"
+            of, *width = output.shape
+            values = rows[str(of)].astype(output.dtype)
+            outputs[name] = np.tile(values.reshape(-1, *(1 for _ in width)), (1, *map(int, width)))
+        return outputs
 
     def _next(self, token: int, row: SamplingRow) -> int:
         if row.target is not None:
             return row.target
-        if token == _GARBAGE:
-            return _GARBAGE
+        if token == GARBAGE:
+            return GARBAGE
         return next_token(token, self._vocab_size, row.seed if row.params.temperature else 0)
 
 
@@ -193,6 +235,31 @@ class CountingStep:
         if self._result is None:
             raise ExecutionError("the counting executor was told to fail this step")
         return self._result
+
+
+def _vocab_size(graph: GraphSpec) -> int:
+    logits = graph.output(LOGITS)
+    assert logits is not None
+    return int(logits.shape[1])
+
+
+def _caches_of_graphs(
+    graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec], num_pages: int
+) -> dict[str, tuple[PagedTokens, list[CountingCache]]]:
+    """For every graph one cache that holds whole contexts, and the others that it reads."""
+    tokens = {
+        cache.name: PagedTokens(cache, num_pages) for cache in caches if cache.kind == "paged"
+    }
+    made: dict[str, CountingCache] = {
+        cache.name: tokens.get(cache.name) or HashedState(cache) for cache in caches
+    }
+    whole = [cache.name for cache in caches if cache.kind == "paged" and not cache.window]
+    found = {}
+    for name, graph in graphs.items():
+        read = {port.cache for port in graph.inputs} - {None}
+        first = next(cache for cache in whole if cache in read)
+        found[name] = tokens[first], [made[c] for c in made if c in read and c != first]
+    return found
 
 
 def _check_row(context: IntArray, row: SamplingRow, num_unknown: int) -> None:

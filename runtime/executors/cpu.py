@@ -1,83 +1,112 @@
-"""Runs an engine of the ``cpu`` target: one ONNX Runtime session, one run a step."""
+"""Runs an engine of the ``cpu`` target: an ONNX Runtime session a graph, one run a step."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slipstream.builder.engine import GRAPH, Engine
+from slipstream.builder.contract import (
+    LOGITS,
+    CacheArray,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    Source,
+    bytes_per_token,
+    paged,
+    states,
+)
+from slipstream.builder.engine import Engine
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler
 
-STEP_INPUTS = (
-    "token_ids",
-    "positions",
-    "query_start",
-    "context_len",
-    "page_table",
-    "slot_mapping",
-    "logits_rows",
-)
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
+# Arrays by name, as ONNX Runtime sees them: those of caches.
+Values = Mapping[str, ort.OrtValue]
+Arrays = dict[str, NDArray[Any]]
+
+
+class _Graph:
+    """A session, and how the arrays of a step get into it."""
+
+    def __init__(self, spec: GraphSpec, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.readers = [
+            (port.name, reader_of(port)) for port in spec.inputs if port.source is not Source.CACHE
+        ]
+        self.arrays = [port.name for port in spec.inputs if port.source is Source.CACHE]
+        self.updates = {output.name: output.updates for output in spec.outputs if output.updates}
+        self.outputs = {output.name: output for output in spec.outputs if output.updates is None}
+
+    def wanted(self, batch: StepBatch) -> list[Output]:
+        """The outputs that a step asks for; a graph that has logits always gives them."""
+        names = [LOGITS, *batch.outputs] if LOGITS in self.outputs else batch.outputs
+        return [self.outputs[name] for name in names]
 
 
 class _Binding:
-    """A session's inputs and outputs for steps of one shape, bound to arrays that steps write."""
+    """A graph's inputs and outputs for steps of one shape, bound to arrays that steps write."""
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        batch: StepBatch,
-        kv: dict[str, ort.OrtValue],
-        logits: NDArray[np.float32],
-    ) -> None:
-        self.io = session.io_binding()
-        self.inputs = tuple(np.empty_like(getattr(batch, name)) for name in STEP_INPUTS)
-        self.logits = logits
-        for name, array in zip(STEP_INPUTS, self.inputs, strict=True):
+    def __init__(self, graph: _Graph, batch: StepBatch, caches: Values, outputs: Arrays) -> None:
+        self.io = graph.session.io_binding()
+        self.run: Callable[[Any], None] = graph.session.run_with_iobinding
+        self.outputs = outputs
+        self._inputs: list[tuple[NDArray[np.int32], Callable[[StepBatch], IntArray]]] = []
+        for name, read in graph.readers:
+            array = np.empty_like(read(batch))
+            self._inputs.append((array, read))
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, value in kv.items():
-            self.io.bind_ortvalue_input(name, value)
-        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        for name in graph.arrays:
+            self.io.bind_ortvalue_input(name, caches[name])
+        for name, array in outputs.items():
+            self.io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array_name in graph.updates.items():
+            self.io.bind_ortvalue_output(name, caches[array_name])
 
     def write(self, batch: StepBatch) -> None:
         """Copy a step of this shape into the bound arrays."""
-        for name, array in zip(STEP_INPUTS, self.inputs, strict=True):
-            np.copyto(array, getattr(batch, name))
+        for array, read in self._inputs:
+            np.copyto(array, read(batch))
 
 
 @dataclass(slots=True)
 class _Pending:
     """A step whose inputs are in place. The session runs when the result is asked for."""
 
-    run: Callable[[Any], None]
     binding: _Binding
     batch: StepBatch
     sampler: Sampler
 
     def result(self) -> StepResult:
-        return self.sampler.sample(self.logits(), self.batch.sampling)
+        outputs = self.outputs()
+        batch, result = self.batch, StepResult([], [])
+        if LOGITS in outputs:
+            result = self.sampler.sample(outputs[LOGITS], batch.sampling)
+        # The next step of this shape overwrites the arrays.
+        result.outputs = {name: outputs[name].copy() for name in batch.outputs}
+        return result
 
-    def logits(self) -> NDArray[np.float32]:
+    def outputs(self) -> Arrays:
         try:
-            self.run(self.binding.io)
+            self.binding.run(self.binding.io)
         except Exception as error:
             raise ExecutionError(f"the step failed in onnxruntime: {error}") from error
-        return self.binding.logits
+        return self.binding.outputs
 
 
 class CPUExecutor:
@@ -90,46 +119,44 @@ class CPUExecutor:
     """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
-        vocab = int(engine.manifest.model["vocab_size"])
-        self._kv_layout = engine.manifest.kv
-        self._full_kv_bytes = (
-            self._kv_layout.bytes_per_token * config.max_seq_len * config.max_batch_size
-        )
-        self._kv: dict[str, ort.OrtValue] = {}
-        self._kv_arrays: list[NDArray[Any]] = []
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self._logits = np.empty((config.max_batch_size, vocab), np.float32)
-        self._sampler = Sampler(vocab)
-        self._session = _create_session(engine, config.num_threads or len(os.sched_getaffinity(0)))
+        manifest = engine.manifest
+        self._config = config
+        self._cache_specs = manifest.caches
+        self._caches: dict[str, ort.OrtValue] = {}
+        self._arrays: list[NDArray[Any]] = []  # what the values above are views of
+        self._bindings: dict[tuple[object, ...], _Binding] = {}
+        self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
+        self._sampler = Sampler(manifest.vocab_size)
+        threads = config.num_threads or len(os.sched_getaffinity(0))
+        library.load().slipstream_set_threads(threads)
+        self._graphs = {
+            name: _Graph(spec, _create_session(engine, engine.path / spec.file, threads))
+            for name, spec in manifest.graphs.items()
+        }
 
     def reserve_kv(self, num_bytes: int | None) -> int:
-        """Allocate pages within ``num_bytes``; None takes what the limits can use, at most 4 GiB
-        and half of what is free. Pages cost memory when they are first written. CapacityError when
-        not even one page fits."""
-        layout = self._kv_layout
+        """Allocate states for every sequence and, within what they leave of ``num_bytes``, pages,
+        as many in every paged cache; None takes what the limits can use, at most 4 GiB and half of
+        what is free. Pages cost memory when they are first written. CapacityError when not even
+        one page fits."""
+        specs, config = self._cache_specs, self._config
+        slots = config.max_batch_size
+        taken = slots * sum(cache.bytes_per_page for cache in states(specs))
         if num_bytes is None:
-            num_bytes = min(self._full_kv_bytes, DEFAULT_KV_BYTES, _available_memory() // 2)
-        page_bytes = layout.bytes_per_token * layout.page_size
-        pages = num_bytes // page_bytes
+            full = taken + bytes_per_token(specs) * config.max_seq_len * slots
+            num_bytes = min(full, DEFAULT_KV_BYTES, _available_memory() // 2)
+        page_bytes = sum(cache.bytes_per_page for cache in paged(specs))
+        pages = (num_bytes - taken) // page_bytes
         if pages < 1:
+            beside = f" beside {taken} of states" if taken else ""
             raise CapacityError(
-                f"{num_bytes} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
-                f"raise --kv-cache-bytes"
+                f"{num_bytes} bytes of KV cache hold no page{beside}; one page takes {page_bytes} "
+                f"bytes: raise --kv-cache-bytes"
             )
-        shape = (layout.num_layers, pages, 2, layout.num_kv_heads)
-        float8 = layout.dtype == "float8_e4m3fn"
-        dtype = "uint8" if float8 else layout.dtype
-        arrays: dict[str, NDArray[Any]] = {
-            "kv_cache": _aligned_zeros((*shape, layout.page_size * layout.head_dim), dtype)
-        }
-        if layout.dtype == "int8":
-            arrays["kv_scales"] = _aligned_zeros((*shape, layout.page_size), "float32")
-        self._bindings.clear()
-        self._kv_arrays = list(arrays.values())
-        self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        if float8:
-            typed = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-            self._kv["kv_cache"] = typed(arrays["kv_cache"], _ONNX_FLOAT8)
+        self.shutdown()
+        for cache in specs:
+            for array in cache.arrays:
+                self._allocate(cache, array, slots if cache.kind == "state" else pages)
         return pages
 
     @property
@@ -145,38 +172,65 @@ class CPUExecutor:
         """Put a step's inputs in place."""
         binding = self._binding(batch)
         binding.write(batch)
-        return _Pending(self._session.run_with_iobinding, binding, batch, self._sampler)
+        return _Pending(binding, batch, self._sampler)
 
     def logits(self, batch: StepBatch) -> NDArray[np.float32]:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
-        return self.submit(batch).logits().copy()
+        logits: NDArray[np.float32] = self.submit(batch).outputs()[LOGITS].copy()
+        return logits
 
     def shutdown(self) -> None:
         """Let go of the pages."""
         self._bindings.clear()
-        self._kv.clear()
-        self._kv_arrays.clear()
+        self._caches.clear()
+        self._arrays.clear()
+
+    def _allocate(self, cache: CacheSpec, array: CacheArray, count: int) -> None:
+        """Zeros for ``count`` pages or slots of all layers."""
+        float8 = array.dtype == "float8_e4m3fn"
+        shape = (len(cache.layers), count, *array.shape)
+        zeros = _aligned_zeros(shape, "uint8" if float8 else array.dtype)
+        self._arrays.append(zeros)
+        self._caches[array.name] = (
+            ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_FLOAT8)
+            if float8
+            else ort.OrtValue.ortvalue_from_numpy(zeros)
+        )
 
     def _binding(self, batch: StepBatch) -> _Binding:
-        key = (len(batch.token_ids), *batch.page_table.shape, len(batch.logits_rows))
+        rows = len(batch.logits_rows)
+        key = (
+            *(batch.graph, batch.outputs, len(batch.token_ids), rows),
+            *[inputs.page_table.shape for inputs in batch.pages.values()],
+        )
         binding = self._bindings.get(key)
         if binding is None:
-            rows, (capacity, vocab) = len(batch.logits_rows), self._logits.shape
+            graph = self._graphs[batch.graph]
+            outputs = {output.name: self._output(output, batch) for output in graph.wanted(batch)}
+            binding = _Binding(graph, batch, self._caches, outputs)
             # More rows than sequences are prompt logprobs: rare and large, so not kept.
-            large = rows > capacity
-            logits = np.empty((rows, vocab), np.float32) if large else self._logits[:rows]
-            binding = _Binding(self._session, batch, self._kv, logits)
-            if not large:
+            if rows <= len(self._logits):
                 if len(self._bindings) >= _CACHED_BINDINGS:
                     self._bindings.pop(next(iter(self._bindings)))
                 self._bindings[key] = binding
         return binding
 
+    def _output(self, output: Output, batch: StepBatch) -> NDArray[Any]:
+        """An array for an output of a step; the usual logits of all steps share one."""
+        sizes = {
+            "T": len(batch.token_ids),
+            "S": len(batch.context_len),
+            "L": len(batch.logits_rows),
+        }
+        shape = [size if isinstance(size, int) else sizes[size] for size in output.shape]
+        if output.name == LOGITS and shape[0] <= len(self._logits):
+            return self._logits[: shape[0]]
+        return np.empty(shape, output.dtype)
 
-def _create_session(engine: Engine, num_threads: int) -> ort.InferenceSession:
+
+def _create_session(engine: Engine, graph: Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.register_custom_ops_library(library.path())
-    library.load().slipstream_set_threads(num_threads)
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     # The builder has fused what there is to fuse, and every step may have another shape.
@@ -185,9 +239,7 @@ def _create_session(engine: Engine, num_threads: int) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.dynamic_block_base", "4")
     try:
-        return ort.InferenceSession(
-            str(engine.path / GRAPH), options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it "

@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from slipstream import __version__
+from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import WEIGHTS, Engine, open_engine
 from slipstream.errors import InvalidRequestError
 from slipstream.plugins import library
@@ -122,7 +123,7 @@ def _engine_summary(engine: Engine) -> dict[str, object]:
         "target": manifest.target,
         "architecture": manifest.model["architecture"],
         "quantization": manifest.quantization,
-        "kv_dtype": manifest.kv.dtype,
+        "kv_dtype": kv_dtype_of(manifest.caches),
         "weight_bytes": (engine.path / WEIGHTS).stat().st_size,
         "limits": asdict(manifest.limits),
         "command": manifest.command,
@@ -132,7 +133,8 @@ def _engine_summary(engine: Engine) -> dict[str, object]:
 def _described(engine: Engine) -> str:
     manifest = engine.manifest
     size = format_bytes((engine.path / WEIGHTS).stat().st_size)
-    return f"{manifest.model['architecture']}, {size} of weights, {manifest.kv.dtype} KV"
+    kv_dtype = kv_dtype_of(manifest.caches)
+    return f"{manifest.model['architecture']}, {size} of weights, {kv_dtype} KV"
 
 
 def _spaced(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.server.command import Command
 from slipstream.server.options import build_options, output_option
 from slipstream.server.progress import byte_progress
@@ -95,12 +96,12 @@ def _estimate(checkpoint: str, options: BuildOptions) -> None:
 
 
 def _needs(planned: Plan) -> list[tuple[str, str]]:
-    limits = planned.limits
+    limits, per_token = planned.limits, bytes_per_token(planned.caches)
     fixed = planned.weight_bytes + _PROGRAM_BYTES
     full_batch = fixed + limits.max_batch_size * planned.sequence_kv_bytes
     return [
         ("weights", format_bytes(planned.weight_bytes)),
-        ("KV per token", f"{format_bytes(planned.kv.bytes_per_token)} ({planned.kv.dtype})"),
+        ("KV per token", f"{format_bytes(per_token)} ({kv_dtype_of(planned.caches)})"),
         (
             "KV of one sequence",
             f"{format_bytes(planned.sequence_kv_bytes)} ({limits.max_seq_len} tokens)",
@@ -136,8 +137,8 @@ def _summarize(output: Path, manifest: Manifest, seconds: float) -> None:
 
     size = sum(file.stat().st_size for file in output.iterdir())
     click.echo(
-        f"built {output} in {seconds:.1f} s: {format_bytes(size)}, {manifest.kv.dtype} KV cache of "
-        f"{format_bytes(manifest.kv.bytes_per_token)} per token"
+        f"built {output} in {seconds:.1f} s: {format_bytes(size)}, {kv_dtype_of(manifest.caches)} "
+        f"KV cache of {format_bytes(bytes_per_token(manifest.caches))} per token"
     )
     click.echo()
     _echo_kernels(count_kernels(read_graph(Engine(output, manifest))))

@@ -13,6 +13,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import bytes_per_token, page_size_of
 from slipstream.builder.engine import is_engine, open_engine
 from slipstream.errors import MissingDependencyError
 from slipstream.quantize.calibration_data import EVALUATION_WINDOW, evaluation_windows
@@ -138,9 +139,10 @@ def _load(path: Path, window: int, runtime: dict[str, Any]) -> LoadedEngine:
     """An engine with room for one window, unless memory is asked for."""
     from slipstream.runtime.loading import load
 
-    kv = open_engine(path).manifest.kv
-    pages = -(-window // kv.page_size)
-    return load(path, {"kv_cache_bytes": pages * kv.page_size * kv.bytes_per_token, **runtime})
+    caches = open_engine(path).manifest.caches
+    size = page_size_of(caches)
+    tokens = -(-window // size) * size
+    return load(path, {"kv_cache_bytes": tokens * bytes_per_token(caches), **runtime})
 
 
 def _windows(tokenizer: Tokenizer, text: Path | None, window: int) -> list[Tokens]:

@@ -63,7 +63,7 @@ class TritonPythonModel:
                 reply.fail(ExecutionError(f"the request could not be read: {error!r}"))
 
     def is_ready(self) -> bool:
-        """Whether requests are taken; Triton asks from 2026 on, when its own clients ask it."""
+        """Whether requests are taken. Triton asks from 2026 on; older ones do not."""
         return self._serving.unavailable is None
 
     def finalize(self) -> None:

@@ -17,6 +17,7 @@ from tests.tiny_models import Arrays, llama_tensors, save_llama
 
 from slipstream.builder import build as build_module
 from slipstream.builder.build import build, plan
+from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions, Quantization
@@ -71,7 +72,8 @@ def test_the_directory_holds_what_its_format_says(
     assert sorted([*manifest.files, "engine.json"]) == CONTENT
     assert manifest.quantization == options.quantization
     assert manifest.command == options.command(str(checkpoint), str(output))
-    assert manifest.kv == planned.kv and manifest.limits == planned.limits
+    assert manifest.caches == planned.caches and manifest.graphs == planned.graphs
+    assert manifest.limits == planned.limits
     assert ModelConfig.from_json(manifest.model) == planned.checkpoint.config
 
     file = output / "weights.safetensors"
@@ -112,7 +114,7 @@ def test_a_build_is_reproducible(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_auto_chooses_exact_pages_for_a_dense_engine_only(checkpoint: Path) -> None:
     def dtype(options: BuildOptions) -> str:
-        return plan(checkpoint, options).kv.dtype
+        return kv_dtype_of(plan(checkpoint, options).caches)
 
     assert dtype(BuildOptions()) == "float32"
     assert dtype(BuildOptions(quantization="int8_wo")) == "float16"

@@ -3,17 +3,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slipstream import __version__
+from slipstream.builder.contract import (
+    GraphSpec,
+    Output,
+    Source,
+    attention_cache,
+    bytes_per_token,
+    ports_of,
+)
 from slipstream.builder.engine import (
     FORMAT_VERSION,
     EngineLimits,
-    KVLayout,
     Manifest,
     is_engine,
     open_engine,
@@ -28,11 +35,19 @@ FILES = (
     "tokenizer_config.json",
     "weights.safetensors",
 )
+CACHES = (attention_cache("int8", [0, 1], 32, 4, 16),)
+GRAPH = GraphSpec(
+    "graph.onnx",
+    tuple(port for port in ports_of(CACHES) if port.source is not Source.SLOTS),
+    (Output("logits", "float32", ("L", 320)),),
+    ("before", "after"),
+)
 MANIFEST = Manifest(
     target="cpu",
     model={"vocab_size": 320, "eos_token_ids": [1, 2]},
     limits=EngineLimits(3, 17, 96),
-    kv=KVLayout("int8", 32, 2, 4, 16),
+    graphs={"target": GRAPH},
+    caches=CACHES,
     quantization="int4_wo",
     plugins={"Linear": 1},
     source="/models/a b",
@@ -75,8 +90,8 @@ def test_a_manifest_survives_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 256), ("float16", 128), ("int8", 72)])
 def test_bytes_of_a_token(dtype: str, size: int) -> None:
     """k and v of one head in one layer: 32 numbers each; int8 adds a float32 scale to each."""
-    assert KVLayout(dtype, 32, 1, 1, 32).bytes_per_token == size
-    assert KVLayout(dtype, 32, 3, 2, 32).bytes_per_token == 6 * size
+    assert bytes_per_token([attention_cache(dtype, [0], 32, 1, 32)]) == size
+    assert bytes_per_token([attention_cache(dtype, [0, 1, 2], 32, 2, 32)]) == 6 * size
 
 
 def test_a_fresh_engine_opens_and_is_whole(tiny_engine: Path) -> None:
@@ -97,7 +112,7 @@ def test_another_format(engine: Path, version: object) -> None:
     command = open_engine(engine).manifest.command
     edit(engine, lambda raw: raw.update(format_version=version))
     message = assert_mismatch(
-        lambda: open_engine(engine), f"has format {version}", "reads format 1"
+        lambda: open_engine(engine), f"has format {version}", "reads format 2"
     )
     assert message.endswith(command)
 
@@ -112,11 +127,7 @@ def test_garbage(engine: Path, content: str | bytes) -> None:
     assert_mismatch(lambda: open_engine(engine), str(engine / "engine.json"))
 
 
-FIELDS = [
-    name
-    for name, field in Manifest.__dataclass_fields__.items()
-    if name not in ("format_version", "capability", "formats", "slipstream_version")
-]
+FIELDS = [name for name in Manifest.__dataclass_fields__ if name != "format_version"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -125,16 +136,143 @@ def test_a_missing_field_is_named(engine: Path, field: str) -> None:
     assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", field)
 
 
-@pytest.mark.parametrize("place", ["", "limits", "kv"])
+def at(raw: dict[str, Any], place: str) -> dict[str, Any]:
+    """The object at a place such as ``caches.0``."""
+    found: Any = raw
+    for key in place.split(".") if place else ():
+        found = found[int(key) if key.isdigit() else key]
+    assert isinstance(found, dict)
+    return found
+
+
+PARTS = ["limits", "graphs.target", "caches.0", "graphs.target.inputs.1", "caches.0.arrays.0"]
+
+
+@pytest.mark.parametrize("place", ["", *PARTS])
 def test_an_extra_field_is_named(engine: Path, place: str) -> None:
-    edit(engine, lambda raw: (raw[place] if place else raw).update(colour="red"))
+    edit(engine, lambda raw: at(raw, place).update(colour="red"))
     assert_mismatch(lambda: open_engine(engine), "colour")
 
 
-@pytest.mark.parametrize("place", ["limits", "kv"])
+@pytest.mark.parametrize("place", ["limits", "graphs", "caches"])
 def test_a_part_that_is_no_object(engine: Path, place: str) -> None:
     edit(engine, lambda raw: raw.update({place: 3}))
     assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field")
+
+
+@pytest.mark.parametrize("place", PARTS)
+def test_every_field_of_a_part_is_needed(engine: Path, place: str) -> None:
+    whole = json.loads((engine / "engine.json").read_text())
+    for name in at(whole, place):
+        raw = json.loads(json.dumps(whole))
+        del at(raw, place)[name]
+        (engine / "engine.json").write_text(json.dumps(raw))
+        assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", name)
+
+
+def leaves(value: object) -> Iterator[tuple[Any, Any]]:
+    """Every holder and key of a plain value."""
+    if isinstance(value, dict | list):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if isinstance(inner, dict | list):
+                yield from leaves(inner)
+            else:
+                yield value, key
+
+
+WRONG: tuple[object, ...] = ({}, 1.5, True, [[]])
+
+
+def test_no_value_of_another_type_passes(tiny_engine: Path, tmp_path: Path) -> None:
+    """Whatever stands in any place but ``model``, which is the builder's, opening says so."""
+    raw = json.loads((tiny_engine / "engine.json").read_text())
+    raw["model"] = {}
+    places = [*leaves(raw)]
+    assert len(places) > 80
+    for holder, key in places:
+        was = holder[key]
+        for wrong in WRONG:
+            holder[key] = wrong
+            (tmp_path / "engine.json").write_text(json.dumps(raw))
+            assert_mismatch(lambda: open_engine(tmp_path), str(tmp_path / "engine.json"))
+        holder[key] = was
+
+
+def no_page_size(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["page_size"] = 0
+
+
+def unknown_kind(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["kind"] = "latent"
+
+
+def unknown_source(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["inputs"][0]["source"] = "tokens"
+
+
+def unknown_dtype(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["arrays"][0]["dtype"] = "complex64"
+
+
+def cache_of_nobody(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["inputs"][2]["cache"] = "ssm"
+
+
+def array_of_another_shape(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["arrays"][0]["shape"][0] = 3
+
+
+def two_of_a_name(raw: dict[str, Any]) -> None:
+    raw["caches"].append(raw["caches"][0])
+
+
+def input_twice(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["inputs"].append(raw["graphs"]["target"]["inputs"][0])
+
+
+def no_target(raw: dict[str, Any]) -> None:
+    raw["graphs"]["draft"] = raw["graphs"].pop("target")
+
+
+def no_logits(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["name"] = "scores"
+
+
+def logits_of_tokens(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"] = ["T", 320]
+
+
+def update_of_nothing(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["updates"] = "ssm_state"
+
+
+def no_pages(raw: dict[str, Any]) -> None:
+    raw["caches"], raw["graphs"]["target"]["inputs"] = [], []
+
+
+DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
+    no_page_size: "cache kv has page_size 0 and window 0, but is paged",
+    unknown_kind: "caches[0].kind is 'latent', not one of paged, state",
+    unknown_source: "graphs.target.inputs[0].source is 'tokens', not one of token_ids",
+    unknown_dtype: "cache kv has an array kv_cache of dtype complex64",
+    cache_of_nobody: "of graph target is none that these caches and a step have",
+    array_of_another_shape: "input kv_cache of graph target is none that these caches",
+    two_of_a_name: "caches has kv twice",
+    input_twice: "inputs of graph target has positions twice",
+    no_target: "graphs has no target with an output logits",
+    no_logits: "graphs has no target with an output logits",
+    logits_of_tokens: "output logits has shape ['T', 320], not [L, vocabulary]",
+    update_of_nothing: "output logits of graph target updates ssm_state, which is no such input",
+    no_pages: "caches have pages of no tokens",
+}
+
+
+@pytest.mark.parametrize("spoil", DEFECTS, ids=lambda f: f.__name__)
+def test_a_contract_that_does_not_fit_together(
+    engine: Path, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    edit(engine, spoil)
+    assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", DEFECTS[spoil])
 
 
 @pytest.mark.parametrize(("name", "ours"), [("PagedAttention", "1"), ("Abacus", "none")])

@@ -11,6 +11,15 @@ from typing import Any
 import pytest
 from tests.docs.test_docs import ROOT, blocks, prose
 
+from slipstream.builder.contract import (
+    CacheArray,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    Port,
+    Source,
+    bytes_per_token,
+)
 from slipstream.builder.engine import MANIFEST, Manifest, open_engine
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.loading import load
@@ -36,12 +45,22 @@ def write_manifest(directory: Path, **changes: object) -> None:
 def test_the_example_is_a_manifest(tmp_path: Path) -> None:
     assert list(EXAMPLE) == FIELDS
     write_manifest(tmp_path)
-    assert open_engine(tmp_path).manifest.kv.bytes_per_token == 2 * 30 * 3 * 64 * 2
+    assert bytes_per_token(open_engine(tmp_path).manifest.caches) == 2 * 30 * 3 * 64 * 2
 
 
 def test_every_field_is_explained() -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", prose(PAGE), re.M)
     assert set(FIELDS) <= set(re.findall(r"\w+", " ".join(rows)))
+
+
+def test_every_word_of_a_contract_is_explained() -> None:
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", prose(PAGE), re.M)
+    told = set(re.findall(r"\w+", " ".join(rows)))
+    fields = {field.name for part in (GraphSpec, CacheSpec) for field in dataclasses.fields(part)}
+    assert {*fields - {"name"}, *Source} <= told
+    words = set(re.findall(r"`(\w+)`", prose(PAGE)))
+    parts = (Port, Output, CacheArray)
+    assert {field.name for part in parts for field in dataclasses.fields(part)} <= words
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from slipstream.builder.build import build
+from slipstream.builder.contract import KV, LOGITS
 from slipstream.builder.options import BuildOptions
-from slipstream.runtime.engine.step import SamplingRow, StepBatch
+from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.loading import load
 from slipstream.runtime.sampling.params import SamplingParams
 
@@ -83,24 +84,22 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float3
     for size in CHUNKS:
         positions = np.tile(np.arange(start, start + size, dtype=np.int32), 2)
         rows = np.repeat([0, 1], size)
+        slots = table[rows, positions // page] * page + positions % page
         batch = StepBatch(
             token_ids=prompts[:, start : start + size].reshape(-1).astype(np.int32),
             positions=positions,
             query_start=np.array([0, size, 2 * size], np.int32),
             context_len=np.array([start + size] * 2, np.int32),
-            page_table=table,
-            slot_mapping=(table[rows, positions // page] * page + positions % page).astype(
-                np.int32
-            ),
             logits_rows=np.arange(2 * size, dtype=np.int32),
             sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0, target=0)]
             * (2 * size),
             slots=np.array([0, 1], np.int32),
             sampling_slots=np.full(2 * size, -1, np.int32),
+            pages={KV: PagedInputs(table, slots.astype(np.int32))},
         )
         pending: Any = executor.submit(batch)
         pending.result()
-        out.append(pending.binding.logits.reshape(2, size, -1).copy())
+        out.append(pending.binding.outputs[LOGITS].reshape(2, size, -1).copy())
         start += size
     executor.shutdown()
     return np.concatenate(out, axis=1)

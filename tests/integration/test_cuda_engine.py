@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from slipstream.builder.build import build
+from slipstream.builder.contract import KV
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.step import SamplingRow, StepBatch
+from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
@@ -68,7 +69,7 @@ def step(counts: list[int], contexts: list[int], seed: int = 0) -> StepBatch:
     positions = np.concatenate(
         [np.arange(c - n, c) for n, c in zip(counts, contexts, strict=True)]
     ).astype(np.int32)
-    owner = np.repeat(np.arange(size), counts)
+    owner = np.repeat(np.arange(size, dtype=np.int32), counts)
     tokens = np.concatenate(
         [np.random.default_rng([seed, i]).integers(0, 320, n) for i, n in enumerate(counts)]
     )
@@ -78,13 +79,18 @@ def step(counts: list[int], contexts: list[int], seed: int = 0) -> StepBatch:
         positions=positions,
         query_start=np.cumsum([0, *counts]).astype(np.int32),
         context_len=np.array(contexts, np.int32),
-        page_table=table,
-        slot_mapping=(table[owner, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32),
         logits_rows=(np.cumsum(counts) - 1).astype(np.int32),
         sampling=[row] * size,
         slots=np.arange(size, dtype=np.int32),
         sampling_slots=np.arange(size, dtype=np.int32),
+        pages=paged(table, owner, positions),
     )
+
+
+def paged(table: IntArray, owner: IntArray, positions: IntArray) -> dict[str, PagedInputs]:
+    """Where the tokens of a step lie, by the rows of a page table that own them."""
+    slots = table[owner, positions // PAGE] * PAGE + positions % PAGE
+    return {KV: PagedInputs(table, slots.astype(np.int32))}
 
 
 def rows(executor: CUDAExecutor, batch: StepBatch, *, eager: bool) -> Tensor:
@@ -105,10 +111,7 @@ def fill(executor: CUDAExecutor, contexts: list[int]) -> None:
         table = np.arange(1, len(contexts) * COLUMNS + 1, dtype=np.int32)
         table = table.reshape(-1, COLUMNS)[index : index + 1]
         positions = whole.positions
-        whole.page_table = table
-        whole.slot_mapping = (table[0, positions // PAGE] * PAGE + positions % PAGE).astype(
-            np.int32
-        )
+        whole.pages = paged(table, np.zeros_like(positions), positions)
         rows(executor, whole, eager=True)
 
 

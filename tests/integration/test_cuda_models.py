@@ -17,10 +17,11 @@ from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slipstream.builder.build import build
+from slipstream.builder.contract import KV
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear.cuda import tactics
-from slipstream.runtime.engine.step import SamplingRow, StepBatch
+from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.loading import load
@@ -112,12 +113,11 @@ def logits_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> Logits:
             positions=positions,
             query_start=np.array([0, size, 2 * size], np.int32),
             context_len=np.array([start + size] * 2, np.int32),
-            page_table=table,
-            slot_mapping=slots.astype(np.int32),
             logits_rows=np.arange(2 * size, dtype=np.int32),
             sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0)] * (2 * size),
             slots=np.array([0, 1], np.int32),
             sampling_slots=rows.astype(np.int32),
+            pages={KV: PagedInputs(table, slots.astype(np.int32))},
         )
         out.append(executor.logits(batch).reshape(2, size, -1))
         start += size

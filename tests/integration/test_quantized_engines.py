@@ -29,6 +29,7 @@ from tests.tiny_models import save_llama
 from slipstream.builder import build as builder
 from slipstream.builder.build import compile_checkpoint
 from slipstream.builder.checkpoints.gguf.blocks import decode
+from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError, CheckpointError
@@ -182,7 +183,7 @@ class TestKVScales:
         plain = quantized_llama({})
         want = exact(plain, tmp_path / "exact")
         calibrated = replace(plain, kv_scales=fine)
-        assert compiled(calibrated).kv.dtype == "float8_e4m3fn"
+        assert kv_dtype_of(compiled(calibrated).caches) == "float8_e4m3fn"
         assert compiled(calibrated).kv_scales == fine
         assert 1e-4 < distance(run(calibrated, tmp_path / "fine"), want) < 0.05
         # The unit is in use: with a tiny one every key and value saturates.
@@ -194,13 +195,13 @@ class TestKVScales:
         want = exact(checkpoint, tmp_path / "exact")
         got = run(checkpoint, tmp_path / "engine", kv_cache_dtype="fp8")
         assert 1e-4 < distance(got, want) < 0.05
-        assert open_engine(tmp_path / "engine").manifest.kv.dtype == "float8_e4m3fn"
-        assert compiled(checkpoint).kv.dtype == "float32"
+        assert kv_dtype_of(open_engine(tmp_path / "engine").manifest.caches) == "float8_e4m3fn"
+        assert kv_dtype_of(compiled(checkpoint).caches) == "float32"
 
     def test_other_pages_do_without(self, caplog: pytest.LogCaptureFixture) -> None:
         checkpoint = quantized_llama({}, kv_scales=KVScales((1.0, 1.0), (1.0, 1.0)))
         planned = compiled(checkpoint, kv_cache_dtype="float16")
-        assert (planned.kv.dtype, planned.kv_scales) == ("float16", None)
+        assert (kv_dtype_of(planned.caches), planned.kv_scales) == ("float16", None)
         assert "scales are for fp8 and are not used: pages are float16" in caplog.text
 
     @pytest.mark.parametrize("k", [(1.0,), (1.0, 0.0), (1.0, float("nan"))])

@@ -20,10 +20,12 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.llama import ARCHITECTURE as LLAMA_ARCHITECTURE
 from slipstream.builder.models.module import LAYER, Extent, Module, hidden
+from slipstream.errors import CheckpointError
 from slipstream.quantize.layerwise import quantize_layers
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import make_plan
 from slipstream.quantize.sites import Folding, Site, Source, layer_sites
+from slipstream.quantize.skeleton import Skeleton
 
 ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkv")
 LINEARS = (*ATTENTION, "self_attn.o_proj", *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
@@ -147,3 +149,16 @@ def test_a_linear_that_no_table_knows_is_rounded(tmp_path: Path) -> None:
         name = f"model.layers.{result.index}.mlp.extra"
         assert name in [stats.name for stats in result.stats]
         assert result.tensors[f"{name}.weight"].format.kind == "int"
+
+
+def test_what_transformers_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    camelid = replace(LLAMA_ARCHITECTURE, name="camelid")
+    monkeypatch.setattr(models, "load", lambda *_: camelid)
+    with pytest.raises(CheckpointError, match="cannot run a model of type camelid"):
+        Skeleton(replace(CONFIG, architecture="camelid"))
+
+
+def test_a_rotation_that_transformers_does_not_do_is_said() -> None:
+    half = ModelConfig.from_huggingface({**LLAMA, "partial_rotary_factor": 0.5})
+    with pytest.raises(CheckpointError, match=r"\[16\] of 32 elements of a head are rotated"):
+        Skeleton(half)

@@ -11,6 +11,7 @@ import pytest
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.cache import cache_directory
+from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import open_engine
 from slipstream.errors import CapacityError, CheckpointError, EngineMismatchError
 from slipstream.errors import InvalidRequestError as Invalid
@@ -29,7 +30,7 @@ def test_an_engine_brings_its_limits(tiny_engine: Path) -> None:
     loaded = load(tiny_engine, {})
     config, manifest = loaded.config, open_engine(tiny_engine).manifest
     assert (config.max_batch_size, config.max_num_tokens) == (64, 512)
-    assert (config.max_seq_len, config.page_size) == (512, manifest.kv.page_size)
+    assert (config.max_seq_len, config.page_size) == (512, page_size_of(manifest.caches))
     assert loaded.vocab_size == 320
     loaded.executor.shutdown()
 

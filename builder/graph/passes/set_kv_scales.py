@@ -31,7 +31,6 @@ class SetKVScales:
                     "which must be positive numbers, one a layer; choose another --kv-cache-dtype "
                     "or download the checkpoint again"
                 )
-            for node in nodes:
-                scale = numbers[node.attributes["layer"].as_int()]
+            for node, scale in zip(nodes, numbers, strict=True):  # in the order of the layers
                 node.attributes[f"{name}_scale"] = ir.AttrFloat32(f"{name}_scale", scale)
         return len(nodes)

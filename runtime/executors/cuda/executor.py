@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine, Manifest
-from slipstream.errors import CapacityError
+from slipstream.builder.contract import LOGITS, TARGET_GRAPH, CacheSpec, GraphSpec
+from slipstream.builder.engine import TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
@@ -56,7 +57,7 @@ class CUDAExecutor:
         buffers do not fit.
         """
         self._device = Device()
-        graph = ir.load(engine.path / GRAPH).graph
+        graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
         weights = load_weights(engine.path / WEIGHTS, self._device)
         self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
 
@@ -83,17 +84,17 @@ class CUDAExecutor:
         weights: Mapping[str, Tensor],
         tactics: Path | None,
     ) -> None:
-        self._kv, self._config, device = manifest.kv, config, self._device
-        self._heads = int(manifest.model["num_heads"])
+        spec, self._cache = _one_graph(manifest)
+        self._config, device = config, self._device
         table = Tactics.load(tactics, device.capability, device.name)
         rows = config.max_batch_size
-        buckets = Buckets(
-            rows, config.max_num_tokens, query_block(self._heads, self._kv.num_kv_heads)
-        )
-        self._row_sizes = buckets.batch_sizes
-        self._columns = -(-config.max_seq_len // self._kv.page_size)
+        self._columns = -(-config.max_seq_len // self._cache.page_size)
         with device.work(), self._fitting():
-            program = CUDAProgram(graph, weights, table, device.torch)
+            program = CUDAProgram(graph, spec, weights, table, device.torch)
+            self._attention = program.attention[0]  # heads are those of all layers
+            block = query_block(self._attention.num_heads, self._attention.num_kv_heads)
+            buckets = Buckets(rows, config.max_num_tokens, block)
+            self._row_sizes = buckets.batch_sizes
             self._host_sampler = Sampler(program.vocab_size)
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
@@ -114,7 +115,7 @@ class CUDAExecutor:
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
-        page_bytes = self._kv.bytes_per_token * self._kv.page_size
+        page_bytes = self._cache.bytes_per_page
         self._allocate(1)
         free = max(self._free_after_largest_step() + page_bytes, 0)
         if num_bytes is None:
@@ -208,17 +209,21 @@ class CUDAExecutor:
         return torch.from_numpy(rows.astype(np.int64)).to(self._device.torch)
 
     def _allocate(self, pages: int) -> None:
-        layout, config, device = self._kv, self._config, self._device.torch
+        config, device, attention = self._config, self._device.torch, self._attention
+        (array,) = self._cache.arrays
         self.runner.bind(None)  # the old pages go before the new ones come
-        heads = (layout.num_layers, pages, 2, layout.num_kv_heads)
         with self._device.work():
             cache = torch.zeros(
-                (*heads, layout.page_size * layout.head_dim),
-                dtype=_KV_TYPES[layout.dtype],
+                (len(self._cache.layers), pages, *array.shape),
+                dtype=_KV_TYPES[array.dtype],
                 device=device,
             )
             workspace = DecodeWorkspace.allocate(
-                config.max_batch_size, self._heads, layout.head_dim, config.max_seq_len, device
+                config.max_batch_size,
+                attention.num_heads,
+                attention.head_dim,
+                config.max_seq_len,
+                device,
             )
         self.runner.bind(Memory(cache, self._sampler.last_tokens, workspace))
 
@@ -254,3 +259,18 @@ class CUDAExecutor:
                 "sequences do not fit in the GPU's memory beside the weights; lower "
                 "--max-num-tokens, --max-batch-size or --kv-cache-bytes"
             ) from error
+
+
+def _one_graph(manifest: Manifest) -> tuple[GraphSpec, CacheSpec]:
+    """The graph and the cache of an engine that has what this executor runs."""
+    spec, (cache, *more) = manifest.graphs[TARGET_GRAPH], manifest.caches
+    outputs = [output.name for output in spec.outputs]
+    simple = len(manifest.graphs) == 1 and not more and outputs == [LOGITS]
+    if not simple or spec.seam is None or len(cache.arrays) != 1:
+        raise EngineMismatchError(
+            f"the engine has graphs {', '.join(manifest.graphs)}, caches "
+            f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
+            f"{', '.join(outputs)}; a GPU runs one graph in two halves, on pages of one array, for "
+            "its logits: build it with --target cpu"
+        )
+    return spec, cache

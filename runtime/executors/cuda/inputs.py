@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import Dim, Port, Source
 from slipstream.plugins.paged_attention.cuda import StepTensors
-from slipstream.runtime.engine.step import IntArray, StepBatch
+from slipstream.runtime.engine.step import IntArray, StepBatch, reader_of
 from slipstream.runtime.executors.cuda.device import Device, Event
 from slipstream.runtime.executors.cuda.program import Step
 
@@ -28,33 +30,73 @@ class Shape:
     rows: int = 0
 
     @cached_property
-    def fields(self) -> dict[str, int]:
-        """The one-dimensional arrays of a step and their lengths."""
-        tokens = ("token_ids", "positions", "slot_mapping", "token_slots")
-        blocks = ("block_sequence", "block_start")
+    def sizes(self) -> dict[Dim, int]:
+        """By the dimensions of a contract, and B for blocks."""
         return {
-            **dict.fromkeys(tokens, self.tokens),
-            "query_start": self.sequences + 1,
-            "context_len": self.sequences,
-            **dict.fromkeys(blocks, self.blocks),
-            "logits_rows": self.rows,
+            "T": self.tokens,
+            "S": self.sequences,
+            "S+1": self.sequences + 1,
+            "L": self.rows,
+            "B": self.blocks,
         }
 
-    @cached_property
-    def offsets(self) -> dict[str, int]:
+
+padded_shape = lru_cache(maxsize=256)(Shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A one-dimensional array of a step, and what stands where it is padded; ``read`` is None
+    where the block makes it."""
+
+    name: str
+    dim: Dim
+    padding: int = 0
+    read: Callable[[StepBatch], IntArray] | None = None
+
+
+# What kernels read beside the inputs of the graph.
+_TOKEN_SLOTS = Field("token_slots", "T")
+_BLOCK_SEQUENCE = Field("block_sequence", "B", padding=-1)
+_BLOCK_START = Field("block_start", "B")
+
+
+class Layout:
+    """Which arrays of a step lie in the block, and where: what the inputs of a graph with one paged
+    cache take, then what kernels want beside; ``columns`` is the width of its page table."""
+
+    def __init__(self, inputs: Iterable[Port], columns: int) -> None:
+        ports = {port.source: port for port in inputs if port.source is not Source.CACHE}
+        self.table = ports.pop(Source.PAGE_TABLE)
+        self.read_table = reader_of(self.table)
+        self.columns = columns
+        self.ports = ports
+        fields = [*map(_field, ports.values()), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
+        self.fields = {field.name: field for field in fields}
+        self._offsets: dict[Shape, dict[str, int]] = {}
+
+    def offsets(self, shape: Shape) -> dict[str, int]:
         """Where each array starts in the block; the page table is the last."""
-        offsets, start = {}, 0
-        for name, length in self.fields.items():
-            offsets[name] = start
-            start += -(-length // _ALIGNMENT) * _ALIGNMENT
-        return {**offsets, "page_table": start}
+        offsets = self._offsets.get(shape)
+        if offsets is None:
+            offsets, start = {}, 0
+            for name, field in self.fields.items():
+                offsets[name] = start
+                start += -(-shape.sizes[field.dim] // _ALIGNMENT) * _ALIGNMENT
+            offsets[self.table.name] = start
+            self._offsets[shape] = offsets
+        return offsets
+
+    def size(self, shape: Shape) -> int:
+        """All of the block that a step takes."""
+        return self.offsets(shape)[self.table.name] + shape.sequences * self.columns
 
 
-padded_shape = lru_cache(maxsize=256)(Shape)  # a shape computes its places once
-
-
-# What stands where a step is padded; everything else is zero there.
-_PADDING = {"slot_mapping": -1, "block_sequence": -1}
+def _field(port: Port) -> Field:
+    padding = -1 if port.source is Source.SLOT_MAPPING else 0
+    # Rows come one by one: only those that the device samples are wanted.
+    read = None if port.source is Source.LOGITS_ROWS else reader_of(port)
+    return Field(port.name, port.shape[0], padding, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +123,10 @@ def query_blocks(batch: StepBatch, first: int, size: int) -> Blocks:
 class StepInputs:
     """The block on the device, and pinned copies of it that the host writes in turn."""
 
-    def __init__(self, device: Device, largest: Shape, page_columns: int) -> None:
-        self._columns = page_columns
-        size = largest.offsets["page_table"] + largest.sequences * page_columns
+    def __init__(self, device: Device, layout: Layout, largest: Shape) -> None:
+        self._layout = layout
+        self._rows = layout.ports[Source.LOGITS_ROWS].name
+        size = layout.size(largest)
         self._block = torch.zeros(size, dtype=torch.int32, device=device.torch)
         self._hosts = [
             _Host(device.pinned((size,), torch.int32), Event(device)) for _ in range(_IN_FLIGHT)
@@ -94,26 +137,23 @@ class StepInputs:
         host = self._hosts[0]
         self._hosts = [*self._hosts[1:], host]
         host.copied.wait()
-        arrays = {
-            "token_ids": batch.token_ids,
-            "positions": batch.positions,
-            "slot_mapping": batch.slot_mapping,
-            "token_slots": np.repeat(batch.slots, np.diff(batch.query_start)),
-            "query_start": batch.query_start,
-            "context_len": batch.context_len,
-            "block_sequence": blocks.sequence,
-            "block_start": blocks.start,
-            "logits_rows": rows,
+        layout, offsets = self._layout, self._layout.offsets(shape)
+        made = {
+            self._rows: rows,
+            _TOKEN_SLOTS.name: np.repeat(batch.slots, np.diff(batch.query_start)),
+            _BLOCK_SEQUENCE.name: blocks.sequence,
+            _BLOCK_START.name: blocks.start,
         }
-        for name, array in arrays.items():
-            start, end = shape.offsets[name], shape.offsets[name] + shape.fields[name]
+        for name, field in layout.fields.items():
+            array = made[name] if field.read is None else field.read(batch)
+            start, end = offsets[name], offsets[name] + shape.sizes[field.dim]
             host.array[start : start + len(array)] = array
-            host.array[start + len(array) : end] = _PADDING.get(name, 0)
-        start = shape.offsets["page_table"]
-        size = start + shape.sequences * self._columns
-        table = host.array[start:size].reshape(shape.sequences, self._columns)
-        count, width = batch.page_table.shape
-        table[:count, :width] = batch.page_table
+            host.array[start + len(array) : end] = field.padding
+        start, size = offsets[layout.table.name], layout.size(shape)
+        padded = host.array[start:size].reshape(shape.sequences, layout.columns)
+        table = layout.read_table(batch)
+        count, width = table.shape
+        padded[:count, :width] = table
         self._block[:size].copy_(host.tensor[:size], non_blocking=True)
         host.copied.record()
 
@@ -126,26 +166,27 @@ class StepInputs:
 
     def step(self, shape: Shape, num_decodes: int, *, pdl: bool) -> Step:
         """The arrays of a step of this shape, as views of the block."""
+        layout, offsets = self._layout, self._layout.offsets(shape)
         views = {
-            name: self._block[shape.offsets[name] : shape.offsets[name] + length]
-            for name, length in shape.fields.items()
+            name: self._block[offsets[name] : offsets[name] + shape.sizes[field.dim]]
+            for name, field in layout.fields.items()
         }
-        start = shape.offsets["page_table"]
-        table = self._block[start : start + shape.sequences * self._columns]
+        table = self._block[offsets[layout.table.name] : layout.size(shape)]
+        of = {source: views[port.name] for source, port in layout.ports.items()}
         attention = StepTensors(
-            query_start=views["query_start"],
-            context_len=views["context_len"],
-            page_table=table.view(shape.sequences, self._columns),
-            slot_mapping=views["slot_mapping"],
-            block_sequence=views["block_sequence"],
-            block_start=views["block_start"],
+            query_start=of[Source.QUERY_START],
+            context_len=of[Source.CONTEXT_LEN],
+            page_table=table.view(shape.sequences, layout.columns),
+            slot_mapping=of[Source.SLOT_MAPPING],
+            block_sequence=views[_BLOCK_SEQUENCE.name],
+            block_start=views[_BLOCK_START.name],
             num_decodes=num_decodes,
         )
-        return Step(views["token_ids"], views["positions"], views["token_slots"], attention, pdl)
+        return Step(views, views[_TOKEN_SLOTS.name], attention, pdl)
 
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""
-        start = shape.offsets["logits_rows"]
+        start = self._layout.offsets(shape)[self._rows]
         return self._block[start : start + shape.rows]
 
 

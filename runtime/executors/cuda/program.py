@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from slipstream.builder.contract import GraphSpec
 from slipstream.plugins.gated_mlp.cuda import gated_activation
 from slipstream.plugins.linear.cuda.host import DeviceWeight, embedding, linear
 from slipstream.plugins.linear.cuda.packing import format_of
@@ -34,14 +35,13 @@ _TORCH = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's inputs on the device; ``attention`` has what only attention reads.
+    """One step's inputs on the device, by name; ``attention`` has what only attention reads.
 
-    int32: ``token_ids`` and ``positions`` ``[T]``, ``token_slots [T]`` (the slot whose last token
-    stands for an id of -1). ``pdl`` lets kernels begin before those in front of them have ended.
+    int32, as ``token_slots [T]`` (the slot whose last token stands for an id of -1). ``pdl`` lets
+    kernels begin before those in front of them have ended.
     """
 
-    token_ids: Tensor
-    positions: Tensor
+    inputs: Mapping[str, Tensor]
     token_slots: Tensor
     attention: StepTensors
     pdl: bool
@@ -87,45 +87,44 @@ class _Call:
 class CUDAProgram:
     """Runs the graph in two halves: all layers (``hidden``), then norm and head (``logits``).
 
-    Between them stand the rows whose logits are wanted, which the executor gathers.
+    Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
+    wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
     """
 
     def __init__(
         self,
         graph: ir.Graph,
+        spec: GraphSpec,
         weights: Mapping[str, Tensor],
         tactics: Tactics,
         device: torch.device,
     ) -> None:
         self._constants = _constants(graph, weights, device)
         nodes = list(graph)
-        split = next(i for i, node in enumerate(nodes) if _picks_rows(node))
-        self._hidden, self._rows = (
-            _name(value) for value in (nodes[split].inputs[0], nodes[split].outputs[0])
-        )
+        assert spec.seam is not None
+        hidden, self._rows = spec.seam
+        split = next(i for i, node in enumerate(nodes) if self._rows == _name(node.outputs[0]))
+        self.inputs = spec.inputs
         self.dtype = node_dtype(nodes[split])
         self.hidden_size, self.vocab_size = (
             int(value.shape[1])  # type: ignore[index,arg-type]
             for value in (nodes[split].outputs[0], graph.outputs[0])
         )
-        kept = {*self._constants, self._hidden}
+        self.attention = [
+            _attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
+        ]
+        kept = {*self._constants, hidden}
         self._body = _compile(nodes[:split], self._constants, tactics, kept)
         self._tail = _compile(nodes[split + 1 :], self._constants, tactics, kept)
 
     def hidden(self, step: Step, memory: Memory, out: Tensor | None = None) -> Tensor:
         """The residual stream ``[T, hidden]`` after the last layer, in ``out`` if given."""
-        values = {**self._constants, "token_ids": step.token_ids, "positions": step.positions}
-        run = _Run(values, step.pdl, step, memory)
+        run = _Run({**self._constants, **step.inputs}, step.pdl, step, memory)
         return _execute(self._body, run, out)
 
     def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
         """float32 logits of rows ``[L, hidden]`` into ``out [L, vocab]``."""
         _execute(self._tail, _Run({**self._constants, self._rows: rows}, pdl), out)
-
-
-def _picks_rows(node: ir.Node) -> bool:
-    """Whether a node is the gathering of the rows whose logits are wanted."""
-    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
 
 
 def _execute(calls: Sequence[_Call], run: _Run, out: Tensor | None) -> Tensor:
@@ -222,10 +221,7 @@ def _rotary(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
 def _attention(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:
     qkv, cos, sin = _names(node)[:3]
     q_norm, k_norm, sinks = (*_names(node)[9:], None, None, None)[:3]
-    names = Attributes.__dataclass_fields__
-    attributes = Attributes(
-        **{a.name: a.value for a in node.attributes.values() if a.name in names}
-    )
+    attributes = _attention_attributes(node)
 
     def kernel(run: _Run) -> Sequence[Tensor]:
         step, memory = run.kv()
@@ -245,6 +241,11 @@ def _attention(node: ir.Node, constants: Environment, tactics: Tactics) -> Kerne
         return (attended,)
 
     return kernel
+
+
+def _attention_attributes(node: ir.Node) -> Attributes:
+    names = Attributes.__dataclass_fields__
+    return Attributes(**{a.name: a.value for a in node.attributes.values() if a.name in names})
 
 
 def _gate(node: ir.Node, constants: Environment, tactics: Tactics) -> Kernel:

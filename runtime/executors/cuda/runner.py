@@ -15,6 +15,7 @@ from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
+    Layout,
     Shape,
     StepInputs,
     padded_shape,
@@ -50,7 +51,8 @@ class StepRunner:
         self._heads: dict[tuple[int, Kind], Work] = {}
         count = buckets.max_batch_size
         with device.work():
-            self._inputs = StepInputs(device, buckets.largest, page_columns)
+            layout = Layout(program.inputs, page_columns)
+            self._inputs = StepInputs(device, layout, buckets.largest)
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )

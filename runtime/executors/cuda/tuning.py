@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from slipstream.builder.engine import GRAPH, TACTICS, WEIGHTS, Engine
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import TACTICS, WEIGHTS, Engine
 from slipstream.plugins.linear.cuda.host import DeviceWeight
 from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactics
 from slipstream.plugins.linear.cuda.tuning import Problem, Tuned, cold, tune
@@ -25,7 +26,7 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     manifest = engine.manifest
     require(manifest)
     device = Device()
-    graph = ir.load(engine.path / GRAPH).graph
+    graph = ir.load(engine.path / manifest.graphs[TARGET_GRAPH].file).graph
     weights = load_weights(engine.path / WEIGHTS, device)
     table = Tactics(device.capability, device.name)
     buckets = [size for size in BUCKETS if size <= manifest.limits.max_num_tokens] or [1]

@@ -441,7 +441,6 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
         (changed(block_count=2**32 - 1), "num_hidden_layers is 4294967295"),
         (changed(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps is 'x'"),
         (changed(tokenizer__ggml__eos_token_id=[1, 2]), r"eos_token_id is \[\[1, 2\]\]"),
-        (changed(rope__scaling__type=[["yarn"]]), "rope type"),
         (without("block_count"), "no llama.block_count"),
         (without("token_embd.weight"), "no token_embd.weight"),
         (

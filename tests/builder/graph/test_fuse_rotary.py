@@ -5,7 +5,8 @@ import onnx_ir as ir
 import pytest
 from tests.programs import listing
 
-from slipstream.builder.graph.ops import INT32, Ops
+from slipstream.builder.contract import Source
+from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
 from slipstream.builder.graph.program import Program, new_program
 from slipstream.builder.graph.verifier import verify
@@ -14,10 +15,10 @@ FREQUENCIES = np.array([1.0, 0.1, 0.01], np.float32)
 
 
 def program_with(factor: float) -> Program:
-    program = new_program("g", {"positions": (INT32, ("T",))})
+    program = new_program("g")
     ops = Ops(program)
     for value, name in zip(
-        ops.rotary(ops.input("positions"), FREQUENCIES, factor), ("cos", "sin"), strict=True
+        ops.rotary(ops.input(Source.POSITIONS), FREQUENCIES, factor), ("cos", "sin"), strict=True
     ):
         ops.output(value, name)
     return program

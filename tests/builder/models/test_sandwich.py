@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from slipstream.builder import models
 from slipstream.builder.build import build, plan
 from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.contract import Source
 from slipstream.builder.graph.ops import Attributes
 from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig, Rope, RopeScaling
@@ -68,7 +69,7 @@ class SandwichDecoder(Decoder):
             return dataclasses.replace(loaded, codes=loaded.dequantize() * factor)
 
         scaled = LazyTensor(weight.name, weight.format, load)
-        return self.ops.embedding(self.ops.input("token_ids"), scaled)
+        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), scaled)
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
         ops, prefix = self.ops, f"model.layers.{layer}."

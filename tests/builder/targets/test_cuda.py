@@ -25,6 +25,7 @@ from tests.quantized_models import (
 from tests.tiny_models import LLAMA, llama_tensors, save_llama
 
 from slipstream.builder.build import Plan, build, compile_checkpoint, plan
+from slipstream.builder.contract import kv_dtype_of, page_size_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.options import BuildOptions
@@ -85,7 +86,7 @@ def test_everything_but_logits_and_angles_has_the_dtype(tmp_path: Path, dtype: A
     assert kinds.pop("RotaryAngles") == {ir.DataType.FLOAT}
     assert set().union(*kinds.values()) == {narrow}
     assert compiled.program.graph.outputs[0].dtype == ir.DataType.FLOAT
-    assert compiled.kv.dtype == dtype
+    assert kv_dtype_of(compiled.caches) == dtype
 
 
 def test_dense_weights_are_stored_in_the_dtype(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_the_manifest_says_which_gpu_is_old_enough(
     manifest = open_engine(tmp_path / "engine").manifest
     assert (manifest.target, manifest.capability) == ("cuda", capability)
     assert (manifest.limits.max_batch_size, manifest.limits.max_num_tokens) == (256, 8192)
-    assert manifest.kv.page_size == 64
+    assert page_size_of(manifest.caches) == 64
 
 
 @pytest.mark.parametrize(
@@ -246,4 +247,4 @@ def test_calibrated_kv_scales_reach_the_attention_of_their_layer() -> None:
         for node in planned.program.nodes("PagedAttention")
     ]
     assert found == [(0.5, 0.125), (0.25, 2.0)]
-    assert (planned.kv.dtype, planned.capability) == ("float8_e4m3fn", "sm_89")
+    assert (kv_dtype_of(planned.caches), planned.capability) == ("float8_e4m3fn", "sm_89")

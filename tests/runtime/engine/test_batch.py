@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from slipstream.builder.contract import KV, attention_cache
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.scheduler import Scheduler
@@ -7,6 +8,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 
+CACHES = (attention_cache("float32", [0], 4, 1, 8),)
 CONFIG = RuntimeConfig(max_batch_size=4, max_num_tokens=16, max_seq_len=32, page_size=4)
 
 
@@ -16,7 +18,7 @@ def sequence(prompt: list[int], arrival: int, params: SamplingParams | None = No
 
 
 def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
-    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     first, second = sequence([10, 11, 12], 1), sequence(list(range(20, 40)), 2)
     scheduler.add(first)
     plan = scheduler.schedule()
@@ -26,6 +28,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     scheduler.add(second)
     batch, owners = builder.build(scheduler.schedule())
 
+    paged = batch.pages[KV]
     page = first.allocation.pages[0] if first.allocation else -1
     pages = second.allocation.pages if second.allocation else []
     slots = [pages[position // 4] * 4 + position % 4 for position in range(15)]
@@ -33,8 +36,8 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     assert batch.positions.tolist() == [3, *range(15)]
     assert batch.query_start.tolist() == [0, 1, 16]
     assert batch.context_len.tolist() == [4, 15]
-    assert batch.slot_mapping.tolist() == [page * 4 + 3, *slots]
-    assert batch.page_table[0, 0] == page and batch.page_table[1].tolist() == pages
+    assert paged.slot_mapping.tolist() == [page * 4 + 3, *slots]
+    assert paged.page_table[0, 0] == page and paged.page_table[1].tolist() == pages
     assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
     assert owners == [first]
     assert batch.slots.tolist() == [first.row, second.row]
@@ -43,12 +46,12 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     assert second.allocation and second.allocation.synced == len(pages), "not to be copied again"
     assert all(
         array.dtype == "int32" and array.flags.c_contiguous
-        for array in (batch.token_ids, batch.positions, batch.page_table, batch.slot_mapping)
+        for array in (batch.token_ids, batch.positions, paged.page_table, paged.slot_mapping)
     )
 
 
 def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
-    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     scheduler.add(only := sequence([1, 2], 7))
     batch, _ = builder.build(scheduler.schedule())
 
@@ -58,7 +61,7 @@ def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
 
 
 def test_a_token_on_its_way_is_left_to_the_device() -> None:
-    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     scheduler.add(only := sequence([1, 2], 7))
     batches = [builder.build(scheduler.schedule())[0]]
     row = batches[0].sampling[0]
@@ -73,7 +76,7 @@ def test_a_token_on_its_way_is_left_to_the_device() -> None:
 
 
 def test_a_scored_prompt_asks_for_each_row_once() -> None:
-    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG)
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     scored = sequence(list(range(20)), 1, SamplingParams(prompt_logprobs=0))
     scored.prompt_logprobs = [None]
     scheduler.add(scored)

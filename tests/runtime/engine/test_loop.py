@@ -11,7 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.counting import CountingExecutor, CountingStep, next_token
+from slipstream.runtime.executors.counting import (
+    CountingExecutor,
+    CountingStep,
+    counting_contract,
+    next_token,
+)
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
@@ -214,7 +219,7 @@ def test_a_device_that_refuses_a_step_ends_only_that_step(runs_ahead: bool) -> N
                 raise RuntimeError("no")
             return super().submit(batch)
 
-    executor = Refusing(8, 4, VOCAB_SIZE, runs_ahead=runs_ahead)
+    executor = Refusing(8, *counting_contract(4, VOCAB_SIZE), runs_ahead=runs_ahead)
     loop = EngineLoop(replace(counting_engine(runs_ahead=runs_ahead), executor=executor))
     executor.fail_next = True
     loop.add_request(Request("a", [0], greedy()))

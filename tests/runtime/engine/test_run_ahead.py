@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
+from slipstream.runtime.executors.counting import CountingExecutor, CountingStep, counting_contract
 from slipstream.runtime.request import CompletionOutput, Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
@@ -27,7 +27,9 @@ class Recorder(CountingExecutor):
     """Notes when steps are started and landed, and at which positions each sequence samples."""
 
     def __init__(self, num_pages: int, page_size: int, runs_ahead: bool) -> None:
-        super().__init__(num_pages, page_size, VOCAB_SIZE, runs_ahead=runs_ahead)
+        super().__init__(
+            num_pages, *counting_contract(page_size, VOCAB_SIZE), runs_ahead=runs_ahead
+        )
         self.events: list[str] = []
         self.refuse_next = False
         # The live output of a sequence, and the positions of its rows.

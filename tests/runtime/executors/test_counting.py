@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from slipstream.builder.contract import KV
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepBatch
-from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
+from slipstream.runtime.executors.counting import CountingExecutor, counting_contract
 from slipstream.runtime.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -22,12 +23,11 @@ def prefill(tokens: list[int], pages: list[int]) -> StepBatch:
         positions=positions,
         query_start=np.array([0, len(tokens)], np.int32),
         context_len=np.array([len(tokens)], np.int32),
-        page_table=table,
-        slot_mapping=table[0, positions // 2] * 2 + positions % 2,
         logits_rows=np.array([len(tokens) - 1], np.int32),
         sampling=[SamplingRow(GREEDY, tokens, [], seed=0)],
         slots=np.array([0], np.int32),
         sampling_slots=np.array([0], np.int32),
+        pages={KV: PagedInputs(table, table[0, positions // 2] * 2 + positions % 2)},
     )
 
 
@@ -35,7 +35,8 @@ def one_more(tokens: list[int], pages: list[int], token: int, known: int = 3) ->
     """The last of ``tokens`` alone, given as ``token``; the host knows the first ``known``."""
     batch = prefill(tokens, pages)
     batch.token_ids, batch.positions = np.array([token], np.int32), batch.positions[-1:]
-    batch.slot_mapping, batch.logits_rows[:] = batch.slot_mapping[-1:], 0
+    paged, batch.logits_rows[:] = batch.pages[KV], 0
+    batch.pages = {KV: PagedInputs(paged.page_table, paged.slot_mapping[-1:])}
     batch.query_start[1] = 1
     batch.sampling = [
         SamplingRow(GREEDY, tokens[:2], tokens[2:known], seed=0, position=len(tokens) - 2)
@@ -44,16 +45,16 @@ def one_more(tokens: list[int], pages: list[int], token: int, known: int = 3) ->
 
 
 def test_it_counts() -> None:
-    executor = CountingExecutor(num_pages=4, page_size=2, vocab_size=10)
+    executor = CountingExecutor(4, *counting_contract(2, 10))
     assert executor.submit(prefill([4, 8, 9], [3, 0])).result().token_ids == [0]
 
 
 def _wrong_slot(batch: StepBatch) -> None:
-    batch.slot_mapping[1] = 2
+    batch.pages[KV].slot_mapping[1] = 2
 
 
 def _same_slot(batch: StepBatch) -> None:
-    batch.slot_mapping[1] = batch.slot_mapping[0]
+    batch.pages[KV].slot_mapping[1] = batch.pages[KV].slot_mapping[0]
 
 
 def _wrong_position(batch: StepBatch) -> None:
@@ -65,14 +66,14 @@ def _wrong_token(batch: StepBatch) -> None:
 
 
 def _wrong_table(batch: StepBatch) -> None:
-    batch.page_table[0, 0] = 1
+    batch.pages[KV].page_table[0, 0] = 1
 
 
 @pytest.mark.parametrize(
     "spoil", [_wrong_slot, _same_slot, _wrong_position, _wrong_token, _wrong_table]
 )
 def test_it_notices_wrong_paging(spoil: Callable[[StepBatch], None]) -> None:
-    executor = CountingExecutor(num_pages=4, page_size=2, vocab_size=10)
+    executor = CountingExecutor(4, *counting_contract(2, 10))
     batch = prefill([4, 5, 6], [3, 0])
     spoil(batch)
     with pytest.raises(AssertionError):
@@ -80,7 +81,7 @@ def test_it_notices_wrong_paging(spoil: Callable[[StepBatch], None]) -> None:
 
 
 def test_a_failing_step_leaves_garbage() -> None:
-    executor = CountingExecutor(num_pages=4, page_size=2, vocab_size=10)
+    executor = CountingExecutor(4, *counting_contract(2, 10))
     executor.submit(prefill([4, 5], [0])).result()
     executor.fail_next = True
     with pytest.raises(ExecutionError):
@@ -91,7 +92,7 @@ def test_a_failing_step_leaves_garbage() -> None:
 
 
 def ahead() -> CountingExecutor:
-    return CountingExecutor(num_pages=4, page_size=2, vocab_size=10, runs_ahead=True)
+    return CountingExecutor(4, *counting_contract(2, 10), runs_ahead=True)
 
 
 def test_it_puts_in_the_token_that_only_the_device_knows() -> None:
@@ -129,7 +130,7 @@ def test_it_notices_a_wrong_position_in_the_output() -> None:
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_it_takes_no_more_steps_than_it_said(runs_ahead: bool) -> None:
-    executor = CountingExecutor(4, 2, 10, runs_ahead=runs_ahead)
+    executor = CountingExecutor(4, *counting_contract(2, 10), runs_ahead=runs_ahead)
     for _ in range(1 + runs_ahead):
         executor.submit(prefill([4, 5], [0]))
     with pytest.raises(AssertionError, match="too many steps"):

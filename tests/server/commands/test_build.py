@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from slipstream.builder.build import plan
+from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.server.cli import slipstream
@@ -42,7 +43,7 @@ def test_options_reach_the_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     manifest = open_engine(tmp_path / "e").manifest
     assert (manifest.limits.max_seq_len, manifest.limits.max_batch_size) == (96, 3)
-    assert (manifest.limits.max_num_tokens, manifest.kv.dtype) == (17, "int8")
+    assert (manifest.limits.max_num_tokens, kv_dtype_of(manifest.caches)) == (17, "int8")
     assert "onnxruntime MatMulNBits int4, groups of 32" in result.stdout
     assert "--symmetric" in manifest.command
 
@@ -53,7 +54,8 @@ def test_estimate_reads_the_plan_and_writes_nothing(tiny_checkpoint: Path, tmp_p
     planned = plan(tiny_checkpoint, BuildOptions(max_seq_len=64))
     rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if line[:1].strip())
     assert rows["weights"].strip() == format_bytes(planned.weight_bytes)
-    assert rows["KV per token"].strip() == f"{format_bytes(planned.kv.bytes_per_token)} (float32)"
+    per_token = format_bytes(bytes_per_token(planned.caches))
+    assert rows["KV per token"].strip() == f"{per_token} (float32)"
     assert rows["KV of one sequence"].strip().startswith(format_bytes(planned.sequence_kv_bytes))
     needed = planned.weight_bytes + planned.sequence_kv_bytes + (200 << 20)
     assert rows["memory needed"].strip().startswith(format_bytes(needed))

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
+from slipstream.builder.contract import bytes_per_token
 from slipstream.builder.engine import open_engine, sha256
 from slipstream.server.cli import slipstream
 
@@ -28,7 +29,8 @@ def test_json_is_the_manifest_and_what_the_files_hold(tiny_engine: Path) -> None
     assert result.exit_code == 0, result.output
     report, manifest = json.loads(result.stdout), open_engine(tiny_engine).manifest
     assert report["model"] == manifest.model
-    assert report["kv"]["bytes_per_token"] == manifest.kv.bytes_per_token == 2 * 3 * 2 * 16 * 4
+    per_token = bytes_per_token(manifest.caches)
+    assert report["kv"]["bytes_per_token"] == per_token == 2 * 3 * 2 * 16 * 4
     assert report["limits"]["max_seq_len"] == 512
     for file in report["files"]:
         path = tiny_engine / file["name"]

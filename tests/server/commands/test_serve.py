@@ -12,7 +12,10 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.testing import counting_engine
 from slipstream.server.cli import slipstream
+from slipstream.server.commands import serve
 from slipstream.server.commands.serve import default_name
 
 _URL = re.compile(r"\burl=(http://\S+)")
@@ -46,6 +49,17 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
         log += child.stderr.read()
     assert " serving model=" in log and " stopped" in log
     assert len(re.findall(r" request .*path=/v1/completions status=(?:200|401)", log)) == 2
+
+
+def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve, "load_model", lambda *_: counting_engine())
+    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
+    result = CliRunner().invoke(slipstream, ["serve", "engine", "--port", "0"])
+    assert result.exit_code == 70
+    for words in (" serving ", ' unhealthy reason="the device hangs"', " draining ", " stopped"):
+        assert words in result.stderr
 
 
 def test_an_address_in_use_is_one_error_before_anything_is_loaded() -> None:

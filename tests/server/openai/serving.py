@@ -32,6 +32,7 @@ class Running:
     llm: AsyncLLM
     server: DrainingServer
     service: Service
+    thread: threading.Thread
 
     def client(self, **options: Any) -> openai.OpenAI:  # noqa: ANN401 - those of the client
         """OpenAI's own client; it does not repeat what fails."""
@@ -106,7 +107,7 @@ def serving(
     thread.start()
     try:
         assert started.wait(10)
-        running = Running(url_of(listener), llm, box[0], box[0].service)
+        running = Running(url_of(listener), llm, box[0], box[0].service, thread)
         yield running
         running.wait_idle()
     finally:

@@ -2,52 +2,16 @@ from __future__ import annotations
 
 import math
 
-import tokenizers
+from tests.server.small_tokenizers import byte_level
 
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.testing import counting_tokenizer
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.openai.logprobs import (
     chat_logprobs,
     completion_logprobs,
     prompt_logprobs,
 )
-
-
-def byte_level() -> Tokenizer:
-    """GPT-2's kind: a token is some bytes, maybe half a character."""
-    vocab = {"a": 0, "Ġb": 1, "Ã": 2, "©": 3, "<eos>": 4}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a"))
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    return Tokenizer(backend, TokenizerSettings())
-
-
-def sentencepiece_like() -> Tokenizer:
-    """Llama 2's kind: spaces as U+2581, bytes that are in no token by their own names."""
-    vocab = {"▁the": 0, "▁fox": 1, "es": 2, "<0xC3>": 3, "<0xA9>": 4}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="es"))
-    backend.decoder = tokenizers.decoders.Sequence(
-        [
-            tokenizers.decoders.Replace("▁", " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-            tokenizers.decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return Tokenizer(backend, TokenizerSettings())
-
-
-def test_token_bytes_join_to_the_bytes_of_the_text() -> None:
-    for tokenizer, ids, text in (
-        (byte_level(), [0, 1, 2, 3, 4], "a bé<eos>"),
-        (sentencepiece_like(), [0, 1, 2, 3, 4], " the foxesé"),
-    ):
-        texts = TokenTexts(tokenizer)
-        assert bytes(b for i in ids for b in texts.bytes(i)).decode() == text
-        assert texts.text(ids[2]) in ("\ufffd", "es")
-        assert texts.text(10_000) == ""
 
 
 def entry(token: int, logprob: float, top: dict[int, tuple[float, int]]) -> TokenLogprobs:

@@ -12,7 +12,6 @@ from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.testing import counting_engine
-from slipstream.server.core.merge import merge
 
 ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
 DELAY = 0.02
@@ -142,30 +141,3 @@ def test_a_bug_is_500_with_the_request_id(
     assert response.status_code == 500 and response.headers["x-request-id"] == "x7"
     assert response.json()["error"]["type"] == "server_error"
     assert "ZeroDivisionError" in caplog.text and "ZeroDivisionError" not in response.text
-
-
-def test_merged_generators_end_together() -> None:
-    ended = []
-
-    async def count(name: str, to: int, fail: bool = False) -> Any:  # noqa: ANN401
-        try:
-            for number in range(to):
-                await asyncio.sleep(0)
-                yield name, number
-            if fail:
-                raise ValueError(name)
-        finally:
-            ended.append(name)
-
-    async def main() -> None:
-        items = [item async for item in merge([count("a", 3), count("b", 2)])]
-        assert sorted(items) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
-        with pytest.raises(ValueError, match="c"):
-            async for _ in merge([count("c", 1, fail=True), count("d", 10**9)]):
-                pass
-        left = merge([count("e", 10**9), count("f", 10**9)])
-        await anext(left)
-        await left.aclose()
-
-    asyncio.run(main())
-    assert sorted(ended) == ["a", "b", "c", "d", "e", "f"]

@@ -18,8 +18,9 @@ from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.refusal import Refusal
 from slipstream.server.triton.answers import Answer, Outputs
-from slipstream.server.triton.errors import CancelledError
+from slipstream.server.triton.errors import CancelledError, code_of
 from slipstream.server.triton.outbox import Call, Outbox
 from slipstream.server.triton.parameters import Query
 from slipstream.server.triton.serving import Serving
@@ -203,6 +204,18 @@ def test_a_failed_step_ends_its_requests_and_the_next_is_answered(fast: Bench) -
         fast.ask("abc").text()
     assert fast.ask("abc", max_tokens=2).text() == "de"
     assert fast.counts.heard == ["error", "length"]
+
+
+def test_an_unhealthy_engine_refuses_and_says_why(
+    fast: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fast.serving.unavailable is None
+    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
+    assert fast.serving.unavailable == "the device hangs"
+    with pytest.raises(Refusal, match="the device hangs") as caught:
+        fast.ask("abc").next()
+    assert code_of(caught.value) == "UNAVAILABLE"
+    assert not fast.counts.heard
 
 
 def test_a_response_that_cannot_be_sent_ends_only_its_request(slow: Bench) -> None:

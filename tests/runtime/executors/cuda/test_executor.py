@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
+from slipstream.builder.contract import bytes_per_token
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, MissingDependencyError
@@ -140,7 +141,7 @@ def test_more_memory_than_there_is_shrinks_with_a_message(
     assert isinstance(executor, CUDAExecutor)
     monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 16)
     monkeypatch.setattr(executor.runner, "capture", lambda: None)
-    page = open_engine(engine).manifest.kv.bytes_per_token * 64
+    page = bytes_per_token(open_engine(engine).manifest.caches) * 64
     with caplog.at_level(logging.WARNING):
         assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page
     assert "the GPU has no more free" in caplog.text

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slipstream.runtime.engine.step import SamplingRow, StepBatch
+from slipstream.builder.contract import KV, Source, attention_cache, ports_of
+from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.device import Device
-from slipstream.runtime.executors.cuda.inputs import Shape, StepInputs, query_blocks
+from slipstream.runtime.executors.cuda.inputs import Layout, Shape, StepInputs, query_blocks
 from slipstream.runtime.sampling.params import SamplingParams
+
+LAYOUT = Layout(ports_of([attention_cache("float16", [0], 16, 1, 8)]), columns=4)
 
 
 def batch(counts: list[int], contexts: list[int], columns: int = 3) -> StepBatch:
@@ -22,12 +25,16 @@ def batch(counts: list[int], contexts: list[int], columns: int = 3) -> StepBatch
         ).astype(np.int32),
         query_start=np.cumsum([0, *counts]).astype(np.int32),
         context_len=np.array(contexts, np.int32),
-        page_table=rng.integers(1, 99, (len(counts), columns)).astype(np.int32),
-        slot_mapping=rng.integers(0, 999, tokens).astype(np.int32),
         logits_rows=(np.cumsum(counts) - 1).astype(np.int32),
         sampling=[SamplingRow(SamplingParams(), [0], [], 0)] * len(counts),
         slots=np.arange(len(counts), dtype=np.int32)[::-1].copy(),
         sampling_slots=np.arange(len(counts), dtype=np.int32)[::-1].copy(),
+        pages={
+            KV: PagedInputs(
+                rng.integers(1, 99, (len(counts), columns)).astype(np.int32),
+                rng.integers(0, 999, tokens).astype(np.int32),
+            )
+        },
     )
 
 
@@ -49,7 +56,7 @@ def test_blocks_cover_every_query_once_and_longest_contexts_come_first(first: in
 
 def test_a_step_arrives_padded() -> None:
     device = Device()
-    inputs = StepInputs(device, Shape(64, 8, 16, 8), page_columns=4)
+    inputs = StepInputs(device, LAYOUT, Shape(64, 8, 16, 8))
     junk = batch([30, 30], [60, 90], 4)
     inputs.load(junk, Shape(60, 2, 8, 2), query_blocks(junk, 0, 16), junk.logits_rows)
     step = batch([1, 5], [8, 20])
@@ -60,20 +67,20 @@ def test_a_step_arrives_padded() -> None:
         views = inputs.step(shape, 0, pdl=False)
     device.synchronize()
     attention = views.attention
-    assert views.token_ids.tolist() == [*step.token_ids, *[0] * 10]
-    assert views.positions.tolist()[:6] == step.positions.tolist()
+    assert views.inputs[Source.TOKEN_IDS].tolist() == [*step.token_ids, *[0] * 10]
+    assert views.inputs[Source.POSITIONS].tolist()[:6] == step.positions.tolist()
     assert views.token_slots.tolist() == [1, 0, 0, 0, 0, 0, *[0] * 10]
-    assert attention.slot_mapping.tolist() == [*step.slot_mapping, *[-1] * 10]
+    assert attention.slot_mapping.tolist() == [*step.pages[KV].slot_mapping, *[-1] * 10]
     assert attention.query_start.tolist()[:3] == [0, 1, 6]
     assert attention.context_len.tolist() == [8, 20, 0, 0]
     assert attention.block_sequence.tolist() == [*blocks.sequence, *[-1] * 4]
     assert attention.block_start.tolist()[:2] == blocks.start.tolist()
-    assert attention.page_table[:2, :3].tolist() == step.page_table.tolist()
+    assert attention.page_table[:2, :3].tolist() == step.pages[KV].page_table.tolist()
     assert inputs.logits_rows(shape).tolist() == [0, 5, 0, 0]
 
 
 def test_every_array_starts_a_cache_line() -> None:
     shape = Shape(33, 5, 7, 3)
-    assert all(offset % 32 == 0 for offset in shape.offsets.values())
-    starts = sorted(shape.offsets.values())
+    assert all(offset % 32 == 0 for offset in LAYOUT.offsets(shape).values())
+    starts = sorted(LAYOUT.offsets(shape).values())
     assert len(set(starts)) == len(starts)

@@ -1,0 +1,98 @@
+"""What the counting model keeps in the caches of a contract: tokens in pages, a hash in a state."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from slipstream.builder.contract import CacheSpec
+from slipstream.runtime.engine.step import IntArray, StepBatch
+
+GARBAGE = -1
+
+
+class CountingCache(Protocol):
+    """A cache that a step writes and whose content is verified."""
+
+    def write(self, batch: StepBatch, tokens: IntArray) -> None:
+        """Keep the ``tokens`` of a step."""
+        ...
+
+    def spoil(self, batch: StepBatch) -> None:
+        """Leave garbage wherever a step would have written."""
+        ...
+
+    def check(self, batch: StepBatch, index: int, context: IntArray) -> None:
+        """AssertionError unless a sequence finds here what its whole ``context`` leaves."""
+        ...
+
+
+class PagedTokens:
+    """The tokens of every sequence in its pages, as far back as the cache's window."""
+
+    def __init__(self, spec: CacheSpec, num_pages: int) -> None:
+        self._name, self._window, self._page_size = spec.name, spec.window, spec.page_size
+        self._memory = np.full(num_pages * spec.page_size, GARBAGE, np.int32)
+
+    def write(self, batch: StepBatch, tokens: IntArray) -> None:
+        """Every token to its slot."""
+        slots = batch.pages[self._name].slot_mapping
+        assert len(np.unique(slots)) == len(tokens), "a slot written twice"
+        self._memory[slots] = tokens
+
+    def spoil(self, batch: StepBatch) -> None:
+        """Garbage in every slot."""
+        self._memory[batch.pages[self._name].slot_mapping] = GARBAGE
+
+    def read(self, batch: StepBatch, index: int) -> IntArray:
+        """One sequence's tokens, through its page table, from the first that a query sees."""
+        paged, size = batch.pages[self._name], self._page_size
+        begin, end = batch.query_start[index : index + 2]
+        length = int(batch.context_len[index])
+        positions = np.arange(length - (end - begin), length)
+        first = max(int(positions[0]) - self._window + 1, 0) if self._window else 0
+        seen = np.arange(first, length)
+        slots = paged.page_table[index, seen // size] * size + seen % size
+        assert np.array_equal(batch.positions[begin:end], positions), "wrong positions"
+        written = paged.slot_mapping[begin:end]
+        assert np.array_equal(written, slots[positions - first]), "wrong slots"
+        tokens: IntArray = self._memory[slots]
+        return tokens
+
+    def check(self, batch: StepBatch, index: int, context: IntArray) -> None:
+        """The tokens that the window shows are the last of the context."""
+        seen = self.read(batch, index)
+        same = np.array_equal(seen, context[len(context) - len(seen) :])
+        assert same, f"pages of {self._name} hold another sequence"
+
+
+class HashedState:
+    """A hash of all tokens of a sequence in its slot, made anew where a sequence begins."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        self._name = spec.name
+        self._states: dict[int, int] = {}
+
+    def write(self, batch: StepBatch, tokens: IntArray) -> None:
+        """Go on from the state of every sequence."""
+        for index, slot in enumerate(batch.slots.tolist()):
+            begin, end = batch.query_start[index : index + 2]
+            begins = int(batch.context_len[index]) == end - begin
+            state = 0 if begins else self._states.get(slot, GARBAGE)
+            self._states[slot] = _hash(tokens[begin:end], state)
+
+    def spoil(self, batch: StepBatch) -> None:
+        """Garbage in every slot."""
+        self._states.update(dict.fromkeys(batch.slots.tolist(), GARBAGE))
+
+    def check(self, batch: StepBatch, index: int, context: IntArray) -> None:
+        """The state is that of the whole context."""
+        same = self._states[int(batch.slots[index])] == _hash(context, 0)
+        assert same, f"the state of {self._name} is of another sequence"
+
+
+def _hash(tokens: IntArray, state: int) -> int:
+    for token in tokens.tolist():
+        state = (state * 31 + token + 2) % (1 << 31)
+    return state
