@@ -26,6 +26,7 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin
 from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class GGUFCheckpoint:
         write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
         generation = generation_config(self.config.bos_token_id, self.config.eos_token_ids)
         write_json(directory / "generation_config.json", generation)
-        template = metadata.get("tokenizer.chat_template")
+        template = Fields(metadata, Origin(self.path)).optional_text("tokenizer.chat_template")
         if template is not None:
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
