@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -25,6 +26,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 _LOG = logging.getLogger(__name__)
 
 _Event = RequestOutput | SlipstreamError
+_PATIENCE = 5.0  # seconds between two looks at a device that may hang
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +58,9 @@ class _Stream:
 class AsyncLLM:
     """Serves many concurrent requests; may be used from several event loops.
 
+    An engine whose device fails step after step, or hangs, is given up: open requests end with an
+    ``ExecutionError``, new ones are refused, and ``unhealthy`` and ``closed`` say why.
+
     ``options`` are the fields of ``RuntimeConfig``, which documents them and their defaults.
     """
 
@@ -66,24 +71,27 @@ class AsyncLLM:
         self._open(load(model, options))
 
     @classmethod
-    def from_engine(cls, engine: LoadedEngine) -> Self:
-        """Take over an engine that is loaded already."""
+    def from_engine(
+        cls, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
+    ) -> Self:
+        """Take over an engine that is loaded already; ``clock`` tells seconds."""
         llm = cls.__new__(cls)
-        llm._open(engine)
+        llm._open(engine, clock)
         return llm
 
-    def _open(self, engine: LoadedEngine) -> None:
+    def _open(self, engine: LoadedEngine, clock: Callable[[], float] = time.monotonic) -> None:
         self.tokenizer = engine.tokenizer
         self.config = engine.config
         self.generation_defaults = engine.generation_defaults
         self._factory = RequestFactory(engine)
-        self._loop = EngineLoop(engine)
+        self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
+        self._stopped = threading.Event()
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closed: str | None = None
-        self._unhealthy: str | None = None
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="slipstream-watch", daemon=True).start()
 
     @property
     def stats(self) -> SchedulerStats:
@@ -97,8 +105,8 @@ class AsyncLLM:
 
     @property
     def unhealthy(self) -> str | None:
-        """Why the engine should be restarted; None while it is well."""
-        return self._unhealthy
+        """Why the device was given up, for good; None while it works."""
+        return self._loop.unhealthy
 
     async def generate(
         self,
@@ -108,12 +116,14 @@ class AsyncLLM:
         *,
         priority: int = 0,
         output_kind: OutputKind = "cumulative",
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt (a text or token ids), yielding after every token.
 
-        A consumer that is cancelled or closes the iterator aborts the request. Raises
-        ``InvalidRequestError`` or ``CapacityError`` for a request that cannot run, and
-        ``ExecutionError`` if the device fails; other requests go on.
+        Cached prompts are shared with those of equal ``cache_salt`` only. A consumer that is
+        cancelled or closes the iterator aborts the request. Raises ``InvalidRequestError`` or
+        ``CapacityError`` for a request that cannot run, and ``ExecutionError`` if the device fails;
+        other requests go on.
         """
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await asyncio.to_thread(
@@ -123,6 +133,7 @@ class AsyncLLM:
             request_id=request_id,
             priority=priority,
             output_kind=output_kind,
+            cache_salt=cache_salt,
         )
         stream = self._submit(request)
         finished = False
@@ -158,9 +169,13 @@ class AsyncLLM:
         self._abort(request_id)
 
     def shutdown(self) -> None:
-        """Abort what is running, stop the thread and free the device."""
+        """Abort what is running, stop the thread and free the device; one that hangs is left."""
         self._commands.put(None)
-        self._thread.join()
+        # A device that hangs is noticed while the engine's thread waits for it.
+        while self._thread.is_alive() and not self.unhealthy:
+            self._thread.join(_PATIENCE)
+        self._thread.join(_PATIENCE)
+        self._stopped.set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -194,12 +209,34 @@ class AsyncLLM:
         try:
             while self._take_commands():
                 self._deliver(self._loop.step())
+                if not self.check_health():
+                    return
             self._close("the engine was shut down; load it again to go on")
         except Exception as error:  # noqa: BLE001 - the last resort: nobody may wait for ever
             _LOG.exception("the engine loop stopped")
             self._close(f"the engine loop stopped: {error!r}. Load the engine again to go on")
         finally:
+            self._free()
+
+    def _free(self) -> None:
+        try:
             self._loop.shutdown()
+        except Exception:  # noqa: BLE001 - a broken device; everybody has been told
+            _LOG.exception("the device could not be freed")
+
+    def check_health(self) -> bool:
+        """Whether the device works; if it is to be given up, end all requests and refuse new ones.
+        Safe from any thread."""
+        reason = self.unhealthy
+        if reason is not None and self._closed is None:
+            _LOG.error("the engine is given up: %s", reason)
+            self._close(reason)
+        return reason is None
+
+    def _watch(self) -> None:
+        """Look after a device that may hang, from a thread that does not wait for it."""
+        while not self._stopped.wait(min(_PATIENCE, self.config.step_timeout / 4)):
+            self.check_health()
 
     def _take_commands(self) -> bool:
         """Run what callers asked for, waiting if there is nothing else to do; False: stop."""
@@ -214,9 +251,11 @@ class AsyncLLM:
         """Hand outputs to their event loops, waking each of them once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Event]]] = {}
         for output in outputs:
-            stream = self._streams[output.request_id]
+            stream = self._streams.get(output.request_id)
+            if stream is None:  # it was ended when the engine was given up
+                continue
             if output.finished:
-                del self._streams[output.request_id]
+                self._streams.pop(output.request_id, None)
             event = output if output.error is None else output.error
             by_loop.setdefault(stream.event_loop, []).append((stream, event))
         for event_loop, events in by_loop.items():
@@ -234,10 +273,12 @@ class AsyncLLM:
 
     def _close(self, reason: str) -> None:
         """Refuse new requests and end the open ones with an ``ExecutionError``."""
-        self._closed = reason
+        if self._closed is None:
+            self._closed = reason
         for request_id in list(self._streams):
-            stream = self._streams.pop(request_id)
-            self._wake(stream.event_loop, [(stream, ExecutionError(reason))])
+            stream = self._streams.pop(request_id, None)
+            if stream is not None:
+                self._wake(stream.event_loop, [(stream, ExecutionError(self._closed))])
 
 
 def _put(events: list[tuple[_Stream, _Event]]) -> None:

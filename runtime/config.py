@@ -30,6 +30,8 @@ class RuntimeConfig:
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
     enable_chunked_prefill   compute a long prompt over several steps.
+    step_timeout             seconds after which a device that does not answer is given up. Kernels
+                             that are compiled when they are first needed take minutes.
 
     Raises ``InvalidRequestError`` for values that cannot work together.
     """
@@ -44,6 +46,7 @@ class RuntimeConfig:
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    step_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         smallest = {"max_batch_size": 1, "max_num_tokens": 1, "max_seq_len": 2, "page_size": 1}
@@ -55,6 +58,10 @@ class RuntimeConfig:
         if not 0 < fraction <= 1:
             raise InvalidRequestError(
                 f"kv_cache_free_gpu_memory_fraction is {fraction}; it must be above 0 and at most 1"
+            )
+        if not self.step_timeout > 0:
+            raise InvalidRequestError(
+                f"step_timeout is {self.step_timeout}; it must be above 0 seconds"
             )
         if self.scheduler_policy not in get_args(SchedulerPolicy):
             known = ", ".join(get_args(SchedulerPolicy))

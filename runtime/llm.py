@@ -50,18 +50,23 @@ class LLM:
         return self._loop.stats
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Complete one prompt or many (texts or lists of token ids), in the order given.
 
-        ``sampling_params`` is one for all, one for each, or None for the model's defaults. Raises
+        ``sampling_params`` is one for all, one for each, or None for the model's defaults. Cached
+        prompts are shared with those of equal ``cache_salt`` only. Raises
         ``InvalidRequestError`` or ``CapacityError`` before anything runs, and ``ExecutionError`` if
         the device fails (the other prompts of this call are then aborted).
         """
         batch = _as_batch(prompts)
         each = _params_for_each(sampling_params, len(batch))
         requests = [
-            self._factory.request(prompt, params, output_kind="final")
+            self._factory.request(prompt, params, output_kind="final", cache_salt=cache_salt)
             for prompt, params in zip(batch, each, strict=True)
         ]
         outputs = {output.request_id: output for output in self._run(requests)}

@@ -20,7 +20,7 @@ class Request:
 
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
-    one output at the end.
+    one output at the end. Only requests with equal ``cache_namespace`` share computed prompts.
     """
 
     request_id: str
@@ -29,6 +29,7 @@ class Request:
     prompt: str | None = None
     priority: int = 0
     output_kind: OutputKind = "cumulative"
+    cache_namespace: str = ""
 
 
 @dataclass(slots=True)

@@ -33,8 +33,12 @@ class RequestFactory:
         request_id: str | None = None,
         priority: int = 0,
         output_kind: OutputKind,
+        cache_salt: str = "",
     ) -> Request:
-        """A request for a text or for token ids; no ``params`` means the model's own defaults."""
+        """A request for a text or for token ids; no ``params`` means the model's own defaults.
+
+        Only requests with equal ``cache_salt`` share what was computed of equal prompts.
+        """
         text = prompt if isinstance(prompt, str) else None
         tokens = self._tokenizer.encode(text) if text is not None else list(_token_ids(prompt))
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
@@ -45,6 +49,7 @@ class RequestFactory:
             prompt=text,
             priority=priority,
             output_kind=output_kind,
+            cache_namespace=cache_salt,
         )
 
     def chat_prompt(

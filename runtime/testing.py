@@ -37,12 +37,20 @@ def counting_engine(
     *,
     delay: float = 0.0,
     runs_ahead: bool = False,
+    draft_tokens: int = 0,
     **options: Any,  # noqa: ANN401 - the fields of RuntimeConfig
 ) -> LoadedEngine:
     """The counting model, which continues "abc" with "defg..."; sampling is greedy by default."""
     config = RuntimeConfig().override({"page_size": 4, "max_seq_len": 256, **options})
     graphs, caches = counting_contract(config.page_size, VOCAB_SIZE)
-    executor = CountingExecutor(num_pages, graphs, caches, delay=delay, runs_ahead=runs_ahead)
+    executor = CountingExecutor(
+        num_pages,
+        graphs,
+        caches,
+        delay=delay,
+        runs_ahead=runs_ahead,
+        draft_tokens=draft_tokens,
+    )
     return LoadedEngine(
         executor=executor,
         tokenizer=counting_tokenizer(),

@@ -6,23 +6,25 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from slipstream.builder.contract import CacheSpec, paged
+from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.cache_groups import group_caches
+from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.scheduler import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
+from slipstream.runtime.engine.window_group import WindowPages
 
 _ON_DEVICE = -1
 
 
 class BatchBuilder:
-    """Turns plans into ``StepBatch``; keeps a page table, so a decode copies no page list."""
+    """Turns plans into ``StepBatch``; keeps page tables, so a decode copies no page list."""
 
-    def __init__(self, config: RuntimeConfig, caches: Iterable[CacheSpec]) -> None:
-        max_pages = -(-config.max_seq_len // config.page_size)
-        self._page_size = config.page_size
-        self._paged = [cache.name for cache in paged(caches)]
-        self._table = np.zeros((config.max_batch_size, max_pages), np.int32)
+    def __init__(self, config: RuntimeConfig, caches: tuple[CacheSpec, ...]) -> None:
+        groups = group_caches(caches)
+        self._full = _PageTable(config, groups.full) if groups.full else None
+        self._windows = [_PageTable(config, names) for names in groups.windows.values()]
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
 
     def build(self, plan: StepPlan) -> tuple[StepBatch, list[Sequence]]:
@@ -36,8 +38,13 @@ class BatchBuilder:
         context = np.array(plan.starts, np.int32) + counts
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        page_table = self._table[slots, : self._sync(plan)]
-        positions, slot_mapping = self._place(counts, context, query_start, page_table)
+        owners, positions = self._place(counts, context, query_start)
+        pages: dict[str, PagedInputs] = {}
+        if self._full is not None:
+            pages = self._full.inputs(slots, plan.allocations, owners, positions)
+        for index, table in enumerate(self._windows):
+            held = [allocation.windows[index] for allocation in plan.allocations]
+            pages |= table.inputs(slots, held, owners, positions)
         wanted = _Wanted(plan, query_start.tolist())
         batch = StepBatch(
             token_ids=np.array(_tokens(plan), np.int32),
@@ -48,38 +55,57 @@ class BatchBuilder:
             sampling=wanted.sampling,
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
-            # Page n of a sequence is page n of every cache: one allocation serves them all.
-            pages=dict.fromkeys(self._paged, PagedInputs(page_table, slot_mapping)),
+            pages=pages,
+            drafts=plan.drafts,
+            moves=plan.moves,
         )
         return batch, wanted.owners
 
-    def _sync(self, plan: StepPlan) -> int:
-        """Bring the plan's rows of the page table up to date and return the largest page count."""
-        width = 0
-        for sequence, allocation in zip(plan.sequences, plan.allocations, strict=True):
-            total = len(allocation.pages)
-            if total > width:
-                width = total
-            if allocation.synced < total:
-                pages = allocation.pages[allocation.synced :]
-                self._table[sequence.row, allocation.synced : total] = pages
-                allocation.synced = total
-        return width
-
     def _place(
-        self, counts: IntArray, context: IntArray, query_start: IntArray, page_table: IntArray
+        self, counts: IntArray, context: IntArray, query_start: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """Position and slot of every token."""
+        """Of every token, which of the plan's sequences it belongs to and its position."""
         total = int(query_start[-1])
         if total == len(counts):  # decodes only
-            owner = self._counter[:total]
-            positions = context - 1
-        else:
-            owner = self._counter[: len(counts)].repeat(counts)
-            positions = self._counter[:total] + (context - query_start[1:])[owner]
-        page, offset = np.divmod(positions, np.int32(self._page_size))
-        slots = page_table[owner, page] * np.int32(self._page_size) + offset
-        return positions, slots
+            return self._counter[:total], context - 1
+        owners = self._counter[: len(counts)].repeat(counts)
+        return owners, self._counter[:total] + (context - query_start[1:])[owners]
+
+
+class _PageTable:
+    """The pages of all running sequences in the caches of one group."""
+
+    def __init__(self, config: RuntimeConfig, names: tuple[str, ...]) -> None:
+        columns = -(-config.max_seq_len // config.page_size)
+        self._names = names
+        self._page_size = np.int32(config.page_size)
+        self._table = np.zeros((config.max_batch_size, columns), np.int32)
+
+    def inputs(
+        self,
+        rows: IntArray,
+        held: Iterable[Allocation | WindowPages],
+        owners: IntArray,
+        positions: IntArray,
+    ) -> dict[str, PagedInputs]:
+        """The rows of the table, brought up to date, and the slot of every token; the caches of a
+        group share them."""
+        table = self._table[rows, : self._sync(rows.tolist(), held)]
+        page, offset = np.divmod(positions, self._page_size)
+        slots = table[owners, page] * self._page_size + offset
+        return dict.fromkeys(self._names, PagedInputs(table, slots))
+
+    def _sync(self, rows: Iterable[int], held: Iterable[Allocation | WindowPages]) -> int:
+        """Bring rows of the table up to date and return the largest page count."""
+        width = 0
+        for row, each in zip(rows, held, strict=True):
+            total = len(each.pages)
+            if total > width:
+                width = total
+            if each.synced < total:
+                self._table[row, each.synced : total] = each.pages[each.synced :]
+                each.synced = total
+        return width
 
 
 class _Wanted:
@@ -93,18 +119,36 @@ class _Wanted:
         self.sampling: list[SamplingRow] = []
         self.owners: list[Sequence] = []
         self.slots: list[int] = []
-        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.outputs, begins, strict=False)
-        for sequence, start, count, output, begin in chunks:
+        chunks = zip(
+            plan.sequences,
+            plan.starts,
+            plan.counts,
+            plan.drafts,
+            plan.outputs,
+            begins,
+            strict=False,  # there is one more of begins, the end
+        )
+        for sequence, start, count, drafts, output, begin in chunks:
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     target = sequence.tokens[position + 1]
                     self._add(begin + position - start, _new_row(sequence, target), sequence, -1)
             if output >= 0:
-                row = sequence.sampling_row
-                if row is None:
-                    row = sequence.sampling_row = _new_row(sequence, None)
-                row.position = output
-                self._add(begin + count - 1, row, sequence, sequence.row)
+                at = begin + count - 1 - drafts
+                self._add_run(sequence, at, output, drafts)
+
+    def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
+        """The rows from ``at`` on that sample the output from ``output`` on."""
+        rows = sequence.sampling_rows
+        while len(rows) <= drafts:
+            rows.append(_new_row(sequence, None))
+        for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
+            row.position = output
+            self.rows.append(at)
+            self.sampling.append(row)
+            self.owners.append(sequence)
+            self.slots.append(sequence.row)
+            output, at = output + 1, at + 1
 
     def _add(self, row: int, sampling: SamplingRow, owner: Sequence, slot: int) -> None:
         self.rows.append(row)
@@ -114,12 +158,14 @@ class _Wanted:
 
 
 def _tokens(plan: StepPlan) -> list[int]:
-    """The tokens of a step; only the single token of a decode can be unknown."""
+    """The tokens of a step; only a decode has some that the host does not know."""
     tokens: list[int] = []
     for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
         known = sequence.tokens
         if count > 1:
-            tokens += known[start : start + count]
+            chunk = known[start : start + count]
+            tokens += chunk
+            tokens += [_ON_DEVICE] * (count - len(chunk))
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
     return tokens

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from slipstream.runtime.engine.radix_tree import Node, RadixTree
+from slipstream.runtime.engine.radix_tree import Namespace, Node, RadixTree
+from slipstream.runtime.engine.window_group import WindowGroup, WindowPages
+
+_NEVER = sys.maxsize
+
+
+class Move(NamedTuple):
+    """A page of one cache to be copied over another before the layers of a step."""
+
+    cache: str
+    source: int
+    destination: int
 
 
 @dataclass(slots=True, eq=False)
@@ -14,22 +27,43 @@ class Allocation:
     """The pages of one running sequence, in the order of their positions.
 
     The first ``prefix.depth`` pages are in the tree and may be shared; the sequence writes only to
-    the others, so nothing is ever copied. ``synced`` is how many leading pages the page table of
-    the step builder already shows.
+    the others. ``synced`` is how many leading pages the page table of the step builder already
+    shows. ``due`` is how many tokens fill the next page that is to be offered to others.
+    ``windows`` are its pages in each group that has a window.
     """
 
     pages: list[int]
     prefix: Node
     synced: int = 0
+    namespace: Namespace = ""
+    due: int = _NEVER
+    windows: list[WindowPages] = field(default_factory=list)
 
 
 class KVCacheManager:
-    """Fixed-size pages with reference counts; computed full pages are kept for reuse."""
+    """Fixed-size pages with reference counts; computed full pages are kept for reuse.
 
-    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True) -> None:
+    Caches that remember all tokens share their page numbers and so are one group, which the prefix
+    tree follows; those with a window are groups beside it (``windows``). Sequences whose
+    ``has_states`` cannot begin in the middle, so nothing of theirs is shared.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        enable_prefix_caching: bool = True,
+        *,
+        caches: tuple[str, ...] = (),
+        windows: tuple[WindowGroup, ...] = (),
+        has_states: bool = False,
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._share = enable_prefix_caching
+        self.caches = caches
+        self.windows = windows
+        self._keeps = enable_prefix_caching
+        self._has_states = has_states
         self._free = list(range(num_pages - 1, -1, -1))
         self._tree = RadixTree(page_size)
 
@@ -40,16 +74,29 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Fraction of all pages that running sequences hold."""
-        return 1 - self.num_available / self.num_pages
+        """Fraction of all pages that running sequences hold, in the group that is fullest."""
+        left = self.num_available / self.num_pages
+        return 1 - min([left, *(g.num_available / g.num_pages for g in self.windows)])
+
+    def shares(self, namespace: Namespace) -> bool:
+        """Whether pages computed in ``namespace`` can serve another sequence."""
+        return not self._has_states and (self._keeps or isinstance(namespace, int))
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def match(self, tokens: Sequence[int]) -> Node:
+    def match(self, tokens: Sequence[int], namespace: Namespace = "") -> Node:
         """The longest cached prefix of ``tokens``, leaving at least one token to compute."""
-        return self._tree.match(tokens, (len(tokens) - 1) // self.page_size)
+        if not self.shares(namespace):
+            return self.no_match()
+        node = self._tree.match(tokens, (len(tokens) - 1) // self.page_size, namespace)
+        while self.windows and node.parent is not None:
+            path = self._path(node)
+            if all(group.serves(path) for group in self.windows):
+                break
+            node = node.parent
+        return node
 
     def no_match(self) -> Node:
         """The empty prefix."""
@@ -60,21 +107,53 @@ class KVCacheManager:
         idle = sum(node.references == 0 for node in self._tree.path(prefix))
         return num_pages - prefix.depth + idle
 
-    def allocate(self, prefix: Node, num_tokens: int) -> Allocation:
+    def windows_fit(self, prefix: Node, num_tokens: int) -> bool:
+        """Whether each group with a window has room for the first step of a sequence."""
+        path = self._path(prefix)
+        return all(g.first_cost(path, num_tokens) <= g.num_available for g in self.windows)
+
+    def windows_fit_all(
+        self, prefix: Node, num_tokens: int, others: Iterable[tuple[Allocation, int]]
+    ) -> bool:
+        """Whether each group with a window can hold a sequence of ``num_tokens`` to its end, beside
+        ``others`` (what they hold now, and their tokens at the end)."""
+        path, others = self._path(prefix), list(others)
+        return all(
+            group.cost(path, group.most_pages(num_tokens))
+            + sum(group.most_pages(end) - held.windows[i].num_held for held, end in others)
+            <= group.num_available
+            for i, group in enumerate(self.windows)
+        )
+
+    def allocate(self, prefix: Node, num_tokens: int, namespace: Namespace = "") -> Allocation:
         """Pages for ``num_tokens`` that begin with ``prefix``; the caller has checked ``cost``."""
         self._tree.acquire(prefix)
-        pages = [node.page for node in self._tree.path(prefix)]
-        pages.reverse()
+        path = self._path(prefix)
+        pages = [node.page for node in path]
         pages.extend(self._take() for _ in range(self.pages_for(num_tokens) - prefix.depth))
-        return Allocation(pages, prefix)
+        due = (prefix.depth + 1) * self.page_size if self.shares(namespace) else _NEVER
+        windows = [group.allocate(path) for group in self.windows]
+        allocation = Allocation(pages, prefix, namespace=namespace, due=due, windows=windows)
+        self.grow_windows(allocation, prefix.depth * self.page_size, num_tokens)
+        return allocation
 
     def grow(self, allocation: Allocation, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens, at most one page more; False if no page is left."""
+        """Make room for ``num_tokens`` tokens; False, and nothing is taken, if pages are short."""
         if num_tokens <= len(allocation.pages) * self.page_size:
             return True
-        if not self.num_available:
+        missing = self.pages_for(num_tokens) - len(allocation.pages)
+        if missing > self.num_available:
             return False
-        allocation.pages.append(self._take())
+        allocation.pages.extend(self._take() for _ in range(missing))
+        return True
+
+    def grow_windows(self, allocation: Allocation, start: int, num_tokens: int) -> bool:
+        """Give back what no step from position ``start`` on reads and make room for the next, in
+        every group with a window; False if pages are short."""
+        for group, held in zip(self.windows, allocation.windows, strict=True):
+            group.trim(held, start)
+            if not group.grow(held, start, num_tokens):
+                return False
         return True
 
     def commit(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
@@ -82,31 +161,57 @@ class KVCacheManager:
 
         If another sequence was first with the same tokens, its page replaces ours.
         """
-        size = self.page_size
-        while self._share and num_computed >= (allocation.prefix.depth + 1) * size:
+        while num_computed >= allocation.due:
             index = allocation.prefix.depth
-            key = tuple(tokens[index * size : (index + 1) * size])
+            key = self._tree.key(tokens, index, allocation.namespace)
             own = allocation.pages[index]
             allocation.prefix = self._tree.extend(allocation.prefix, key, own)
+            allocation.due += self.page_size
             if allocation.prefix.page != own:
                 self._free.append(own)
                 allocation.pages[index] = allocation.prefix.page
                 allocation.synced = min(allocation.synced, index)
+            for group, held in zip(self.windows, allocation.windows, strict=True):
+                group.offer(held, index, allocation.prefix)
 
-    def release(self, allocation: Allocation) -> None:
-        """Give back every page; those in the tree stay cached until their space is wanted."""
+    def holds(self, allocation: Allocation, index: int) -> bool:
+        """Whether a sequence shares its pages and still holds page ``index`` in every group."""
+        return allocation.due != _NEVER and all(w.first <= index for w in allocation.windows)
+
+    def copy_page(self, source: Allocation, destination: Allocation, index: int) -> list[Move]:
+        """The moves that give one sequence what another has in its page ``index``."""
+        groups = [(self.caches, source.pages, destination.pages)]
+        pairs = zip(self.windows, source.windows, destination.windows, strict=True)
+        groups += [(group.caches, theirs.pages, ours.pages) for group, theirs, ours in pairs]
+        return [
+            Move(cache, theirs[index], ours[index])
+            for caches, theirs, ours in groups
+            for cache in caches
+        ]
+
+    def release(self, allocation: Allocation, *, spoiled: bool = False) -> None:
+        """Give back every page; those in the tree stay cached until their space is wanted.
+
+        Of a ``spoiled`` sequence, those that no other reads are forgotten, with all that were
+        computed from them.
+        """
         self._free.extend(reversed(allocation.pages[allocation.prefix.depth :]))
         self._tree.release(allocation.prefix)
+        for group, held in zip(self.windows, allocation.windows, strict=True):
+            group.release(held)
+        if spoiled:
+            self._forget(allocation.prefix)
 
     def check_invariants(self, allocations: Iterable[Allocation]) -> None:
         """Assert that each page has one owner and each reference count its holders (for tests)."""
+        allocations = list(allocations)
         references: Counter[Node] = Counter()
         owned: list[int] = []
         for allocation in allocations:
-            prefix = list(self._tree.path(allocation.prefix))
+            prefix = self._path(allocation.prefix)
             references.update(prefix)
             depth = allocation.prefix.depth
-            assert allocation.pages[:depth] == [node.page for node in reversed(prefix)]
+            assert allocation.pages[:depth] == [node.page for node in prefix]
             owned += allocation.pages[depth:]
         nodes = list(self._tree.nodes())
         for node in nodes:
@@ -116,6 +221,26 @@ class KVCacheManager:
         assert sum(node.references == 0 for node in nodes) == self._tree.num_idle
         pages = [*self._free, *owned, *(node.page for node in nodes)]
         assert sorted(pages) == list(range(self.num_pages)), "a page is lost or has two owners"
+        for i, group in enumerate(self.windows):
+            group.check_invariants(allocation.windows[i] for allocation in allocations)
+
+    def _path(self, node: Node) -> list[Node]:
+        """The nodes from the root, which is left out, to ``node``."""
+        return list(self._tree.path(node))[::-1]
+
+    def _forget(self, prefix: Node) -> None:
+        idle = [node for node in self._tree.path(prefix) if not node.references]
+        if idle:
+            for node in self._tree.forget(idle[-1]):
+                self._freed(node)
 
     def _take(self) -> int:
-        return self._free.pop() if self._free else self._tree.evict()
+        if not self._free:
+            self._freed(self._tree.evict())
+        return self._free.pop()
+
+    def _freed(self, node: Node) -> None:
+        """Take back the pages of a node that has left the tree."""
+        self._free.append(node.page)
+        for group in self.windows:
+            group.forget(node)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.health import Health
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import SamplingRow, StepResult
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -46,12 +47,15 @@ class _Refused:
 
 
 class EngineLoop:
-    """Drives one engine; every method but ``validate`` and ``stats`` belongs to one thread.
+    """Drives one engine; all but ``validate``, ``stats`` and ``unhealthy`` belongs to one thread.
 
     Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
     outputs of a step while the device computes the next. A device that runs ahead gets yet another
     step before that one has landed, so that it is never idle; what a sequence has there beyond its
     end is ignored.
+
+    A step that fails ends the requests in it, a row that fails its own. An engine that is
+    ``unhealthy`` goes on trying; whoever drives it decides.
     """
 
     def __init__(
@@ -62,10 +66,14 @@ class EngineLoop:
             raise CapacityError(
                 f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
             )
-        self.scheduler = Scheduler(engine.config, num_pages)
+        self.scheduler = Scheduler(
+            engine.config, num_pages, engine.caches, engine.executor.draft_tokens
+        )
         self._engine = engine
+        self._drafts = engine.executor.draft_tokens > 0
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
+        self._health = Health(engine.config.step_timeout, clock)
         self._arrivals = itertools.count()
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
@@ -82,6 +90,11 @@ class EngineLoop:
     def stats(self) -> SchedulerStats:
         """A snapshot of the scheduler; may be read from any thread."""
         return self.scheduler.stats
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why the device is to be given up, None while it works; may be read from any thread."""
+        return self._health.reason
 
     def validate(self, request: Request) -> None:
         """Raise the typed error that ``add_request`` would raise; safe from any thread."""
@@ -125,12 +138,14 @@ class EngineLoop:
     def step(self) -> list[RequestOutput]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return what the finished one changed."""
+        self._health.began()
         flight, self._flight = self._flight, None
         if flight and not (flight.in_lockstep or self._in_lockstep):
             self._flight = self._launch()
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
+        self._health.ended()
         return self._tell()
 
     def _runs_ahead_of(self, params: SamplingParams) -> bool:
@@ -199,17 +214,34 @@ class EngineLoop:
         try:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            self._health.failed(error)
             self._fail(flight.plan, error)
             return
+        self._health.succeeded()
+        if result.failed:
+            self._fail_rows(flight.owners, result.failed)
         self.scheduler.commit(flight.plan)
+        if self._drafts:
+            self._accept(flight, result)
         self._take(flight, result)
+
+    def _accept(self, flight: _Flight, result: StepResult) -> None:
+        """Tell the scheduler of runs of more than one token."""
+        runs: dict[Sequence, list[int]] = {}
+        for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
+            if row.target is None and token != REJECTED:
+                runs.setdefault(sequence, []).append(token)
+        for sequence, run in runs.items():
+            if not sequence.finish_reason:
+                self.scheduler.accept(sequence, run)
 
     def _take(self, flight: _Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
         rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
         for sequence, row, token, logprobs in rows:
-            if sequence.finish_reason:  # it ended while the step was on its way
+            # It ended while the step was on its way, or with a token before this one of its run.
+            if sequence.finish_reason or token == REJECTED:
                 continue
             if row.target is not None:
                 assert sequence.prompt_logprobs is not None
@@ -225,6 +257,15 @@ class EngineLoop:
                 if state.finished:
                     self._forget(state)
 
+    def _fail_rows(self, owners: list[Sequence], errors: Mapping[int, ExecutionError]) -> None:
+        """End the requests of the rows that failed, before anything of theirs is committed."""
+        for row, error in errors.items():
+            sequence = owners[row]
+            if not sequence.finish_reason:
+                state = self._requests[sequence.request.request_id]
+                state.error = error
+                self._end(state, "error", spoiled=True)
+
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """End the requests of a failed step; nothing that it computed was committed."""
         for sequence in plan.sequences:
@@ -237,12 +278,12 @@ class EngineLoop:
                 state.error.__cause__ = cause
                 self._end(state, "error")
 
-    def _end(self, state: RequestState, reason: FinishReason) -> None:
+    def _end(self, state: RequestState, reason: FinishReason, *, spoiled: bool = False) -> None:
         for completion in state.completions:
             sequence = completion.sequence
             if not sequence.finish_reason:
                 sequence.finish_reason = reason
-                self.scheduler.finish(sequence)
+                self.scheduler.finish(sequence, spoiled=spoiled)
         self._forget(state)
         self._changed[state] = None
 

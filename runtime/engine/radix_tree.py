@@ -6,6 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+# A caller's namespace is a text, "" if it names none; a request that shares with nobody but its own
+# siblings has a number.
+Namespace = str | int
+Key = tuple[Namespace, ...]
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -16,15 +21,15 @@ class Node:
     """
 
     parent: Node | None
-    key: tuple[int, ...]
+    key: Key
     page: int
     depth: int
     references: int = 0
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[Key, Node] = field(default_factory=dict)
 
 
 class RadixTree:
-    """Finds, shares and forgets pages by the tokens they hold."""
+    """Finds, shares and forgets pages by their namespace and the tokens they hold."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
@@ -38,11 +43,17 @@ class RadixTree:
         """Pages that nothing references and that ``evict`` could return."""
         return len(self._idle)
 
-    def match(self, tokens: Sequence[int], max_pages: int) -> Node:
+    def key(self, tokens: Sequence[int], index: int, namespace: Namespace = "") -> Key:
+        """The key of page ``index`` of ``tokens``; that of a first page names its namespace."""
+        start = index * self._page_size
+        page = tuple(tokens[start : start + self._page_size])
+        return page if index or namespace == "" else (namespace, *page)
+
+    def match(self, tokens: Sequence[int], max_pages: int, namespace: Namespace = "") -> Node:
         """The deepest node whose path is a prefix of ``tokens``, at most ``max_pages`` deep."""
-        node, size = self.root, self._page_size
-        for start in range(0, max_pages * size, size):
-            child = node.children.get(tuple(tokens[start : start + size]))
+        node = self.root
+        for index in range(max_pages):
+            child = node.children.get(self.key(tokens, index, namespace))
             if child is None:
                 break
             node = child
@@ -66,7 +77,7 @@ class RadixTree:
             if step.references == 0:
                 self._idle[step] = None
 
-    def extend(self, node: Node, key: tuple[int, ...], page: int) -> Node:
+    def extend(self, node: Node, key: Key, page: int) -> Node:
         """Lengthen a referenced path by one page and reference it.
 
         Returns the existing child if these tokens are already held; its page then differs from
@@ -80,16 +91,28 @@ class RadixTree:
             self._reference(child)
         return child
 
-    def evict(self) -> int:
-        """Forget the least recently used unreferenced leaf and return its page."""
+    def evict(self) -> Node:
+        """Forget the least recently used unreferenced leaf and return it."""
         node, _ = self._idle.popitem(last=False)
         assert node.parent is not None and not node.children, "an idle child follows its parent"
         del node.parent.children[node.key]
-        return node.page
+        return node
+
+    def forget(self, node: Node) -> list[Node]:
+        """Forget an unreferenced node and all that follow it, and return them."""
+        assert node.parent is not None and not node.references
+        del node.parent.children[node.key]
+        forgotten = [node, *self._below(node)]
+        for each in forgotten:
+            del self._idle[each]
+        return forgotten
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root."""
-        stack = list(self.root.children.values())
+        return self._below(self.root)
+
+    def _below(self, node: Node) -> Iterator[Node]:
+        stack = list(node.children.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

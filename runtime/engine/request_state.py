@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.engine.sequence import Sequence
@@ -19,11 +19,10 @@ class CompletionState:
     detokenizer: Detokenizer
     logprobs: list[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0
-    text: str = ""
+    _pieces: list[str] = field(default_factory=list)  # that were not told yet, or all text
     _closed: bool = False
     _decoded: int = 0
     _told_tokens: int = 0
-    _told_text: int = 0
 
     def take(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Append a sampled token; a stop string ends the sequence at once."""
@@ -46,18 +45,19 @@ class CompletionState:
             # A stop token is not part of the text. (After a stop string all tokens are decoded.)
             end -= not sequence.request.params.include_stop_str_in_output
         if end > self._decoded:
-            self.text += self.detokenizer.append(sequence.output[self._decoded : end])
+            self._pieces.append(self.detokenizer.append(sequence.output[self._decoded : end]))
             self._decoded = end
         if sequence.finish_reason and not self._closed:
-            self.text += self.detokenizer.finish()
+            self._pieces.append(self.detokenizer.finish())
             self._closed = True
 
     def output(self, delta: bool) -> CompletionOutput:
         """Everything so far, or what is new since the last call."""
         sequence = self.sequence
         start = self._told_tokens if delta else 0
-        text = self.text[self._told_text :] if delta else self.text
-        self._told_tokens, self._told_text = len(sequence.output), len(self.text)
+        text = "".join(self._pieces)
+        self._pieces = [] if delta else [text]
+        self._told_tokens = len(sequence.output)
         return CompletionOutput(
             index=sequence.index,
             text=text,

@@ -6,10 +6,12 @@ from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.kv_cache import Allocation, KVCacheManager
-from slipstream.runtime.engine.radix_tree import Node
+from slipstream.runtime.engine.cache_groups import kv_cache_manager
+from slipstream.runtime.engine.kv_cache import Allocation, Move
+from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
 
 _ORDER = attrgetter("order")
@@ -20,15 +22,21 @@ class StepPlan:
     """Sequences of one step and how many tokens of each: decodes first, then prefill chunks.
 
     Of every sequence ``counts`` tokens from ``starts`` on are computed, in the pages that were its
-    ``allocations`` then. ``outputs`` is the position in its output of the token that is sampled
-    after them, -1 if there is more to compute first.
+    ``allocations`` then; the last ``drafts`` of them are guesses of the device. ``outputs`` is the
+    position in its output of the first token that is sampled (one after the last token that is no
+    guess, and one after each that is), -1 if there is more to compute first.
+
+    Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
+    token; the device adds the rest. ``moves`` are made before anything is computed.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
     allocations: list[Allocation] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
 
     def add(self, sequence: Sequence, count: int) -> None:
@@ -46,6 +54,13 @@ class StepPlan:
         else:
             self.outputs.append(-1)
 
+    def draft(self, count: int) -> None:
+        """Have the device guess ``count`` tokens after those of the next sequence of the plan."""
+        index = len(self.drafts)
+        self.counts[index] += count
+        self.drafts.append(count)
+        self.sequences[index].num_drafted += count
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
@@ -62,20 +77,29 @@ class SchedulerStats:
 class Scheduler:
     """In-flight batching under a token budget, a sequence budget and a number of KV pages.
 
-    Every plan is committed, in order, when its step has landed; before that the next may be
-    scheduled. ``add`` and ``finish`` may come at any time between. A waiting sequence never
-    overtakes one before it, and the first running one can always take pages from the last, so
-    every sequence comes to its end.
+    Every plan is committed, in order, when its step has landed, and then its runs of more than one
+    token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
+    any time between. A waiting sequence never overtakes one before it, and the first running one
+    can always take pages from the last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
     """
 
-    def __init__(self, config: RuntimeConfig, num_pages: int) -> None:
-        self.kv = KVCacheManager(num_pages, config.page_size, config.enable_prefix_caching)
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        num_pages: int,
+        caches: tuple[CacheSpec, ...] = (),
+        draft_tokens: int = 0,
+    ) -> None:
+        """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
+        window); the device guesses up to ``draft_tokens`` tokens a sequence and step."""
+        self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._config = config
+        self._draft_tokens = draft_tokens
         self._reserve_all = config.scheduler_policy == "guaranteed_no_evict"
         self._rows = list(range(config.max_batch_size - 1, -1, -1))
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
@@ -120,6 +144,7 @@ class Scheduler:
                 f" of {self.kv.num_pages} pages ({capacity} tokens). Lower max_tokens, shorten the"
                 " prompt, or raise kv_cache_bytes"
             )
+        self._check_windows(prompt_len + max_tokens - 1)
         return max_tokens
 
     def add(self, sequence: Sequence) -> None:
@@ -138,52 +163,113 @@ class Scheduler:
             elif not sequence.awaits_last:
                 plan.add(sequence, 1)
         budget = self._config.max_num_tokens - len(plan.sequences)
+        if self._draft_tokens:
+            budget -= self._draft(plan, budget)
         for sequence in prefills:
             count = min(budget, sequence.num_tokens - sequence.num_scheduled)
             if count:
                 plan.add(sequence, count)
                 budget -= count
         self._admit(plan, budget)
+        plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         return plan
 
     def commit(self, plan: StepPlan) -> None:
         """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
 
         A sequence that ended or lost its pages while the step was on its way has nothing there.
+        Guesses count when they are accepted.
         """
-        size = self.kv.page_size
-        chunks = zip(plan.sequences, plan.starts, plan.counts, plan.allocations, strict=True)
-        for sequence, start, count, allocation in chunks:
-            end = start + count
+        chunks = zip(
+            plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
+        )
+        for sequence, start, count, drafts, allocation in chunks:
+            if drafts:
+                count -= drafts
+                sequence.num_drafted -= drafts
             if sequence.allocation is allocation:
-                sequence.num_computed = end
-                if end // size > start // size:
-                    self.kv.commit(allocation, sequence.tokens, end)
-            if sequence.followers and end >= sequence.prompt_len:
+                sequence.num_computed += count
+                if sequence.num_computed >= allocation.due:
+                    self.kv.commit(allocation, sequence.tokens, sequence.num_computed)
+            if sequence.followers and start + count >= sequence.prompt_len:
                 for follower in sequence.followers:
+                    follower.leader = sequence
                     self.add(follower)
                 sequence.followers = []
 
-    def finish(self, sequence: Sequence) -> None:
-        """Drop a sequence at any stage and give its pages back."""
+    def accept(self, sequence: Sequence, run: list[int]) -> None:
+        """Note that a committed step ended in a ``run`` of tokens, before they are taken: all but
+        the last of them are in the KV cache."""
+        more = len(run) - 1
+        sequence.pending += more
+        sequence.num_scheduled += more
+        allocation = sequence.allocation
+        if allocation is not None:
+            sequence.num_computed += more
+            if sequence.num_computed >= allocation.due:
+                self.kv.commit(allocation, sequence.tokens + run, sequence.num_computed)
+
+    def finish(self, sequence: Sequence, *, spoiled: bool = False) -> None:
+        """Drop a sequence at any stage and give its pages back; nobody is to read ``spoiled`` ones
+        again."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-            self._release(sequence)
+            self._release(sequence, spoiled)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.followers = []
+        sequence.leader = None
         sequence.status = Status.FINISHED
 
+    def _check_windows(self, num_tokens: int) -> None:
+        for group in self.kv.windows:
+            pages = group.most_pages(num_tokens)
+            if pages > group.num_pages:
+                raise CapacityError(
+                    f"a sequence of {num_tokens} tokens holds {pages} pages of cache"
+                    f" {', '.join(group.caches)} at a time, which has {group.num_pages}. Lower"
+                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes"
+                )
+
     def _make_room(self) -> None:
-        """Give every running sequence a page for its next token, if need be the last one's."""
-        position = 0
+        """Give every running sequence pages for its next step, if need be the last one's."""
+        position, size = 0, self.kv.page_size
+        simple = not (self._draft_tokens or self.kv.windows)
         while position < len(self.running):
             sequence = self.running[position]
-            assert sequence.allocation is not None
-            if sequence.awaits_last or self.kv.grow(sequence.allocation, sequence.num_tokens):
+            allocation = sequence.allocation
+            assert allocation is not None
+            # Most often the last page has room, and asking is dearer than looking.
+            has_room = simple and sequence.num_tokens <= len(allocation.pages) * size
+            if has_room or sequence.awaits_last or self._grow(sequence, allocation):
                 position += 1
             else:
                 self._preempt(self.running.pop())
+
+    def _grow(self, sequence: Sequence, allocation: Allocation) -> bool:
+        """Make room for the longest run that the next step of a sequence can begin and end in."""
+        tokens = sequence.num_tokens
+        if self._draft_tokens:
+            longest = tokens + sequence.num_drafted + self._draft_tokens
+            tokens = min(longest, sequence.max_cached_tokens)
+        if not self.kv.windows:
+            return self.kv.grow(allocation, tokens)
+        return self.kv.grow_windows(allocation, sequence.num_scheduled, tokens) and self.kv.grow(
+            allocation, tokens
+        )
+
+    def _draft(self, plan: StepPlan, budget: int) -> int:
+        """Give the decodes of a plan tokens to guess, within a budget, and return how many. No
+        run can pass the end of its sequence."""
+        left = budget
+        for sequence, start in zip(plan.sequences, plan.starts, strict=True):
+            count = 0
+            if start >= sequence.num_prefill:  # the device has sampled it before
+                room = sequence.max_len - sequence.num_tokens - sequence.num_drafted
+                count = min(self._draft_tokens, room, left)
+            plan.draft(count)
+            left -= count
+        return budget - left
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not self._reserve_all and self.running, "pages promised at admission are missing"
@@ -192,9 +278,9 @@ class Scheduler:
         self._preemptions += 1
         self.add(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, spoiled: bool = False) -> None:
         assert sequence.allocation is not None
-        self.kv.release(sequence.allocation)
+        self.kv.release(sequence.allocation, spoiled=spoiled)
         sequence.allocation = None
         self._rows.append(sequence.row)
 
@@ -204,40 +290,73 @@ class Scheduler:
             if sequence.pending:  # preempted: the host must know its tokens to compute them again
                 return
             prefix = self._match(sequence)
-            count = len(sequence.tokens) - prefix.depth * self.kv.page_size
+            copied = self._num_copied(sequence, prefix)
+            count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
             if count > budget and not self._config.enable_chunked_prefill:
                 return
             if not self._fits(sequence, prefix):
                 return
             self._start(self.waiting.pop(0), prefix)
+            plan.moves += self._fork(sequence, copied)
             count = min(count, budget)
             plan.add(sequence, count)
             plan.admitted.append(sequence)
             budget -= count
 
     def _match(self, sequence: Sequence) -> Node:
-        return self.kv.no_match() if sequence.scores_prompt else self.kv.match(sequence.tokens)
+        if sequence.scores_prompt:
+            return self.kv.no_match()
+        return self.kv.match(sequence.tokens, self._namespace(sequence))
+
+    def _namespace(self, sequence: Sequence) -> Namespace:
+        """With whom a sequence shares pages: at least with its siblings, by their arrival."""
+        if self._config.enable_prefix_caching or sequence.request.params.n == 1:
+            return sequence.request.cache_namespace
+        return sequence.order[1]
+
+    def _num_copied(self, sequence: Sequence, prefix: Node) -> int:
+        """How many tokens after ``prefix`` can be had by copying the leader's last page of the
+        prompt; the prompt's last token is computed again, for its logits."""
+        leader, size = sequence.leader, self.kv.page_size
+        if leader is None or leader.allocation is None:
+            return 0
+        shared, rest = divmod(sequence.prompt_len, size)
+        ready = leader.num_computed >= sequence.prompt_len and prefix.depth == shared
+        return max(0, rest - 1) if ready and self.kv.holds(leader.allocation, shared) else 0
+
+    def _fork(self, sequence: Sequence, copied: int) -> list[Move]:
+        """The moves that give a new sequence ``copied`` tokens of its leader."""
+        leader, sequence.leader = sequence.leader, None
+        if not copied:
+            return []
+        assert leader is not None and leader.allocation is not None and sequence.allocation
+        sequence.num_scheduled += copied
+        sequence.num_computed += copied
+        index = sequence.allocation.prefix.depth
+        return self.kv.copy_page(leader.allocation, sequence.allocation, index)
 
     def _fits(self, sequence: Sequence, prefix: Node) -> bool:
         if not self._reserve_all:
-            pages = self.kv.pages_for(len(sequence.tokens))
-            return self.kv.cost(prefix, pages) <= self.kv.num_available
-        promised = sum(
-            self._final_pages(s) - len(s.allocation.pages) for s in self.running if s.allocation
+            tokens = len(sequence.tokens)
+            return self.kv.cost(
+                prefix, self.kv.pages_for(tokens)
+            ) <= self.kv.num_available and self.kv.windows_fit(prefix, tokens)
+        others = [(s.allocation, s.max_cached_tokens) for s in self.running if s.allocation]
+        promised = sum(self.kv.pages_for(end) - len(held.pages) for held, end in others)
+        cost = self.kv.cost(prefix, self.kv.pages_for(sequence.max_cached_tokens))
+        return cost + promised <= self.kv.num_available and self.kv.windows_fit_all(
+            prefix, sequence.max_cached_tokens, others
         )
-        cost = self.kv.cost(prefix, self._final_pages(sequence))
-        return cost + promised <= self.kv.num_available
-
-    def _final_pages(self, sequence: Sequence) -> int:
-        return self.kv.pages_for(sequence.max_cached_tokens)
 
     def _start(self, sequence: Sequence, prefix: Node) -> None:
-        sequence.allocation = self.kv.allocate(prefix, len(sequence.tokens))
+        tokens = len(sequence.tokens)
+        sequence.allocation = self.kv.allocate(prefix, tokens, self._namespace(sequence))
+        sequence.num_prefill = tokens
         sequence.num_scheduled = sequence.num_computed = prefix.depth * self.kv.page_size
         sequence.row = self._rows.pop()
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_ORDER)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-            self._prefix_queries += len(sequence.tokens)
+            self._prefix_queries += tokens
             self._prefix_hits += sequence.num_cached

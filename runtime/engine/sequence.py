@@ -25,14 +25,17 @@ class Sequence:
     """Tokens of one continuation, how many are in the KV cache, and why it ended.
 
     ``tokens`` are those the host knows. ``pending`` counts what comes after them: tokens that a
-    step on its way samples, 0 or 1, and 2 while the loop has two steps on their way. The first
-    ``num_scheduled`` tokens are computed or on their way, the first ``num_computed`` have landed.
+    step on its way samples, 0 or 1, and 2 while the loop has two steps on their way. A step may
+    sample more, up to as many as it was given drafts: ``num_drafted`` counts those on their way.
+    The first ``num_scheduled`` tokens are computed or on their way, the first ``num_computed`` have
+    landed; ``num_prefill`` were known when it began to run.
 
     ``order`` is (priority, arrival, index): the smaller runs first and is preempted last.
     ``max_tokens`` is already clamped to the room that is left; ``max_len`` counts the prompt too.
     ``row`` is its row in the page table while it runs. ``followers`` are its siblings (``n`` > 1),
-    which start once its prompt is computed. ``prompt_logprobs`` collects the scores of the prompt
-    if they are wanted. ``sampling_row`` is made by the step builder and used for every token.
+    which start once its prompt is computed; it is their ``leader`` until they do.
+    ``prompt_logprobs`` collects the scores of the prompt if they are wanted. ``sampling_rows`` are
+    made by the step builder, one for each token of a run, and used for every step.
     """
 
     request: Request
@@ -42,18 +45,21 @@ class Sequence:
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     followers: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     tokens: list[int] = field(init=False)
     output: list[int] = field(init=False, default_factory=list)
     prompt_len: int = field(init=False)
     max_len: int = field(init=False)
     pending: int = 0
+    num_drafted: int = 0
     num_scheduled: int = 0
     num_computed: int = 0
+    num_prefill: int = 0
     num_cached: int | None = None
     allocation: Allocation | None = None
     row: int = -1
-    sampling_row: SamplingRow | None = None
+    sampling_rows: list[SamplingRow] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -69,13 +75,14 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the sequence, whether or not the host knows them yet."""
+        """Tokens that the sequence has at least, whether or not the host knows them yet."""
         return len(self.tokens) + self.pending
 
     @property
     def awaits_last(self) -> bool:
-        """Whether the last token that it may have is being sampled: nothing is left to compute."""
-        return len(self.tokens) + self.pending >= self.max_len
+        """Whether the last token that it may have is, or may be, on its way: there is nothing to
+        compute before that has landed."""
+        return len(self.tokens) + self.pending + self.num_drafted >= self.max_len
 
     @property
     def max_cached_tokens(self) -> int:

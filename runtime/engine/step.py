@@ -12,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import TARGET_GRAPH, Port
+from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.sampling.params import SamplingParams
 
 IntArray = NDArray[np.int32]
+# The token of a logits row whose guess, or one before it, was not accepted.
+REJECTED = -2
 
 
 @dataclass(slots=True)
@@ -62,6 +66,15 @@ class StepBatch:
     device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says
     where a row's token goes (-1 for a row that only scores a prompt token), and a token id of -1
     stands for the token that the step before put into the slot of its sequence.
+
+    The last ``drafts[s]`` tokens of a sequence are guesses that only the device knows, -1 too, and
+    its logits rows are the last ``1 + drafts[s]``: a guess is accepted if the row before it, which
+    was accepted, samples the same. If the device knows, by a first token of -1, that the step
+    before ended in a run of more than one token, it adds what exceeds one to the positions of the
+    sequence, here and in its sampling rows; its pages have room for that.
+
+    Before its layers run, a step makes ``moves``, whose pages are read as the step before left
+    them.
     """
 
     token_ids: IntArray
@@ -75,6 +88,8 @@ class StepBatch:
     pages: dict[str, PagedInputs]
     graph: str = TARGET_GRAPH
     outputs: tuple[str, ...] = ()
+    drafts: Sequence[int] = ()
+    moves: Sequence[Move] = ()
 
 
 def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
@@ -99,9 +114,15 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """Token (-1 on rows that only score a prompt token) and logprobs (where asked) of every logits
-    row, and by name the further outputs that were asked for."""
+    """Token and logprobs (where asked) of every logits row.
+
+    The token is -1 on rows that only score a prompt token. The rows of a sequence with guesses give
+    a run: a token for each row up to the first whose guess was wrong, ``REJECTED`` after that.
+    ``failed`` says why a row, by its number, has no answer; its token means nothing. ``outputs``
+    are the further outputs that were asked for, by name.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
+    failed: dict[int, ExecutionError] = field(default_factory=dict)

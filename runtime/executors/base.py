@@ -41,13 +41,18 @@ class Executor(Protocol):
         """
         ...
 
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens the device guesses for a sequence and verifies in one step, at most."""
+        ...
+
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate KV pages within ``num_bytes`` (None: the executor's own default) and return how
         many."""
         ...
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Start a step; may return before the device is done.
+        """Make the moves of a step and start it; may return before the device is done.
 
         The sampling rows of ``batch`` belong to the sequences and change with the next batch.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from slipstream.builder.contract import (
 )
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import (
+    REJECTED,
     IntArray,
+    PagedInputs,
     SamplingRow,
     StepBatch,
     StepResult,
@@ -52,6 +55,12 @@ def next_token(token: int, vocab_size: int, seed: int = 0) -> int:
     return (token + 1 + seed) % vocab_size
 
 
+def run_length(token: int, position: int, drafts: int) -> int:
+    """How many tokens a step gives that computes ``token`` at ``position`` and guesses ``drafts``
+    tokens after it."""
+    return 1 + (token + position) % (drafts + 1)
+
+
 def logprob_of(token: int) -> float:
     """The made-up log probability of ``token``, exact in binary."""
     return -(1 + token % 8) / 8
@@ -66,6 +75,9 @@ class CountingExecutor:
     ``delay`` is seconds a step, ``steps`` counts them, and ``closed`` tells whether ``shutdown``
     was called.
 
+    It guesses ``draft_tokens`` tokens at a time, of which ``run_length`` tells how many are right.
+    A row that would give ``broken_token`` fails.
+
     With ``runs_ahead`` it takes two steps at a time and puts in the tokens that the host does not
     know. It does so in ``submit``, as a device that is infinitely fast, but keeps the answer until
     it is asked for.
@@ -79,20 +91,24 @@ class CountingExecutor:
         *,
         delay: float = 0.0,
         runs_ahead: bool = False,
+        draft_tokens: int = 0,
     ) -> None:
         """``graphs`` and ``caches`` are an engine's; every graph reads a paged cache without a
         window."""
         self.delay = delay
         self.fail_next = False
+        self.broken_token: int | None = None
         self.steps = 0
         self.closed = False
         self._runs_ahead = runs_ahead
+        self._draft_tokens = draft_tokens
         self._num_pages = num_pages
         self._graphs = graphs
         self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
         self._caches = _caches_of_graphs(graphs, caches, num_pages)
-        # What the step before sampled, by the slot of the sequence.
-        self._last_tokens: dict[int, int] = {}
+        self._page_sizes = {cache.name: cache.page_size for cache in caches}
+        # The last token of what the step before sampled and the length of the run, by slot.
+        self._last_runs: dict[int, tuple[int, int]] = {}
         self._on_their_way: deque[CountingStep] = deque()
 
     @property
@@ -104,6 +120,11 @@ class CountingExecutor:
         """Whether ``params`` have no bad words of several tokens: an example of what needs the
         host."""
         return all(len(word) == 1 for word in params.bad_words_token_ids)
+
+    @property
+    def draft_tokens(self) -> int:
+        """As given at construction."""
+        return self._draft_tokens
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """The number of pages given at construction; a page has no bytes."""
@@ -147,46 +168,90 @@ class CountingExecutor:
 
     def _spoil(self, batch: StepBatch) -> None:
         """Leave garbage wherever a step would have written."""
+        batch, _ = self._placed(batch)
         whole, others = self._caches[batch.graph]
         for cache in (whole, *others):
             cache.spoil(batch)
-        self._last_tokens = dict.fromkeys(batch.sampling_slots.tolist(), GARBAGE)
+        self._last_runs = dict.fromkeys(batch.sampling_slots.tolist(), (GARBAGE, 1))
 
-    def _run(self, batch: StepBatch, excused: bool) -> StepResult:
+    def _run(self, planned: StepBatch, excused: bool) -> StepResult:
         """Compute a step; only what ``excused`` sequences read may be garbage."""
-        assert len(np.unique(batch.slots)) == len(batch.slots), "two sequences in a slot"
-        tokens = self._token_ids(batch)
-        contexts = self._contexts(batch, tokens, excused)
-        result = StepResult([], [], self._outputs(batch, tokens))
-        last_tokens: dict[int, int] = {}
+        assert len(np.unique(planned.slots)) == len(planned.slots), "two sequences in a slot"
+        batch, surplus = self._placed(planned)
+        contexts = self._contexts(batch, batch.token_ids, excused)
+        result = StepResult([], [], self._outputs(batch, batch.token_ids))
+        last_runs: dict[int, tuple[int, int]] = {}
         owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right") - 1
-        for index, (owner, row) in enumerate(zip(owners, batch.sampling, strict=True)):
-            token_row = batch.logits_rows[index]
-            context = contexts[owner][: batch.positions[token_row] + 1]
+        for index, (owner, row) in enumerate(zip(owners.tolist(), batch.sampling, strict=True)):
+            length = int(batch.positions[batch.logits_rows[index]]) + 1
+            context, more = contexts[owner][:length], int(surplus[owner])
+            guesses = max(0, length - len(contexts[owner]) + _num_drafts(batch, owner))
             if not (excused and GARBAGE in context):
-                _check_row(context, row, num_unknown=int(batch.token_ids[token_row] < 0))
+                is_ahead = planned.token_ids[planned.query_start[owner]] < 0
+                _check_row(context, row, int(is_ahead) * (1 + more) + guesses, more)
+            slot = -1 if row.target is not None else int(batch.slots[owner])
+            assert batch.sampling_slots[index] == slot, "a token for another slot"
+            if guesses and last_runs[slot] != (int(context[-1]), guesses):
+                result.token_ids.append(REJECTED)
+                result.logprobs.append(None)
+                continue
             token = self._next(int(context[-1]), row)
+            if token == self.broken_token and row.target is None:
+                result.failed[index] = ExecutionError("the counting executor broke this token")
             result.token_ids.append(token if row.target is None else -1)
             result.logprobs.append(_logprobs(token, row))
-            slot = -1 if row.target is not None else batch.slots[owner]
-            assert batch.sampling_slots[index] == slot, "a token for another slot"
-            last_tokens[int(slot)] = token
-        self._last_tokens = last_tokens
+            last_runs[slot] = (token, guesses + 1)
+        self._last_runs = last_runs
         return result
 
-    def _token_ids(self, batch: StepBatch) -> IntArray:
-        """The tokens of a step, with those that only the device knows put in."""
-        token_ids = batch.token_ids.copy()
-        owners = np.repeat(batch.slots, np.diff(batch.query_start))
-        for row in np.flatnonzero(token_ids < 0):
-            assert self._on_their_way, "the host knows this token"
-            token_ids[row] = self._last_tokens[int(owners[row])]
-        return token_ids
+    def _placed(self, batch: StepBatch) -> tuple[StepBatch, IntArray]:
+        """A step with what only the device knows put in: tokens, and for every sequence how much
+        longer than one token the run before was."""
+        tokens, surplus = batch.token_ids.copy(), np.zeros(len(batch.slots), np.int32)
+        for index, slot in enumerate(batch.slots.tolist()):
+            begin, end = batch.query_start[index : index + 2].tolist()
+            drafts = _num_drafts(batch, index)
+            assert 0 <= drafts <= min(self._draft_tokens, end - begin - 1), "too many guesses"
+            if tokens[begin] < 0:
+                assert self._on_their_way, "the host knows this token"
+                tokens[begin], run = self._last_runs[slot]
+                surplus[index] = run - 1
+            if drafts:
+                row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
+                position = int(batch.positions[begin] + surplus[index])
+                tokens[end - drafts : end] = self._guess(int(tokens[begin]), position, drafts, row)
+            assert (tokens[begin + 1 : end - drafts] >= 0).all(), "a token that nobody knows"
+        return self._shifted(replace(batch, token_ids=tokens), surplus), surplus
+
+    def _shifted(self, batch: StepBatch, surplus: IntArray) -> StepBatch:
+        """A step whose sequences stand ``surplus`` positions further on."""
+        owners = np.repeat(np.arange(len(surplus)), np.diff(batch.query_start))
+        positions = batch.positions + surplus[owners]
+        pages = {}
+        for name, paged in batch.pages.items():
+            size = self._page_sizes[name]
+            table = paged.page_table
+            slots = table[owners, batch.positions // size] * size + batch.positions % size
+            assert np.array_equal(paged.slot_mapping, slots), "wrong slots"
+            slots = table[owners, positions // size] * size + positions % size
+            pages[name] = PagedInputs(table, slots)
+        context_len = batch.context_len + surplus
+        return replace(batch, positions=positions, context_len=context_len, pages=pages)
+
+    def _guess(self, token: int, position: int, count: int, row: SamplingRow) -> list[int]:
+        """What is guessed to follow ``token``, right up to the length of the run."""
+        right = run_length(token, position, count) - 1
+        guesses: list[int] = []
+        for place in range(count):
+            token = self._next(token, row)
+            guesses.append(token if place < right else self._next(token, row))
+        return guesses
 
     def _contexts(self, batch: StepBatch, tokens: IntArray, excused: bool) -> list[IntArray]:
         """Write a step to all caches of its graph and read every sequence back."""
         whole, others = self._caches[batch.graph]
         for cache in (whole, *others):
+            cache.move(batch.moves)
             cache.write(batch, tokens)
         contexts = [whole.read(batch, index) for index in range(len(batch.context_len))]
         for index, context in enumerate(contexts):
@@ -262,14 +327,20 @@ def _caches_of_graphs(
     return found
 
 
-def _check_row(context: IntArray, row: SamplingRow, num_unknown: int) -> None:
-    """Compare what was read for a row with what the host knows, all but ``num_unknown`` tokens."""
+def _num_drafts(batch: StepBatch, index: int) -> int:
+    return batch.drafts[index] if batch.drafts else 0
+
+
+def _check_row(context: IntArray, row: SamplingRow, num_unknown: int, surplus: int) -> None:
+    """Compare what was read for a row with what the host knows, all but ``num_unknown`` tokens; its
+    position lacks the ``surplus``."""
     known = [*row.prompt, *row.output]
     size = min(len(context), len(known))
     assert context[:size].tolist() == known[:size], "pages hold another sequence"
     if row.target is None:
         assert len(context) == len(known) + num_unknown, "sampled too early"
-        assert row.position == len(context) - len(row.prompt), "sampled at another position"
+        position = row.position + surplus
+        assert position == len(context) - len(row.prompt), "sampled at another position"
 
 
 def _logprobs(token: int, row: SamplingRow) -> TokenLogprobs | None:

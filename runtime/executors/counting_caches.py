@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from slipstream.builder.contract import CacheSpec
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch
 
 GARBAGE = -1
@@ -17,6 +19,10 @@ class CountingCache(Protocol):
 
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
         """Keep the ``tokens`` of a step."""
+        ...
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Make those of a step's moves that are in this cache."""
         ...
 
     def spoil(self, batch: StepBatch) -> None:
@@ -40,6 +46,16 @@ class PagedTokens:
         slots = batch.pages[self._name].slot_mapping
         assert len(np.unique(slots)) == len(tokens), "a slot written twice"
         self._memory[slots] = tokens
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy pages as the step before left them."""
+        own = [move for move in moves if move.cache == self._name]
+        targets = {move.destination for move in own}
+        assert len(targets) == len(own), "a page moved over another"
+        assert not targets & {move.source for move in own}, "a page moved on"
+        pages = self._memory.reshape(-1, self._page_size)
+        for move in own:
+            pages[move.destination] = pages[move.source]
 
     def spoil(self, batch: StepBatch) -> None:
         """Garbage in every slot."""
@@ -81,6 +97,12 @@ class HashedState:
             begins = int(batch.context_len[index]) == end - begin
             state = 0 if begins else self._states.get(slot, GARBAGE)
             self._states[slot] = _hash(tokens[begin:end], state)
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy states."""
+        for move in moves:
+            if move.cache == self._name:
+                self._states[move.destination] = self._states[move.source]
 
     def spoil(self, batch: StepBatch) -> None:
         """Garbage in every slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from slipstream.builder.engine import Engine
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler
@@ -123,7 +124,8 @@ class CPUExecutor:
         self._config = config
         self._cache_specs = manifest.caches
         self._caches: dict[str, ort.OrtValue] = {}
-        self._arrays: list[NDArray[Any]] = []  # what the values above are views of
+        # What the values above are views of, by cache.
+        self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
         self._sampler = Sampler(manifest.vocab_size)
@@ -168,8 +170,14 @@ class CPUExecutor:
         """Never."""
         return False
 
+    @property
+    def draft_tokens(self) -> int:
+        """None."""
+        return 0
+
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
+        self._move_pages(batch.moves)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
@@ -190,12 +198,17 @@ class CPUExecutor:
         float8 = array.dtype == "float8_e4m3fn"
         shape = (len(cache.layers), count, *array.shape)
         zeros = _aligned_zeros(shape, "uint8" if float8 else array.dtype)
-        self._arrays.append(zeros)
+        self._arrays.setdefault(cache.name, []).append(zeros)
         self._caches[array.name] = (
             ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_FLOAT8)
             if float8
             else ort.OrtValue.ortvalue_from_numpy(zeros)
         )
+
+    def _move_pages(self, moves: Sequence[Move]) -> None:
+        for move in moves:
+            for array in self._arrays[move.cache]:
+                array[:, move.destination] = array[:, move.source]
 
     def _binding(self, batch: StepBatch) -> _Binding:
         rows = len(batch.logits_rows)

@@ -33,20 +33,22 @@ class Sampler:
     def sample(self, logits: Logits, rows: Sequence[SamplingRow]) -> StepResult:
         """Sample ``logits`` (float32 [L, V], not changed) with one row of parameters each.
 
-        Log probabilities are those of the model's own logits, before any processing. Raises
-        ``ExecutionError`` if a row holds NaN, +inf or nothing but -inf.
+        Log probabilities are those of the model's own logits, before any processing. A row that
+        holds NaN, +inf or nothing but -inf has failed.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
         if all(_is_plain_greedy(row) for row in rows):
-            return StepResult(_argmax_rows(logits), [None] * len(rows))
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs | None] = []
+            return _argmax_rows(logits)
+        result = StepResult([-1] * len(rows), [None] * len(rows))
         with np.errstate(over="ignore"):  # differences of extreme logits may become -inf, rightly
-            for row_logits, row in zip(logits, rows, strict=True):
-                token, row_logprobs = self._sample_row(row_logits, row)
-                tokens.append(token)
-                logprobs.append(row_logprobs)
-        return StepResult(tokens, logprobs)
+            for index, row in enumerate(rows):
+                try:
+                    token, logprobs = self._sample_row(logits[index], row)
+                except ExecutionError as error:
+                    result.failed[index] = error
+                else:
+                    result.token_ids[index], result.logprobs[index] = token, logprobs
+        return result
 
     def _sample_row(self, logits: Logits, row: SamplingRow) -> tuple[int, TokenLogprobs | None]:
         if row.target is not None:
@@ -127,21 +129,27 @@ def _is_plain_greedy(row: SamplingRow) -> bool:
     )
 
 
-def _argmax_rows(logits: Logits) -> list[int]:
+def _argmax_rows(logits: Logits) -> StepResult:
     tokens = logits.argmax(axis=1)
     peaks = logits[np.arange(len(tokens)), tokens]
-    if not np.isfinite(peaks).all():
-        _check_peak(peaks[~np.isfinite(peaks)][0])
-    tokens_list: list[int] = tokens.tolist()
-    return tokens_list
+    result = StepResult(tokens.tolist(), [None] * len(tokens))
+    finite = np.isfinite(peaks)
+    if not finite.all():
+        result.failed = {int(row): broken_row(peaks[row]) for row in np.flatnonzero(~finite)}
+    return result
+
+
+def broken_row(peak: object) -> ExecutionError:
+    """What to say of a row of logits whose largest is ``peak``."""
+    return ExecutionError(
+        f"the largest logit of a row is {peak}, expected a finite number; the engine or its "
+        "numerics are broken: build it again"
+    )
 
 
 def _check_peak(peak: np.float32) -> None:
     if not math.isfinite(peak):
-        raise ExecutionError(
-            f"the largest logit of a row is {peak}, expected a finite number; the engine or its "
-            "numerics are broken: build it again"
-        )
+        raise broken_row(peak)
 
 
 def _least_forbidden(logits: Logits, row: SamplingRow) -> int:

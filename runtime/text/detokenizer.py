@@ -21,7 +21,7 @@ class Detokenizer:
     stop string ended the text; ``num_tokens`` counts the tokens taken until then.
     """
 
-    __slots__ = ("_emitted", "_exempt", "_matcher", "_stream", "num_tokens", "stop_reason")
+    __slots__ = ("_exempt", "_matcher", "_stream", "num_tokens", "stop_reason")
 
     def __init__(
         self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
@@ -36,7 +36,6 @@ class Detokenizer:
             else None
         )
         self._exempt = params.min_tokens
-        self._emitted: list[str] = []
         self.num_tokens = 0
         self.stop_reason: str | None = None
 
@@ -44,11 +43,6 @@ class Detokenizer:
     def stopped(self) -> bool:
         """Whether a stop string was found; later tokens are ignored."""
         return self.stop_reason is not None
-
-    @property
-    def text(self) -> str:
-        """All text emitted so far."""
-        return "".join(self._emitted)
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens and return the new text that is safe to show."""
@@ -58,7 +52,7 @@ class Detokenizer:
                 break
             self.num_tokens += 1
             increment += self._search(self._stream.push(token_id))
-        return self._emit(increment)
+        return increment
 
     def finish(self) -> str:
         """Return the text still held back; nothing more follows."""
@@ -67,7 +61,7 @@ class Detokenizer:
         increment = self._search(self._stream.flush())
         if self._matcher is not None and self.stop_reason is None:
             increment += self._matcher.release()
-        return self._emit(increment)
+        return increment
 
     def _search(self, text: str) -> str:
         if self._matcher is None or not text or self.num_tokens <= self._exempt:
@@ -75,11 +69,6 @@ class Detokenizer:
         text = self._matcher.feed(text)
         self.stop_reason = self._matcher.matched
         return text
-
-    def _emit(self, increment: str) -> str:
-        if increment:
-            self._emitted.append(increment)
-        return increment
 
 
 class StopMatcher:

@@ -84,6 +84,11 @@ class TimedExecutor:
         """As the inner executor."""
         return self._inner.runs_ahead_of(params)
 
+    @property
+    def draft_tokens(self) -> int:
+        """As the inner executor."""
+        return self._inner.draft_tokens
+
     def reserve_kv(self, num_bytes: int | None) -> int:
         """As the inner executor."""
         return self._inner.reserve_kv(num_bytes)

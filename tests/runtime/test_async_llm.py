@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.executors.counting import (
+    CountingExecutor,
+    CountingStep,
+    counting_contract,
+)
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.testing import counting_engine
+from slipstream.runtime.testing import VOCAB_SIZE, counting_engine
 
 Body = Callable[[AsyncLLM, CountingExecutor], Awaitable[None]]
 
@@ -185,6 +191,61 @@ def test_a_device_failure_raises_in_its_consumers_and_the_engine_goes_on() -> No
         assert (await last(llm.generate("a", greedy()))).outputs[0].text == "bcde"
 
     serve(body)
+
+
+def test_a_device_that_fails_in_a_row_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        engine = counting_engine()
+        executor = engine.executor
+        assert isinstance(executor, CountingExecutor)
+        llm = AsyncLLM.from_engine(engine)
+        for _ in range(3):
+            assert llm.unhealthy is llm.closed is None
+            executor.fail_next = True
+            with pytest.raises(ExecutionError, match="fail this step"):
+                await last(llm.generate("a", greedy()))
+        with pytest.raises(ExecutionError, match="failed 3 steps in a row"):
+            while True:  # the engine's thread may not have come to it yet
+                await last(llm.generate("a", greedy()))
+        assert llm.unhealthy and llm.closed == llm.unhealthy
+        await asyncio.to_thread(llm.shutdown)
+        assert executor.closed
+
+    asyncio.run(main())
+    assert "the engine is given up" in caplog.text
+
+
+def test_a_device_that_hangs_is_given_up_while_its_step_is_waited_for() -> None:
+    entered, released = threading.Event(), threading.Event()
+
+    class Hanging(CountingExecutor):
+        def land(self, step: CountingStep) -> None:
+            entered.set()
+            released.wait()
+            super().land(step)
+
+    now = [0.0]
+    engine = counting_engine()
+    executor = Hanging(64, *counting_contract(4, VOCAB_SIZE))
+
+    async def main() -> None:
+        engine_ = replace(engine, executor=executor)
+        llm = AsyncLLM.from_engine(engine_, clock=lambda: now[0])
+        answer = asyncio.create_task(last(llm.generate("a", greedy())))
+        await asyncio.to_thread(entered.wait)
+        assert llm.check_health() and llm.unhealthy is None
+        now[0] += engine.config.step_timeout + 1
+        assert not llm.check_health()
+        with pytest.raises(ExecutionError, match="has not answered for 601 seconds"):
+            await answer
+        with pytest.raises(ExecutionError, match="has not answered"):
+            await last(llm.generate("a", greedy()))
+        assert llm.closed == llm.unhealthy
+        released.set()
+        await asyncio.to_thread(llm.shutdown)
+        assert executor.closed, "an answer that comes late finds nobody and stops the engine"
+
+    asyncio.run(main())
 
 
 def test_the_event_loop_runs_on_while_the_device_computes() -> None:

@@ -20,6 +20,7 @@ from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Event, Work
@@ -50,6 +51,7 @@ class CUDAExecutor:
     """
 
     runs_ahead = True
+    draft_tokens = 0
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.
@@ -149,6 +151,7 @@ class CUDAExecutor:
         hosted_at = [place for place, mine in enumerate(ours) if not mine]
         parts: list[Part] = []
         with self._device.work():
+            self._move_pages(batch.moves)
             hidden = self.runner.layers(batch, batch.logits_rows[at], eager=bool(hosted_at))
             if hidden is not None and hosted_at:
                 parts.append(self._sampled_on_host(batch, hosted_at, hidden))
@@ -172,6 +175,14 @@ class CUDAExecutor:
             size = self._config.max_batch_size
             parts = [self._copied_logits(part) for part in torch.split(wanted, size)]
         return np.concatenate(parts)
+
+    def _move_pages(self, moves: Sequence[Move]) -> None:
+        """Enqueue copies of pages, which the layers of the step may read."""
+        if moves:
+            cache = self.runner.memory.kv_cache.view(torch.uint8)  # no copies of 8-bit floats
+            sources = self._index(np.array([move.source for move in moves], np.int32))
+            targets = self._index(np.array([move.destination for move in moves], np.int32))
+            cache.index_copy_(1, targets, cache.index_select(1, sources))
 
     def _sampled(self, batch: StepBatch, at: Sequence[int]) -> Part:
         """Enqueue the sampling of rows that the device can sample."""
@@ -198,6 +209,7 @@ class CUDAExecutor:
                     part = self._host_sampler.sample(logits, rows[start : start + size])
                     result.token_ids += part.token_ids
                     result.logprobs += part.logprobs
+                    result.failed.update((start + i, why) for i, why in part.failed.items())
             return result
 
         return Part(at, answer)

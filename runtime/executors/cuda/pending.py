@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import SamplingRow, StepResult
 from slipstream.runtime.executors.cuda.device import Event
 
 
@@ -28,8 +28,7 @@ class PendingCUDAStep:
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
-        tokens: list[int] = [-1] * len(self.rows)
-        logprobs: list[TokenLogprobs | None] = [None] * len(self.rows)
+        result = StepResult([-1] * len(self.rows), [None] * len(self.rows))
         try:
             self.done.wait()
             for part in self.parts:
@@ -37,7 +36,9 @@ class PendingCUDAStep:
                 for place, token, entry in zip(
                     part.places, answers.token_ids, answers.logprobs, strict=True
                 ):
-                    tokens[place], logprobs[place] = token, entry
+                    result.token_ids[place], result.logprobs[place] = token, entry
+                for row, failure in answers.failed.items():
+                    result.failed[part.places[row]] = failure
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
-        return StepResult(tokens, logprobs)
+        return result

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slipstream.errors import ExecutionError
 from slipstream.plugins import sampling
 from slipstream.plugins.sampling import MAX_BIASES, MAX_LOGPROBS, Field, Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
 from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.sampling.logits_processors import ending_tokens
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.sampler import broken_row
 
 _STEPS_IN_FLIGHT = 2
 
@@ -53,22 +53,20 @@ class PendingSample:
     def result(self, rows: Sequence[SamplingRow]) -> StepResult:
         """Tokens and log probabilities of ``rows``, once the device is done with the step.
 
-        Rows that ``supports`` refuses get token -1. Raises ``ExecutionError`` if the
-        largest logit of a row is not finite.
+        Rows that ``supports`` refuses get token -1. A row whose largest logit is not finite has
+        failed.
         """
         token_ids = self.tokens[: len(rows)].tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        result = StepResult(token_ids, [None] * len(rows))
         for i, row in enumerate(rows):
             if not supports(row):
                 token_ids[i] = -1
             elif token_ids[i] == sampling.BROKEN:
-                raise ExecutionError(
-                    "the largest logit of a row is NaN or infinite, expected a finite number; "
-                    "the engine or its numerics are broken: build it again"
-                )
+                token_ids[i], result.failed[i] = -1, broken_row("NaN or infinite")
             elif row.params.logprobs is not None:
-                logprobs[i] = _token_logprobs(token_ids[i], self.logprobs[i], row.params.logprobs)
-        return StepResult(token_ids, logprobs)
+                count = row.params.logprobs
+                result.logprobs[i] = _token_logprobs(token_ids[i], self.logprobs[i], count)
+        return result
 
 
 class CUDASampler:

@@ -57,7 +57,7 @@ def test_eviction_is_least_recently_used_and_takes_leaves_first() -> None:
     tree.release(again)  # [1, 2] is now the youngest, its child still the oldest
 
     assert tree.num_idle == 3
-    assert [tree.evict() for _ in range(3)] == [11, 20, 10]
+    assert [tree.evict().page for _ in range(3)] == [11, 20, 10]
     assert not list(tree.nodes())
 
 
@@ -69,6 +69,6 @@ def test_a_referenced_path_is_never_idle() -> None:
     tree.release(deep)
 
     assert tree.num_idle == 1
-    assert tree.evict() == 12
+    assert tree.evict().page == 12
     tree.release(held)
     assert tree.num_idle == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from slipstream.builder.contract import CacheArray, CacheSpec, GraphSpec, ports_of
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
@@ -26,9 +27,17 @@ def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
 class Recorder(CountingExecutor):
     """Notes when steps are started and landed, and at which positions each sequence samples."""
 
-    def __init__(self, num_pages: int, page_size: int, runs_ahead: bool) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        graphs: Mapping[str, GraphSpec],
+        caches: tuple[CacheSpec, ...],
+        *,
+        runs_ahead: bool,
+        draft_tokens: int,
+    ) -> None:
         super().__init__(
-            num_pages, *counting_contract(page_size, VOCAB_SIZE), runs_ahead=runs_ahead
+            num_pages, graphs, caches, runs_ahead=runs_ahead, draft_tokens=draft_tokens
         )
         self.events: list[str] = []
         self.refuse_next = False
@@ -54,11 +63,17 @@ def recorded(
     num_pages: int = 64,
     *,
     runs_ahead: bool = True,
+    draft_tokens: int = 0,
+    more: tuple[CacheSpec, ...] = (),
     **options: Any,  # noqa: ANN401 - fields of RuntimeConfig
 ) -> tuple[EngineLoop, Recorder]:
+    """A loop whose model has ``more`` caches beside the usual one, and its device."""
     engine = counting_engine(num_pages, **options)
-    executor = Recorder(num_pages, engine.config.page_size, runs_ahead)
-    return EngineLoop(replace(engine, executor=executor)), executor
+    graphs, caches = counting_contract(engine.config.page_size, VOCAB_SIZE)
+    caches += more
+    graphs = {name: replace(spec, inputs=tuple(ports_of(caches))) for name, spec in graphs.items()}
+    executor = Recorder(num_pages, graphs, caches, runs_ahead=runs_ahead, draft_tokens=draft_tokens)
+    return EngineLoop(replace(engine, executor=executor, caches=caches)), executor
 
 
 def drain(loop: EngineLoop) -> dict[str, RequestOutput]:
@@ -277,22 +292,76 @@ def same(ours: CompletionOutput, theirs: CompletionOutput) -> bool:
     return ours.token_ids[:size] == theirs.token_ids[:size]
 
 
+def windowed(name: str, window: int) -> CacheSpec:
+    return CacheSpec(name, "paged", (1,), (CacheArray(name, "int32", (3,)),), 3, window)
+
+
+STATES = CacheSpec("states", "state", (2,), (CacheArray("states", "int32", (1,)),))
+MORE_CACHES = [(windowed("near", 4),), (windowed("near", 2), windowed("far", 11)), (STATES,)]
+
+
+@given(
+    workload=WORKLOADS,
+    more=st.sampled_from(MORE_CACHES),
+    policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
+    caching=st.booleans(),
+    runs_ahead=st.booleans(),
+    draft_tokens=st.sampled_from([0, 1, 3]),
+)
+@settings(max_examples=200, deadline=None)
+def test_more_caches_change_no_answer(
+    workload: list[Arrival],
+    more: tuple[CacheSpec, ...],
+    policy: str,
+    caching: bool,
+    runs_ahead: bool,
+    draft_tokens: int,
+) -> None:
+    results = []
+    for caches in ((), more):
+        loop, _ = recorded(
+            12,
+            more=caches,
+            runs_ahead=runs_ahead,
+            draft_tokens=0 if STATES in more else draft_tokens,  # states cannot be taken back
+            page_size=3,
+            max_seq_len=24,
+            max_batch_size=3,
+            max_num_tokens=8,
+            scheduler_policy=policy,
+            enable_prefix_caching=caching,
+        )
+        results.append(run(loop, workload))
+    plain, other = results
+    assert plain.keys() == other.keys()
+    for request_id, output in other.items():
+        assert output.error is None and output.finished
+        assert all(map(same, output.outputs, plain[request_id].outputs))
+
+
 @given(
     workload=WORKLOADS,
     num_pages=st.integers(3, 12),
     budget=st.integers(3, 12),
     policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
     caching=st.booleans(),
+    draft_tokens=st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=150, deadline=None)
-def test_running_ahead_changes_no_answer(
-    workload: list[Arrival], num_pages: int, budget: int, policy: str, caching: bool
+@settings(max_examples=200, deadline=None)
+def test_running_ahead_and_guessing_change_no_answer(
+    workload: list[Arrival],
+    num_pages: int,
+    budget: int,
+    policy: str,
+    caching: bool,
+    draft_tokens: int,
 ) -> None:
     results = []
-    for runs_ahead in (False, True):
+    for runs_ahead, drafts in ((False, 0), (False, draft_tokens), (True, draft_tokens)):
         loop, executor = recorded(
             num_pages,
             runs_ahead=runs_ahead,
+            draft_tokens=drafts,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
@@ -301,12 +370,14 @@ def test_running_ahead_changes_no_answer(
             enable_prefix_caching=caching,
         )
         results.append(run(loop, workload))
-        check_waste(executor, results[-1])
-    in_turn, ahead = results
-    assert in_turn.keys() == ahead.keys()
-    for request_id, output in ahead.items():
-        assert output.error is None and output.finished
-        theirs = in_turn[request_id]
-        assert all(map(same, output.outputs, theirs.outputs))
-        if output.prompt_logprobs and theirs.prompt_logprobs:
-            assert output.prompt_logprobs == theirs.prompt_logprobs
+        if not drafts:
+            check_waste(executor, results[-1])
+    plain, *others = results
+    for other in others:
+        assert plain.keys() == other.keys()
+        for request_id, output in other.items():
+            assert output.error is None and output.finished
+            theirs = plain[request_id]
+            assert all(map(same, output.outputs, theirs.outputs))
+            if output.prompt_logprobs and theirs.prompt_logprobs:
+                assert output.prompt_logprobs == theirs.prompt_logprobs

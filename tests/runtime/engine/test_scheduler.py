@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.scheduler import Scheduler, StepPlan
@@ -32,9 +33,15 @@ def sequence(
     return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0)
 
 
-def scheduler(num_pages: int = 32, **options: Any) -> Scheduler:  # noqa: ANN401
+def scheduler(
+    num_pages: int = 32,
+    caches: tuple[CacheSpec, ...] = (),
+    draft_tokens: int = 0,
+    **options: Any,  # noqa: ANN401
+) -> Scheduler:
     limits = {"page_size": PAGE, "max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64}
-    return Scheduler(RuntimeConfig().override({**limits, **options}), num_pages)
+    config = RuntimeConfig().override({**limits, **options})
+    return Scheduler(config, num_pages, caches, draft_tokens)
 
 
 def check(scheduler: Scheduler) -> None:
@@ -49,24 +56,35 @@ def start(scheduler: Scheduler) -> StepPlan:
     check(scheduler)
     assert len(set(plan.sequences)) == len(plan.sequences) <= 4
     assert sum(plan.counts) <= 16 and all(count > 0 for count in plan.counts)
-    for each, begin, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
+    for each, begin, count, drafts in zip(
+        plan.sequences, plan.starts, plan.counts, plan.drafts, strict=True
+    ):
         assert each.allocation is not None
-        assert begin + count == each.num_scheduled <= len(each.allocation.pages) * PAGE
-        assert each.num_scheduled <= each.max_cached_tokens
+        assert begin + count - drafts == each.num_scheduled
+        # A step before this one may still turn out to give a longer run.
+        end = each.num_scheduled + each.num_drafted
+        assert end <= len(each.allocation.pages) * PAGE and end <= each.max_cached_tokens
     assert len({each.row for each in scheduler.running}) == len(scheduler.running)
     return plan
 
 
 def land(scheduler: Scheduler, plan: StepPlan) -> None:
     """End a step of a model that says 0 for ever."""
+    guessed = scheduler._draft_tokens > 0
     scheduler.commit(plan)
     check(scheduler)
-    for each, output in zip(plan.sequences, plan.outputs, strict=True):
+    for each, output, drafts in zip(plan.sequences, plan.outputs, plan.drafts, strict=True):
         if output >= 0 and each.status is not Status.FINISHED:
-            assert output == len(each.output)
-            each.append(0)
+            assert output == len(each.output) or (guessed and output < len(each.output))
+            run = [0] * (1 + (each.order[1] + len(each.output)) % (drafts + 1))
+            scheduler.accept(each, run)
+            for token in run:
+                if not each.finish_reason:
+                    each.append(token)
             if each.finish_reason:
                 scheduler.finish(each)
+            else:
+                assert each.pending <= 1
     check(scheduler)
 
 
@@ -373,6 +391,18 @@ def test_what_can_never_fit_in_the_pages_is_refused(length: int, max_tokens: int
         scheduler(num_pages=10).clamp_max_tokens(length, max_tokens)
 
 
+def cache(name: str, window: int = 0) -> CacheSpec:
+    return CacheSpec(name, "paged", (), (), PAGE, window)
+
+
+CACHES = [
+    (),
+    (cache("kv"), cache("near", window=6)),
+    (cache("near", window=5), cache("nearest", window=1)),
+    (cache("kv"), CacheSpec("states", "state", (), ())),
+]
+
+
 @dataclass(frozen=True)
 class Arrival:
     after_steps: int
@@ -404,12 +434,26 @@ _ARRIVALS = st.lists(
     policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
     caching=st.booleans(),
     ahead=st.booleans(),
+    draft_tokens=st.sampled_from([0, 1, 3]),
+    caches=st.sampled_from(CACHES),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_every_sequence_ends_and_every_page_returns(
-    arrivals: list[Arrival], num_pages: int, policy: str, caching: bool, ahead: bool
+    arrivals: list[Arrival],
+    num_pages: int,
+    policy: str,
+    caching: bool,
+    ahead: bool,
+    draft_tokens: int,
+    caches: tuple[CacheSpec, ...],
 ) -> None:
-    engine = scheduler(num_pages, scheduler_policy=policy, enable_prefix_caching=caching)
+    engine = scheduler(
+        num_pages,
+        caches,
+        draft_tokens,
+        scheduler_policy=policy,
+        enable_prefix_caching=caching,
+    )
     ages: dict[Sequence, int] = {}
     wanted: dict[Sequence, int | None] = {}
     flights: list[StepPlan] = []
@@ -434,7 +478,7 @@ def test_every_sequence_ends_and_every_page_returns(
         len(s.output) == s.request.params.min_tokens for s in wanted if s.finish_reason == "stop"
     )
     assert all(wanted[s] is not None for s in wanted if s.finish_reason is None)
-    assert engine.kv.num_available == num_pages
+    assert engine.kv.usage == 0
     if policy == "guaranteed_no_evict":
         assert engine.stats.num_preemptions == 0
 

@@ -17,7 +17,9 @@ from slipstream.builder.build import build
 from slipstream.builder.engine import sha256
 from slipstream.builder.options import BuildOptions, KVCacheDtype
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cpu import CPUExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
@@ -255,6 +257,31 @@ def test_the_python_api_raises_and_lives(tiny_engine: Path, expected: list[int])
             llm.generate([[2, 5000], LONG], greedy())
         assert llm.stats.kv_cache_usage == 0
         assert llm.generate(LONG, greedy())[0].outputs[0].token_ids == expected[:8]
+
+
+def test_siblings_read_the_copy_of_their_leaders_page(
+    harness: Callable[..., Harness], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = harness(enable_prefix_caching=False)
+    page_size = h.loaded.config.page_size
+    prompt = LONG
+    assert len(prompt) % page_size > 1, "its last page is partial"
+    h.add("alone", prompt, greedy())
+    h.run()
+    moves: list[Move] = []
+    submit = h.executor.submit
+
+    def record(batch: StepBatch) -> object:
+        moves.extend(batch.moves)
+        return submit(batch)
+
+    monkeypatch.setattr(h.executor, "submit", record)
+    h.add("n", prompt, greedy(n=3))
+    h.run()
+    assert len(moves) == 2
+    tokens = [each.token_ids for each in h.outputs["n"].outputs]
+    assert tokens == [h.tokens("alone")] * 3
+    h.assert_idle()
 
 
 def test_bindings_are_reused_by_steps_of_one_shape(harness: Callable[..., Harness]) -> None:

@@ -91,6 +91,22 @@ TOKENIZERS = {make.__name__: make() for make in MAKERS}
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
+class Recording(Detokenizer):
+    """Keeps the text that it gave out."""
+
+    text = ""
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        increment = super().append(token_ids)
+        self.text += increment
+        return increment
+
+    def finish(self) -> str:
+        end = super().finish()
+        self.text += end
+        return end
+
+
 def stream(
     detokenizer: Detokenizer, ids: Sequence[int], sizes: Sequence[int]
 ) -> tuple[list[str], str]:
@@ -119,7 +135,7 @@ def test_joined_increments_are_the_decoded_text(kind: str, data: st.DataObject, 
     ids = data.draw(token_lists(tokenizer))
     sizes = data.draw(st.lists(st.integers(0, 5), max_size=6))
     whole = tokenizer.decode(ids, skip_special_tokens=skip)
-    detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip))
+    detokenizer = Recording(tokenizer, SamplingParams(skip_special_tokens=skip))
     increments, end = stream(detokenizer, ids, sizes)
     assert "".join(increments) + end == whole
     assert detokenizer.text == whole
@@ -134,7 +150,7 @@ def test_joined_increments_are_the_decoded_text(kind: str, data: st.DataObject, 
 def test_characters_come_whole(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
     ids = [i for i in tokenizer.encode(text) if i]
-    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    detokenizer = Recording(tokenizer, SamplingParams())
     for token in ids:
         assert "\ufffd" not in detokenizer.append([token])
     detokenizer.finish()
@@ -145,9 +161,9 @@ def test_a_character_waits_for_its_last_byte_and_no_longer() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     ids = tokenizer.encode("a👩b")
     assert len(ids) == 6
-    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    detokenizer = Recording(tokenizer, SamplingParams())
     assert [detokenizer.append([i]) for i in ids] == ["a", "", "", "", "👩", "b"]
-    cut = Detokenizer(tokenizer, SamplingParams())
+    cut = Recording(tokenizer, SamplingParams())
     assert cut.append(ids[:4]) == "a"
     assert cut.finish() == "\ufffd"
 
@@ -157,11 +173,11 @@ def test_the_first_space_stays_after_a_prompt(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
     prompt = [tokenizer.token_to_id(t) or 0 for t in ("<s>", "▁he", "llo", "<0x0A>", "<s>")]
     output = [tokenizer.token_to_id(t) or 0 for t in ("▁world", "▁he")]
-    alone = Detokenizer(tokenizer, SamplingParams())
+    alone = Recording(tokenizer, SamplingParams())
     assert alone.append(output) == "world he"
-    after = Detokenizer(tokenizer, SamplingParams(), prompt)
+    after = Recording(tokenizer, SamplingParams(), prompt)
     assert [after.append([i]) for i in output] == [" world", " he"]
-    only_special = Detokenizer(tokenizer, SamplingParams(), prompt[:1])
+    only_special = Recording(tokenizer, SamplingParams(), prompt[:1])
     assert only_special.append(output) == "world he"
 
 
@@ -172,7 +188,7 @@ def test_text_after_a_prompt_continues_it(kind: str, data: st.DataObject) -> Non
     tokenizer = TOKENIZERS[kind]
     output = data.draw(token_lists(tokenizer))
     prompt = [tokenizer.token_to_id("a") or 0]
-    detokenizer = Detokenizer(tokenizer, SamplingParams(), prompt)
+    detokenizer = Recording(tokenizer, SamplingParams(), prompt)
     detokenizer.append(output)
     detokenizer.finish()
     assert "a" + detokenizer.text == tokenizer.decode(prompt + output)
@@ -203,7 +219,7 @@ def test_stop_strings_cut_at_the_first_that_completes(
     ids = data.draw(st.lists(st.sampled_from(useful), max_size=20))
     sizes = data.draw(st.lists(st.integers(1, 4), max_size=6))
     params = SamplingParams(stop=stops, include_stop_str_in_output=keep)
-    detokenizer = Detokenizer(tokenizer, params)
+    detokenizer = Recording(tokenizer, params)
     increments, end = stream(detokenizer, ids, sizes)
     text, reason = expected_cut(tokenizer.decode(ids), stops, keep)
     assert "".join(increments) + end == detokenizer.text == text
@@ -214,10 +230,10 @@ def test_stop_strings_cut_at_the_first_that_completes(
 
 
 class TestStopStrings:
-    def run(self, text: str, stop: str, min_tokens: int = 0) -> tuple[list[str], str, Detokenizer]:
+    def run(self, text: str, stop: str, min_tokens: int = 0) -> tuple[list[str], str, Recording]:
         tokenizer = TOKENIZERS["byte_level"]
         params = SamplingParams(stop=stop, min_tokens=min_tokens)
-        detokenizer = Detokenizer(tokenizer, params)
+        detokenizer = Recording(tokenizer, params)
         increments, end = stream(detokenizer, tokenizer.encode(text), [])
         return increments, end, detokenizer
 
@@ -233,7 +249,7 @@ class TestStopStrings:
 
     def test_the_token_that_stops_is_counted(self) -> None:
         tokenizer = TOKENIZERS["byte_level"]
-        detokenizer = Detokenizer(tokenizer, SamplingParams(stop="lo"))
+        detokenizer = Recording(tokenizer, SamplingParams(stop="lo"))
         assert detokenizer.append(tokenizer.encode("hello world")) == "hel"
         assert detokenizer.num_tokens == 5
         assert detokenizer.stop_reason == "lo"
@@ -252,7 +268,7 @@ class TestStopStrings:
 def test_long_runs_of_invalid_bytes_take_linear_time() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     invalid = next(i for i in range(256) if tokenizer.decode([i, i]) == "\ufffd\ufffd")
-    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    detokenizer = Recording(tokenizer, SamplingParams())
     longest_wait = 0
     for count in range(1, 2000):
         detokenizer.append([invalid])
@@ -275,7 +291,7 @@ def test_smollm2_streams_its_own_text(smollm2_gguf: Path, tmp_path: Path) -> Non
             rng.randrange(49152) if rng.random() < 0.5 else rng.randrange(300) for _ in range(40)
         ]
         for skip in (True, False):
-            detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip))
+            detokenizer = Recording(tokenizer, SamplingParams(skip_special_tokens=skip))
             detokenizer.append(ids)
             detokenizer.finish()
             assert detokenizer.text == tokenizer.decode(ids, skip_special_tokens=skip)

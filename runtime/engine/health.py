@@ -1,0 +1,59 @@
+"""Whether the device behind an engine still works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# One failing step may be a request's own fault (memory for an odd shape) and takes the innocent
+# ones beside it along; when these come again and fail twice more, it is not theirs.
+MAX_FAILURES = 3
+
+
+class Health:
+    """Judges a device by its steps; what has gone wrong is not forgotten.
+
+    ``began`` and ``ended`` belong to the engine's thread; ``reason`` may be read from any, so that
+    a step that never ends is noticed.
+    """
+
+    def __init__(self, step_timeout: float, clock: Callable[[], float]) -> None:
+        """A device may take ``step_timeout`` seconds of ``clock`` to answer."""
+        self._timeout = step_timeout
+        self._clock = clock
+        self._waiting_since: float | None = None
+        self._failures = 0
+        self._reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the device is given up; None: it is healthy."""
+        since = self._waiting_since
+        if self._reason is None and since is not None:
+            waited = self._clock() - since
+            if waited > self._timeout:
+                self._reason = (
+                    f"the device has not answered for {waited:.0f} seconds (step_timeout is"
+                    f" {self._timeout:g}). Restart the engine"
+                )
+        return self._reason
+
+    def began(self) -> None:
+        """The engine turns to the device and waits for it."""
+        self._waiting_since = self._clock()
+
+    def ended(self) -> None:
+        """The engine has what it waited for."""
+        self._waiting_since = None
+
+    def succeeded(self) -> None:
+        """A step has landed."""
+        self._failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """A step has failed as a whole."""
+        self._failures += 1
+        if self._failures >= MAX_FAILURES and self._reason is None:
+            self._reason = (
+                f"the device failed {self._failures} steps in a row, at last with: {error}."
+                " Restart the engine"
+            )

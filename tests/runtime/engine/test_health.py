@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+
+from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.health import MAX_FAILURES, Health
+from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.testing import counting_engine
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_device_that_fails_again_and_again_is_given_up() -> None:
+    health = Health(10, Clock())
+    for _ in range(MAX_FAILURES - 1):
+        health.failed(ExecutionError("no"))
+    assert health.reason is None
+    health.succeeded()
+    for _ in range(MAX_FAILURES):
+        assert health.reason is None
+        health.failed(ExecutionError("no memory"))
+    assert health.reason and "failed 3 steps in a row, at last with: no memory" in health.reason
+    health.succeeded()
+    assert health.reason, "it is not trusted again"
+
+
+def test_a_device_that_does_not_answer_is_given_up() -> None:
+    clock = Clock()
+    health = Health(10, clock)
+    clock.now = 100
+    assert health.reason is None, "nobody waits for it"
+    health.began()
+    clock.now = 110
+    assert health.reason is None
+    clock.now = 110.5
+    assert health.reason and "step_timeout is 10" in health.reason
+    health.ended()
+    assert health.reason, "late is not healthy"
+
+
+def test_the_time_between_steps_does_not_count() -> None:
+    clock = Clock()
+    health = Health(10, clock)
+    for _ in range(5):
+        health.began()
+        clock.now += 9
+        health.ended()
+        clock.now += 9
+    assert health.reason is None
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_the_loop_counts_failing_steps(runs_ahead: bool) -> None:
+    engine = counting_engine(runs_ahead=runs_ahead)
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine)
+    reasons = []
+    for number in range(MAX_FAILURES):
+        engine.executor.fail_next = True
+        loop.add_request(Request(str(number), [0], SamplingParams(max_tokens=1)))
+        while loop.has_work:
+            loop.step()
+        reasons.append(loop.unhealthy)
+    assert reasons[:-1] == [None] * (MAX_FAILURES - 1)
+    assert reasons[-1] and "was told to fail" in reasons[-1]
