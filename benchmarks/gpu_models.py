@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
 from slipstream.builder.contract import page_size_of
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
@@ -61,16 +62,8 @@ class RandomCheckpoint:
     kv_scales: None = None
 
     def names(self) -> tuple[str, ...]:
-        """Every weight of a Llama."""
-        names = ["model.embed_tokens.weight", "model.norm.weight"]
-        if not self.config.tie_word_embeddings:
-            names.append("lm_head.weight")
-        for layer in range(self.config.num_layers):
-            prefix = f"model.layers.{layer}."
-            names += [f"{prefix}self_attn.{x}_proj.weight" for x in "qkvo"]
-            names += [f"{prefix}mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
-            names += [f"{prefix}{x}_layernorm.weight" for x in ("input", "post_attention")]
-        return tuple(names)
+        """Every weight of its architecture."""
+        return tuple(architecture_of(self.config.architecture).shapes(self.config))
 
     def tensor(self, name: str) -> LazyTensor:
         """A weight of the right shape that cannot be read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.builder.checkpoints.names import REDUNDANT
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
@@ -26,6 +27,7 @@ from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
+from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import create_target
@@ -36,8 +38,7 @@ from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-# Tensors that some checkpoints carry and that the configuration already says.
-_REDUNDANT = ("rotary_emb.inv_freq",)
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,38 +181,52 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
 
 def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int) -> Program:
     """The canonical program of a checkpoint, with every tensor of it accounted for."""
-    program = new_program(checkpoint.config.architecture)
-    names = set(checkpoint.names())
+    config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
+    expected = architecture.shapes(config)
+    _check_read(checkpoint, architecture, expected)
+    program = new_program(config.architecture)
     used: set[str] = set()
 
     def tensor(name: str) -> LazyTensor:
         used.add(name)
-        return _checked(checkpoint, name)
+        return _checked(checkpoint, name, expected)
 
-    decoder = architecture_of(checkpoint.config.architecture).decoder
-    ops = Ops(program, decoder.caches(checkpoint.config, kv_dtype, page_size))
-    decoder(ops, checkpoint.config, tensor).build()
+    decoder = architecture.decoder
+    ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
+    decoder(ops, config, architecture, tensor).build()
     program.contract, program.caches = ops.contract(GRAPH), ops.caches
-    if checkpoint.config.tie_word_embeddings:
-        used.add("lm_head.weight")
-    unread = sorted(name for name in names - used if not name.endswith(_REDUNDANT))
-    if unread:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unread)} tensors that {checkpoint.config.architecture} "
-            f"does not read, "
-            f"such as {unread[0]}; its config does not describe it: check config.json against the "
-            f"model's page"
+    differing = used ^ set(expected)
+    if differing:
+        raise BuildError(
+            f"the graph of {config.architecture} and its table of modules differ in "
+            f"{len(differing)} tensors, such as {min(differing)}; correct the architecture's file"
         )
     return program
 
 
-def _checked(checkpoint: Checkpoint, name: str) -> LazyTensor:
+def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Shapes) -> None:
+    """CheckpointError for tensors that the architecture does not read."""
+    unread = sorted(
+        name
+        for name in set(checkpoint.names()) - set(expected)
+        if not name.endswith(REDUNDANT) and not architecture.is_copy(checkpoint.config, name)
+    )
+    if unread:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
+            f"read, such as {unread[0]}; its config does not describe it: check config.json "
+            "against the model's page"
+        )
+
+
+def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
     """A weight that has the shape its configuration says."""
-    tensor, expected = checkpoint.tensor(name), checkpoint.config.weight_shape(name)
-    if expected not in (None, tensor.format.shape):
+    tensor = checkpoint.tensor(name)
+    expected = shapes.get(name, tensor.format.shape)
+    if expected != tensor.format.shape:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name} has shape {list(tensor.format.shape)}, but by the "
-            f"configuration it is {list(expected or ())}; config and weights are of different "
+            f"configuration it is {list(expected)}; config and weights are of different "
             "models: download both again"
         )
     return tensor

@@ -20,6 +20,10 @@ DOMAIN = "slipstream"
 ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
 
 
+# What an operator does with a weight: multiplies its first input by it, or looks up its rows.
+WeightUse = Literal["product", "rows"]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output: its dtypes (ONNX names in lower case; several: any of them) and its
@@ -27,7 +31,8 @@ class TensorSpec:
 
     A dimension is a name bound by the first tensor that uses it, or an expression of names and
     attributes. An empty shape means that the operator's text says what is allowed. ``written``
-    marks an input that the operator also writes, in place.
+    marks an input that the operator also writes, in place; ``weight`` a weight in any
+    ``WeightFormat``, which preparation brings into the forms that kernels hold.
     """
 
     name: str
@@ -36,6 +41,7 @@ class TensorSpec:
     doc: str
     optional: bool = False
     written: bool = False
+    weight: WeightUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import layer_of
-from slipstream.builder.checkpoints.writing.model_config import describe
 from slipstream.errors import BuildError, MissingDependencyError
-from slipstream.quantize.layerwise import LayerResult, LinearStats
+from slipstream.quantize.layer import LayerResult, LinearStats
 from slipstream.quantize.options import QuantizeOptions, Scheme
 from slipstream.quantize.plan import Plan
-from slipstream.quantize.skeleton import fill
+from slipstream.quantize.sites import Source, layer_sites
+from slipstream.quantize.skeleton import fill, transformers_config
 from slipstream.weights.rtn import quantize_rtn
 from slipstream.weights.tensor import QuantTensor
 
@@ -95,7 +95,7 @@ def _qformat(plan: Plan) -> str:
 
 def _model(checkpoint: Checkpoint) -> torch.nn.Module:
     """The model in bfloat16, its head apart from its embedding."""
-    config = AutoConfig.for_model(**{**describe(checkpoint.config), "tie_word_embeddings": False})
+    config = transformers_config(checkpoint.config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     weights = {name: _bfloat16(checkpoint, name) for name in checkpoint.names()}
@@ -204,13 +204,25 @@ class _Layer:
 
     def _folded_norm(self, tensors: Mapping[str, QuantTensor], module: str) -> NDArray[np.float32]:
         """What modelopt multiplied the norm before a linear by."""
-        norm = _NORMS.get(module.rpartition(".")[2])
-        if norm is None:
+        source = self._source(module)
+        name = "" if source is None else f"{self._prefix}{source.name}.weight"
+        if source is None or len(tensors[name].format.shape) != 1:
             return np.ones(1, np.float32)
-        name = f"model.layers.{self.index}.{norm}.weight"
-        before = self.source.tensor(name).load().dequantize()
-        after = tensors[name].dequantize()
-        return np.divide(after, before, out=np.ones_like(before), where=before != 0)
+        before = self.source.tensor(name).load().dequantize() + np.float32(source.offset)
+        after = tensors[name].dequantize() + np.float32(source.offset)
+        ratio = np.ones(len(before), np.float32)
+        np.divide(after, before, out=ratio, where=before != 0)
+        return ratio
+
+    @property
+    def _prefix(self) -> str:
+        return f"model.layers.{self.index}."
+
+    def _source(self, module: str) -> Source | None:
+        """Where scales of a linear's columns can be folded."""
+        name = module.removeprefix(self._prefix)
+        (site,) = layer_sites(self.source.config, self.index, [name])
+        return site.source
 
     def _fold(self, tensors: dict[str, QuantTensor]) -> set[str]:
         """Takes the scales of inputs out of ``tensors``; returns the modules rounded anew."""
@@ -234,13 +246,10 @@ class _Layer:
 
     def _producer(self, module: str) -> str | None:
         """The weight whose rows make the columns of a linear's input, one for one."""
-        config = self.source.config
-        prefix, _, kind = module.rpartition(".")
-        if kind == "down_proj":
-            return f"{prefix}.up_proj.weight"
-        if kind == "o_proj" and config.num_heads == config.num_kv_heads:
-            return f"{prefix}.v_proj.weight"
-        return None
+        source, columns = self._source(module), self.plan.shape(module)[1]
+        name = "" if source is None else f"{self._prefix}{source.name}"
+        shape = self.plan.formats[f"{name}.weight"].shape if name else ()
+        return f"{name}.weight" if len(shape) == 2 and shape[0] == columns else None
 
     def _rounded(self, module: str) -> QuantTensor:
         scheme = self.plan.layers[self.index].linears[module]
@@ -248,14 +257,6 @@ class _Layer:
         return quantize_rtn(
             self.source.tensor(f"{module}.weight"), bits=4, group_size=scheme.group, symmetric=True
         )
-
-
-_NORMS: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
-        **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
-    }
-)
 
 
 def _with_scale_dtype(tensor: QuantTensor, scheme: Scheme) -> QuantTensor:

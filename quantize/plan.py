@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from slipstream.builder.checkpoints.base import Checkpoint
 from slipstream.builder.checkpoints.names import layer_of, linears
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.options import (
@@ -94,8 +95,12 @@ class Plan:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of the decoder's layers, quantized or not."""
-        return tuple(linears({name: form.shape for name, form in self.formats.items()}))
+        """Every linear of the decoder's layers, quantized or not; routers, which are small and
+        choose, are none."""
+        table = architecture_of(self.config.architecture)
+        found = linears({name: form.shape for name, form in self.formats.items()})
+        rows = {name: table.module(name) for name in found}
+        return tuple(name for name, row in rows.items() if row is None or row.role != "router")
 
     @property
     def memory(self) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +15,8 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import layer_of
-from slipstream.builder.checkpoints.writing import create_layout
-from slipstream.builder.checkpoints.writing.base import Layout
 from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
-from slipstream.errors import BuildError, CheckpointError, MissingDependencyError
+from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.calibration_data import (
     EVALUATION_WINDOW,
     ApplyChatTemplate,
@@ -29,6 +25,7 @@ from slipstream.quantize.calibration_data import (
     calibration_windows,
     evaluation_windows,
 )
+from slipstream.quantize.checks import check_plan, check_space, is_foreign, layout_of
 from slipstream.quantize.evaluate import Accuracy
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import Plan, make_plan
@@ -43,12 +40,11 @@ from slipstream.quantize.staging import (
 from slipstream.weights.tensor import KVScales, QuantTensor
 
 if TYPE_CHECKING:
-    from slipstream.quantize.layerwise import LayerResult, LinearStats
+    from slipstream.quantize.layer import LayerResult, LinearStats
 
 Tokens = NDArray[np.int32]
 # Told the stage, how much of it is done, and of how much in all.
 Progress = Callable[[str, int, int], None]
-_PACKAGES = {"modelopt": "nvidia-modelopt"}
 CHOOSING, LAYERS, MEASURING = "choosing bits", "quantizing layers", "measuring"
 
 
@@ -84,69 +80,14 @@ def quantize(
     check_plan(plan)
     run = _Run(checkpoint, plan, str(source), output, report)
     calibration, evaluation = _windows(plan, text(checkpoint))
-    _check_space(plan, output)
+    check_space(plan, output)
     with staging(output, describe_run(checkpoint, options), resume=resume) as place:
         return run.make(place, calibration, evaluation)
 
 
-def check_plan(plan: Plan) -> None:
-    """BuildError or MissingDependencyError for what could only fail later."""
-    options = plan.options
-    layout = _layout(plan)
-    if options.auto_bits is not None and options.format == "awq":
-        raise BuildError("AWQ's layout holds 4 bits alone; use another --format with --auto-bits")
-    if options.kv_cache_dtype == "fp8" and not layout.holds_kv_scales:
-        raise BuildError(
-            f"a checkpoint in the layout {layout.name} has no place for the scales of an fp8 KV "
-            "cache; use --format compressed-tensors or another --kv-cache-dtype"
-        )
-    _check_producer(plan)
-
-
-def _layout(plan: Plan) -> Layout:
-    formats = {
-        f"{module}.weight": (scheme.weight_format(plan.shape(module)), None)
-        for module, scheme in plan.schemes.items()
-    }
-    rounded = [module for module, scheme in plan.schemes.items() if scheme.float8_inputs]
-    return create_layout(plan.options.format, formats, rounded)
-
-
-def _check_producer(plan: Plan) -> None:
-    """Errors for schemes that nobody makes together, and for packages that they need."""
-    if not _is_foreign(plan):
-        return _check_installed("torch", "transformers")
-    ours = [scheme.name for scheme in plan.schemes.values() if scheme.algorithm != "modelopt"]
-    if ours:
-        raise BuildError(
-            f"{plan.options.qformat} and {ours[0]} cannot be mixed: one of them is made by "
-            "nvidia-modelopt and the other is not; use overrides of one kind"
-        )
-    if plan.options.kv_cache_dtype == "fp8":
-        raise BuildError(
-            f"scales of an fp8 KV cache are not calibrated together with {plan.options.qformat}; "
-            "leave --kv-cache-dtype at auto, or use fp8, fp8_block or int8_sq for the weights"
-        )
-    return _check_installed("torch", "transformers", "modelopt")
-
-
-def _is_foreign(plan: Plan) -> bool:
-    return "modelopt" in plan.algorithms
-
-
-def _check_installed(*modules: str) -> None:
-    missing = next((module for module in modules if find_spec(module) is None), None)
-    if missing:
-        extra = "modelopt" if missing == "modelopt" else "quantize"
-        raise MissingDependencyError(
-            f"this needs {_PACKAGES.get(missing, missing)}, which is not installed; install it: "
-            f"pip install 'slipstream[{extra}]'"
-        )
-
-
 def _quantize_layers(plan: Plan) -> Callable[..., Iterator[LayerResult]]:
     """The function that makes this plan's layers, torch behind it."""
-    module = "modelopt_adapter" if _is_foreign(plan) else "layerwise"
+    module = "modelopt_adapter" if is_foreign(plan) else "layerwise"
     made: Callable[..., Iterator[LayerResult]] = import_module(
         f"slipstream.quantize.{module}"
     ).quantize_layers
@@ -173,16 +114,6 @@ def _windows(plan: Plan, text: Text) -> tuple[list[Tokens], list[Tokens]]:
     return calibration, evaluation_windows(
         text.encode, evaluation, window, text.apply_chat_template
     )
-
-
-def _check_space(plan: Plan, output: Path) -> None:
-    parent = next(path for path in output.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < plan.nbytes:
-        raise BuildError(
-            f"{output} would take {plan.nbytes >> 20} MiB and {parent} has {free >> 20} MiB free; "
-            "make room or choose another -o"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +162,7 @@ class _Run:
 
     def _writer(self, place: Staging, plan: Plan) -> DirectoryWriter:
         """The writer of all shards, with those that are done; the first has what is no layer."""
-        writer = DirectoryWriter(place.checkpoint, _layout(plan), 1 + plan.config.num_layers)
+        writer = DirectoryWriter(place.checkpoint, layout_of(plan), 1 + plan.config.num_layers)
         if not place.started:
             outer = [name for name in self.checkpoint.names() if layer_of(name) is None]
             writer.stream(0, [self.checkpoint.tensor(name) for name in outer])

@@ -18,7 +18,7 @@ from slipstream.builder.checkpoints import Checkpoint
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.grid import range_grid, weight_range
 from slipstream.quantize.plan import Plan
-from slipstream.quantize.sites import SITES
+from slipstream.quantize.sites import layer_sites
 
 WIDE = "int8_wo"
 _WINDOWS = 4  # of the calibration text; the order of linears hardly changes with more
@@ -76,12 +76,12 @@ def _measure(
         prefix = f"model.layers.{layer.index}."
         weights = model.weights(prefix)
         exact = _run(model, layer.index, weights, hidden)
-        for site in SITES:
-            modules = tuple(m for m in map(prefix.__add__, site.linears) if m in layer.linears)
-            if modules:
-                rounded = weights | _rounded(plan, modules, prefix, weights)
-                error = _distance(_run(model, layer.index, rounded, hidden), exact)
-                choices.append(_Choice(modules, error, _more(plan, modules)))
+        quantized = [module.removeprefix(prefix) for module in layer.linears]
+        for site in layer_sites(plan.config, layer.index, quantized):
+            modules = tuple(map(prefix.__add__, site.linears))
+            rounded = weights | _rounded(plan, modules, prefix, weights)
+            error = _distance(_run(model, layer.index, rounded, hidden), exact)
+            choices.append(_Choice(modules, error, _more(plan, modules)))
         hidden = exact
         if progress is not None:
             progress(layer.index + 1, len(plan.layers))

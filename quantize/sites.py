@@ -1,36 +1,95 @@
-"""Where scales of channels can be folded: the one table of what a decoder layer is made of."""
+"""Where scales of channels can be folded, by the table of the architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.module import LAYER, Extent, Module
+
+_EVERY_NUMBER = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The module of a layer whose output, up to things that commute with a scale of its channels,
+    is what a site reads: its rows (or elements) from ``start`` on, ``extent`` of them.
+
+    ``offset`` is what a norm adds to its stored weight.
+    """
+
+    name: str
+    start: int
+    extent: Extent
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Linears that read one x, and the module whose output it is, up to things that commute with
-    a scale of its channels: attention (over tokens) and the product with the gate.
+    """Linears of a layer, by their name in it, that read one x.
 
-    ``residual`` says that the linears' output is added to the residual stream.
+    ``source`` is None where nothing can be folded. ``stream`` is the module whose input is the
+    residual stream with the linears' output in it, empty for the end of the layer, None for linears
+    whose output is not added to it.
     """
 
     linears: tuple[str, ...]
-    source: str
-    residual: bool = False
+    source: Source | None = None
+    stream: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The linear that stands for all of them."""
+        return self.linears[0]
 
 
-SITES = (
-    Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    Site(("self_attn.o_proj",), "self_attn.v_proj", residual=True),
-    Site(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Site(("mlp.down_proj",), "mlp.up_proj", residual=True),
-)
-_EVERY_NUMBER = torch.float32
+def layer_sites(config: ModelConfig, layer: int, linears: Iterable[str]) -> tuple[Site, ...]:
+    """The sites of a layer, whose linears are given by their names in it, in the order in which
+    data flows; a linear that the table does not know is one of its own."""
+    table, prefix = architecture_of(config.architecture), f"model.layers.{layer}."
+    rows = {name: table.module(prefix + name) for name in linears}
+    groups: dict[str, list[str]] = {}
+    for module in table.modules:
+        names = [name for name, row in rows.items() if row is module]
+        if names:
+            groups.setdefault(module.reads or names[0], []).extend(names)
+    sites = [_site(config, reads, names, rows) for reads, names in groups.items()]
+    return (*sites, *(Site((name,)) for name, row in rows.items() if row is None))
+
+
+def _site(
+    config: ModelConfig, reads: str, names: list[str], rows: Mapping[str, Module | None]
+) -> Site:
+    first = rows[names[0]]
+    assert first is not None and first.columns is not None, names
+    stream = None if first.stream is None else _in_layer(first.stream)
+    source = _source(config, reads, first, first.columns(config))
+    return Site(tuple(names), source, stream)
+
+
+def _source(config: ModelConfig, reads: str, reader: Module, columns: Extent) -> Source | None:
+    """None where the table has no such module, or its rows are not those of x."""
+    modules = architecture_of(config.architecture).modules
+    module = next((m for m in modules if m.name == reads and m.role in ("norm", "linear")), None)
+    if module is None or reader.reads != reads or "{e}" in reads or not reads.startswith(LAYER):
+        return None
+    extents = [measure(config) for measure in module.rows]
+    extent = extents[reader.part]
+    shared = columns.size == extent.size and columns.units % extent.units == 0
+    if columns.length != extent.length and not shared:
+        return None
+    starts = list(accumulate((e.length for e in extents), initial=0))
+    return Source(_in_layer(reads), starts[reader.part], extent, module.offset)
+
+
+def _in_layer(pattern: str) -> str:
+    return pattern.removeprefix(LAYER).removeprefix(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +100,55 @@ class Folding:
     ``kept`` has the type of each tensor that will be stored without quantization.
     """
 
-    config: ModelConfig
     weights: dict[str, Tensor]
     kept: Mapping[str, torch.dtype]
 
-    def tied(self, site: Site, values: Tensor) -> Tensor:
-        """``values`` ``[K]`` with the mean over the query heads that read one value head."""
-        if site.source != "self_attn.v_proj":
+    def tied(self, source: Source, values: Tensor) -> Tensor:
+        """``values`` ``[K]`` with the mean over the columns that read one row of the source, as
+        query heads do that share a value head."""
+        extent = source.extent
+        if len(values) == extent.length:
             return values
-        shape = (self.config.num_kv_heads, -1, self.config.head_dim)
-        heads = values.reshape(shape)
+        heads = values.reshape(extent.units, -1, extent.size)
         return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
-    def possible(self, site: Site, scales: Tensor) -> Tensor:
+    def possible(self, site: Site, source: Source, scales: Tensor) -> Tensor:
         """The scales ``[K]`` nearest to these by which folding is exact.
 
         A norm's weight is rounded to its type after the division, and the scale follows from the
         result. Where a tensor stays in a type of few digits, scales are powers of two.
         """
-        if any(self.kept.get(name, _EVERY_NUMBER) != _EVERY_NUMBER for name in self._around(site)):
+        around = self._around(site, source)
+        if any(self.kept.get(name, _EVERY_NUMBER) != _EVERY_NUMBER for name in around):
             return torch.exp2(scales.log2().round())
-        norm = self.weights[f"{site.source}.weight"]
-        if norm.ndim != 1:
+        stored = self.weights[f"{source.name}.weight"]
+        if stored.ndim != 1:
             return scales
-        dtype = self.kept.get(f"{site.source}.weight", _EVERY_NUMBER)
-        divided = (norm / scales).to(dtype).float()
+        dtype = self.kept.get(f"{source.name}.weight", _EVERY_NUMBER)
+        norm = stored + source.offset
+        divided = (norm / scales - source.offset).to(dtype).float() + source.offset
         exact = norm / divided
         return torch.where((divided != 0) & exact.isfinite() & (exact > 0), exact, 1.0)
 
-    def fold(self, site: Site, scales: Tensor) -> None:
+    def fold(self, site: Site, source: Source, scales: Tensor) -> None:
         """Divides what the site reads by ``scales`` ``[K]`` and multiplies its columns."""
         for name in site.linears:
             self.weights[f"{name}.weight"] = self.weights[f"{name}.weight"] * scales
-        for name in (f"{site.source}.weight", f"{site.source}.bias"):
-            if name in self.weights:
-                values = self.weights[name]
-                rows = self._rows(site, scales)
-                self.weights[name] = values / (rows if values.ndim == 1 else rows[:, None])
+        extent = source.extent
+        rows = scales.reshape(extent.units, -1, extent.size)[:, 0].reshape(-1)
+        self._divide(f"{source.name}.weight", source, rows, source.offset)
+        if f"{source.name}.bias" in self.weights:
+            self._divide(f"{source.name}.bias", source, rows, 0.0)
 
-    def _rows(self, site: Site, scales: Tensor) -> Tensor:
-        if site.source != "self_attn.v_proj":
-            return scales
-        shape = (self.config.num_kv_heads, -1, self.config.head_dim)
-        return scales.reshape(shape)[:, 0].reshape(-1)
+    def _divide(self, name: str, source: Source, rows: Tensor, offset: float) -> None:
+        values = self.weights[name]
+        before, part, after = values.tensor_split((source.start, source.start + len(rows)))
+        divided = (part + offset) / (rows if values.ndim == 1 else rows[:, None]) - offset
+        self.weights[name] = torch.cat((before, divided, after))
 
-    def _around(self, site: Site) -> Iterator[str]:
+    def _around(self, site: Site, source: Source) -> Iterator[str]:
         """Tensors that folding changes, but for a norm's weight."""
         yield from (f"{name}.weight" for name in site.linears)
-        yield f"{site.source}.bias"
-        if self.weights[f"{site.source}.weight"].ndim != 1:
-            yield f"{site.source}.weight"
+        yield f"{source.name}.bias"
+        if self.weights[f"{source.name}.weight"].ndim != 1:
+            yield f"{source.name}.weight"

@@ -8,36 +8,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slipstream.builder.models.config import ModelConfig, RopeScaling
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.huggingface_config import describe
 from slipstream.errors import CheckpointError
 
 KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _ATTENTION = "slipstream_quantize"
-# Which of RopeScaling's fields a kind of rope has in transformers; "kind" is named apart.
-_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
 
 
 @dataclass(slots=True)
@@ -69,6 +50,7 @@ class Skeleton:
         self.norm: nn.Module = model.model.norm
         # Built anew because its frequencies are no weights: on the meta device they are lost.
         self._rotary: nn.Module = type(model.model.rotary_emb)(described)
+        _check_rotation(self._rotary, config)
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
                 if hasattr(module, "is_causal"):
@@ -90,7 +72,9 @@ class Skeleton:
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """A filled layer on hidden states ``[B, T, hidden]``, positions from 0."""
         positions = torch.arange(hidden.shape[1])[None]
-        angles = self._rotary(hidden, position_ids=positions)
+        kind = self.config.layer_kinds[self.layers.index(layer)]
+        of_kind = {"layer_type": kind} if self.config.ropes else {}
+        angles = self._rotary(hidden, position_ids=positions, **of_kind)
         out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=angles)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
@@ -120,35 +104,30 @@ def watch_kv(layer: nn.Module, hook: KVHook | None) -> None:
 
 
 def transformers_config(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration class of transformers with this model's numbers."""
-    if config.rotary_dim != config.head_dim:
+    """The configuration class of transformers with this model's numbers, the head apart from the
+    embedding."""
+    try:
+        return AutoConfig.for_model(**{**describe(config), "tie_word_embeddings": False})
+    except (ValueError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{config.rotary_dim} of {config.head_dim} elements of a head are rotated, which "
+            f"transformers cannot run a model of type {config.architecture} with this "
+            f"configuration ({error}), and its layers are needed to calibrate and to measure; "
+            "build an engine of the dense checkpoint instead"
+        ) from error
+
+
+def _check_rotation(rotary: nn.Module, config: ModelConfig) -> None:
+    found = {
+        2 * len(values)
+        for name, values in rotary.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    }
+    expected = {config.rope(layer).dim for layer in range(config.num_layers)}
+    if found != expected:
+        raise CheckpointError(
+            f"{sorted(expected)} of {config.head_dim} elements of a head are rotated, which "
             "transformers' layers of this architecture do not do; such a model cannot be calibrated"
         )
-    fields: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": config.hidden_act,
-        "rope_parameters": _rope(config.rope_theta, config.rope_scaling),
-        "tie_word_embeddings": False,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-    }
-    return AutoConfig.for_model(config.architecture, **fields)
-
-
-def _rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    fields = {name: getattr(scaling, name) for name in _ROPE_FIELDS[scaling.kind]}
-    given = {name: value for name, value in fields.items() if value is not None}
-    return {"rope_type": scaling.kind, "rope_theta": theta, **given}
 
 
 def _attend(

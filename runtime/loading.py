@@ -50,7 +50,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         config=config,
         caches=engine.manifest.caches,
         vocab_size=engine.manifest.vocab_size,
-        generation_defaults=_generation_defaults(engine),
+        generation_defaults=generation_defaults(engine.path, engine.manifest.command),
     )
 
 
@@ -97,11 +97,15 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
     return RuntimeConfig(**{**limits, "page_size": page_size, **runtime})
 
 
-def _generation_defaults(engine: Engine) -> SamplingParams:
-    file = engine.path / "generation_config.json"
+def generation_defaults(directory: Path, command: str) -> SamplingParams:
+    """What generation_config.json recommends; ``command`` builds the engine again.
+
+    Raises CheckpointError for values of another type or out of range.
+    """
+    file = directory / "generation_config.json"
     if not file.is_file():
         return SamplingParams()
-    origin = Origin(file, f"correct it in the checkpoint and {engine.manifest.command}")
+    origin = Origin(file, f"correct it in the checkpoint and build again: {command}")
     config = read_fields(file, origin)
     greedy = {} if config.flag("do_sample", True) else {"temperature": 0.0}
     try:

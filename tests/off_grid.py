@@ -20,14 +20,9 @@ from safetensors.numpy import save_file
 
 from slipstream.builder.checkpoints import Checkpoint
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.huggingface_config import describe
 from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat
 
-_CLASSES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _SPREAD = 0.3
 
 
@@ -108,22 +103,13 @@ _MODULES: Mapping[str, tuple[str | None, str | None]] = {
 
 def write_directory(checkpoint: Checkpoint, directory: Path) -> Path:
     """The dense checkpoint as a Hugging Face directory of float32 weights."""
-    from slipstream.quantize.skeleton import transformers_config
-
     directory.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {
         name: np.ascontiguousarray(checkpoint.tensor(name).load().dequantize())
         for name in checkpoint.names()
     }
     save_file(arrays, directory / "model.safetensors", metadata={"format": "pt"})
-    config = checkpoint.config
-    described = transformers_config(config).to_dict() | {
-        "architectures": [_CLASSES[config.architecture]],
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-        "dtype": "float32",
-    }
-    (directory / "config.json").write_text(json.dumps(described, default=str))
+    described = describe(checkpoint.config) | {"dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(described))
     checkpoint.write_tokenizer(directory)
     return directory

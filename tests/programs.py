@@ -17,7 +17,7 @@ from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
 from slipstream.builder.graph.verifier import verify
 from slipstream.plugins import library
-from slipstream.plugins.linear import ZERO_KINDS
+from slipstream.plugins.linear import ACTIVATIONS, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import unpack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
@@ -188,7 +188,10 @@ def _linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
         return [np.asarray(y if bias is None else y + _plain(bias), np.float32)]
     options = {"bias": bias, "residual": residual, "norm_weight": norm}
     eps = attributes.get("norm_eps", 1e-6)
-    known = {name: _plain(value) for name, value in options.items()}
+    known: dict[str, Any] = {name: _plain(value) for name, value in options.items()}
+    # What is not lowered yet is computed as a CPU will.
+    number = attributes.get("activation", ACTIVATIONS["block"])
+    known["activation"] = {value: name for name, value in ACTIVATIONS.items()}[number]
     return [_reference("Linear")(x, weight, **known, norm_eps=eps, gated=gated)]
 
 

@@ -171,6 +171,14 @@ class Fields:
             return integers
         raise self.refusal(key, f"a list of integers of at least {minimum}")
 
+    def numbers(self, key: str, default: Sequence[float] | None = None) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        values = self.sequence(key, default)
+        numbers = tuple(number for number in map(_finite, values) if number is not None)
+        if len(numbers) == len(values):
+            return numbers
+        raise self.refusal(key, "a list of finite numbers")
+
     def list_of_fields(self, key: str) -> tuple[Fields, ...]:
         """A list of objects."""
         items = {f"{key}[{i}]": value for i, value in enumerate(self.sequence(key))}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Kind = Literal["dense", "int", "float8_e4m3", "float4_e2m1", "codebook"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
-Activation = Literal["none", "token", "static", "group"]
+Activation = Literal["none", "token", "static", "group", "block"]
 # The numbers of the eight codes of float4_e2m1 without its sign, which is bit 3.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -28,7 +28,8 @@ class WeightFormat:
     weight with one scale a row has ``group`` = K. ``dtype`` is the element type of a dense weight
     and the type of the scales of a quantized one, as a NumPy / ml_dtypes name. ``activation`` says
     how x is rounded to the type of the codes where a kernel multiplies in that type: not at all, by
-    one scale a token, by the weight's own ``input_scale``, or by one scale a token and group of K.
+    one scale a token, by the weight's own ``input_scale``, by one scale a token and group of K, or
+    to int8 in blocks of 32, each by its own range, as the CPU kernels do to every x.
     ``bits`` is the size of a stored code, 4 or 8: codes of 2 and 3 bits are held in 4, of 5 to 7 in
     8, with a ``zero`` of their own. Where ``group`` does not divide K, the last group is shorter.
     """

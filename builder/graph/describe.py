@@ -14,6 +14,7 @@ _ACTIVATIONS = {
     "token": ", activations rounded by token",
     "static": ", activations rounded by a fixed scale",
     "group": ", activations rounded by token and group",
+    "block": ", activations rounded in blocks of 32",
 }
 
 

@@ -94,10 +94,15 @@ class Program:
         self.graph.initializers[name].type = ir.TensorType(_dtype(tensor))
 
     def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        """A small array that lives in graph.onnx itself, made once a name."""
-        known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
+        """A small array that lives in graph.onnx itself, made once; a number is added to a name
+        that another array has."""
+        stem, count = name, 0
+        while (known := self.graph.initializers.get(name)) is not None:
+            assert known.const_value is not None
+            if np.array_equal(known.const_value.numpy(), array):
+                return known
+            count += 1
+            name = f"{stem}_{count}"
         tensor = ir.Tensor(array, name=name)
         value = ir.Value(
             name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor

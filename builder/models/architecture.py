@@ -1,30 +1,158 @@
-"""What an architecture's file declares."""
+"""What an architecture's file declares, and what follows from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.module import Module, pattern, place
 
 if TYPE_CHECKING:
     from slipstream.builder.models.decoder import Decoder
+    from slipstream.weights.json import Fields
 
-Sliding = Literal["never", "every_layer", "by_layer_type"]
+PARTS = ("weight", "bias")
+
+
+def _nothing_more(config: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFamily:
+    """How GGUF files say that they are of an architecture.
+
+    ``name`` is their ``general.architecture``. Of several architectures of that name, one whose key
+    ``mark`` the file has (as a number other than 0) comes before one without a mark. ``keys`` gives
+    keys of config.json the names of metadata beyond what ``gguf/config.py`` reads of every decoder;
+    marks and keys are without the prefix of the architecture.
+    """
+
+    name: str
+    mark: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How an architecture reads ``config.json`` and which class declares its graph.
+    """One architecture: the class that declares its graph, its modules in the order in which data
+    flows, and its own reading and writing of ``config.json``.
 
-    ``defaults`` are those of the architecture's configuration class in transformers. A bias is a
-    fixed value or the key of config.json that has it.
+    ``name`` is its ``model_type``. ``defaults`` are those of its configuration class in
+    transformers, where they differ from those of every decoder. ``write`` gives the keys of
+    config.json that ``read`` takes beyond what is common to decoders.
     """
 
     name: str
     decoder: type[Decoder]
+    modules: tuple[Module, ...]
     defaults: Mapping[str, Any]
-    sliding: Sliding = "never"
-    attention_bias: str | bool = False
-    o_bias: str | bool = False
-    mlp_bias: str | bool = False
-    qk_norm: bool = False
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], Mapping[str, Any]] = _nothing_more
+    gguf: GGUFFamily | None = None
+
+    def module(self, name: str) -> Module | None:
+        """The row of a module, by its name in a checkpoint; None for one that is not in the
+        table."""
+        return next((m for m in self.modules if pattern(m.name).fullmatch(name)), None)
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint of this configuration, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module in self.modules:
+            shape, biased = module.shape(config), module.biased(config)
+            for name in module.places(config):
+                shapes[f"{name}.weight"] = shape
+                if biased:
+                    shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
+    def shape(self, config: ModelConfig, tensor: str) -> tuple[int, ...] | None:
+        """That of a weight or a bias by its name; None for one that no row is of."""
+        name, _, part = tensor.rpartition(".")
+        module = self.module(name) if part in PARTS else None
+        if module is None:
+            return None
+        return module.shape(config) if part == "weight" else module.shape(config)[:1]
+
+    def is_copy(self, config: ModelConfig, tensor: str) -> bool:
+        """Whether a tensor repeats the embedding, with which the configuration ties it."""
+        module = self.module(tensor.rpartition(".")[0])
+        return module is not None and module.tied and config.tie_word_embeddings
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """Whether a module, by its name in a checkpoint, has a bias."""
+        module = self.module(name)
+        return module is not None and module.biased(config)
+
+    def with_biases(self, config: ModelConfig, tensors: Iterable[str]) -> ModelConfig:
+        """The configuration with the biases that are among the tensors of a file."""
+        biased = {self.module(n.removesuffix(".bias")) for n in tensors if n.endswith(".bias")}
+        flags = {m.bias: False for m in self.modules if isinstance(m.bias, str)}
+        flags |= {m.bias: True for m in biased if m is not None and isinstance(m.bias, str)}
+        return config.with_flags(flags)
+
+    def from_gguf(self, tensor: str) -> str | None:
+        """The Hugging Face name of a tensor by its name in a GGUF file; None if there is none."""
+        stem, _, part = tensor.rpartition(".")
+        return self._renamed(stem, part, lambda m: m.gguf, lambda m: m.name)
+
+    def to_gguf(self, tensor: str) -> str | None:
+        """The name of a tensor in a GGUF file by its Hugging Face name; None if there is none."""
+        stem, _, part = tensor.rpartition(".")
+        return self._renamed(stem, part, lambda m: m.name, lambda m: m.gguf)
+
+    def _renamed(
+        self,
+        name: str,
+        part: str,
+        old: Callable[[Module], str | None],
+        new: Callable[[Module], str | None],
+    ) -> str | None:
+        for module in self.modules if part in PARTS else ():
+            before, after = old(module), new(module)
+            match = pattern(before).fullmatch(name) if before and after else None
+            if match is not None and after is not None:
+                numbers = {key: int(value) for key, value in match.groupdict().items()}
+                return f"{place(after, numbers.get('i', 0), numbers.get('e', 0))}.{part}"
+        return None
+
+
+def differing(modules: tuple[Module, ...], **changes: Mapping[str, Any]) -> tuple[Module, ...]:
+    """A table with other values in some rows: ``differing(DECODER, q_proj={"bias": True})``.
+
+    Rows are named by the last part of their pattern.
+    """
+    known = {module.name.rpartition(".")[2] for module in modules}
+    assert changes.keys() <= known, f"no row is called {sorted(changes.keys() - known)}"
+    return tuple(
+        dataclasses.replace(m, **changes.get(m.name.rpartition(".")[2], {})) for m in modules
+    )
+
+
+def stacked(
+    modules: tuple[Module, ...], name: str, parts: tuple[str, ...], gguf: str | None = None
+) -> tuple[Module, ...]:
+    """A table in which checkpoints hold some linears as one, their rows one after the other.
+
+    ``parts`` are the linears in the order of their rows and ``name`` is that of the one, each the
+    last part of a pattern. What read a part reads the same rows of the one.
+    """
+    rows = {m.name: m for part in parts for m in modules if m.name.rpartition(".")[2] == part}
+    assert len(rows) == len(parts), f"not every row of {parts} is in the table"
+    first, order = next(iter(rows.values())), list(rows)
+    one = dataclasses.replace(
+        first,
+        name=f"{first.name.rpartition('.')[0]}.{name}",
+        rows=tuple(measure for row in rows.values() for measure in row.rows),
+        gguf=gguf,
+        gguf_permuted=False,
+    )
+    table = [one if m is first else m for m in modules if m is first or m.name not in rows]
+    return tuple(
+        dataclasses.replace(m, reads=one.name, part=order.index(m.reads)) if m.reads in rows else m
+        for m in table
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from slipstream.errors import EngineMismatchError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary angles: the base wavelength, the leading elements of a head that are rotated, and how
+    frequencies are stretched."""
+
+    theta: float
+    dim: int
+    scaling: RopeScaling = RopeScaling()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape and constants of a decoder-only transformer.
 
     ``rotary_dim`` counts the leading elements of a head that are rotated. ``attention_bias`` is the
-    bias of q, k and v. ``sliding_window`` is in tokens; ``sliding_layers`` says layer by layer who
-    uses it. ``bos_token_id`` and ``eos_token_ids`` come from the model's configuration; a
-    generation configuration beside it may name more.
+    bias of q, k and v. ``layer_kinds`` names the kind of each layer, as ``layer_types`` of
+    transformers do; ``sliding_window`` is in tokens and that of layers of the kind
+    ``sliding_attention``. ``ropes`` has the kinds of layers whose rotary angles are others than
+    those of ``rope_theta``, ``rope_scaling`` and ``rotary_dim``. ``bos_token_id`` and
+    ``eos_token_ids`` come from the model's configuration; a generation configuration beside it may
+    name more. ``extras`` are constants (of JSON's types) that only the architecture's own file
+    knows.
     """
 
     architecture: str
@@ -58,7 +73,7 @@ class ModelConfig:
     rope_scaling: RopeScaling
     rotary_dim: int
     sliding_window: int | None
-    sliding_layers: tuple[bool, ...]
+    layer_kinds: tuple[str, ...]
     attention_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -67,32 +82,41 @@ class ModelConfig:
     hidden_act: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    ropes: dict[str, Rope] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
 
     def window(self, layer: int) -> int:
         """Tokens that a query of this layer sees, itself included; 0 when it sees all before it."""
-        return self.sliding_window if self.sliding_window and self.sliding_layers[layer] else 0
+        sliding = self.layer_kinds[layer] == SLIDING
+        return self.sliding_window if self.sliding_window and sliding else 0
+
+    def rope(self, layer: int) -> Rope:
+        """The rotary angles of a layer."""
+        common = Rope(self.rope_theta, self.rotary_dim, self.rope_scaling)
+        return self.ropes.get(self.layer_kinds[layer], common)
+
+    def flag(self, name: str) -> bool:
+        """A field, or one of ``extras``, that says yes or no."""
+        return bool(self.extras[name] if name in self.extras else getattr(self, name))
+
+    def with_flags(self, flags: Mapping[str, bool]) -> ModelConfig:
+        """The same with other values of flags, each where it is."""
+        extras = {name: value for name, value in flags.items() if name in self.extras}
+        fields: dict[str, Any] = {name: flags[name] for name in flags if name not in extras}
+        return dataclasses.replace(self, **fields, extras=self.extras | extras)
 
     def weight_shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a weight by its Hugging Face name; None for a name that only one
-        architecture has."""
-        hidden, q = self.hidden_size, self.num_heads * self.head_dim
-        kv, inner = self.num_kv_heads * self.head_dim, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("embed_tokens", "lm_head"), (self.vocab_size, hidden)),
-            **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), (hidden,)),
-            **dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,)),
-            **dict.fromkeys(("k_proj", "v_proj"), (kv, hidden)),
-            **dict.fromkeys(("gate_proj", "up_proj"), (inner, hidden)),
-            **{"q_proj": (q, hidden), "o_proj": (hidden, q), "down_proj": (hidden, inner)},
-        }
-        *_, module, kind = ("", *name.split("."))
-        shape = shapes.get(module)
-        return shape[:1] if shape and kind == "bias" else shape
+        """The shape of a weight by its Hugging Face name; None for one that is not in the table of
+        its architecture."""
+        # Imported here because the table is made of functions of this class.
+        from slipstream.builder.models import architecture_of
+
+        return architecture_of(self.architecture).shape(self, name)
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain dicts, lists, strings and numbers."""
         data = dataclasses.asdict(self)
-        data["sliding_layers"] = list(self.sliding_layers)
+        data["layer_kinds"] = list(self.layer_kinds)
         data["eos_token_ids"] = list(self.eos_token_ids)
         return data
 
@@ -101,8 +125,9 @@ class ModelConfig:
         """What ``to_json`` wrote; EngineMismatchError when its keys are not ours."""
         values = _known_keys(cls, data)
         values["rope_scaling"] = RopeScaling(**_known_keys(RopeScaling, values["rope_scaling"]))
-        values["sliding_layers"] = tuple(values["sliding_layers"])
+        values["layer_kinds"] = tuple(values["layer_kinds"])
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        values["ropes"] = {kind: _rope(rope) for kind, rope in values["ropes"].items()}
         return cls(**values)
 
     @classmethod
@@ -118,7 +143,15 @@ class ModelConfig:
         return parse(raw)
 
 
-def _known_keys(cls: type[ModelConfig] | type[RopeScaling], data: object) -> dict[str, Any]:
+def _rope(data: object) -> Rope:
+    values = _known_keys(Rope, data)
+    values["scaling"] = RopeScaling(**_known_keys(RopeScaling, values["scaling"]))
+    return Rope(**values)
+
+
+def _known_keys(
+    cls: type[ModelConfig] | type[RopeScaling] | type[Rope], data: object
+) -> dict[str, Any]:
     expected = {f.name for f in dataclasses.fields(cls)}
     found = set(data) if isinstance(data, Mapping) else set()
     if found != expected:

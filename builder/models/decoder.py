@@ -1,20 +1,120 @@
-"""The pre-norm decoder that most open models share, and the hooks where architectures differ."""
+"""The pre-norm decoder that most open models share: its modules, its graph, and the hooks where
+architectures differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
-from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.config import ModelConfig, Rope
+from slipstream.builder.models.module import (
+    LAYER,
+    Module,
+    head,
+    heads,
+    hidden,
+    inner,
+    kv_heads,
+    vocabulary,
+)
 from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.weights.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
+_ATTENTION, _MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+_BEFORE_ATTENTION, _BEFORE_MLP = f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_layernorm"
+
+
+def _has_qk_norms(config: ModelConfig, layer: int) -> bool:
+    return config.qk_norm
+
+
+def _qkv(letter: str) -> Module:
+    return Module(
+        f"{_ATTENTION}.{letter}_proj",
+        "linear",
+        (heads if letter == "q" else kv_heads,),
+        hidden,
+        bias="attention_bias",
+        reads=_BEFORE_ATTENTION,
+        shard="column",
+        adapter=True,
+        gguf=f"blk.{{i}}.attn_{letter}",
+    )
+
+
+def _qk_norm(letter: str) -> Module:
+    name, gguf = f"{_ATTENTION}.{letter}_norm", f"blk.{{i}}.attn_{letter}_norm"
+    return Module(name, "norm", (head,), present=_has_qk_norms, gguf=gguf)
+
+
+def _gate_up(which: str) -> Module:
+    return Module(
+        f"{_MLP}.{which}_proj",
+        "linear",
+        (inner,),
+        hidden,
+        bias="mlp_bias",
+        reads=_BEFORE_MLP,
+        shard="column",
+        adapter=True,
+        gguf=f"blk.{{i}}.ffn_{which}",
+    )
+
+
+EMBEDDING = Module(
+    "model.embed_tokens",
+    "embedding",
+    (vocabulary,),
+    hidden,
+    shard="vocabulary",
+    gguf="token_embd",
+)
+O_PROJ = Module(
+    f"{_ATTENTION}.o_proj",
+    "linear",
+    (hidden,),
+    heads,
+    bias="o_bias",
+    reads=f"{_ATTENTION}.v_proj",
+    stream=_BEFORE_MLP,
+    shard="row",
+    adapter=True,
+    gguf="blk.{i}.attn_output",
+)
+DOWN_PROJ = Module(
+    f"{_MLP}.down_proj",
+    "linear",
+    (hidden,),
+    inner,
+    bias="mlp_bias",
+    reads=f"{_MLP}.up_proj",
+    stream=LAYER,
+    shard="row",
+    adapter=True,
+    gguf="blk.{i}.ffn_down",
+)
+DECODER = (
+    EMBEDDING,
+    Module(_BEFORE_ATTENTION, "norm", (hidden,), gguf="blk.{i}.attn_norm"),
+    *map(_qkv, "qkv"),
+    *map(_qk_norm, "qk"),
+    O_PROJ,
+    Module(_BEFORE_MLP, "norm", (hidden,), gguf="blk.{i}.ffn_norm"),
+    *map(_gate_up, ("gate", "up")),
+    DOWN_PROJ,
+    Module("model.norm", "norm", (hidden,), gguf="output_norm"),
+    Module(
+        "lm_head", "linear", (vocabulary,), hidden, tied=True, shard="vocabulary", gguf="output"
+    ),
+)
 
 
 @dataclass(slots=True)
@@ -28,6 +128,7 @@ class Decoder:
 
     ops: Ops
     config: ModelConfig
+    architecture: Architecture
     tensor: TensorSource
 
     @classmethod
@@ -40,41 +141,42 @@ class Decoder:
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
         ops, config = self.ops, self.config
-        frequencies, factor = rotary_frequencies(config)
-        embedding = self.tensor("model.embed_tokens.weight")
-        rotary = ops.rotary(ops.input(Source.POSITIONS), frequencies, factor)
-        x = ops.embedding(ops.input(Source.TOKEN_IDS), embedding)
+        rotaries = self.rotaries()
+        x = self.embed()
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
-                x = self.layer(x, rotary, layer)
-        x = ops.pick_rows(x)
-        x = ops.rms_norm(x, self.tensor("model.norm.weight"), config.rms_norm_eps)
-        head = embedding if config.tie_word_embeddings else self.tensor("lm_head.weight")
-        ops.output(ops.linear(x, head), LOGITS)
+                x = self.layer(x, rotaries[config.rope(layer)], layer)
+        x = self.norm(ops.pick_rows(x), "model.norm")
+        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
+
+    def embed(self) -> ir.Value:
+        """The rows of the tokens."""
+        weight = self.tensor("model.embed_tokens.weight")
+        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+
+    def rotaries(self) -> Mapping[Rope, Rotary]:
+        """Cosines and sines of every kind of rotary angle that a layer has."""
+        positions = self.ops.input(Source.POSITIONS)
+        ropes = dict.fromkeys(map(self.config.rope, range(self.config.num_layers)))
+        return {rope: self.ops.rotary(positions, *rotary_frequencies(rope)) for rope in ropes}
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
         """x + attention(norm(x)), then + mlp(norm(·))."""
-        ops, prefix, eps = self.ops, f"model.layers.{layer}.", self.config.rms_norm_eps
+        ops, prefix = self.ops, f"model.layers.{layer}."
         with ops.scope("attn"):
-            normed = ops.rms_norm(x, self.tensor(prefix + "input_layernorm.weight"), eps)
+            normed = self.norm(x, prefix + "input_layernorm")
             x = ops.add(x, self.attention(normed, rotary, layer, prefix + "self_attn."))
         with ops.scope("mlp"):
-            normed = ops.rms_norm(x, self.tensor(prefix + "post_attention_layernorm.weight"), eps)
+            normed = self.norm(x, prefix + "post_attention_layernorm")
             return ops.add(x, self.mlp(normed, prefix + "mlp."))
 
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
-        biased = self.config.attention_bias
-        qkv = self.ops.concat(
-            [self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in "qkv"]
-        )
-        norms = (
-            [self.tensor(f"{prefix}{name}_norm.weight") for name in "qk"]
-            if self.config.qk_norm
-            else []
-        )
+        qkv = self.ops.concat([self.linear(x, f"{prefix}{name}_proj") for name in "qkv"])
+        norms = [self.norm_weight(f"{prefix}{name}_norm") for name in "qk" if self.config.qk_norm]
         attended = self.ops.paged_attention(qkv, rotary, norms, self.attention_attributes(layer))
-        return self.linear(attended, f"{prefix}o_proj", bias=self.config.o_bias)
+        return self.linear(attended, f"{prefix}o_proj")
 
     def attention_attributes(self, layer: int) -> Attributes:
         """Attributes of a layer's PagedAttention."""
@@ -92,15 +194,33 @@ class Decoder:
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """down_proj(silu(gate_proj(x)) * up_proj(x))."""
-        biased = self.config.mlp_bias
-        gate_up = self.ops.concat(
-            [self.linear(x, f"{prefix}{name}_proj", bias=biased) for name in ("gate", "up")]
-        )
-        return self.linear(self.ops.gated_activation(gate_up), f"{prefix}down_proj", bias=biased)
+        gate_up = self.ops.concat([self.linear(x, f"{prefix}{n}_proj") for n in ("gate", "up")])
+        return self.linear(self.ops.gated_activation(gate_up), f"{prefix}down_proj")
 
-    def linear(self, x: ir.Value, name: str, *, bias: bool) -> ir.Value:
-        """A named projection."""
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """A projection of the table, with its bias if it has one."""
+        biased = self.architecture.has_bias(self.config, name)
         with self.ops.scope(name.rsplit(".", 1)[-1]):
             return self.ops.linear(
-                x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None
+                x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if biased else None
             )
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """An RMS norm of the table."""
+        return self.ops.rms_norm(x, self.norm_weight(name), self.config.rms_norm_eps)
+
+    def norm_weight(self, name: str) -> LazyTensor:
+        """What a norm of the table multiplies by."""
+        module, weight = self.architecture.module(name), self.tensor(f"{name}.weight")
+        return _shifted(weight, module.offset) if module is not None and module.offset else weight
+
+
+def _shifted(weight: LazyTensor, offset: float) -> LazyTensor:
+    """A dense weight plus a number, in float32."""
+    form = replace(weight.format, dtype="float32")
+
+    def load() -> QuantTensor:
+        values = weight.load().dequantize() + np.float32(offset)
+        return QuantTensor(weight.name, form, values)
+
+    return LazyTensor(weight.name, form, load)

@@ -1,4 +1,4 @@
-"""The Hugging Face ``config.json`` of the supported architectures.
+"""The Hugging Face ``config.json``: the pieces that architectures read and write it with.
 
 A missing key gets the default of that architecture's configuration class in transformers 5.23; both
 spellings of the rotary parameters are read (``rope_theta`` and ``rope_scaling``, or
@@ -7,15 +7,25 @@ spellings of the rotary parameters are read (``rope_theta`` and ``rope_scaling``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from slipstream.builder.models import ARCHITECTURES, load_architecture
-from slipstream.builder.models.architecture import Architecture, Sliding
-from slipstream.builder.models.config import ModelConfig, RopeKind, RopeScaling
-from slipstream.errors import CheckpointError
+from slipstream.builder.models import class_of, find_architecture
+from slipstream.builder.models.config import (
+    FULL,
+    SLIDING,
+    ModelConfig,
+    Rope,
+    RopeKind,
+    RopeScaling,
+)
+from slipstream.weights.json import Fields, Origin, is_integer
 
+_ORIGIN = Origin("config.json", "correct it or download the checkpoint again")
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 10_000
 _COMMON_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_size": 4096,
@@ -32,183 +42,248 @@ _COMMON_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "eos_token_id": None,
     }
 )
+_ORIGINAL = "original_max_position_embeddings"
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+# Which of RopeScaling's fields transformers reads for a kind.
+_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", _ORIGINAL, *_YARN),
+    }
+)
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """What ``ModelConfig.from_huggingface`` returns and raises."""
-    architecture = _architecture(raw)
-    values = {**_COMMON_DEFAULTS, **architecture.defaults, **raw}
-    if values["hidden_act"] != "silu":
-        raise CheckpointError(
-            f"config.json: hidden_act is {values['hidden_act']!r}, but only 'silu' is "
-            "supported; choose a model of the plain Llama, Mistral, Qwen2 or Qwen3 design"
+    given = Fields(raw, _ORIGIN)
+    names = given.texts("architectures", ())
+    architecture = find_architecture(names, given.optional_text("model_type"))
+    values = {**_COMMON_DEFAULTS, **architecture.defaults, **raw, "model_type": architecture.name}
+    return architecture.read(Fields(values, _ORIGIN))
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """A Hugging Face ``config.json`` that is read as this configuration."""
+    name, architecture = class_of(config.architecture)
+    eos = config.eos_token_ids
+    return {
+        "architectures": [name],
+        "model_type": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": _described_ropes(config),
+        "hidden_act": config.hidden_act,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        **architecture.write(config),
+    }
+
+
+def read_decoder(
+    keys: Fields,
+    *,
+    ropes: Mapping[str, Rope] | None = None,
+    activations: Sequence[str] = ("silu",),
+) -> ModelConfig:
+    """What every decoder's config.json says: no biases, no windows, no norms of heads.
+
+    ``ropes`` are the rotary angles by kind of layer, of an architecture that has several.
+    """
+    activation = keys.text("hidden_act")
+    if activation not in activations:
+        raise keys.origin.error(
+            f"config.json: hidden_act is {activation!r}, but only "
+            f"{' and '.join(map(repr, activations))} is supported; choose another model"
         )
-    num_layers = _integer(values, "num_hidden_layers")
-    num_heads, num_kv_heads, head_dim = _heads(values)
-    max_positions = _integer(values, "max_position_embeddings")
-    theta, partial, scaling = _rope(values, max_positions)
-    window, sliding_layers = _sliding(values, architecture.sliding, num_layers)
+    num_heads, num_kv_heads, head_dim = _heads(keys)
+    ropes = {FULL: read_rope(keys, head_dim)} if ropes is None else dict(ropes)
+    common = ropes.pop(FULL)
+    num_layers = _count(keys, "num_hidden_layers", _MOST_LAYERS)
     return ModelConfig(
-        architecture=architecture.name,
-        vocab_size=_integer(values, "vocab_size"),
-        hidden_size=_integer(values, "hidden_size"),
-        intermediate_size=_integer(values, "intermediate_size"),
+        architecture=keys.text("model_type"),
+        vocab_size=_count(keys, "vocab_size"),
+        hidden_size=_count(keys, "hidden_size"),
+        intermediate_size=_count(keys, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=max_positions,
-        rms_norm_eps=_number(values, "rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rotary_dim=int(head_dim * partial),
-        sliding_window=window,
-        sliding_layers=sliding_layers,
-        attention_bias=_flag(values, architecture.attention_bias),
-        o_bias=_flag(values, architecture.o_bias),
-        mlp_bias=_flag(values, architecture.mlp_bias),
-        qk_norm=architecture.qk_norm,
-        tie_word_embeddings=_flag(values, "tie_word_embeddings"),
-        hidden_act=values["hidden_act"],
-        bos_token_id=next(iter(_token_ids(values, "bos_token_id")), None),
-        eos_token_ids=_token_ids(values, "eos_token_id"),
+        max_position_embeddings=_count(keys, "max_position_embeddings"),
+        rms_norm_eps=keys.number("rms_norm_eps", positive=True),
+        rope_theta=common.theta,
+        rope_scaling=common.scaling,
+        rotary_dim=common.dim,
+        sliding_window=None,
+        layer_kinds=(FULL,) * num_layers,
+        attention_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=keys.flag("tie_word_embeddings"),
+        hidden_act=activation,
+        bos_token_id=next(iter(_token_ids(keys, "bos_token_id")), None),
+        eos_token_ids=_token_ids(keys, "eos_token_id"),
+        ropes=ropes,
     )
 
 
-def _architecture(raw: Mapping[str, Any]) -> Architecture:
-    names = raw.get("architectures") or []
-    for name in names or ARCHITECTURES:
-        if name in ARCHITECTURES:
-            architecture = load_architecture(name)
-            if names or raw.get("model_type") == architecture.name:
-                return architecture
-    given = ", ".join(map(str, names)) or f"model_type {raw.get('model_type')!r}"
-    raise CheckpointError(
-        f"config.json: architecture {given} is not supported; expected one of "
-        f"{', '.join(ARCHITECTURES)}"
-    )
+def with_window(config: ModelConfig, keys: Fields, kinds: Iterable[str]) -> ModelConfig:
+    """The configuration with layers of these kinds and, where one of them slides, the window; as it
+    is where config.json has no window."""
+    kinds = tuple(kinds)
+    if not keys.has("sliding_window") or SLIDING not in kinds:
+        return config
+    window = _count(keys, "sliding_window")
+    return dataclasses.replace(config, sliding_window=window, layer_kinds=kinds)
 
 
-def _heads(values: Mapping[str, Any]) -> tuple[int, int, int]:
+def layer_kinds(keys: Fields, default: Sequence[str]) -> tuple[str, ...]:
+    """``layer_types``: ``full_attention`` or ``sliding_attention`` for each layer."""
+    if not keys.has("layer_types"):
+        return tuple(default)
+    kinds = keys.texts("layer_types")
+    if len(kinds) != len(default) or not set(kinds) <= {FULL, SLIDING}:
+        raise keys.refusal("layer_types", f"{len(default)} entries, each {FULL!r} or {SLIDING!r}")
+    return kinds
+
+
+def write_window(config: ModelConfig) -> dict[str, Any]:
+    """The window and the kinds of layers, for an architecture that reads ``layer_types``."""
+    if config.sliding_window is None:
+        return {}
+    return {"sliding_window": config.sliding_window, "layer_types": list(config.layer_kinds)}
+
+
+def read_rope(keys: Fields, head_dim: int) -> Rope:
+    """The rotary angles of all layers, from the old or the new spelling."""
+    spelling = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
+    given = keys.fields(spelling, {})
+    if any(isinstance(value, Mapping) for value in given.values.values()):
+        raise keys.refusal(spelling, "one rope type, the same for every layer")
+    return _rope(given, keys, head_dim)
+
+
+def read_ropes(keys: Fields, head_dim: int) -> dict[str, Rope]:
+    """The rotary angles by kind of layer, from ``rope_parameters`` of that form."""
+    given = keys.fields_by_name("rope_parameters")
+    if FULL not in given:
+        raise keys.refusal("rope_parameters", f"an entry for each kind of layer, {FULL!r} first")
+    return {kind: _rope(fields, keys, head_dim) for kind, fields in given.items()}
+
+
+def head_size(keys: Fields) -> int:
+    """``head_dim``, or what the heads make of the residual stream."""
+    return _heads(keys)[2]
+
+
+def _heads(keys: Fields) -> tuple[int, int, int]:
     """Query heads, key/value heads and the size of a head."""
-    heads = _integer(values, "num_attention_heads")
-    missing_kv = values["num_key_value_heads"] is None
-    kv_heads = heads if missing_kv else _integer(values, "num_key_value_heads")
+    heads = _count(keys, "num_attention_heads")
+    has_kv = keys.has("num_key_value_heads")
+    kv_heads = _count(keys, "num_key_value_heads") if has_kv else heads
     if heads % kv_heads:
-        raise CheckpointError(
+        raise keys.origin.error(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
             f"{kv_heads}; correct config.json or download the checkpoint again"
         )
-    if values["head_dim"] is not None:
-        return heads, kv_heads, _integer(values, "head_dim")
-    return heads, kv_heads, _integer(values, "hidden_size") // heads
+    if keys.has("head_dim"):
+        return heads, kv_heads, _count(keys, "head_dim")
+    hidden = _count(keys, "hidden_size")
+    if hidden < heads:
+        raise keys.refusal("hidden_size", f"an integer of at least num_attention_heads {heads}")
+    return heads, kv_heads, hidden // heads
 
 
-def _sliding(
-    values: Mapping[str, Any], rule: Sliding, num_layers: int
-) -> tuple[int | None, tuple[bool, ...]]:
-    """The window, None when no layer uses one, and which layers use it."""
-    layers: tuple[bool, ...] = (False,) * num_layers
-    if values["sliding_window"] is not None:
-        if rule == "every_layer":
-            layers = (True,) * num_layers
-        elif rule == "by_layer_type" and _flag(values, "use_sliding_window"):
-            layers = _layers_by_type(values, num_layers)
-    return (_integer(values, "sliding_window") if any(layers) else None), layers
+def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
+    """Angles from their own object, or from keys beside it."""
 
+    def either(key: str, default: float) -> float:
+        source = given if given.has(key) else keys
+        return source.number(key, default, positive=True)
 
-def _layers_by_type(values: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    kinds = values.get("layer_types")
-    if kinds is None:
-        first = _integer(values, "max_window_layers", 0)
-        return tuple(layer >= first for layer in range(num_layers))
-    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise CheckpointError(
-            f"config.json: layer_types is {kinds!r}; expected {num_layers} entries, each "
-            "'full_attention' or 'sliding_attention'"
+    theta, fraction = either("rope_theta", 10000.0), either("partial_rotary_factor", 1.0)
+    dim = int(head_dim * fraction)
+    if not 2 <= dim <= head_dim:
+        raise keys.refusal("partial_rotary_factor", f"a fraction of a head of {head_dim} elements")
+    kind = given.values.get("rope_type", given.values.get("type", "default"))
+    if kind not in get_args(RopeKind):
+        raise keys.origin.error(
+            f"config.json: rope type {kind!r} with keys {sorted(given.values)} is not supported; "
+            f"expected one of {', '.join(get_args(RopeKind))}"
         )
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    return Rope(theta, dim, _scaling(cast("RopeKind", kind), given, keys))
 
 
-def _rope(values: Mapping[str, Any], max_positions: int) -> tuple[float, float, RopeScaling]:
-    """Base wavelength, rotated fraction of a head and scaling, from the old or the new spelling."""
-    given = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if given.get(key) is None:
-            given[key] = values.get(key)
-    theta = 10000.0 if given["rope_theta"] is None else _number(given, "rope_theta")
-    partial = 1.0
-    if given["partial_rotary_factor"] is not None:
-        partial = _number(given, "partial_rotary_factor")
-    kind: Any = given.get("rope_type", given.get("type", "default"))
-    if kind not in get_args(RopeKind) or any(isinstance(v, Mapping) for v in given.values()):
-        raise CheckpointError(
-            f"config.json: rope type {kind!r} with keys {sorted(given)} is not supported; expected "
-            f"one of {', '.join(get_args(RopeKind))}, the same for every layer"
-        )
+def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
     if kind == "default":
-        return theta, partial, RopeScaling()
-    return theta, partial, _scaling(kind, given, values, max_positions)
-
-
-def _scaling(
-    kind: RopeKind, given: dict[str, Any], values: Mapping[str, Any], max_positions: int
-) -> RopeScaling:
+        return RopeScaling()
     if kind == "linear":
-        return RopeScaling(kind, _number(given, "factor"))
+        return RopeScaling(kind, given.number("factor", positive=True))
+    longest = _count(keys, "max_position_embeddings")
     # A value beside the rope parameters wins over one inside them, as in transformers.
-    outer = values.get("original_max_position_embeddings")
-    original = outer or given.get("original_max_position_embeddings") or max_positions
+    source = keys if keys.values.get(_ORIGINAL) else given
+    original = source.integer(_ORIGINAL, longest, minimum=1, maximum=_LARGEST)
     if kind == "llama3":
         return RopeScaling(
             kind,
-            _number(given, "factor"),
-            int(original),
-            low_freq_factor=_number(given, "low_freq_factor"),
-            high_freq_factor=_number(given, "high_freq_factor"),
+            given.number("factor", positive=True),
+            original,
+            low_freq_factor=given.number("low_freq_factor", positive=True),
+            high_freq_factor=given.number("high_freq_factor", positive=True),
         )
     default = RopeScaling()
-    ratio = max_positions / original
     return RopeScaling(
         kind,
-        ratio if given.get("factor") is None else _number(given, "factor"),
-        int(original),
-        attention_factor=given.get("attention_factor"),
-        beta_fast=float(given.get("beta_fast") or default.beta_fast),
-        beta_slow=float(given.get("beta_slow") or default.beta_slow),
-        mscale=given.get("mscale"),
-        mscale_all_dim=given.get("mscale_all_dim"),
-        truncate=bool(given.get("truncate", default.truncate)),
+        given.number("factor", longest / original, positive=True),
+        original,
+        attention_factor=given.optional_number("attention_factor"),
+        beta_fast=given.number("beta_fast", default.beta_fast, positive=True),
+        beta_slow=given.number("beta_slow", default.beta_slow, positive=True),
+        mscale=given.optional_number("mscale"),
+        mscale_all_dim=given.optional_number("mscale_all_dim"),
+        truncate=given.flag("truncate", default.truncate),
     )
 
 
-def _token_ids(values: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _described_ropes(config: ModelConfig) -> dict[str, Any]:
+    """``rope_parameters``, by kind of layer where those differ."""
+    common = Rope(config.rope_theta, config.rotary_dim, config.rope_scaling)
+    if not config.ropes:
+        return _described(common, config.head_dim)
+    ropes = {FULL: common, **config.ropes}
+    return {kind: _described(rope, config.head_dim) for kind, rope in ropes.items()}
+
+
+def _described(rope: Rope, head_dim: int) -> dict[str, Any]:
+    values = dataclasses.asdict(rope.scaling)
+    given = {name: values[name] for name in _ROPE_FIELDS[rope.scaling.kind]}
+    fraction = rope.dim / head_dim
+    return {
+        "rope_type": rope.scaling.kind,
+        "rope_theta": rope.theta,
+        **{name: value for name, value in given.items() if value is not None},
+        **({} if fraction == 1 else {"partial_rotary_factor": fraction}),
+    }
+
+
+def _token_ids(keys: Fields, key: str) -> tuple[int, ...]:
     """One token, several or none."""
-    given = values[key]
+    given = keys.values.get(key)
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"config.json: {key} is {given!r}; expected token ids or null")
+    if not all(is_integer(token) and 0 <= token <= _LARGEST for token in ids):
+        raise keys.refusal(key, "token ids or null")
     return tuple(ids)
 
 
-def _integer(values: Mapping[str, Any], key: str, minimum: int = 1) -> int:
-    value = values.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
-        return value
-    raise CheckpointError(
-        f"config.json: {key} is {value!r}; expected an integer of at least {minimum}"
-    )
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-        return float(value)
-    raise CheckpointError(f"config.json: {key} is {value!r}; expected a positive number")
-
-
-def _flag(values: Mapping[str, Any], key: str | bool) -> bool:
-    value = key if isinstance(key, bool) else values.get(key)
-    if isinstance(value, bool):
-        return value
-    raise CheckpointError(f"config.json: {key} is {value!r}; expected true or false")
+def _count(keys: Fields, key: str, maximum: int = _LARGEST) -> int:
+    return keys.integer(key, minimum=1, maximum=maximum)

@@ -1,7 +1,18 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window in some layers."""
 
-from slipstream.builder.models.architecture import Architecture
-from slipstream.builder.models.decoder import Decoder
+from dataclasses import replace
+from typing import Any
+
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
+from slipstream.builder.models.config import FULL, SLIDING, ModelConfig
+from slipstream.builder.models.decoder import DECODER, Decoder
+from slipstream.builder.models.huggingface_config import (
+    layer_kinds,
+    read_decoder,
+    with_window,
+    write_window,
+)
+from slipstream.weights.json import Fields
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -11,6 +22,32 @@ DEFAULTS = {
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
+
+
+def read_windowed(keys: Fields) -> ModelConfig:
+    """Where windows are used at all, ``layer_types`` or the first ``max_window_layers`` say which
+    layers have none."""
+    config = read_decoder(keys)
+    if not keys.has("sliding_window") or not keys.flag("use_sliding_window"):
+        return config
+    first = keys.integer("max_window_layers")
+    by_number = [SLIDING if layer >= first else FULL for layer in range(config.num_layers)]
+    return with_window(config, keys, layer_kinds(keys, by_number))
+
+
+def write_windowed(config: ModelConfig) -> dict[str, Any]:
+    """The window, its layers, and that they are used."""
+    return (
+        {}
+        if config.sliding_window is None
+        else {"use_sliding_window": True, **write_window(config)}
+    )
+
+
+def _read(keys: Fields) -> ModelConfig:
+    return replace(read_windowed(keys), attention_bias=True)
+
+
 ARCHITECTURE = Architecture(
-    "qwen2", Decoder, DEFAULTS, sliding="by_layer_type", attention_bias=True
+    "qwen2", Decoder, DECODER, DEFAULTS, _read, write_windowed, GGUFFamily("qwen2")
 )

@@ -7,21 +7,21 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.models.config import ModelConfig, RopeScaling
+from slipstream.builder.models.config import Rope, RopeScaling
 
 Frequencies = NDArray[np.float32]
 
 
-def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
-    """Inverse frequencies ``[rotary_dim / 2]`` and the factor of cosines and sines (1 except for
+def rotary_frequencies(rope: Rope) -> tuple[Frequencies, float]:
+    """Inverse frequencies ``[dim / 2]`` and the factor of cosines and sines (1 except for
     YaRN).
 
     Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position
     interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023).
     """
-    scaling, dim = config.rope_scaling, config.rotary_dim
+    scaling, dim = rope.scaling, rope.dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    powers = np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)
+    powers = np.power(np.float32(rope.theta), exponents, dtype=np.float32)
     plain = np.asarray(np.float32(1) / powers, np.float32)
     if scaling.kind == "default":
         return plain, 1.0
@@ -29,7 +29,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
         return np.asarray(plain / np.float32(scaling.factor), np.float32), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
-    return _yarn(plain, scaling, dim, config.rope_theta), _yarn_attention_factor(scaling)
+    return _yarn(plain, scaling, dim, rope.theta), _yarn_attention_factor(scaling)
 
 
 def _llama3(plain: Frequencies, scaling: RopeScaling) -> Frequencies:

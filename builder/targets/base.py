@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Protocol
 
 from slipstream.builder.engine import EngineLimits
@@ -12,8 +11,11 @@ from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
+from slipstream.extensions import entry_points, load
 from slipstream.plugins.cuda.detect import has_gpu
 
+# Packages add to it by entry points of this group, whose names and values are of the same form.
+GROUP, ATTRIBUTE = "slipstream.targets", "TARGET"
 TARGETS = {"cpu": "slipstream.builder.targets.cpu", "cuda": "slipstream.builder.targets.cuda"}
 
 
@@ -57,7 +59,13 @@ def create_target(name: str) -> Target:
     """The target called ``name``, or the best one this machine has for ``auto``."""
     if name == "auto":
         name = "cuda" if has_gpu() else "cpu"
-    if name not in TARGETS:
-        raise BuildError(f"target {name!r} is unknown; known targets: auto, {', '.join(TARGETS)}")
-    target: Target = import_module(TARGETS[name]).TARGET
+    known = known_targets()
+    if name not in known:
+        raise BuildError(f"target {name!r} is unknown; known targets: auto, {', '.join(known)}")
+    target: Target = load(known[name], ATTRIBUTE, GROUP)
     return target
+
+
+def known_targets() -> dict[str, str]:
+    """The table, and what installed packages add to it: name -> the place of the declaration."""
+    return {**entry_points(GROUP), **TARGETS}

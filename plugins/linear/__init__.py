@@ -1,12 +1,14 @@
 """x·Wᵀ with a weight in any ``WeightFormat``, and the row lookup that shares a tied weight."""
 
+from dataclasses import replace
+
 from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
 # How a format's zero is spelled in the zero_kind attribute.
 ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
-# The type of the codes, and how x is rounded for a product in that type, in a CUDA engine.
+# The type of the codes in a CUDA engine, and how x is rounded for a product in that type.
 WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3}
-ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3}
+ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3, "block": 4}
 
 _FORMAT = (
     AttributeSpec("bits", "int", "bits of a code: 4 or 8", 0),
@@ -20,7 +22,8 @@ _FORMAT = (
     AttributeSpec(
         "activation",
         "int",
-        "how x is rounded: 0 not, 1 by a scale a token, 2 by input_scale, 3 by a scale a group",
+        "how x is rounded: 0 not, 1 by a scale a token, 2 by input_scale, 3 by a scale a group, "
+        "4 to int8 in blocks of 32, each by its own range",
         0,
     ),
 )
@@ -30,6 +33,7 @@ _WEIGHT = TensorSpec(
     (),
     "canonical graph: the weight [N, K] in its own format; lowered graph: one packed blob "
     "(cpu/packing.py and cuda/packing.py write it), which the attributes describe",
+    weight="product",
 )
 
 SPEC = OperatorSpec(
@@ -78,7 +82,7 @@ EMBEDDING_SPEC = OperatorSpec(
     doc="Rows of a weight [V, K] by token id; the weight may be the output Linear's packed one.",
     inputs=(
         TensorSpec("token_ids", ("int32",), ("tokens",), "row numbers"),
-        _WEIGHT,
+        replace(_WEIGHT, weight="rows"),
     ),
     outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "in_features"), "dequantized rows"),),
     attributes=(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.weights.tensor import QuantTensor
+from slipstream.weights.fp8 import FP8_MAX
+from slipstream.weights.tensor import Activation, QuantTensor
 
 Floats = NDArray[np.float32]
 
@@ -51,44 +55,19 @@ def linear(
     norm_weight: Floats | None = None,
     norm_eps: float = 0.0,
     gated: bool = False,
+    activation: Activation | None = None,
 ) -> Floats:
-    """``act(norm(x) @ weight.T + bias) + residual``; activations are quantized in blocks of 32.
+    """``act(norm(x) @ weight.T + bias) + residual``, x being rounded as ``activation`` says.
 
     x ``[T, K]``; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]`` when gated: then
     the first N/2 rows of the weight are the gate and the rest up, and act is ``silu(gate) * up``.
-    ``norm_weight`` ``[K]`` asks for an RMS norm of x first. Sums are taken in float64.
+    ``norm_weight`` ``[K]`` asks for an RMS norm of x first. ``activation`` is by default that of
+    the weight's format. Sums are taken in float64.
     """
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps)
-    codes, scales, centres = (a.astype(np.float64) for a in quantize_activations(x))
-    rounded = codes * np.repeat(scales, BLOCK, axis=1) + np.repeat(centres, BLOCK, axis=1)
-    return _finish(rounded, weight, bias, residual, gated)
-
-
-def linear_exact(
-    x: Floats,
-    weight: QuantTensor,
-    *,
-    bias: Floats | None = None,
-    residual: Floats | None = None,
-    norm_weight: Floats | None = None,
-    norm_eps: float = 0.0,
-    gated: bool = False,
-) -> Floats:
-    """``linear`` with activations as they are, as GPUs multiply them."""
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, norm_eps)
-    return _finish(x.astype(np.float64), weight, bias, residual, gated)
-
-
-def _finish(
-    x: NDArray[np.float64],
-    weight: QuantTensor,
-    bias: Floats | None,
-    residual: Floats | None,
-    gated: bool,
-) -> Floats:
-    y = x @ weight.dequantize().astype(np.float64).T
+    rounded = round_activations(x, weight, activation or weight.format.activation)
+    y: NDArray[np.float64] = rounded @ weight.dequantize().astype(np.float64).T
     if bias is not None:
         y += bias
     if gated:
@@ -97,6 +76,34 @@ def _finish(
     if residual is not None:
         y = y + residual
     return y.astype(np.float32)
+
+
+def round_activations(
+    x: Floats, weight: QuantTensor, activation: Activation
+) -> NDArray[np.float64]:
+    """x ``[T, K]`` as numbers of the type of the weight's codes.
+
+    ``block`` is to int8 in blocks of 32, each by its own range. The others have no centre: a scale
+    a token, one a token and group of K, or the weight's ``input_scale``, by which x saturates.
+    """
+    if activation == "none":
+        return x.astype(np.float64)
+    if activation == "block":
+        codes, scales, centres = (a.astype(np.float64) for a in quantize_activations(x))
+        return codes * np.repeat(scales, BLOCK, axis=1) + np.repeat(centres, BLOCK, axis=1)
+    float8 = weight.format.kind == "float8_e4m3"
+    top = np.float32(FP8_MAX if float8 else 127)
+    if activation == "static":
+        assert weight.input_scale is not None
+        scale: NDArray[Any] = np.full(x.shape, weight.input_scale, np.float32)
+    else:
+        width = weight.format.group if activation == "group" else x.shape[1]
+        starts = np.arange(0, x.shape[1], width)
+        largest = np.maximum.reduceat(np.abs(x), starts, axis=1)
+        scale = np.repeat(largest / top, width, axis=1)[:, : x.shape[1]]
+    steps = np.clip(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0), -top, top)
+    whole = steps.astype(ml_dtypes.float8_e4m3fn) if float8 else np.rint(steps)
+    return np.asarray(whole.astype(np.float64) * scale, np.float64)
 
 
 def embedding(ids: NDArray[np.int32], weight: QuantTensor) -> Floats:

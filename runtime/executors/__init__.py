@@ -9,10 +9,13 @@ from typing import Any
 
 from slipstream.builder.engine import Engine
 from slipstream.errors import EngineMismatchError, MissingDependencyError
+from slipstream.extensions import entry_points
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 
-# target -> "module:class"; a class is called with (engine, configuration).
+# target -> "module:class"; a class is called with (engine, configuration). Packages add executors
+# for targets of theirs by entry points of this group.
+_GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
@@ -26,7 +29,7 @@ _NEEDS = {"cuda": ("torch", "triton")}
 def check_device(engine: Engine) -> None:
     """Raise what a glance at this machine tells: a target that nothing here runs, a package or a
     device that is missing."""
-    _find(_EXECUTORS, engine)
+    _find(_executors(), engine)
     if engine.manifest.target in _CHECKS:
         _load(_CHECKS, engine)(engine.manifest)
 
@@ -37,8 +40,12 @@ def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
     Raises ``EngineMismatchError`` for a target that this version cannot run and
     ``MissingDependencyError`` for a package that it needs.
     """
-    executor: Executor = _load(_EXECUTORS, engine)(engine, config)
+    executor: Executor = _load(_executors(), engine)(engine, config)
     return executor
+
+
+def _executors() -> dict[str, str]:
+    return {**entry_points(_GROUP), **_EXECUTORS}
 
 
 def tune(engine: Engine) -> Sequence[object]:

@@ -86,7 +86,10 @@ class Tokenizer:
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises nothing narrower
+        # The Rust library raises nothing narrower; where it panics, not even an Exception.
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise CheckpointError(
                 f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
                 f"`tokenizers` (installed: {tokenizers.__version__})"

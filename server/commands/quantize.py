@@ -71,8 +71,8 @@ def quantize(
 
 def _dry_run(source: str, options: QuantizeOptions) -> None:
     from slipstream.builder.checkpoints import open_checkpoint
+    from slipstream.quantize.checks import check_plan
     from slipstream.quantize.plan import make_plan
-    from slipstream.quantize.quantize import check_plan
 
     plan = make_plan(open_checkpoint(source), options)
     check_plan(plan)

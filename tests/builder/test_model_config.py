@@ -226,3 +226,65 @@ def test_foreign_json_names_the_keys_that_differ() -> None:
         ModelConfig.from_json(renamed)
     with pytest.raises(EngineMismatchError, match="beta_fast"):
         ModelConfig.from_json(no_scaling)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", [["LlamaForCausalLM"]]),
+        ("architectures", {"LlamaForCausalLM": 1}),
+        ("rope_parameters", [1, 2]),
+        ("rope_parameters", "default"),
+        ("rope_parameters", {"rope_type": ["yarn"]}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": float("nan")}),
+        ("rope_parameters", {"rope_type": "yarn", "truncate": "no"}),
+        ("rope_parameters", {"rope_type": "yarn", "original_max_position_embeddings": "64"}),
+        ("rope_parameters", {"rope_type": "yarn", "attention_factor": "1"}),
+        ("rope_parameters", {"rope_theta": 10**400}),
+        ("rope_scaling", {"type": "linear", "factor": True}),
+        ("rope_theta", float("inf")),
+        ("partial_rotary_factor", 1.5),
+        ("partial_rotary_factor", 1e-9),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", None),
+        ("num_hidden_layers", 10**18),
+        ("num_attention_heads", 4.0),
+        ("num_key_value_heads", 0),
+        ("hidden_size", 10**4000),
+        ("hidden_size", 3),
+        ("head_dim", -1),
+        ("head_dim", [16]),
+        ("hidden_act", ["silu"]),
+        ("attention_bias", "false"),
+        ("mlp_bias", 0),
+        ("tie_word_embeddings", None),
+        ("bos_token_id", True),
+        ("bos_token_id", -1),
+        ("eos_token_id", {"id": 1}),
+        ("eos_token_id", [2**70]),
+        ("vocab_size", "100"),
+        ("max_position_embeddings", {}),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: object) -> None:
+    raw = {"architectures": ["LlamaForCausalLM"], **SMALL, key: value}
+    with pytest.raises(CheckpointError, match=r"^config\.json: .{1,400}$"):
+        ModelConfig.from_huggingface(raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_types", 5),
+        ("layer_types", "full_attention"),
+        ("layer_types", [["full_attention"]] * 4),
+        ("use_sliding_window", 1),
+        ("sliding_window", "64"),
+        ("sliding_window", 0),
+        ("max_window_layers", None),
+    ],
+)
+def test_a_window_of_another_type_is_refused(key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"^config.json: {key} is"):
+        huggingface("Qwen3ForCausalLM", **{**SLIDING, key: value})

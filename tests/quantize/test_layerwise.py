@@ -17,11 +17,12 @@ from transformers import LlamaConfig, Qwen3Config
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.models.config import ModelConfig
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.layerwise import LayerResult, _Layer, quantize_layers
+from slipstream.quantize.layer import LayerResult, LayerWork, linears_of
+from slipstream.quantize.layerwise import quantize_layers
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import make_plan
 from slipstream.quantize.sensitivity import choose_qformats
-from slipstream.quantize.sites import SITES
+from slipstream.quantize.sites import layer_sites
 from slipstream.quantize.statistics import Collector
 from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor
 
@@ -129,14 +130,15 @@ def test_folding_changes_nothing_before_rounding(qformat: str, checkpoint: Check
         names = [name for name in checkpoint.names() if name.startswith(prefix)]
         source = {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
         schemes = {name.removeprefix(prefix): s for name, s in layer.linears.items()}
-        work = _Layer(prefix, source, schemes, plan)
-        for site in SITES:
-            columns = work.weights[f"{site.linears[0]}.weight"].shape[1]
+        sites = layer_sites(checkpoint.config, layer.index, linears_of(source))
+        work = LayerWork(prefix, source, schemes, sites, calibrated=True)
+        for site in sites:
+            columns = work.weights[f"{site.key}.weight"].shape[1]
             generator = torch.Generator().manual_seed(1)
             spread = torch.exp(torch.randn(columns, generator=generator))
             collector = Collector(256)
             collector.add(torch.randn(256, columns, generator=generator) * spread, None)
-            work.inputs[site.source] = collector.result()
+            work.inputs[site.key] = collector.result()
         work.scale()
         assert work.scalings
         for name, lazy in source.items():

@@ -21,6 +21,7 @@ from slipstream.errors import (
     MissingDependencyError,
     SlipstreamError,
 )
+from slipstream.quantize import checks
 from slipstream.quantize import quantize as module
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.quantize import LAYERS, MEASURING, Text, quantize
@@ -317,11 +318,11 @@ def test_what_cannot_work_is_said_before_anything_is_made(
 def test_a_missing_package_is_named_with_its_remedy(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "modelopt" else name)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "modelopt" else name)
     message = r"needs nvidia-modelopt, .*pip install 'slipstream\[modelopt\]'"
     with pytest.raises(MissingDependencyError, match=message):
         run(qformat="nvfp4")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"needs torch, .*'slipstream\[quantize\]'"):
         run()
     assert left_over(tmp_path) == []

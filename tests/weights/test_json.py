@@ -89,6 +89,7 @@ def test_fields_have_their_types() -> None:
     assert FIELDS.fields("object").fields("inner").integer("n", minimum=-1) == -1
     assert FIELDS.fields_by_name("object")["inner"].path == "object.inner."
     assert FIELDS.texts("list") == ("a", "b") and FIELDS.integers("numbers") == (1, 2)
+    assert FIELDS.numbers("numbers") == (1.0, 2.0)
     assert [item.integer("n") for item in FIELDS.list_of_fields("objects")] == [1]
 
 
@@ -129,6 +130,7 @@ def test_null_is_missing_and_missing_is_the_default() -> None:
         (lambda f: f.texts("numbers"), "numbers is .*; expected a list of texts"),
         (lambda f: f.integers("list"), "list is .*; expected a list of integers"),
         (lambda f: f.integers("numbers", minimum=2), "expected a list of integers of at least 2"),
+        (lambda f: f.numbers("list"), "list is .*; expected a list of finite numbers"),
         (lambda f: f.list_of_fields("list"), r"list\[0\] is 'a'; expected an object"),
     ],
 )

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.models import architectures
+from slipstream.builder.models.architecture import Architecture
 from slipstream.errors import CheckpointError
-
-ARCHITECTURES: Mapping[str, str] = MappingProxyType(
-    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-)
 
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
@@ -29,26 +27,22 @@ def huggingface_config(
 ) -> dict[str, Any]:
     """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and the tensor
     ``rope_freqs.weight`` [rotary_dim/2] of a file that has one."""
-    architecture = str(metadata.get("general.architecture"))
-    if architecture not in ARCHITECTURES:
+    keys = _Keys(str(metadata.get("general.architecture")), metadata)
+    architecture = _architecture(keys)
+    experts = keys.get("expert_count", 0)
+    if experts and all(module.role != "expert" for module in architecture.modules):
         raise CheckpointError(
-            f"the GGUF file's general.architecture is {architecture!r}, which is not supported; "
-            f"expected one of {', '.join(ARCHITECTURES)}"
-        )
-    keys = _Keys(architecture, metadata)
-    if keys.get("expert_count", 0):
-        raise CheckpointError(
-            f"the GGUF file is a mixture of {keys.get('expert_count', 0)} experts, which is not "
-            "supported; use a dense model"
+            f"the GGUF file is a mixture of {experts} experts, which is not supported; use a dense "
+            "model"
         )
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
     heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
     rotary_dim = keys.count("rope.dimension_count", head_dim)
-    theta = keys.get("rope.freq_base", 10000.0)
-    config = {
-        "architectures": [ARCHITECTURES[architecture]],
+    theta = keys.number("rope.freq_base", 10000.0)
+    return {
+        "model_type": architecture.name,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": keys.count("embedding_length"),
         "intermediate_size": keys.count("feed_forward_length"),
@@ -66,35 +60,57 @@ def huggingface_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos_token_ids(metadata),
+        **_own_keys(architecture, keys),
     }
-    window = keys.get("attention.sliding_window", 0)
-    if architecture == "llama" and window:
-        # llama.cpp has no architecture of its own for Mistral.
-        config |= {"architectures": ["MistralForCausalLM"], "sliding_window": window}
-    return config
+
+
+def _architecture(keys: _Keys) -> Architecture:
+    """That of the file's general.architecture, with the mark that the file has if any has one."""
+    found = [a for a in architectures() if a.gguf is not None and a.gguf.name == keys.architecture]
+    if not found:
+        known = dict.fromkeys(a.gguf.name for a in architectures() if a.gguf is not None)
+        raise CheckpointError(
+            f"the GGUF file's general.architecture is {keys.architecture!r}, which is not "
+            f"supported; expected one of {', '.join(known)}"
+        )
+    return max(found, key=lambda a: _fit(a, keys))
+
+
+def _fit(architecture: Architecture, keys: _Keys) -> int:
+    """1 for a mark that the file has, -1 for one that it lacks, 0 without one."""
+    assert architecture.gguf is not None
+    mark = architecture.gguf.mark
+    return 0 if mark is None else 1 if keys.get(mark, 0) else -1
+
+
+def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
+    assert architecture.gguf is not None
+    found = {ours: keys.get(theirs, None) for ours, theirs in architecture.gguf.keys.items()}
+    return {ours: value for ours, value in found.items() if value is not None}
 
 
 def eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The tokens that end a text or a turn, in the order of their importance."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
-    return list(dict.fromkeys(token for token in found if token is not None))
+    values = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
+    found = [token for token in values if token is not None]
+    return [token for i, token in enumerate(found) if token not in found[:i]]
 
 
 class _Keys:
     """Metadata under the prefix of the architecture."""
 
     def __init__(self, architecture: str, metadata: Mapping[str, Any]) -> None:
-        self._prefix = architecture
+        self.architecture = architecture
         self._metadata = metadata
 
     def get(self, key: str, default: Any) -> Any:  # noqa: ANN401  a metadata value has any type
-        value = self._metadata.get(f"{self._prefix}.{key}")
+        value = self._metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
-                    f"the GGUF file's {self._prefix}.{key} differs between layers ({value}), which "
-                    "is not supported; use a model whose layers are alike"
+                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
+                    "which is not supported; use a model whose layers are alike"
                 )
             return value[0]
         return default if value is None else value
@@ -103,16 +119,26 @@ class _Keys:
         value = self.get(key, None)
         if value is None:
             raise CheckpointError(
-                f"the GGUF file has no {self._prefix}.{key}; download it again or convert it again"
+                f"the GGUF file has no {self.architecture}.{key}; download it again or convert it "
+                "again"
             )
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return float(value)
+        raise CheckpointError(
+            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive number: "
+            "download it again"
+        )
+
     def count(self, key: str, default: int | None = None) -> int:
         value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         raise CheckpointError(
-            f"the GGUF file's {self._prefix}.{key} is {value!r}; expected a positive integer: "
+            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive integer: "
             "download it again"
         )
 
@@ -146,7 +172,7 @@ def _rope_scaling(
 def _llama3_scaling(factors: NDArray[np.float64], theta: float, rotary_dim: int) -> dict[str, Any]:
     """The llama3 parameters whose per-frequency divisors are ``factors``."""
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    factor = float(factors.max())
+    factor = float(factors.max(initial=1.0))
     frequency = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
     turns = _LLAMA3["original_max_position_embeddings"] * frequency / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)

@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import DTypeLike, NDArray
 
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin
 from slipstream.weights.safetensors import map_array
 
 
@@ -46,13 +47,13 @@ def read_gguf(path: Path) -> GGUFFile:
     try:
         reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-        parts = int(metadata.get("split.count", 1))
     # The package reports a damaged file through whatever its parsing trips over.
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(
             f"{path} cannot be read as GGUF ({error}); it is truncated, damaged or of another "
             "format: download it again"
         ) from error
+    parts = Fields(metadata, Origin(path)).integer("split.count", 1)
     if parts > 1:
         raise CheckpointError(
             f"{path} is one of {parts} parts; join them with llama.cpp's "

@@ -26,7 +26,10 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import Fields, Origin
 
+_PREFIX = "tokenizer.ggml."
+_TOKENS = f"{_PREFIX}tokens"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,48 +77,54 @@ _WORDS: Mapping[str, _Words] = MappingProxyType(
 )
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+def _fields(metadata: Mapping[str, object]) -> Fields:
+    return Fields(metadata, Origin("the GGUF file's metadata"))
+
+
+def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     """The tokenizer that ``tokenizer.ggml.*`` describes.
 
     Raises CheckpointError for a kind of vocabulary or word splitting that is not known: a guess
     would give wrong tokens without a sign of it.
     """
-    kind = str(metadata.get("tokenizer.ggml.model"))
+    fields = _fields(metadata)
+    kind = fields.text(f"{_PREFIX}model", "None")
     if kind not in _BUILDERS:
         raise CheckpointError(
             f"the GGUF file's tokenizer.ggml.model is {kind!r}, which is not supported; expected "
             f"one of {', '.join(_BUILDERS)}"
         )
-    if not metadata.get("tokenizer.ggml.tokens"):
+    if not fields.texts(_TOKENS, ()):
         raise CheckpointError("the GGUF file has no tokenizer.ggml.tokens; download it again")
-    tokenizer, adds_bos = _BUILDERS[kind](metadata)
-    _add_marked_tokens(tokenizer, metadata)
-    _add_template(tokenizer, metadata, adds_bos)
+    tokenizer, adds_bos = _BUILDERS[kind](fields)
+    _add_marked_tokens(tokenizer, fields)
+    _add_template(tokenizer, fields, adds_bos)
     return tokenizer
 
 
-def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_config(metadata: Mapping[str, object]) -> dict[str, Any]:
     """The tokenizer_config.json that goes with ``build_tokenizer``."""
+    fields = _fields(metadata)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config["clean_up_tokenization_spaces"] = False
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for ours, theirs in names.items():
-        token = _token(metadata, f"{theirs}_token_id")
+        token = _token(fields, f"{theirs}_token_id")
         if token is not None:
             config[f"{ours}_token"] = token
     return config
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+def _byte_level(fields: Fields) -> tuple[Tokenizer, bool]:
+    name = fields.text(f"{_PREFIX}pre", "default")
     if name not in _WORDS:
         raise CheckpointError(
             f"the GGUF file's tokenizer.ggml.pre is {name!r}, which is not supported; expected one "
             f"of {', '.join(_WORDS)}"
         )
     words = _WORDS[name]
-    vocabulary = _vocabulary(metadata)
-    merges = _merges_of_file(metadata, vocabulary)
+    vocabulary = _vocabulary(fields)
+    merges = _merges_of_file(fields, vocabulary)
     tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=words.whole_words))
     if words.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -130,17 +139,17 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     return tokenizer, words.add_bos
 
 
-def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    vocabulary = _vocabulary(metadata)
-    merges = _merges_of_file(metadata, vocabulary) or _merges_by_score(metadata)
-    unknown = _token(metadata, "unknown_token_id")
+def _sentencepiece(fields: Fields) -> tuple[Tokenizer, bool]:
+    vocabulary = _vocabulary(fields)
+    merges = _merges_of_file(fields, vocabulary) or _merges_by_score(fields)
+    unknown = _token(fields, "unknown_token_id")
     model = BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     # llama.cpp puts a space before the text and after every special token; so does `Prepend`,
     # which runs on each stretch between special tokens.
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if fields.flag(f"{_PREFIX}add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         steps.append(decoders.Strip(" ", left=1))
     tokenizer.normalizer = normalizers.Sequence(spaces)
@@ -148,21 +157,19 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     return tokenizer, True
 
 
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], tuple[Tokenizer, bool]]] = MappingProxyType(
+_BUILDERS: Mapping[str, Callable[[Fields], tuple[Tokenizer, bool]]] = MappingProxyType(
     {"gpt2": _byte_level, "llama": _sentencepiece}
 )
 
 
-def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+def _vocabulary(fields: Fields) -> dict[str, int]:
+    return {token: index for index, token in enumerate(fields.texts(_TOKENS))}
 
 
-def _merges_of_file(
-    metadata: Mapping[str, Any], vocabulary: Mapping[str, int]
-) -> list[tuple[str, str]]:
+def _merges_of_file(fields: Fields, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """The merges that the file lists, best first; a SentencePiece vocabulary may list none."""
     merges = []
-    for merge in metadata.get("tokenizer.ggml.merges") or []:
+    for merge in fields.texts(f"{_PREFIX}merges", ()):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
@@ -173,15 +180,15 @@ def _merges_of_file(
     return merges
 
 
-def _merges_by_score(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges_by_score(fields: Fields) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, best score first: SentencePiece's merge order."""
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    tokens, scores = fields.texts(_TOKENS), fields.numbers(f"{_PREFIX}scores", ())
+    if len(scores) != len(tokens):
         raise CheckpointError(
             f"the GGUF file has {len(tokens)} tokens, but no merges and no score for each; "
             "download it again"
         )
-    types = _types(metadata)
+    types = _types(fields)
     pieces = {
         token: score
         for token, score, kind in zip(tokens, scores, types, strict=True)
@@ -198,9 +205,9 @@ def _merges_by_score(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in merges]
 
 
-def _types(metadata: Mapping[str, Any]) -> list[int]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+def _types(fields: Fields) -> tuple[int, ...]:
+    tokens = fields.texts(_TOKENS)
+    types = fields.integers(f"{_PREFIX}token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise CheckpointError(
             f"the GGUF file has {len(tokens)} tokens and {len(types)} token types; download it "
@@ -209,26 +216,26 @@ def _types(metadata: Mapping[str, Any]) -> list[int]:
     return types
 
 
-def _add_marked_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+def _add_marked_tokens(tokenizer: Tokenizer, fields: Fields) -> None:
     """Control tokens are special; user-defined ones are matched whole but are ordinary text."""
     special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     marked = [
         AddedToken(token, normalized=False, special=special[TokenType(kind)])
-        for token, kind in zip(metadata["tokenizer.ggml.tokens"], _types(metadata), strict=True)
+        for token, kind in zip(fields.texts(_TOKENS), _types(fields), strict=True)
         if kind in special
     ]
     tokenizer.add_special_tokens([token for token in marked if token.special])
     tokenizer.add_tokens([token for token in marked if not token.special])
 
 
-def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, Any], adds_bos: bool) -> None:
+def _add_template(tokenizer: Tokenizer, fields: Fields, adds_bos: bool) -> None:
     """Begin and end tokens around the text, where the file or its kind of vocabulary wants them."""
     wanted = {
-        "bos_token_id": metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
-        "eos_token_id": metadata.get("tokenizer.ggml.add_eos_token", False),
+        "bos_token_id": fields.flag(f"{_PREFIX}add_bos_token", adds_bos),
+        "eos_token_id": fields.flag(f"{_PREFIX}add_eos_token", False),
     }
-    ends = {key: _token(metadata, key) for key, want in wanted.items() if want}
-    used = {token: metadata[f"tokenizer.ggml.{key}"] for key, token in ends.items() if token}
+    ends = {key: _token(fields, key) for key, want in wanted.items() if want}
+    used = {token: fields.integer(f"{_PREFIX}{key}") for key, token in ends.items() if token}
     if not used:
         return
     before, after = ends.get("bos_token_id"), ends.get("eos_token_id")
@@ -239,12 +246,12 @@ def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, Any], adds_bos: b
     )
 
 
-def _token(metadata: Mapping[str, Any], key: str) -> str | None:
+def _token(fields: Fields, key: str) -> str | None:
     """The text of a token whose id is in the metadata."""
-    index, tokens = metadata.get(f"tokenizer.ggml.{key}"), metadata["tokenizer.ggml.tokens"]
+    index, tokens = fields.optional_integer(f"{_PREFIX}{key}"), fields.texts(_TOKENS, ())
     if index is None:
         return None
-    if not 0 <= index < len(tokens):
+    if index >= len(tokens):
         raise CheckpointError(
             f"the GGUF file's tokenizer.ggml.{key} is {index}, but it has {len(tokens)} tokens; "
             "download it again"

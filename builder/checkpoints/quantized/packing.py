@@ -25,3 +25,16 @@ def unpack_codes(words: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:
     count = flags.shape[-1] // bits
     grouped = flags[..., : count * bits].reshape(*flags.shape[:-1], count, bits)
     return np.packbits(grouped, axis=-1, bitorder="little")[..., 0]
+
+
+def pack_words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """Codes ``[R, C]`` of 4 or 8 bits along C to int32 ``[R, ceil(C * bits / 32)]``, the first
+    code in the lowest bits, the last word filled with zeros."""
+    per_word = 32 // bits
+    rows, columns = codes.shape
+    padded = np.zeros((rows, -(-columns // per_word) * per_word), np.uint32)
+    padded[:, :columns] = codes
+    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+    words = padded.reshape(rows, -1, per_word) << shifts
+    packed: NDArray[np.uint32] = np.bitwise_or.reduce(words, axis=2)
+    return packed.view(np.int32)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from slipstream.builder.checkpoints.names import REDUNDANT
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, shortened
 from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
-# Tensors that some checkpoints carry and that the configuration already says.
-_REDUNDANT = ("rotary_emb.inv_freq",)
 _DENSE_SUFFIXES = (".weight", ".bias")
 _LAYER_WEIGHT = re.compile(r".*\.layers\.\d+\..*\.weight")
 
@@ -111,7 +111,7 @@ class Stored:
         left = sorted(
             name
             for name in self._tensors
-            if name not in self._taken and not name.endswith(_REDUNDANT)
+            if name not in self._taken and not name.endswith(REDUNDANT)
         )
         if left:
             tensor = self._tensors[left[0]]
@@ -164,14 +164,10 @@ class Notes:
 
 def drop_empty_biases(stored: Stored, modules: Iterable[str], config: ModelConfig) -> None:
     """Takes the biases of zeros that some tools give to linears whose model has none."""
-    biased = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias),
-        "o_proj": config.o_bias,
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), config.mlp_bias),
-    }
+    architecture = architecture_of(config.architecture)
     for module in modules:
         bias = stored.peek(f"{module}.bias")
-        wanted = biased.get(module.rsplit(".", 1)[-1], False)
+        wanted = architecture.has_bias(config, module)
         if bias is not None and not wanted and not np.any(bias.map()):
             stored.take(bias.name)
 

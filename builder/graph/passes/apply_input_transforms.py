@@ -1,8 +1,8 @@
-"""What a weight wants done to x before its codes apply becomes nodes in front of its Linear.
+"""What a weight wants done to x before its codes apply becomes nodes in front of its product.
 
     x ─ Linear(w; scale, perm)      ──▶      x ─ Mul(scale) ─ Gather(perm, axis 1) ─ Linear(w)
 
-Linears that read the same x and want the same share the nodes.
+Products that read the same x and want the same share the nodes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
-from slipstream.builder.graph.passes.matrices import embedded
+from slipstream.builder.graph.passes.matrices import looked_up, readers, weight_index
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
 from slipstream.weights.tensor import InputTransform, LazyTensor, QuantTensor
 
@@ -39,18 +39,18 @@ class ApplyInputTransforms:
     def __call__(self, program: Program) -> int:
         """Returns the number of weights that wanted something."""
         wanting = [name for name, tensor in program.weights.items() if tensor.input is not None]
-        for name in embedded(program).intersection(wanting):
-            # An Embedding reads rows as they are: permuted or scaled ones would be wrong.
+        for name in looked_up(program).intersection(wanting):
+            # Rows are looked up as they are: permuted or scaled ones would be wrong.
             program.replace_weight(name, as_dense(program.weights[name], "float32"))
             log.warning("%s is an embedding too: it becomes dense", name)
         if self.fold_norms:
             for norm in program.nodes("RMSNormalization"):
                 _fold(program, norm)
         steps = _Steps(program)
-        for node in program.nodes("Linear"):
-            transform = program.weight_of(node).input
-            if transform is not None:
-                node.replace_input_with(0, steps.before(node, transform))
+        for node, value in readers(program, "product"):
+            tensor = program.weights[value.name or ""]
+            if tensor.input is not None:
+                node.replace_input_with(0, steps.before(node, tensor))
         for name in wanting:
             _set_input(program, name, None)
         if wanting:
@@ -66,33 +66,36 @@ class _Steps:
         self._known: dict[tuple[ir.Value, str], list[tuple[Array, ir.Value]]] = {}
         self.made = 0
 
-    def before(self, linear: ir.Node, transform: InputTransform) -> ir.Value:
-        """The value that a Linear is to read."""
-        x, (scale, perm) = linear.inputs[0], (transform.scale, transform.perm)
-        assert x is not None
+    def before(self, node: ir.Node, weight: LazyTensor) -> ir.Value:
+        """The value that the product of a weight is to read."""
+        x, transform = node.inputs[0], weight.input
+        assert x is not None and transform is not None
+        scale, perm = transform.scale, transform.perm
+        names = (f"{node.name}/", f"{weight.name}.x_")
         if scale is not None and (scale != 1).any():
-            x = self._step(linear, x, "scale", np.ascontiguousarray(scale, np.float32))
+            x = self._step(node, x, "scale", np.ascontiguousarray(scale, np.float32), names)
         if perm is not None and (perm != np.arange(len(perm))).any():
-            x = self._step(linear, x, "perm", np.ascontiguousarray(perm, np.int32))
+            x = self._step(node, x, "perm", np.ascontiguousarray(perm, np.int32), names)
         return x
 
-    def _step(self, linear: ir.Node, x: ir.Value, kind: str, array: Array) -> ir.Value:
+    def _step(
+        self, reader: ir.Node, x: ir.Value, kind: str, array: Array, names: tuple[str, str]
+    ) -> ir.Value:
         known = self._known.setdefault((x, kind), [])
         for other, value in known:
             if np.array_equal(other, array):
                 return value
-        made = self._node(linear, x, kind, array)
-        self._program.graph.insert_before(linear, [made])
+        made = self._node(x, kind, array, names)
+        self._program.graph.insert_before(reader, [made])
         known.append((array, made.outputs[0]))
         self.made += 1
         return made.outputs[0]
 
-    def _node(self, linear: ir.Node, x: ir.Value, kind: str, array: Array) -> ir.Node:
+    def _node(self, x: ir.Value, kind: str, array: Array, names: tuple[str, str]) -> ir.Node:
         dtype = ir.DataType.from_numpy(array.dtype)
-        name = f"{self._program.weight_of(linear).name}.x_{kind}"
-        part = StoredTensor(name, dtype, array.shape)
+        part = StoredTensor(names[1] + kind, dtype, array.shape)
         stored = self._program.store(StoredWeight((part,), lambda: (array,)))[0]
-        name = f"{linear.name}/{kind}"
+        name = names[0] + kind
         output = ir.Value(name=name, shape=x.shape, type=x.type)
         if kind == "scale":
             return ir.node("Mul", [x, stored], outputs=[output], name=name)
@@ -104,23 +107,22 @@ def _fold(program: Program, norm: ir.Node) -> None:
     uses = norm.outputs[0].uses()
     if not uses or norm.outputs[0].is_graph_output() or norm.inputs[1] is None:
         return
-    if any(use.node.op_type != "Linear" or use.idx != 0 for use in uses):
+    indices = [weight_index(use.node, "product") for use in uses]
+    if any(index is None or use.idx != 0 for use, index in zip(uses, indices, strict=True)):
         return
     if len(norm.inputs[1].uses()) != 1:
         return
-    transforms = [program.weight_of(use.node).input for use in uses]
-    scale = _common_scale(transforms)
-    weights = {use.node.inputs[1] for use in uses}
+    weights = {use.node.inputs[i or 0] for use, i in zip(uses, indices, strict=True)}
+    names = [value.name for value in weights if value is not None and value.name is not None]
+    scale = _common_scale([program.weights[name].input for name in names])
     if scale is None or any(len(value.uses()) != 1 for value in weights if value is not None):
         return
-    name = norm.inputs[1].name
-    assert name is not None
-    program.replace_weight(name, _multiplied(program.weights[name], scale))
-    for value in weights:
-        assert value is not None and value.name is not None
-        perm = program.weights[value.name].input.perm  # type: ignore[union-attr]
-        rest = None if perm is None else InputTransform(perm)
-        _set_input(program, value.name, rest)
+    norm_name = norm.inputs[1].name
+    assert norm_name is not None
+    program.replace_weight(norm_name, _multiplied(program.weights[norm_name], scale))
+    for name in names:
+        perm = program.weights[name].input.perm  # type: ignore[union-attr]
+        _set_input(program, name, None if perm is None else InputTransform(perm))
 
 
 def _common_scale(transforms: Iterable[InputTransform | None]) -> NDArray[np.float32] | None:

@@ -1,30 +1,54 @@
-"""What passes over weights share: which weights are matrices of a Linear or an Embedding."""
+"""What passes over weights share: the weights that operators mark, whatever they compute."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import get_args
+
+import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
+from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.spec import WeightUse
 from slipstream.weights.tensor import LazyTensor
 
 log = logging.getLogger(__name__)
-_OPERATORS = ("Linear", "Embedding")
 # A weight that says something else or the same in another way; None leaves it as it is.
 Rewrite = Callable[[LazyTensor], LazyTensor | None]
 
 
+def weight_index(node: ir.Node, use: WeightUse | None = None) -> int | None:
+    """Which input of a node its operator marks as a weight, of this use if one is given."""
+    spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
+    inputs = () if spec is None else spec.inputs
+    found = (i for i, tensor in enumerate(inputs) if tensor.weight and use in (None, tensor.weight))
+    return next(found, None)
+
+
+def readers(program: Program, use: WeightUse | None = None) -> list[tuple[ir.Node, ir.Value]]:
+    """The nodes that read a weight in this way, and its value, in graph order."""
+    found = []
+    for node in program.graph:
+        index = weight_index(node, use)
+        value = None if index is None else node.inputs[index]
+        if value is not None:
+            found.append((node, value))
+    return found
+
+
 def matrices(program: Program) -> dict[str, LazyTensor]:
-    """The weights that Linears and Embeddings read and that are not lowered, by their value."""
-    values = (node.inputs[1] for op in _OPERATORS for node in program.nodes(op))
-    names = dict.fromkeys(value.name for value in values if value is not None)
+    """The weights that are read in any format and are not lowered, by their value: first those of
+    products."""
+    values = (value for use in get_args(WeightUse) for _, value in readers(program, use))
+    names = dict.fromkeys(value.name for value in values)
     return {name: program.weights[name] for name in names if name in program.weights}
 
 
-def embedded(program: Program) -> set[str]:
-    """Values of the weights that an Embedding reads."""
-    values = (node.inputs[1] for node in program.nodes("Embedding"))
-    return {value.name for value in values if value is not None and value.name is not None}
+def looked_up(program: Program) -> set[str]:
+    """Values of the weights whose rows an operator looks up."""
+    values = (value for _, value in readers(program, "rows"))
+    return {value.name for value in values if value.name is not None}
 
 
 def rewrite_matrices(

@@ -1,22 +1,23 @@
-"""Replaces dense weights of Linears by float8 with a scale a row, lazily."""
+"""Replaces dense weights of products by float8 with a scale a row, lazily."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from slipstream.builder.graph.passes.matrices import readers
 from slipstream.builder.graph.program import Program
 from slipstream.weights.fp8 import fp8_format, quantize_fp8
 from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 
 def quantize_fp8_weights(program: Program) -> int:
-    """Quantize every dense weight that a Linear reads, an Embedding's only if it is the same."""
-    values = dict.fromkeys(node.inputs[1] for node in program.nodes("Linear"))
+    """Quantize every dense weight of a product, an embedding's only if it is the same."""
+    values = dict.fromkeys(value for _, value in readers(program, "product"))
     return sum(_quantize(program, value) for value in values)
 
 
-def _quantize(program: Program, value: ir.Value | None) -> bool:
-    assert value is not None and value.name is not None
+def _quantize(program: Program, value: ir.Value) -> bool:
+    assert value.name is not None
     dense = program.weights[value.name]
     if dense.format.kind != "dense":
         return False

@@ -1,4 +1,4 @@
-"""Replaces dense weights of Linears and Embeddings by round-to-nearest integer groups, lazily."""
+"""Replaces dense weights of products and lookups by round-to-nearest integer groups, lazily."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from slipstream.builder.graph.passes.matrices import readers, weight_index
 from slipstream.builder.graph.program import Program
 from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 class QuantizeWeights:
     """Weight-only quantization at build time.
 
-    ``bits`` of Linears; the embedding and the output head, which are read by rows and by logits,
+    ``bits`` of products; the embedding and the output head, which are read by rows and by logits,
     get at least 8. ``group_size`` is what is asked for: a weight whose width it does not divide
     takes the largest of 128, 64 and 32 that does, and stays dense where none does.
     """
@@ -28,19 +29,19 @@ class QuantizeWeights:
     symmetric: bool
 
     def __call__(self, program: Program) -> int:
-        """Quantize every dense weight that an Embedding or a Linear reads."""
-        heads = {node.inputs[1] for node in program.nodes("Embedding")} | {
-            node.inputs[1] for node in program.nodes("Linear") if node.outputs[0].is_graph_output()
+        """Quantize every dense weight that an operator reads in any format."""
+        heads = {
+            value
+            for node, value in readers(program)
+            if weight_index(node, "rows") is not None or node.outputs[0].is_graph_output()
         }
-        values = dict.fromkeys(
-            node.inputs[1] for op in ("Embedding", "Linear") for node in program.nodes(op)
-        )
+        values = dict.fromkeys(value for _, value in readers(program))
         return sum(
             self._quantize(program, value, 8 if value in heads else self.bits) for value in values
         )
 
-    def _quantize(self, program: Program, value: ir.Value | None, bits: Bits) -> bool:
-        assert value is not None and value.name is not None
+    def _quantize(self, program: Program, value: ir.Value, bits: Bits) -> bool:
+        assert value.name is not None
         dense = program.weights[value.name]
         if dense.format.kind != "dense":
             return False

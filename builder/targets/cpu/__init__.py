@@ -7,18 +7,13 @@ from dataclasses import dataclass
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
-from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
-from slipstream.builder.graph.passes.convert_to_integers import ConvertToIntegers
-from slipstream.builder.graph.passes.dequantize_unheld import DequantizeUnheld
-from slipstream.builder.graph.passes.fit_groups import FitGroups
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
-from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
 from slipstream.builder.graph.passes.rewrite import Holds
-from slipstream.builder.graph.passes.round_activations import RoundActivations
+from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -93,37 +88,27 @@ class CPUTarget:
         return "float32" if dense else "float16"
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
-        """Quantize, bring what came quantized into the kernels' forms, fuse, then lower what is
-        left to ONNX Runtime's operators."""
-        quantize: list[Pass] = []
-        if options.bits is not None:
-            group = options.group_size or self.group_size
-            quantize = [QuantizeWeights(options.bits, group, options.symmetric)]
+        """Prepare the weights, fuse, then lower what is left to ONNX Runtime's operators."""
         linears: tuple[Pass, ...] = (lower_matmul_nbits,)
-        kernels: tuple[Holds, ...] = (can_lower,)
+        holds: tuple[Holds, ...] = (can_lower,)
         if options.gemm_plugin == "auto":
             linears = (*_FUSE_INTO_LINEAR, pack_linear, lower_matmul_nbits)
-            kernels = (can_pack, can_lower)
+            holds = (can_pack, can_lower)
+        kernels = Kernels(
+            holds=holds,
+            group_size=self.group_size,
+            integers=("float8_e4m3", "float4_e2m1", "codebook"),
+            rounds=_never,
+            rounding=_ACTIVATIONS,
+            dtype="float32",
+            fold_norms=True,
+        )
         return (
-            ApplyInputTransforms(fold_norms=True),
-            *quantize,
-            *_fit(FitGroups(kernels)),
+            *preparation(self.name, kernels, options),
             fuse_parallel_linears,
             *linears,
             *_LOWER,
         )
-
-
-def _fit(groups: FitGroups) -> tuple[Pass, ...]:
-    def fits(fmt: WeightFormat) -> bool:
-        return groups.fitting(fmt) is not None
-
-    return (
-        ConvertToIntegers(("float8_e4m3", "float4_e2m1", "codebook"), fits),
-        RoundActivations(_never, _ACTIVATIONS),
-        groups,
-        DequantizeUnheld(fits, "cpu", "float32"),
-    )
 
 
 def _never(fmt: WeightFormat) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from slipstream.builder.graph.passes.matrices import weight_index
 from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
-from slipstream.plugins.linear import ZERO_KINDS
+from slipstream.plugins.linear import ACTIVATIONS, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size, scale_bytes
 from slipstream.weights.tensor import LazyTensor, WeightFormat
 
@@ -32,6 +33,8 @@ def _pack(program: Program, node: ir.Node) -> bool:
     node.replace_input_with(1, stored_blob(program, tensor, gated=gated))
     for name, value in format_attributes(tensor.format).items():
         node.attributes[name] = ir.AttrInt64(name, value)
+    if weight_index(node, "product") is not None:
+        node.attributes["activation"] = ir.AttrInt64("activation", ACTIVATIONS["block"])
     return True
 
 

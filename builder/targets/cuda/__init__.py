@@ -8,19 +8,13 @@ from functools import partial
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
-from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
-from slipstream.builder.graph.passes.convert_to_integers import ConvertToIntegers
-from slipstream.builder.graph.passes.dequantize_unheld import DequantizeUnheld
-from slipstream.builder.graph.passes.fit_groups import FitGroups
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
-from slipstream.builder.graph.passes.quantize_fp8 import quantize_fp8_weights
-from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
-from slipstream.builder.graph.passes.round_activations import RoundActivations
+from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -83,21 +77,18 @@ class CUDATarget:
         return "sm_89" if fp8 else "sm_80"
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
-        """Quantize, fuse into five kernels a layer, pack."""
+        """Prepare the weights, fuse into five kernels a layer, pack."""
         dtype = self.dtype(options)
-        quantize: list[Pass] = []
-        if options.quantization == "fp8":
-            quantize = [quantize_fp8_weights]
-        elif options.bits is not None:
-            group = options.group_size or self.group_size
-            quantize = [QuantizeWeights(options.bits, group, options.symmetric)]
+        kernels = Kernels(
+            holds=(can_pack,),
+            group_size=self.group_size,
+            integers=("float4_e2m1",),
+            rounds=_rounds,
+            rounding="not rounded",
+            dtype=dtype,
+        )
         return (
-            ApplyInputTransforms(),
-            *quantize,
-            ConvertToIntegers(("float4_e2m1",), can_pack),
-            RoundActivations(_rounds, "not rounded"),
-            FitGroups((can_pack,)),
-            DequantizeUnheld(can_pack, self.name, dtype),
+            *preparation(self.name, kernels, options),
             fuse_parallel_linears,
             partial(fuse_gate, holds=_any),
             partial(fuse_residual, holds=_any),

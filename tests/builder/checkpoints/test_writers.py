@@ -15,11 +15,11 @@ from tests.tiny_models import LLAMA, llama_tensors, save_llama
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import linears
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.builder.checkpoints.writing import create_layout
 from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
-from slipstream.builder.checkpoints.writing.model_config import describe
-from slipstream.builder.checkpoints.writing.packing import pack_words
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.huggingface_config import describe
 from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
 from slipstream.weights.safetensors import (

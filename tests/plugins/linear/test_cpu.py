@@ -54,7 +54,7 @@ def test_matches_reference(isa: str, bits: int, zero: ZeroKind, dtype: str) -> N
             blob = pack(weight)
             packed = native.packed_weight(blob, weight.format)
             x = normal(max(BATCHES), k)
-            want = reference.linear(x, weight)
+            want = reference.linear(x, weight, activation="block")
             for rows in BATCHES:
                 got = native.linear(x[:rows], packed, isa)
                 assert_close(got, want[:rows])
@@ -77,7 +77,9 @@ def test_prologue_and_epilogues(isa: str, names: str, gated: bool) -> None:
                 options["norm_weight"], options["norm_eps"] = normal(k, seed=3), 1e-5
             x = 3 * normal(rows, k)
             got = native.linear(x, packed, isa, **options)
-            assert_close(got, reference.linear(x, weight, gated=gated, **options))
+            assert_close(
+                got, reference.linear(x, weight, gated=gated, activation="block", **options)
+            )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,9 @@ def test_not_a_number_reaches_its_own_token_only(isa: str) -> None:
     assert np.isnan(got[[1, 3, 6, 7, 8]]).all()
     np.testing.assert_array_equal(got[[0, 2, 5]], clean[[0, 2, 5]])
     assert np.isfinite(got[4]).all()
-    np.testing.assert_array_equal(np.isnan(reference.linear(x, weight)), np.isnan(got))
+    np.testing.assert_array_equal(
+        np.isnan(reference.linear(x, weight, activation="block")), np.isnan(got)
+    )
 
 
 def test_tiny_and_huge_values_stay_finite(isa: str) -> None:
@@ -161,7 +165,9 @@ def test_tiny_and_huge_values_stay_finite(isa: str) -> None:
         x = normal(4, 64) * np.float32(size)
         got = native.linear(x, native.packed_weight(blob, weight.format), isa)
         assert np.isfinite(got).all()
-        np.testing.assert_allclose(got, reference.linear(x, weight), rtol=1e-3, atol=32 * size)
+        np.testing.assert_allclose(
+            got, reference.linear(x, weight, activation="block"), rtol=1e-3, atol=32 * size
+        )
 
 
 def test_residual_may_be_the_output(isa: str) -> None:
@@ -198,7 +204,7 @@ def test_zero_points_may_lie_beyond_the_codes(isa: str) -> None:
     packed = native.packed_weight(blob := pack(weight), weight.format)
     assert blob.size
     x = normal(5, 96)
-    assert_close(native.linear(x, packed, isa), reference.linear(x, weight))
+    assert_close(native.linear(x, packed, isa), reference.linear(x, weight, activation="block"))
 
 
 def test_subnormal_and_signed_half_scales(isa: str) -> None:

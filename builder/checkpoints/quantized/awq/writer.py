@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.builder.checkpoints.writing.base import (
     Encoded,
     Settings,
@@ -21,7 +22,6 @@ from slipstream.builder.checkpoints.writing.base import (
     exact_cast,
     left_alone,
 )
-from slipstream.builder.checkpoints.writing.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 
 _NAME = "awq"

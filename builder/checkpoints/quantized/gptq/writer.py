@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.builder.checkpoints.writing.base import (
     HEAD,
     Encoded,
@@ -23,7 +24,6 @@ from slipstream.builder.checkpoints.writing.base import (
     cannot_store,
     exact_cast,
 )
-from slipstream.builder.checkpoints.writing.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 
 _NAME = "gptq"

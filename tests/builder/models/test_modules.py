@@ -1,0 +1,167 @@
+"""Tables of modules against the models of transformers, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.integration.test_architectures import CONFIGS
+from tests.tiny_models import LLAMA
+from transformers import AutoModelForCausalLM
+
+from slipstream.builder.models import ARCHITECTURES, architectures, load_architecture
+from slipstream.builder.models.architecture import Architecture, differing, stacked
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.decoder import DECODER
+from slipstream.builder.models.module import LAYER, Extent, Module, hidden, inner, pattern
+
+CLASSES = {load_architecture(name).name: name for name in ARCHITECTURES}
+
+
+def configuration(**changes: Any) -> ModelConfig:  # noqa: ANN401 - keys of config.json
+    return ModelConfig.from_huggingface({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
+    theirs = CONFIGS[name]
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(theirs)  # type: ignore[no-untyped-call]
+    state = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    raw = {**theirs.to_dict(), "architectures": [CLASSES[theirs.model_type]]}
+    config = ModelConfig.from_huggingface(raw)
+    shapes = load_architecture(CLASSES[theirs.model_type]).shapes(config)
+    if config.tie_word_embeddings:
+        assert state.pop("lm_head.weight") == state["model.embed_tokens.weight"]
+    assert shapes == state
+    assert all(config.weight_shape(key) == shape for key, shape in shapes.items())
+
+
+def test_ranks_share_whole_heads() -> None:
+    config, llama = configuration(), load_architecture("LlamaForCausalLM")
+
+    def sharded(name: str) -> Any:  # noqa: ANN401 - an axis and its parts
+        module = llama.module(name)
+        assert module is not None
+        return module.sharded(config)
+
+    layer = "model.layers.1."
+    assert sharded(f"{layer}self_attn.q_proj") == (0, (Extent(4, 32),))
+    assert sharded(f"{layer}self_attn.v_proj") == (0, (Extent(2, 32),))
+    assert sharded(f"{layer}self_attn.o_proj") == (1, (Extent(4, 32),))
+    assert sharded(f"{layer}mlp.gate_proj") == (0, (Extent(256),))
+    assert sharded(f"{layer}mlp.down_proj") == (1, (Extent(256),))
+    assert sharded("model.embed_tokens") == sharded("lm_head") == (0, (Extent(320),))
+    assert sharded(f"{layer}input_layernorm") is sharded("model.norm") is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shards_of_an_mlp_add_up_to_it(ranks: int) -> None:
+    """Linear in x, so that it needs no activation: down(gate_up(x)) by the axes of the table."""
+    config = configuration()
+    modules = stacked(DECODER, "gate_up_proj", ("gate_proj", "up_proj"))
+    rows = {m.name.rpartition(".")[2]: m for m in modules}
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 128))
+    up, down = (rng.normal(size=rows[n].shape(config)) for n in ("gate_up_proj", "down_proj"))
+
+    def gated(y: Any) -> Any:  # noqa: ANN401 - an array
+        return y[:, : y.shape[1] // 2] * y[:, y.shape[1] // 2 :]
+
+    whole = gated(x @ up.T) @ down.T
+    total = sum(
+        gated(x @ shard(rows["gate_up_proj"], up, config, rank, ranks).T)
+        @ shard(rows["down_proj"], down, config, rank, ranks).T
+        for rank in range(ranks)
+    )
+    np.testing.assert_allclose(total, whole)
+
+
+def shard(module: Module, weight: Any, config: ModelConfig, rank: int, ranks: int) -> Any:  # noqa: ANN401
+    """A rank's part of a weight, by what the table says of it."""
+    sharded = module.sharded(config)
+    assert sharded is not None
+    axis, parts = sharded
+    chosen, start = [], 0
+    for part in parts:
+        own = part.units // ranks * part.size
+        chosen.append(np.arange(start + rank * own, start + (rank + 1) * own))
+        start += part.length
+    return np.take(weight, np.concatenate(chosen), axis)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_name_has_one_in_gguf_and_comes_back(name: str) -> None:
+    config = configuration(architectures=[name], attention_bias=True)
+    architecture = load_architecture(name)
+    names = {ours: architecture.to_gguf(ours) for ours in architecture.shapes(config)}
+    assert None not in names.values() and len(set(names.values())) == len(names)
+    assert all(architecture.from_gguf(theirs or "") == ours for ours, theirs in names.items())
+    assert architecture.from_gguf("blk.0.attn_sinks.weight") is None
+    assert architecture.from_gguf("blk.0.attn_q.scale") is None
+
+
+def test_llama_cpp_reorders_rows_of_llama_and_mistral_alone() -> None:
+    permuted = {
+        architecture.name: [m.gguf for m in architecture.modules if m.gguf_permuted]
+        for architecture in architectures()
+    }
+    both = ["blk.{i}.attn_q", "blk.{i}.attn_k"]
+    assert permuted == {"llama": both, "mistral": both, "qwen2": [], "qwen3": []}
+
+
+def test_who_has_a_bias_is_said_by_the_configuration() -> None:
+    config, llama = configuration(attention_bias=True), load_architecture("LlamaForCausalLM")
+    assert llama.has_bias(config, "model.layers.0.self_attn.o_proj")
+    assert not llama.has_bias(config, "model.layers.0.mlp.down_proj")
+    assert not llama.has_bias(config, "model.layers.0.nothing")
+    found = llama.with_biases(config, ["model.layers.0.self_attn.q_proj.bias"])
+    assert (found.attention_bias, found.o_bias, found.mlp_bias) == (True, False, False)
+
+
+def test_a_mixture_of_experts_finds_room_in_a_table() -> None:
+    """Dense first layers, then a router and experts, whose number only its file knows."""
+    config = configuration(num_hidden_layers=3)
+
+    def sparse(config: ModelConfig, layer: int) -> bool:
+        return layer >= 1
+
+    def experts(config: ModelConfig) -> Extent:
+        return Extent(4)
+
+    mlp = f"{LAYER}.mlp"
+    norm = f"{LAYER}.post_attention_layernorm"
+    router = Module(f"{mlp}.gate", "router", (experts,), hidden, present=sparse, reads=norm)
+    up = Module(
+        f"{mlp}.experts.{{e}}.up_proj",
+        "expert",
+        (inner,),
+        hidden,
+        present=sparse,
+        experts=experts,
+        reads=norm,
+        gguf="blk.{i}.ffn_up.{e}",
+    )
+    llama = load_architecture("LlamaForCausalLM")
+    mixed = Architecture(
+        "mixed", llama.decoder, (*llama.modules, router, up), llama.defaults, llama.read
+    )
+    shapes = mixed.shapes(config)
+    assert [name for name in shapes if "mlp.gate." in name] == [
+        f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)
+    ]
+    assert sum("experts" in name for name in shapes) == 2 * 4
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    assert shapes[name] == (256, 128) == mixed.shape(config, name)
+    assert mixed.to_gguf(name) == "blk.2.ffn_up.3.weight"
+    assert mixed.from_gguf("blk.2.ffn_up.3.weight") == name
+
+
+def test_a_difference_from_a_row_that_is_not_there_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match=r"no row is called .'qkv_proj'"):
+        differing(DECODER, qkv_proj={"bias": True})
+    with pytest.raises(AssertionError, match="not every row"):
+        stacked(DECODER, "qkv_proj", ("q_proj", "w_proj"))
+    assert pattern("a.{i}.b").fullmatch("a.x.b") is None
