@@ -66,7 +66,7 @@ RUNTIME = {
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
     "step_timeout": Option(
-        "For serve and chat: seconds after which a device that does not answer is given up."
+        "For servers and chat: seconds after which a device that does not answer is given up."
     ),
 }
 SAMPLING = {

@@ -52,6 +52,21 @@ class GatedDevice(Device):
         super().land(step)
 
 
+class HungGPU(Device):
+    """Waits for a kernel that runs for minutes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torch
+
+        self._cuda = torch.cuda
+        self._cuda.init()
+
+    def land(self, step: CountingStep) -> None:
+        self._cuda._sleep(10**12)  # type: ignore[no-untyped-call]
+        self._cuda.synchronize()
+
+
 class Clock:
     """Seconds that pass when a test says so."""
 

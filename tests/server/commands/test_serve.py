@@ -71,6 +71,10 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
         ("BrokenDevice", (), MAX_FAILURES, "the device failed 3 steps in a row"),
         # Its engine's thread never comes back.
         ("GatedDevice", ("--step-timeout", "0.2"), 1, "the device has not answered"),
+        pytest.param(
+            *("HungGPU", ("--step-timeout", "2"), 1, "the device has not answered"),
+            marks=pytest.mark.gpu,
+        ),
     ],
 )
 def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
