@@ -60,7 +60,7 @@ class HungGPU(Device):
         import torch
 
         self._cuda = torch.cuda
-        self._cuda.init()
+        self._cuda.init()  # type: ignore[no-untyped-call]
 
     def land(self, step: CountingStep) -> None:
         self._cuda._sleep(10**12)  # type: ignore[no-untyped-call]
