@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.quantized_files import (
+from tests.builder.checkpoints.quantized.files import (
     Pack,
     pack_awq,
     pack_gptq,

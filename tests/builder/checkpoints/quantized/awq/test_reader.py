@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.quantized_files import MODULE, Arrays, packed, read_arrays, read_linear, unpack_bits
+from tests.builder.checkpoints.quantized.files import (
+    MODULE,
+    Arrays,
+    packed,
+    read_arrays,
+    read_linear,
+    unpack_bits,
+)
 
 from slipstream.errors import CheckpointError
 from slipstream.weights.tensor import QuantTensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.quantized_files import (
+from tests.builder.checkpoints.quantized.files import (
     MODULE,
     Arrays,
     pack_gptq,

@@ -10,7 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.quantized_files import MODULE, Arrays, packed, read_arrays, read_linear
+from tests.builder.checkpoints.quantized.files import (
+    MODULE,
+    Arrays,
+    packed,
+    read_arrays,
+    read_linear,
+)
 
 from slipstream.errors import CheckpointError
 from slipstream.weights.tensor import QuantTensor

@@ -17,7 +17,7 @@ from slipstream.builder.checkpoints.quantized.modelopt import unpack_row_pairs
 from slipstream.errors import CheckpointError
 from slipstream.weights.tensor import WeightFormat
 
-FIXTURES = Path(__file__).parents[2] / "fixtures" / "modelopt"
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "modelopt"
 DOWN, O_PROJ = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
 SHAPE = (32, 96)
 # The format of down_proj, whether it has a pre-scale, and what is said when it is opened.

@@ -19,7 +19,7 @@ from slipstream.weights.safetensors import read_header
 
 Arrays = dict[str, NDArray[Any]]
 Pack = Callable[[str, NDArray[np.float32]], Arrays]
-FILES = Path(__file__).parent / "fixtures" / "quantized"
+FILES = Path(__file__).parents[3] / "fixtures" / "quantized"
 MODULE = "model.layers.0.mlp.down_proj"
 
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file, save_file
-from tests.compressed_models import Args, compressed, int_args, write_matrix
+from tests.builder.checkpoints.quantized.compressed_tensors.models import (
+    Args,
+    compressed,
+    int_args,
+    write_matrix,
+)
 from torch import Tensor
 
 from slipstream.builder.checkpoints import open_checkpoint

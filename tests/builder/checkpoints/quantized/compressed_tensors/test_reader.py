@@ -16,7 +16,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from safetensors.torch import load_file, save_file
-from tests.compressed_models import (
+from tests.builder.checkpoints.quantized.compressed_tensors.models import (
     MODULE,
     SHAPE,
     Args,
@@ -284,7 +284,7 @@ def _padded_words(codes: np.ndarray, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("name", ["int3_act_order", "int4_act_order"])
 def test_files_of_an_older_version_equal_what_it_decompressed(name: str) -> None:
     """Made by tests/fixtures/make_compressed_tensors.py."""
-    directory = Path(__file__).parents[2] / "fixtures" / "compressed_tensors" / name
+    directory = Path(__file__).parents[4] / "fixtures" / "compressed_tensors" / name
     tensor = open_checkpoint(directory).tensor(f"{MODULE}.weight").load()
     expected = load_file(directory / "expected.safetensors")[f"{MODULE}.weight"]
     np.testing.assert_array_equal(tensor.dequantize(), expected.numpy())
