@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.builder.checkpoints.gguf.test_reader import TinyModel, tiny
+from tests.builder.checkpoints.gguf.models import TinyModel, tiny
 from tests.builder.checkpoints.quantized.files import (
     pack_awq,
     pack_gptq,

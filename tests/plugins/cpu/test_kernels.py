@@ -1,15 +1,8 @@
-"""Operators as onnxruntime sees them: their specs, the generated header, and one-node sessions."""
+"""The CPU kernels in sessions of ONNX Runtime: their numbers, and what they refuse."""
 
 from __future__ import annotations
 
-import ctypes
-import inspect
-import shutil
-import subprocess
-from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,217 +15,14 @@ from tests.plugins.paged_attention.cpu.test_kernel import Case, copy
 from tests.programs import session
 
 from slipstream.builder.targets.cpu.packed import format_attributes
-from slipstream.plugins import arguments, cpu, native
-from slipstream.plugins.cpu.codegen import generate, generate_signatures
 from slipstream.plugins.linear import reference as linear_reference
 from slipstream.plugins.linear.cpu.packing import pack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.plugins.paged_attention import reference as attention_reference
-from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
 from slipstream.weights.tensor import QuantTensor, WeightFormat, ZeroKind
 
 Inputs = dict[str, NDArray[Any] | None]
-DTYPES = {"float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int32", "uint8"}
 NATIVE = ("Linear", "Embedding", "PagedAttention")
-
-
-def reference_of(spec: OperatorSpec) -> Callable[..., Any]:
-    module, _, name = spec.reference.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_specs_are_consistent(name: str) -> None:
-    spec = OPERATORS[name]
-    assert spec.name == name and spec.doc and spec.version >= 1
-    assert callable(reference_of(spec))
-    tensors = [*spec.inputs, *spec.outputs]
-    names = [tensor.name for tensor in tensors] + [a.name for a in spec.attributes]
-    assert len(set(names)) == len(names) and all(map(str.isidentifier, names))
-    assert all(tensor.doc for tensor in tensors) and all(a.doc for a in spec.attributes)
-    assert all(tensor.dtypes and {*tensor.dtypes} <= DTYPES for tensor in tensors)
-    assert not any(tensor.optional for tensor in spec.outputs)
-    for attribute in spec.attributes:
-        kinds = {"int": int, "float": float}
-        assert attribute.default is None or type(attribute.default) is kinds[attribute.type]
-
-
-@pytest.mark.parametrize("name", ["GatedActivation", "FusedAddRMSNorm"])
-def test_a_plain_reference_takes_what_the_spec_names(name: str) -> None:
-    spec = OPERATORS[name]
-    parameters = [*inspect.signature(reference_of(spec)).parameters]
-    assert parameters == [t.name for t in spec.inputs] + [a.name for a in spec.attributes]
-
-
-def test_the_attention_reference_takes_what_the_spec_names() -> None:
-    spec = OPERATORS["PagedAttention"]
-    taken = [field.name for field in fields(attention_reference.Inputs)]
-    assert set(taken) == {tensor.name for tensor in spec.inputs}
-    attributes = {field.name: field.default for field in fields(attention_reference.Attributes)}
-    assert list(attributes) == [attribute.name for attribute in spec.attributes]
-    for attribute in spec.attributes:
-        if attribute.default is not None:
-            assert attributes[attribute.name] == attribute.default
-
-
-SMALL = OperatorSpec(
-    name="SmallOp",
-    doc="An operator.",
-    inputs=(
-        TensorSpec("x", ("float32",), ("tokens", "2*width"), "activations"),
-        TensorSpec("pages", ("float32", "bfloat16", "int8"), (), "pages", written=True),
-        TensorSpec("bias", ("float32",), ("tokens+1",), "added", optional=True),
-    ),
-    outputs=(TensorSpec("y", ("int32",), ("tokens", "width//(1+layer)"), "the result"),),
-    attributes=(
-        AttributeSpec("width", "int", "columns"),
-        AttributeSpec("layer", "int", "which", 0),
-        AttributeSpec("eps", "float", "tiny", 1e-6),
-    ),
-    reference="nowhere:nothing",
-    checked=True,
-)
-
-
-def test_the_generated_arguments() -> None:
-    text = generate([SMALL])
-    assert "#define SLIPSTREAM_OPERATORS(X) X(SmallOp, small_op)\n" in text
-    struct = text[text.index("struct SmallOp") : text.index("}  // namespace")]
-    assert (
-        struct.strip()
-        == """struct SmallOpArgs {
-  const float* x;  // [tokens, 2*width]: activations
-  void* pages;  // any shape: pages
-  const float* bias;  // [tokens+1], or null: added
-  int32_t* y;  // [tokens, width//(1+layer)]: the result
-  ElementType pages_type;  // of pages
-  int64_t pages_size;  // elements of pages
-  int64_t tokens;  // axis 0 of x
-  int64_t width;  // columns
-  int64_t layer;  // which
-  float eps;  // tiny
-};
-
-// What is wrong with them, or null: the operator's own look at its arguments.
-const char* check(const SmallOpArgs&);"""
-    )
-
-
-def test_the_generated_signature() -> None:
-    text = generate_signatures([SMALL])
-    struct = text[text.index("struct SmallOp") : text.index("using Signatures")]
-    assert (
-        struct.strip()
-        == """struct SmallOpSignature {
-  using Args = SmallOpArgs;
-  static constexpr const char* name = "SmallOp";
-  static constexpr TensorDeclaration inputs[] = {
-    {ElementType::float32, Characteristic::required},
-    {ElementType::undefined, Characteristic::required},
-    {ElementType::float32, Characteristic::optional},
-  };
-  static constexpr TensorDeclaration outputs[] = {
-    {ElementType::int32, Characteristic::required},
-  };
-  static auto kernel(const Kernels& kernels) { return kernels.small_op; }
-
-  static void attributes([[maybe_unused]] const Node& node, [[maybe_unused]] Args& args) {
-    args.width = node.int_attribute("width");
-    args.layer = node.int_attribute("layer", 0);
-    args.eps = node.float_attribute("eps", 1e-06);
-  }
-
-  static void fill(const Call& call, Args& args) {
-    const Tensor x = call.required(0, "x", 2);
-    args.x = x.as<const float>();
-    const Tensor pages = call.required(1, "pages", 0);
-    args.pages = pages.as<void>();
-    call.expect_type(pages, "pages", {ElementType::float32, ElementType::int8}, "float32 or int8");
-    args.pages_type = pages.type;
-    args.pages_size = pages.elements();
-    const Tensor bias = call.optional(2, "bias", 1);
-    args.bias = bias.as<const float>();
-    args.tokens = x.shape[0];
-    call.expect_shape(x, "x", {args.tokens, (2 * args.width)}, "[tokens, 2*width]");
-    call.expect_shape(bias, "bias", {(args.tokens + 1)}, "[tokens+1]");
-  }
-
-  // Whether there is anything to compute.
-  static bool make_outputs(const Call& call, Args& args) {
-    bool any = false;
-    args.y = call.output<int32_t>(0, {args.tokens, divide(args.width, (1 + args.layer))}, any);
-    return any;
-  }
-};"""
-    )
-
-
-def test_ctypes_and_the_compiler_lay_the_arguments_out_alike(tmp_path: Path) -> None:
-    """Every member of every operator at the same place."""
-    specs = [spec for spec in OPERATORS.values() if spec.native]
-    checks = ["#include <cstddef>", '#include "operators.h"', "using namespace slipstream;"]
-    for spec in specs:
-        mirror = native.arguments_type(spec)
-        checks.append(f"static_assert(sizeof({spec.name}Args) == {ctypes.sizeof(mirror)});")
-        for field in arguments.fields(spec):
-            offset = getattr(mirror, field.name).offset
-            checks.append(f"static_assert(offsetof({spec.name}Args, {field.name}) == {offset});")
-    compile_header(tmp_path, specs, checks)
-
-
-def test_the_generated_headers_compile(tmp_path: Path) -> None:
-    compile_header(tmp_path, [SMALL], ['#include "signatures.h"'])
-
-
-def compile_header(folder: Path, specs: list[OperatorSpec], lines: list[str]) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    (folder / "operators.h").write_text(generate(specs))
-    (folder / "signatures.h").write_text(generate_signatures(specs))
-    (folder / "check.cpp").write_text("\n".join(lines))
-    plugins = Path(cpu.__path__[0]).parent
-    command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
-    command += [f"-I{folder}", f"-I{plugins}", str(folder / "check.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_size_that_nothing_gives_is_a_defect_of_the_spec() -> None:
-    inputs = (TensorSpec("x", ("float32",), ("2*width",), "x"),)
-    spec = replace(SMALL, inputs=inputs, outputs=(), attributes=())
-    with pytest.raises(ValueError, match=r"SmallOp: width, in the shape of x, is neither"):
-        generate([spec])
-
-
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("Linear", "linear"), ("FusedAddRMSNorm", "fused_add_rms_norm"), ("SoftCap", "soft_cap")],
-)
-def test_kernels_are_named_in_snake_case(name: str, function: str) -> None:
-    assert replace(SMALL, name=name).function == function
-
-
-@pytest.mark.parametrize(
-    ("attributes", "message"),
-    [
-        ({"width": 4, "eps": "1"}, "attribute eps is '1', which is not a float"),
-        ({"width": 4.0}, "attribute width is 4.0, which is not an int"),
-        ({"width": True}, "attribute width is True, which is not an int"),
-        ({}, r"SmallOp needs attributes \['width'\]"),
-        ({"width": 1, "depth": 2}, r"SmallOp has no attributes \['depth'\]"),
-    ],
-)
-def test_attributes_of_another_type_are_refused(
-    attributes: dict[str, object], message: str
-) -> None:
-    with pytest.raises(TypeError, match=message):
-        SMALL.typed(attributes)
-
-
-def test_an_integer_is_a_float() -> None:
-    typed = SMALL.typed({"width": np.int64(4), "eps": 1})
-    assert typed == {"width": 4, "eps": 1.0} and type(typed["eps"]) is float
 
 
 def run(op_type: str, inputs: Inputs, **attributes: float) -> NDArray[np.float32]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,153 +13,21 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
+from tests.builder.checkpoints.gguf.models import (
+    FEED_FORWARD,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    QUANTIZABLE,
+    VOCABULARY,
+    TinyModel,
+    random_blocks,
+    tiny,
+    with_head_dim,
+)
 
 from slipstream.builder.checkpoints import open_checkpoint
-from slipstream.builder.checkpoints.gguf import blocks as gguf_blocks
-from slipstream.builder.checkpoints.gguf.blocks import decode
-from slipstream.builder.models.config import RopeScaling
 from slipstream.errors import CheckpointError
-
-HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY = 64, 4, 2, 96, 40
-
-
-@dataclass
-class TinyModel:
-    """What goes into a GGUF file; tensors are by GGUF name, in the order of their rows."""
-
-    architecture: str = "llama"
-    metadata: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
-    kinds: dict[str, Type] = field(default_factory=dict)
-
-    def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, self.architecture)
-        for key, value in self.metadata.items():
-            common = key.startswith(("tokenizer.", "split."))
-            add(writer, key if common else f"{self.architecture}.{key}", value)
-        for name, values in self.tensors.items():
-            kind = self.kinds.get(name, Type.F32)
-            stored = values if kind not in QUANTIZABLE else gguf.quants.quantize(values, kind)
-            writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-
-QUANTIZABLE = (Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_1, Type.Q8_0)
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:  # noqa: ANN401
-    adders: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    adders[type(value)](key, value)
-
-
-def tiny(architecture: str = "llama", *, tied: bool = True) -> TinyModel:
-    """A random model of one layer."""
-    rng = np.random.default_rng(0)
-    head_dim = HIDDEN // HEADS
-    shapes = {
-        "token_embd.weight": (VOCABULARY, HIDDEN),
-        "output_norm.weight": (HIDDEN,),
-        "blk.0.attn_norm.weight": (HIDDEN,),
-        "blk.0.ffn_norm.weight": (HIDDEN,),
-        "blk.0.attn_q.weight": (HIDDEN, HIDDEN),
-        "blk.0.attn_k.weight": (KV_HEADS * head_dim, HIDDEN),
-        "blk.0.attn_v.weight": (KV_HEADS * head_dim, HIDDEN),
-        "blk.0.attn_output.weight": (HIDDEN, HIDDEN),
-        "blk.0.ffn_gate.weight": (FEED_FORWARD, HIDDEN),
-        "blk.0.ffn_up.weight": (FEED_FORWARD, HIDDEN),
-        "blk.0.ffn_down.weight": (HIDDEN, FEED_FORWARD),
-    }
-    if not tied:
-        shapes["output.weight"] = (VOCABULARY, HIDDEN)
-    if architecture == "qwen2":
-        shapes |= {f"blk.0.attn_{x}.bias": shapes[f"blk.0.attn_{x}.weight"][:1] for x in "qkv"}
-    if architecture == "qwen3":
-        shapes |= {f"blk.0.attn_{x}_norm.weight": (head_dim,) for x in "qk"}
-    metadata = {
-        "block_count": 1,
-        "context_length": 256,
-        "embedding_length": HIDDEN,
-        "feed_forward_length": FEED_FORWARD,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": KV_HEADS,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 5000.0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    tensors = {
-        name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
-    }
-    return TinyModel(architecture, metadata, tensors)
-
-
-def random_blocks(kind: Type, rows: int, columns: int) -> NDArray[np.uint8]:
-    """Random blocks of any type, their float16 scales (wherever they are) finite."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    data = np.random.default_rng(3).integers(0, 256, (rows, columns // block * size), np.uint8)
-    return np.where(data & 0x7C == 0x7C, data & 0xBF, data)
-
-
-@pytest.mark.parametrize(
-    ("kind", "bits", "group", "zero", "dtype"),
-    [
-        (Type.Q4_0, 4, 32, "midpoint", np.float16),
-        (Type.Q4_1, 4, 32, "offset", np.float16),
-        (Type.Q5_0, 8, 32, "midpoint", np.float16),
-        (Type.Q5_1, 8, 32, "offset", np.float16),
-        (Type.Q8_0, 8, 32, "midpoint", np.float16),
-        (Type.Q2_K, 4, 16, "offset", np.float32),
-        (Type.Q3_K, 4, 16, "midpoint", np.float32),
-        (Type.Q4_K, 4, 32, "offset", np.float32),
-        (Type.Q5_K, 8, 32, "offset", np.float32),
-        (Type.Q6_K, 8, 16, "midpoint", np.float32),
-        (Type.IQ4_NL, 8, 32, "midpoint", np.float16),
-        (Type.IQ4_XS, 8, 32, "midpoint", np.float32),
-        (Type.MXFP4, 8, 32, "midpoint", np.float32),
-    ],
-)
-@pytest.mark.parametrize("chunk", [1 << 22, 700])
-def test_blocks_stay_quantized_and_decode_like_the_reference(
-    kind: Type,
-    bits: int,
-    group: int,
-    zero: str,
-    dtype: type[np.generic],
-    chunk: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(gguf_blocks, "_CHUNK", chunk)
-    data = random_blocks(kind, 47, 768)
-
-    tensor = decode("w", kind, (47, 768), data.reshape(-1))
-
-    form = tensor.format
-    assert (form.kind, form.bits, form.group, form.zero) == ("int", bits, group, zero)
-    assert form == gguf_blocks.weight_format("w", kind, (47, 768))
-    assert tensor.scale is not None and tensor.scale.shape == (47, 768 // group)
-    assert tensor.scale.dtype == np.dtype(form.dtype) == dtype
-    assert tensor.codes.shape == (47, 768 * bits // 8)
-    np.testing.assert_array_equal(tensor.dequantize(), gguf.quants.dequantize(data, kind))
-
-
-@pytest.mark.parametrize("kind", [Type.TQ1_0, Type.IQ2_XXS, Type.IQ3_S, Type.IQ1_M])
-def test_other_blocks_become_float32_of_the_same_numbers(kind: Type) -> None:
-    data = random_blocks(kind, 4, 512)
-
-    tensor = decode("w", kind, (4, 512), data.reshape(-1))
-
-    assert (tensor.format.kind, tensor.format.dtype) == ("dense", "float32")
-    np.testing.assert_array_equal(tensor.dequantize(), gguf.quants.dequantize(data, kind))
 
 
 @pytest.mark.parametrize("kind", QUANTIZABLE)
@@ -261,98 +127,6 @@ def test_transformers_reads_the_same_model(tmp_path: Path, architecture: str, ti
     assert config.head_dim == theirs.model.layers[0].self_attn.head_dim
     assert config.rope_theta == theirs.config.rope_parameters["rope_theta"]
     assert config.eos_token_ids == (theirs.config.eos_token_id,)
-
-
-def with_head_dim(model: TinyModel, head_dim: int) -> TinyModel:
-    """The same model with other sizes of q, k, v and o."""
-    rng = np.random.default_rng(1)
-    sizes = {"q": HEADS * head_dim, "k": KV_HEADS * head_dim, "v": KV_HEADS * head_dim}
-    new: dict[str, tuple[int, ...]] = {}
-    new |= {f"blk.0.attn_{x}.weight": (size, HIDDEN) for x, size in sizes.items()}
-    new |= {f"blk.0.attn_{x}_norm.weight": (head_dim,) for x in "qk"}
-    new |= {"blk.0.attn_output.weight": (HIDDEN, HEADS * head_dim)}
-    model.tensors |= {n: rng.standard_normal(s).astype(np.float32) for n, s in new.items()}
-    model.metadata |= {"rope.dimension_count": head_dim, "attention.key_length": head_dim}
-    return model
-
-
-def config_of(tmp_path: Path, model: TinyModel) -> Any:  # noqa: ANN401
-    return open_checkpoint(model.write(tmp_path / "m.gguf")).config
-
-
-def test_hyper_parameters_come_from_the_metadata(tmp_path: Path) -> None:
-    model = tiny()
-    model.metadata |= {"rope.dimension_count": 8, "tokenizer.ggml.eot_token_id": 7}
-
-    config = config_of(tmp_path, model)
-
-    assert (config.architecture, config.vocab_size) == ("llama", VOCABULARY)
-    assert (config.hidden_size, config.intermediate_size) == (HIDDEN, FEED_FORWARD)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (1, HEADS, KV_HEADS)
-    assert (config.head_dim, config.rotary_dim) == (16, 8)
-    assert (config.max_position_embeddings, config.rope_theta) == (256, 5000.0)
-    assert config.rms_norm_eps == pytest.approx(1e-5)
-    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 7))
-    assert config.rope_scaling == RopeScaling()
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        ({"type": "none"}, RopeScaling()),
-        ({"type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
-        ({"type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 256)),
-        (
-            {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 8.0},
-            RopeScaling("yarn", 4.0, 64, beta_fast=8.0),
-        ),
-    ],
-)
-def test_rope_scaling(tmp_path: Path, metadata: dict[str, Any], expected: RopeScaling) -> None:
-    model = tiny()
-    model.metadata |= {f"rope.scaling.{key}": value for key, value in metadata.items()}
-
-    assert config_of(tmp_path, model).rope_scaling == expected
-
-
-def llama3_factors(factor: float, theta: float, dim: int) -> NDArray[np.float32]:
-    """The divisors of Llama 3.1's frequencies, one by one as its paper's code gives them."""
-    result = []
-    for i in range(0, dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / dim)
-        smooth = (8192 / wavelength - 1) / (4 - 1)
-        if wavelength < 8192 / 4:
-            result.append(1.0)
-        elif wavelength > 8192:
-            result.append(factor)
-        else:
-            result.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(result, np.float32)
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_the_frequency_factors_of_llama_3_are_recognised(tmp_path: Path, factor: float) -> None:
-    model = tiny()
-    model.metadata["rope.freq_base"] = 500000.0
-    factors = llama3_factors(factor, 500000.0, 16)
-    model.tensors["rope_freqs.weight"] = factors
-
-    expected = RopeScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    assert config_of(tmp_path, model).rope_scaling == expected
-    assert "rope_freqs.weight" not in open_checkpoint(tmp_path / "m.gguf").names()
-
-    model.tensors["rope_freqs.weight"] = factors[::-1]
-    with pytest.raises(CheckpointError, match="not the frequency scaling of a Llama 3 model"):
-        config_of(tmp_path, model)
-
-
-def test_a_llama_with_a_window_is_a_mistral(tmp_path: Path) -> None:
-    model = tiny()
-    model.metadata["attention.sliding_window"] = 128
-
-    config = config_of(tmp_path, model)
-
-    assert (config.architecture, config.window(0)) == ("mistral", 128)
 
 
 def test_types_that_become_float32_are_logged(

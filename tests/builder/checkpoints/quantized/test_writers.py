@@ -11,21 +11,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from tests.tiny_models import LLAMA, llama_tensors, save_llama
+from tests.tiny_models import llama_tensors, save_llama
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.builder.checkpoints.writing import create_layout
 from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
-from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.huggingface_config import describe
 from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
 from slipstream.weights.safetensors import (
-    TensorSpec,
     write_arrays,
-    write_safetensors,
 )
 from slipstream.weights.tensor import (
     InputTransform,
@@ -160,22 +156,6 @@ def test_the_container_is_the_one_of_safetensors(source: Checkpoint, tmp_path: P
             assert index["weight_map"].pop(name) == shard
             size += array.nbytes
     assert index == {"metadata": {"total_size": size}, "weight_map": {}}
-
-
-def test_arrays_are_asked_for_one_by_one_and_must_fit_the_header(tmp_path: Path) -> None:
-    made: list[int] = []
-
-    def arrays() -> Any:  # noqa: ANN401 - a generator
-        for size in (3, 5):
-            made.append(size)
-            yield np.arange(size, dtype=np.int32)
-
-    specs = [TensorSpec(f"a{size}", np.dtype(np.int32), (size,)) for size in (3, 5)]
-    write_safetensors(tmp_path / "x", specs, arrays())
-    assert made == [3, 5]
-    assert load_file(tmp_path / "x")["a5"].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(AssertionError):
-        write_safetensors(tmp_path / "y", specs[::-1], arrays())
 
 
 def test_gptq_agrees_with_a_packer_that_goes_bit_by_bit(source: Checkpoint, tmp_path: Path) -> None:
@@ -371,34 +351,3 @@ def test_transformers_loads_it_with_the_same_logits(
         found, wanted = loaded(tokens).logits.float(), expected(tokens).logits.float()
     assert loaded.dtype == torch.bfloat16
     assert (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
-        {
-            "rope_parameters": {
-                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-            },
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}},
-        {"architectures": ["MistralForCausalLM"], "sliding_window": 64, "head_dim": 32},
-        {"architectures": ["MistralForCausalLM"], "sliding_window": None},
-        {"architectures": ["Qwen2ForCausalLM"], "eos_token_id": [1, 2], "bos_token_id": 0},
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "use_sliding_window": True,
-            "sliding_window": 32,
-            "max_window_layers": 1,
-            "tie_word_embeddings": True,
-        },
-    ],
-)  # fmt: skip
-def test_a_config_made_of_a_model_configuration_says_the_same(raw: Changes) -> None:
-    config = ModelConfig.from_huggingface({**LLAMA, "model_type": None, **raw})
-    assert ModelConfig.from_huggingface(describe(config)) == config

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from tests.builder.checkpoints.gguf.test_reader import TinyModel, tiny
+from tests.builder.checkpoints.gguf.models import TinyModel, tiny
 from tests.integration.test_architectures import run_in_chunks
 from tests.tiny_models import LLAMA, Arrays, llama_tensors, save_llama
 
