@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import cast
 
-from slipstream.builder.checkpoints.writing.base import Layout, cannot_store
+from slipstream.builder.checkpoints.quantized.layout import Layout, cannot_store
 from slipstream.builder.options import OutputFormat
 from slipstream.weights.tensor import InputTransform, WeightFormat
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.base import Checkpoint, write_json
 from slipstream.builder.checkpoints.names import linears
-from slipstream.builder.checkpoints.writing.base import Layout, Settings
+from slipstream.builder.checkpoints.quantized.layout import Layout, Settings
 from slipstream.builder.checkpoints.writing.model_config import source_config
 from slipstream.weights.safetensors import (
     TensorSpec,

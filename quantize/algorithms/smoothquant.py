@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.quantize.activations import round_int8
-from slipstream.quantize.awq import Scaling
+from slipstream.quantize.algorithms.awq import Scaling
 from slipstream.quantize.statistics import Inputs
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)

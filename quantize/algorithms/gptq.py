@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream.quantize.grid import Grid, usable
+from slipstream.quantize.algorithms.grid import Grid, usable
 
 DAMPINGS = (0.01, 0.1, 1.0)
 _BLOCK = 64  # columns whose errors are handed on at once

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream.quantize.gptq import Compensation
-from slipstream.quantize.grid import range_grid, weight_range
+from slipstream.quantize.algorithms.gptq import Compensation
+from slipstream.quantize.algorithms.grid import range_grid, weight_range
 from slipstream.quantize.options import Scheme
 
 _ALPHAS = tuple(i / 10 for i in range(11))

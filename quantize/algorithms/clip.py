@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream.quantize.grid import Grid, range_grid, weight_range
+from slipstream.quantize.algorithms.grid import Grid, range_grid, weight_range
 from slipstream.quantize.options import Scheme
 
 # Fractions of both ends that are tried first, then steps of each end by itself, twice.

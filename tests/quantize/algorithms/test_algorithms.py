@@ -11,12 +11,12 @@ from torch import Tensor
 
 from slipstream.errors import CheckpointError
 from slipstream.quantize.activations import round_int8
-from slipstream.quantize.awq import Weighted, conditional_importance, search_scales
-from slipstream.quantize.clip import search_range
-from slipstream.quantize.gptq import compensated_codes, compensation
-from slipstream.quantize.grid import Grid, quantized, range_grid, weight_range
+from slipstream.quantize.algorithms.awq import Weighted, conditional_importance, search_scales
+from slipstream.quantize.algorithms.clip import search_range
+from slipstream.quantize.algorithms.gptq import compensated_codes, compensation
+from slipstream.quantize.algorithms.grid import Grid, quantized, range_grid, weight_range
+from slipstream.quantize.algorithms.smoothquant import smoothing_scales
 from slipstream.quantize.options import SCHEMES, Scheme
-from slipstream.quantize.smoothquant import smoothing_scales
 from slipstream.quantize.statistics import Collector, Inputs
 
 N, K, TOKENS = 48, 128, 1024

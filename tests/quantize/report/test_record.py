@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slipstream.quantize import report as module
 from slipstream.quantize.evaluate import accuracy
 from slipstream.quantize.options import parse_override
-from slipstream.quantize.report import LinearRow, Report, peak_memory, versions
+from slipstream.quantize.report import record as module
+from slipstream.quantize.report.record import LinearRow, Report, peak_memory, versions
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -141,11 +141,11 @@ def test_without_matplotlib_a_line_says_so(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)
-    monkeypatch.delitem(sys.modules, "slipstream.quantize.report_plots", raising=False)
+    monkeypatch.delitem(sys.modules, "slipstream.quantize.report.plots", raising=False)
     paths = report.write(tmp_path)
     assert [path.suffix for path in paths] == [".json", ".md"]
     assert "No plots: matplotlib is not installed" in paths[1].read_text()
-    assert "slipstream.quantize.report_plots" not in sys.modules
+    assert "slipstream.quantize.report.plots" not in sys.modules
 
 
 def test_numbers_that_json_lacks(report: Report, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from slipstream.quantize.evaluate import Accuracy
 
 if TYPE_CHECKING:
-    from slipstream.quantize.report import LinearRow, Report
+    from slipstream.quantize.report.record import LinearRow, Report
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

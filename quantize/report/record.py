@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from slipstream.quantize import report_markdown
 from slipstream.quantize.evaluate import Accuracy
+from slipstream.quantize.report import markdown
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +171,9 @@ class Report:
         else:
             paths.append(directory / f"{STEM}.png")
             # Loaded by name: plots are an extra, and importing matplotlib takes a second.
-            import_module("slipstream.quantize.report_plots").draw(self, paths[-1])
+            import_module("slipstream.quantize.report.plots").draw(self, paths[-1])
             plots = f"![Error and bits by layer, perplexity]({STEM}.png)"
-        paths[1].write_text(report_markdown.render(self, plots), encoding="utf-8")
+        paths[1].write_text(markdown.render(self, plots), encoding="utf-8")
         return paths
 
 

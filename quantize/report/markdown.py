@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slipstream.quantize.report import LinearRow, Report
+    from slipstream.quantize.report.record import LinearRow, Report
 
 _COLUMNS = (
     *("linear", "scheme", "group", "bits", "bytes", "weight error", "output error"),
