@@ -1,4 +1,4 @@
-"""A checkpoint directory, written a shard at a time."""
+"""A checkpoint directory, written a shard at a time: config.json, safetensors, their index."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.base import Checkpoint, write_json
+from slipstream.builder.checkpoints.base import Checkpoint, read_json, write_json
 from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.quantized.layout import Layout, Settings
-from slipstream.builder.checkpoints.writing.model_config import source_config
+from slipstream.builder.models.huggingface_config import describe
 from slipstream.weights.safetensors import (
     TensorSpec,
     read_header,
@@ -25,6 +25,8 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 EMBEDDING = "model.embed_tokens.weight"
+# Keys of the source's config.json that are said anew.
+_REPLACED = ("quantization_config", "compression_config", "torch_dtype", "dtype")
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -88,7 +90,7 @@ class DirectoryWriter:
         """Writes the index and config.json for the shards that are there."""
         embedding = checkpoint.tensor(EMBEDDING).format
         dtype = embedding.dtype if embedding.kind == "dense" else "float16"
-        config = source_config(checkpoint, dtype)
+        config = _source_config(checkpoint, dtype)
         if self.modules:
             dense = [module for module in linears(self._shapes) if module not in self.modules]
             config["quantization_config"] = self.layout.config(self.modules, dense, kv_scales)
@@ -113,3 +115,14 @@ def kv_arrays(scales: tuple[float, float], layer: int) -> Arrays:
         f"{prefix}.k_scale": np.array([k], np.float32),
         f"{prefix}.v_scale": np.array([v], np.float32),
     }
+
+
+def _source_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """A config.json without quantization: the source's own, or one made of what a GGUF file says.
+
+    ``dtype`` is that of the dense weights.
+    """
+    path = checkpoint.path / "config.json"
+    config = read_json(path) if path.is_file() else describe(checkpoint.config)
+    config = {key: value for key, value in config.items() if key not in _REPLACED}
+    return {**config, "dtype": dtype}

@@ -16,8 +16,8 @@ from tests.tiny_models import llama_tensors, save_llama
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.names import linears
+from slipstream.builder.checkpoints.quantized import create_layout
 from slipstream.builder.checkpoints.quantized.packing import pack_words
-from slipstream.builder.checkpoints.writing import create_layout
 from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
 from slipstream.weights.safetensors import (
