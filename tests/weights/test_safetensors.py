@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from slipstream.weights.safetensors import (
-    TensorSpec,
+    ArraySpec,
     write_safetensors,
 )
 
@@ -23,7 +23,7 @@ def test_arrays_are_asked_for_one_by_one_and_must_fit_the_header(tmp_path: Path)
             made.append(size)
             yield np.arange(size, dtype=np.int32)
 
-    specs = [TensorSpec(f"a{size}", np.dtype(np.int32), (size,)) for size in (3, 5)]
+    specs = [ArraySpec(f"a{size}", np.dtype(np.int32), (size,)) for size in (3, 5)]
     write_safetensors(tmp_path / "x", specs, arrays())
     assert made == [3, 5]
     assert load_file(tmp_path / "x")["a5"].tolist() == [0, 1, 2, 3, 4]

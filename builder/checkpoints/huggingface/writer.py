@@ -15,7 +15,7 @@ from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.quantized.layout import Layout, Settings
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.weights.safetensors import (
-    TensorSpec,
+    ArraySpec,
     read_header,
     write_arrays,
     write_safetensors,
@@ -74,7 +74,7 @@ class DirectoryWriter:
 
     def stream(self, index: int, tensors: Sequence[LazyTensor]) -> None:
         """Writes a shard of dense weights, of which one at a time is read."""
-        specs = [TensorSpec(t.name, numpy_dtype(t.format.dtype), t.format.shape) for t in tensors]
+        specs = [ArraySpec(t.name, numpy_dtype(t.format.dtype), t.format.shape) for t in tensors]
         arrays = (tensor.load().codes for tensor in tensors)
         write_safetensors(self.directory / self.shard(index), specs, arrays)
         self.keep(index)
