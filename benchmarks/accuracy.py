@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --rows int4_awq "KV fp8"
 
 The only real model at hand is itself Q4_1, so a random rescaling of channels, which leaves its
-function as it is, first takes the weights off their grid (``tests/off_grid.py``). Calibration is
+function as it is, first takes the weights off their grid (``off_grid.py``). Calibration is
 on 8 windows of 512 tokens of the prose that ships, evaluation on two of 2,048 tokens of the
 technical text and prose that ship. Every figure is of the written file, read back.
 """
@@ -15,11 +15,12 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from off_grid import OffGridCheckpoint, write_directory
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.quantize.activations import KVQuant
@@ -29,9 +30,6 @@ from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.quantize import Text, quantize
 from slipstream.runtime.text.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.off_grid import OffGridCheckpoint, write_directory
 
 TEXTS = Path(__file__).parents[1] / "quantize" / "texts"
 SEED = 0

@@ -25,7 +25,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from pathlib import Path
 
 import uvloop
 from cpu_peers import cpu_name
-from server_overhead import served
+from server_overhead import announced, served
 
 from slipstream import LLM, AsyncLLM, SamplingParams
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -50,7 +49,6 @@ TOKENS = 200  # a stream
 LEAST_TOKENS = 10_000  # a figure
 _PROMPT_TOKENS = 16
 _PAGE_SIZE = 16
-_URL = re.compile(r"\burl=http://([^:\s]+):(\d+)")
 # `slipstream serve`, with the counting model in the place of the engine that it would load.
 _SERVER = """
 import slipstream.server.commands.serve as command
@@ -116,15 +114,9 @@ def through_http(streams: int) -> Iterator[tuple[Run, int]]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         try:
-            found = None
-            while found is None:
-                line = process.stderr.readline()
-                if not line:
-                    raise RuntimeError("the server did not start")
-                found = _URL.search(line)
+            address = announced(process)
             # The server must not wait for somebody to read its log.
             threading.Thread(target=process.stderr.read, daemon=True).start()
-            address = (found[1], int(found[2]))
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
                 def run(prompts: list[list[int]]) -> None:

@@ -114,20 +114,22 @@ class Served:
         return int(line.split()[0]) / 1000
 
 
+def announced(process: subprocess.Popen[str]) -> tuple[str, int]:
+    """Host and port, once a server has logged them."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := _URL.search(line):
+            return found[1], int(found[2])
+    raise RuntimeError("the server did not start")
+
+
 @contextmanager
 def server(engine: Path) -> Iterator[Served]:
     """``slipstream serve`` on a free port."""
     command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(engine), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
         try:
-            found = None
-            while found is None:
-                line = process.stderr.readline()
-                if not line:
-                    raise RuntimeError("the server did not start")
-                found = _URL.search(line)
-            yield Served((found[1], int(found[2])), process.pid)
+            yield Served(announced(process), process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
 

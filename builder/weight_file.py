@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.graph.program import StoredTensor, StoredWeight
+from slipstream.builder.graph.program import StoredWeight
 from slipstream.errors import BuildError
-from slipstream.weights.safetensors import TensorSpec, encode_header
+from slipstream.weights.safetensors import ArraySpec, encode_header
 
 ALIGNMENT = 64  # a cache line; kernels read weights where the file is mapped
 
@@ -26,11 +26,7 @@ def write_weights(
     ``progress`` is told the bytes of each weight as it is written. Peak memory is one weight's.
     """
     ordered = sorted(weights, key=_is_unaligned)
-    specs = [
-        TensorSpec(part.name, part.dtype.numpy(), part.shape)
-        for weight in ordered
-        for part in weight.parts
-    ]
+    specs = [part for weight in ordered for part in weight.parts]
     header, places = encode_header(specs, {"format": "slipstream"}, ALIGNMENT)
     with path.open("wb") as file:
         file.write(header)
@@ -46,10 +42,10 @@ def _is_unaligned(weight: StoredWeight) -> bool:
     return any(part.nbytes % ALIGNMENT for part in weight.parts)
 
 
-def _checked_bytes(part: StoredTensor, array: NDArray[np.generic]) -> memoryview:
-    if array.shape != part.shape or array.dtype != part.dtype.numpy():
+def _checked_bytes(part: ArraySpec, array: NDArray[np.generic]) -> memoryview:
+    if ArraySpec.of(part.name, array) != part:
         raise BuildError(
-            f"weight {part.name} was declared {part.dtype.name} {part.shape} but holds "
+            f"weight {part.name} was declared {part.dtype} {part.shape} but holds "
             f"{array.dtype} {array.shape}; "
             "the checkpoint contradicts its own metadata: download it again"
         )

@@ -6,8 +6,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from slipstream.builder.checkpoints.writing import create_layout
-from slipstream.builder.checkpoints.writing.base import Layout
+from slipstream.builder.checkpoints.quantized import create_layout
+from slipstream.builder.checkpoints.quantized.layout import Layout
 from slipstream.errors import BuildError, MissingDependencyError
 from slipstream.quantize.plan import Plan
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.names import layer_of
-from slipstream.builder.checkpoints.writing import create_layout
-from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
+from slipstream.builder.checkpoints.quantized import create_layout
 from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
 from slipstream.quantize.staging import check_output, staging

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.quantize.awq import Scaling, Weighted, conditional_importance, search_scales
-from slipstream.quantize.clip import search_range
-from slipstream.quantize.gptq import Compensation, compensated_codes, compensation
-from slipstream.quantize.grid import quantized, range_grid, weight_range
+from slipstream.quantize.algorithms.awq import (
+    Scaling,
+    Weighted,
+    conditional_importance,
+    search_scales,
+)
+from slipstream.quantize.algorithms.clip import search_range
+from slipstream.quantize.algorithms.gptq import Compensation, compensated_codes, compensation
+from slipstream.quantize.algorithms.grid import quantized, range_grid, weight_range
+from slipstream.quantize.algorithms.smoothquant import smoothing_scales
 from slipstream.quantize.options import Scheme
 from slipstream.quantize.sites import Folding, Site, Source
-from slipstream.quantize.smoothquant import smoothing_scales
 from slipstream.quantize.statistics import Inputs
 from slipstream.weights.fp8 import quantize_fp8, quantize_fp8_block
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype

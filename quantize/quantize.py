@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.names import layer_of
-from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.calibration_data import (
     EVALUATION_WINDOW,
@@ -29,7 +29,7 @@ from slipstream.quantize.checks import check_plan, check_space, is_foreign, layo
 from slipstream.quantize.evaluate import Accuracy
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import Plan, make_plan
-from slipstream.quantize.report import LinearRow, Report, peak_memory, versions
+from slipstream.quantize.report.record import LinearRow, Report, peak_memory, versions
 from slipstream.quantize.staging import (
     LayerRecord,
     Staging,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.checkpoints import Checkpoint
+from slipstream.quantize.algorithms.grid import range_grid, weight_range
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.grid import range_grid, weight_range
 from slipstream.quantize.plan import Plan
 from slipstream.quantize.sites import layer_sites
 

@@ -22,7 +22,7 @@ from slipstream import __version__
 from slipstream.builder.checkpoints.base import Checkpoint, read_json
 from slipstream.errors import BuildError
 from slipstream.quantize.options import QuantizeOptions
-from slipstream.quantize.report import STEM
+from slipstream.quantize.report.record import STEM
 
 log = logging.getLogger(__name__)
 

@@ -140,7 +140,7 @@ def run_onnxruntime(program: Program, inputs: Arrays) -> Arrays:
     """The outputs of a lowered program in an onnxruntime session."""
     for weight in program.stored.values():
         for part, array in zip(weight.parts, weight.load(), strict=True):
-            assert (array.shape, array.dtype) == (part.shape, part.dtype.numpy())
+            assert (array.shape, array.dtype) == (part.shape, part.dtype)
             program.graph.initializers[part.name].const_value = ir.Tensor(array, name=part.name)
     names = [str(value.name) for value in program.graph.outputs]
     run = session(ir.to_proto(program.model).SerializeToString())

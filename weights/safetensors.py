@@ -89,15 +89,15 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What the header says of a tensor that is to be written."""
+class ArraySpec:
+    """An array that is to be written, before its data exists."""
 
     name: str
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, array: NDArray[np.generic]) -> TensorSpec:
+    def of(cls, name: str, array: NDArray[np.generic]) -> ArraySpec:
         """That of an array."""
         return cls(name, array.dtype, array.shape)
 
@@ -183,7 +183,7 @@ def _stored(path: Path, name: str, header: Fields, start: int) -> StoredTensor:
 
 
 def encode_header(
-    specs: Iterable[TensorSpec], metadata: Mapping[str, str], alignment: int = 8
+    specs: Iterable[ArraySpec], metadata: Mapping[str, str], alignment: int = 8
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The bytes before the data of tensors in this order, a multiple of ``alignment``, and the
     place of each in the file: name -> (offset, bytes)."""
@@ -206,7 +206,7 @@ def encode_header(
 
 
 def write_safetensors(
-    path: Path, specs: Sequence[TensorSpec], arrays: Iterable[NDArray[np.generic]]
+    path: Path, specs: Sequence[ArraySpec], arrays: Iterable[NDArray[np.generic]]
 ) -> None:
     """Writes ``arrays``, which come in the order of ``specs`` and are let go of one by one.
 
@@ -216,7 +216,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(header)
         for spec, array in zip(specs, arrays, strict=True):
-            assert TensorSpec.of(spec.name, array) == spec, (spec, array.dtype, array.shape)
+            assert ArraySpec.of(spec.name, array) == spec, (spec, array.dtype, array.shape)
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             for start in range(0, len(data), _CHUNK):
                 file.write(data[start : start + _CHUNK].data)
@@ -227,5 +227,5 @@ def write_safetensors(
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Writes arrays by name."""
     write_safetensors(
-        path, [TensorSpec.of(name, array) for name, array in arrays.items()], arrays.values()
+        path, [ArraySpec.of(name, array) for name, array in arrays.items()], arrays.values()
     )

@@ -15,8 +15,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 # Each module has `open_checkpoint(source)`; it is imported when a checkpoint of its kind is opened.
 _READERS = {
-    "directory": "slipstream.builder.checkpoints.huggingface",
-    "gguf": "slipstream.builder.checkpoints.gguf.checkpoint",
+    "directory": "slipstream.builder.checkpoints.huggingface.reader",
+    "gguf": "slipstream.builder.checkpoints.gguf.reader",
     "hub": "slipstream.builder.checkpoints.hub",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from slipstream.builder.checkpoints import huggingface
+from slipstream.builder.checkpoints.huggingface import reader
 from slipstream.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -38,4 +38,4 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
             f"({reason}); check the spelling and the network, log in for a gated model, or pass "
             "the directory of a checkpoint that is already here"
         ) from error
-    return huggingface.open_checkpoint(directory)
+    return reader.open_checkpoint(directory)

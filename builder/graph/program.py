@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import CacheSpec, GraphSpec
+from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, numpy_dtype
 
 OPSET = 23
@@ -19,24 +20,11 @@ _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """An array of the engine's weight file, before its data exists."""
-
-    name: str
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * int(self.dtype.itemsize)
-
-
-@dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """One weight as the arrays a kernel reads; ``load`` makes them, in the order of ``parts``."""
+    """One weight as the arrays of the engine's file that a kernel reads; ``load`` makes them, in
+    the order of ``parts``."""
 
-    parts: tuple[StoredTensor, ...]
+    parts: tuple[ArraySpec, ...]
     load: Callable[[], tuple[NDArray[np.generic], ...]] = field(repr=False)
 
 
@@ -117,12 +105,11 @@ class Program:
         if first not in self.stored:
             self.stored[first] = weight
             for part in weight.parts:
-                value = ir.Value(
-                    name=part.name, shape=ir.Shape(part.shape), type=ir.TensorType(part.dtype)
-                )
+                dtype, shape = ir.DataType.from_numpy(part.dtype), ir.Shape(part.shape)
+                value = ir.Value(name=part.name, shape=shape, type=ir.TensorType(dtype))
                 # The engine writer sets offset and length when it has laid out the file.
                 value.const_value = ir.ExternalTensor(
-                    "", 0, part.nbytes, part.dtype, shape=ir.Shape(part.shape), name=part.name
+                    "", 0, part.nbytes, dtype, shape=shape, name=part.name
                 )
                 self.graph.register_initializer(value)
         return tuple(self.graph.initializers[part.name] for part in self.stored[first].parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from slipstream.builder.engine import EngineLimits
@@ -53,6 +53,26 @@ class Target(Protocol):
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Passes from the canonical program to one whose every weight is stored."""
         ...
+
+
+def check_choices(
+    target: str,
+    config: ModelConfig,
+    options: BuildOptions,
+    choices: Mapping[str, Collection[str]],
+) -> None:
+    """Raise BuildError for heads that no attention kernel takes, and for an option whose value is
+    not among those of ``target``."""
+    if config.head_dim % 8 or config.head_dim > 256:
+        raise BuildError(
+            f"the model has heads of {config.head_dim} elements; the {target} target runs those of "
+            "a multiple of 8 up to 256: choose another model"
+        )
+    for name, known in choices.items():
+        if (value := getattr(options, name)) not in known:
+            raise BuildError(
+                f"{name} {value} does not run on target {target}; use one of {', '.join(known)}"
+            )
 
 
 def create_target(name: str) -> Target:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slipstream.quantize.options import QuantizeOptions
     from slipstream.quantize.plan import Plan
     from slipstream.quantize.quantize import Text
-    from slipstream.quantize.report import Report
+    from slipstream.quantize.report.record import Report
 
 
 @click.command(cls=Command)

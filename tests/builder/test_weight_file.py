@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import deserialize
 
-from slipstream.builder.graph.program import StoredTensor, StoredWeight
+from slipstream.builder.graph.program import StoredWeight
 from slipstream.builder.weight_file import ALIGNMENT, write_weights
 from slipstream.errors import BuildError
+from slipstream.weights.safetensors import ArraySpec
 
 DTYPES: dict[ir.DataType, Any] = {ir.DataType.FLOAT: np.float32, ir.DataType.UINT8: np.uint8}
 NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.UINT8: "U8"}
@@ -19,10 +20,7 @@ NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.UINT8: "U8"}
 
 def stored(**arrays: NDArray[Any]) -> StoredWeight:
     """One weight of these parts."""
-    parts = tuple(
-        StoredTensor(name, ir.DataType.from_numpy(array.dtype), array.shape)
-        for name, array in arrays.items()
-    )
+    parts = tuple(ArraySpec.of(name, array) for name, array in arrays.items())
     return StoredWeight(parts, lambda: tuple(arrays.values()))
 
 
@@ -99,9 +97,9 @@ def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
     ids=lambda array: f"{array.dtype}-{array.shape}",
 )
 def test_an_array_that_is_not_what_was_declared(tmp_path: Path, array: NDArray[Any]) -> None:
-    part = StoredTensor("layers.0.w", ir.DataType.FLOAT, (4, 4))
+    part = ArraySpec("layers.0.w", np.dtype(np.float32), (4, 4))
     with pytest.raises(
-        BuildError, match=r"weight layers\.0\.w was declared FLOAT \(4, 4\) but holds"
+        BuildError, match=r"weight layers\.0\.w was declared float32 \(4, 4\) but holds"
     ):
         write(tmp_path / "w", StoredWeight((part,), lambda: (array,)))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from tests.builder.checkpoints.test_gguf import random_blocks
+from tests.builder.checkpoints.gguf.models import random_blocks
 from tests.integration.test_architectures import run_in_chunks
 from tests.quantized_models import (
     RAGGED,

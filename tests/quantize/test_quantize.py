@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
-from slipstream.builder.checkpoints.writing.directory import DirectoryWriter
+from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter
 from slipstream.errors import (
     BuildError,
     CheckpointError,
@@ -25,7 +25,7 @@ from slipstream.quantize import checks
 from slipstream.quantize import quantize as module
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.quantize import LAYERS, MEASURING, Text, quantize
-from slipstream.quantize.report import Report
+from slipstream.quantize.report.record import Report
 from slipstream.runtime.text.tokenizer import Tokenizer
 
 Run = Callable[..., Report]

@@ -1,23 +1,30 @@
-"""Quantized directories of other tools: each format decoded, losslessly, into QuantTensors."""
+"""Quantized directories of other tools: each format read into QuantTensors, and some written.
+
+Nothing is lost either way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
+from slipstream.builder.checkpoints.quantized.layout import Layout, cannot_store
 from slipstream.builder.checkpoints.quantized.refused import refusal
 from slipstream.builder.checkpoints.quantized.stored import QuantizedWeights, Stored
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import OutputFormat
 from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.tensor import InputTransform, WeightFormat
 
 __all__ = [
     "QUANTIZED_SUFFIXES",
     "QuantizedWeights",
     "Stored",
+    "create_layout",
     "quantization_config",
     "read_quantized",
 ]
@@ -35,6 +42,14 @@ _READERS: Mapping[str, str] = MappingProxyType(
         "modelopt": "modelopt",
         "modelopt_fp4": "modelopt",
         "modelopt_mixed": "modelopt",
+    }
+)
+# Each module has `create(formats, float8_inputs)`, which makes its layout.
+_WRITERS: Mapping[OutputFormat, str] = MappingProxyType(
+    {
+        "compressed-tensors": "compressed_tensors.writer",
+        "gptq": "gptq.writer",
+        "awq": "awq.writer",
     }
 )
 # Endings of names that only quantized tensors have.
@@ -72,6 +87,29 @@ def read_quantized(stored: Stored, config: ModelConfig, quantization: Fields) ->
     weights = cast("QuantizedWeights", reader.read(stored, quantization, config))
     stored.finish()
     return weights
+
+
+def create_layout(
+    name: OutputFormat,
+    weights: Mapping[str, tuple[WeightFormat, InputTransform | None]],
+    float8_inputs: Collection[str] = (),
+) -> Layout:
+    """The layout of this name, for a checkpoint of these quantized weights (by tensor name).
+
+    ``float8_inputs`` are the modules of integer weights whose inputs a runtime should round to
+    float8 a token, which their format does not say. Raises BuildError naming the first weight that
+    the layout cannot hold, and why.
+    """
+    formats = [form for form, _ in weights.values()]
+    writer = import_module(f"{_PACKAGE}.{_WRITERS[name]}")
+    layout = cast("Layout", writer.create(formats, frozenset(float8_inputs)))
+    for tensor, (form, transform) in weights.items():
+        reason = layout.refusal(form, transform)
+        if tensor.endswith("embed_tokens.weight"):
+            reason = "it is the embedding, for which only a dense form is known"
+        if reason:
+            raise cannot_store(name, tensor, reason)
+    return layout
 
 
 def quantization_config(path: Path, raw: Fields) -> Fields | None:

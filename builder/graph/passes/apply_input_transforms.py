@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.passes.matrices import looked_up, readers, weight_index
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
+from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import InputTransform, LazyTensor, QuantTensor
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,7 @@ class _Steps:
         return made.outputs[0]
 
     def _node(self, x: ir.Value, kind: str, array: Array, names: tuple[str, str]) -> ir.Node:
-        dtype = ir.DataType.from_numpy(array.dtype)
-        part = StoredTensor(names[1] + kind, dtype, array.shape)
+        part = ArraySpec.of(names[1] + kind, array)
         stored = self._program.store(StoredWeight((part,), lambda: (array,)))[0]
         name = names[0] + kind
         output = ir.Value(name=name, shape=x.shape, type=x.type)

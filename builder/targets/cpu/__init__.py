@@ -17,6 +17,7 @@ from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
+from slipstream.builder.targets.base import check_choices
 from slipstream.builder.targets.cpu.dense import (
     lower_dense_embedding,
     lower_dense_linear,
@@ -29,7 +30,6 @@ from slipstream.builder.targets.cpu.elementwise import (
 )
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
-from slipstream.errors import BuildError
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.tensor import WeightFormat
 
@@ -65,17 +65,7 @@ class CPUTarget:
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """PagedAttention works on vectors of 8 lanes and keeps a head in its scratch memory."""
-        if config.head_dim % 8 or config.head_dim > 256:
-            raise BuildError(
-                f"the model has heads of {config.head_dim} elements; the cpu target runs those of "
-                "a multiple of 8 up to 256: choose another model"
-            )
-
-        for name, known in _CHOICES.items():
-            if (value := getattr(options, name)) not in known:
-                raise BuildError(
-                    f"{name} {value} does not run on target cpu; use one of {', '.join(known)}"
-                )
+        check_choices(self.name, config, options, _CHOICES)
 
     def capability(self, program: Program, kv_dtype: str) -> str:
         """Kernels for every instruction set are in the library."""

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.rewrite import replace
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cpu.packing import can_pack
+from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor
 
 
@@ -50,7 +51,7 @@ def store_dense_weights(program: Program) -> int:
 
 def store_float32(program: Program, tensor: LazyTensor) -> ir.Value:
     """The graph value of a weight as float32, made on first use."""
-    part = StoredTensor(f"{tensor.name}.float32", ir.DataType.FLOAT, tensor.format.shape)
+    part = ArraySpec(f"{tensor.name}.float32", np.dtype(np.float32), tensor.format.shape)
     return program.store(
         StoredWeight((part,), lambda: (np.ascontiguousarray(tensor.load().dequantize()),))
     )[0]

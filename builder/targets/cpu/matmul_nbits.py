@@ -16,8 +16,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.graph.passes.rewrite import replace
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.errors import BuildError
+from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 ACCURACY_LEVEL = 4
@@ -112,16 +113,16 @@ def _stored(tensor: LazyTensor) -> StoredWeight:
     n, k = tensor.format.shape
     groups, bits = k // tensor.format.group, tensor.format.bits
     parts = [
-        StoredTensor(
-            f"{tensor.name}.codes", ir.DataType.UINT8, (n, groups, tensor.format.group * bits // 8)
+        ArraySpec(
+            f"{tensor.name}.codes", np.dtype(np.uint8), (n, groups, tensor.format.group * bits // 8)
         ),
-        StoredTensor(f"{tensor.name}.scale", ir.DataType.FLOAT, (n, groups)),
+        ArraySpec(f"{tensor.name}.scale", np.dtype(np.float32), (n, groups)),
     ]
     if tensor.format.zero == "zero":
         width = groups if bits == 8 else (groups + 1) // 2
-        parts.append(StoredTensor(f"{tensor.name}.zero", ir.DataType.UINT8, (n, width)))
+        parts.append(ArraySpec(f"{tensor.name}.zero", np.dtype(np.uint8), (n, width)))
     elif tensor.format.zero == "offset":
-        parts.append(StoredTensor(f"{tensor.name}.offset", ir.DataType.FLOAT, (groups, n)))
+        parts.append(ArraySpec(f"{tensor.name}.offset", np.dtype(np.float32), (groups, n)))
     shape = parts[0].shape
     return StoredWeight(tuple(parts), lambda: _arrays(tensor.load(), shape))
 

@@ -3,12 +3,14 @@ mapped."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import weight_index
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear import ACTIVATIONS, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size, scale_bytes
+from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, WeightFormat
 
 SUFFIX = ".packed"
@@ -41,7 +43,7 @@ def _pack(program: Program, node: ir.Node) -> bool:
 def stored_blob(program: Program, tensor: LazyTensor, *, gated: bool) -> ir.Value:
     """The graph value of a weight's packed blob, made on first use."""
     name = tensor.name + SUFFIX
-    part = StoredTensor(name, ir.DataType.UINT8, (packed_size(tensor.format, gated),))
+    part = ArraySpec(name, np.dtype(np.uint8), (packed_size(tensor.format, gated),))
     return program.store(StoredWeight((part,), lambda: (pack(tensor.load(), gated),)))[0]
 
 

@@ -18,6 +18,7 @@ from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
+from slipstream.builder.targets.base import check_choices
 from slipstream.builder.targets.cuda.attention import use_row_major_keys
 from slipstream.builder.targets.cuda.weights import PackWeights, SetPrecision, StoreVectors
 from slipstream.errors import BuildError
@@ -27,8 +28,8 @@ from slipstream.plugins.linear.cuda.tactics import whole_rows
 from slipstream.weights.tensor import WeightFormat
 
 _LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
-_DTYPES = ("bfloat16", "float16")
 _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
+_CHOICES = {"kv_cache_dtype": tuple(_KV_DTYPES), "dtype": ("auto", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +44,7 @@ class CUDATarget:
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """Raise BuildError for heads or options that the kernels do not take."""
-        if config.head_dim % 8 or config.head_dim > 256:
-            raise BuildError(
-                f"the model has heads of {config.head_dim} elements; the cuda target runs those of "
-                "a multiple of 8 up to 256: choose another model"
-            )
-        if options.kv_cache_dtype not in _KV_DTYPES:
-            raise BuildError(
-                f"kv_cache_dtype {options.kv_cache_dtype} does not run on target cuda; use one of "
-                f"{', '.join(_KV_DTYPES)}"
-            )
-        if options.dtype not in ("auto", *_DTYPES):
-            raise BuildError(
-                f"dtype {options.dtype} does not run on target cuda; use one of auto, "
-                f"{', '.join(_DTYPES)}"
-            )
+        check_choices(self.name, config, options, _CHOICES)
         if options.gemm_plugin != "auto":
             raise BuildError("gemm_plugin disable is for target cpu; leave it out")
 

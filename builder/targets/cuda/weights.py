@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
 from slipstream.plugins.linear.cuda.tactics import describe
+from slipstream.weights.safetensors import ArraySpec
+from slipstream.weights.tensor import numpy_dtype
 
 SUFFIX = ".cuda"
 log = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ class PackWeights:
                 tensor = as_dense(tensor, self.dtype)
             if node.op_type == "Linear":
                 kernels[describe(tensor.format)] += 1
-            part = StoredTensor(
-                tensor.name + SUFFIX, ir.DataType.UINT8, (packed_size(tensor.format),)
+            part = ArraySpec(
+                tensor.name + SUFFIX, np.dtype(np.uint8), (packed_size(tensor.format),)
             )
             stored = StoredWeight((part,), lambda tensor=tensor: (pack(tensor.load()),))  # type: ignore[misc]
             node.replace_input_with(1, program.store(stored)[0])
@@ -61,7 +63,7 @@ class StoreVectors:
         vectors = list(program.weights.items())
         for name, tensor in vectors:
             dense = as_dense(tensor, self.dtype)
-            part = StoredTensor(f"{name}.{self.dtype}", _IR_DTYPES[self.dtype], tensor.format.shape)
+            part = ArraySpec(f"{name}.{self.dtype}", numpy_dtype(self.dtype), tensor.format.shape)
             stored = StoredWeight(
                 (part,),
                 lambda dense=dense: (np.ascontiguousarray(dense.load().codes),),  # type: ignore[misc]

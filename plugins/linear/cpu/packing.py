@@ -87,9 +87,7 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
     out = np.zeros((layout.tiles, layout.stride), np.uint8)
     for first, last in _chunks(layout):
         tiles = slice(first, last)
-        _pack_codes(
-            _rows_of(tensor.codes, layout, gated, tiles), fmt.bits, out[tiles, : layout.codes]
-        )
+        _pack_codes(_rows_of(tensor.codes, gated, tiles), fmt.bits, out[tiles, : layout.codes])
         scales = _tile_numbers(tensor.scale, layout, gated, tiles, np.dtype(number))
         out[tiles, layout.codes : layout.codes + layout.scales] = scales
         if zeros is not None:
@@ -131,9 +129,7 @@ def _chunks(layout: _Layout) -> list[tuple[int, int]]:
     return [(i, min(i + step, layout.tiles)) for i in range(0, layout.tiles, step)]
 
 
-def _rows_of(
-    array: NDArray[np.generic], layout: _Layout, gated: bool, tiles: slice
-) -> NDArray[np.generic]:
+def _rows_of(array: NDArray[np.generic], gated: bool, tiles: slice) -> NDArray[np.generic]:
     """The rows ``[tiles, 16, ...]`` of some tiles, padded with zeros."""
     n = array.shape[0]
     parts = 2 if gated else 1
@@ -164,7 +160,7 @@ def _tile_numbers(
     tiles: slice,
     dtype: np.dtype[np.generic],
 ) -> Bytes:
-    rows = _rows_of(array, layout, gated, tiles).astype(dtype)
+    rows = _rows_of(array, gated, tiles).astype(dtype)
     return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(rows.shape[0], -1).view(np.uint8)
 
 

@@ -15,8 +15,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.builder.checkpoints.test_gguf import TinyModel, tiny
-from tests.quantized_files import pack_awq, pack_gptq, pack_nf4, save_quantized_llama
+from tests.builder.checkpoints.gguf.models import TinyModel, tiny
+from tests.builder.checkpoints.quantized.files import (
+    pack_awq,
+    pack_gptq,
+    pack_nf4,
+    save_quantized_llama,
+)
 from tests.tiny_models import llama_tensors, save_llama
 
 from slipstream.builder.checkpoints import open_checkpoint

@@ -9,9 +9,10 @@ import pytest
 from tests.programs import dense, grouped, parse
 
 from slipstream.builder.graph.passes import run_passes
-from slipstream.builder.graph.program import Program, StoredTensor, StoredWeight
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.builder.graph.verifier import VerificationError, verify
 from slipstream.plugins.operators import DOMAIN
+from slipstream.weights.safetensors import ArraySpec
 
 TEXT = """g (float[T, 64] x, float[T, 48] r, float[48, 64] w, float[48] b) => (float[T, 48] y) {
   [first] h = slipstream.Linear <in_features = 64, out_features = 48> (x, w, b)
@@ -115,7 +116,7 @@ def lost_weight(program: Program) -> None:
 
 
 def lost_stored_weight(program: Program) -> None:
-    part = StoredTensor("ghost", ir.DataType.FLOAT, (1,))
+    part = ArraySpec("ghost", np.dtype(np.float32), (1,))
     program.stored["ghost"] = StoredWeight((part,), lambda: (np.zeros(1, np.float32),))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tests.builder.checkpoints.test_gguf import tiny as tiny_gguf
+from tests.builder.checkpoints.gguf.models import tiny as tiny_gguf
 from tests.integration.test_architectures import run_in_chunks
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, Gemma3TextConfig

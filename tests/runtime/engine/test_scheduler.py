@@ -1,111 +1,22 @@
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
-from dataclasses import dataclass, replace
-from typing import Any
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from tests.runtime.engine.scheduling import (
+    check,
+    drain,
+    land,
+    planned,
+    scheduler,
+    sequence,
+    start,
+    step,
+)
 
-from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, InvalidRequestError
-from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.scheduler import Scheduler, StepPlan
-from slipstream.runtime.engine.sequence import Sequence, Status
-from slipstream.runtime.request import Request
-from slipstream.runtime.sampling.params import SamplingParams
-
-PAGE = 4
-_arrivals = itertools.count()
-
-
-def sequence(
-    prompt: list[int], max_tokens: int = 4, priority: int = 0, stop_after: int | None = None
-) -> Sequence:
-    arrival = next(_arrivals)
-    params = SamplingParams(max_tokens=max_tokens)
-    if stop_after is not None:  # the model says 0 for ever
-        params = replace(params, min_tokens=min(stop_after, max_tokens), stop_token_ids=[0])
-    request = Request(str(arrival), prompt, params)
-    return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0)
-
-
-def scheduler(
-    num_pages: int = 32,
-    caches: tuple[CacheSpec, ...] = (),
-    draft_tokens: int = 0,
-    **options: Any,  # noqa: ANN401
-) -> Scheduler:
-    limits = {"page_size": PAGE, "max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64}
-    config = RuntimeConfig().override({**limits, **options})
-    return Scheduler(config, num_pages, caches, draft_tokens)
-
-
-def check(scheduler: Scheduler) -> None:
-    allocations = [s.allocation for s in scheduler.running if s.allocation is not None]
-    assert len(allocations) == len(scheduler.running)
-    scheduler.kv.check_invariants(allocations)
-
-
-def start(scheduler: Scheduler) -> StepPlan:
-    """Plan a step and check the plan."""
-    plan = scheduler.schedule()
-    check(scheduler)
-    assert len(set(plan.sequences)) == len(plan.sequences) <= 4
-    assert sum(plan.counts) <= 16 and all(count > 0 for count in plan.counts)
-    for each, begin, count, drafts in zip(
-        plan.sequences, plan.starts, plan.counts, plan.drafts, strict=True
-    ):
-        assert each.allocation is not None
-        assert begin + count - drafts == each.num_scheduled
-        # A step before this one may still turn out to give a longer run.
-        end = each.num_scheduled + each.num_drafted
-        assert end <= len(each.allocation.pages) * PAGE and end <= each.max_cached_tokens
-    assert len({each.row for each in scheduler.running}) == len(scheduler.running)
-    return plan
-
-
-def land(scheduler: Scheduler, plan: StepPlan) -> None:
-    """End a step of a model that says 0 for ever."""
-    guessed = scheduler._draft_tokens > 0
-    scheduler.commit(plan)
-    check(scheduler)
-    for each, output, drafts in zip(plan.sequences, plan.outputs, plan.drafts, strict=True):
-        if output >= 0 and each.status is not Status.FINISHED:
-            assert output == len(each.output) or (guessed and output < len(each.output))
-            run = [0] * (1 + (each.order[1] + len(each.output)) % (drafts + 1))
-            scheduler.accept(each, run)
-            for token in run:
-                if not each.finish_reason:
-                    each.append(token)
-            if each.finish_reason:
-                scheduler.finish(each)
-            else:
-                assert each.pending <= 1
-    check(scheduler)
-
-
-def step(scheduler: Scheduler) -> StepPlan:
-    """One step, with every invariant checked on the way."""
-    plan = start(scheduler)
-    land(scheduler, plan)
-    return plan
-
-
-def drain(scheduler: Scheduler, limit: int = 500) -> None:
-    for _ in range(limit):
-        if not scheduler.has_work:
-            break
-        assert step(scheduler).sequences, "a step without progress"
-    assert not scheduler.has_work
-    assert scheduler.kv.num_available == scheduler.kv.num_pages
-
-
-def planned(plan: StepPlan) -> list[tuple[Sequence, int]]:
-    return list(zip(plan.sequences, plan.counts, strict=True))
+from slipstream.runtime.engine.sequence import Status
 
 
 def test_scheduling_needs_no_tensor_library() -> None:
@@ -389,124 +300,3 @@ def test_an_impossible_prompt_is_refused(length: int) -> None:
 def test_what_can_never_fit_in_the_pages_is_refused(length: int, max_tokens: int | None) -> None:
     with pytest.raises(CapacityError, match=r"KV cache of 10 pages \(40 tokens\)"):
         scheduler(num_pages=10).clamp_max_tokens(length, max_tokens)
-
-
-def cache(name: str, window: int = 0) -> CacheSpec:
-    return CacheSpec(name, "paged", (), (), PAGE, window)
-
-
-CACHES = [
-    (),
-    (cache("kv"), cache("near", window=6)),
-    (cache("near", window=5), cache("nearest", window=1)),
-    (cache("kv"), CacheSpec("states", "state", (), ())),
-]
-
-
-@dataclass(frozen=True)
-class Arrival:
-    after_steps: int
-    prompt: list[int]
-    max_tokens: int
-    priority: int
-    abort_after: int | None
-    stop_after: int
-
-
-_ARRIVALS = st.lists(
-    st.builds(
-        Arrival,
-        after_steps=st.integers(0, 3),
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
-        max_tokens=st.integers(1, 12),
-        priority=st.integers(-1, 1),
-        abort_after=st.none() | st.integers(0, 12),
-        stop_after=st.integers(1, 20),
-    ),
-    min_size=1,
-    max_size=10,
-)
-
-
-@given(
-    arrivals=_ARRIVALS,
-    num_pages=st.integers(3, 14),
-    policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
-    caching=st.booleans(),
-    ahead=st.booleans(),
-    draft_tokens=st.sampled_from([0, 1, 3]),
-    caches=st.sampled_from(CACHES),
-)
-@settings(max_examples=400, deadline=None)
-def test_every_sequence_ends_and_every_page_returns(
-    arrivals: list[Arrival],
-    num_pages: int,
-    policy: str,
-    caching: bool,
-    ahead: bool,
-    draft_tokens: int,
-    caches: tuple[CacheSpec, ...],
-) -> None:
-    engine = scheduler(
-        num_pages,
-        caches,
-        draft_tokens,
-        scheduler_policy=policy,
-        enable_prefix_caching=caching,
-    )
-    ages: dict[Sequence, int] = {}
-    wanted: dict[Sequence, int | None] = {}
-    flights: list[StepPlan] = []
-    for arrival in arrivals:
-        try:
-            limit = engine.clamp_max_tokens(len(arrival.prompt), arrival.max_tokens)
-        except CapacityError:
-            continue
-        new = sequence(arrival.prompt, limit, arrival.priority, arrival.stop_after)
-        wanted[new], ages[new] = arrival.abort_after, 0
-        engine.add(new)
-        for _ in range(arrival.after_steps):
-            _step_and_abort(engine, ages, wanted, flights, ahead)
-    for _ in range(1000):
-        if not (engine.has_work or flights):
-            break
-        _step_and_abort(engine, ages, wanted, flights, ahead)
-
-    assert all(each.status is Status.FINISHED for each in wanted)
-    assert all(len(s.output) == s.max_tokens for s in wanted if s.finish_reason == "length")
-    assert all(
-        len(s.output) == s.request.params.min_tokens for s in wanted if s.finish_reason == "stop"
-    )
-    assert all(wanted[s] is not None for s in wanted if s.finish_reason is None)
-    assert engine.kv.usage == 0
-    if policy == "guaranteed_no_evict":
-        assert engine.stats.num_preemptions == 0
-
-
-def _step_and_abort(
-    engine: Scheduler,
-    ages: dict[Sequence, int],
-    wanted: dict[Sequence, int | None],
-    flights: list[StepPlan],
-    ahead: bool,
-) -> None:
-    had_work = engine.has_work
-    plan = start(engine)
-    assert plan.sequences or flights or not had_work, "work without progress"
-    assert had_work or not plan.sequences
-    _nobody_is_overtaken(engine, plan)
-    if plan.sequences:
-        flights.append(plan)
-    if flights and (len(flights) > ahead or not plan.sequences):
-        land(engine, flights.pop(0))
-    for each in wanted:
-        ages[each] += 1
-        if each.status is not Status.FINISHED and ages[each] == wanted[each]:
-            engine.finish(each)
-            check(engine)
-
-
-def _nobody_is_overtaken(engine: Scheduler, plan: StepPlan) -> None:
-    """What was admitted stood before all that still waits."""
-    if plan.admitted and engine.waiting:
-        assert max(each.order for each in plan.admitted) < engine.waiting[0].order

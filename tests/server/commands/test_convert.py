@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.names import layer_of, linears
-from slipstream.builder.checkpoints.writing import create_layout
-from slipstream.builder.checkpoints.writing.directory import DirectoryWriter, kv_arrays
+from slipstream.builder.checkpoints.quantized import create_layout
 from slipstream.server.cli import slipstream
 from slipstream.weights.rtn import Bits, quantize_rtn
 from slipstream.weights.tensor import QuantTensor

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.quantized.packing import pack_words
-from slipstream.builder.checkpoints.writing.base import (
+from slipstream.builder.checkpoints.quantized.layout import (
     Encoded,
     Settings,
     cannot_store,
@@ -22,6 +21,7 @@ from slipstream.builder.checkpoints.writing.base import (
     exact_cast,
     left_alone,
 )
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 
 _NAME = "awq"

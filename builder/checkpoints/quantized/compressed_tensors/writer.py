@@ -14,8 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.quantized.packing import pack_words
-from slipstream.builder.checkpoints.writing.base import (
+from slipstream.builder.checkpoints.quantized.layout import (
     Encoded,
     Settings,
     cannot_store,
@@ -23,6 +22,7 @@ from slipstream.builder.checkpoints.writing.base import (
     even_groups,
     left_alone,
 )
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 
 _NAME = "compressed-tensors"

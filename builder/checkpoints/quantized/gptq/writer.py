@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.quantized.packing import pack_words
-from slipstream.builder.checkpoints.writing.base import (
+from slipstream.builder.checkpoints.quantized.layout import (
     HEAD,
     Encoded,
     Settings,
     cannot_store,
     exact_cast,
 )
+from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 
 _NAME = "gptq"

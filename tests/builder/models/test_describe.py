@@ -1,0 +1,42 @@
+"""A configuration written as config.json and read again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.tiny_models import LLAMA
+
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.huggingface_config import describe
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            },
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64, "head_dim": 32},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+        {"architectures": ["Qwen2ForCausalLM"], "eos_token_id": [1, 2], "bos_token_id": 0},
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ],
+)  # fmt: skip
+def test_a_config_made_of_a_model_configuration_says_the_same(raw: dict[str, Any]) -> None:
+    config = ModelConfig.from_huggingface({**LLAMA, "model_type": None, **raw})
+    assert ModelConfig.from_huggingface(describe(config)) == config
