@@ -33,7 +33,7 @@ _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8":
 
 @dataclass(frozen=True, slots=True)
 class CUDATarget:
-    """Lowering to the kernels of ``plugins/*/cuda.py``."""
+    """Lowering to the CUDA kernels of ``plugins/``."""
 
     name: str = "cuda"
     # A page and head of 64 tokens is one tile of an attention kernel.
