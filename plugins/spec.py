@@ -30,9 +30,9 @@ class TensorSpec:
     shape.
 
     A dimension is a name, bound by the first required input that has it as a whole axis, or an
-    expression of names and attributes. An empty shape means that the operator's text says what is allowed. ``written``
-    marks an input that the operator also writes, in place; ``weight`` a weight in any
-    ``WeightFormat``, which preparation brings into the forms that kernels hold.
+    expression of names and attributes. An empty shape means that the operator's text says what is
+    allowed. ``written`` marks an input that the operator also writes, in place; ``weight`` a weight
+    in any ``WeightFormat``, which preparation brings into the forms that kernels hold.
     """
 
     name: str
