@@ -45,8 +45,9 @@ class CUDAExecutor:
 
     Python pays for three launches a step, beside two copies of what it is given: all layers (one
     captured graph), norm, head and sampling (another), and the copy of the tokens to the host; only
-    steps of many tokens are launched kernel by kernel. Sampled tokens stay on the device, from where the next step reads them. No
-    request changes that: what some want beside is launched after the head.
+    steps of many tokens are launched kernel by kernel. Sampled tokens stay on the device, from
+    where the next step reads them. No request changes that: what some want beside is launched after
+    the head.
     """
 
     runs_ahead = True
