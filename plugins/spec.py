@@ -29,10 +29,10 @@ class TensorSpec:
     """One input or output: its dtypes (ONNX names in lower case; several: any of them) and its
     shape.
 
-    A dimension is a name bound by the first tensor that uses it, or an expression of names and
-    attributes. An empty shape means that the operator's text says what is allowed. ``written``
-    marks an input that the operator also writes, in place; ``weight`` a weight in any
-    ``WeightFormat``, which preparation brings into the forms that kernels hold.
+    A dimension is a name, bound by the first required input that has it as a whole axis, or an
+    expression of names and attributes. An empty shape means that the operator's text says what is
+    allowed. ``written`` marks an input that the operator also writes, in place; ``weight`` a weight
+    in any ``WeightFormat``, which preparation brings into the forms that kernels hold.
     """
 
     name: str

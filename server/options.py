@@ -111,8 +111,8 @@ _BUILD = {
     ),
     "symmetric": Option("Quantize without or with zero points.", flag="symmetric/--asymmetric"),
     "kv_cache_dtype": Option(
-        "Type of the KV cache; auto is, on a CPU, float32 for a dense engine and float16 for a "
-        "quantized one, and on a GPU the dtype."
+        "Type of the KV cache; auto is fp8 where the checkpoint has scales for it, else on a CPU "
+        "float32 for a dense engine and float16 for a quantized one, and on a GPU the dtype."
     ),
     "gemm_plugin": Option(
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."

@@ -1,7 +1,7 @@
 """From the weights of a checkpoint to weights that a target's kernels hold: one pipeline for all.
 
-What the target says is data. Exact rewritings come before those that lose something, and each pass
-logs what it changed.
+What the target says is data. Each pass logs what it changed; what no kernel holds in any form
+becomes dense at the end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sampling on the device that computed the logits, so that tokens need not visit the host.
 
-Sampling is not a node of the engine graph: the executor launches it after the graph, in the same
+Sampling is not a node of the engine graph: the executor launches it after the head, in the head's
 CUDA graph. ``slipstream.runtime.sampling.sampler`` says what is computed; this folder does the same
 with kernels, except that a draw uses other random numbers, and that tokens which tie at the edge of
 the nucleus (top-p) are all kept.

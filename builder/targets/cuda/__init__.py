@@ -34,7 +34,7 @@ _CHOICES = {"kv_cache_dtype": tuple(_KV_DTYPES), "dtype": ("auto", "bfloat16", "
 
 @dataclass(frozen=True, slots=True)
 class CUDATarget:
-    """Lowering to the kernels of ``plugins/*/cuda.py``."""
+    """Lowering to the CUDA kernels of ``plugins/``."""
 
     name: str = "cuda"
     # A page and head of 64 tokens is one tile of an attention kernel.

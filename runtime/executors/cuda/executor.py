@@ -43,10 +43,11 @@ _KV_TYPES = {
 class CUDAExecutor:
     """The ``Executor`` of an NVIDIA GPU.
 
-    Python pays for three launches a step: all layers (one captured graph), norm, head and sampling
-    (another), and the copy of the tokens to the host; only steps of many tokens are launched
-    kernel by kernel. Sampled tokens stay on the device, from where the next step reads them. No
-    request changes that: what some want beside is launched after the head.
+    Python pays for three launches a step, beside two copies of what it is given: all layers (one
+    captured graph), norm, head and sampling (another), and the copy of the tokens to the host; only
+    steps of many tokens are launched kernel by kernel. Sampled tokens stay on the device, from
+    where the next step reads them. No request changes that: what some want beside is launched after
+    the head.
     """
 
     runs_ahead = True
