@@ -76,6 +76,9 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 def engine_on(device: Device, **options: Any) -> LoadedEngine:  # noqa: ANN401 - of RuntimeConfig
     """The counting model on a device."""

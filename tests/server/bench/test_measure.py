@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from tests.server.devices import Clock
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.executors import counting
 from slipstream.runtime.testing import counting_engine
+from slipstream.server.bench import measure
 from slipstream.server.bench.measure import Bench, Workload
 from slipstream.server.bench.report import distribution
 
@@ -20,7 +25,10 @@ def test_every_request_gets_its_tokens_and_concurrency_is_kept() -> None:
         assert ended >= index - 1
 
 
-def test_times_are_those_of_the_device() -> None:
+def test_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(counting, "time", SimpleNamespace(sleep=clock.sleep))
     with Bench(counting_engine(delay=0.02), Workload(5, 4, 0)) as bench:
         measured = bench.measure(1, 1)
     (trace,) = measured.traces

@@ -17,12 +17,20 @@ from slipstream.runtime.testing import counting_engine
 from slipstream.server.cli import slipstream
 from slipstream.server.commands import generate as module
 
-# The counting model, slow enough to be interrupted.
-SLOW = """
+# The counting model, which says one token and no more until standard input ends.
+GATED = """
+import sys
 from slipstream.runtime.testing import counting_engine
 import slipstream.server.commands.generate as module
 from slipstream.server.cli import main
-module.load_model = lambda model, runtime: counting_engine(delay=0.02)
+engine = counting_engine()
+land = engine.executor.land
+def gated(step):
+    if engine.executor.steps > 1:
+        sys.stdin.read()
+    land(step)
+engine.executor.land = gated
+module.load_model = lambda model, runtime: engine
 main()
 """
 
@@ -173,34 +181,35 @@ def test_a_prompt_that_is_too_long(tiny_engine: Path) -> None:
     assert_one_error(run(tiny_engine, "cat " * 2000), "Shorten the prompt")
 
 
-def slow(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SLOW, "generate", "m", "--raw", "a", *arguments]
+def gated(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", GATED, "generate", "m", "--raw", "a", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, stdin=pipe, text=True)
 
 
 def test_text_comes_as_it_is_made() -> None:
-    process = slow("--max-tokens", "60")
+    process = gated("--max-tokens", "60")
     assert process.stdout is not None
     assert process.stdout.read(1) == "b"
     assert process.poll() is None
-    assert len(process.communicate(timeout=30)[0]) == 60
+    assert len(process.communicate(timeout=120)[0]) == 60
 
 
 def test_ctrl_c_ends_quietly() -> None:
-    process = slow("--max-tokens", "200", "--ignore-eos")
+    process = gated("--max-tokens", "200", "--ignore-eos")
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors.strip()) == (130, "")
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
-    process = slow("--max-tokens", "200", "--ignore-eos")
-    assert process.stdout is not None and process.stderr is not None
+    process = gated("--max-tokens", "200", "--ignore-eos")
+    assert process.stdin and process.stdout and process.stderr
     process.stdout.read(1)
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=120) == 1

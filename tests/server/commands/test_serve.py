@@ -54,12 +54,12 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
             for key, status in (("two", 200), ("three", 401)):
                 headers = {"Authorization": f"Bearer {key}"}
                 body = {"model": "same", "prompt": "the fox", "max_tokens": 3}
-                answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers)
+                answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
                 assert answer.status_code == status, answer.text
-            assert "text/html" in httpx.get(url).headers["content-type"]
+            assert "text/html" in httpx.get(url, timeout=60).headers["content-type"]
         finally:
             child.send_signal(signal.SIGTERM)
-        assert child.wait(10) == 0
+        assert child.wait(120) == 0
         log += child.stderr.read()
     assert " serving model=" in log and " stopped" in log
     assert len(re.findall(r" request .*path=/v1/completions status=(?:200|401)", log)) == 2
@@ -87,9 +87,9 @@ def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
             url, log = _started(child)
             for _ in range(requests):
                 body = {"prompt": "a", "stream": True}
-                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=20)
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
                 assert answer.status_code == 503, answer.text
-            assert child.wait(30) == 70
+            assert child.wait(120) == 70
         finally:
             child.kill()
         assert child.stderr is not None
