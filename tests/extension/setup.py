@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+
 from slipstream.plugins.build import BuildNative, NativeExtension
 
 sys.path.insert(0, str(Path(__file__).parent))

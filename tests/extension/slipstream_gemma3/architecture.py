@@ -114,7 +114,7 @@ ARCHITECTURE = Architecture(
             gate_proj={"reads": _BEFORE},
             up_proj={"reads": _BEFORE},
             down_proj={"stream": _AFTER},
-            **dict.fromkeys(_NORMS, {"offset": 1.0}),
+            **{norm: {"offset": 1.0} for norm in _NORMS},
         ),
         Module(_BEFORE, "norm", (hidden,), offset=1.0),
         Module(_AFTER, "norm", (hidden,), offset=1.0),

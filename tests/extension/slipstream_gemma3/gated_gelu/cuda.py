@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 import triton
-from slipstream_gemma3.gated_gelu.cuda_kernels import gated_gelu_kernel
 
 from slipstream.plugins.cuda.binding import Context, Kernel, required_names
 from slipstream.plugins.cuda.launch import launch_options
+from slipstream_gemma3.gated_gelu.cuda_kernels import gated_gelu_kernel
 
 _BLOCK = 1024
 
