@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.contract import (
+    TARGET_GRAPH,
+    CacheSpec,
+    bytes_per_token,
+    kv_dtype_of,
+    page_size_of,
+    paged,
+)
 from slipstream.builder.engine import WEIGHTS, Engine, sha256
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear import WEIGHT_TYPES
@@ -74,6 +81,23 @@ def list_weights(engine: Engine) -> list[WeightEntry]:
     )
     tensors = read_header(engine.path / WEIGHTS, origin).values()
     return [WeightEntry(t.name, t.dtype, t.shape, t.size) for t in tensors]
+
+
+def describe_kv(caches: Sequence[CacheSpec]) -> dict[str, str | int]:
+    """The pages of keys and values in all layers; heads are those of the first paged cache, and
+    left out if its pages are not PagedAttention's."""
+    pages = paged(caches)
+    described: dict[str, str | int] = {
+        "dtype": kv_dtype_of(caches),
+        "page_size": page_size_of(caches),
+        "num_layers": sum(len(cache.layers) for cache in pages),
+        "bytes_per_token": bytes_per_token(caches),
+    }
+    shape = pages[0].arrays[0].shape
+    if len(shape) == 3 and shape[0] == 2:
+        described["num_kv_heads"] = shape[1]
+        described["head_dim"] = shape[2] // pages[0].page_size
+    return described
 
 
 def read_graph(engine: Engine) -> ir.Graph:

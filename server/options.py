@@ -65,6 +65,9 @@ RUNTIME = {
     ),
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
+    "step_timeout": Option(
+        "For servers and chat: seconds after which a device that does not answer is given up."
+    ),
 }
 SAMPLING = {
     "max_tokens": Option("Most tokens to generate.", "up to max-seq-len"),

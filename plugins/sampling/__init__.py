@@ -16,7 +16,6 @@ from __future__ import annotations
 from enum import IntEnum
 
 MAX_LOGPROBS = 20
-MAX_BIASES = 512
 
 # What a row's token is if its largest logit is NaN or infinite.
 BROKEN = -2

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from slipstream.plugins.cuda.launch import launch_options
-from slipstream.plugins.sampling import LOGPROB_COLUMNS, MAX_BIASES, Field, Kind
+from slipstream.plugins.sampling import LOGPROB_COLUMNS, Field, Kind
 from slipstream.plugins.sampling import cuda_kernels as kernels
 
 BLOCK = 2048
@@ -27,14 +27,14 @@ class FullBuffers:
 
     Kept from step to step, by slot: ``history`` [S, max_seq_len] int32, the tokens of sequences
     with penalties; ``bitmask`` [S, ceil(V / 32)] int32, bit ``id % 32`` of word ``id // 32`` set
-    for an allowed token; ``bias_ids`` and ``bias_values`` [S, MAX_BIASES] int32 and float32.
-    ``logprobs`` [R, LOGPROB_COLUMNS] int32 is a result. The others are scratch.
+    for an allowed token; ``biases`` [S] int64, the address of each row's logit bias: int32 [2, n],
+    distinct token ids over the bits of float32 values. ``logprobs`` [R, LOGPROB_COLUMNS] int32 is a
+    result. The others are scratch.
     """
 
     history: torch.Tensor
     bitmask: torch.Tensor
-    bias_ids: torch.Tensor
-    bias_values: torch.Tensor
+    biases: torch.Tensor
     logprobs: torch.Tensor
     edited: torch.Tensor
     counts: torch.Tensor
@@ -119,8 +119,7 @@ class SamplerBuffers:
         self.full = FullBuffers(
             history=new(torch.int32, slots, self.max_seq_len),
             bitmask=new(torch.int32, slots, triton.cdiv(vocab, 32)),
-            bias_ids=new(torch.int32, slots, MAX_BIASES),
-            bias_values=new(torch.float32, slots, MAX_BIASES),
+            biases=new(torch.int64, slots),
             logprobs=new(torch.int32, rows, LOGPROB_COLUMNS),
             edited=new(torch.float32, rows, vocab),
             counts=new(torch.int32, rows, vocab),
@@ -205,8 +204,7 @@ def _edit(logits: torch.Tensor, b: SamplerBuffers, full: FullBuffers, rows: int,
         b.vocab_size,
         b.params,
         b.params.stride(0),
-        full.bias_ids,
-        full.bias_values,
+        full.biases,
         full.history,
         full.history.stride(0),
         full.edited,

@@ -39,7 +39,6 @@ PENALIZES = tl.constexpr(sampling.PENALIZES)
 LOGPROBS = tl.constexpr(sampling.LOGPROBS)
 BROKEN = tl.constexpr(sampling.BROKEN)
 MAX_LOGPROBS = tl.constexpr(sampling.MAX_LOGPROBS)
-MAX_BIASES = tl.constexpr(sampling.MAX_BIASES)
 RANK_COLUMN = tl.constexpr(sampling.RANK_COLUMN)
 LOGPROB_COLUMN = tl.constexpr(sampling.LOGPROB_COLUMN)
 TOP_IDS_COLUMN = tl.constexpr(sampling.TOP_IDS_COLUMN)
@@ -678,8 +677,7 @@ def edit_kernel(
     vocab,
     settings,
     settings_stride,
-    bias_ids,
-    bias_values,
+    biases,
     history,
     history_stride,
     edited,
@@ -699,13 +697,18 @@ def edit_kernel(
         return
     start = row.to(tl.int64) * vocab
     num_biases = _int(settings, settings_stride, NUM_BIASES, row)
-    if (num_biases > 0) & (part == 0):
-        index = tl.arange(0, MAX_BIASES)
-        inside = index < num_biases
-        ids = tl.load(bias_ids + slot * MAX_BIASES + index, mask=inside, other=0)
-        values = tl.load(bias_values + slot * MAX_BIASES + index, mask=inside, other=0.0)
-        x = tl.load(edited + start + ids, mask=inside, other=0.0)
-        tl.store(edited + start + ids, x + values, mask=inside)
+    if num_biases > 0:
+        bias = tl.load(biases + slot).to(tl.pointer_type(tl.int32))
+        first = part * CHUNK
+        while first < num_biases:
+            index = first + tl.arange(0, CHUNK)
+            inside = index < num_biases
+            token = tl.load(bias + index, mask=inside, other=0)
+            value = tl.load(bias + num_biases + index, mask=inside, other=0)
+            x = tl.load(edited + start + token, mask=inside, other=0.0)
+            x += value.to(tl.float32, bitcast=True)
+            tl.store(edited + start + token, x, mask=inside)
+            first += tl.num_programs(0) * CHUNK
     if (_int(settings, settings_stride, FLAGS, row) & PENALIZES) != 0:
         prompt_len = _int(settings, settings_stride, PROMPT_LEN, row)
         known = prompt_len + _int(settings, settings_stride, POSITION, row)

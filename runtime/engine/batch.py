@@ -131,8 +131,9 @@ class _Wanted:
         for sequence, start, count, drafts, output, begin in chunks:
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
-                    target = sequence.tokens[position + 1]
-                    self._add(begin + position - start, _new_row(sequence, target), sequence, -1)
+                    row = _new_row(sequence, sequence.tokens[position + 1])
+                    row.position = position + 1
+                    self._add(begin + position - start, row, sequence, -1)
             if output >= 0:
                 at = begin + count - 1 - drafts
                 self._add_run(sequence, at, output, drafts)

@@ -15,10 +15,9 @@ from slipstream.runtime.engine.request_state import CompletionState, RequestStat
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
-from slipstream.runtime.executors.base import PendingStep
+from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
-from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.detokenizer import Detokenizer
 
 
@@ -26,14 +25,16 @@ from slipstream.runtime.text.detokenizer import Detokenizer
 class _Flight:
     """A step on its way, and whose logits rows it computes.
 
-    ``in_lockstep``: it must land before the next is started.
+    ``started`` until its rows are sampled, ``pending`` from then on. ``refused``: there is nothing
+    on its way, and nothing may follow before that is told.
     """
 
     plan: StepPlan
     owners: list[Sequence]
     rows: list[SamplingRow]
-    pending: PendingStep
-    in_lockstep: bool
+    started: StartedStep
+    pending: PendingStep | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ class _Refused:
     """A step that the device did not take; it ends in its turn, as one that failed."""
 
     error: Exception
+
+    def sample(self) -> PendingStep:
+        return self
 
     def result(self) -> StepResult:
         raise self.error
@@ -52,7 +56,8 @@ class EngineLoop:
     Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
     outputs of a step while the device computes the next. A device that runs ahead gets yet another
     step before that one has landed, so that it is never idle; what a sequence has there beyond its
-    end is ignored.
+    end is ignored. Where edits of a row need the token before (``SamplingParams.needs_output``),
+    the layers of the next step are started all the same, and its head when the last has landed.
 
     A step that fails ends the requests in it, a row that fails its own. An engine that is
     ``unhealthy`` goes on trying; whoever drives it decides.
@@ -77,8 +82,8 @@ class EngineLoop:
         self._arrivals = itertools.count()
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
-        # Unfinished requests whose tokens the host must know before it starts another step.
-        self._in_lockstep: set[RequestState] = set()
+        # Unfinished requests whose output the host must know before their rows are sampled.
+        self._need_output: set[RequestState] = set()
         self._flight: _Flight | None = None
 
     @property
@@ -119,8 +124,8 @@ class EngineLoop:
         completions = [self._completion(s) for s in self._sequences(request)]
         state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))
         self._requests[request.request_id] = state
-        if not self._runs_ahead_of(request.params):
-            self._in_lockstep.add(state)
+        if request.params.needs_output:
+            self._need_output.add(state)
         self.scheduler.add(completions[0].sequence)
 
     def abort(self, request_id: str) -> None:
@@ -140,22 +145,17 @@ class EngineLoop:
         return what the finished one changed."""
         self._health.began()
         flight, self._flight = self._flight, None
-        if flight and not (flight.in_lockstep or self._in_lockstep):
+        if flight and self._engine.executor.runs_ahead and not flight.refused:
             self._flight = self._launch()
+            if self._flight and not self._need_output:
+                self._sample(self._flight)
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
+        if self._flight and self._flight.pending is None:
+            self._sample(self._flight)
         self._health.ended()
         return self._tell()
-
-    def _runs_ahead_of(self, params: SamplingParams) -> bool:
-        executor = self._engine.executor
-        # Which prompt tokens are still to be scored is known only when the step before has landed.
-        return (
-            executor.runs_ahead
-            and params.prompt_logprobs is None
-            and executor.runs_ahead_of(params)
-        )
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
@@ -194,13 +194,18 @@ class EngineLoop:
             return None
         self._note_admitted(plan.admitted)
         batch, owners = self._builder.build(plan)
-        in_lockstep = bool(self._in_lockstep)
-        pending: PendingStep
         try:
-            pending = self._engine.executor.submit(batch)
+            started = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            pending, in_lockstep = _Refused(error), True
-        return _Flight(plan, owners, batch.sampling, pending, in_lockstep)
+            refused = _Refused(error)
+            return _Flight(plan, owners, batch.sampling, refused, refused, refused=True)
+        return _Flight(plan, owners, batch.sampling, started)
+
+    def _sample(self, flight: _Flight) -> None:
+        try:
+            flight.pending = flight.started.sample()
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            flight.pending, flight.refused = _Refused(error), True
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -211,6 +216,7 @@ class EngineLoop:
     def _land(self, flight: _Flight | None) -> None:
         if flight is None:
             return
+        assert flight.pending is not None, "a step lands after it was sampled"
         try:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
@@ -244,8 +250,10 @@ class EngineLoop:
             if sequence.finish_reason or token == REJECTED:
                 continue
             if row.target is not None:
-                assert sequence.prompt_logprobs is not None
-                sequence.prompt_logprobs.append(logprobs)
+                scores = sequence.prompt_logprobs
+                assert scores is not None
+                if row.position == len(scores):  # a preempted one may be scored twice
+                    scores.append(logprobs)
                 continue
             state = self._requests[sequence.request.request_id]
             state.completions[sequence.index].take(token, logprobs)
@@ -289,7 +297,7 @@ class EngineLoop:
 
     def _forget(self, state: RequestState) -> None:
         del self._requests[state.request.request_id]
-        self._in_lockstep.discard(state)
+        self._need_output.discard(state)
 
     def _tell(self) -> list[RequestOutput]:
         """Detokenize what changed and return what callers are to hear."""

@@ -260,11 +260,12 @@ class Scheduler:
 
     def _draft(self, plan: StepPlan, budget: int) -> int:
         """Give the decodes of a plan tokens to guess, within a budget, and return how many. No
-        run can pass the end of its sequence."""
+        run can pass the end of its sequence, and the host must not be needed inside of it."""
         left = budget
         for sequence, start in zip(plan.sequences, plan.starts, strict=True):
             count = 0
-            if start >= sequence.num_prefill:  # the device has sampled it before
+            knows = not sequence.request.params.needs_output  # all that edits of its rows need
+            if knows and start >= sequence.num_prefill:  # the device has sampled it before
                 room = sequence.max_len - sequence.num_tokens - sequence.num_drafted
                 count = min(self._draft_tokens, room, left)
             plan.draft(count)

@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -29,7 +30,7 @@ class SamplingRow:
     bad words read them). ``position`` is the number of output tokens before the one to be sampled:
     it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
     when the device runs ahead of what the host knows. ``target`` is set on rows that only score
-    that prompt token.
+    that prompt token, whose place in the prompt is then ``position``.
     """
 
     params: SamplingParams
@@ -110,6 +111,13 @@ class TokenLogprobs:
     logprob: float
     rank: int
     top: dict[int, tuple[float, int]]
+
+    def only(self, count: int) -> TokenLogprobs:
+        """With no more than ``count`` of the most likely (-1: all)."""
+        if not 0 <= count < len(self.top):
+            return self
+        top = dict(itertools.islice(self.top.items(), count))
+        return TokenLogprobs(self.token_id, self.logprob, self.rank, top)
 
 
 @dataclass(slots=True)

@@ -8,14 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.runtime.engine.step import StepBatch, StepResult
-from slipstream.runtime.sampling.params import SamplingParams
 
 
 class PendingStep(Protocol):
-    """A step on its way."""
+    """A step of which all is on its way."""
 
     def result(self) -> StepResult:
         """Wait for the step; raises ``ExecutionError`` if the device failed."""
+        ...
+
+
+class StartedStep(Protocol):
+    """A step whose layers are on their way: what they need is known to the device."""
+
+    def sample(self) -> PendingStep:
+        """Edit the rows and start head and sampling; once, before the next step is submitted.
+
+        The host must know the output of every row whose parameters say ``needs_output``; other rows
+        may be a token ahead of it.
+        """
         ...
 
 
@@ -33,14 +44,6 @@ class Executor(Protocol):
         token of every slot."""
         ...
 
-    def runs_ahead_of(self, params: SamplingParams) -> bool:
-        """Whether rows with ``params`` can be sampled before the host knows the token before.
-
-        While a request for which they cannot is unfinished, one step is on its way at most. So it
-        is with prompt logprobs, about which nobody asks. Of no meaning unless ``runs_ahead``.
-        """
-        ...
-
     @property
     def draft_tokens(self) -> int:
         """How many tokens the device guesses for a sequence and verifies in one step, at most."""
@@ -51,8 +54,8 @@ class Executor(Protocol):
         many."""
         ...
 
-    def submit(self, batch: StepBatch) -> PendingStep:
-        """Make the moves of a step and start it; may return before the device is done.
+    def submit(self, batch: StepBatch) -> StartedStep:
+        """Make the moves of a step and start its layers; may return before the device is done.
 
         The sampling rows of ``batch`` belong to the sequences and change with the next batch.
         """

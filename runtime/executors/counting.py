@@ -37,7 +37,6 @@ from slipstream.runtime.executors.counting_caches import (
     HashedState,
     PagedTokens,
 )
-from slipstream.runtime.sampling.params import SamplingParams
 
 
 def counting_contract(
@@ -116,11 +115,6 @@ class CountingExecutor:
         """As given at construction."""
         return self._runs_ahead
 
-    def runs_ahead_of(self, params: SamplingParams) -> bool:
-        """Whether ``params`` have no bad words of several tokens: an example of what needs the
-        host."""
-        return all(len(word) == 1 for word in params.bad_words_token_ids)
-
     @property
     def draft_tokens(self) -> int:
         """As given at construction."""
@@ -133,8 +127,7 @@ class CountingExecutor:
     def submit(self, batch: StepBatch) -> CountingStep:
         """Run a step whose result is handed over when it is wanted."""
         failing, self.fail_next = self.fail_next, False
-        in_lockstep = not all(map(self._may_run_ahead, batch.sampling))
-        self._check_order(in_lockstep)
+        self._check_order()
         self.steps += 1
         # What follows a step that fails works on garbage until the host has heard of it.
         excused = any(step.failed for step in self._on_their_way)
@@ -143,9 +136,14 @@ class CountingExecutor:
             self._spoil(batch)
         else:
             result = self._run(batch, excused)
-        step = CountingStep(self, result, in_lockstep)
+        step = CountingStep(self, result, batch.sampling)
         self._on_their_way.append(step)
         return step
+
+    def check_head(self, step: CountingStep) -> None:
+        """Verify that the host knows what edits of the rows of ``step`` need."""
+        if any(row.target is None and row.params.needs_output for row in step.rows):
+            assert self._on_their_way[0] is step, "the host must know the output before this step"
 
     def land(self, step: CountingStep) -> None:
         """Note that a step's result is handed over."""
@@ -157,14 +155,10 @@ class CountingExecutor:
         """Only remembered: there is nothing to free."""
         self.closed = True
 
-    def _may_run_ahead(self, row: SamplingRow) -> bool:
-        return row.target is None and self.runs_ahead_of(row.params)
-
-    def _check_order(self, in_lockstep: bool) -> None:
+    def _check_order(self) -> None:
         others = self._on_their_way
         assert len(others) <= self._runs_ahead, "too many steps on their way"
-        in_lockstep = in_lockstep or any(step.in_lockstep for step in others)
-        assert not (others and in_lockstep), "the host must know all tokens before this step"
+        assert all(step.sampled for step in others), "the step before was never sampled"
 
     def _spoil(self, batch: StepBatch) -> None:
         """Leave garbage wherever a step would have written."""
@@ -283,9 +277,10 @@ class CountingStep:
     """A step on its way; it has failed if there is no ``result``."""
 
     def __init__(
-        self, executor: CountingExecutor, result: StepResult | None, in_lockstep: bool
+        self, executor: CountingExecutor, result: StepResult | None, rows: Sequence[SamplingRow]
     ) -> None:
-        self.in_lockstep = in_lockstep
+        self.sampled = False
+        self.rows = rows
         self._executor = executor
         self._result = result
 
@@ -294,8 +289,16 @@ class CountingStep:
         """Whether ``result`` will raise."""
         return self._result is None
 
+    def sample(self) -> CountingStep:
+        """Verify that it is time."""
+        assert not self.sampled, "sampled twice"
+        self._executor.check_head(self)
+        self.sampled = True
+        return self
+
     def result(self) -> StepResult:
         """Hand over what was computed."""
+        assert self.sampled, "the step was never sampled"
         self._executor.land(self)
         if self._result is None:
             raise ExecutionError("the counting executor was told to fail this step")

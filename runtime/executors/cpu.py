@@ -29,7 +29,6 @@ from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
-from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler
 
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
@@ -92,6 +91,10 @@ class _Pending:
     binding: _Binding
     batch: StepBatch
     sampler: Sampler
+
+    def sample(self) -> _Pending:
+        """Nothing: rows are edited and sampled when the logits are there."""
+        return self
 
     def result(self) -> StepResult:
         outputs = self.outputs()
@@ -164,10 +167,6 @@ class CPUExecutor:
     @property
     def runs_ahead(self) -> bool:
         """Never: a step is computed when its result is asked for."""
-        return False
-
-    def runs_ahead_of(self, params: SamplingParams) -> bool:
-        """Never."""
         return False
 
     @property

@@ -24,7 +24,7 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     if not (params.edits_logits or too_short):
         return logits
     edited = _only_allowed(logits, params)
-    for token in _completed_bad_words(params, row.output):
+    for token in completed_bad_words(params, row.output):
         edited[token] = -np.inf
     if too_short:
         edited[ending_tokens(row)] = -np.inf
@@ -44,7 +44,7 @@ def _only_allowed(logits: Logits, params: SamplingParams) -> Logits:
     return edited
 
 
-def _completed_bad_words(params: SamplingParams, output: Sequence[int]) -> list[int]:
+def completed_bad_words(params: SamplingParams, output: Sequence[int]) -> list[int]:
     """The tokens that would now complete a bad word begun in the output (not in the prompt)."""
     completed = []
     for *beginning, last in params.bad_words_token_ids:

@@ -120,6 +120,10 @@ class SamplingParams:
     greedy: bool = field(init=False, repr=False, compare=False)
     penalizes: bool = field(init=False, repr=False, compare=False)
     edits_logits: bool = field(init=False, repr=False, compare=False)
+    # Whether what may come next depends on the very token before, which the host must know then.
+    needs_output: bool = field(init=False, repr=False, compare=False)
+    # Whether what is forbidden changes from token to token.
+    bans_change: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate, and turn sequences into tuples."""
@@ -161,12 +165,15 @@ class SamplingParams:
             0,
             0,
         )
+        needs_output = any(len(word) > 1 for word in self.bad_words_token_ids)
         self._set(
             greedy=self.temperature < GREEDY_TEMPERATURE,
             penalizes=penalizes,
             edits_logits=penalizes
             or bool(self.logit_bias or self.bad_words_token_ids)
             or self.allowed_token_ids is not None,
+            needs_output=needs_output,
+            bans_change=needs_output or self.min_tokens > 0,
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Self
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch, StepResult
-from slipstream.runtime.executors.base import Executor, PendingStep
+from slipstream.runtime.executors.base import Executor, PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -80,10 +80,6 @@ class TimedExecutor:
         """As the inner executor."""
         return self._inner.runs_ahead
 
-    def runs_ahead_of(self, params: SamplingParams) -> bool:
-        """As the inner executor."""
-        return self._inner.runs_ahead_of(params)
-
     @property
     def draft_tokens(self) -> int:
         """As the inner executor."""
@@ -93,16 +89,16 @@ class TimedExecutor:
         """As the inner executor."""
         return self._inner.reserve_kv(num_bytes)
 
-    def submit(self, batch: StepBatch) -> PendingStep:
+    def submit(self, batch: StepBatch) -> StartedStep:
         """As the inner executor."""
         if self._on_their_way:
             self.waits.append(0.0)
         elif self._answered is not None:
             self.waits.append(time.perf_counter() - self._answered)
-        pending = self._inner.submit(batch)
+        started = self._inner.submit(batch)
         self.steps += 1
         self._on_their_way += 1
-        return _TimedStep(self, pending)
+        return _TimedStart(self, started)
 
     def answered(self) -> None:
         """A step's result, or its failure, was handed over."""
@@ -112,6 +108,15 @@ class TimedExecutor:
     def shutdown(self) -> None:
         """As the inner executor."""
         self._inner.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedStart:
+    executor: TimedExecutor
+    inner: StartedStep
+
+    def sample(self) -> PendingStep:
+        return _TimedStep(self.executor, self.inner.sample())
 
 
 @dataclass(frozen=True, slots=True)

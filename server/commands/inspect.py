@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from slipstream.builder.contract import bytes_per_token, kv_dtype_of, page_size_of
 from slipstream.builder.engine import Engine, open_engine
 from slipstream.server.command import Command, CommandError
 from slipstream.server.engine_summary import (
@@ -18,6 +17,7 @@ from slipstream.server.engine_summary import (
     WeightEntry,
     count_kernels,
     count_operators,
+    describe_kv,
     list_files,
     list_weights,
     read_graph,
@@ -76,11 +76,7 @@ def _readable(
 def _as_json(contents: _Contents) -> dict[str, object]:
     manifest = contents.engine.manifest
     fields = asdict(manifest)
-    fields["kv"] = {
-        "dtype": kv_dtype_of(manifest.caches),
-        "page_size": page_size_of(manifest.caches),
-        "bytes_per_token": bytes_per_token(manifest.caches),
-    }
+    fields["kv"] = describe_kv(manifest.caches)
     fields["files"] = [
         {**asdict(file), "sha256": manifest.files[file.name]} for file in contents.files
     ]
@@ -129,8 +125,8 @@ def _as_text(contents: _Contents) -> str:
 
 def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
     manifest = engine.manifest
-    per_token = bytes_per_token(manifest.caches)
-    pages = f"{kv_dtype_of(manifest.caches)}, pages of {page_size_of(manifest.caches)} tokens"
+    kv = describe_kv(manifest.caches)
+    per_token = int(kv["bytes_per_token"])
     return [
         ("path", str(engine.path)),
         ("target", f"{manifest.target} ({manifest.capability})"),
@@ -140,7 +136,7 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
         ("checkpoint", "; ".join(f"{n} {name}" for name, n in manifest.formats.items())),
         ("plugins", ", ".join(f"{name} {v}" for name, v in manifest.plugins.items())),
         *((name, str(value)) for name, value in asdict(manifest.limits).items()),
-        ("KV cache", pages),
+        ("KV cache", f"{kv['dtype']}, pages of {kv['page_size']} tokens"),
         ("KV per token", format_bytes(per_token)),
         ("KV of one sequence", format_bytes(per_token * manifest.limits.max_seq_len)),
     ]

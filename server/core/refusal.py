@@ -19,7 +19,7 @@ from slipstream.errors import (
 # too_large     its body is larger than the server takes.
 # busy          too many requests wait already.
 # unavailable   the server drains, or its engine has stopped.
-# failed        a step failed on the device; others are answered.
+# failed        a step, or its row of one, failed on the device; others are answered.
 # internal      a bug.
 Kind = Literal[
     "invalid", "unauthorized", "not_found", "wrong_method", "too_large", "busy", "unavailable",

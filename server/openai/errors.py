@@ -23,7 +23,7 @@ _STATUSES = {
     413: "The body is too large.",
     429: "Too many requests wait already; `Retry-After` says when to come again.",
     500: "A bug.",
-    503: "The server is shutting down, or its engine has stopped.",
+    503: "The server is shutting down, its engine has stopped, or a step failed on the device.",
 }
 
 

@@ -10,7 +10,9 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
@@ -99,6 +101,11 @@ class Device:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the device copies from and to by itself."""
         return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def index(self, rows: NDArray[np.int32]) -> torch.Tensor:
+        """Numbers of rows on the device, int64."""
+        wide = torch.from_numpy(rows.astype(np.int64))
+        return (wide.pin_memory() if self.is_cuda else wide).to(self.torch, non_blocking=True)
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated, those that torch keeps for reuse included."""

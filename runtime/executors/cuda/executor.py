@@ -21,16 +21,14 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
-from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
-from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
-from slipstream.runtime.executors.cuda.device import Device, Event, Work
-from slipstream.runtime.executors.cuda.pending import Part, PendingCUDAStep
+from slipstream.runtime.engine.step import StepBatch
+from slipstream.runtime.executors.cuda.buckets import Buckets
+from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
-from slipstream.runtime.executors.cuda.sampling import CUDASampler, supports, supports_params
+from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.executors.cuda.weights import load_weights
-from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
@@ -47,7 +45,8 @@ class CUDAExecutor:
 
     Python pays for three launches a step: all layers (one captured graph), norm, head and sampling
     (another), and the copy of the tokens to the host; only steps of many tokens are launched
-    kernel by kernel. Sampled tokens stay on the device, from where the next step reads them.
+    kernel by kernel. Sampled tokens stay on the device, from where the next step reads them. No
+    request changes that: what some want beside is launched after the head.
     """
 
     runs_ahead = True
@@ -97,8 +96,6 @@ class CUDAExecutor:
             self._attention = program.attention[0]  # heads are those of all layers
             block = query_block(self._attention.num_heads, self._attention.num_kv_heads)
             buckets = Buckets(rows, config.max_num_tokens, block)
-            self._row_sizes = buckets.batch_sizes
-            self._host_sampler = Sampler(program.vocab_size)
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
             )
@@ -140,26 +137,13 @@ class CUDAExecutor:
             )
         return pages
 
-    def runs_ahead_of(self, params: SamplingParams) -> bool:
-        """Whether the device samples such a request by itself."""
-        return supports_params(params)
-
-    def submit(self, batch: StepBatch) -> PendingCUDAStep:
-        """Enqueue a step and return at once."""
-        ours = [supports(row) for row in batch.sampling]
-        at = [place for place, mine in enumerate(ours) if mine]
-        hosted_at = [place for place, mine in enumerate(ours) if not mine]
-        parts: list[Part] = []
+    def submit(self, batch: StepBatch) -> StartedCUDAStep:
+        """Enqueue a step's layers and return at once."""
         with self._device.work():
             self._move_pages(batch.moves)
-            hidden = self.runner.layers(batch, batch.logits_rows[at], eager=bool(hosted_at))
-            if hidden is not None and hosted_at:
-                parts.append(self._sampled_on_host(batch, hosted_at, hidden))
-            if at:
-                parts.append(self._sampled(batch, at))
-            done = Event(self._device)
-            done.record()
-        return PendingCUDAStep(done, batch.sampling, parts)
+            places = [i for i, row in enumerate(batch.sampling) if row.target is None]
+            hidden = self.runner.layers(batch, batch.logits_rows[places])
+        return StartedCUDAStep(self._device, self.runner, self._sampler, batch, places, hidden)
 
     def shutdown(self) -> None:
         """Let go of the graphs and the pages."""
@@ -170,56 +154,17 @@ class CUDAExecutor:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
         with self._device.work():
             hidden = self.runner.layers(batch, batch.logits_rows[:0], eager=True)
-            assert hidden is not None
-            wanted = hidden[self._index(batch.logits_rows)]
-            size = self._config.max_batch_size
-            parts = [self._copied_logits(part) for part in torch.split(wanted, size)]
-        return np.concatenate(parts)
+            wanted = hidden[self._device.index(batch.logits_rows)]
+            parts = torch.split(wanted, self._config.max_batch_size)
+            return np.concatenate([self.runner.logits_of(part).cpu().numpy() for part in parts])
 
     def _move_pages(self, moves: Sequence[Move]) -> None:
         """Enqueue copies of pages, which the layers of the step may read."""
         if moves:
             cache = self.runner.memory.kv_cache.view(torch.uint8)  # no copies of 8-bit floats
-            sources = self._index(np.array([move.source for move in moves], np.int32))
-            targets = self._index(np.array([move.destination for move in moves], np.int32))
+            sources = self._device.index(np.array([move.source for move in moves], np.int32))
+            targets = self._device.index(np.array([move.destination for move in moves], np.int32))
             cache.index_copy_(1, targets, cache.index_select(1, sources))
-
-    def _sampled(self, batch: StepBatch, at: Sequence[int]) -> Part:
-        """Enqueue the sampling of rows that the device can sample."""
-        rows = [batch.sampling[place] for place in at]
-        slots: list[int] = batch.sampling_slots[at].tolist()
-        kind, padded = self._sampler.kind(rows), bucket(len(rows), self._row_sizes)
-        self._sampler.prepare(rows, slots, padded, kind)
-        self.runner.head(padded, kind)
-        return Part(at, self._sampler.fetch(len(rows), kind).result)
-
-    def _sampled_on_host(self, batch: StepBatch, at: Sequence[int], hidden: Tensor) -> Part:
-        """The other rows, whose logits are copied when their answers are wanted.
-
-        The loop waits for these before it plans the next step, so no device needs their tokens.
-        """
-        wanted = hidden[self._index(batch.logits_rows[at])]
-
-        def answer(rows: Sequence[SamplingRow]) -> StepResult:
-            result = StepResult([], [])
-            size = self._config.max_batch_size
-            with self._device.work():
-                for start in range(0, len(rows), size):
-                    logits = self._copied_logits(wanted[start : start + size])
-                    part = self._host_sampler.sample(logits, rows[start : start + size])
-                    result.token_ids += part.token_ids
-                    result.logprobs += part.logprobs
-                    result.failed.update((start + i, why) for i, why in part.failed.items())
-            return result
-
-        return Part(at, answer)
-
-    def _copied_logits(self, hidden: Tensor) -> NDArray[np.float32]:
-        copied: NDArray[np.float32] = self.runner.logits_of(hidden).cpu().numpy().copy()
-        return copied
-
-    def _index(self, rows: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(rows.astype(np.int64)).to(self._device.torch)
 
     def _allocate(self, pages: int) -> None:
         config, device, attention = self._config, self._device.torch, self._attention

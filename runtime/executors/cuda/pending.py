@@ -1,44 +1,128 @@
-"""A step on its way on the GPU."""
+"""A step on its way on the GPU: first its layers, then, when rows have been edited, all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepResult
-from slipstream.runtime.executors.cuda.device import Event
+from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
+from slipstream.runtime.executors.cuda.device import Device, Event
+from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
+from slipstream.runtime.executors.cuda.scores import PendingScores, rows_at_once, score
+from slipstream.runtime.sampling.sampler import broken_row
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some rows of a step: their places in the batch, and how their answers are had."""
+class Scored:
+    """Rows that are scored beside those that are sampled, by their places in the batch."""
 
     places: Sequence[int]
-    answer: Callable[[Sequence[SamplingRow]], StepResult]
+    pending: PendingScores
+
+
+@dataclass(frozen=True, slots=True)
+class StartedCUDAStep:
+    """A step whose layers are enqueued.
+
+    ``places`` are the rows of the batch that sample, which are gathered; the others score tokens of
+    a prompt, from the last layer's output of every token, ``hidden``.
+    """
+
+    device: Device
+    runner: StepRunner
+    sampler: CUDASampler
+    batch: StepBatch
+    places: Sequence[int]
+    hidden: Tensor
+
+    def sample(self) -> PendingCUDAStep:
+        """Enqueue head and sampling, then what the kernels of sampling do not do."""
+        rows = [self.batch.sampling[place] for place in self.places]
+        sampled, scored = None, list[Scored]()
+        with self.device.work():
+            if rows:
+                sampled = self._sampled(rows)
+                scored += self._listed(rows)
+            if len(rows) < len(self.batch.sampling):
+                scored += self._prompts()
+            done = Event(self.device)
+            done.record()
+        return PendingCUDAStep(done, self.batch.sampling, self.places, sampled, scored)
+
+    def _sampled(self, rows: Sequence[SamplingRow]) -> PendingSample:
+        slots: list[int] = self.batch.sampling_slots[self.places].tolist()
+        kind, padded = self.sampler.kind(rows), self.runner.padded_rows(len(rows))
+        self.sampler.prepare(rows, slots, padded, kind)
+        self.runner.head(padded, kind)
+        return self.sampler.fetch(len(rows), kind)
+
+    def _listed(self, rows: Sequence[SamplingRow]) -> Iterator[Scored]:
+        """Log probabilities of sampled tokens with more of the likeliest than the kernels list."""
+        for row, params in enumerate(each.params for each in rows):
+            if params.logprobs is not None and not lists_logprobs(params):
+                token = self.sampler.buffers.tokens[row : row + 1].long().clamp(min=0)
+                logits = self.runner.logits[row : row + 1]
+                yield Scored([self.places[row]], score(logits, token, params.logprobs))
+
+    def _prompts(self) -> Iterator[Scored]:
+        """Scores of given tokens; rows of one request follow each other."""
+        samples = set(self.places)
+        rows = [i for i in range(len(self.batch.sampling)) if i not in samples]
+        size = min(rows_at_once(self.runner.logits.shape[1]), len(self.runner.logits))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            counts = [self.batch.sampling[row].params.prompt_logprobs or 0 for row in part]
+            targets = np.array([self.batch.sampling[row].target for row in part], np.int32)
+            hidden = self.hidden[self.device.index(self.batch.logits_rows[part])]
+            count = -1 if min(counts) < 0 else max(counts)
+            logits = self.runner.logits_of(hidden)
+            yield Scored(part, score(logits, self.device.index(targets), count))
 
 
 @dataclass(frozen=True, slots=True)
 class PendingCUDAStep:
-    """The rows of a step in parts: those that the device samples, and those that the host does."""
+    """A step of which all is enqueued."""
 
     done: Event
     rows: Sequence[SamplingRow]
-    parts: Sequence[Part]
+    places: Sequence[int]
+    sampled: PendingSample | None
+    scored: Sequence[Scored]
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
         result = StepResult([-1] * len(self.rows), [None] * len(self.rows))
         try:
             self.done.wait()
-            for part in self.parts:
-                answers = part.answer([self.rows[place] for place in part.places])
-                for place, token, entry in zip(
-                    part.places, answers.token_ids, answers.logprobs, strict=True
-                ):
-                    result.token_ids[place], result.logprobs[place] = token, entry
-                for row, failure in answers.failed.items():
-                    result.failed[part.places[row]] = failure
+            if self.sampled is not None:
+                self._take_sampled(result, self.sampled)
+            for scored in self.scored:
+                self._take_scored(result, scored)
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         return result
+
+    def _take_sampled(self, result: StepResult, sampled: PendingSample) -> None:
+        answers = sampled.result([self.rows[place] for place in self.places])
+        if len(self.places) == len(self.rows):
+            result.token_ids, result.logprobs = answers.token_ids, answers.logprobs
+        else:
+            for place, token, entry in zip(
+                self.places, answers.token_ids, answers.logprobs, strict=True
+            ):
+                result.token_ids[place], result.logprobs[place] = token, entry
+        result.failed = {self.places[row]: why for row, why in answers.failed.items()}
+
+    def _take_scored(self, result: StepResult, scored: Scored) -> None:
+        for place, entry in zip(scored.places, scored.pending.result(), strict=True):
+            row = self.rows[place]
+            if entry is None:
+                result.failed.setdefault(place, broken_row("NaN or infinite"))
+                continue
+            wanted = row.params.logprobs if row.target is None else row.params.prompt_logprobs
+            result.logprobs[place] = entry.only(wanted or 0)

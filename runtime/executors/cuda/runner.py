@@ -33,7 +33,8 @@ class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
     Between them stand ``rows [max_batch_size, hidden]``, the rows whose logits are wanted; what
-    the head makes of them is in ``logits [max_batch_size, vocab]``.
+    the head makes of them is in ``logits [max_batch_size, vocab]``. Captured steps of more than
+    decodes leave what the last layer makes of every token too.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class StepRunner:
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )
+            self._hidden = torch.zeros(
+                (buckets.mixed_tokens[-1], program.hidden_size),
+                dtype=program.dtype,
+                device=device.torch,
+            )
             self.logits = torch.zeros((count, program.vocab_size), device=device.torch)
 
     @property
@@ -70,24 +76,30 @@ class StepRunner:
         self._heads.clear()
         self._memory = memory
 
-    def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor | None:
-        """Enqueue all layers; the wanted ``rows`` of the step are then in ``self.rows``.
+    def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
+        """Enqueue all layers, kernel by kernel if ``eager``; the wanted ``rows`` of the step are
+        then in ``self.rows``.
 
-        Returns the last layer's output of every token where kernels were launched one by one,
-        which ``eager`` asks for.
+        Returns the last layer's output of every token, valid until the next step.
         """
         tokens, decodes = len(batch.token_ids), _num_decodes(batch)
         mixed = self._buckets.mixed_tokens
-        if not eager and decodes == tokens == len(rows):
+        if eager or tokens > mixed[-1]:
+            return self._by_kernel(batch, rows, decodes)
+        if decodes == tokens == len(rows):
             shape = self._buckets.decode(bucket(tokens, self._buckets.batch_sizes))
             self._inputs.load(batch, shape, _NO_BLOCKS, rows[:0])
-        elif not eager and tokens <= mixed[-1]:
+            hidden = self.rows
+        else:
             shape = self._buckets.mixed(bucket(tokens, mixed))
             self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
-        else:
-            return self._by_kernel(batch, rows, decodes)
+            hidden = self._hidden
         self._layers[shape]()
-        return None
+        return hidden[:tokens]
+
+    def padded_rows(self, count: int) -> int:
+        """For how many rows the head is captured that ``count`` rows take."""
+        return bucket(count, self._buckets.batch_sizes)
 
     def head(self, padded: int, kind: Kind) -> None:
         """Enqueue norm, head and sampling of the first ``padded`` rows."""
@@ -168,7 +180,7 @@ class StepRunner:
         wanted = self._inputs.logits_rows(shape)
 
         def work() -> None:
-            hidden = self._program.hidden(step, memory)
+            hidden = self._program.hidden(step, memory, out=self._hidden[:tokens])
             torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
 
         return work

@@ -2,7 +2,8 @@
 
 A step is ``prepare``, ``launch``, ``fetch``, all enqueued on the current stream without waiting;
 ``PendingSample.result`` is for when the device is done. Two steps may be on their way at once.
-What a sequence asks for is packed when its slot first sees it; a step then only adds positions.
+What a sequence asks for is packed when its slot first sees it; a step then only adds positions, and
+anew what is forbidden where that has changed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from slipstream.plugins import sampling
-from slipstream.plugins.sampling import MAX_BIASES, MAX_LOGPROBS, Field, Kind
+from slipstream.plugins.sampling import MAX_LOGPROBS, Field, Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
 from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, TokenLogprobs
-from slipstream.runtime.sampling.logits_processors import ending_tokens
+from slipstream.runtime.sampling.logits_processors import completed_bad_words, ending_tokens
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import broken_row
 
@@ -27,11 +28,12 @@ _STEPS_IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class _Seen:
-    """The row that a slot was packed for, and how far its history is on the device."""
+    """The row that a slot was packed for, what is forbidden it, and what of it is on the device."""
 
     row: SamplingRow
-    too_short: bool
-    uploaded: bool = False  # mask and biases
+    banned: frozenset[int]
+    uploaded: bool = False  # mask
+    biases: torch.Tensor | None = None
     next_position: int = -1  # history is complete below it; -1: there is none
 
 
@@ -53,18 +55,16 @@ class PendingSample:
     def result(self, rows: Sequence[SamplingRow]) -> StepResult:
         """Tokens and log probabilities of ``rows``, once the device is done with the step.
 
-        Rows that ``supports`` refuses get token -1. A row whose largest logit is not finite has
-        failed.
+        Log probabilities that ``lists_logprobs`` denies are left out. A row whose largest logit is
+        not finite has failed.
         """
         token_ids = self.tokens[: len(rows)].tolist()
         result = StepResult(token_ids, [None] * len(rows))
         for i, row in enumerate(rows):
-            if not supports(row):
-                token_ids[i] = -1
-            elif token_ids[i] == sampling.BROKEN:
+            count = row.params.logprobs
+            if token_ids[i] == sampling.BROKEN:
                 token_ids[i], result.failed[i] = -1, broken_row("NaN or infinite")
-            elif row.params.logprobs is not None:
-                count = row.params.logprobs
+            elif count is not None and lists_logprobs(row.params):
                 result.logprobs[i] = _token_logprobs(token_ids[i], self.logprobs[i], count)
         return result
 
@@ -106,27 +106,22 @@ class CUDASampler:
     ) -> None:
         """Copy what ``rows`` ask for to the device, for a step of ``padded`` rows.
 
-        ``slots`` are numbers of sequences (-1: the row samples nothing), unchanged while a
-        sequence runs. The first step of kind ``FULL`` allocates more buffers.
+        ``slots`` are numbers of sequences, unchanged while a sequence runs. The host must know the
+        output of rows whose parameters say ``needs_output``. The first step of kind ``FULL``
+        allocates more buffers.
         """
         count = len(rows)
         assert count == len(slots) <= padded <= self.buffers.tokens.shape[0]
         if kind is Kind.FULL:
             self.buffers.enable_full()
-        used = [
-            slot if slot >= 0 and supports(row) else -1
-            for row, slot in zip(rows, slots, strict=True)
-        ]
-        for row, slot in zip(rows, used, strict=True):
-            if slot >= 0:
-                self._notice(row, slot, kind)
+        for row, slot in zip(rows, slots, strict=True):
+            self._notice(row, slot, kind)
         self._step += 1
         host = self._params[self._step % _STEPS_IN_FLIGHT]
         block: IntArray = host.numpy()
         block[Field.SLOT] = -1
         if count:
-            block[:, :count] = self._columns.take(used, axis=1, mode="wrap")
-            block[Field.SLOT, :count] = used
+            block[:, :count] = self._columns.take(slots, axis=1)
             block[Field.POSITION, :count] = [row.position for row in rows]
         self.buffers.params.copy_(host, non_blocking=True)
 
@@ -155,30 +150,36 @@ class CUDASampler:
     def _notice(self, row: SamplingRow, slot: int, kind: Kind) -> None:
         """Bring what is kept for a slot up to date."""
         seen = self._seen[slot]
-        too_short = row.position < row.params.min_tokens
-        if seen is None or seen.too_short != too_short or not _same_sequence(seen.row, row):
-            seen = self._seen[slot] = _Seen(row, too_short)
-            self._columns[:, slot] = _pack(row, slot, self.buffers.vocab_size)
+        if seen is None or not _same_sequence(seen.row, row):
+            seen = self._seen[slot] = _Seen(row, _banned(row))
+            self._columns[:, slot] = _pack(row, slot, seen.banned, self.buffers.vocab_size)
+        elif row.params.bans_change and seen.banned != (banned := _banned(row)):
+            seen.banned, seen.uploaded = banned, False
+            self._columns[:, slot] = _pack(row, slot, banned, self.buffers.vocab_size)
         if kind is not Kind.FULL:
             return
         if not seen.uploaded:
-            self._upload_edits(row, slot)
+            self._upload_mask(seen, slot)
             seen.uploaded = True
+        if seen.biases is None and self._columns[Field.NUM_BIASES, slot]:
+            self._upload_biases(seen, slot)
         if row.params.penalizes:
             if not 0 <= row.position <= seen.next_position:
                 self._upload_history(row, slot)
             seen.next_position = row.position + 1
 
-    def _upload_edits(self, row: SamplingRow, slot: int) -> None:
-        full = self.buffers.enable_full()
+    def _upload_mask(self, seen: _Seen, slot: int) -> None:
         if self._columns[Field.FLAGS, slot] & sampling.MASKED:
-            full.bitmask[slot] = self._device(_bitmask(row, self.buffers.vocab_size))
-        bias = row.params.logit_bias
-        if bias and self._columns[Field.NUM_BIASES, slot]:
-            ids = np.array(list(bias), np.int32)
-            values = np.array(list(bias.values()), np.float32)
-            full.bias_ids[slot, : len(ids)] = self._device(ids)
-            full.bias_values[slot, : len(ids)] = self._device(values)
+            mask = _bitmask(seen.row.params, seen.banned, self.buffers.vocab_size)
+            self.buffers.enable_full().bitmask[slot] = self._device(mask)
+
+    def _upload_biases(self, seen: _Seen, slot: int) -> None:
+        """The kernels read them where they are kept, for as long as the slot is the sequence's."""
+        bias = seen.row.params.logit_bias or {}
+        packed = np.array([list(bias), [0] * len(bias)], np.int32)
+        packed[1].view(np.float32)[:] = list(bias.values())
+        seen.biases = self._device(packed)
+        self.buffers.enable_full().biases[slot] = seen.biases.data_ptr()
 
     def _upload_history(self, row: SamplingRow, slot: int) -> None:
         full = self.buffers.enable_full()
@@ -191,30 +192,10 @@ class CUDASampler:
             full.history[slot, wanted - 1] = self.buffers.last_tokens[slot]
 
 
-def supports(row: SamplingRow) -> bool:
-    """Whether the device can sample ``row``; it cannot score given tokens."""
-    return row.target is None and supports_params(row.params)
-
-
-def supports_params(params: SamplingParams) -> bool:
-    """Whether the device can sample with ``params``.
-
-    It cannot list more than ``MAX_LOGPROBS`` or all log probabilities, add more than
-    ``MAX_BIASES`` biases, or ban words of several tokens.
-    """
-    return (
-        (params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS)
-        and (not params.logit_bias or len(params.logit_bias) <= MAX_BIASES)
-        and all(len(word) == 1 for word in params.bad_words_token_ids)
-    )
-
-
 def _kind(row: SamplingRow) -> Kind:
     params = row.params
-    if not supports(row):
-        return Kind.GREEDY
     too_short = row.position < params.min_tokens and ending_tokens(row)
-    if params.edits_logits or params.logprobs is not None or too_short:
+    if params.edits_logits or lists_logprobs(params) or too_short:
         return Kind.FULL
     return Kind.GREEDY if params.greedy else Kind.SAMPLE
 
@@ -228,12 +209,16 @@ def _same_sequence(first: SamplingRow, second: SamplingRow) -> bool:
     )
 
 
-def _pack(row: SamplingRow, slot: int, vocab_size: int) -> IntArray:
+def lists_logprobs(params: SamplingParams) -> bool:
+    """Whether the kernels list the log probabilities that are asked for."""
+    return params.logprobs is not None and 0 <= params.logprobs <= MAX_LOGPROBS
+
+
+def _pack(row: SamplingRow, slot: int, banned: frozenset[int], vocab_size: int) -> IntArray:
     """The parameters of a row in the order of ``Field``, without its position."""
     params = row.params
     column = np.zeros(len(Field), np.int32)
     floats = column.view(np.float32)
-    banned = _banned(row)
     # With every token forbidden, the likeliest of those the allow list names is taken, unedited.
     stuck = _bans_all(banned, params, vocab_size)
     seed = np.array([row.seed % 2**64], np.uint64).view(np.int32)  # low, high
@@ -257,31 +242,31 @@ def _flags(params: SamplingParams, bans: bool) -> int:
     return (
         sampling.MASKED * masked
         | sampling.PENALIZES * params.penalizes
-        | sampling.LOGPROBS * (params.logprobs is not None)
+        | sampling.LOGPROBS * lists_logprobs(params)
     )
 
 
-def _banned(row: SamplingRow) -> set[int]:
-    """Bad words, and while the output is too short the tokens that would end it."""
-    banned = {word[0] for word in row.params.bad_words_token_ids}
+def _banned(row: SamplingRow) -> frozenset[int]:
+    """What may not come next: ends of bad words, and of an output that is still too short."""
+    banned = completed_bad_words(row.params, row.output)
     if row.position < row.params.min_tokens:
-        banned.update(ending_tokens(row))
-    return banned
+        banned += ending_tokens(row)
+    return frozenset(banned)
 
 
-def _bans_all(banned: set[int], params: SamplingParams, vocab_size: int) -> bool:
+def _bans_all(banned: frozenset[int], params: SamplingParams, vocab_size: int) -> bool:
     if params.allowed_token_ids is None:
         return len(banned) == vocab_size
     return banned.issuperset(params.allowed_token_ids)
 
 
-def _bitmask(row: SamplingRow, vocab_size: int) -> IntArray:
+def _bitmask(params: SamplingParams, banned: frozenset[int], vocab_size: int) -> IntArray:
     """The allowed tokens of a row as int32 words; the allow list alone if all of it is banned."""
     mask = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-    allowed = row.params.allowed_token_ids
+    allowed = params.allowed_token_ids
     mask[slice(vocab_size) if allowed is None else list(allowed)] = True
     permitted = mask.copy()
-    permitted[list(_banned(row))] = False
+    permitted[list(banned)] = False
     words: IntArray = np.packbits(permitted if permitted.any() else mask, bitorder="little").view(
         np.int32
     )

@@ -94,10 +94,11 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; true: stop."""
-        unhealthy = self.service.llm.unhealthy
+        unhealthy = not self.service.llm.check_health()
         if self._drain is None and (self._signals or unhealthy):
             if unhealthy:
-                log_event(_LOG, "unhealthy", {"reason": unhealthy}, logging.ERROR)
+                reason = self.service.llm.unhealthy
+                log_event(_LOG, "unhealthy", {"reason": reason}, logging.ERROR)
             self._drain = asyncio.create_task(self.service.drain())
         if self._signals > 1:
             self.should_exit = self.force_exit = True

@@ -40,7 +40,8 @@ class Recorder(CountingExecutor):
             num_pages, graphs, caches, runs_ahead=runs_ahead, draft_tokens=draft_tokens
         )
         self.events: list[str] = []
-        self.refuse_next = False
+        self.order: list[str] = []  # the events, and when rows are sampled
+        self.refuse_next = self.refuse_head = False
         # The live output of a sequence, and the positions of its rows.
         self.sampled: dict[int, tuple[Sequence[int], list[int]]] = {}
 
@@ -48,15 +49,26 @@ class Recorder(CountingExecutor):
         if self.refuse_next:
             self.refuse_next = False
             raise RuntimeError("refused")
-        self.events.append("start")
+        self._note("start")
         for row in batch.sampling:
             if row.target is None:
                 self.sampled.setdefault(id(row.output), (row.output, []))[1].append(row.position)
         return super().submit(batch)
 
+    def check_head(self, step: CountingStep) -> None:
+        if self.refuse_head:
+            self.refuse_head = False
+            raise RuntimeError("refused")
+        self.order.append("sample")
+        super().check_head(step)
+
     def land(self, step: CountingStep) -> None:
-        self.events.append("land")
+        self._note("land")
         super().land(step)
+
+    def _note(self, event: str) -> None:
+        self.events.append(event)
+        self.order.append(event)
 
 
 def recorded(
@@ -126,30 +138,56 @@ def test_what_was_computed_after_the_end_is_ignored() -> None:
     assert cached.depth == 1, "the end was computed, but only after it had ended"
 
 
-def test_a_request_that_needs_the_host_holds_up_the_device_until_it_has_ended() -> None:
+@pytest.mark.parametrize(
+    "params",
+    [{"bad_words_token_ids": [[5, 6]]}, {"prompt_logprobs": 0}, {"logit_bias": {3: 1.0}}],
+    ids=str,
+)
+def test_no_request_holds_up_the_device(params: dict[str, Any]) -> None:
     loop, executor = recorded()
-    loop.add_request(Request("free", [0], greedy(max_tokens=8)))
+    for index in range(3):
+        loop.add_request(Request(f"free {index}", [index], greedy(max_tokens=8)))
+    loop.step()
+    loop.add_request(Request("special", [9, 9, 9], greedy(max_tokens=5, **params)))
+    outputs = drain(loop)
+    assert executor.events == ["start", *["start", "land"] * 7, "land"]
+    assert outputs["special"].outputs[0].token_ids == [10, 11, 12, 13, 14]
+
+
+def test_rows_are_sampled_when_the_host_knows_what_their_edits_need() -> None:
+    loop, executor = recorded()
+    loop.add_request(Request("free", [0], greedy(max_tokens=6)))
     loop.step()
     loop.add_request(Request("bad words", [0], greedy(max_tokens=2, bad_words_token_ids=[[5, 6]])))
     drain(loop)
-    assert executor.events[:6] == ["start", "land", "start", "land", "start", "land"]
-    assert executor.events[6:] == ["start", *["start", "land"] * 4, "land"]
+    ahead = ["start", "sample", "land"]
+    behind = ["start", "land", "sample"]
+    assert executor.order == ["start", "sample", *behind * 3, *ahead * 2, "land"]
 
 
 @pytest.mark.parametrize(
     "params", [{"prompt_logprobs": 0}, {"bad_words_token_ids": [[5, 6]]}], ids=str
 )
-def test_a_step_that_needs_the_host_lands_first_even_when_its_request_was_aborted(
-    params: dict[str, Any],
-) -> None:
+def test_a_request_that_was_aborted_leaves_the_device_ahead(params: dict[str, Any]) -> None:
     loop, executor = recorded()
     loop.add_request(Request("other", [0], greedy()))
     loop.add_request(Request("gone", [1, 2, 3], greedy(**params)))
     loop.step()
     loop.abort("gone")
     loop.step()
-    assert executor.events == ["start", "land", "start"]
+    assert executor.events == ["start", "start", "land"]
     assert drain(loop)["other"].outputs[0].token_ids == [1, 2, 3, 4]
+
+
+def test_a_head_that_is_refused_ends_its_step_alone() -> None:
+    loop, executor = recorded()
+    loop.add_request(Request("stopped", [EOS - 1], greedy(bad_words_token_ids=[[5, 6]])))
+    loop.add_request(Request("struck", [0], greedy()))
+    loop.step()
+    executor.refuse_head = True
+    outputs = drain(loop)
+    assert outputs["stopped"].error is None
+    assert "refused" in str(outputs["struck"].error)
 
 
 def test_a_failure_spares_what_is_only_in_the_step_ahead() -> None:

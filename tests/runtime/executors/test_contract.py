@@ -88,7 +88,7 @@ def run(
     """hidden and memory of every sequence in turn, checked against NumPy as far as it is known."""
     outputs = ("hidden", "memory") if graph == TARGET_GRAPH else ("hidden",)
     batch = step(chunks, TABLES, PAGE, graph=graph, outputs=outputs)
-    result = executor.submit(batch).result()
+    result = executor.submit(batch).sample().result()
     assert list(result.outputs) == list(outputs)
     end = 0
     for index, (tokens, count, _) in enumerate(chunks):
@@ -127,7 +127,7 @@ def test_further_outputs_outlive_the_next_step(executor: CPUExecutor) -> None:
 
 
 def test_what_is_not_asked_for_is_not_given(executor: CPUExecutor) -> None:
-    result = executor.submit(step([(SECOND, 4, 1)], TABLES, PAGE)).result()
+    result = executor.submit(step([(SECOND, 4, 1)], TABLES, PAGE)).sample().result()
     assert result.outputs == {} and len(result.token_ids) == 1
     logits = executor.logits(step([(SECOND, 4, 1)], TABLES, PAGE))
     assert logits.argmax() == result.token_ids[0]
@@ -175,15 +175,17 @@ def counted(tokens: list[int], count: int, slot: int = 0, **options: object) -> 
 
 
 def test_the_counting_model_has_graphs_caches_and_outputs(counter: CountingExecutor) -> None:
-    assert counter.submit(counted(PROMPT[:8], 8)).result().token_ids == [18]
+    assert counter.submit(counted(PROMPT[:8], 8)).sample().result().token_ids == [18]
     for graph in ("draft", TARGET_GRAPH):
-        result = counter.submit(counted(PROMPT, 1, graph=graph, outputs=("hidden",))).result()
+        result = (
+            counter.submit(counted(PROMPT, 1, graph=graph, outputs=("hidden",))).sample().result()
+        )
         assert result.token_ids == [19]
         assert result.outputs["hidden"].tolist() == [[18.0, 18.0]]
 
 
 def test_a_state_is_of_its_slot(counter: CountingExecutor) -> None:
-    counter.submit(counted(PROMPT[:8], 8)).result()
+    counter.submit(counted(PROMPT[:8], 8)).sample().result()
     batch = counted(PROMPT, 1)
     batch.slots = batch.sampling_slots = np.array([1], np.int32)
     with pytest.raises(AssertionError, match="the state of sum is of another sequence"):
@@ -195,7 +197,7 @@ def test_pages_behind_the_window_may_be_others(
     counter: CountingExecutor, column: int, is_seen: bool
 ) -> None:
     """The ninth token sees six: positions 3 to 8, of which the first page has one."""
-    counter.submit(counted(PROMPT, 9)).result()
+    counter.submit(counted(PROMPT, 9)).sample().result()
     batch = counted([*PROMPT, 19], 1)
     paged = batch.pages["near"]
     table = paged.page_table.copy()
@@ -205,14 +207,14 @@ def test_pages_behind_the_window_may_be_others(
         with pytest.raises(AssertionError, match="pages of near hold another sequence"):
             counter.submit(batch)
     else:
-        assert counter.submit(batch).result().token_ids == [20]
+        assert counter.submit(batch).sample().result().token_ids == [20]
 
 
 def test_a_failed_step_leaves_garbage_in_every_cache(counter: CountingExecutor) -> None:
-    counter.submit(counted(PROMPT[:8], 8)).result()
+    counter.submit(counted(PROMPT[:8], 8)).sample().result()
     counter.fail_next = True
     with pytest.raises(ExecutionError):
-        counter.submit(counted(PROMPT, 1)).result()
+        counter.submit(counted(PROMPT, 1)).sample().result()
     with pytest.raises(AssertionError, match="of another sequence"):
         counter.submit(counted(PROMPT, 1))
 

@@ -46,7 +46,7 @@ def one_more(tokens: list[int], pages: list[int], token: int, known: int = 3) ->
 
 def test_it_counts() -> None:
     executor = CountingExecutor(4, *counting_contract(2, 10))
-    assert executor.submit(prefill([4, 8, 9], [3, 0])).result().token_ids == [0]
+    assert executor.submit(prefill([4, 8, 9], [3, 0])).sample().result().token_ids == [0]
 
 
 def _wrong_slot(batch: StepBatch) -> None:
@@ -77,18 +77,18 @@ def test_it_notices_wrong_paging(spoil: Callable[[StepBatch], None]) -> None:
     batch = prefill([4, 5, 6], [3, 0])
     spoil(batch)
     with pytest.raises(AssertionError):
-        executor.submit(batch).result()
+        executor.submit(batch).sample().result()
 
 
 def test_a_failing_step_leaves_garbage() -> None:
     executor = CountingExecutor(4, *counting_contract(2, 10))
-    executor.submit(prefill([4, 5], [0])).result()
+    executor.submit(prefill([4, 5], [0])).sample().result()
     executor.fail_next = True
     with pytest.raises(ExecutionError):
-        executor.submit(prefill([4, 5], [0])).result()
+        executor.submit(prefill([4, 5], [0])).sample().result()
     decode = one_more([4, 5, 6], [0, 1], 6)
     with pytest.raises(AssertionError, match="another sequence"):
-        executor.submit(decode).result()
+        executor.submit(decode).sample().result()
 
 
 def ahead() -> CountingExecutor:
@@ -97,17 +97,17 @@ def ahead() -> CountingExecutor:
 
 def test_it_puts_in_the_token_that_only_the_device_knows() -> None:
     executor = ahead()
-    first = executor.submit(prefill([4, 5], [0]))
-    second = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+    first = executor.submit(prefill([4, 5], [0])).sample()
+    second = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2)).sample()
     assert first.result().token_ids == [6]
-    third = executor.submit(one_more([4, 5, 6, 7], [0, 1], -1))
+    third = executor.submit(one_more([4, 5, 6, 7], [0, 1], -1)).sample()
     assert second.result().token_ids == [7]
     assert third.result().token_ids == [8]
 
 
 def test_it_notices_a_token_that_no_step_before_has_sampled() -> None:
     executor = ahead()
-    executor.submit(prefill([4, 5], [0]))
+    executor.submit(prefill([4, 5], [0])).sample()
     other = one_more([4, 5, 6], [0, 1], -1, known=2)
     other.slots = other.sampling_slots = np.array([1], np.int32)
     with pytest.raises(KeyError):
@@ -116,7 +116,7 @@ def test_it_notices_a_token_that_no_step_before_has_sampled() -> None:
 
 def test_it_notices_a_token_that_the_host_could_know() -> None:
     executor = ahead()
-    executor.submit(prefill([4, 5], [0])).result()
+    executor.submit(prefill([4, 5], [0])).sample().result()
     with pytest.raises(AssertionError, match="the host knows"):
         executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
 
@@ -132,25 +132,45 @@ def test_it_notices_a_wrong_position_in_the_output() -> None:
 def test_it_takes_no_more_steps_than_it_said(runs_ahead: bool) -> None:
     executor = CountingExecutor(4, *counting_contract(2, 10), runs_ahead=runs_ahead)
     for _ in range(1 + runs_ahead):
-        executor.submit(prefill([4, 5], [0]))
+        executor.submit(prefill([4, 5], [0])).sample()
     with pytest.raises(AssertionError, match="too many steps"):
-        executor.submit(prefill([4, 5], [0]))
+        executor.submit(prefill([4, 5], [0])).sample()
 
 
 def test_it_hands_over_results_in_order() -> None:
     executor = ahead()
-    executor.submit(prefill([4, 5], [0]))
+    executor.submit(prefill([4, 5], [0])).sample()
     with pytest.raises(AssertionError, match="out of order"):
-        executor.submit(prefill([4, 5], [1])).result()
+        executor.submit(prefill([4, 5], [1])).sample().result()
 
 
 def test_what_builds_on_a_failed_step_is_garbage_until_the_host_has_heard_of_it() -> None:
     executor = ahead()
     executor.fail_next = True
-    failing = executor.submit(prefill([4, 5], [0]))
-    after = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+    failing = executor.submit(prefill([4, 5], [0])).sample()
+    after = executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2)).sample()
     with pytest.raises(ExecutionError):
         failing.result()
     assert after.result().token_ids == [-1]
     with pytest.raises(AssertionError, match="another sequence"):
         executor.submit(one_more([4, 5, 6], [0, 1], 6))
+
+
+def test_it_notices_a_step_that_was_never_sampled() -> None:
+    executor = ahead()
+    started = executor.submit(prefill([4, 5], [0]))
+    with pytest.raises(AssertionError, match="never sampled"):
+        executor.submit(one_more([4, 5, 6], [0, 1], -1, known=2))
+    with pytest.raises(AssertionError, match="never sampled"):
+        started.result()
+
+
+def test_it_notices_a_row_sampled_before_the_host_knows_its_output() -> None:
+    executor = ahead()
+    first = executor.submit(prefill([4, 5], [0])).sample()
+    batch = one_more([4, 5, 6], [0, 1], -1, known=2)
+    batch.sampling[0].params = SamplingParams(temperature=0, bad_words_token_ids=[[1, 2]])
+    second = executor.submit(batch)
+    with pytest.raises(AssertionError, match="must know the output"):
+        second.sample()
+    assert first.result().token_ids == [6]

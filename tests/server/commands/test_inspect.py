@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
-from slipstream.builder.contract import bytes_per_token
+from slipstream.builder.contract import KV, TARGET_GRAPH, bytes_per_token, page_size_of
 from slipstream.builder.engine import open_engine, sha256
 from slipstream.server.cli import slipstream
 
@@ -31,6 +31,16 @@ def test_json_is_the_manifest_and_what_the_files_hold(tiny_engine: Path) -> None
     assert report["model"] == manifest.model
     per_token = bytes_per_token(manifest.caches)
     assert report["kv"]["bytes_per_token"] == per_token == 2 * 3 * 2 * 16 * 4
+    assert report["kv"] == {
+        "dtype": "float32",
+        "page_size": page_size_of(manifest.caches),
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "bytes_per_token": per_token,
+    }
+    assert report["graphs"].keys() == {TARGET_GRAPH}
+    assert [cache["name"] for cache in report["caches"]] == [KV]
     assert report["limits"]["max_seq_len"] == 512
     for file in report["files"]:
         path = tiny_engine / file["name"]

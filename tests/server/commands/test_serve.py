@@ -6,19 +6,37 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from click.testing import CliRunner
 
-from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.testing import counting_engine
+from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.server.cli import slipstream
-from slipstream.server.commands import serve
 from slipstream.server.commands.serve import default_name
 
+ROOT = Path(__file__).parents[3]
 _URL = re.compile(r"\burl=(http://\S+)")
+_ON_A_DEVICE = """
+from tests.server.devices import {device}, engine_on
+import slipstream.server.commands.serve as module
+from slipstream.server.cli import main
+module.load_model = lambda model, runtime: engine_on({device}(), **runtime)
+main()
+"""
+
+
+def _started(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """The URL of a server, and its log so far."""
+    assert child.stderr is not None
+    log = ""
+    while (url := _URL.search(log)) is None:
+        line = child.stderr.readline()
+        assert line, log
+        log += line
+    return url[1], log
 
 
 def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
@@ -32,17 +50,13 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
     ) as child:
         assert child.stderr is not None
         try:
-            log = ""
-            while (url := _URL.search(log)) is None:
-                line = child.stderr.readline()
-                assert line, log
-                log += line
+            url, log = _started(child)
             for key, status in (("two", 200), ("three", 401)):
                 headers = {"Authorization": f"Bearer {key}"}
                 body = {"model": "same", "prompt": "the fox", "max_tokens": 3}
-                answer = httpx.post(f"{url[1]}/v1/completions", json=body, headers=headers)
+                answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers)
                 assert answer.status_code == status, answer.text
-            assert "text/html" in httpx.get(url[1]).headers["content-type"]
+            assert "text/html" in httpx.get(url).headers["content-type"]
         finally:
             child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 0
@@ -51,15 +65,37 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
     assert len(re.findall(r" request .*path=/v1/completions status=(?:200|401)", log)) == 2
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "requests", "reason"),
+    [
+        ("BrokenDevice", (), MAX_FAILURES, "the device failed 3 steps in a row"),
+        # Its engine's thread never comes back.
+        ("GatedDevice", ("--step-timeout", "0.2"), 1, "the device has not answered"),
+        pytest.param(
+            *("HungGPU", ("--step-timeout", "2"), 1, "the device has not answered"),
+            marks=pytest.mark.gpu,
+        ),
+    ],
+)
 def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, options: Sequence[str], requests: int, reason: str
 ) -> None:
-    monkeypatch.setattr(serve, "load_model", lambda *_: counting_engine())
-    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
-    result = CliRunner().invoke(slipstream, ["serve", "engine", "--port", "0"])
-    assert result.exit_code == 70
-    for words in (" serving ", ' unhealthy reason="the device hangs"', " draining ", " stopped"):
-        assert words in result.stderr
+    program = _ON_A_DEVICE.format(device=device)
+    command = [sys.executable, "-c", program, "serve", "engine", "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        try:
+            url, log = _started(child)
+            for _ in range(requests):
+                body = {"prompt": "a", "stream": True}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=20)
+                assert answer.status_code == 503, answer.text
+            assert child.wait(30) == 70
+        finally:
+            child.kill()
+        assert child.stderr is not None
+        log += child.stderr.read()
+    for words in (" serving ", f' unhealthy reason="{reason}', " draining ", " stopped"):
+        assert words in log
 
 
 def test_an_address_in_use_is_one_error_before_anything_is_loaded() -> None:

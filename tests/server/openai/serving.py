@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +57,21 @@ class Running:
         """Metrics by name and, where it is not that of the model, label."""
         return samples_of(httpx.get(f"{self.url}/metrics", timeout=20).text)
 
+    def wait(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+        """Return when it holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s: {self.stats()}"
+            time.sleep(0.002)
+
     def wait_idle(self, seconds: float = 5) -> None:
         """Wait until no request and no page is left."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            stats = self.stats()
-            idle = (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
-            if idle and not self.service._open:
-                return
-            time.sleep(0.002)
-        raise AssertionError(f"requests were left behind: {self.stats()}")
+        self.wait(self._idle, seconds)
+
+    def _idle(self) -> bool:
+        stats = self.stats()
+        left = (stats.num_running, stats.num_waiting, stats.kv_cache_usage, self.service._open)
+        return left == (0, 0, 0, 0)
 
 
 def samples_of(text: str) -> dict[str, float]:
@@ -83,10 +88,15 @@ def samples_of(text: str) -> dict[str, float]:
 @contextmanager
 def serving(
     engine: LoadedEngine | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
     **options: Any,  # noqa: ANN401 - those of the server
 ) -> Iterator[Running]:
-    """Serve an engine (None: the counting model); at the end no request may be left."""
-    llm = AsyncLLM.from_engine(engine or counting_engine())
+    """Serve an engine (None: the counting model); at the end no request may be left.
+
+    ``clock`` is the engine's.
+    """
+    llm = AsyncLLM.from_engine(engine or counting_engine(), clock=clock)
     settings = ServerOptions(**{"served_model_name": ("counting",), **options})
     listener = bind("127.0.0.1", 0)
     started, box = threading.Event(), []

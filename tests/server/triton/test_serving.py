@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.server.devices import Clock, GatedDevice, engine_on
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime import async_llm
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.llm import LLM
+from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.testing import counting_engine
+from slipstream.runtime.testing import ALPHABET, counting_engine
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.triton.answers import Answer, Outputs
@@ -101,11 +105,10 @@ class Counts:
 class Bench:
     """A serving counting model."""
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of counting_engine
-        engine = counting_engine(**options)
+    def __init__(self, engine: LoadedEngine, clock: Callable[[], float] = time.monotonic) -> None:
         assert isinstance(engine.executor, CountingExecutor)
         self.executor = engine.executor
-        self.llm = AsyncLLM.from_engine(engine)
+        self.llm = AsyncLLM.from_engine(engine, clock=clock)
         self.counts = Counts()
         self.serving = Serving(self.llm, self.counts)
 
@@ -127,7 +130,7 @@ class Bench:
 @pytest.fixture
 def slow() -> Iterator[Bench]:
     """10 ms a step, two sequences at a time."""
-    bench = Bench(delay=0.01, max_batch_size=2)
+    bench = Bench(counting_engine(delay=0.01, max_batch_size=2))
     yield bench
     bench.serving.close()
 
@@ -135,7 +138,7 @@ def slow() -> Iterator[Bench]:
 @pytest.fixture
 def fast() -> Iterator[Bench]:
     """As fast as it goes."""
-    bench = Bench()
+    bench = Bench(counting_engine())
     yield bench
     bench.serving.close()
 
@@ -206,16 +209,51 @@ def test_a_failed_step_ends_its_requests_and_the_next_is_answered(fast: Bench) -
     assert fast.counts.heard == ["error", "length"]
 
 
-def test_an_unhealthy_engine_refuses_and_says_why(
-    fast: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_fails_ends_its_request_alone(fast: Bench) -> None:
+    fast.executor.broken_token = ALPHABET.index("z")
+    neighbour = fast.ask("A", max_tokens=40)
+    for stream, sent in ((True, b"y"), (False, b"")):
+        broken, text = fast.ask("x", stream=stream), b""
+        with pytest.raises(ExecutionError, match="broke this token") as caught:
+            while True:
+                text += broken.next()["text_output"][0]
+        assert (code_of(caught.value), text) == ("INTERNAL", sent)
+    assert len(neighbour.text()) == 40
     assert fast.serving.unavailable is None
-    monkeypatch.setattr(AsyncLLM, "unhealthy", property(lambda _: "the device hangs"))
-    assert fast.serving.unavailable == "the device hangs"
-    with pytest.raises(Refusal, match="the device hangs") as caught:
-        fast.ask("abc").next()
+
+
+def test_a_device_that_fails_step_after_step_is_unavailable_and_says_why(fast: Bench) -> None:
+    for _ in range(MAX_FAILURES):
+        assert fast.serving.unavailable is None
+        fast.executor.fail_next = True
+        with pytest.raises(ExecutionError, match="a step failed"):
+            fast.ask("abc").text()
+    must_refuse(fast, f"the device failed {MAX_FAILURES} steps in a row")
+    assert fast.counts.heard == ["error"] * MAX_FAILURES
+
+
+def test_a_device_that_hangs_is_unavailable_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_llm, "_PATIENCE", 0.02)
+    device, clock = GatedDevice(), Clock()
+    bench = Bench(engine_on(device), clock)
+    with device:
+        client = bench.ask("abc")
+        assert device.waiting.wait(10)
+        assert bench.serving.unavailable is None
+        clock.now = bench.llm.config.step_timeout + 1
+        with pytest.raises(ExecutionError, match="has not answered for 601 seconds") as caught:
+            client.text()
+        assert code_of(caught.value) == "INTERNAL"
+        must_refuse(bench, "the device has not answered")
+        bench.serving.close()
+        assert not device.closed
+
+
+def must_refuse(bench: Bench, reason: str) -> None:
+    assert str(bench.serving.unavailable).startswith(reason)
+    with pytest.raises(Refusal, match=reason) as caught:
+        bench.ask("abc").next()
     assert code_of(caught.value) == "UNAVAILABLE"
-    assert not fast.counts.heard
 
 
 def test_a_response_that_cannot_be_sent_ends_only_its_request(slow: Bench) -> None:
@@ -253,7 +291,7 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
 
 def test_closing_ends_what_runs_with_an_error() -> None:
     before = set(threading.enumerate())
-    bench = Bench(delay=0.01)
+    bench = Bench(counting_engine(delay=0.01))
     client = bench.ask("a", max_tokens=LONG, ignore_eos=True)
     client.next()
     bench.serving.close()

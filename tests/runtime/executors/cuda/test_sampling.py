@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from slipstream.errors import ExecutionError
-from slipstream.plugins.sampling import MAX_BIASES, Kind, reference
+from slipstream.plugins.sampling import Kind, reference
 from slipstream.runtime.engine.step import SamplingRow, StepResult
-from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, supports
+from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample
 from slipstream.runtime.sampling.candidates import draw_token
 from slipstream.runtime.sampling.logits_processors import process_logits
 from slipstream.runtime.sampling.params import SamplingParams
@@ -115,13 +115,23 @@ class TestEdits:
             np.testing.assert_allclose(on_device.edited(i), expected, rtol=1e-6, atol=1e-6)
         assert result == Sampler(SIZE).sample(logits, rows)
 
-    def test_as_many_biases_as_there_may_be(self, device: str) -> None:
-        bias = {i: float(i % 7) for i in range(0, 2 * MAX_BIASES, 2)}
-        rows = [row(greedy(logit_bias=bias))]
-        logits = random_logits(1, 1100)
-        on_device = Device(device, 1, 1100)
-        on_device.step(logits, rows)
-        np.testing.assert_array_equal(on_device.edited(0), process_logits(logits[0], rows[0]))
+    @pytest.mark.parametrize("count", [1000, 12000])
+    def test_there_may_be_any_number_of_biases(self, count: int, device: str) -> None:
+        bias = {i: float(i % 7) for i in range(0, 2 * count, 2)}
+        size = 2 * count + 100
+        rows = [row(greedy()), row(greedy(logit_bias=bias))]
+        logits = random_logits(2, size)
+        on_device = Device(device, 2, size)
+        result = on_device.step(logits, rows)
+        np.testing.assert_array_equal(on_device.edited(1), process_logits(logits[1], rows[1]))
+        assert result == Sampler(size).sample(logits, rows)
+
+    def test_a_slot_of_many_biases_may_change_hands(self, device: str) -> None:
+        logits = random_logits(1, SIZE)
+        on_device = Device(device, 1)
+        for bias in ({3: 50.0}, {i: -float(i % 100) for i in range(600)}, {}, {9: 70.0}):
+            rows = [row(greedy(logit_bias=bias))]
+            assert on_device.step(logits, rows) == Sampler(SIZE).sample(logits, rows)
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_the_allow_list_holds_even_if_all_of_it_is_forbidden(
@@ -157,6 +167,25 @@ class TestEdits:
             first.position = position
             drawn += on_device.step(logits, [first]).token_ids
         assert drawn == [0, 0, 17, 17]
+
+
+class TestBadWords:
+    """Words of several tokens, whose end is forbidden only where they have begun."""
+
+    WORDS = ((3, 4), (3, 5, 6), (7,))
+
+    @pytest.mark.parametrize("arguments", [{}, {"allowed_token_ids": [3, 4, 5, 6, 7]}])
+    def test_are_forbidden_step_by_step(self, arguments: dict[str, Any], device: str) -> None:
+        logits = np.zeros((1, SIZE), np.float32)
+        logits[0, [3, 4, 5, 6, 7]] = [1, 4, 3, 2, 9]
+        sampling_row = row(greedy(bad_words_token_ids=self.WORDS, **arguments))
+        output: list[int] = sampling_row.output  # type: ignore[assignment]
+        on_device = Device(device, 1)
+        for forced in (3, 5, 3, 4, 9):
+            sampling_row.position = len(output)
+            expected = Sampler(SIZE).sample(logits, [sampling_row])
+            assert on_device.step(logits, [sampling_row]) == expected
+            output.append(forced)
 
 
 class TestHistory:
@@ -267,20 +296,6 @@ class TestSteps:
         assert drawn.token_ids[1] == reference.draw(logits[0, 1], 5, 0, 1.0)
         assert second.result(rows[:2]).token_ids[1] == reference.draw(logits[1, 1], 5, 1, 1.0)
 
-    def test_rows_for_the_host_are_left_to_it(self, device: str) -> None:
-        on_device = Device(device, 4)
-        rows = [
-            row(SamplingParams(prompt_logprobs=1), target=3),
-            row(greedy(bad_words_token_ids=[[1, 2]])),
-            row(greedy()),
-        ]
-        assert [supports(each) for each in rows] == [False, False, True]
-        logits = random_logits(3, SIZE)
-        result = on_device.step(logits, rows, [-1, 0, 3])
-        best = int(logits[2].argmax())
-        assert result.token_ids == [-1, -1, best]
-        assert on_device.sampler.last_tokens.tolist() == [0, 0, 0, best]
-
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize(
         "arguments", [{"temperature": 0}, {}, {"top_k": 2}, {"logprobs": 1, "logit_bias": {3: 1}}]
@@ -311,7 +326,7 @@ class TestSteps:
         ({"temperature": 0, "min_tokens": 3, "stop_token_ids": [5]}, Kind.FULL),
         ({"top_k": 3}, Kind.SAMPLE),
         ({"logprobs": 0}, Kind.FULL),
-        ({"logprobs": -1}, Kind.GREEDY),
+        ({"logprobs": -1}, Kind.SAMPLE),
         ({"logit_bias": {1: 1.0}}, Kind.FULL),
         ({"allowed_token_ids": [4]}, Kind.FULL),
         ({"bad_words_token_ids": [[4]]}, Kind.FULL),
@@ -325,22 +340,6 @@ def test_kind_is_that_of_the_most_demanding_row(arguments: dict[str, Any], kind:
     assert sampler.kind(rows) is kind
     assert sampler.kind(rows[:1]) is Kind.GREEDY
     assert sampler.kind([]) is Kind.GREEDY
-
-
-@pytest.mark.parametrize(
-    ("arguments", "supported"),
-    [
-        ({"logprobs": 20}, True),
-        ({"logprobs": 21}, False),
-        ({"logprobs": -1}, False),
-        ({"logit_bias": dict.fromkeys(range(MAX_BIASES), 1.0)}, True),
-        ({"logit_bias": dict.fromkeys(range(MAX_BIASES + 1), 1.0)}, False),
-        ({"bad_words_token_ids": [[1], [2]]}, True),
-        ({"bad_words_token_ids": [[1], [2, 3]]}, False),
-    ],
-)
-def test_what_the_device_can_sample(arguments: dict[str, Any], supported: bool) -> None:
-    assert supports(row(SamplingParams(**arguments))) is supported
 
 
 @pytest.mark.parametrize(
