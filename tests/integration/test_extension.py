@@ -219,7 +219,7 @@ def test_each_kind_of_layer_has_its_angles_on_a_gpu(checkpoint: Path) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
 @pytest.mark.usefixtures("uncaptured")
 def test_it_runs_on_a_gpu(tmp_path: Path) -> None:
-    """A layer of each kind and few tokens, no step of one: in the interpreter each takes seconds."""
+    """A layer of each kind, few tokens, no step of one: the interpreter takes seconds for each."""
     checkpoint = save(tmp_path / "checkpoint", layer_types=[SLIDING, FULL], sliding_window=5)
     manifest = build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda"))
     assert manifest.plugins[OPERATOR] == 1
