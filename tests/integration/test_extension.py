@@ -215,6 +215,7 @@ def test_each_kind_of_layer_has_its_angles_on_a_gpu(checkpoint: Path) -> None:
     assert not np.array_equal(frequencies[0], frequencies[1])
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
 @pytest.mark.usefixtures("uncaptured")
@@ -236,6 +237,7 @@ def test_quantization_runs_the_same_model(checkpoint: Path) -> None:
     assert_equal(logits.reshape(expected.shape), expected)
 
 
+@pytest.mark.slow
 def test_it_is_quantized_and_built_again(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     options = QuantizeOptions(
