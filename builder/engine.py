@@ -161,10 +161,12 @@ def open_engine(path: Path) -> Engine:
     except ValueError as error:
         raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
     for name, version in manifest.plugins.items():
-        ours = OPERATORS[name].version if name in OPERATORS else "none"
+        known = name in OPERATORS
+        ours = OPERATORS[name].version if known else "none"
         if version != ours:
             found = f"{file} needs version {version} of operator {name} and Slipstream"
-            raise _unreadable(f"{found} {__version__} has {ours}", path, command)
+            remedy = "" if known else "; install the package that brings it"
+            raise _unreadable(f"{found} {__version__} has {ours}{remedy}", path, command)
     return Engine(path, manifest)
 
 

@@ -6,11 +6,10 @@ A package names its own in the entry points ``slipstream.operators``, each as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterator, Mapping
 
 from slipstream.errors import BuildError
+from slipstream.extensions import entry_points, load
 from slipstream.plugins.spec import DOMAIN, OperatorSpec
 
 __all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "STANDARD_DOMAINS", "OperatorTable"]
@@ -28,21 +27,20 @@ OURS = {
 
 
 class OperatorTable(Mapping[str, OperatorSpec]):
-    """Specs by name; entries are ``module:attribute``."""
+    """Specs by name; entries are ``module:attribute``, those of ``group`` beside ours."""
 
     def __init__(self, ours: Mapping[str, str], group: str) -> None:
         self._ours, self._group = dict(ours), group
-        self._entries: dict[str, str] | None = None
-        self._specs: dict[str, OperatorSpec] = {}
 
     def __getitem__(self, name: str) -> OperatorSpec:
         """The spec of an operator; KeyError for an unknown name, BuildError for an entry that is
         none."""
-        if name not in self._specs:
-            # Ours need no look at what is installed.
-            entry = self._ours[name] if name in self._ours else self._all()[name]
-            self._specs[name] = _load(name, entry)
-        return self._specs[name]
+        # Ours need no look at what is installed.
+        place = self._ours[name] if name in self._ours else self._all()[name]
+        spec = load(place, "SPEC", self._group)
+        if not isinstance(spec, OperatorSpec) or spec.name != name:
+            raise BuildError(f"{place}, installed as the operator {name}, is not its OperatorSpec")
+        return spec
 
     def __contains__(self, name: object) -> bool:
         return name in self._ours or name in self._all()
@@ -54,29 +52,13 @@ class OperatorTable(Mapping[str, OperatorSpec]):
         return len(self._all())
 
     def _all(self) -> dict[str, str]:
-        if self._entries is None:
-            self._entries = _joined(self._ours, entry_points(group=self._group))
-        return self._entries
-
-
-def _joined(ours: Mapping[str, str], installed: Iterable[EntryPoint]) -> dict[str, str]:
-    entries = dict(ours)
-    for point in installed:
-        known = entries.setdefault(point.name, point.value)
-        if known != point.value:
+        installed = entry_points(self._group)
+        for name in self._ours.keys() & installed.keys():
             raise BuildError(
-                f"two packages bring an operator {point.name}: {known} and {point.value}; "
-                f"uninstall one of them"
+                f"two packages bring an operator {name}: {self._ours[name]} and "
+                f"{installed[name]}; uninstall one of them"
             )
-    return entries
-
-
-def _load(name: str, entry: str) -> OperatorSpec:
-    module, _, attribute = entry.partition(":")
-    spec = getattr(import_module(module), attribute, None)
-    if not isinstance(spec, OperatorSpec) or spec.name != name:
-        raise BuildError(f"{entry}, installed as the operator {name}, is not its OperatorSpec")
-    return spec
+        return self._ours | installed
 
 
 OPERATORS = OperatorTable(OURS, GROUP)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.checkpoints import Checkpoint
+from slipstream.builder.models import architecture_of
 from slipstream.quantize.activations import KVQuant, round_activations
 from slipstream.quantize.skeleton import Skeleton, linears, watch_kv
 
@@ -48,8 +49,9 @@ class CheckpointModel:
 
     def embed(self, windows: Sequence[NDArray[Any]]) -> list[Tensor]:
         """Hidden states ``[1, T, hidden]`` of each window before the first layer."""
-        table = self.weight("model.embed_tokens.weight")
-        return [table[torch.from_numpy(np.asarray(w, np.int64))][None] for w in windows]
+        config, table = self.checkpoint.config, self.weight("model.embed_tokens.weight")
+        scale = architecture_of(config.architecture).embedding_scale(config)
+        return [table[torch.from_numpy(np.asarray(w, np.int64))][None] * scale for w in windows]
 
     def run_layer(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
         """The hidden states after layer ``index``."""

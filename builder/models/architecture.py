@@ -88,6 +88,11 @@ class Architecture:
         module = self.module(name)
         return module is not None and module.biased(config)
 
+    def embedding_scale(self, config: ModelConfig) -> float:
+        """What the rows of tokens are multiplied by before the first layer."""
+        module = next(m for m in self.modules if m.role == "embedding")
+        return 1.0 if module.scale is None else module.scale(config)
+
     def with_biases(self, config: ModelConfig, tensors: Iterable[str]) -> ModelConfig:
         """The configuration with the biases that are among the tensors of a file."""
         biased = {self.module(n.removesuffix(".bias")) for n in tensors if n.endswith(".bias")}

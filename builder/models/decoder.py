@@ -24,7 +24,7 @@ from slipstream.builder.models.module import (
     vocabulary,
 )
 from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
@@ -153,7 +153,9 @@ class Decoder:
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
         weight = self.tensor("model.embed_tokens.weight")
-        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+        scale = self.architecture.embedding_scale(self.config)
+        rows = weight if scale == 1 else _scaled(weight, scale)
+        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), rows)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
@@ -224,3 +226,14 @@ def _shifted(weight: LazyTensor, offset: float) -> LazyTensor:
         return QuantTensor(weight.name, form, values)
 
     return LazyTensor(weight.name, form, load)
+
+
+def _scaled(weight: LazyTensor, scale: float) -> LazyTensor:
+    """A weight times a number, dense in float32; under a name of its own, because a head that is
+    tied to it is not multiplied."""
+    name, form = f"{weight.name}.scaled", WeightFormat(weight.format.shape)
+
+    def load() -> QuantTensor:
+        return QuantTensor(name, form, weight.load().dequantize() * np.float32(scale))
+
+    return LazyTensor(name, form, load)

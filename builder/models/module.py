@@ -77,7 +77,8 @@ class Module:
     for a vector. ``bias`` is a fixed value or the flag of the configuration that has it.
     ``present`` says whether a layer has it; it is asked for layer 0 of a module outside of layers.
     ``experts`` measures ``{e}``. A ``tied`` module is the embedding again where the configuration
-    ties them. ``offset`` is what a norm adds to its stored weight before it multiplies by it.
+    ties them. ``offset`` is what a norm adds to its stored weight before it multiplies by it;
+    ``scale`` what an embedding's rows are multiplied by, if they are.
 
     ``reads`` names the module whose output is its x, up to things that commute with a scale of each
     channel: attention (over tokens), the product with a gate. Scales of channels are folded there
@@ -101,6 +102,7 @@ class Module:
     experts: Measure | None = None
     tied: bool = False
     offset: float = 0.0
+    scale: Callable[[ModelConfig], float] | None = None
     reads: str | None = None
     part: int = 0
     stream: str | None = None

@@ -16,9 +16,19 @@ from slipstream.errors import BuildError
 
 @cache
 def entry_points(group: str) -> dict[str, str]:
-    """The places that installed packages give, by name, in the order of the names."""
-    found = metadata.entry_points(group=group)
-    return {point.name: point.value for point in sorted(found, key=lambda point: point.name)}
+    """The places that installed packages give, by name, in the order of the names.
+
+    Raises BuildError for a name that two packages give to different places.
+    """
+    places: dict[str, str] = {}
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
+        known = places.setdefault(point.name, point.value)
+        if known != point.value:
+            raise BuildError(
+                f"two packages bring {point.name} of {group}: {known} and {point.value}; "
+                "uninstall one of them"
+            )
+    return places
 
 
 def load(place: str, attribute: str, group: str) -> Any:  # noqa: ANN401 - what the table is of

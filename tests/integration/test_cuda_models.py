@@ -93,9 +93,11 @@ def reference_logits(checkpoint: Path, prompts: NDArray[np.int64], dtype: str) -
     return logits
 
 
-def logits_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> Logits:
-    """Logits ``[2, T, vocab]`` of two sequences that advance together in steps of ``CHUNKS``
-    tokens, on pages that interleave and run backwards."""
+def logits_in_chunks(
+    engine: Path, prompts: NDArray[np.int64], chunks: Sequence[int] = CHUNKS
+) -> Logits:
+    """Logits ``[2, T, vocab]`` of two sequences that advance together in steps of these tokens, on
+    pages that interleave and run backwards."""
     loaded = load(engine, {**LIMITS, "kv_cache_bytes": 4 << 20})
     executor = loaded.executor
     assert isinstance(executor, CUDAExecutor)
@@ -104,7 +106,7 @@ def logits_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> Logits:
     table = np.array([[5, 3], [4, 2]], np.int32)
     out: list[Logits] = []
     start = 0
-    for size in CHUNKS:
+    for size in chunks:
         positions = np.tile(np.arange(start, start + size, dtype=np.int32), 2)
         rows = np.repeat([0, 1], size)
         slots = table[rows, positions // page] * page + positions % page

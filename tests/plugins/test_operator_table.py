@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slipstream.errors import BuildError
+from slipstream.extensions import entry_points
 from slipstream.plugins.operators import OperatorTable
 
 
@@ -18,9 +20,11 @@ def installed(folder: Path, package: str, entry: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    entry_points.cache_clear()
+    yield tmp_path
+    entry_points.cache_clear()
 
 
 OURS = {"Linear": "slipstream.plugins.linear:SPEC"}
@@ -32,6 +36,13 @@ def test_two_operators_of_one_name_are_refused(folder: Path) -> None:
     assert table["Linear"].name == "Linear"  # ours needs no look at the others
     with pytest.raises(BuildError, match=r"operator Linear: .*elsewhere:SPEC"):
         list(table)
+
+
+def test_two_packages_that_bring_one_name_are_refused(folder: Path) -> None:
+    installed(folder, "one", "Far = nowhere:SPEC")
+    installed(folder, "two", "Far = elsewhere:SPEC")
+    with pytest.raises(BuildError, match=r"bring Far of test\.operators: .*where:SPEC; uninstall"):
+        list(OperatorTable(OURS, "test.operators"))
 
 
 def test_an_entry_that_is_no_spec_is_refused(folder: Path) -> None:
@@ -48,5 +59,5 @@ def test_nothing_is_imported_before_it_is_asked_for(folder: Path) -> None:
     installed(folder, "one", "Far = nowhere_at_all:SPEC")
     table = OperatorTable(OURS, "test.operators")
     assert "Far" in list(table) and len(table) == 2
-    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
+    with pytest.raises(BuildError, match=r"nowhere_at_all:SPEC of test\.operators cannot be"):
         table["Far"]

@@ -157,7 +157,9 @@ class CUDAExecutor:
             hidden = self.runner.layers(batch, batch.logits_rows[:0], eager=True)
             wanted = hidden[self._device.index(batch.logits_rows)]
             parts = torch.split(wanted, self._config.max_batch_size)
-            return np.concatenate([self.runner.logits_of(part).cpu().numpy() for part in parts])
+            # The head writes to one place, which is on the host in the interpreter.
+            rows = [self.runner.logits_of(part).to("cpu", copy=True).numpy() for part in parts]
+            return np.concatenate(rows)
 
     def _move_pages(self, moves: Sequence[Move]) -> None:
         """Enqueue copies of pages, which the layers of the step may read."""

@@ -1,0 +1,18 @@
+"""Compiles the operator's C++ kernel; ``pyproject.toml`` says the rest."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+from slipstream.plugins.build import BuildNative, NativeExtension
+
+sys.path.insert(0, str(Path(__file__).parent))
+from slipstream_gemma3.gated_gelu import SPEC
+
+setup(
+    ext_modules=[
+        NativeExtension("slipstream_gemma3._cpu", [SPEC], ["slipstream_gemma3/gated_gelu/cpu"])
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

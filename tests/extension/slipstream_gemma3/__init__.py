@@ -1,0 +1,1 @@
+"""Gemma 3 for Slipstream, as a package of its own."""
