@@ -5,7 +5,8 @@
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
-tokens, prefixes are not shared, sampling is greedy. The floor of a decode step is the bytes it must
+tokens, prefixes are not shared, sampling is greedy; in "company" one request of 64 asks for more
+than that. The floor of a decode step is the bytes it must
 read over the measured read bandwidth; that of a prefill, its products over the measured rate.
 """
 
@@ -54,6 +55,14 @@ VLLM: dict[str, dict[str, float]] = {
         "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
     },
 }  # fmt: skip
+# What one request of a batch may ask for beside sampling.
+COMPANY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "words": {"bad_words_token_ids": [[1, 2], [3, 4, 5]]},
+    "prompt_scores": {"prompt_logprobs": 5},
+    "biases": {"logit_bias": {token: 1.0 for token in range(1000)}},
+    "long_lists": {"logprobs": 100},
+}
 Figures = dict[str, float]
 
 
@@ -68,9 +77,16 @@ class Runner:
         self._random = random.Random(0)
         self._ids = itertools.count()
 
-    def seconds(self, count: int, input_len: int, output_len: int) -> float:
-        """Until all of ``count`` requests that come at once are done."""
-        requests = [self._request(input_len, output_len) for _ in range(count)]
+    def seconds(
+        self,
+        count: int,
+        input_len: int,
+        output_len: int,
+        **one: Any,  # noqa: ANN401 - sampling parameters
+    ) -> float:
+        """Until all of ``count`` requests that come at once are done; the last asks for ``one``."""
+        requests = [self._request(input_len, output_len) for _ in range(count - 1)]
+        requests.append(self._request(input_len, output_len, **one))
         torch.cuda.synchronize()
         started = time.perf_counter()
         for request in requests:
@@ -79,8 +95,13 @@ class Runner:
             self.loop.step()
         return time.perf_counter() - started
 
-    def _request(self, input_len: int, output_len: int) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    def _request(
+        self,
+        input_len: int,
+        output_len: int,
+        **more: Any,  # noqa: ANN401 - sampling parameters
+    ) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, **more)
         prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
         return Request(str(next(self._ids)), prompt, params, output_kind="final")
 
@@ -118,6 +139,16 @@ def throughput(runner: Runner) -> Figures:
     return figures
 
 
+def company(runner: Runner) -> Figures:
+    """Output tokens a second of 64 requests, plain and with one that asks for more."""
+    figures = {}
+    for name, one in COMPANY.items():
+        runner.seconds(64, 128, 8, **one)
+        times = [runner.seconds(64, 128, 128, **one) for _ in range(3)]
+        figures[f"company_{name}"] = 64 * 128 / statistics.median(times)
+    return figures
+
+
 def profile(runner: Runner) -> Figures:
     """µs of every kernel in a step of one decode, and how long the GPU idles between two."""
     from torch.profiler import ProfilerActivity
@@ -150,6 +181,7 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "decode": decode,
     "prefill": prefill,
     "throughput": throughput,
+    "company": company,
     "profile": profile,
 }
 
