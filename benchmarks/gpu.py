@@ -60,7 +60,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "plain": {},
     "words": {"bad_words_token_ids": [[1, 2], [3, 4, 5]]},
     "prompt_scores": {"prompt_logprobs": 5},
-    "biases": {"logit_bias": {token: 1.0 for token in range(1000)}},
+    "biases": {"logit_bias": dict.fromkeys(range(1000), 1.0)},
     "long_lists": {"logprobs": 100},
 }
 Figures = dict[str, float]
