@@ -28,7 +28,7 @@ format: $(VENV)/test-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/installed: pyproject.toml setup.py $(shell find plugins -name "*.cpp" -o -name "*.h" -o -name "__init__.py")
+$(VENV)/installed: pyproject.toml setup.py $(wildcard plugins/*.py plugins/cpu/*.py) $(shell find plugins -name "*.cpp" -o -name "*.h" -o -name "__init__.py")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import cache
+from types import CodeType
 
 from slipstream.plugins.spec import OperatorSpec
 
 _OPERATIONS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 
 
+@cache
 def names(expression: str) -> tuple[str, ...]:
     """The names in an expression, in order."""
     return tuple(n.id for n in ast.walk(ast.parse(expression)) if isinstance(n, ast.Name))
@@ -20,7 +23,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
     if any(name not in sizes for name in names(expression)):
         return None
     # Expressions come from specs, never from a file.
-    return int(eval(expression, {"__builtins__": {}}, dict(sizes)))
+    return int(eval(_compiled(expression), {"__builtins__": {}}, dict(sizes)))
 
 
 def bindings(spec: OperatorSpec) -> dict[str, tuple[int, int]]:
@@ -48,6 +51,11 @@ def bindings(spec: OperatorSpec) -> dict[str, tuple[int, int]]:
 def in_cpp(expression: str) -> str:
     """The expression in C++, of fields of ``args``."""
     return _in_cpp(ast.parse(expression, mode="eval").body)
+
+
+@cache
+def _compiled(expression: str) -> CodeType:
+    return compile(expression, "<a spec's shape>", "eval")
 
 
 def _in_cpp(node: ast.expr) -> str:

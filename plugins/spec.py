@@ -110,5 +110,5 @@ class OperatorSpec:
 
     def complete(self, attributes: Mapping[str, object]) -> dict[str, int | float]:
         """``typed``, and the defaults of those left out."""
-        defaults = {a.name: a.default for a in self.attributes if a.default is not None}
+        defaults = {a.name: a.typed(a.default) for a in self.attributes if a.default is not None}
         return defaults | self.typed(attributes)

@@ -61,7 +61,7 @@ def _document(name: str, number: int, line: str) -> Document:
     where = f"line {number} of {name}"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"{where} is not JSON ({error}); write one object a line"
         ) from error

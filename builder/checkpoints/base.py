@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import read_fields
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 
@@ -52,13 +53,7 @@ def unknown_tensor(path: Path, name: str, known: Sequence[str]) -> CheckpointErr
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError when there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return data
+    return dict(read_fields(path).values)
 
 
 def write_json(path: Path, data: object) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from slipstream.builder.contract import CacheSpec, GraphSpec, Output, Port, Source
+from slipstream.builder.contract import PAGED_SOURCES, CacheSpec, GraphSpec, Output, Port, Source
 from slipstream.builder.graph.program import dtype_name
 from slipstream.plugins.operators import OPERATORS
-
-_PAGED_INPUTS = ("kv_cache", "page_table", "slot_mapping", "kv_scales")
 
 
 def contract_problem(
@@ -43,12 +41,15 @@ def _attention_problem(
     keeps. That shapes fit is checked with those of all operators."""
     owners = {port.name: port.cache for port in contract.inputs}
     specs = {cache.name: cache for cache in caches}
-    names = [tensor.name for tensor in OPERATORS["PagedAttention"].inputs]
+    inputs = OPERATORS["PagedAttention"].inputs
     for node in graph:
         if node.op_type != "PagedAttention":
             continue
-        given = {n: v.name for n, v in zip(names, node.inputs, strict=False) if v is not None}
-        found = {owners.get(given[name] or "") for name in _PAGED_INPUTS if name in given}
+        found = {
+            owners.get(value.name or "")
+            for tensor, value in zip(inputs, node.inputs, strict=False)
+            if value is not None and (tensor.written or tensor.name in PAGED_SOURCES)
+        }
         if len(found) != 1 or None in found:
             return f"{node.name} reads pages of {sorted(found, key=str)}, not of one cache"
         cache = specs[str(found.pop())]

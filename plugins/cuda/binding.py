@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import onnx_ir as ir
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from slipstream.errors import EngineMismatchError
+from slipstream.extensions import load
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.operators import OPERATORS
+from slipstream.plugins.operators import GROUP, OPERATORS
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, StepTensors
 
 Environment = dict[str, Tensor]
@@ -102,8 +102,7 @@ def _custom(op_type: str) -> Binding | None:
     spec = OPERATORS.get(op_type)
     if spec is None or spec.cuda is None:
         return None
-    module, _, function = spec.cuda.partition(":")
-    binding: Binding = getattr(import_module(module), function)
+    binding: Binding = load(spec.cuda, "bind", GROUP)
     return binding
 
 

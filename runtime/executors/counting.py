@@ -43,7 +43,7 @@ def counting_contract(
     page_size: int, vocab_size: int
 ) -> tuple[dict[str, GraphSpec], tuple[CacheSpec, ...]]:
     """One graph and one paged cache."""
-    array = CacheArray("kv_cache", "int32", (page_size,))
+    array = CacheArray(KV, "int32", (page_size,))
     caches = (CacheSpec(KV, "paged", (0,), (array,), page_size),)
     logits = Output(LOGITS, "float32", ("L", vocab_size))
     return {TARGET_GRAPH: GraphSpec("", tuple(ports_of(caches)), (logits,))}, caches

@@ -73,7 +73,7 @@ def _parse(text: str) -> object:
     """JSON where it is JSON, else the text itself: ``0.7``, ``true``, ``["a", "b"]``, ``###``."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

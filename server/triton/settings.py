@@ -43,7 +43,7 @@ def read_settings(directory: Path) -> Settings:
     file = directory / FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"{file} cannot be read ({error}); write it with slipstream triton-repo"
         ) from error

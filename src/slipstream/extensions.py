@@ -34,12 +34,13 @@ def entry_points(group: str) -> dict[str, str]:
 def load(place: str, attribute: str, group: str) -> Any:  # noqa: ANN401 - what the table is of
     """The object at a place; ``attribute`` is its name where the place is a module.
 
-    Raises BuildError, which names place and group, for one that cannot be imported or is not there.
+    Raises BuildError, which names place and group, for one that cannot be imported, is not there or
+    was declared in the way of another version.
     """
     module, _, name = place.partition(":")
     try:
         return getattr(import_module(module), name or attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BuildError(
             f"{place} of {group} cannot be loaded ({error}); install its package again, or a "
             "version of it that is made for this Slipstream"

@@ -61,3 +61,18 @@ def test_nothing_is_imported_before_it_is_asked_for(folder: Path) -> None:
     assert "Far" in list(table) and len(table) == 2
     with pytest.raises(BuildError, match=r"nowhere_at_all:SPEC of test\.operators cannot be"):
         table["Far"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("Far = made_for_another", "unexpected keyword argument 'colour'"),
+        ("Far = :SPEC", "Empty module name"),
+    ],
+)
+def test_an_entry_that_cannot_be_made_is_refused(folder: Path, entry: str, reason: str) -> None:
+    source = "from slipstream.plugins.spec import OperatorSpec\nSPEC = OperatorSpec(colour=1)\n"
+    (folder / "made_for_another.py").write_text(source)
+    installed(folder, "one", entry)
+    with pytest.raises(BuildError, match=rf"of test\.operators cannot be loaded \(.*{reason}"):
+        OperatorTable(OURS, "test.operators")["Far"]

@@ -105,3 +105,8 @@ def test_attributes_of_another_type_are_refused(
 def test_an_integer_is_a_float() -> None:
     typed = SMALL.typed({"width": np.int64(4), "eps": 1})
     assert typed == {"width": 4, "eps": 1.0} and type(typed["eps"]) is float
+
+
+def test_a_default_has_the_type_of_its_attribute() -> None:
+    cap = replace(SMALL, attributes=(AttributeSpec("cap", "float", "the bound", 1),))
+    assert type(cap.complete({})["cap"]) is float

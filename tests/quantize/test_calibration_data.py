@@ -161,6 +161,7 @@ def test_the_model_writes_its_own_text() -> None:
         ("latin.txt", "größer".encode("latin-1"), "is not UTF-8"),
         ("table.csv", b"text\nhello", "neither .txt nor .jsonl"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 of .* is not JSON"),
+        ("deep.jsonl", b"[" * 200_000, "line 1 of .* is not JSON"),
         ("list.jsonl", b'["a"]\n', "line 1 of .* without any of text, messages, prompt"),
         ("keys.jsonl", b'{"content": "a"}\n', "without any of text, messages, prompt"),
         ("number.jsonl", b'{"text": 3}\n', "text in line 1 of .* is 3; expected a string"),

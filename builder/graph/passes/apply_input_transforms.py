@@ -40,10 +40,13 @@ class ApplyInputTransforms:
     def __call__(self, program: Program) -> int:
         """Returns the number of weights that wanted something."""
         wanting = [name for name, tensor in program.weights.items() if tensor.input is not None]
-        for name in looked_up(program).intersection(wanting):
-            # Rows are looked up as they are: permuted or scaled ones would be wrong.
-            program.replace_weight(name, as_dense(program.weights[name], "float32"))
-            log.warning("%s is an embedding too: it becomes dense", name)
+        rows = looked_up(program)
+        for name in wanting:
+            # Whatever does not multiply by it reads it as it is: permuted or scaled it is wrong.
+            if not _only_in_products(program.graph.initializers[name]):
+                program.replace_weight(name, as_dense(program.weights[name], "float32"))
+                reader = "an embedding" if name in rows else "read otherwise"
+                log.warning("%s is %s too: it becomes dense", name, reader)
         if self.fold_norms:
             for norm in program.nodes("RMSNormalization"):
                 _fold(program, norm)
@@ -100,6 +103,10 @@ class _Steps:
         if kind == "scale":
             return ir.node("Mul", [x, stored], outputs=[output], name=name)
         return ir.node("Gather", [x, stored], {"axis": 1}, outputs=[output], name=name)
+
+
+def _only_in_products(weight: ir.Value) -> bool:
+    return all(weight_index(use.node, "product") == use.idx for use in weight.uses())
 
 
 def _fold(program: Program, norm: ir.Node) -> None:

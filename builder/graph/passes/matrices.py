@@ -9,7 +9,7 @@ from typing import get_args
 import onnx_ir as ir
 
 from slipstream.builder.graph.program import Program
-from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
 from slipstream.plugins.spec import WeightUse
 from slipstream.weights.tensor import LazyTensor
 
@@ -20,8 +20,8 @@ Rewrite = Callable[[LazyTensor], LazyTensor | None]
 
 def weight_index(node: ir.Node, use: WeightUse | None = None) -> int | None:
     """Which input of a node its operator marks as a weight, of this use if one is given."""
-    spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
-    inputs = () if spec is None else spec.inputs
+    spec = None if node.domain in STANDARD_DOMAINS else OPERATORS.get(node.op_type)
+    inputs = () if spec is None or spec.domain != node.domain else spec.inputs
     found = (i for i, tensor in enumerate(inputs) if tensor.weight and use in (None, tensor.weight))
     return next(found, None)
 

@@ -298,7 +298,7 @@ class Tactics:
             major, minor = table["capability"]
             entries = {key: _tactic(entry) for key, entry in table["entries"].items()}
             return cls((int(major), int(minor)), str(table["device"]), entries)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise EngineMismatchError(
                 f"tactics.json cannot be used: {error}; delete it or tune the engine again"
             ) from error

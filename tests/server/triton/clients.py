@@ -15,6 +15,15 @@ import tritonclient.grpc as grpc_client
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+PROMPT = "the quick brown fox"
+# Runs until it is cancelled: 16000 steps of a millisecond.
+ENDLESS: dict[str, Any] = {
+    "text_input": PROMPT,
+    "stream": True,
+    "sampling_parameters": '{"ignore_eos": true}',
+}
+GENERATE = "/v2/models/llama/generate"
+GENERATE_STREAM = "/v2/models/llama/generate_stream"
 _TYPES = {bool: "BOOL", str: "BYTES", list: "BYTES"}
 _NAMED_TYPES = {"temperature": "FP32", "top_p": "FP32", "max_tokens": "INT32", "top_k": "INT32"}
 _NAMED_TYPES |= {"random_seed": "UINT64", "repetition_penalty": "FP32", "min_tokens": "INT32"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tritonclient.http as http_client
 from tests.server.triton.harness import Server, install, running
 from tests.tiny_models import llama_tensors, save_llama
 
@@ -40,3 +41,18 @@ def triton(long_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     write_repository(directory, long_engine, Deployment("llama"), options)
     with running(installation, directory) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def admin(triton: Server) -> Iterator[http_client.InferenceServerClient]:
+    """Triton's HTTP client; the model "llama" is loaded."""
+    with http_client.InferenceServerClient(f"127.0.0.1:{triton.http}") as client:
+        client.load_model("llama")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def server(triton: Server, admin: http_client.InferenceServerClient) -> Server:
+    """The server, with the model loaded."""
+    assert admin.is_model_ready("llama")
+    return triton

@@ -154,6 +154,21 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 10) ->
         time.sleep(0.02)
 
 
+def running_requests(server: Server) -> float:
+    """Requests that "llama" computes."""
+    return server.metric("num_requests_running", "llama")
+
+
+def wait_until_idle(server: Server, seconds: float = 3) -> None:
+    """Fail unless every request ends and every page comes back, in far less time than they run."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    wait_for(
+        lambda: not any(server.metric(name, "llama") for name in names),
+        "nothing runs, waits or holds a page",
+        seconds,
+    )
+
+
 @contextlib.contextmanager
 def running(
     installation: Installation, directory: Path, *, environment: Path | None = None

@@ -125,6 +125,7 @@ def test_instances_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, "model.json cannot be read"),
         ("{", "model.json cannot be read"),
+        ("[" * 200_000, "model.json cannot be read"),
         ("[]", "does not name its model"),
         ('{"max_batch_size": 4}', "does not name its model"),
         ('{"model": 5}', "does not name its model"),

@@ -8,8 +8,11 @@ import pytest
 from tests.programs import apply, assert_close, dense, feeds, grouped, listing, outputs, parse
 from tests.programs import run_onnxruntime as run
 
+from slipstream.builder.graph.passes import matrices
 from slipstream.builder.graph.passes.apply_input_transforms import ApplyInputTransforms
 from slipstream.builder.targets.cpu.packed import pack_linear
+from slipstream.plugins.operators import OPERATORS
+from slipstream.plugins.spec import OperatorSpec
 from slipstream.weights.tensor import InputTransform, LazyTensor, QuantTensor
 
 K = 64
@@ -136,3 +139,25 @@ def test_an_embedding_is_not_permuted(caplog: pytest.LogCaptureFixture) -> None:
     np.testing.assert_array_equal(got["x"], rows[ids])
     np.testing.assert_allclose(got["y"], rows[ids] @ rows.T, rtol=1e-4, atol=1e-4)
     assert caplog.messages == ["e is an embedding too: it becomes dense"]
+
+
+def far(*, weight: bool) -> OperatorSpec:
+    """Linear under another package's name, whose weight is marked or not."""
+    x, w, *rest = OPERATORS["Linear"].inputs
+    inputs = (x, w if weight else replace(w, weight=None), *rest)
+    return replace(OPERATORS["Linear"], name="Far", domain="far", inputs=inputs)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_products_of_other_packages_read_the_same_numbers(
+    marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = parse(THREE, wanting(exact("q", 48), ORDER, SCALE), exact("k", 16), exact("v", 32))
+    want, node = outputs(program), program.graph[0]
+    monkeypatch.setattr(matrices, "OPERATORS", {**OPERATORS, "Far": far(weight=marked)})
+    node.domain, node.op_type = "far", "Far"
+    assert ApplyInputTransforms()(program) == 1
+    node.domain, node.op_type = "slipstream", "Linear"
+    made = ["Mul", "Gather"] if marked else []
+    assert [n.op_type for n in program.graph] == [*made, *["Linear"] * 3]
+    assert_close(outputs(program), want, 1e-6)
