@@ -112,18 +112,12 @@ class KVCacheManager:
         path = self._path(prefix)
         return all(g.first_cost(path, num_tokens) <= g.num_available for g in self.windows)
 
-    def windows_fit_all(
-        self, prefix: Node, num_tokens: int, others: Iterable[tuple[Allocation, int]]
-    ) -> bool:
-        """Whether each group with a window can hold a sequence of ``num_tokens`` to its end, beside
-        ``others`` (what they hold now, and their tokens at the end)."""
-        path, others = self._path(prefix), list(others)
-        return all(
-            group.cost(path, group.most_pages(num_tokens))
-            + sum(group.most_pages(end) - held.windows[i].num_held for held, end in others)
-            <= group.num_available
-            for i, group in enumerate(self.windows)
-        )
+    def windows_fit_all(self, ends: Sequence[int]) -> bool:
+        """Whether each group with a window can hold sequences of so many tokens to their ends.
+
+        None counts on what it shares: it may be the last to hold that, or the first to give it up.
+        """
+        return all(sum(map(group.most_pages, ends)) <= group.num_pages for group in self.windows)
 
     def allocate(self, prefix: Node, num_tokens: int, namespace: Namespace = "") -> Allocation:
         """Pages for ``num_tokens`` that begin with ``prefix``; the caller has checked ``cost``."""

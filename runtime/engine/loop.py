@@ -137,13 +137,23 @@ class EngineLoop:
     def shutdown(self) -> None:
         """Wait for the device and free it; unfinished requests are dropped."""
         flight, self._flight = self._flight, None
+        self._health.began()
         self._land(flight)
         self._engine.executor.shutdown()
+        self._health.ended()
 
     def step(self) -> list[RequestOutput]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return what the finished one changed."""
         self._health.began()
+        try:
+            self._advance()
+        finally:
+            self._health.ended()
+        return self._tell()
+
+    def _advance(self) -> None:
+        """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
         if flight and self._engine.executor.runs_ahead and not flight.refused:
             self._flight = self._launch()
@@ -154,8 +164,6 @@ class EngineLoop:
             self._flight = self._launch()
         if self._flight and self._flight.pending is None:
             self._sample(self._flight)
-        self._health.ended()
-        return self._tell()
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""

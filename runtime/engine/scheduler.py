@@ -344,9 +344,10 @@ class Scheduler:
             ) <= self.kv.num_available and self.kv.windows_fit(prefix, tokens)
         others = [(s.allocation, s.max_cached_tokens) for s in self.running if s.allocation]
         promised = sum(self.kv.pages_for(end) - len(held.pages) for held, end in others)
-        cost = self.kv.cost(prefix, self.kv.pages_for(sequence.max_cached_tokens))
+        own = sequence.max_cached_tokens
+        cost = self.kv.cost(prefix, self.kv.pages_for(own))
         return cost + promised <= self.kv.num_available and self.kv.windows_fit_all(
-            prefix, sequence.max_cached_tokens, others
+            [own, *(end for _, end in others)]
         )
 
     def _start(self, sequence: Sequence, prefix: Node) -> None:

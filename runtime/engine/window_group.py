@@ -25,11 +25,6 @@ class WindowPages:
     first: int
     synced: int = 0
 
-    @property
-    def num_held(self) -> int:
-        """Pages that the sequence holds."""
-        return len(self.pages) - self.first
-
 
 class WindowGroup:
     """The pages of all caches with the same window, which share their numbers.

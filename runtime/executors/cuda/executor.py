@@ -162,12 +162,11 @@ class CUDAExecutor:
             return np.concatenate(rows)
 
     def _move_pages(self, moves: Sequence[Move]) -> None:
-        """Enqueue copies of pages, which the layers of the step may read."""
+        """Enqueue copies of pages, which the layers of the step may read, without memory beside."""
         if moves:
             cache = self.runner.memory.kv_cache.view(torch.uint8)  # no copies of 8-bit floats
-            sources = self._device.index(np.array([move.source for move in moves], np.int32))
-            targets = self._device.index(np.array([move.destination for move in moves], np.int32))
-            cache.index_copy_(1, targets, cache.index_select(1, sources))
+            for move in moves:
+                cache[:, move.destination] = cache[:, move.source]
 
     def _allocate(self, pages: int) -> None:
         config, device, attention = self._config, self._device.torch, self._attention

@@ -5,7 +5,7 @@ import pytest
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.health import MAX_FAILURES, Health
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.executors.counting import CountingExecutor
+from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
@@ -72,3 +72,32 @@ def test_the_loop_counts_failing_steps(runs_ahead: bool) -> None:
         reasons.append(loop.unhealthy)
     assert reasons[:-1] == [None] * (MAX_FAILURES - 1)
     assert reasons[-1] and "was told to fail" in reasons[-1]
+
+
+def test_a_device_that_hangs_when_the_loop_shuts_down_is_noticed() -> None:
+    clock, engine = Clock(), counting_engine()
+    assert isinstance(engine.executor, CountingExecutor)
+    loop = EngineLoop(engine, clock=clock)
+    land, noticed = engine.executor.land, list[str | None]()
+
+    def hang(step: CountingStep) -> None:
+        clock.now += engine.config.step_timeout + 1
+        noticed.append(loop.unhealthy)
+        land(step)
+
+    engine.executor.land = hang  # type: ignore[method-assign]
+    loop.add_request(Request("a", [0], SamplingParams(max_tokens=2)))
+    loop.step()
+    loop.shutdown()
+    assert len(noticed) == 1 and noticed[0] and "has not answered" in noticed[0]
+
+
+def test_a_loop_that_breaks_does_not_blame_the_device_later() -> None:
+    clock, engine = Clock(), counting_engine()
+    loop = EngineLoop(engine, clock=clock)
+    loop.scheduler.schedule = None  # type: ignore[assignment,method-assign]
+    loop.add_request(Request("a", [0], SamplingParams(max_tokens=2)))
+    with pytest.raises(TypeError):
+        loop.step()
+    clock.now += engine.config.step_timeout + 1
+    assert loop.unhealthy is None

@@ -166,7 +166,8 @@ def test_pages_behind_the_window_are_given_back() -> None:
     while scheduler.has_work:
         land(scheduler, scheduler.schedule())
         if long.allocation is not None:
-            most = max(most, long.allocation.windows[0].num_held)
+            held = long.allocation.windows[0]
+            most = max(most, len(held.pages) - held.first)
     assert most <= group.most_pages(36) == 6, "the window, a step, and a page cut in two"
     assert len(long.output) == 16
 
@@ -214,3 +215,17 @@ def test_a_window_that_no_step_fits_in_is_refused() -> None:
     scheduler = Scheduler(RuntimeConfig().override(LIMITS), 5, (cache("near", window=4),))
     with pytest.raises(CapacityError, match="pages of cache near at a time"):
         scheduler.clamp_max_tokens(20, 1)
+
+
+def test_pages_promised_to_the_end_are_there_when_a_shared_one_is_given_up() -> None:
+    limits = LIMITS | {"max_num_tokens": 4, "max_seq_len": 80}
+    config = RuntimeConfig().override({**limits, "scheduler_policy": "guaranteed_no_evict"})
+    scheduler = Scheduler(config, 14, (cache("near", window=12),))
+    first = start(scheduler, [1] * 12 + [2] * 2, max_tokens=27)
+    for _ in range(4):
+        land(scheduler, scheduler.schedule())
+    second = start(scheduler, [1] * 12 + [3] * 19, max_tokens=23)
+    while scheduler.has_work:
+        land(scheduler, scheduler.schedule())
+        check(scheduler)
+    assert (len(first.output), len(second.output)) == (27, 23)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
@@ -128,6 +129,27 @@ def test_a_seed_says_the_same_in_any_company(llm: LLM) -> None:
     ]
     first, second = (o.outputs[0].token_ids for o in llm.generate([PROMPTS[1]] * 2, seeds))
     assert first != second
+
+
+def test_siblings_get_their_prompt_by_a_copy_of_its_page(llm: LLM) -> None:
+    sampled = {"temperature": 1.0, "max_tokens": 3}
+    executor = llm._loop._engine.executor
+    assert isinstance(executor, CUDAExecutor)
+    moved, move = list[bool](), executor._move_pages
+
+    def checked(moves: Sequence[Move]) -> None:
+        move(moves)
+        cache = executor.runner.memory.kv_cache
+        for _, source, target in moves:
+            moved.append(torch.equal(cache[:, source], cache[:, target]))
+            assert cache[:, source].any()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_move_pages", checked)
+        (forked,) = llm.generate(PROMPTS[0], greedy(n=2, seed=3, **sampled))
+    lonely = [llm.generate(PROMPTS[0], greedy(seed=seed, **sampled))[0] for seed in (3, 4)]
+    assert moved == [True]
+    assert [each.token_ids for each in forked.outputs] == [o.outputs[0].token_ids for o in lonely]
 
 
 def test_memory_for_no_page_is_refused(engine: Path) -> None:
