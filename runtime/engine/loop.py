@@ -8,7 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
+from slipstream.builder.contract import states
+from slipstream.errors import (
+    CapacityError,
+    EngineMismatchError,
+    ExecutionError,
+    InvalidRequestError,
+)
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.health import Health
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
@@ -66,6 +72,11 @@ class EngineLoop:
     def __init__(
         self, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        if engine.executor.draft_tokens and states(engine.caches):
+            raise EngineMismatchError(
+                f"the device guesses {engine.executor.draft_tokens} tokens ahead, and of states, "
+                "which this engine keeps, a wrong guess cannot be taken back: load it without drafts"
+            )
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
             raise CapacityError(
@@ -138,7 +149,8 @@ class EngineLoop:
         """Wait for the device and free it; unfinished requests are dropped."""
         flight, self._flight = self._flight, None
         self._health.began()
-        self._land(flight)
+        if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
+            self._land(flight)
         self._engine.executor.shutdown()
         self._health.ended()
 

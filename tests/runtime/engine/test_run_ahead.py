@@ -8,6 +8,8 @@ import pytest
 from tests.runtime.engine.driving import drain, greedy
 from tests.runtime.engine.recording import recorded
 
+from slipstream.builder.contract import CacheArray, CacheSpec
+from slipstream.errors import EngineMismatchError
 from slipstream.runtime.request import Request
 from slipstream.runtime.testing import EOS
 
@@ -156,3 +158,9 @@ def test_shutdown_waits_for_the_step_on_its_way() -> None:
     loop.shutdown()
     assert executor.events.count("start") == executor.events.count("land") == 2
     assert executor.closed
+
+
+def test_a_device_that_guesses_takes_no_engine_with_states() -> None:
+    states = CacheSpec("states", "state", (2,), (CacheArray("states", "int32", (1,)),))
+    with pytest.raises(EngineMismatchError, match="guesses 3 tokens ahead, and of states"):
+        recorded(more=(states,), draft_tokens=3)
