@@ -75,7 +75,7 @@ class EngineLoop:
         if engine.executor.draft_tokens and states(engine.caches):
             raise EngineMismatchError(
                 f"the device guesses {engine.executor.draft_tokens} tokens ahead, and of states, "
-                "which this engine keeps, none can be taken back: load it on a device without drafts"
+                "which this engine keeps, none can be taken back: load it where nothing is guessed"
             )
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
