@@ -91,6 +91,7 @@ class EngineLoop:
         self._clock = clock
         self._health = Health(engine.config.step_timeout, clock)
         self._arrivals = itertools.count()
+        self._seeds = random.Random()  # the module's own belongs to the program
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
         # Unfinished requests whose output the host must know before their rows are sampled.
@@ -180,7 +181,7 @@ class EngineLoop:
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
         params = request.params
-        seed = random.getrandbits(32) if params.seed is None else params.seed
+        seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
         arrival = next(self._arrivals)
         sequences = [
             Sequence(
