@@ -23,6 +23,7 @@ from slipstream.builder.contract import (
     step_port,
 )
 from slipstream.builder.graph.program import Program, dtype_name, ir_dtype
+from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.plugins.shapes import bindings, evaluate
 from slipstream.weights.tensor import LazyTensor
@@ -108,11 +109,12 @@ class Ops:
         inputs = [x, self.program.add_weight(weight)]
         return self._node("RMSNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
 
-    def gated_activation(self, gate_up: ir.Value) -> ir.Value:
-        """silu(first half of the columns) * second half."""
+    def gated_activation(self, gate_up: ir.Value, gate: str = "silu") -> ir.Value:
+        """The first half of the columns as gates of the second; ``gate`` is a key of ``GATES``."""
         width = _shape(gate_up)[1]
         assert isinstance(width, int)
-        return self._node("GatedActivation", [gate_up], (_rows(gate_up), width // 2), {}, DOMAIN)
+        shape = _rows(gate_up), width // 2
+        return self._node("GatedActivation", [gate_up], shape, {"gate": GATES[gate]}, DOMAIN)
 
     def paged_attention(
         self,

@@ -28,6 +28,8 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
+# Gates by the names that configurations have for them.
+GATE_OF = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ATTENTION, _MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 _BEFORE_ATTENTION, _BEFORE_MLP = f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_layernorm"
 
@@ -195,9 +197,10 @@ class Decoder:
         }
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
-        """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+        """down_proj(act(gate_proj(x)) * up_proj(x)), act being that of the configuration."""
         gate_up = self.ops.concat([self.linear(x, f"{prefix}{n}_proj") for n in ("gate", "up")])
-        return self.linear(self.ops.gated_activation(gate_up), f"{prefix}down_proj")
+        gated = self.ops.gated_activation(gate_up, GATE_OF[self.config.hidden_act])
+        return self.linear(gated, f"{prefix}down_proj")
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """A projection of the table, with its bias if it has one."""

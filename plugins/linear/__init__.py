@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from slipstream.plugins.gated_mlp import GATE
 from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
 # How a format's zero is spelled in the zero_kind attribute.
@@ -39,7 +40,7 @@ _WEIGHT = TensorSpec(
 SPEC = OperatorSpec(
     name="Linear",
     doc="y = norm(x)·Wᵀ + bias + residual, where norm, bias and residual are optional; a gated "
-    "Linear returns silu(gate)·up of a weight that stacks gate rows over up rows.",
+    "Linear returns the gated activation of a weight that stacks gate rows over up rows.",
     inputs=(
         TensorSpec("x", ACTIVATION_DTYPES, ("tokens", "in_features"), "activations"),
         _WEIGHT,
@@ -69,6 +70,7 @@ SPEC = OperatorSpec(
         AttributeSpec("out_features", "int", "N, gate and up rows both counted"),
         *_FORMAT,
         AttributeSpec("gated", "int", "1: the first N/2 rows are gates, the others ups", 0),
+        GATE,
         AttributeSpec("norm_eps", "float", "epsilon of the RMS norm", 1e-6),
     ),
     reference="slipstream.plugins.linear.reference:linear",

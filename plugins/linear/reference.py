@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.plugins.gated_mlp.reference import gated as gated_activation
 from slipstream.weights.fp8 import FP8_MAX
 from slipstream.weights.tensor import Activation, QuantTensor
 
@@ -46,7 +47,7 @@ def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
     return codes.astype(np.int8).reshape(x.shape), scale, centre
 
 
-def linear(
+def linear(  # noqa: PLR0913 - what is fused
     x: Floats,
     weight: QuantTensor,
     *,
@@ -55,14 +56,15 @@ def linear(
     norm_weight: Floats | None = None,
     norm_eps: float = 0.0,
     gated: bool = False,
+    gate: int = 0,
     activation: Activation | None = None,
 ) -> Floats:
     """``act(norm(x) @ weight.T + bias) + residual``, x being rounded as ``activation`` says.
 
     x ``[T, K]``; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]`` when gated: then
-    the first N/2 rows of the weight are the gate and the rest up, and act is ``silu(gate) * up``.
-    ``norm_weight`` ``[K]`` asks for an RMS norm of x first. ``activation`` is by default that of
-    the weight's format. Sums are taken in float64.
+    the first N/2 rows of the weight are the gate and the rest up, and act is their gated
+    activation, by default ``silu(gate) * up``. ``norm_weight`` ``[K]`` asks for an RMS norm of x
+    first. ``activation`` is by default that of the weight's format. Sums are taken in float64.
     """
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps)
@@ -71,8 +73,7 @@ def linear(
     if bias is not None:
         y += bias
     if gated:
-        gate, up = np.split(y, 2, axis=1)
-        y = gate / (1.0 + np.exp(-gate)) * up
+        y = gated_activation(*np.split(y, 2, axis=1), gate)
     if residual is not None:
         y = y + residual
     return y.astype(np.float32)

@@ -26,7 +26,7 @@ def _fuse(program: Program, gate: ir.Node, holds: Holds) -> bool:
     fused = ir.node(
         "Linear",
         linear.inputs,
-        {**linear.attributes, "gated": 1},
+        {**linear.attributes, "gated": 1, **gate.attributes},
         domain=DOMAIN,
         num_outputs=1,
         name=linear.name,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program
+from slipstream.plugins.gated_mlp import GATES
 
 _CONTRIB = "com.microsoft"
 
@@ -49,32 +51,38 @@ def lower_add_rms_norm(program: Program) -> int:
 
 
 def lower_gated_activation(program: Program) -> int:
-    """silu(gate) * up as Split, QuickGelu with alpha 1 (which is SiLU) and Mul."""
+    """A gated activation as Split, what its gate is of ONNX Runtime's operators, and Mul."""
     nodes = program.nodes("GatedActivation")
     for node in nodes:
-        split = ir.node(
-            "Split",
-            [node.inputs[0]],
-            {"axis": -1, "num_outputs": 2},
-            num_outputs=2,
-            name=f"{node.name}/split",
-        )
-        gate, up = split.outputs
-        silu = ir.node(
-            "QuickGelu",
-            [gate],
-            {"alpha": 1.0},
-            domain=_CONTRIB,
-            num_outputs=1,
-            name=f"{node.name}/silu",
-        )
-        product = ir.node("Mul", [silu.outputs[0], up], num_outputs=1, name=f"{node.name}/mul")
-        shape = node.outputs[0].shape
-        for value, suffix in ((gate, "gate"), (up, "up"), (silu.outputs[0], "silu")):
-            value.name, value.shape, value.type = (
-                f"{node.name}/{suffix}",
-                shape,
-                ir.TensorType(ir.DataType.FLOAT),
-            )
-        replace(program, [node], [split, silu, product], {node.outputs[0]: product.outputs[0]})
+        _lower_gate(program, node)
     return len(nodes)
+
+
+def _lower_gate(program: Program, node: ir.Node) -> None:
+    (gate_up,) = node.inputs
+    made = [ir.node("Split", [gate_up], {"axis": -1, "num_outputs": 2}, num_outputs=2)]
+
+    def make(op: str, *inputs: ir.Value, **attributes: float | str) -> ir.Value:
+        domain = _CONTRIB if op == "QuickGelu" else ""
+        made.append(ir.node(op, inputs, attributes, domain=domain, num_outputs=1))
+        return made[-1].outputs[0]
+
+    def number(value: float) -> ir.Value:
+        return program.constant("number", np.array(value, np.float32))
+
+    gate, up = made[0].outputs
+    kind = node.attributes["gate"].as_int() if "gate" in node.attributes else GATES["silu"]
+    if kind == GATES["silu"]:
+        gate = make("QuickGelu", gate, alpha=1.0)
+    elif kind == GATES["gelu_tanh"]:
+        gate = make("Gelu", gate, approximate="tanh")
+    else:
+        gate = make("QuickGelu", make("Min", gate, number(7.0)), alpha=1.702)
+        up = make("Add", make("Clip", up, number(-7.0), number(7.0)), number(1.0))
+    product = make("Mul", gate, up)
+    for number_of, part in enumerate(made):
+        part.name = f"{node.name}/{number_of}"
+        for index, value in enumerate(part.outputs):
+            value.name, value.shape = f"{part.name}/{index}", node.outputs[0].shape
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    replace(program, [node], made, {node.outputs[0]: product})

@@ -19,6 +19,7 @@ static const char* check_weight(const Args& args, bool gated) {
 
 const char* check(const LinearArgs& args) {
   if (args.gated != 0 && args.gated != 1) return "the attributes describe no packed format";
+  if (args.gate < 0 || args.gate > 2) return "gate is none of the gated activations";
   return check_weight(args, args.gated == 1);
 }
 

@@ -32,12 +32,22 @@ inline Floats exponential(Floats v) {
   return p * exp2_whole(n);
 }
 
-// gate becomes silu(gate) * up, for one row of a tile.
-inline void gate_row(float* gate, const float* up) {
+// g * sigmoid(factor * g): SiLU where the factor is 1.
+inline Floats swish(Floats g, Floats factor) {
+  return g / (splat(1.0f) + exponential(g * factor * splat(-1.0f)));
+}
+
+// gate becomes the gated activation of up, for one row of a tile.
+inline void gate_row(int64_t kind, float* gate, const float* up) {
   for (int i = 0; i < kTile; i += kLanes) {
-    const Floats g = load(gate + i);
-    const Floats denominator = splat(1.0f) + exponential(g * splat(-1.0f));
-    store(gate + i, g / denominator * load(up + i));
+    const Floats g = load(gate + i), u = load(up + i);
+    if (kind == 0) {
+      store(gate + i, swish(g, splat(1.0f)) * u);
+    } else if (kind == 1) {  // 0.5 * (1 + tanh(z)) is sigmoid(2z)
+      store(gate + i, swish(g, splat(1.5957691216f) * fma(splat(0.044715f) * g, g, splat(1.0f))) * u);
+    } else {
+      store(gate + i, swish(min(g, splat(7.0f)), splat(1.702f)) * (clamp(u, -7.0f, 7.0f) + splat(1.0f)));
+    }
   }
 }
 
@@ -65,7 +75,7 @@ inline __attribute__((always_inline)) void finish_row(const Plan& plan, float* s
       for (int i = 0; i < width; ++i) sums[p * up + i] += args.bias[p * plan.outputs + column + i];
     }
   }
-  if (plan.parts == 2) gate_row(sums, sums + up);
+  if (plan.parts == 2) gate_row(args.gate, sums, sums + up);
   if (args.residual) {
     for (int i = 0; i < width; ++i) sums[i] += args.residual[at + i];
   }

@@ -32,7 +32,7 @@ def linear(node: ir.Node, context: Context) -> Kernel:
     x = name_of(node.inputs[0])
     weight = weight_of(node, context.constants)
     attributes = attributes_of(node)
-    gated, eps = bool(attributes["gated"]), attributes["norm_eps"]
+    gated, gate, eps = bool(attributes["gated"]), attributes["gate"], attributes["norm_eps"]
     dtype = dtype_of(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
@@ -45,6 +45,7 @@ def linear(node: ir.Node, context: Context) -> Kernel:
             norm_weight=run.get(norm),
             norm_eps=eps,
             gated=gated,
+            gate=gate,
             out_dtype=dtype,
             tactic=context.tactics.find(weight.format, gated, tokens.shape[0]),
             out=run.out,

@@ -36,7 +36,13 @@ class Operands:
     norm_weight: Tensor | None
     norm_eps: float
     gated: bool
+    gate: int
     pdl: bool
+
+    @property
+    def gate_kind(self) -> int:
+        """0 for no gate, or one more than its kind of ``GATES``: what kernels call GATED."""
+        return 1 + self.gate if self.gated else 0
 
 
 def linear_blas(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
@@ -184,7 +190,7 @@ def _finish(
     tokens, width = y.shape
     finish_product[(tokens, -(-width // 1024))](
         product, token_scale, row_scale, inputs.bias, inputs.residual, y, product.shape[1],
-        BLOCK=1024, GATED=inputs.gated, SCALE=token_scale is not None,
+        BLOCK=1024, GATED=inputs.gate_kind, SCALE=token_scale is not None,
         BIAS=inputs.bias is not None, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
         **launch_options(num_warps=4, pdl=inputs.pdl),
     )  # fmt: skip

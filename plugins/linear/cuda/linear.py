@@ -34,6 +34,7 @@ def linear(  # noqa: PLR0913 - what is fused
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
     gated: bool = False,
+    gate: int = 0,
     out_dtype: torch.dtype | None = None,
     tactic: Tactic,
     out: Tensor | None = None,
@@ -43,8 +44,8 @@ def linear(  # noqa: PLR0913 - what is fused
 
     x bf16 or fp16 ``[T, K]``, contiguous; a 16-bit weight has its type. norm_weight ``[K]`` of
     x's type asks for an RMS norm; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]``
-    when gated: then act is ``silu(gate) * up`` of the first and second N/2 rows. The result is of
-    ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
+    when gated: then act is the gate of kind ``gate`` of the first and second N/2 rows. The result
+    is of ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
     """
     n, _ = weight.format.shape
     width = n // 2 if gated else n
@@ -52,7 +53,7 @@ def linear(  # noqa: PLR0913 - what is fused
     if y is None:
         y = torch.empty(x.shape[0], width, dtype=out_dtype or x.dtype, device=x.device)
     assert y.shape == (x.shape[0], width) and y.is_contiguous() and x.is_contiguous()
-    inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, pdl)
+    inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, gate, pdl)
     if tactic.kernel == "blas":
         linear_blas(weight, inputs, y)
         return y
@@ -186,7 +187,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
 
 def _epilogue(inputs: Operands) -> dict[str, object]:
     return {
-        "GATED": inputs.gated,
+        "GATED": inputs.gate_kind,
         "BIAS": inputs.bias is not None,
         "RESIDUAL": inputs.residual is not None,
         "NORM": inputs.norm_weight is not None,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp import cuda as gated
 from slipstream.plugins.gated_mlp import reference as gated_reference
 from slipstream.plugins.rms_norm import cuda as norm
@@ -109,13 +110,14 @@ def test_quantize_rows(dtype: torch.dtype, input_scale: float | None, device: st
     assert_codes(codes, scales, numpy(x), input_scale)
 
 
+@pytest.mark.parametrize("gate", GATES.values())
 @pytest.mark.parametrize("width", [24, 1536, 2050])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_activation(dtype: torch.dtype, width: int, device: str) -> None:
+def test_gated_activation(dtype: torch.dtype, width: int, gate: int, device: str) -> None:
     gate_up = rows(3, 2 * width, dtype=dtype, device=device)
-    y = gated.gated_activation(gate_up)
+    y = gated.gated_activation(gate_up, gate)
     assert y.shape == (3, width)
-    assert_close(y, gated_reference.gated_activation(numpy(gate_up)))
+    assert_close(y, gated_reference.gated_activation(numpy(gate_up), gate))
 
 
 @pytest.mark.parametrize("half", [64, 20])

@@ -9,6 +9,8 @@ adds their sums, in order, so results do not depend on which that is.
 import triton
 import triton.language as tl
 
+from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+
 
 @triton.jit
 def _prefetch(pointers):
@@ -81,7 +83,7 @@ def _epilogue(
             biases = tl.load(bias + width + n, mask=inside_n, other=0.0).to(tl.float32)
             up += _along(biases, SWAP)
     if GATED:
-        acc = acc * tl.sigmoid(acc) * up
+        acc = gate_up_of(acc, up, GATED)
     at = _along(m, not SWAP) * width + _along(n, SWAP)
     inside = _along(m < tokens, not SWAP) & _along(inside_n, SWAP)
     if RESIDUAL:

@@ -13,6 +13,8 @@ they are read before ``gdc_wait``, since no kernel of a step writes a weight.
 import triton
 import triton.language as tl
 
+from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+
 
 @triton.jit
 def _begin_products(COMPILED: tl.constexpr):
@@ -192,7 +194,7 @@ def _finish(
                     up *= tl.load(row_scale + width + n, mask=inside, other=0.0).to(tl.float32)
                 if BIAS:
                     up += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
-                value = value * tl.sigmoid(value) * up
+                value = gate_up_of(value, up, GATED)
             if RESIDUAL:
                 old = tl.load(residual + t * width + n, mask=inside, other=0.0)
                 value += old.to(tl.float32)

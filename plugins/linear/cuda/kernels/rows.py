@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins.cuda.kernels import begin
+from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
 from slipstream.plugins.linear.cuda.kernels.dot import float8_bits
 
 
@@ -153,7 +154,7 @@ def finish_product(
             up = up * factor * scales
         if BIAS:
             up += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
-        value = value * tl.sigmoid(value) * up
+        value = gate_up_of(value, up, GATED)
     if RESIDUAL:
         value += tl.load(residual + t * width + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=inside)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from tests.programs import apply, assert_close, dense, evaluate, feeds, listing, outputs, parse
 from tests.programs import run_onnxruntime as run
 
@@ -9,6 +10,7 @@ from slipstream.builder.targets.cpu.elementwise import (
     lower_gated_activation,
     lower_rms_norm,
 )
+from slipstream.plugins.gated_mlp import GATES
 
 
 def test_rms_norm() -> None:
@@ -51,4 +53,18 @@ def test_two_gates_keep_their_values_apart() -> None:
     want = evaluate(program, inputs)
     assert lower_gated_activation(program) == 2
     assert [node.op_type for node in program.graph] == ["Split", "QuickGelu", "Mul"] * 2
+    assert_close(run(program, inputs), want, 1e-6)
+
+
+@pytest.mark.parametrize("gate", GATES.values())
+def test_every_gate(gate: int) -> None:
+    program = parse(
+        f"""g (float[T, 64] a) => (float[T, 32] y) {{
+          y = slipstream.GatedActivation <gate = {gate}> (a)
+        }}"""
+    )
+    inputs = feeds(program)
+    inputs["a"] *= 20
+    want = evaluate(program, inputs)
+    assert lower_gated_activation(program) == 1
     assert_close(run(program, inputs), want, 1e-6)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tests.plugins.linear.weights import random_weight
 
 from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear import reference
 from slipstream.plugins.linear.cuda.blas import dequantize
 from slipstream.plugins.linear.cuda.linear import embedding, linear
@@ -41,7 +42,15 @@ FORMATS = {
     "int8g64z": WeightFormat((N, K), "int", "float16", 8, 64, "zero"),
     "int8row": WeightFormat((N, K), "int", "float32", 8, K, "midpoint", activation="token"),
 }
-EXTRAS = ("", "bias", "residual", "norm", "gated", "bias residual norm gated")
+EXTRAS = (
+    "",
+    "bias",
+    "residual",
+    "norm",
+    "gated",
+    "gated gelu_tanh",
+    "bias residual norm gated clamped",
+)
 
 
 class Case:
@@ -68,7 +77,8 @@ class Case:
         }
         self.x = torch.from_numpy(rng.normal(0, 1, (tokens, k)).astype(np.float32)).to(self.dtype)
         self.inputs: dict[str, Any] = {key: value.to(device) for key, value in arrays.items()}
-        self.options: dict[str, Any] = {"gated": self.gated, "norm_eps": 1e-5}
+        gate = next((kind for name, kind in GATES.items() if name in extras), 0)
+        self.options: dict[str, Any] = {"gated": self.gated, "gate": gate, "norm_eps": 1e-5}
         exact: dict[str, Any] = {key: value.float().numpy() for key, value in arrays.items()}
         self.exact = {"x": self.x.float().numpy(), **exact, **self.options}
         self.want = self.reference("none")
@@ -119,7 +129,7 @@ def gemv(name: str, rows: int = 32, stages: int = 1, lanes: int = 32) -> Tactic:
 def test_gemv(name: str, tokens: int, device: str) -> None:
     """Every format and number of tokens, each with some of the epilogues and tiles."""
     index = list(FORMATS).index(name) + tokens
-    case = Case(name, tokens, EXTRAS[index % 6], device)
+    case = Case(name, tokens, EXTRAS[index % len(EXTRAS)], device)
     tactic = gemv(name, (32, 16)[index % 2], (1, 2)[tokens % 2], (32, 16)[index // 2 % 2])
     assert_close(case.run(tactic), case.want, 2e-5)
 
@@ -136,7 +146,7 @@ def test_gemv_epilogues(name: str, extras: str, device: str) -> None:
 def test_dot(name: str, swap: bool, device: str) -> None:
     index = list(FORMATS).index(name)
     for tokens, split in ((5, 1), (16, 2), (33, 1)):
-        extras = EXTRAS[(index + tokens) % 6]
+        extras = EXTRAS[(index + tokens) % len(EXTRAS)]
         case = Case(name, tokens, extras, device)
         tactic = Tactic("dot", 32, 64, 4, 2, split == 1 and index % 2 == 0, split, swap)
         assert_close(case.run(tactic), case.want, 2e-2)
