@@ -13,7 +13,7 @@ def gate_up_of(gate, up, KIND: tl.constexpr):
         result = gate * tl.sigmoid(gate) * up
     elif KIND == 2:  # 0.5 * (1 + tanh(z)) is sigmoid(2z)
         twice = 1.5957691216 * gate * (1.0 + 0.044715 * gate * gate)
-        result = gate * tl.sigmoid(twice) * up
+        result = gate * tl.sigmoid(tl.maximum(twice, -80.0)) * up
     else:
         gate = tl.minimum(gate, 7.0)
         up = tl.minimum(tl.maximum(up, -7.0), 7.0)
