@@ -20,6 +20,8 @@ OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",
     "PagedAttention": "slipstream.plugins.paged_attention:SPEC",
+    "Router": "slipstream.plugins.router:SPEC",
+    "ExpertLinear": "slipstream.plugins.expert_linear:SPEC",
     "GatedActivation": "slipstream.plugins.gated_mlp:SPEC",
     "FusedAddRMSNorm": "slipstream.plugins.rms_norm:SPEC",
     "RotaryAngles": "slipstream.plugins.rotary:SPEC",

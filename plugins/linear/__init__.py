@@ -7,17 +7,17 @@ from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSp
 
 # How a format's zero is spelled in the zero_kind attribute.
 ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
-# The type of the codes in a CUDA engine, and how x is rounded for a product in that type.
-WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3}
+# The type of the codes in an engine, and how x is rounded for a product in that type.
+WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3, "float32": 4}
 ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3, "block": 4}
 
-_FORMAT = (
+FORMAT = (
     AttributeSpec("bits", "int", "bits of a code: 4 or 8", 0),
     AttributeSpec("group_size", "int", "elements along K that share a scale", 0),
     AttributeSpec("zero_kind", "int", "0 midpoint, 1 zero points, 2 offsets", 0),
     AttributeSpec("scale_bytes", "int", "bytes of a stored scale or offset: 2 or 4", 2),
     AttributeSpec(
-        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16", 0
+        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32", 0
     ),
     AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1),
     AttributeSpec(
@@ -28,7 +28,7 @@ _FORMAT = (
         0,
     ),
 )
-_WEIGHT = TensorSpec(
+WEIGHT = TensorSpec(
     "weight",
     ("uint8",),
     (),
@@ -43,7 +43,7 @@ SPEC = OperatorSpec(
     "Linear returns the gated activation of a weight that stacks gate rows over up rows.",
     inputs=(
         TensorSpec("x", ACTIVATION_DTYPES, ("tokens", "in_features"), "activations"),
-        _WEIGHT,
+        WEIGHT,
         TensorSpec(
             "bias", ACTIVATION_DTYPES, ("out_features",), "added to every row", optional=True
         ),
@@ -68,7 +68,7 @@ SPEC = OperatorSpec(
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "N, gate and up rows both counted"),
-        *_FORMAT,
+        *FORMAT,
         AttributeSpec("gated", "int", "1: the first N/2 rows are gates, the others ups", 0),
         GATE,
         AttributeSpec("norm_eps", "float", "epsilon of the RMS norm", 1e-6),
@@ -84,13 +84,13 @@ EMBEDDING_SPEC = OperatorSpec(
     doc="Rows of a weight [V, K] by token id; the weight may be the output Linear's packed one.",
     inputs=(
         TensorSpec("token_ids", ("int32",), ("tokens",), "row numbers"),
-        replace(_WEIGHT, weight="rows"),
+        replace(WEIGHT, weight="rows"),
     ),
     outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "in_features"), "dequantized rows"),),
     attributes=(
         AttributeSpec("in_features", "int", "K"),
         AttributeSpec("out_features", "int", "V"),
-        *_FORMAT,
+        *FORMAT,
     ),
     reference="slipstream.plugins.linear.reference:embedding",
     native="slipstream.plugins._cpu",

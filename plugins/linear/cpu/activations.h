@@ -10,9 +10,9 @@
 
 #include <cmath>
 #include <limits>
-#include <new>
 
 #include "codes.h"
+#include "cpu/scratch.h"
 #include "operators.h"
 #include "weight.h"
 
@@ -23,33 +23,6 @@ constexpr int64_t kBlock = 32;
 constexpr int64_t kRecordBytes = 44;  // of one token and one block
 // Blocks of a narrower range are taken as their minimum everywhere: 255 / range would overflow.
 constexpr float kNarrowest = 0x1p-100f;
-
-// Memory that a thread keeps between calls, aligned to cache lines.
-class Scratch {
- public:
-  ~Scratch() { release(); }
-
-  template <class T>
-  T* reserve(int64_t count) {
-    const size_t bytes = size_t(count) * sizeof(T);
-    if (bytes > capacity_) {
-      release();
-      data_ = ::operator new(bytes, std::align_val_t(64));
-      capacity_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void release() {
-    if (data_) ::operator delete(data_, std::align_val_t(64));
-    data_ = nullptr;
-    capacity_ = 0;
-  }
-
-  void* data_ = nullptr;
-  size_t capacity_ = 0;
-};
 
 // Tokens in the next block when `left` remain. Never a matter of results: a token's arithmetic is the same in any block.
 inline int block_tokens(int64_t left) {
