@@ -19,7 +19,7 @@ from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.health import Health
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
-from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -191,7 +191,7 @@ class EngineLoop:
                 max_tokens=self.scheduler.clamp_max_tokens(
                     len(request.prompt_token_ids), params.max_tokens
                 ),
-                seed=(seed + index) % 2**64,
+                seed=child_seed(seed, index),
                 eos_token_ids=self._engine.tokenizer.eos_token_ids,
             )
             for index in range(params.n)
