@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class CPUExecutor:
         """Allocate states for every sequence and, within what they leave of ``num_bytes``, pages,
         as many in every paged cache; None takes what the limits can use, at most 4 GiB and half of
         what is free. Pages cost memory when they are first written. CapacityError when not even
-        one page fits."""
+        one page fits, or there is no such memory."""
         specs, config = self._cache_specs, self._config
         slots = config.max_batch_size
         taken = slots * sum(cache.bytes_per_page for cache in states(specs))
@@ -159,9 +160,19 @@ class CPUExecutor:
                 f"bytes: raise --kv-cache-bytes"
             )
         self.shutdown()
-        for cache in specs:
-            for array in cache.arrays:
-                self._allocate(cache, array, slots if cache.kind == "state" else pages)
+        try:
+            for cache in specs:
+                for array in cache.arrays:
+                    self._allocate(cache, array, slots if cache.kind == "state" else pages)
+        except (
+            MemoryError,
+            OverflowError,
+            ValueError,
+        ) as error:  # NumPy's for what no address space holds
+            self.shutdown()
+            raise CapacityError(
+                f"{num_bytes} bytes of KV cache cannot be had ({error}): lower --kv-cache-bytes"
+            ) from error
         return pages
 
     @property
@@ -264,7 +275,7 @@ def _create_session(engine: Engine, graph: Path, num_threads: int) -> ort.Infere
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.zeros(size + _CACHE_LINE, np.uint8)
     start = -buffer.ctypes.data % _CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)

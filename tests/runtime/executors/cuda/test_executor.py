@@ -26,6 +26,7 @@ from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
+from slipstream.runtime.engine.sequence import child_seed
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
