@@ -59,7 +59,7 @@ class AsyncLLM:
 
     An engine whose device fails step after step, or hangs, or whose loop breaks, is given up: open
     requests end with an ``ExecutionError``, new ones are refused, and ``unhealthy`` and ``closed``
-    say why. So are they in a process that was forked after the engine was loaded: ``closed`` says it.
+    say why. In a process that was forked after the engine was loaded, ``closed`` says so.
 
     ``options`` are the fields of ``RuntimeConfig``, which documents them and their defaults.
     """

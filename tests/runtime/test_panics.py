@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -84,18 +84,18 @@ def test_panics_reach_only_the_requests_that_they_belong_to() -> None:
 
 
 def test_a_panic_in_one_of_several_prompts_is_raised() -> None:
-    async def panics() -> AsyncIterator[int]:
+    async def panics() -> AsyncGenerator[int, None]:
         await asyncio.sleep(0)
         decoders.Strip("x", 0, 9).decode(["x"])
         yield 1
 
-    async def waits() -> AsyncIterator[int]:
+    async def waits() -> AsyncGenerator[int, None]:
         await asyncio.Event().wait()
         yield 2
 
     async def main() -> None:
         with pytest.raises(BaseException, match="index out of bounds"):
-            async for _ in merge([panics(), waits()]):  # type: ignore[list-item]
+            async for _ in merge([panics(), waits()]):
                 pass
 
     asyncio.run(asyncio.wait_for(main(), 10))
