@@ -24,46 +24,58 @@ class VerificationError(AssertionError):
 
 def verify(program: Program, stage: str) -> None:
     """Raise VerificationError, naming the stage and the node, unless the program is well-formed."""
+    problem = program_problem(program)
+    if problem:
+        raise VerificationError(f"after {stage}: {problem}")
+
+
+def program_problem(program: Program) -> str | None:
+    """What is not well-formed about a program; None if nothing."""
+    return (
+        _order_problem(program)
+        or _weight_problem(program)
+        or (
+            contract_problem(program.graph, program.contract, program.caches)
+            if program.contract
+            else None
+        )
+    )
+
+
+def _order_problem(program: Program) -> str | None:
+    """Of the nodes, in their order."""
     known = set(program.graph.inputs) | set(program.graph.initializers.values())
     for node in program.graph:
         for value in node.inputs:
             if value is not None and value not in known:
-                raise VerificationError(
-                    f"after {stage}: {node.name} reads {value.name} before anything makes it"
-                )
+                return f"{node.name} reads {value.name} before anything makes it"
         known.update(node.outputs)
-        if node.domain not in STANDARD_DOMAINS:
-            _check_node(node, stage, program.weights)
+        if node.domain not in STANDARD_DOMAINS and (
+            problem := _node_problem(node, program.weights)
+        ):
+            return problem
     for value in program.graph.outputs:
         if value not in known:
-            raise VerificationError(f"after {stage}: output {value.name} is made by no node")
-    _check_weights(program, stage)
-    if program.contract is not None:
-        problem = contract_problem(program.graph, program.contract, program.caches)
-        if problem:
-            raise VerificationError(f"after {stage}: {problem}")
+            return f"output {value.name} is made by no node"
+    return None
 
 
-def _check_weights(program: Program, stage: str) -> None:
+def _weight_problem(program: Program) -> str | None:
     for name in (
         *program.weights,
         *(part.name for s in program.stored.values() for part in s.parts),
     ):
         if name not in program.graph.initializers:
-            raise VerificationError(
-                f"after {stage}: weight {name} belongs to no value of the graph"
-            )
+            return f"weight {name} belongs to no value of the graph"
+    return None
 
 
-def _check_node(node: ir.Node, stage: str, weights: Container[str | None]) -> None:
+def _node_problem(node: ir.Node, weights: Container[str | None]) -> str | None:
     spec = OPERATORS.get(node.op_type)
     if spec is None or spec.domain != node.domain:
-        raise VerificationError(
-            f"after {stage}: {node.name} is of unknown operator {node.domain}.{node.op_type}"
-        )
+        return f"{node.name} is of unknown operator {node.domain}.{node.op_type}"
     problem = _attribute_problem(node, spec) or _tensor_problem(node, spec, weights)
-    if problem:
-        raise VerificationError(f"after {stage}: {node.name} ({spec.name}) {problem}")
+    return f"{node.name} ({spec.name}) {problem}" if problem else None
 
 
 def _attribute_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
@@ -79,6 +91,10 @@ def _attribute_problem(node: ir.Node, spec: OperatorSpec) -> str | None:
         if attribute.type != _ATTRIBUTE_TYPES[expected]:
             found = attribute.type.name.lower()
             return f"has attribute {attribute.name} of type {found}, expected {expected}"
+        try:
+            known[attribute.name].typed(attribute.value)
+        except ValueError as error:
+            return f"is refused: {error}"
     return None
 
 
