@@ -47,7 +47,7 @@ def _tensor(tensor: TensorSpec) -> Sequence[str]:
 
 def _attribute(attribute: AttributeSpec) -> Sequence[str]:
     default = "required" if attribute.default is None else str(attribute.default)
-    kind = attribute.type
+    kind: str = attribute.type
     if kind == "int" and attribute.within != INT_RANGE:
         kind += ", {} to {}".format(*attribute.within)
     return f"`{attribute.name}`", kind, default, attribute.doc

@@ -64,10 +64,10 @@ class AttributeSpec:
         ValueError out of range."""
         if not isinstance(value, bool):
             if self.type == "int" and isinstance(value, Integral):
-                low, high = self.within
-                if not low <= value <= high:
-                    raise ValueError(f"attribute {self.name} is {value}, not {low} to {high}")
-                return int(value)
+                number, (low, high) = int(value), self.within
+                if not low <= number <= high:
+                    raise ValueError(f"attribute {self.name} is {number}, not {low} to {high}")
+                return number
             if self.type == "float" and isinstance(value, Real):
                 return float(value)
         kind = "an int" if self.type == "int" else "a float"

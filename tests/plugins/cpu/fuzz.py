@@ -40,6 +40,7 @@ def build() -> Path:
     (FOLDER / "signatures.h").write_text(generate_signatures(operators))
     kernels = sorted(PLUGINS.glob(f"*/cpu/{KERNEL}"))
     others = [*sorted(PLUGINS.glob("cpu/*.cpp")), *sorted(PLUGINS.glob("*/cpu/check.cpp"))]
+    jobs: list[tuple[list[str], str, Path]]
     jobs = [([], "common", source) for source in (*others, Path(__file__).with_suffix(".cpp"))]
     for isa, flags in BuildNative.instruction_sets().items():
         jobs += [([*flags, f"-DSLIPSTREAM_ISA={isa}"], isa, source) for source in kernels]

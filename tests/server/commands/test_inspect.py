@@ -141,7 +141,8 @@ def move_weight(location: str, offset: int) -> Callable[[ir.Graph], None]:
             for name, value in graph.initializers.items()
             if isinstance(value.const_value, ir.ExternalTensor)
         )
-        assert value.dtype is not None and isinstance(value.const_value, ir.ExternalTensor)
+        assert value.dtype is not None and value.shape is not None
+        assert isinstance(value.const_value, ir.ExternalTensor)
         length = value.const_value.length
         value.const_value = ir.ExternalTensor(
             location, offset, length, value.dtype, shape=value.shape, name=name
