@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from slipstream.plugins.gated_mlp import GATE
-from slipstream.plugins.linear import FORMAT, WEIGHT
+from slipstream.plugins.linear import FORMAT, MAX_K, MAX_N, WEIGHT
+from slipstream.plugins.router import MAX_EXPERTS
 from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
 SPEC = OperatorSpec(
@@ -56,13 +57,20 @@ SPEC = OperatorSpec(
         ),
     ),
     attributes=(
-        AttributeSpec("in_features", "int", "K"),
-        AttributeSpec("out_features", "int", "N of one expert, gate and up rows both counted"),
-        AttributeSpec("experts", "int", "experts of the layer"),
-        AttributeSpec("top_k", "int", "experts a token"),
-        AttributeSpec("reduce", "int", "1: the products of a token are weighted and added up", 0),
+        AttributeSpec("in_features", "int", "K", within=(1, MAX_K)),
+        AttributeSpec(
+            "out_features",
+            "int",
+            "N of one expert, gate and up rows both counted",
+            within=(1, MAX_N),
+        ),
+        AttributeSpec("experts", "int", "experts of the layer", within=(1, MAX_EXPERTS)),
+        AttributeSpec("top_k", "int", "experts a token", within=(1, MAX_EXPERTS)),
+        AttributeSpec(
+            "reduce", "int", "1: the products of a token are weighted and added up", 0, (0, 1)
+        ),
         *FORMAT,
-        AttributeSpec("gated", "int", "1: an expert's first N/2 rows are gates, the others ups", 0),
+        AttributeSpec("gated", "int", "1: an expert's first N/2 rows are gates, the others ups", 0, (0, 1)),
         GATE,
     ),
     reference="slipstream.plugins.expert_linear.reference:expert_linear",

@@ -10,6 +10,7 @@ GATE = AttributeSpec(
     "0 silu(g)·u; 1 gelu(g)·u, in the tanh form of GELU; 2 g·sigmoid(1.702·g)·(u + 1) of g ≤ 7 and "
     "-7 ≤ u ≤ 7",
     0,
+    (0, 2),
 )
 
 SPEC = OperatorSpec(

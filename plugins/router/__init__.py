@@ -4,6 +4,7 @@ from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSp
 
 # How a logit becomes the weight of its expert.
 SCORINGS = {"softmax": 0, "sigmoid": 1}
+MAX_EXPERTS = 4096  # far beyond any model
 
 SPEC = OperatorSpec(
     name="Router",
@@ -25,12 +26,18 @@ SPEC = OperatorSpec(
         TensorSpec("expert_weights", ("float32",), ("tokens", "top_k"), "factors of their outputs"),
     ),
     attributes=(
-        AttributeSpec("top_k", "int", "experts a token"),
-        AttributeSpec("scoring", "int", "0 softmax over all experts, 1 sigmoid", 0),
-        AttributeSpec("renormalize", "int", "1: the weights of a token add up to scale", 0),
+        AttributeSpec("top_k", "int", "experts a token", within=(1, MAX_EXPERTS)),
+        AttributeSpec("scoring", "int", "0 softmax over all experts, 1 sigmoid", 0, (0, 1)),
+        AttributeSpec("renormalize", "int", "1: the weights of a token add up to scale", 0, (0, 1)),
         AttributeSpec("scale", "float", "factor of the weights", 1.0),
-        AttributeSpec("groups", "int", "equal groups of neighbours, two experts or more each", 1),
-        AttributeSpec("top_groups", "int", "groups a token chooses from", 1),
+        AttributeSpec(
+            "groups",
+            "int",
+            "equal groups of neighbours, two experts or more each",
+            1,
+            (1, MAX_EXPERTS),
+        ),
+        AttributeSpec("top_groups", "int", "groups a token chooses from", 1, (1, MAX_EXPERTS)),
     ),
     reference="slipstream.plugins.router.reference:router",
     native="slipstream.plugins._cpu",

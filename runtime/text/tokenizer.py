@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from slipstream.errors import CheckpointError, InvalidRequestError
+from slipstream.errors import CheckpointError, ExecutionError, InvalidRequestError
 from slipstream.runtime.text.stream import (
     BYTE_TOKEN,
     ByteLevelStream,
@@ -128,10 +128,19 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates"
             ) from error
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise InvalidRequestError(
+                f"the tokenizer gave up on the prompt {text!r:.80} ({error}); send another text, or"
+                " mend tokenizer.json in the checkpoint and build the engine again"
+            ) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of all tokens at once; ids outside the vocabulary are left out."""
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        """Text of all tokens at once; ids outside the vocabulary are left out.
+
+        Raises ``ExecutionError`` where the library panics."""
+        return self._decode(token_ids, skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary."""
@@ -159,10 +168,7 @@ class Tokenizer:
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return self._backend.decode(token_ids, skip_special_tokens=False)
-
-        return WindowStream(decode, self._backend.id_to_token, skip, prompt)
+        return WindowStream(self._decode, self._backend.id_to_token, skip, prompt)
 
     def apply_chat_template(
         self,
@@ -191,6 +197,17 @@ class Tokenizer:
         }
         return self._templates[name].render(messages, tools, variables)
 
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        try:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ExecutionError(
+                f"the tokenizer gave up on decoding {len(token_ids)} tokens ({error}); mend"
+                " tokenizer.json in the checkpoint and build the engine again"
+            ) from error
+
     def _special_id(self, name: str) -> int | None:
         token = self._settings.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
@@ -201,6 +218,12 @@ class Tokenizer:
             known = byte_level_bytes(self._backend.id_to_token(token_id) or "")
             self._bytes[token_id] = known
         return known
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the Rust library panicked: what it then raises is no ``Exception``, and its class can
+    be imported from nowhere."""
+    return type(error).__name__ == "PanicException"
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

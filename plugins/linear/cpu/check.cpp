@@ -1,25 +1,18 @@
 // What Linear and Embedding check of a call beyond their specs.
+#include "check.h"
 #include "operators.h"
-#include "weight.h"
 
 namespace slipstream {
 
 template <class Args>
 static const char* check_weight(const Args& args, bool gated) {
-  const bool halves = args.group_size == 16 && args.bits == 8 && args.zero_kind == 0 && args.in_features % 32 == 0;
-  const bool blocks = args.group_size >= 32 && args.group_size % 32 == 0;
-  const bool known = args.zero_kind >= 0 && args.zero_kind <= 2 && (halves || blocks) &&
-                     args.in_features % args.group_size == 0 && (args.bits == 4 || args.bits == 8) &&
-                     (args.scale_bytes == 2 || args.scale_bytes == 4);
-  if (!known) return "the attributes describe no packed format";
+  if (const char* problem = check_format(args)) return problem;
   if (args.weight_size != packed_bytes(packed_weight(args, gated)))
     return "the packed weight has the wrong size for its attributes";
   return nullptr;
 }
 
 const char* check(const LinearArgs& args) {
-  if (args.gated != 0 && args.gated != 1) return "the attributes describe no packed format";
-  if (args.gate < 0 || args.gate > 2) return "gate is none of the gated activations";
   return check_weight(args, args.gated == 1);
 }
 

@@ -42,6 +42,7 @@ namespace {
 struct TileLayout {
   int64_t groups, scales, zeros, stride;
 
+  TileLayout() : groups(0), scales(0), zeros(0), stride(0) {}
   explicit TileLayout(const PackedWeight& w) {
     groups = w.in_features / w.group;
     scales = w.in_features * kTile * w.bits / 8;

@@ -1,0 +1,19 @@
+// Whether attributes describe a packed weight, and a blob has its size.
+#pragma once
+
+#include "weight.h"
+
+namespace slipstream {
+
+// Null, or what is wrong.
+template <class Args>
+const char* check_format(const Args& args) {
+  const bool halves = args.group_size == 16 && args.bits == 8 && args.zero_kind == 0 && args.in_features % 32 == 0;
+  const bool blocks = args.group_size >= 32 && args.group_size % 32 == 0;
+  const bool known = args.weight_type == 0 && args.group_rows == 1 && (halves || blocks) &&
+                     args.in_features % args.group_size == 0 && (args.bits == 4 || args.bits == 8) &&
+                     (args.scale_bytes == 2 || args.scale_bytes == 4);
+  return known ? nullptr : "the attributes describe no packed format";
+}
+
+}  // namespace slipstream
