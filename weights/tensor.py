@@ -200,6 +200,26 @@ def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(name, replace(first, shape=shape), load)
 
 
+def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
+    """Rows ``start`` to ``stop`` of a weight; both are bounds of its blocks of rows, or its end."""
+    fmt = tensor.format
+    assert start % fmt.rows == 0 and (stop % fmt.rows == 0 or stop == fmt.shape[0]), fmt
+    blocks = slice(start // fmt.rows, -(-stop // fmt.rows))
+
+    def part(numbers: NDArray[Any] | None, rows: slice) -> NDArray[Any] | None:
+        return None if numbers is None else numbers[rows]
+
+    whole = slice(start, stop)
+    return replace(
+        tensor,
+        format=replace(fmt, shape=(stop - start, *fmt.shape[1:])),
+        codes=tensor.codes[whole],
+        scale=part(tensor.scale, blocks),
+        zero=part(tensor.zero, whole),
+        offset=part(tensor.offset, whole),
+    )
+
+
 def _joint_name(names: Sequence[str]) -> str:
     """``a.q_proj.weight`` and ``a.k_proj.weight`` make ``a.q_proj+k_proj.weight``."""
     parts = [name.split(".") for name in names]

@@ -70,7 +70,9 @@ SPEC = OperatorSpec(
             "reduce", "int", "1: the products of a token are weighted and added up", 0, (0, 1)
         ),
         *FORMAT,
-        AttributeSpec("gated", "int", "1: an expert's first N/2 rows are gates, the others ups", 0, (0, 1)),
+        AttributeSpec(
+            "gated", "int", "1: an expert's first N/2 rows are gates, the others ups", 0, (0, 1)
+        ),
         GATE,
     ),
     reference="slipstream.plugins.expert_linear.reference:expert_linear",

@@ -19,7 +19,11 @@ FORMAT = (
     AttributeSpec("zero_kind", "int", "0 midpoint, 1 zero points, 2 offsets", 0, (0, 2)),
     AttributeSpec("scale_bytes", "int", "bytes of a stored scale or offset: 2 or 4", 2, (0, 4)),
     AttributeSpec(
-        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32", 0, (0, 4)
+        "weight_type",
+        "int",
+        "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32",
+        0,
+        (0, 4),
     ),
     AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1, (1, MAX_N)),
     AttributeSpec(
@@ -70,9 +74,7 @@ SPEC = OperatorSpec(
     ),
     attributes=(
         AttributeSpec("in_features", "int", "K", within=(1, MAX_K)),
-        AttributeSpec(
-            "out_features", "int", "N, gate and up rows both counted", within=(1, MAX_N)
-        ),
+        AttributeSpec("out_features", "int", "N, gate and up rows both counted", within=(1, MAX_N)),
         *FORMAT,
         AttributeSpec("gated", "int", "1: the first N/2 rows are gates, the others ups", 0, (0, 1)),
         GATE,
