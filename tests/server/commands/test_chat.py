@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,12 @@ def _python() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
 
 
-def interrupt_prompt(terminal: Any) -> None:  # noqa: ANN401
-    """Ctrl-C at the prompt; again where it came between the prompt and ``readline``'s wait for a
-    key, which does not see it."""
-    terminal.sendintr()
-    while terminal.expect_exact(["Ctrl-D leaves", pexpect.TIMEOUT], timeout=5):
-        terminal.sendintr()
+def press(terminal: Any, key: Callable[[], None], seen: Any) -> None:  # noqa: ANN401
+    """A key at the prompt, again until what it does is seen: one that comes between the prompt and
+    ``readline``'s wait for a key is lost, and Ctrl-C throws away the keys before it."""
+    key()
+    while terminal.expect([seen, pexpect.TIMEOUT], timeout=5):
+        key()
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal: Any, tmp_path: Path) -> None:  # noqa: ANN401
@@ -169,10 +169,9 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal: Any, tmp_path: Pa
     terminal.expect(r"answer (\d+) tokens")
     assert 4 <= int(terminal.match[1]) < MAX_TOKENS
     terminal.expect_exact(">>> ")
-    interrupt_prompt(terminal)  # it does not leave
+    press(terminal, terminal.sendintr, "Ctrl-D leaves")  # it does not leave
     terminal.expect_exact(">>> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
+    press(terminal, terminal.sendeof, pexpect.EOF)
     terminal.close()
     assert (terminal.exitstatus, terminal.signalstatus) == (0, None)
     assert "hello" in (tmp_path / "slipstream" / "chat_history").read_text().splitlines()
