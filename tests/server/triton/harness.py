@@ -146,7 +146,7 @@ class Server:
         return sum(values)
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Return when ``condition()`` is true; fail after some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -159,7 +159,7 @@ def running_requests(server: Server) -> float:
     return server.metric("num_requests_running", "llama")
 
 
-def wait_until_idle(server: Server, seconds: float = 3) -> None:
+def wait_until_idle(server: Server, seconds: float = 120) -> None:
     """Fail unless every request ends and every page comes back, in far less time than they run."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     wait_for(
