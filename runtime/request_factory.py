@@ -11,7 +11,7 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.length import check_length
+from slipstream.runtime.text.length import check_length, texts_of
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -58,6 +58,7 @@ class RequestFactory:
         self, messages: Sequence[Message], template_options: Mapping[str, Any]
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
+        check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
         text = self._tokenizer.apply_chat_template(messages, **template_options)
         return self._tokenizer.encode(text, add_special_tokens=False)
 

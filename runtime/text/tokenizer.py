@@ -23,6 +23,7 @@ from slipstream.weights.json import Fields, Origin, read_fields
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
 
+_FEW = 1000  # tokens whose text is quickly made
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -136,7 +137,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all tokens at once; ids outside the vocabulary are left out."""
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= _FEW:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        # `decode` would hold the interpreter's lock to its end.
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return text
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that ``text`` has at least, told from its length alone."""
