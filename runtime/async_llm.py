@@ -21,6 +21,8 @@ from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.length import size_of
+from slipstream.runtime.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class AsyncLLM:
         self.tokenizer = engine.tokenizer
         self.config = engine.config
         self.generation_defaults = engine.generation_defaults
+        self.workers = Workers()
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
@@ -125,8 +128,9 @@ class AsyncLLM:
         other requests go on.
         """
         # A long text takes milliseconds to encode; the event loop must not wait for it.
-        request = await asyncio.to_thread(
-            self._factory.request,
+        request = await self.workers.run(
+            len(prompt),
+            self._request,
             prompt,
             sampling_params,
             request_id=request_id,
@@ -157,7 +161,9 @@ class AsyncLLM:
         **template_options: Any,  # noqa: ANN401 - templates define their own
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``."""
-        prompt = await asyncio.to_thread(self._factory.chat_prompt, messages, template_options)
+        prompt = await self.workers.run(
+            size_of(messages), self._factory.chat_prompt, messages, template_options
+        )
         outputs = self.generate(prompt, sampling_params, request_id, output_kind=output_kind)
         async with aclosing(outputs):
             async for output in outputs:
@@ -175,6 +181,7 @@ class AsyncLLM:
             self._thread.join(_PATIENCE)
         self._thread.join(_PATIENCE)
         self._stopped.set()
+        self.workers.shutdown()
 
     async def __aenter__(self) -> Self:
         return self
@@ -182,8 +189,13 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
-    def _submit(self, request: Request) -> _Stream:
+    def _request(self, prompt: Prompt, *arguments: Any, **options: Any) -> Request:  # noqa: ANN401
+        """A request that the engine can run."""
+        request = self._factory.request(prompt, *arguments, **options)
         self._loop.validate(request)
+        return request
+
+    def _submit(self, request: Request) -> _Stream:
         stream = _Stream(asyncio.get_running_loop())
         if self._streams.setdefault(request.request_id, stream) is not stream:
             raise InvalidRequestError(

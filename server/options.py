@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -183,7 +184,11 @@ _SERVER = {
         "the model's file or directory",
     ),
     "max_queued_requests": Option(
-        "Prompts that may wait when the batch is full; more are refused with status 429."
+        "Completions that may wait when the batch is full; more are refused with status 429."
+    ),
+    "allow_priority": Option(
+        "Let requests overtake others by their priority.",
+        flag="allow-priority/--no-allow-priority",
     ),
     "max_request_bytes": Option("Largest body of a request, such as 512K or 4M.", "4M", parse=size),
     "allowed_origins": Option(
@@ -257,6 +262,8 @@ def _collect(
         @functools.wraps(function)
         def wrapper(**values: Any) -> object:  # noqa: ANN401 - options of any type
             given = {name: values.pop(name) for name in table}
+            for name, option in table.items():
+                _check_environment(option, given[name])
             given = {name: value for name, value in given.items() if value not in (None, ())}
             return function(**{parameter: check(given)}, **values)
 
@@ -266,6 +273,14 @@ def _collect(
         return command
 
     return decorate
+
+
+def _check_environment(option: Option, value: object) -> None:
+    """Refuse a variable that is set to nothing: click takes it for one that is not set, and who
+    meant to lock a server would have left it open."""
+    blank = option.envvar is not None and not os.environ.get(option.envvar, "unset").strip()
+    if blank and value in (None, ()):
+        raise click.UsageError(f"{option.envvar} is set, but empty; give a value, or unset it")
 
 
 def _click_options(cls: type, table: Mapping[str, Option]) -> list[Decorator]:

@@ -26,6 +26,9 @@ from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
+# Logits of prompt tokens that one step scores.
+_SCORED_BYTES = 256 << 20
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -83,7 +86,11 @@ class EngineLoop:
                 f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
             )
         self.scheduler = Scheduler(
-            engine.config, num_pages, engine.caches, engine.executor.draft_tokens
+            engine.config,
+            num_pages,
+            engine.caches,
+            engine.executor.draft_tokens,
+            max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
         )
         self._engine = engine
         self._drafts = engine.executor.draft_tokens > 0

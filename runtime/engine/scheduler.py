@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -92,14 +93,17 @@ class Scheduler:
         num_pages: int,
         caches: tuple[CacheSpec, ...] = (),
         draft_tokens: int = 0,
+        max_scored: int = sys.maxsize,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
-        window); the device guesses up to ``draft_tokens`` tokens a sequence and step."""
+        window); the device guesses up to ``draft_tokens`` tokens a sequence and step. A step scores
+        ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._config = config
         self._draft_tokens = draft_tokens
+        self._max_scored = max_scored if config.enable_chunked_prefill else sys.maxsize
         self._reserve_all = config.scheduler_policy == "guaranteed_no_evict"
         self._rows = list(range(config.max_batch_size - 1, -1, -1))
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
@@ -166,7 +170,8 @@ class Scheduler:
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
         for sequence in prefills:
-            count = min(budget, sequence.num_tokens - sequence.num_scheduled)
+            room = self._room(plan, sequence, budget)
+            count = min(room, sequence.num_tokens - sequence.num_scheduled)
             if count:
                 plan.add(sequence, count)
                 budget -= count
@@ -293,16 +298,29 @@ class Scheduler:
             prefix = self._match(sequence)
             copied = self._num_copied(sequence, prefix)
             count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
-            if count > budget and not self._config.enable_chunked_prefill:
+            room = self._room(plan, sequence, budget)
+            if not room or (count > room and not self._config.enable_chunked_prefill):
                 return
             if not self._fits(sequence, prefix):
                 return
             self._start(self.waiting.pop(0), prefix)
             plan.moves += self._fork(sequence, copied)
-            count = min(count, budget)
+            count = min(count, room)
             plan.add(sequence, count)
             plan.admitted.append(sequence)
             budget -= count
+
+    def _room(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a sequence a step may still take within its budget: fewer where every
+        one of them has logits."""
+        if not sequence.scores_prompt:
+            return budget
+        scored = sum(
+            count
+            for other, count in zip(plan.sequences, plan.counts, strict=True)
+            if other.scores_prompt
+        )
+        return min(budget, max(0, self._max_scored - scored))
 
     def _match(self, sequence: Sequence) -> Node:
         if sequence.scores_prompt:

@@ -84,6 +84,8 @@ def check_token_ids(
         raise InvalidRequestError(
             f"{name}={value!r} is not a list of token ids; use e.g. [2, 50256]"
         )
+    if isinstance(value, Sequence) and set(map(type, value)) == {int} and min(value) >= 0:
+        return tuple(value)  # what most are, at a fiftieth of the price
     spec = Number(int, 0, remedy="use token ids of this model's tokenizer")
     ids = tuple(int(spec.parse(f"{name}[{i}]", item)) for i, item in enumerate(value))
     if not ids and empty_remedy:

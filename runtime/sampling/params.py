@@ -7,6 +7,7 @@ read them from ``SamplingParams``.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,11 @@ _NUMBERS = {
     "top_p": Number(float, 0, 1, open_low=True, remedy="use 1 to keep all tokens"),
     "min_p": Number(float, 0, 1, remedy="use 0 to switch it off"),
     "repetition_penalty": Number(
-        float, 0, 1000, open_low=True, remedy="use 1 to switch it off, about 1.1 against repetition"
+        # Beyond, and with a logit of some size, float32 ends.
+        float,
+        1e-3,
+        1000,
+        remedy="use 1 to switch it off, about 1.1 against repetition",
     ),
     "presence_penalty": Number(float, -2, 2, remedy="use 0 to switch it off"),
     "frequency_penalty": Number(float, -2, 2, remedy="use 0 to switch it off"),
@@ -47,6 +52,7 @@ _NUMBERS = {
         int, -1, optional=True, remedy="leave it out for none, -1 for all tokens"
     ),
 }
+_TOKEN_ID = re.compile(r"\d{1,10}")  # Python reads no number of thousands of digits
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
@@ -139,13 +145,12 @@ class SamplingParams:
             ),
         )
         if self.allowed_token_ids is not None:
-            self._set(
-                allowed_token_ids=check_token_ids(
-                    "allowed_token_ids",
-                    self.allowed_token_ids,
-                    empty_remedy="leave it out to allow all tokens",
-                )
+            allowed = check_token_ids(
+                "allowed_token_ids",
+                self.allowed_token_ids,
+                empty_remedy="leave it out to allow all tokens",
             )
+            self._set(allowed_token_ids=tuple(dict.fromkeys(allowed)))
         if self.logit_bias is not None:
             self._set(logit_bias=check_logit_bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -190,7 +195,8 @@ class SamplingParams:
         if isinstance(bias := given.get("logit_bias"), Mapping):
             # JSON objects have string keys.
             given["logit_bias"] = {
-                int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()
+                int(k) if isinstance(k, str) and _TOKEN_ID.fullmatch(k) else k: v
+                for k, v in bias.items()
             }
         return cls(**given)
 

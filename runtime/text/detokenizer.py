@@ -74,7 +74,7 @@ class Detokenizer:
 class StopMatcher:
     """Finds the stop string that completes first in a text that arrives in pieces."""
 
-    __slots__ = ("_held", "_inner", "_keep", "_stops", "matched")
+    __slots__ = ("_first", "_held", "_inner", "_keep", "_longest", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         """``keep`` leaves the stop string in the text."""
@@ -82,13 +82,21 @@ class StopMatcher:
         self._keep = keep
         self._held = ""
         self._inner = {char for stop in stops for char in stop[:-1]}
+        self._first = {stop[0] for stop in stops}
+        self._longest = max(map(len, stops))
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
         """Take a piece and return the text that no stop string can claim any more."""
+        held = len(self._held)
         text = self._held + text
-        # Of several that complete at the same character the longest counts.
-        found = [(at + len(s), -len(s), s) for s in self._stops if (at := text.find(s)) >= 0]
+        # Of several that complete at the same character the longest counts. None lies within what
+        # was held.
+        found = [
+            (at + len(s), -len(s), s)
+            for s in self._stops
+            if (at := text.find(s, max(0, held - len(s) + 1))) >= 0
+        ]
         if found:
             end, negative_length, self.matched = min(found)
             self._held = ""
@@ -106,12 +114,10 @@ class StopMatcher:
         """Length of the longest end of ``text`` with which a stop string begins."""
         if text[-1] not in self._inner:
             return 0
-        return max(
-            (
-                size
-                for stop in self._stops
-                for size in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )
+        # What is passed over here is let go and never looked at again.
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._first:
+                end = text[at:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return len(end)
+        return 0

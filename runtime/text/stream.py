@@ -17,6 +17,9 @@ from typing import Protocol
 # A byte-fallback token, as `tokenizers` recognises it.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+# How far back in a prompt a token is looked for that is not special: any will do.
+_NEAR = 100
+
 
 class TextStream(Protocol):
     """Turns a sequence of tokens into increments of text; never emits half a character."""
@@ -96,7 +99,8 @@ class WindowStream:
         self._skip = skip
         # The first token of the window has been shown already; it is there because a decoder may
         # treat the first token of a text differently.
-        self._window: list[int] = next(([i] for i in reversed(prompt) if self._settles(i)), [])
+        end = reversed(prompt[-_NEAR:])
+        self._window: list[int] = next(([i] for i in end if self._settles(i)), [])
         self._shown = len(decode(self._window))
 
     def _settles(self, token_id: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from slipstream.weights.json import Fields, Origin, read_fields
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
 
+_FEW = 1000  # tokens whose text is quickly made
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -123,7 +125,11 @@ class Tokenizer:
                 f"the prompt is {type(text).__name__} {text!r:.80}, expected text"
             )
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` would hold the interpreter's lock to its end: seconds for megabytes of text.
+            (encoded,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+            return encoded.ids
         except (TypeError, UnicodeError) as error:
             raise InvalidRequestError(
                 f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates"
@@ -131,7 +137,29 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all tokens at once; ids outside the vocabulary are left out."""
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= _FEW:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        # `decode` would hold the interpreter's lock to its end.
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at least, told from its length alone."""
+        return len(text.encode("utf-8", "surrogatepass")) // self._most_bytes
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        """The most bytes of a text that one token can stand for."""
+        # In a byte-level vocabulary a character is a byte; elsewhere it is at most as long as here.
+        sizes = [
+            len(token) if self._byte_level else len(token.encode())
+            for token in self._backend.get_vocab(with_added_tokens=False)
+        ]
+        added = self._backend.get_added_tokens_decoder().values()
+        sizes += [len(token.content.encode()) for token in added]
+        longest = max(4, *sizes)  # a character that no token knows has up to 4
+        # Composing characters (NFC) makes a text up to three times as short.
+        return longest if self._backend.normalizer is None else 3 * longest
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary."""

@@ -27,26 +27,8 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation in the model's template; ``token_ids`` are those of ``text``."""
-
-    text: str
-    token_ids: list[int]
-
-
-def chat_prompt(
-    tokenizer: Tokenizer, conversation: Conversation, add_special_tokens: bool | None
-) -> ChatPrompt:
-    """Render and encode a conversation; raises ``InvalidRequestError``.
-
-    Templates write special tokens themselves, so none are added unless asked for.
-    """
-    text = _render(tokenizer, conversation)
-    return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=bool(add_special_tokens)))
-
-
-def _render(tokenizer: Tokenizer, conversation: Conversation) -> str:
+def render(tokenizer: Tokenizer, conversation: Conversation) -> str:
+    """The text of a conversation in the model's template; raises ``InvalidRequestError``."""
     reserved = sorted(_RESERVED & conversation.variables.keys())
     if reserved:
         raise InvalidRequestError(

@@ -18,7 +18,9 @@ class ServerOptions:
                           none: everybody may ask.
     served_model_name     names that requests may give; the first is the one that is answered with.
                           None: the name of the model's file or directory.
-    max_queued_requests   prompts that may wait beyond the running batch; more are refused with 429.
+    max_queued_requests   completions that may wait beyond the running batch; more are refused with
+                          429.
+    allow_priority        take the ``priority`` of requests, by which one can overtake all others.
     max_request_bytes     size of a request's body; larger ones are refused with 413.
     allowed_origins       web pages of which origins may ask (CORS); ``*`` allows all.
     log_format            ``text`` or ``json``.
@@ -33,6 +35,7 @@ class ServerOptions:
     api_key: Sequence[str] = ()
     served_model_name: Sequence[str] = ()
     max_queued_requests: int = 1024
+    allow_priority: bool = False
     max_request_bytes: int = 4 << 20
     allowed_origins: Sequence[str] = ()
     log_format: LogFormat = "text"
@@ -49,5 +52,5 @@ class ServerOptions:
         if self.port > 65535:
             raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")
         for name in ("api_key", "served_model_name", "allowed_origins"):
-            if not all(getattr(self, name)):
+            if not all(value.strip() for value in getattr(self, name)):
                 raise InvalidRequestError(f"{name} is empty; leave it out, or give a text")

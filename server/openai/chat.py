@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.server.core.conversation import chat_prompt
-from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -41,12 +39,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
     check_stream(body)
     params = chat_params(body, service.llm.generation_defaults)
-    # A long conversation takes milliseconds to render and encode.
-    prompt = await asyncio.to_thread(
-        chat_prompt, service.llm.tokenizer, conversation_of(body), body.add_special_tokens
-    )
-    log_prompts(service, [prompt.text], params)
-    return await respond(request, job_of(body, [prompt.token_ids], params), ChatReply(frame))
+    job = job_of(body, [conversation_of(body)], params)
+    return await respond(request, job, ChatReply(frame))
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,7 +13,7 @@ from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import completion_logprobs, prompt_logprobs
@@ -42,13 +41,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
     params = completion_params(body, service.llm.generation_defaults)
-    prompts = as_prompts(body.prompt)
-    log_prompts(service, prompts, params)
-    tokenizer = service.llm.tokenizer
-    if body.add_special_tokens is False:
-        prompts = await asyncio.to_thread(_encode_bare, tokenizer, prompts)
-    reply = CompletionReply(body, frame, tokenizer, params.n)
-    return await respond(request, job_of(body, prompts, params), reply)
+    reply = CompletionReply(body, frame, service.llm.tokenizer, params.n)
+    return await respond(request, job_of(body, as_prompts(body.prompt), params), reply)
 
 
 def as_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
@@ -58,13 +52,6 @@ def as_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Pr
     if prompt and isinstance(prompt[0], int):
         return [prompt]
     return list(cast(list[Prompt], prompt))
-
-
-def _encode_bare(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Prompt]:
-    return [
-        tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
 
 
 @dataclass(slots=True)

@@ -5,18 +5,29 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from slipstream.server.core.limits import (
+    MAX_ALLOWED,
+    MAX_FIELDS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_TEXT_LENGTH,
     MAX_TEXTS,
     MAX_TOKEN_IDS,
 )
+
+T = TypeVar("T")
 
 # Null stands for a field left out, as in OpenAI's client.
 Flag = Annotated[bool, Field(strict=True)] | None
@@ -25,8 +36,11 @@ OptionalInt = Int | None
 Float = Annotated[float, Field(strict=True)] | None
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
 _Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
-Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS)] | None
-Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS)] | None
+# The first wrong element ends the check of a list: the errors of a million of them are dear.
+Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS, fail_fast=True)] | None
+Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
+_Several = Annotated[list[T], Field(fail_fast=True)]
+_Ids = _Several[Int]
 # What has no effect on an answer is taken and not looked at.
 Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
 
@@ -40,16 +54,35 @@ def _only(*accepted: object) -> AfterValidator:
     return AfterValidator(check)
 
 
-class _Request(BaseModel):
+def _few(most: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_many", f"has {len(value)} entries, at most {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_few_fields(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
+        if isinstance(values, dict) and len(values) > MAX_FIELDS:
+            fields = cls.model_fields
+            known = {name: value for name, value in values.items() if name in fields}
+            unknown = next(name for name in values if name not in fields)
+            return {**known, unknown: values[unknown]}  # one says enough
+        return values
+
+
+class _Request(_Strict):
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """What a stream tells beside text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: Flag = None
     continuous_usage_stats: Flag = None
@@ -67,7 +100,9 @@ class GenerationRequest(_Request):
     frequency_penalty: Float = None
     seed: OptionalInt = None
     stop: Texts = None
-    logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Float], Field(max_length=MAX_TOKEN_IDS), _few(MAX_TOKEN_IDS)] | None
+    ) = None
     stream: Flag = None
     stream_options: StreamOptions | None = None
 
@@ -79,7 +114,9 @@ class GenerationRequest(_Request):
     ignore_eos: Flag = None
     include_stop_str_in_output: Flag = None
     skip_special_tokens: Flag = None
-    allowed_token_ids: list[Int] | None = None
+    allowed_token_ids: (
+        Annotated[list[Int], Field(max_length=MAX_ALLOWED, fail_fast=True)] | None
+    ) = None
     bad_words: Texts = None
     prompt_logprobs: Count = None
     priority: OptionalInt = None
@@ -98,7 +135,7 @@ class GenerationRequest(_Request):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[Int] | list[list[Int]] = Field(
+    prompt: str | _Several[str] | _Ids | _Several[_Ids] = Field(
         description="A text or token ids, or a list of either.", examples=["Once upon a time"]
     )
     echo: Flag = None
@@ -122,13 +159,13 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(examples=["user"])
-    content: str | list[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    content: str | _Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
 
 
 class Templated(_Request):
     """Messages and how a chat template turns them into a prompt."""
 
-    messages: list[ChatMessage] | None = None
+    messages: _Several[ChatMessage] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -137,7 +174,7 @@ class Templated(_Request):
 class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
-    messages: list[ChatMessage]
+    messages: _Several[ChatMessage]
     max_completion_tokens: OptionalInt = None
     logprobs: Flag = None
     top_logprobs: Count = None
@@ -162,4 +199,4 @@ class TokenizeRequest(Templated):
 class DetokenizeRequest(_Request):
     """The body of ``/detokenize``."""
 
-    tokens: list[Annotated[int, Field(strict=True, ge=0)]]
+    tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from json.encoder import encode_basestring as json_text
 from typing import Any, Self
 
 from slipstream.runtime.request import CompletionOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Job, Service
@@ -42,9 +44,17 @@ def check_stream(request: GenerationRequest, instead: str = "leave out stream") 
         raise Refusal("invalid", "stream_options needs stream to be true", param="stream_options")
 
 
-def job_of(request: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams) -> Job:
+def job_of(
+    request: GenerationRequest, prompts: Sequence[Prompt | Conversation], params: SamplingParams
+) -> Job:
     """What a request asks of the engine."""
-    return Job(prompts, params, "delta" if request.stream else "final", request.priority or 0)
+    return Job(
+        prompts,
+        params,
+        "delta" if request.stream else "final",
+        request.priority or 0,
+        request.add_special_tokens,
+    )
 
 
 @dataclass(slots=True)
@@ -97,10 +107,11 @@ class Frame:
             "object": self.kind,
             "created": self.created,
             "model": self.model,
-            "choices": choices,
             "usage": _usage_json(self.usage),
+            **extra,
         }
-        return dump({**answer, **extra})
+        listed = b",".join(map(dump, choices))
+        return b'{"choices":[' + listed + b"]," + dump(answer).removeprefix(b"{")
 
     def _usage_tail(self) -> str:
         return f'],"usage":{json.dumps(_usage_json(self.usage))}}}\n\n'
@@ -120,6 +131,26 @@ def last_fields(completion: CompletionOutput) -> str:
     return f'"finish_reason":"{completion.finish_reason}","stop_reason":{stop}}}'
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+# Elements of a list that are written at once: the encoder holds the interpreter's lock meanwhile.
+_PART = 64
+
+
 def dump(value: Any) -> bytes:  # noqa: ANN401 - JSON
-    """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """Compact JSON in UTF-8; long lists of a few objects' fields are written part by part."""
+    return "".join(_pieces(value)).encode()
+
+
+def _pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    if isinstance(value, dict) and value:
+        for mark, (name, item) in zip(chain("{", repeat(",")), value.items(), strict=False):
+            yield f"{mark}{_encode(name)}:"
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, list) and len(value) > _PART:
+        for begin in range(0, len(value), _PART):
+            yield "," if begin else "["
+            yield _encode(value[begin : begin + _PART])[1:-1]
+        yield "]"
+    else:
+        yield _encode(value)

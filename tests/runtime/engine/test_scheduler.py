@@ -300,3 +300,18 @@ def test_an_impossible_prompt_is_refused(length: int) -> None:
 def test_what_can_never_fit_in_the_pages_is_refused(length: int, max_tokens: int | None) -> None:
     with pytest.raises(CapacityError, match=r"KV cache of 10 pages \(40 tokens\)"):
         scheduler(num_pages=10).clamp_max_tokens(length, max_tokens)
+
+
+def test_a_prompt_whose_tokens_are_scored_is_computed_in_blocks() -> None:
+    """Every scored token has a row of logits as wide as the vocabulary."""
+    engine = scheduler(max_scored=6)
+    scored, another, plain = (sequence(list(range(i, i + 10)), 1) for i in (0, 10, 20))
+    for each in (scored, another):
+        each.prompt_logprobs = [None]
+    for each in (scored, another, plain):
+        engine.add(each)
+
+    assert planned(step(engine)) == [(scored, 6)], "nobody overtakes"
+    assert planned(step(engine)) == [(scored, 4), (another, 2), (plain, 10)]
+    assert planned(step(engine)) == [(another, 6)]
+    assert planned(step(engine)) == [(another, 2)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.runtime.sampling.rows import row, sample_one
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
@@ -23,7 +26,7 @@ INVALID: dict[str, tuple[object, ...]] = {
     "top_k": (-2, 1.5, None, True),
     "top_p": (0, 0.0, 1.0001, -1, math.nan, None),
     "min_p": (-0.01, 1.01, math.nan),
-    "repetition_penalty": (0, -1.0, math.inf, math.nan),
+    "repetition_penalty": (0, -1.0, 1e-39, 5e-324, math.inf, math.nan),
     "presence_penalty": (-2.1, 2.1, math.nan, "0"),
     "frequency_penalty": (-2.1, 2.1, math.inf, False),
     "seed": (-1, 2**64, 1.0, "7", True),
@@ -213,3 +216,33 @@ class TestResolve:
     def test_an_encoder_beyond_the_model(self) -> None:
         with pytest.raises(InvalidRequestError, match="holds token 300"):
             SamplingParams(bad_words="x").resolve(256, lambda _: [300])
+
+
+def test_extremes_that_are_accepted_leave_every_logit_a_number() -> None:
+    """What is at the ends of the ranges, alone and together; a row that is not finite fails."""
+    ends: dict[str, tuple[float, ...]] = {
+        "temperature": (0, 1e-5, 1000),
+        "top_p": (5e-324, 1),
+        "min_p": (0, 5e-324, 1),
+        "repetition_penalty": (1e-3, 1000),
+        "presence_penalty": (-2, 2),
+        "frequency_penalty": (-2, 2),
+    }
+    logits = np.array([1e4, -1e4, 3, 0, -3, 1e-30], np.float32)
+    for values in itertools.product(*ends.values()):
+        params = SamplingParams(
+            **dict(zip(ends, values, strict=True)), logit_bias={1: 100, 2: -100}
+        )
+        tried = row(params, prompt=[0, 1, 2], output=[1, 2, 3] * 50)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert sample_one(logits, tried) in range(6), values
+
+
+def test_a_key_of_thousands_of_digits_is_no_token() -> None:
+    with pytest.raises(InvalidRequestError, match="logit_bias key"):
+        SamplingParams.from_dict({"logit_bias": {"9" * 5000: 1.0}})
+
+
+def test_allowed_tokens_are_counted_once() -> None:
+    assert SamplingParams(allowed_token_ids=[5, 3, 5, 5]).allowed_token_ids == (5, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.detokenizer import Detokenizer
+from slipstream.runtime.text.detokenizer import Detokenizer, StopMatcher
 from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
 
 SPECIAL = ["<s>", "<|end of text|>", "<\uff5cfin\u2581\uff5c>"]
@@ -296,3 +297,29 @@ def test_smollm2_streams_its_own_text(smollm2_gguf: Path, tmp_path: Path) -> Non
             detokenizer.finish()
             assert detokenizer.text == tokenizer.decode(ids, skip_special_tokens=skip)
             assert detokenizer.text == truth.decode(ids, skip_special_tokens=skip)
+
+
+class Compared(str):
+    """A stop string that counts how often it is looked at."""
+
+    looks = 0
+
+    def startswith(self, *arguments: Any) -> bool:  # noqa: ANN401
+        Compared.looks += 1
+        return super().startswith(*arguments)
+
+    def __getitem__(self, index: Any) -> str:  # noqa: ANN401
+        Compared.looks += 1
+        return super().__getitem__(index)
+
+
+def test_many_long_stop_strings_cost_a_token_a_look_each() -> None:
+    stops = [Compared("a" * 999 + chr(0x100 + i)) for i in range(64)]
+    matcher = StopMatcher(stops, keep=False)
+    for text, tokens in (("a", 1500), ("ab", 50)):
+        Compared.looks = 0
+        for _ in range(tokens):
+            matcher.feed(text)
+        assert Compared.looks <= 1000 + tokens * len(stops)
+    assert matcher.feed("a" * 998) == "" and matcher.feed("\u0105") == "a" * 998 + "\u0105"
+    assert matcher.feed("a" * 1000 + "\u0105") == "a" and matcher.matched == stops[5]
