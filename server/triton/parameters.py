@@ -221,8 +221,8 @@ def _value(name: str, value: object) -> object:
 def _check_without_meaning(name: str, value: object) -> None:
     if name == "beam_width" and value not in (1, "1"):
         raise InvalidRequestError(
-            f"beam_width={value!r:.80}: there is no beam search; send 1 or leave it out, and ask for "
-            "several answers with num_return_sequences"
+            f"beam_width={value!r:.80}: there is no beam search; send 1 or leave it out, and ask "
+            "for several answers with num_return_sequences"
         )
 
 
