@@ -172,7 +172,7 @@ def test_flags_choose_outputs_and_logprobs_are_computed_for_them() -> None:
     assert read({"return_cumulative_logprob": True}).params.logprobs == 0
     assert read({"return_logprobs": True, "logprobs": 4}).params.logprobs == 4
     query = read({"return_log_probs": True})
-    assert (query.returns, query.params.logprobs) == (ours, 0)
+    assert query.returns == ours and query.params.logprobs == 0
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,10 @@ def test_what_a_tensor_says_and_a_parameter_repeats_is_read_once(values: dict[st
 def test_a_tensor_counts_where_a_parameter_of_the_request_says_otherwise() -> None:
     temperature = np.array([0.5], np.float32)
     parameters = {"temperature": 0.9, "seed": "x", "stream": "maybe", "top_p": 0.5}
-    tensors = {"temperature": temperature, "sampling_parameters": given({"seed": 3})}
+    tensors: dict[str, Any] = {
+        "temperature": temperature,
+        "sampling_parameters": given({"seed": 3}),
+    }
     query = read(parameters, stream=np.array([True]), **tensors)
     assert (query.params.temperature, query.params.seed) == (0.5, 3)
     assert query.stream and query.params.top_p == 0.5
