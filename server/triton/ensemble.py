@@ -50,13 +50,10 @@ def ensemble_config(model: str) -> str:
 
 
 def _tensors() -> Iterator[str]:
+    # All are optional: where one is not, a request without it has no answer, not even an error.
     for theirs, ours in ENSEMBLE_INPUTS.items():
-        tensor = INPUTS[ours]
-        optional = " optional: true" if tensor.optional else ""
-        yield (
-            f'input {{ name: "{theirs}" data_type: {tensor.data_type} '
-            f"dims: {list(tensor.dims)}{optional} }}"
-        )
+        data_type, dims = INPUTS[ours].data_type, list(INPUTS[ours].dims)
+        yield f'input {{ name: "{theirs}" data_type: {data_type} dims: {dims} optional: true }}'
     for name in ENSEMBLE_OUTPUTS:
         dims = list(_DIMS.get(name, OUTPUTS[name].dims))
         yield f'output {{ name: "{name}" data_type: {OUTPUTS[name].data_type} dims: {dims} }}'

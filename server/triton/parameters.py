@@ -29,6 +29,8 @@ _FIELDS = FIELDS - {"prompt_logprobs"}
 # The fields that are text themselves, so that text is not read as JSON.
 _TEXTS = frozenset({"stop", "bad_words"})
 _RETURNS = "return_"
+# What Triton's OpenAI frontend sends where its own client says nothing.
+_UNSAID = {"best_of": "1", "logprobs": "False"}
 # The outputs that are made of log probabilities and can be asked for without saying how many.
 _FROM_LOGPROBS = frozenset({"cumulative_logprob", "cum_log_probs", "output_log_probs"})
 _PARAMETER = "a parameter of the request"
@@ -89,7 +91,7 @@ class _Given:
 
     def add(self, name: str, value: object, how: str) -> None:
         """Take a value under the name that the client used; null is as if it were not there."""
-        if value is None:
+        if value is None or (name in _UNSAID and str(value) == _UNSAID[name]):
             return
         field = SAMPLING[name].field if name in SAMPLING else name
         assert field is not None

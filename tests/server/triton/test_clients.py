@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import tritonclient.http as http_client
 from numpy.typing import NDArray
-from tests.server.triton.clients import ENDLESS, GENERATE, PROMPT, Stream, post, text_of
-from tests.server.triton.harness import Server, running_requests, wait_for, wait_until_idle
+from tests.server.triton.clients import GENERATE, PROMPT, Stream, post, text_of
+from tests.server.triton.harness import Server
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -26,7 +23,6 @@ pytestmark = pytest.mark.triton_server
 
 # As vLLM's sample client and its tests write numbers.
 VLLM: dict[str, Any] = {"temperature": "0", "top_p": "1"}
-KINDS = ("count", "sum")
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +65,6 @@ def test_log_probabilities_that_nobody_counted_are_null(server: Server, cumulati
     assert answer.get("cumulative_logprob", -1) < 0
     answer = post(server.http, GENERATE, {**request, "logprobs": 0}).json
     assert [len(entry) for entry in json.loads(answer["logprobs"])] == [1, 1]
-
-
-def test_metrics_of_vllms_backend_are_counted(server: Server) -> None:
-    names = ["request_prompt_tokens", "request_generation_tokens", "request_params_n"]
-    names.append("time_per_output_token_seconds")
-
-    def counts() -> list[float]:
-        return [server.metric(f"{name}_{kind}", "llama") for name in names for kind in KINDS]
-
-    before = counts()
-    request = {"text_input": PROMPT, "max_tokens": 5, "ignore_eos": True, "n": 2}
-    prompt = post(server.http, GENERATE, {**request, "return_num_input_tokens": True}).json
-    wait_for(lambda: counts()[0] > before[0], "the request was counted")
-    added = [after - earlier for after, earlier in zip(counts(), before, strict=True)]
-    assert added[:6] == [1, prompt["num_input_tokens"], 2, 10, 1, 2]
-    assert added[6] == 8 and added[7] > 0
-
-
-def test_gauges_are_right_after_a_crash(
-    server: Server, admin: http_client.InferenceServerClient
-) -> None:
-    with Stream(server.grpc) as stream:
-        stream.send("llama", ENDLESS)
-        wait_for(lambda: running_requests(server) == 1, "the request runs")
-        for child in psutil.Process(server.process.pid).children():
-            os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(InferenceServerException):
-            while True:
-                stream.next()
-    admin.unload_model("llama")
-    admin.load_model("llama")
-    wait_until_idle(server)
-    assert post(server.http, GENERATE, {"text_input": PROMPT}).status == 200
 
 
 def batch_of_one(**inputs: Any) -> list[Any]:  # noqa: ANN401 - elements of many types
@@ -153,7 +116,7 @@ def test_the_ensemble_answers_over_http(ensemble: Server, greedy: str) -> None:
     assert answer.status == 200, answer.body
     assert (PROMPT + greedy).startswith(answer.json["text_output"])
     answer = post(ensemble.http, GENERATE.replace("llama", "ensemble"), {"max_tokens": 5})
-    assert answer.status == 400, answer.body
+    assert (answer.status, "text_input is missing" in answer.json["error"]) == (400, True)
 
 
 def send(server: Server, **inputs: Any) -> list[dict[str, NDArray[Any]]]:  # noqa: ANN401

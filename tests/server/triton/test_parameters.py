@@ -137,6 +137,8 @@ def test_text_for_text_is_not_read_as_json() -> None:
 
 def test_null_and_empty_words_are_as_if_not_there() -> None:
     assert read(sampling_parameters=given({"temperature": None, "stop": None})).params == UNSAID
+    frontend = {"best_of": 1, "logprobs": False}  # what Triton's OpenAI frontend sends
+    assert read(sampling_parameters=given(frontend)).params == UNSAID
     assert read(sampling_parameters=strings("")).params == UNSAID
     assert read(stop_words=strings(""), bad_words=strings("", "")).params == UNSAID
     assert read(bad_words=np.array([], np.object_)).params == UNSAID
@@ -229,6 +231,7 @@ def test_tritons_own_parameters_are_left_to_it() -> None:
         ),
         ({"parameters": {"text_output": 1}}, "known are allowed_token_ids, bad_words, "),
         ({"parameters": {"greedy": True}}, "unknown parameter 'greedy'"),
+        ({"parameters": {"best_of": 4}}, "unknown parameter 'best_of'"),
         ({"sampling_parameters": strings("{")}, "is not a JSON object; write for example"),
         ({"sampling_parameters": strings('"x"')}, "is not a JSON object"),
         ({"sampling_parameters": strings("[" * 10_000)}, "is not a JSON object"),

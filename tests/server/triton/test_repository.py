@@ -87,7 +87,7 @@ def test_an_ensemble_stands_beside_its_model(tiny_engine: Path, tmp_path: Path) 
     config = (ensemble / "config.pbtxt").read_text()
     assert 'model_name: "m"' in config and "max_batch_size: 1" in config
     assert 'input_map { key: "random_seed" value: "seed" }' in config
-    assert config.count("optional: true") == len(ENSEMBLE_INPUTS) - 1
+    assert config.count("optional: true") == len(ENSEMBLE_INPUTS)
     assert run(tiny_engine, *options, "--version", 2).exit_code == 0
     before = config
     other = run(tiny_engine, "-o", tmp_path, "--name", "other", "--ensemble")
