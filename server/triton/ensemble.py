@@ -13,12 +13,13 @@ ENSEMBLE_INPUTS: Mapping[str, str] = {
     name: name
     for name in (
         PROMPT, "max_tokens", "min_tokens", "num_return_sequences", "bad_words", "stop_words",
-        "exclude_input_in_output", "end_id", "pad_id", "top_k", "top_p", "temperature",
-        "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty",
-        "return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "beam_width",
-        "stream",
+        "end_id", "pad_id", "top_k", "top_p", "temperature", "length_penalty",
+        "repetition_penalty", "presence_penalty", "frequency_penalty", "return_log_probs",
+        "return_num_input_tokens", "return_num_output_tokens", "beam_width", "stream",
     )
-} | {"seed": "random_seed"}  # fmt: skip
+} | {
+    "seed": "random_seed", "exclude_input_in_output": "exclude_input_in_single_output"
+}  # fmt: skip
 ENSEMBLE_OUTPUTS = (
     "text_output",
     "cum_log_probs",

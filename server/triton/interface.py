@@ -44,6 +44,8 @@ class Tensor:
 SWITCHES: Mapping[str, Tensor] = {
     "stream": Tensor("TYPE_BOOL"),
     "exclude_input_in_output": Tensor("TYPE_BOOL"),
+    # As TensorRT-LLM reads the input above: in no case does a stream begin with the prompt.
+    "exclude_input_in_single_output": Tensor("TYPE_BOOL"),
     "return_finish_reason": Tensor("TYPE_BOOL"),
     "return_cumulative_logprob": Tensor("TYPE_BOOL"),
     "return_logprobs": Tensor("TYPE_BOOL"),

@@ -149,7 +149,8 @@ def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
         raise InvalidRequestError(given.explain(error)) from error
     stream = switches.get("stream", False)
     # As vLLM's backend: a single answer begins with the prompt, a stream does not.
-    echo = not switches.get("exclude_input_in_output", stream)
+    excluded = stream or switches.get("exclude_input_in_single_output", False)
+    echo = not switches.get("exclude_input_in_output", excluded)
     return Query(prompt, params, stream, echo, frozenset(returns), asked)
 
 

@@ -85,11 +85,11 @@ def test_tensorrt_llms_clients_find_their_ensemble(ensemble: Server, greedy: str
     request = {"text_input": PROMPT, "max_tokens": DEFAULT_COMPLETION_TOKENS, "beam_width": 1}
     request |= {"temperature": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "pad_id": 0}
     request |= {"stop_words": [""], "bad_words": [""], "seed": 3, "num_return_sequences": 1}
-    for stream in (True, False):
-        whole = {**request, "stream": stream, "exclude_input_in_output": True}
+    for stream, exclude in ((True, False), (True, True), (False, False), (False, True)):
+        whole = {**request, "stream": stream, "exclude_input_in_output": exclude}
         responses = send(ensemble, **whole)
         assert all(outputs["text_output"].shape == (1,) for outputs in responses)
-        assert text_of(responses) == greedy
+        assert text_of(responses) == (greedy if stream or exclude else PROMPT + greedy)
     with pytest.raises(InferenceServerException, match="beam_width=4: there is no beam search"):
         send(ensemble, **{**request, "beam_width": 4})
     with pytest.raises(InferenceServerException, match="unexpected inference input 'lora_task_id'"):

@@ -164,6 +164,17 @@ def test_when_the_prompt_is_part_of_the_text(
     assert read(stream=np.array([stream]), **inputs).echo is echo
 
 
+@pytest.mark.parametrize(
+    ("stream", "exclude", "echo"),
+    [(False, False, True), (False, True, False), (True, False, False), (True, True, False)],
+)
+def test_no_stream_of_tensorrt_llm_begins_with_the_prompt(
+    stream: bool, exclude: bool, echo: bool
+) -> None:
+    inputs = {"exclude_input_in_single_output": np.array([exclude]), "stream": np.array([stream])}
+    assert read_query({"text_input": strings("hi"), **inputs}, {}, DEFAULTS).echo is echo
+
+
 def test_flags_choose_outputs_and_logprobs_are_computed_for_them() -> None:
     ours = {"cum_log_probs", "output_log_probs"}
     for name in OUTPUTS.keys() - {"text_output"} - ours:
