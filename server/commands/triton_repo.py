@@ -50,6 +50,12 @@ _DEFAULTS = {name: field.default for name, field in Deployment.__dataclass_field
     is_flag=True,
     help="Copy the engine into the repository, which can then be moved or mounted alone.",
 )
+@click.option(
+    "--ensemble",
+    is_flag=True,
+    help="Write a model `ensemble` beside it, with TensorRT-LLM's names and shapes for its "
+    "clients.",
+)
 @runtime_options
 def triton_repo(
     model: str,

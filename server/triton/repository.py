@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 from slipstream.builder.engine import open_engine
 from slipstream.errors import InvalidRequestError
+from slipstream.server.triton.ensemble import NAME as ENSEMBLE
+from slipstream.server.triton.ensemble import ensemble_config
 from slipstream.server.triton.settings import Settings
 
 VersionPolicy = Literal["latest", "all"]
 BACKEND = "slipstream"
 _ENGINE = "engine"
+_CONFIG_FILE = "config.pbtxt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _POLICIES: Mapping[VersionPolicy, str] = {"latest": "latest { num_versions: 1 }", "all": "all { }"}
 _CONFIG = """\
@@ -38,6 +41,7 @@ class Deployment:
     instances        processes, each with weights and a KV cache of its own; one shares its batch
                      among all requests, and is what a device needs.
     copy_engine      copy the engine into the repository, which can then be moved.
+    ensemble         write a model ``ensemble`` beside it, for clients of TensorRT-LLM.
 
     Raises ``InvalidRequestError``.
     """
@@ -47,11 +51,16 @@ class Deployment:
     version_policy: VersionPolicy = "latest"
     instances: int = 1
     copy_engine: bool = False
+    ensemble: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise InvalidRequestError(
                 f"{self.name!r} cannot be a model's name; use letters, digits, '.', '_' and '-'"
+            )
+        if self.ensemble and self.name == ENSEMBLE:
+            raise InvalidRequestError(
+                f"{self.name!r} is the name of the ensemble itself; give the model another one"
             )
         for field in ("version", "instances"):
             if getattr(self, field) < 1:
@@ -90,13 +99,19 @@ def write_repository(
         policy=_POLICIES[deployment.version_policy],
         instances=deployment.instances,
     )
-    (model / "config.pbtxt").write_text(config, encoding="utf-8")
+    (model / _CONFIG_FILE).write_text(config, encoding="utf-8")
+    if deployment.ensemble:
+        ensemble = model.with_name(ENSEMBLE)
+        (ensemble / "1").mkdir(parents=True, exist_ok=True)  # Triton wants a version of it
+        (ensemble / _CONFIG_FILE).write_text(ensemble_config(deployment.name), encoding="utf-8")
     backend.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(__file__).with_name("model.py"), backend)
     return Written(model, backend)
 
 
 def _check(engine: Path, version: Path, deployment: Deployment, options: Mapping[str, Any]) -> None:
+    if deployment.ensemble:
+        _check_ensemble(version.parent.with_name(ENSEMBLE), deployment.name)
     manifest = open_engine(engine).manifest
     if engine.resolve().is_relative_to(version.resolve()):
         raise InvalidRequestError(
@@ -107,4 +122,13 @@ def _check(engine: Path, version: Path, deployment: Deployment, options: Mapping
         raise InvalidRequestError(
             f"{deployment.instances} instances share the GPU, and each would take all of its free "
             "memory; say with --kv-cache-bytes how much of it one may have"
+        )
+
+
+def _check_ensemble(directory: Path, model: str) -> None:
+    config = directory / _CONFIG_FILE
+    if config.is_file() and f'model_name: "{model}"' not in config.read_text(encoding="utf-8"):
+        raise InvalidRequestError(
+            f"{directory} belongs to another model; rename it (a directory's name is what clients "
+            "ask for), or choose another output"
         )

@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 from slipstream.errors import InvalidRequestError
 from slipstream.server.cli import slipstream
 from slipstream.server.triton import repository
+from slipstream.server.triton.ensemble import ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS
+from slipstream.server.triton.interface import INPUTS, OUTPUTS
 from slipstream.server.triton.repository import Deployment, write_repository
 from slipstream.server.triton.settings import Settings, read_settings
 
@@ -77,11 +79,37 @@ def test_an_engine_inside_the_version_is_not_lost(tiny_engine: Path, tmp_path: P
     assert (engine / "engine.json").is_file()
 
 
+def test_an_ensemble_stands_beside_its_model(tiny_engine: Path, tmp_path: Path) -> None:
+    options = ("-o", tmp_path, "--name", "m", "--ensemble")
+    assert run(tiny_engine, *options).exit_code == 0
+    ensemble = tmp_path / "models" / "ensemble"
+    assert {path.name for path in ensemble.iterdir()} == {"1", "config.pbtxt"}
+    config = (ensemble / "config.pbtxt").read_text()
+    assert 'model_name: "m"' in config and "max_batch_size: 1" in config
+    assert 'input_map { key: "random_seed" value: "seed" }' in config
+    assert config.count("optional: true") == len(ENSEMBLE_INPUTS)
+    assert run(tiny_engine, *options, "--version", 2).exit_code == 0
+    before = config
+    other = run(tiny_engine, "-o", tmp_path, "--name", "other", "--ensemble")
+    assert other.exit_code == 1 and "belongs to another model" in other.stderr
+    assert not (tmp_path / "models" / "other").exists()
+    assert (ensemble / "config.pbtxt").read_text() == before
+
+
+def test_what_the_ensemble_names_is_of_its_model_and_in_the_page() -> None:
+    assert set(ENSEMBLE_INPUTS.values()) <= INPUTS.keys()
+    assert set(ENSEMBLE_OUTPUTS) <= OUTPUTS.keys()
+    page = (Path(__file__).parents[3] / "docs" / "triton.md").read_text(encoding="utf-8")
+    for name in (*ENSEMBLE_INPUTS, *ENSEMBLE_OUTPUTS, *INPUTS, *OUTPUTS):
+        assert f"`{name}`" in page, name
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--name", "../m"], 1, "cannot be a model's name; use letters"),
         (["--name", "a b"], 1, "cannot be a model's name"),
+        (["--name", "ensemble", "--ensemble"], 1, "is the name of the ensemble itself"),
         (["--version", "0"], 2, "--version"),
         (["--instances", "0"], 2, "--instances"),
         (["--max-batch-size", "0"], 2, "--max-batch-size"),

@@ -300,3 +300,14 @@ def test_closing_ends_what_runs_with_an_error() -> None:
     assert client.ended and bench.executor.closed and bench.counts.closed
     assert bench.counts.published >= 1
     assert set(threading.enumerate()) <= before
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_length(
+    fast: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object, **__: object) -> None:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(type(fast.llm.tokenizer), "encode", encode)
+    with pytest.raises(InvalidRequestError, match=r"has at least .* Shorten the prompt"):
+        fast.ask("a" * (8 << 20)).next()
