@@ -165,12 +165,12 @@ def _quantization(formats: Iterable[WeightFormat], options: BuildOptions) -> str
 
 
 def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -> EngineLimits:
-    longest = config.max_position_embeddings
+    longest = config.context_length
     asked = options.max_seq_len or longest
     if asked > longest:
         raise BuildError(
-            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at "
-            f"most {longest}"
+            f"max_seq_len is {asked}, but the model's configuration says {longest} positions; use "
+            f"at most {longest}"
         )
     return EngineLimits(
         options.max_batch_size or default.max_batch_size,

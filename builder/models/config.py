@@ -11,6 +11,7 @@ from slipstream.errors import EngineMismatchError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 FULL, SLIDING = "full_attention", "sliding_attention"
+LONGEST = 2**31 - 1  # tokens of a sequence: positions are int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,17 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     ropes: dict[str, Rope] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have, as vLLM has it: YaRN and linear factors lengthen the
+        context, by YaRN from the original one. An architecture with several kinds of rotary angles
+        says the length that they make."""
+        scaling, length = self.rope_scaling, self.max_position_embeddings
+        if self.ropes or scaling.kind not in ("linear", "yarn"):
+            return length
+        original = length if scaling.kind == "linear" else scaling.original_max_position_embeddings
+        return max(1, int(min(original * scaling.factor, LONGEST)))
 
     def window(self, layer: int) -> int:
         """Tokens that a query of this layer sees, itself included; 0 when it sees all before it."""

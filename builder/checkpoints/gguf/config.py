@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from slipstream.builder.models import architectures
 from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import is_integer, shortened
 
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
@@ -39,7 +41,7 @@ def huggingface_config(
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
     heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
-    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
     return {
         "model_type": architecture.name,
@@ -54,7 +56,7 @@ def huggingface_config(
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
-            "partial_rotary_factor": rotary_dim / head_dim,
+            "partial_rotary_factor": rotary_fraction(rotary_dim, head_dim),
             **_rope_scaling(keys, rope_factors, theta, rotary_dim),
         },
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -133,13 +135,13 @@ class _Keys:
             "download it again"
         )
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, maximum: int = 2**31 - 1) -> int:
         value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_integer(value) and 0 < value <= maximum:
             return value
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive integer: "
-            "download it again"
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            f"integer of at most {maximum}: download it again"
         )
 
 
