@@ -234,6 +234,11 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a text names a file of the directory that it is read from, and nothing outside."""
+    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+
+
 class _Short(Repr):
     """A few levels, elements and characters."""
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -126,7 +126,9 @@ def map_array(
 
 
 def read_header(path: Path, origin: Origin | None = None) -> dict[str, StoredTensor]:
-    """Every tensor of a file, checked against the size of the file.
+    """Every tensor of a file, checked against the size of the file; also those that
+    ``safetensors.torch.save_model`` left out, because they share the data of another one, and that
+    it names in the metadata.
 
     ``origin`` says which error to raise, by default CheckpointError.
     """
@@ -137,6 +139,10 @@ def read_header(path: Path, origin: Origin | None = None) -> dict[str, StoredTen
     end = max((t.offset + t.size for t in tensors.values()), default=start)
     if end > size:
         raise origin.refusal(f"is truncated: it has {size} bytes and its tensors need {end}")
+    metadata = header.get(_METADATA)
+    for name, kept in metadata.items() if isinstance(metadata, dict) else ():
+        if isinstance(kept, str) and kept in tensors and name not in tensors:
+            tensors[name] = replace(tensors[kept], name=name)
     return tensors
 
 
