@@ -49,6 +49,7 @@ _SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 DENSE = ("F32", "F16", "BF16")
 _LENGTH = 8  # bytes before the header
 _METADATA = "__metadata__"
+_MOST_AXES = 8
 _CHUNK = 1 << 24  # bytes written at once
 
 
@@ -179,6 +180,8 @@ def _stored(path: Path, name: str, header: Fields, start: int) -> StoredTensor:
             f"{origin.file}: the header's entry for {name:.80} is "
             f"{shortened(header.values[name])}, which is damaged; {origin.remedy}"
         ) from error
+    if len(shape) > _MOST_AXES:
+        raise origin.refusal(f"has a tensor {name:.80} of {len(shape)} axes")
     expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
     if begin > end or end - begin != expected:
         raise origin.error(

@@ -27,6 +27,7 @@ from slipstream.weights.json import Fields, Origin, is_integer
 _ORIGIN = Origin("config.json", "correct it or download the checkpoint again")
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
+_LEAST_EPS = 1e-30  # far below all that is used, and not yet nothing as a float32
 _COMMON_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_size": 4096,
@@ -106,6 +107,9 @@ def read_decoder(
             f"config.json: hidden_act is {activation!r}, but only "
             f"{' and '.join(map(repr, activations))} is supported; choose another model"
         )
+    eps = keys.number("rms_norm_eps", positive=True)
+    if not _LEAST_EPS <= eps <= 1:
+        raise keys.refusal("rms_norm_eps", f"a number from {_LEAST_EPS} to 1")
     num_heads, num_kv_heads, head_dim = _heads(keys)
     ropes = {FULL: read_rope(keys, head_dim)} if ropes is None else dict(ropes)
     common = ropes.pop(FULL)
@@ -120,7 +124,7 @@ def read_decoder(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_count(keys, "max_position_embeddings"),
-        rms_norm_eps=keys.number("rms_norm_eps", positive=True),
+        rms_norm_eps=eps,
         rope_theta=common.theta,
         rope_scaling=common.scaling,
         rotary_dim=common.dim,

@@ -135,7 +135,7 @@ class CPUExecutor:
         library.load().slipstream_set_threads(threads)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.
-        self._weights = np.memmap(engine.path / WEIGHTS, np.uint8, "r").view(np.ndarray)
+        self._weights = _map_weights(engine)
         self._graphs = {
             name: _Graph(spec, _create_session(engine, spec.file, self._weights, threads))
             for name, spec in manifest.graphs.items()
@@ -242,11 +242,19 @@ class CPUExecutor:
         return np.empty(shape, output.dtype)
 
 
+def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
+    """The file of the weights, if the engine has one, by its name."""
+    files = [WEIGHTS] if WEIGHTS in engine.manifest.files else []
+    return {name: np.memmap(engine.path / name, np.uint8, "r").view(np.ndarray) for name in files}
+
+
 def _create_session(
-    engine: Engine, graph: str, weights: NDArray[np.uint8], num_threads: int
+    engine: Engine, graph: str, weights: Mapping[str, NDArray[np.uint8]], num_threads: int
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [weights.nbytes])
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
+    )
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     for module in library.modules(engine.manifest.plugins):
         options.register_custom_ops_library(library.path(module))

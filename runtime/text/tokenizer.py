@@ -17,11 +17,13 @@ from slipstream.runtime.text.stream import (
     WindowStream,
     byte_level_bytes,
 )
-from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.json import Fields, Origin, read_fields, read_text
+from slipstream.weights.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
 
+_AGAIN = "fetch it again and build the engine again"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -84,17 +86,7 @@ class Tokenizer:
                 f"{file} is missing; an engine needs a fast tokenizer: save one with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) and build again"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        # The Rust library raises nothing narrower; where it panics, not even an Exception.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise CheckpointError(
-                f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
-                f"`tokenizers` (installed: {tokenizers.__version__})"
-            ) from error
-        return cls(backend, TokenizerSettings.from_directory(Path(path)))
+        return cls(read_tokenizer(file), TokenizerSettings.from_directory(Path(path)))
 
     @property
     def vocab_size(self) -> int:
@@ -208,7 +200,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _read(file: Path) -> Fields:
-    origin = Origin(file, "fetch it again and build the engine again")
+    origin = Origin(file, _AGAIN)
     return read_fields(file, origin) if file.is_file() else Fields({}, origin)
 
 
@@ -238,14 +230,5 @@ def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
         templates = {"default": config.text("chat_template")}
     file = path / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = _text(file)
+        templates["default"] = read_text(file, Origin(file, _AGAIN))
     return templates
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); fetch it again and build the engine again"
-        ) from error

@@ -23,7 +23,7 @@ from slipstream.builder.checkpoints.quantized import (
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import Fields, Origin, is_file_name, read_fields
+from slipstream.weights.json import Fields, Origin, is_file_name, read_fields, read_text
 from slipstream.weights.safetensors import StoredTensor, read_header
 from slipstream.weights.tensor import KVScales, LazyTensor
 
@@ -179,17 +179,10 @@ def _chat_template(path: Path) -> str | None:
     """The template from its own file, else from tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
     if own.is_file():
-        return _text(own)
+        return read_text(own)
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
     if not isinstance(fields.values.get("chat_template"), list):
         return fields.optional_text("chat_template")
     named = fields.list_of_fields("chat_template")
     return {entry.text("name"): entry.text("template") for entry in named}.get("default")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Origin(file).refusal(f"cannot be read ({error})") from error

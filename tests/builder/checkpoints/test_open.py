@@ -81,7 +81,7 @@ UNWANTED = (
 def test_of_a_hub_id_only_what_is_read_is_downloaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils._paths import filter_repo_objects
 
     hub = FakeHub(directory)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
