@@ -241,8 +241,8 @@ def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
         for part, numbers in loaded.numbers().items():
             if not is_finite(numbers):
                 raise CheckpointError(
-                    f"{path}: tensor {tensor.name} has NaN or infinity among its {part}, so that "
-                    "the model would say nothing; download it again or choose another checkpoint"
+                    f"{path}: tensor {tensor.name} holds infinite or undefined numbers among its "
+                    f"{part}; the checkpoint is damaged: download it again"
                 )
         return loaded
 

@@ -23,7 +23,6 @@ from slipstream.weights.tokenizer import read_tokenizer
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
 
-_AGAIN = "fetch it again and build the engine again"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -86,7 +85,8 @@ class Tokenizer:
                 f"{file} is missing; an engine needs a fast tokenizer: save one with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) and build again"
             )
-        return cls(read_tokenizer(file), TokenizerSettings.from_directory(Path(path)))
+        backend = read_tokenizer(file)
+        return cls(backend, TokenizerSettings.from_directory(Path(path)))
 
     @property
     def vocab_size(self) -> int:
@@ -200,7 +200,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _read(file: Path) -> Fields:
-    origin = Origin(file, _AGAIN)
+    origin = Origin(file, "fetch it again and build the engine again")
     return read_fields(file, origin) if file.is_file() else Fields({}, origin)
 
 
@@ -230,5 +230,9 @@ def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
         templates = {"default": config.text("chat_template")}
     file = path / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = read_text(file, Origin(file, _AGAIN))
+        templates["default"] = _text(file)
     return templates
+
+
+def _text(file: Path) -> str:
+    return read_text(file, Origin(file, "fetch it again and build the engine again"))

@@ -111,7 +111,7 @@ class _Keys:
         if isinstance(value, list):
             if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
-                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
+                    f"the GGUF file's {self.architecture}.{key} differs between layers ({shortened(value)}), "
                     "which is not supported; use a model whose layers are alike"
                 )
             return value[0]
@@ -131,7 +131,8 @@ class _Keys:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
             return float(value)
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive number: "
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            "number: "
             "download it again"
         )
 
