@@ -191,7 +191,9 @@ def open_engine(path: Path) -> Engine:
     try:
         manifest = Manifest.from_dict(raw)
     except ValueError as error:
-        raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
+        raise _unreadable(
+            f"{file} lacks or misnames a field ({error!s:.400})", path, command
+        ) from error
     for name, version in manifest.plugins.items():
         known = name in OPERATORS
         ours = OPERATORS[name].version if known else "none"

@@ -254,7 +254,8 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 def is_file_name(text: str) -> bool:
     """Whether a text names a file of the directory that it is read from, and nothing outside."""
-    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+    short = len(text.encode(errors="replace")) < 256  # as on every file system
+    return short and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
 
 
 class _Short(Repr):

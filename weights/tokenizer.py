@@ -23,6 +23,6 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise CheckpointError(
-            f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
+            f"{file} cannot be read as a tokenizer ({error!s:.200}); fetch it again, or update "
             f"`tokenizers` (installed: {tokenizers.__version__})"
         ) from error

@@ -22,7 +22,7 @@ from slipstream.builder.models.config import (
     RopeKind,
     RopeScaling,
 )
-from slipstream.weights.json import Fields, Origin, is_integer
+from slipstream.weights.json import Fields, Origin, is_integer, shortened
 
 _ORIGIN = Origin("config.json", "correct it or download the checkpoint again")
 _LARGEST = 2**31 - 1
@@ -234,7 +234,8 @@ def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
     kind = given.values.get("rope_type", given.values.get("type", "default"))
     if kind not in get_args(RopeKind):
         raise keys.origin.error(
-            f"config.json: rope type {kind!r} with keys {sorted(given.values)} is not supported; "
+            f"config.json: rope type {shortened(kind)} with keys "
+            f"{shortened(sorted(given.values))} is not supported; "
             f"expected one of {', '.join(get_args(RopeKind))}"
         )
     return Rope(theta, dim, _scaling(cast("RopeKind", kind), given, keys))

@@ -34,7 +34,7 @@ def huggingface_config(
     experts = keys.get("expert_count", 0)
     if experts and all(module.role != "expert" for module in architecture.modules):
         raise CheckpointError(
-            f"the GGUF file is a mixture of {experts} experts, which is not supported; use a dense "
+            f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; use a dense "
             "model"
         )
     if "token_embd.weight" not in shapes:
@@ -72,7 +72,7 @@ def _architecture(keys: _Keys) -> Architecture:
     if not found:
         known = dict.fromkeys(a.gguf.name for a in architectures() if a.gguf is not None)
         raise CheckpointError(
-            f"the GGUF file's general.architecture is {keys.architecture!r}, which is not "
+            f"the GGUF file's general.architecture is {keys.architecture[:80]!r}, which is not "
             f"supported; expected one of {', '.join(known)}"
         )
     return max(found, key=lambda a: _fit(a, keys))
@@ -111,8 +111,9 @@ class _Keys:
         if isinstance(value, list):
             if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
-                    f"the GGUF file's {self.architecture}.{key} differs between layers ({shortened(value)}), "
-                    "which is not supported; use a model whose layers are alike"
+                    f"the GGUF file's {self.architecture}.{key} differs between layers "
+                    f"({shortened(value)}), which is not supported; use a model whose layers are "
+                    "alike"
                 )
             return value[0]
         return default if value is None else value

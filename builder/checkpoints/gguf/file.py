@@ -17,6 +17,7 @@ from slipstream.weights.json import Fields, Origin
 from slipstream.weights.safetensors import map_array
 
 _ALIGNMENT = "general.alignment"
+_LONGEST_NAME = 512  # characters
 # Metadata of the largest vocabularies has a million values (tokens, scores, types, merges) in
 # 16 MB; the largest models have a few thousand tensors.
 _MOST_VALUES, _MOST_BYTES, _MOST_TENSORS = 1 << 21, 1 << 25, 1 << 15
@@ -74,6 +75,8 @@ def read_gguf(path: Path) -> GGUFFile:
         )
         for t in reader.tensors
     }
+    if any(len(name) > _LONGEST_NAME for name in tensors):
+        raise CheckpointError(f"{path} has a tensor with an endless name; download it again")
     return GGUFFile(path, reader.metadata, tensors)
 
 

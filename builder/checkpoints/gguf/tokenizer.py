@@ -92,7 +92,7 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     kind = fields.text(f"{_PREFIX}model", "None")
     if kind not in _BUILDERS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.model is {kind!r}, which is not supported; expected "
+            f"the GGUF file's tokenizer.ggml.model is {shortened(kind)}, which is not supported; expected "
             f"one of {', '.join(_BUILDERS)}"
         )
     if not fields.texts(_TOKENS, ()):
@@ -120,7 +120,7 @@ def _byte_level(fields: Fields) -> tuple[Tokenizer, bool]:
     name = fields.text(f"{_PREFIX}pre", "default")
     if name not in _WORDS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.pre is {name!r}, which is not supported; expected one "
+            f"the GGUF file's tokenizer.ggml.pre is {shortened(name)}, which is not supported; expected one "
             f"of {', '.join(_WORDS)}"
         )
     words = _WORDS[name]
@@ -174,8 +174,8 @@ def _merges_of_file(fields: Fields, vocabulary: Mapping[str, int]) -> list[tuple
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
-                f"the GGUF file's tokenizer.ggml.merges has {shortened(merge)}, which joins or makes a "
-                "token that it does not have; download it again"
+                f"the GGUF file's tokenizer.ggml.merges has {shortened(merge)}, which joins or "
+                "makes a token that it does not have; download it again"
             )
         merges.append((left, right))
     return merges
@@ -192,8 +192,8 @@ def _merges_by_score(fields: Fields) -> list[tuple[str, str]]:
     longest = max(tokens, key=len)
     if len(longest) > _LONGEST_PIECE:
         raise CheckpointError(
-            f"the GGUF file has no merges and a token of {len(longest)} characters, {longest:.40}…, "
-            "which no vocabulary of pieces has; download it again"
+            f"the GGUF file has no merges and a token of {len(longest)} characters, "
+            f"{longest:.40}…, which no vocabulary of pieces has; download it again"
         )
     types = _types(fields)
     pieces = {

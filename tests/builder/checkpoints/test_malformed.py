@@ -31,7 +31,6 @@ from tests.tiny_models import llama_tensors, save_llama
 from slipstream.builder.build import build
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.engine import open_engine
-from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.loading import generation_defaults
@@ -193,9 +192,7 @@ def whole_engine(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> None:
-    engine = open_engine(directory)
-    ModelConfig.from_json(engine.manifest.model)
-    engine.verify_files()
+    open_engine(directory).verify_files()
 
 
 def read_engine(directory: Path) -> None:
@@ -316,7 +313,7 @@ def bounded() -> Iterator[None]:
 
 def test_the_bounds_hold() -> None:
     with pytest.raises(MemoryError), bounded():
-        np.ones(MEMORY, np.uint8)
+        np.ones(4 * MEMORY, np.uint8)
 
 
 def check(case: Case, directory: Path) -> str | None:
@@ -376,7 +373,7 @@ def test_a_malformed_file_is_a_typed_error(made: tuple[Case, Path, bytes], chang
 # What may stand in place of a value of GGUF metadata, of every type that its writer knows.
 METADATA = (
     *(True, False, 0, 1, 7, 2**32 - 1, 0.0, -1.0, 0.5, math.inf, math.nan, "", "text", "4", "\0"),
-    *(2**30, 2**31 - 1, -(2**31), 10**9, 1e9, 1e300, 1e-300, "x" * 100_000, [7] * 100_000),
+    *(2**30, 2**31 - 1, 10**9, 1e9, 3e38, 1e-40, "x" * 100_000, [7] * 100_000),
     *([0], [1, 2], [True], [0.5], [math.nan], ["a"], ["a", "b c"], [[0]], [["a"]]),
 )
 
