@@ -34,8 +34,8 @@ def huggingface_config(
     experts = keys.get("expert_count", 0)
     if experts and all(module.role != "expert" for module in architecture.modules):
         raise CheckpointError(
-            f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; use a dense "
-            "model"
+            f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; "
+            "use a dense model"
         )
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")

@@ -92,8 +92,8 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     kind = fields.text(f"{_PREFIX}model", "None")
     if kind not in _BUILDERS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.model is {shortened(kind)}, which is not supported; expected "
-            f"one of {', '.join(_BUILDERS)}"
+            f"the GGUF file's tokenizer.ggml.model is {shortened(kind)}, which is not supported; "
+            f"expected one of {', '.join(_BUILDERS)}"
         )
     if not fields.texts(_TOKENS, ()):
         raise CheckpointError("the GGUF file has no tokenizer.ggml.tokens; download it again")
@@ -120,8 +120,8 @@ def _byte_level(fields: Fields) -> tuple[Tokenizer, bool]:
     name = fields.text(f"{_PREFIX}pre", "default")
     if name not in _WORDS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.pre is {shortened(name)}, which is not supported; expected one "
-            f"of {', '.join(_WORDS)}"
+            f"the GGUF file's tokenizer.ggml.pre is {shortened(name)}, which is not supported; "
+            f"expected one of {', '.join(_WORDS)}"
         )
     words = _WORDS[name]
     vocabulary = _vocabulary(fields)
