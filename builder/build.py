@@ -34,7 +34,8 @@ from slipstream.builder.targets.base import create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
-from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
+from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat, is_finite
+from slipstream.weights.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -165,12 +166,12 @@ def _quantization(formats: Iterable[WeightFormat], options: BuildOptions) -> str
 
 
 def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -> EngineLimits:
-    longest = config.max_position_embeddings
+    longest = config.context_length
     asked = options.max_seq_len or longest
     if asked > longest:
         raise BuildError(
-            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at "
-            f"most {longest}"
+            f"max_seq_len is {asked}, but the model's configuration says {longest} positions; use "
+            f"at most {longest}"
         )
     return EngineLimits(
         options.max_batch_size or default.max_batch_size,
@@ -229,7 +230,23 @@ def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
             f"configuration it is {list(expected)}; config and weights are of different "
             "models: download both again"
         )
-    return tensor
+    return _finite(tensor, checkpoint.path)
+
+
+def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
+    """The weight, with a CheckpointError when it is loaded with numbers that are none."""
+
+    def load() -> QuantTensor:
+        loaded = tensor.load()
+        for part, numbers in loaded.numbers().items():
+            if not is_finite(numbers):
+                raise CheckpointError(
+                    f"{path}: tensor {tensor.name} holds infinite or undefined numbers among its "
+                    f"{part}; the checkpoint is damaged: download it again"
+                )
+        return loaded
+
+    return replace(tensor, load=load)
 
 
 def _write(
@@ -243,6 +260,9 @@ def _write(
         if progress is not None:
             progress(done, total)
 
+    # First, because a tokenizer that cannot be read is no reason to wait for the weights.
+    planned.checkpoint.write_tokenizer(staging)
+    read_tokenizer(staging / "tokenizer.json")
     places = write_weights(staging / WEIGHTS, planned.weights, wrote)
     for value in planned.program.graph.initializers.values():
         if value.name in places:
@@ -258,7 +278,6 @@ def _write(
                 base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
-    planned.checkpoint.write_tokenizer(staging)
     files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
     manifest = manifest_of(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())

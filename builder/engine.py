@@ -22,13 +22,24 @@ from slipstream.builder.contract import (
 from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
+from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 
 FORMAT_VERSION = 2
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
 TACTICS = "tactics.json"
+# What the tokenizer is made of.
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _CHUNK = 1 << 22
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +91,14 @@ class Manifest:
         at odds with the others."""
         manifest = from_json(Manifest, raw)
         check_contract(manifest.graphs, manifest.caches)
+        for name, limit in asdict(manifest.limits).items():
+            if not 1 <= limit <= _LARGEST:
+                raise ValueError(f"limits.{name} is {limit}, not from 1 to {_LARGEST}")
+        for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
+            if not is_file_name(name):
+                raise ValueError(f"files has {shortened(name)}, which is no file of the engine")
+        if not isinstance(manifest.model.get("architecture"), str):
+            raise ValueError("model.architecture is no text")
         return manifest
 
     @property
@@ -98,8 +117,13 @@ class Engine:
     manifest: Manifest
 
     def verify_files(self) -> None:
-        """Compare every file with its hash; EngineMismatchError names the first that differs or is
-        missing."""
+        """Compare every file with its hash; EngineMismatchError names the first that differs, is
+        missing, or has no hash to be compared with."""
+        for name in self.unlisted():
+            raise self._mismatch(
+                f"{name} of the engine {self.path} has no hash in {MANIFEST}, so it was not built "
+                "with it"
+            )
         for name, expected in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
@@ -108,6 +132,15 @@ class Engine:
                 raise self._mismatch(
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
+
+    def unlisted(self) -> list[str]:
+        """Files that running the engine reads and that are there, but of which the manifest has no
+        hash."""
+        graphs = [graph.file for graph in self.manifest.graphs.values()]
+        read = (*graphs, WEIGHTS, TACTICS, *_TEXT_FILES)
+        return [
+            name for name in read if name not in self.manifest.files and (self.path / name).exists()
+        ]
 
     def write_file(self, name: str, text: str) -> None:
         """Add or replace a file, and its hash in the manifest."""
@@ -146,20 +179,21 @@ def open_engine(path: Path) -> Engine:
             f"{path} holds no {MANIFEST}, so it is no engine; make one with: slipstream build "
             f"CHECKPOINT -o {path}"
         )
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(f"{file} is not readable JSON ({error})", path) from error
-    if not isinstance(raw, dict) or "format_version" not in raw:
+    again = f"build it again: slipstream build CHECKPOINT -o {path}"
+    raw = read_fields(file, Origin(file, again, EngineMismatchError)).values
+    if "format_version" not in raw:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
     command = raw.get("command")
     if raw["format_version"] != FORMAT_VERSION:
-        found = f"{file} has format {raw['format_version']} and Slipstream {__version__} reads"
+        version = shortened(raw["format_version"])
+        found = f"{file} has format {version} and Slipstream {__version__} reads"
         raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
     try:
         manifest = Manifest.from_dict(raw)
     except ValueError as error:
-        raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
+        raise _unreadable(
+            f"{file} lacks or misnames a field ({error!s:.400})", path, command
+        ) from error
     for name, version in manifest.plugins.items():
         known = name in OPERATORS
         ours = OPERATORS[name].version if known else "none"

@@ -96,7 +96,7 @@ def _quantize_layers(plan: Plan) -> Callable[..., Iterator[LayerResult]]:
 
 def _windows(plan: Plan, text: Text) -> tuple[list[Tokens], list[Tokens]]:
     """The calibration windows, none where no data is needed, and those to measure on."""
-    options, longest = plan.options, plan.config.max_position_embeddings
+    options, longest = plan.options, plan.config.context_length
     calibration: list[Tokens] = []
     if plan.calibrated:
         given = options.calib_dataset

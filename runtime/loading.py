@@ -111,4 +111,4 @@ def generation_defaults(directory: Path, command: str) -> SamplingParams:
     try:
         return SamplingParams.from_generation_config({**config.values, **greedy})
     except InvalidRequestError as error:
-        raise origin.refusal(f"cannot be used ({error})") from error
+        raise origin.refusal(f"cannot be used ({error!s:.300})") from error

@@ -15,6 +15,17 @@ Kind = Literal["dense", "int", "float8_e4m3", "float4_e2m1", "codebook"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
 Activation = Literal["none", "token", "static", "group", "block"]
 # The numbers of the eight codes of float4_e2m1 without its sign, which is bit 3.
+_CHUNK = 1 << 16
+# The bits of an element that are all ones in NaN and infinity only.
+_NOT_FINITE = {
+    "float64": 0x7FF << 52,
+    "float32": 0xFF << 23,
+    "float16": 0x1F << 10,
+    "bfloat16": 0xFF << 7,
+    "float8_e5m2": 0x1F << 2,
+    "float8_e4m3fn": 0x7F,
+    "float8_e8m0fnu": 0xFF,
+}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -91,6 +102,20 @@ class QuantTensor:
     codebook: NDArray[np.float32] | None = None
     input: InputTransform | None = None
 
+    def numbers(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays whose elements are numbers rather than codes, by what they are."""
+        float8 = self.format.kind in ("dense", "float8_e4m3")
+        parts: dict[str, NDArray[np.generic] | None] = {
+            "values": self.codes if float8 else None,
+            "scales": self.scale,
+            "offsets": self.offset,
+            "input scales": self.input_scale,
+            "second scales": self.scale2,
+            "codebook": self.codebook,
+            "scales of its input": None if self.input is None else self.input.scale,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def unpacked_codes(self) -> NDArray[np.uint8]:
         """Integer codes one a byte: u8 ``[N, K]``."""
         n, k = self.format.shape
@@ -166,6 +191,15 @@ class LazyTensor:
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """The dtype of a NumPy or ml_dtypes name, such as ``float32`` or ``bfloat16``."""
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def is_finite(numbers: NDArray[np.generic]) -> bool:
+    """Whether no element is NaN or infinite; takes less than a MB, whatever the size."""
+    mask = np.array(_NOT_FINITE[numbers.dtype.name], f"u{numbers.dtype.itemsize}")
+    # As bits, which is four times as fast as ml_dtypes' own way.
+    bits = np.ascontiguousarray(numbers).reshape(-1).view(mask.dtype)
+    chunks = (bits[start : start + _CHUNK] & mask for start in range(0, len(bits), _CHUNK))
+    return all(chunk.max() != mask for chunk in chunks)
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

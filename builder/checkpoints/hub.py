@@ -11,8 +11,10 @@ from slipstream.errors import CheckpointError, MissingDependencyError
 if TYPE_CHECKING:
     from slipstream.builder.checkpoints.base import Checkpoint
 
-# What the reader needs; pickled weights and other frameworks' copies stay where they are.
+# What the reader needs; pickled weights and other frameworks' copies stay where they are, and so do
+# other copies of the weights: folders such as original/, consolidated files, adapters.
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
+_OTHERS = ["*/*", "consolidated*", "adapter_*"]
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -29,7 +31,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     name = os.fspath(source)
     try:
-        directory = snapshot_download(name, allow_patterns=_FILES)
+        directory = snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHERS)
     # Its errors are OSErrors (HTTP, offline, not found) or ValueErrors (a malformed id).
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from slipstream.builder.contract import (
     paged,
     states,
 )
-from slipstream.builder.engine import Engine
+from slipstream.builder.engine import WEIGHTS, Engine
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
@@ -134,8 +133,11 @@ class CPUExecutor:
         self._sampler = Sampler(manifest.vocab_size)
         threads = config.num_threads or len(os.sched_getaffinity(0))
         library.load().slipstream_set_threads(threads)
+        # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
+        # of the engine's directory.
+        self._weights = _map_weights(engine)
         self._graphs = {
-            name: _Graph(spec, _create_session(engine, engine.path / spec.file, threads))
+            name: _Graph(spec, _create_session(engine, spec.file, self._weights, threads))
             for name, spec in manifest.graphs.items()
         }
 
@@ -240,8 +242,20 @@ class CPUExecutor:
         return np.empty(shape, output.dtype)
 
 
-def _create_session(engine: Engine, graph: Path, num_threads: int) -> ort.InferenceSession:
+def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
+    """The file of the weights, if the engine has one, by its name."""
+    files = [WEIGHTS] if WEIGHTS in engine.manifest.files else []
+    return {name: np.memmap(engine.path / name, np.uint8, "r").view(np.ndarray) for name in files}
+
+
+def _create_session(
+    engine: Engine, graph: str, weights: Mapping[str, NDArray[np.uint8]], num_threads: int
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
+    )
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     for module in library.modules(engine.manifest.plugins):
         options.register_custom_ops_library(library.path(module))
         library.load(module).slipstream_set_threads(num_threads)
@@ -253,7 +267,9 @@ def _create_session(engine: Engine, graph: Path, num_threads: int) -> ort.Infere
     options.log_severity_level = 3
     options.add_session_config_entry("session.dynamic_block_base", "4")
     try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(engine.path / graph), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it "

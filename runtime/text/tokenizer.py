@@ -18,7 +18,8 @@ from slipstream.runtime.text.stream import (
     WindowStream,
     byte_level_bytes,
 )
-from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.json import Fields, Origin, read_fields, read_text
+from slipstream.weights.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
@@ -86,16 +87,7 @@ class Tokenizer:
                 f"{file} is missing; an engine needs a fast tokenizer: save one with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) and build again"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        # The Rust library raises nothing narrower; where it panics, not even an Exception.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise CheckpointError(
-                f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
-                f"`tokenizers` (installed: {tokenizers.__version__})"
-            ) from error
+        backend = read_tokenizer(file)
         return cls(backend, TokenizerSettings.from_directory(Path(path)))
 
     @property
@@ -271,9 +263,4 @@ def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
 
 
 def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); fetch it again and build the engine again"
-        ) from error
+    return read_text(file, Origin(file, "fetch it again and build the engine again"))

@@ -200,6 +200,38 @@ def test_a_weight_that_cannot_be_quantized(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
+NOT_NUMBERS = {
+    "embed_tokens.weight": np.inf,
+    "model.norm.weight": np.nan,
+    "layers.1.self_attn.k_proj.weight": -np.inf,
+}
+
+
+@pytest.mark.parametrize("name", NOT_NUMBERS)
+def test_weights_that_are_no_numbers_are_found(tmp_path: Path, name: str) -> None:
+    """In a dense engine, which no quantization looks through."""
+
+    def change(arrays: Arrays) -> None:
+        full = next(n for n in arrays if n.endswith(name))
+        arrays[full].flat[-1] = NOT_NUMBERS[name]
+
+    checkpoint = save_llama(tmp_path / "checkpoint", broken(change))
+    with pytest.raises(CheckpointError, match=rf"{name} holds infinite or undefined .* values"):
+        build(checkpoint, tmp_path / "engine", BuildOptions())
+
+
+@pytest.mark.parametrize("content", ["{}", "ab", "[" * 100_000, '{"version": "1.0", "model": {}}'])
+def test_a_tokenizer_that_cannot_be_read_is_found_before_the_weights(
+    tmp_path: Path, content: str
+) -> None:
+    checkpoint = save_llama(tmp_path / "checkpoint", llama_tensors())
+    (checkpoint / "tokenizer.json").write_text(content)
+    told: list[int] = []
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        build(checkpoint, tmp_path / "engine", BuildOptions(), lambda *_: told.append(0))
+    assert not told and list(tmp_path.iterdir()) == [checkpoint]
+
+
 def test_an_extra_tensor(tmp_path: Path) -> None:
     arrays = broken(
         lambda a: a.update({"model.layers.0.mlp.router.weight": np.ones((2, 2), np.float32)})

@@ -44,7 +44,7 @@ GRAPH = GraphSpec(
 )
 MANIFEST = Manifest(
     target="cpu",
-    model={"vocab_size": 320, "eos_token_ids": [1, 2]},
+    model={"architecture": "llama", "eos_token_ids": [1, 2]},
     limits=EngineLimits(3, 17, 96),
     graphs={"target": GRAPH},
     caches=CACHES,
@@ -112,7 +112,7 @@ def test_another_format(engine: Path, version: object) -> None:
     command = open_engine(engine).manifest.command
     edit(engine, lambda raw: raw.update(format_version=version))
     message = assert_mismatch(
-        lambda: open_engine(engine), f"has format {version}", "reads format 2"
+        lambda: open_engine(engine), f"has format {version!r}", "reads format 2"
     )
     assert message.endswith(command)
 
@@ -196,6 +196,51 @@ def test_no_value_of_another_type_passes(tiny_engine: Path, tmp_path: Path) -> N
             (tmp_path / "engine.json").write_text(json.dumps(raw))
             assert_mismatch(lambda: open_engine(tmp_path), str(tmp_path / "engine.json"))
         holder[key] = was
+
+
+EMPTY: dict[str, Any] = {"limits": {}, "plugins": None, "files": None, "model": {}, "graphs": {}}
+
+
+@pytest.mark.parametrize("field", EMPTY)
+def test_an_empty_field_is_one_sentence(engine: Path, field: str) -> None:
+    edit(engine, lambda raw: raw.update({field: EMPTY[field]}))
+    assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", field)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"limits": {"max_batch_size": 0, "max_num_tokens": 1, "max_seq_len": 1}},
+        {"limits": {"max_batch_size": 1, "max_num_tokens": 2**31, "max_seq_len": 1}},
+        {"limits": {"max_batch_size": 1, "max_num_tokens": 10**400, "max_seq_len": 1}},
+        {"files": {"../graph.onnx": "0" * 64}},
+        {"files": {"/etc/passwd": "0" * 64}},
+        {"model": {"architecture": 3}},
+    ],
+)
+def test_a_value_out_of_bounds_is_one_sentence(engine: Path, edits: dict[str, Any]) -> None:
+    edit(engine, lambda raw: raw.update(edits))
+    assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", next(iter(edits)))
+
+
+def test_no_file_goes_without_its_hash(engine: Path) -> None:
+    for name in FILES:
+        whole = (engine / "engine.json").read_text()
+        edit(engine, lambda raw, name=name: raw["files"].pop(name))
+        opened = open_engine(engine)
+        assert_mismatch(opened.verify_files, f"{name} of the engine {engine} has no hash")
+        (engine / "engine.json").write_text(whole)
+    edit(engine, lambda raw: raw.update(files={}))
+    assert_mismatch(open_engine(engine).verify_files, "has no hash")
+    edit(engine, lambda raw: raw.update(files=dict.fromkeys(FILES)))
+    assert_mismatch(lambda: open_engine(engine), "files.chat_template.jinja is None")
+
+
+def test_a_file_that_came_later_is_not_read(engine: Path) -> None:
+    (engine / "README.md").write_text("of nobody's interest")
+    open_engine(engine).verify_files()
+    (engine / "special_tokens_map.json").write_text("{}")
+    assert_mismatch(open_engine(engine).verify_files, "special_tokens_map.json of the engine")
 
 
 def no_page_size(raw: dict[str, Any]) -> None:

@@ -93,6 +93,21 @@ def test_a_graph_that_onnxruntime_refuses(engine: Path) -> None:
         load(engine, {})
 
 
+def test_weights_may_lie_elsewhere_behind_a_link(engine: Path, tmp_path: Path) -> None:
+    """On another disk, under another name."""
+
+    def answer() -> list[int]:
+        with LLM(engine) as llm:
+            return llm.generate("the quick", GREEDY)[0].outputs[0].token_ids
+
+    expected = answer()
+    (tmp_path / "disk").mkdir()
+    (engine / "weights.safetensors").rename(tmp_path / "disk" / "blob")
+    (engine / "weights.safetensors").symlink_to(tmp_path / "disk" / "blob")
+
+    assert answer() == expected
+
+
 def test_an_engine_of_another_target(engine: Path) -> None:
     file = engine / "engine.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "target": "abacus"}))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from slipstream.weights.tensor import QuantTensor, WeightFormat, pack_nibbles
+from slipstream.weights.safetensors import DTYPES
+from slipstream.weights.tensor import QuantTensor, WeightFormat, is_finite, pack_nibbles
 
 _SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
 
@@ -54,3 +58,19 @@ def test_dense_values_become_float32_of_any_rank() -> None:
 
     assert dense.dtype == np.float32
     assert dense.tolist() == [1.5, -2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.kind in "fV"], ids=str)
+def test_what_is_finite(dtype: np.dtype[Any]) -> None:
+    """Every pattern of the leading 16 bits, against what NumPy finds."""
+    size = min(dtype.itemsize, 2) * 8
+    patterns = np.arange(1 << size, dtype=np.uint64) << np.uint64(8 * dtype.itemsize - size)
+    values = patterns.astype(f"u{dtype.itemsize}").view(dtype)
+    with np.errstate(all="ignore"):
+        expected = np.isfinite(values.astype(np.float64) if dtype.itemsize == 1 else values)
+    found = [is_finite(values[i : i + 1]) for i in range(0, len(values), 7 if size == 16 else 1)]
+    np.testing.assert_array_equal(found, expected[:: 7 if size == 16 else 1])
+    many = np.ones(100_000, dtype)
+    assert is_finite(many) and is_finite(many[:0])
+    many[-1] = np.nan
+    assert not is_finite(many) and not is_finite(many.reshape(2, -1))

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from slipstream.builder.models import architectures
 from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import is_integer, shortened
 
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
@@ -32,14 +34,14 @@ def huggingface_config(
     experts = keys.get("expert_count", 0)
     if experts and all(module.role != "expert" for module in architecture.modules):
         raise CheckpointError(
-            f"the GGUF file is a mixture of {experts} experts, which is not supported; use a dense "
-            "model"
+            f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; "
+            "use a dense model"
         )
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
     heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
-    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
     return {
         "model_type": architecture.name,
@@ -54,7 +56,7 @@ def huggingface_config(
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
-            "partial_rotary_factor": rotary_dim / head_dim,
+            "partial_rotary_factor": rotary_fraction(rotary_dim, head_dim),
             **_rope_scaling(keys, rope_factors, theta, rotary_dim),
         },
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -70,7 +72,7 @@ def _architecture(keys: _Keys) -> Architecture:
     if not found:
         known = dict.fromkeys(a.gguf.name for a in architectures() if a.gguf is not None)
         raise CheckpointError(
-            f"the GGUF file's general.architecture is {keys.architecture!r}, which is not "
+            f"the GGUF file's general.architecture is {keys.architecture[:80]!r}, which is not "
             f"supported; expected one of {', '.join(known)}"
         )
     return max(found, key=lambda a: _fit(a, keys))
@@ -109,8 +111,9 @@ class _Keys:
         if isinstance(value, list):
             if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
-                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
-                    "which is not supported; use a model whose layers are alike"
+                    f"the GGUF file's {self.architecture}.{key} differs between layers "
+                    f"({shortened(value)}), which is not supported; use a model whose layers are "
+                    "alike"
                 )
             return value[0]
         return default if value is None else value
@@ -129,17 +132,18 @@ class _Keys:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
             return float(value)
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive number: "
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            "number: "
             "download it again"
         )
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, maximum: int = 2**31 - 1) -> int:
         value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_integer(value) and 0 < value <= maximum:
             return value
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive integer: "
-            "download it again"
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            f"integer of at most {maximum}: download it again"
         )
 
 

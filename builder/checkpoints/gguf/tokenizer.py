@@ -26,9 +26,10 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import Fields, Origin
+from slipstream.weights.json import Fields, Origin, shortened
 
 _PREFIX = "tokenizer.ggml."
+_LONGEST_PIECE = 256  # characters: every way to cut each in two is looked up
 _TOKENS = f"{_PREFIX}tokens"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -91,8 +92,8 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     kind = fields.text(f"{_PREFIX}model", "None")
     if kind not in _BUILDERS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.model is {kind!r}, which is not supported; expected "
-            f"one of {', '.join(_BUILDERS)}"
+            f"the GGUF file's tokenizer.ggml.model is {shortened(kind)}, which is not supported; "
+            f"expected one of {', '.join(_BUILDERS)}"
         )
     if not fields.texts(_TOKENS, ()):
         raise CheckpointError("the GGUF file has no tokenizer.ggml.tokens; download it again")
@@ -119,8 +120,8 @@ def _byte_level(fields: Fields) -> tuple[Tokenizer, bool]:
     name = fields.text(f"{_PREFIX}pre", "default")
     if name not in _WORDS:
         raise CheckpointError(
-            f"the GGUF file's tokenizer.ggml.pre is {name!r}, which is not supported; expected one "
-            f"of {', '.join(_WORDS)}"
+            f"the GGUF file's tokenizer.ggml.pre is {shortened(name)}, which is not supported; "
+            f"expected one of {', '.join(_WORDS)}"
         )
     words = _WORDS[name]
     vocabulary = _vocabulary(fields)
@@ -173,8 +174,8 @@ def _merges_of_file(fields: Fields, vocabulary: Mapping[str, int]) -> list[tuple
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointError(
-                f"the GGUF file's tokenizer.ggml.merges has {merge!r}, which joins or makes a "
-                "token that it does not have; download it again"
+                f"the GGUF file's tokenizer.ggml.merges has {shortened(merge)}, which joins or "
+                "makes a token that it does not have; download it again"
             )
         merges.append((left, right))
     return merges
@@ -187,6 +188,12 @@ def _merges_by_score(fields: Fields) -> list[tuple[str, str]]:
         raise CheckpointError(
             f"the GGUF file has {len(tokens)} tokens, but no merges and no score for each; "
             "download it again"
+        )
+    longest = max(tokens, key=len)
+    if len(longest) > _LONGEST_PIECE:
+        raise CheckpointError(
+            f"the GGUF file has no merges and a token of {len(longest)} characters, "
+            f"{longest:.40}…, which no vocabulary of pieces has; download it again"
         )
     types = _types(fields)
     pieces = {

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipstream.builder.checkpoints.base import (
@@ -20,9 +20,10 @@ from slipstream.builder.checkpoints.quantized import (
     quantization_config,
     read_quantized,
 )
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.json import Fields, Origin, is_file_name, read_fields, read_text
 from slipstream.weights.safetensors import StoredTensor, read_header
 from slipstream.weights.tensor import KVScales, LazyTensor
 
@@ -80,7 +81,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
     raw = _config(path)
     quantization = quantization_config(path, raw)
     config = ModelConfig.from_huggingface(raw.values)
-    stored = _weights(path)
+    stored = _with_embedding(_weights(path), config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
     weights = read_quantized(Stored(path, stored), config, quantization)
@@ -108,10 +109,28 @@ def _config(path: Path) -> Fields:
     raise CheckpointError(f"{path} has no config.json, so it is no checkpoint; {remedy}")
 
 
+def _with_embedding(
+    stored: dict[str, StoredTensor], config: ModelConfig
+) -> dict[str, StoredTensor]:
+    """A file of a tied model may hold the matrix that embedding and head share as the head's."""
+    modules = architecture_of(config.architecture).modules
+    embedding = next(f"{m.name}.weight" for m in modules if m.role == "embedding")
+    heads = [stored[f"{m.name}.weight"] for m in modules if m.tied and f"{m.name}.weight" in stored]
+    if not config.tie_word_embeddings or embedding in stored or not heads:
+        return stored
+    return {**stored, embedding: replace(heads[0], name=embedding)}
+
+
 def _weights(path: Path) -> dict[str, StoredTensor]:
+    """As transformers does, one whole file is read before shards: what index lies beside it is of
+    another download, unless it counts that file among its shards."""
+    whole = (path / _WEIGHTS).is_file()
     if (path / _INDEX).is_file():
-        return _sharded_weights(path)
-    if (path / _WEIGHTS).is_file():
+        shard_of = _shards(path)
+        if not whole or {_WEIGHTS} < set(shard_of.values()):
+            return _sharded_weights(path, shard_of)
+        logger.info("%s: %s is not read, because %s is there", path.name, _INDEX, _WEIGHTS)
+    if whole:
         return read_header(path / _WEIGHTS)
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
@@ -125,11 +144,19 @@ def _weights(path: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
+def _shards(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the index."""
     index = read_fields(path / _INDEX, Origin(path / _INDEX, "download the checkpoint again"))
     if not index.has("weight_map"):
         raise index.origin.refusal("has no weight_map")
     shard_of = index.texts_by_name("weight_map")
+    for name, shard in shard_of.items():
+        if not is_file_name(shard):
+            raise index.fields("weight_map").refusal(name, "a file beside the index")
+    return shard_of
+
+
+def _sharded_weights(path: Path, shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
@@ -152,17 +179,10 @@ def _chat_template(path: Path) -> str | None:
     """The template from its own file, else from tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
     if own.is_file():
-        return _text(own)
+        return read_text(own)
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
     if not isinstance(fields.values.get("chat_template"), list):
         return fields.optional_text("chat_template")
     named = fields.list_of_fields("chat_template")
     return {entry.text("name"): entry.text("template") for entry in named}.get("default")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Origin(file).refusal(f"cannot be read ({error})") from error

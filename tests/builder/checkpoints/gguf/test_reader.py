@@ -212,7 +212,7 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
         (changed(rope__freq_base="far"), "rope.freq_base is 'far'; expected a positive number"),
         (changed(rope__freq_base=math.nan), "rope.freq_base is nan"),
         (changed(block_count=True), "block_count is True; expected a positive integer"),
-        (changed(block_count=2**32 - 1), "num_hidden_layers is 4294967295"),
+        (changed(block_count=2**32 - 1), "block_count is 4294967295"),
         (changed(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps is 'x'"),
         (changed(tokenizer__ggml__eos_token_id=[1, 2]), r"eos_token_id is \[\[1, 2\]\]"),
         (without("block_count"), "no llama.block_count"),

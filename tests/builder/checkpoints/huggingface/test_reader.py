@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slipstream.builder.build import plan
 from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.options import BuildOptions
 from slipstream.errors import CheckpointError
 
+HEAD = "lm_head.weight"
 Edit = Callable[[Path], None]
 
 
@@ -79,6 +83,32 @@ def test_a_tied_checkpoint_has_no_head(tmp_path: Path) -> None:
     assert "lm_head.weight" not in checkpoint.names()
     with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight' among its 20"):
         checkpoint.tensor("lm_head.weight")
+
+
+@pytest.mark.parametrize("metadata", [{"format": "pt"}, {"model.embed_tokens.weight": HEAD}, {}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shared_matrix_may_be_stored_as_the_head_only(
+    tmp_path: Path, metadata: dict[str, str], tied: bool
+) -> None:
+    """As `safetensors.torch.save_model` keeps it, which says so in the header; where nothing does,
+    the configuration ties the two."""
+    state = save_llama(tmp_path, torch.float32, tied=True).state_dict()
+    embedding = state["model.embed_tokens.weight"].numpy()
+    kept = {name: t.numpy() for name, t in state.items() if name != "model.embed_tokens.weight"}
+    save_file(kept, tmp_path / "model.safetensors", metadata)
+    config(tie_word_embeddings=tied)(tmp_path)
+
+    checkpoint = open_checkpoint(tmp_path)
+
+    if tied or HEAD in metadata.values():
+        planned = plan(tmp_path, BuildOptions())
+        stored = [weight.parts[0].name for weight in planned.weights]
+        assert ("lm_head.weight.float32" in stored) == (not tied)
+        found = checkpoint.tensor("model.embed_tokens.weight")
+        assert found.name == "model.embed_tokens.weight"
+        np.testing.assert_array_equal(found.load().dequantize(), embedding)
+    else:
+        assert "model.embed_tokens.weight" not in checkpoint.names()
 
 
 def test_a_weight_is_read_when_it_is_loaded(saved: Path) -> None:
@@ -186,6 +216,42 @@ def test_shards_and_index_must_agree(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lacks 1 of its 5 shards: model-00002-of-00005"):
         open_checkpoint(tmp_path)
+
+
+def test_a_whole_file_is_read_though_an_old_index_lies_beside_it(tmp_path: Path) -> None:
+    """The shards of the index are gone, or are those of another model."""
+    save_llama(tmp_path, torch.float32, shard="20KB")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    for shard in tmp_path.glob("model-*.safetensors"):
+        save_file({"other": np.zeros(3, np.float32)}, shard)
+        if "00002" in shard.name:
+            shard.unlink()
+    state = save_llama(tmp_path, torch.float32).state_dict()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    assert set(open_checkpoint(tmp_path).names()) == set(state)
+
+
+def test_one_of_the_shards_may_have_the_name_of_a_whole_file(tmp_path: Path) -> None:
+    state = save_llama(tmp_path, torch.float32, shard="20KB").state_dict()
+    (tmp_path / "model-00001-of-00005.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00005.s", "model.s"))
+
+    assert set(open_checkpoint(tmp_path).names()) == set(state)
+
+
+@pytest.mark.parametrize("shard", ["../other/a.safetensors", "/a", "b/a", "..", ".", "", "\0"])
+def test_shards_lie_beside_their_index(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "other").mkdir()
+    save_file({NORM: np.zeros(32, np.float32)}, tmp_path / "other" / "a.safetensors")
+    directory = tmp_path / "model"
+    save_llama(directory, torch.float32, shard="20KB")
+    index = directory / "model.safetensors.index.json"
+    edit_json(index, lambda data: data["weight_map"].update({NORM: shard}))
+
+    with pytest.raises(CheckpointError, match=r"weight_map\.model\.norm\.weight is .* beside the"):
+        open_checkpoint(directory)
 
 
 def written(source: Path, tmp_path: Path) -> Path:
