@@ -237,6 +237,19 @@ def test_mixed_bits_go_through_gptq_by_dynamic(source: Checkpoint, tmp_path: Pat
     assert override == {"bits": 8, "group_size": 32, "sym": False, "desc_act": False}
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+def test_vllm_wants_linears_that_it_multiplies_as_one_to_be_alike(layout: OutputFormat) -> None:
+    made = create_layout(layout, {})
+    names = [f"model.layers.0.{x}_proj" for x in ("mlp.up", "mlp.gate", "mlp.down")]
+    settings = {
+        name: made.encode(make(f"{name}.weight", (64, 96), INT4)).settings for name in names
+    }
+    assert made.loaders(settings)["vLLM"] == ""
+    assert made.loaders({**settings, names[2]: {}})["vLLM"] == "", "it is multiplied by itself"
+    for unlike in ({**settings, names[1]: {}}, {names[0]: settings[names[0]]}):
+        assert made.loaders(unlike)["vLLM"].find("_proj") > 0
+
+
 @pytest.mark.parametrize("layout", ["compressed-tensors", "awq"])
 def test_a_shorter_last_group_becomes_finer_groups(
     source: Checkpoint, tmp_path: Path, layout: OutputFormat
