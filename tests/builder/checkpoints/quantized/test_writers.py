@@ -239,15 +239,17 @@ def test_mixed_bits_go_through_gptq_by_dynamic(source: Checkpoint, tmp_path: Pat
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
 def test_vllm_wants_linears_that_it_multiplies_as_one_to_be_alike(layout: OutputFormat) -> None:
-    made = create_layout(layout, {})
-    names = [f"model.layers.0.{x}_proj" for x in ("mlp.up", "mlp.gate", "mlp.down")]
-    settings = {
-        name: made.encode(make(f"{name}.weight", (64, 96), INT4)).settings for name in names
-    }
-    assert made.loaders(settings)["vLLM"] == ""
-    assert made.loaders({**settings, names[2]: {}})["vLLM"] == "", "it is multiplied by itself"
-    for unlike in ({**settings, names[1]: {}}, {names[0]: settings[names[0]]}):
-        assert made.loaders(unlike)["vLLM"].find("_proj") > 0
+    up, gate, down = (f"model.layers.0.mlp.{x}_proj" for x in ("up", "gate", "down"))
+    weights = [make(f"{name}.weight", (64, 96), INT4) for name in (up, gate, down)]
+    made = create_layout(layout, {w.name: (w.format, None) for w in weights})
+    same = {w.name.removesuffix(".weight"): made.encode(w).settings for w in weights}
+    assert made.loaders(same)["vLLM"] == made.loaders({down: same[down]})["vLLM"] == ""
+    assert made.loaders({down: same[down], up: same[up]})["vLLM"].startswith(f"{up} and gate_proj")
+    if layout == "awq":
+        return
+    wide = made.encode(make(f"{up}.weight", (64, 96), INT8)).settings
+    assert made.loaders({**same, down: wide})["vLLM"] == "", "it is multiplied by itself"
+    assert up in made.loaders({**same, up: wide})["vLLM"]
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "awq"])
