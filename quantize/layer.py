@@ -164,7 +164,11 @@ class LayerWork:
         if scheme.kind == "float8_e4m3":
             dense = lazy(_dense_tensor(full, weight))
             block = scheme.grouping == "block"
-            made = quantize_fp8_block(dense) if block else quantize_fp8(dense, search=True)
+            made = (
+                quantize_fp8_block(dense, scheme.group)
+                if block
+                else quantize_fp8(dense, search=True)
+            )
             return _Rounded(made)
         asked = scheme.algorithm in ("awq", "gptq")
         if gram is None or not asked:

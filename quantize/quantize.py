@@ -141,7 +141,7 @@ class _Run:
         quantized = clock.seconds
         measured = self._measure(written, evaluation)
         seconds = {"quantize": quantized, "measure": clock.seconds - quantized}
-        report = self._report(plan, place, calibration, measured, seconds, writer.nbytes)
+        report = self._report(plan, place, calibration, measured, seconds, writer)
         _check_gate(report, plan.options)
         report.write(place.checkpoint)
         place.publish(self.output)
@@ -239,7 +239,7 @@ class _Run:
         calibration: Sequence[Tokens],
         measured: Accuracy,
         seconds: Mapping[str, float],
-        size: int,
+        writer: DirectoryWriter,
     ) -> Report:
         options = plan.options
         return Report(
@@ -248,7 +248,7 @@ class _Run:
             qformat=options.qformat,
             kv_cache_dtype=options.kv_cache_dtype,
             linears=[LinearRow(**row) for layer in place.layers for row in layer.rows],
-            size=size,
+            size=writer.nbytes,
             size_before=plan.source_nbytes,
             parameters=plan.parameters,
             accuracy=measured,
@@ -259,6 +259,7 @@ class _Run:
             options=asdict(options),
             versions=versions(),
             notes=plan.notes,
+            loaders=writer.layout.loaders(writer.modules),
         )
 
 

@@ -138,11 +138,10 @@ _QUANTIZE = {
     ),
     "group_size": Option(
         "Elements that share a scale: 32, 64, 128, or -1 for whole rows.",
-        "the largest of 128, 64 and 32 that divides a row",
+        "the largest of 128, 64 and 32 that divides every linear",
     ),
     "symmetric": Option(
-        "Quantize without or with zero points.",
-        "as the qformat does",
+        "Quantize without or with zero points, which transformers does not load.",
         flag="symmetric/--asymmetric",
     ),
     "calib_dataset": Option(

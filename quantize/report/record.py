@@ -100,7 +100,8 @@ class Report:
     ``size`` and ``size_before`` are bytes of all tensors and ``parameters`` how many numbers they
     stand for. ``accuracy`` compares the file as written with the checkpoint, None when that was not
     asked for. ``calibration`` says on what, empty when no data was used. ``peak_memory`` is in
-    bytes, ``seconds`` by stage in order.
+    bytes, ``seconds`` by stage in order. ``loaders`` are other runtimes by name, with the reason
+    why they do not load the files, empty where they do.
     """
 
     source: str
@@ -119,6 +120,7 @@ class Report:
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    loaders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def effective_bits(self) -> float:
@@ -136,6 +138,10 @@ class Report:
         measured = [linear for linear in self.linears if math.isfinite(linear.error)]
         return sorted(measured, key=lambda linear: -linear.error)[:_WORST]
 
+    def refusals(self) -> list[str]:
+        """A sentence for each loader that does not take the files."""
+        return [f"{loader} does not load it: {why}" for loader, why in self.loaders.items() if why]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a number that is not finite is None."""
         plain = {
@@ -143,7 +149,7 @@ class Report:
             for name in (
                 *("source", "output", "qformat", "kv_cache_dtype", "size", "size_before"),
                 *("parameters", "effective_bits", "bits_per_parameter", "calibration", "seed"),
-                *("seconds", "peak_memory", "options", "versions", "notes"),
+                *("seconds", "peak_memory", "options", "versions", "notes", "loaders"),
             )
         }
         worst = [

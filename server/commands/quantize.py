@@ -206,7 +206,7 @@ def _summarize(report: Report, output: Path, seconds: float) -> None:
     for worst in report.worst()[:1]:
         rows.append(("worst linear", f"{worst.name} ({worst.suggestion()})"))
     click.echo(format_columns(rows))
-    for note in report.notes:
+    for note in [*report.notes, *report.refusals()]:
         click.echo(f"note: {note}")
     kv = report.kv_cache_dtype
     more = f" --kv-cache-dtype {kv}" if kv == "int8" else ""
