@@ -97,6 +97,12 @@ class Engine:
     path: Path
     manifest: Manifest
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for all files and this version of Slipstream, of which nothing can be told."""
+        identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
+        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
     def verify_files(self) -> None:
         """Compare every file with its hash; EngineMismatchError names the first that differs or is
         missing."""

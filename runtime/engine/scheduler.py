@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
-from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.kv_cache import Allocation, Move
@@ -124,15 +124,19 @@ class Scheduler:
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None) -> int:
         """``max_tokens`` clamped to the room after the prompt; None asks for all of it.
 
-        Raises ``InvalidRequestError`` for a prompt that is empty or too long and ``CapacityError``
-        for a request that would not fit in the KV pages even alone.
+        Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
+        that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
+        even alone.
         """
         limit = self._config.max_seq_len
-        if not 1 <= prompt_len < limit:
-            raise InvalidRequestError(
+        if prompt_len < 1:
+            raise InvalidRequestError("the prompt has 0 tokens; give at least 1", param="prompt")
+        if prompt_len >= limit:
+            raise ContextLengthError(
                 f"the prompt has {prompt_len} tokens; this engine takes 1 to {limit - 1}"
                 f" (max_seq_len {limit} less one token to generate). Shorten the prompt or"
-                " load the engine with a larger max_seq_len"
+                " load the engine with a larger max_seq_len",
+                param="prompt",
             )
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
@@ -142,7 +146,8 @@ class Scheduler:
             raise CapacityError(
                 f"{prompt_len} prompt tokens and max_tokens {max_tokens} do not fit in the KV cache"
                 f" of {self.kv.num_pages} pages ({capacity} tokens). Lower max_tokens, shorten the"
-                " prompt, or raise kv_cache_bytes"
+                " prompt, or raise kv_cache_bytes",
+                param="prompt" if prompt_len > capacity else "max_tokens",
             )
         self._check_windows(prompt_len + max_tokens - 1)
         return max_tokens
@@ -228,7 +233,8 @@ class Scheduler:
                 raise CapacityError(
                     f"a sequence of {num_tokens} tokens holds {pages} pages of cache"
                     f" {', '.join(group.caches)} at a time, which has {group.num_pages}. Lower"
-                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes"
+                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes",
+                    param="prompt",
                 )
 
     def _make_room(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.refusal import naming
 
 _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 
@@ -42,22 +43,26 @@ def chat_prompt(
 
     Templates write special tokens themselves, so none are added unless asked for.
     """
-    text = _render(tokenizer, conversation)
-    return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=bool(add_special_tokens)))
+    with naming({"prompt": "messages"}):
+        text = _render(tokenizer, conversation)
+        tokens = tokenizer.encode(text, add_special_tokens=bool(add_special_tokens))
+    return ChatPrompt(text, tokens)
 
 
 def _render(tokenizer: Tokenizer, conversation: Conversation) -> str:
     reserved = sorted(_RESERVED & conversation.variables.keys())
     if reserved:
         raise InvalidRequestError(
-            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request"
+            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
+            param="chat_template_kwargs",
         )
     going_on, generating = conversation.going_on, conversation.generating
     if generating is None:
         generating = not going_on
     if going_on and generating:
         raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt cannot both be true; leave one out"
+            "continue_final_message and add_generation_prompt cannot both be true; leave one out",
+            param="continue_final_message",
         )
     messages = conversation.messages
     text = tokenizer.apply_chat_template(messages, generating, **conversation.variables)
@@ -74,5 +79,6 @@ def _cut_after_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
             return text[: position + len(ending)]
     raise InvalidRequestError(
         "continue_final_message is true, but this model's chat template does not show the last "
-        "message as it is; leave it out"
+        "message as it is; leave it out",
+        param="continue_final_message",
     )

@@ -22,7 +22,7 @@ from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.refusal import Refusal, naming
 
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
@@ -33,12 +33,16 @@ Item = tuple[int, RequestOutput]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one request of a client asks of the engine."""
+    """What one request of a client asks of the engine.
+
+    ``fields`` says what the client's API calls a parameter, where that is another name.
+    """
 
     prompts: Sequence[Prompt]
     params: SamplingParams
     kind: OutputKind
     priority: int = 0
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -114,7 +118,7 @@ class Service:
         Raises ``Refusal`` if the server takes no more, or ends the request; and what
         ``AsyncLLM.generate`` raises.
         """
-        with self._admission(job), self._tracking(job) as tracks:
+        with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
             runs = [self._generate(job, track) for track in tracks.values()]
             async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as outputs:
                 async for output in outputs:

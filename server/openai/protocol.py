@@ -114,6 +114,7 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class ChatMessage(BaseModel):
@@ -123,6 +124,7 @@ class ChatMessage(BaseModel):
 
     role: str = Field(examples=["user"])
     content: str | list[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    refusal: str | None = None
 
 
 class Templated(_Request):
@@ -149,6 +151,12 @@ class ChatRequest(Templated, GenerationRequest):
     function_call: Annotated[Any, _only("none")] = None
     modalities: Annotated[Any, _only(["text"])] = None
     audio: Annotated[Any, _only()] = None
+    moderation: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    web_search_options: Annotated[Any, _only()] = None
+    prediction: Ignored = None
+    prompt_cache_options: Ignored = None
 
 
 class TokenizeRequest(Templated):

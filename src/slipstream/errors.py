@@ -5,6 +5,7 @@
     ├── BuildError              a checkpoint cannot be compiled with these options
     ├── EngineMismatchError     an engine does not fit this version, this machine or its own hashes
     ├── InvalidRequestError     a request asks for something impossible; also a ValueError
+    │   └── ContextLengthError  its prompt is longer than the engine's context
     ├── CapacityError           a request or setting needs more memory or pages than there are
     ├── ExecutionError          a step failed on the device; its requests end with this error
     └── MissingDependencyError  an optional package is not installed; also an ImportError
@@ -14,7 +15,15 @@ A message says what was given, what was expected, and what to do.
 
 
 class SlipstreamError(Exception):
-    """Base of all errors raised by Slipstream."""
+    """Base of all errors raised by Slipstream.
+
+    ``param`` is the field of a request, or the argument, that it is about; None if it is about none
+    or several.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class CheckpointError(SlipstreamError):
@@ -31,6 +40,10 @@ class EngineMismatchError(SlipstreamError):
 
 class InvalidRequestError(SlipstreamError, ValueError):
     """A request asks for something impossible."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt is longer than the engine's context."""
 
 
 class CapacityError(SlipstreamError):
