@@ -29,6 +29,11 @@ class Number:
         high = str(self.high) if self.kind is int else f"{self.high:g}"
         return f"{noun} in {'(' if self.open_low else '['}{self.low:g}, {high}]"
 
+    def json_schema(self) -> dict[str, float]:
+        """The accepted values in JSON Schema's words."""
+        bounds = {"exclusiveMinimum" if self.open_low else "minimum": self.low}
+        return bounds if self.high == math.inf else {**bounds, "maximum": self.high}
+
     def parse(self, name: str, value: object) -> int | float:
         """Return ``value`` as a plain int or float (NumPy scalars included), or raise."""
         number: int | float | None = None

@@ -28,7 +28,8 @@ GREEDY_TEMPERATURE = 1e-5
 
 RANDOM_SEED = -1  # what many clients send for none
 
-_NUMBERS = {
+# What each numeric parameter may be.
+NUMBERS = {
     "n": Number(int, 1, 16384, remedy="use 1 for one completion"),
     "max_tokens": Number(int, 1, optional=True, remedy="leave it out to use all the room left"),
     "min_tokens": Number(int, 0, remedy="use 0 for no minimum"),
@@ -133,7 +134,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Validate, and turn sequences into tuples."""
-        check_numbers(self, _NUMBERS)
+        check_numbers(self, NUMBERS)
         if self.seed is not None and self.seed < 0:
             self._set(seed=None if self.seed == RANDOM_SEED else self.seed % 2**64)
         for name in _FLAGS:

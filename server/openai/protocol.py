@@ -5,11 +5,21 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from slipstream.runtime.sampling.params import NUMBERS
 from slipstream.server.core.limits import (
     MAX_LOGPROBS,
     MAX_N,
@@ -31,13 +41,55 @@ Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS)] | None
 Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
 
 
-def _only(*accepted: object) -> AfterValidator:
-    def check(value: object) -> object:
-        if value is None or value in accepted:
+@dataclass(frozen=True)
+class _Only:
+    """OpenAI's fields of which this server can do nothing but what these values say."""
+
+    accepted: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(schema), "enum": [None, *self.accepted]}
+
+    def _check(self, value: object) -> object:
+        if value is None or value in self.accepted:
             return value
         raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
 
-    return AfterValidator(check)
+
+def _only(*accepted: object) -> _Only:
+    return _Only(accepted)
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Add to the JSON Schema of a request what is checked elsewhere: ranges, and what may not be
+    empty."""
+    for name, described in schema["properties"].items():
+        for branch in described.get("anyOf", [described]):
+            if name in NUMBERS and branch.get("type") in ("integer", "number"):
+                branch.update({**NUMBERS[name].json_schema(), **branch})
+            if name in _FILLED:
+                _fill(branch)
+            if name == "logit_bias" and branch.get("type") == "object":
+                branch["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+
+
+_FILLED = frozenset({"prompt", "messages", "allowed_token_ids"})
+
+
+def _fill(branch: dict[str, Any]) -> None:
+    """Say that a list holds something, and so do the lists in it; numbers are token ids."""
+    if branch.get("type") == "integer":
+        branch["minimum"] = 0
+    if branch.get("type") == "array":
+        branch["minItems"] = 1
+        _fill(branch["items"])
 
 
 class _Request(BaseModel):
@@ -58,6 +110,8 @@ class StreamOptions(BaseModel):
 
 class GenerationRequest(_Request):
     """What completions and chats have in common."""
+
+    model_config = ConfigDict(json_schema_extra=_describe)
 
     max_tokens: OptionalInt = None
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
@@ -98,9 +152,11 @@ class GenerationRequest(_Request):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[Int] | list[list[Int]] = Field(
-        description="A text or token ids, or a list of either.", examples=["Once upon a time"]
+    prompt: str | list[str] | list[Int] | list[list[Int]] | None = Field(
+        description="A text or token ids, or a list of either; null begins a new document.",
+        examples=["Once upon a time"],
     )
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: Flag = None
     logprobs: Count = None
     best_of: Annotated[Any, _only(1)] = None
@@ -130,6 +186,8 @@ class ChatMessage(BaseModel):
 class Templated(_Request):
     """Messages and how a chat template turns them into a prompt."""
 
+    model_config = ConfigDict(json_schema_extra=_describe)
+
     messages: list[ChatMessage] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
@@ -140,7 +198,7 @@ class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: OptionalInt = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag = None
     top_logprobs: Count = None
 

@@ -15,6 +15,7 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import create_app
+from slipstream.server.core.http.connection import Connection
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.metrics import EngineMetrics
 from slipstream.server.core.options import ServerOptions
@@ -59,7 +60,7 @@ def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> Dra
     service = Service(llm, options, metrics)
     config = uvicorn.Config(
         create_app(service, metrics, apis),
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
