@@ -132,18 +132,14 @@ class Scheduler:
         if prompt_len < 1:
             raise InvalidRequestError("the prompt has 0 tokens; give at least 1", param="prompt")
         if prompt_len >= limit:
-            raise ContextLengthError(
-                f"the prompt has {prompt_len} tokens; this engine takes 1 to {limit - 1}"
-                f" (max_seq_len {limit} less one token to generate). Shorten the prompt or"
-                " load the engine with a larger max_seq_len",
-                param="prompt",
-            )
+            raise ContextLengthError(prompt_len, limit)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
         max_tokens = min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
+                f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
                 f"{prompt_len} prompt tokens and max_tokens {max_tokens} do not fit in the KV cache"
                 f" of {self.kv.num_pages} pages ({capacity} tokens). Lower max_tokens, shorten the"
                 " prompt, or raise kv_cache_bytes",

@@ -43,7 +43,19 @@ class InvalidRequestError(SlipstreamError, ValueError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """A prompt is longer than the engine's context."""
+    """A prompt is longer than the engine's context.
+
+    ``num_tokens`` may be words, such as "at least 9000". Clients that shorten conversations look
+    for "prompt is too long".
+    """
+
+    def __init__(self, num_tokens: int | str, max_seq_len: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens; this engine takes 1 to {max_seq_len - 1} "
+            f"(max_seq_len {max_seq_len} less one token to generate), so the prompt is too long. "
+            "Shorten it or load the engine with a larger max_seq_len",
+            param="prompt",
+        )
 
 
 class CapacityError(SlipstreamError):
