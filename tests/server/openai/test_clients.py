@@ -143,7 +143,7 @@ def test_null_is_taken_for_every_documented_field(server: Running) -> None:
 
 
 def test_a_documented_field_is_taken_or_not_supported_but_never_unknown(server: Running) -> None:
-    values = (1, "low", [], {}, {"type": "x"})
+    values: tuple[Any, ...] = (1, "low", [], {}, {"type": "x"})
     names = documented(chat_types) - {"stream", "stream_options", "model", "messages"}
     with httpx.Client(base_url=server.url) as client:
         for name, value in itertools.product(names, values):

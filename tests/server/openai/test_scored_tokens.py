@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tokenizers
@@ -74,7 +75,7 @@ def test_a_stream_tells_what_an_answer_in_one_piece_tells(stops: tuple[str, ...]
         streamed = ScoredTokens(
             texts, TextOffsets(tokenizer.text_stream(skip_special_tokens=True), 0)
         )
-        told: dict[str, list[object]] = {}
+        told: dict[str, list[Any]] = {}
         text, taken = "", 0
         for taken, token in enumerate(ids, 1):
             streamed.add([token], [TokenLogprobs(token, -1.0, 1, {})])
