@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,10 @@ def test_another_format(engine: Path, version: object) -> None:
 )
 def test_an_error_suggests_no_command_of_a_stranger(engine: Path, command: str) -> None:
     (engine / FILES[0]).unlink()
-    for change in ({}, {"format_version": 0}, {"limits": 3}):
-        edit(engine, lambda raw, change=change: raw.update({**change, "command": command}))
+    changes: list[dict[str, Any]] = [{}, {"format_version": 0}, {"limits": 3}]
+    for change in changes:
+        fields = {**change, "command": command}
+        edit(engine, methodcaller("update", fields))
         message = assert_mismatch(lambda: open_engine(engine).verify_files(), "build it again")
         assert message.endswith(f"build it again: slipstream build CHECKPOINT -o {engine}")
 

@@ -17,7 +17,7 @@ _FIRST_PAUSE = 0.002  # seconds between two bytes of it; each is four times as l
 class Connection(HttpToolsProtocol):
     """One connection; its requests go on until it is closed to both sides."""
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Hear that nothing more comes; false closes the connection."""
         cycle = self.cycle
         if cycle is None or cycle.more_body or cycle.response_complete:
