@@ -130,7 +130,10 @@ class Scheduler:
         """
         limit = self._config.max_seq_len
         if prompt_len < 1:
-            raise InvalidRequestError("the prompt has 0 tokens; give at least 1", param="prompt")
+            raise InvalidRequestError(
+                f"the prompt has 0 tokens; this engine takes 1 to {limit - 1}. Give it some text",
+                param="prompt",
+            )
         if prompt_len >= limit:
             raise ContextLengthError(prompt_len, limit)
         capacity = self.kv.num_pages * self.kv.page_size

@@ -53,7 +53,7 @@ class ContextLengthError(InvalidRequestError):
         super().__init__(
             f"the prompt has {num_tokens} tokens; this engine takes 1 to {max_seq_len - 1} "
             f"(max_seq_len {max_seq_len} less one token to generate), so the prompt is too long. "
-            "Shorten it or load the engine with a larger max_seq_len",
+            "Shorten the prompt or load the engine with a larger max_seq_len",
             param="prompt",
         )
 
