@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,12 @@ class Engine:
     path: Path
     manifest: Manifest
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for all files and this version of Slipstream, of which nothing can be told."""
+        identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
+        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
     def verify_files(self) -> None:
         """Compare every file with its hash; EngineMismatchError names the first that differs, is
         missing, or has no hash to be compared with."""
@@ -183,7 +190,7 @@ def open_engine(path: Path) -> Engine:
     raw = read_fields(file, Origin(file, again, EngineMismatchError)).values
     if "format_version" not in raw:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
-    command = raw.get("command")
+    command = _build_command(raw.get("command"), path)
     if raw["format_version"] != FORMAT_VERSION:
         version = shortened(raw["format_version"])
         found = f"{file} has format {version} and Slipstream {__version__} reads"
@@ -196,14 +203,27 @@ def open_engine(path: Path) -> Engine:
         ) from error
     for name, version in manifest.plugins.items():
         known = name in OPERATORS
-        ours = OPERATORS[name].version if known else "none"
-        if version != ours:
+        ours = str(OPERATORS[name].version) if known else "none"
+        if str(version) != ours:
             found = f"{file} needs version {version} of operator {name} and Slipstream"
             remedy = "" if known else "; install the package that brings it"
             raise _unreadable(f"{found} {__version__} has {ours}{remedy}", path, command)
-    return Engine(path, manifest)
+    return Engine(path, replace(manifest, command=command))
 
 
-def _unreadable(found: str, path: Path, command: object = None) -> EngineMismatchError:
-    again = command if isinstance(command, str) else f"slipstream build CHECKPOINT -o {path}"
+def _unreadable(found: str, path: Path, command: str | None = None) -> EngineMismatchError:
+    again = command or _build_command(None, path)
     return EngineMismatchError(f"{found}; build it again: {again}")
+
+
+def _build_command(told: object, path: Path) -> str:
+    """The command of a manifest if it is one that ``BuildOptions.command`` could have written:
+    errors ask for it to be run, and an engine may come from a stranger."""
+    try:
+        words = shlex.split(told) if isinstance(told, str) else []
+    except ValueError:  # a quotation that does not end
+        words = []
+    ours = words[:2] == ["slipstream", "build"] and all(map(str.isprintable, words))
+    if ours and shlex.join(words) == told:
+        return told
+    return f"slipstream build CHECKPOINT -o {shlex.quote(str(path))}"

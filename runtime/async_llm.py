@@ -85,6 +85,7 @@ class AsyncLLM:
         self.config = engine.config
         self.generation_defaults = engine.generation_defaults
         self.workers = Workers()
+        self.fingerprint = engine.fingerprint
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}

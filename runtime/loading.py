@@ -51,6 +51,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         caches=engine.manifest.caches,
         vocab_size=engine.manifest.vocab_size,
         generation_defaults=generation_defaults(engine.path, engine.manifest.command),
+        fingerprint=engine.fingerprint,
     )
 
 

@@ -71,5 +71,6 @@ def _token_ids(prompt: Prompt) -> Sequence[int]:
     if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
         return prompt  # type: ignore[return-value]
     raise InvalidRequestError(
-        f"the prompt is {prompt!r:.80}; expected a text or a list of token ids (int)"
+        f"the prompt is {prompt!r:.80}; expected a text or a list of token ids (int)",
+        param="prompt",
     )

@@ -11,6 +11,7 @@ from typing import Any, cast
 import click
 
 from slipstream.errors import SlipstreamError
+from slipstream.server.text import printable
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 UNHEALTHY = 70  # EX_SOFTWARE of sysexits.h: the engine does not work any more; start it again
@@ -22,7 +23,7 @@ class CommandError(click.ClickException):
 
     def show(self, file: Any = None) -> None:  # noqa: ANN401 - as declared by click
         """Print the line."""
-        click.echo(f"error: {self.message}", err=True, file=file)
+        click.echo(f"error: {printable(self.message)}", err=True, file=file)
 
 
 class Command(click.Command):
@@ -91,7 +92,7 @@ def resolve(path: str) -> click.Command:
 
 class _EchoHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        click.echo(printable(self.format(record), keep="\n"), err=True)
 
 
 @contextmanager

@@ -195,6 +195,12 @@ _SERVER = {
         "none",
         flag="allowed-origins",
     ),
+    "allowed_hosts": Option(
+        "Name by which a server on a loopback address may be asked, such as a proxy's, or *; may "
+        "be repeated. Addresses, names without a dot and localhost always may.",
+        "none",
+        flag="allowed-hosts",
+    ),
     "log_format": Option("Log lines for people or for machines."),
     "log_prompts": Option("Write prompts into the log."),
     "drain_timeout": Option(

@@ -127,7 +127,8 @@ class EngineLoop:
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise InvalidRequestError(
                 f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
-                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?"
+                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?",
+                param="prompt",
             )
 
     def add_request(self, request: Request) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
-from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.kv_cache import Allocation, Move
@@ -128,25 +128,29 @@ class Scheduler:
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None) -> int:
         """``max_tokens`` clamped to the room after the prompt; None asks for all of it.
 
-        Raises ``InvalidRequestError`` for a prompt that is empty or too long and ``CapacityError``
-        for a request that would not fit in the KV pages even alone.
+        Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
+        that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
+        even alone.
         """
         limit = self._config.max_seq_len
-        if not 1 <= prompt_len < limit:
+        if prompt_len < 1:
             raise InvalidRequestError(
-                f"the prompt has {prompt_len} tokens; this engine takes 1 to {limit - 1}"
-                f" (max_seq_len {limit} less one token to generate). Shorten the prompt or"
-                " load the engine with a larger max_seq_len"
+                f"the prompt has 0 tokens; this engine takes 1 to {limit - 1}. Give it some text",
+                param="prompt",
             )
+        if prompt_len >= limit:
+            raise ContextLengthError(prompt_len, limit)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
         max_tokens = min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
+                f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
                 f"{prompt_len} prompt tokens and max_tokens {max_tokens} do not fit in the KV cache"
                 f" of {self.kv.num_pages} pages ({capacity} tokens). Lower max_tokens, shorten the"
-                " prompt, or raise kv_cache_bytes"
+                " prompt, or raise kv_cache_bytes",
+                param="prompt" if prompt_len > capacity else "max_tokens",
             )
         self._check_windows(prompt_len + max_tokens - 1)
         return max_tokens
@@ -233,7 +237,8 @@ class Scheduler:
                 raise CapacityError(
                     f"a sequence of {num_tokens} tokens holds {pages} pages of cache"
                     f" {', '.join(group.caches)} at a time, which has {group.num_pages}. Lower"
-                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes"
+                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes",
+                    param="prompt",
                 )
 
     def _make_room(self) -> None:

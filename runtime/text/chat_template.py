@@ -44,14 +44,15 @@ class ChatTemplate:
         checked = _checked_messages(messages)
         try:
             return self._template.render(
-                **_plain("chat template arguments", dict(variables)),
+                **_plain("chat_template_kwargs", dict(variables)),
                 messages=checked,
                 tools=_plain("tools", tools),
             )
         except _RENDER_ERRORS as error:
             raise InvalidRequestError(
                 f"the chat template refused these messages: {error}; "
-                "send roles and contents that this model's template accepts"
+                "send roles and contents that this model's template accepts",
+                param="messages",
             ) from error
 
 
@@ -64,7 +65,8 @@ def select_template(templates: Mapping[str, str], *, with_tools: bool) -> str:
     raise InvalidRequestError(
         "this model has no default chat template "
         f"(it has: {', '.join(sorted(templates)) or 'none'}); "
-        "send a plain prompt, or put a chat_template.jinja into the engine directory"
+        "send a plain prompt, or put a chat_template.jinja into the engine directory",
+        param="messages",
     )
 
 
@@ -72,7 +74,8 @@ def _checked_messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise InvalidRequestError(
             f"messages is {messages!r:.80}, expected a non-empty list of dicts; "
-            "use e.g. [{'role': 'user', 'content': 'Hello'}]"
+            "use e.g. [{'role': 'user', 'content': 'Hello'}]",
+            param="messages",
         )
     for index, message in enumerate(messages):
         _check_message(index, message)
@@ -85,29 +88,32 @@ def _check_message(index: int, message: object) -> None:
     remedy = "use e.g. {'role': 'user', 'content': 'Hello'}"
     if not isinstance(message, dict):
         raise InvalidRequestError(
-            f"messages[{index}] is {message!r:.80}, expected a dict; {remedy}"
+            f"messages[{index}] is {message!r:.80}, expected a dict; {remedy}", param="messages"
         )
     if not isinstance(role := message.get("role"), str) or not role:
         raise InvalidRequestError(
-            f"messages[{index}]['role'] is {role!r:.80}, expected a name; {remedy}"
+            f"messages[{index}]['role'] is {role!r:.80}, expected a name; {remedy}",
+            param="messages",
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str | list | tuple):
         raise InvalidRequestError(
             f"messages[{index}]['content'] is {content!r:.80}, expected text or a list of parts; "
-            f"{remedy}"
+            f"{remedy}",
+            param="messages",
         )
 
 
-def _plain(what: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _plain(name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
     # A copy of plain JSON types: a template can reach no method of a caller's object and change
     # nothing.
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
-            f"{what} cannot be expressed as JSON ({error}); "
-            "use text, numbers, booleans, lists and dicts"
+            f"{name} cannot be expressed as JSON ({error}); "
+            "use text, numbers, booleans, lists and dicts",
+            param=name,
         ) from error
 
 

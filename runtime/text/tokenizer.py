@@ -114,7 +114,7 @@ class Tokenizer:
         """Token ids of ``text``, with what the tokenizer puts around a text (e.g. BOS) if asked."""
         if not isinstance(text, str):
             raise InvalidRequestError(
-                f"the prompt is {type(text).__name__} {text!r:.80}, expected text"
+                f"the prompt is {type(text).__name__} {text!r:.80}, expected text", param="prompt"
             )
         try:
             # `encode` would hold the interpreter's lock to its end: seconds for megabytes of text.
@@ -124,8 +124,19 @@ class Tokenizer:
             return encoded.ids
         except (TypeError, UnicodeError) as error:
             raise InvalidRequestError(
-                f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates"
+                f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates",
+                param="prompt",
             ) from error
+
+    def offsets(self, text: str) -> list[int]:
+        """Where in ``text`` each token of ``encode(text)`` begins; one that the tokenizer puts
+        around it (e.g. BOS) has no length, and the parts of a character begin where that does."""
+        (encoded,) = self._backend.encode_batch([text])
+        offsets, end = [], 0
+        for start, stop in encoded.offsets:
+            offsets.append(min(start, end) if start < stop else end)
+            end = max(end, stop)
+        return offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all tokens at once; ids outside the vocabulary are left out."""

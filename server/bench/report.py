@@ -18,7 +18,7 @@ from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import WEIGHTS, Engine, open_engine
 from slipstream.errors import InvalidRequestError
 from slipstream.plugins import library
-from slipstream.server.text import format_bytes, format_columns
+from slipstream.server.text import format_bytes, format_columns, printable
 
 _PERCENTILES = (50, 90, 99)
 _CPUINFO = Path("/proc/cpuinfo")
@@ -134,7 +134,8 @@ def _described(engine: Engine) -> str:
     manifest = engine.manifest
     size = format_bytes((engine.path / WEIGHTS).stat().st_size)
     kv_dtype = kv_dtype_of(manifest.caches)
-    return f"{manifest.model['architecture']}, {size} of weights, {kv_dtype} KV"
+    architecture = printable(str(manifest.model["architecture"]))
+    return f"{architecture}, {size} of weights, {kv_dtype} KV"
 
 
 def _spaced(name: str) -> str:

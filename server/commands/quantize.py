@@ -19,7 +19,7 @@ from slipstream.server.command import Command
 from slipstream.server.options import output_option, quantize_options
 from slipstream.server.progress import Report as Bar
 from slipstream.server.progress import item_progress
-from slipstream.server.text import format_bytes, format_columns
+from slipstream.server.text import format_bytes, format_columns, printable
 
 if TYPE_CHECKING:
     from slipstream.builder.checkpoints import Checkpoint
@@ -80,7 +80,7 @@ def _dry_run(source: str, options: QuantizeOptions) -> None:
     click.echo()
     click.echo(format_columns([("linears", "scheme"), *_counted(plan)], indent=""))
     for note in plan.notes:
-        click.echo(f"note: {note}")
+        click.echo(f"note: {printable(note)}")
 
 
 def _needs(plan: Plan) -> list[tuple[str, str]]:
@@ -207,7 +207,7 @@ def _summarize(report: Report, output: Path, seconds: float) -> None:
         rows.append(("worst linear", f"{worst.name} ({worst.suggestion()})"))
     click.echo(format_columns(rows))
     for note in [*report.notes, *report.refusals()]:
-        click.echo(f"note: {note}")
+        click.echo(f"note: {printable(note)}")
     kv = report.kv_cache_dtype
     more = f" --kv-cache-dtype {kv}" if kv == "int8" else ""
     click.echo(f"next: slipstream build {shlex.quote(str(output))} -o engine{more}")

@@ -32,14 +32,16 @@ def render(tokenizer: Tokenizer, conversation: Conversation) -> str:
     reserved = sorted(_RESERVED & conversation.variables.keys())
     if reserved:
         raise InvalidRequestError(
-            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request"
+            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
+            param="chat_template_kwargs",
         )
     going_on, generating = conversation.going_on, conversation.generating
     if generating is None:
         generating = not going_on
     if going_on and generating:
         raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt cannot both be true; leave one out"
+            "continue_final_message and add_generation_prompt cannot both be true; leave one out",
+            param="continue_final_message",
         )
     messages = conversation.messages
     text = tokenizer.apply_chat_template(messages, generating, **conversation.variables)
@@ -56,5 +58,6 @@ def _cut_after_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
             return text[: position + len(ending)]
     raise InvalidRequestError(
         "continue_final_message is true, but this model's chat template does not show the last "
-        "message as it is; leave it out"
+        "message as it is; leave it out",
+        param="continue_final_message",
     )

@@ -44,20 +44,24 @@ def check_limits(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is not None and not 0 <= value <= most:
             raise InvalidRequestError(
-                f"{name}={value} is more than this server gives; at most {most}"
+                f"{name}={value} is more than this server gives; at most {most}", param=name
             )
     for name, most in _MOST_ENTRIES.items():
         count = len(getattr(params, name) or ())
         if count > most:
-            raise InvalidRequestError(f"{name} has {count} entries; this server takes {most}")
+            raise InvalidRequestError(
+                f"{name} has {count} entries; this server takes {most}", param=name
+            )
     total = sum(map(len, params.bad_words_token_ids))
     if total > MAX_ALLOWED:
         raise InvalidRequestError(
-            f"bad_words_token_ids has {total} tokens in all; this server takes {MAX_ALLOWED}"
+            f"bad_words_token_ids has {total} tokens in all; this server takes {MAX_ALLOWED}",
+            param="bad_words_token_ids",
         )
     for name in _TEXTS:
         longest = max(map(len, getattr(params, name)), default=0)
         if longest > MAX_TEXT_LENGTH:
             raise InvalidRequestError(
-                f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}"
+                f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}",
+                param=name,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,9 @@ class ServerOptions:
     allow_priority        take the ``priority`` of requests, by which one can overtake all others.
     max_request_bytes     size of a request's body; larger ones are refused with 413.
     allowed_origins       web pages of which origins may ask (CORS); ``*`` allows all.
+    allowed_hosts         names by which a server on a loopback address may be asked, beside
+                          addresses, names without a dot and those below ``localhost``; ``*`` allows
+                          all.
     log_format            ``text`` or ``json``.
     log_prompts           write prompts into the log.
     drain_timeout         seconds for running requests to end in after SIGTERM.
@@ -38,6 +43,7 @@ class ServerOptions:
     allow_priority: bool = False
     max_request_bytes: int = 4 << 20
     allowed_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     log_format: LogFormat = "text"
     log_prompts: bool = False
     drain_timeout: float = 60.0
@@ -51,6 +57,15 @@ class ServerOptions:
                 )
         if self.port > 65535:
             raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")
-        for name in ("api_key", "served_model_name", "allowed_origins"):
+        for name in ("api_key", "served_model_name", "allowed_origins", "allowed_hosts"):
             if not all(value.strip() for value in getattr(self, name)):
                 raise InvalidRequestError(f"{name} is empty; leave it out, or give a text")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``host`` is a loopback address, or a name of one: only this machine may ask."""
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except OSError:  # nothing will listen there
+            return False
+        return ipaddress.ip_address(found[0][4][0]).is_loopback

@@ -24,7 +24,7 @@ from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.refusal import Refusal, naming
 
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
@@ -39,6 +39,8 @@ Item = tuple[int, RequestOutput]
 class Job:
     """What one request of a client asks of the engine.
 
+    ``fields`` says what the client's API calls a parameter, where that is another name.
+
     ``add_special_tokens``: whether texts are encoded with what the tokenizer puts around them;
     None: prompts are, and conversations, whose templates write it themselves, are not.
     """
@@ -48,6 +50,7 @@ class Job:
     kind: OutputKind
     priority: int = 0
     add_special_tokens: bool | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -124,7 +127,7 @@ class Service:
         ``AsyncLLM.generate`` raises.
         """
         self._check(job)
-        with self._admission(job), self._tracking(job) as tracks:
+        with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
             self._log_prompts(job)
             prompts = [await self._prompt(job, prompt) for prompt in job.prompts]
             runs = [self._generate(job, prompts, track) for track in tracks.values()]
@@ -148,7 +151,8 @@ class Service:
         tokenizer, add = self.llm.tokenizer, add_special_tokens
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, add_special_tokens=add is not False)
-        return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=bool(add))
+        with naming({"prompt": "messages"}):
+            return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=bool(add))
 
     async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
         """What the engine is given: what it would encode in another way is encoded here."""

@@ -5,18 +5,23 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from slipstream.runtime.sampling.params import NUMBERS
 from slipstream.server.core.limits import (
     MAX_ALLOWED,
     MAX_FIELDS,
@@ -45,13 +50,55 @@ _Ids = _Several[Int]
 Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
 
 
-def _only(*accepted: object) -> AfterValidator:
-    def check(value: object) -> object:
-        if value is None or value in accepted:
+@dataclass(frozen=True)
+class _Only:
+    """OpenAI's fields of which this server can do nothing but what these values say."""
+
+    accepted: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(schema), "enum": [None, *self.accepted]}
+
+    def _check(self, value: object) -> object:
+        if value is None or value in self.accepted:
             return value
         raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
 
-    return AfterValidator(check)
+
+def _only(*accepted: object) -> _Only:
+    return _Only(accepted)
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Add to the JSON Schema of a request what is checked elsewhere: ranges, and what may not be
+    empty."""
+    for name, described in schema["properties"].items():
+        for branch in described.get("anyOf", [described]):
+            if name in NUMBERS and branch.get("type") in ("integer", "number"):
+                branch.update({**NUMBERS[name].json_schema(), **branch})
+            if name in _FILLED:
+                _fill(branch)
+            if name == "logit_bias" and branch.get("type") == "object":
+                branch["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+
+
+_FILLED = frozenset({"prompt", "messages", "allowed_token_ids"})
+
+
+def _fill(branch: dict[str, Any]) -> None:
+    """Say that a list holds something, and so do the lists in it; numbers are token ids."""
+    if branch.get("type") == "integer":
+        branch["minimum"] = 0
+    if branch.get("type") == "array":
+        branch["minItems"] = 1
+        _fill(branch["items"])
 
 
 def _few(most: int) -> BeforeValidator:
@@ -91,6 +138,8 @@ class StreamOptions(_Strict):
 
 class GenerationRequest(_Request):
     """What completions and chats have in common."""
+
+    model_config = ConfigDict(json_schema_extra=_describe)
 
     max_tokens: OptionalInt = None
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
@@ -135,9 +184,11 @@ class GenerationRequest(_Request):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | _Several[str] | _Ids | _Several[_Ids] = Field(
-        description="A text or token ids, or a list of either.", examples=["Once upon a time"]
+    prompt: str | _Several[str] | _Ids | _Several[_Ids] | None = Field(
+        description="A text or token ids, or a list of either; null begins a new document.",
+        examples=["Once upon a time"],
     )
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: Flag = None
     logprobs: Count = None
     best_of: Annotated[Any, _only(1)] = None
@@ -151,6 +202,7 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class ChatMessage(BaseModel):
@@ -160,10 +212,13 @@ class ChatMessage(BaseModel):
 
     role: str = Field(examples=["user"])
     content: str | _Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    refusal: str | None = None
 
 
 class Templated(_Request):
     """Messages and how a chat template turns them into a prompt."""
+
+    model_config = ConfigDict(json_schema_extra=_describe)
 
     messages: _Several[ChatMessage] | None = None
     add_generation_prompt: Flag = None
@@ -175,7 +230,7 @@ class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
     messages: _Several[ChatMessage]
-    max_completion_tokens: OptionalInt = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag = None
     top_logprobs: Count = None
 
@@ -186,6 +241,12 @@ class ChatRequest(Templated, GenerationRequest):
     function_call: Annotated[Any, _only("none")] = None
     modalities: Annotated[Any, _only(["text"])] = None
     audio: Annotated[Any, _only()] = None
+    moderation: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    web_search_options: Annotated[Any, _only()] = None
+    prediction: Ignored = None
+    prompt_cache_options: Ignored = None
 
 
 class TokenizeRequest(Templated):

@@ -56,7 +56,8 @@ def _detokenize(tokenizer: Tokenizer, tokens: list[int]) -> bytes:
     if tokens and max(tokens) >= tokenizer.vocab_size:
         raise InvalidRequestError(
             f"tokens holds {max(tokens)}; this model's tokens go from 0 to "
-            f"{tokenizer.vocab_size - 1}"
+            f"{tokenizer.vocab_size - 1}",
+            param="tokens",
         )
     return dump({"prompt": tokenizer.decode(tokens, skip_special_tokens=False)})
 

