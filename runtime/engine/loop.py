@@ -86,6 +86,10 @@ class EngineLoop:
             engine.config, num_pages, engine.caches, engine.executor.draft_tokens
         )
         self._engine = engine
+        # Files may name tokens that the model has no logits for.
+        self._eos_token_ids = frozenset(
+            token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
+        )
         self._drafts = engine.executor.draft_tokens > 0
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
@@ -192,7 +196,7 @@ class EngineLoop:
                     len(request.prompt_token_ids), params.max_tokens
                 ),
                 seed=(seed + index) % 2**64,
-                eos_token_ids=self._engine.tokenizer.eos_token_ids,
+                eos_token_ids=self._eos_token_ids,
             )
             for index in range(params.n)
         ]

@@ -31,6 +31,13 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG_AGAIN = "download config.json again"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -61,14 +68,12 @@ class HuggingFaceCheckpoint:
                 f"import AutoTokenizer as T; T.from_pretrained('{self.path}').save_pretrained("
                 f"'{self.path}')\""
             )
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in _TOKENIZER_FILES:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / name)
         if not (directory / "tokenizer_config.json").is_file():
             write_json(directory / "tokenizer_config.json", {})
-        if not (directory / "generation_config.json").is_file():
-            config = generation_config(self.config.bos_token_id, self.config.eos_token_ids)
-            write_json(directory / "generation_config.json", config)
+        _complete_generation_config(directory / "generation_config.json", self)
         template = _chat_template(self.path)
         if template is not None:
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -148,6 +153,19 @@ def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
     return {name: headers[shard][name] for name, shard in shard_of.items()}
 
 
+def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -> None:
+    """Ends of a completion that only config.json names go into the file as well."""
+    config = checkpoint.config
+    known = generation_config(config.bos_token_id, config.eos_token_ids)
+    if not file.is_file():
+        write_json(file, known)
+        return
+    given = read_fields(file)
+    # An architecture's default says nothing about this model.
+    if not given.has("eos_token_id") and _config(checkpoint.path).has("eos_token_id"):
+        write_json(file, {**given.values, "eos_token_id": list(config.eos_token_ids)})
+
+
 def _chat_template(path: Path) -> str | None:
     """The template from its own file, else from tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
@@ -155,10 +173,8 @@ def _chat_template(path: Path) -> str | None:
         return _text(own)
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
-    if not isinstance(fields.values.get("chat_template"), list):
-        return fields.optional_text("chat_template")
-    named = fields.list_of_fields("chat_template")
-    return {entry.text("name"): entry.text("template") for entry in named}.get("default")
+    several = isinstance(fields.values.get("chat_template"), list)
+    return None if several else fields.optional_text("chat_template")
 
 
 def _text(file: Path) -> str:
