@@ -243,6 +243,7 @@ def _write(
         if progress is not None:
             progress(done, total)
 
+    planned.checkpoint.write_tokenizer(staging)  # before the weights, since it may be at fault
     places = write_weights(staging / WEIGHTS, planned.weights, wrote)
     for value in planned.program.graph.initializers.values():
         if value.name in places:
@@ -258,7 +259,6 @@ def _write(
                 base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
-    planned.checkpoint.write_tokenizer(staging)
     files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
     manifest = manifest_of(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from slipstream.runtime.text.stream import (
     WindowStream,
     byte_level_bytes,
 )
-from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings, read_template
 
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
@@ -56,7 +57,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(
-        cls, path: str | Path, vocab_size: int = sys.maxsize, chat_template: str | None = None
+        cls,
+        path: str | Path,
+        vocab_size: int = sys.maxsize,
+        chat_template: str | Path | None = None,
     ) -> Tokenizer:
         """Load ``tokenizer.json`` and what lies beside it.
 
@@ -82,7 +86,13 @@ class Tokenizer:
                 f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
                 f"`tokenizers` (installed: {tokenizers.__version__})"
             ) from error
-        return cls(backend, TokenizerSettings.from_directory(Path(path)), vocab_size)
+        settings = TokenizerSettings.from_directory(Path(path))
+        if chat_template is None:
+            return cls(backend, settings, vocab_size)
+        given = {"default": read_template(Path(chat_template))}
+        tokenizer = cls(backend, replace(settings, chat_templates=given), vocab_size)
+        tokenizer._compiled("default")  # a broken one is told at once
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -155,29 +165,46 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final_message: bool = False,
         **variables: Any,  # noqa: ANN401 - templates define their own
     ) -> str:
         """The prompt text for a conversation; encode it with ``add_special_tokens=False``.
 
+        The assistant's turn is begun (``add_generation_prompt``), unless the last message is to be
+        gone on with (``continue_final_message``): then the text ends with what it says.
         ``variables`` reach the template (e.g. ``enable_thinking=False``). Raises
         ``InvalidRequestError`` if there is no template, the messages are malformed, or the
         template refuses them.
         """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt cannot both be true; leave one "
+                "out"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         # Imported here because jinja2 is slow to import and plain prompts do not need it.
-        from slipstream.runtime.text.chat_template import ChatTemplate, select_template
+        from slipstream.runtime.text.chat_template import select_template
 
         name = select_template(self._settings.chat_templates, with_tools=tools is not None)
-        if name not in self._templates:
-            self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
         variables = {
             **self._settings.special_tokens,
             "documents": None,
             **variables,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._templates[name].render(messages, tools, variables)
+        render = self._compiled(name).render
+        return render(messages, tools, variables, continue_final_message=continue_final_message)
+
+    def _compiled(self, name: str) -> ChatTemplate:
+        from slipstream.runtime.text.chat_template import ChatTemplate
+
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
+        return self._templates[name]
 
     def _special_id(self, name: str) -> int | None:
         token = self._settings.special_tokens.get(name)

@@ -12,6 +12,7 @@ from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, Origin, read_fields
 
 _ROLES = frozenset(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_AGAIN = "fetch it again and build the engine again"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -52,7 +53,7 @@ class TokenizerSettings:
 
 
 def _read(file: Path) -> Fields:
-    origin = Origin(file, "fetch it again and build the engine again")
+    origin = Origin(file, _AGAIN)
     return read_fields(file, origin) if file.is_file() else Fields({}, origin)
 
 
@@ -115,18 +116,16 @@ def _added_tokens(
 def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return {"default": read_text(file)}
+        return {"default": read_template(file, _AGAIN)}
     if isinstance(config.values.get("chat_template"), list):
         entries = config.list_of_fields("chat_template")
         return {entry.text("name"): entry.text("template") for entry in entries}
     return {"default": config.text("chat_template")} if config.has("chat_template") else {}
 
 
-def read_text(file: Path) -> str:
-    """A whole file of UTF-8; ``CheckpointError`` for one that cannot be read."""
+def read_template(file: Path, remedy: str = "name a file of Jinja in UTF-8") -> str:
+    """The text of a chat template; ``CheckpointError`` for a file that cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); fetch it again and build the engine again"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read ({error}); {remedy}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,8 +40,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
     check_stream(body)
     params = chat_params(body, service.llm.generation_defaults)
-    # A long conversation takes milliseconds to render and encode.
-    prompt = await asyncio.to_thread(
+    prompt = await service.llm.render(
         chat_prompt, service.llm.tokenizer, conversation_of(body), body.add_special_tokens
     )
     log_prompts(service, [prompt.text], params)

@@ -30,9 +30,7 @@ def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
             )
     if message.content is None:
         raise InvalidRequestError(f"messages[{index}].content is missing; give a text")
-    # OpenAI's newer name for instructions, which templates do not know.
-    role = "system" if message.role == "developer" else message.role
-    return {**extra, "role": role, "content": _text(message.content, index)}
+    return {**extra, "role": message.role, "content": _text(message.content, index)}
 
 
 def _text(content: str | list[ContentPart], index: int) -> str:

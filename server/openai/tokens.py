@@ -27,9 +27,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise Refusal("invalid", "give either prompt or messages", param="prompt")
-    answer = await asyncio.to_thread(
-        _tokenize, service.llm.tokenizer, body, service.llm.config.max_seq_len
-    )
+    in_thread = asyncio.to_thread if body.messages is None else service.llm.render
+    answer = await in_thread(_tokenize, service.llm.tokenizer, body, service.llm.config.max_seq_len)
     return Response(answer, media_type="application/json")
 
 

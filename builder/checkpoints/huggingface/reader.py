@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipstream.builder.checkpoints.base import (
+    check_templates,
     generation_config,
     unknown_tensor,
     write_json,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG_AGAIN = "download config.json again"
+_MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,8 +76,10 @@ class HuggingFaceCheckpoint:
         if not (directory / "tokenizer_config.json").is_file():
             write_json(directory / "tokenizer_config.json", {})
         _complete_generation_config(directory / "generation_config.json", self)
-        template = _chat_template(self.path)
-        if template is not None:
+        templates = _chat_templates(self.path)
+        check_templates(templates, Origin(self.path, _MEND_TEMPLATE))
+        if list(templates) == ["default"]:
+            template = templates["default"]
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -166,15 +170,18 @@ def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -
         write_json(file, {**given.values, "eos_token_id": list(config.eos_token_ids)})
 
 
-def _chat_template(path: Path) -> str | None:
-    """The template from its own file, else from tokenizer_config.json, as in older models."""
+def _chat_templates(path: Path) -> dict[str, str]:
+    """The template from its own file, else those of tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
     if own.is_file():
-        return _text(own)
+        return {"default": _text(own)}
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
-    several = isinstance(fields.values.get("chat_template"), list)
-    return None if several else fields.optional_text("chat_template")
+    if isinstance(fields.values.get("chat_template"), list):
+        named = fields.list_of_fields("chat_template")
+        return {entry.text("name"): entry.text("template") for entry in named}
+    template = fields.optional_text("chat_template")
+    return {} if template is None else {"default": template}
 
 
 def _text(file: Path) -> str:
