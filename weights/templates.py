@@ -116,6 +116,7 @@ class _Counting(CodeGenerator):
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         """Every body begins by counting itself, with the text that it has."""
         for outer in node.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            assert isinstance(outer, nodes.For | nodes.Macro | nodes.CallBlock)
             text = sum(len(data.data) for data in outer.find_all(nodes.TemplateData))
             outer.body.insert(0, nodes.ExprStmt(nodes.Const(text), lineno=outer.lineno))
         super().visit_Template(node, frame)
@@ -196,7 +197,8 @@ def _environment() -> _Sandbox:
     )
     # Jinja's own tojson escapes HTML characters and sorts keys.
     environment.filters["tojson"] = _to_json
-    for table in (environment.filters, environment.tests):
+    tables: tuple[dict[str, Any], ...] = (environment.filters, environment.tests)
+    for table in tables:
         table.update({name: _counted(function) for name, function in table.items()})
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -108,8 +108,8 @@ def _paths_of_parts(path: Path, count: int) -> list[Path]:
     if name is None or int(name["count"]) != count:
         raise CheckpointError(
             f"{path} is one of {count} parts, and its name does not say how the others are called; "
-            f"name them MODEL-00001-of-{count:05d}.gguf and so on, or join them with llama.cpp's "
-            "llama-gguf-split --merge"
+            f"download all of them again, as MODEL-00001-of-{count:05d}.gguf and so on, or join "
+            "them with llama.cpp's llama-gguf-split --merge"
         )
     end = f"-of-{name['count']}{name['suffix']}"
     parts = [path.with_name(f"{name['model']}-{n + 1:05d}{end}") for n in range(count)]

@@ -260,7 +260,7 @@ def test_foreign_json_names_the_keys_that_differ() -> None:
         ("mlp_bias", 0),
         ("tie_word_embeddings", None),
         ("bos_token_id", True),
-        ("bos_token_id", -1),
+        ("bos_token_id", -2),
         ("eos_token_id", {"id": 1}),
         ("eos_token_id", [2**70]),
         ("vocab_size", "100"),
