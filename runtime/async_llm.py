@@ -30,6 +30,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 _Event = RequestOutput | SlipstreamError
+_NO_RENDERING = "the engine is being shut down and begins no conversation; load it again to go on"
 _PATIENCE = 5.0  # seconds between two looks at a device that may hang
 
 
@@ -91,6 +92,7 @@ class AsyncLLM:
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
         self._templates = ThreadPoolExecutor(1, "slipstream-template")
+        self._renders = True
         self._stopped = threading.Event()
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closed: str | None = None
@@ -172,12 +174,20 @@ class AsyncLLM:
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what renders a chat template, in a thread that nothing else waits for: a template
         may take as long as it is allowed to. Raises what the call raises."""
-        call = partial(function, *args, **kwargs)
+        if not self._renders:
+            raise ExecutionError(_NO_RENDERING)
+        rendering = self._templates.submit(partial(function, *args, **kwargs))
         try:
-            rendering = self._templates.submit(call)
-        except RuntimeError as error:  # the engine was shut down
-            raise ExecutionError(self._closed or str(error)) from error
-        return await asyncio.wrap_future(rendering)
+            return await asyncio.wrap_future(rendering)
+        except asyncio.CancelledError:
+            if self._renders:
+                raise
+            raise ExecutionError(_NO_RENDERING) from None
+
+    def stop_rendering(self) -> None:
+        """Refuse to render chat templates, also for those that wait for it."""
+        self._renders = False
+        self._templates.shutdown(wait=False, cancel_futures=True)
 
     async def abort(self, request_id: str) -> None:
         """End a request within one step; its iterator ends with ``finish_reason`` ``"abort"``."""
@@ -185,7 +195,7 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Abort what is running, stop the thread and free the device; one that hangs is left."""
-        self._templates.shutdown(wait=False, cancel_futures=True)
+        self.stop_rendering()
         self._commands.put(None)
         # A device that hangs is noticed while the engine's thread waits for it.
         while self._thread.is_alive() and not self.unhealthy:

@@ -28,7 +28,7 @@ from slipstream.weights.json import Origin
 
 # Ten thousand messages take a tenth of these.
 MAX_STEPS = 1_000_000
-MAX_SECONDS = 2.0
+MAX_SECONDS = 1.0
 MAX_CHARACTERS = 1 << 26
 _MAX_ARGUMENT = 100_000  # of a width, an indent and the like; so many elements may a range have
 _MAX_BITS = 4096

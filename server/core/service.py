@@ -155,6 +155,7 @@ class Service:
     async def drain(self) -> None:
         """Take no more requests and wait for the open ones; abort those that last too long."""
         self.draining = True
+        self.llm.stop_rendering()  # what still waits for its prompt would be refused then
         timeout = self.options.drain_timeout
         log_event(_LOG, "draining", {"requests": self._open, "timeout": timeout})
         if self._open:
