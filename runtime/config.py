@@ -30,6 +30,7 @@ class RuntimeConfig:
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
     enable_chunked_prefill   compute a long prompt over several steps.
+    chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
 
@@ -46,6 +47,7 @@ class RuntimeConfig:
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    chat_template: str | None = None
     step_timeout: float = 600.0
 
     def __post_init__(self) -> None:

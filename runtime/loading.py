@@ -40,7 +40,9 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(engine.verify_files)
         try:
-            tokenizer = Tokenizer.from_directory(engine.path)
+            tokenizer = Tokenizer.from_directory(
+                engine.path, engine.manifest.vocab_size, config.chat_template
+            )
             executor = create_executor(engine, config)
         finally:
             verified.result()  # a file that was changed is why the others failed, if they did

@@ -66,6 +66,7 @@ RUNTIME = {
     ),
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
+    "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option(
         "For servers and chat: seconds after which a device that does not answer is given up."
     ),

@@ -19,14 +19,16 @@ _READERS = {
     "gguf": "slipstream.builder.checkpoints.gguf.reader",
     "hub": "slipstream.builder.checkpoints.hub",
 }
+_GGUF_MAGIC = b"GGUF"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Hugging Face directory, a ``.gguf`` file or a model of the Hugging Face hub.
+    """Opens a Hugging Face directory, a GGUF file or a model of the Hugging Face hub.
 
-    ``source`` is a path or a hub id such as ``Qwen/Qwen3-0.6B``; a path that exists wins. Raises
-    CheckpointError when there is nothing readable there.
+    ``source`` is a path or a hub id such as ``Qwen/Qwen3-0.6B``; a path that exists wins. A GGUF
+    file is known by its first bytes, whatever its name. Raises CheckpointError when there is
+    nothing readable there.
     """
     reader = import_module(_READERS[_kind(source)])
     return cast("Checkpoint", reader.open_checkpoint(source))
@@ -37,10 +39,10 @@ def _kind(source: str | os.PathLike[str]) -> Literal["directory", "gguf", "hub"]
     if path.is_dir():
         return "directory"
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix == ".gguf" or _begins_as_gguf(path):
             return "gguf"
         raise CheckpointError(
-            f"{path} is neither a directory with config.json nor a .gguf file; pass the directory "
+            f"{path} is neither a directory with config.json nor a GGUF file; pass the directory "
             "that holds the checkpoint"
         )
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(os.fspath(source)):
@@ -49,3 +51,13 @@ def _kind(source: str | os.PathLike[str]) -> Literal["directory", "gguf", "hub"]
         f"{path} does not exist; pass a directory with config.json, a .gguf file or a hub id such "
         "as Qwen/Qwen3-0.6B"
     )
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check the path"
+        ) from error

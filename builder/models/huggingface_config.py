@@ -296,9 +296,10 @@ def _token_ids(keys: Fields, key: str) -> tuple[int, ...]:
     """One token, several or none."""
     given = keys.values.get(key)
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(is_integer(token) and 0 <= token <= _LARGEST for token in ids):
+    found = tuple(token for token in ids if is_integer(token) and -1 <= token <= _LARGEST)
+    if len(found) != len(ids):
         raise keys.refusal(key, "token ids or null")
-    return tuple(ids)
+    return tuple(token for token in found if token >= 0)  # -1 is none, too
 
 
 def _count(keys: Fields, key: str, maximum: int = _LARGEST) -> int:

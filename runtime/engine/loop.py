@@ -93,6 +93,10 @@ class EngineLoop:
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
         )
         self._engine = engine
+        # Files may name tokens that the model has no logits for.
+        self._eos_token_ids = frozenset(
+            token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
+        )
         self._drafts = engine.executor.draft_tokens > 0
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
@@ -200,7 +204,7 @@ class EngineLoop:
                     len(request.prompt_token_ids), params.max_tokens
                 ),
                 seed=(seed + index) % 2**64,
-                eos_token_ids=self._engine.tokenizer.eos_token_ids,
+                eos_token_ids=self._eos_token_ids,
             )
             for index in range(params.n)
         ]

@@ -144,15 +144,15 @@ class Service:
     ) -> list[int]:
         """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
         ``InvalidRequestError``."""
-        size = len(prompt) if isinstance(prompt, str) else size_of(prompt.messages)
-        return await self.llm.workers.run(size, self._encode, prompt, add_special_tokens)
-
-    def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> list[int]:
-        tokenizer, add = self.llm.tokenizer, add_special_tokens
         if isinstance(prompt, str):
-            return tokenizer.encode(prompt, add_special_tokens=add is not False)
+            return await self._encoded(prompt, add_special_tokens is not False)
         with naming({"prompt": "messages"}):
-            return tokenizer.encode(render(tokenizer, prompt), add_special_tokens=bool(add))
+            text = await self.llm.render(render, self.llm.tokenizer, prompt)
+            return await self._encoded(text, bool(add_special_tokens))
+
+    async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        encode = self.llm.tokenizer.encode
+        return await self.llm.workers.run(len(text), encode, text, add_special_tokens)
 
     async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
         """What the engine is given: what it would encode in another way is encoded here."""
@@ -203,6 +203,7 @@ class Service:
     async def drain(self) -> None:
         """Take no more requests and wait for the open ones; abort those that last too long."""
         self.draining = True
+        self.llm.stop_rendering()  # what still waits for its prompt would be refused then
         timeout = self.options.drain_timeout
         log_event(_LOG, "draining", {"requests": self._open, "timeout": timeout})
         if self._open:

@@ -37,9 +37,7 @@ def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
         raise InvalidRequestError(
             f"messages[{index}].content is missing; give a text", param="messages"
         )
-    # OpenAI's newer name for instructions, which templates do not know.
-    role = "system" if message.role == "developer" else message.role
-    return {**extra, "role": role, "content": _text(content, index)}
+    return {**extra, "role": message.role, "content": _text(content, index)}
 
 
 def _text(content: str | list[ContentPart], index: int) -> str:

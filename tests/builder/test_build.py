@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -340,3 +341,28 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     arrays = {name: array.astype(np.float16) for name, array in llama_tensors(**shape).items()}
     return save_llama(tmp_path_factory.mktemp("big"), arrays, **shape)
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_broken_chat_template_is_found_before_the_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    source = save_llama(tmp_path / "model", llama_tensors())
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{% for"}]
+    broken = "{% for x in %}" if where.endswith("jinja") else json.dumps({"chat_template": named})
+    (source / where).write_text(broken)
+    monkeypatch.setattr(build_module, "write_weights", None)
+
+    with pytest.raises(CheckpointError, match=r"not valid Jinja \(.*\); correct chat_template\."):
+        build(source, tmp_path / "engine", BuildOptions())
+    assert not (tmp_path / "engine").exists()
+
+
+def test_special_tokens_of_every_file_survive_a_build(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "model", llama_tensors())
+    (source / "special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
+    build(source, tmp_path / "engine", BuildOptions())
+    copied = tmp_path / "engine" / "special_tokens_map.json"
+    assert copied.read_text() == '{"pad_token": "<|im_end|>"}'
+    assert "special_tokens_map.json" in open_engine(tmp_path / "engine").manifest.files

@@ -105,7 +105,7 @@ def as_compressed_tensors(plan: Plan) -> Any:  # noqa: ANN401 - a function of to
     """How its layers round what comes in: integers at largest / 127.5, float8 at largest / 448."""
     from slipstream.quantize.activations import round_activations, round_fp8
 
-    def hook(linear: torch.nn.Module, weight: Any) -> Any:  # noqa: ANN401
+    def hook(linear: torch.nn.Linear, weight: Any) -> Any:  # noqa: ANN401
         scheme = plan.schemes.get(weight.name.removesuffix(".weight"))
 
         def round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:

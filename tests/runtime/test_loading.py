@@ -192,3 +192,16 @@ def test_running_an_engine_imports_no_compiler(tiny_engine: Path) -> None:
     command = [sys.executable, "-c", code, str(tiny_engine)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_chat_template_is_given_at_run_time(tiny_engine: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("mine: {{ messages[0].content }}")
+    loaded = load(tiny_engine, {"chat_template": str(template)})
+    loaded.executor.shutdown()
+    chat = [{"role": "user", "content": "hi"}]
+    assert loaded.tokenizer.apply_chat_template(chat) == "mine: hi"
+
+    template.write_text("{% broken")
+    with pytest.raises(CheckpointError, match=r"not valid Jinja .*--chat-template FILE"):
+        load(tiny_engine, {"chat_template": str(template)})

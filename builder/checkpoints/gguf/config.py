@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids, token_id
 from slipstream.builder.models import architectures
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.huggingface_config import rotary_fraction
@@ -60,8 +61,8 @@ def huggingface_config(
             **_rope_scaling(keys, rope_factors, theta, rotary_dim),
         },
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": eos_token_ids(metadata),
+        "bos_token_id": token_id(metadata, "bos"),
+        "eos_token_id": end_token_ids(metadata),
         **_own_keys(architecture, keys),
     }
 
@@ -89,14 +90,6 @@ def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
     assert architecture.gguf is not None
     found = {ours: keys.get(theirs, None) for ours, theirs in architecture.gguf.keys.items()}
     return {ours: value for ours, value in found.items() if value is not None}
-
-
-def eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text or a turn, in the order of their importance."""
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    values = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
-    found = [token for token in values if token is not None]
-    return [token for i, token in enumerate(found) if token not in found[:i]]
 
 
 class _Keys:
@@ -152,15 +145,19 @@ def _rope_scaling(
 ) -> dict[str, Any]:
     if factors is not None:
         return _llama3_scaling(factors.astype(np.float64).ravel(), theta, rotary_dim)
-    kind = keys.get("rope.scaling.type", "none")
-    if kind == "none":
+    # Without a type it is linear; the factor's first name was another.
+    kind = keys.get("rope.scaling.type", "linear")
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", None))
+    if kind == "none" or (kind == "linear" and not factor):
         return {"rope_type": "default"}
     if keys.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise CheckpointError(
             f"the GGUF file's {kind} rope scaling has an attn_factor of its own, which is not "
             "supported; use the model's Hugging Face checkpoint"
         )
-    scaling = {"rope_type": kind, "factor": keys.need("rope.scaling.factor")}
+    if factor is None:
+        factor = keys.need("rope.scaling.factor")
+    scaling = {"rope_type": kind, "factor": factor}
     optional = {
         "original_max_position_embeddings": "original_context_length",
         "beta_fast": "yarn_beta_fast",

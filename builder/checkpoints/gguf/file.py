@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _LONGEST_NAME = 512  # characters
 # Metadata of the largest vocabularies has a million values (tokens, scores, types, merges) in
 # 16 MB; the largest models have a few thousand tensors.
 _MOST_VALUES, _MOST_BYTES, _MOST_TENSORS = 1 << 21, 1 << 25, 1 << 15
+# As llama.cpp names the parts of a model.
+_PART = re.compile(r"(?P<model>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A whole, single GGUF file: metadata as Python values and tensors by GGUF name."""
+    """A whole model: metadata as Python values and tensors by GGUF name."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -49,7 +52,16 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Reads metadata and tensor table; CheckpointError for a truncated or foreign file."""
+    """Reads metadata and tensor table, of all parts if the file is one of several.
+
+    Raises CheckpointError for a truncated or foreign file, and for parts that are not all there.
+    """
+    file = _read_part(path)
+    count = Fields(file.metadata, Origin(path)).integer("split.count", 1)
+    return file if count < 2 else _joined(path, count)
+
+
+def _read_part(path: Path) -> GGUFFile:
     try:
         reader = _Reader(path)
     # The package reports a damaged file through whatever its parsing trips over.
@@ -58,12 +70,6 @@ def read_gguf(path: Path) -> GGUFFile:
             f"{path} cannot be read as GGUF ({error}); it is truncated, damaged or of another "
             "format: download it again"
         ) from error
-    parts = Fields(reader.metadata, Origin(path)).integer("split.count", 1)
-    if parts > 1:
-        raise CheckpointError(
-            f"{path} is one of {parts} parts; join them with llama.cpp's "
-            "llama-gguf-split --merge and pass the result"
-        )
     tensors = {
         t.name: GGUFTensor(
             path,
@@ -78,6 +84,48 @@ def read_gguf(path: Path) -> GGUFFile:
     if any(len(name) > _LONGEST_NAME for name in tensors):
         raise CheckpointError(f"{path} has a tensor with an endless name; download it again")
     return GGUFFile(path, reader.metadata, tensors)
+
+
+def _joined(path: Path, count: int) -> GGUFFile:
+    """The model that is split into ``count`` files, of which ``path`` is any; the first has the
+    metadata."""
+    parts = [_read_part(part) for part in _paths_of_parts(path, count)]
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        fields = Fields(part.metadata, Origin(part.path))
+        found = fields.integer("split.no"), fields.integer("split.count", 1)
+        if found != (number, count) or not tensors.keys().isdisjoint(part.tensors):
+            raise CheckpointError(
+                f"{part.path} is not part {number + 1} of the {count} that {path.name} belongs to; "
+                "download all of them again"
+            )
+        tensors |= part.tensors
+    total = Fields(parts[0].metadata, Origin(parts[0].path)).integer("split.tensors.count")
+    if len(tensors) != total:
+        raise CheckpointError(
+            f"the {count} parts of {path} hold {len(tensors)} tensors of {total}; download them "
+            "again"
+        )
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
+
+
+def _paths_of_parts(path: Path, count: int) -> list[Path]:
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name["count"]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, and its name does not say how the others are called; "
+            f"download all of them again, as MODEL-00001-of-{count:05d}.gguf and so on, or join "
+            "them with llama.cpp's llama-gguf-split --merge"
+        )
+    end = f"-of-{name['count']}{name['suffix']}"
+    parts = [path.with_name(f"{name['model']}-{n + 1:05d}{end}") for n in range(count)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, of which {len(missing)} are not beside it: "
+            f"{', '.join(missing[:5])}; download them into that directory"
+        )
+    return parts
 
 
 class _Reader(GGUFReader):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipstream.builder.checkpoints.base import (
+    check_templates,
     generation_config,
     unknown_tensor,
     write_json,
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG_AGAIN = "download config.json again"
+_MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -62,16 +71,16 @@ class HuggingFaceCheckpoint:
                 f"import AutoTokenizer as T; T.from_pretrained('{self.path}').save_pretrained("
                 f"'{self.path}')\""
             )
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in _TOKENIZER_FILES:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / name)
         if not (directory / "tokenizer_config.json").is_file():
             write_json(directory / "tokenizer_config.json", {})
-        if not (directory / "generation_config.json").is_file():
-            config = generation_config(self.config.bos_token_id, self.config.eos_token_ids)
-            write_json(directory / "generation_config.json", config)
-        template = _chat_template(self.path)
-        if template is not None:
+        _complete_generation_config(directory / "generation_config.json", self)
+        templates = _chat_templates(self.path)
+        check_templates(templates, Origin(self.path, _MEND_TEMPLATE))
+        if list(templates) == ["default"]:
+            template = templates["default"]
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -175,14 +184,28 @@ def _sharded_weights(path: Path, shard_of: Mapping[str, str]) -> dict[str, Store
     return {name: headers[shard][name] for name, shard in shard_of.items()}
 
 
-def _chat_template(path: Path) -> str | None:
-    """The template from its own file, else from tokenizer_config.json, as in older models."""
+def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -> None:
+    """Ends of a completion that only config.json names go into the file as well."""
+    config = checkpoint.config
+    known = generation_config(config.bos_token_id, config.eos_token_ids)
+    if not file.is_file():
+        write_json(file, known)
+        return
+    given = read_fields(file)
+    # An architecture's default says nothing about this model.
+    if not given.has("eos_token_id") and _config(checkpoint.path).has("eos_token_id"):
+        write_json(file, {**given.values, "eos_token_id": list(config.eos_token_ids)})
+
+
+def _chat_templates(path: Path) -> dict[str, str]:
+    """The template from its own file, else those of tokenizer_config.json, as in older models."""
     own = path / "chat_template.jinja"
     if own.is_file():
-        return read_text(own)
+        return {"default": read_text(own)}
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
-    if not isinstance(fields.values.get("chat_template"), list):
-        return fields.optional_text("chat_template")
-    named = fields.list_of_fields("chat_template")
-    return {entry.text("name"): entry.text("template") for entry in named}.get("default")
+    if isinstance(fields.values.get("chat_template"), list):
+        named = fields.list_of_fields("chat_template")
+        return {entry.text("name"): entry.text("template") for entry in named}
+    template = fields.optional_text("chat_template")
+    return {} if template is None else {"default": template}

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.builder.checkpoints.gguf.models import tiny
 
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.errors import CheckpointError, MissingDependencyError
@@ -51,6 +52,12 @@ def test_a_file_of_another_kind_is_refused(directory: Path) -> None:
 
     with pytest.raises(CheckpointError, match="pass the directory that holds the checkpoint"):
         open_checkpoint(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["M.GGUF", "sha256-0123abcd", "model.bin"])
+def test_a_gguf_file_is_known_by_its_first_bytes(directory: Path, name: str) -> None:
+    tiny().write(directory / name)
+    assert open_checkpoint(directory / name).config.architecture == "llama"
 
 
 def test_a_directory_of_gguf_files_names_them(directory: Path) -> None:

@@ -278,7 +278,7 @@ def test_values_of_foreign_json_have_their_types(wrong: object) -> None:
         ("mlp_bias", 0),
         ("tie_word_embeddings", None),
         ("bos_token_id", True),
-        ("bos_token_id", -1),
+        ("bos_token_id", -2),
         ("eos_token_id", {"id": 1}),
         ("eos_token_id", [2**70]),
         ("vocab_size", "100"),

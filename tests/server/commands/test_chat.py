@@ -113,7 +113,9 @@ def test_the_oldest_turns_make_room_with_a_notice() -> None:
     assert "the oldest turn was dropped: the model reads 256 tokens" in result.stderr
 
 
-def test_a_model_without_a_template_is_refused_at_once(tiny_engine: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_template_is_refused_at_once_and_the_remedy_works(
+    tiny_engine: Path, tmp_path: Path
+) -> None:
     from slipstream.builder.build import build
     from slipstream.builder.options import BuildOptions
 
@@ -127,6 +129,11 @@ def test_a_model_without_a_template_is_refused_at_once(tiny_engine: Path, tmp_pa
     result = run("hi\n", tmp_path / "engine")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: this model has no default chat template")
+
+    assert "--chat-template FILE" in result.stderr
+    (tmp_path / "mine.jinja").write_text("{{ messages[-1].content }}")
+    options = ("--chat-template", tmp_path / "mine.jinja", "--max-tokens", 2)
+    assert run("hi\n", tmp_path / "engine", *options).exit_code == 0
 
 
 @pytest.fixture

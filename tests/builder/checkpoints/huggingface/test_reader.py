@@ -265,7 +265,7 @@ def test_tokenizer_files_are_copied(saved: Path, tmp_path: Path) -> None:
     (saved / "tokenizer.json").write_text('{"version": "1.0"}')
     (saved / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (saved / "chat_template.jinja").write_text("{{ 'größe' }}", encoding="utf-8")
-    (saved / "generation_config.json").write_text('{"temperature": 0.6}')
+    (saved / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
 
     engine = written(saved, tmp_path)
 
@@ -274,17 +274,44 @@ def test_tokenizer_files_are_copied(saved: Path, tmp_path: Path) -> None:
     assert len(list(engine.iterdir())) == 4
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{{ x }}", [{"name": "tools", "template": "t"}, {"name": "default", "template": "{{ x }}"}]],
-)
-def test_an_old_chat_template_gets_a_file_of_its_own(
-    saved: Path, tmp_path: Path, template: object
-) -> None:
+def test_every_file_that_may_name_special_tokens_is_copied(saved: Path, tmp_path: Path) -> None:
     (saved / "tokenizer.json").write_text("{}")
-    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (saved / name).write_text('{"x_token": "</s>"}')
+
+    engine = written(saved, tmp_path)
+
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        assert (engine / name).read_text() == '{"x_token": "</s>"}'
+
+
+def test_an_end_that_only_the_configuration_names_goes_along(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "generation_config.json").write_text('{"temperature": 0.6}')
+    config(eos_token_id=[2, 7])(saved)
+
+    generation = json.loads((written(saved, tmp_path) / "generation_config.json").read_text())
+
+    assert generation == {"temperature": 0.6, "eos_token_id": [2, 7]}
+
+
+def test_an_old_chat_template_gets_a_file_of_its_own(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
 
     assert (written(saved, tmp_path) / "chat_template.jinja").read_text() == "{{ x }}"
+
+
+def test_several_chat_templates_stay_where_they_are(saved: Path, tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+
+    engine = written(saved, tmp_path)
+
+    assert not (engine / "chat_template.jinja").exists()
+    config_file = json.loads((engine / "tokenizer_config.json").read_text())
+    assert config_file == {"chat_template": templates}
 
 
 def test_missing_tokenizer_extras_are_made_up_from_the_configuration(
