@@ -247,6 +247,34 @@ def no_page_size(raw: dict[str, Any]) -> None:
     raw["caches"][0]["page_size"] = 0
 
 
+def endless_page(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["page_size"] = 2**53
+
+
+def endless_window(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["window"] = 2**31
+
+
+def endless_array(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["arrays"][0]["shape"] = [2**31, 2**31]
+
+
+def layer_below_0(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["layers"][0] = -1
+
+
+def no_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = -1
+
+
+def endless_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = 2**31
+
+
+def logits_without_axes(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"] = []
+
+
 def unknown_kind(raw: dict[str, Any]) -> None:
     raw["caches"][0]["kind"] = "latent"
 
@@ -296,6 +324,13 @@ def no_pages(raw: dict[str, Any]) -> None:
 
 
 DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
+    endless_page: "cache kv has page_size 9007199254740992 and window 0",
+    endless_window: "cache kv has page_size 32 and window 2147483648",
+    endless_array: "cache kv has an array kv_cache of dtype",
+    layer_below_0: "cache kv has no layers, a layer twice or below 0",
+    no_vocabulary: "output logits has shape ['L', -1], not [L, vocabulary]",
+    endless_vocabulary: "output logits has shape ['L', 2147483648]",
+    logits_without_axes: "output logits has shape [], not",
     no_page_size: "cache kv has page_size 0 and window 0, but is paged",
     unknown_kind: "caches[0].kind is 'latent', not one of paged, state",
     unknown_source: "graphs.target.inputs[0].source is 'tokens', not one of token_ids",
