@@ -108,7 +108,7 @@ def test_weights_may_lie_elsewhere_behind_a_link(engine: Path, tmp_path: Path) -
     assert answer() == expected
 
 
-@pytest.mark.parametrize("limit", ["max_batch_size", "max_num_tokens", "max_seq_len"])
+@pytest.mark.parametrize("limit", ["max_num_tokens", "max_seq_len"])
 def test_limits_whose_tables_no_machine_holds(engine: Path, limit: str) -> None:
     raw = json.loads((engine / "engine.json").read_text())
     raw["limits"][limit] = 2**31 - 1
