@@ -21,6 +21,7 @@ _ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4
 
 # What no page or slot of a layer reaches.
 _MOST_BYTES, _MOST_AXES = 1 << 40, 8
+_LARGEST = 2**31 - 1
 
 
 class Source(StrEnum):
@@ -236,7 +237,9 @@ def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec])
     logits = target.output(LOGITS) if target else None
     _require(logits is not None, f"graphs has no {TARGET_GRAPH} with an output {LOGITS}")
     assert logits is not None
-    fits = len(logits.shape) == 2 and logits.shape[0] == "L" and isinstance(logits.shape[1], int)
+    rows, *columns = logits.shape or ("",)
+    fits = rows == "L" and len(columns) == 1 and isinstance(columns[0], int)
+    fits = fits and 0 < int(columns[0]) <= _LARGEST
     _require(fits, f"output {LOGITS} has shape {list(logits.shape)}, not [L, vocabulary]")
 
 
@@ -249,7 +252,8 @@ def _cache_problem(cache: CacheSpec) -> str | None:
         if not sized or len(array.shape) > _MOST_AXES or array.nbytes > _MOST_BYTES:
             return f"an array {array.name} of dtype {array.dtype} and shape {list(array.shape)}"
     is_paged = cache.kind == "paged"
-    if (cache.page_size > 0) != is_paged or cache.window < 0 or (cache.window and not is_paged):
+    numbers = 0 <= cache.page_size <= _LARGEST and 0 <= cache.window <= _LARGEST
+    if (cache.page_size > 0) != is_paged or not numbers or (cache.window and not is_paged):
         return f"page_size {cache.page_size} and window {cache.window}, but is {cache.kind}"
     return None
 

@@ -192,8 +192,8 @@ def open_engine(path: Path) -> Engine:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
     command = _build_command(raw.get("command"), path)
     if raw["format_version"] != FORMAT_VERSION:
-        version = shortened(raw["format_version"])
-        found = f"{file} has format {version} and Slipstream {__version__} reads"
+        other = shortened(raw["format_version"])
+        found = f"{file} has format {other} and Slipstream {__version__} reads"
         raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
     try:
         manifest = Manifest.from_dict(raw)

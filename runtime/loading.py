@@ -12,13 +12,16 @@ from typing import Any
 
 from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
+
+# Far above what the largest vocabularies and batches take.
+_MOST_TABLE_BYTES = 1 << 32
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
@@ -35,6 +38,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     others = {name: value for name, value in options.items() if name not in runtime}
     engine = open_engine(_engine_path(model, runtime, others))
     config = _config(engine, runtime)
+    _check_tables(config, engine.manifest.vocab_size)
     check_device(engine)  # before a large file is hashed in vain
     # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
     with ThreadPoolExecutor(1) as pool:
@@ -98,6 +102,19 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
     return RuntimeConfig(**{**limits, "page_size": page_size, **runtime})
+
+
+def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:
+    """CapacityError for limits whose tables (pages of sequences, tokens, rows of logits) no machine
+    should hold."""
+    pages = config.max_batch_size * (config.max_seq_len // config.page_size + 1)
+    size = 4 * (pages + config.max_num_tokens + config.max_batch_size * vocab_size)
+    if size > _MOST_TABLE_BYTES:
+        raise CapacityError(
+            f"the tables of max_batch_size {config.max_batch_size}, max_num_tokens "
+            f"{config.max_num_tokens} and max_seq_len {config.max_seq_len} take {size >> 20} MiB; "
+            "ask for less: --max-batch-size, --max-num-tokens or --max-seq-len"
+        )
 
 
 def generation_defaults(directory: Path, command: str) -> SamplingParams:

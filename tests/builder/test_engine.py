@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -248,17 +248,13 @@ def test_a_value_out_of_bounds_is_one_sentence(engine: Path, edits: dict[str, An
     assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", next(iter(edits)))
 
 
-def _drop_hash(name: str, raw: dict[str, Any]) -> None:
-    del raw["files"][name]
-
-
 def test_no_file_goes_without_its_hash(engine: Path) -> None:
+    listed = json.loads((engine / "engine.json").read_text())["files"]
     for name in FILES:
-        whole = (engine / "engine.json").read_text()
-        edit(engine, partial(_drop_hash, name))
+        others = {other: digest for other, digest in listed.items() if other != name}
+        edit(engine, functools.partial(dict.update, files=others))
         opened = open_engine(engine)
         assert_mismatch(opened.verify_files, f"{name} of the engine {engine} has no hash")
-        (engine / "engine.json").write_text(whole)
     edit(engine, lambda raw: raw.update(files={}))
     assert_mismatch(open_engine(engine).verify_files, "has no hash")
     edit(engine, lambda raw: raw.update(files=dict.fromkeys(FILES)))
@@ -274,6 +270,34 @@ def test_a_file_that_came_later_is_not_read(engine: Path) -> None:
 
 def no_page_size(raw: dict[str, Any]) -> None:
     raw["caches"][0]["page_size"] = 0
+
+
+def endless_page(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["page_size"] = 2**53
+
+
+def endless_window(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["window"] = 2**31
+
+
+def endless_array(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["arrays"][0]["shape"] = [2**31, 2**31]
+
+
+def layer_below_0(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["layers"][0] = -1
+
+
+def no_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = -1
+
+
+def endless_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = 2**31
+
+
+def logits_without_axes(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"] = []
 
 
 def unknown_kind(raw: dict[str, Any]) -> None:
@@ -325,6 +349,13 @@ def no_pages(raw: dict[str, Any]) -> None:
 
 
 DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
+    endless_page: "cache kv has page_size 9007199254740992 and window 0",
+    endless_window: "cache kv has page_size 32 and window 2147483648",
+    endless_array: "cache kv has an array kv_cache of dtype",
+    layer_below_0: "cache kv has no layers, a layer twice or below 0",
+    no_vocabulary: "output logits has shape ['L', -1], not [L, vocabulary]",
+    endless_vocabulary: "output logits has shape ['L', 2147483648]",
+    logits_without_axes: "output logits has shape [], not",
     no_page_size: "cache kv has page_size 0 and window 0, but is paged",
     unknown_kind: "caches[0].kind is 'latent', not one of paged, state",
     unknown_source: "graphs.target.inputs[0].source is 'tokens', not one of token_ids",

@@ -108,6 +108,15 @@ def test_weights_may_lie_elsewhere_behind_a_link(engine: Path, tmp_path: Path) -
     assert answer() == expected
 
 
+@pytest.mark.parametrize("limit", ["max_num_tokens", "max_seq_len"])
+def test_limits_whose_tables_no_machine_holds(engine: Path, limit: str) -> None:
+    raw = json.loads((engine / "engine.json").read_text())
+    raw["limits"][limit] = 2**31 - 1
+    (engine / "engine.json").write_text(json.dumps(raw))
+    with pytest.raises(CapacityError, match=rf"{limit} 2147483647 .* MiB; ask for less"):
+        load(engine, {})
+
+
 def test_an_engine_of_another_target(engine: Path) -> None:
     file = engine / "engine.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "target": "abacus"}))

@@ -7,11 +7,8 @@ import copy
 import itertools
 import json
 import math
-import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.builder.checkpoints.bounds import MEMORY, bounded
 from tests.builder.checkpoints.gguf.models import TinyModel, tiny
 from tests.builder.checkpoints.quantized.files import (
     pack_awq,
@@ -74,9 +72,6 @@ FILES: dict[str, Callable[[bytes], bytes]] = {
 PLACE = "@@"
 # Of the values, how many apart are those that one place sees; all of them take minutes.
 STRIDE = 5
-# What reading may take beyond what the process has, and how long a machine may take that does much
-# else beside.
-MEMORY, SECONDS = 200 << 20, 30
 REMEDIES = ("download", "pass ", "use ", "build", "correct", "choose", "check", "expected one of",
             "fetch", "save ", "convert", "config.json", "another --")  # fmt: skip
 
@@ -288,27 +283,6 @@ def malformed(document: Any, path: list[Any]) -> Iterator[bytes]:  # noqa: ANN40
     yield from (f"{before}{value}{after}".encode() for value in VALUES)
     del inner[path[-1]]
     yield json.dumps(changed).encode()
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Within the bounds of memory and time: beyond, MemoryError and TimeoutError."""
-    status = Path("/proc/self/status").read_text()
-    used = int(status.partition("VmData:")[2].split(maxsplit=1)[0]) << 10
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes more than {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_bounds_hold() -> None:
