@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slipstream.cores import usable_cores
 from slipstream.server.command import Command
 from slipstream.server.options import output_option, quantize_options
 from slipstream.server.progress import Report as Bar
@@ -89,7 +89,7 @@ def _needs(plan: Plan) -> list[tuple[str, str]]:
     if asked is not None:
         weights = sum(n * k for n, k in map(plan.shape, plan.linears))
         after, bits = after + int((asked - bits) * weights / 8), asked
-    minutes = plan.seconds(os.cpu_count() or 1) / 60
+    minutes = plan.seconds(usable_cores()) / 60
     return [
         ("size", f"{format_bytes(after)} ({after / before:.0%} of {format_bytes(before)})"),
         ("bits", f"{bits:.2f} a weight of the decoder's linears, scales counted"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipstream.cores import usable_cores
 from slipstream.errors import InvalidRequestError
 
 FILE = "model.json"
@@ -31,7 +31,7 @@ class Settings:
         """These settings for one of several processes that share the cores of this one."""
         if instances < 2 or "num_threads" in self.options:
             return self
-        threads = max(1, len(os.sched_getaffinity(0)) // instances)
+        threads = max(1, usable_cores() // instances)
         return Settings(self.model, {**self.options, "num_threads": threads})
 
 

@@ -70,7 +70,26 @@ def test_a_width_without_a_group_stays_dense(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         assert QuantizeWeights(4, 32, symmetric=False)(program) == 3
     assert program.weights["v"] is weights[1]
-    assert caplog.messages == ["v stays dense: no group of 128, 64 or 32 divides its width 40"]
+    told = "1 weights (v) stay dense: no group of 128, 64 or 32 divides 40 columns"
+    assert caplog.messages == [told]
+
+
+def test_a_warning_is_told_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    text = """g (float[T, 40] x, float[40, 40] a, float[40, 40] b, float[72, 40] c,
+      float[40, 72] d) => (float[T, 40] y) {
+      h = slipstream.Linear <in_features = 40, out_features = 40> (x, a)
+      i = slipstream.Linear <in_features = 40, out_features = 40> (h, b)
+      j = slipstream.Linear <in_features = 40, out_features = 72> (i, c)
+      y = slipstream.Linear <in_features = 72, out_features = 40> (j, d)
+    }"""
+    shapes = {"a": (40, 40), "b": (40, 40), "c": (72, 40), "d": (40, 72)}
+    program = parse(text, *(dense(name, *shape) for name, shape in shapes.items()))
+    with caplog.at_level(logging.WARNING):
+        assert QuantizeWeights(4, 32, symmetric=False)(program) == 0
+    assert caplog.messages == [
+        "3 weights (a, …) stay dense: no group of 128, 64 or 32 divides 40 columns",
+        "1 weights (d) stay dense: no group of 128, 64 or 32 divides 72 columns",
+    ]
 
 
 def test_weights_that_the_checkpoint_quantized_stay_as_they_are() -> None:
