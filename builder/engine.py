@@ -111,10 +111,14 @@ class Engine:
 
     def write_file(self, name: str, text: str) -> None:
         """Add or replace a file, and its hash in the manifest."""
-        file = self.path / name
-        file.write_text(text)
-        files = {**self.manifest.files, name: sha256(file)}
-        (self.path / MANIFEST).write_text(replace(self.manifest, files=files).to_json())
+        self._replace(name, text)
+        files = {**self.manifest.files, name: sha256(self.path / name)}
+        self._replace(MANIFEST, replace(self.manifest, files=files).to_json())
+
+    def _replace(self, name: str, text: str) -> None:
+        new = self.path / f".{name}.new"
+        new.write_text(text)
+        new.replace(self.path / name)
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
@@ -132,6 +136,16 @@ def sha256(file: Path) -> str:
 def is_engine(path: Path) -> bool:
     """Whether a path looks like an engine directory."""
     return (path / MANIFEST).is_file()
+
+
+def engine_contents(path: Path) -> set[str] | None:
+    """The names of the files that make up the engine in a directory, of any version of Slipstream;
+    None if there is none."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return {MANIFEST, *map(str, files)} if isinstance(files, dict) else None
 
 
 def open_engine(path: Path) -> Engine:

@@ -34,7 +34,7 @@ from slipstream.quantize.report.record import LinearRow, Report, peak_memory, ve
 from slipstream.quantize.staging import (
     LayerRecord,
     Staging,
-    check_output,
+    check_result,
     describe_run,
     staging,
 )
@@ -79,7 +79,7 @@ def quantize(
     report = progress or (lambda stage, done, total: None)
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, options)
-    check_output(output, checkpoint.path)
+    check_result(output, checkpoint.path)
     check_plan(plan)
     run = _Run(checkpoint, plan, str(source), output, report)
     calibration, evaluation = _windows(plan, text(checkpoint))

@@ -227,7 +227,7 @@ def test_starting_again_drops_what_was_kept(run: Run, tmp_path: Path) -> None:
 def test_only_a_result_of_ours_is_replaced(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
-    with pytest.raises(BuildError, match="out exists and was not written by"):
+    with pytest.raises(BuildError, match="out exists and is no quantized checkpoint of"):
         run()
     assert left_over(tmp_path) == ["out"] and (tmp_path / "out" / "precious").exists()
     shutil.rmtree(tmp_path / "out")

@@ -109,6 +109,11 @@ def open_checkpoint(source: str | os.PathLike[str]) -> GGUFCheckpoint:
     return GGUFCheckpoint(path, config, stored, file)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file alone."""
+    return [path]
+
+
 def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:
     return decode(tensor.name, tensor.kind, tensor.shape, tensor.map()).dequantize()
 

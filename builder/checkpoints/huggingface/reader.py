@@ -16,6 +16,7 @@ from slipstream.builder.checkpoints.base import (
 )
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
+    SIDE_FILES,
     Stored,
     quantization_config,
     read_quantized,
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
 _CONFIG_AGAIN = "download config.json again"
+_TEMPLATE = "chat_template.jinja"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -61,7 +65,7 @@ class HuggingFaceCheckpoint:
                 f"import AutoTokenizer as T; T.from_pretrained('{self.path}').save_pretrained("
                 f"'{self.path}')\""
             )
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in _TOKENIZER_FILES:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / name)
         if not (directory / "tokenizer_config.json").is_file():
@@ -71,7 +75,7 @@ class HuggingFaceCheckpoint:
             write_json(directory / "generation_config.json", config)
         template = _chat_template(self.path)
         if template is not None:
-            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+            (directory / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
@@ -87,6 +91,18 @@ def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
     for note in weights.notes:
         logger.warning("%s: %s", path.name, note)
     return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that is read, if it is there; CheckpointError for an index that cannot be."""
+    shards: set[str] = set()
+    if (path / _INDEX).is_file():
+        index = read_fields(path / _INDEX, Origin(path / _INDEX, "download the checkpoint again"))
+        shards = (
+            set(index.texts_by_name("weight_map").values()) if index.has("weight_map") else shards
+        )
+    names = {_CONFIG, _INDEX, _WEIGHTS, _TEMPLATE, *_TOKENIZER_FILES, *SIDE_FILES, *shards}
+    return [path / name for name in sorted(names) if (path / name).is_file()]
 
 
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
@@ -150,7 +166,7 @@ def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
 
 def _chat_template(path: Path) -> str | None:
     """The template from its own file, else from tokenizer_config.json, as in older models."""
-    own = path / "chat_template.jinja"
+    own = path / _TEMPLATE
     if own.is_file():
         return _text(own)
     config = path / "tokenizer_config.json"

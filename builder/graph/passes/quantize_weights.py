@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import readers, weight_index
 from slipstream.builder.graph.program import Program
+from slipstream.errors import BuildError
 from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
@@ -30,7 +31,8 @@ class QuantizeWeights:
     symmetric: bool
 
     def __call__(self, program: Program) -> int:
-        """Quantize every dense weight that an operator reads in any format."""
+        """Quantize every dense weight that an operator reads in any format; BuildError where none
+        can be."""
         heads = {
             value
             for node, value in readers(program)
@@ -39,9 +41,12 @@ class QuantizeWeights:
         values = dict.fromkeys(value for _, value in readers(program))
         dense = [value for value in values if _weight(program, value).format.kind == "dense"]
         self._tell(_weight(program, value) for value in dense)
-        return sum(
+        matched = sum(
             self._quantize(program, value, 8 if value in heads else self.bits) for value in dense
         )
+        if not matched:
+            raise nothing_quantized()
+        return matched
 
     def _tell(self, weights: Iterable[LazyTensor]) -> None:
         """Log the widths that the group asked for does not divide, once each."""
@@ -74,6 +79,14 @@ class QuantizeWeights:
         program.weights[value.name] = LazyTensor(dense.name, format, load)
         value.type = ir.TensorType(ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8)
         return True
+
+
+def nothing_quantized() -> BuildError:
+    """The error of a quantization that would do nothing."""
+    return BuildError(
+        "no weight can be quantized: each is quantized in the checkpoint already, or has a width "
+        "that no group divides; leave --quantization out"
+    )
 
 
 def _weight(program: Program, value: ir.Value) -> LazyTensor:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from slipstream.errors import InvalidRequestError
 from slipstream.server.cli import slipstream
-from slipstream.server.triton import repository
+from slipstream.server.triton import repository, settings
 from slipstream.server.triton.repository import Deployment, write_repository
 from slipstream.server.triton.settings import Settings, read_settings
 
@@ -112,7 +112,8 @@ def test_instances_on_a_gpu_need_a_cache_size(tiny_engine: Path, tmp_path: Path)
 
 
 def test_instances_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setattr(settings, "usable_cores", lambda: 9)
+    monkeypatch.setattr(settings, "gpu_capability", lambda: None)
     assert Settings("m").shared_among(1) == Settings("m")
     assert Settings("m").shared_among(4) == Settings("m", {"num_threads": 2})
     assert Settings("m").shared_among(20) == Settings("m", {"num_threads": 1})
