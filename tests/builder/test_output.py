@@ -56,7 +56,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absolute": (lambda place: make(place / "old", "thing.json"), "is the current directory"),
     "root": (lambda place: Path("/"), "/ is the current directory or one above"),
     "file": (lambda place: make(place / "d", "f") / "f", "f exists and is no directory; choose"),
-    "under a file": (lambda place: make(place / "d", "f") / "f" / "e", "d/f is no directory; choos"),
+    "under a file": (
+        lambda place: make(place / "d", "f") / "f" / "e",
+        "d/f is no directory; choos",
+    ),
     "other": (lambda place: make(place / "d", "f"), "d exists and is no thing; choose another -o"),
     "extra": (
         lambda place: make(place / "d", "thing.json", "notes.txt", "data"),
