@@ -163,7 +163,9 @@ def build_once(
 def _make(
     planned: Plan, staging: Path, source: str | Path, output: Path, progress: Progress | None
 ) -> Manifest:
-    manifest = _write(planned, staging, str(source), str(output), progress)
+    # Whoever has to build it again may be in another directory.
+    origin = next((str(path.absolute()) for path in _local(source)), str(source))
+    manifest = _write(planned, staging, origin, str(output), progress)
     check_output(output, "engine", engine_contents)
     publish(staging, output)
     return manifest

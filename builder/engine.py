@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def open_engine(path: Path) -> Engine:
         raise _unreadable(f"{file} is not readable JSON ({error})", path) from error
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
-    command = raw.get("command")
+    command = _build_command(raw.get("command"), path)
     if raw["format_version"] != FORMAT_VERSION:
         found = f"{file} has format {raw['format_version']} and Slipstream {__version__} reads"
         raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
@@ -181,9 +182,23 @@ def open_engine(path: Path) -> Engine:
             found = f"{file} needs version {version} of operator {name} and Slipstream"
             remedy = "" if known else "; install the package that brings it"
             raise _unreadable(f"{found} {__version__} has {ours}{remedy}", path, command)
-    return Engine(path, manifest)
+    return Engine(path, replace(manifest, command=command))
 
 
-def _unreadable(found: str, path: Path, command: object = None) -> EngineMismatchError:
-    again = command if isinstance(command, str) else f"slipstream build CHECKPOINT -o {path}"
+def _unreadable(found: str, path: Path, command: str | None = None) -> EngineMismatchError:
+    again = command or _build_command(None, path)
     return EngineMismatchError(f"{found}; build it again: {again}")
+
+
+def _build_command(told: object, path: Path) -> str:
+    """The command of a manifest, writing to where the engine is now, if it is one that
+    ``BuildOptions.command`` could have written: errors ask for it to be run, and an engine may come
+    from a stranger."""
+    try:
+        words = shlex.split(told) if isinstance(told, str) else []
+    except ValueError:  # a quotation that does not end
+        words = []
+    ours = words[:2] == ["slipstream", "build"] and words[3:4] == ["-o"] and len(words) > 4
+    if ours and all(map(str.isprintable, words)) and shlex.join(words) == told:
+        return shlex.join([*words[:4], str(path), *words[5:]])
+    return f"slipstream build CHECKPOINT -o {shlex.quote(str(path))}"

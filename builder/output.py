@@ -41,7 +41,7 @@ def check_output(
     if output.name in ("", "..") or place == Path.cwd():
         raise BuildError(
             f"{output} is the current directory or one above it, which cannot be replaced; choose "
-            f"another -o, such as {output / what}"
+            f"another -o, such as {output / 'new'}"
         )
     for source in sources:
         if place in (source.resolve(), *source.resolve().parents):
@@ -64,7 +64,10 @@ def _check_replaceable(
     if not output.is_dir():
         raise BuildError(f"{output} exists and is no directory; choose another -o or remove it")
     if os.path.ismount(output):
-        raise BuildError(f"{output} is a mount point, which cannot be replaced; pass -o within it")
+        raise BuildError(
+            f"{output} is a mount point, which cannot be replaced; choose another -o, such as "
+            f"{output / 'new'}"
+        )
     found = {file.name for file in output.iterdir()}
     ours = contents(output) if found else ()
     if ours is None:

@@ -56,10 +56,11 @@ class Command(click.Command):
             texts = [p for p in self.params if isinstance(p, click.Argument)]
             word = next((w for w in words if w.startswith(error.option_name)), "")
             if texts and not error.possibilities:
-                error.message += (
-                    f". To pass {shlex.quote(word)} as {texts[-1].human_readable_name}, put -- "
-                    "before it, behind all options"
-                )
+                raise click.UsageError(
+                    f"{error.format_message().rstrip('.')}. To pass {shlex.quote(word)} as "
+                    f"{texts[-1].human_readable_name}, put -- before it, behind all options",
+                    ctx,
+                ) from error
             raise
 
     def invoke(self, ctx: click.Context) -> object:

@@ -61,6 +61,10 @@ def quantize(
       slipstream quantize model -o model-fp8 --qformat fp8 --kv-cache-dtype fp8
       slipstream quantize model --qformat int4_gptq --override 're:.*down_proj=int8_wo' --dry-run
     """
+    if dry_run and resume:
+        raise click.UsageError(
+            "--resume goes on with a run and --dry-run makes none; leave one out"
+        )
     if dry_run:
         _dry_run(checkpoint, options)
     elif output is None:
