@@ -62,9 +62,7 @@ def quantize(
       slipstream quantize model --qformat int4_gptq --override 're:.*down_proj=int8_wo' --dry-run
     """
     if dry_run and resume:
-        raise click.UsageError(
-            "--resume goes on with a run and --dry-run makes none; leave one out"
-        )
+        raise click.UsageError("--resume goes on with a run, --dry-run makes none; leave one out")
     if dry_run:
         _dry_run(checkpoint, options)
     elif output is None:

@@ -16,6 +16,7 @@ from slipstream.builder import cache
 from slipstream.builder.build import build_once
 from slipstream.builder.cache import cache_directory, cached_engine, cached_engines, prune
 from slipstream.builder.engine import is_engine, open_engine
+from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets import base
 from slipstream.errors import BuildError, CheckpointError
 
@@ -130,11 +131,11 @@ def test_a_file_that_no_reader_reads_makes_no_other_engine(
 def test_a_file_that_a_reader_would_read_makes_another_engine(
     checkpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = cache._key(checkpoint, cache.BuildOptions())
+    key = cache._key(checkpoint, BuildOptions())
     (checkpoint / name).unlink(missing_ok=True)
-    without = cache._key(checkpoint, cache.BuildOptions())
+    without = cache._key(checkpoint, BuildOptions())
     (checkpoint / name).write_text("{}")
-    assert cache._key(checkpoint, cache.BuildOptions()) not in (key, without)
+    assert cache._key(checkpoint, BuildOptions()) not in (key, without)
 
 
 @pytest.mark.parametrize("name", [".#config.json", "config.json~", "tokenizer.model"])
@@ -205,7 +206,7 @@ def test_processes_that_want_one_engine_build_it_once(
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     racers = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
     for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
+        assert racer.stdout is not None and racer.stdout.readline() == "ready\n"
     ends = [racer.communicate("go\n") for racer in racers]
     names = {out.strip() for out, _ in ends}
     assert [racer.returncode for racer in racers] == [0, 0], ends

@@ -302,7 +302,7 @@ def test_bad_checkpoints(
         (
             {"qformat": "fp8", "group_size": 32},
             BuildError,
-            "group_size is 32, for which fp8 has no",
+            "32, for which fp8 has no use",
         ),
         ({"qformat": "int8_sq", "symmetric": True}, BuildError, "for which int8_sq has no use"),
         ({"qformat": "fp8_block", "symmetric": False}, BuildError, "symmetric is False, for which"),

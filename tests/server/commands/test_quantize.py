@@ -26,7 +26,7 @@ def little(tmp_path: Path) -> list[str]:
     """Options that make a run short."""
     text = tmp_path / "eval.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 8)
-    return ["--eval-dataset", str(text), "--calib-size", "2", "--calib-max-seq-length", "64"]
+    return ["--eval-dataset", str(text)]
 
 
 def test_quantize_writes_a_checkpoint_that_builds_and_says_what_it_cost(
@@ -97,6 +97,7 @@ def test_calibration_text_can_come_from_the_model_itself(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["--qformat", "int4_gptq", "--calib-dataset", "self", *little]
+    arguments += ["--calib-size", "2", "--calib-max-seq-length", "64"]
     result = run(tiny_checkpoint, "-o", tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())

@@ -53,7 +53,7 @@ def rounded(arrays: Arrays, options: BuildOptions) -> Arrays:
                 array,
                 bits=8 if head or options.bits == 8 else 4,
                 group_size=group,
-                symmetric=options.symmetric,
+                symmetric=bool(options.symmetric),
             ).dequantize()
     return out
 
