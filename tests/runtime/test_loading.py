@@ -177,3 +177,20 @@ def test_running_an_engine_imports_no_compiler(tiny_engine: Path) -> None:
     command = [sys.executable, "-c", code, str(tiny_engine)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kv_cache_free_gpu_memory_fraction": 0.5},
+            "kv_cache_free_gpu_memory_fraction does nothing for .*: it is for a CPU",
+        ),
+        ({"kv_cache_bytes": 1 << 20, "kv_cache_free_gpu_memory_fraction": 0.5}, "does nothing"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tiny_engine: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Invalid, match=message):
+        load(tiny_engine, options)
