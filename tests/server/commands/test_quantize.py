@@ -67,7 +67,7 @@ def test_options_reach_the_plan(tiny_checkpoint: Path, tmp_path: Path, little: l
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptq"
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
-    assert report["seed"] == 7 and report["options"]["overrides"][1] == "re:.*o_proj=dense"
+    assert report["options"]["overrides"][1] == "re:.*o_proj=dense"
 
 
 def test_a_dry_run_prints_the_plan_and_reads_no_weights(
