@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,16 @@ from slipstream.builder.contract import (
     GraphSpec,
     bytes_per_token,
 )
-from slipstream.builder.engine import GRAPH, MANIFEST, WEIGHTS, EngineLimits, Manifest, sha256
+from slipstream.builder.engine import (
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    EngineLimits,
+    Manifest,
+    engine_contents,
+    is_engine,
+    sha256,
+)
 from slipstream.builder.graph.describe import count_formats
 from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import run_passes
@@ -30,7 +38,8 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.targets.base import create_target
+from slipstream.builder.output import check_output, publish, scratch
+from slipstream.builder.targets.base import check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
@@ -104,6 +113,11 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
+    if quantization == "none" and options.gemm_plugin != "auto":
+        raise BuildError(
+            f"gemm_plugin {options.gemm_plugin} says where quantized linears run, and here none "
+            "is quantized; leave it out, or add --quantization"
+        )
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
@@ -112,6 +126,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
     capability = target.capability(program, kv_dtype)
+    check_runs_here(options.target, capability)
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
@@ -124,23 +139,50 @@ def build(
     """Write the engine of a checkpoint to ``output``, replacing an engine that stands there.
 
     ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the
-    build fails.
+    build fails, and until it has succeeded the old engine stays. Raises CheckpointError, and
+    BuildError, also for an ``output`` that holds anything but an engine.
     """
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise BuildError(f"{output} exists and is no engine; choose another -o or remove it")
+    with _write_errors(output):
+        check_output(output, "engine", engine_contents, *_local(source))
     planned = plan(source, options)
+    with _write_errors(output), scratch(output) as staging:
+        return _make(planned, staging, source, output, progress)
+
+
+def build_once(
+    source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> bool:
+    """``build`` into a place that others build the same engine into: False if one was there, or
+    was made by a process that this one waited for."""
+    with _write_errors(output), scratch(output, wait=True) as staging:
+        if is_engine(output):
+            return False
+        _make(plan(source, options), staging, source, output, progress)
+    return True
+
+
+def _make(
+    planned: Plan, staging: Path, source: str | Path, output: Path, progress: Progress | None
+) -> Manifest:
+    # Whoever has to build it again may be in another directory.
+    origin = next((str(path.absolute()) for path in _local(source)), str(source))
+    manifest = _write(planned, staging, origin, str(output), progress)
+    check_output(output, "engine", engine_contents)
+    publish(staging, output)
+    return manifest
+
+
+def _local(source: str | Path) -> Iterator[Path]:
+    if (path := Path(source)).exists():
+        yield path
+
+
+@contextmanager
+def _write_errors(output: Path) -> Iterator[None]:
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            staging = Path(scratch) / output.name
-            staging.mkdir()
-            manifest = _write(planned, staging, str(source), str(output), progress)
-            if output.exists():
-                shutil.rmtree(output)
-            staging.rename(output)
+        yield
     except OSError as error:
         raise BuildError(f"cannot write the engine {output}: {error.strerror or error}") from error
-    return manifest
 
 
 def _with_kv_dtype(options: BuildOptions, scales: KVScales | None) -> BuildOptions:

@@ -151,10 +151,14 @@ class Engine:
 
     def write_file(self, name: str, text: str) -> None:
         """Add or replace a file, and its hash in the manifest."""
-        file = self.path / name
-        file.write_text(text)
-        files = {**self.manifest.files, name: sha256(file)}
-        (self.path / MANIFEST).write_text(replace(self.manifest, files=files).to_json())
+        self._replace(name, text)
+        files = {**self.manifest.files, name: sha256(self.path / name)}
+        self._replace(MANIFEST, replace(self.manifest, files=files).to_json())
+
+    def _replace(self, name: str, text: str) -> None:
+        new = self.path / f".{name}.new"
+        new.write_text(text)
+        new.replace(self.path / name)
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
@@ -172,6 +176,16 @@ def sha256(file: Path) -> str:
 def is_engine(path: Path) -> bool:
     """Whether a path looks like an engine directory."""
     return (path / MANIFEST).is_file()
+
+
+def engine_contents(path: Path) -> set[str] | None:
+    """The names of the files that make up the engine in a directory, of any version of Slipstream;
+    None if there is none."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return {MANIFEST, *map(str, files)} if isinstance(files, dict) else None
 
 
 def open_engine(path: Path) -> Engine:
@@ -217,13 +231,14 @@ def _unreadable(found: str, path: Path, command: str | None = None) -> EngineMis
 
 
 def _build_command(told: object, path: Path) -> str:
-    """The command of a manifest if it is one that ``BuildOptions.command`` could have written:
-    errors ask for it to be run, and an engine may come from a stranger."""
+    """The command of a manifest, writing to where the engine is now, if it is one that
+    ``BuildOptions.command`` could have written: errors ask for it to be run, and an engine may come
+    from a stranger."""
     try:
         words = shlex.split(told) if isinstance(told, str) else []
     except ValueError:  # a quotation that does not end
         words = []
-    ours = words[:2] == ["slipstream", "build"] and all(map(str.isprintable, words))
-    if ours and shlex.join(words) == told:
-        return told
+    ours = words[:2] == ["slipstream", "build"] and words[3:4] == ["-o"] and len(words) > 4
+    if ours and all(map(str.isprintable, words)) and shlex.join(words) == told:
+        return shlex.join([*words[:4], str(path), *words[5:]])
     return f"slipstream build CHECKPOINT -o {shlex.quote(str(path))}"

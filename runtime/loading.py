@@ -22,6 +22,14 @@ from slipstream.weights.json import Origin, read_fields
 
 # Far above what the largest vocabularies and batches take.
 _MOST_TABLE_BYTES = 1 << 32
+# Options that a target's executor has no use for, and what to do instead.
+_UNUSED = {
+    "cpu": {
+        "kv_cache_free_gpu_memory_fraction": "it is for a CPU, where kv_cache_bytes sets the size "
+        "of the KV cache"
+    },
+    "cuda": {"num_threads": "it is for a GPU; leave it out"},
+}
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
@@ -37,7 +45,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     }
     others = {name: value for name, value in options.items() if name not in runtime}
     engine = open_engine(_engine_path(model, runtime, others))
-    config = _config(engine, runtime)
+    config = runtime_config(engine, runtime)
     _check_tables(config, engine.manifest.vocab_size)
     check_device(engine)  # before a large file is hashed in vain
     # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
@@ -83,7 +91,12 @@ def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[
     return built
 
 
-def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
+def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
+    """The configuration of an engine with these fields of it, and the engine's own limits.
+
+    Raises InvalidRequestError for what the engine was not built for, and for a field that would be
+    ignored.
+    """
     limits = asdict(engine.manifest.limits)
     for name, limit in limits.items():
         if runtime.get(name, 0) > limit:
@@ -92,6 +105,14 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
+    for name, reason in _UNUSED.get(engine.manifest.target, {}).items():
+        if name in runtime:
+            raise InvalidRequestError(f"{name} does nothing for {engine.path}: {reason}")
+    if {"kv_cache_bytes", "kv_cache_free_gpu_memory_fraction"} <= runtime.keys():
+        raise InvalidRequestError(
+            "kv_cache_bytes says how large the KV cache is, so kv_cache_free_gpu_memory_fraction "
+            "does nothing; leave one of them out"
+        )
     page_size = page_size_of(engine.manifest.caches)
     if runtime.get("page_size", page_size) != page_size:
         raise InvalidRequestError(

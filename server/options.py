@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -19,17 +18,17 @@ from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.options import ServerOptions
+from slipstream.sizes import parse_size
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def size(text: str) -> int:
-    """Parse bytes: ``512M``, ``2G``, ``1.5GiB`` (powers of 1024) or plain ``1000000``."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise click.BadParameter(f"{text!r} is not a size; write for example 512M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    """Parse bytes, such as ``512M``, for an option."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
     "max_seq_len": Option("Tokens of a prompt and its output together.", _ENGINES, least=2),
-    "num_threads": Option("CPU cores to use.", "all", least=1),
+    "num_threads": Option("CPU cores to use.", "all that a CPU quota leaves", least=1),
     "kv_cache_bytes": Option(
         "Memory for the KV cache, such as 512M or 2G.", "what fits", parse=size
     ),
@@ -67,9 +66,7 @@ RUNTIME = {
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
-    "step_timeout": Option(
-        "For servers and chat: seconds after which a device that does not answer is given up."
-    ),
+    "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
 SAMPLING = {
     "max_tokens": Option("Most tokens to generate.", "up to max-seq-len"),
@@ -111,7 +108,9 @@ _BUILD = {
     "group_size": Option(
         "Elements that share a scale: 32, 64 or 128.", "32 on a CPU, 128 on a GPU"
     ),
-    "symmetric": Option("Quantize without or with zero points.", flag="symmetric/--asymmetric"),
+    "symmetric": Option(
+        "Quantize without or with zero points.", "with", flag="symmetric/--asymmetric"
+    ),
     "kv_cache_dtype": Option(
         "Type of the KV cache; auto is fp8 where the checkpoint has scales for it, else on a CPU "
         "float32 for a dense engine and float16 for a quantized one, and on a GPU the dtype."
@@ -235,6 +234,12 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of ``RuntimeConfig``; the command gets those given as ``runtime: dict``."""
     return _collect(RuntimeConfig, RUNTIME, "runtime", lambda values: values)(function)
+
+
+def unwatched_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``runtime_options`` of a command that nobody serves: it waits for its device for ever."""
+    table = {name: option for name, option in RUNTIME.items() if name != "step_timeout"}
+    return _collect(RuntimeConfig, table, "runtime", lambda values: values)(function)
 
 
 def sampling_options(*names: str) -> Decorator:

@@ -88,6 +88,8 @@ class QuantTensor:
     input_scale  float32 ``[1]`` when ``format.activation == "static"``.
     scale2    float32 ``[1]``, a multiplier of all scales (NVFP4); None is 1.
     codebook  float32 ``[16]``, the number of each code, when ``format.kind == "codebook"``.
+              Of stacked weights that differ in it, either has a row for each row of ``scale``
+              and of the weight: ``[ceil(N/rows), 1]`` and ``[N, 16]``.
     input     what must be done to x before these codes are applied; None is nothing.
     """
 
@@ -127,6 +129,12 @@ class QuantTensor:
         out[:, 1::2] = codes >> 4
         return out[:, :k]
 
+    def multipliers(self) -> NDArray[np.float32]:
+        """What codes are multiplied by, ``scale2`` included: float32 in the shape of ``scale``."""
+        assert self.scale is not None, self.format
+        scale = self.scale.astype(np.float32)
+        return scale if self.scale2 is None else scale * self.scale2
+
     def dequantize(self) -> NDArray[np.float32]:
         """The weight as float32 in its full shape: what multiplies x, ``input`` included."""
         values = self._decoded()
@@ -142,16 +150,15 @@ class QuantTensor:
         """The numbers of the codes, column by column as they are stored."""
         if self.format.kind == "dense":
             return self.codes.astype(np.float32)
-        scale = self._spread(self.scale)
-        if self.scale2 is not None:
-            scale = scale * self.scale2
+        scale = self._spread(self.multipliers())
         kind, zero = self.format.kind, self.format.zero
         if kind == "float8_e4m3":
             return self.codes.astype(np.float32) * scale
         codes = self.unpacked_codes()
         if kind == "codebook":
             assert self.codebook is not None
-            return self.codebook[codes] * scale
+            books = np.broadcast_to(self.codebook, (len(codes), 16))
+            return np.take_along_axis(books, codes, axis=1) * scale
         if kind == "float4_e2m1":
             return np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]) * scale
         if zero == "offset":
@@ -229,6 +236,8 @@ def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
             _join([tensor.zero for tensor in loaded]),
             _join([tensor.offset for tensor in loaded]),
             _largest([tensor.input_scale for tensor in loaded]),
+            _shared([_scale2(tensor) for tensor in loaded]),
+            _shared([_codebook(tensor) for tensor in loaded]),
         )
 
     return LazyTensor(name, replace(first, shape=shape), load)
@@ -247,6 +256,28 @@ def _largest(scales: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32
     """The input scale of weights that read one x: the largest, by which no part of x saturates."""
     present = [scale for scale in scales if scale is not None]
     return np.max(present, axis=0) if present else None
+
+
+def _scale2(tensor: QuantTensor) -> NDArray[np.float32] | None:
+    """``[ceil(N/rows), 1]``; None for a weight without scales."""
+    if tensor.scale is None or tensor.format.kind != "float4_e2m1":
+        return None
+    one = np.ones(1, np.float32) if tensor.scale2 is None else tensor.scale2
+    return np.broadcast_to(np.asarray(one, np.float32), (len(tensor.scale), 1))
+
+
+def _codebook(tensor: QuantTensor) -> NDArray[np.float32] | None:
+    """``[N, 16]``."""
+    if tensor.codebook is None:
+        return None
+    return np.broadcast_to(tensor.codebook, (tensor.format.shape[0], 16))
+
+
+def _shared(tables: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """Rows of numbers of all weights; only one where they are all alike."""
+    joined = _join(tables)
+    alike = joined is not None and (joined == joined[:1]).all()
+    return joined[0] if joined is not None and alike else joined
 
 
 def _join(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:

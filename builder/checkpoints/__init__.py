@@ -11,9 +11,10 @@ from typing import Literal, cast
 from slipstream.builder.checkpoints.base import Checkpoint
 from slipstream.errors import CheckpointError
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "files_of", "on_disk", "open_checkpoint"]
 
-# Each module has `open_checkpoint(source)`; it is imported when a checkpoint of its kind is opened.
+# Each module has `open_checkpoint(source)`, and but for the hub's `files_of(path)`; it is imported
+# when a checkpoint of its kind is wanted.
 _READERS = {
     "directory": "slipstream.builder.checkpoints.huggingface.reader",
     "gguf": "slipstream.builder.checkpoints.gguf.reader",
@@ -32,6 +33,20 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """
     reader = import_module(_READERS[_kind(source)])
     return cast("Checkpoint", reader.open_checkpoint(source))
+
+
+def on_disk(source: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint, after downloading it if it is a hub id; CheckpointError as for
+    ``open_checkpoint``."""
+    if _kind(source) != "hub":
+        return Path(source)
+    return cast("Path", import_module(_READERS["hub"]).fetch(source))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that reading a checkpoint on disk opens, if it is there: what an engine of it
+    follows from."""
+    return cast("list[Path]", import_module(_READERS[_kind(path)]).files_of(path))
 
 
 def _kind(source: str | os.PathLike[str]) -> Literal["directory", "gguf", "hub"]:

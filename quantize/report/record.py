@@ -167,15 +167,21 @@ class Report:
         return found
 
     def write(self, directory: Path) -> list[Path]:
-        """Write ``quantization_report.json``, ``.md`` and, with matplotlib, ``.png``."""
-        paths = [directory / f"{STEM}.json", directory / f"{STEM}.md"]
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        """Write ``quantization_report.json``, ``.md`` and, with matplotlib, ``.png``.
+
+        They come last: the first lists all files of the directory, which are what another run may
+        replace.
+        """
+        plotted = find_spec("matplotlib") is not None
+        paths = [directory / f"{STEM}.{kind}" for kind in ("json", "md", "png")[: 2 + plotted]]
+        files = sorted({*directory.iterdir(), *paths})
+        content = {**self.as_dict(), "files": [file.name for file in files]}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         paths[0].write_text(text + "\n", encoding="utf-8")
         plots = NO_PLOTS
-        if find_spec("matplotlib") is None:
+        if not plotted:
             log.info(NO_PLOTS)
         else:
-            paths.append(directory / f"{STEM}.png")
             # Loaded by name: plots are an extra, and importing matplotlib takes a second.
             import_module("slipstream.quantize.report.plots").draw(self, paths[-1])
             plots = f"![Error and bits by layer, perplexity]({STEM}.png)"

@@ -23,6 +23,7 @@ from slipstream.builder.contract import (
     states,
 )
 from slipstream.builder.engine import WEIGHTS, Engine
+from slipstream.cores import usable_cores
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
@@ -115,7 +116,7 @@ class _Pending:
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes every core this process may use. The session runs in the
+    ``config.num_threads`` None takes every core that a CPU quota leaves. The session runs in the
     caller's thread: the device is made of the cores that would do the bookkeeping meanwhile, and
     handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
     switch interval of 5 ms when other threads were busy).
@@ -131,7 +132,7 @@ class CPUExecutor:
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
         self._sampler = Sampler(manifest.vocab_size)
-        threads = config.num_threads or len(os.sched_getaffinity(0))
+        threads = config.num_threads or usable_cores()
         library.load().slipstream_set_threads(threads)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.

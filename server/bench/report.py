@@ -16,6 +16,7 @@ import numpy as np
 from slipstream import __version__
 from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import WEIGHTS, Engine, open_engine
+from slipstream.cores import usable_cores
 from slipstream.errors import InvalidRequestError
 from slipstream.plugins import library
 from slipstream.server.text import format_bytes, format_columns, printable
@@ -112,6 +113,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "instruction_sets": list(library.isas()),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slipstream.cores import usable_cores
 from slipstream.server.command import Command
 from slipstream.server.options import output_option, quantize_options
 from slipstream.server.progress import Report as Bar
@@ -61,6 +61,8 @@ def quantize(
       slipstream quantize model -o model-fp8 --qformat fp8 --kv-cache-dtype fp8
       slipstream quantize model --qformat int4_gptq --override 're:.*down_proj=int8_wo' --dry-run
     """
+    if dry_run and resume:
+        raise click.UsageError("--resume goes on with a run, --dry-run makes none; leave one out")
     if dry_run:
         _dry_run(checkpoint, options)
     elif output is None:
@@ -89,7 +91,7 @@ def _needs(plan: Plan) -> list[tuple[str, str]]:
     if asked is not None:
         weights = sum(n * k for n, k in map(plan.shape, plan.linears))
         after, bits = after + int((asked - bits) * weights / 8), asked
-    minutes = plan.seconds(os.cpu_count() or 1) / 60
+    minutes = plan.seconds(usable_cores()) / 60
     return [
         ("size", f"{format_bytes(after)} ({after / before:.0%} of {format_bytes(before)})"),
         ("bits", f"{bits:.2f} a weight of the decoder's linears, scales counted"),

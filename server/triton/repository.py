@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slipstream.builder.engine import open_engine
+from slipstream.builder.engine import engine_contents, open_engine
+from slipstream.builder.output import check_output, publish, scratch
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.loading import runtime_config
 from slipstream.server.triton.ensemble import NAME as ENSEMBLE
 from slipstream.server.triton.ensemble import ensemble_config
-from slipstream.server.triton.settings import Settings
+from slipstream.server.triton.settings import FILE, Settings
 
 VersionPolicy = Literal["latest", "all"]
 BACKEND = "slipstream"
@@ -21,8 +23,9 @@ _ENGINE = "engine"
 _CONFIG_FILE = "config.pbtxt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _POLICIES: Mapping[VersionPolicy, str] = {"latest": "latest { num_versions: 1 }", "all": "all { }"}
+_HEADER = "# Written by slipstream triton-repo."
 _CONFIG = """\
-# Written by slipstream triton-repo. The backend adds the inputs and outputs.
+{header} The backend adds the inputs and outputs.
 backend: "{backend}"
 max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
@@ -88,13 +91,19 @@ def write_repository(
     model, backend = directory / "models" / deployment.name, directory / "backends" / BACKEND
     version = model / str(deployment.version)
     _check(engine, version, deployment, options)
-    shutil.rmtree(version, ignore_errors=True)
-    version.mkdir(parents=True)
-    if deployment.copy_engine:
-        shutil.copytree(engine, version / _ENGINE)
-    source = _ENGINE if deployment.copy_engine else str(engine.resolve())
-    Settings(source, options).write(version)
+    try:
+        with scratch(version) as staging:
+            if deployment.copy_engine:
+                shutil.copytree(engine, staging / _ENGINE)
+            source = _ENGINE if deployment.copy_engine else str(engine.resolve())
+            Settings(source, options).write(staging)
+            publish(staging, version)
+    except OSError as error:
+        raise InvalidRequestError(
+            f"cannot write {version}: {error.strerror or error}; choose another -o"
+        ) from error
     config = _CONFIG.format(
+        header=_HEADER,
         backend=BACKEND,
         policy=_POLICIES[deployment.version_policy],
         instances=deployment.instances,
@@ -112,11 +121,20 @@ def write_repository(
 def _check(engine: Path, version: Path, deployment: Deployment, options: Mapping[str, Any]) -> None:
     if deployment.ensemble:
         _check_ensemble(version.parent.with_name(ENSEMBLE), deployment.name)
-    manifest = open_engine(engine).manifest
+    opened = open_engine(engine)
+    manifest = opened.manifest
+    runtime_config(opened, options)
     if engine.resolve().is_relative_to(version.resolve()):
         raise InvalidRequestError(
             f"{engine} is in {version}, which is to be replaced; move the engine or choose another "
             "version"
+        )
+    check_output(version, "version of a Triton model", _contents)
+    configuration = version.parent / "config.pbtxt"
+    if configuration.exists() and not configuration.read_text().startswith(_HEADER):
+        raise InvalidRequestError(
+            f"{configuration} was not written by slipstream triton-repo; move it, or choose "
+            "another --name or -o"
         )
     if manifest.target != "cpu" and deployment.instances > 1 and "kv_cache_bytes" not in options:
         raise InvalidRequestError(
@@ -132,3 +150,14 @@ def _check_ensemble(directory: Path, model: str) -> None:
             f"{directory} belongs to another model; rename it (a directory's name is what clients "
             "ask for), or choose another output"
         )
+
+
+def _contents(version: Path) -> set[str] | None:
+    """What a version that was written here consists of."""
+    if not (version / FILE).is_file():
+        return None
+    copied = version / _ENGINE
+    whole = copied.is_dir() and {file.name for file in copied.iterdir()} <= (
+        engine_contents(copied) or set()
+    )
+    return {FILE, _ENGINE} if whole else {FILE}

@@ -136,7 +136,6 @@ def test_limits(checkpoint: Path) -> None:
 def test_an_engine_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "engine"
     build(checkpoint, output, BuildOptions())
-    (output / "old").write_text("")
     build(checkpoint, output, BuildOptions(quantization="int8_wo"))
     assert sorted(file.name for file in output.iterdir()) == CONTENT
     assert open_engine(output).manifest.quantization == "int8_wo"
@@ -144,10 +143,61 @@ def test_an_engine_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_engine_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
-    for output in (tmp_path, tmp_path / "precious"):
-        with pytest.raises(BuildError, match="exists and is no engine; choose another -o"):
+    for output, kind in ((tmp_path, "engine"), (tmp_path / "precious", "directory")):
+        with pytest.raises(BuildError, match=f"exists and is no {kind}; choose another -o"):
             build(checkpoint, output, BuildOptions())
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_build_deletes_nothing_of_the_users(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the work: not even headers are read."""
+    model, engine = tmp_path / "model", tmp_path / "engine"
+    shutil.copytree(checkpoint, model)
+    build(model, engine, BuildOptions())
+    (engine / "notes.txt").write_text("")
+    # A checkpoint with an engine's manifest that lists it is still no engine.
+    files = {file.name: "" for file in model.iterdir()}
+    (model / "engine.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "link").symlink_to(model)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(build_module, "plan", None)
+    for output, message in (
+        (engine, "holds 1 files that are not part of its engine, such as notes.txt"),
+        (model, "is or holds the checkpoint"),
+        (tmp_path / "link", "is a symbolic link"),
+        (tmp_path, "is or holds the checkpoint"),
+    ):
+        for source in (model, tmp_path / "link"):
+            with pytest.raises(BuildError, match=message):
+                build(source, output, BuildOptions())
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_a_file_that_came_during_the_build_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    build(checkpoint, output, BuildOptions())
+
+    def save(done: int, total: int) -> None:
+        (output / "notes.txt").write_text("")
+
+    with pytest.raises(BuildError, match=r"such as notes\.txt"):
+        build(checkpoint, output, BuildOptions(), save)
+    assert list(tmp_path.iterdir()) == [output]
+    open_engine(output).verify_files()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8_wo"])
+def test_a_kernel_for_what_is_not_there_is_refused(
+    checkpoint: Path, quantization: Quantization
+) -> None:
+    options = BuildOptions(quantization=quantization, gemm_plugin="disable")
+    if quantization != "none":
+        plan(checkpoint, options)
+        return
+    with pytest.raises(BuildError, match="gemm_plugin disable says where quantized linears run"):
+        plan(checkpoint, options)
 
 
 def fail(*_: object) -> None:
@@ -182,7 +232,7 @@ def test_a_full_disk(
 
 def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BuildError, match="cannot write the engine"):
+    with pytest.raises(BuildError, match=f"cannot write .*: {tmp_path}/file is no directory"):
         build(checkpoint, tmp_path / "file" / "engine", BuildOptions())
 
 

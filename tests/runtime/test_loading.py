@@ -214,3 +214,20 @@ def test_a_chat_template_is_given_at_run_time(tiny_engine: Path, tmp_path: Path)
     template.write_text("{% broken")
     with pytest.raises(CheckpointError, match=r"not valid Jinja .*--chat-template FILE"):
         load(tiny_engine, {"chat_template": str(template)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kv_cache_free_gpu_memory_fraction": 0.5},
+            "kv_cache_free_gpu_memory_fraction does nothing for .*: it is for a CPU",
+        ),
+        ({"kv_cache_bytes": 1 << 20, "kv_cache_free_gpu_memory_fraction": 0.5}, "does nothing"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tiny_engine: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Invalid, match=message):
+        load(tiny_engine, options)

@@ -109,6 +109,21 @@ def _joined(path: Path, count: int) -> GGUFFile:
     return GGUFFile(parts[0].path, parts[0].metadata, tensors)
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files beside ``path`` that by their names are parts of its model, itself included."""
+    name = _PART.fullmatch(path.name)
+    if name is None:
+        return [path]
+    count = int(name["count"])
+    parts = (_path_of_part(path, name, number) for number in range(count))
+    return [part for part in parts if part.is_file()]
+
+
+def _path_of_part(path: Path, name: re.Match[str], number: int) -> Path:
+    end = f"-of-{name['count']}{name['suffix']}"
+    return path.with_name(f"{name['model']}-{number + 1:05d}{end}")
+
+
 def _paths_of_parts(path: Path, count: int) -> list[Path]:
     name = _PART.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
@@ -117,8 +132,7 @@ def _paths_of_parts(path: Path, count: int) -> list[Path]:
             f"download all of them again, as MODEL-00001-of-{count:05d}.gguf and so on, or join "
             "them with llama.cpp's llama-gguf-split --merge"
         )
-    end = f"-of-{name['count']}{name['suffix']}"
-    parts = [path.with_name(f"{name['model']}-{n + 1:05d}{end}") for n in range(count)]
+    parts = [_path_of_part(path, name, number) for number in range(count)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise CheckpointError(

@@ -25,7 +25,7 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     weight_format,
 )
 from slipstream.builder.checkpoints.gguf.config import huggingface_config
-from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, read_gguf
+from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
@@ -116,6 +116,11 @@ def open_checkpoint(source: str | os.PathLike[str]) -> GGUFCheckpoint:
     # The file's tensors say which linears have a bias, its metadata does not.
     config = architecture.with_biases(config, stored)
     return GGUFCheckpoint(path, config, stored, file)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or all parts of the model that it is a part of."""
+    return parts_of(path)
 
 
 def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:

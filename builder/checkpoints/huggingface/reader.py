@@ -17,6 +17,7 @@ from slipstream.builder.checkpoints.base import (
 )
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
+    SIDE_FILES,
     Stored,
     quantization_config,
     read_quantized,
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
 _CONFIG_AGAIN = "download config.json again"
 _MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
 _TOKENIZER_FILES = (
@@ -41,6 +43,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+_TEMPLATE = "chat_template.jinja"
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -81,7 +84,7 @@ class HuggingFaceCheckpoint:
         check_templates(templates, Origin(self.path, _MEND_TEMPLATE))
         if list(templates) == ["default"]:
             template = templates["default"]
-            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+            (directory / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
@@ -97,6 +100,13 @@ def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
     for note in weights.notes:
         logger.warning("%s: %s", path.name, note)
     return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that is read, if it is there; CheckpointError for an index that cannot be."""
+    shards = set(_shards(path).values()) if (path / _INDEX).is_file() else set()
+    names = {_CONFIG, _INDEX, _WEIGHTS, _TEMPLATE, *_TOKENIZER_FILES, *SIDE_FILES, *shards}
+    return [path / name for name in sorted(names) if (path / name).is_file()]
 
 
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
@@ -199,7 +209,7 @@ def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -
 
 def _chat_templates(path: Path) -> dict[str, str]:
     """The template from its own file, else those of tokenizer_config.json, as in older models."""
-    own = path / "chat_template.jinja"
+    own = path / _TEMPLATE
     if own.is_file():
         return {"default": read_text(own)}
     config = path / "tokenizer_config.json"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import BuildError, InvalidRequestError
 from slipstream.server.cli import slipstream
-from slipstream.server.triton import repository
+from slipstream.server.triton import repository, settings
 from slipstream.server.triton.ensemble import ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS
 from slipstream.server.triton.interface import INPUTS, OUTPUTS
 from slipstream.server.triton.repository import Deployment, write_repository
@@ -140,7 +140,8 @@ def test_instances_on_a_gpu_need_a_cache_size(tiny_engine: Path, tmp_path: Path)
 
 
 def test_instances_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setattr(settings, "usable_cores", lambda: 9)
+    monkeypatch.setattr(settings, "gpu_capability", lambda: None)
     assert Settings("m").shared_among(1) == Settings("m")
     assert Settings("m").shared_among(4) == Settings("m", {"num_threads": 2})
     assert Settings("m").shared_among(20) == Settings("m", {"num_threads": 1})
@@ -170,3 +171,33 @@ def test_the_backend_is_the_file_of_the_package(tiny_engine: Path, tmp_path: Pat
     written = write_repository(tmp_path, tiny_engine, Deployment("m"), {})
     source = Path(repository.__file__).with_name("model.py")
     assert (written.backend / "model.py").read_bytes() == source.read_bytes()
+
+
+def test_nothing_of_a_users_is_deleted(tiny_engine: Path, tmp_path: Path) -> None:
+    written = write_repository(tmp_path, tiny_engine, Deployment("m", copy_engine=True), {})
+    for place in (written.model / "1" / "engine", written.model / "1"):
+        (place / "notes.txt").write_text("mine")
+        with pytest.raises(BuildError, match="files that are not part of its version of a Triton"):
+            write_repository(tmp_path, tiny_engine, Deployment("m"), {})
+        (place / "notes.txt").unlink()
+    (written.model / "config.pbtxt").write_text("# mine")
+    with pytest.raises(InvalidRequestError, match="was not written by slipstream triton-repo"):
+        write_repository(tmp_path, tiny_engine, Deployment("m", version=2), {})
+    assert (written.model / "config.pbtxt").read_text() == "# mine"
+    assert sorted(path.name for path in written.model.iterdir()) == ["1", "config.pbtxt"]
+
+
+def test_options_that_triton_would_fail_on_are_refused(tiny_engine: Path, tmp_path: Path) -> None:
+    for options in ({"max_seq_len": 1 << 20}, {"kv_cache_free_gpu_memory_fraction": 0.5}):
+        with pytest.raises(InvalidRequestError, match=r"was built for|does nothing for"):
+            write_repository(tmp_path / "new", tiny_engine, Deployment("m"), options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_engine_of_a_checkpoint_is_copied(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = run(tiny_checkpoint, "-o", tmp_path / "triton", "--name", "m")
+    assert result.exit_code == 0, result.output
+    assert read_settings(tmp_path / "triton/models/m/1").model.startswith(str(tmp_path / "triton"))
