@@ -188,9 +188,9 @@ class Random {
   template <class T>
   T of(std::initializer_list<T> values) { return values.begin()[in(0, int64_t(values.size()) - 1)]; }
 
-  float real() {
-    if (one_in(200)) return of({0.0f, -0.0f, 1e38f, -1e38f, 1e-40f, INFINITY, -INFINITY, NAN});
-    return std::normal_distribution<float>()(bits_);
+  float real(uint64_t noise) {
+    if (noise >> 32 & 255) return float(int16_t(noise)) / 8192;
+    return of({0.0f, -0.0f, 1e38f, -1e38f, 1e-40f, INFINITY, -INFINITY, NAN});
   }
 
   int64_t hostile(int64_t right) {
@@ -217,7 +217,7 @@ class Random {
     for (int64_t i = 0; i < n; ++i) {
       char* at = value.data.get() + i * bytes_of(value.type);
       const uint64_t noise = bits_();
-      const float number = real();
+      const float number = real(noise);
       const int32_t index = int32_t(noise % uint64_t(std::max<int64_t>(below, 1)));
       const void* from = &noise;
       if (value.type == ElementType::float32) from = &number;
