@@ -195,7 +195,8 @@ class Random {
 
   int64_t hostile(int64_t right) {
     const int64_t one = 1;
-    return of({int64_t(0), int64_t(-1), right - 1, right + 1, 2 * right, one << 16, one << 31, one << 32, one << 60,
+    const uint64_t bits = uint64_t(right);
+    return of({int64_t(0), int64_t(-1), int64_t(bits - 1), int64_t(bits + 1), int64_t(2 * bits), one << 16, one << 31, one << 32, one << 60,
                (one << 60) + 32, (one << 62) + 16, INT64_MAX, INT64_MIN, in(-1000, 1000)});
   }
 
