@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 ENGINE := engines/smollm2
 # Tests compare with transformers, which needs torch; the CPU build is enough.
 TORCH ?= torch==2.13.0
+FUZZ_SECONDS ?= 60
 QUESTION ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint fuzz format clean
 
 demo: $(ENGINE)/engine.json
 	$(BIN)/slipstream generate $(ENGINE) "$(QUESTION)" --temperature 0 --max-tokens 128 --stats
@@ -23,6 +24,10 @@ lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer, on calls that are right or hostile.
+fuzz: $(VENV)/test-installed
+	$(BIN)/python tests/plugins/cpu/fuzz.py $(FUZZ_SECONDS)
 
 format: $(VENV)/test-installed
 	$(BIN)/ruff format .

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slipstream.plugins.operators import DOMAIN, OPERATORS, OURS
-from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
+from slipstream.plugins.spec import INT_RANGE, AttributeSpec, OperatorSpec, TensorSpec
 
 PAGE = Path(__file__).with_name("operators.md")
 
@@ -47,7 +47,10 @@ def _tensor(tensor: TensorSpec) -> Sequence[str]:
 
 def _attribute(attribute: AttributeSpec) -> Sequence[str]:
     default = "required" if attribute.default is None else str(attribute.default)
-    return f"`{attribute.name}`", attribute.type, default, attribute.doc
+    kind: str = attribute.type
+    if kind == "int" and attribute.within != INT_RANGE:
+        kind += ", {} to {}".format(*attribute.within)
+    return f"`{attribute.name}`", kind, default, attribute.doc
 
 
 def _table(head: Sequence[str], rows: map[Sequence[str]]) -> str:

@@ -9,7 +9,8 @@ from types import CodeType
 
 from slipstream.plugins.spec import OperatorSpec
 
-_OPERATIONS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+# Functions of ``plugins/cpu/call.h``, which refuse what 64 bits do not hold.
+_OPERATIONS = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.FloorDiv: "divide"}
 
 
 @cache
@@ -65,6 +66,4 @@ def _in_cpp(node: ast.expr) -> str:
         return f"args.{node.id}"
     assert isinstance(node, ast.BinOp), f"a size may not hold {ast.unparse(node)}"
     left, right = _in_cpp(node.left), _in_cpp(node.right)
-    if isinstance(node.op, ast.FloorDiv):
-        return f"divide({left}, {right})"
-    return f"({left} {_OPERATIONS[type(node.op)]} {right})"
+    return f"{_OPERATIONS[type(node.op)]}({left}, {right})"

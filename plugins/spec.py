@@ -44,20 +44,30 @@ class TensorSpec:
     weight: WeightUse | None = None
 
 
+# What an ``int`` may be where nobody says: graphs come from files, and kernels multiply attributes.
+INT_RANGE = (-(2**31), 2**31 - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class AttributeSpec:
-    """One attribute; ``default=None`` makes it required."""
+    """One attribute; ``default=None`` makes it required. ``within`` is the least and the greatest
+    value of an ``int``: whoever reads a graph refuses others before they are multiplied."""
 
     name: str
     type: Literal["int", "float"]
     doc: str
     default: int | float | None = None
+    within: tuple[int, int] = INT_RANGE
 
     def typed(self, value: object) -> int | float:
-        """The value in this attribute's type; an integer is a float too. TypeError otherwise."""
+        """The value in this attribute's type; an integer is a float too. TypeError otherwise, and
+        ValueError out of range."""
         if not isinstance(value, bool):
             if self.type == "int" and isinstance(value, Integral):
-                return int(value)
+                number, (low, high) = int(value), self.within
+                if not low <= number <= high:
+                    raise ValueError(f"attribute {self.name} is {number}, not {low} to {high}")
+                return number
             if self.type == "float" and isinstance(value, Real):
                 return float(value)
         kind = "an int" if self.type == "int" else "a float"
@@ -98,7 +108,8 @@ class OperatorSpec:
     def typed(self, attributes: Mapping[str, object]) -> dict[str, int | float]:
         """A node's attributes in the types of the spec.
 
-        TypeError for a value of another type, for one that is missing, and for an unknown name.
+        TypeError for a value of another type, for one that is missing, and for an unknown name;
+        ValueError for one out of range.
         """
         known = {attribute.name: attribute for attribute in self.attributes}
         if unknown := sorted(set(attributes) - set(known)):

@@ -64,8 +64,9 @@ class _Stream:
 class AsyncLLM:
     """Serves many concurrent requests; may be used from several event loops.
 
-    An engine whose device fails step after step, or hangs, is given up: open requests end with an
-    ``ExecutionError``, new ones are refused, and ``unhealthy`` and ``closed`` say why.
+    An engine whose device fails step after step, or hangs, or whose loop breaks, is given up: open
+    requests end with an ``ExecutionError``, new ones are refused, and ``unhealthy`` and ``closed``
+    say why. In a process that was forked after the engine was loaded, ``closed`` says so.
 
     ``options`` are the fields of ``RuntimeConfig``, which documents them and their defaults.
     """
@@ -99,6 +100,7 @@ class AsyncLLM:
         self._stopped = threading.Event()
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closed: str | None = None
+        self._broken: str | None = None  # what ended the engine's thread
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._thread.start()
         threading.Thread(target=self._watch, name="slipstream-watch", daemon=True).start()
@@ -111,12 +113,12 @@ class AsyncLLM:
     @property
     def closed(self) -> str | None:
         """Why no request is taken any more; None while they are."""
-        return self._closed
+        return self._closed or self._loop.forked
 
     @property
     def unhealthy(self) -> str | None:
-        """Why the device was given up, for good; None while it works."""
-        return self._loop.unhealthy
+        """Why the engine was given up, for good; None while it works."""
+        return self._broken or self._loop.unhealthy
 
     async def generate(
         self,
@@ -135,6 +137,7 @@ class AsyncLLM:
         ``CapacityError`` for a request that cannot run, and ``ExecutionError`` if the device fails;
         other requests go on.
         """
+        self._refuse_if_closed()
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await self.workers.run(
             len(prompt),
@@ -199,6 +202,8 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Abort what is running, stop the thread and free the device; one that hangs is left."""
+        if self._loop.forked:
+            return  # the engine is the other process's
         self.stop_rendering()
         self._commands.put(None)
         # A device that hangs is noticed while the engine's thread waits for it.
@@ -226,11 +231,25 @@ class AsyncLLM:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use; give every request its own"
             )
-        if self._closed is not None:
+        try:  # after the stream is there: whoever closes now ends it
+            self._refuse_if_closed()
+        except ExecutionError:
             self._streams.pop(request.request_id, None)
-            raise ExecutionError(self._closed)
-        self._commands.put(lambda: self._loop.add_request(request))
+            raise
+        self._commands.put(lambda: self._add(request))
         return stream
+
+    def _refuse_if_closed(self) -> None:
+        if (reason := self.closed) is not None:
+            raise ExecutionError(reason)
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._loop.add_request(request)
+        except SlipstreamError as error:
+            stream = self._streams.pop(request.request_id, None)
+            if stream is not None:
+                self._wake(stream.event_loop, [(stream, error)])
 
     def _abort(self, request_id: str) -> None:
         self._commands.put(lambda: self._loop.abort(request_id))
@@ -243,9 +262,11 @@ class AsyncLLM:
                 if not self.check_health():
                     return
             self._close("the engine was shut down; load it again to go on")
-        except Exception as error:  # noqa: BLE001 - the last resort: nobody may wait for ever
+        # The last resort: nobody may wait for ever. A panic in a Rust library is no Exception.
+        except BaseException as error:  # noqa: BLE001
             _LOG.exception("the engine loop stopped")
-            self._close(f"the engine loop stopped: {error!r}. Load the engine again to go on")
+            self._broken = f"the engine loop stopped: {error!r}. Load the engine again to go on"
+            self._close(self._broken)
         finally:
             self._free()
 

@@ -60,7 +60,8 @@ class LLM:
         ``sampling_params`` is one for all, one for each, or None for the model's defaults. Cached
         prompts are shared with those of equal ``cache_salt`` only. Raises
         ``InvalidRequestError`` or ``CapacityError`` before anything runs, and ``ExecutionError`` if
-        the device fails (the other prompts of this call are then aborted).
+        the device fails (the other prompts of this call are then aborted) or this process was
+        forked after the engine was loaded.
         """
         batch = _as_batch(prompts)
         each = _params_for_each(sampling_params, len(batch))

@@ -117,6 +117,48 @@ def read_graph(engine: Engine) -> ir.Graph:
         raise _unreadable(engine, name, error) from error
 
 
+def check_graphs(engine: Engine) -> None:
+    """Check every graph against the specs of its operators, the contract in the manifest and the
+    weight file; ``EngineMismatchError`` says what is wrong."""
+    # Imported here because only reports about an engine need a graph library.
+    import onnx_ir as ir
+
+    from slipstream.builder.graph.program import Program
+    from slipstream.builder.graph.verifier import program_problem
+
+    manifest = engine.manifest
+    for spec in manifest.graphs.values():
+        try:
+            program = Program(
+                ir.load(engine.path / spec.file), contract=spec, caches=manifest.caches
+            )
+            problem = program_problem(program) or _data_problem(engine, program.graph)
+        except Exception as error:  # what a crafted file makes of a graph library is anything
+            raise _unreadable(engine, spec.file, error) from error
+        if problem:
+            raise EngineMismatchError(
+                f"{spec.file} of the engine {engine.path} is not as it was built: {problem}; build "
+                f"it again: {manifest.command}"
+            )
+
+
+def _data_problem(engine: Engine, graph: ir.Graph) -> str | None:
+    """What is wrong with where weights lie."""
+    import onnx_ir as ir
+
+    size = (engine.path / WEIGHTS).stat().st_size
+    for value in graph.initializers.values():
+        data = value.const_value
+        if not isinstance(data, ir.ExternalTensor):
+            continue
+        offset, length = data.offset or 0, data.length or data.nbytes
+        if data.location != WEIGHTS or not 0 <= offset <= offset + length <= size:
+            return f"weight {value.name} is not inside {WEIGHTS}"
+        if length != data.nbytes:
+            return f"weight {value.name} has {length} bytes, not {data.nbytes}"
+    return None
+
+
 def count_operators(graph: Iterable[ir.Node]) -> dict[str, int]:
     """How many nodes there are of every operator, most frequent first."""
     counts = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in graph)

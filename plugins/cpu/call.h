@@ -27,10 +27,32 @@ inline void expect_ok(Status* status) {
   if (status != nullptr) throw Failure{status};
 }
 
-// A size of a spec's shape; attributes come from a file and may be anything.
+// The sizes of a spec's shapes. Attributes come from a file, and an axis of an empty tensor may be of any length.
+[[noreturn]] inline void overflow() {
+  throw std::invalid_argument("attributes and shapes make a size that 64 bits do not hold");
+}
+
+inline int64_t add(int64_t a, int64_t b) {
+  int64_t sum = 0;
+  if (__builtin_add_overflow(a, b, &sum)) overflow();
+  return sum;
+}
+
+inline int64_t subtract(int64_t a, int64_t b) {
+  int64_t difference = 0;
+  if (__builtin_sub_overflow(a, b, &difference)) overflow();
+  return difference;
+}
+
+inline int64_t multiply(int64_t a, int64_t b) {
+  int64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product)) overflow();
+  return product;
+}
+
 inline int64_t divide(int64_t a, int64_t b) {
   if (b == 0) throw std::invalid_argument("the attributes divide a size by zero");
-  return a / b;
+  return b == -1 ? subtract(0, a) : a / b;
 }
 
 // A node whose attributes are read, each in the type that its spec declares or not at all.
@@ -38,12 +60,23 @@ class Node {
  public:
   Node(const Api& api, const KernelInfo* info) : api_(api), info_(info) {}
 
-  int64_t int_attribute(const char* name) const { return find_int(name, nullptr); }
-  int64_t int_attribute(const char* name, int64_t otherwise) const { return find_int(name, &otherwise); }
+  int64_t int_attribute(const char* name, int64_t low, int64_t high) const {
+    return within(name, low, high, find_int(name, nullptr));
+  }
+  int64_t int_attribute(const char* name, int64_t low, int64_t high, int64_t otherwise) const {
+    return within(name, low, high, find_int(name, &otherwise));
+  }
   float float_attribute(const char* name) const { return find_float(name, nullptr); }
   float float_attribute(const char* name, float otherwise) const { return find_float(name, &otherwise); }
 
  private:
+  static int64_t within(const char* name, int64_t low, int64_t high, int64_t value) {
+    if (value < low || value > high)
+      throw std::invalid_argument(std::string("attribute ") + name + " is " + std::to_string(value) + ", not " +
+                                  std::to_string(low) + " to " + std::to_string(high));
+    return value;
+  }
+
   int64_t find_int(const char* name, const int64_t* otherwise) const {
     int64_t value = 0;
     if (get(name, &value)) return value;
@@ -103,7 +136,9 @@ struct Tensor {
 
   int64_t elements() const {
     int64_t n = present ? 1 : 0;
-    for (size_t i = 0; i < rank; ++i) n *= shape[i];
+    for (size_t i = 0; i < rank; ++i)
+      if (shape[i] == 0) return 0;  // the others may be of any length
+    for (size_t i = 0; i < rank; ++i) n = multiply(n, shape[i]);
     return n;
   }
 };
@@ -153,6 +188,8 @@ class Call {
   // Sets `any` when the output has elements.
   template <class T>
   T* output(size_t index, std::initializer_list<int64_t> shape, bool& any) const {
+    for (const int64_t size : shape)
+      if (size < 0) fail("the attributes and inputs make an output of a negative size");
     Value* value = nullptr;
     expect_ok(api_.output(context_, index, shape.begin(), shape.size(), &value));
     void* data = nullptr;

@@ -132,8 +132,12 @@ def _declaration(tensor: TensorSpec) -> str:
 
 def _attributes(spec: OperatorSpec) -> Iterator[str]:
     for attribute in spec.attributes:
-        default = "" if attribute.default is None else f", {attribute.default!r}"
-        read = f'{attribute.type}_attribute("{attribute.name}"{default})'
+        given = [f'"{attribute.name}"']
+        if attribute.type == "int":
+            given += [f"{bound}ll" for bound in attribute.within]
+        if attribute.default is not None:
+            given.append(repr(attribute.default))
+        read = f"{attribute.type}_attribute({', '.join(given)})"
         yield f"args.{attribute.name} = node.{read};"
 
 

@@ -40,8 +40,8 @@ static std::vector<Kernels> usable_kernels() {
   return kernels;
 }
 
-const std::vector<Kernels>& all_kernels() {
-  static const std::vector<Kernels> kernels = usable_kernels();
+std::vector<Kernels>& all_kernels() {
+  static std::vector<Kernels> kernels = usable_kernels();
   return kernels;
 }
 
@@ -78,7 +78,7 @@ class ThreadParallel final : public Parallel {
 }  // namespace slipstream
 
 // How many threads sessions run on; a hint for splitting work.
-SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads; }
+SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads < 1 ? 1 : threads; }
 
 // Comma-separated instruction sets this machine can run, best first.
 SLIPSTREAM_EXPORT const char* slipstream_isas() {

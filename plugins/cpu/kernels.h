@@ -18,8 +18,8 @@ struct Kernels {
 #undef SLIPSTREAM_FIELD
 };
 
-// Those for this machine, best first; never empty.
-const std::vector<Kernels>& all_kernels();
+// Those for this machine, best first; never empty. Sessions run the first, so whoever tries the others moves it.
+std::vector<Kernels>& all_kernels();
 
 // How many threads sessions run on; a hint for splitting work.
 extern std::atomic<int> session_threads;

@@ -2,8 +2,8 @@
 //
 // The ONNX Runtime wheel ships no headers. Its C ABI is append-only: OrtApiBase::GetApi(version) returns a
 // table of function pointers whose first entries never move, so an entry is named by its slot. Slots and
-// signatures are those of onnxruntime_c_api.h at ORT_API_VERSION 18; GetApi returns null when the loaded
-// runtime is older, which registration.cpp reports.
+// signatures are those of onnxruntime_c_api.h at ORT_API_VERSION 18, but the table is asked for by the oldest version
+// that is supported: GetApi returns null when the loaded runtime is older, which registration.cpp reports.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,8 @@
 
 namespace slipstream::ort {
 
-constexpr uint32_t kApiVersion = 18;
+constexpr uint32_t kApiVersion = 24;       // of ONNX Runtime 1.24, the floor in pyproject.toml
+constexpr uint32_t kCustomOpVersion = 18;  // of CustomOp below
 
 struct Status;
 struct SessionOptions;

@@ -62,7 +62,7 @@ struct Registered : CustomOp {
   };
 
   Registered() : CustomOp{} {
-    version = kApiVersion;
+    version = kCustomOpVersion;
     GetName = [](const CustomOp*) { return Op::name; };
     GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
     GetInputTypeCount = [](const CustomOp*) { return std::size(Op::inputs); };
@@ -147,7 +147,7 @@ SLIPSTREAM_EXPORT slipstream::ort::Status* RegisterCustomOps(slipstream::ort::Se
     // An older runtime has no status to offer for a version it does not know; version 1 has CreateStatus.
     const slipstream::ort::Api oldest(base->GetApi(1));
     return oldest.create_status(slipstream::ort::kInvalidArgument,
-                                "Slipstream's CPU plugins need onnxruntime 1.18 or newer: pip install -U onnxruntime");
+                                "Slipstream's CPU plugins need onnxruntime 1.24 or newer: pip install -U onnxruntime");
   }
   return slipstream::ort::register_all(slipstream::ort::Api(table), options);
 }

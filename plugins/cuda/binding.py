@@ -109,11 +109,11 @@ def _custom(op_type: str) -> Binding | None:
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """All attributes of one of the table's operators, in the types of its spec.
 
-    EngineMismatchError for one of another type.
+    EngineMismatchError for one of another type or out of range.
     """
     try:
         return {**OPERATORS[node.op_type].complete({a.name: a.value for a in _given(node)})}
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise EngineMismatchError(f"{node.name}: {error}") from error
 
 

@@ -9,22 +9,25 @@ ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
 # The type of the codes in a CUDA engine, and how x is rounded for a product in that type.
 WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3}
 ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3, "block": 4}
+# Far beyond any model, and small enough that no size of a weight overflows.
+_MAX_K, _MAX_N = 2**24, 2**28
 
 _FORMAT = (
-    AttributeSpec("bits", "int", "bits of a code: 4 or 8", 0),
-    AttributeSpec("group_size", "int", "elements along K that share a scale", 0),
-    AttributeSpec("zero_kind", "int", "0 midpoint, 1 zero points, 2 offsets", 0),
-    AttributeSpec("scale_bytes", "int", "bytes of a stored scale or offset: 2 or 4", 2),
+    AttributeSpec("bits", "int", "bits of a code: 4 or 8", 0, (0, 32)),
+    AttributeSpec("group_size", "int", "elements along K that share a scale", 0, (0, _MAX_K)),
+    AttributeSpec("zero_kind", "int", "0 midpoint, 1 zero points, 2 offsets", 0, (0, 2)),
+    AttributeSpec("scale_bytes", "int", "bytes of a stored scale or offset: 2 or 4", 2, (0, 4)),
     AttributeSpec(
-        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16", 0
+        "weight_type", "int", "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16", 0, (0, 3)
     ),
-    AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1),
+    AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1, (1, _MAX_N)),
     AttributeSpec(
         "activation",
         "int",
         "how x is rounded: 0 not, 1 by a scale a token, 2 by input_scale, 3 by a scale a group, "
         "4 to int8 in blocks of 32, each by its own range",
         0,
+        (0, 4),
     ),
 )
 _WEIGHT = TensorSpec(
@@ -65,10 +68,12 @@ SPEC = OperatorSpec(
         TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "out_features//(1+gated)"), "the product"),
     ),
     attributes=(
-        AttributeSpec("in_features", "int", "K"),
-        AttributeSpec("out_features", "int", "N, gate and up rows both counted"),
+        AttributeSpec("in_features", "int", "K", within=(1, _MAX_K)),
+        AttributeSpec(
+            "out_features", "int", "N, gate and up rows both counted", within=(1, _MAX_N)
+        ),
         *_FORMAT,
-        AttributeSpec("gated", "int", "1: the first N/2 rows are gates, the others ups", 0),
+        AttributeSpec("gated", "int", "1: the first N/2 rows are gates, the others ups", 0, (0, 1)),
         AttributeSpec("norm_eps", "float", "epsilon of the RMS norm", 1e-6),
     ),
     reference="slipstream.plugins.linear.reference:linear",
@@ -86,8 +91,8 @@ EMBEDDING_SPEC = OperatorSpec(
     ),
     outputs=(TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "in_features"), "dequantized rows"),),
     attributes=(
-        AttributeSpec("in_features", "int", "K"),
-        AttributeSpec("out_features", "int", "V"),
+        AttributeSpec("in_features", "int", "K", within=(1, _MAX_K)),
+        AttributeSpec("out_features", "int", "V", within=(1, _MAX_N)),
         *_FORMAT,
     ),
     reference="slipstream.plugins.linear.reference:embedding",

@@ -84,13 +84,21 @@ SPEC = OperatorSpec(
         ),
     ),
     attributes=(
-        AttributeSpec("layer", "int", "index into the first axis of kv_cache"),
-        AttributeSpec("num_heads", "int", "query heads"),
-        AttributeSpec("num_kv_heads", "int", "key/value heads; divides num_heads"),
-        AttributeSpec("head_dim", "int", "width of a head"),
-        AttributeSpec("page_size", "int", "tokens a page"),
+        AttributeSpec("layer", "int", "index into the first axis of kv_cache", within=(0, 2**16)),
+        AttributeSpec("num_heads", "int", "query heads", within=(1, 2**16)),
+        AttributeSpec(
+            "num_kv_heads", "int", "key/value heads; divides num_heads", within=(1, 2**16)
+        ),
+        AttributeSpec("head_dim", "int", "width of a head", within=(1, 256)),
+        AttributeSpec("page_size", "int", "tokens a page", within=(1, 2**12)),
         AttributeSpec("scale", "float", "factor of the scores, usually head_dim ** -0.5"),
-        AttributeSpec("sliding_window", "int", "keys a query sees, itself included; 0 for all", 0),
+        AttributeSpec(
+            "sliding_window",
+            "int",
+            "keys a query sees, itself included; 0 for all",
+            0,
+            (0, 2**31 - 1),
+        ),
         AttributeSpec("soft_cap", "float", "c in c * tanh(score / c); 0 for none", 0.0),
         AttributeSpec("norm_eps", "float", "epsilon of q_norm and k_norm", 1e-6),
         AttributeSpec(
@@ -98,6 +106,7 @@ SPEC = OperatorSpec(
             "int",
             "k in a page and head: 0 [head_dim, page_size], 1 [page_size, head_dim]",
             0,
+            (0, 1),
         ),
         AttributeSpec("k_scale", "float", "unit of the k codes of float8e4m3fn pages", 1.0),
         AttributeSpec("v_scale", "float", "unit of the v codes of float8e4m3fn pages", 1.0),

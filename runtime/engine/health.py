@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling.params import SamplingParams
+
 # One failing step may be a request's own fault (memory for an odd shape) and takes the innocent
-# ones beside it along; when these come again and fail twice more, it is not theirs.
-MAX_FAILURES = 3
+# ones beside it along; when these come again and fail as often, it is not theirs.
+MAX_FAILURES = 5
+PROBE = "\0probe"  # the id of a request of the loop's own
+
+
+def probe() -> Request:
+    """What is asked after a row has failed: one token, which only a broken engine cannot compute.
+
+    A row's failure may be its request's own fault. Where all rows fail, as with weights that were
+    overwritten, no step does, and yet nothing works.
+    """
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    return Request(PROBE, [0], params, priority=-sys.maxsize, output_kind="final")
 
 
 class Health:
@@ -50,7 +65,7 @@ class Health:
         self._failures = 0
 
     def failed(self, error: Exception) -> None:
-        """A step has failed as a whole."""
+        """A step, or the probe in it, has failed."""
         self._failures += 1
         if self._failures >= MAX_FAILURES and self._reason is None:
             self._reason = (

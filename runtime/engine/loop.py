@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +17,10 @@ from slipstream.errors import (
     InvalidRequestError,
 )
 from slipstream.runtime.engine.batch import BatchBuilder
-from slipstream.runtime.engine.health import Health
+from slipstream.runtime.engine.health import PROBE, Health, probe
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
-from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -68,8 +69,9 @@ class EngineLoop:
     end is ignored. Where edits of a row need the token before (``SamplingParams.needs_output``),
     the layers of the next step are started all the same, and its head when the last has landed.
 
-    A step that fails ends the requests in it, a row that fails its own. An engine that is
-    ``unhealthy`` goes on trying; whoever drives it decides.
+    A step that fails ends the requests in it, a row that fails its own; a request of the loop's own
+    then tells whether the device still computes. An engine that is ``unhealthy`` goes on trying;
+    whoever drives it decides. A process that was forked has no device: every request is refused.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class EngineLoop:
         self._eos_token_ids = frozenset(
             token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
         )
+        self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
@@ -120,12 +123,27 @@ class EngineLoop:
         return self.scheduler.stats
 
     @property
+    def forked(self) -> str | None:
+        """Why nothing can run here, None where the engine was loaded: threads and devices are not
+        there in a process that was forked afterwards."""
+        here = os.getpid()
+        if here == self._process:
+            return None
+        return (
+            f"the engine was loaded by process {self._process}, and this is process {here}, which"
+            " was forked from it and has neither its threads nor its device. Load the engine after"
+            " the fork, or start the process by spawn"
+        )
+
+    @property
     def unhealthy(self) -> str | None:
         """Why the device is to be given up, None while it works; may be read from any thread."""
         return self._health.reason
 
     def validate(self, request: Request) -> None:
         """Raise the typed error that ``add_request`` would raise; safe from any thread."""
+        if (reason := self.forked) is not None:
+            raise ExecutionError(reason)
         tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
         self.scheduler.clamp_max_tokens(len(tokens), request.params.max_tokens)
         if min(tokens) < 0 or max(tokens) >= vocab_size:
@@ -138,7 +156,8 @@ class EngineLoop:
     def add_request(self, request: Request) -> None:
         """Queue a request.
 
-        Raises ``InvalidRequestError`` or ``CapacityError`` for one that could never run.
+        Raises ``InvalidRequestError`` or ``CapacityError`` for one that could never run, and
+        ``ExecutionError`` in a forked process.
         """
         self.validate(request)
         if request.request_id in self._requests:
@@ -170,6 +189,8 @@ class EngineLoop:
     def step(self) -> list[RequestOutput]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return what the finished one changed."""
+        if (reason := self.forked) is not None:
+            raise ExecutionError(reason)
         self._health.began()
         try:
             self._advance()
@@ -203,7 +224,7 @@ class EngineLoop:
                 max_tokens=self.scheduler.clamp_max_tokens(
                     len(request.prompt_token_ids), params.max_tokens
                 ),
-                seed=(seed + index) % 2**64,
+                seed=child_seed(seed, index),
                 eos_token_ids=self._eos_token_ids,
             )
             for index in range(params.n)
@@ -256,7 +277,8 @@ class EngineLoop:
             self._health.failed(error)
             self._fail(flight.plan, error)
             return
-        self._health.succeeded()
+        if len(result.failed) < max(len(flight.rows), 1):
+            self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
         self.scheduler.commit(flight.plan)
@@ -289,7 +311,10 @@ class EngineLoop:
                     scores.append(logprobs)
                 continue
             state = self._requests[sequence.request.request_id]
-            state.completions[sequence.index].take(token, logprobs)
+            try:
+                state.completions[sequence.index].take(token, logprobs)
+            except ExecutionError as error:  # of the tokenizer
+                state.fail(error)
             self._changed[state] = None
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = now
@@ -299,13 +324,18 @@ class EngineLoop:
                     self._forget(state)
 
     def _fail_rows(self, owners: list[Sequence], errors: Mapping[int, ExecutionError]) -> None:
-        """End the requests of the rows that failed, before anything of theirs is committed."""
+        """End the requests of the rows that failed, before anything of theirs is committed, and ask
+        the device whether it is to blame."""
         for row, error in errors.items():
             sequence = owners[row]
+            if sequence.request.request_id == PROBE:
+                self._health.failed(error)
             if not sequence.finish_reason:
                 state = self._requests[sequence.request.request_id]
                 state.error = error
                 self._end(state, "error", spoiled=True)
+        if PROBE not in self._requests and self.unhealthy is None:
+            self.add_request(probe())
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """End the requests of a failed step; nothing that it computed was committed."""
@@ -337,9 +367,12 @@ class EngineLoop:
         changed, self._changed = self._changed, {}
         outputs = []
         for state in changed:
+            output = state.output()
+            if state.error is not None and not state.finished:  # its text cannot be told
+                self._end(state, "error")
+                del self._changed[state]
             if state.finished:
                 state.metrics.finished_time = self._clock()
-            output = state.output()
-            if output is not None:
+            if output is not None and output.request_id != PROBE:
                 outputs.append(output)
         return outputs

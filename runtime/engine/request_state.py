@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
-from slipstream.errors import SlipstreamError
+from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
@@ -51,6 +52,10 @@ class CompletionState:
             self._pieces.append(self.detokenizer.finish())
             self._closed = True
 
+    def silence(self) -> None:
+        """Decode no more: the text ends where it is."""
+        self._decoded, self._closed = sys.maxsize, True
+
     def output(self, delta: bool) -> CompletionOutput:
         """Everything so far, or what is new since the last call."""
         sequence = self.sequence
@@ -86,21 +91,29 @@ class RequestState:
                 return False
         return True
 
+    def fail(self, error: ExecutionError) -> None:
+        """Note why the request is to end although its step did not fail."""
+        self.error = error
+        for completion in self.completions:
+            completion.silence()
+
     def output(self) -> RequestOutput | None:
         """What the caller is to hear now, if anything; decodes what is new."""
-        finished = self.finished
         kind = self.request.output_kind
-        if kind == "final" and not finished:
+        if kind == "final" and not self.finished and self.error is None:
             return None
-        for completion in self.completions:
-            completion.decode()
+        try:
+            for completion in self.completions:
+                completion.decode()
+        except ExecutionError as error:  # of the tokenizer
+            self.fail(error)
         request, leader = self.request, self.completions[0].sequence
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
             outputs=[completion.output(kind == "delta") for completion in self.completions],
-            finished=finished,
+            finished=self.finished or self.error is not None,
             metrics=self.metrics,
             prompt_logprobs=None if leader.scores_prompt else leader.prompt_logprobs,
             num_cached_tokens=leader.num_cached or 0,

@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
     from slipstream.runtime.request import FinishReason, Request
 
+_2_64 = 2**64
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed, of 64 bits, of the continuation ``index`` of a request with ``seed``.
+
+    The first has the request's own. The others are mixed (SplitMix64, Steele et al., 2014), so that
+    they are nobody's first: requests with neighbouring seeds share no continuation.
+    """
+    if index == 0:
+        return seed % _2_64
+    mixed = (seed + index * 0x9E3779B97F4A7C15) % _2_64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % _2_64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % _2_64
+    return mixed ^ mixed >> 31
+
 
 class Status(Enum):
     """Where a sequence is; a preempted one waits again."""

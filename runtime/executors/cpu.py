@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
+# Element types as ONNX Runtime spells them.
+_ORT_TYPES = {
+    "float32": "float",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float8_e4m3fn": "float8e4m3fn",
+    "int8": "int8",
+    "int32": "int32",
+}
+_Kind = tuple[str, tuple[int | str | None, ...]]
 # Arrays by name, as ONNX Runtime sees them: those of caches.
 Values = Mapping[str, ort.OrtValue]
 Arrays = dict[str, NDArray[Any]]
@@ -138,7 +149,7 @@ class CPUExecutor:
         # of the engine's directory.
         self._weights = _map_weights(engine)
         self._graphs = {
-            name: _Graph(spec, _create_session(engine, spec.file, self._weights, threads))
+            name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
         }
 
@@ -146,7 +157,7 @@ class CPUExecutor:
         """Allocate states for every sequence and, within what they leave of ``num_bytes``, pages,
         as many in every paged cache; None takes what the limits can use, at most 4 GiB and half of
         what is free. Pages cost memory when they are first written. CapacityError when not even
-        one page fits."""
+        one page fits, or there is no such memory."""
         specs, config = self._cache_specs, self._config
         slots = config.max_batch_size
         taken = slots * sum(cache.bytes_per_page for cache in states(specs))
@@ -162,9 +173,19 @@ class CPUExecutor:
                 f"bytes: raise --kv-cache-bytes"
             )
         self.shutdown()
-        for cache in specs:
-            for array in cache.arrays:
-                self._allocate(cache, array, slots if cache.kind == "state" else pages)
+        try:
+            for cache in specs:
+                for array in cache.arrays:
+                    self._allocate(cache, array, slots if cache.kind == "state" else pages)
+        except (
+            MemoryError,
+            OverflowError,
+            ValueError,
+        ) as error:  # NumPy's for what no address space holds
+            self.shutdown()
+            raise CapacityError(
+                f"{num_bytes} bytes of KV cache cannot be had ({error}): lower --kv-cache-bytes"
+            ) from error
         return pages
 
     @property
@@ -250,9 +271,9 @@ def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
 
 
 def _create_session(
-    engine: Engine, graph: str, weights: Mapping[str, NDArray[np.uint8]], num_threads: int
+    engine: Engine, spec: GraphSpec, weights: Mapping[str, NDArray[np.uint8]], num_threads: int
 ) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    graph, options = engine.path / spec.file, ort.SessionOptions()
     options.add_external_initializers_from_files_in_memory(
         list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
     )
@@ -268,20 +289,48 @@ def _create_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.dynamic_block_base", "4")
     try:
-        return ort.InferenceSession(
-            str(engine.path / graph), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise EngineMismatchError(
             f"onnxruntime {ort.__version__} refuses the graph of {engine.path} ({error}); build it "
             f"again: "
             f"{engine.manifest.command}"
         ) from error
+    _check_ports(engine, spec, session)
+    return session
+
+
+def _check_ports(engine: Engine, spec: GraphSpec, session: ort.InferenceSession) -> None:
+    """Raise EngineMismatchError unless a graph takes and gives what the manifest says."""
+    for kind, found, told in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        wanted = {port.name: (f"tensor({_ORT_TYPES[port.dtype]})", port.shape) for port in told}
+        known = {value.name: (value.type, tuple(value.shape)) for value in found}
+        for name in wanted.keys() | known.keys():
+            if not _alike(wanted.get(name), known.get(name)):
+                raise EngineMismatchError(
+                    f"the {kind} of {spec.file} in {engine.path} are not those of its manifest: "
+                    f"{name} is {known.get(name)}, not {wanted.get(name)}; build it again: "
+                    f"{engine.manifest.command}"
+                )
+
+
+def _alike(wanted: _Kind | None, known: _Kind | None) -> bool:
+    """Whether types, ranks and all sizes that are numbers agree."""
+    if wanted is None or known is None or wanted[0] != known[0] or len(wanted[1]) != len(known[1]):
+        return False
+    return all(
+        a == b
+        for a, b in zip(wanted[1], known[1], strict=True)
+        if isinstance(a, int) or isinstance(b, int)
+    )
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.zeros(size + _CACHE_LINE, np.uint8)
     start = -buffer.ctypes.data % _CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)

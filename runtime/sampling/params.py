@@ -89,8 +89,9 @@ class SamplingParams:
     the output.
     presence_penalty, frequency_penalty: subtracted from logits of output tokens, once / for each
     occurrence.
-    seed: makes the completion reproducible, whatever else is in the batch; -1 is a random one, as
-    for vLLM and llama.cpp, and other negative ones are those of the same 64 bits.
+    seed: makes the completion reproducible, whatever else is in the batch; of ``n`` completions the
+    first, and the others by seeds that are mixed of it and their index. -1 is a random one, as for
+    vLLM and llama.cpp, and other negative ones are those of the same 64 bits.
     stop: a string or several that end the completion; cut from the text unless
     ``include_stop_str_in_output``.
     stop_token_ids: tokens that end the completion, beside the model's own end-of-sequence tokens.

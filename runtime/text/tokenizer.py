@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import AddedToken
 
-from slipstream.errors import CheckpointError, InvalidRequestError
+from slipstream.errors import CheckpointError, ExecutionError, InvalidRequestError
 from slipstream.runtime.text.stream import (
     BYTE_TOKEN,
     ByteLevelStream,
@@ -126,6 +126,13 @@ class Tokenizer:
                 f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates",
                 param="prompt",
             ) from error
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise InvalidRequestError(
+                f"the tokenizer gave up on the prompt {text!r:.80} ({error}); send another text, or"
+                " mend tokenizer.json in the checkpoint and build the engine again"
+            ) from error
 
     def offsets(self, text: str) -> list[int]:
         """Where in ``text`` each token of ``encode(text)`` begins; one that the tokenizer puts
@@ -138,12 +145,11 @@ class Tokenizer:
         return offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of all tokens at once; ids outside the vocabulary are left out."""
-        if len(token_ids) <= _FEW:
-            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        # `decode` would hold the interpreter's lock to its end.
-        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
-        return text
+        """Text of all tokens at once; ids outside the vocabulary are left out.
+
+        Raises ``ExecutionError`` where the library panics.
+        """
+        return self._decode(token_ids, skip_special_tokens)
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that ``text`` has at least, told from its length alone."""
@@ -189,10 +195,7 @@ class Tokenizer:
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return self._backend.decode(token_ids, skip_special_tokens=False)
-
-        return WindowStream(decode, self._backend.id_to_token, skip, prompt)
+        return WindowStream(self._decode, self._backend.id_to_token, skip, prompt)
 
     def apply_chat_template(
         self,
@@ -238,6 +241,22 @@ class Tokenizer:
             self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
         return self._templates[name]
 
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        backend, skip = self._backend, skip_special_tokens
+        try:
+            if len(token_ids) <= _FEW:
+                return backend.decode(token_ids, skip_special_tokens=skip)
+            # `decode` would hold the interpreter's lock to its end.
+            (text,) = backend.decode_batch([token_ids], skip_special_tokens=skip)
+            return text
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ExecutionError(
+                f"the tokenizer gave up on decoding {len(token_ids)} tokens ({error}); mend"
+                " tokenizer.json in the checkpoint and build the engine again"
+            ) from error
+
     def _special_id(self, name: str) -> int | None:
         token = self._settings.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
@@ -268,6 +287,12 @@ def _within(
     new = dict.fromkeys(t.content for t in tokens if backend.token_to_id(t.content) is None)
     beyond = set(list(new)[max(room, 0) :])
     return [token for token in tokens if token.content not in beyond]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the Rust library panicked: what it then raises is no ``Exception``, and its class can
+    be imported from nowhere."""
+    return type(error).__name__ == "PanicException"
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

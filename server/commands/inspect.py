@@ -15,6 +15,7 @@ from slipstream.server.command import Command, CommandError
 from slipstream.server.engine_summary import (
     FileEntry,
     WeightEntry,
+    check_graphs,
     count_kernels,
     count_operators,
     describe_kv,
@@ -43,13 +44,17 @@ class _Contents:
 
 @click.command(cls=Command)
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Compare every file with its hash (reads all of it).")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare every file with its hash (reads all of it), and graphs with operators' specs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def inspect(engine: Path, verify: bool, as_json: bool) -> None:
     """Show what is inside an engine: its manifest, files, weights and operators.
 
-    Nothing is loaded, so this is quick and needs little memory. With --verify, damage makes the
-    exit status 1.
+    Nothing is loaded, so this is quick and needs little memory. With --verify, damage, or a
+    graph that no build makes, makes the exit status 1.
 
     \b
     Examples:
@@ -58,7 +63,7 @@ def inspect(engine: Path, verify: bool, as_json: bool) -> None:
     """
     opened = open_engine(engine)
     files = list_files(opened, verify=verify)
-    contents = _Contents(opened, files, *_readable(opened, files))
+    contents = _Contents(opened, files, *_readable(opened, files, verify))
     click.echo(json.dumps(_as_json(contents), indent=2) if as_json else _as_text(contents))
     damaged = [file for file in files if file.status in _DAMAGED]
     if damaged:
@@ -67,12 +72,14 @@ def inspect(engine: Path, verify: bool, as_json: bool) -> None:
 
 
 def _readable(
-    engine: Engine, files: Sequence[FileEntry]
+    engine: Engine, files: Sequence[FileEntry], verify: bool
 ) -> tuple[list[WeightEntry], dict[str, int], dict[str, int]]:
     """Weights, operators and kernels; nothing of an engine that lacks or damages a file."""
     if any(file.status in _DAMAGED for file in files):
         return [], {}, {}
     graph = read_graph(engine)
+    if verify:
+        check_graphs(engine)
     return list_weights(engine), count_operators(graph), count_kernels(graph)
 
 

@@ -49,5 +49,8 @@ async def _pump(generator: AsyncGenerator[T, None], queue: asyncio.Queue[_Box[T]
             async for item in generator:
                 queue.put_nowait(_Box(item))
         queue.put_nowait(_Box())
-    except Exception as error:  # noqa: BLE001 - it is raised where the items are read
+    except asyncio.CancelledError as error:
+        queue.put_nowait(_Box(error=error))
+        raise
+    except BaseException as error:  # noqa: BLE001 - it is raised where the items are read
         queue.put_nowait(_Box(error=error))

@@ -95,6 +95,6 @@ class Serving:
             self._outbox.put(call, CancelledError("the request was cancelled"))
         except SlipstreamError as error:
             self._outbox.put(call, error)
-        except Exception as error:  # noqa: BLE001 - a client must never wait for ever
+        except BaseException as error:  # noqa: BLE001 - a client must never wait for ever
             _LOG.exception("a request failed")
             self._outbox.put(call, ExecutionError(f"the request failed: {error!r}"))

@@ -68,7 +68,7 @@ SMALL = OperatorSpec(
     ),
     outputs=(TensorSpec("y", ("int32",), ("tokens", "width//(1+layer)"), "the result"),),
     attributes=(
-        AttributeSpec("width", "int", "columns"),
+        AttributeSpec("width", "int", "columns", within=(1, 4096)),
         AttributeSpec("layer", "int", "which", 0),
         AttributeSpec("eps", "float", "tiny", 1e-6),
     ),
@@ -100,6 +100,19 @@ def test_attributes_of_another_type_are_refused(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         SMALL.typed(attributes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("width", 0), ("width", 4097), ("layer", 2**31)])
+def test_attributes_out_of_range_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"attribute {name} is {value}, not "):
+        SMALL.typed({"width": 4, name: value})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_defaults_are_in_range(name: str) -> None:
+    for attribute in OPERATORS[name].attributes:
+        if attribute.default is not None:
+            assert attribute.typed(attribute.default) == attribute.default
 
 
 def test_an_integer_is_a_float() -> None:

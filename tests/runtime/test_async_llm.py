@@ -12,6 +12,7 @@ from tests.server.devices import GatedDevice, engine_on
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.runtime.executors.counting import (
     CountingExecutor,
     CountingStep,
@@ -203,12 +204,12 @@ def test_a_device_that_fails_in_a_row_is_given_up(caplog: pytest.LogCaptureFixtu
         executor = engine.executor
         assert isinstance(executor, CountingExecutor)
         llm = AsyncLLM.from_engine(engine)
-        for _ in range(3):
+        for _ in range(MAX_FAILURES):
             assert llm.unhealthy is llm.closed is None
             executor.fail_next = True
             with pytest.raises(ExecutionError, match="fail this step"):
                 await last(llm.generate("a", greedy()))
-        with pytest.raises(ExecutionError, match="failed 3 steps in a row"):
+        with pytest.raises(ExecutionError, match="failed 5 steps in a row"):
             while True:  # the engine's thread may not have come to it yet
                 await last(llm.generate("a", greedy()))
         assert llm.unhealthy and llm.closed == llm.unhealthy
@@ -291,19 +292,23 @@ def test_shutdown_ends_open_requests_and_refuses_new_ones() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, BaseException])
 def test_a_broken_engine_loop_leaves_nobody_waiting(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
+    """What a Rust library raises when it panics is no ``Exception``."""
+
     async def main() -> None:
         llm = AsyncLLM.from_engine(counting_engine())
 
         def broken() -> None:
-            raise ZeroDivisionError("a bug")
+            raise kind("a bug")
 
         monkeypatch.setattr(llm._loop, "step", broken)
         for _ in range(2):
             with pytest.raises(ExecutionError, match=r"the engine loop stopped: .*a bug"):
                 await last(llm.generate("a", greedy()))
+        assert not llm.check_health() and llm.unhealthy == llm.closed
         await asyncio.to_thread(llm.shutdown)
 
     asyncio.run(main())

@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from slipstream import LLM, SamplingParams
@@ -114,6 +116,37 @@ def test_limits_whose_tables_no_machine_holds(engine: Path, limit: str) -> None:
     raw["limits"][limit] = 2**31 - 1
     (engine / "engine.json").write_text(json.dumps(raw))
     with pytest.raises(CapacityError, match=rf"{limit} 2147483647 .* MiB; ask for less"):
+        load(engine, {})
+
+
+def rewrite(engine: Path, edit: Callable[[ir.Graph], None]) -> None:
+    """Edit the graph, and tell the manifest."""
+    model = ir.load(engine / "graph.onnx")
+    edit(model.graph)
+    ir.save(model, engine / "edited.onnx")
+    (engine / "edited.onnx").rename(engine / "graph.onnx")
+    rehash(engine, "graph.onnx")
+
+
+@pytest.mark.parametrize("attribute", ["num_heads", "num_kv_heads", "head_dim", "page_size"])
+@pytest.mark.parametrize("value", [0, -1, 2**32, 2**60, 2**60 + 32, 2**62 + 16])
+def test_a_graph_with_absurd_attributes(engine: Path, attribute: str, value: int) -> None:
+    def edit(graph: ir.Graph) -> None:
+        node = next(node for node in graph if node.op_type == "PagedAttention")
+        node.attributes[attribute] = ir.AttrInt64(attribute, value)
+
+    rewrite(engine, edit)
+    with pytest.raises(EngineMismatchError, match=f"refuses .* attribute {attribute} is {value}"):
+        load(engine, {})
+
+
+def test_a_graph_that_does_not_take_what_the_manifest_says(engine: Path) -> None:
+    file = engine / "engine.json"
+    raw = json.loads(file.read_text())
+    (logits,) = raw["graphs"]["target"]["outputs"]
+    logits["shape"][1] += 1
+    file.write_text(json.dumps(raw))
+    with pytest.raises(EngineMismatchError, match=r"outputs of graph.onnx .* logits is .*; build"):
         load(engine, {})
 
 

@@ -31,6 +31,13 @@ class BrokenDevice(Device):
         return super().submit(batch)
 
 
+class PanickingDevice(Device):
+    """Breaks the loop that drives it, as a library in Rust can: by what is no ``Exception``."""
+
+    def submit(self, batch: StepBatch) -> CountingStep:
+        raise BaseException("index out of bounds")
+
+
 class GatedDevice(Device):
     """Answers a step for every permit, and hangs where there is none; at the end of a ``with`` it
     answers everything."""

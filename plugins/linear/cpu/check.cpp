@@ -8,7 +8,7 @@ template <class Args>
 static const char* check_weight(const Args& args, bool gated) {
   const bool halves = args.group_size == 16 && args.bits == 8 && args.zero_kind == 0 && args.in_features % 32 == 0;
   const bool blocks = args.group_size >= 32 && args.group_size % 32 == 0;
-  const bool known = args.zero_kind >= 0 && args.zero_kind <= 2 && (halves || blocks) &&
+  const bool known = args.weight_type == 0 && args.group_rows == 1 && (halves || blocks) &&
                      args.in_features % args.group_size == 0 && (args.bits == 4 || args.bits == 8) &&
                      (args.scale_bytes == 2 || args.scale_bytes == 4);
   if (!known) return "the attributes describe no packed format";
@@ -18,7 +18,6 @@ static const char* check_weight(const Args& args, bool gated) {
 }
 
 const char* check(const LinearArgs& args) {
-  if (args.gated != 0 && args.gated != 1) return "the attributes describe no packed format";
   return check_weight(args, args.gated == 1);
 }
 

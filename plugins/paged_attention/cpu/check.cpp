@@ -4,13 +4,12 @@
 namespace slipstream {
 
 static const char* check_attributes(const PagedAttentionArgs& args) {
-  if (args.num_heads <= 0 || args.num_kv_heads <= 0 || args.page_size <= 0 || args.head_dim <= 0)
-    return "sizes must be positive";
-  if (args.head_dim % 8 != 0 || args.head_dim > 256) return "head_dim must be a multiple of 8, at most 256";
+  if (args.k_row_major != 0) return "a CPU reads transposed keys: k_row_major must be 0";
+  if (args.head_dim % 8 != 0) return "head_dim must be a multiple of 8";
   if (args.page_size % 16 != 0) return "page_size must be a multiple of 16";
   if (args.num_heads % args.num_kv_heads != 0) return "num_kv_heads must divide num_heads";
-  if (args.layer < 0 || args.layer >= args.layers) return "layer is outside kv_cache";
-  if (2 * args.rotary_half > args.head_dim) return "more of a head is rotated than it has";
+  if (args.layer >= args.layers) return "layer is outside kv_cache";
+  if (args.rotary_half > args.head_dim / 2) return "more of a head is rotated than it has";
   if (args.kv_cache_type == ElementType::int8 && args.kv_scales == nullptr)
     return "int8 pages need kv_scales, one for each token and head";
   if (args.kv_cache_type == ElementType::float8e4m3fn && !(args.k_scale > 0 && args.v_scale > 0))

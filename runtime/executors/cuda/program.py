@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.builder.contract import GraphSpec
+from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.binding import (
     Context,
     Environment,
@@ -22,6 +23,7 @@ from slipstream.plugins.cuda.binding import (
     name_of,
 )
 from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
 
 
@@ -37,6 +39,7 @@ class CUDAProgram:
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
+    EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
     def __init__(
@@ -47,8 +50,9 @@ class CUDAProgram:
         tactics: Tactics,
         device: torch.device,
     ) -> None:
-        self._constants = _constants(graph, weights, device)
         nodes = list(graph)
+        _check(graph, spec)
+        self._constants = _constants(graph, weights, device)
         assert spec.seam is not None
         hidden, self._rows = spec.seam
         split = next(i for i, node in enumerate(nodes) if self._rows == name_of(node.outputs[0]))
@@ -74,6 +78,27 @@ class CUDAProgram:
     def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
         """float32 logits of rows ``[L, hidden]`` into ``out [L, vocab]``."""
         _execute(self._tail, Run({**self._constants, self._rows: rows}, pdl), out)
+
+
+def _check(graph: ir.Graph, spec: GraphSpec) -> None:
+    """EngineMismatchError for a graph that does not take what its manifest says, or whose nodes do
+    not fit the specs of their operators: kernels trust both."""
+    wanted = {port.name: port.shape for port in spec.inputs}
+    for value in graph.inputs:
+        shape = () if value.shape is None else value.shape.dims
+        found = tuple(dim if isinstance(dim, int) else dim.value for dim in shape)
+        if wanted.pop(value.name or "", None) != found:
+            raise EngineMismatchError(
+                f"input {value.name} of {spec.file} has shape {list(found)}, which is not that of "
+                "the manifest; build the engine again"
+            )
+    if wanted:
+        raise EngineMismatchError(
+            f"{spec.file} lacks the inputs {', '.join(wanted)}; build the engine again"
+        )
+    for node in graph:
+        if problem := node_problem(node):
+            raise EngineMismatchError(f"{spec.file}: {problem}; build the engine again")
 
 
 def _execute(calls: Sequence[_Call], run: Run, out: Tensor | None) -> Tensor:

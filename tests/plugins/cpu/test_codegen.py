@@ -60,8 +60,8 @@ def test_the_generated_signature() -> None:
   static auto kernel(const Kernels& kernels) { return kernels.small_op; }
 
   static void attributes([[maybe_unused]] const Node& node, [[maybe_unused]] Args& args) {
-    args.width = node.int_attribute("width");
-    args.layer = node.int_attribute("layer", 0);
+    args.width = node.int_attribute("width", 1ll, 4096ll);
+    args.layer = node.int_attribute("layer", -2147483648ll, 2147483647ll, 0);
     args.eps = node.float_attribute("eps", 1e-06);
   }
 
@@ -76,14 +76,14 @@ def test_the_generated_signature() -> None:
     const Tensor bias = call.optional(2, "bias", 1);
     args.bias = bias.as<const float>();
     args.tokens = x.shape[0];
-    call.expect_shape(x, "x", {args.tokens, (2 * args.width)}, "[tokens, 2*width]");
-    call.expect_shape(bias, "bias", {(args.tokens + 1)}, "[tokens+1]");
+    call.expect_shape(x, "x", {args.tokens, multiply(2, args.width)}, "[tokens, 2*width]");
+    call.expect_shape(bias, "bias", {add(args.tokens, 1)}, "[tokens+1]");
   }
 
   // Whether there is anything to compute.
   static bool make_outputs(const Call& call, Args& args) {
     bool any = false;
-    args.y = call.output<int32_t>(0, {args.tokens, divide(args.width, (1 + args.layer))}, any);
+    args.y = call.output<int32_t>(0, {args.tokens, divide(args.width, add(1, args.layer))}, any);
     return any;
   }
 };"""

@@ -238,7 +238,7 @@ ATTENTION_DEFECTS: list[tuple[Inputs, dict[str, float], str]] = [
     ({"k_norm": normal(31)}, {}, r"k_norm does not have the shape \[head_dim\]"),
     ({"sinks": normal(5)}, {}, r"sinks does not have the shape \[num_heads\]"),
     ({}, {"layer": 2}, "layer is outside kv_cache"),
-    ({}, {"layer": -1}, "layer is outside kv_cache"),
+    ({}, {"k_row_major": 1}, "a CPU reads transposed keys"),
     ({}, {"page_size": 16}, "kv_cache does not have the shape"),
 ]
 
@@ -258,18 +258,53 @@ def test_a_refused_step_leaves_the_pages_alone() -> None:
     np.testing.assert_array_equal(inputs.kv_cache, before)
 
 
+INPUTS_OF: dict[str, Inputs] = {
+    "Linear": {"x": X, "weight": BLOB},
+    "Embedding": {"ids": np.zeros(1, np.int32), "weight": BLOB},
+    "PagedAttention": attention(Case().inputs("float32")),
+}
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_required_attribute_that_is_missing(name: str) -> None:
-    inputs: dict[str, Inputs] = {
-        "Linear": {"x": X, "weight": BLOB},
-        "Embedding": {"ids": np.zeros(1, np.int32), "weight": BLOB},
-        "PagedAttention": attention(Case().inputs("float32")),
-    }
     required = next(a.name for a in OPERATORS[name].attributes if a.default is None)
     attributes = attributes_of(Case()) if name == "PagedAttention" else linear(weight())
     del attributes[required]
     with pytest.raises(Exception, match=required):
-        run(name, inputs[name], **attributes)
+        run(name, INPUTS_OF[name], **attributes)
+
+
+HUGE = [2**31, 2**32, 2**60, 2**60 + 32, 2**62 + 16, 2**63 - 1, -(2**63), -1]
+
+
+@pytest.mark.parametrize("value", HUGE)
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        (name, attribute.name)
+        for name in NATIVE
+        for attribute in OPERATORS[name].attributes
+        if attribute.type == "int"
+    ],
+)
+def test_an_attribute_out_of_range_is_refused_at_load(
+    name: str, attribute: str, value: int
+) -> None:
+    """Before it is multiplied: 2**60 heads of 32 elements would wrap around to none."""
+    given = attributes_of(Case()) if name == "PagedAttention" else linear(weight())
+    message = f"slipstream.{name}: attribute {attribute} is {value}, not "
+    with pytest.raises(Exception, match=message):
+        run(name, INPUTS_OF[name], **{**given, attribute: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("Linear", "in_features"), ("Embedding", "out_features"), ("PagedAttention", "page_size")],
+)
+def test_a_size_of_nothing_is_refused_at_load(name: str, attribute: str) -> None:
+    given = attributes_of(Case()) if name == "PagedAttention" else linear(weight())
+    with pytest.raises(Exception, match=f"attribute {attribute} is 0, not 1 to "):
+        run(name, INPUTS_OF[name], **{**given, attribute: 0})
 
 
 @pytest.mark.parametrize("value", [1, 1.0])

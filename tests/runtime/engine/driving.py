@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.sequence import child_seed
 from slipstream.runtime.executors.counting import next_token
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
@@ -18,7 +19,7 @@ def greedy(**params: Any) -> SamplingParams:  # noqa: ANN401
 def expected_output(request: Request, index: int) -> list[int]:
     """The closed form: count on from the prompt until end of sequence or ``max_tokens``."""
     params, tokens = request.params, list[int]()
-    stride = (params.seed or 0) + index if params.temperature else 0
+    stride = child_seed(params.seed or 0, index) if params.temperature else 0
     last = request.prompt_token_ids[-1]
     while len(tokens) < (params.max_tokens or 0):
         last = next_token(last, VOCAB_SIZE, stride)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.sequence import child_seed
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
 from slipstream.runtime.request import Request, RequestOutput
@@ -44,6 +45,10 @@ def tokens_of(output: RequestOutput) -> list[list[int]]:
     return [each.token_ids for each in output.outputs]
 
 
+def seeds_of(params: SamplingParams) -> list[int]:
+    return [child_seed(params.seed or 0, index) for index in range(params.n)]
+
+
 def counted(prompt: list[int], strides: list[int], count: int) -> list[list[int]]:
     vocab = counting_engine().vocab_size
     return [[(prompt[-1] + (1 + s) * (i + 1)) % vocab for i in range(count)] for s in strides]
@@ -63,7 +68,7 @@ def test_siblings_compute_one_token_of_the_prompt(
     loop.add_request(Request("n", prompt, params))
     output = drain(loop)["n"]
 
-    assert tokens_of(output) == counted(prompt, [10, 11, 12], 5)
+    assert tokens_of(output) == counted(prompt, seeds_of(params), 5)
     moves = [move for batch in batches for move in batch.moves]
     assert len(moves) == 2 and len({move.destination for move in moves}) == 2
     assert len({move.source for move in moves}) == 1, "the leader's last page of the prompt"
@@ -99,19 +104,31 @@ def test_without_a_prefix_cache_nobody_else_profits() -> None:
 def test_siblings_whose_leader_ends_before_they_start(caching: bool) -> None:
     loop, batches = loop_of(enable_prefix_caching=caching, max_batch_size=1)
     prompt = [5, 6, 7, 8, 9, 10, 11]
-    loop.add_request(Request("n", prompt, SamplingParams(n=3, seed=10, max_tokens=3)))
-    assert tokens_of(drain(loop)["n"]) == counted(prompt, [10, 11, 12], 3)
+    params = SamplingParams(n=3, seed=10, max_tokens=3, ignore_eos=True)
+    loop.add_request(Request("n", prompt, params))
+    assert tokens_of(drain(loop)["n"]) == counted(prompt, seeds_of(params), 3)
     assert not any(batch.moves for batch in batches), "there was nothing left to copy from"
 
 
 def test_siblings_of_a_scored_prompt_are_forked_too() -> None:
     loop, batches = loop_of(enable_prefix_caching=False)
-    params = SamplingParams(n=2, seed=1, max_tokens=2, prompt_logprobs=0)
+    params = SamplingParams(n=2, seed=1, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
     loop.add_request(Request("n", [5] * 7, params))
     output = drain(loop)["n"]
     assert [each.token_id for each in output.prompt_logprobs or () if each] == [5] * 6
-    assert tokens_of(output) == counted([5], [1, 2], 2)
+    assert tokens_of(output) == counted([5], seeds_of(params), 2)
     assert sum(len(batch.moves) for batch in batches) == 1
+
+
+def test_neighbouring_seeds_share_no_continuation() -> None:
+    loop, batches = loop_of()
+    for seed in (*range(20), 2**64 - 1):
+        params = SamplingParams(n=8, seed=seed, max_tokens=1)
+        loop.add_request(Request(str(seed), [5] * 7, params))
+    drain(loop)
+    used = [row.seed for batch in batches for row in batch.sampling]
+    assert len(used) == len(set(used)) == 21 * 8
+    assert {*range(20), 2**64 - 1} < set(used), "the first of n is what n = 1 is"
 
 
 REQUESTS = st.lists(
@@ -170,7 +187,6 @@ def test_namespaces_never_share_a_page_and_siblings_stay_themselves(
                 held.setdefault(page, set()).add(whose)
         assert all(len(owners) == 1 for owners in held.values()), "a page of two namespaces"
     for request in requests:
-        seed, count = request.params.seed or 0, request.params.max_tokens or 0
-        strides = [seed + index for index in range(request.params.n)]
-        expected = counted(request.prompt_token_ids, strides, count)
+        count = request.params.max_tokens or 0
+        expected = counted(request.prompt_token_ids, seeds_of(request.params), count)
         assert tokens_of(outputs[request.request_id]) == expected

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.health import MAX_FAILURES, Health
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.executors.counting import CountingExecutor, CountingStep
+from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.executors.counting import (
+    CountingExecutor,
+    CountingStep,
+    counting_contract,
+)
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.testing import counting_engine
+from slipstream.runtime.testing import VOCAB_SIZE, counting_engine
 
 
 class Clock:
@@ -28,7 +35,7 @@ def test_a_device_that_fails_again_and_again_is_given_up() -> None:
     for _ in range(MAX_FAILURES):
         assert health.reason is None
         health.failed(ExecutionError("no memory"))
-    assert health.reason and "failed 3 steps in a row, at last with: no memory" in health.reason
+    assert health.reason and "failed 5 steps in a row, at last with: no memory" in health.reason
     health.succeeded()
     assert health.reason, "it is not trusted again"
 
@@ -100,4 +107,42 @@ def test_a_loop_that_breaks_does_not_blame_the_device_later() -> None:
     with pytest.raises(TypeError):
         loop.step()
     clock.now += engine.config.step_timeout + 1
+    assert loop.unhealthy is None
+
+
+class Poisoned(CountingExecutor):
+    """No row of its steps is a number, as with weights that were overwritten; the steps succeed."""
+
+    def __init__(self, sane_tokens: frozenset[int] = frozenset()) -> None:
+        super().__init__(64, *counting_contract(4, VOCAB_SIZE))
+        self.sane_tokens = sane_tokens
+
+    def _run(self, planned: StepBatch, excused: bool) -> StepResult:
+        result = super()._run(planned, excused)
+        for row, token in enumerate(result.token_ids):
+            if token not in self.sane_tokens:
+                result.failed[row] = ExecutionError("the largest logit of a row is nan")
+        return result
+
+
+def test_an_engine_whose_every_row_fails_is_given_up_after_one_request() -> None:
+    loop = EngineLoop(replace(counting_engine(), executor=Poisoned()))
+    loop.add_request(Request("a", [5], SamplingParams(max_tokens=1)))
+    told = []
+    while loop.has_work:
+        told += loop.step()
+    assert [(output.request_id, str(output.error)) for output in told] == [
+        ("a", "the largest logit of a row is nan")
+    ]
+    assert loop.unhealthy and "failed 5 steps in a row, at last with: the largest" in loop.unhealthy
+    assert loop.stats.num_running == loop.stats.num_waiting == 0
+
+
+def test_requests_whose_rows_fail_by_their_own_fault_do_not_end_the_engine() -> None:
+    loop = EngineLoop(replace(counting_engine(), executor=Poisoned(frozenset([1]))))
+    for number in range(3 * MAX_FAILURES):
+        loop.add_request(Request(str(number), [5], SamplingParams(temperature=0, max_tokens=1)))
+        while loop.has_work:
+            for output in loop.step():
+                assert output.request_id == str(number) and output.error
     assert loop.unhealthy is None

@@ -301,6 +301,12 @@ def test_threads_do_not_change_the_tokens(tiny_engine: Path, expected: list[int]
         assert tokens == expected
 
 
+@pytest.mark.parametrize("num_bytes", [1 << 46, 1 << 62, 1 << 80])
+def test_memory_that_cannot_be_had_is_refused(tiny_engine: Path, num_bytes: int) -> None:
+    with pytest.raises(CapacityError, match=rf"^{num_bytes} bytes of KV cache cannot be had"):
+        LLM(tiny_engine, kv_cache_bytes=num_bytes)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_streamed_text_is_the_text(tiny_engine: Path, n: int) -> None:
     """Random byte-level tokens: most are pieces of characters that never become whole."""

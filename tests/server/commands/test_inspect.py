@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from safetensors import safe_open
@@ -112,3 +116,62 @@ def test_a_damaged_file_is_one_error(engine: Path, name: str, content: bytes) ->
 def test_what_is_no_engine(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 1 and "is no engine" in result.stderr
+
+
+def rewritten(engine: Path, edit: Callable[[ir.Graph], None]) -> Path:
+    """The engine with another graph, of which its manifest has the hash."""
+    opened = open_engine(engine)
+    model = ir.load(engine / "graph.onnx")
+    edit(model.graph)
+    ir.save(model, engine / "edited.onnx")
+    (engine / "edited.onnx").rename(engine / "graph.onnx")
+    files = {**opened.manifest.files, "graph.onnx": sha256(engine / "graph.onnx")}
+    manifest = replace(opened.manifest, files=files)
+    (engine / "engine.json").write_text(manifest.to_json())
+    return engine
+
+
+def attention(graph: ir.Graph) -> ir.Node:
+    return next(node for node in graph if node.op_type == "PagedAttention")
+
+
+def set_heads(value: int) -> Callable[[ir.Graph], None]:
+    def edit(graph: ir.Graph) -> None:
+        attention(graph).attributes["num_heads"] = ir.AttrInt64("num_heads", value)
+
+    return edit
+
+
+def move_weight(location: str, offset: int) -> Callable[[ir.Graph], None]:
+    def edit(graph: ir.Graph) -> None:
+        name, value = next(
+            (name, value)
+            for name, value in graph.initializers.items()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        )
+        assert value.dtype is not None and value.shape is not None
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        length = value.const_value.length
+        value.const_value = ir.ExternalTensor(
+            location, offset, length, value.dtype, shape=value.shape, name=name
+        )  # fmt: skip
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_heads(2**60), "num_heads is 1152921504606846976, not 1 to 65536"),
+        (set_heads(6), r"has qkv of shape .*, expected .* = 160"),
+        (move_weight("../weights.safetensors", 0), "is not inside weights.safetensors"),
+        (move_weight("weights.safetensors", 2**40), "is not inside weights.safetensors"),
+        (move_weight("weights.safetensors", -64), "cannot be read"),
+    ],
+)
+def test_verify_checks_the_graph_against_specs_manifest_and_weights(
+    engine: Path, edit: Callable[[ir.Graph], None], message: str
+) -> None:
+    result = run(rewritten(engine, edit), "--verify")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert re.search(f"^error: graph.onnx of the engine .*{message}.*again: slip", result.stderr)

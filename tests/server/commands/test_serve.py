@@ -68,7 +68,8 @@ def test_a_server_from_the_command_line(tiny_engine: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "options", "requests", "reason"),
     [
-        ("BrokenDevice", (), MAX_FAILURES, "the device failed 3 steps in a row"),
+        ("BrokenDevice", (), MAX_FAILURES, f"the device failed {MAX_FAILURES} steps in a row"),
+        ("PanickingDevice", (), 1, "the engine loop stopped: BaseException"),
         # Its engine's thread never comes back.
         ("GatedDevice", ("--step-timeout", "0.2"), 1, "the device has not answered"),
         pytest.param(

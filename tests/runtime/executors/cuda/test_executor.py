@@ -26,6 +26,7 @@ from slipstream.plugins.linear.cuda import tactics
 from slipstream.runtime import executors
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
+from slipstream.runtime.engine.sequence import child_seed
 from slipstream.runtime.executors.cuda import buckets
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
@@ -147,7 +148,8 @@ def test_siblings_get_their_prompt_by_a_copy_of_its_page(llm: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "_move_pages", checked)
         (forked,) = llm.generate(PROMPTS[0], greedy(n=2, seed=3, **sampled))
-    lonely = [llm.generate(PROMPTS[0], greedy(seed=seed, **sampled))[0] for seed in (3, 4)]
+    seeds = [child_seed(3, index) for index in range(2)]
+    lonely = [llm.generate(PROMPTS[0], greedy(seed=seed, **sampled))[0] for seed in seeds]
     assert moved == [True]
     assert [each.token_ids for each in forked.outputs] == [o.outputs[0].token_ids for o in lonely]
 
