@@ -141,7 +141,9 @@ class Service:
     ) -> list[int]:
         """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
         ``InvalidRequestError``."""
-        size = len(prompt) if isinstance(prompt, str) else size_of(prompt.messages)
+        texts = [prompt] if isinstance(prompt, str) else list(texts_of(prompt.messages))
+        check_length(self.llm.tokenizer, texts, self.llm.config.max_seq_len)
+        size = sum(map(len, texts))
         return await self.llm.workers.run(size, self._encode, prompt, add_special_tokens)
 
     def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> list[int]:
@@ -152,14 +154,11 @@ class Service:
 
     async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
         """What the engine is given: what it would encode in another way is encoded here."""
-        max_seq_len = self.llm.config.max_seq_len
         if isinstance(prompt, Conversation):
-            check_length(self.llm.tokenizer, texts_of(prompt.messages), max_seq_len)
-        elif not isinstance(prompt, str) or job.add_special_tokens is not False:
-            return prompt
-        else:
-            check_length(self.llm.tokenizer, [prompt], max_seq_len)
-        return await self.encode(prompt, job.add_special_tokens)
+            return await self.encode(prompt, job.add_special_tokens)
+        if isinstance(prompt, str) and job.add_special_tokens is False:
+            return await self.encode(prompt, add_special_tokens=False)
+        return prompt
 
     def _generate(
         self, job: Job, prompts: Sequence[Prompt], track: _Track

@@ -113,15 +113,15 @@ def test_a_vocabulary_of_bad_words_still_yields_the_likeliest() -> None:
 class Read(list[int]):
     """Tokens that count how many of them were read."""
 
-    count = 0
+    read = 0
 
     def __iter__(self) -> Iterator[int]:
-        self.count += len(self)
+        self.read += len(self)
         return super().__iter__()
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
         found = super().__getitem__(index)
-        self.count += len(found) if isinstance(index, slice) else 1
+        self.read += len(found) if isinstance(index, slice) else 1
         return found
 
 
@@ -132,9 +132,9 @@ def test_a_step_costs_what_is_new_however_long_prompt_and_output_are() -> None:
     )
     sampling_row = row(params, prompt=prompt, output=output)
     process_logits(random_logits(SIZE), sampling_row)
-    prompt.count = output.count = 0
+    prompt.read = output.read = 0
     for token in range(10):
         output.append(token)
         process_logits(random_logits(SIZE), sampling_row)
-    assert prompt.count == 0
-    assert output.count <= 10 * 4
+    assert prompt.read == 0
+    assert output.read <= 10 * 4

@@ -230,9 +230,8 @@ def test_extremes_that_are_accepted_leave_every_logit_a_number() -> None:
     }
     logits = np.array([1e4, -1e4, 3, 0, -3, 1e-30], np.float32)
     for values in itertools.product(*ends.values()):
-        params = SamplingParams(
-            **dict(zip(ends, values, strict=True)), logit_bias={1: 100, 2: -100}
-        )
+        given: dict[str, Any] = dict(zip(ends, values, strict=True))
+        params = SamplingParams(**given, logit_bias={1: 100, 2: -100})
         tried = row(params, prompt=[0, 1, 2], output=[1, 2, 3] * 50)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
