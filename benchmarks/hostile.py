@@ -159,7 +159,7 @@ def many(count: int) -> list[dict[str, Any]]:
     return [{}] * count
 
 
-LONG = "word " * 1500
+LONG = "word " * 500
 MANY = 1_390_000
 ATTACKS: dict[str, Attack] = {
     "a prompt of 4 MB": post(COMPLETIONS, {"prompt": "a b " * (MEGABYTE - 50)}),
@@ -167,26 +167,26 @@ ATTACKS: dict[str, Attack] = {
     "a message of 4 MB": post(
         CHAT, {"messages": [{"role": "user", "content": "a b " * (MEGABYTE - 50)}]}
     ),
-    "/tokenize of 4 MB": post("/tokenize", {"prompt": "a b " * (MEGABYTE - 50)}),
+    "/tokenize of 600 KB": post("/tokenize", {"prompt": "a b " * 150_000}),
     "/detokenize of 262,000 tokens": post("/detokenize", {"tokens": [99] * 262_000}),
     "2.6 MB of allowed_token_ids": post(
         COMPLETIONS, {"prompt": "a", "allowed_token_ids": list(range(49_000)) * 8}
     ),
     "16,384 allowed_token_ids, 8 answers": post(
         COMPLETIONS, {"prompt": "a", "allowed_token_ids": list(range(16_384)), "n": 8,
-                      "max_tokens": 64}
+                      "max_tokens": 16}
     ),
     "64 stop strings of 1,000": post(
         COMPLETIONS, {"prompt": "a", "stop": ["a" * 990 + f"{i:010}" for i in range(64)], "n": 8,
-                      "logit_bias": {"81": 100}, "max_tokens": 256}
+                      "logit_bias": {"81": 100}, "max_tokens": 32}
     ),
     "64 bad words of 1,000": post(
         COMPLETIONS, {"prompt": "a", "bad_words": [f"{i} " * 300 for i in range(64)], "n": 8,
-                      "max_tokens": 64}
+                      "max_tokens": 16}
     ),
     "128 answers to a long prompt": post(COMPLETIONS, {"prompt": LONG, "n": 128, "max_tokens": 4}),
     "penalties on a long prompt": post(
-        COMPLETIONS, {"prompt": LONG, "n": 8, "max_tokens": 64, "repetition_penalty": 1.2,
+        COMPLETIONS, {"prompt": LONG, "n": 8, "max_tokens": 16, "repetition_penalty": 1.2,
                       "presence_penalty": 1.0}
     ),
     "repetition_penalty 1e-39": post(COMPLETIONS, {"prompt": "a", "repetition_penalty": 1e-39}),
@@ -210,8 +210,8 @@ ATTACKS: dict[str, Attack] = {
     "128 x 2,000 x 20 log probabilities": post(
         COMPLETIONS, {"prompt": "a", "n": 128, "max_tokens": 2000, "logprobs": 20}
     ),
-    "16 x 100 x 20 log probabilities": post(
-        COMPLETIONS, {"prompt": "a", "n": 16, "max_tokens": 100, "logprobs": 20, "ignore_eos": True}
+    "8 x 20 x 20 log probabilities": post(
+        COMPLETIONS, {"prompt": "a", "n": 8, "max_tokens": 20, "logprobs": 20, "ignore_eos": True}
     ),
     "scores of a long prompt": post(
         COMPLETIONS, {"prompt": LONG, "echo": True, "logprobs": 20, "max_tokens": 0}

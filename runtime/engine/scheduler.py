@@ -81,7 +81,7 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) of many that run, and the first running one can always take pages from the last, so
+    (``n`` > 1) where few rows are free, and the first running one can always take pages from the last, so
     every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
@@ -315,10 +315,9 @@ class Scheduler:
             budget -= count
 
     def _next(self) -> Sequence | None:
-        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave some rows to
-        other requests, which would else wait until all of them have ended."""
-        siblings = sum(each.index > 0 for each in self.running)
-        if siblings < self._config.max_batch_size - self._config.max_batch_size // 8:
+        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
+        to other requests, which would else wait until they have ended."""
+        if len(self._rows) > self._config.max_batch_size // 8:
             return self.waiting[0] if self.waiting else None
         return next((each for each in self.waiting if each.index == 0), None)
 
