@@ -81,8 +81,8 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) where few rows are free, and the first running one can always take pages from the last, so
-    every sequence comes to its end.
+    (``n`` > 1) where few rows are free, and the first running one can always take pages from the
+    last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
