@@ -80,8 +80,9 @@ class Scheduler:
 
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
-    any time between. A waiting sequence never overtakes one before it, and the first running one
-    can always take pages from the last, so every sequence comes to its end.
+    any time between. A waiting sequence never overtakes one before it, unless that is a sibling
+    (``n`` > 1) where few rows are free, and the first running one can always take pages from the
+    last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -296,8 +297,10 @@ class Scheduler:
         self._rows.append(sequence.row)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while budget and self.waiting and self._rows and self.kv.num_available:
-            sequence = self.waiting[0]
+        while budget and self._rows and self.kv.num_available:
+            sequence = self._next()
+            if sequence is None:
+                return
             if sequence.pending:  # preempted: the host must know its tokens to compute them again
                 return
             prefix = self._match(sequence)
@@ -308,12 +311,20 @@ class Scheduler:
                 return
             if not self._fits(sequence, prefix):
                 return
-            self._start(self.waiting.pop(0), prefix)
+            self.waiting.remove(sequence)
+            self._start(sequence, prefix)
             plan.moves += self._fork(sequence, copied)
             count = min(count, room)
             plan.add(sequence, count)
             plan.admitted.append(sequence)
             budget -= count
+
+    def _next(self) -> Sequence | None:
+        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
+        to other requests, which would else wait until they have ended."""
+        if len(self._rows) > self._config.max_batch_size // 8:
+            return self.waiting[0] if self.waiting else None
+        return next((each for each in self.waiting if each.index == 0), None)
 
     def _room(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """How many tokens of a sequence a step may still take within its budget: fewer where every

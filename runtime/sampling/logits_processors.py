@@ -84,12 +84,11 @@ def _only_allowed(logits: Logits, allowed: NDArray[np.int64] | None) -> Logits:
 def completed_bad_words(params: SamplingParams, output: Sequence[int]) -> list[int]:
     """The tokens that would now complete a bad word begun in the output (not in the prompt)."""
     completed = []
-    for *beginning, last in params.bad_words_token_ids:
-        # Most differ in the token before, and lists are dear to compare.
-        if not beginning or (
-            output and output[-1] == beginning[-1] and list(output[-len(beginning) :]) == beginning
-        ):
-            completed.append(last)
+    for word in params.bad_words_token_ids:
+        size = len(word) - 1
+        # Most differ in the token before, and whole words are dear to compare.
+        if not size or (output and output[-1] == word[-2] and tuple(output[-size:]) == word[:-1]):
+            completed.append(word[-1])
     return completed
 
 

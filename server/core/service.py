@@ -144,6 +144,8 @@ class Service:
     ) -> list[int]:
         """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
         ``InvalidRequestError``."""
+        texts = [prompt] if isinstance(prompt, str) else list(texts_of(prompt.messages))
+        check_length(self.llm.tokenizer, texts, self.llm.config.max_seq_len)
         if isinstance(prompt, str):
             return await self._encoded(prompt, add_special_tokens is not False)
         with naming({"prompt": "messages"}):
@@ -156,14 +158,11 @@ class Service:
 
     async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
         """What the engine is given: what it would encode in another way is encoded here."""
-        max_seq_len = self.llm.config.max_seq_len
         if isinstance(prompt, Conversation):
-            check_length(self.llm.tokenizer, texts_of(prompt.messages), max_seq_len)
-        elif not isinstance(prompt, str) or job.add_special_tokens is not False:
-            return prompt
-        else:
-            check_length(self.llm.tokenizer, [prompt], max_seq_len)
-        return await self.encode(prompt, job.add_special_tokens)
+            return await self.encode(prompt, job.add_special_tokens)
+        if isinstance(prompt, str) and job.add_special_tokens is False:
+            return await self.encode(prompt, add_special_tokens=False)
+        return prompt
 
     def _generate(
         self, job: Job, prompts: Sequence[Prompt], track: _Track
