@@ -144,12 +144,13 @@ class Service:
     ) -> list[int]:
         """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
         ``InvalidRequestError``."""
-        texts = [prompt] if isinstance(prompt, str) else list(texts_of(prompt.messages))
-        check_length(self.llm.tokenizer, texts, self.llm.config.max_seq_len)
+        tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
         if isinstance(prompt, str):
+            check_length(tokenizer, [prompt], max_seq_len)
             return await self._encoded(prompt, add_special_tokens is not False)
         with naming({"prompt": "messages"}):
-            text = await self.llm.render(render, self.llm.tokenizer, prompt)
+            check_length(tokenizer, texts_of(prompt.messages), max_seq_len)
+            text = await self.llm.render(render, tokenizer, prompt)
             return await self._encoded(text, bool(add_special_tokens))
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:

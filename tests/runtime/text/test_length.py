@@ -16,7 +16,8 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.request_factory import RequestFactory
 from slipstream.runtime.testing import counting_engine
 from slipstream.runtime.text.length import check_length
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 
 TEXTS = [
     "",

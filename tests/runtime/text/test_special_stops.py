@@ -9,7 +9,8 @@ from slipstream.runtime.llm import LLM
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import EOS, counting_engine
 from slipstream.runtime.text.detokenizer import Detokenizer
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 
 SPECIAL = ("<end>", "<turn>", "<end>s")
 VOCAB = ("a", "b", "<", "end", ">")

@@ -15,7 +15,8 @@ from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.detokenizer import Detokenizer
 from slipstream.runtime.text.stream import byte_level_alphabet
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.openai.scored_tokens import ScoredTokens, TextOffsets
 
