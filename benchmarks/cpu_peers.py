@@ -277,11 +277,14 @@ def cpu_name() -> str:
 
 
 def main() -> None:
+    # Imported here because peers run in processes of their own, without this package.
+    from slipstream.cores import usable_cores
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--models", type=json.loads, help="JSON of peer -> model, to skip the preparation"

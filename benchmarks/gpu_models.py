@@ -21,7 +21,8 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 LLAMA_8B: dict[str, Any] = {
@@ -159,6 +160,7 @@ def random_engine(
         caches=plan.caches,
         vocab_size=vocab_size,
         generation_defaults=SamplingParams(temperature=0),
+        fingerprint="fp_random",
     )
 
 

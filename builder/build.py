@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,16 @@ from slipstream.builder.contract import (
     GraphSpec,
     bytes_per_token,
 )
-from slipstream.builder.engine import GRAPH, MANIFEST, WEIGHTS, EngineLimits, Manifest, sha256
+from slipstream.builder.engine import (
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    EngineLimits,
+    Manifest,
+    engine_contents,
+    is_engine,
+    sha256,
+)
 from slipstream.builder.graph.describe import count_formats
 from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import run_passes
@@ -30,11 +38,13 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.targets.base import create_target
+from slipstream.builder.output import check_output, publish, scratch
+from slipstream.builder.targets.base import check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
-from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
+from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat, is_finite
+from slipstream.weights.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -103,6 +113,11 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
+    if quantization == "none" and options.gemm_plugin != "auto":
+        raise BuildError(
+            f"gemm_plugin {options.gemm_plugin} says where quantized linears run, and here none "
+            "is quantized; leave it out, or add --quantization"
+        )
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
@@ -111,6 +126,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
     capability = target.capability(program, kv_dtype)
+    check_runs_here(options.target, capability)
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
@@ -123,23 +139,50 @@ def build(
     """Write the engine of a checkpoint to ``output``, replacing an engine that stands there.
 
     ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the
-    build fails.
+    build fails, and until it has succeeded the old engine stays. Raises CheckpointError, and
+    BuildError, also for an ``output`` that holds anything but an engine.
     """
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise BuildError(f"{output} exists and is no engine; choose another -o or remove it")
+    with _write_errors(output):
+        check_output(output, "engine", engine_contents, *_local(source))
     planned = plan(source, options)
+    with _write_errors(output), scratch(output) as staging:
+        return _make(planned, staging, source, output, progress)
+
+
+def build_once(
+    source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None
+) -> bool:
+    """``build`` into a place that others build the same engine into: False if one was there, or
+    was made by a process that this one waited for."""
+    with _write_errors(output), scratch(output, wait=True) as staging:
+        if is_engine(output):
+            return False
+        _make(plan(source, options), staging, source, output, progress)
+    return True
+
+
+def _make(
+    planned: Plan, staging: Path, source: str | Path, output: Path, progress: Progress | None
+) -> Manifest:
+    # Whoever has to build it again may be in another directory.
+    origin = next((str(path.absolute()) for path in _local(source)), str(source))
+    manifest = _write(planned, staging, origin, str(output), progress)
+    check_output(output, "engine", engine_contents)
+    publish(staging, output)
+    return manifest
+
+
+def _local(source: str | Path) -> Iterator[Path]:
+    if (path := Path(source)).exists():
+        yield path
+
+
+@contextmanager
+def _write_errors(output: Path) -> Iterator[None]:
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            staging = Path(scratch) / output.name
-            staging.mkdir()
-            manifest = _write(planned, staging, str(source), str(output), progress)
-            if output.exists():
-                shutil.rmtree(output)
-            staging.rename(output)
+        yield
     except OSError as error:
         raise BuildError(f"cannot write the engine {output}: {error.strerror or error}") from error
-    return manifest
 
 
 def _with_kv_dtype(options: BuildOptions, scales: KVScales | None) -> BuildOptions:
@@ -165,12 +208,12 @@ def _quantization(formats: Iterable[WeightFormat], options: BuildOptions) -> str
 
 
 def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -> EngineLimits:
-    longest = config.max_position_embeddings
+    longest = config.context_length
     asked = options.max_seq_len or longest
     if asked > longest:
         raise BuildError(
-            f"max_seq_len is {asked}, but the model was trained for {longest} positions; use at "
-            f"most {longest}"
+            f"max_seq_len is {asked}, but the model's configuration says {longest} positions; use "
+            f"at most {longest}"
         )
     return EngineLimits(
         options.max_batch_size or default.max_batch_size,
@@ -229,7 +272,23 @@ def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
             f"configuration it is {list(expected)}; config and weights are of different "
             "models: download both again"
         )
-    return tensor
+    return _finite(tensor, checkpoint.path)
+
+
+def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
+    """The weight, with a CheckpointError when it is loaded with numbers that are none."""
+
+    def load() -> QuantTensor:
+        loaded = tensor.load()
+        for part, numbers in loaded.numbers().items():
+            if not is_finite(numbers):
+                raise CheckpointError(
+                    f"{path}: tensor {tensor.name} holds infinite or undefined numbers among its "
+                    f"{part}; the checkpoint is damaged: download it again"
+                )
+        return loaded
+
+    return replace(tensor, load=load)
 
 
 def _write(
@@ -243,6 +302,9 @@ def _write(
         if progress is not None:
             progress(done, total)
 
+    # First, because a tokenizer that cannot be read is no reason to wait for the weights.
+    planned.checkpoint.write_tokenizer(staging)
+    read_tokenizer(staging / "tokenizer.json")
     places = write_weights(staging / WEIGHTS, planned.weights, wrote)
     for value in planned.program.graph.initializers.values():
         if value.name in places:
@@ -258,7 +320,6 @@ def _write(
                 base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
-    planned.checkpoint.write_tokenizer(staging)
     files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
     manifest = manifest_of(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())

@@ -8,6 +8,7 @@ beside ``builder/engine.py`` it is all that the runtime knows of the builder.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,10 @@ Dim = int | str
 CacheKind = Literal["paged", "state"]
 # Bytes of an element, by the names that graphs and manifests use.
 _ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+
+# What no page or slot of a layer reaches.
+_MOST_BYTES, _MOST_AXES = 1 << 40, 8
+_LARGEST = 2**31 - 1
 
 
 class Source(StrEnum):
@@ -232,18 +237,23 @@ def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec])
     logits = target.output(LOGITS) if target else None
     _require(logits is not None, f"graphs has no {TARGET_GRAPH} with an output {LOGITS}")
     assert logits is not None
-    fits = len(logits.shape) == 2 and logits.shape[0] == "L" and isinstance(logits.shape[1], int)
+    rows, *columns = logits.shape or ("",)
+    fits = rows == "L" and len(columns) == 1 and isinstance(columns[0], int)
+    fits = fits and 0 < int(columns[0]) <= _LARGEST
     _require(fits, f"output {LOGITS} has shape {list(logits.shape)}, not [L, vocabulary]")
 
 
 def _cache_problem(cache: CacheSpec) -> str | None:
-    if not cache.layers or not cache.arrays or len(set(cache.layers)) < len(cache.layers):
-        return "no layers, a layer twice or no arrays"
+    layers = set(cache.layers)
+    if not layers or not cache.arrays or len(layers) < len(cache.layers) or min(layers) < 0:
+        return "no layers, a layer twice or below 0, or no arrays"
     for array in cache.arrays:
-        if array.dtype not in _ITEM_BYTES or any(size < 1 for size in array.shape):
+        sized = array.dtype in _ITEM_BYTES and all(size > 0 for size in array.shape)
+        if not sized or len(array.shape) > _MOST_AXES or array.nbytes > _MOST_BYTES:
             return f"an array {array.name} of dtype {array.dtype} and shape {list(array.shape)}"
     is_paged = cache.kind == "paged"
-    if (cache.page_size > 0) != is_paged or cache.window < 0 or (cache.window and not is_paged):
+    numbers = 0 <= cache.page_size <= _LARGEST and 0 <= cache.window <= _LARGEST
+    if (cache.page_size > 0) != is_paged or not numbers or (cache.window and not is_paged):
         return f"page_size {cache.page_size} and window {cache.window}, but is {cache.kind}"
     return None
 
@@ -270,7 +280,7 @@ def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> N
 
 
 def _unique(names: Sequence[str], of: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     _require(not twice, f"{of} has {', '.join(twice)} twice")
 
 

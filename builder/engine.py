@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,24 @@ from slipstream.builder.contract import (
 from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
+from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 
 FORMAT_VERSION = 2
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
 TACTICS = "tactics.json"
+# What the tokenizer is made of.
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _CHUNK = 1 << 22
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,14 @@ class Manifest:
         at odds with the others."""
         manifest = from_json(Manifest, raw)
         check_contract(manifest.graphs, manifest.caches)
+        for name, limit in asdict(manifest.limits).items():
+            if not 1 <= limit <= _LARGEST:
+                raise ValueError(f"limits.{name} is {limit}, not from 1 to {_LARGEST}")
+        for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
+            if not is_file_name(name):
+                raise ValueError(f"files has {shortened(name)}, which is no file of the engine")
+        if not isinstance(manifest.model.get("architecture"), str):
+            raise ValueError("model.architecture is no text")
         return manifest
 
     @property
@@ -97,9 +117,20 @@ class Engine:
     path: Path
     manifest: Manifest
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for all files and this version of Slipstream, of which nothing can be told."""
+        identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
+        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
     def verify_files(self) -> None:
-        """Compare every file with its hash; EngineMismatchError names the first that differs or is
-        missing."""
+        """Compare every file with its hash; EngineMismatchError names the first that differs, is
+        missing, or has no hash to be compared with."""
+        for name in self.unlisted():
+            raise self._mismatch(
+                f"{name} of the engine {self.path} has no hash in {MANIFEST}, so it was not built "
+                "with it"
+            )
         for name, expected in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
@@ -109,12 +140,25 @@ class Engine:
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
 
+    def unlisted(self) -> list[str]:
+        """Files that running the engine reads and that are there, but of which the manifest has no
+        hash."""
+        graphs = [graph.file for graph in self.manifest.graphs.values()]
+        read = (*graphs, WEIGHTS, TACTICS, *_TEXT_FILES)
+        return [
+            name for name in read if name not in self.manifest.files and (self.path / name).exists()
+        ]
+
     def write_file(self, name: str, text: str) -> None:
         """Add or replace a file, and its hash in the manifest."""
-        file = self.path / name
-        file.write_text(text)
-        files = {**self.manifest.files, name: sha256(file)}
-        (self.path / MANIFEST).write_text(replace(self.manifest, files=files).to_json())
+        self._replace(name, text)
+        files = {**self.manifest.files, name: sha256(self.path / name)}
+        self._replace(MANIFEST, replace(self.manifest, files=files).to_json())
+
+    def _replace(self, name: str, text: str) -> None:
+        new = self.path / f".{name}.new"
+        new.write_text(text)
+        new.replace(self.path / name)
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
@@ -134,6 +178,16 @@ def is_engine(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def engine_contents(path: Path) -> set[str] | None:
+    """The names of the files that make up the engine in a directory, of any version of Slipstream;
+    None if there is none."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return {MANIFEST, *map(str, files)} if isinstance(files, dict) else None
+
+
 def open_engine(path: Path) -> Engine:
     """Read and check a manifest; EngineMismatchError says what was found, what is needed and how
     to mend it.
@@ -146,30 +200,45 @@ def open_engine(path: Path) -> Engine:
             f"{path} holds no {MANIFEST}, so it is no engine; make one with: slipstream build "
             f"CHECKPOINT -o {path}"
         )
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(f"{file} is not readable JSON ({error})", path) from error
-    if not isinstance(raw, dict) or "format_version" not in raw:
+    again = f"build it again: slipstream build CHECKPOINT -o {path}"
+    raw = read_fields(file, Origin(file, again, EngineMismatchError)).values
+    if "format_version" not in raw:
         raise _unreadable(f"{file} has no format_version, so it is no engine manifest", path)
-    command = raw.get("command")
+    command = _build_command(raw.get("command"), path)
     if raw["format_version"] != FORMAT_VERSION:
-        found = f"{file} has format {raw['format_version']} and Slipstream {__version__} reads"
+        other = shortened(raw["format_version"])
+        found = f"{file} has format {other} and Slipstream {__version__} reads"
         raise _unreadable(f"{found} format {FORMAT_VERSION}", path, command)
     try:
         manifest = Manifest.from_dict(raw)
     except ValueError as error:
-        raise _unreadable(f"{file} lacks or misnames a field ({error})", path, command) from error
+        raise _unreadable(
+            f"{file} lacks or misnames a field ({error!s:.400})", path, command
+        ) from error
     for name, version in manifest.plugins.items():
         known = name in OPERATORS
-        ours = OPERATORS[name].version if known else "none"
-        if version != ours:
+        ours = str(OPERATORS[name].version) if known else "none"
+        if str(version) != ours:
             found = f"{file} needs version {version} of operator {name} and Slipstream"
             remedy = "" if known else "; install the package that brings it"
             raise _unreadable(f"{found} {__version__} has {ours}{remedy}", path, command)
-    return Engine(path, manifest)
+    return Engine(path, replace(manifest, command=command))
 
 
-def _unreadable(found: str, path: Path, command: object = None) -> EngineMismatchError:
-    again = command if isinstance(command, str) else f"slipstream build CHECKPOINT -o {path}"
+def _unreadable(found: str, path: Path, command: str | None = None) -> EngineMismatchError:
+    again = command or _build_command(None, path)
     return EngineMismatchError(f"{found}; build it again: {again}")
+
+
+def _build_command(told: object, path: Path) -> str:
+    """The command of a manifest, writing to where the engine is now, if it is one that
+    ``BuildOptions.command`` could have written: errors ask for it to be run, and an engine may come
+    from a stranger."""
+    try:
+        words = shlex.split(told) if isinstance(told, str) else []
+    except ValueError:  # a quotation that does not end
+        words = []
+    ours = words[:2] == ["slipstream", "build"] and words[3:4] == ["-o"] and len(words) > 4
+    if ours and all(map(str.isprintable, words)) and shlex.join(words) == told:
+        return shlex.join([*words[:4], str(path), *words[5:]])
+    return f"slipstream build CHECKPOINT -o {shlex.quote(str(path))}"

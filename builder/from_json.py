@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -9,9 +10,10 @@ from enum import Enum
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from slipstream.weights.json import shortened
+from slipstream.weights.json import is_integer, shortened
 
 T = TypeVar("T")
+_BITS = 63  # of an integer
 
 
 def from_json(kind: type[T], value: object) -> T:
@@ -81,6 +83,12 @@ def _choice(known: Any, value: object, place: str) -> object:  # noqa: ANN401 - 
 
 
 def _typed(kind: type[Any], value: object, place: str) -> Any:  # noqa: ANN401 - of that type
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        raise ValueError(f"{place} is {shortened(value)}")
+    if kind is float and is_integer(value):
+        return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} is {value}, not a finite number")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {dict: "an object", list: "a list", types.NoneType: "null"}
         raise ValueError(f"{place} is {shortened(value)}, not {names.get(kind, kind.__name__)}")
@@ -94,4 +102,4 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 
 def _inside(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+    return f"{place}.{name:.80}" if place else f"{name:.80}"

@@ -25,8 +25,8 @@ class BuildOptions:
     quantization    applied to weights that the checkpoint holds dense, without looking at data:
                     integer groups rounded to nearest (weight-only), or e4m3 with a scale a row and
                     activations rounded with a scale a token (fp8, on a GPU)
-    group_size      elements along K that share a scale
-    symmetric       no zero points
+    group_size      elements along K that share a scale; for integer groups only
+    symmetric       no zero points; for integer groups only, which have them by default
     kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
                     dense engine and float16 for a quantized one, on a GPU the dtype
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
@@ -37,7 +37,7 @@ class BuildOptions:
     dtype: Dtype = "auto"
     quantization: Quantization = "none"
     group_size: int | None = None
-    symmetric: bool = False
+    symmetric: bool | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
     gemm_plugin: GemmPlugin = "auto"
     max_batch_size: int | None = None
@@ -56,6 +56,23 @@ class BuildOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}; it must be at least 1")
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """BuildError for options that would be ignored."""
+        for name in ("group_size", "symmetric"):
+            value = getattr(self, name)
+            if value is not None and self.bits is None:
+                raise BuildError(
+                    f"{name} is {value}, but quantization {self.quantization} makes no groups of "
+                    "integers; leave it out, or use quantization int4_wo or int8_wo"
+                )
+        batch, tokens = self.max_batch_size, self.max_num_tokens
+        if batch is not None and tokens is not None and tokens < batch:
+            raise BuildError(
+                f"max_num_tokens is {tokens}, less than max_batch_size {batch}: a step could not "
+                "hold one token of every sequence; raise max_num_tokens or lower max_batch_size"
+            )
 
     @property
     def bits(self) -> Literal[4, 8] | None:
@@ -71,8 +88,8 @@ class BuildOptions:
             value = getattr(self, name)
             if value == getattr(defaults, name):
                 continue
-            flag = name.replace("_", "-")
-            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+            flag = "asymmetric" if value is False else name.replace("_", "-")
+            words += [f"--{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         return shlex.join(words)
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from slipstream.builder.checkpoints.quantized import create_layout
 from slipstream.builder.checkpoints.quantized.layout import Layout
 from slipstream.errors import BuildError, MissingDependencyError
+from slipstream.quantize.options import SCHEMES, QuantizeOptions
 from slipstream.quantize.plan import Plan
 
+# Options that say which text is calibrated on.
+_CALIBRATION = ("calib_dataset", "calib_size", "calib_max_seq_length", "seed")
 _PACKAGES = {"modelopt": "nvidia-modelopt"}
 
 
@@ -25,7 +28,25 @@ def check_plan(plan: Plan) -> None:
             f"a checkpoint in the layout {layout.name} has no place for the scales of an fp8 KV "
             "cache; use --format compressed-tensors or another --kv-cache-dtype"
         )
+    _check_used(plan)
     _check_producer(plan)
+
+
+def _check_used(plan: Plan) -> None:
+    """BuildError for options that would be ignored."""
+    options, defaults = plan.options, QuantizeOptions()
+    used = [SCHEMES[scheme.name] for scheme in plan.schemes.values()]
+    grouped = [scheme for scheme in used if scheme.grouping == "group" and not scheme.group]
+    ignored = [] if plan.calibrated else list(_CALIBRATION)
+    ignored += [] if grouped else ["group_size"]
+    ours = [scheme for scheme in grouped if scheme.algorithm != "modelopt"]
+    ignored += [] if ours else ["symmetric"]
+    for name in ignored:
+        if (value := getattr(options, name)) != getattr(defaults, name):
+            raise BuildError(
+                f"{name} is {value}, for which {options.qformat} has no use; leave it out, or use "
+                "another --qformat such as int4_awq"
+            )
 
 
 def layout_of(plan: Plan) -> Layout:

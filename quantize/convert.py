@@ -11,7 +11,7 @@ from slipstream.builder.checkpoints.names import layer_of
 from slipstream.builder.checkpoints.quantized import create_layout
 from slipstream.builder.options import OutputFormat
 from slipstream.errors import BuildError
-from slipstream.quantize.staging import check_output, staging
+from slipstream.quantize.staging import check_result, staging
 
 # Told how many layers are done, and of how many.
 Progress = Callable[[int, int], None]
@@ -26,7 +26,7 @@ def convert(
     ``output`` exists; nothing is left behind then.
     """
     checkpoint = open_checkpoint(source)
-    check_output(output, checkpoint.path)
+    check_result(output, checkpoint.path)
     if output.exists():
         raise BuildError(f"{output} exists; choose another -o or remove it")
     tensors = [checkpoint.tensor(name) for name in checkpoint.names()]

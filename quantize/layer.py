@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +26,6 @@ from slipstream.quantize.statistics import Inputs
 from slipstream.weights.fp8 import quantize_fp8, quantize_fp8_block
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
-log = logging.getLogger(__name__)
 _UNSEEN = "rounded to nearest: no finite input reached it"
 _SINGULAR = "rounded without compensation: the Gram matrix of its inputs is singular"
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -164,7 +162,11 @@ class LayerWork:
         if scheme.kind == "float8_e4m3":
             dense = lazy(_dense_tensor(full, weight))
             block = scheme.grouping == "block"
-            made = quantize_fp8_block(dense) if block else quantize_fp8(dense, search=True)
+            made = (
+                quantize_fp8_block(dense, scheme.group)
+                if block
+                else quantize_fp8(dense, search=True)
+            )
             return _Rounded(made)
         asked = scheme.algorithm in ("awq", "gptq")
         if gram is None or not asked:
@@ -184,8 +186,6 @@ class LayerWork:
     def _stats(self, site: Site, name: str, made: _Rounded, inputs: Inputs | None) -> LinearStats:
         scheme, weight = self.schemes[name], self.weights[f"{name}.weight"]
         error = torch.from_numpy(made.tensor.dequantize()) - weight
-        if made.fallback is not None:
-            log.warning("%s%s is %s", self.prefix, name, made.fallback)
         scaling = self.scalings.get(site.key)
         scales = scheme.algorithm in ("awq", "smoothquant")
         return LinearStats(

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.names import layer_of
+from slipstream.cores import usable_cores
 from slipstream.errors import BuildError, MissingDependencyError
 from slipstream.quantize.layer import LayerResult, LinearStats
 from slipstream.quantize.options import QuantizeOptions, Scheme
@@ -74,6 +75,7 @@ def _export(checkpoint: Checkpoint, plan: Plan, tokens: Sequence[Tokens], direct
             f"{plan.options.qformat} needs nvidia-modelopt, which cannot be imported ({error}); "
             "install it: pip install 'slipstream[modelopt]'"
         ) from error
+    torch.set_num_threads(usable_cores())  # torch counts cores, and knows no quota
     model = _model(checkpoint)
 
     def forward_loop(model: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ Defaults live here; the command line and the Python API read them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,7 +27,6 @@ Algorithm = Literal["rtn", "awq", "gptq", "smoothquant", "modelopt"]
 
 GROUP_SIZES = (32, 64, 128)
 WHOLE_ROW = -1
-_BLOCK = 128
 DENSE = "dense"
 PATTERN = "re:"
 
@@ -37,8 +36,8 @@ class Scheme:
     """How a linear is quantized, as plain data.
 
     ``grouping`` says what shares a scale: ``group`` elements of a row, a row, the whole weight, or
-    a block of 128 x 128. ``group`` is 0 until a plan has chosen it for a linear; a plan sets it to
-    K for a row and for the whole weight. ``modelopt`` as the algorithm is NVIDIA's package.
+    a square block of ``group`` rows. ``group`` is 0 until a plan has chosen it for a linear; a plan
+    sets it to K for a row and for the whole weight. ``modelopt`` as the algorithm is NVIDIA's.
     ``float8_inputs`` asks runtimes that can to round the inputs of integer weights to float8.
     """
 
@@ -56,7 +55,7 @@ class Scheme:
     @property
     def rows(self) -> int:
         """Rows that share a scale."""
-        return _BLOCK if self.grouping == "block" else 1
+        return self.group if self.grouping == "block" else 1
 
     def weight_format(self, shape: tuple[int, ...]) -> WeightFormat:
         """The format of a weight ``[N, K]`` quantized so."""
@@ -103,10 +102,10 @@ def _schemes(*schemes: Scheme) -> Mapping[str, Scheme]:
 
 _FP8: dict[str, Any] = {"kind": "float8_e4m3", "bits": 8, "scale_dtype": "float32"}
 SCHEMES: Mapping[str, Scheme] = _schemes(
-    Scheme("int4_awq", "int", 4, "group", "awq", symmetric=False),
+    Scheme("int4_awq", "int", 4, "group", "awq"),
     Scheme("int4_gptq", "int", 4, "group", "gptq"),
     Scheme("int8_gptq", "int", 8, "group", "gptq"),
-    Scheme("int4_wo", "int", 4, "group", "rtn", symmetric=False),
+    Scheme("int4_wo", "int", 4, "group", "rtn"),
     Scheme("int8_wo", "int", 8, "group", "rtn"),
     Scheme(
         "int8_sq", "int", 8, "channel", "smoothquant", activation="token", scale_dtype="float32"
@@ -126,9 +125,10 @@ class QuantizeOptions:
     qformat               of every linear of the decoder that no override or exclude names
     kv_cache_dtype        what the checkpoint asks of a runtime's KV cache: fp8 with calibrated
                           scales, int8 (which needs none), or auto: nothing
-    group_size            elements along K that share a scale; None: the largest of 128, 64 and 32
-                          that divides K; -1: the whole row
-    symmetric             no zero points; None: as the qformat does it
+    group_size            elements along K that share a scale, and the side of fp8_block's blocks;
+                          None: the largest of 128, 64 and 32 that divides every linear, one size
+                          for the whole model, which is what most loaders expect; -1: the whole row
+    symmetric             no zero points, which transformers does not load packed
     calib_dataset         a .txt or .jsonl file, ``self`` for text that the model writes, None for
                           the text that comes with this package
     calib_size            windows of calibration text
@@ -148,7 +148,7 @@ class QuantizeOptions:
     qformat: QFormat = "int4_awq"
     kv_cache_dtype: KVDtype = "auto"
     group_size: int | None = None
-    symmetric: bool | None = None
+    symmetric: bool = True
     calib_dataset: str | None = None
     calib_size: int = 32
     calib_max_seq_length: int = 512
@@ -177,8 +177,12 @@ class QuantizeOptions:
         self._check_auto_bits()
         for target in self.exclude:
             Target.parse(target)
-        for override in self.overrides:
-            parse_override(override)
+        qformats = [self.qformat, *(parse_override(override)[1] for override in self.overrides)]
+        if self.group_size == WHOLE_ROW and "fp8_block" in qformats:
+            raise BuildError(
+                "group_size is -1, a scale for a whole row, and fp8_block has one for a square; "
+                f"use {_listed(GROUP_SIZES)}, or fp8 for a scale a row"
+            )
 
     def _check_auto_bits(self) -> None:
         if self.auto_bits is None:
@@ -194,7 +198,7 @@ class QuantizeOptions:
     def scheme(self, qformat: str) -> Scheme:
         """A scheme with what these options change of it; the group is a plan's to choose."""
         scheme = SCHEMES[qformat]
-        if self.symmetric is None or scheme.grouping != "group" or scheme.algorithm == "modelopt":
+        if scheme.grouping != "group" or scheme.algorithm == "modelopt":
             return scheme
         return replace(scheme, symmetric=self.symmetric)
 
@@ -238,4 +242,8 @@ def parse_override(text: str) -> tuple[Target, str]:
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise BuildError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+        raise BuildError(f"{name} is {value!r}; it must be one of {_listed(allowed)}")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -140,13 +141,13 @@ class Plan:
     def with_qformats(self, chosen: Mapping[str, str]) -> Plan:
         """The plan with other qformats (or ``dense``) for some linears, by name."""
         notes = list(self.notes)
-        schemes = self.schemes
-        for module, qformat in chosen.items():
-            schemes.pop(module, None)
-            if qformat != DENSE:
-                scheme = self.options.scheme(qformat)
-                placed = _placed(scheme, module, self.shape(module), self.options, notes)
-                schemes |= {module: placed} if placed else {}
+        schemes = {m: scheme for m, scheme in self.schemes.items() if m not in chosen}
+        asked = {m: self.options.scheme(q) for m, q in chosen.items() if q != DENSE}
+        extents = [_extent(s, self.shape(m)) for m, s in (schemes | asked).items()]
+        group = self.options.group_size or _common_group(extents)
+        for module, scheme in asked.items():
+            placed = _placed(scheme, module, self.shape(module), group, notes)
+            schemes |= {module: placed} if placed else {}
         return replace(self, layers=_by_layer(self.config, schemes), notes=tuple(notes))
 
 
@@ -212,26 +213,40 @@ def _matching(target: Target, modules: Sequence[str]) -> list[str]:
     return found
 
 
-def _placed(
-    scheme: Scheme, module: str, shape: tuple[int, int], options: QuantizeOptions, notes: list[str]
-) -> Scheme | None:
-    """The scheme with the group for a weight of this shape; None, with a note, if none fits."""
-    k = shape[1]
-    if scheme.grouping in ("channel", "tensor"):
-        return replace(scheme, group=k)
+def _extent(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """What groups must divide in a weight: its columns, for blocks its rows too; 0 is anything."""
     if scheme.grouping == "block":
-        return replace(scheme, group=scheme.rows)
-    wanted = scheme.group or options.group_size or GROUP_SIZES[0]
-    if wanted == WHOLE_ROW:
-        return replace(scheme, group=k)
+        return math.gcd(*shape)
+    return shape[1] if scheme.grouping == "group" else 0
+
+
+def _common_group(extents: Iterable[int]) -> int:
+    """The largest group that divides every extent which any of them divides."""
+    divisible = [extent for extent in extents if extent % GROUP_SIZES[-1] == 0]
+    return next(size for size in GROUP_SIZES if all(extent % size == 0 for extent in divisible))
+
+
+def _placed(
+    scheme: Scheme, module: str, shape: tuple[int, int], group: int, notes: list[str]
+) -> Scheme | None:
+    """The scheme with ``group``, or the next smaller one that fits a weight of this shape; None,
+    with a note, if none does."""
+    extent = _extent(scheme, shape)
+    wanted = scheme.group or group
+    if not extent or wanted == WHOLE_ROW:
+        return replace(scheme, group=shape[1])
     sizes = (wanted,) if scheme.group else (wanted, *(g for g in GROUP_SIZES if g < wanted))
-    group = next((size for size in sizes if k % size == 0), None)
-    if group is None:
-        notes.append(f"{module} stays dense: no group of {_either(sizes)} divides its {k} columns")
+    found = next((size for size in sizes if extent % size == 0), None)
+    block = scheme.grouping == "block"
+    size = f"{shape[0]} x {shape[1]}" if block else f"{shape[1]} columns"
+    if found is None:
+        kind = "block" if block else "group"
+        notes.append(f"{module} stays dense: no {kind} of {_either(sizes)} divides its {size}")
         return None
-    if options.group_size not in (None, group):
-        notes.append(f"{module} has groups of {group}: {wanted} does not divide its {k} columns")
-    return replace(scheme, group=group)
+    if found != wanted:
+        kind = "blocks" if block else "groups"
+        notes.append(f"{module} has {kind} of {found}: {wanted} does not divide its {size}")
+    return replace(scheme, group=found)
 
 
 def _either(sizes: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from slipstream.quantize.report.record import LinearRow, Report, peak_memory, ve
 from slipstream.quantize.staging import (
     LayerRecord,
     Staging,
-    check_output,
+    check_result,
     describe_run,
     staging,
 )
@@ -41,6 +42,8 @@ from slipstream.weights.tensor import KVScales, QuantTensor
 
 if TYPE_CHECKING:
     from slipstream.quantize.layer import LayerResult, LinearStats
+
+log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.int32]
 # Told the stage, how much of it is done, and of how much in all.
@@ -76,7 +79,7 @@ def quantize(
     report = progress or (lambda stage, done, total: None)
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, options)
-    check_output(output, checkpoint.path)
+    check_result(output, checkpoint.path)
     check_plan(plan)
     run = _Run(checkpoint, plan, str(source), output, report)
     calibration, evaluation = _windows(plan, text(checkpoint))
@@ -96,7 +99,7 @@ def _quantize_layers(plan: Plan) -> Callable[..., Iterator[LayerResult]]:
 
 def _windows(plan: Plan, text: Text) -> tuple[list[Tokens], list[Tokens]]:
     """The calibration windows, none where no data is needed, and those to measure on."""
-    options, longest = plan.options, plan.config.max_position_embeddings
+    options, longest = plan.options, plan.config.context_length
     calibration: list[Tokens] = []
     if plan.calibrated:
         given = options.calib_dataset
@@ -138,10 +141,11 @@ class _Run:
         self.checkpoint.write_tokenizer(place.checkpoint)
         written = open_checkpoint(place.checkpoint)
         self._check_complete(written)
+        _tell_fallbacks(place.layers)
         quantized = clock.seconds
         measured = self._measure(written, evaluation)
         seconds = {"quantize": quantized, "measure": clock.seconds - quantized}
-        report = self._report(plan, place, calibration, measured, seconds, writer.nbytes)
+        report = self._report(plan, place, calibration, measured, seconds, writer)
         _check_gate(report, plan.options)
         report.write(place.checkpoint)
         place.publish(self.output)
@@ -239,7 +243,7 @@ class _Run:
         calibration: Sequence[Tokens],
         measured: Accuracy,
         seconds: Mapping[str, float],
-        size: int,
+        writer: DirectoryWriter,
     ) -> Report:
         options = plan.options
         return Report(
@@ -248,7 +252,7 @@ class _Run:
             qformat=options.qformat,
             kv_cache_dtype=options.kv_cache_dtype,
             linears=[LinearRow(**row) for layer in place.layers for row in layer.rows],
-            size=size,
+            size=writer.nbytes,
             size_before=plan.source_nbytes,
             parameters=plan.parameters,
             accuracy=measured,
@@ -259,6 +263,7 @@ class _Run:
             options=asdict(options),
             versions=versions(),
             notes=plan.notes,
+            loaders=writer.layout.loaders(writer.modules),
         )
 
 
@@ -289,6 +294,16 @@ def _row(stats: LinearStats, plan: Plan) -> LinearRow:
         fallback=stats.fallback,
         tokens_seen=stats.tokens_seen,
     )
+
+
+def _tell_fallbacks(layers: Sequence[LayerRecord]) -> None:
+    """Log what was not made as asked, each reason once."""
+    named: dict[str, list[str]] = {}
+    for row in (row for layer in layers for row in layer.rows if row["fallback"] is not None):
+        named.setdefault(row["fallback"], []).append(row["name"])
+    for fallback, names in named.items():
+        more = ", …" * (len(names) > 1)
+        log.warning("%d linears (%s%s): %s", len(names), names[0], more, fallback)
 
 
 def _kv_scales(layers: Sequence[LayerRecord]) -> KVScales | None:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.huggingface_config import describe
+from slipstream.cores import usable_cores
 from slipstream.errors import CheckpointError
 
 KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,6 +38,7 @@ class Skeleton:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        torch.set_num_threads(usable_cores())  # torch counts cores, and knows no quota
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
         self.config = config
         self.dtype = dtype

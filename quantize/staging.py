@@ -6,12 +6,9 @@ ended.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +17,15 @@ from typing import Any
 
 from slipstream import __version__
 from slipstream.builder.checkpoints.base import Checkpoint, read_json
+from slipstream.builder.output import check_output, clear, locked, publish, remove
 from slipstream.errors import BuildError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.report.record import STEM
+from slipstream.weights.json import Origin, read_fields
 
 log = logging.getLogger(__name__)
 
-_STATE, _LOCK, _CHECKPOINT = "state.json", "lock", "checkpoint"
+_STATE, _CHECKPOINT = "state.json", "checkpoint"
 REPORT = f"{STEM}.json"
 # Options that change what is done with a result, not the result.
 _INDIFFERENT = ("max_ppl_increase", "eval_dataset")
@@ -91,22 +90,29 @@ class Staging:
 
     def publish(self, output: Path) -> None:
         """Gives the finished checkpoint its name, replacing an older result."""
-        if output.exists():
-            shutil.rmtree(output)
-        self.checkpoint.rename(output)
-        shutil.rmtree(self.root)
+        _check_place(output)
+        publish(self.checkpoint, output)
+        remove(self.root)
 
 
-def check_output(output: Path, source: Path) -> None:
+def check_result(output: Path, source: Path) -> None:
     """BuildError if ``output`` may not be written: it is something else, or it is the source."""
-    resolved, origin = output.resolve(), source.resolve()
-    if resolved == origin or resolved in origin.parents or origin in resolved.parents:
-        raise BuildError(f"{output} and the checkpoint {source} overlap; choose another -o")
-    if output.exists() and not (output / REPORT).is_file():
-        raise BuildError(
-            f"{output} exists and was not written by slipstream quantize or convert; choose "
-            "another -o or remove it"
-        )
+    if source.resolve() in output.resolve().parents:
+        raise BuildError(f"{output} is in the checkpoint {source}; choose another -o")
+    _check_place(output, source)
+
+
+def _check_place(output: Path, *sources: Path) -> None:
+    check_output(output, "quantized checkpoint of slipstream quantize", _contents, *sources)
+
+
+def _contents(directory: Path) -> list[str] | None:
+    """The files of the result in a directory, which its report lists."""
+    report = directory / REPORT
+    if not report.is_file():
+        return None
+    origin = Origin(report, "choose another -o or remove it", BuildError)
+    return list(read_fields(report, origin).texts("files", ()))
 
 
 def describe_run(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Any]:
@@ -140,11 +146,10 @@ def staging(output: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[S
     """
     root = output.parent / f".{output.name}.quantizing"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
+        with locked(root):
             place = Staging(root, run)
             if not (resume and place.restore()):
-                _clear(root)
+                clear(root)
             place.checkpoint.mkdir(exist_ok=True)
             with _kept_or_removed(place, resume):
                 yield place
@@ -165,30 +170,8 @@ def _kept_or_removed(place: Staging, resume: bool) -> Iterator[None]:
                 *(len(place.layers), place.root),
             )
         else:
-            shutil.rmtree(place.root)
+            remove(place.root)
         raise
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Keeps a second run out until the block ends."""
-    descriptor = os.open(root / _LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BuildError(f"another run is writing into {root}; wait for it to end") from error
-    else:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _clear(root: Path) -> None:
-    for child in root.iterdir():
-        if child.is_dir():
-            shutil.rmtree(child)
-        elif child.name != _LOCK:
-            child.unlink()
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -8,11 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.loop import EngineLoop
@@ -21,10 +23,15 @@ from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.workers import Workers
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
 _Event = RequestOutput | SlipstreamError
+_NO_RENDERING = "the engine is being shut down and begins no conversation; load it again to go on"
 _PATIENCE = 5.0  # seconds between two looks at a device that may hang
 
 
@@ -83,9 +90,13 @@ class AsyncLLM:
         self.tokenizer = engine.tokenizer
         self.config = engine.config
         self.generation_defaults = engine.generation_defaults
+        self.workers = Workers()
+        self.fingerprint = engine.fingerprint
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
+        self._templates = ThreadPoolExecutor(1, "slipstream-template")
+        self._renders = True
         self._stopped = threading.Event()
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closed: str | None = None
@@ -128,8 +139,9 @@ class AsyncLLM:
         """
         self._refuse_if_closed()
         # A long text takes milliseconds to encode; the event loop must not wait for it.
-        request = await asyncio.to_thread(
-            self._factory.request,
+        request = await self.workers.run(
+            len(prompt),
+            self._request,
             prompt,
             sampling_params,
             request_id=request_id,
@@ -160,11 +172,29 @@ class AsyncLLM:
         **template_options: Any,  # noqa: ANN401 - templates define their own
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``."""
-        prompt = await asyncio.to_thread(self._factory.chat_prompt, messages, template_options)
+        prompt = await self.render(self._factory.chat_prompt, messages, template_options)
         outputs = self.generate(prompt, sampling_params, request_id, output_kind=output_kind)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
+
+    async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what renders a chat template, in a thread that nothing else waits for: a template
+        may take as long as it is allowed to. Raises what the call raises."""
+        if not self._renders:
+            raise ExecutionError(_NO_RENDERING)
+        rendering = self._templates.submit(partial(function, *args, **kwargs))
+        try:
+            return await asyncio.wrap_future(rendering)
+        except asyncio.CancelledError:
+            if self._renders:
+                raise
+            raise ExecutionError(_NO_RENDERING) from None
+
+    def stop_rendering(self) -> None:
+        """Refuse to render chat templates, also for those that wait for it."""
+        self._renders = False
+        self._templates.shutdown(wait=False, cancel_futures=True)
 
     async def abort(self, request_id: str) -> None:
         """End a request within one step; its iterator ends with ``finish_reason`` ``"abort"``."""
@@ -174,12 +204,14 @@ class AsyncLLM:
         """Abort what is running, stop the thread and free the device; one that hangs is left."""
         if self._loop.forked:
             return  # the engine is the other process's
+        self.stop_rendering()
         self._commands.put(None)
         # A device that hangs is noticed while the engine's thread waits for it.
         while self._thread.is_alive() and not self.unhealthy:
             self._thread.join(_PATIENCE)
         self._thread.join(_PATIENCE)
         self._stopped.set()
+        self.workers.shutdown()
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,8 +219,13 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
-    def _submit(self, request: Request) -> _Stream:
+    def _request(self, prompt: Prompt, *arguments: Any, **options: Any) -> Request:  # noqa: ANN401
+        """A request that the engine can run."""
+        request = self._factory.request(prompt, *arguments, **options)
         self._loop.validate(request)
+        return request
+
+    def _submit(self, request: Request) -> _Stream:
         stream = _Stream(asyncio.get_running_loop())
         if self._streams.setdefault(request.request_id, stream) is not stream:
             raise InvalidRequestError(

@@ -21,7 +21,8 @@ class RuntimeConfig:
     max_num_tokens           tokens (decodes and prefill chunks together) computed in one step.
     max_seq_len              tokens of a prompt and its output together.
     page_size                tokens in one KV page; an engine is built for one value.
-    num_threads              cores of a CPU engine; None takes all this process may use.
+    num_threads              cores of a CPU engine; None takes all this process may use, by its
+                             affinity and its container's CPU quota.
     kv_cache_bytes           memory for KV pages; None leaves the choice to the executor.
     kv_cache_free_gpu_memory_fraction
                              how much of a GPU's memory that weights and the largest step leave free
@@ -30,6 +31,7 @@ class RuntimeConfig:
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
     enable_chunked_prefill   compute a long prompt over several steps.
+    chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
 
@@ -46,6 +48,7 @@ class RuntimeConfig:
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    chat_template: str | None = None
     step_timeout: float = 600.0
 
     def __post_init__(self) -> None:

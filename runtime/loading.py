@@ -12,13 +12,24 @@ from typing import Any
 
 from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
+
+# Far above what the largest vocabularies and batches take.
+_MOST_TABLE_BYTES = 1 << 32
+# Options that a target's executor has no use for, and what to do instead.
+_UNUSED = {
+    "cpu": {
+        "kv_cache_free_gpu_memory_fraction": "it is for a CPU, where kv_cache_bytes sets the size "
+        "of the KV cache"
+    },
+    "cuda": {"num_threads": "it is for a GPU; leave it out"},
+}
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
@@ -34,13 +45,16 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     }
     others = {name: value for name, value in options.items() if name not in runtime}
     engine = open_engine(_engine_path(model, runtime, others))
-    config = _config(engine, runtime)
+    config = runtime_config(engine, runtime)
+    _check_tables(config, engine.manifest.vocab_size)
     check_device(engine)  # before a large file is hashed in vain
     # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(engine.verify_files)
         try:
-            tokenizer = Tokenizer.from_directory(engine.path)
+            tokenizer = Tokenizer.from_directory(
+                engine.path, engine.manifest.vocab_size, config.chat_template
+            )
             executor = create_executor(engine, config)
         finally:
             verified.result()  # a file that was changed is why the others failed, if they did
@@ -51,6 +65,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         caches=engine.manifest.caches,
         vocab_size=engine.manifest.vocab_size,
         generation_defaults=generation_defaults(engine.path, engine.manifest.command),
+        fingerprint=engine.fingerprint,
     )
 
 
@@ -76,7 +91,12 @@ def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[
     return built
 
 
-def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
+def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
+    """The configuration of an engine with these fields of it, and the engine's own limits.
+
+    Raises InvalidRequestError for what the engine was not built for, and for a field that would be
+    ignored.
+    """
     limits = asdict(engine.manifest.limits)
     for name, limit in limits.items():
         if runtime.get(name, 0) > limit:
@@ -85,6 +105,14 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
+    for name, reason in _UNUSED.get(engine.manifest.target, {}).items():
+        if name in runtime:
+            raise InvalidRequestError(f"{name} does nothing for {engine.path}: {reason}")
+    if {"kv_cache_bytes", "kv_cache_free_gpu_memory_fraction"} <= runtime.keys():
+        raise InvalidRequestError(
+            "kv_cache_bytes says how large the KV cache is, so kv_cache_free_gpu_memory_fraction "
+            "does nothing; leave one of them out"
+        )
     page_size = page_size_of(engine.manifest.caches)
     if runtime.get("page_size", page_size) != page_size:
         raise InvalidRequestError(
@@ -95,6 +123,19 @@ def _config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
     return RuntimeConfig(**{**limits, "page_size": page_size, **runtime})
+
+
+def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:
+    """CapacityError for limits whose tables (pages of sequences, tokens, rows of logits) no machine
+    should hold."""
+    pages = config.max_batch_size * (config.max_seq_len // config.page_size + 1)
+    size = 4 * (pages + config.max_num_tokens + config.max_batch_size * vocab_size)
+    if size > _MOST_TABLE_BYTES:
+        raise CapacityError(
+            f"the tables of max_batch_size {config.max_batch_size}, max_num_tokens "
+            f"{config.max_num_tokens} and max_seq_len {config.max_seq_len} take {size >> 20} MiB; "
+            "ask for less: --max-batch-size, --max-num-tokens or --max-seq-len"
+        )
 
 
 def generation_defaults(directory: Path, command: str) -> SamplingParams:
@@ -111,4 +152,4 @@ def generation_defaults(directory: Path, command: str) -> SamplingParams:
     try:
         return SamplingParams.from_generation_config({**config.values, **greedy})
     except InvalidRequestError as error:
-        raise origin.refusal(f"cannot be used ({error})") from error
+        raise origin.refusal(f"cannot be used ({error!s:.300})") from error

@@ -11,6 +11,7 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.length import check_length, texts_of
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -23,6 +24,7 @@ class RequestFactory:
         self._tokenizer = engine.tokenizer
         self._vocab_size = engine.vocab_size
         self._defaults = engine.generation_defaults
+        self._max_seq_len = engine.config.max_seq_len
         self._numbers = itertools.count()
 
     def request(
@@ -40,7 +42,7 @@ class RequestFactory:
         Only requests with equal ``cache_salt`` share what was computed of equal prompts.
         """
         text = prompt if isinstance(prompt, str) else None
-        tokens = self._tokenizer.encode(text) if text is not None else list(_token_ids(prompt))
+        tokens = self._encoded(text) if text is not None else list(_token_ids(prompt))
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
         return Request(
             request_id=str(next(self._numbers)) if request_id is None else request_id,
@@ -56,13 +58,19 @@ class RequestFactory:
         self, messages: Sequence[Message], template_options: Mapping[str, Any]
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
+        check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
         text = self._tokenizer.apply_chat_template(messages, **template_options)
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _encoded(self, text: str) -> list[int]:
+        check_length(self._tokenizer, [text], self._max_seq_len)
+        return self._tokenizer.encode(text)
 
 
 def _token_ids(prompt: Prompt) -> Sequence[int]:
     if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
         return prompt  # type: ignore[return-value]
     raise InvalidRequestError(
-        f"the prompt is {prompt!r:.80}; expected a text or a list of token ids (int)"
+        f"the prompt is {prompt!r:.80}; expected a text or a list of token ids (int)",
+        param="prompt",
     )

@@ -11,7 +11,8 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.counting import CountingExecutor, counting_contract
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 
 # One token a character, in the order in which the counting model says them; then end of sequence.
 ALPHABET = string.ascii_lowercase + string.ascii_uppercase + string.digits + " .,:;!?-_\n"
@@ -58,4 +59,5 @@ def counting_engine(
         caches=caches,
         vocab_size=VOCAB_SIZE,
         generation_defaults=SamplingParams(temperature=0, max_tokens=16),
+        fingerprint="fp_counting",
     )

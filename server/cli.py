@@ -24,6 +24,20 @@ bench = LazyGroup(
     },
 )
 
+cache = LazyGroup(
+    "cache",
+    help="""Look after the engines that were compiled on the way.
+
+    A checkpoint that is given instead of an engine is compiled on first use and its engine kept in
+    $XDG_CACHE_HOME/slipstream/engines, by default under ~/.cache. When they take more than
+    SLIPSTREAM_CACHE_SIZE, by default 100G, those that were used longest ago are removed.
+    """,
+    table={
+        "list": (f"{_COMMANDS}.cache:list_engines", "Engines, their sizes and their checkpoints."),
+        "prune": (f"{_COMMANDS}.cache:prune_engines", "Remove what is not needed."),
+    },
+)
+
 slipstream = LazyGroup(
     "slipstream",
     help="""Compile language models into quantized engines and run them.
@@ -49,6 +63,7 @@ slipstream = LazyGroup(
         ),
         "bench": (f"{__name__}:bench", "Measure an engine on this machine."),
         "inspect": (f"{_COMMANDS}.inspect:inspect", "Show what is inside an engine."),
+        "cache": (f"{__name__}:cache", "List and remove engines that were compiled on the way."),
         "eval": (f"{_COMMANDS}.eval:evaluate", "Measure what an engine predicts."),
     },
 )

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import Any, cast
 
 import click
 
 from slipstream.errors import SlipstreamError
+from slipstream.server.text import printable
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 UNHEALTHY = 70  # EX_SOFTWARE of sysexits.h: the engine does not work any more; start it again
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
@@ -22,14 +28,14 @@ class CommandError(click.ClickException):
 
     def show(self, file: Any = None) -> None:  # noqa: ANN401 - as declared by click
         """Print the line."""
-        click.echo(f"error: {self.message}", err=True, file=file)
+        click.echo(f"error: {printable(self.message)}", err=True, file=file)
 
 
 class Command(click.Command):
     """A command whose errors end in one line on stderr.
 
-    Exit status: 1 for a ``SlipstreamError``, 2 for bad usage, 130 for Ctrl-C, and 70 of a server
-    whose engine has become unhealthy.
+    Exit status: 1 for a ``SlipstreamError``, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM, and
+    70 of a server whose engine has become unhealthy.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of click.Command
@@ -42,10 +48,26 @@ class Command(click.Command):
             click.Option(["--debug"], is_flag=True, help="Show a traceback for an error."),
         ]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of a command line; a text that looks like an option gets a hint."""
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            texts = [p for p in self.params if isinstance(p, click.Argument)]
+            word = next((w for w in words if w.startswith(error.option_name)), "")
+            if texts and not error.possibilities:
+                raise click.UsageError(
+                    f"{error.format_message().rstrip('.')}. To pass {shlex.quote(word)} as "
+                    f"{texts[-1].human_readable_name}, put -- before it, behind all options",
+                    ctx,
+                ) from error
+            raise
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
         verbose, debug = ctx.params.pop("verbose"), ctx.params.pop("debug")
-        with _log_to_stderr(logging.INFO if verbose else logging.WARNING):
+        with _log_to_stderr(logging.INFO if verbose else logging.WARNING), _cleanly_ended():
             try:
                 return super().invoke(ctx)
             except SlipstreamError as error:
@@ -89,9 +111,33 @@ def resolve(path: str) -> click.Command:
     return cast(click.Command, getattr(import_module(module), attribute))
 
 
+@contextmanager
+def _cleanly_ended() -> Iterator[None]:
+    """What usually kills a process at once ends the block instead, like an error, so that what it
+    has written is removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in _ENDING:  # cleaning up is not to be interrupted
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in _ENDING}
+    for each, handler in before.items():
+        if handler is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 class _EchoHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        click.echo(printable(self.format(record), keep="\n"), err=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from slipstream.weights.safetensors import read_header
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-HashStatus = Literal["ok", "changed", "missing", "not checked"]
+HashStatus = Literal["ok", "changed", "missing", "not listed", "not checked"]
 _DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
 _LINEARS = {
     ("slipstream", "Linear"): ("slipstream", "group_size"),
@@ -53,10 +53,15 @@ class WeightEntry:
 
 
 def list_files(engine: Engine, *, verify: bool) -> list[FileEntry]:
-    """The files that the manifest names; ``verify`` compares their hashes."""
+    """The files that the manifest names, and those that it should; ``verify`` compares their
+    hashes."""
+    unlisted = [engine.path / name for name in engine.unlisted()]
     return [
-        _file_entry(engine.path / name, expected if verify else None)
-        for name, expected in engine.manifest.files.items()
+        *(
+            _file_entry(engine.path / name, expected if verify else None)
+            for name, expected in engine.manifest.files.items()
+        ),
+        *(FileEntry(file.name, file.stat().st_size, "not listed") for file in unlisted),
     ]
 
 

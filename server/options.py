@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -18,17 +18,17 @@ from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.options import ServerOptions
+from slipstream.sizes import parse_size
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def size(text: str) -> int:
-    """Parse bytes: ``512M``, ``2G``, ``1.5GiB`` (powers of 1024) or plain ``1000000``."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise click.BadParameter(f"{text!r} is not a size; write for example 512M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    """Parse bytes, such as ``512M``, for an option."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
     "max_seq_len": Option("Tokens of a prompt and its output together.", _ENGINES, least=2),
-    "num_threads": Option("CPU cores to use.", "all", least=1),
+    "num_threads": Option("CPU cores to use.", "all that a CPU quota leaves", least=1),
     "kv_cache_bytes": Option(
         "Memory for the KV cache, such as 512M or 2G.", "what fits", parse=size
     ),
@@ -65,9 +65,8 @@ RUNTIME = {
     ),
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
-    "step_timeout": Option(
-        "For servers and chat: seconds after which a device that does not answer is given up."
-    ),
+    "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
+    "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
 SAMPLING = {
     "max_tokens": Option("Most tokens to generate.", "up to max-seq-len"),
@@ -109,7 +108,9 @@ _BUILD = {
     "group_size": Option(
         "Elements that share a scale: 32, 64 or 128.", "32 on a CPU, 128 on a GPU"
     ),
-    "symmetric": Option("Quantize without or with zero points.", flag="symmetric/--asymmetric"),
+    "symmetric": Option(
+        "Quantize without or with zero points.", "with", flag="symmetric/--asymmetric"
+    ),
     "kv_cache_dtype": Option(
         "Type of the KV cache; auto is fp8 where the checkpoint has scales for it, else on a CPU "
         "float32 for a dense engine and float16 for a quantized one, and on a GPU the dtype."
@@ -137,11 +138,10 @@ _QUANTIZE = {
     ),
     "group_size": Option(
         "Elements that share a scale: 32, 64, 128, or -1 for whole rows.",
-        "the largest of 128, 64 and 32 that divides a row",
+        "the largest of 128, 64 and 32 that divides every linear",
     ),
     "symmetric": Option(
-        "Quantize without or with zero points.",
-        "as the qformat does",
+        "Quantize without or with zero points, which transformers does not load.",
         flag="symmetric/--asymmetric",
     ),
     "calib_dataset": Option(
@@ -183,13 +183,23 @@ _SERVER = {
         "the model's file or directory",
     ),
     "max_queued_requests": Option(
-        "Prompts that may wait when the batch is full; more are refused with status 429."
+        "Completions that may wait when the batch is full; more are refused with status 429."
+    ),
+    "allow_priority": Option(
+        "Let requests overtake others by their priority.",
+        flag="allow-priority/--no-allow-priority",
     ),
     "max_request_bytes": Option("Largest body of a request, such as 512K or 4M.", "4M", parse=size),
     "allowed_origins": Option(
         "Origin of web pages that may ask (CORS), or *; may be repeated.",
         "none",
         flag="allowed-origins",
+    ),
+    "allowed_hosts": Option(
+        "Name by which a server on a loopback address may be asked, such as a proxy's, or *; may "
+        "be repeated. Addresses, names without a dot and localhost always may.",
+        "none",
+        flag="allowed-hosts",
     ),
     "log_format": Option("Log lines for people or for machines."),
     "log_prompts": Option("Write prompts into the log."),
@@ -226,6 +236,12 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _collect(RuntimeConfig, RUNTIME, "runtime", lambda values: values)(function)
 
 
+def unwatched_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``runtime_options`` of a command that nobody serves: it waits for its device for ever."""
+    table = {name: option for name, option in RUNTIME.items() if name != "step_timeout"}
+    return _collect(RuntimeConfig, table, "runtime", lambda values: values)(function)
+
+
 def sampling_options(*names: str) -> Decorator:
     """Add fields of ``SamplingParams``; the command gets those given as ``sampling: dict``."""
 
@@ -257,6 +273,8 @@ def _collect(
         @functools.wraps(function)
         def wrapper(**values: Any) -> object:  # noqa: ANN401 - options of any type
             given = {name: values.pop(name) for name in table}
+            for name, option in table.items():
+                _check_environment(option, given[name])
             given = {name: value for name, value in given.items() if value not in (None, ())}
             return function(**{parameter: check(given)}, **values)
 
@@ -266,6 +284,14 @@ def _collect(
         return command
 
     return decorate
+
+
+def _check_environment(option: Option, value: object) -> None:
+    """Refuse a variable that is set to nothing: click takes it for one that is not set, and who
+    meant to lock a server would have left it open."""
+    blank = option.envvar is not None and not os.environ.get(option.envvar, "unset").strip()
+    if blank and value in (None, ()):
+        raise click.UsageError(f"{option.envvar} is set, but empty; give a value, or unset it")
 
 
 def _click_options(cls: type, table: Mapping[str, Option]) -> list[Decorator]:

@@ -16,9 +16,19 @@ def format_bytes(count: float) -> str:
     return f"{count / 1024**power:.1f} {_UNITS[power - 1]}"
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """``text`` with everything escaped that a terminal would obey and not show, such as control
+    sequences in a name from a file, but for the characters to ``keep``."""
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def format_columns(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Rows as aligned text; the first column is left-aligned, and numbers are right-aligned."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    """Rows as aligned printable text; the first column is left-aligned, and numbers are
+    right-aligned."""
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
     for row, text in zip(rows, texts, strict=True):

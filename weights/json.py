@@ -16,8 +16,10 @@ from typing import TypeGuard
 
 from slipstream.errors import CheckpointError, SlipstreamError
 
-# The most that the safetensors project allows for a header; configurations are far smaller.
-MAX_BYTES = 100_000_000
+# The largest files of their kind are indexes and headers of a quarter of a million tensors, of
+# 25 MB and half a million values; what is far beyond would take gigabytes to parse.
+MAX_BYTES = 1 << 25
+MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
 _MAX_INTEGER = 2**63 - 1
 _NO_DEFAULT: Mapping[str, object] = {}
@@ -58,8 +60,8 @@ class Fields:
     def refusal(self, key: str, expected: str) -> SlipstreamError:
         """The error for a value that is not what was expected."""
         return self.origin.error(
-            f"{self.origin.file}: {self.path}{key} is {shortened(self.values.get(key))}; expected "
-            f"{expected}: {self.origin.remedy}"
+            f"{self.origin.file}: {self.path}{key:.80} is {shortened(self.values.get(key))}; "
+            f"expected {expected}: {self.origin.remedy}"
         )
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -128,7 +130,7 @@ class Fields:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, Mapping):
-            return Fields(value, self.origin, path=f"{self.path}{key}.")
+            return Fields(value, self.origin, path=f"{self.path}{key:.80}.")
         raise self.refusal(key, "an object")
 
     def optional_fields(self, key: str) -> Fields | None:
@@ -189,6 +191,19 @@ class Fields:
 def read_fields(path: Path, origin: Origin | None = None) -> Fields:
     """The object in a file of JSON; by default CheckpointError says to download it again."""
     origin = origin or Origin(path)
+    return parse_fields(_read(path, origin), origin)
+
+
+def read_text(path: Path, origin: Origin | None = None) -> str:
+    """The UTF-8 text of a file, such as a chat template."""
+    origin = origin or Origin(path)
+    try:
+        return _read(path, origin).decode("utf-8")
+    except ValueError as error:
+        raise origin.refusal(f"cannot be read ({error})") from error
+
+
+def _read(path: Path, origin: Origin) -> bytes:
     try:
         size = path.stat().st_size
         data = b"" if size > MAX_BYTES else path.read_bytes()
@@ -196,7 +211,7 @@ def read_fields(path: Path, origin: Origin | None = None) -> Fields:
         raise origin.refusal(f"cannot be read ({error})") from error
     if size > MAX_BYTES:
         raise origin.refusal(f"has {size} bytes, which no file of its kind has")
-    return parse_fields(data, origin)
+    return data
 
 
 def parse_fields(data: bytes, origin: Origin) -> Fields:
@@ -210,10 +225,13 @@ def parse_fields(data: bytes, origin: Origin) -> Fields:
 def parse(data: bytes, origin: Origin) -> object:
     """The value that UTF-8 bytes spell.
 
-    Refused besides what is no JSON: values nested deeper than ``MAX_DEPTH``, halves of surrogate
-    pairs, and a key that an object has twice with different values. Numbers out of range are
-    infinite and not refused before somebody reads them.
+    Refused besides what is no JSON: more than about ``MAX_VALUES`` values, values nested deeper
+    than ``MAX_DEPTH``, halves of surrogate pairs, and a key that an object has twice with different
+    values. Numbers out of range are infinite and not refused before somebody reads them.
     """
+    # Counted before anything is made of them: an empty list is 2 bytes here and 64 in memory.
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise origin.refusal(f"has more than {MAX_VALUES} values, which no file of its kind has")
     try:
         value: object = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
         _check(value)
@@ -232,6 +250,12 @@ def shortened(value: object) -> str:
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether a JSON value is an integer, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text names a file of the directory that it is read from, and nothing outside."""
+    short = len(text.encode(errors="replace")) < 256  # as on every file system
+    return short and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
 
 
 class _Short(Repr):

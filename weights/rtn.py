@@ -123,8 +123,8 @@ def _stored(scale: Floats, dtype: ScaleDtype, name: str) -> NDArray[np.generic]:
     largest = np.abs(scale).max(initial=0)
     if largest > np.finfo(dtype).max:
         raise CheckpointError(
-            f"tensor {name} needs a scale of {largest:.3g}, which {dtype} cannot hold; use float32 "
-            "scales or leave this tensor unquantized"
+            f"tensor {name} needs a scale of {largest:.3g}, which {dtype} cannot hold; leave it "
+            f"unquantized: slipstream quantize --exclude {name.removesuffix('.weight')}"
         )
     return scale.astype(dtype)
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -49,6 +49,7 @@ _SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 DENSE = ("F32", "F16", "BF16")
 _LENGTH = 8  # bytes before the header
 _METADATA = "__metadata__"
+_LONGEST = 32  # axes of a shape, as in NumPy; a type has fewer characters, a name 16 times as many
 _CHUNK = 1 << 24  # bytes written at once
 
 
@@ -126,7 +127,9 @@ def map_array(
 
 
 def read_header(path: Path, origin: Origin | None = None) -> dict[str, StoredTensor]:
-    """Every tensor of a file, checked against the size of the file.
+    """Every tensor of a file, checked against the size of the file; also those that
+    ``safetensors.torch.save_model`` left out, because they share the data of another one, and that
+    it names in the metadata.
 
     ``origin`` says which error to raise, by default CheckpointError.
     """
@@ -137,6 +140,10 @@ def read_header(path: Path, origin: Origin | None = None) -> dict[str, StoredTen
     end = max((t.offset + t.size for t in tensors.values()), default=start)
     if end > size:
         raise origin.refusal(f"is truncated: it has {size} bytes and its tensors need {end}")
+    metadata = header.get(_METADATA)
+    for name, kept in metadata.items() if isinstance(metadata, dict) else ():
+        if isinstance(kept, str) and kept in tensors and name not in tensors:
+            tensors[name] = replace(tensors[kept], name=name)
     return tensors
 
 
@@ -168,6 +175,8 @@ def _stored(path: Path, name: str, header: Fields, start: int) -> StoredTensor:
         entry = header.fields(name)
         dtype, shape = entry.text("dtype"), entry.integers("shape")
         begin, end = entry.integers("data_offsets")
+        if max(len(name) / 16, len(dtype), len(shape)) > _LONGEST:
+            raise ValueError("its name, type or shape is longer than any")
     except (origin.error, ValueError) as error:
         raise origin.error(
             f"{origin.file}: the header's entry for {name:.80} is "

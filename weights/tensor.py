@@ -15,6 +15,17 @@ Kind = Literal["dense", "int", "float8_e4m3", "float4_e2m1", "codebook"]
 ZeroKind = Literal["midpoint", "zero", "offset"]
 Activation = Literal["none", "token", "static", "group", "block"]
 # The numbers of the eight codes of float4_e2m1 without its sign, which is bit 3.
+_CHUNK = 1 << 16
+# The bits of an element that are all ones in NaN and infinity only.
+_NOT_FINITE = {
+    "float64": 0x7FF << 52,
+    "float32": 0xFF << 23,
+    "float16": 0x1F << 10,
+    "bfloat16": 0xFF << 7,
+    "float8_e5m2": 0x1F << 2,
+    "float8_e4m3fn": 0x7F,
+    "float8_e8m0fnu": 0xFF,
+}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -77,6 +88,8 @@ class QuantTensor:
     input_scale  float32 ``[1]`` when ``format.activation == "static"``.
     scale2    float32 ``[1]``, a multiplier of all scales (NVFP4); None is 1.
     codebook  float32 ``[16]``, the number of each code, when ``format.kind == "codebook"``.
+              Of stacked weights that differ in it, either has a row for each row of ``scale``
+              and of the weight: ``[ceil(N/rows), 1]`` and ``[N, 16]``.
     input     what must be done to x before these codes are applied; None is nothing.
     """
 
@@ -91,6 +104,20 @@ class QuantTensor:
     codebook: NDArray[np.float32] | None = None
     input: InputTransform | None = None
 
+    def numbers(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays whose elements are numbers rather than codes, by what they are."""
+        float8 = self.format.kind in ("dense", "float8_e4m3")
+        parts: dict[str, NDArray[np.generic] | None] = {
+            "values": self.codes if float8 else None,
+            "scales": self.scale,
+            "offsets": self.offset,
+            "input scales": self.input_scale,
+            "second scales": self.scale2,
+            "codebook": self.codebook,
+            "scales of its input": None if self.input is None else self.input.scale,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def unpacked_codes(self) -> NDArray[np.uint8]:
         """Integer codes one a byte: u8 ``[N, K]``."""
         n, k = self.format.shape
@@ -101,6 +128,12 @@ class QuantTensor:
         out[:, 0::2] = codes & 15
         out[:, 1::2] = codes >> 4
         return out[:, :k]
+
+    def multipliers(self) -> NDArray[np.float32]:
+        """What codes are multiplied by, ``scale2`` included: float32 in the shape of ``scale``."""
+        assert self.scale is not None, self.format
+        scale = self.scale.astype(np.float32)
+        return scale if self.scale2 is None else scale * self.scale2
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight as float32 in its full shape: what multiplies x, ``input`` included."""
@@ -117,16 +150,15 @@ class QuantTensor:
         """The numbers of the codes, column by column as they are stored."""
         if self.format.kind == "dense":
             return self.codes.astype(np.float32)
-        scale = self._spread(self.scale)
-        if self.scale2 is not None:
-            scale = scale * self.scale2
+        scale = self._spread(self.multipliers())
         kind, zero = self.format.kind, self.format.zero
         if kind == "float8_e4m3":
             return self.codes.astype(np.float32) * scale
         codes = self.unpacked_codes()
         if kind == "codebook":
             assert self.codebook is not None
-            return self.codebook[codes] * scale
+            books = np.broadcast_to(self.codebook, (len(codes), 16))
+            return np.take_along_axis(books, codes, axis=1) * scale
         if kind == "float4_e2m1":
             return np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]) * scale
         if zero == "offset":
@@ -168,6 +200,15 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def is_finite(numbers: NDArray[np.generic]) -> bool:
+    """Whether no element is NaN or infinite; takes less than a MB, whatever the size."""
+    mask = np.array(_NOT_FINITE[numbers.dtype.name], f"u{numbers.dtype.itemsize}")
+    # As bits, which is four times as fast as ml_dtypes' own way.
+    bits = np.ascontiguousarray(numbers).reshape(-1).view(mask.dtype)
+    chunks = (bits[start : start + _CHUNK] & mask for start in range(0, len(bits), _CHUNK))
+    return all(chunk.max() != mask for chunk in chunks)
+
+
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """u8 ``[N, K]`` of 0..15 to u8 ``[N, ceil(K/2)]``, low nibble = even k."""
     n, k = codes.shape
@@ -195,6 +236,8 @@ def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
             _join([tensor.zero for tensor in loaded]),
             _join([tensor.offset for tensor in loaded]),
             _largest([tensor.input_scale for tensor in loaded]),
+            _shared([_scale2(tensor) for tensor in loaded]),
+            _shared([_codebook(tensor) for tensor in loaded]),
         )
 
     return LazyTensor(name, replace(first, shape=shape), load)
@@ -233,6 +276,28 @@ def _largest(scales: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32
     """The input scale of weights that read one x: the largest, by which no part of x saturates."""
     present = [scale for scale in scales if scale is not None]
     return np.max(present, axis=0) if present else None
+
+
+def _scale2(tensor: QuantTensor) -> NDArray[np.float32] | None:
+    """``[ceil(N/rows), 1]``; None for a weight without scales."""
+    if tensor.scale is None or tensor.format.kind != "float4_e2m1":
+        return None
+    one = np.ones(1, np.float32) if tensor.scale2 is None else tensor.scale2
+    return np.broadcast_to(np.asarray(one, np.float32), (len(tensor.scale), 1))
+
+
+def _codebook(tensor: QuantTensor) -> NDArray[np.float32] | None:
+    """``[N, 16]``."""
+    if tensor.codebook is None:
+        return None
+    return np.broadcast_to(tensor.codebook, (tensor.format.shape[0], 16))
+
+
+def _shared(tables: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """Rows of numbers of all weights; only one where they are all alike."""
+    joined = _join(tables)
+    alike = joined is not None and (joined == joined[:1]).all()
+    return joined[0] if joined is not None and alike else joined
 
 
 def _join(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:

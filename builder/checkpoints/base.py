@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import read_fields
+from slipstream.weights.json import Origin, read_fields
 from slipstream.weights.tensor import KVScales, LazyTensor
 
 
@@ -69,3 +70,13 @@ def generation_config(bos: int | None, eos: Sequence[int]) -> dict[str, Any]:
     if eos:
         config["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
     return config
+
+
+def check_templates(templates: Mapping[str, str], origin: Origin) -> None:
+    """Refuse a chat template that could not be rendered."""
+    # Imported here because only models that chat need it.
+    from slipstream.weights.templates import compile_template
+
+    for name, source in templates.items():
+        which = "the chat template" if name == "default" else f"the chat template {name}"
+        compile_template(source, replace(origin, file=f"{origin.file}: {which}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream.builder.checkpoints.huggingface import reader
@@ -11,12 +12,19 @@ from slipstream.errors import CheckpointError, MissingDependencyError
 if TYPE_CHECKING:
     from slipstream.builder.checkpoints.base import Checkpoint
 
-# What the reader needs; pickled weights and other frameworks' copies stay where they are.
+# What the reader needs; pickled weights and other frameworks' copies stay where they are, and so do
+# other copies of the weights: folders such as original/, consolidated files, adapters.
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
+_OTHERS = ["*/*", "consolidated*", "adapter_*"]
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Downloads (or finds in the cache) the model with this hub id and opens it.
+    """``fetch`` the model with this hub id and open it."""
+    return reader.open_checkpoint(fetch(source))
+
+
+def fetch(source: str | os.PathLike[str]) -> Path:
+    """The directory of the model with this hub id, downloaded unless it is in the hub's cache.
 
     Raises CheckpointError when it cannot be had, MissingDependencyError without huggingface_hub.
     """
@@ -29,7 +37,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     name = os.fspath(source)
     try:
-        directory = snapshot_download(name, allow_patterns=_FILES)
+        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_OTHERS))
     # Its errors are OSErrors (HTTP, offline, not found) or ValueErrors (a malformed id).
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
@@ -38,4 +46,3 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
             f"({reason}); check the spelling and the network, log in for a gated model, or pass "
             "the directory of a checkpoint that is already here"
         ) from error
-    return reader.open_checkpoint(directory)

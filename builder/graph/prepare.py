@@ -68,4 +68,4 @@ def _quantization(kernels: Kernels, options: BuildOptions) -> tuple[Pass, ...]:
     if options.bits is None:
         return ()
     group = options.group_size or kernels.group_size
-    return (QuantizeWeights(options.bits, group, options.symmetric),)
+    return (QuantizeWeights(options.bits, group, bool(options.symmetric)),)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 FULL, SLIDING = "full_attention", "sliding_attention"
+LONGEST = 2**31 - 1  # tokens of a sequence: positions are int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,17 @@ class ModelConfig:
     ropes: dict[str, Rope] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have, as vLLM has it: YaRN and linear factors lengthen the
+        context, by YaRN from the original one. An architecture with several kinds of rotary angles
+        says the length that they make."""
+        scaling, length = self.rope_scaling, self.max_position_embeddings
+        if self.ropes or scaling.kind not in ("linear", "yarn"):
+            return length
+        original = length if scaling.kind == "linear" else scaling.original_max_position_embeddings
+        return max(1, int(min(original * scaling.factor, LONGEST)))
+
     def window(self, layer: int) -> int:
         """Tokens that a query of this layer sees, itself included; 0 when it sees all before it."""
         sliding = self.layer_kinds[layer] == SLIDING
@@ -122,13 +135,15 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """What ``to_json`` wrote; EngineMismatchError when its keys are not ours."""
-        values = _known_keys(cls, data)
-        values["rope_scaling"] = RopeScaling(**_known_keys(RopeScaling, values["rope_scaling"]))
-        values["layer_kinds"] = tuple(values["layer_kinds"])
-        values["eos_token_ids"] = tuple(values["eos_token_ids"])
-        values["ropes"] = {kind: _rope(rope) for kind, rope in values["ropes"].items()}
-        return cls(**values)
+        """What ``to_json`` wrote; EngineMismatchError for a key that is missing, unknown or of
+        another type."""
+        try:
+            return from_json(cls, data)
+        except ValueError as error:
+            raise EngineMismatchError(
+                f"the engine's model configuration cannot be read ({error}); build the engine "
+                "again with this Slipstream"
+            ) from error
 
     @classmethod
     def from_huggingface(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -141,22 +156,3 @@ class ModelConfig:
         from slipstream.builder.models.huggingface_config import parse
 
         return parse(raw)
-
-
-def _rope(data: object) -> Rope:
-    values = _known_keys(Rope, data)
-    values["scaling"] = RopeScaling(**_known_keys(RopeScaling, values["scaling"]))
-    return Rope(**values)
-
-
-def _known_keys(
-    cls: type[ModelConfig] | type[RopeScaling] | type[Rope], data: object
-) -> dict[str, Any]:
-    expected = {f.name for f in dataclasses.fields(cls)}
-    found = set(data) if isinstance(data, Mapping) else set()
-    if found != expected:
-        raise EngineMismatchError(
-            f"the engine's model configuration has unknown keys {sorted(found - expected)} and "
-            f"lacks {sorted(expected - found)}; build the engine again with this Slipstream"
-        )
-    return dict(cast("Mapping[str, Any]", data))

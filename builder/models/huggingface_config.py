@@ -8,6 +8,7 @@ spellings of the rotary parameters are read (``rope_theta`` and ``rope_scaling``
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast, get_args
@@ -21,11 +22,12 @@ from slipstream.builder.models.config import (
     RopeKind,
     RopeScaling,
 )
-from slipstream.weights.json import Fields, Origin, is_integer
+from slipstream.weights.json import Fields, Origin, is_integer, shortened
 
 _ORIGIN = Origin("config.json", "correct it or download the checkpoint again")
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
+_LEAST_EPS = 1e-30  # far below all that is used, and not yet nothing as a float32
 _COMMON_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_size": 4096,
@@ -105,6 +107,9 @@ def read_decoder(
             f"config.json: hidden_act is {activation!r}, but only "
             f"{' and '.join(map(repr, activations))} is supported; choose another model"
         )
+    eps = keys.number("rms_norm_eps", positive=True)
+    if not _LEAST_EPS <= eps <= 1:
+        raise keys.refusal("rms_norm_eps", f"a number from {_LEAST_EPS} to 1")
     num_heads, num_kv_heads, head_dim = _heads(keys)
     ropes = {FULL: read_rope(keys, head_dim)} if ropes is None else dict(ropes)
     common = ropes.pop(FULL)
@@ -119,7 +124,7 @@ def read_decoder(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=_count(keys, "max_position_embeddings"),
-        rms_norm_eps=keys.number("rms_norm_eps", positive=True),
+        rms_norm_eps=eps,
         rope_theta=common.theta,
         rope_scaling=common.scaling,
         rotary_dim=common.dim,
@@ -186,6 +191,13 @@ def head_size(keys: Fields) -> int:
     return _heads(keys)[2]
 
 
+def rotary_fraction(dim: int, head_dim: int) -> float:
+    """The ``partial_rotary_factor`` of which transformers, which cuts the product with the head to
+    an integer, makes ``dim``."""
+    fraction = dim / head_dim
+    return fraction if int(head_dim * fraction) == dim else math.nextafter(fraction, 1)
+
+
 def _heads(keys: Fields) -> tuple[int, int, int]:
     """Query heads, key/value heads and the size of a head."""
     heads = _count(keys, "num_attention_heads")
@@ -211,14 +223,19 @@ def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
         source = given if given.has(key) else keys
         return source.number(key, default, positive=True)
 
-    theta, fraction = either("rope_theta", 10000.0), either("partial_rotary_factor", 1.0)
-    dim = int(head_dim * fraction)
-    if not 2 <= dim <= head_dim:
-        raise keys.refusal("partial_rotary_factor", f"a fraction of a head of {head_dim} elements")
+    theta = either("rope_theta", 10000.0)
+    fraction = either("partial_rotary_factor", 1.0)
+    # A fraction that is written in decimals may fall just short of the elements it means.
+    dim = int(head_dim * min(fraction, 1.0) + 1e-3)
+    if fraction > 1 or dim < 2 or dim % 2:
+        source = given if given.has("partial_rotary_factor") else keys
+        wanted = f"the part of a head of {head_dim} elements that is rotated, in pairs of elements"
+        raise source.refusal("partial_rotary_factor", wanted)
     kind = given.values.get("rope_type", given.values.get("type", "default"))
     if kind not in get_args(RopeKind):
         raise keys.origin.error(
-            f"config.json: rope type {kind!r} with keys {sorted(given.values)} is not supported; "
+            f"config.json: rope type {shortened(kind)} with keys "
+            f"{shortened(sorted(given.values))} is not supported; "
             f"expected one of {', '.join(get_args(RopeKind))}"
         )
     return Rope(theta, dim, _scaling(cast("RopeKind", kind), given, keys))
@@ -234,13 +251,12 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
     source = keys if keys.values.get(_ORIGINAL) else given
     original = source.integer(_ORIGINAL, longest, minimum=1, maximum=_LARGEST)
     if kind == "llama3":
-        return RopeScaling(
-            kind,
-            given.number("factor", positive=True),
-            original,
-            low_freq_factor=given.number("low_freq_factor", positive=True),
-            high_freq_factor=given.number("high_freq_factor", positive=True),
-        )
+        low = given.number("low_freq_factor", positive=True)
+        high = given.number("high_freq_factor", positive=True)
+        if low >= high:
+            raise given.refusal("high_freq_factor", f"a number above low_freq_factor {low}")
+        factor = given.number("factor", positive=True)
+        return RopeScaling(kind, factor, original, low_freq_factor=low, high_freq_factor=high)
     default = RopeScaling()
     return RopeScaling(
         kind,
@@ -267,7 +283,7 @@ def _described_ropes(config: ModelConfig) -> dict[str, Any]:
 def _described(rope: Rope, head_dim: int) -> dict[str, Any]:
     values = dataclasses.asdict(rope.scaling)
     given = {name: values[name] for name in _ROPE_FIELDS[rope.scaling.kind]}
-    fraction = rope.dim / head_dim
+    fraction = rotary_fraction(rope.dim, head_dim)
     return {
         "rope_type": rope.scaling.kind,
         "rope_theta": rope.theta,
@@ -280,9 +296,10 @@ def _token_ids(keys: Fields, key: str) -> tuple[int, ...]:
     """One token, several or none."""
     given = keys.values.get(key)
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(is_integer(token) and 0 <= token <= _LARGEST for token in ids):
+    found = tuple(token for token in ids if is_integer(token) and -1 <= token <= _LARGEST)
+    if len(found) != len(ids):
         raise keys.refusal(key, "token ids or null")
-    return tuple(ids)
+    return tuple(token for token in found if token >= 0)  # -1 is none, too
 
 
 def _count(keys: Fields, key: str, maximum: int = _LARGEST) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.models.config import Rope, RopeScaling
+from slipstream.builder.models.config import LONGEST, Rope, RopeScaling
+from slipstream.errors import CheckpointError
 
 Frequencies = NDArray[np.float32]
 
@@ -17,8 +19,29 @@ def rotary_frequencies(rope: Rope) -> tuple[Frequencies, float]:
     YaRN).
 
     Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position
-    interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023).
+    interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023). Raises CheckpointError
+    for numbers whose angles are not finite.
     """
+    try:
+        with np.errstate(all="ignore"):
+            frequencies, factor = _scaled(rope)
+            angles = [*(frequencies * np.float32(LONGEST)), np.float32(factor)]
+    except (ArithmeticError, ValueError) as error:
+        raise _no_angles(rope) from error
+    if not np.all(np.isfinite(angles)):
+        raise _no_angles(rope)
+    return frequencies, factor
+
+
+def _no_angles(rope: Rope) -> CheckpointError:
+    given = {name: value for name, value in asdict(rope.scaling).items() if value is not None}
+    return CheckpointError(
+        f"config.json: rope_theta {rope.theta} with {given} gives rotary angles that are not "
+        "finite; correct its rope parameters or download the checkpoint again"
+    )
+
+
+def _scaled(rope: Rope) -> tuple[Frequencies, float]:
     scaling, dim = rope.scaling, rope.dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers = np.power(np.float32(rope.theta), exponents, dtype=np.float32)

@@ -12,7 +12,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 from slipstream.extensions import entry_points, load
-from slipstream.plugins.cuda.detect import has_gpu
+from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
 
 # Packages add to it by entry points of this group, whose names and values are of the same form.
 GROUP, ATTRIBUTE = "slipstream.targets", "TARGET"
@@ -78,12 +78,26 @@ def check_choices(
 def create_target(name: str) -> Target:
     """The target called ``name``, or the best one this machine has for ``auto``."""
     if name == "auto":
-        name = "cuda" if has_gpu() else "cpu"
+        name = "cuda" if gpu_works() else "cpu"
     known = known_targets()
     if name not in known:
         raise BuildError(f"target {name!r} is unknown; known targets: auto, {', '.join(known)}")
     target: Target = load(known[name], ATTRIBUTE, GROUP)
     return target
+
+
+def check_runs_here(target: str, capability: str) -> None:
+    """Raise BuildError where ``auto`` would make an engine that this machine's GPU is too old
+    for."""
+    here = gpu_capability()
+    if target != "auto" or here is None or not capability.startswith("sm_"):
+        return
+    if int(capability.removeprefix("sm_")) > int(sm(here).removeprefix("sm_")):
+        raise BuildError(
+            f"the engine needs a GPU of {capability} or newer, for float8, and this one is "
+            f"{sm(here)}; leave out the fp8, use --target cpu, or use --target cuda to build for "
+            "another machine"
+        )
 
 
 def known_targets() -> dict[str, str]:

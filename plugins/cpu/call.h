@@ -28,24 +28,26 @@ inline void expect_ok(Status* status) {
 }
 
 // The sizes of a spec's shapes. Attributes come from a file, and an axis of an empty tensor may be of any length.
-inline int64_t whole(bool overflows, int64_t size) {
-  if (overflows) throw std::invalid_argument("attributes and shapes make a size that 64 bits do not hold");
-  return size;
+[[noreturn]] inline void overflow() {
+  throw std::invalid_argument("attributes and shapes make a size that 64 bits do not hold");
 }
 
 inline int64_t add(int64_t a, int64_t b) {
   int64_t sum = 0;
-  return whole(__builtin_add_overflow(a, b, &sum), sum);
+  if (__builtin_add_overflow(a, b, &sum)) overflow();
+  return sum;
 }
 
 inline int64_t subtract(int64_t a, int64_t b) {
   int64_t difference = 0;
-  return whole(__builtin_sub_overflow(a, b, &difference), difference);
+  if (__builtin_sub_overflow(a, b, &difference)) overflow();
+  return difference;
 }
 
 inline int64_t multiply(int64_t a, int64_t b) {
   int64_t product = 0;
-  return whole(__builtin_mul_overflow(a, b, &product), product);
+  if (__builtin_mul_overflow(a, b, &product)) overflow();
+  return product;
 }
 
 inline int64_t divide(int64_t a, int64_t b) {

@@ -7,6 +7,7 @@ namespace simd {
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));  // bits of floats: their sums and shifts may wrap around
 constexpr int kLanes = 4;
 #if defined(__ARM_NEON)
 constexpr int kRegisters = 32;
@@ -91,9 +92,9 @@ SLIPSTREAM_INLINE Floats keep(Floats a, int64_t low, int64_t high, Floats other)
 }
 SLIPSTREAM_INLINE Floats scale_or_zero(Floats a, Floats n, Floats x) {
   const Floats safe = x >= splat(-126.0f) ? n : splat(0.0f);
-  const Ints power = __builtin_convertvector(safe, Ints);
-  const Ints scaled = reinterpret_cast<Ints>(a) + (power << 23);
-  return reinterpret_cast<Floats>(scaled & (x >= splat(-126.0f)));
+  const Words power = reinterpret_cast<Words>(__builtin_convertvector(safe, Ints));
+  const Words scaled = reinterpret_cast<Words>(a) + (power << 23);
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(scaled) & (x >= splat(-126.0f)));
 }
 
 SLIPSTREAM_INLINE Ints splat(int32_t x) { return Ints{x, x, x, x}; }
@@ -102,7 +103,7 @@ SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[
 SLIPSTREAM_INLINE Ints multiply_small(Ints a, Ints b) { return a * b; }
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) {
-  return reinterpret_cast<Floats>((__builtin_convertvector(a, Ints) + 127) << 23);
+  return reinterpret_cast<Floats>((reinterpret_cast<Words>(__builtin_convertvector(a, Ints)) + 127) << 23);
 }
 
 }  // namespace simd

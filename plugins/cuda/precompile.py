@@ -9,7 +9,6 @@ reads its share from stdin.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from slipstream.cores import usable_cores
 
 # Options that a launch gives; Triton derives the others from them and from the GPU.
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "instrumentation_mode")
@@ -70,7 +71,7 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
 def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:
     """Compile ``kernels`` for a GPU into Triton's cache, on several cores; whatever fails here is
     left to the launch, which reports it."""
-    workers = min(len(os.sched_getaffinity(0)), len(kernels), _MOST_WORKERS)
+    workers = min(usable_cores(), len(kernels), _MOST_WORKERS)
     if workers < 2:
         return
     architecture = capability[0] * 10 + capability[1]

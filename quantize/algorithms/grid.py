@@ -84,7 +84,8 @@ def stored(scale: Tensor, scheme: Scheme, name: str) -> Tensor:
     if not rounded.isfinite().all():
         raise CheckpointError(
             f"tensor {name} needs a scale of {float(scale.abs().max()):.3g}, which "
-            f"{scheme.scale_dtype} cannot hold; leave it unquantized: --exclude {name}"
+            f"{scheme.scale_dtype} cannot hold; leave it unquantized: --exclude "
+            f"{name.removesuffix('.weight')}"
         )
     return rounded
 

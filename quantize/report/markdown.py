@@ -52,6 +52,10 @@ def _summary(report: Report) -> list[tuple[str, str]]:
             f"{report.effective_bits:.2f} in the linears quantized, "
             f"{report.bits_per_parameter:.2f} in the whole model",
         ),
+        (
+            "loads in",
+            ", ".join(["Slipstream", *(n for n, why in report.loaders.items() if not why)]),
+        ),
     ]
     if report.accuracy is not None:
         found = report.accuracy
@@ -89,7 +93,7 @@ def _remarks(report: Report) -> list[str]:
     fallbacks = [
         f"`{linear.name}`: {linear.fallback}" for linear in report.linears if linear.fallback
     ]
-    remarks = [*report.notes, *fallbacks]
+    remarks = [*report.refusals(), *report.notes, *fallbacks]
     return ["## Remarks", "\n".join(f"* {remark}" for remark in remarks)] if remarks else []
 
 

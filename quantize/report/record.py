@@ -100,7 +100,8 @@ class Report:
     ``size`` and ``size_before`` are bytes of all tensors and ``parameters`` how many numbers they
     stand for. ``accuracy`` compares the file as written with the checkpoint, None when that was not
     asked for. ``calibration`` says on what, empty when no data was used. ``peak_memory`` is in
-    bytes, ``seconds`` by stage in order.
+    bytes, ``seconds`` by stage in order. ``loaders`` are other runtimes by name, with the reason
+    why they do not load the files, empty where they do.
     """
 
     source: str
@@ -119,6 +120,7 @@ class Report:
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    loaders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def effective_bits(self) -> float:
@@ -136,6 +138,10 @@ class Report:
         measured = [linear for linear in self.linears if math.isfinite(linear.error)]
         return sorted(measured, key=lambda linear: -linear.error)[:_WORST]
 
+    def refusals(self) -> list[str]:
+        """A sentence for each loader that does not take the files."""
+        return [f"{loader} does not load it: {why}" for loader, why in self.loaders.items() if why]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a number that is not finite is None."""
         plain = {
@@ -143,7 +149,7 @@ class Report:
             for name in (
                 *("source", "output", "qformat", "kv_cache_dtype", "size", "size_before"),
                 *("parameters", "effective_bits", "bits_per_parameter", "calibration", "seed"),
-                *("seconds", "peak_memory", "options", "versions", "notes"),
+                *("seconds", "peak_memory", "options", "versions", "notes", "loaders"),
             )
         }
         worst = [
@@ -161,15 +167,21 @@ class Report:
         return found
 
     def write(self, directory: Path) -> list[Path]:
-        """Write ``quantization_report.json``, ``.md`` and, with matplotlib, ``.png``."""
-        paths = [directory / f"{STEM}.json", directory / f"{STEM}.md"]
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        """Write ``quantization_report.json``, ``.md`` and, with matplotlib, ``.png``.
+
+        They come last: the first lists all files of the directory, which are what another run may
+        replace.
+        """
+        plotted = find_spec("matplotlib") is not None
+        paths = [directory / f"{STEM}.{kind}" for kind in ("json", "md", "png")[: 2 + plotted]]
+        files = sorted({*directory.iterdir(), *paths})
+        content = {**self.as_dict(), "files": [file.name for file in files]}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         paths[0].write_text(text + "\n", encoding="utf-8")
         plots = NO_PLOTS
-        if find_spec("matplotlib") is None:
+        if not plotted:
             log.info(NO_PLOTS)
         else:
-            paths.append(directory / f"{STEM}.png")
             # Loaded by name: plots are an extra, and importing matplotlib takes a second.
             import_module("slipstream.quantize.report.plots").draw(self, paths[-1])
             plots = f"![Error and bits by layer, perplexity]({STEM}.png)"

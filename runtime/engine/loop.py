@@ -27,6 +27,9 @@ from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
+# Logits of prompt tokens that one step scores.
+_SCORED_BYTES = 256 << 20
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -85,9 +88,17 @@ class EngineLoop:
                 f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
             )
         self.scheduler = Scheduler(
-            engine.config, num_pages, engine.caches, engine.executor.draft_tokens
+            engine.config,
+            num_pages,
+            engine.caches,
+            engine.executor.draft_tokens,
+            max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
         )
         self._engine = engine
+        # Files may name tokens that the model has no logits for.
+        self._eos_token_ids = frozenset(
+            token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
+        )
         self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0
         self._builder = BatchBuilder(engine.config, engine.caches)
@@ -138,7 +149,8 @@ class EngineLoop:
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise InvalidRequestError(
                 f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
-                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?"
+                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?",
+                param="prompt",
             )
 
     def add_request(self, request: Request) -> None:
@@ -213,7 +225,7 @@ class EngineLoop:
                     len(request.prompt_token_ids), params.max_tokens
                 ),
                 seed=child_seed(seed, index),
-                eos_token_ids=self._engine.tokenizer.eos_token_ids,
+                eos_token_ids=self._eos_token_ids,
             )
             for index in range(params.n)
         ]

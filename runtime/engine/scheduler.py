@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
-from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.kv_cache import Allocation, Move
@@ -79,8 +80,9 @@ class Scheduler:
 
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
-    any time between. A waiting sequence never overtakes one before it, and the first running one
-    can always take pages from the last, so every sequence comes to its end.
+    any time between. A waiting sequence never overtakes one before it, unless that is a sibling
+    (``n`` > 1) where few rows are free, and the first running one can always take pages from the
+    last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -92,14 +94,17 @@ class Scheduler:
         num_pages: int,
         caches: tuple[CacheSpec, ...] = (),
         draft_tokens: int = 0,
+        max_scored: int = sys.maxsize,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
-        window); the device guesses up to ``draft_tokens`` tokens a sequence and step."""
+        window); the device guesses up to ``draft_tokens`` tokens a sequence and step. A step scores
+        ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._config = config
         self._draft_tokens = draft_tokens
+        self._max_scored = max_scored if config.enable_chunked_prefill else sys.maxsize
         self._reserve_all = config.scheduler_policy == "guaranteed_no_evict"
         self._rows = list(range(config.max_batch_size - 1, -1, -1))
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
@@ -124,25 +129,29 @@ class Scheduler:
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None) -> int:
         """``max_tokens`` clamped to the room after the prompt; None asks for all of it.
 
-        Raises ``InvalidRequestError`` for a prompt that is empty or too long and ``CapacityError``
-        for a request that would not fit in the KV pages even alone.
+        Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
+        that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
+        even alone.
         """
         limit = self._config.max_seq_len
-        if not 1 <= prompt_len < limit:
+        if prompt_len < 1:
             raise InvalidRequestError(
-                f"the prompt has {prompt_len} tokens; this engine takes 1 to {limit - 1}"
-                f" (max_seq_len {limit} less one token to generate). Shorten the prompt or"
-                " load the engine with a larger max_seq_len"
+                f"the prompt has 0 tokens; this engine takes 1 to {limit - 1}. Give it some text",
+                param="prompt",
             )
+        if prompt_len >= limit:
+            raise ContextLengthError(prompt_len, limit)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
         max_tokens = min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
+                f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
                 f"{prompt_len} prompt tokens and max_tokens {max_tokens} do not fit in the KV cache"
                 f" of {self.kv.num_pages} pages ({capacity} tokens). Lower max_tokens, shorten the"
-                " prompt, or raise kv_cache_bytes"
+                " prompt, or raise kv_cache_bytes",
+                param="prompt" if prompt_len > capacity else "max_tokens",
             )
         self._check_windows(prompt_len + max_tokens - 1)
         return max_tokens
@@ -166,7 +175,8 @@ class Scheduler:
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
         for sequence in prefills:
-            count = min(budget, sequence.num_tokens - sequence.num_scheduled)
+            room = self._room(plan, sequence, budget)
+            count = min(room, sequence.num_tokens - sequence.num_scheduled)
             if count:
                 plan.add(sequence, count)
                 budget -= count
@@ -228,7 +238,8 @@ class Scheduler:
                 raise CapacityError(
                     f"a sequence of {num_tokens} tokens holds {pages} pages of cache"
                     f" {', '.join(group.caches)} at a time, which has {group.num_pages}. Lower"
-                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes"
+                    " max_num_tokens or max_tokens, shorten the prompt, or raise kv_cache_bytes",
+                    param="prompt",
                 )
 
     def _make_room(self) -> None:
@@ -286,23 +297,46 @@ class Scheduler:
         self._rows.append(sequence.row)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while budget and self.waiting and self._rows and self.kv.num_available:
-            sequence = self.waiting[0]
+        while budget and self._rows and self.kv.num_available:
+            sequence = self._next()
+            if sequence is None:
+                return
             if sequence.pending:  # preempted: the host must know its tokens to compute them again
                 return
             prefix = self._match(sequence)
             copied = self._num_copied(sequence, prefix)
             count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
-            if count > budget and not self._config.enable_chunked_prefill:
+            room = self._room(plan, sequence, budget)
+            if not room or (count > room and not self._config.enable_chunked_prefill):
                 return
             if not self._fits(sequence, prefix):
                 return
-            self._start(self.waiting.pop(0), prefix)
+            self.waiting.remove(sequence)
+            self._start(sequence, prefix)
             plan.moves += self._fork(sequence, copied)
-            count = min(count, budget)
+            count = min(count, room)
             plan.add(sequence, count)
             plan.admitted.append(sequence)
             budget -= count
+
+    def _next(self) -> Sequence | None:
+        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
+        to other requests, which would else wait until they have ended."""
+        if len(self._rows) > self._config.max_batch_size // 8:
+            return self.waiting[0] if self.waiting else None
+        return next((each for each in self.waiting if each.index == 0), None)
+
+    def _room(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a sequence a step may still take within its budget: fewer where every
+        one of them has logits."""
+        if not sequence.scores_prompt:
+            return budget
+        scored = sum(
+            count
+            for other, count in zip(plan.sequences, plan.counts, strict=True)
+            if other.scores_prompt
+        )
+        return min(budget, max(0, self._max_scored - scored))
 
     def _match(self, sequence: Sequence) -> Node:
         if sequence.scores_prompt:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from slipstream.builder.contract import TARGET_GRAPH, Port
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from slipstream.runtime.sampling.logits_processors import Edits
 
 IntArray = NDArray[np.int32]
 # The token of a logits row whose guess, or one before it, was not accepted.
@@ -30,7 +33,8 @@ class SamplingRow:
     bad words read them). ``position`` is the number of output tokens before the one to be sampled:
     it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
     when the device runs ahead of what the host knows. ``target`` is set on rows that only score
-    that prompt token, whose place in the prompt is then ``position``.
+    that prompt token, whose place in the prompt is then ``position``. ``edits`` are those of its
+    logits, as whoever makes them remembers them.
     """
 
     params: SamplingParams
@@ -40,6 +44,7 @@ class SamplingRow:
     eos_token_ids: frozenset[int] = frozenset()
     target: int | None = None
     position: int = 0
+    edits: Edits | None = None
 
 
 @dataclass(frozen=True, slots=True)

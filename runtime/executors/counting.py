@@ -270,7 +270,7 @@ class CountingExecutor:
             return row.target
         if token == GARBAGE:
             return GARBAGE
-        return next_token(token, self._vocab_size, row.seed if row.params.temperature else 0)
+        return next_token(token, self._vocab_size, 0 if row.params.greedy else row.seed)
 
 
 class CountingStep:

@@ -23,7 +23,8 @@ from slipstream.builder.contract import (
     paged,
     states,
 )
-from slipstream.builder.engine import Engine
+from slipstream.builder.engine import WEIGHTS, Engine
+from slipstream.cores import usable_cores
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
@@ -126,7 +127,7 @@ class _Pending:
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes every core this process may use. The session runs in the
+    ``config.num_threads`` None takes every core that a CPU quota leaves. The session runs in the
     caller's thread: the device is made of the cores that would do the bookkeeping meanwhile, and
     handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
     switch interval of 5 ms when other threads were busy).
@@ -142,10 +143,13 @@ class CPUExecutor:
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
         self._sampler = Sampler(manifest.vocab_size)
-        threads = config.num_threads or len(os.sched_getaffinity(0))
+        threads = config.num_threads or usable_cores()
         library.load().slipstream_set_threads(threads)
+        # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
+        # of the engine's directory.
+        self._weights = _map_weights(engine)
         self._graphs = {
-            name: _Graph(spec, _create_session(engine, spec, threads))
+            name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
         }
 
@@ -260,8 +264,20 @@ class CPUExecutor:
         return np.empty(shape, output.dtype)
 
 
-def _create_session(engine: Engine, spec: GraphSpec, num_threads: int) -> ort.InferenceSession:
+def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
+    """The file of the weights, if the engine has one, by its name."""
+    files = [WEIGHTS] if WEIGHTS in engine.manifest.files else []
+    return {name: np.memmap(engine.path / name, np.uint8, "r").view(np.ndarray) for name in files}
+
+
+def _create_session(
+    engine: Engine, spec: GraphSpec, weights: Mapping[str, NDArray[np.uint8]], num_threads: int
+) -> ort.InferenceSession:
     graph, options = engine.path / spec.file, ort.SessionOptions()
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
+    )
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     for module in library.modules(engine.manifest.plugins):
         options.register_custom_ops_library(library.path(module))
         library.load(module).slipstream_set_threads(num_threads)

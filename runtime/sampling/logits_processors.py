@@ -13,6 +13,41 @@ from slipstream.runtime.sampling.params import SamplingParams
 Logits = NDArray[np.float32]
 
 
+class Edits:
+    """What the parameters and the tokens of one sequence ask of its logits, as arrays that are made
+    once: a step costs what is new, however much there is."""
+
+    __slots__ = ("_counted", "_counts", "_seen", "allowed", "bias", "biased")
+
+    def __init__(self, row: SamplingRow, vocab_size: int) -> None:
+        params = row.params
+        bias, allowed = params.logit_bias or {}, params.allowed_token_ids
+        self.allowed = None if allowed is None else np.array(allowed, np.int64)
+        self.biased = np.array(list(bias), np.int64)
+        self.bias = np.array(list(bias.values()), np.float32)
+        self._counted = 0
+        self._counts = np.zeros(vocab_size if params.penalizes else 0, np.int64)
+        self._seen = np.zeros(len(self._counts), np.bool_)
+        if params.penalizes:
+            self._seen[list(row.prompt)] = True
+
+    def penalize(self, edited: Logits, row: SamplingRow) -> None:
+        """Lower what the prompt or the output holds."""
+        params, new = row.params, row.output[self._counted :]
+        np.add.at(self._counts, new, 1)
+        self._seen[new] = True
+        self._counted += len(new)
+        if params.repetition_penalty != 1:
+            seen = np.flatnonzero(self._seen)
+            values = edited[seen]
+            edited[seen] = np.where(
+                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+            )
+        if params.frequency_penalty or params.presence_penalty:
+            ids = np.flatnonzero(self._counts)
+            edited[ids] -= params.frequency_penalty * self._counts[ids] + params.presence_penalty
+
+
 def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     """Apply allowed tokens, bad words, minimum length, logit bias and penalties to ``logits[V]``.
 
@@ -23,22 +58,24 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     too_short = row.position < params.min_tokens
     if not (params.edits_logits or too_short):
         return logits
-    edited = _only_allowed(logits, params)
+    if row.edits is None:
+        row.edits = Edits(row, len(logits))
+    edits = row.edits
+    edited = _only_allowed(logits, edits.allowed)
     for token in completed_bad_words(params, row.output):
         edited[token] = -np.inf
     if too_short:
         edited[ending_tokens(row)] = -np.inf
     if params.logit_bias:
-        edited[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
+        edited[edits.biased] += edits.bias
     if params.penalizes:
-        _penalize(edited, row)
+        edits.penalize(edited, row)
     return edited
 
 
-def _only_allowed(logits: Logits, params: SamplingParams) -> Logits:
-    if params.allowed_token_ids is None:
+def _only_allowed(logits: Logits, allowed: NDArray[np.int64] | None) -> Logits:
+    if allowed is None:
         return logits.copy()
-    allowed = list(params.allowed_token_ids)
     edited = np.full_like(logits, -np.inf)
     edited[allowed] = logits[allowed]
     return edited
@@ -47,9 +84,11 @@ def _only_allowed(logits: Logits, params: SamplingParams) -> Logits:
 def completed_bad_words(params: SamplingParams, output: Sequence[int]) -> list[int]:
     """The tokens that would now complete a bad word begun in the output (not in the prompt)."""
     completed = []
-    for *beginning, last in params.bad_words_token_ids:
-        if not beginning or list(output[-len(beginning) :]) == beginning:
-            completed.append(last)
+    for word in params.bad_words_token_ids:
+        size = len(word) - 1
+        # Most differ in the token before, and whole words are dear to compare.
+        if not size or (output and output[-1] == word[-2] and tuple(output[-size:]) == word[:-1]):
+            completed.append(word[-1])
     return completed
 
 
@@ -60,21 +99,3 @@ def ending_tokens(row: SamplingRow) -> list[int]:
     if not row.params.ignore_eos:
         ending |= row.eos_token_ids
     return list(ending)
-
-
-def _penalize(edited: Logits, row: SamplingRow) -> None:
-    # Counting afresh from the live lists costs about 40 ns a token: less than keeping counts right
-    # through preemption and copies for n > 1 would cost in code.
-    params = row.params
-    output = np.asarray(row.output, np.int64)
-    if params.repetition_penalty != 1:
-        seen = np.concatenate([np.asarray(row.prompt, np.int64), output])
-        values = edited[seen]
-        # A token that occurs twice is written twice with the same value.
-        edited[seen] = np.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
-    if params.frequency_penalty or params.presence_penalty:
-        counts = np.bincount(output)
-        ids = np.flatnonzero(counts)
-        edited[ids] -= params.frequency_penalty * counts[ids] + params.presence_penalty

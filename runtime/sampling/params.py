@@ -7,6 +7,7 @@ read them from ``SamplingParams``.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,10 @@ from slipstream.runtime.sampling.parameter_checks import (
 # taken.
 GREEDY_TEMPERATURE = 1e-5
 
-_NUMBERS = {
+RANDOM_SEED = -1  # what many clients send for none
+
+# What each numeric parameter may be.
+NUMBERS = {
     "n": Number(int, 1, 16384, remedy="use 1 for one completion"),
     "max_tokens": Number(int, 1, optional=True, remedy="leave it out to use all the room left"),
     "min_tokens": Number(int, 0, remedy="use 0 for no minimum"),
@@ -34,19 +38,26 @@ _NUMBERS = {
         float, 0, 1000, remedy="use 0 for greedy decoding, about 0.7 for variety"
     ),
     "top_k": Number(int, -1, remedy="use 0 or -1 to keep all tokens"),
-    "top_p": Number(float, 0, 1, open_low=True, remedy="use 1 to keep all tokens"),
+    "top_p": Number(float, 0, 1, remedy="use 1 to keep all tokens"),
     "min_p": Number(float, 0, 1, remedy="use 0 to switch it off"),
     "repetition_penalty": Number(
-        float, 0, 1000, open_low=True, remedy="use 1 to switch it off, about 1.1 against repetition"
+        # Beyond, and with a logit of some size, float32 ends.
+        float,
+        1e-3,
+        1000,
+        remedy="use 1 to switch it off, about 1.1 against repetition",
     ),
     "presence_penalty": Number(float, -2, 2, remedy="use 0 to switch it off"),
     "frequency_penalty": Number(float, -2, 2, remedy="use 0 to switch it off"),
-    "seed": Number(int, 0, 2**64 - 1, optional=True, remedy="leave it out for a random seed"),
+    "seed": Number(
+        int, -(2**63), 2**64 - 1, optional=True, remedy="leave it out for a random seed"
+    ),
     "logprobs": Number(int, -1, optional=True, remedy="leave it out for none, -1 for all tokens"),
     "prompt_logprobs": Number(
         int, -1, optional=True, remedy="leave it out for none, -1 for all tokens"
     ),
 }
+_TOKEN_ID = re.compile(r"\d{1,10}")  # Python reads no number of thousands of digits
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
@@ -71,14 +82,16 @@ class SamplingParams:
     temperature: divides the logits; below 1e-5 the most likely token is taken and the next three
     are ignored.
     top_k: keep the k most likely tokens and those equal to the k-th (0 or -1: all).
-    top_p: keep the smallest set of most likely tokens whose mass reaches p.
+    top_p: keep the smallest set of most likely tokens whose mass reaches p; at 0 the most likely
+    token is taken.
     min_p: keep tokens at least this many times as likely as the most likely one.
     repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
     the output.
     presence_penalty, frequency_penalty: subtracted from logits of output tokens, once / for each
     occurrence.
     seed: makes the completion reproducible, whatever else is in the batch; of ``n`` completions the
-    first, and the others by seeds that are mixed of it and their index.
+    first, and the others by seeds that are mixed of it and their index. -1 is a random one, as for
+    vLLM and llama.cpp, and other negative ones are those of the same 64 bits.
     stop: a string or several that end the completion; cut from the text unless
     ``include_stop_str_in_output``.
     stop_token_ids: tokens that end the completion, beside the model's own end-of-sequence tokens.
@@ -128,7 +141,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Validate, and turn sequences into tuples."""
-        check_numbers(self, _NUMBERS)
+        check_numbers(self, NUMBERS)
+        if self.seed is not None and self.seed < 0:
+            self._set(seed=None if self.seed == RANDOM_SEED else self.seed % 2**64)
         for name in _FLAGS:
             check_flag(name, getattr(self, name))
         self._set(
@@ -140,19 +155,19 @@ class SamplingParams:
             ),
         )
         if self.allowed_token_ids is not None:
-            self._set(
-                allowed_token_ids=check_token_ids(
-                    "allowed_token_ids",
-                    self.allowed_token_ids,
-                    empty_remedy="leave it out to allow all tokens",
-                )
+            allowed = check_token_ids(
+                "allowed_token_ids",
+                self.allowed_token_ids,
+                empty_remedy="leave it out to allow all tokens",
             )
+            self._set(allowed_token_ids=tuple(dict.fromkeys(allowed)))
         if self.logit_bias is not None:
             self._set(logit_bias=check_logit_bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; "
-                f"lower min_tokens to at most {self.max_tokens}, or raise max_tokens"
+                f"lower min_tokens to at most {self.max_tokens}, or raise max_tokens",
+                param="min_tokens",
             )
         self._derive()
 
@@ -168,7 +183,7 @@ class SamplingParams:
         )
         needs_output = any(len(word) > 1 for word in self.bad_words_token_ids)
         self._set(
-            greedy=self.temperature < GREEDY_TEMPERATURE,
+            greedy=self.temperature < GREEDY_TEMPERATURE or self.top_p == 0,
             penalizes=penalizes,
             edits_logits=penalizes
             or bool(self.logit_bias or self.bad_words_token_ids)
@@ -185,13 +200,15 @@ class SamplingParams:
         if unknown:
             raise InvalidRequestError(
                 f"unknown sampling parameter {', '.join(map(repr, unknown))}; "
-                f"known are {', '.join(known)}"
+                f"known are {', '.join(known)}",
+                param=unknown[0],
             )
         given = {name: value for name, value in values.items() if value is not None}
         if isinstance(bias := given.get("logit_bias"), Mapping):
             # JSON objects have string keys.
             given["logit_bias"] = {
-                int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()
+                int(k) if isinstance(k, str) and _TOKEN_ID.fullmatch(k) else k: v
+                for k, v in bias.items()
             }
         return cls(**given)
 
@@ -226,7 +243,8 @@ class SamplingParams:
         if encode is None:
             raise InvalidRequestError(
                 "bad_words need a tokenizer, and this engine has none; "
-                "send bad_words_token_ids instead"
+                "send bad_words_token_ids instead",
+                param="bad_words",
             )
         sequences = dict.fromkeys(tuple(ids) for ids in self.bad_words_token_ids)
         for word in self.bad_words:
@@ -248,5 +266,6 @@ class SamplingParams:
             if ids and max(ids) >= vocab_size:
                 raise InvalidRequestError(
                     f"{name} holds token {max(ids)}, but this model's tokens go from 0 to "
-                    f"{vocab_size - 1}; use ids of this model's tokenizer"
+                    f"{vocab_size - 1}; use ids of this model's tokenizer",
+                    param=name,
                 )

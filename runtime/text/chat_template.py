@@ -1,19 +1,16 @@
-"""Chat templates: Jinja programs from a checkpoint, in a sandbox set up as in ``transformers``."""
+"""Chat templates: messages into the text that a model was trained on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slipstream.errors import CheckpointError, InvalidRequestError
+from slipstream.errors import InvalidRequestError
+from slipstream.weights.json import Origin
+from slipstream.weights.templates import TemplateLimitError, compile_template, limited_work
 
 # What a template may stumble over when messages lack what it expects, besides its own complaints.
 _RENDER_ERRORS = (
@@ -23,7 +20,15 @@ _RENDER_ERRORS = (
     LookupError,
     ArithmeticError,
     AttributeError,
+    RecursionError,
+    MemoryError,
 )
+_REMEDY = "give another with --chat-template FILE (chat_template in Python)"
+_ORIGIN = Origin("the chat template", _REMEDY)
+
+# As in transformers: it ends in a space, so that a template that trims what it is given is seen.
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -31,28 +36,92 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         """Raises ``CheckpointError`` if ``source`` is not a Jinja template."""
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(
-                f"the chat template is not valid Jinja ({error}); "
-                "mend chat_template.jinja in the engine directory"
-            ) from error
+        self._source = source
+        self._template = compile_template(source, _ORIGIN)
 
-    def render(self, messages: object, tools: object, variables: Mapping[str, Any]) -> str:
-        """The prompt; ``InvalidRequestError`` if messages are malformed or the template objects."""
-        checked = _checked_messages(messages)
-        try:
-            return self._template.render(
-                **_plain("chat template arguments", dict(variables)),
-                messages=checked,
-                tools=_plain("tools", tools),
+    def render(
+        self,
+        messages: object,
+        tools: object,
+        variables: Mapping[str, Any],
+        *,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt; ``InvalidRequestError`` if messages are malformed or the template objects.
+
+        ``continue_final_message`` ends it with what the last message says.
+        """
+        checked = self._known_roles(_with_reasoning(_checked_messages(messages)))
+        if not continue_final_message:
+            return self._render(checked, tools, variables)
+        final = _tag(checked[-1]) if "content" in self._source else None
+        text = "" if final is None else self._render(checked, tools, variables)
+        if final is None or final.strip() not in text or _TAG.strip() not in text:
+            raise InvalidRequestError(
+                "continue_final_message is true, but the last message has no text, or this model's "
+                "chat template does not show it as it is; leave it out",
+                param="continue_final_message",
             )
+        before, _, after = text.rpartition(_TAG.strip())
+        # A template may trim what it is given; then nothing may follow the text.
+        return before if after.startswith(" ") else before.rstrip()
+
+    def _known_roles(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """OpenAI's newer name for who instructs, which few templates know, as its older name."""
+        if "developer" in self._source:
+            return messages
+        older = {"developer": "system"}
+        return [
+            {**message, "role": older.get(message["role"], message["role"])} for message in messages
+        ]
+
+    def _render(
+        self, checked: list[dict[str, Any]], tools: object, variables: Mapping[str, Any]
+    ) -> str:
+        try:
+            with limited_work():
+                return self._template.render(
+                    **_plain("chat template arguments", dict(variables)),
+                    messages=checked,
+                    tools=_plain("tools", tools),
+                )
+        except TemplateLimitError as error:
+            raise InvalidRequestError(
+                f"the chat template does too much: {error}; send fewer or shorter messages, or "
+                f"{_REMEDY}"
+            ) from error
         except _RENDER_ERRORS as error:
             raise InvalidRequestError(
                 f"the chat template refused these messages: {error}; "
-                "send roles and contents that this model's template accepts"
+                "send roles and contents that this model's template accepts",
+                param="messages",
             ) from error
+
+
+def _tag(message: dict[str, Any]) -> str | None:
+    """Mark the end of what a message says, its last text if it has parts; return that."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _TAG
+        return content
+    parts = content if isinstance(content, list) else []
+    for part in reversed(parts):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _TAG
+            return text
+    return None
+
+
+def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What an assistant thought has had several names; templates get all of them."""
+    named = []
+    for message in messages:
+        thought = next((message[name] for name in _REASONING if name in message), None)
+        more = {} if thought is None else {"reasoning_content": thought}
+        known = {} if thought is None else {"thinking": thought}
+        named.append({**known, **message, **more})
+    return named
 
 
 def select_template(templates: Mapping[str, str], *, with_tools: bool) -> str:
@@ -64,7 +133,8 @@ def select_template(templates: Mapping[str, str], *, with_tools: bool) -> str:
     raise InvalidRequestError(
         "this model has no default chat template "
         f"(it has: {', '.join(sorted(templates)) or 'none'}); "
-        "send a plain prompt, or put a chat_template.jinja into the engine directory"
+        f"send a plain prompt, or {_REMEDY}",
+        param="messages",
     )
 
 
@@ -72,7 +142,8 @@ def _checked_messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise InvalidRequestError(
             f"messages is {messages!r:.80}, expected a non-empty list of dicts; "
-            "use e.g. [{'role': 'user', 'content': 'Hello'}]"
+            "use e.g. [{'role': 'user', 'content': 'Hello'}]",
+            param="messages",
         )
     for index, message in enumerate(messages):
         _check_message(index, message)
@@ -85,68 +156,30 @@ def _check_message(index: int, message: object) -> None:
     remedy = "use e.g. {'role': 'user', 'content': 'Hello'}"
     if not isinstance(message, dict):
         raise InvalidRequestError(
-            f"messages[{index}] is {message!r:.80}, expected a dict; {remedy}"
+            f"messages[{index}] is {message!r:.80}, expected a dict; {remedy}", param="messages"
         )
     if not isinstance(role := message.get("role"), str) or not role:
         raise InvalidRequestError(
-            f"messages[{index}]['role'] is {role!r:.80}, expected a name; {remedy}"
+            f"messages[{index}]['role'] is {role!r:.80}, expected a name; {remedy}",
+            param="messages",
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str | list | tuple):
         raise InvalidRequestError(
             f"messages[{index}]['content'] is {content!r:.80}, expected text or a list of parts; "
-            f"{remedy}"
+            f"{remedy}",
+            param="messages",
         )
 
 
-def _plain(what: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _plain(name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
     # A copy of plain JSON types: a template can reach no method of a caller's object and change
     # nothing.
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
-            f"{what} cannot be expressed as JSON ({error}); "
-            "use text, numbers, booleans, lists and dicts"
+            f"{name} cannot be expressed as JSON ({error}); "
+            "use text, numbers, booleans, lists and dicts",
+            param=name,
         ) from error
-
-
-class _GenerationBlocks(Extension):
-    """``{% generation %}`` blocks mark assistant text for training; here they are just text."""
-
-    tags = {"generation"}  # noqa: RUF012 - as declared by Extension
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-    )
-    # Jinja's own tojson escapes HTML characters and sorts keys.
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

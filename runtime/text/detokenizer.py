@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.special_stops import special_stops
 from slipstream.runtime.text.tokenizer import Tokenizer
 
 
@@ -13,7 +14,8 @@ class Detokenizer:
 
     The joined results of ``append`` and ``finish`` equal ``tokenizer.decode`` of the same tokens
     up to a stop string, however the tokens were grouped. Text that may turn out to be the
-    beginning of a stop string is held back. With ``prompt`` the text is what follows the prompt,
+    beginning of a stop string is held back; a special token that one names is found there also
+    where it is not shown. With ``prompt`` the text is what follows the prompt,
     so a SentencePiece-like tokenizer keeps its leading space.
 
     The caller leaves out a final end-of-sequence or stop token, unless
@@ -21,7 +23,15 @@ class Detokenizer:
     stop string ended the text; ``num_tokens`` counts the tokens taken until then.
     """
 
-    __slots__ = ("_exempt", "_matcher", "_stream", "num_tokens", "stop_reason")
+    __slots__ = (
+        "_exempt",
+        "_keep",
+        "_matcher",
+        "_specials",
+        "_stream",
+        "num_tokens",
+        "stop_reason",
+    )
 
     def __init__(
         self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
@@ -30,11 +40,10 @@ class Detokenizer:
         self._stream = tokenizer.text_stream(
             skip_special_tokens=params.skip_special_tokens, prompt=prompt
         )
-        self._matcher = (
-            StopMatcher(params.stop, keep=params.include_stop_str_in_output)
-            if params.stop
-            else None
-        )
+        stops = tuple(params.stop)
+        self._specials = special_stops(tokenizer, stops, skipped=params.skip_special_tokens)
+        self._keep = params.include_stop_str_in_output
+        self._matcher = StopMatcher([*self._specials.stops], keep=self._keep) if stops else None
         self._exempt = params.min_tokens
         self.num_tokens = 0
         self.stop_reason: str | None = None
@@ -51,7 +60,8 @@ class Detokenizer:
             if self.stop_reason is not None:
                 break
             self.num_tokens += 1
-            increment += self._search(self._stream.push(token_id))
+            mark = self._specials.marks.get(token_id, "")
+            increment += self._search(self._stream.push(token_id) + mark)
         return increment
 
     def finish(self) -> str:
@@ -60,21 +70,25 @@ class Detokenizer:
             return ""
         increment = self._search(self._stream.flush())
         if self._matcher is not None and self.stop_reason is None:
-            increment += self._matcher.release()
+            increment += self._specials.shown(self._matcher.release())
         return increment
 
     def _search(self, text: str) -> str:
-        if self._matcher is None or not text or self.num_tokens <= self._exempt:
+        if self._matcher is None or not text:
             return text
-        text = self._matcher.feed(text)
-        self.stop_reason = self._matcher.matched
-        return text
+        if self.num_tokens > self._exempt:
+            text = self._matcher.feed(text)
+        found = self._matcher.matched
+        if found is None:
+            return self._specials.shown(text)
+        self.stop_reason = self._specials.stops[found]
+        return self._specials.shown_with(text, found) if self._keep else self._specials.shown(text)
 
 
 class StopMatcher:
     """Finds the stop string that completes first in a text that arrives in pieces."""
 
-    __slots__ = ("_held", "_inner", "_keep", "_stops", "matched")
+    __slots__ = ("_first", "_held", "_inner", "_keep", "_longest", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         """``keep`` leaves the stop string in the text."""
@@ -82,13 +96,21 @@ class StopMatcher:
         self._keep = keep
         self._held = ""
         self._inner = {char for stop in stops for char in stop[:-1]}
+        self._first = {stop[0] for stop in stops}
+        self._longest = max(map(len, stops))
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
         """Take a piece and return the text that no stop string can claim any more."""
+        held = len(self._held)
         text = self._held + text
-        # Of several that complete at the same character the longest counts.
-        found = [(at + len(s), -len(s), s) for s in self._stops if (at := text.find(s)) >= 0]
+        # Of several that complete at the same character the longest counts. None lies within what
+        # was held.
+        found = [
+            (at + len(s), -len(s), s)
+            for s in self._stops
+            if (at := text.find(s, max(0, held - len(s) + 1))) >= 0
+        ]
         if found:
             end, negative_length, self.matched = min(found)
             self._held = ""
@@ -106,12 +128,10 @@ class StopMatcher:
         """Length of the longest end of ``text`` with which a stop string begins."""
         if text[-1] not in self._inner:
             return 0
-        return max(
-            (
-                size
-                for stop in self._stops
-                for size in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )
+        # What is passed over here is let go and never looked at again.
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._first:
+                end = text[at:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return len(end)
+        return 0

@@ -17,6 +17,9 @@ from typing import Protocol
 # A byte-fallback token, as `tokenizers` recognises it.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+# How far back in a prompt a token is looked for that is not special: any will do.
+_NEAR = 100
+
 
 class TextStream(Protocol):
     """Turns a sequence of tokens into increments of text; never emits half a character."""
@@ -27,6 +30,11 @@ class TextStream(Protocol):
 
     def flush(self) -> str:
         """Return what was still waiting for more bytes; incomplete characters become U+FFFD."""
+        ...
+
+    def before(self, token_id: int) -> int:
+        """How many characters that are not shown yet will stand before ``token_id`` if that is
+        pushed next; one that it may complete does not."""
         ...
 
 
@@ -55,7 +63,7 @@ def byte_level_bytes(token: str) -> bytes:
 class ByteLevelStream:
     """Text of a byte-level tokenizer."""
 
-    __slots__ = ("_decode", "_skip", "_token_bytes")
+    __slots__ = ("_decoder", "_skip", "_token_bytes")
 
     def __init__(self, token_bytes: Callable[[int], bytes], skip: frozenset[int]) -> None:
         """``token_bytes`` maps an id to its bytes; tokens in ``skip`` are left out."""
@@ -63,15 +71,21 @@ class ByteLevelStream:
         self._skip = skip
         # "replace" substitutes maximal invalid subparts, as Rust's from_utf8_lossy in `tokenizers`
         # does.
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is now certain."""
-        return "" if token_id in self._skip else self._decode(self._token_bytes(token_id))
+        return "" if token_id in self._skip else self._decoder.decode(self._token_bytes(token_id))
 
     def flush(self) -> str:
         """Return U+FFFD if a character is incomplete."""
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
+
+    def before(self, token_id: int) -> int:
+        """1 if a character is incomplete and ``token_id`` does not go on with it."""
+        first = b"" if token_id in self._skip else self._token_bytes(token_id)[:1]
+        goes_on = b"\x80" <= first < b"\xc0" or not first
+        return int(bool(self._decoder.getstate()[0]) and not goes_on)
 
 
 class WindowStream:
@@ -96,7 +110,8 @@ class WindowStream:
         self._skip = skip
         # The first token of the window has been shown already; it is there because a decoder may
         # treat the first token of a text differently.
-        self._window: list[int] = next(([i] for i in reversed(prompt) if self._settles(i)), [])
+        end = reversed(prompt[-_NEAR:])
+        self._window: list[int] = next(([i] for i in end if self._settles(i)), [])
         self._shown = len(decode(self._window))
 
     def _settles(self, token_id: int) -> bool:
@@ -123,3 +138,8 @@ class WindowStream:
         increment = self._decode(self._window)[self._shown :]
         self._shown += len(increment)
         return increment
+
+    def before(self, token_id: int) -> int:
+        """The length of the byte run so far, without what ``token_id`` may complete."""
+        held = self._decode(self._window)[self._shown :]
+        return len(held if self._settles(token_id) else held.rstrip("\ufffd"))

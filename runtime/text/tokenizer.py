@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from slipstream.errors import CheckpointError, ExecutionError, InvalidRequestError
 from slipstream.runtime.text.stream import (
@@ -17,46 +21,31 @@ from slipstream.runtime.text.stream import (
     WindowStream,
     byte_level_bytes,
 )
-from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings, read_template
+from slipstream.weights.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from slipstream.runtime.text.chat_template import ChatTemplate
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerSettings:
-    """What the files beside ``tokenizer.json`` say.
-
-    ``special_tokens``: text of the special tokens by role, e.g. ``{"eos_token": "</s>"}``.
-    ``eos_token_ids``: the ids that end a completion according to ``generation_config.json``.
-    ``chat_templates``: Jinja source by name; the usual one is ``default``.
-    """
-
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    eos_token_ids: frozenset[int] = frozenset()
-    chat_templates: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_directory(cls, path: Path) -> TokenizerSettings:
-        """Read the optional files; raises ``CheckpointError`` on one that is damaged."""
-        config = _read(path / "tokenizer_config.json")
-        special = _special_tokens(_read(path / "special_tokens_map.json"))
-        return cls(
-            special | _special_tokens(config),
-            _token_ids(_read(path / "generation_config.json"), "eos_token_id"),
-            _chat_templates(path, config),
-        )
+_FEW = 1000  # tokens whose text is quickly made
 
 
 class Tokenizer:
     """A Hugging Face fast tokenizer with its chat templates; safe to use from several threads."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
-        """Wrap ``backend``, switching off truncation and padding: no prompt is cut silently."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: TokenizerSettings,
+        vocab_size: int = sys.maxsize,
+    ) -> None:
+        """Wrap ``backend``, switching off truncation and padding: no prompt is cut silently.
+
+        It gets the tokens of ``settings`` that the model knows, which has ``vocab_size`` of them.
+        """
         backend.no_truncation()
         backend.no_padding()
+        _add_tokens(backend, settings, vocab_size)
         self._backend = backend
         self._settings = settings
         self._templates: dict[str, ChatTemplate] = {}
@@ -71,12 +60,19 @@ class Tokenizer:
         self.eos_token_ids = settings.eos_token_ids | frozenset(eos)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Tokenizer:
+    def from_directory(
+        cls,
+        path: str | Path,
+        vocab_size: int = sys.maxsize,
+        chat_template: str | Path | None = None,
+    ) -> Tokenizer:
         """Load ``tokenizer.json`` and what lies beside it.
 
-        Reads special_tokens_map.json, tokenizer_config.json, generation_config.json and
-        chat_template.jinja where present. Raises ``CheckpointError`` if a file is missing or
-        damaged.
+        Reads special_tokens_map.json, added_tokens.json, tokenizer_config.json,
+        generation_config.json and chat_template.jinja where present; ``chat_template`` is the file
+        of another template, which takes the place of the model's. Tokens that only the smaller
+        files name are left out at and above ``vocab_size``, the width of the model's logits. Raises
+        ``CheckpointError`` if a file is missing or damaged.
         """
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
@@ -84,17 +80,14 @@ class Tokenizer:
                 f"{file} is missing; an engine needs a fast tokenizer: save one with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) and build again"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        # The Rust library raises nothing narrower; where it panics, not even an Exception.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise CheckpointError(
-                f"{file} cannot be read as a tokenizer ({error}); fetch it again, or update "
-                f"`tokenizers` (installed: {tokenizers.__version__})"
-            ) from error
-        return cls(backend, TokenizerSettings.from_directory(Path(path)))
+        backend = read_tokenizer(file)
+        settings = TokenizerSettings.from_directory(Path(path))
+        if chat_template is None:
+            return cls(backend, settings, vocab_size)
+        given = {"default": read_template(Path(chat_template))}
+        tokenizer = cls(backend, replace(settings, chat_templates=given), vocab_size)
+        tokenizer._compiled("default")  # a broken one is told at once
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -120,13 +113,18 @@ class Tokenizer:
         """Token ids of ``text``, with what the tokenizer puts around a text (e.g. BOS) if asked."""
         if not isinstance(text, str):
             raise InvalidRequestError(
-                f"the prompt is {type(text).__name__} {text!r:.80}, expected text"
+                f"the prompt is {type(text).__name__} {text!r:.80}, expected text", param="prompt"
             )
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` would hold the interpreter's lock to its end: seconds for megabytes of text.
+            (encoded,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+            return encoded.ids
         except (TypeError, UnicodeError) as error:
             raise InvalidRequestError(
-                f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates"
+                f"the prompt {text!r:.80} is not valid Unicode ({error}); remove lone surrogates",
+                param="prompt",
             ) from error
         except BaseException as error:
             if not _is_panic(error):
@@ -136,11 +134,40 @@ class Tokenizer:
                 " mend tokenizer.json in the checkpoint and build the engine again"
             ) from error
 
+    def offsets(self, text: str) -> list[int]:
+        """Where in ``text`` each token of ``encode(text)`` begins; one that the tokenizer puts
+        around it (e.g. BOS) has no length, and the parts of a character begin where that does."""
+        (encoded,) = self._backend.encode_batch([text])
+        offsets, end = [], 0
+        for start, stop in encoded.offsets:
+            offsets.append(min(start, end) if start < stop else end)
+            end = max(end, stop)
+        return offsets
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all tokens at once; ids outside the vocabulary are left out.
 
-        Raises ``ExecutionError`` where the library panics."""
+        Raises ``ExecutionError`` where the library panics.
+        """
         return self._decode(token_ids, skip_special_tokens)
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at least, told from its length alone."""
+        return len(text.encode("utf-8", "surrogatepass")) // self._most_bytes
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        """The most bytes of a text that one token can stand for."""
+        # In a byte-level vocabulary a character is a byte; elsewhere it is at most as long as here.
+        sizes = [
+            len(token) if self._byte_level else len(token.encode())
+            for token in self._backend.get_vocab(with_added_tokens=False)
+        ]
+        added = self._backend.get_added_tokens_decoder().values()
+        sizes += [len(token.content.encode()) for token in added]
+        longest = max(4, *sizes)  # a character that no token knows has up to 4
+        # Composing characters (NFC) makes a text up to three times as short.
+        return longest if self._backend.normalizer is None else 3 * longest
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary."""
@@ -173,33 +200,55 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final_message: bool = False,
         **variables: Any,  # noqa: ANN401 - templates define their own
     ) -> str:
         """The prompt text for a conversation; encode it with ``add_special_tokens=False``.
 
+        The assistant's turn is begun (``add_generation_prompt``), unless the last message is to be
+        gone on with (``continue_final_message``): then the text ends with what it says.
         ``variables`` reach the template (e.g. ``enable_thinking=False``). Raises
         ``InvalidRequestError`` if there is no template, the messages are malformed, or the
         template refuses them.
         """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt cannot both be true; leave one "
+                "out"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         # Imported here because jinja2 is slow to import and plain prompts do not need it.
-        from slipstream.runtime.text.chat_template import ChatTemplate, select_template
+        from slipstream.runtime.text.chat_template import select_template
 
         name = select_template(self._settings.chat_templates, with_tools=tools is not None)
-        if name not in self._templates:
-            self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
         variables = {
             **self._settings.special_tokens,
             "documents": None,
             **variables,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._templates[name].render(messages, tools, variables)
+        render = self._compiled(name).render
+        return render(messages, tools, variables, continue_final_message=continue_final_message)
+
+    def _compiled(self, name: str) -> ChatTemplate:
+        from slipstream.runtime.text.chat_template import ChatTemplate
+
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._settings.chat_templates[name])
+        return self._templates[name]
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        backend, skip = self._backend, skip_special_tokens
         try:
-            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            if len(token_ids) <= _FEW:
+                return backend.decode(token_ids, skip_special_tokens=skip)
+            # `decode` would hold the interpreter's lock to its end.
+            (text,) = backend.decode_batch([token_ids], skip_special_tokens=skip)
+            return text
         except BaseException as error:
             if not _is_panic(error):
                 raise
@@ -220,6 +269,26 @@ class Tokenizer:
         return known
 
 
+def _add_tokens(
+    backend: tokenizers.Tokenizer, settings: TokenizerSettings, vocab_size: int
+) -> None:
+    backend.add_tokens(_within(backend, settings.added_tokens, vocab_size))
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    marked = _within(backend, settings.marked_tokens, vocab_size)
+    backend.add_special_tokens([known.get(token.content, token) for token in marked])
+
+
+def _within(
+    backend: tokenizers.Tokenizer, tokens: Iterable[AddedToken], vocab_size: int
+) -> list[AddedToken]:
+    """The tokens that the backend has, or will give an id below ``vocab_size``."""
+    added = max(backend.get_added_tokens_decoder(), default=-1)
+    room = vocab_size - max(backend.get_vocab_size(with_added_tokens=False), added + 1)
+    new = dict.fromkeys(t.content for t in tokens if backend.token_to_id(t.content) is None)
+    beyond = set(list(new)[max(room, 0) :])
+    return [token for token in tokens if token.content not in beyond]
+
+
 def _is_panic(error: BaseException) -> bool:
     """Whether the Rust library panicked: what it then raises is no ``Exception``, and its class can
     be imported from nowhere."""
@@ -227,48 +296,16 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    return isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+    """Whether text is made of tokens by GPT-2's alphabet of bytes, and by nothing else."""
+    return backend.decoder is not None and {"ByteLevel"} == set(
+        _decoders(json.loads(backend.decoder.__getstate__()))
+    ) - {"Fuse"}
 
 
-def _read(file: Path) -> Fields:
-    origin = Origin(file, "fetch it again and build the engine again")
-    return read_fields(file, origin) if file.is_file() else Fields({}, origin)
-
-
-def _token_ids(config: Fields, key: str) -> frozenset[int]:
-    """One token, several or none."""
-    if isinstance(config.values.get(key), list):
-        return frozenset(config.integers(key))
-    token = config.optional_integer(key)
-    return frozenset(() if token is None else (token,))
-
-
-def _special_tokens(config: Fields) -> dict[str, str]:
-    tokens = {}
-    for name in filter(config.has, _SPECIAL_NAMES):
-        # An object is a serialised AddedToken.
-        whole = isinstance(config.values[name], Mapping)
-        tokens[name] = config.fields(name).text("content") if whole else config.text(name)
-    return tokens
-
-
-def _chat_templates(path: Path, config: Fields) -> dict[str, str]:
-    templates: dict[str, str] = {}
-    if isinstance(config.values.get("chat_template"), list):
-        entries = config.list_of_fields("chat_template")
-        templates = {entry.text("name"): entry.text("template") for entry in entries}
-    elif config.has("chat_template"):
-        templates = {"default": config.text("chat_template")}
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        templates["default"] = _text(file)
-    return templates
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); fetch it again and build the engine again"
-        ) from error
+def _decoders(decoder: Mapping[str, Any]) -> Iterator[str]:
+    """The kinds of a decoder's steps, of which ``Sequence`` has several."""
+    if decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _decoders(step)
+    else:
+        yield decoder["type"]

@@ -16,9 +16,10 @@ import numpy as np
 from slipstream import __version__
 from slipstream.builder.contract import kv_dtype_of
 from slipstream.builder.engine import WEIGHTS, Engine, open_engine
+from slipstream.cores import usable_cores
 from slipstream.errors import InvalidRequestError
 from slipstream.plugins import library
-from slipstream.server.text import format_bytes, format_columns
+from slipstream.server.text import format_bytes, format_columns, printable
 
 _PERCENTILES = (50, 90, 99)
 _CPUINFO = Path("/proc/cpuinfo")
@@ -112,6 +113,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "instruction_sets": list(library.isas()),
     }
 
@@ -134,7 +136,8 @@ def _described(engine: Engine) -> str:
     manifest = engine.manifest
     size = format_bytes((engine.path / WEIGHTS).stat().st_size)
     kv_dtype = kv_dtype_of(manifest.caches)
-    return f"{manifest.model['architecture']}, {size} of weights, {kv_dtype} KV"
+    architecture = printable(str(manifest.model["architecture"]))
+    return f"{architecture}, {size} of weights, {kv_dtype} KV"
 
 
 def _spaced(name: str) -> str:

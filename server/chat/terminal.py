@@ -11,6 +11,7 @@ from typing import Protocol
 import click
 
 from slipstream.server.chat.markdown import MarkdownStream, Segment
+from slipstream.server.text import printable
 
 _QUOTES = '"""'
 _HISTORY_LINES = 1000
@@ -52,7 +53,7 @@ class PlainTerminal:
 
     def notice(self, text: str) -> None:
         """Say something on stderr."""
-        click.echo(text, err=True)
+        click.echo(printable(text, keep="\n"), err=True)
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -89,7 +90,7 @@ class RichTerminal:
 
     def notice(self, text: str) -> None:
         """Say something in a dim voice."""
-        self._console.print(text, style="dim")
+        self._console.print(printable(text, keep="\n"), style="dim")
 
     def close(self) -> None:
         """Write the history."""

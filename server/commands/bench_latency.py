@@ -11,7 +11,7 @@ from slipstream.errors import InvalidRequestError
 from slipstream.server.bench.options import POSITIVE, bench_options
 from slipstream.server.command import Command
 from slipstream.server.models import engine_path
-from slipstream.server.options import runtime_options
+from slipstream.server.options import unwatched_options
 from slipstream.server.progress import item_progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--num-iters-warmup", type=click.IntRange(min=0), default=1, help="Batches before those."
 )
-@runtime_options
+@unwatched_options
 def latency(
     model: str,
     input_len: int,

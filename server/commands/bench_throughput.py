@@ -10,7 +10,7 @@ import click
 from slipstream.server.bench.options import POSITIVE, bench_options
 from slipstream.server.command import Command
 from slipstream.server.models import engine_path
-from slipstream.server.options import runtime_options
+from slipstream.server.options import unwatched_options
 from slipstream.server.progress import item_progress
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     help="Requests in flight; a new one is sent when one ends.  "
     "[default: the engine's max-batch-size]",
 )
-@runtime_options
+@unwatched_options
 def throughput(
     model: str,
     input_len: int,

@@ -20,7 +20,7 @@ from slipstream.quantize.calibration_data import EVALUATION_WINDOW, evaluation_w
 from slipstream.quantize.evaluate import Accuracy, Perplexity, accuracy, perplexity
 from slipstream.server.command import Command
 from slipstream.server.models import engine_path
-from slipstream.server.options import runtime_options
+from slipstream.server.options import unwatched_options
 from slipstream.server.progress import Report, item_progress
 from slipstream.server.text import format_columns
 
@@ -64,7 +64,7 @@ class _Measured:
     f"[default: {EVALUATION_WINDOW}, or max-seq-len if that is less]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-@runtime_options
+@unwatched_options
 def evaluate(
     engine: str,
     reference: str | None,

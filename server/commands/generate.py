@@ -12,7 +12,7 @@ import click
 from slipstream.server.command import Command
 from slipstream.server.core.usage import Usage
 from slipstream.server.models import load_model
-from slipstream.server.options import SAMPLING, runtime_options, sampling_options
+from slipstream.server.options import SAMPLING, sampling_options, unwatched_options
 
 if TYPE_CHECKING:
     from slipstream.runtime.engine.step import TokenLogprobs
@@ -38,7 +38,7 @@ Prompt = str | list[dict[str, str]]
     "--json", "as_json", is_flag=True, help="Print one JSON object with texts, reasons and usage."
 )
 @click.option("--stats", is_flag=True, help="Print tokens and times on stderr at the end.")
-@runtime_options
+@unwatched_options
 def generate(
     model: str,
     prompt: str | None,

@@ -28,6 +28,9 @@ from slipstream.server.text import format_bytes, format_columns
 _BIGGEST = 8
 
 
+_DAMAGED = ("missing", "changed", "not listed")
+
+
 @dataclass(frozen=True, slots=True)
 class _Contents:
     """Everything that is shown of an engine."""
@@ -62,7 +65,7 @@ def inspect(engine: Path, verify: bool, as_json: bool) -> None:
     files = list_files(opened, verify=verify)
     contents = _Contents(opened, files, *_readable(opened, files, verify))
     click.echo(json.dumps(_as_json(contents), indent=2) if as_json else _as_text(contents))
-    damaged = [file for file in files if file.status in ("missing", "changed")]
+    damaged = [file for file in files if file.status in _DAMAGED]
     if damaged:
         found = ", ".join(f"{file.name} is {file.status}" for file in damaged)
         raise CommandError(f"{found}; build the engine again: {opened.manifest.command}")
@@ -72,7 +75,7 @@ def _readable(
     engine: Engine, files: Sequence[FileEntry], verify: bool
 ) -> tuple[list[WeightEntry], dict[str, int], dict[str, int]]:
     """Weights, operators and kernels; nothing of an engine that lacks or damages a file."""
-    if any(file.status in ("missing", "changed") for file in files):
+    if any(file.status in _DAMAGED for file in files):
         return [], {}, {}
     graph = read_graph(engine)
     if verify:
@@ -85,7 +88,7 @@ def _as_json(contents: _Contents) -> dict[str, object]:
     fields = asdict(manifest)
     fields["kv"] = describe_kv(manifest.caches)
     fields["files"] = [
-        {**asdict(file), "sha256": manifest.files[file.name]} for file in contents.files
+        {**asdict(file), "sha256": manifest.files.get(file.name)} for file in contents.files
     ]
     return {
         "path": str(contents.engine.path),

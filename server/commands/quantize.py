@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slipstream.cores import usable_cores
 from slipstream.server.command import Command
 from slipstream.server.options import output_option, quantize_options
 from slipstream.server.progress import Report as Bar
 from slipstream.server.progress import item_progress
-from slipstream.server.text import format_bytes, format_columns
+from slipstream.server.text import format_bytes, format_columns, printable
 
 if TYPE_CHECKING:
     from slipstream.builder.checkpoints import Checkpoint
@@ -61,6 +61,8 @@ def quantize(
       slipstream quantize model -o model-fp8 --qformat fp8 --kv-cache-dtype fp8
       slipstream quantize model --qformat int4_gptq --override 're:.*down_proj=int8_wo' --dry-run
     """
+    if dry_run and resume:
+        raise click.UsageError("--resume goes on with a run, --dry-run makes none; leave one out")
     if dry_run:
         _dry_run(checkpoint, options)
     elif output is None:
@@ -80,7 +82,7 @@ def _dry_run(source: str, options: QuantizeOptions) -> None:
     click.echo()
     click.echo(format_columns([("linears", "scheme"), *_counted(plan)], indent=""))
     for note in plan.notes:
-        click.echo(f"note: {note}")
+        click.echo(f"note: {printable(note)}")
 
 
 def _needs(plan: Plan) -> list[tuple[str, str]]:
@@ -89,7 +91,7 @@ def _needs(plan: Plan) -> list[tuple[str, str]]:
     if asked is not None:
         weights = sum(n * k for n, k in map(plan.shape, plan.linears))
         after, bits = after + int((asked - bits) * weights / 8), asked
-    minutes = plan.seconds(os.cpu_count() or 1) / 60
+    minutes = plan.seconds(usable_cores()) / 60
     return [
         ("size", f"{format_bytes(after)} ({after / before:.0%} of {format_bytes(before)})"),
         ("bits", f"{bits:.2f} a weight of the decoder's linears, scales counted"),
@@ -206,8 +208,8 @@ def _summarize(report: Report, output: Path, seconds: float) -> None:
     for worst in report.worst()[:1]:
         rows.append(("worst linear", f"{worst.name} ({worst.suggestion()})"))
     click.echo(format_columns(rows))
-    for note in report.notes:
-        click.echo(f"note: {note}")
+    for note in [*report.notes, *report.refusals()]:
+        click.echo(f"note: {printable(note)}")
     kv = report.kv_cache_dtype
     more = f" --kv-cache-dtype {kv}" if kv == "int8" else ""
     click.echo(f"next: slipstream build {shlex.quote(str(output))} -o engine{more}")

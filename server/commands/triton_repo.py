@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import click
 
+from slipstream.builder.engine import is_engine
 from slipstream.server.command import Command
 from slipstream.server.models import engine_path
 from slipstream.server.options import runtime_options
@@ -48,7 +49,14 @@ _DEFAULTS = {name: field.default for name, field in Deployment.__dataclass_field
 @click.option(
     "--copy-engine",
     is_flag=True,
-    help="Copy the engine into the repository, which can then be moved or mounted alone.",
+    help="Copy the engine into the repository, which can then be moved or mounted alone. That of a "
+    "checkpoint is always copied.",
+)
+@click.option(
+    "--ensemble",
+    is_flag=True,
+    help="Write a model `ensemble` beside it, with TensorRT-LLM's names and shapes for its "
+    "clients.",
 )
 @runtime_options
 def triton_repo(
@@ -70,6 +78,8 @@ def triton_repo(
       slipstream triton-repo engine -o triton --copy-engine --max-batch-size 16 --kv-cache-bytes 2G
     """
     engine = engine_path(model, runtime)
+    # What the cache holds may be gone tomorrow.
+    deployment["copy_engine"] |= not is_engine(Path(model))
     plan = Deployment(name or engine.resolve().name, **deployment)
     written = write_repository(output, engine, plan, runtime)
     click.echo(f"wrote {written.model} and {written.backend}")

@@ -9,7 +9,9 @@ from typing import Any
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.text.tokenizer import Tokenizer
 
-_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
+_RESERVED = frozenset(
+    {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,52 +29,17 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation in the model's template; ``token_ids`` are those of ``text``."""
-
-    text: str
-    token_ids: list[int]
-
-
-def chat_prompt(
-    tokenizer: Tokenizer, conversation: Conversation, add_special_tokens: bool | None
-) -> ChatPrompt:
-    """Render and encode a conversation; raises ``InvalidRequestError``.
-
-    Templates write special tokens themselves, so none are added unless asked for.
-    """
-    text = _render(tokenizer, conversation)
-    return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=bool(add_special_tokens)))
-
-
-def _render(tokenizer: Tokenizer, conversation: Conversation) -> str:
+def render(tokenizer: Tokenizer, conversation: Conversation) -> str:
+    """The text of a conversation in the model's template; raises ``InvalidRequestError``."""
     reserved = sorted(_RESERVED & conversation.variables.keys())
     if reserved:
         raise InvalidRequestError(
-            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request"
+            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
+            param="chat_template_kwargs",
         )
-    going_on, generating = conversation.going_on, conversation.generating
-    if generating is None:
-        generating = not going_on
-    if going_on and generating:
-        raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt cannot both be true; leave one out"
-        )
-    messages = conversation.messages
-    text = tokenizer.apply_chat_template(messages, generating, **conversation.variables)
-    return _cut_after_last(text, messages) if going_on else text
-
-
-def _cut_after_last(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """``text`` up to the end of the last message's content, which the model is to go on with."""
-    content = messages[-1]["content"]
-    # Templates often strip what they are given.
-    for ending in (content, content.rstrip(), content.strip()):
-        position = text.rfind(ending)
-        if position >= 0:
-            return text[: position + len(ending)]
-    raise InvalidRequestError(
-        "continue_final_message is true, but this model's chat template does not show the last "
-        "message as it is; leave it out"
+    return tokenizer.apply_chat_template(
+        conversation.messages,
+        conversation.generating,
+        continue_final_message=conversation.going_on,
+        **conversation.variables,
     )

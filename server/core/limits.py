@@ -14,6 +14,13 @@ MAX_LOGPROBS = 20
 MAX_TEXTS = 64
 MAX_TEXT_LENGTH = 1000
 MAX_TOKEN_IDS = 1024
+MAX_ALLOWED = 16384  # tokens of an allow list, which is read once
+# Log probabilities in one answer: some 35 MB of JSON.
+MAX_SCORES = 1 << 19
+# Of a body: more take the event loop tens of milliseconds to read.
+MAX_VALUES = 1 << 18
+MAX_KEYS = 1 << 15  # lists, objects and fields
+MAX_FIELDS = 100  # of an object whose fields are known
 
 _MOST: Mapping[str, int] = {
     "n": MAX_N,
@@ -26,6 +33,7 @@ _MOST_ENTRIES: Mapping[str, int] = {
     "stop_token_ids": MAX_TOKEN_IDS,
     "bad_words_token_ids": MAX_TOKEN_IDS,
     "logit_bias": MAX_TOKEN_IDS,
+    "allowed_token_ids": MAX_ALLOWED,
 }
 _TEXTS = ("stop", "bad_words")
 
@@ -36,15 +44,24 @@ def check_limits(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is not None and not 0 <= value <= most:
             raise InvalidRequestError(
-                f"{name}={value} is more than this server gives; at most {most}"
+                f"{name}={value} is more than this server gives; at most {most}", param=name
             )
     for name, most in _MOST_ENTRIES.items():
         count = len(getattr(params, name) or ())
         if count > most:
-            raise InvalidRequestError(f"{name} has {count} entries; this server takes {most}")
+            raise InvalidRequestError(
+                f"{name} has {count} entries; this server takes {most}", param=name
+            )
+    total = sum(map(len, params.bad_words_token_ids))
+    if total > MAX_ALLOWED:
+        raise InvalidRequestError(
+            f"bad_words_token_ids has {total} tokens in all; this server takes {MAX_ALLOWED}",
+            param="bad_words_token_ids",
+        )
     for name in _TEXTS:
         longest = max(map(len, getattr(params, name)), default=0)
         if longest > MAX_TEXT_LENGTH:
             raise InvalidRequestError(
-                f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}"
+                f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}",
+                param=name,
             )

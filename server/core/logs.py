@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from slipstream.server.text import printable
+
 LogFormat = Literal["text", "json"]
 
 # The request in whose task a line is written.
@@ -48,10 +50,13 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, and a traceback below it if there is one."""
         line = _common(record)
-        head = [line.pop("time"), line.pop("level"), line.pop("message").replace("\n", "\\n")]
+        head = [line.pop("time"), line.pop("level"), printable(line.pop("message"))]
         line |= getattr(record, "fields", {})
         text = " ".join([*head, *(f"{name}={_quoted(value)}" for name, value in line.items())])
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        if not record.exc_info:
+            return text
+        traceback = printable(self.formatException(record.exc_info), keep="\n")
+        return f"{text}\n{traceback}"
 
 
 _FORMATTERS: Mapping[LogFormat, type[logging.Formatter]] = {

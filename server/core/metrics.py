@@ -29,6 +29,7 @@ _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0
 _TOKEN_SECONDS = (*_STEPS, 1, 2.5, 5, 10, 20, 40, 80)
 _REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20,
                     30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # fmt: skip
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,12 @@ FAMILIES: Mapping[str, Family] = {
         "histogram", "From arrival to the first token.", _REQUEST_SECONDS
     ),
     "inter_token_latency_seconds": Family("histogram", "Between two tokens.", _TOKEN_SECONDS),
+    "time_per_output_token_seconds": Family(
+        "histogram", "The older name of inter_token_latency_seconds.", _TOKEN_SECONDS
+    ),
+    "request_prompt_tokens": Family("histogram", "Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": Family("histogram", "Tokens of a completion.", _TOKENS),
+    "request_params_n": Family("histogram", "Completions of a request.", (1, 2, 5, 10, 20)),
     "e2e_request_latency_seconds": Family(
         "histogram", "From arrival to the last token.", _REQUEST_SECONDS
     ),
@@ -203,11 +210,12 @@ class EngineMetrics(Collector):
 class RequestWatch:
     """Turns the outputs of one request, of kind ``delta`` or ``final``, into observations."""
 
-    __slots__ = ("_ended", "_last", "_metrics")
+    __slots__ = ("_counts", "_ended", "_last", "_metrics")
 
     def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
         self._last: dict[int, float] = {}  # when a completion had its last token, by its index
+        self._counts: Counter[int] = Counter()  # tokens so far, likewise
         self._ended: set[int] = set()
 
     def see(self, output: RequestOutput) -> None:
@@ -216,6 +224,8 @@ class RequestWatch:
         now = times.finished_time or time.monotonic()
         if not self._last and times.first_token_time is not None:
             self._metrics.prompt_tokens += len(output.prompt_token_ids)
+            self._metrics.observe("request_prompt_tokens", len(output.prompt_token_ids))
+            self._metrics.observe("request_params_n", len(output.outputs))
             self._observe("time_to_first_token_seconds", times, "arrival_time", "first_token_time")
         for completion in output.outputs:
             if completion.index not in self._ended:
@@ -233,18 +243,21 @@ class RequestWatch:
         self, completion: CompletionOutput, times: RequestMetrics, now: float
     ) -> None:
         count, metrics = len(completion.token_ids), self._metrics
+        self._counts[completion.index] += count
         if count and times.first_token_time is not None:
             metrics.generation_tokens += count
             last = self._last.get(completion.index)
             if last is None:  # the first token's time is known, and it follows no other
                 last, count = times.first_token_time, count - 1
             if count:
-                metrics.observe("inter_token_latency_seconds", (now - last) / count, count)
+                for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
+                    metrics.observe(name, (now - last) / count, count)
                 last = now
             self._last[completion.index] = last
         if completion.finish_reason is not None:
             self._ended.add(completion.index)
             metrics.finished[completion.finish_reason] += 1
+            metrics.observe("request_generation_tokens", self._counts[completion.index])
 
     def _observe(self, name: str, times: RequestMetrics, begin: str, end: str) -> None:
         start, stop = getattr(times, begin), getattr(times, end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +20,14 @@ class ServerOptions:
                           none: everybody may ask.
     served_model_name     names that requests may give; the first is the one that is answered with.
                           None: the name of the model's file or directory.
-    max_queued_requests   prompts that may wait beyond the running batch; more are refused with 429.
+    max_queued_requests   completions that may wait beyond the running batch; more are refused with
+                          429.
+    allow_priority        take the ``priority`` of requests, by which one can overtake all others.
     max_request_bytes     size of a request's body; larger ones are refused with 413.
     allowed_origins       web pages of which origins may ask (CORS); ``*`` allows all.
+    allowed_hosts         names by which a server on a loopback address may be asked, beside
+                          addresses, names without a dot and those below ``localhost``; ``*`` allows
+                          all.
     log_format            ``text`` or ``json``.
     log_prompts           write prompts into the log.
     drain_timeout         seconds for running requests to end in after SIGTERM.
@@ -33,8 +40,10 @@ class ServerOptions:
     api_key: Sequence[str] = ()
     served_model_name: Sequence[str] = ()
     max_queued_requests: int = 1024
+    allow_priority: bool = False
     max_request_bytes: int = 4 << 20
     allowed_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     log_format: LogFormat = "text"
     log_prompts: bool = False
     drain_timeout: float = 60.0
@@ -48,6 +57,15 @@ class ServerOptions:
                 )
         if self.port > 65535:
             raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")
-        for name in ("api_key", "served_model_name", "allowed_origins"):
-            if not all(getattr(self, name)):
+        for name in ("api_key", "served_model_name", "allowed_origins", "allowed_hosts"):
+            if not all(value.strip() for value in getattr(self, name)):
                 raise InvalidRequestError(f"{name} is empty; leave it out, or give a text")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``host`` is a loopback address, or a name of one: only this machine may ask."""
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except OSError:  # nothing will listen there
+            return False
+        return ipaddress.ip_address(found[0][4][0]).is_loopback

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 from slipstream.errors import (
     CapacityError,
+    ContextLengthError,
     ExecutionError,
     InvalidRequestError,
     SlipstreamError,
@@ -14,6 +16,7 @@ from slipstream.errors import (
 
 # invalid       the request asks for something impossible or unknown.
 # unauthorized  it carries no key that is known.
+# forbidden     it came by a name of the server that a web page could have made up.
 # not_found     there is no such model, or no such path.
 # wrong_method  there is, but not for this method.
 # too_large     its body is larger than the server takes.
@@ -22,22 +25,28 @@ from slipstream.errors import (
 # failed        a step, or its row of one, failed on the device; others are answered.
 # internal      a bug.
 Kind = Literal[
-    "invalid", "unauthorized", "not_found", "wrong_method", "too_large", "busy", "unavailable",
-    "failed", "internal",
+    "invalid", "unauthorized", "forbidden", "not_found", "wrong_method", "too_large", "busy",
+    "unavailable", "failed", "internal",
 ]  # fmt: skip
 
 _KINDS: Mapping[type[SlipstreamError], Kind] = {
     InvalidRequestError: "invalid",
+    ContextLengthError: "invalid",
     CapacityError: "invalid",
     ExecutionError: "failed",
+}
+# OpenAI's word, by which clients know that a shorter conversation would be answered.
+_CODES: Mapping[type[SlipstreamError], str] = {
+    ContextLengthError: "context_length_exceeded",
+    CapacityError: "context_length_exceeded",
 }
 
 
 class Refusal(SlipstreamError):
     """A request is not answered, or not to its end.
 
-    ``param`` is the field it is about, ``code`` a word for programs, and ``retry_after`` the
-    seconds after which it may be sent again.
+    ``code`` is a word for programs, and ``retry_after`` the seconds after which it may be sent
+    again.
     """
 
     def __init__(
@@ -49,10 +58,9 @@ class Refusal(SlipstreamError):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, param=param)
         self.kind = kind
         self.message = message
-        self.param = param
         self.code = code
         self.retry_after = retry_after
 
@@ -61,7 +69,22 @@ def refusal_of(error: SlipstreamError) -> Refusal:
     """What a surface says of an error."""
     if isinstance(error, Refusal):
         return error
-    return Refusal(_KINDS.get(type(error), "internal"), str(error))
+    return Refusal(
+        _KINDS.get(type(error), "internal"),
+        str(error),
+        param=error.param,
+        code=_CODES.get(type(error)),
+    )
+
+
+@contextmanager
+def naming(fields: Mapping[str, str]) -> Iterator[None]:
+    """Call parameters of the engine, in errors raised inside, as the fields of a request."""
+    try:
+        yield
+    except SlipstreamError as error:
+        error.param = fields.get(error.param or "", error.param)
+        raise
 
 
 def internal_refusal() -> Refusal:

@@ -9,6 +9,8 @@ from typing import Any
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.limits import check_limits
 
+# What a completion (not a chat) generates when neither request nor model says.
+DEFAULT_COMPLETION_TOKENS = 16
 # What a request can say.
 FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams) if field.init)
 

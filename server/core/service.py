@@ -17,15 +17,19 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.core.limits import MAX_SEQUENCES
+from slipstream.runtime.text.length import check_length, size_of, texts_of
+from slipstream.server.core.conversation import Conversation, render
+from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.refusal import Refusal, naming
 
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
+_TYPICAL_TOKENS = 4096
+_CHARACTERS_A_TOKEN = 4
 
 # An output, and of which of a request's prompts.
 Item = tuple[int, RequestOutput]
@@ -33,12 +37,20 @@ Item = tuple[int, RequestOutput]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one request of a client asks of the engine."""
+    """What one request of a client asks of the engine.
 
-    prompts: Sequence[Prompt]
+    ``fields`` says what the client's API calls a parameter, where that is another name.
+
+    ``add_special_tokens``: whether texts are encoded with what the tokenizer puts around them;
+    None: prompts are, and conversations, whose templates write it themselves, are not.
+    """
+
+    prompts: Sequence[Prompt | Conversation]
     params: SamplingParams
     kind: OutputKind
     priority: int = 0
+    add_special_tokens: bool | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -86,7 +98,7 @@ class Service:
         self.metrics = metrics
         self.texts = TokenTexts(llm.tokenizer)
         self.draining = False
-        self._open = 0  # prompts that run or wait, those on their way to the engine included
+        self._open = 0  # completions that run or wait, those on their way to the engine included
         self._running: set[str] = set()
         self._idle = asyncio.Event()
 
@@ -114,8 +126,11 @@ class Service:
         Raises ``Refusal`` if the server takes no more, or ends the request; and what
         ``AsyncLLM.generate`` raises.
         """
-        with self._admission(job), self._tracking(job) as tracks:
-            runs = [self._generate(job, track) for track in tracks.values()]
+        self._check(job)
+        with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
+            self._log_prompts(job)
+            prompts = [await self._prompt(job, prompt) for prompt in job.prompts]
+            runs = [self._generate(job, prompts, track) for track in tracks.values()]
             async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as outputs:
                 async for output in outputs:
                     track = tracks[output.request_id]
@@ -124,14 +139,47 @@ class Service:
                         raise Refusal("unavailable", _SHUTTING_DOWN)
                     yield track.position, output
 
-    def _generate(self, job: Job, track: _Track) -> AsyncGenerator[RequestOutput, None]:
+    async def encode(
+        self, prompt: str | Conversation, add_special_tokens: bool | None = None
+    ) -> list[int]:
+        """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
+        ``InvalidRequestError``."""
+        tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
+        if isinstance(prompt, str):
+            check_length(tokenizer, [prompt], max_seq_len)
+            return await self._encoded(prompt, add_special_tokens is not False)
+        with naming({"prompt": "messages"}):
+            check_length(tokenizer, texts_of(prompt.messages), max_seq_len)
+            text = await self.llm.render(render, tokenizer, prompt)
+            return await self._encoded(text, bool(add_special_tokens))
+
+    async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        encode = self.llm.tokenizer.encode
+        return await self.llm.workers.run(len(text), encode, text, add_special_tokens)
+
+    async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
+        """What the engine is given: what it would encode in another way is encoded here."""
+        if isinstance(prompt, Conversation):
+            return await self.encode(prompt, job.add_special_tokens)
+        if isinstance(prompt, str) and job.add_special_tokens is False:
+            return await self.encode(prompt, add_special_tokens=False)
+        return prompt
+
+    def _generate(
+        self, job: Job, prompts: Sequence[Prompt], track: _Track
+    ) -> AsyncGenerator[RequestOutput, None]:
         return self.llm.generate(
-            job.prompts[track.position],
+            prompts[track.position],
             job.params,
             track.request_id,
             priority=job.priority,
             output_kind=job.kind,
         )
+
+    def _log_prompts(self, job: Job) -> None:
+        if self.options.log_prompts:
+            prompts = [p.messages if isinstance(p, Conversation) else p for p in job.prompts]
+            log_event(_LOG, "prompts", {"prompts": prompts, "params": repr(job.params)})
 
     @contextmanager
     def _tracking(self, job: Job) -> Iterator[dict[str, _Track]]:
@@ -155,6 +203,7 @@ class Service:
     async def drain(self) -> None:
         """Take no more requests and wait for the open ones; abort those that last too long."""
         self.draining = True
+        self.llm.stop_rendering()  # what still waits for its prompt would be refused then
         timeout = self.options.drain_timeout
         log_event(_LOG, "draining", {"requests": self._open, "timeout": timeout})
         if self._open:
@@ -166,22 +215,46 @@ class Service:
                 for request_id in list(self._running):
                     await self.llm.abort(request_id)
 
+    @property
+    def _capacity(self) -> int:
+        return self.llm.config.max_batch_size + self.options.max_queued_requests
+
+    def _check(self, job: Job) -> None:
+        """Raise ``Refusal`` for what this server never answers."""
+        count, n, most = len(job.prompts), job.params.n, min(MAX_SEQUENCES, self._capacity)
+        if not 1 <= count * n <= most:
+            raise Refusal(
+                "invalid",
+                f"{count} prompts of {n} completions each; one request takes 1 to {most} "
+                "completions. Send several requests",
+                param="n" if count <= most < count * n else "prompt",
+            )
+        if job.priority and not self.options.allow_priority:
+            raise Refusal(
+                "invalid",
+                f"priority={job.priority}, but this server runs first what came first; leave it "
+                "out, or start the server with --allow-priority",
+                param="priority",
+            )
+        scores = _scores(job, self.llm.config.max_seq_len)
+        if scores > MAX_SCORES:
+            raise Refusal(
+                "invalid",
+                f"the answer may hold {scores} log probabilities; one request takes {MAX_SCORES}. "
+                "Lower logprobs, max_tokens or n, or send several requests",
+                param="logprobs",
+            )
+
     @contextmanager
     def _admission(self, job: Job) -> Iterator[None]:
         if self.unavailable is not None:
             raise Refusal("unavailable", self.unavailable)
-        count = len(job.prompts)
-        if not 1 <= count * job.params.n <= MAX_SEQUENCES:
-            raise Refusal(
-                "invalid",
-                f"{count} prompts of {job.params.n} completions each; one request takes 1 to "
-                f"{MAX_SEQUENCES} completions. Send several requests",
-                param="prompt",
-            )
-        if self._open >= self.llm.config.max_batch_size + self.options.max_queued_requests:
+        count = len(job.prompts) * job.params.n
+        if self._open + count > self._capacity:
             raise Refusal(
                 "busy",
-                f"{self._open} requests run or wait already; send this one again later",
+                f"{self._open} completions run or wait already, and with these {count} there were "
+                f"more than {self._capacity}; send this request again later",
                 code="queue_full",
                 retry_after=self._wait_estimate(),
             )
@@ -201,6 +274,23 @@ class Service:
 def _close(tracks: Mapping[str, _Track], reason: Literal["abort", "error"]) -> None:
     for track in tracks.values():
         track.observer.close(reason)
+
+
+def _scores(job: Job, max_seq_len: int) -> int:
+    """How many log probabilities the answer holds at most; of texts and of unlimited answers, as
+    they mostly are."""
+    params, total = job.params, 0
+    if params.logprobs is not None:
+        rows = min(params.max_tokens or _TYPICAL_TOKENS, max_seq_len)
+        total += len(job.prompts) * params.n * rows * (1 + params.logprobs)
+    if params.prompt_logprobs is not None:
+        for prompt in job.prompts:
+            if isinstance(prompt, Conversation):
+                size = size_of(prompt.messages) // _CHARACTERS_A_TOKEN
+            else:
+                size = len(prompt) // (_CHARACTERS_A_TOKEN if isinstance(prompt, str) else 1)
+            total += min(size, max_seq_len) * (1 + params.prompt_logprobs)
+    return total
 
 
 def _aborted(output: RequestOutput) -> bool:

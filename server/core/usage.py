@@ -22,14 +22,18 @@ class Usage:
 
     def add(self, output: RequestOutput, position: int = 0) -> Self:
         """Take an output of the prompt at ``position`` into account."""
+        self.add_prompt(output, position)
+        for completion in output.outputs:
+            self.generated += len(completion.token_ids)
+        return self
+
+    def add_prompt(self, output: RequestOutput, position: int) -> None:
+        """The same without what it generated."""
         if position not in self._seen:
             self._seen.add(position)
             self.prompt += len(output.prompt_token_ids)
             self.cached += output.num_cached_tokens
-        for completion in output.outputs:
-            self.generated += len(completion.token_ids)
         self.metrics = output.metrics
-        return self
 
     def tokens(self) -> dict[str, int]:
         """Token counts, with OpenAI's names."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from slipstream.runtime.request import CompletionOutput, RequestOutput
-from slipstream.server.core.conversation import chat_prompt
-from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -19,6 +17,7 @@ from slipstream.server.openai.messages import conversation_of
 from slipstream.server.openai.protocol import ChatRequest
 from slipstream.server.openai.reply import (
     GENERATED,
+    GOES_ON,
     Frame,
     check_stream,
     dump,
@@ -41,12 +40,11 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
     check_stream(body)
     params = chat_params(body, service.llm.generation_defaults)
-    # A long conversation takes milliseconds to render and encode.
-    prompt = await asyncio.to_thread(
-        chat_prompt, service.llm.tokenizer, conversation_of(body), body.add_special_tokens
-    )
-    log_prompts(service, [prompt.text], params)
-    return await respond(request, job_of(body, [prompt.token_ids], params), ChatReply(frame))
+    fields = {"prompt": "messages"}
+    if body.max_completion_tokens is not None:
+        fields["max_tokens"] = "max_completion_tokens"
+    job = job_of(body, [conversation_of(body)], params, fields)
+    return await respond(request, job, ChatReply(frame))
 
 
 @dataclass(slots=True)
@@ -63,8 +61,8 @@ class ChatReply:
         return self.frame.usage
 
     def events(self, position: int, output: RequestOutput) -> bytes:
-        """A chunk for every completion with something new."""
-        self.frame.usage.add(output, position)
+        """Chunks for every completion with something new."""
+        self.frame.usage.add_prompt(output, position)
         events = "".join(self._chunks(c) for c in output.outputs if c.index not in self._ended)
         return events.encode()
 
@@ -81,26 +79,32 @@ class ChatReply:
         (output,) = outputs
         self.frame.usage.add(output)
         choices = [self._choice(completion) for completion in output.outputs]
-        if output.prompt_logprobs is None:
-            return self.frame.whole(choices)
         scores = prompt_logprobs(output.prompt_logprobs, self.frame.texts)
         return self.frame.whole(choices, prompt_logprobs=scores)
 
     def _chunks(self, completion: CompletionOutput) -> str:
+        """The role, content and the end are chunks of their own, each with the usage before it."""
         index, chunks = completion.index, ""
+        if not completion.token_ids and completion.finish_reason is None:
+            return chunks  # it has not begun
         if index not in self._begun:
             self._begun.add(index)
-            role = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-            chunks = self.frame.event(f'{{"index":{index},{role}}}')
+            chunks += self._chunk(index, '{"role":"assistant","content":""}')
         logprobs = "null"
         if completion.logprobs:
             logprobs = dump(chat_logprobs(completion.logprobs, self.frame.texts)).decode()
+        # Without either it is a part of a character, or of what may be a stop string.
+        if completion.text or completion.logprobs:
+            delta = f'{{"content":{json_text(completion.text)}}}'
+            chunks += self._chunk(index, delta, logprobs)
+        self.frame.usage.generated += len(completion.token_ids)
         if completion.finish_reason is not None:
             self._ended.add(index)
-        elif not completion.text and logprobs == "null":
-            return chunks  # a part of a character, or of what may be a stop string
-        delta = f'"delta":{{"content":{json_text(completion.text)}}},"logprobs":{logprobs}'
-        return chunks + self.frame.event(f'{{"index":{index},{delta},{last_fields(completion)}')
+            chunks += self._chunk(index, "{}", end=last_fields(completion))
+        return chunks
+
+    def _chunk(self, index: int, delta: str, logprobs: str = "null", end: str = GOES_ON) -> str:
+        return self.frame.event(f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},{end}')
 
     def _choice(self, completion: CompletionOutput) -> dict[str, object]:
         logprobs = None

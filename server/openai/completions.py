@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,14 +9,14 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.core.http.respond import log_prompts, respond, service_of
+from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
-from slipstream.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from slipstream.server.openai.logprobs import prompt_logprobs
 from slipstream.server.openai.protocol import CompletionRequest
 from slipstream.server.openai.reply import (
     GENERATED,
@@ -29,6 +28,7 @@ from slipstream.server.openai.reply import (
     last_fields,
 )
 from slipstream.server.openai.sampling import completion_params, only_scores
+from slipstream.server.openai.scored_tokens import ScoredTokens, TextOffsets
 
 router = APIRouter()
 
@@ -42,17 +42,17 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
     params = completion_params(body, service.llm.generation_defaults)
-    prompts = as_prompts(body.prompt)
-    log_prompts(service, prompts, params)
     tokenizer = service.llm.tokenizer
-    if body.add_special_tokens is False:
-        prompts = await asyncio.to_thread(_encode_bare, tokenizer, prompts)
-    reply = CompletionReply(body, frame, tokenizer, params.n)
-    return await respond(request, job_of(body, prompts, params), reply)
+    reply = CompletionReply(body, frame, tokenizer, params)
+    return await respond(request, job_of(body, _prompts(body, tokenizer), params), reply)
 
 
-def as_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
-    """The prompts of a request that may hold one or several, as text or token ids."""
+def _prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts of a request that may hold one or several, as text or token ids, or null for the
+    beginning of a document."""
+    prompt = request.prompt
+    if prompt is None:
+        return [_document_start(tokenizer)]
     if isinstance(prompt, str):
         return [prompt]
     if prompt and isinstance(prompt[0], int):
@@ -60,11 +60,32 @@ def as_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Pr
     return list(cast(list[Prompt], prompt))
 
 
-def _encode_bare(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Prompt]:
-    return [
-        tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+def _document_start(tokenizer: Tokenizer) -> list[int]:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise Refusal(
+        "invalid",
+        "prompt is null, and this model has no token that begins a text; give a prompt",
+        param="prompt",
+    )
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice on its way: what of it has been told."""
+
+    scores: ScoredTokens | None
+    prompt: str = ""  # to echo before anything else
+    ended: bool = False
+
+    def take(self, completion: CompletionOutput) -> str:
+        """The new text."""
+        text, self.prompt = self.prompt + completion.text, ""
+        if self.scores is not None:
+            self.scores.add(completion.token_ids, completion.logprobs or ())
+        self.ended = completion.finish_reason is not None
+        return text
 
 
 @dataclass(slots=True)
@@ -74,13 +95,8 @@ class CompletionReply:
     request: CompletionRequest
     frame: Frame
     tokenizer: Tokenizer
-    n: int
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters sent, by choice
-    _ended: set[int] = field(default_factory=set)
-    _only_scores: bool = False
-
-    def __post_init__(self) -> None:
-        self._only_scores = only_scores(self.request)
+    params: SamplingParams
+    _choices: dict[int, _Choice] = field(default_factory=dict)
 
     @property
     def usage(self) -> Usage:
@@ -89,7 +105,7 @@ class CompletionReply:
 
     def events(self, position: int, output: RequestOutput) -> bytes:
         """A chunk for every completion with something new."""
-        self._note(position, output)
+        self.usage.add_prompt(output, position)
         return "".join(
             self._chunk(position, output, completion) for completion in output.outputs
         ).encode()
@@ -106,77 +122,81 @@ class CompletionReply:
         """The ``text_completion`` object."""
         choices = []
         for position, output in enumerate(outputs):
-            self._note(position, output)
-            choices += [self._choice(position, output, c) for c in output.outputs]
+            self.usage.add_prompt(output, position)
+            choices += [self._whole(position, output, c) for c in output.outputs]
         return self.frame.whole(choices)
 
-    def _note(self, position: int, output: RequestOutput) -> None:
-        if self._only_scores:
-            for completion in output.outputs:
-                _drop_tokens(completion)
-        self.frame.usage.add(output, position)
-
     def _chunk(self, position: int, output: RequestOutput, completion: CompletionOutput) -> str:
-        index = position * self.n + completion.index
-        text, scores = completion.text, "null"
-        begun = index in self._offsets
-        if completion.finish_reason is not None:
-            if index in self._ended:
-                return ""
-            self._ended.add(index)
-        elif begun and not text and not completion.logprobs:
+        if not completion.token_ids and completion.finish_reason is None:
+            return ""  # it has not begun, or this is another's turn
+        choice = self._choice(position, output, completion)
+        if choice.ended:
+            return ""
+        text, scores = choice.take(completion), None
+        if choice.scores is not None:
+            scores = choice.scores.tell(text, last=choice.ended)
+        if not (text or scores or choice.ended):
             return ""  # a part of a character, or of what may be a stop string
-        if not begun or self.request.logprobs is not None:
-            text, scores = self._begin(index, output, completion)
-        fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{scores},'
+        logprobs = "null" if scores is None else dump(scores).decode()
+        index = self._index(position, completion)
+        fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{logprobs},'
         return self.frame.event(fields + last_fields(completion))
 
-    def _begin(
-        self, index: int, output: RequestOutput, completion: CompletionOutput
-    ) -> tuple[str, str]:
-        """Text and ``logprobs`` of a chunk that is the first of a choice, or has scores."""
-        text, scores, offset = completion.text, "null", self._offsets.get(index)
-        if self.request.logprobs is not None:
-            found = self._logprobs(output, completion, echo=offset is None, offset=offset or 0)
-            scores = dump(found).decode()
-        if offset is None and self.request.echo:
-            text = self._prompt_text(output) + text
-        self._offsets[index] = (offset or 0) + len(text)
-        return text, scores
+    def _whole(
+        self, position: int, output: RequestOutput, completion: CompletionOutput
+    ) -> dict[str, Any]:
+        choice = self._choice(position, output, completion)
+        text = choice.take(completion)
+        scores = None
+        if self.request.prompt_logprobs is not None:
+            scores = prompt_logprobs(output.prompt_logprobs, self.frame.texts)
+        return {
+            "index": self._index(position, completion),
+            "text": text,
+            "logprobs": choice.scores and choice.scores.tell(text, last=True),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+            "prompt_logprobs": scores,
+        }
 
     def _choice(
         self, position: int, output: RequestOutput, completion: CompletionOutput
-    ) -> dict[str, Any]:
-        text = completion.text
-        if self.request.echo:
-            text = self._prompt_text(output) + text
-        choice: dict[str, Any] = {
-            "index": position * self.n + completion.index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
-        if self.request.logprobs is not None:
-            choice["logprobs"] = self._logprobs(output, completion, echo=True, offset=0)
-        if self.request.prompt_logprobs is not None and output.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self.frame.texts)
-        return choice
+    ) -> _Choice:
+        """The choice of a completion, which has been counted."""
+        if only_scores(self.request):
+            _drop_tokens(completion)
+        self.usage.generated += len(completion.token_ids)
+        index = self._index(position, completion)
+        if index not in self._choices:
+            self._choices[index] = self._begun(output)
+        return self._choices[index]
 
-    def _logprobs(
-        self, output: RequestOutput, completion: CompletionOutput, *, echo: bool, offset: int
-    ) -> dict[str, Any]:
-        token_ids = completion.token_ids
-        entries: list[TokenLogprobs | None] = [*(completion.logprobs or ())]
-        if echo and self.request.echo and output.prompt_logprobs is not None:
-            token_ids = output.prompt_token_ids + token_ids
-            entries = [*output.prompt_logprobs, *entries]
-        return completion_logprobs(token_ids, entries, self.frame.texts, offset)
+    def _begun(self, output: RequestOutput) -> _Choice:
+        prompt = self._prompt_text(output) if self.request.echo else ""
+        if self.request.logprobs is None:
+            return _Choice(None, prompt)
+        stream = self.tokenizer.text_stream(
+            skip_special_tokens=self.params.skip_special_tokens, prompt=output.prompt_token_ids
+        )
+        scores = ScoredTokens(self.frame.texts, TextOffsets(stream, len(prompt)))
+        if self.request.echo:
+            entries = output.prompt_logprobs or ()
+            scores.add_at(self._prompt_offsets(output), output.prompt_token_ids, entries)
+        return _Choice(scores, prompt)
+
+    def _index(self, position: int, completion: CompletionOutput) -> int:
+        return position * self.params.n + completion.index
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
             return output.prompt
         return self.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+    def _prompt_offsets(self, output: RequestOutput) -> list[int]:
+        if output.prompt is not None:
+            return self.tokenizer.offsets(output.prompt)
+        offsets = TextOffsets(self.tokenizer.text_stream(skip_special_tokens=False), 0)
+        return [offsets.take(token) for token in output.prompt_token_ids]
 
 
 def _drop_tokens(completion: CompletionOutput) -> None:

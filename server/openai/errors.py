@@ -19,6 +19,7 @@ _TYPES: dict[Kind, str] = {
 _STATUSES = {
     400: "The request asks for something impossible or unknown.",
     401: "No API key, or an unknown one.",
+    403: "The server was asked by a name that is not its own.",
     404: "There is no such model.",
     413: "The body is too large.",
     429: "Too many requests wait already; `Retry-After` says when to come again.",

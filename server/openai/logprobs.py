@@ -30,17 +30,13 @@ def chat_logprobs(entries: Iterable[TokenLogprobs], texts: TokenTexts) -> dict[s
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], entries: Scores, texts: TokenTexts, offset: int
+    token_ids: Sequence[int], entries: Scores, offsets: Sequence[int], texts: TokenTexts
 ) -> dict[str, Any]:
-    """The ``logprobs`` of a choice of ``/v1/completions``, whose text begins at ``offset``.
+    """The ``logprobs`` of a choice of ``/v1/completions``; tokens begin at ``offsets`` of its text.
 
     A token without an entry (the first of a prompt) has null. Of tokens with the same text the
     likeliest is named.
     """
-    offsets = []
-    for token_id in token_ids:
-        offsets.append(offset)
-        offset += len(texts.text(token_id))
     return {
         "text_offset": offsets,
         "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
@@ -49,8 +45,10 @@ def completion_logprobs(
     }
 
 
-def prompt_logprobs(scores: Scores, texts: TokenTexts) -> list[dict[str, Any] | None]:
+def prompt_logprobs(scores: Scores | None, texts: TokenTexts) -> list[dict[str, Any] | None] | None:
     """vLLM's ``prompt_logprobs``: for every prompt token but the first, entries by token id."""
+    if scores is None:
+        return None
     return [None if entry is None else by_token_id(entry, texts) for entry in scores]
 
 

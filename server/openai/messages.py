@@ -8,7 +8,8 @@ from slipstream.errors import InvalidRequestError
 from slipstream.server.core.conversation import Conversation
 from slipstream.server.openai.protocol import ChatMessage, ContentPart, Templated
 
-_TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call", "audio")
+# Of turns with tools or sound; clients send them empty with every turn of the past.
+_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "audio")
 
 
 def conversation_of(request: Templated) -> Conversation:
@@ -22,26 +23,35 @@ def conversation_of(request: Templated) -> Conversation:
 
 
 def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
-    extra = message.model_extra or {}
-    for name in _TOOL_FIELDS:
-        if extra.get(name) is not None:
+    extra = dict(message.model_extra or {})
+    for name in _UNSUPPORTED:
+        if extra.pop(name, None):
             raise InvalidRequestError(
-                f"messages[{index}].{name} is not supported by this server; leave it out"
+                f"messages[{index}].{name} is not supported by this server; leave it out",
+                param="messages",
             )
-    if message.content is None:
-        raise InvalidRequestError(f"messages[{index}].content is missing; give a text")
-    # OpenAI's newer name for instructions, which templates do not know.
-    role = "system" if message.role == "developer" else message.role
-    return {**extra, "role": role, "content": _text(message.content, index)}
+    content = message.content
+    if content is None and message.role == "assistant":
+        content = message.refusal or ""  # a turn that refused has its text there
+    if content is None:
+        raise InvalidRequestError(
+            f"messages[{index}].content is missing; give a text", param="messages"
+        )
+    return {**extra, "role": message.role, "content": _text(content, index)}
 
 
 def _text(content: str | list[ContentPart], index: int) -> str:
     if isinstance(content, str):
         return content
-    for part in content:
-        if part.type != "text" or part.text is None:
-            raise InvalidRequestError(
-                f"messages[{index}].content has a part of type {part.type!r:.40}; this server "
-                "takes parts like {'type': 'text', 'text': '...'} only"
-            )
-    return "\n".join(part.text or "" for part in content)
+    return "\n".join(_part_text(part, index) for part in content)
+
+
+def _part_text(part: ContentPart, index: int) -> str:
+    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    if text is None:
+        raise InvalidRequestError(
+            f"messages[{index}].content has a part of type {part.type!r:.40}, which is not "
+            "supported by this server; it takes parts like {'type': 'text', 'text': '...'} only",
+            param="messages",
+        )
+    return text

@@ -5,18 +5,34 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from slipstream.runtime.sampling.params import NUMBERS
 from slipstream.server.core.limits import (
+    MAX_ALLOWED,
+    MAX_FIELDS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_TEXT_LENGTH,
     MAX_TEXTS,
     MAX_TOKEN_IDS,
 )
+
+T = TypeVar("T")
 
 # Null stands for a field left out, as in OpenAI's client.
 Flag = Annotated[bool, Field(strict=True)] | None
@@ -25,31 +41,95 @@ OptionalInt = Int | None
 Float = Annotated[float, Field(strict=True)] | None
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
 _Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
-Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS)] | None
-Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS)] | None
+# The first wrong element ends the check of a list: the errors of a million of them are dear.
+Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS, fail_fast=True)] | None
+Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
+_Several = Annotated[list[T], Field(fail_fast=True)]
+_Ids = _Several[Int]
 # What has no effect on an answer is taken and not looked at.
 Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
 
 
-def _only(*accepted: object) -> AfterValidator:
-    def check(value: object) -> object:
-        if value is None or value in accepted:
+@dataclass(frozen=True)
+class _Only:
+    """OpenAI's fields of which this server can do nothing but what these values say."""
+
+    accepted: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(schema), "enum": [None, *self.accepted]}
+
+    def _check(self, value: object) -> object:
+        if value is None or value in self.accepted:
             return value
         raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
 
-    return AfterValidator(check)
+
+def _only(*accepted: object) -> _Only:
+    return _Only(accepted)
 
 
-class _Request(BaseModel):
+def _describe(schema: dict[str, Any]) -> None:
+    """Add to the JSON Schema of a request what is checked elsewhere: ranges, and what may not be
+    empty."""
+    for name, described in schema["properties"].items():
+        for branch in described.get("anyOf", [described]):
+            if name in NUMBERS and branch.get("type") in ("integer", "number"):
+                branch.update({**NUMBERS[name].json_schema(), **branch})
+            if name in _FILLED:
+                _fill(branch)
+            if name == "logit_bias" and branch.get("type") == "object":
+                branch["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+
+
+_FILLED = frozenset({"prompt", "messages", "allowed_token_ids"})
+
+
+def _fill(branch: dict[str, Any]) -> None:
+    """Say that a list holds something, and so do the lists in it; numbers are token ids."""
+    if branch.get("type") == "integer":
+        branch["minimum"] = 0
+    if branch.get("type") == "array":
+        branch["minItems"] = 1
+        _fill(branch["items"])
+
+
+def _few(most: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_many", f"has {len(value)} entries, at most {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_few_fields(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
+        if isinstance(values, dict) and len(values) > MAX_FIELDS:
+            fields = cls.model_fields
+            known = {name: value for name, value in values.items() if name in fields}
+            unknown = next(name for name in values if name not in fields)
+            return {**known, unknown: values[unknown]}  # one says enough
+        return values
+
+
+class _Request(_Strict):
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """What a stream tells beside text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: Flag = None
     continuous_usage_stats: Flag = None
@@ -59,6 +139,8 @@ class StreamOptions(BaseModel):
 class GenerationRequest(_Request):
     """What completions and chats have in common."""
 
+    model_config = ConfigDict(json_schema_extra=_describe)
+
     max_tokens: OptionalInt = None
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
     temperature: Float = None
@@ -67,7 +149,9 @@ class GenerationRequest(_Request):
     frequency_penalty: Float = None
     seed: OptionalInt = None
     stop: Texts = None
-    logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Float], Field(max_length=MAX_TOKEN_IDS), _few(MAX_TOKEN_IDS)] | None
+    ) = None
     stream: Flag = None
     stream_options: StreamOptions | None = None
 
@@ -79,7 +163,9 @@ class GenerationRequest(_Request):
     ignore_eos: Flag = None
     include_stop_str_in_output: Flag = None
     skip_special_tokens: Flag = None
-    allowed_token_ids: list[Int] | None = None
+    allowed_token_ids: (
+        Annotated[list[Int], Field(max_length=MAX_ALLOWED, fail_fast=True)] | None
+    ) = None
     bad_words: Texts = None
     prompt_logprobs: Count = None
     priority: OptionalInt = None
@@ -98,9 +184,11 @@ class GenerationRequest(_Request):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[Int] | list[list[Int]] = Field(
-        description="A text or token ids, or a list of either.", examples=["Once upon a time"]
+    prompt: str | _Several[str] | _Ids | _Several[_Ids] | None = Field(
+        description="A text or token ids, or a list of either; null begins a new document.",
+        examples=["Once upon a time"],
     )
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: Flag = None
     logprobs: Count = None
     best_of: Annotated[Any, _only(1)] = None
@@ -114,6 +202,7 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class ChatMessage(BaseModel):
@@ -122,13 +211,16 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(examples=["user"])
-    content: str | list[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    content: str | _Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    refusal: str | None = None
 
 
 class Templated(_Request):
     """Messages and how a chat template turns them into a prompt."""
 
-    messages: list[ChatMessage] | None = None
+    model_config = ConfigDict(json_schema_extra=_describe)
+
+    messages: _Several[ChatMessage] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -137,8 +229,8 @@ class Templated(_Request):
 class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
-    messages: list[ChatMessage]
-    max_completion_tokens: OptionalInt = None
+    messages: _Several[ChatMessage]
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag = None
     top_logprobs: Count = None
 
@@ -149,6 +241,12 @@ class ChatRequest(Templated, GenerationRequest):
     function_call: Annotated[Any, _only("none")] = None
     modalities: Annotated[Any, _only(["text"])] = None
     audio: Annotated[Any, _only()] = None
+    moderation: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    web_search_options: Annotated[Any, _only()] = None
+    prediction: Ignored = None
+    prompt_cache_options: Ignored = None
 
 
 class TokenizeRequest(Templated):
@@ -162,4 +260,4 @@ class TokenizeRequest(Templated):
 class DetokenizeRequest(_Request):
     """The body of ``/detokenize``."""
 
-    tokens: list[Annotated[int, Field(strict=True, ge=0)]]
+    tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from json.encoder import encode_basestring as json_text
 from typing import Any, Self
 
-from slipstream.runtime.request import CompletionOutput
+from slipstream.runtime.request import CompletionOutput, OutputKind
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Job, Service
@@ -20,7 +22,16 @@ from slipstream.server.core.usage import Usage
 from slipstream.server.openai.errors import error_body
 from slipstream.server.openai.protocol import GenerationRequest, StreamOptions
 
-__all__ = ["GENERATED", "Frame", "check_stream", "dump", "job_of", "json_text", "last_fields"]
+__all__ = [
+    "GENERATED",
+    "GOES_ON",
+    "Frame",
+    "check_stream",
+    "dump",
+    "job_of",
+    "json_text",
+    "last_fields",
+]
 
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -28,6 +39,8 @@ GENERATED: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {}, "text/event-stream": {}},
     }
 }
+
+GOES_ON = '"finish_reason":null}'  # how a choice of a stream ends that is not the last
 
 
 def check_stream(request: GenerationRequest, instead: str = "leave out stream") -> None:
@@ -42,9 +55,16 @@ def check_stream(request: GenerationRequest, instead: str = "leave out stream") 
         raise Refusal("invalid", "stream_options needs stream to be true", param="stream_options")
 
 
-def job_of(request: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams) -> Job:
-    """What a request asks of the engine."""
-    return Job(prompts, params, "delta" if request.stream else "final", request.priority or 0)
+def job_of(
+    request: GenerationRequest,
+    prompts: Sequence[Prompt | Conversation],
+    params: SamplingParams,
+    fields: Mapping[str, str] | None = None,
+) -> Job:
+    """What a request asks of the engine; ``fields`` are those of ``Job``."""
+    kind: OutputKind = "delta" if request.stream else "final"
+    priority = request.priority or 0
+    return Job(prompts, params, kind, priority, request.add_special_tokens, fields or {})
 
 
 @dataclass(slots=True)
@@ -54,6 +74,7 @@ class Frame:
     kind: str
     id_prefix: str
     model: str
+    fingerprint: str
     texts: TokenTexts
     stream_options: StreamOptions = field(default_factory=StreamOptions)
     usage: Usage = field(default_factory=Usage)
@@ -66,12 +87,14 @@ class Frame:
     def of(cls, service: Service, request: GenerationRequest, kind: str, id_prefix: str) -> Self:
         """The frame of the answer to a request; raises ``Refusal`` for an unknown model."""
         options = request.stream_options or StreamOptions()
-        return cls(kind, id_prefix, service.model(request.model), service.texts, options)
+        model = service.model(request.model)
+        return cls(kind, id_prefix, model, service.llm.fingerprint, service.texts, options)
 
     def __post_init__(self) -> None:
         self.request_id = self.id_prefix + uuid.uuid4().hex
         named = f'"id":"{self.request_id}","object":"{self.kind}","created":{self.created}'
-        self._head = f'data: {{{named},"model":{json_text(self.model)},"choices":['
+        server = f'"model":{json_text(self.model)},"system_fingerprint":"{self.fingerprint}"'
+        self._head = f'data: {{{named},{server},"choices":['
         if not self.stream_options.include_usage:
             self._tail = "]}\n\n"
         elif not self.stream_options.continuous_usage_stats:
@@ -97,10 +120,12 @@ class Frame:
             "object": self.kind,
             "created": self.created,
             "model": self.model,
-            "choices": choices,
+            "system_fingerprint": self.fingerprint,
             "usage": _usage_json(self.usage),
+            **extra,
         }
-        return dump({**answer, **extra})
+        listed = b",".join(map(dump, choices))
+        return b'{"choices":[' + listed + b"]," + dump(answer).removeprefix(b"{")
 
     def _usage_tail(self) -> str:
         return f'],"usage":{json.dumps(_usage_json(self.usage))}}}\n\n'
@@ -115,11 +140,31 @@ def _usage_json(usage: Usage) -> dict[str, Any]:
 def last_fields(completion: CompletionOutput) -> str:
     """How a choice of a stream ends: with its finish reason, once there is one."""
     if completion.finish_reason is None:
-        return '"finish_reason":null}'
+        return GOES_ON
     stop = json.dumps(completion.stop_reason)
     return f'"finish_reason":"{completion.finish_reason}","stop_reason":{stop}}}'
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+# Elements of a list that are written at once: the encoder holds the interpreter's lock meanwhile.
+_PART = 64
+
+
 def dump(value: Any) -> bytes:  # noqa: ANN401 - JSON
-    """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """Compact JSON in UTF-8; long lists of a few objects' fields are written part by part."""
+    return "".join(_pieces(value)).encode()
+
+
+def _pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    if isinstance(value, dict) and value:
+        for mark, (name, item) in zip(chain("{", repeat(",")), value.items(), strict=False):
+            yield f"{mark}{_encode(name)}:"
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, list) and len(value) > _PART:
+        for begin in range(0, len(value), _PART):
+            yield "," if begin else "["
+            yield _encode(value[begin : begin + _PART])[1:-1]
+        yield "]"
+    else:
+        yield _encode(value)

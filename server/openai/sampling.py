@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.core.sampling import FIELDS, sampling_params
+from slipstream.server.core.sampling import DEFAULT_COMPLETION_TOKENS, FIELDS, sampling_params
 from slipstream.server.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
-
-# What OpenAI's completions (not chats) generate when the request does not say.
-DEFAULT_COMPLETION_TOKENS = 16
 
 
 def completion_params(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:

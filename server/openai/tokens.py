@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,9 +9,9 @@ from fastapi.responses import Response
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.core.conversation import chat_prompt
 from slipstream.server.core.http.respond import service_of
 from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.service import Service
 from slipstream.server.openai.messages import conversation_of
 from slipstream.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 from slipstream.server.openai.reply import dump
@@ -27,20 +26,17 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise Refusal("invalid", "give either prompt or messages", param="prompt")
-    answer = await asyncio.to_thread(
-        _tokenize, service.llm.tokenizer, body, service.llm.config.max_seq_len
+    prompt = conversation_of(body) if body.prompt is None else body.prompt
+    tokens = await service.encode(prompt, body.add_special_tokens)
+    answer = await service.llm.workers.run(
+        len(tokens), _tokenized, service, tokens, bool(body.return_token_strs)
     )
     return Response(answer, media_type="application/json")
 
 
-def _tokenize(tokenizer: Tokenizer, body: TokenizeRequest, max_seq_len: int) -> bytes:
-    if body.prompt is None:
-        tokens = chat_prompt(tokenizer, conversation_of(body), body.add_special_tokens).token_ids
-    else:
-        tokens = tokenizer.encode(
-            body.prompt, add_special_tokens=body.add_special_tokens is not False
-        )
-    names = [tokenizer.id_to_token(i) for i in tokens] if body.return_token_strs else None
+def _tokenized(service: Service, tokens: list[int], named: bool) -> bytes:
+    tokenizer, max_seq_len = service.llm.tokenizer, service.llm.config.max_seq_len
+    names = [tokenizer.id_to_token(i) for i in tokens] if named else None
     return dump({"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens,
                  "token_strs": names})  # fmt: skip
 
@@ -50,7 +46,9 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
     service = service_of(request)
     service.model(body.model)
-    answer = await asyncio.to_thread(_detokenize, service.llm.tokenizer, body.tokens)
+    answer = await service.llm.workers.run(
+        len(body.tokens), _detokenize, service.llm.tokenizer, body.tokens
+    )
     return Response(answer, media_type="application/json")
 
 
@@ -58,7 +56,8 @@ def _detokenize(tokenizer: Tokenizer, tokens: list[int]) -> bytes:
     if tokens and max(tokens) >= tokenizer.vocab_size:
         raise InvalidRequestError(
             f"tokens holds {max(tokens)}; this model's tokens go from 0 to "
-            f"{tokenizer.vocab_size - 1}"
+            f"{tokenizer.vocab_size - 1}",
+            param="tokens",
         )
     return dump({"prompt": tokenizer.decode(tokens, skip_special_tokens=False)})
 

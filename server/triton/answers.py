@@ -45,10 +45,17 @@ class Answer:
         return np.array([parts[-1].cumulative_logprob for parts in completions], np.float32)
 
     def _logprobs(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        if not self._query.logprobs:
+            return _strings("null" for _ in completions)
         return _strings(
             json.dumps([by_token_id(e, self._texts) for part in parts for e in part.logprobs or ()])
             for parts in completions
         )
+
+    def _output_log_probs(self, _: _Steps, completions: _Completions) -> NDArray[Any]:
+        rows = [[e.logprob for part in parts for e in part.logprobs or ()] for parts in completions]
+        longest = max(map(len, rows))
+        return np.array([row + [0.0] * (longest - len(row)) for row in rows], np.float32)
 
     def _num_input_tokens(self, steps: _Steps, _: _Completions) -> NDArray[Any]:
         return np.array([len(steps[-1].prompt_token_ids)], np.uint32)
@@ -63,6 +70,8 @@ class Answer:
         "logprobs": _logprobs,
         "num_input_tokens": _num_input_tokens,
         "num_output_tokens": _num_output_tokens,
+        "cum_log_probs": _cumulative_logprob,
+        "output_log_probs": _output_log_probs,
     }
 
 

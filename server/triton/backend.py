@@ -13,8 +13,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from slipstream.errors import ExecutionError, SlipstreamError
+from slipstream.server.triton import model_config
 from slipstream.server.triton.errors import code_of
-from slipstream.server.triton.interface import INPUTS, OUTPUTS
 from slipstream.server.triton.parameters import Query, read_query
 from slipstream.server.triton.settings import read_settings
 
@@ -28,17 +28,10 @@ class TritonPythonModel:
     @staticmethod
     def auto_complete_config(config: Any) -> Any:  # noqa: ANN401 - Triton's ModelConfig
         """Add what ``config.pbtxt`` leaves out."""
-        given = config.as_dict()
-        for kind, tensors, add in (
-            ("input", INPUTS, config.add_input),
-            ("output", OUTPUTS, config.add_output),
-        ):
-            names = {tensor["name"] for tensor in given[kind]}
-            for name, tensor in tensors.items():
-                if name not in names:
-                    add(tensor.describe(name))
-        config.set_max_batch_size(0)
-        config.set_model_transaction_policy({"decoupled": True})
+        try:
+            model_config.complete(config)
+        except SlipstreamError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
         return config
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -78,6 +71,7 @@ class TritonPythonModel:
         from slipstream.server.triton.serving import Serving
 
         config = json.loads(args["model_config"])
+        model_config.check(config)
         instances = sum(group["count"] for group in config["instance_group"])
         directory = Path(args["model_repository"], args["model_version"])
         settings = read_settings(directory).shared_among(instances)

@@ -13,17 +13,18 @@ DataType = Literal[
     "TYPE_BOOL", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64", "TYPE_FP32", "TYPE_STRING"
 ]
 ANY_LENGTH = -1
+PROMPT = "text_input"
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A one-dimensional input or output; ``length`` is its number of elements.
+    """An input or output; ``dims`` are its numbers of elements.
 
     ``field`` is the sampling parameter that an input sets, None for one that sets none.
     """
 
     data_type: DataType
-    length: int = 1
+    dims: tuple[int, ...] = (1,)
     optional: bool = True
     field: str | None = None
 
@@ -32,7 +33,7 @@ class Tensor:
         described: dict[str, object] = {
             "name": name,
             "data_type": self.data_type,
-            "dims": [self.length],
+            "dims": list(self.dims),
         }
         if self.optional:
             described["optional"] = True
@@ -43,11 +44,14 @@ class Tensor:
 SWITCHES: Mapping[str, Tensor] = {
     "stream": Tensor("TYPE_BOOL"),
     "exclude_input_in_output": Tensor("TYPE_BOOL"),
+    # As TensorRT-LLM reads the input above: in no case does a stream begin with the prompt.
+    "exclude_input_in_single_output": Tensor("TYPE_BOOL"),
     "return_finish_reason": Tensor("TYPE_BOOL"),
     "return_cumulative_logprob": Tensor("TYPE_BOOL"),
     "return_logprobs": Tensor("TYPE_BOOL"),
     "return_num_input_tokens": Tensor("TYPE_BOOL"),
     "return_num_output_tokens": Tensor("TYPE_BOOL"),
+    "return_log_probs": Tensor("TYPE_BOOL"),
 }
 # Sampling parameters that have an input of their own; all others come in `sampling_parameters`.
 SAMPLING: Mapping[str, Tensor] = {
@@ -60,21 +64,32 @@ SAMPLING: Mapping[str, Tensor] = {
     "presence_penalty": Tensor("TYPE_FP32", field="presence_penalty"),
     "frequency_penalty": Tensor("TYPE_FP32", field="frequency_penalty"),
     "random_seed": Tensor("TYPE_UINT64", field="seed"),
-    "stop_words": Tensor("TYPE_STRING", ANY_LENGTH, field="stop"),
-    "bad_words": Tensor("TYPE_STRING", ANY_LENGTH, field="bad_words"),
+    "stop_words": Tensor("TYPE_STRING", (ANY_LENGTH,), field="stop"),
+    "bad_words": Tensor("TYPE_STRING", (ANY_LENGTH,), field="bad_words"),
+    "num_return_sequences": Tensor("TYPE_INT32", field="n"),
+    "end_id": Tensor("TYPE_INT32", field="stop_token_ids"),
+}
+# What clients of TensorRT-LLM send of beams and of padding, which do not exist here.
+WITHOUT_MEANING: Mapping[str, Tensor] = {
+    "beam_width": Tensor("TYPE_INT32"),
+    "length_penalty": Tensor("TYPE_FP32"),
+    "pad_id": Tensor("TYPE_INT32"),
 }
 INPUTS: Mapping[str, Tensor] = {
-    "text_input": Tensor("TYPE_STRING", optional=False),
+    PROMPT: Tensor("TYPE_STRING", optional=False),
     "sampling_parameters": Tensor("TYPE_STRING"),
     **SWITCHES,
     **SAMPLING,
+    **WITHOUT_MEANING,
 }
 # An entry for each of the `n` completions, except of the prompt's tokens.
 OUTPUTS: Mapping[str, Tensor] = {
-    "text_output": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
-    "finish_reason": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
-    "cumulative_logprob": Tensor("TYPE_FP32", ANY_LENGTH, optional=False),
-    "logprobs": Tensor("TYPE_STRING", ANY_LENGTH, optional=False),
+    "text_output": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
+    "finish_reason": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
+    "cumulative_logprob": Tensor("TYPE_FP32", (ANY_LENGTH,), optional=False),
+    "logprobs": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
     "num_input_tokens": Tensor("TYPE_UINT32", optional=False),
-    "num_output_tokens": Tensor("TYPE_UINT32", ANY_LENGTH, optional=False),
+    "num_output_tokens": Tensor("TYPE_UINT32", (ANY_LENGTH,), optional=False),
+    "cum_log_probs": Tensor("TYPE_FP32", (ANY_LENGTH,), optional=False),
+    "output_log_probs": Tensor("TYPE_FP32", (ANY_LENGTH, ANY_LENGTH), optional=False),
 }

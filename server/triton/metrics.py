@@ -74,11 +74,12 @@ class TritonMetrics(EngineMetrics):
             if key not in self._metrics:
                 family = self._family(sample.name, metric.type, metric.documentation)
                 self._metrics[key] = family.Metric(labels={**self._labels, **sample.labels})
-            change = sample.value - self._told.get(key, 0.0)
-            if change and metric.type == "gauge":
+            told = self._told.get(key)
+            # Triton keeps what a process that has died last told it: a gauge is set in any case.
+            if metric.type == "gauge" and sample.value != told:
                 self._metrics[key].set(sample.value)
-            elif change:
-                self._metrics[key].increment(change)
+            elif metric.type == "counter" and sample.value > (told or 0.0):
+                self._metrics[key].increment(sample.value - (told or 0.0))
             self._told[key] = sample.value
 
     def _family(self, name: str, kind: str, help: str) -> Any:  # noqa: ANN401 - Triton's

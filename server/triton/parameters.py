@@ -2,7 +2,8 @@
 
 Sampling parameters come as inputs (``temperature``), as JSON in the input ``sampling_parameters``,
 or as parameters of the request, which is where ``/generate`` puts every key that is no input. What
-is not known, or is said twice, is refused.
+is not known, or is said twice and differently, is refused; but clients of vLLM's backend repeat in
+parameters of the request what they send as a tensor, and there the tensor counts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.core.sampling import FIELDS, sampling_params
-from slipstream.server.triton.interface import SAMPLING, SWITCHES
+from slipstream.server.core.limits import MAX_TEXTS
+from slipstream.server.core.sampling import DEFAULT_COMPLETION_TOKENS, FIELDS, sampling_params
+from slipstream.server.triton.interface import PROMPT, SAMPLING, SWITCHES, WITHOUT_MEANING
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -27,6 +29,13 @@ _FIELDS = FIELDS - {"prompt_logprobs"}
 # The fields that are text themselves, so that text is not read as JSON.
 _TEXTS = frozenset({"stop", "bad_words"})
 _RETURNS = "return_"
+# What Triton's OpenAI frontend sends where its own client says nothing.
+_UNSAID = {"best_of": "1", "logprobs": "False"}
+# The outputs that are made of log probabilities and can be asked for without saying how many.
+_FROM_LOGPROBS = frozenset({"cumulative_logprob", "cum_log_probs", "output_log_probs"})
+_PARAMETER = "a parameter of the request"
+# More than the limits of all parameters can fill.
+_MAX_JSON_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,7 @@ class Query:
     """A checked request: what to continue, how, and what to tell of it.
 
     ``returns`` names outputs beside ``text_output``. ``echo``: the text begins with the prompt.
+    ``logprobs``: the client said how many; without, the output of that name is null.
     """
 
     prompt: str
@@ -41,6 +51,7 @@ class Query:
     stream: bool
     echo: bool
     returns: frozenset[str]
+    logprobs: bool = False
 
 
 def read_query(
@@ -51,19 +62,23 @@ def read_query(
     ``inputs`` are arrays as Triton's Python backend has them: text as bytes. Raises
     ``InvalidRequestError`` naming what is wrong.
     """
+    if PROMPT not in inputs:
+        raise InvalidRequestError(f"{PROMPT} is missing; send the prompt as one text")
     given = _Given()
     for name, array in inputs.items():
         if name in SAMPLING:
             given.add(name, _sampling_input(name, array), "an input")
         elif name in SWITCHES:
             given.add(name, bool(_single(name, array)), "an input")
+        elif name in WITHOUT_MEANING:
+            given.add(name, _single(name, array).item(), "an input")
     if "sampling_parameters" in inputs:
         for name, value in _sampling_parameters(inputs["sampling_parameters"]).items():
             given.add(name, value, "one of sampling_parameters")
     for name, value in parameters.items():
         if not _is_tritons(name, value, request_id):
-            given.add(name, value, "a parameter of the request")
-    return _query(_text("text_input", _single("text_input", inputs["text_input"])), given, defaults)
+            given.add(name, value, _PARAMETER)
+    return _query(_text(PROMPT, _single(PROMPT, inputs[PROMPT])), given, defaults)
 
 
 class _Given:
@@ -76,27 +91,34 @@ class _Given:
 
     def add(self, name: str, value: object, how: str) -> None:
         """Take a value under the name that the client used; null is as if it were not there."""
-        if value is None:
+        if value is None or (name in _UNSAID and str(value) == _UNSAID[name]):
             return
         field = SAMPLING[name].field if name in SAMPLING else name
         assert field is not None
-        if field not in _FIELDS and field not in SWITCHES:
+        if field in WITHOUT_MEANING:
+            _check_without_meaning(name, value)
+        elif field not in _FIELDS and field not in SWITCHES:
             raise InvalidRequestError(
-                f"unknown parameter {name!r}, given as {how}; known are {', '.join(_known())}"
+                f"unknown parameter {name!r:.80}, given as {how}; known are {', '.join(_known())}"
             )
-        if field in self._names:
-            first, way = self._names[field]
-            raise InvalidRequestError(
-                f"{name} is given twice: as {way} and as {how}; give it once"
-                if name == first
-                else f"{first} (given as {way}) and {name} (given as {how}) are the same parameter;"
-                " give one of them"
-            )
-        self._names[field] = (name, how)
-        if field in SWITCHES:
-            self.switches[field] = _switch(name, value)
+        elif field in self._names:
+            self._repeat(name, field, value, how)
         else:
-            self.sampling[field] = _from_text(field, value)
+            self._names[field] = (name, how)
+            (self.switches if field in SWITCHES else self.sampling)[field] = _value(name, value)
+
+    def _repeat(self, name: str, field: str, value: object, how: str) -> None:
+        """Take note of a field that is given once more: of no other value, or a tensor counts."""
+        first, way = self._names[field]
+        before = self.switches if field in SWITCHES else self.sampling
+        if (how == _PARAMETER != way) or before[field] == _value(name, value):
+            return
+        raise InvalidRequestError(
+            f"{name} is given twice: as {way} and as {how}; give it once"
+            if name == first
+            else f"{first} (given as {way}) and {name} (given as {how}) are the same parameter;"
+            " give one of them"
+        )
 
     def explain(self, error: InvalidRequestError) -> str:
         """An error of sampling parameters in the client's own names."""
@@ -115,21 +137,25 @@ def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
         for name, value in switches.items()
         if name.startswith(_RETURNS) and value
     }
-    sampling = given.sampling
-    if returns & {"logprobs", "cumulative_logprob"}:
-        sampling = {"logprobs": defaults.logprobs or 0, **sampling}
+    if "log_probs" in returns:  # TensorRT-LLM's name for two outputs
+        returns = returns - {"log_probs"} | {"cum_log_probs", "output_log_probs"}
+    sampling = {"max_tokens": defaults.max_tokens or DEFAULT_COMPLETION_TOKENS, **given.sampling}
+    asked = sampling.get("logprobs", defaults.logprobs) is not None
+    if not asked and returns & _FROM_LOGPROBS:
+        sampling["logprobs"] = 0
     try:
         params = sampling_params(defaults, sampling)
     except InvalidRequestError as error:
         raise InvalidRequestError(given.explain(error)) from error
     stream = switches.get("stream", False)
     # As vLLM's backend: a single answer begins with the prompt, a stream does not.
-    echo = not switches.get("exclude_input_in_output", stream)
-    return Query(prompt, params, stream, echo, frozenset(returns))
+    excluded = stream or switches.get("exclude_input_in_single_output", False)
+    echo = not switches.get("exclude_input_in_output", excluded)
+    return Query(prompt, params, stream, echo, frozenset(returns), asked)
 
 
 def _known() -> list[str]:
-    return sorted({*_FIELDS, *SAMPLING, *SWITCHES})
+    return sorted({*_FIELDS, *SAMPLING, *SWITCHES, *WITHOUT_MEANING})
 
 
 def _is_tritons(name: str, value: object, request_id: str) -> bool:
@@ -152,6 +178,10 @@ def _text(name: str, value: bytes) -> str:
 
 def _sampling_input(name: str, array: NDArray[Any]) -> object:
     if SAMPLING[name].data_type == "TYPE_STRING":
+        if array.size > MAX_TEXTS:
+            raise InvalidRequestError(
+                f"{name} has {array.size} elements; this server takes {MAX_TEXTS}"
+            )
         # Clients of TensorRT-LLM send "" for no word at all.
         return [text for text in _texts(name, array.reshape(-1)) if text]
     value = _single(name, array)
@@ -165,7 +195,12 @@ def _texts(name: str, values: Iterable[bytes]) -> list[str]:
 
 def _sampling_parameters(array: NDArray[Any]) -> Mapping[str, Any]:
     name = "sampling_parameters"
-    text = _text(name, _single(name, array))
+    raw = _single(name, array)
+    if len(raw) > _MAX_JSON_BYTES:
+        raise InvalidRequestError(
+            f"{name} has {len(raw)} bytes; this server takes {_MAX_JSON_BYTES}"
+        )
+    text = _text(name, raw)
     values = _json(text) if text.strip() else {}
     if not isinstance(values, dict):
         raise InvalidRequestError(
@@ -174,16 +209,30 @@ def _sampling_parameters(array: NDArray[Any]) -> Mapping[str, Any]:
     return values
 
 
-def _from_text(field: str, value: object) -> object:
-    """A parameter of a request is a number, a boolean or a text: text may hold the other types."""
-    if not isinstance(value, str) or field in _TEXTS:
-        return value
-    parsed = _json(value)
-    return value if parsed is None else parsed
+def _value(name: str, value: object) -> object:
+    """The value of a parameter's field. One of a request is a number, a boolean or a text: text may
+    hold the other types."""
+    if name in SWITCHES:
+        return _switch(name, value)
+    if (SAMPLING[name].field if name in SAMPLING else name) in _TEXTS:
+        return [value] if isinstance(value, str) else value
+    parsed = _json(value) if isinstance(value, str) else None
+    value = value if parsed is None else parsed
+    return [value] if name == "end_id" else value
+
+
+def _check_without_meaning(name: str, value: object) -> None:
+    if name == "beam_width" and value not in (1, "1"):
+        raise InvalidRequestError(
+            f"beam_width={value!r:.80}: there is no beam search; send 1 or leave it out, and ask "
+            "for several answers with num_return_sequences"
+        )
 
 
 def _json(text: str) -> object:
     """Decoded JSON, None if it is not JSON."""
+    if len(text) > _MAX_JSON_BYTES:
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipstream.builder.engine import is_engine, open_engine
+from slipstream.cores import usable_cores
 from slipstream.errors import InvalidRequestError
+from slipstream.plugins.cuda.detect import gpu_capability
 
 FILE = "model.json"
 _MODEL = "model"
@@ -29,10 +31,16 @@ class Settings:
 
     def shared_among(self, instances: int) -> Settings:
         """These settings for one of several processes that share the cores of this one."""
-        if instances < 2 or "num_threads" in self.options:
+        if instances < 2 or "num_threads" in self.options or not self._on_cpu():
             return self
-        threads = max(1, len(os.sched_getaffinity(0)) // instances)
+        threads = max(1, usable_cores() // instances)
         return Settings(self.model, {**self.options, "num_threads": threads})
+
+    def _on_cpu(self) -> bool:
+        path = Path(self.model)
+        if is_engine(path):
+            return open_engine(path).manifest.target == "cpu"
+        return gpu_capability() is None
 
 
 def read_settings(directory: Path) -> Settings:

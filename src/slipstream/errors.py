@@ -5,6 +5,7 @@
     ├── BuildError              a checkpoint cannot be compiled with these options
     ├── EngineMismatchError     an engine does not fit this version, this machine or its own hashes
     ├── InvalidRequestError     a request asks for something impossible; also a ValueError
+    │   └── ContextLengthError  its prompt is longer than the engine's context
     ├── CapacityError           a request or setting needs more memory or pages than there are
     ├── ExecutionError          a step failed on the device; its requests end with this error
     └── MissingDependencyError  an optional package is not installed; also an ImportError
@@ -14,7 +15,15 @@ A message says what was given, what was expected, and what to do.
 
 
 class SlipstreamError(Exception):
-    """Base of all errors raised by Slipstream."""
+    """Base of all errors raised by Slipstream.
+
+    ``param`` is the field of a request, or the argument, that it is about; None if it is about none
+    or several.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class CheckpointError(SlipstreamError):
@@ -31,6 +40,22 @@ class EngineMismatchError(SlipstreamError):
 
 class InvalidRequestError(SlipstreamError, ValueError):
     """A request asks for something impossible."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt is longer than the engine's context.
+
+    ``num_tokens`` may be words, such as "at least 9000". Clients that shorten conversations look
+    for "prompt is too long".
+    """
+
+    def __init__(self, num_tokens: int | str, max_seq_len: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens; this engine takes 1 to {max_seq_len - 1} "
+            f"(max_seq_len {max_seq_len} less one token to generate), so the prompt is too long. "
+            "Shorten the prompt or load the engine with a larger max_seq_len",
+            param="prompt",
+        )
 
 
 class CapacityError(SlipstreamError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,6 @@ def test_limits(checkpoint: Path) -> None:
 def test_an_engine_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "engine"
     build(checkpoint, output, BuildOptions())
-    (output / "old").write_text("")
     build(checkpoint, output, BuildOptions(quantization="int8_wo"))
     assert sorted(file.name for file in output.iterdir()) == CONTENT
     assert open_engine(output).manifest.quantization == "int8_wo"
@@ -143,10 +143,61 @@ def test_an_engine_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_engine_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
-    for output in (tmp_path, tmp_path / "precious"):
-        with pytest.raises(BuildError, match="exists and is no engine; choose another -o"):
+    for output, kind in ((tmp_path, "engine"), (tmp_path / "precious", "directory")):
+        with pytest.raises(BuildError, match=f"exists and is no {kind}; choose another -o"):
             build(checkpoint, output, BuildOptions())
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_build_deletes_nothing_of_the_users(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the work: not even headers are read."""
+    model, engine = tmp_path / "model", tmp_path / "engine"
+    shutil.copytree(checkpoint, model)
+    build(model, engine, BuildOptions())
+    (engine / "notes.txt").write_text("")
+    # A checkpoint with an engine's manifest that lists it is still no engine.
+    files = {file.name: "" for file in model.iterdir()}
+    (model / "engine.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "link").symlink_to(model)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(build_module, "plan", None)
+    for output, message in (
+        (engine, "holds 1 files that are not part of its engine, such as notes.txt"),
+        (model, "is or holds the checkpoint"),
+        (tmp_path / "link", "is a symbolic link"),
+        (tmp_path, "is or holds the checkpoint"),
+    ):
+        for source in (model, tmp_path / "link"):
+            with pytest.raises(BuildError, match=message):
+                build(source, output, BuildOptions())
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_a_file_that_came_during_the_build_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    build(checkpoint, output, BuildOptions())
+
+    def save(done: int, total: int) -> None:
+        (output / "notes.txt").write_text("")
+
+    with pytest.raises(BuildError, match=r"such as notes\.txt"):
+        build(checkpoint, output, BuildOptions(), save)
+    assert list(tmp_path.iterdir()) == [output]
+    open_engine(output).verify_files()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8_wo"])
+def test_a_kernel_for_what_is_not_there_is_refused(
+    checkpoint: Path, quantization: Quantization
+) -> None:
+    options = BuildOptions(quantization=quantization, gemm_plugin="disable")
+    if quantization != "none":
+        plan(checkpoint, options)
+        return
+    with pytest.raises(BuildError, match="gemm_plugin disable says where quantized linears run"):
+        plan(checkpoint, options)
 
 
 def fail(*_: object) -> None:
@@ -181,7 +232,7 @@ def test_a_full_disk(
 
 def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BuildError, match="cannot write the engine"):
+    with pytest.raises(BuildError, match=f"cannot write .*: {tmp_path}/file is no directory"):
         build(checkpoint, tmp_path / "file" / "engine", BuildOptions())
 
 
@@ -198,6 +249,38 @@ def test_a_weight_that_cannot_be_quantized(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{name} holds infinite or undefined numbers"):
         build(checkpoint, tmp_path / "engine", BuildOptions(quantization="int8_wo"))
     assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+NOT_NUMBERS = {
+    "embed_tokens.weight": np.inf,
+    "model.norm.weight": np.nan,
+    "layers.1.self_attn.k_proj.weight": -np.inf,
+}
+
+
+@pytest.mark.parametrize("name", NOT_NUMBERS)
+def test_weights_that_are_no_numbers_are_found(tmp_path: Path, name: str) -> None:
+    """In a dense engine, which no quantization looks through."""
+
+    def change(arrays: Arrays) -> None:
+        full = next(n for n in arrays if n.endswith(name))
+        arrays[full].flat[-1] = NOT_NUMBERS[name]
+
+    checkpoint = save_llama(tmp_path / "checkpoint", broken(change))
+    with pytest.raises(CheckpointError, match=rf"{name} holds infinite or undefined .* values"):
+        build(checkpoint, tmp_path / "engine", BuildOptions())
+
+
+@pytest.mark.parametrize("content", ["{}", "ab", "[" * 100_000, '{"version": "1.0", "model": {}}'])
+def test_a_tokenizer_that_cannot_be_read_is_found_before_the_weights(
+    tmp_path: Path, content: str
+) -> None:
+    checkpoint = save_llama(tmp_path / "checkpoint", llama_tensors())
+    (checkpoint / "tokenizer.json").write_text(content)
+    told: list[int] = []
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        build(checkpoint, tmp_path / "engine", BuildOptions(), lambda *_: told.append(0))
+    assert not told and list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_an_extra_tensor(tmp_path: Path) -> None:
@@ -308,3 +391,28 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     arrays = {name: array.astype(np.float16) for name, array in llama_tensors(**shape).items()}
     return save_llama(tmp_path_factory.mktemp("big"), arrays, **shape)
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_broken_chat_template_is_found_before_the_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    source = save_llama(tmp_path / "model", llama_tensors())
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{% for"}]
+    broken = "{% for x in %}" if where.endswith("jinja") else json.dumps({"chat_template": named})
+    (source / where).write_text(broken)
+    monkeypatch.setattr(build_module, "write_weights", None)
+
+    with pytest.raises(CheckpointError, match=r"not valid Jinja \(.*\); correct chat_template\."):
+        build(source, tmp_path / "engine", BuildOptions())
+    assert not (tmp_path / "engine").exists()
+
+
+def test_special_tokens_of_every_file_survive_a_build(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "model", llama_tensors())
+    (source / "special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
+    build(source, tmp_path / "engine", BuildOptions())
+    copied = tmp_path / "engine" / "special_tokens_map.json"
+    assert copied.read_text() == '{"pad_token": "<|im_end|>"}'
+    assert "special_tokens_map.json" in open_engine(tmp_path / "engine").manifest.files

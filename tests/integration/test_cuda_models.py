@@ -42,7 +42,7 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 # In the interpreter a model takes seconds, so there only what differs most is run.
-INTERPRETED = ("llama-head-dim", "mistral-window", "qwen3")
+INTERPRETED = ("mistral-window", "qwen3")
 NAMES = CONFIGS if torch.cuda.is_available() else INTERPRETED
 
 

@@ -125,7 +125,8 @@ def assert_greedy(reference: PreTrainedModel, outputs: Sequence[RequestOutput]) 
 
 
 def test_alone(reference: PreTrainedModel, dense_engine: Path) -> None:
-    outputs, _ = run(dense_engine, PROMPTS, max_batch_size=1, enable_prefix_caching=False)
+    few = PROMPTS[::4]
+    outputs, _ = run(dense_engine, few, max_batch_size=1, enable_prefix_caching=False)
     assert_greedy(reference, outputs)
 
 

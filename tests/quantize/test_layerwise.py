@@ -177,9 +177,7 @@ def test_scales_of_keys_and_values_hold_the_largest(tiny_checkpoint: Path) -> No
         assert all(0 < scale < 1 for scale in result.kv)
 
 
-def test_a_model_that_gives_no_finite_number_says_so(
-    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_gives_no_finite_number_says_so(tiny_checkpoint: Path) -> None:
     source = open_checkpoint(tiny_checkpoint)
     name = "model.embed_tokens.weight"
     broken = source.tensor(name).load()
@@ -188,7 +186,6 @@ def test_a_model_that_gives_no_finite_number_says_so(
     stats = [stats for result in results for stats in result.stats]
     assert all("no finite input" in (s.fallback or "") for s in stats)
     assert all(s.output_error is None and s.tokens_seen == 0 for s in stats)
-    assert "rounded to nearest" in caplog.text
 
 
 def test_bits_go_where_they_help(checkpoint: Checkpoint) -> None:

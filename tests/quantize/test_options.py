@@ -28,6 +28,8 @@ def test_every_qformat_has_a_scheme() -> None:
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4'"),
         ({"format": "gguf"}, "format is 'gguf'"),
         ({"group_size": 48}, "group_size is 48; it must be one of 32, 64, 128, -1"),
+        ({"group_size": -1, "qformat": "fp8_block"}, "fp8_block has one for a square; use 32, 64"),
+        ({"group_size": -1, "overrides": ["re:.*o_proj=fp8_block"]}, "or fp8 for a scale a row"),
         ({"calib_size": 0}, "calib_size is 0; it must be at least 1"),
         ({"calib_max_seq_length": 8}, "calib_max_seq_length is 8; it must be at least 16"),
         ({"seed": -1}, "seed is -1"),
@@ -67,8 +69,7 @@ def test_symmetric_changes_only_what_can_have_zero_points() -> None:
     options = QuantizeOptions(symmetric=False)
     assert not options.scheme("int8_wo").symmetric and options.scheme("fp8").symmetric
     assert options.scheme("w4a8_awq").symmetric and options.scheme("int8_sq").symmetric
-    assert QuantizeOptions(symmetric=True).scheme("int4_awq").symmetric
-    assert not QuantizeOptions().scheme("int4_awq").symmetric
+    assert all(QuantizeOptions().scheme(name).symmetric for name in SCHEMES)
 
 
 def test_options_need_no_numpy() -> None:

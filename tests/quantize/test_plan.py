@@ -68,14 +68,29 @@ def groups(planned: Plan) -> dict[str, int]:
     }
 
 
-def test_each_linear_gets_the_largest_group_that_divides_it() -> None:
+def test_all_linears_get_the_largest_group_that_divides_each() -> None:
     planned = plan()
     assert [layer.index for layer in planned.layers] == [0, 1]
-    assert groups(planned) == {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 64),
-        **{"o_proj": 128, "down_proj": 128},
-    }
+    assert set(groups(planned).values()) == {64} and len(groups(planned)) == 7
     assert planned.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"exclude": ["re:.*(q|k|v|o|gate|up)_proj"]}, 128),  # 1,536 columns are left
+        ({"overrides": ["re:.*(q|k|v|o|gate|up)_proj=fp8"]}, 128),  # others have no groups
+        ({"overrides": ["re:.*(q|k|v|o|gate|up)_proj=int8_wo"]}, 64),
+        ({"qformat": "fp8_block"}, 64),  # 576 and 192 rows count too
+        ({"checkpoint": Shapes(inner=1000)}, 64),  # what stays dense does not
+        ({"checkpoint": Shapes(hidden=512, inner=1056)}, 32),
+    ],
+)
+def test_only_what_is_grouped_counts(options: Any, expected: int) -> None:  # noqa: ANN401
+    grouped = {
+        s.group for s in plan(**options).schemes.values() if s.grouping in ("group", "block")
+    }
+    assert grouped == {expected}
 
 
 def test_a_group_size_that_does_not_divide_becomes_the_next_smaller_one_and_is_named() -> None:
@@ -85,7 +100,7 @@ def test_a_group_size_that_does_not_divide_becomes_the_next_smaller_one_and_is_n
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(32, 32), (64, 64), (128, 128), (-1, 1536), (None, 128)]
+    ("given", "expected"), [(32, 32), (64, 64), (128, 128), (-1, 1536), (None, 64)]
 )
 def test_a_group_size_that_divides_is_kept(given: int | None, expected: int) -> None:
     assert groups(plan(group_size=given))["down_proj"] == expected
@@ -96,6 +111,10 @@ def test_a_row_that_no_group_divides_stays_dense_and_is_named() -> None:
     assert "down_proj" not in groups(planned)
     assert any("down_proj stays dense" in note and "1000" in note for note in planned.notes)
     assert "up_proj" in groups(planned)
+    blocks = plan(Shapes(inner=1000), qformat="fp8_block")
+    assert set(groups(blocks)) == {f"{x}_proj" for x in "qkvo"}
+    note = "model.layers.*.mlp.up_proj stays dense: no block of 64 or 32 divides its 1000 x 576"
+    assert f"{note} (2 layers)" in blocks.notes
 
 
 def test_nothing_left_is_an_error() -> None:
@@ -112,7 +131,7 @@ def test_nothing_left_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("qformat", "group", "rows", "activation"),
     [("int8_sq", 576, 1, "token"), ("fp8", 576, 1, "token"), ("fp8_static", 576, 1, "static"),
-     ("fp8_block", 128, 128, "group"), ("nvfp4", 16, 1, "none"), ("w4a8_awq", 64, 1, "none")],
+     ("fp8_block", 64, 64, "group"), ("nvfp4", 16, 1, "none"), ("w4a8_awq", 64, 1, "none")],
 )  # fmt: skip
 def test_formats_of_schemes(qformat: str, group: int, rows: int, activation: str) -> None:
     planned = plan(qformat=qformat, group_size=None)
@@ -167,10 +186,10 @@ def test_sizes_add_up() -> None:
     weights = {m: n * k for m in planned.linears for n, k in [planned.shape(m)]}
     quantized = sum(size for m, size in weights.items() if "o_proj" not in m)
     rest = planned.parameters - quantized
-    assert planned.nbytes == quantized // 2 + quantized // 64 * 2 + quantized // 64 // 2 + rest * 2
+    assert planned.nbytes == quantized // 2 + quantized // 64 * 2 + rest * 2
     assert planned.source_nbytes == planned.parameters * 2
     dense = sum(weights.values()) - quantized
-    bits = (quantized * (4 + (16 + 4) / 64) + dense * 16) / (quantized + dense)
+    bits = (quantized * (4 + 16 / 64) + dense * 16) / (quantized + dense)
     assert planned.effective_bits == pytest.approx(bits)
 
 

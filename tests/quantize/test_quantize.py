@@ -227,7 +227,7 @@ def test_starting_again_drops_what_was_kept(run: Run, tmp_path: Path) -> None:
 def test_only_a_result_of_ours_is_replaced(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
-    with pytest.raises(BuildError, match="out exists and was not written by"):
+    with pytest.raises(BuildError, match="out exists and is no quantized checkpoint of"):
         run()
     assert left_over(tmp_path) == ["out"] and (tmp_path / "out" / "precious").exists()
     shutil.rmtree(tmp_path / "out")
@@ -235,10 +235,17 @@ def test_only_a_result_of_ours_is_replaced(run: Run, tiny_checkpoint: Path, tmp_
     run(qformat="int8_wo")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 8
-    with pytest.raises(BuildError, match="overlap; choose another -o"):
-        run(output=tiny_checkpoint / "inside")
-    with pytest.raises(BuildError, match="overlap; choose another -o"):
-        run(output=tiny_checkpoint)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tiny_checkpoint)
+    for output, message in (
+        (tiny_checkpoint / "inside", "inside is in the checkpoint"),
+        (tiny_checkpoint, "is or holds the checkpoint"),
+        (tmp_path / "link", "is a symbolic link"),
+        (tmp_path / "out", r"not part of its quantized checkpoint .*, such as notes\.txt"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            run(output=output)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     with pytest.raises(CheckpointError, match="quantized already"):
         run(source=tmp_path / "out", output=tmp_path / "twice")
 
@@ -292,6 +299,16 @@ def test_bad_checkpoints(
         ({"kv_cache_dtype": "fp8", "format": "awq"}, BuildError, "no place for the scales"),
         ({"qformat": "nvfp4", "kv_cache_dtype": "fp8"}, BuildError, "not calibrated together"),
         ({"qformat": "nvfp4", "overrides": ["re:.*o_proj=fp8"]}, BuildError, "cannot be mixed"),
+        (
+            {"qformat": "fp8", "group_size": 32},
+            BuildError,
+            "32, for which fp8 has no use",
+        ),
+        ({"qformat": "int8_sq", "symmetric": True}, BuildError, "for which int8_sq has no use"),
+        ({"qformat": "fp8_block", "symmetric": False}, BuildError, "symmetric is False, for which"),
+        ({"qformat": "nvfp4", "group_size": 32}, BuildError, "for which nvfp4 has no use"),
+        ({"qformat": "int4_wo", "calib_size": 9}, BuildError, "calib_size is 9, for which int4_wo"),
+        ({"qformat": "int8_wo", "seed": 9}, BuildError, "seed is 9, for which int8_wo has no use"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(

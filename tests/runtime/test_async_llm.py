@@ -338,3 +338,31 @@ def test_an_event_loop_that_closed_with_requests_open_leaves_no_pages_in_use() -
     asyncio.run(use())
     llm.shutdown()
     assert device.steps < 50, "the request went on without a listener"
+
+
+def test_a_template_blocks_nobody_and_does_not_outlive_the_engine() -> None:
+    """Rendering has a thread of its own: the pool that encodes prompts stays free, and what waits
+    for the thread is given up at the end."""
+    begun, release = threading.Event(), threading.Event()
+
+    def render() -> str:
+        begun.set()
+        release.wait()
+        return "rendered"
+
+    async def main() -> None:
+        llm = AsyncLLM.from_engine(counting_engine())
+        running = asyncio.create_task(llm.render(render))
+        waiting = [asyncio.create_task(llm.render(render)) for _ in range(50)]
+        await asyncio.to_thread(begun.wait)
+        assert (await last(llm.generate("a", greedy()))).outputs[0].text == "bcde"
+
+        await asyncio.to_thread(llm.shutdown)
+        given_up = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(error, ExecutionError) for error in given_up)
+        release.set()
+        assert await running == "rendered"
+        with pytest.raises(ExecutionError, match="shut down"):
+            await llm.render(render)
+
+    asyncio.run(main())

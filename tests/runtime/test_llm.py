@@ -146,3 +146,20 @@ def test_the_device_is_freed_on_leaving() -> None:
         stream = llm.stream("a", greedy())
         next(stream)
     assert engine.executor.closed
+
+
+def test_the_developer_instructs_as_the_system_does() -> None:
+    with LLM.from_engine(counting_engine()) as llm:
+        ends = [
+            llm.chat([{"role": role, "content": "x"}])[0].prompt_token_ids
+            for role in ("developer", "system")
+        ]
+    assert ends[0] == ends[1]
+
+
+def test_the_last_message_is_gone_on_with() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "abc"}]
+    with LLM.from_engine(counting_engine()) as llm:
+        (output,) = llm.chat(chat, continue_final_message=True)
+        assert llm.tokenizer.decode(output.prompt_token_ids) == "u:hi;a:abc"
+        assert output.outputs[0].text.startswith("def")

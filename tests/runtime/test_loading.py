@@ -95,6 +95,30 @@ def test_a_graph_that_onnxruntime_refuses(engine: Path) -> None:
         load(engine, {})
 
 
+def test_weights_may_lie_elsewhere_behind_a_link(engine: Path, tmp_path: Path) -> None:
+    """On another disk, under another name."""
+
+    def answer() -> list[int]:
+        with LLM(engine) as llm:
+            return llm.generate("the quick", GREEDY)[0].outputs[0].token_ids
+
+    expected = answer()
+    (tmp_path / "disk").mkdir()
+    (engine / "weights.safetensors").rename(tmp_path / "disk" / "blob")
+    (engine / "weights.safetensors").symlink_to(tmp_path / "disk" / "blob")
+
+    assert answer() == expected
+
+
+@pytest.mark.parametrize("limit", ["max_num_tokens", "max_seq_len"])
+def test_limits_whose_tables_no_machine_holds(engine: Path, limit: str) -> None:
+    raw = json.loads((engine / "engine.json").read_text())
+    raw["limits"][limit] = 2**31 - 1
+    (engine / "engine.json").write_text(json.dumps(raw))
+    with pytest.raises(CapacityError, match=rf"{limit} 2147483647 .* MiB; ask for less"):
+        load(engine, {})
+
+
 def rewrite(engine: Path, edit: Callable[[ir.Graph], None]) -> None:
     """Edit the graph, and tell the manifest."""
     model = ir.load(engine / "graph.onnx")
@@ -210,3 +234,33 @@ def test_running_an_engine_imports_no_compiler(tiny_engine: Path) -> None:
     command = [sys.executable, "-c", code, str(tiny_engine)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_chat_template_is_given_at_run_time(tiny_engine: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("mine: {{ messages[0].content }}")
+    loaded = load(tiny_engine, {"chat_template": str(template)})
+    loaded.executor.shutdown()
+    chat = [{"role": "user", "content": "hi"}]
+    assert loaded.tokenizer.apply_chat_template(chat) == "mine: hi"
+
+    template.write_text("{% broken")
+    with pytest.raises(CheckpointError, match=r"not valid Jinja .*--chat-template FILE"):
+        load(tiny_engine, {"chat_template": str(template)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kv_cache_free_gpu_memory_fraction": 0.5},
+            "kv_cache_free_gpu_memory_fraction does nothing for .*: it is for a CPU",
+        ),
+        ({"kv_cache_bytes": 1 << 20, "kv_cache_free_gpu_memory_fraction": 0.5}, "does nothing"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tiny_engine: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Invalid, match=message):
+        load(tiny_engine, options)

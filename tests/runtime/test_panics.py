@@ -17,7 +17,8 @@ from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.testing import ALPHABET, counting_engine
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 from slipstream.server.core.merge import merge
 
 A, W, X = (ALPHABET.index(letter) for letter in "awx")

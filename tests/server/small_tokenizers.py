@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tokenizers
 
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 
 
 def byte_level() -> Tokenizer:

@@ -219,7 +219,7 @@ def test_text_finish_reason_and_usage_are_the_same_everywhere(
     "sampling",
     [
         {"temperature": -1.0},
-        {"top_p": 0.0},
+        {"top_p": -0.5},
         {"min_tokens": -1},
         {"min_tokens": 5, "max_tokens": 4},
         {"repetition_penalty": 0.0},

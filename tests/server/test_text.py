@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from slipstream.server.text import format_bytes, format_columns
+from slipstream.server.text import format_bytes, format_columns, printable
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,18 @@ def test_sizes_are_in_binary_units(count: int, text: str) -> None:
 
 def test_columns_align_words_left_and_numbers_right() -> None:
     assert format_columns([("a", 1, "x"), ("long", 200, "")]) == "  a       1  x\n  long  200"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0 狐 é", "model.layers.0 狐 é"),
+        ("x\x1b[2J\x9b1m\x07", r"x\x1b[2J\x9b1m\x07"),
+        ("a\nerror: b\r", r"a\nerror: b\r"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert format_columns([(text, 1)]) == f"  {shown}  1"

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from slipstream.errors import CheckpointError, EngineMismatchError
-from slipstream.weights.json import Fields, Origin, parse, parse_fields, read_fields
+from slipstream.weights.json import (
+    Fields,
+    Origin,
+    is_file_name,
+    parse,
+    parse_fields,
+    read_fields,
+    read_text,
+)
 
 ORIGIN = Origin("a.json")
 
@@ -29,6 +37,7 @@ ORIGIN = Origin("a.json")
         (rb'{"\udfff": 1}', "surrogates not allowed"),
         (b'{"a": 1, "a": 2}', "'a' stands there twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
+        (b"[" + b"{}," * 500_001 + b"{}]", "more than 1000000 values"),
     ],
 )
 def test_what_is_no_json_of_ours_is_refused(data: bytes, message: str) -> None:
@@ -61,6 +70,29 @@ def test_a_file_is_read_and_a_missing_or_huge_one_refused(
     monkeypatch.setattr("slipstream.weights.json.MAX_BYTES", 7)
     with pytest.raises(CheckpointError, match="has 8 bytes"):
         read_fields(file)
+
+
+def test_a_text_is_read_and_a_huge_one_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jinja"
+    file.write_text("größe", encoding="utf-8")
+    assert read_text(file) == "größe"
+    file.write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"a\.jinja cannot be read"):
+        read_text(file)
+    with file.open("wb") as sparse:
+        sparse.truncate(6 << 30)
+    with pytest.raises(CheckpointError, match=r"a\.jinja has 6442450944 bytes"):
+        read_text(file)
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", "/a", "a/b", "../a", "a\0", "a" * 256, "ö" * 128])
+def test_what_is_no_file_of_a_directory(text: str) -> None:
+    assert not is_file_name(text)
+
+
+@pytest.mark.parametrize("text", ["a", "...", ".a", "a b", "größe", "a" * 255, "m-1.safetensors"])
+def test_what_is_a_file_of_a_directory(text: str) -> None:
+    assert is_file_name(text)
 
 
 FIELDS = Fields(

@@ -88,6 +88,11 @@ def undo_rope_permutation(tensor: QuantTensor, heads: int) -> QuantTensor:
     converter interleaves the halves of each head. Blocks run along a row: moving rows keeps them.
     """
     rows = tensor.format.shape[0]
+    if rows % (2 * heads):
+        raise CheckpointError(
+            f"tensor {tensor.name} has {rows} rows, which are not those of {heads} heads; the GGUF "
+            "file contradicts itself: download it again"
+        )
     order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
     return dataclasses.replace(
         tensor,

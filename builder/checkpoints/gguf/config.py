@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids, token_id
 from slipstream.builder.models import architectures
 from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
+from slipstream.weights.json import is_integer, shortened
 
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
@@ -32,14 +35,14 @@ def huggingface_config(
     experts = keys.get("expert_count", 0)
     if experts and all(module.role != "expert" for module in architecture.modules):
         raise CheckpointError(
-            f"the GGUF file is a mixture of {experts} experts, which is not supported; use a dense "
-            "model"
+            f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; "
+            "use a dense model"
         )
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the GGUF file has no token_embd.weight; download it again")
     heads = keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
-    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
     return {
         "model_type": architecture.name,
@@ -54,12 +57,12 @@ def huggingface_config(
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
-            "partial_rotary_factor": rotary_dim / head_dim,
+            "partial_rotary_factor": rotary_fraction(rotary_dim, head_dim),
             **_rope_scaling(keys, rope_factors, theta, rotary_dim),
         },
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": eos_token_ids(metadata),
+        "bos_token_id": token_id(metadata, "bos"),
+        "eos_token_id": end_token_ids(metadata),
         **_own_keys(architecture, keys),
     }
 
@@ -70,7 +73,7 @@ def _architecture(keys: _Keys) -> Architecture:
     if not found:
         known = dict.fromkeys(a.gguf.name for a in architectures() if a.gguf is not None)
         raise CheckpointError(
-            f"the GGUF file's general.architecture is {keys.architecture!r}, which is not "
+            f"the GGUF file's general.architecture is {keys.architecture[:80]!r}, which is not "
             f"supported; expected one of {', '.join(known)}"
         )
     return max(found, key=lambda a: _fit(a, keys))
@@ -89,14 +92,6 @@ def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
     return {ours: value for ours, value in found.items() if value is not None}
 
 
-def eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text or a turn, in the order of their importance."""
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    values = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
-    found = [token for token in values if token is not None]
-    return [token for i, token in enumerate(found) if token not in found[:i]]
-
-
 class _Keys:
     """Metadata under the prefix of the architecture."""
 
@@ -109,8 +104,9 @@ class _Keys:
         if isinstance(value, list):
             if not value or any(other != value[0] for other in value):
                 raise CheckpointError(
-                    f"the GGUF file's {self.architecture}.{key} differs between layers ({value}), "
-                    "which is not supported; use a model whose layers are alike"
+                    f"the GGUF file's {self.architecture}.{key} differs between layers "
+                    f"({shortened(value)}), which is not supported; use a model whose layers are "
+                    "alike"
                 )
             return value[0]
         return default if value is None else value
@@ -129,17 +125,18 @@ class _Keys:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
             return float(value)
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive number: "
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            "number: "
             "download it again"
         )
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, maximum: int = 2**31 - 1) -> int:
         value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_integer(value) and 0 < value <= maximum:
             return value
         raise CheckpointError(
-            f"the GGUF file's {self.architecture}.{key} is {value!r}; expected a positive integer: "
-            "download it again"
+            f"the GGUF file's {self.architecture}.{key} is {shortened(value)}; expected a positive "
+            f"integer of at most {maximum}: download it again"
         )
 
 
@@ -148,15 +145,19 @@ def _rope_scaling(
 ) -> dict[str, Any]:
     if factors is not None:
         return _llama3_scaling(factors.astype(np.float64).ravel(), theta, rotary_dim)
-    kind = keys.get("rope.scaling.type", "none")
-    if kind == "none":
+    # Without a type it is linear; the factor's first name was another.
+    kind = keys.get("rope.scaling.type", "linear")
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", None))
+    if kind == "none" or (kind == "linear" and not factor):
         return {"rope_type": "default"}
     if keys.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise CheckpointError(
             f"the GGUF file's {kind} rope scaling has an attn_factor of its own, which is not "
             "supported; use the model's Hugging Face checkpoint"
         )
-    scaling = {"rope_type": kind, "factor": keys.need("rope.scaling.factor")}
+    if factor is None:
+        factor = keys.need("rope.scaling.factor")
+    scaling = {"rope_type": kind, "factor": factor}
     optional = {
         "original_max_position_embeddings": "original_context_length",
         "beta_fast": "yarn_beta_fast",

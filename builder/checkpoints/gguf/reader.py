@@ -12,7 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.base import generation_config, unknown_tensor, write_json
+from slipstream.builder.checkpoints.base import (
+    check_templates,
+    generation_config,
+    unknown_tensor,
+    write_json,
+)
 from slipstream.builder.checkpoints.gguf.blocks import (
     decode,
     is_lossless,
@@ -20,7 +25,7 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     weight_format,
 )
 from slipstream.builder.checkpoints.gguf.config import huggingface_config
-from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, read_gguf
+from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
@@ -31,6 +36,9 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 logger = logging.getLogger(__name__)
 
+_MEND_TEMPLATE = (
+    "copy the file with another: gguf-new-metadata --chat-template-file chat_template.jinja OLD NEW"
+)
 # Consumed by the configuration: Llama 3's frequency divisors.
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -75,6 +83,7 @@ class GGUFCheckpoint:
         write_json(directory / "generation_config.json", generation)
         template = Fields(metadata, Origin(self.path)).optional_text("tokenizer.chat_template")
         if template is not None:
+            check_templates({"default": template}, Origin(self.path, _MEND_TEMPLATE))
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     def _load(self, name: str, stored: GGUFTensor) -> QuantTensor:
@@ -107,6 +116,11 @@ def open_checkpoint(source: str | os.PathLike[str]) -> GGUFCheckpoint:
     # The file's tensors say which linears have a bias, its metadata does not.
     config = architecture.with_biases(config, stored)
     return GGUFCheckpoint(path, config, stored, file)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or all parts of the model that it is a part of."""
+    return parts_of(path)
 
 
 def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:

@@ -6,23 +6,26 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipstream.builder.checkpoints.base import (
+    check_templates,
     generation_config,
     unknown_tensor,
     write_json,
 )
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
+    SIDE_FILES,
     Stored,
     quantization_config,
     read_quantized,
 )
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import Fields, Origin, read_fields
+from slipstream.weights.json import Fields, Origin, is_file_name, read_fields, read_text
 from slipstream.weights.safetensors import StoredTensor, read_header
 from slipstream.weights.tensor import KVScales, LazyTensor
 
@@ -30,7 +33,17 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
 _CONFIG_AGAIN = "download config.json again"
+_MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+_TEMPLATE = "chat_template.jinja"
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt")
 
 
@@ -61,17 +74,17 @@ class HuggingFaceCheckpoint:
                 f"import AutoTokenizer as T; T.from_pretrained('{self.path}').save_pretrained("
                 f"'{self.path}')\""
             )
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in _TOKENIZER_FILES:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / name)
         if not (directory / "tokenizer_config.json").is_file():
             write_json(directory / "tokenizer_config.json", {})
-        if not (directory / "generation_config.json").is_file():
-            config = generation_config(self.config.bos_token_id, self.config.eos_token_ids)
-            write_json(directory / "generation_config.json", config)
-        template = _chat_template(self.path)
-        if template is not None:
-            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        _complete_generation_config(directory / "generation_config.json", self)
+        templates = _chat_templates(self.path)
+        check_templates(templates, Origin(self.path, _MEND_TEMPLATE))
+        if list(templates) == ["default"]:
+            template = templates["default"]
+            (directory / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
@@ -80,13 +93,20 @@ def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
     raw = _config(path)
     quantization = quantization_config(path, raw)
     config = ModelConfig.from_huggingface(raw.values)
-    stored = _weights(path)
+    stored = _with_embedding(_weights(path), config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
     weights = read_quantized(Stored(path, stored), config, quantization)
     for note in weights.notes:
         logger.warning("%s: %s", path.name, note)
     return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that is read, if it is there; CheckpointError for an index that cannot be."""
+    shards = set(_shards(path).values()) if (path / _INDEX).is_file() else set()
+    names = {_CONFIG, _INDEX, _WEIGHTS, _TEMPLATE, *_TOKENIZER_FILES, *SIDE_FILES, *shards}
+    return [path / name for name in sorted(names) if (path / name).is_file()]
 
 
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
@@ -108,10 +128,28 @@ def _config(path: Path) -> Fields:
     raise CheckpointError(f"{path} has no config.json, so it is no checkpoint; {remedy}")
 
 
+def _with_embedding(
+    stored: dict[str, StoredTensor], config: ModelConfig
+) -> dict[str, StoredTensor]:
+    """A file of a tied model may hold the matrix that embedding and head share as the head's."""
+    modules = architecture_of(config.architecture).modules
+    embedding = next(f"{m.name}.weight" for m in modules if m.role == "embedding")
+    heads = [stored[f"{m.name}.weight"] for m in modules if m.tied and f"{m.name}.weight" in stored]
+    if not config.tie_word_embeddings or embedding in stored or not heads:
+        return stored
+    return {**stored, embedding: replace(heads[0], name=embedding)}
+
+
 def _weights(path: Path) -> dict[str, StoredTensor]:
+    """As transformers does, one whole file is read before shards: what index lies beside it is of
+    another download, unless it counts that file among its shards."""
+    whole = (path / _WEIGHTS).is_file()
     if (path / _INDEX).is_file():
-        return _sharded_weights(path)
-    if (path / _WEIGHTS).is_file():
+        shard_of = _shards(path)
+        if not whole or {_WEIGHTS} < set(shard_of.values()):
+            return _sharded_weights(path, shard_of)
+        logger.info("%s: %s is not read, because %s is there", path.name, _INDEX, _WEIGHTS)
+    if whole:
         return read_header(path / _WEIGHTS)
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
@@ -125,11 +163,19 @@ def _weights(path: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
+def _shards(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the index."""
     index = read_fields(path / _INDEX, Origin(path / _INDEX, "download the checkpoint again"))
     if not index.has("weight_map"):
         raise index.origin.refusal("has no weight_map")
     shard_of = index.texts_by_name("weight_map")
+    for name, shard in shard_of.items():
+        if not is_file_name(shard):
+            raise index.fields("weight_map").refusal(name, "a file beside the index")
+    return shard_of
+
+
+def _sharded_weights(path: Path, shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
@@ -148,21 +194,28 @@ def _sharded_weights(path: Path) -> dict[str, StoredTensor]:
     return {name: headers[shard][name] for name, shard in shard_of.items()}
 
 
-def _chat_template(path: Path) -> str | None:
-    """The template from its own file, else from tokenizer_config.json, as in older models."""
-    own = path / "chat_template.jinja"
+def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -> None:
+    """Ends of a completion that only config.json names go into the file as well."""
+    config = checkpoint.config
+    known = generation_config(config.bos_token_id, config.eos_token_ids)
+    if not file.is_file():
+        write_json(file, known)
+        return
+    given = read_fields(file)
+    # An architecture's default says nothing about this model.
+    if not given.has("eos_token_id") and _config(checkpoint.path).has("eos_token_id"):
+        write_json(file, {**given.values, "eos_token_id": list(config.eos_token_ids)})
+
+
+def _chat_templates(path: Path) -> dict[str, str]:
+    """The template from its own file, else those of tokenizer_config.json, as in older models."""
+    own = path / _TEMPLATE
     if own.is_file():
-        return _text(own)
+        return {"default": read_text(own)}
     config = path / "tokenizer_config.json"
     fields = read_fields(config) if config.is_file() else Fields({}, Origin(config))
-    if not isinstance(fields.values.get("chat_template"), list):
-        return fields.optional_text("chat_template")
-    named = fields.list_of_fields("chat_template")
-    return {entry.text("name"): entry.text("template") for entry in named}.get("default")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Origin(file).refusal(f"cannot be read ({error})") from error
+    if isinstance(fields.values.get("chat_template"), list):
+        named = fields.list_of_fields("chat_template")
+        return {entry.text("name"): entry.text("template") for entry in named}
+    template = fields.optional_text("chat_template")
+    return {} if template is None else {"default": template}

@@ -22,6 +22,7 @@ from slipstream.weights.tensor import InputTransform, WeightFormat
 
 __all__ = [
     "QUANTIZED_SUFFIXES",
+    "SIDE_FILES",
     "QuantizedWeights",
     "Stored",
     "create_layout",
@@ -65,7 +66,7 @@ QUANTIZED_SUFFIXES = (
 # Where config.json describes the quantization: today, and in files of 2024.
 _KEYS = ("quantization_config", "compression_config")
 # Files beside config.json that describe the quantization, and the method they belong to.
-_SIDE_FILES: Mapping[str, str] = MappingProxyType(
+SIDE_FILES: Mapping[str, str] = MappingProxyType(
     {
         "hf_quant_config.json": "modelopt",
         "quantize_config.json": "gptq",
@@ -121,7 +122,7 @@ def quantization_config(path: Path, raw: Fields) -> Fields | None:
     ``quantization``, are added to those of config.json.
     """
     found = _in_config(raw)
-    for name, method in _SIDE_FILES.items():
+    for name, method in SIDE_FILES.items():
         if not (path / name).is_file():
             continue
         if found is None:

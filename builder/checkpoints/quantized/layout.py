@@ -16,6 +16,8 @@ from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
 Settings = Mapping[str, Any]
 HEAD = "lm_head"
 _SMALLEST_GROUP = 16
+# Linears that other runtimes multiply as one.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class Layout(Protocol):
         """The ``quantization_config`` for what ``encode`` said of each module, the linears that
         are dense, and whether each layer has scales of an fp8 KV cache."""
 
+    def loaders(self, modules: Mapping[str, Settings]) -> Mapping[str, str]:
+        """What else loads a checkpoint of such modules, by name: empty, or why it does not."""
+
 
 def cannot_store(layout: str, name: str, reason: str) -> BuildError:
     """The error for a tensor that a layout cannot hold exactly."""
@@ -62,6 +67,17 @@ def cannot_store(layout: str, name: str, reason: str) -> BuildError:
 def left_alone(modules: Mapping[str, Settings], dense: Sequence[str]) -> list[str]:
     """The linears that a configuration has to name as not quantized, the head among them."""
     return [*dense, *(() if HEAD in modules else (HEAD,))]
+
+
+def unlike_siblings(modules: Mapping[str, Settings]) -> str:
+    """The first linear that is not quantized as those that are multiplied with it; or nothing."""
+    for module, settings in modules.items():
+        place, _, kind = module.rpartition(".")
+        siblings = next((names for names in FUSED if kind in names), ())
+        for sibling in siblings:
+            if modules.get(f"{place}.{sibling}") != settings:
+                return f"{module} and {sibling} are multiplied as one and have different schemes"
+    return ""
 
 
 def even_groups(tensor: QuantTensor, size: int | None = None) -> QuantTensor:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from slipstream.builder.checkpoints.quantized.kv_scales import read_kv_scales
 from slipstream.builder.checkpoints.quantized.scales import Grid, matrix_shape, scale_grid
 from slipstream.builder.checkpoints.quantized.stored import (
+    Notes,
     QuantizedWeights,
     Stored,
     dense_linears,
@@ -75,8 +76,11 @@ def read(stored: Stored, quantization: Fields, config: ModelConfig) -> Quantized
     """Every weight of the directory, none of them read yet."""
     settings = _settings(quantization)
     tensors: dict[str, LazyTensor] = {}
+    notes = Notes()
     for module in stored.modules("weight_scale"):
         tensors[f"{module}.weight"] = _weight(stored, settings, module)
+        if settings.excludes(module):
+            notes.add("quantized, though config.json excludes it; it stays so", module)
     kv_scales, kv_notes = read_kv_scales(stored, config, fp8=settings.kv_cache in (None, "FP8"))
     tensors |= stored.take_dense()
     dense = [module for module in dense_linears(tensors) if not settings.excludes(module)]
@@ -85,7 +89,7 @@ def read(stored: Stored, quantization: Fields, config: ModelConfig) -> Quantized
             f"{len(dense)} modules are not quantized although nothing excludes them, such as "
             f"{dense[0]}; they stay as they are"
         ] = None
-    return QuantizedWeights(tensors, kv_scales, (*settings.notes, *kv_notes))
+    return QuantizedWeights(tensors, kv_scales, (*settings.notes, *notes.sentences(), *kv_notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,6 @@ def _weight(stored: Stored, settings: _Settings, name: str) -> LazyTensor:
         input_scale,
         _pre_quant_scale(stored, name),
     )
-    if settings.excludes(name):
-        settings.notes[f"config.json excludes {name}, which is quantized; it stays so"] = None
     return _READERS[weight.dtype](module)
 
 

@@ -8,7 +8,7 @@ Products that read the same x and want the same share the nodes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,13 +40,7 @@ class ApplyInputTransforms:
     def __call__(self, program: Program) -> int:
         """Returns the number of weights that wanted something."""
         wanting = [name for name, tensor in program.weights.items() if tensor.input is not None]
-        rows = looked_up(program)
-        for name in wanting:
-            # Whatever does not multiply by it reads it as it is: permuted or scaled it is wrong.
-            if not _only_in_products(program.graph.initializers[name]):
-                program.replace_weight(name, as_dense(program.weights[name], "float32"))
-                reader = "an embedding" if name in rows else "read otherwise"
-                log.warning("%s is %s too: it becomes dense", name, reader)
+        _make_dense(program, wanting)
         if self.fold_norms:
             for norm in program.nodes("RMSNormalization"):
                 _fold(program, norm)
@@ -60,6 +54,20 @@ class ApplyInputTransforms:
         if wanting:
             log.info("%d weights: x is scaled or ordered first, %d nodes", len(wanting), steps.made)
         return len(wanting)
+
+
+def _make_dense(program: Program, wanting: Sequence[str]) -> None:
+    """Whatever does not multiply by a weight reads it as it is: permuted or scaled it is wrong."""
+    rows, told = looked_up(program), dict[str, list[str]]()
+    for name in wanting:
+        if not _only_in_products(program.graph.initializers[name]):
+            program.replace_weight(name, as_dense(program.weights[name], "float32"))
+            told.setdefault("looked up" if name in rows else "read otherwise", []).append(name)
+    for reader, names in told.items():
+        more = ", …" * (len(names) > 1)
+        log.warning(
+            "%d weights (%s%s) are %s too: they become dense", len(names), names[0], more, reader
+        )
 
 
 class _Steps:

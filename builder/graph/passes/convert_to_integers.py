@@ -76,21 +76,16 @@ def _converted(tensor: LazyTensor, fmt: WeightFormat) -> LazyTensor:
 def _from_e2m1(tensor: QuantTensor, fmt: WeightFormat) -> QuantTensor:
     doubled = np.concatenate([E2M1, -E2M1]) * 2
     table = (doubled + _MIDPOINT).astype(np.uint8)
-    assert tensor.scale is not None
-    scale = tensor.scale.astype(np.float32)
-    if tensor.scale2 is not None:
-        scale = scale * tensor.scale2
-    return QuantTensor(tensor.name, fmt, table[tensor.unpacked_codes()], scale * np.float32(0.5))
+    scale = tensor.multipliers() * np.float32(0.5)
+    return QuantTensor(tensor.name, fmt, table[tensor.unpacked_codes()], scale)
 
 
 def _from_codebook(tensor: QuantTensor, fmt: WeightFormat) -> QuantTensor:
-    assert tensor.codebook is not None and tensor.scale is not None
+    assert tensor.codebook is not None
     whole, unit = _best_multiples(tensor.codebook)
     table = (whole + _MIDPOINT).astype(np.uint8)
-    scale = tensor.scale.astype(np.float32)
-    if tensor.scale2 is not None:
-        scale = scale * tensor.scale2
-    return QuantTensor(tensor.name, fmt, table[tensor.unpacked_codes()], scale * unit)
+    codes = table[tensor.unpacked_codes()]
+    return QuantTensor(tensor.name, fmt, codes, tensor.multipliers() * unit)
 
 
 def _best_multiples(numbers: NDArray[np.float32]) -> tuple[NDArray[Any], np.float32]:
@@ -105,7 +100,7 @@ def _best_multiples(numbers: NDArray[np.float32]) -> tuple[NDArray[Any], np.floa
 
 def _from_e4m3(tensor: QuantTensor, fmt: WeightFormat) -> QuantTensor:
     old, (n, k) = tensor.format, fmt.shape
-    assert tensor.scale is not None
+    scales = tensor.multipliers()
     groups = np.arange(k // _GROUP) * _GROUP // old.group
     codes = np.empty((n, k), np.uint8)
     scale = np.empty((n, k // _GROUP), np.float32)
@@ -114,7 +109,7 @@ def _from_e4m3(tensor: QuantTensor, fmt: WeightFormat) -> QuantTensor:
         rows = np.arange(start, min(start + step, n))
         whole, unit = _grid(tensor.codes[rows].astype(np.float32), tensor.name)
         codes[rows] = (whole + _MIDPOINT).astype(np.uint8).reshape(-1, k)
-        scale[rows] = tensor.scale[np.ix_(rows // old.rows, groups)].astype(np.float32) * unit
+        scale[rows] = scales[np.ix_(rows // old.rows, groups)] * unit
     return QuantTensor(tensor.name, fmt, codes, scale)
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import readers
+from slipstream.builder.graph.passes.quantize_weights import nothing_quantized
 from slipstream.builder.graph.program import Program
 from slipstream.weights.fp8 import fp8_format, quantize_fp8
 from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 
 def quantize_fp8_weights(program: Program) -> int:
-    """Quantize every dense weight of a product, an embedding's only if it is the same."""
+    """Quantize every dense weight of a product, an embedding's only if it is the same; BuildError
+    where there is none."""
     values = dict.fromkeys(value for _, value in readers(program, "product"))
-    return sum(_quantize(program, value) for value in values)
+    matched = sum(_quantize(program, value) for value in values)
+    if not matched:
+        raise nothing_quantized()
+    return matched
 
 
 def _quantize(program: Program, value: ir.Value) -> bool:

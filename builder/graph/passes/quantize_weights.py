@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import readers, weight_index
 from slipstream.builder.graph.program import Program
+from slipstream.errors import BuildError
 from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
@@ -29,30 +31,45 @@ class QuantizeWeights:
     symmetric: bool
 
     def __call__(self, program: Program) -> int:
-        """Quantize every dense weight that an operator reads in any format."""
+        """Quantize every dense weight that an operator reads in any format; BuildError where none
+        can be."""
         heads = {
             value
             for node, value in readers(program)
             if weight_index(node, "rows") is not None or node.outputs[0].is_graph_output()
         }
         values = dict.fromkeys(value for _, value in readers(program))
-        return sum(
-            self._quantize(program, value, 8 if value in heads else self.bits) for value in values
+        dense = [value for value in values if _weight(program, value).format.kind == "dense"]
+        self._tell(_weight(program, value) for value in dense)
+        matched = sum(
+            self._quantize(program, value, 8 if value in heads else self.bits) for value in dense
         )
+        if not matched:
+            raise nothing_quantized()
+        return matched
+
+    def _tell(self, weights: Iterable[LazyTensor]) -> None:
+        """Log the widths that the group asked for does not divide, once each."""
+        named: dict[int, list[str]] = {}
+        for weight in weights:
+            named.setdefault(weight.format.shape[1], []).append(weight.name)
+        for width, names in named.items():
+            group = largest_group(width, self.group_size)
+            told = (len(names), names[0], ", …" * (len(names) > 1), width)
+            if group is None:
+                log.warning(
+                    "%d weights (%s%s) stay dense: no group of 128, 64 or 32 divides %d columns",
+                    *told,
+                )
+            elif group != self.group_size:
+                log.info("%d weights (%s%s) of %d columns take groups of %d", *told, group)
 
     def _quantize(self, program: Program, value: ir.Value, bits: Bits) -> bool:
         assert value.name is not None
         dense = program.weights[value.name]
-        if dense.format.kind != "dense":
-            return False
         group = largest_group(dense.format.shape[1], self.group_size)
         if group is None:
-            log.warning(
-                "%s stays dense: no group of 128, 64 or 32 divides its width %d", *_named(dense)
-            )
             return False
-        if group != self.group_size:
-            log.info("%s (width %d) takes groups of %d", *_named(dense), group)
         zero: ZeroKind = "midpoint" if self.symmetric else "zero"
         format = WeightFormat(dense.format.shape, "int", "float16", bits, group, zero)
 
@@ -64,5 +81,13 @@ class QuantizeWeights:
         return True
 
 
-def _named(tensor: LazyTensor) -> tuple[str, int]:
-    return tensor.name, tensor.format.shape[1]
+def nothing_quantized() -> BuildError:
+    """The error of a quantization that would do nothing."""
+    return BuildError(
+        "no weight can be quantized: each is quantized in the checkpoint already, or has a width "
+        "that no group divides; leave --quantization out"
+    )
+
+
+def _weight(program: Program, value: ir.Value) -> LazyTensor:
+    return program.weights[value.name or ""]

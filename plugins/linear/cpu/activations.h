@@ -39,7 +39,7 @@ inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t
     for (int i = 0; i < kBlock / 2; ++i) first += codes[i];
     return (uint32_t(first) & 0xffff) | uint32_t(sum - first) << 16;
   }
-  if (weight.zero == ZeroKind::midpoint) return uint32_t(-(sum << (weight.bits - 1)));
+  if (weight.zero == ZeroKind::midpoint) return uint32_t(-sum * (1 << (weight.bits - 1)));
   if (weight.zero == ZeroKind::zero) return uint32_t(-sum);
   const float value = scale * float(sum) + kBlock * centre;
   uint32_t bits;

@@ -5,6 +5,7 @@ namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
 typedef int32_t Pairs __attribute__((vector_size(32)));
+typedef uint32_t UnsignedPairs __attribute__((vector_size(32)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 constexpr int kMaxTokens = 4;
@@ -42,7 +43,8 @@ struct Codes {
           __builtin_convertvector(quad[q], Shorts) * Shorts{a, b, c, d, a, b, c, d, a, b, c, d, a, b, c, d};
       Pairs pair;
       __builtin_memcpy(&pair, &product, sizeof pair);
-      sum += (pair >> 16) + ((pair << 16) >> 16);
+      const Pairs low = reinterpret_cast<Pairs>(reinterpret_cast<UnsignedPairs>(pair) << 16);
+      sum += (pair >> 16) + (low >> 16);
     }
     return start + Ints{sum[0] + sum[1], sum[2] + sum[3], sum[4] + sum[5], sum[6] + sum[7]};
   }

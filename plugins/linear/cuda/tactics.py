@@ -300,7 +300,7 @@ class Tactics:
             return cls((int(major), int(minor)), str(table["device"]), entries)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise EngineMismatchError(
-                f"tactics.json cannot be used: {error}; delete it or tune the engine again"
+                f"tactics.json cannot be used: {error}; build the engine again, with --tune"
             ) from error
 
     @classmethod

@@ -16,6 +16,7 @@ from slipstream.server.core.refusal import Kind, Refusal
 STATUSES: Mapping[Kind, int] = {
     "invalid": 400,
     "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "wrong_method": 405,
     "too_large": 413,

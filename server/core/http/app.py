@@ -13,7 +13,16 @@ from slipstream import __version__
 from slipstream.server.core.http import status
 from slipstream.server.core.http.api import Api, Apis
 from slipstream.server.core.http.errors import install_handlers
-from slipstream.server.core.http.middleware import BodyLimit, KeyGuard, RequestLog
+from slipstream.server.core.http.middleware import (
+    BodyLimit,
+    BodyReader,
+    HeadAsGet,
+    HostGuard,
+    KeyGuard,
+    RequestLog,
+)
+from slipstream.server.core.http.structure import StructureLimit
+from slipstream.server.core.limits import MAX_VALUES
 from slipstream.server.core.metrics import EngineMetrics, registry_of
 from slipstream.server.core.service import Service
 
@@ -43,6 +52,10 @@ def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) ->
 def _surround(app: FastAPI, service: Service, apis: Apis) -> None:
     """Middleware, from the innermost to the outermost."""
     options, refuse = service.options, apis.refuse
+    app.add_middleware(HeadAsGet)
+    # Token ids of the longest prompt that the engine takes must pass.
+    max_values = MAX_VALUES + service.llm.config.max_seq_len
+    app.add_middleware(StructureLimit, max_values=max_values)
     app.add_middleware(BodyLimit, max_bytes=options.max_request_bytes, refuse=refuse)
     if options.api_key:
         app.add_middleware(KeyGuard, keys=options.api_key, refuse=refuse)
@@ -54,6 +67,9 @@ def _surround(app: FastAPI, service: Service, apis: Apis) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    if options.is_local:
+        app.add_middleware(HostGuard, allowed=options.allowed_hosts, refuse=refuse)
+    app.add_middleware(BodyReader)
     app.add_middleware(RequestLog, refuse=refuse)
 
 

@@ -41,6 +41,8 @@ def _handler(
 
 
 def _unroutable(request: Request, error: HTTPException) -> Refusal:
+    if isinstance(error.__cause__, SlipstreamError):  # while the body was read
+        return refusal_of(error.__cause__)
     messages = {
         400: "the body cannot be read; send a JSON object in UTF-8",
         404: f"there is no {request.url.path} here; see /openapi.json for what there is",

@@ -1,16 +1,19 @@
-"""What happens around every request: its id, its log line, its key and its size.
+"""What happens around every request: its id, its log line, its host, its key and its size.
 
 Plain ASGI, because a stream passes through here chunk by chunk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _FIELDS = "slipstream.log_fields"
 _SEND = "slipstream.send"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_LINGER_SECONDS = 30  # for the rest of a body whose request has been answered
 # Of these nobody needs a key: they are asked by machines, and tell nothing of anybody's requests.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/openapi.json"})
 
@@ -94,6 +98,54 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     log_event(_LOG, "request", fields | log_fields(scope), level)
 
 
+class HostGuard:
+    """Lets requests pass that came by a name which is this server's, so that no web page reaches a
+    server on a loopback address by a name that it has made to point there (DNS rebinding).
+
+    Addresses, names without a dot and those below ``localhost`` are nobody else's; ``allowed`` are
+    further ones, ``*`` all.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str], refuse: Refuse) -> None:
+        self._app = app
+        self._allowed = frozenset(name.lower() for name in allowed)
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403, or pass on."""
+        app = self._app
+        if scope["type"] == "http" and "*" not in self._allowed:
+            for host in Headers(scope=scope).getlist("host"):
+                if not self._knows(host):
+                    app = self._refuse(scope, _unknown_host(host))
+        await app(scope, receive, send)
+
+    def _knows(self, host: str) -> bool:
+        name = _PORT.sub("", host.lower()).rstrip(".")
+        own = "." not in name or name.endswith(".localhost") or name in self._allowed
+        return own or _is_address(name.strip("[]"))
+
+
+_PORT = re.compile(r":\d*$")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown_host(host: str) -> Refusal:
+    return Refusal(
+        "forbidden",
+        f"this server does not answer to the name {host!r:.100}; ask it by its address, or allow "
+        "the name with --allowed-hosts",
+        code="unknown_host",
+    )
+
+
 class KeyGuard:
     """Lets requests pass that carry one of the keys, and those that need none."""
 
@@ -120,6 +172,64 @@ class KeyGuard:
         # All are compared, each in constant time, so that time tells nothing of a key.
         found = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(found)
+
+
+class BodyReader:
+    """Reads what is left of a body that was not wanted, after the answer and for a while.
+
+    A connection that is closed with a body on its way is reset, and clients that send it all
+    before they read, as Python's do, would never see why they were refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, with an answer that ends when the body has."""
+        if scope["type"] != "http" or not _has_body(scope):
+            await self._app(scope, receive, send)
+            return
+        more = True
+
+        async def noted() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def send_and_read(message: Message) -> None:
+            if more and message["type"] == "http.response.body" and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await _discard(noted, lambda: more)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await send(message)
+
+        await self._app(scope, noted, send_and_read)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+async def _discard(receive: Receive, more: Callable[[], bool]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while more():
+                await receive()
+
+
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered; the server itself leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

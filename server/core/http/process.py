@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 import uvloop
@@ -15,12 +18,16 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import create_app
+from slipstream.server.core.http.connection import Bounds, Connection, connection_limit
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.metrics import EngineMetrics
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 
 _LOG = logging.getLogger(__name__)
+# After which a thread that computes lets another go on. Tokens pass through two threads, each of
+# which would wait Python's 5 ms for whoever reads or writes a large request.
+_SWITCH_SECONDS = 0.0005
 _CLOSING_SECONDS = 5  # for answers on their way to slow clients, after all requests have ended
 
 
@@ -59,7 +66,7 @@ def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> Dra
     service = Service(llm, options, metrics)
     config = uvicorn.Config(
         create_app(service, metrics, apis),
-        http="httptools",
+        http=cast(Any, partial(Connection, bounds=Bounds(connection_limit()))),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -119,6 +126,7 @@ def run(
     async def main() -> None:
         await server_of(llm, options, apis).serve([listener])
 
+    sys.setswitchinterval(_SWITCH_SECONDS)
     # Its own lines about start and end are told by this module.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:

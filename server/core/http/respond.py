@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -14,18 +14,18 @@ from starlette.types import Receive, Scope, Send
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.request import RequestOutput
-from slipstream.runtime.request_factory import Prompt
-from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.http.api import STATUSES
 from slipstream.server.core.http.middleware import direct_send, log_fields
 from slipstream.server.core.http.presence import ClientGone, while_present
-from slipstream.server.core.logs import log_event
 from slipstream.server.core.refusal import Refusal, internal_refusal, refusal_of
 from slipstream.server.core.service import Item, Job, Service
 from slipstream.server.core.usage import Usage
 
 _LOG = logging.getLogger(__name__)
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+PULSE_SECONDS = 5.0
+_COMMENT = b": waiting\n\n"
+_SCORE_SIZE = 1000  # characters of the log probabilities of a token, about
 CLIENT_GONE = 499  # what nginx logs for it; nobody reads this answer
 
 
@@ -59,36 +59,55 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def log_prompts(service: Service, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-    """Write prompts into the log, if that was asked for."""
-    if service.options.log_prompts:
-        log_event(_LOG, "prompts", {"prompts": list(prompts), "params": repr(params)})
-
-
 async def respond(request: Request, job: Job, reply: Reply) -> Response:
     """Run a job for as long as its client is there.
 
-    A stream begins with the first token, so that what goes wrong before has a status of its own.
+    A stream begins with the first token, so that what goes wrong before has a status of its own, or
+    when there was none for some seconds.
     """
-    items = service_of(request).run(job)
+    service = service_of(request)
+    items = service.run(job)
     try:
         if job.kind == "delta":
-            first = await while_present(request.receive, _next(items))
+            first = asyncio.create_task(_next(items))
+            try:
+                await while_present(request.receive, _within(first, PULSE_SECONDS))
+            except BaseException:
+                await _cancel(first)
+                raise
             return EventStream(first, items, reply)
         outputs = await while_present(request.receive, _collect(items, len(job.prompts)))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
-    body = reply.body
-    if job.params.logprobs is None and job.params.prompt_logprobs is None:
-        content = body(outputs)
-    else:  # many numbers to write
-        content = await asyncio.to_thread(body, outputs)
+    content = await service.llm.workers.run(_size(outputs), reply.body, outputs)
     log_fields(request.scope).update(_usage_fields(reply))
     return Response(content, media_type="application/json")
 
 
 async def _next(items: AsyncGenerator[Item, None]) -> Item:
     return await anext(items)
+
+
+async def _within(task: asyncio.Task[Item], seconds: float) -> None:
+    """Wait for a task, so long; raise if it has failed."""
+    done, _ = await asyncio.wait((task,), timeout=seconds)
+    if done:
+        task.result()
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _size(outputs: Sequence[RequestOutput]) -> int:
+    """What an answer takes to write, in characters."""
+    size = 0
+    for output in outputs:
+        size += _SCORE_SIZE * len(output.prompt_logprobs or ())
+        for completion in output.outputs:
+            size += len(completion.text) + _SCORE_SIZE * len(completion.logprobs or ())
+    return size
 
 
 async def _collect(items: AsyncGenerator[Item, None], count: int) -> list[RequestOutput]:
@@ -106,14 +125,18 @@ def _usage_fields(reply: Reply) -> dict[str, int]:
 class EventStream(StreamingResponse):
     """Server-sent events; an error is the last of them.
 
-    Ends, and with it the generator of outputs, when the client is gone.
+    Where nothing is to be told for some seconds, a comment is, lest a proxy takes the connection
+    for dead. Ends, and with it the generator of outputs, when the client is gone.
     """
 
-    def __init__(self, first: Item, items: AsyncGenerator[Item, None], reply: Reply) -> None:
+    def __init__(
+        self, first: asyncio.Task[Item], items: AsyncGenerator[Item, None], reply: Reply
+    ) -> None:
         super().__init__((), headers=_EVENT_HEADERS, media_type="text/event-stream")
         self._first = first
         self._items = items
         self._reply = reply
+        self._quiet = not first.done()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -129,6 +152,7 @@ class EventStream(StreamingResponse):
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         send = direct_send(scope)
+        pulse = asyncio.create_task(self._pulse(send))
         try:
             await self._send_items(send)
             end = self._reply.end()
@@ -137,17 +161,32 @@ class EventStream(StreamingResponse):
         except Exception:  # noqa: BLE001 - the stream is open: the client must be told here
             _LOG.exception("a stream failed")
             end = self._error(internal_refusal(), scope)
+        finally:
+            await _cancel(pulse)
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _error(self, refusal: Refusal, scope: Scope) -> bytes:
         log_fields(scope)["error"] = STATUSES[refusal.kind]
         return self._reply.error(refusal)
 
+    async def _pulse(self, send: Send) -> None:
+        while True:
+            if self._quiet:
+                await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+            self._quiet = True
+            await asyncio.sleep(PULSE_SECONDS)
+
     async def _send_items(self, send: Send) -> None:
         events_of = self._reply.events
+        try:
+            first = events_of(*await self._first)
+        except BaseException:
+            await _cancel(self._first)
+            raise
         async with aclosing(self._items):
-            first = events_of(*self._first)
+            self._quiet = False
             await send({"type": "http.response.body", "body": first, "more_body": True})
             async for position, output in self._items:
                 if events := events_of(position, output):
+                    self._quiet = False
                     await send({"type": "http.response.body", "body": events, "more_body": True})

@@ -12,6 +12,7 @@ from slipstream.server.core.metrics import render
 from slipstream.server.core.refusal import Refusal
 
 router = APIRouter()
+_TEXT = {"schema": {"type": "string"}}
 
 
 @router.get("/health")
@@ -23,7 +24,9 @@ async def health(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}}
+)
 def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(render(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)

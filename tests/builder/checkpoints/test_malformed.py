@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.builder.checkpoints.bounds import MEMORY, bounded
 from tests.builder.checkpoints.gguf.models import TinyModel, tiny
 from tests.builder.checkpoints.quantized.files import (
     pack_awq,
@@ -25,7 +26,10 @@ from tests.builder.checkpoints.quantized.files import (
 )
 from tests.tiny_models import llama_tensors, save_llama
 
+from slipstream.builder.build import build
 from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.engine import open_engine
+from slipstream.builder.options import BuildOptions
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.loading import generation_defaults
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -35,10 +39,15 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 # What may stand in place of a value: JSON texts.
 VALUES = (
     *("null", "true", "false", "0", "-1", "-7", "7", "0.5", "-0.0", "1e400", "-1e400", "NaN"),
-    *("18446744073709551616", "1" + "0" * 400, "9" * 5000),
+    *("18446744073709551616", "1" + "0" * 400, "9" * 5000, "1e9", "1e300", "1e-300"),
+    *map(
+        str, (2**20 + 1, 2**30, 2**31 - 1, 2**31, 10**9, 10**12, 2**53, 2**62, 2**63 - 1, -(2**63))
+    ),
     *('""', '"text"', '"4"', '"-1"', '"0x0"', '"re:("', r'"\ud800"', r'"\u0000"', r'["\udfff"]'),
     *("[]", "[0]", "[-1]", "[null]", '["a"]', "[[]]", "[1, 2, 3]", "[true, false]", "[0, 0]"),
     *("{}", '{"a": 1}', '{"a": null}', '{"": []}', '{"a": {"a": {}}}', '{"a": 1, "a": 2}'),
+    *("[" + "0," * 1_000_001 + "0]", "[" + "7," * 9_000 + "7]", json.dumps("x" * 1_000_000)),
+    json.dumps({str(i): i for i in range(5_000)}),
     *("[" * 60 + "]" * 60, "[" * 200_000 + "]" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000),
 )
 # What may stand in place of a file.
@@ -62,7 +71,7 @@ FILES: dict[str, Callable[[bytes], bytes]] = {
 }
 PLACE = "@@"
 # Of the values, how many apart are those that one place sees; all of them take minutes.
-STRIDE = 3
+STRIDE = 5
 REMEDIES = ("download", "pass ", "use ", "build", "correct", "choose", "check", "expected one of",
             "fetch", "save ", "convert", "config.json", "another --")  # fmt: skip
 
@@ -170,6 +179,17 @@ def engine(directory: Path) -> None:
     )
 
 
+def whole_engine(directory: Path) -> None:
+    checkpoint = save_llama(directory / "checkpoint", llama_tensors())
+    build(checkpoint, directory / "engine", BuildOptions())
+    for file in (directory / "engine").iterdir():
+        file.rename(directory / file.name)
+
+
+def read_manifest(directory: Path) -> None:
+    open_engine(directory).verify_files()
+
+
 def read_engine(directory: Path) -> None:
     Tokenizer.from_directory(directory)
     generation_defaults(directory, "slipstream build x")
@@ -234,6 +254,7 @@ CASES = {
     "tokenizer_config.json": Case(engine, read_engine, "tokenizer_config.json"),
     "special_tokens_map.json": Case(engine, read_engine, "special_tokens_map.json"),
     "generation_config.json": Case(engine, read_engine, "generation_config.json"),
+    "engine.json": Case(whole_engine, read_manifest, "engine.json"),
 }  # fmt: skip
 
 
@@ -264,10 +285,16 @@ def malformed(document: Any, path: list[Any]) -> Iterator[bytes]:  # noqa: ANN40
     yield json.dumps(changed).encode()
 
 
+def test_the_bounds_hold() -> None:
+    with pytest.raises(MemoryError), bounded():
+        np.ones(4 * MEMORY, np.uint8)
+
+
 def check(case: Case, directory: Path) -> str | None:
     """The message of the error, None if it reads fine; fails for any other error."""
     try:
-        case.read(directory)
+        with bounded():
+            case.read(directory)
     except SlipstreamError as error:
         message = str(error)
         assert any(name in message for name in (str(directory), "config.json", "GGUF")), message[
@@ -320,6 +347,7 @@ def test_a_malformed_file_is_a_typed_error(made: tuple[Case, Path, bytes], chang
 # What may stand in place of a value of GGUF metadata, of every type that its writer knows.
 METADATA = (
     *(True, False, 0, 1, 7, 2**32 - 1, 0.0, -1.0, 0.5, math.inf, math.nan, "", "text", "4", "\0"),
+    *(2**30, 2**31 - 1, 10**9, 1e9, 3e38, 1e-40, "x" * 100_000, [7] * 100_000),
     *([0], [1, 2], [True], [0.5], [math.nan], ["a"], ["a", "b c"], [[0]], [["a"]]),
 )
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.builder.checkpoints.gguf.models import tiny
 
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.errors import CheckpointError, MissingDependencyError
@@ -21,8 +22,10 @@ class FakeHub(ModuleType):
         self.answer = answer
         self.asked: list[Any] = []
 
-    def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
-        self.asked += [name, allow_patterns]
+    def snapshot_download(
+        self, name: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        self.asked += [name, allow_patterns, ignore_patterns]
         if isinstance(self.answer, Exception):
             raise self.answer
         return str(self.answer)
@@ -51,6 +54,12 @@ def test_a_file_of_another_kind_is_refused(directory: Path) -> None:
         open_checkpoint(directory / "model.safetensors")
 
 
+@pytest.mark.parametrize("name", ["M.GGUF", "sha256-0123abcd", "model.bin"])
+def test_a_gguf_file_is_known_by_its_first_bytes(directory: Path, name: str) -> None:
+    tiny().write(directory / name)
+    assert open_checkpoint(directory / name).config.architecture == "llama"
+
+
 def test_a_directory_of_gguf_files_names_them(directory: Path) -> None:
     (directory / "tiny.Q4_0.gguf").write_bytes(b"")
 
@@ -58,16 +67,37 @@ def test_a_directory_of_gguf_files_names_them(directory: Path) -> None:
         open_checkpoint(directory)
 
 
+WANTED = (
+    *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"),
+    *("model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+    *("hf_quant_config.json", "quant-00001.safetensors"),
+)
+UNWANTED = (
+    *(
+        "original/params.json",
+        "original/model.safetensors",
+        "onnx/config.json",
+        "1/2/a.safetensors",
+    ),
+    *("consolidated.safetensors", "consolidated.00.pth", "consolidated.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "README.md"),
+)
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "gpt2"])
-def test_a_hub_id_is_downloaded_without_pickles(
+def test_of_a_hub_id_only_what_is_read_is_downloaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
     hub = FakeHub(directory)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_checkpoint(name)
-    assert hub.asked == [name, ["*.json", "*.safetensors", "*.jinja"]]
+    asked, wanted, others = hub.asked
+    found = filter_repo_objects([*WANTED, *UNWANTED], allow_patterns=wanted, ignore_patterns=others)
+    assert asked == name and tuple(found) == WANTED
 
 
 @pytest.mark.parametrize("error", [ConnectionError("offline\nlong story"), ValueError("bad id")])

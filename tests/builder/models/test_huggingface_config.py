@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from slipstream.builder.models.config import ModelConfig, RopeScaling
+from slipstream.builder.models.huggingface_config import describe, rotary_fraction
+from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.errors import CheckpointError, EngineMismatchError
 
 CLASSES: dict[str, Any] = {
@@ -222,10 +226,24 @@ def test_foreign_json_names_the_keys_that_differ() -> None:
     renamed = {("layers" if key == "num_layers" else key): data[key] for key in data}
     no_scaling = data | {"rope_scaling": None}
 
-    with pytest.raises(EngineMismatchError, match=r"\['layers'\] and lacks \['num_layers'\]"):
+    with pytest.raises(EngineMismatchError, match="num_layers is missing"):
         ModelConfig.from_json(renamed)
-    with pytest.raises(EngineMismatchError, match="beta_fast"):
+    with pytest.raises(EngineMismatchError, match="rope_scaling is None, not an object"):
         ModelConfig.from_json(no_scaling)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", True, 10**400, math.nan, [[]], {"a": 1}])
+def test_values_of_foreign_json_have_their_types(wrong: object) -> None:
+    """``extras`` are an architecture's own, and none of these is a key of it."""
+    data = huggingface("MistralForCausalLM", rope_scaling=YARN).to_json()
+    nullable = {"bos_token_id", "sliding_window", "rope_scaling.attention_factor"}
+    nullable |= {"rope_scaling.mscale", "rope_scaling.mscale_all_dim"}
+    for key in data.keys() - {"extras"}:
+        fits = isinstance(wrong, type(data[key])) or (wrong is None and key in nullable)
+        if fits and key not in ("vocab_size", "rope_scaling", "ropes"):
+            continue
+        with pytest.raises(EngineMismatchError, match=rf"\({key}"):
+            ModelConfig.from_json(data | {key: wrong})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +278,7 @@ def test_foreign_json_names_the_keys_that_differ() -> None:
         ("mlp_bias", 0),
         ("tie_word_embeddings", None),
         ("bos_token_id", True),
-        ("bos_token_id", -1),
+        ("bos_token_id", -2),
         ("eos_token_id", {"id": 1}),
         ("eos_token_id", [2**70]),
         ("vocab_size", "100"),
@@ -288,3 +306,71 @@ def test_a_value_of_another_type_is_refused(key: str, value: object) -> None:
 def test_a_window_of_another_type_is_refused(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"^config.json: {key} is"):
         huggingface("Qwen3ForCausalLM", **{**SLIDING, key: value})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 512),
+        (LLAMA3, 512),
+        ({"type": "linear", "factor": 2.5}, 1280),
+        (YARN, 512),
+        (YARN | {"factor": 8.0}, 1024),
+        ({"type": "yarn", "factor": 4.0}, 2048),
+        ({"type": "yarn"}, 512),
+        ({"type": "linear", "factor": 0.001}, 1),
+        ({"type": "linear", "factor": 1e300}, 2**31 - 1),
+    ],
+)
+def test_yarn_and_linear_factors_lengthen_the_context(
+    scaling: dict[str, Any] | None, length: int
+) -> None:
+    config = huggingface("Qwen2ForCausalLM", rope_scaling=scaling)
+    assert config.context_length == length
+    assert config.max_position_embeddings == 512
+    assert ModelConfig.from_huggingface(describe(config)) == config
+
+
+def test_every_even_part_of_a_head_survives_being_a_fraction() -> None:
+    """Among them head 88 with 30 elements, whose quotient times 88 is below 30."""
+    for head in range(8, 264, 8):
+        for dim in range(2, head + 1, 2):
+            fraction = rotary_fraction(dim, head)
+            assert int(head * fraction) == dim, (head, dim)
+            for given in (fraction, dim / head, float(f"{dim / head:.6f}")):
+                read = huggingface("LlamaForCausalLM", head_dim=head, partial_rotary_factor=given)
+                assert read.rotary_dim == dim, (head, dim)
+
+
+@pytest.mark.parametrize("factor", [1.0001, 2.0, 1e9, 1e308, 0.06, 0.1, 5 / 16])
+def test_only_pairs_within_a_head_are_rotated(factor: float) -> None:
+    for place in ({"partial_rotary_factor": factor},
+                  {"rope_parameters": {"partial_rotary_factor": factor}}):  # fmt: skip
+        with pytest.raises(CheckpointError, match=re.escape(f"factor is {factor}; expected")):
+            huggingface("LlamaForCausalLM", **place)
+
+
+@pytest.mark.parametrize("low", [4.0, 5.0])
+def test_llama3_needs_a_band_between_its_frequencies(low: float) -> None:
+    with pytest.raises(CheckpointError, match=rf"high_freq_factor is 4.0; .* above .* {low}"):
+        huggingface("LlamaForCausalLM", rope_scaling=LLAMA3 | {"low_freq_factor": low})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e-300},
+        {"rope_scaling": {"type": "linear", "factor": 1e-300}},
+        {"rope_scaling": LLAMA3 | {"factor": 1e-300}},
+        {"rope_scaling": YARN, "rope_theta": 1.0},
+        {"rope_scaling": YARN | {"beta_fast": 1e308}},
+        {"rope_scaling": YARN | {"factor": 1e-300}},
+        {"rope_scaling": YARN | {"attention_factor": 1e300}},
+        {"rope_scaling": YARN | {"attention_factor": None, "mscale_all_dim": -7.213475204444817}},
+    ],
+)
+def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> None:
+    """The last one divides by a scale of 0."""
+    config = huggingface("LlamaForCausalLM", **changes)
+    with pytest.raises(CheckpointError, match=r"^config\.json: rope_theta .* not finite; correct"):
+        rotary_frequencies(config.rope(0))

@@ -188,14 +188,15 @@ class Random {
   template <class T>
   T of(std::initializer_list<T> values) { return values.begin()[in(0, int64_t(values.size()) - 1)]; }
 
-  float real() {
-    if (one_in(200)) return of({0.0f, -0.0f, 1e38f, -1e38f, 1e-40f, INFINITY, -INFINITY, NAN});
-    return std::normal_distribution<float>()(bits_);
+  float real(uint64_t noise) {
+    if (noise >> 32 & 255) return float(int16_t(noise)) / 8192;
+    return of({0.0f, -0.0f, 1e38f, -1e38f, 1e-40f, INFINITY, -INFINITY, NAN});
   }
 
   int64_t hostile(int64_t right) {
     const int64_t one = 1;
-    return of({int64_t(0), int64_t(-1), right - 1, right + 1, 2 * right, one << 16, one << 31, one << 32, one << 60,
+    const uint64_t bits = uint64_t(right);
+    return of({int64_t(0), int64_t(-1), int64_t(bits - 1), int64_t(bits + 1), int64_t(2 * bits), one << 16, one << 31, one << 32, one << 60,
                (one << 60) + 32, (one << 62) + 16, INT64_MAX, INT64_MIN, in(-1000, 1000)});
   }
 
@@ -217,7 +218,7 @@ class Random {
     for (int64_t i = 0; i < n; ++i) {
       char* at = value.data.get() + i * bytes_of(value.type);
       const uint64_t noise = bits_();
-      const float number = real();
+      const float number = real(noise);
       const int32_t index = int32_t(noise % uint64_t(std::max<int64_t>(below, 1)));
       const void* from = &noise;
       if (value.type == ElementType::float32) from = &number;

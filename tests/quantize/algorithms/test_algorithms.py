@@ -20,7 +20,7 @@ from slipstream.quantize.options import SCHEMES, Scheme
 from slipstream.quantize.statistics import Collector, Inputs
 
 N, K, TOKENS = 48, 128, 1024
-INT4 = replace(SCHEMES["int4_awq"], group=32)
+INT4 = replace(SCHEMES["int4_awq"], group=32, symmetric=False)
 SYMMETRIC = replace(INT4, symmetric=True)
 
 

@@ -160,3 +160,12 @@ def test_numbers_that_json_lacks(report: Report, tmp_path: Path) -> None:
 
 def test_memory_is_in_bytes() -> None:
     assert 10 << 20 < peak_memory() < 1 << 40
+
+
+def test_it_says_which_loaders_take_the_files(report: Report, tmp_path: Path) -> None:
+    loaders = {"transformers": "it does not unpack zero points", "vLLM": ""}
+    replace(report, loaders=loaders).write(tmp_path)
+    assert json.loads((tmp_path / "quantization_report.json").read_text())["loaders"] == loaders
+    text = (tmp_path / "quantization_report.md").read_text()
+    assert "| loads in | Slipstream, vLLM |" in text
+    assert "* transformers does not load it: it does not unpack zero points" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +33,12 @@ def scheduler(
     num_pages: int = 32,
     caches: tuple[CacheSpec, ...] = (),
     draft_tokens: int = 0,
+    max_scored: int = sys.maxsize,
     **options: Any,  # noqa: ANN401
 ) -> Scheduler:
     limits = {"page_size": PAGE, "max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64}
     config = RuntimeConfig().override({**limits, **options})
-    return Scheduler(config, num_pages, caches, draft_tokens)
+    return Scheduler(config, num_pages, caches, draft_tokens, max_scored)
 
 
 def check(scheduler: Scheduler) -> None:

@@ -275,3 +275,18 @@ def test_a_bad_request_never_gets_in(
 def test_an_engine_without_pages_is_refused() -> None:
     with pytest.raises(CapacityError, match="holds no KV page"):
         EngineLoop(counting_engine(num_pages=0, kv_cache_bytes=10))
+
+
+def test_an_end_token_without_logits_ends_nothing_and_harms_nobody() -> None:
+    engine = counting_engine()
+    engine.tokenizer.eos_token_ids |= {VOCAB_SIZE, VOCAB_SIZE + 7}
+    loop = EngineLoop(engine)
+    loop.add_request(Request("short", [0], greedy(max_tokens=4, min_tokens=2)))
+    loop.add_request(Request("neighbour", [5], greedy(max_tokens=8)))
+
+    outputs = drain(loop)
+
+    assert [len(tokens_of(outputs[name])) for name in ("short", "neighbour")] == [4, 8]
+    assert all(
+        sequence.eos_token_ids <= {EOS} for sequence in loop._sequences(Request("x", [0], greedy()))
+    )

@@ -16,7 +16,7 @@ from tests.runtime.engine.scheduling import (
 )
 
 from slipstream.errors import CapacityError, InvalidRequestError
-from slipstream.runtime.engine.sequence import Status
+from slipstream.runtime.engine.sequence import Sequence, Status
 
 
 def test_scheduling_needs_no_tensor_library() -> None:
@@ -300,3 +300,36 @@ def test_an_impossible_prompt_is_refused(length: int) -> None:
 def test_what_can_never_fit_in_the_pages_is_refused(length: int, max_tokens: int | None) -> None:
     with pytest.raises(CapacityError, match=r"KV cache of 10 pages \(40 tokens\)"):
         scheduler(num_pages=10).clamp_max_tokens(length, max_tokens)
+
+
+def test_a_prompt_whose_tokens_are_scored_is_computed_in_blocks() -> None:
+    """Every scored token has a row of logits as wide as the vocabulary."""
+    engine = scheduler(max_scored=6)
+    scored, another, plain = (sequence(list(range(i, i + 10)), 1) for i in (0, 10, 20))
+    for each in (scored, another):
+        each.prompt_logprobs = [None]
+    for each in (scored, another, plain):
+        engine.add(each)
+
+    assert planned(step(engine)) == [(scored, 6)], "nobody overtakes"
+    assert planned(step(engine)) == [(scored, 4), (another, 2), (plain, 10)]
+    assert planned(step(engine)) == [(another, 6)]
+    assert planned(step(engine)) == [(another, 2)]
+
+
+def test_the_siblings_of_one_request_leave_rows_to_others() -> None:
+    engine = scheduler(num_pages=64, max_batch_size=8, max_num_tokens=16)
+    leader = sequence([1, 2, 3], 8)
+    leader.followers = [
+        Sequence(leader.request, i, (0, leader.order[1], i), 8, 0) for i in range(1, 20)
+    ]
+    engine.add(leader)
+    for _ in range(3):
+        land(engine, engine.schedule())
+    assert len(engine.running) == 7, "the leader and six of its siblings"
+    other = sequence([4, 5], 2)
+    engine.add(other)
+    land(engine, engine.schedule())
+    assert other.status is Status.RUNNING and len(engine.waiting) == 13
+    while engine.has_work:
+        land(engine, engine.schedule())

@@ -123,7 +123,7 @@ def save_engine(directory: Path) -> Manifest:
     graphs = {name: save_graph(directory, name) for name in (TARGET_GRAPH, "draft")}
     manifest = Manifest(
         target="cpu",
-        model={},
+        model={"architecture": "tests"},
         limits=EngineLimits(4, 64, 128),
         graphs=graphs,
         caches=CACHES,

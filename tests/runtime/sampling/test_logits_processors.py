@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -107,3 +108,33 @@ def test_a_vocabulary_of_bad_words_still_yields_the_likeliest() -> None:
     logits = random_logits(SIZE)
     params = SamplingParams(bad_words_token_ids=[[token] for token in range(SIZE)])
     assert sample_one(logits, row(params)) == logits.argmax()
+
+
+class Read(list[int]):
+    """Tokens that count how many of them were read."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_a_step_costs_what_is_new_however_long_prompt_and_output_are() -> None:
+    prompt, output = Read([1, 2] * 5000), Read([3] * 1000)
+    params = SamplingParams(
+        repetition_penalty=1.3, presence_penalty=0.5, bad_words_token_ids=[[19] * 999]
+    )
+    sampling_row = row(params, prompt=prompt, output=output)
+    process_logits(random_logits(SIZE), sampling_row)
+    prompt.read = output.read = 0
+    for token in range(10):
+        output.append(token)
+        process_logits(random_logits(SIZE), sampling_row)
+    assert prompt.read == 0
+    assert output.read <= 10 * 4

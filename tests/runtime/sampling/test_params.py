@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.runtime.sampling.rows import row, sample_one
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
@@ -21,12 +24,12 @@ INVALID: dict[str, tuple[object, ...]] = {
     "min_tokens": (-1, None, 1.5),
     "temperature": (-0.1, math.nan, math.inf, True, "1", None, 1e9),
     "top_k": (-2, 1.5, None, True),
-    "top_p": (0, 0.0, 1.0001, -1, math.nan, None),
+    "top_p": (-0.0001, 1.0001, -1, math.nan, None),
     "min_p": (-0.01, 1.01, math.nan),
-    "repetition_penalty": (0, -1.0, math.inf, math.nan),
+    "repetition_penalty": (0, -1.0, 1e-39, 5e-324, math.inf, math.nan),
     "presence_penalty": (-2.1, 2.1, math.nan, "0"),
     "frequency_penalty": (-2.1, 2.1, math.inf, False),
-    "seed": (-1, 2**64, 1.0, "7", True),
+    "seed": (-(2**63) - 1, 2**64, 1.0, "7", True),
     "stop": (7, [7], [""], "", b"x", [None]),
     "stop_token_ids": (5, [-1], ["1"], [True], "12", [1.0]),
     "include_stop_str_in_output": (1, None, "yes"),
@@ -49,12 +52,28 @@ def test_invalid_value_is_refused_by_name_and_with_a_remedy(name: str, value: ob
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     assert isinstance(caught.value, ValueError)
     assert ";" in str(caught.value), "a remedy follows the semicolon"
+    assert caught.value.param == name
+
+
+def test_negative_seeds_are_64_bits_and_minus_one_is_none() -> None:
+    assert [SamplingParams(seed=seed).seed for seed in (-1, -2, -(2**63), 7, 2**64 - 1)] == [
+        None,
+        2**64 - 2,
+        2**63,
+        7,
+        2**64 - 1,
+    ]
+
+
+def test_top_p_0_is_greedy() -> None:
+    assert SamplingParams(top_p=0).greedy and not SamplingParams(top_p=1e-9).greedy
 
 
 def test_message_says_value_range_and_remedy() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(top_p=1.5)
-    assert str(caught.value) == "top_p=1.5 is not a number in (0, 1]; use 1 to keep all tokens"
+    assert str(caught.value) == "top_p=1.5 is not a number in [0, 1]; use 1 to keep all tokens"
+    assert caught.value.param == "top_p"
 
 
 def test_defaults_sample_without_any_filter() -> None:
@@ -213,3 +232,32 @@ class TestResolve:
     def test_an_encoder_beyond_the_model(self) -> None:
         with pytest.raises(InvalidRequestError, match="holds token 300"):
             SamplingParams(bad_words="x").resolve(256, lambda _: [300])
+
+
+def test_extremes_that_are_accepted_leave_every_logit_a_number() -> None:
+    """What is at the ends of the ranges, alone and together; a row that is not finite fails."""
+    ends: dict[str, tuple[float, ...]] = {
+        "temperature": (0, 1e-5, 1000),
+        "top_p": (5e-324, 1),
+        "min_p": (0, 5e-324, 1),
+        "repetition_penalty": (1e-3, 1000),
+        "presence_penalty": (-2, 2),
+        "frequency_penalty": (-2, 2),
+    }
+    logits = np.array([1e4, -1e4, 3, 0, -3, 1e-30], np.float32)
+    for values in itertools.product(*ends.values()):
+        chosen: dict[str, Any] = dict(zip(ends, values, strict=True))
+        params = SamplingParams(**chosen, logit_bias={1: 100, 2: -100})
+        tried = row(params, prompt=[0, 1, 2], output=[1, 2, 3] * 50)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert sample_one(logits, tried) in range(6), values
+
+
+def test_a_key_of_thousands_of_digits_is_no_token() -> None:
+    with pytest.raises(InvalidRequestError, match="logit_bias key"):
+        SamplingParams.from_dict({"logit_bias": {"9" * 5000: 1.0}})
+
+
+def test_allowed_tokens_are_counted_once() -> None:
+    assert SamplingParams(allowed_token_ids=[5, 3, 5, 5]).allowed_token_ids == (5, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.detokenizer import Detokenizer
-from slipstream.runtime.text.tokenizer import Tokenizer, TokenizerSettings
+from slipstream.runtime.text.detokenizer import Detokenizer, StopMatcher
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 
 SPECIAL = ["<s>", "<|end of text|>", "<\uff5cfin\u2581\uff5c>"]
 WORDS = ["he", "llo", "world", "日", "本語", "é", "👩", "ÿ", "\n", "a", "b", "ab", "ba", "."]
@@ -86,8 +88,38 @@ def words_only() -> Tokenizer:
     return tokenizer_of(tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")))
 
 
-MAKERS: list[Callable[[], Tokenizer]] = [byte_level, llama_like, gemma_like, metaspace, words_only]
-TOKENIZERS = {make.__name__: make() for make in MAKERS}
+def nested(
+    make: Callable[[], Tokenizer], wrap: Callable[[decoders.Decoder], decoders.Decoder]
+) -> Callable[[], Tokenizer]:
+    """The same tokenizer, its decoder a part of another."""
+
+    def made() -> Tokenizer:
+        backend = make()._backend
+        assert backend.decoder is not None
+        backend.decoder = wrap(backend.decoder)
+        return Tokenizer(backend, TokenizerSettings())
+
+    return made
+
+
+def in_sequence(decoder: decoders.Decoder) -> decoders.Decoder:
+    return decoders.Sequence([decoders.Sequence([decoder])])
+
+
+def before_strip(decoder: decoders.Decoder) -> decoders.Decoder:
+    return decoders.Sequence([decoder, decoders.Strip(" ", 1, 0)])
+
+
+MAKERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte_level": byte_level,
+    "byte_level_in_sequence": nested(byte_level, in_sequence),
+    "byte_level_before_strip": nested(byte_level, before_strip),
+    "llama_like": llama_like,
+    "gemma_like": gemma_like,
+    "metaspace": metaspace,
+    "words_only": words_only,
+}
+TOKENIZERS = {name: make() for name, make in MAKERS.items()}
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
@@ -296,3 +328,36 @@ def test_smollm2_streams_its_own_text(smollm2_gguf: Path, tmp_path: Path) -> Non
             detokenizer.finish()
             assert detokenizer.text == tokenizer.decode(ids, skip_special_tokens=skip)
             assert detokenizer.text == truth.decode(ids, skip_special_tokens=skip)
+
+
+class Compared(str):
+    """A stop string that counts how often it is looked at."""
+
+    looks = 0
+
+    def startswith(self, *arguments: Any) -> bool:  # noqa: ANN401
+        Compared.looks += 1
+        return super().startswith(*arguments)
+
+    def __getitem__(self, index: Any) -> str:  # noqa: ANN401
+        Compared.looks += 1
+        return super().__getitem__(index)
+
+
+def test_many_long_stop_strings_cost_a_token_a_look_each() -> None:
+    stops = [Compared("a" * 999 + chr(0x100 + i)) for i in range(64)]
+    matcher = StopMatcher(stops, keep=False)
+    for text, tokens in (("a", 1500), ("ab", 50)):
+        Compared.looks = 0
+        for _ in range(tokens):
+            matcher.feed(text)
+        assert Compared.looks <= 1000 + tokens * len(stops)
+    assert matcher.feed("a" * 998) == "" and matcher.feed("\u0105") == "a" * 998 + "\u0105"
+    assert matcher.feed("a" * 1000 + "\u0105") == "a" and matcher.matched == stops[5]
+
+
+def test_a_byte_level_decoder_is_known_inside_a_sequence() -> None:
+    plain, nested = (TOKENIZERS[kind] for kind in ("byte_level", "byte_level_in_sequence"))
+    halves = [plain.token_bytes(token) for token in range(plain.vocab_size)]
+    assert [nested.token_bytes(token) for token in range(nested.vocab_size)] == halves
+    assert any(half and not half.decode(errors="ignore") for half in halves), "half a character"

@@ -170,7 +170,7 @@ class TestFiles:
         )
         tokenizer = Tokenizer.from_directory(path)
         assert tokenizer.bos_token_id == tokenizer.token_to_id("<s>")
-        assert tokenizer.eos_token_ids == {0, tokenizer.token_to_id("</s>")}
+        assert tokenizer.eos_token_ids == {0, tokenizer.token_to_id("<s>")}
 
     def test_nothing_but_the_tokenizer(self, tmp_path: Path) -> None:
         tokenizer = Tokenizer.from_directory(write(tmp_path))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream.server.chat.terminal import history_file, read_message
+from slipstream.server.chat.terminal import PlainTerminal, history_file, read_message
 
 Q = '"""'
 
@@ -57,3 +57,10 @@ def test_the_history_is_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "")
     monkeypatch.setenv("HOME", "/home/me")
     assert history_file() == Path("/home/me/.local/state/slipstream/chat_history")
+
+
+def test_a_notice_shows_what_it_quotes_and_obeys_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    PlainTerminal().notice("the template refused: \x1b[2Jx\nsecond")
+    assert capsys.readouterr().err == "the template refused: \\x1b[2Jx\nsecond\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,9 @@ def test_the_oldest_turns_make_room_with_a_notice() -> None:
     assert "the oldest turn was dropped: the model reads 256 tokens" in result.stderr
 
 
-def test_a_model_without_a_template_is_refused_at_once(tiny_engine: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_template_is_refused_at_once_and_the_remedy_works(
+    tiny_engine: Path, tmp_path: Path
+) -> None:
     from slipstream.builder.build import build
     from slipstream.builder.options import BuildOptions
 
@@ -127,6 +129,11 @@ def test_a_model_without_a_template_is_refused_at_once(tiny_engine: Path, tmp_pa
     result = run("hi\n", tmp_path / "engine")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: this model has no default chat template")
+
+    assert "--chat-template FILE" in result.stderr
+    (tmp_path / "mine.jinja").write_text("{{ messages[-1].content }}")
+    options = ("--chat-template", tmp_path / "mine.jinja", "--max-tokens", 2)
+    assert run("hi\n", tmp_path / "engine", *options).exit_code == 0
 
 
 @pytest.fixture
@@ -151,12 +158,12 @@ def _python() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
 
 
-def interrupt_prompt(terminal: Any) -> None:  # noqa: ANN401
-    """Ctrl-C at the prompt; again where it came between the prompt and ``readline``'s wait for a
-    key, which does not see it."""
-    terminal.sendintr()
-    while terminal.expect_exact(["Ctrl-D leaves", pexpect.TIMEOUT], timeout=5):
-        terminal.sendintr()
+def press(terminal: Any, key: Callable[[], None], seen: Any) -> None:  # noqa: ANN401
+    """A key at the prompt, again until what it does is seen: one that comes between the prompt and
+    ``readline``'s wait for a key is lost, and Ctrl-C throws away the keys before it."""
+    key()
+    while terminal.expect([seen, pexpect.TIMEOUT], timeout=5):
+        key()
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal: Any, tmp_path: Path) -> None:  # noqa: ANN401
@@ -169,10 +176,9 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal: Any, tmp_path: Pa
     terminal.expect(r"answer (\d+) tokens")
     assert 4 <= int(terminal.match[1]) < MAX_TOKENS
     terminal.expect_exact(">>> ")
-    interrupt_prompt(terminal)  # it does not leave
+    press(terminal, terminal.sendintr, "Ctrl-D leaves")  # it does not leave
     terminal.expect_exact(">>> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
+    press(terminal, terminal.sendeof, pexpect.EOF)
     terminal.close()
     assert (terminal.exitstatus, terminal.signalstatus) == (0, None)
     assert "hello" in (tmp_path / "slipstream" / "chat_history").read_text().splitlines()

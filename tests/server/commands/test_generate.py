@@ -26,7 +26,9 @@ from slipstream.server.cli import main
 engine = counting_engine()
 land = engine.executor.land
 def gated(step):
-    if engine.executor.steps > 1:
+    if engine.executor.steps == 2:
+        sys.stdout.write("|")  # what is told from here on finds it waiting
+        sys.stdout.flush()
         sys.stdin.read()
     land(step)
 engine.executor.land = gated
@@ -190,7 +192,7 @@ def gated(*arguments: str) -> subprocess.Popen[str]:
 def test_text_comes_as_it_is_made() -> None:
     process = gated("--max-tokens", "60")
     assert process.stdout is not None
-    assert process.stdout.read(1) == "b"
+    assert process.stdout.read(2) == "b|"
     assert process.poll() is None
     assert len(process.communicate(timeout=120)[0]) == 60
 
@@ -198,7 +200,7 @@ def test_text_comes_as_it_is_made() -> None:
 def test_ctrl_c_ends_quietly() -> None:
     process = gated("--max-tokens", "200", "--ignore-eos")
     assert process.stdout is not None
-    process.stdout.read(1)
+    assert process.stdout.read(2) == "b|"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors.strip()) == (130, "")
@@ -207,7 +209,7 @@ def test_ctrl_c_ends_quietly() -> None:
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
     process = gated("--max-tokens", "200", "--ignore-eos")
     assert process.stdin and process.stdout and process.stderr
-    process.stdout.read(1)
+    assert process.stdout.read(2) == "b|"
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == ""

@@ -80,6 +80,14 @@ def test_verify_finds_a_changed_byte(engine: Path) -> None:
     assert run(engine).exit_code == 0
 
 
+def test_a_file_without_its_hash_is_found(engine: Path) -> None:
+    manifest = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**manifest, "files": {}}))
+    result = run(engine, "--json")
+    assert result.exit_code == 1 and "graph.onnx is not listed" in result.stderr
+    assert {file["status"] for file in json.loads(result.stdout)["files"]} == {"not listed"}
+
+
 def test_a_missing_file_is_found_without_verify(engine: Path) -> None:
     (engine / "weights.safetensors").unlink()
     result = run(engine, "--json")
@@ -158,7 +166,7 @@ def move_weight(location: str, offset: int) -> Callable[[ir.Graph], None]:
         (set_heads(6), r"has qkv of shape .*, expected .* = 160"),
         (move_weight("../weights.safetensors", 0), "is not inside weights.safetensors"),
         (move_weight("weights.safetensors", 2**40), "is not inside weights.safetensors"),
-        (move_weight("weights.safetensors", -64), "is not inside weights.safetensors"),
+        (move_weight("weights.safetensors", -64), "cannot be read"),
     ],
 )
 def test_verify_checks_the_graph_against_specs_manifest_and_weights(

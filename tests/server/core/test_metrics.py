@@ -43,6 +43,10 @@ VLLM = {
     "request_success",
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
+    "time_per_output_token_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_params_n",
     "e2e_request_latency_seconds",
     "request_queue_time_seconds",
     "request_prefill_time_seconds",
@@ -108,6 +112,7 @@ def test_a_request_in_one_piece() -> None:
     sums = {
         "time_to_first_token": 3,
         "inter_token_latency": 4,
+        "time_per_output_token": 4,
         "e2e_request_latency": 7,
         "request_queue_time": 1,
         "request_prefill_time": 2,
@@ -121,20 +126,21 @@ def test_a_request_in_one_piece() -> None:
     assert samples["slipstream:inter_token_latency_seconds_bucket 0.75"] == 0
 
 
-def test_a_stream_counts_the_same_and_measures_every_gap() -> None:
+def test_a_stream_counts_the_same_and_measures_every_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = EngineMetrics("m", ENGINE)
-    now = time.monotonic()
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     times = RequestMetrics(now - 3, now - 2, now - 1)
     watch = metrics.watch()
     for tokens in (1, 1, 2):
         watch.see(output(times, tokens))
-    times.finished_time = time.monotonic()
+    times.finished_time = now
     watch.see(output(times, 1, "length"))
     samples = scrape(metrics)
     assert samples["slipstream:generation_tokens_total"] == 5
     assert samples["slipstream:prompt_tokens_total"] == 3
     assert samples["slipstream:inter_token_latency_seconds_count"] == 4
-    assert samples["slipstream:inter_token_latency_seconds_sum"] == pytest.approx(1, abs=0.2)
+    assert samples["slipstream:inter_token_latency_seconds_sum"] == 1
     assert samples["slipstream:time_to_first_token_seconds_count"] == 1
     assert samples["slipstream:request_success_total length"] == 1
 
@@ -150,6 +156,27 @@ def test_a_completion_that_ended_is_counted_once() -> None:
     watch.see(second)
     assert metrics.finished == {"stop": 1, "length": 1, "abort": 0, "error": 0}
     assert metrics.generation_tokens == 5
+
+
+def test_sizes_of_requests_are_those_that_vllms_clients_look_for() -> None:
+    metrics = EngineMetrics("m", ENGINE)
+    metrics.watch().see(output(RequestMetrics(10, 11, 13, 17), 5, "stop"))
+    watch, times = metrics.watch(), RequestMetrics(10, 11, 13)
+    for reason in (None, "length"):  # a stream of two completions
+        step = output(times, 3, reason)
+        step.outputs.append(
+            CompletionOutput(1, "", [1] * 4, finish_reason=step.outputs[0].finish_reason)
+        )
+        watch.see(step)
+    samples = scrape(metrics)
+    for name, count, total in (
+        ("request_prompt_tokens", 2, 6),
+        ("request_generation_tokens", 3, 5 + 6 + 8),
+        ("request_params_n", 2, 3),
+        ("time_per_output_token_seconds", 4 + 5 + 7, None),
+    ):
+        assert samples[f"slipstream:{name}_count"] == count, name
+        assert total in (None, samples[f"slipstream:{name}_sum"]), name
 
 
 def test_a_request_that_was_dropped() -> None:

@@ -42,12 +42,12 @@ class Running:
     def async_client(self) -> openai.AsyncOpenAI:
         """The same for asyncio."""
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60
         )
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:  # noqa: ANN401 - JSON
         """A request as it is."""
-        return httpx.post(self.url + path, json=body, timeout=20, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
 
     def stats(self) -> SchedulerStats:
         """What the engine does now."""
@@ -55,16 +55,16 @@ class Running:
 
     def samples(self) -> dict[str, float]:
         """Metrics by name and, where it is not that of the model, label."""
-        return samples_of(httpx.get(f"{self.url}/metrics", timeout=20).text)
+        return samples_of(httpx.get(f"{self.url}/metrics", timeout=60).text)
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Return when it holds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s: {self.stats()}"
             time.sleep(0.002)
 
-    def wait_idle(self, seconds: float = 5) -> None:
+    def wait_idle(self, seconds: float = 60) -> None:
         """Wait until no request and no page is left."""
         self.wait(self._idle, seconds)
 
@@ -116,7 +116,7 @@ def serving(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert started.wait(10)
+        assert started.wait(60)
         running = Running(url_of(listener), llm, box[0], box[0].service, thread)
         yield running
         running.wait_idle()

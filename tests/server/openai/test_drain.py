@@ -59,30 +59,30 @@ def process(timeout: float, delay: float) -> Iterator[tuple[subprocess.Popen[str
 def stream(url: str, tokens: int) -> Iterator[Iterator[str]]:
     """The lines of a stream after the first."""
     body = {"prompt": "a", "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         yield lines
 
 
 def wait_for_503(url: str) -> None:
-    deadline = time.monotonic() + 5
-    while httpx.get(f"{url}/health").status_code != 503:
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/health", timeout=60).status_code != 503:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_sigterm_lets_a_stream_end_and_takes_no_more() -> None:
-    with process(timeout=20, delay=0.01) as (child, url, log):
-        with stream(url, tokens=100) as lines:
+    with process(timeout=60, delay=0.02) as (child, url, log):
+        with stream(url, tokens=200) as lines:
             child.send_signal(signal.SIGTERM)
             wait_for_503(url)
-            refused: Any = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+            refused: Any = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60)
             assert refused.status_code == 503
             assert "shutting down" in refused.json()["error"]["message"]
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
-        assert child.wait(10) == 0
+        assert child.wait(60) == 0
     assert any(" draining requests=1" in line for line in log)
     assert any(line.endswith(" stopped\n") for line in log)
 
@@ -93,19 +93,19 @@ def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error() -> No
             child.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1].startswith('data: {"error": {"message": "the server is shutting down')
-        assert child.wait(10) == 0
+        assert child.wait(60) == 0
     assert any(" aborting requests=1" in line for line in log)
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with process(timeout=60, delay=0.05) as (child, url, _), stream(url, tokens=200):
+    with process(timeout=600, delay=1) as (child, url, _), stream(url, tokens=200):
         child.send_signal(signal.SIGINT)
         wait_for_503(url)
         child.send_signal(signal.SIGINT)
-        assert child.wait(5) == 0
+        assert child.wait(60) == 0
 
 
 def test_an_idle_server_ends_at_once() -> None:
     with process(timeout=60, delay=0) as (child, _, _):
         child.send_signal(signal.SIGTERM)
-        assert child.wait(5) == 0
+        assert child.wait(60) == 0

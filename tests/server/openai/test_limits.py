@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.options import ServerOptions
 
 ENDLESS = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
 BRIEF = {"prompt": "a", "max_tokens": 1}
@@ -85,10 +87,75 @@ def test_a_large_body_is_413_whether_its_size_is_told_or_not() -> None:
         assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_client_that_sends_all_before_it_reads_sees_why_it_is_refused(told: bool) -> None:
+    """Python's: a connection closed with megabytes on their way would be reset."""
+    size = 32 << 20
+    body = b"x" * size if told else iter([b"x" * (1 << 20)] * 32)
+    with serving(max_request_bytes=1000, api_key=("secret",)) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        for key, status in (("secret", 413), ("wrong", 401)):
+            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
+            connection.request("POST", "/v1/completions", body=body, headers=headers)
+            response = connection.getresponse()
+            assert response.status == status and b"error" in response.read()
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.1.5", 200),
+        ("localhost:99", 200),
+        ("chat.localhost", 200),
+        ("workstation:8000", 200),
+        ("llm.example:8000", 200),
+        ("evil.example", 403),
+        ("evil.example.:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.nip.io:8000", 403),
+    ],
+)
+def test_a_server_on_a_loopback_address_answers_to_its_own_names(
+    local: Running, host: str, status: int
+) -> None:
+    for path in ("/health", "/", "/v1/models"):
+        response = httpx.get(local.url + path, headers={"Host": host})
+        assert response.status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "unknown_host"
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Running]:
+    """A server that is asked by one further name."""
+    with serving(allowed_hosts=("LLM.example",)) as running:
+        yield running
+
+
+def test_every_name_may_be_allowed_and_others_bind_where_many_may_ask() -> None:
+    with serving(allowed_hosts=("*",)) as running:
+        response = httpx.get(f"{running.url}/health", headers={"Host": "evil.example"})
+        assert response.status_code == 200
+    for host, is_local in (
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+    ):
+        assert ServerOptions(host=host).is_local is is_local
+
+
 def test_a_size_told_in_the_header_is_refused_before_the_body_comes() -> None:
     with serving(max_request_bytes=1000) as running:
         host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=5) as connection:
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(
                 b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n"
             )
@@ -99,7 +166,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
     engine = counting_engine(256, delay=0.01, max_batch_size=2)
     with serving(engine, max_queued_requests=1) as running:
         url = f"{running.url}/v1/completions"
-        with httpx.Client(timeout=20) as client, ExitStack() as stack:
+        with httpx.Client(timeout=60) as client, ExitStack() as stack:
             streams = [
                 stack.enter_context(client.stream("POST", url, json=ENDLESS)).iter_lines()
                 for _ in range(2)
@@ -121,7 +188,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
 
 
 def wait_until_open(running: Running, count: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while running.service._open != count:
         assert time.monotonic() < deadline, f"{running.service._open} open, expected {count}"
         time.sleep(0.002)

@@ -21,23 +21,26 @@ def entry(token: int, logprob: float, top: dict[int, tuple[float, int]]) -> Toke
 def test_the_token_itself_is_always_named() -> None:
     texts = TokenTexts(counting_tokenizer())
     scores = [None, entry(3, -2.0, {0: (-0.5, 1), 1: (-0.75, 2)})]
-    shape = completion_logprobs([1, 3], scores, texts, 10)
+    shape = completion_logprobs([1, 3], scores, [10, 11], texts)
     assert shape == {
         "text_offset": [10, 11],
         "token_logprobs": [None, -2.0],
         "tokens": ["b", "d"],
         "top_logprobs": [None, {"d": -2.0, "a": -0.5, "b": -0.75}],
     }
-    assert prompt_logprobs(scores, texts)[1] == {
-        "3": {"logprob": -2.0, "rank": 7, "decoded_token": "d"},
-        "0": {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
-        "1": {"logprob": -0.75, "rank": 2, "decoded_token": "b"},
-    }
+    assert prompt_logprobs(scores, texts) == [
+        None,
+        {
+            "3": {"logprob": -2.0, "rank": 7, "decoded_token": "d"},
+            "0": {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
+            "1": {"logprob": -0.75, "rank": 2, "decoded_token": "b"},
+        },
+    ]
 
 
 def test_of_tokens_with_one_text_the_likeliest_counts() -> None:
     texts = TokenTexts(byte_level())
-    shape = completion_logprobs([2], [entry(2, -3.0, {3: (-1.0, 1)})], texts, 0)
+    shape = completion_logprobs([2], [entry(2, -3.0, {3: (-1.0, 1)})], [0], texts)
     assert shape["top_logprobs"] == [{"\ufffd": -1.0}]
 
 

@@ -36,6 +36,32 @@ def operations(server: Running) -> dict[str, Any]:
     return {result.ok().label: result.ok() for result in found}
 
 
+def test_the_document_tells_what_values_may_be(server: Running) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    answers = document["paths"]["/metrics"]["get"]["responses"]
+    assert list(answers["200"]["content"]) == ["text/plain"]
+    schemas = document["components"]["schemas"]
+
+    def branch(request: str, field: str, kind: str) -> dict[str, Any]:
+        described = schemas[request]["properties"][field]
+        branches = described.get("anyOf", [described])
+        found: dict[str, Any] = next(b for b in branches if b.get("type") == kind)
+        return found
+
+    for request in ("CompletionRequest", "ChatRequest"):
+        top_p = branch(request, "top_p", "number")
+        assert (top_p["minimum"], top_p["maximum"]) == (0, 1)
+        assert branch(request, "seed", "integer")["minimum"] == -(2**63)
+        bias = branch(request, "logit_bias", "object")["additionalProperties"]
+        assert bias == {"type": "number", "minimum": -100, "maximum": 100}
+        assert branch(request, "allowed_token_ids", "array")["minItems"] == 1
+    assert branch("CompletionRequest", "prompt", "array")["minItems"] == 1
+    assert branch("ChatRequest", "messages", "array")["minItems"] == 1
+    assert branch("CompletionRequest", "max_tokens", "integer")["minimum"] == 0
+    assert branch("ChatRequest", "max_tokens", "integer")["minimum"] == 1
+    assert schemas["ChatRequest"]["properties"]["reasoning_effort"]["enum"] == [None, "none"]
+
+
 def test_the_document_has_all_operations(operations: dict[str, Any]) -> None:
     assert set(operations) == set(OPERATIONS)
 
@@ -64,7 +90,7 @@ def test_no_request_makes_the_server_fail(
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:  # noqa: ANN401 - generic in what it was made from
-        case.call_and_validate(checks=CHECKS, timeout=20)
+        case.call_and_validate(checks=CHECKS, timeout=60)
 
     check()
     assert httpx.get(f"{server.url}/health").status_code == 200

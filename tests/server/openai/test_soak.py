@@ -1,4 +1,4 @@
-"""A minute of the traffic of ``benchmarks/soak.py``."""
+"""Half a minute of the traffic of ``benchmarks/soak.py``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def script() -> ModuleType:
 
 
 def test_the_server_stands_it(smollm2_engine: Path) -> None:
-    report = asyncio.run(script().run(str(smollm2_engine), minutes=1, seed=1))
+    report = asyncio.run(script().run(str(smollm2_engine), minutes=0.5, seed=1))
     # Memory still settles in so short a time; the ten minutes of the script judge it.
     failures = [failure for failure in report.failures if not failure.startswith("memory")]
     assert not failures

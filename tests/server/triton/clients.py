@@ -20,6 +20,7 @@ PROMPT = "the quick brown fox"
 ENDLESS: dict[str, Any] = {
     "text_input": PROMPT,
     "stream": True,
+    "max_tokens": 16000,
     "sampling_parameters": '{"ignore_eos": true}',
 }
 GENERATE = "/v2/models/llama/generate"

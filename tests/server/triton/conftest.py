@@ -34,11 +34,11 @@ def long_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def triton(long_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose repository has the model "llama", not yet loaded."""
+    """A server whose repository has the models "llama" and "ensemble", not yet loaded."""
     installation = install()
     directory = tmp_path_factory.mktemp("triton")
     options = {"max_batch_size": 40, "kv_cache_bytes": 256 << 20}
-    write_repository(directory, long_engine, Deployment("llama"), options)
+    write_repository(directory, long_engine, Deployment("llama", ensemble=True), options)
     with running(installation, directory) as server:
         yield server
 

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pytest
 
+import slipstream
+
 WHEEL = "nvidia-pytriton==0.7.0"
 NUMPY = "numpy==1.26.4"
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -104,12 +106,13 @@ def _packages(installation: Installation) -> Path:
 
 
 def _link_packages(installation: Installation) -> None:
-    """Let the environment of the server find this one's packages, after its own."""
-    packages = sysconfig.get_path("purelib")
-    line = f"import site; site.addsitedir({packages!r})\n"
+    """Let the environment of the server find the package that is tested and this environment's
+    packages, after its own."""
+    packages, tested = sysconfig.get_path("purelib"), Path(slipstream.__file__).parents[1]
+    lines = f"{tested}\nimport site; site.addsitedir({packages!r})\n"
     file = _packages(installation) / "host.pth"
-    if not file.is_file() or file.read_text() != line:
-        file.write_text(line)
+    if not file.is_file() or file.read_text() != lines:
+        file.write_text(lines)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Server:
         return sum(values)
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Return when ``condition()`` is true; fail after some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -159,7 +162,7 @@ def running_requests(server: Server) -> float:
     return server.metric("num_requests_running", "llama")
 
 
-def wait_until_idle(server: Server, seconds: float = 3) -> None:
+def wait_until_idle(server: Server, seconds: float = 120) -> None:
     """Fail unless every request ends and every page comes back, in far less time than they run."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     wait_for(

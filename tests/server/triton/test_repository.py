@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import BuildError, InvalidRequestError
 from slipstream.server.cli import slipstream
-from slipstream.server.triton import repository
+from slipstream.server.triton import repository, settings
+from slipstream.server.triton.ensemble import ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS
+from slipstream.server.triton.interface import INPUTS, OUTPUTS
 from slipstream.server.triton.repository import Deployment, write_repository
 from slipstream.server.triton.settings import Settings, read_settings
 
@@ -77,11 +79,37 @@ def test_an_engine_inside_the_version_is_not_lost(tiny_engine: Path, tmp_path: P
     assert (engine / "engine.json").is_file()
 
 
+def test_an_ensemble_stands_beside_its_model(tiny_engine: Path, tmp_path: Path) -> None:
+    options = ("-o", tmp_path, "--name", "m", "--ensemble")
+    assert run(tiny_engine, *options).exit_code == 0
+    ensemble = tmp_path / "models" / "ensemble"
+    assert {path.name for path in ensemble.iterdir()} == {"1", "config.pbtxt"}
+    config = (ensemble / "config.pbtxt").read_text()
+    assert 'model_name: "m"' in config and "max_batch_size: 1" in config
+    assert 'input_map { key: "random_seed" value: "seed" }' in config
+    assert config.count("optional: true") == len(ENSEMBLE_INPUTS)
+    assert run(tiny_engine, *options, "--version", 2).exit_code == 0
+    before = config
+    other = run(tiny_engine, "-o", tmp_path, "--name", "other", "--ensemble")
+    assert other.exit_code == 1 and "belongs to another model" in other.stderr
+    assert not (tmp_path / "models" / "other").exists()
+    assert (ensemble / "config.pbtxt").read_text() == before
+
+
+def test_what_the_ensemble_names_is_of_its_model_and_in_the_page() -> None:
+    assert set(ENSEMBLE_INPUTS.values()) <= INPUTS.keys()
+    assert set(ENSEMBLE_OUTPUTS) <= OUTPUTS.keys()
+    page = (Path(__file__).parents[3] / "docs" / "triton.md").read_text(encoding="utf-8")
+    for name in (*ENSEMBLE_INPUTS, *ENSEMBLE_OUTPUTS, *INPUTS, *OUTPUTS):
+        assert f"`{name}`" in page, name
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--name", "../m"], 1, "cannot be a model's name; use letters"),
         (["--name", "a b"], 1, "cannot be a model's name"),
+        (["--name", "ensemble", "--ensemble"], 1, "is the name of the ensemble itself"),
         (["--version", "0"], 2, "--version"),
         (["--instances", "0"], 2, "--instances"),
         (["--max-batch-size", "0"], 2, "--max-batch-size"),
@@ -112,7 +140,8 @@ def test_instances_on_a_gpu_need_a_cache_size(tiny_engine: Path, tmp_path: Path)
 
 
 def test_instances_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setattr(settings, "usable_cores", lambda: 9)
+    monkeypatch.setattr(settings, "gpu_capability", lambda: None)
     assert Settings("m").shared_among(1) == Settings("m")
     assert Settings("m").shared_among(4) == Settings("m", {"num_threads": 2})
     assert Settings("m").shared_among(20) == Settings("m", {"num_threads": 1})
@@ -142,3 +171,33 @@ def test_the_backend_is_the_file_of_the_package(tiny_engine: Path, tmp_path: Pat
     written = write_repository(tmp_path, tiny_engine, Deployment("m"), {})
     source = Path(repository.__file__).with_name("model.py")
     assert (written.backend / "model.py").read_bytes() == source.read_bytes()
+
+
+def test_nothing_of_a_users_is_deleted(tiny_engine: Path, tmp_path: Path) -> None:
+    written = write_repository(tmp_path, tiny_engine, Deployment("m", copy_engine=True), {})
+    for place in (written.model / "1" / "engine", written.model / "1"):
+        (place / "notes.txt").write_text("mine")
+        with pytest.raises(BuildError, match="files that are not part of its version of a Triton"):
+            write_repository(tmp_path, tiny_engine, Deployment("m"), {})
+        (place / "notes.txt").unlink()
+    (written.model / "config.pbtxt").write_text("# mine")
+    with pytest.raises(InvalidRequestError, match="was not written by slipstream triton-repo"):
+        write_repository(tmp_path, tiny_engine, Deployment("m", version=2), {})
+    assert (written.model / "config.pbtxt").read_text() == "# mine"
+    assert sorted(path.name for path in written.model.iterdir()) == ["1", "config.pbtxt"]
+
+
+def test_options_that_triton_would_fail_on_are_refused(tiny_engine: Path, tmp_path: Path) -> None:
+    for options in ({"max_seq_len": 1 << 20}, {"kv_cache_free_gpu_memory_fraction": 0.5}):
+        with pytest.raises(InvalidRequestError, match=r"was built for|does nothing for"):
+            write_repository(tmp_path / "new", tiny_engine, Deployment("m"), options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_engine_of_a_checkpoint_is_copied(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = run(tiny_checkpoint, "-o", tmp_path / "triton", "--name", "m")
+    assert result.exit_code == 0, result.output
+    assert read_settings(tmp_path / "triton/models/m/1").model.startswith(str(tmp_path / "triton"))

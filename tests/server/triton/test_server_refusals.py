@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tritonclient.grpc as grpc_client
+import tritonclient.http as http_client
 from tests.server.triton.clients import ENDLESS, GENERATE, PROMPT, Stream, post
 from tests.server.triton.harness import Server, wait_until_idle
 from tritonclient.utils import InferenceServerException
+
+from slipstream.server.triton.repository import Deployment, write_repository
 
 pytestmark = pytest.mark.triton_server
 
@@ -26,7 +31,10 @@ pytestmark = pytest.mark.triton_server
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 is more than max_tokens=8"),
         ({"parameters": {"min_p": "high"}}, "min_p='high' is not a number in [0, 1]"),
         ({"min_p": True}, "min_p=True is not a number in [0, 1]"),
-        ({"seed": 1, "random_seed": 1}, "are the same parameter; give one of them"),
+        (
+            {"random_seed": 1, "sampling_parameters": '{"seed": 2}'},
+            "are the same parameter; give one of them",
+        ),
         ({"sampling_parameters": "{"}, "sampling_parameters='{' is not a JSON object"),
         ({"sampling_parameters": "[1]"}, "sampling_parameters='[1]' is not a JSON object"),
         ({"sampling_parameters": '{"a": 1}'}, "unknown parameter 'a'"),
@@ -113,6 +121,41 @@ def test_grpc_request_parameters_are_checked_and_tritons_own_are_left_to_it(
         stream.send("llama", request, parameters={"sead": 3})
         with pytest.raises(InferenceServerException, match="unknown parameter 'sead'"):
             stream.rest()
+
+
+def test_a_request_without_a_prompt_is_a_sentence_and_no_traceback(server: Server) -> None:
+    answer = post(server.http, GENERATE, {"max_tokens": 3})
+    assert answer.status == 400
+    assert answer.json["error"] == "text_input is missing; send the prompt as one text"
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "message"),
+    [
+        ("max_batch_size: 0", "max_batch_size: 8", "max_batch_size: 8, but Slipstream batches"),
+        ("decoupled: true", "decoupled: false", "decoupled: false }, but a stream has many"),
+        (
+            "max_batch_size: 0",
+            'input { name: "lora" data_type: TYPE_STRING dims: [ 1 ] }',
+            "declares the input 'lora', which Slipstream never reads; take it out",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_a_sentence(
+    server: Server,
+    admin: http_client.InferenceServerClient,
+    long_engine: Path,
+    line: str,
+    other: str,
+    message: str,
+) -> None:
+    written = write_repository(server.repository, long_engine, Deployment("wrong"), {})
+    file = written.model / "config.pbtxt"
+    file.write_text(file.read_text().replace(line, other))
+    with pytest.raises(InferenceServerException, match=re.escape(message)):
+        admin.load_model("wrong")
+    assert "Traceback" not in server.log
 
 
 def test_a_stream_asked_of_generate_is_refused_by_triton_and_ends(server: Server) -> None:

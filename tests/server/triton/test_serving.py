@@ -63,7 +63,7 @@ class Client:
 
     def next(self) -> Outputs:
         """The next response, or its error raised."""
-        response = self.responses.get(timeout=10)
+        response = self.responses.get(timeout=60)
         if isinstance(response, SlipstreamError):
             raise response
         return response
@@ -119,7 +119,7 @@ class Bench:
         self.serving.submit(Query(prompt, params, stream, False, frozenset()), client)
         return client
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Return when it holds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -238,7 +238,7 @@ def test_a_device_that_hangs_is_unavailable_and_left(monkeypatch: pytest.MonkeyP
     bench = Bench(engine_on(device), clock)
     with device:
         client = bench.ask("abc")
-        assert device.waiting.wait(10)
+        assert device.waiting.wait(60)
         assert bench.serving.unavailable is None
         clock.now = bench.llm.config.step_timeout + 1
         with pytest.raises(ExecutionError, match="has not answered for 601 seconds") as caught:
@@ -279,13 +279,13 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
     query = Query("abc", SamplingParams(), True, False, frozenset())
     call = Call(client, Answer(query, TokenTexts(fast.llm.tokenizer)), cancelled.set)
     outbox.open(call)
-    assert cancelled.wait(5)
+    assert cancelled.wait(60)
     with LLM.from_engine(counting_engine()) as llm:
         (output,) = llm.generate(["abc"], SamplingParams(temperature=0, max_tokens=2))
     outbox.put(call, output)
     fast.wait(lambda: client.ended)
     assert client.text() == "de"
-    assert published.wait(5)
+    assert published.wait(60)
     outbox.close()
 
 
@@ -300,3 +300,14 @@ def test_closing_ends_what_runs_with_an_error() -> None:
     assert client.ended and bench.executor.closed and bench.counts.closed
     assert bench.counts.published >= 1
     assert set(threading.enumerate()) <= before
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_length(
+    fast: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object, **__: object) -> None:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(type(fast.llm.tokenizer), "encode", encode)
+    with pytest.raises(InvalidRequestError, match=r"has at least .* Shorten the prompt"):
+        fast.ask("a" * (8 << 20)).next()

@@ -20,6 +20,7 @@ from slipstream.builder.checkpoints.quantized.layout import (
     even_groups,
     exact_cast,
     left_alone,
+    unlike_siblings,
 )
 from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
@@ -89,6 +90,10 @@ class AWQ:
             "zero_point": any(settings["zero_point"] for settings in modules.values()),
             "modules_to_not_convert": left_alone(modules, dense),
         }
+
+    def loaders(self, modules: Mapping[str, Settings]) -> Mapping[str, str]:
+        """transformers, and vLLM."""
+        return {"transformers": "it needs gptqmodel", "vLLM": unlike_siblings(modules)}
 
 
 def _interleaved(codes: NDArray[np.uint8]) -> NDArray[np.int32]:

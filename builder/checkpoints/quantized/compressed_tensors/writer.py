@@ -21,6 +21,7 @@ from slipstream.builder.checkpoints.quantized.layout import (
     even_group,
     even_groups,
     left_alone,
+    unlike_siblings,
 )
 from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
@@ -102,6 +103,18 @@ class CompressedTensors:
             },
             "ignore": left_alone(modules, dense),
             "kv_cache_scheme": _args(8, "float", "tensor") if kv_scales else None,
+        }
+
+    def loaders(self, modules: Mapping[str, Settings]) -> Mapping[str, str]:
+        """transformers in both of its ways, and vLLM."""
+        schemes = {json.dumps(settings) for settings in modules.values()}
+        packed = [s["weights"] for s in modules.values() if s["format"] == "pack-quantized"]
+        zeros = "it does not unpack zero points"
+        several = f"of {len(schemes)} schemes it takes the first for all"
+        return {
+            "transformers": "" if all(args["symmetric"] for args in packed) else zeros,
+            "transformers, dequantize=True": "" if len(schemes) == 1 else several,
+            "vLLM": unlike_siblings(modules),
         }
 
 

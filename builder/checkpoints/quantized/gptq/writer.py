@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.quantized.layout import (
+    FUSED,
     HEAD,
     Encoded,
     Settings,
     cannot_store,
     exact_cast,
+    unlike_siblings,
 )
 from slipstream.builder.checkpoints.quantized.packing import pack_words
 from slipstream.weights.tensor import InputTransform, QuantTensor, WeightFormat
@@ -92,7 +94,7 @@ class GPTQ:
     ) -> dict[str, Any]:
         """The ``quantization_config``; modules unlike the most are listed in ``dynamic``."""
         assert not kv_scales, "a layout without a place for KV scales was checked for them"
-        usual = Counter(tuple(settings.items()) for settings in modules.values())
+        usual = Counter(map(_frozen, modules.values()))
         common = dict(usual.most_common(1)[0][0])
         dynamic: dict[str, Settings] = {f"-:{_pattern(module)}": {} for module in dense}
         for module, settings in modules.items():
@@ -107,6 +109,15 @@ class GPTQ:
             **({"dynamic": dynamic} if dynamic else {}),
         }
 
+    def loaders(self, modules: Mapping[str, Settings]) -> Mapping[str, str]:
+        """transformers, and vLLM, which looks for rules of ``dynamic`` by the names of its own."""
+        ((common, _),) = Counter(map(_frozen, modules.values())).most_common(1)
+        fused = {name for names in FUSED for name in names}
+        unusual = (m for m, settings in modules.items() if _frozen(settings) != common)
+        ruled = next((m for m in unusual if m.rpartition(".")[2] in fused), None)
+        lost = f"it does not find the rule for {ruled}" if ruled else unlike_siblings(modules)
+        return {"transformers": "it needs optimum and gptqmodel", "vLLM": lost}
+
 
 def _settings(form: WeightFormat, order: NDArray[np.int32] | None) -> Settings:
     return {
@@ -115,6 +126,10 @@ def _settings(form: WeightFormat, order: NDArray[np.int32] | None) -> Settings:
         "sym": form.zero == "midpoint",
         "desc_act": order is not None,
     }
+
+
+def _frozen(settings: Settings) -> tuple[tuple[str, Any], ...]:
+    return tuple(settings.items())
 
 
 def _in_order(columns: NDArray[Any], order: NDArray[np.int32]) -> NDArray[Any]:

@@ -49,6 +49,10 @@ def test_hyper_parameters_come_from_the_metadata(tmp_path: Path) -> None:
     [
         ({"type": "none"}, RopeScaling()),
         ({"type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"type": "linear"}, RopeScaling()),
+        ({"factor": 0.0}, RopeScaling()),
+        ({"type": "none", "factor": 2.0}, RopeScaling()),
         ({"type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 256)),
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 8.0},
@@ -61,6 +65,15 @@ def test_rope_scaling(tmp_path: Path, metadata: dict[str, Any], expected: RopeSc
     model.metadata |= {f"rope.scaling.{key}": value for key, value in metadata.items()}
 
     assert config_of(tmp_path, model).rope_scaling == expected
+
+
+def test_the_first_name_of_the_rope_factor_counts(tmp_path: Path) -> None:
+    model = tiny()
+    model.metadata["rope.scale_linear"] = 4.0
+    assert config_of(tmp_path, model).rope_scaling == RopeScaling("linear", 4.0)
+
+    model.metadata["rope.scaling.factor"] = 2.0
+    assert config_of(tmp_path, model).rope_scaling == RopeScaling("linear", 2.0)
 
 
 def llama3_factors(factor: float, theta: float, dim: int) -> NDArray[np.float32]:

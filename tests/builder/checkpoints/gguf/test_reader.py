@@ -198,21 +198,21 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
             "'gemma', which is not supported; expected one of llama, qwen2, qwen3",
         ),
         (changed(expert_count=8), "mixture of 8 experts"),
-        (changed(split__count=3), "one of 3 parts; join them .* --merge"),
+        (changed(split__count=3), "one of 3 parts, and its name does not say .* --merge"),
         (changed(attention__head_count_kv=[2, 4]), r"differs between layers \(\[2, 4\]\)"),
         (changed(rope__scaling__type="longrope", rope__scaling__factor=2.0), "'longrope'"),
         (
             changed(rope__scaling__type="yarn", rope__scaling__attn_factor=1.5),
             "yarn rope scaling has an attn_factor",
         ),
-        (changed(rope__scaling__type="linear"), "no llama.rope.scaling.factor"),
+        (changed(rope__scaling__type="yarn"), "no llama.rope.scaling.factor"),
         (changed(attention__head_count=0), "attention.head_count is 0; expected a positive"),
         (changed(embedding_length="wide"), "embedding_length is 'wide'; expected a positive"),
         (changed(split__count="many"), "split.count is .many.; expected an integer"),
         (changed(rope__freq_base="far"), "rope.freq_base is 'far'; expected a positive number"),
         (changed(rope__freq_base=math.nan), "rope.freq_base is nan"),
         (changed(block_count=True), "block_count is True; expected a positive integer"),
-        (changed(block_count=2**32 - 1), "num_hidden_layers is 4294967295"),
+        (changed(block_count=2**32 - 1), "block_count is 4294967295"),
         (changed(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps is 'x'"),
         (changed(tokenizer__ggml__eos_token_id=[1, 2]), r"eos_token_id is \[\[1, 2\]\]"),
         (without("block_count"), "no llama.block_count"),
@@ -261,3 +261,51 @@ def test_tokenizer_files_are_written(tmp_path: Path) -> None:
     assert generation == {"bos_token_id": 1, "eos_token_id": 2}
     assert json.loads((engine / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
     assert (engine / "tokenizer.json").is_file()
+
+
+def split(model: TinyModel, directory: Path, count: int = 3) -> list[Path]:
+    """The model in several files, as llama-gguf-split writes them."""
+    names = list(model.tensors)
+    paths = []
+    for number in range(count):
+        part = TinyModel(
+            model.architecture, {}, {n: model.tensors[n] for n in names[number::count]}
+        )
+        part.metadata = dict(model.metadata) if number == 0 else {}
+        part.metadata |= {
+            "split.no": number, "split.count": count, "split.tensors.count": len(names),
+        }  # fmt: skip
+        paths.append(part.write(directory / f"m-{number + 1:05d}-of-{count:05d}.gguf"))
+    return paths
+
+
+def test_a_split_model_is_read_from_any_of_its_files(tmp_path: Path) -> None:
+    model = tiny()
+    whole = open_checkpoint(model.write(tmp_path / "whole.gguf"))
+
+    for path in split(model, tmp_path):
+        joined = open_checkpoint(path)
+        assert joined.config == whole.config
+        assert set(joined.names()) == set(whole.names())
+        for name in whole.names():
+            assert (joined.tensor(name).load().codes == whole.tensor(name).load().codes).all()
+
+
+def test_a_split_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    first, second, third = split(tiny(), tmp_path)
+    third.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"1 are not beside it: m-00003-of-00003\.gguf"):
+        open_checkpoint(first)
+
+    third.hardlink_to(second)
+    with pytest.raises(CheckpointError, match="is not part 3 of the 3"):
+        open_checkpoint(first)
+
+    third.unlink()
+    fewer = TinyModel(
+        "llama", {"split.no": 2, "split.count": 3, "split.tensors.count": 11},
+        {"blk.0.attn_norm.weight": np.ones(64, np.float32)},
+    )  # fmt: skip
+    fewer.write(third)
+    with pytest.raises(CheckpointError, match=r"is not part 3|hold \d+ tensors of 11"):
+        open_checkpoint(first)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
+from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
+from slipstream.builder.checkpoints.gguf.words import WORDS
 from slipstream.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -76,18 +79,120 @@ def of_transformers(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe", "qwen2", "tekken"])
+# Whose own tokenizers compose characters first, which their GGUF twins in transformers do not.
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "qwen35")
+OF_TRANSFORMERS = (
+    "gpt-2", "llama-bpe", "llama3", "falcon3", "pixtral", "dbrx", "smaug-bpe", "tekken", "megrez",
+    "gpt-4o", "llama4", *COMPOSED,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pre", OF_TRANSFORMERS)
 def test_words_are_split_as_in_transformers(byte_level: dict[str, Any], pre: str) -> None:
     metadata = byte_level | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
     ours, theirs = build_tokenizer(metadata), of_transformers(metadata)
 
     for text in TEXTS:
-        # The Qwen2 tokenizer itself composes characters first; its GGUF twin there does not.
-        same = theirs.encode(text.replace("e\u0301", "\u00e9") if pre == "qwen2" else text)
+        same = theirs.encode(text.replace("e\u0301", "\u00e9") if pre in COMPOSED else text)
         assert ours.encode(text).ids == same.ids
         assert ours.decode(same.ids, skip_special_tokens=False) == theirs.decode(
             same.ids, skip_special_tokens=False
         )
+
+
+SAMPLE = "It's 12345 CamelCase,\n\n  x\u3000日本語ひらがな! Ünder"
+# What llama.cpp makes of it by the expressions that it has for the name.
+SPLITS = {
+    "default": "It|'|s| |123|45| CamelCase|,|\n\n | x|\u3000|日本語ひらがな|!| Ünder",
+    "falcon": "It|'|s| |123|45| CamelCase|,|\n\n | x|\u3000|日本語ひらがな|!| Ünder",
+    "deepseek-llm": "It|'|s| |12345| CamelCase|,|\n|\n| | x|\u3000|日本語ひらがな|!| Ü|nder",
+    "deepseek-coder": "It|'|s| |1|2|3|4|5| CamelCase|,|\n|\n| | x|\u3000日本語ひらがな|!| Ünder",
+    "deepseek-v3": "It|'s| |123|45| CamelCase|,\n\n| | x|\u3000|日本語ひらがな|!| Ünder",
+    "exaone": "It|'s| |1|2|3|4|5| CamelCase|,|\n\n | x|\u3000|日本語ひらがな|!| Ünder",
+    "bloom": "It's| 12345| CamelCase|,\n\n | x|\u3000|日本語ひらがな|!| Ünder",
+    "viking": "It's| |1|2|3|4|5| CamelCase|,\n\n | x|\u3000|日本語ひらがな|!| Ünder",
+    "superbpe": "It's |12|345| CamelCase,\n\n  x\u3000日本語ひらがな! Ünder",
+    "tiny_aya": "It's| |12|345| Camel|Case|,\n\n| | x|\u3000日本語ひらがな|!| Ünder",
+    "afmoe": "It|'s| |12|345| CamelCase|,\n\n| | x|\u3000|日本語ひらがな|!| Ünder",
+    "bailingmoe": "It|'s| |1|2|3|4|5| CamelCase|,\n\n| | x|\u3000日本語ひらがな|!| Ünder",
+    "minicpm5": "It|'s| |123|45| CamelCase|,\n\n| | x|\u3000日本語ひらがな|!| Ünder",
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_words_are_split_as_in_llama_cpp(pre: str) -> None:
+    steps = [pre_tokenizers.Split(Regex(each), "isolated") for each in WORDS[pre].patterns]
+    found = pre_tokenizers.Sequence(steps).pre_tokenize_str(SAMPLE)
+    assert "|".join(word for word, _ in found) == SPLITS[pre]
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_every_way_of_splitting_loses_nothing(byte_level: dict[str, Any], pre: str) -> None:
+    tokenizer = build_tokenizer(byte_level | {"tokenizer.ggml.pre": pre})
+    for text in [*TEXTS, SAMPLE]:
+        whole = unicodedata.normalize("NFC", text) if pre in COMPOSED else text
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == whole
+
+
+def test_without_a_name_what_is_assumed_is_said(
+    byte_level: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    named = build_tokenizer(byte_level | {"tokenizer.ggml.pre": "default"})
+    assert not caplog.messages
+
+    assumed = build_tokenizer(byte_level | {"tokenizer.ggml.pre": None})
+
+    assert assumed.to_str() == named.to_str()
+    (warning,) = caplog.messages
+    assert "no tokenizer.ggml.pre" in warning and "'default' is assumed" in warning
+    assert "gguf-new-metadata --pre-tokenizer" in warning
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (["<|eot_id|>", "a", "<|eom_id|>"], {0, 2}),
+        (["<|endoftext|>", "<|im_end|>", "<|im_start|>"], {0, 1}),
+        (["<end_of_turn>", "<start_of_turn>"], {0}),
+        (["<|end|>", "<|return|>", "<|call|>"], {1, 2}),
+        (["</s>", "[PAD]"], set()),
+    ],
+)
+def test_ends_of_a_turn_are_known_by_their_names(
+    byte_level: dict[str, Any], tokens: list[str], ends: set[int]
+) -> None:
+    words = byte_level["tokenizer.ggml.tokens"][:-3]
+    first = len(words)
+    plain = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*words, *tokens],
+        "tokenizer.ggml.token_type": [NORMAL] * (first + len(tokens)),
+        "tokenizer.ggml.merges": byte_level["tokenizer.ggml.merges"],
+    }
+
+    assert set(end_token_ids(plain)) == {first + index for index in ends}
+    tokenizer = build_tokenizer(plain)
+    for index in ends:
+        assert tokenizer.encode(tokens[index]).ids == [first + index]
+        assert tokenizer.decode([first + index]) == "", "it is special, whatever its type"
+
+
+def test_sentencepiece_has_its_usual_tokens_where_the_file_names_none(
+    pieces: dict[str, Any],
+) -> None:
+    unnamed = {key: value for key, value in pieces.items() if not key.endswith("_token_id")}
+
+    assert build_tokenizer(unnamed).to_str() == build_tokenizer(pieces).to_str()
+    assert end_token_ids(unnamed) == [2]
+    assert tokenizer_config(unnamed) == tokenizer_config(pieces)
+
+
+def test_ids_outside_the_vocabulary_are_ignored(byte_level: dict[str, Any]) -> None:
+    outside = {"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}
+    assert build_tokenizer(byte_level | outside).encode("a").tokens == ["a"]
+    assert "bos_token" not in tokenizer_config(byte_level | outside)
 
 
 def test_smollm_splits_every_digit_before_the_spaces(byte_level: dict[str, Any]) -> None:
@@ -243,11 +348,10 @@ def test_merges_of_the_file_are_preferred(pieces: dict[str, Any]) -> None:
     [
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'.*expected one of gpt2, llama"),
         ({"model": None}, "tokenizer.ggml.model is 'None'"),
-        ({"pre": "gigachat"}, "tokenizer.ggml.pre is 'gigachat'.*llama-bpe"),
+        ({"pre": "kimi-k2"}, "tokenizer.ggml.pre is 'kimi-k2'.*llama-bpe"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
         ({"merges": ["a b", "a qqq"]}, "merges has 'a (b|qqq)'"),
         ({"token_type": [1, 1]}, "tokens and 2 token types"),
-        ({"bos_token_id": 10**6, "add_bos_token": True}, "bos_token_id is 1000000, but it has"),
         ({"model": "llama", "merges": None}, "no merges and no score for each"),
     ],
 )

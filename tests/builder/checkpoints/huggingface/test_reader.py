@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slipstream.builder.build import plan
 from slipstream.builder.checkpoints import open_checkpoint
+from slipstream.builder.options import BuildOptions
 from slipstream.errors import CheckpointError
 
+HEAD = "lm_head.weight"
 Edit = Callable[[Path], None]
 
 
@@ -79,6 +83,32 @@ def test_a_tied_checkpoint_has_no_head(tmp_path: Path) -> None:
     assert "lm_head.weight" not in checkpoint.names()
     with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight' among its 20"):
         checkpoint.tensor("lm_head.weight")
+
+
+@pytest.mark.parametrize("metadata", [{"format": "pt"}, {"model.embed_tokens.weight": HEAD}, {}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shared_matrix_may_be_stored_as_the_head_only(
+    tmp_path: Path, metadata: dict[str, str], tied: bool
+) -> None:
+    """As `safetensors.torch.save_model` keeps it, which says so in the header; where nothing does,
+    the configuration ties the two."""
+    state = save_llama(tmp_path, torch.float32, tied=True).state_dict()
+    embedding = state["model.embed_tokens.weight"].numpy()
+    kept = {name: t.numpy() for name, t in state.items() if name != "model.embed_tokens.weight"}
+    save_file(kept, tmp_path / "model.safetensors", metadata)
+    config(tie_word_embeddings=tied)(tmp_path)
+
+    checkpoint = open_checkpoint(tmp_path)
+
+    if tied or HEAD in metadata.values():
+        planned = plan(tmp_path, BuildOptions())
+        stored = [weight.parts[0].name for weight in planned.weights]
+        assert ("lm_head.weight.float32" in stored) == (not tied)
+        found = checkpoint.tensor("model.embed_tokens.weight")
+        assert found.name == "model.embed_tokens.weight"
+        np.testing.assert_array_equal(found.load().dequantize(), embedding)
+    else:
+        assert "model.embed_tokens.weight" not in checkpoint.names()
 
 
 def test_a_weight_is_read_when_it_is_loaded(saved: Path) -> None:
@@ -188,6 +218,42 @@ def test_shards_and_index_must_agree(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_whole_file_is_read_though_an_old_index_lies_beside_it(tmp_path: Path) -> None:
+    """The shards of the index are gone, or are those of another model."""
+    save_llama(tmp_path, torch.float32, shard="20KB")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    for shard in tmp_path.glob("model-*.safetensors"):
+        save_file({"other": np.zeros(3, np.float32)}, shard)
+        if "00002" in shard.name:
+            shard.unlink()
+    state = save_llama(tmp_path, torch.float32).state_dict()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    assert set(open_checkpoint(tmp_path).names()) == set(state)
+
+
+def test_one_of_the_shards_may_have_the_name_of_a_whole_file(tmp_path: Path) -> None:
+    state = save_llama(tmp_path, torch.float32, shard="20KB").state_dict()
+    (tmp_path / "model-00001-of-00005.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00005.s", "model.s"))
+
+    assert set(open_checkpoint(tmp_path).names()) == set(state)
+
+
+@pytest.mark.parametrize("shard", ["../other/a.safetensors", "/a", "b/a", "..", ".", "", "\0"])
+def test_shards_lie_beside_their_index(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "other").mkdir()
+    save_file({NORM: np.zeros(32, np.float32)}, tmp_path / "other" / "a.safetensors")
+    directory = tmp_path / "model"
+    save_llama(directory, torch.float32, shard="20KB")
+    index = directory / "model.safetensors.index.json"
+    edit_json(index, lambda data: data["weight_map"].update({NORM: shard}))
+
+    with pytest.raises(CheckpointError, match=r"weight_map\.model\.norm\.weight is .* beside the"):
+        open_checkpoint(directory)
+
+
 def written(source: Path, tmp_path: Path) -> Path:
     engine = tmp_path / "engine"
     engine.mkdir()
@@ -199,7 +265,7 @@ def test_tokenizer_files_are_copied(saved: Path, tmp_path: Path) -> None:
     (saved / "tokenizer.json").write_text('{"version": "1.0"}')
     (saved / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (saved / "chat_template.jinja").write_text("{{ 'größe' }}", encoding="utf-8")
-    (saved / "generation_config.json").write_text('{"temperature": 0.6}')
+    (saved / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
 
     engine = written(saved, tmp_path)
 
@@ -208,17 +274,44 @@ def test_tokenizer_files_are_copied(saved: Path, tmp_path: Path) -> None:
     assert len(list(engine.iterdir())) == 4
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{{ x }}", [{"name": "tools", "template": "t"}, {"name": "default", "template": "{{ x }}"}]],
-)
-def test_an_old_chat_template_gets_a_file_of_its_own(
-    saved: Path, tmp_path: Path, template: object
-) -> None:
+def test_every_file_that_may_name_special_tokens_is_copied(saved: Path, tmp_path: Path) -> None:
     (saved / "tokenizer.json").write_text("{}")
-    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (saved / name).write_text('{"x_token": "</s>"}')
+
+    engine = written(saved, tmp_path)
+
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        assert (engine / name).read_text() == '{"x_token": "</s>"}'
+
+
+def test_an_end_that_only_the_configuration_names_goes_along(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "generation_config.json").write_text('{"temperature": 0.6}')
+    config(eos_token_id=[2, 7])(saved)
+
+    generation = json.loads((written(saved, tmp_path) / "generation_config.json").read_text())
+
+    assert generation == {"temperature": 0.6, "eos_token_id": [2, 7]}
+
+
+def test_an_old_chat_template_gets_a_file_of_its_own(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
 
     assert (written(saved, tmp_path) / "chat_template.jinja").read_text() == "{{ x }}"
+
+
+def test_several_chat_templates_stay_where_they_are(saved: Path, tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+
+    engine = written(saved, tmp_path)
+
+    assert not (engine / "chat_template.jinja").exists()
+    config_file = json.loads((engine / "tokenizer_config.json").read_text())
+    assert config_file == {"chat_template": templates}
 
 
 def test_missing_tokenizer_extras_are_made_up_from_the_configuration(

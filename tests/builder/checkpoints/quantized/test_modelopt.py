@@ -207,7 +207,7 @@ def test_where_the_lists_and_the_tensors_disagree(
     assert f"1 modules are not quantized although nothing excludes them, such as {O_PROJ}" in (
         caplog.text
     )
-    assert f"excludes {DOWN}, which is quantized" in caplog.text
+    assert f"{DOWN}: quantized, though config.json excludes it" in caplog.text
 
 
 def test_an_fp8_cache_of_another_type_has_no_scales_for_ours(

@@ -237,6 +237,21 @@ def test_mixed_bits_go_through_gptq_by_dynamic(source: Checkpoint, tmp_path: Pat
     assert override == {"bits": 8, "group_size": 32, "sym": False, "desc_act": False}
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+def test_vllm_wants_linears_that_it_multiplies_as_one_to_be_alike(layout: OutputFormat) -> None:
+    up, gate, down = (f"model.layers.0.mlp.{x}_proj" for x in ("up", "gate", "down"))
+    weights = [make(f"{name}.weight", (64, 96), INT4) for name in (up, gate, down)]
+    made = create_layout(layout, {w.name: (w.format, None) for w in weights})
+    same = {w.name.removesuffix(".weight"): made.encode(w).settings for w in weights}
+    assert made.loaders(same)["vLLM"] == made.loaders({down: same[down]})["vLLM"] == ""
+    assert made.loaders({down: same[down], up: same[up]})["vLLM"].startswith(f"{up} and gate_proj")
+    if layout == "awq":
+        return
+    wide = made.encode(make(f"{up}.weight", (64, 96), INT8)).settings
+    assert made.loaders({**same, down: wide})["vLLM"] == "", "it is multiplied by itself"
+    assert up in made.loaders({**same, up: wide})["vLLM"]
+
+
 @pytest.mark.parametrize("layout", ["compressed-tensors", "awq"])
 def test_a_shorter_last_group_becomes_finer_groups(
     source: Checkpoint, tmp_path: Path, layout: OutputFormat

@@ -138,7 +138,7 @@ def test_an_embedding_is_not_permuted(caplog: pytest.LogCaptureFixture) -> None:
     got = outputs(program)
     np.testing.assert_array_equal(got["x"], rows[ids])
     np.testing.assert_allclose(got["y"], rows[ids] @ rows.T, rtol=1e-4, atol=1e-4)
-    assert caplog.messages == ["e is an embedding too: it becomes dense"]
+    assert caplog.messages == ["1 weights (e) are looked up too: they become dense"]
 
 
 def far(*, weight: bool) -> OperatorSpec:

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from tests.programs import assert_close, dense, grouped, listing, outputs, parse
 
+from slipstream.builder.graph.passes import Pass
+from slipstream.builder.graph.passes.quantize_fp8 import quantize_fp8_weights
 from slipstream.builder.graph.passes.quantize_weights import QuantizeWeights
 from slipstream.builder.graph.verifier import verify
+from slipstream.errors import BuildError
 from slipstream.weights.rtn import Bits, quantize_rtn
 
 TEXT = """g (int32[T] ids, float[320, 128] e, float[64, 128] w, float[128, 64] v, float[64] b,
@@ -70,7 +73,27 @@ def test_a_width_without_a_group_stays_dense(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         assert QuantizeWeights(4, 32, symmetric=False)(program) == 3
     assert program.weights["v"] is weights[1]
-    assert caplog.messages == ["v stays dense: no group of 128, 64 or 32 divides its width 40"]
+    told = "1 weights (v) stay dense: no group of 128, 64 or 32 divides 40 columns"
+    assert caplog.messages == [told]
+
+
+def test_a_warning_is_told_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    text = """g (float[T, 40] x, float[40, 40] a, float[40, 40] b, float[72, 40] c,
+      float[64, 72] d, float[40, 64] e) => (float[T, 40] y) {
+      h = slipstream.Linear <in_features = 40, out_features = 40> (x, a)
+      i = slipstream.Linear <in_features = 40, out_features = 40> (h, b)
+      j = slipstream.Linear <in_features = 40, out_features = 72> (i, c)
+      k = slipstream.Linear <in_features = 72, out_features = 64> (j, d)
+      y = slipstream.Linear <in_features = 64, out_features = 40> (k, e)
+    }"""
+    shapes = {"a": (40, 40), "b": (40, 40), "c": (72, 40), "d": (64, 72), "e": (40, 64)}
+    program = parse(text, *(dense(name, *shape) for name, shape in shapes.items()))
+    with caplog.at_level(logging.WARNING):
+        assert QuantizeWeights(4, 32, symmetric=False)(program) == 1
+    assert caplog.messages == [
+        "3 weights (a, …) stay dense: no group of 128, 64 or 32 divides 40 columns",
+        "1 weights (d) stay dense: no group of 128, 64 or 32 divides 72 columns",
+    ]
 
 
 def test_weights_that_the_checkpoint_quantized_stay_as_they_are() -> None:
@@ -89,3 +112,12 @@ def test_nothing_is_read_before_it_is_wanted() -> None:
     for name, tensor in program.weights.items():
         program.weights[name] = type(tensor)(name, tensor.format, fail)  # type: ignore[arg-type]
     assert QuantizeWeights(4, 32, symmetric=False)(program) == 4
+
+
+@pytest.mark.parametrize("quantize", [QuantizeWeights(4, 32, False), quantize_fp8_weights])
+def test_a_quantization_that_finds_nothing_is_refused(quantize: Pass) -> None:
+    weights = {"e": (320, 128), "w": (64, 128), "v": (128, 64), "head": (320, 128)}
+    kept = [grouped(name, *shape) for name, shape in weights.items()]
+    program = parse(TEXT, *kept, WEIGHTS[3])
+    with pytest.raises(BuildError, match="no weight can be quantized: each is quantized in the"):
+        quantize(program)

@@ -1,0 +1,256 @@
+"""Whether another runtime loads what `slipstream quantize` writes, and says the same tokens.
+
+    python benchmarks/vllm_loads.py SmolLM2-135M-Instruct.Q4_1.gguf /tmp/loads --site /tmp/site
+    python benchmarks/vllm_loads.py MODEL /tmp/loads --loader transformers --formats fp8 int4_awq
+    python benchmarks/vllm_loads.py MODEL /tmp/loads --make
+
+The model, taken off the grid of its 4-bit file (``off_grid.py``), is quantized into DIRECTORY, a
+checkpoint a format; what lies there is kept. The runtime goes on greedily with a few prompts, in a
+process of its own, with ``--site`` as its PYTHONPATH. Its tokens are judged by our reading of the
+same files, in float32 with inputs rounded as the format says: at every token, how far the logit of
+what was said lies below the highest. Both round on the way, so that near-ties may fall otherwise;
+a weight that was read wrongly shows as a margin of many units. Beside them, how many tokens our
+own engine says alike before the first that differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Tokens = list[list[int]]
+
+FORMATS = ("int4_awq", "int4_gptq", "int8_sq", "fp8", "fp8_block")
+PROMPTS = (
+    "Name three rivers of Europe.",
+    "Write a function in Python that reverses a string.",
+    "Why is the sky blue?",
+    "Translate into French: the cat sleeps on the warm stone.",
+)
+NEW_TOKENS = 48
+# In units of the logits: twice what bfloat16 and rounded inputs were seen to move one.
+NEAR_TIE = 0.75
+# A runtime on one GPU, without a network, compilation or a sampler that compiles itself.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+def say_vllm(checkpoint: str, prompts: Tokens, count: int) -> Tokens:
+    """vLLM's greedy tokens; runs where vLLM can be imported, and Slipstream need not."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        checkpoint,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=1024,
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def say_transformers(checkpoint: str, prompts: Tokens, count: int) -> Tokens:
+    """transformers' greedy tokens, loaded without an argument."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    said = []
+    for ids in prompts:
+        config = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count}
+        out = model.generate(torch.tensor([ids]).to(model.device), **config)
+        said.append(out[0, len(ids) :].tolist())
+    return said
+
+
+LOADERS = {"vllm": say_vllm, "transformers": say_transformers}
+
+
+def make(model: Path, directory: Path, formats: list[str]) -> None:
+    """The checkpoints that are not there yet, and the dense one that they are made of."""
+    from accuracy import SEED, TEXTS, text_of
+    from off_grid import OffGridCheckpoint, write_directory
+
+    from slipstream.builder.checkpoints import open_checkpoint
+    from slipstream.quantize.options import QuantizeOptions
+    from slipstream.quantize.quantize import quantize
+
+    dense = directory / "dense"
+    if not (dense / "config.json").exists():
+        write_directory(OffGridCheckpoint(open_checkpoint(model), SEED), dense)
+    text = directory / "evaluation.txt"
+    text.write_text((TEXTS / "evaluation_prose.txt").read_text()[:4000])
+    for qformat in formats:
+        if (directory / qformat).exists():
+            continue
+        started = time.perf_counter()
+        options: Any = {"qformat": qformat, "calib_size": 8, "eval_dataset": str(text)}
+        quantize(dense, directory / qformat, QuantizeOptions(**options), text_of)
+        seconds = time.perf_counter() - started
+        print(f"made {qformat}: {megabytes(directory / qformat):.1f} MB, {seconds:.0f} s")
+
+
+def megabytes(checkpoint: Path) -> float:
+    """Size of its weights."""
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e6
+
+
+def encoded(checkpoint: Path) -> Tokens:
+    """The prompts in the model's chat template."""
+    from slipstream.runtime.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_directory(checkpoint)
+    chats = ([{"role": "user", "content": prompt}] for prompt in PROMPTS)
+    return [
+        list(tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False))
+        for chat in chats
+    ]
+
+
+def say_elsewhere(
+    loader: str, checkpoint: Path, prompts: Tokens, site: str | None, seconds: float
+) -> Tokens | str:
+    """What a runtime says, from a process of its own, or why it does not."""
+    inputs, outputs = checkpoint.parent / "prompts.json", checkpoint.parent / f"{loader}.json"
+    inputs.write_text(json.dumps([str(checkpoint), prompts, NEW_TOKENS]))
+    outputs.unlink(missing_ok=True)
+    log = checkpoint.parent / f"{loader}-{checkpoint.name}.log"
+    environment = {**os.environ, **OFFLINE} | ({"PYTHONPATH": site} if site else {})
+    command = [sys.executable, __file__, "--child", loader, str(inputs), str(outputs)]
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                command, env=environment, stdout=file, stderr=file, timeout=seconds, check=True
+            )
+        except subprocess.TimeoutExpired:
+            return f"not done after {seconds:.0f} s ({log})"
+        except subprocess.CalledProcessError:
+            lines = [line for line in log.read_text().splitlines() if "Error" in line]
+            return f"{lines[-1].strip() if lines else 'failed'} ({log})"
+    said: Tokens = json.loads(outputs.read_text())
+    return said
+
+
+def say_ours(checkpoint: Path, prompts: Tokens, target: str) -> Tokens:
+    """Greedy tokens of our own engine of the same files."""
+    import tempfile
+
+    from slipstream.builder.build import build
+    from slipstream.builder.options import BuildOptions
+    from slipstream.runtime.llm import LLM
+    from slipstream.runtime.sampling.params import SamplingParams
+
+    options: Any = {"target": target, "max_seq_len": 1024, "max_batch_size": 8}
+    with tempfile.TemporaryDirectory() as directory:
+        build(checkpoint, Path(directory) / "engine", BuildOptions(**options))
+        with LLM(Path(directory) / "engine", kv_cache_bytes=256 << 20) as llm:
+            params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+            outputs = llm.generate(prompts, params)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def margins(checkpoint: Path, prompts: Tokens, said: Tokens) -> list[list[float]]:
+    """How far each token said lies below the likeliest of our float32 logits, given those before
+    it."""
+    import numpy as np
+
+    from slipstream.builder.checkpoints import open_checkpoint
+    from slipstream.quantize.forward import CheckpointModel
+
+    windows = [np.array(p + s, np.int32) for p, s in zip(prompts, said, strict=True)]
+    # No window is longer than a block of logits.
+    blocks = CheckpointModel(open_checkpoint(checkpoint)).logits(windows)
+    found = []
+    for prompt, tokens, logits in zip(prompts, said, blocks, strict=True):
+        rows = logits[len(prompt) - 1 : -1]
+        below = rows.max(axis=1) - rows[np.arange(len(tokens)), tokens]
+        found.append([round(float(value), 4) for value in below])
+    return found
+
+
+def alike(ours: Tokens, theirs: Tokens) -> list[int]:
+    """How many tokens of each answer are the same before the first that differs."""
+    pairs = (zip(a, b, strict=True) for a, b in zip(ours, theirs, strict=True))
+    return [next((i for i, (a, b) in enumerate(p) if a != b), NEW_TOKENS) for p in pairs]
+
+
+def judged(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One format: the row of the table."""
+    prompts = encoded(checkpoint)
+    row: dict[str, Any] = {"megabytes": round(megabytes(checkpoint), 1)}
+    started = time.perf_counter()
+    said = say_elsewhere(
+        arguments.loader, checkpoint, prompts, arguments.site, arguments.seconds_each
+    )
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    if isinstance(said, str):
+        return {**row, "passed": False, "error": said}
+    below = [value for answer in margins(checkpoint, prompts, said) for value in answer]
+    return {
+        **row,
+        "passed": max(below) <= NEAR_TIE,
+        "tokens": len(below),
+        "likeliest": sum(value == 0 for value in below),
+        "largest_margin": max(below),
+        "alike": alike(say_ours(checkpoint, prompts, arguments.target), said),
+        "said": said,
+    }
+
+
+def line(qformat: str, row: dict[str, Any]) -> str:
+    """A row as text."""
+    verdict = "ok" if row["passed"] else "FAILED"
+    start = f"{qformat:10} {verdict:7}{row['megabytes']:7.1f} MB {row['seconds']:6.1f} s  "
+    if "error" in row:
+        return start + str(row["error"])
+    return start + (
+        f"likeliest by our logits {row['likeliest']} of {row['tokens']}, largest margin "
+        f"{row['largest_margin']:.3f}; as our engine for {row['alike']} tokens"
+    )
+
+
+def child(loader: str, inputs: Path, outputs: Path) -> None:
+    """The runtime's own process."""
+    outputs.write_text(json.dumps(LOADERS[loader](*json.loads(inputs.read_text()))))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        return 0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--make", action="store_true", help="write the checkpoints and stop")
+    parser.add_argument("--loader", choices=LOADERS, default="vllm")
+    parser.add_argument("--site", help="PYTHONPATH of the other runtime")
+    parser.add_argument("--target", default="auto", help="of our own engine")
+    parser.add_argument("--seconds-each", type=float, default=150)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    make(arguments.model, arguments.directory, arguments.formats)
+    rows: dict[str, Any] = {}
+    for qformat in [] if arguments.make else arguments.formats:
+        rows[qformat] = judged(arguments.directory / qformat, arguments)
+        print(line(qformat, rows[qformat]), flush=True)
+        if arguments.json:
+            result = {"loader": arguments.loader, "near_tie": NEAR_TIE, "formats": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(not all(row["passed"] for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Threads for work that an event loop must not wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Characters, or what takes about as long: some milliseconds.
+LARGE = 1 << 16
+_SMALL_THREADS = 4
+
+
+class Workers:
+    """Small pieces of work never wait behind large ones, which take turns in a thread of their own:
+    together they take the time and the memory of one."""
+
+    def __init__(self) -> None:
+        self._small = ThreadPoolExecutor(_SMALL_THREADS, "slipstream-small")
+        self._large = ThreadPoolExecutor(1, "slipstream-large")
+
+    async def run(
+        self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The result of ``function``, whose work is as much as that of ``size`` characters."""
+        pool = self._large if size > LARGE else self._small
+        work = partial(contextvars.copy_context().run, partial(function, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def shutdown(self) -> None:
+        """Take no more; what has begun comes to its end."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)

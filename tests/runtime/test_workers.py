@@ -1,0 +1,33 @@
+"""Large work never keeps small work waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from slipstream.runtime.workers import LARGE, Workers
+
+
+def test_small_work_is_done_while_large_work_takes_turns() -> None:
+    release, running = threading.Event(), []
+
+    def large(name: int) -> int:
+        running.append(name)
+        assert release.wait(20)
+        return name
+
+    async def run() -> None:
+        workers = Workers()
+        works = [asyncio.create_task(workers.run(LARGE + 1, large, i)) for i in range(40)]
+        for i in range(100):
+            assert await workers.run(1, abs, -i) == i
+        assert len(running) <= 1, "two at a time take the memory of two"
+        release.set()
+        assert await asyncio.gather(*works) == list(range(40))
+        workers.shutdown()
+        with pytest.raises(RuntimeError):
+            await workers.run(1, abs, 1)
+
+    asyncio.run(run())

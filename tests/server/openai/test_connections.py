@@ -1,0 +1,138 @@
+"""Connections that send too much, nothing, or come by the hundred, beside one that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import Mock
+
+import httpx
+import pytest
+from tests.server.openai.serving import Running, serving
+
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.http import connection, process
+from slipstream.server.core.http.connection import Bounds, Connection
+
+BRIEF = {"prompt": "a", "max_tokens": 1}
+
+
+def connect(running: Running) -> socket.socket:
+    host, port = running.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def answer_of(client: socket.socket) -> bytes:
+    """What comes before the other side closes; a reset is an end too."""
+    answer = b""
+    try:
+        while piece := client.recv(1 << 16):
+            answer += piece
+    except ConnectionError:
+        pass
+    return answer
+
+
+def flood(client: socket.socket, begin: bytes, piece: bytes) -> bytes:
+    """Send until it is refused, which must come within some megabytes."""
+    try:
+        client.sendall(begin)
+        for _ in range(1000):
+            client.sendall(piece * 100)
+    except ConnectionError:
+        return b""
+    else:
+        pytest.fail("everything was taken")
+
+
+FLOODS: dict[str, tuple[bytes, bytes]] = {
+    "one header": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: ", b"a" * 1000),
+    "headers": (b"GET /health HTTP/1.1\r\nHost: x\r\n", b"A: b\r\n" * 200),
+    "a path": (b"GET /", b"a" * 1000),
+    "trailers": (
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n",
+        b"A: b\r\n" * 200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_what_is_no_body_is_bounded(server: Running, name: str) -> None:
+    with connect(server) as client:
+        flood(client, *FLOODS[name])
+    assert server.post("/v1/completions", BRIEF).status_code == 200
+
+
+def test_headers_that_are_too_long_are_431(server: Running) -> None:
+    with connect(server) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * (connection.MAX_HEAD + 1))
+        assert answer_of(client).startswith(b"HTTP/1.1 431 ")
+
+
+SILENT = [
+    b"",
+    b"GET /hea",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+    b"GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /",
+]
+
+
+def test_who_does_not_send_is_not_waited_for_and_who_has_sent_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.5)
+    with serving(counting_engine(delay=0.01)) as running, ExitStack() as stack:
+        clients = [stack.enter_context(connect(running)) for _ in SILENT]
+        for client, sent in zip(clients, SILENT, strict=True):
+            client.sendall(sent)
+        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
+        assert running.post("/v1/completions", body).status_code == 200
+        for client in clients:
+            assert b"HTTP/1.1 408 " in answer_of(client)
+
+
+def test_where_there_are_too_many_the_idle_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "connection_limit", lambda: 4)
+    with serving() as running, ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(connect(running))
+        for _ in range(3):
+            assert running.post("/v1/completions", BRIEF).status_code == 200
+            assert httpx.get(f"{running.url}/health").status_code == 200
+        running.wait(lambda: len(running.server.server_state.connections) <= 4)
+
+
+def test_files_are_left_for_other_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    for soft, hard, most in ((256, 1024, 896), (1 << 20, 1 << 20, 8192), (64, 64, 48)):
+        limits = soft, hard
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+        assert connection.connection_limit() == most
+    assert given == [(1024, 1024)]
+
+
+def test_who_does_not_read_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.01)
+
+    async def run() -> None:
+        config, state, aborted = (
+            Mock(limit_concurrency=None),
+            Mock(connections=set()),
+            asyncio.Event(),
+        )
+        one = Connection(config, state, {}, bounds=Bounds(9))
+        transport = Mock()
+        transport.abort = aborted.set
+        transport.get_extra_info.return_value = None
+        one.connection_made(transport)
+        one.pause_writing()
+        one.resume_writing()
+        one.pause_writing()
+        await asyncio.wait_for(aborted.wait(), 10)
+        one.connection_lost(None)
+
+    asyncio.run(run())
