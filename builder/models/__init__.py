@@ -16,8 +16,10 @@ GROUP, ATTRIBUTE = "slipstream.architectures", "ARCHITECTURE"
 ARCHITECTURES = {
     "LlamaForCausalLM": "slipstream.builder.models.llama",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
+    "MixtralForCausalLM": "slipstream.builder.models.mixtral",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
+    "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
 }
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from slipstream.builder.build import build
 from slipstream.builder.contract import KV, LOGITS
@@ -33,6 +41,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 16,
+}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**TINY_SHAPE),
     "llama-tied": LlamaConfig(**TINY_SHAPE, tie_word_embeddings=True),
@@ -50,6 +65,17 @@ CONFIGS: dict[str, Any] = {
         **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=16),
+    "mixtral": MixtralConfig(**TINY_SHAPE, **EXPERTS),
+    "mixtral-window": MixtralConfig(**TINY_SHAPE, **EXPERTS, sliding_window=17),
+    "mixtral-all": MixtralConfig(**TINY_SHAPE, num_local_experts=3, num_experts_per_tok=3),
+    "mixtral-one": MixtralConfig(**TINY_SHAPE, num_local_experts=1, num_experts_per_tok=1),
+    "qwen3-moe": Qwen3MoeConfig(**TINY_SHAPE, **QWEN_EXPERTS),
+    "qwen3-moe-renormalized": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, norm_topk_prob=True, attention_bias=True
+    ),
+    "qwen3-moe-dense-layers": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
+    ),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
 }
 PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
