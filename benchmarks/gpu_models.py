@@ -159,6 +159,7 @@ def random_engine(
         caches=plan.caches,
         vocab_size=vocab_size,
         generation_defaults=SamplingParams(temperature=0),
+        interactive_defaults=SamplingParams(temperature=0),
     )
 
 

@@ -82,6 +82,7 @@ class AsyncLLM:
         self.tokenizer = engine.tokenizer
         self.config = engine.config
         self.generation_defaults = engine.generation_defaults
+        self.interactive_defaults = engine.interactive_defaults
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}

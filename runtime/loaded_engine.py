@@ -14,7 +14,7 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
     """A device with weights on it, what that remembers of sequences, its tokenizer, its limits,
-    and how it samples by default."""
+    and how it samples by default: for programs, and for people who talk with it directly."""
 
     executor: Executor
     tokenizer: Tokenizer
@@ -22,3 +22,4 @@ class LoadedEngine:
     caches: tuple[CacheSpec, ...]
     vocab_size: int
     generation_defaults: SamplingParams
+    interactive_defaults: SamplingParams

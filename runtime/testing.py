@@ -58,4 +58,5 @@ def counting_engine(
         caches=caches,
         vocab_size=VOCAB_SIZE,
         generation_defaults=SamplingParams(temperature=0, max_tokens=16),
+        interactive_defaults=SamplingParams(temperature=0, max_tokens=16),
     )
