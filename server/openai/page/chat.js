@@ -145,12 +145,13 @@ class Answer {
   }
 
   get rate() {
-    if (this.first === null || this.tokens === this.first.tokens) return null;
+    if (this.first === null || this.last === this.first.time) return null;
     return (this.tokens - this.first.tokens) / (this.last - this.first.time) * 1000;
   }
 
   draw() {
     this.drawn = true;
+    if (!this.view.target.isConnected) return;  // there is a new chat
     const atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 80;
     this.view.show(this.text);
     if (atEnd) toEnd();
@@ -187,7 +188,7 @@ async function ask() {
     else addNote(turn, error.message, true);
   }
   turn.classList.remove("writing");
-  if (conversation === messages) answer.draw();
+  answer.draw();
   if (answer.text) conversation.push({role: "assistant", content: answer.text});
   else conversation.pop();  // a question without an answer is not asked again
   addNote(turn, answer.summary());
