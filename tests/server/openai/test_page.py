@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import httpx
 import pytest
+from docs.picture_of_page import WIDTH, picture
+from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 from tests.server.openai.serving import Running, serving
 
@@ -370,3 +373,10 @@ def test_its_parts_need_no_key_and_nothing_else_is_given(server: Running) -> Non
         assert httpx.get(guarded.url + "/page/settings").status_code == 401
     for name in ("routes.py", "__init__.py", "..%2Fapi.py", "%2e%2e%2fapi.py"):
         assert httpx.get(f"{server.url}/page/{name}").status_code == 404
+
+
+def test_its_picture_for_the_readme_can_be_taken(browser: Browser, server: Running) -> None:
+    raw = picture(browser, server.url, "dark")
+    image = Image.open(BytesIO(raw))
+    assert image.format == "PNG" and image.width == 2 * WIDTH
+    assert len(raw) < 75_000
