@@ -199,9 +199,10 @@ form.addEventListener("submit", async (event) => {
   event.preventDefault();
   if (running) return running.abort();
   const text = question.value.trim();
-  if (!text || !form.reportValidity()) return;
+  if (!text) return;
+  find("settings").open = !form.checkValidity();
+  if (!form.reportValidity()) return;
   question.value = "";
-  find("settings").open = false;
   messages.push({role: "user", content: text});
   addTurn("user").firstElementChild.textContent = text;
   running = new AbortController();

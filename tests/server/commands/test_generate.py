@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pexpect
 import pytest
 from click.testing import CliRunner, Result
 
@@ -216,6 +217,16 @@ def test_limits_beyond_the_engines(tiny_engine: Path) -> None:
 
 def test_a_prompt_that_is_too_long(tiny_engine: Path) -> None:
     assert_one_error(run(tiny_engine, "cat " * 2000), "Shorten the prompt")
+
+
+def test_a_real_terminal_gets_no_control_sequences_and_how_it_was_sampled() -> None:
+    escape = "t.ALPHABET = t.ALPHABET.replace('b', chr(27))"
+    program = f"import slipstream.runtime.testing as t\n{escape}\n{GATED}"
+    command = ["-c", program, "generate", "m", "--raw", "a", "--max-tokens", "1", "--seed", "1"]
+    child = pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=120)
+    shown = child.read()
+    assert "temperature 0.0\x1b[0m\r\n" in shown
+    assert shown.endswith("\\x1b\r\n")
 
 
 def gated(*arguments: str) -> subprocess.Popen[str]:

@@ -170,6 +170,20 @@ def test_parameters_are_sent(browser: Browser, server: Running) -> None:
     expect(page.locator(".assistant .note")).to_contain_text("4 tokens")
 
 
+def test_an_impossible_parameter_is_shown_and_not_sent(browser: Browser, server: Running) -> None:
+    page = open_page(browser, server)
+    page.get_by_text("Parameters").click()
+    page.get_by_label("Temperature").fill("5")
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Temperature")).to_be_hidden()
+    ask(page, "hello")
+    expect(page.get_by_label("Temperature")).to_be_focused()
+    expect(page.locator(".turn")).to_have_count(0)
+    page.get_by_label("Temperature").fill("1")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".assistant .note")).to_contain_text("tokens")
+
+
 def test_a_key_is_asked_for_and_used(browser: Browser) -> None:
     with serving(api_key=("secret",)) as server:
         page = browser.new_page()
