@@ -46,9 +46,9 @@ function showSampling() {
   const isCut = (name) => cuts[name] !== (name === "top_p" ? 1 : 0);
   const words = temperature === 0 ? ["greedy"] : [
     `temperature ${temperature}`,
-    ...Object.keys(cuts).filter(isCut).map((name) => `${name.replace("_", "-")} ${cuts[name]}`),
+    ...Object.keys(cuts).filter(isCut).map((name) => `${name.replace("_", " ")} ${cuts[name]}`),
   ];
-  find("sampling").textContent = words.join(" · ");
+  find("sampling").textContent = words.map((text) => text.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 function showContext(used) {

@@ -331,8 +331,8 @@ def test_speed_and_context_stay_in_sight(browser: Browser, slow_server: Running)
 @pytest.mark.parametrize(
     ("defaults", "shown"),
     [
-        (INTERACTIVE, "temperature 0.7 · top-p 0.95 · min-p 0.05"),
-        ({"temperature": 0.6, "top_k": 20, "min_p": 0}, "temperature 0.6 · top-k 20"),
+        (INTERACTIVE, "temperature 0.7 · top p 0.95 · min p 0.05"),
+        ({"temperature": 0.6, "top_k": 20, "min_p": 0}, "temperature 0.6 · top k 20"),
         ({"temperature": 0}, "greedy"),
     ],
 )
@@ -341,8 +341,9 @@ def test_how_it_samples_is_shown_sent_and_changed(
 ) -> None:
     params = SamplingParams(**defaults)  # type: ignore[arg-type]
     with serving(replace(counting_engine(), interactive_defaults=params)) as server:
-        page = open_page(browser, server)
+        page = open_page(browser, server, PHONE)
         expect(page.locator("#sampling")).to_have_text(shown)
+        assert page.locator("#sampling").evaluate("e => e.scrollWidth <= e.clientWidth")
         limit(page, 2)
         expect(page.get_by_label("Temperature")).to_have_attribute(
             "placeholder", f"{params.temperature:g}"
