@@ -92,6 +92,7 @@ class AsyncLLM:
         self.generation_defaults = engine.generation_defaults
         self.workers = Workers()
         self.fingerprint = engine.fingerprint
+        self.interactive_defaults = engine.interactive_defaults
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
