@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -141,7 +141,7 @@ class AsyncLLM:
         self._refuse_if_closed()
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await self.workers.run(
-            len(prompt),
+            len(prompt) if isinstance(prompt, Sized) else 0,  # what else it is, is told there
             self._request,
             prompt,
             sampling_params,
