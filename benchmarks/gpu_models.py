@@ -161,6 +161,7 @@ def random_engine(
         vocab_size=vocab_size,
         generation_defaults=SamplingParams(temperature=0),
         fingerprint="fp_random",
+        interactive_defaults=SamplingParams(temperature=0),
     )
 
 

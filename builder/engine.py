@@ -41,6 +41,7 @@ _TEXT_FILES = (
 )
 _CHUNK = 1 << 22
 _LARGEST = 2**31 - 1
+_LONG = 10_000  # characters of a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,7 @@ def _build_command(told: object, path: Path) -> str:
     ``BuildOptions.command`` could have written: errors ask for it to be run, and an engine may come
     from a stranger."""
     try:
-        words = shlex.split(told) if isinstance(told, str) else []
+        words = shlex.split(told) if isinstance(told, str) and len(told) < _LONG else []
     except ValueError:  # a quotation that does not end
         words = []
     ours = words[:2] == ["slipstream", "build"] and words[3:4] == ["-o"] and len(words) > 4

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -92,6 +92,7 @@ class AsyncLLM:
         self.generation_defaults = engine.generation_defaults
         self.workers = Workers()
         self.fingerprint = engine.fingerprint
+        self.interactive_defaults = engine.interactive_defaults
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)
         self._streams: dict[str, _Stream] = {}
@@ -140,7 +141,7 @@ class AsyncLLM:
         self._refuse_if_closed()
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await self.workers.run(
-            len(prompt),
+            len(prompt) if isinstance(prompt, Sized) else 0,  # what else it is, is told there
             self._request,
             prompt,
             sampling_params,

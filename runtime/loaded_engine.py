@@ -14,7 +14,7 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
     """A device with weights on it, what that remembers of sequences, its tokenizer, its limits,
-    and how it samples by default.
+    and how it samples by default: for programs, and for people who talk with it directly.
 
     Where ``fingerprint`` is the same, so are the engine's files and the version of Slipstream.
     """
@@ -25,4 +25,5 @@ class LoadedEngine:
     caches: tuple[CacheSpec, ...]
     vocab_size: int
     generation_defaults: SamplingParams
+    interactive_defaults: SamplingParams
     fingerprint: str

@@ -16,7 +16,7 @@ from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
 
@@ -66,6 +66,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         vocab_size=engine.manifest.vocab_size,
         generation_defaults=generation_defaults(engine.path, engine.manifest.command),
         fingerprint=engine.fingerprint,
+        interactive_defaults=generation_defaults(engine.path, engine.manifest.command, INTERACTIVE),
     )
 
 
@@ -138,18 +139,21 @@ def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:
         )
 
 
-def generation_defaults(directory: Path, command: str) -> SamplingParams:
-    """What generation_config.json recommends; ``command`` builds the engine again.
+def generation_defaults(
+    directory: Path, command: str, otherwise: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """What generation_config.json recommends, and for fields it does not name ``otherwise``;
+    ``command`` builds the engine again.
 
     Raises CheckpointError for values of another type or out of range.
     """
     file = directory / "generation_config.json"
     if not file.is_file():
-        return SamplingParams()
+        return SamplingParams.from_dict(otherwise or {})
     origin = Origin(file, f"correct it in the checkpoint and build again: {command}")
     config = read_fields(file, origin)
     greedy = {} if config.flag("do_sample", True) else {"temperature": 0.0}
     try:
-        return SamplingParams.from_generation_config({**config.values, **greedy})
+        return SamplingParams.from_generation_config({**config.values, **greedy}, otherwise)
     except InvalidRequestError as error:
         raise origin.refusal(f"cannot be used ({error!s:.300})") from error

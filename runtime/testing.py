@@ -60,4 +60,5 @@ def counting_engine(
         vocab_size=VOCAB_SIZE,
         generation_defaults=SamplingParams(temperature=0, max_tokens=16),
         fingerprint="fp_counting",
+        interactive_defaults=SamplingParams(temperature=0, max_tokens=16),
     )

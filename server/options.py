@@ -16,7 +16,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.errors import SlipstreamError
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
 from slipstream.server.core.options import ServerOptions
 from slipstream.sizes import parse_size
 
@@ -48,6 +48,7 @@ class Option:
 
 
 _ENGINES = "the engine's"
+_MODELS = {name: f"the model's, or {value}" for name, value in INTERACTIVE.items()}
 RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
@@ -72,12 +73,12 @@ SAMPLING = {
     "max_tokens": Option("Most tokens to generate.", "up to max-seq-len"),
     "min_tokens": Option("Fewest tokens to generate."),
     "temperature": Option(
-        "0 takes the likeliest token; higher is more varied.", "the model's, or 1.0"
+        "0 takes the likeliest token; higher is more varied.", _MODELS["temperature"]
     ),
-    "top_p": Option("Sample from the likeliest tokens of this total mass.", "the model's, or 1.0"),
+    "top_p": Option("Sample from the likeliest tokens of this total mass.", _MODELS["top_p"]),
     "top_k": Option("Sample from this many likeliest tokens; 0 is all.", "the model's, or 0"),
     "min_p": Option(
-        "Leave out tokens less likely than this times the likeliest.", "the model's, or 0.0"
+        "Leave out tokens less likely than this times the likeliest.", _MODELS["min_p"]
     ),
     "repetition_penalty": Option(
         "Above 1 makes tokens of the text so far less likely.", "the model's, or 1.0"

@@ -1,11 +1,17 @@
-"""Numbers and tables for people."""
+"""Numbers, tables and answers for people."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
+import click
+
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
+# C0, DEL and C1: what terminals obey.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 
 
 def format_bytes(count: float) -> str:
@@ -38,3 +44,15 @@ def format_columns(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
         ]
         lines.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(lines)
+
+
+def without_controls(text: str) -> str:
+    """Text of a model with the control characters escaped that a terminal would obey, all but line
+    ends and tabs; what has no picture of its own but shapes text, as in emoji, stays."""
+    return text.translate(_CONTROLS)
+
+
+def echo_answer(text: str, *, nl: bool = True) -> None:
+    """Print text of a model: on a terminal without control characters, as ``ls`` prints names, into
+    a file or a pipe just as it is."""
+    click.echo(without_controls(text) if sys.stdout.isatty() else text, nl=nl, color=True)

@@ -58,6 +58,9 @@ NUMBERS = {
     ),
 }
 _TOKEN_ID = re.compile(r"\d{1,10}")  # Python reads no number of thousands of digits
+# What ``chat``, ``generate`` and the page use where neither request nor model says anything: the
+# raw distribution, which OpenAI's interface has by default, lets small models lose the thread.
+INTERACTIVE: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
@@ -214,9 +217,10 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(
-        cls, config: Mapping[str, Any], given: Mapping[str, Any] | None = None
+        cls, config: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """Build from the defaults in a model's ``generation_config.json``; ``given`` values win.
+        """Build from the defaults in a model's ``generation_config.json``; ``otherwise`` has the
+        values of fields that it does not name.
 
         Reads what vLLM reads: temperature, top_k, top_p, min_p, repetition_penalty and
         max_new_tokens.
@@ -226,7 +230,7 @@ class SamplingParams:
             for theirs, ours in _FROM_GENERATION_CONFIG.items()
             if config.get(theirs) is not None
         }
-        return cls.from_dict({**recommended, **(given or {})})
+        return cls.from_dict({**(otherwise or {}), **recommended})
 
     def resolve(
         self, vocab_size: int, encode: Callable[[str], Sequence[int]] | None = None

@@ -11,7 +11,7 @@ from typing import Protocol
 import click
 
 from slipstream.server.chat.markdown import MarkdownStream, Segment
-from slipstream.server.text import printable
+from slipstream.server.text import echo_answer, printable, without_controls
 
 _QUOTES = '"""'
 _HISTORY_LINES = 1000
@@ -45,7 +45,7 @@ class PlainTerminal:
 
     def write(self, text: str) -> None:
         """More of an answer."""
-        click.echo(text, nl=False)
+        echo_answer(text, nl=False)
 
     def end_answer(self) -> None:
         """End the line."""
@@ -77,7 +77,7 @@ class RichTerminal:
 
     def write(self, text: str) -> None:
         """More of an answer; what could steer the terminal is shown, not obeyed."""
-        for segment in self._markdown.feed(text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")):
+        for segment in self._markdown.feed(without_controls(text)):
             self._print(segment)
         self._console.file.flush()
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from slipstream.server.command import Command
+from slipstream.server.core.sampling import describe_sampling
 from slipstream.server.models import load_model
 from slipstream.server.options import SAMPLING, runtime_options, sampling_options
 
@@ -43,11 +44,13 @@ def chat(model: str, system: str | None, sampling: dict[str, Any], runtime: dict
     terminal = create_terminal()
     llm = AsyncLLM.from_engine(engine)
     try:
+        params = replace(engine.interactive_defaults, **sampling)
         terminal.notice(f"{model}: /help for help, Ctrl-D to leave")
+        terminal.notice(describe_sampling(params))
         ChatSession(
             llm,
             terminal,
-            replace(engine.generation_defaults, **sampling),
+            params,
             max_seq_len=engine.config.max_seq_len,
             settable=_SETTABLE,
             system=system,

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slipstream.server.command import Command
+from slipstream.server.core.sampling import describe_sampling
 from slipstream.server.core.usage import Usage
 from slipstream.server.models import load_model
 from slipstream.server.options import SAMPLING, sampling_options, unwatched_options
+from slipstream.server.text import echo_answer
 
 if TYPE_CHECKING:
     from slipstream.runtime.engine.step import TokenLogprobs
@@ -37,7 +39,7 @@ Prompt = str | list[dict[str, str]]
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object with texts, reasons and usage."
 )
-@click.option("--stats", is_flag=True, help="Print tokens and times on stderr at the end.")
+@click.option("--stats", is_flag=True, help="Print sampling, tokens and times on stderr.")
 @unwatched_options
 def generate(
     model: str,
@@ -51,7 +53,9 @@ def generate(
     """Answer PROMPT, or what comes on standard input, and print the answer as it is made.
 
     MODEL is an engine, or a checkpoint, which is compiled on first use. A model with a chat
-    template gets PROMPT as a user's message; --raw has it continue PROMPT instead.
+    template gets PROMPT as a user's message; --raw has it continue PROMPT instead. A terminal gets
+    answers without control sequences, and how they were sampled; a file or a pipe gets them as they
+    are.
 
     \b
     Examples:
@@ -69,7 +73,9 @@ def generate(
     with LLM.from_engine(engine) as llm:
         as_chat = llm.tokenizer.has_chat_template if chat is None else chat
         request: Prompt = [{"role": "user", "content": text}] if as_chat else text
-        params = replace(engine.generation_defaults, **sampling)
+        params = replace(engine.interactive_defaults, **sampling)
+        if stats or sys.stderr.isatty():
+            click.secho(describe_sampling(params), err=True, dim=True)
         usage = (_print_json if as_json else _print_text)(llm, request, params)
     if stats:
         click.echo(usage.describe(), err=True)
@@ -89,12 +95,12 @@ def _print_text(llm: LLM, prompt: Prompt, params: SamplingParams) -> Usage:
         usage = Usage()
         for output in llm.stream(prompt, params, output_kind="delta"):
             usage.add(output)
-            click.echo(output.outputs[0].text, nl=False)
+            echo_answer(output.outputs[0].text, nl=False)
         click.echo()
         return usage
     output = _final(llm, prompt, params)
     for completion in output.outputs:
-        click.echo(f"=== {completion.index + 1} of {params.n} ===\n{completion.text}")
+        echo_answer(f"=== {completion.index + 1} of {params.n} ===\n{completion.text}")
     return Usage().add(output)
 
 
@@ -103,10 +109,11 @@ def _print_json(llm: LLM, prompt: Prompt, params: SamplingParams) -> Usage:
     usage = Usage().add(output)
     report = {
         "choices": [_choice(completion, llm.tokenizer) for completion in output.outputs],
+        "sampling": {name: getattr(params, name) for name in SAMPLING},
         "usage": usage.tokens(),
         "timing": usage.timing(),
     }
-    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    echo_answer(json.dumps(report, indent=2, ensure_ascii=False))
     return usage
 
 

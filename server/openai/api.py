@@ -7,9 +7,10 @@ from fastapi import APIRouter
 from slipstream.server.core.http.api import Api
 from slipstream.server.openai import chat, completions, models, tokens
 from slipstream.server.openai.errors import RESPONSES, error_body
+from slipstream.server.openai.page import routes as page
 
 _router = APIRouter()
-for _part in (chat, completions, tokens, models):
+for _part in (chat, completions, tokens, models, page):
     _router.include_router(_part.router)
 
 OPENAI = Api(_router, error_body, RESPONSES)

@@ -1,15 +1,12 @@
-"""``/v1/models``, and the page at ``/`` that asks through this API."""
+"""``/v1/models``."""
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, Response
 
 from slipstream.server.core.http.respond import service_of
-from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Service
 
 router = APIRouter()
@@ -38,12 +35,3 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "root": service.names[0],
         "max_model_len": service.llm.config.max_seq_len,
     }
-
-
-@router.get("/", include_in_schema=False)
-def page() -> Response:
-    """A page to chat with the model."""
-    file = files("slipstream.server.openai") / "page" / "index.html"
-    if not file.is_file():
-        raise Refusal("not_found", "this installation has no page; send requests to /v1")
-    return HTMLResponse(file.read_text(encoding="utf-8"))

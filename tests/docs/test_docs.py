@@ -120,3 +120,9 @@ def test_a_page_says_when_to_update_it(page: Path) -> None:
     title, blank, second, *_ = page.read_text(encoding="utf-8").splitlines()
     assert title.startswith("# ") and not blank
     assert re.match(r"\*(Update|Generated)", second), f"{page.name} starts with {second!r}"
+
+
+def test_pictures_of_the_readme_are_there_and_small() -> None:
+    names = re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text())
+    assert len(names) == 2
+    assert sum((ROOT / name).stat().st_size for name in names) < 150_000

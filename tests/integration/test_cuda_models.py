@@ -41,14 +41,10 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
-# In the interpreter a model takes seconds, so there only what differs most is run.
-INTERPRETED = ("mistral-window", "qwen3")
-NAMES = CONFIGS if torch.cuda.is_available() else INTERPRETED
 
 
-@pytest.mark.kernel
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("uncaptured")
 def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Every position of a prompt computed in ragged chunks, beside a second sequence."""

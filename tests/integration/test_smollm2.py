@@ -22,7 +22,7 @@ from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
-OUTPUT_TOKENS = 64
+OUTPUT_TOKENS = 32
 GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 SHARED = "The history of computing begins long before the electronic machines of today. " * 4
 PROMPTS = [

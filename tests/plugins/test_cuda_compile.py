@@ -14,8 +14,8 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 LEAST_KERNELS = 30
 
 
-# The two that differ most everywhere, the others where the GPU suite runs, which has the cores.
-EVERYWHERE = (89, 90)
+# One everywhere, the others where the GPU suite runs, which has the cores.
+EVERYWHERE = (90,)
 
 
 @pytest.mark.slow

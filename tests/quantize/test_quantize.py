@@ -304,7 +304,7 @@ def test_bad_checkpoints(
             BuildError,
             "32, for which fp8 has no use",
         ),
-        ({"qformat": "int8_sq", "symmetric": True}, BuildError, "for which int8_sq has no use"),
+        ({"qformat": "int8_sq", "symmetric": False}, BuildError, "for which int8_sq has no use"),
         ({"qformat": "fp8_block", "symmetric": False}, BuildError, "symmetric is False, for which"),
         ({"qformat": "nvfp4", "group_size": 32}, BuildError, "for which nvfp4 has no use"),
         ({"qformat": "int4_wo", "calib_size": 9}, BuildError, "calib_size is 9, for which int4_wo"),

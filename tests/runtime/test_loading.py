@@ -186,6 +186,36 @@ def test_defaults_of_sampling_come_from_the_model(
     loaded.executor.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, (0.7, 0.95, 0.05)),
+        ({"temperature": 1.0}, (1.0, 0.95, 0.05)),
+        ({"temperature": 0.6, "top_p": 0.9, "min_p": 0}, (0.6, 0.9, 0.0)),
+        ({"do_sample": False}, (0.0, 0.95, 0.05)),
+        (None, (0.7, 0.95, 0.05)),
+    ],
+)
+def test_people_get_a_calmer_distribution_where_the_model_says_nothing(
+    engine: Path, content: dict[str, Any] | None, expected: tuple[float, float, float]
+) -> None:
+    if content is None:
+        raw = json.loads((engine / "engine.json").read_text())
+        del raw["files"]["generation_config.json"]
+        (engine / "engine.json").write_text(json.dumps(raw))
+        (engine / "generation_config.json").unlink()
+    else:
+        (engine / "generation_config.json").write_text(json.dumps(content))
+        rehash(engine, "generation_config.json")
+    loaded = load(engine, {})
+    loaded.executor.shutdown()
+    params = loaded.interactive_defaults
+    assert (params.temperature, params.top_p, params.min_p) == expected
+    uncut = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, **(content or {})}
+    if content != {"do_sample": False}:
+        assert loaded.generation_defaults == SamplingParams(**uncut)
+
+
 def test_a_checkpoint_is_built_into_the_cache(
     tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,9 +34,9 @@ class Panicking:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._backend, name)
 
-    def encode(self, text: str, **options: Any) -> Any:  # noqa: ANN401
-        decoders.Strip("x", 0, 9).decode([text])
-        return self._backend.encode(text, **options)
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:  # noqa: ANN401
+        decoders.Strip("x", 0, 9).decode(texts)
+        return self._backend.encode_batch_fast(texts, **options)
 
 
 def crafted_engine() -> LoadedEngine:

@@ -71,8 +71,7 @@ def test_what_cannot_be_scored(tiny_engine: Path) -> None:
         list(window_logits(counting_engine(), windows(4)))
 
 
-@pytest.mark.kernel
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
+@pytest.mark.gpu
 def test_a_gpu_engine_is_scored_by_its_own_kernels(
     tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,10 @@ _SEND = "slipstream.send"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _LINGER_SECONDS = 30  # for the rest of a body whose request has been answered
 # Of these nobody needs a key: they are asked by machines, and tell nothing of anybody's requests.
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/metrics", "/version", "/openapi.json"}
+    | {f"/page/{name}" for name in ("page.css", "chat.js", "markdown.js")}
+)
 
 
 def log_fields(scope: Scope) -> dict[str, Any]:

@@ -71,7 +71,8 @@ TABLES = [[5, 2], [4, 3], [1, 0]]
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two-graphs")
     manifest = save_engine(path)
-    assert open_engine(path).manifest == manifest
+    read = open_engine(path).manifest
+    assert replace(read, command=manifest.command) == manifest
     return path
 
 

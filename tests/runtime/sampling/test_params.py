@@ -190,9 +190,9 @@ class TestFromGenerationConfig:
         params = SamplingParams.from_generation_config(self.CONFIG)
         assert params == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=64)
 
-    def test_given_values_win(self) -> None:
+    def test_what_it_does_not_name_may_be_given(self) -> None:
         params = SamplingParams.from_generation_config(self.CONFIG, {"temperature": 0, "n": 2})
-        assert params == SamplingParams(temperature=0, top_p=0.9, max_tokens=64, n=2)
+        assert params == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=64, n=2)
 
     def test_a_bad_recommendation_is_refused(self) -> None:
         with pytest.raises(InvalidRequestError, match="top_p=7"):

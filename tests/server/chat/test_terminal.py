@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from slipstream.server.chat.terminal import PlainTerminal, history_file, read_message
+from slipstream.server import text
+from slipstream.server.chat.terminal import (
+    PlainTerminal,
+    RichTerminal,
+    Terminal,
+    history_file,
+    read_message,
+)
 
 Q = '"""'
 
@@ -64,3 +72,18 @@ def test_a_notice_shows_what_it_quotes_and_obeys_nothing(
 ) -> None:
     PlainTerminal().notice("the template refused: \x1b[2Jx\nsecond")
     assert capsys.readouterr().err == "the template refused: \\x1b[2Jx\nsecond\n"
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_an_answer_steers_no_terminal(
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(text, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    terminal: Terminal = PlainTerminal() if kind == "plain" else RichTerminal(tmp_path / "history")
+    terminal.write("\x1b]0;title\x07\x9b31mred\rover\x08\x7f 👩‍💻")
+    terminal.end_answer()
+    shown = r"\x1b]0;title\x07\x9b31mred\x0dover\x08\x7f 👩‍💻"
+    assert capsys.readouterr().out.strip() == shown

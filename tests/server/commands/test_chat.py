@@ -50,6 +50,14 @@ def test_answers_are_alone_on_standard_output() -> None:
     assert (result.exit_code, result.stdout) == (0, ";!?\n;!?\n")
 
 
+def test_it_says_how_it_samples(tiny_engine: Path) -> None:
+    assert "temperature 0.7, top_p 0.95, min_p 0.05\n" in run("", tiny_engine).stderr
+    assert (
+        "temperature 0.2, top_p 0.95, min_p 0.05\n"
+        in run("", tiny_engine, "--temperature", 0.2).stderr
+    )
+
+
 @pytest.mark.usefixtures("counting")
 def test_the_conversation_is_remembered_saved_and_reset(tmp_path: Path) -> None:
     first, second = tmp_path / "1.json", tmp_path / "2.json"

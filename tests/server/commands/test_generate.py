@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pexpect
 import pytest
 from click.testing import CliRunner, Result
 
+from slipstream.runtime import testing
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
+from slipstream.server import text
 from slipstream.server.cli import slipstream
 from slipstream.server.commands import generate as module
 
@@ -99,6 +103,7 @@ def test_json_holds_texts_reasons_and_usage() -> None:
     report = json.loads(result.stdout)
     assert [choice["text"] for choice in report["choices"]] == ["de", "de"]
     assert {choice["finish_reason"] for choice in report["choices"]} == {"length"}
+    assert (report["sampling"]["temperature"], report["sampling"]["n"]) == (0, 2)
     assert report["usage"] == {
         "prompt_tokens": 3,
         "cached_tokens": 0,
@@ -123,10 +128,43 @@ def test_stats_go_to_stderr() -> None:
     result = run("m", "abc", "--raw", "--max-tokens", 4, "--stats")
     assert result.stdout == "defg\n"
     assert re.fullmatch(
-        r"prompt 3 tokens \(0 cached\), answer 4 tokens, "
+        r"temperature 0.0\nprompt 3 tokens \(0 cached\), answer 4 tokens, "
         r"first after \d+ ms, then [\d.]+ tokens/s\n",
         result.stderr,
     )
+
+
+def test_where_nobody_says_how_it_samples_as_users_of_local_engines_expect(
+    tiny_engine: Path,
+) -> None:
+    result = run(tiny_engine, "the cat", "--max-tokens", 1, "--stats")
+    assert result.stderr.startswith("temperature 0.7, top_p 0.95, min_p 0.05\n")
+    result = run(
+        tiny_engine, "the cat", "--max-tokens", 1, "--stats", "--temperature", 1, "--seed", 3
+    )
+    assert result.stderr.startswith("temperature 1.0, top_p 0.95, min_p 0.05, seed 3\n")
+    assert "[default: the model's, or 0.7]" in " ".join(run("--help").stdout.split())
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize(
+    ("arguments", "written", "shown"),
+    [
+        ([], "\x1b](\x9b\x7f\x07\n", r"\x1b](\x9b\x7f\x07"),
+        (["--n", 2], "=\n\x1b](\x9b\x7f\x07\n", r"\x1b](\x9b\x7f\x07"),
+        (["--json"], '"\\u001b](\x9b\x7f\\u0007"', r'"\u001b](\x9b\x7f\u0007"'),
+    ],
+)
+def test_a_terminal_gets_no_control_sequences_and_a_pipe_the_text_as_it_is(
+    arguments: list[Any], written: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        testing, "ALPHABET", testing.ALPHABET.replace("defghi", "\x1b](\x9b\x7f\x07")
+    )
+    command = ["m", "abc", "--raw", "--max-tokens", 6, *arguments]
+    assert written in run(*command).stdout
+    monkeypatch.setattr(text, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    assert shown in run(*command).stdout
 
 
 @pytest.mark.parametrize(
@@ -181,6 +219,16 @@ def test_limits_beyond_the_engines(tiny_engine: Path) -> None:
 
 def test_a_prompt_that_is_too_long(tiny_engine: Path) -> None:
     assert_one_error(run(tiny_engine, "cat " * 2000), "Shorten the prompt")
+
+
+def test_a_real_terminal_gets_no_control_sequences_and_how_it_was_sampled() -> None:
+    escape = "t.ALPHABET = t.ALPHABET.replace('b', chr(27))"
+    program = f"import slipstream.runtime.testing as t\n{escape}\n{GATED}"
+    command = ["-c", program, "generate", "m", "--raw", "a", "--max-tokens", "1", "--seed", "1"]
+    child = pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=120)
+    shown = child.read()
+    assert "temperature 0.0\x1b[0m\r\n" in shown
+    assert shown.endswith("\\x1b\r\n")
 
 
 def gated(*arguments: str) -> subprocess.Popen[str]:

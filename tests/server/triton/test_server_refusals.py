@@ -26,7 +26,7 @@ pytestmark = pytest.mark.triton_server
         ({"top_q": 0.5, "text_input": ""}, "unknown parameter 'top_q'"),
         ({"max_tokens": 0}, "max_tokens=0 is not an integer of at least 1"),
         ({"temperature": -1}, "temperature=-1.0 is not a number in [0, 1000]"),
-        ({"top_p": 1.5}, "top_p=1.5 is not a number in (0, 1]"),
+        ({"top_p": 1.5}, "top_p=1.5 is not a number in [0, 1]"),
         ({"top_k": -2}, "top_k=-2 is not an integer of at least -1"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 is more than max_tokens=8"),
         ({"parameters": {"min_p": "high"}}, "min_p='high' is not a number in [0, 1]"),
