@@ -44,7 +44,8 @@ def expert_linear(  # noqa: PLR0913 - what is fused
     if bias is not None:
         y = y + bias.reshape(experts, -1)[places]
     if gated:
-        y = gated_activation(*np.split(y, 2, axis=1), gate)
+        gates, ups = np.split(y, 2, axis=1)
+        y = gated_activation(gates, ups, gate)
     if reduce:
         assert expert_weights is not None
         y = (y.reshape(tokens, top_k, -1) * expert_weights[:, :, None]).sum(axis=1)

@@ -30,5 +30,5 @@ def gated(gate: Floats, up: Floats, kind: int = GATES["silu"]) -> Floats:
 
 def gated_activation(gate_up: NDArray[np.float32], gate: int = GATES["silu"]) -> Floats:
     """``gated`` of ``[T, 2*W]``: float32 ``[T, W]``."""
-    halves = np.split(gate_up.astype(np.float64), 2, axis=-1)
-    return np.asarray(gated(*halves, gate), np.float32)
+    gates, ups = np.split(gate_up.astype(np.float64), 2, axis=-1)
+    return np.asarray(gated(gates, ups, gate), np.float32)

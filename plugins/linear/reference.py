@@ -73,7 +73,8 @@ def linear(  # noqa: PLR0913 - what is fused
     if bias is not None:
         y += bias
     if gated:
-        y = gated_activation(*np.split(y, 2, axis=1), gate)
+        gates, ups = np.split(y, 2, axis=1)
+        y = gated_activation(gates, ups, gate)
     if residual is not None:
         y = y + residual
     return y.astype(np.float32)

@@ -41,8 +41,8 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
-QWEN_EXPERTS = {
+EXPERTS: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN_EXPERTS: dict[str, Any] = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,

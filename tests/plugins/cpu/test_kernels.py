@@ -85,7 +85,7 @@ def test_linear(names: tuple[str, ...], gated: bool, tokens: int) -> None:
     """Every combination of inputs left out; norm_eps is left to its default, which matters here."""
     w = weight()
     shapes = {"bias": (48,), "residual": (tokens, 24 if gated else 48), "norm_weight": (64,)}
-    options = {n: normal(*s, seed=i) if n in names else None
+    options: dict[str, Any] = {n: normal(*s, seed=i) if n in names else None
                for i, (n, s) in enumerate(shapes.items())}  # fmt: skip
     x = 1e-3 * normal(tokens, 64)
     got = run("Linear", {"x": x, "weight": pack(w, gated), **options}, **linear(w, gated))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_every_token_has_experts_whatever_its_logits_are(device: str) -> None:
     logits[0] = torch.nan
     logits[1, 3] = torch.nan
     logits[2] = -torch.inf
-    for options in ({"top_k": 3}, {"top_k": 3, "scoring": 1, "groups": 2}):
+    cases: list[dict[str, Any]] = [{"top_k": 3}, {"top_k": 3, "scoring": 1, "groups": 2}]
+    for options in cases:
         ids, _ = router(logits.to(device), **options)
         rows = ids.tolist()
         assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in rows)

@@ -50,7 +50,8 @@ def test_every_token_has_experts_whatever_its_logits_are(isa: str) -> None:
     logits[0] = np.nan
     logits[1, 3] = np.nan
     logits[2] = -np.inf
-    for options in ({"top_k": 3}, {"top_k": 3, "scoring": 1, "groups": 2}):
+    cases: list[dict[str, Any]] = [{"top_k": 3}, {"top_k": 3, "scoring": 1, "groups": 2}]
+    for options in cases:
         ids, weights = native.call(SPEC, {"logits": logits, **options}, isa, threads=1)
         assert all(len(set(row)) == 3 for row in ids.tolist())
         assert (ids >= 0).all() and (ids < 8).all()

@@ -13,7 +13,7 @@ from slipstream.builder.targets.cpu.experts import expert_attributes, pack_exper
 from slipstream.plugins import library, native
 from slipstream.plugins.expert_linear import SPEC, reference
 from slipstream.plugins.gated_mlp import GATES
-from slipstream.weights.tensor import QuantTensor, WeightFormat
+from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
 
 Floats = NDArray[np.float32]
 EXPERTS, TOP_K, N, K = 5, 3, 50, 96
@@ -54,7 +54,7 @@ def call(weight: QuantTensor, isa: str, *, threads: int = 2, **values: Any) -> F
 
 
 def expected(weight: QuantTensor, **values: Any) -> Floats:  # noqa: ANN401
-    rounding = "none" if weight.format.kind == "dense" else "block"
+    rounding: Activation = "none" if weight.format.kind == "dense" else "block"
     return reference.expert_linear(weight=weight, experts=EXPERTS, activation=rounding, **values)
 
 
@@ -67,7 +67,7 @@ def assert_close(got: Floats, want: Floats) -> None:
 def test_a_product_with_every_expert_of_a_token(isa: str, name: str, gate: str | None) -> None:
     weight = random_weight(FORMATS[name])
     for tokens in TOKENS:
-        values = {
+        values: dict[str, Any] = {
             "x": normal(tokens, K),
             "expert_ids": choices(tokens),
             "bias": normal(EXPERTS * N) if tokens != 2 else None,
@@ -81,7 +81,7 @@ def test_a_product_with_every_expert_of_a_token(isa: str, name: str, gate: str |
 def test_a_sum_over_the_experts_of_a_token(isa: str, name: str) -> None:
     weight = random_weight(FORMATS[name])
     for tokens in TOKENS:
-        values = {
+        values: dict[str, Any] = {
             "x": normal(tokens * TOP_K, K),
             "expert_ids": choices(tokens),
             "expert_weights": np.abs(normal(tokens, TOP_K, seed=4)),
@@ -95,7 +95,7 @@ def test_a_sum_over_the_experts_of_a_token(isa: str, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_token_does_not_depend_on_the_experts_of_others(isa: str, name: str) -> None:
     weight, tokens = random_weight(FORMATS[name]), 64
-    values = {
+    values: dict[str, Any] = {
         "x": normal(tokens * TOP_K, K),
         "expert_ids": choices(tokens),
         "expert_weights": np.abs(normal(tokens, TOP_K, seed=4)),
@@ -106,9 +106,11 @@ def test_a_token_does_not_depend_on_the_experts_of_others(isa: str, name: str) -
     for token in (0, 17, 63):
         rows = slice(token * TOP_K, (token + 1) * TOP_K)
         alone = {
-            name: value[token : token + 1] for name, value in values.items() if name != "reduce"
-        }  # type: ignore[index]
-        alone = {**alone, "x": values["x"][rows], "reduce": 1}  # type: ignore[index]
+            **values,
+            "x": values["x"][rows],
+            "expert_ids": values["expert_ids"][token : token + 1],
+            "expert_weights": values["expert_weights"][token : token + 1],
+        }
         np.testing.assert_array_equal(call(weight, isa, **alone), together[token : token + 1])
 
 

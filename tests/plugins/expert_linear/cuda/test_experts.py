@@ -100,8 +100,12 @@ def test_pairs_are_grouped_by_expert_in_their_order(device: str) -> None:
     np.testing.assert_array_equal(found.order.cpu(), np.argsort(flat, kind="stable"))
     counts = np.bincount(flat, minlength=8)
     np.testing.assert_array_equal(found.ends.cpu(), np.cumsum(counts))
-    tiles = [(e, first) for e, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True))
-             for first in range(end - count, end, found.block)]  # fmt: skip
+    bounds = zip(np.cumsum(counts), counts, strict=True)
+    tiles = [
+        (expert, first)
+        for expert, (end, count) in enumerate(bounds)
+        for first in range(end - count, end, found.block)
+    ]
     total = int(found.total)
     assert total == len(tiles) <= found.tiles
     experts, firsts = found.tile_experts[:total].tolist(), found.tile_firsts[:total].tolist()
