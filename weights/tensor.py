@@ -243,6 +243,26 @@ def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(name, replace(first, shape=shape), load)
 
 
+def reorder_rows(tensor: LazyTensor, order: NDArray[np.intp]) -> LazyTensor:
+    """Row ``order[i]`` of a weight, or element of a bias, as row i.
+
+    Where rows leave their block of rows, every row gets the scale of the block that it was in.
+    """
+    blocks = order // tensor.format.rows
+    kept = np.array_equal(blocks, np.arange(len(order)) // tensor.format.rows)
+    form = tensor.format if kept else replace(tensor.format, rows=1)
+
+    def load() -> QuantTensor:
+        loaded = tensor.load()
+        scale = loaded.scale if kept or loaded.scale is None else loaded.scale[blocks]
+        zero, offset = (None if x is None else x[order] for x in (loaded.zero, loaded.offset))
+        return replace(
+            loaded, format=form, codes=loaded.codes[order], scale=scale, zero=zero, offset=offset
+        )
+
+    return replace(tensor, format=form, load=load)
+
+
 def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
     """Rows ``start`` to ``stop`` of a weight; both are bounds of its blocks of rows, or its end."""
     fmt = tensor.format

@@ -16,8 +16,15 @@ GROUP, ATTRIBUTE = "slipstream.architectures", "ARCHITECTURE"
 ARCHITECTURES = {
     "LlamaForCausalLM": "slipstream.builder.models.llama",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
+    "MinistralForCausalLM": "slipstream.builder.models.ministral",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
+    "GlmForCausalLM": "slipstream.builder.models.glm",
+    "Glm4ForCausalLM": "slipstream.builder.models.glm4",
+    "GraniteForCausalLM": "slipstream.builder.models.granite",
+    "Olmo2ForCausalLM": "slipstream.builder.models.olmo2",
+    "Olmo3ForCausalLM": "slipstream.builder.models.olmo3",
+    "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
 }
 
 

@@ -90,7 +90,15 @@ class Architecture:
 
     def embedding_scale(self, config: ModelConfig) -> float:
         """What the rows of tokens are multiplied by before the first layer."""
-        module = next(m for m in self.modules if m.role == "embedding")
+        return self._scale(config, next(m for m in self.modules if m.role == "embedding"))
+
+    def logits_scale(self, config: ModelConfig) -> float:
+        """What logits are multiplied by, whether the head is the embedding or a matrix of its
+        own."""
+        return next((self._scale(config, m) for m in self.modules if m.tied), 1.0)
+
+    @staticmethod
+    def _scale(config: ModelConfig, module: Module) -> float:
         return 1.0 if module.scale is None else module.scale(config)
 
     def with_biases(self, config: ModelConfig, tensors: Iterable[str]) -> ModelConfig:

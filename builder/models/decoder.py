@@ -3,8 +3,9 @@ architectures differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -23,8 +24,8 @@ from slipstream.builder.models.module import (
     kv_heads,
     vocabulary,
 )
-from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.builder.models.rope import halves_of_neighbours, rotary_frequencies
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, reorder_rows
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
@@ -119,6 +120,17 @@ DECODER = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """The norms of a layer, by their names in it: of what attention and the MLP read, and of what
+    they give before it is added to the residual stream. None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
 @dataclass(slots=True)
 class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
@@ -127,6 +139,8 @@ class Decoder:
     ``tensor`` gives a weight by its Hugging Face name. What an architecture gives beside logits,
     such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
     """
+
+    norms: ClassVar[LayerNorms] = LayerNorms()
 
     ops: Ops
     config: ModelConfig
@@ -147,40 +161,63 @@ class Decoder:
         x = self.embed()
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
-                x = self.layer(x, rotaries[config.rope(layer)], layer)
-        x = self.norm(ops.pick_rows(x), "model.norm")
+                x = self.layer(x, rotaries[self.rope(layer)], layer)
+        x = self.last_norm(ops.pick_rows(x))
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
-        weight = self.tensor("model.embed_tokens.weight")
-        scale = self.architecture.embedding_scale(self.config)
+        weight, scale = self.tensor("model.embed_tokens.weight"), self.embedding_scale()
         rows = weight if scale == 1 else _scaled(weight, scale)
         return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), rows)
+
+    def embedding_scale(self) -> float:
+        """What the rows of the embedding are multiplied by."""
+        return self.architecture.embedding_scale(self.config)
+
+    def last_norm(self, x: ir.Value) -> ir.Value:
+        """The norm before the head, times what logits are multiplied by."""
+        weight, scale = self.norm_weight("model.norm"), self.architecture.logits_scale(self.config)
+        return self.ops.rms_norm(x, weight if scale == 1 else _scaled(weight, scale), self.eps())
+
+    def eps(self) -> float:
+        """The epsilon of norms of the residual stream."""
+        return self.config.rms_norm_eps
+
+    def rope(self, layer: int) -> Rope:
+        """The rotary angles of a layer."""
+        return self.config.rope(layer)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
         positions = self.ops.input(Source.POSITIONS)
-        ropes = dict.fromkeys(map(self.config.rope, range(self.config.num_layers)))
+        ropes = dict.fromkeys(map(self.rope, range(self.config.num_layers)))
         return {rope: self.ops.rotary(positions, *rotary_frequencies(rope)) for rope in ropes}
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
-        """x + attention(norm(x)), then + mlp(norm(·))."""
-        ops, prefix = self.ops, f"model.layers.{layer}."
+        """x + attention(x), then + mlp(·), with the norms of the architecture before and after
+        both."""
+        ops, norms, prefix = self.ops, self.norms, f"model.layers.{layer}."
         with ops.scope("attn"):
-            normed = self.norm(x, prefix + "input_layernorm")
-            x = ops.add(x, self.attention(normed, rotary, layer, prefix + "self_attn."))
+            normed = self._normed(x, prefix, norms.before_attention)
+            attended = self.attention(normed, rotary, layer, prefix + "self_attn.")
+            x = ops.add(x, self._normed(attended, prefix, norms.after_attention))
         with ops.scope("mlp"):
-            normed = self.norm(x, prefix + "post_attention_layernorm")
-            return ops.add(x, self.mlp(normed, prefix + "mlp."))
+            normed = self._normed(x, prefix, norms.before_mlp)
+            fed = self.mlp(normed, prefix + "mlp.")
+            return ops.add(x, self._normed(fed, prefix, norms.after_mlp))
 
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
-        qkv = self.ops.concat([self.linear(x, f"{prefix}{name}_proj") for name in "qkv"])
+        qkv = self.qkv(x, prefix)
         norms = [self.norm_weight(f"{prefix}{name}_norm") for name in "qk" if self.config.qk_norm]
         attended = self.ops.paged_attention(qkv, rotary, norms, self.attention_attributes(layer))
         return self.linear(attended, f"{prefix}o_proj")
+
+    def qkv(self, x: ir.Value, prefix: str) -> ir.Value:
+        """q, k and v of x, side by side."""
+        return self.side_by_side(x, prefix, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
     def attention_attributes(self, layer: int) -> Attributes:
         """Attributes of a layer's PagedAttention."""
@@ -198,21 +235,39 @@ class Decoder:
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """down_proj(act(gate_proj(x)) * up_proj(x)), act being that of the configuration."""
-        gate_up = self.ops.concat([self.linear(x, f"{prefix}{n}_proj") for n in ("gate", "up")])
+        gate_up = self.side_by_side(x, prefix, "gate_up_proj", ("gate_proj", "up_proj"))
         gated = self.ops.gated_activation(gate_up, GATE_OF[self.config.hidden_act])
         return self.linear(gated, f"{prefix}down_proj")
 
+    def side_by_side(
+        self, x: ir.Value, prefix: str, stacked: str, parts: Sequence[str]
+    ) -> ir.Value:
+        """Projections of one x, which some checkpoints hold ``stacked``."""
+        if self.architecture.module(prefix + stacked) is not None:
+            return self.linear(x, prefix + stacked)
+        return self.ops.concat([self.linear(x, prefix + part) for part in parts])
+
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """A projection of the table, with its bias if it has one."""
-        biased = self.architecture.has_bias(self.config, name)
+        parts = ("weight", "bias") if self.architecture.has_bias(self.config, name) else ("weight",)
         with self.ops.scope(name.rsplit(".", 1)[-1]):
-            return self.ops.linear(
-                x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if biased else None
-            )
+            return self.ops.linear(x, *(self._rows(name, part) for part in parts))
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """An RMS norm of the table."""
-        return self.ops.rms_norm(x, self.norm_weight(name), self.config.rms_norm_eps)
+        return self.ops.rms_norm(x, self.norm_weight(name), self.eps())
+
+    def _normed(self, x: ir.Value, prefix: str, name: str | None) -> ir.Value:
+        return x if name is None else self.norm(x, prefix + name)
+
+    def _rows(self, name: str, part: str) -> LazyTensor:
+        """A weight or a bias, its rows as PagedAttention turns them."""
+        tensor, module = self.tensor(f"{name}.{part}"), self.architecture.module(name)
+        if module is None or not module.neighbours:
+            return tensor
+        (rows,) = module.rows
+        order = halves_of_neighbours(rows(self.config), self.config.rotary_dim)
+        return reorder_rows(tensor, order)
 
     def norm_weight(self, name: str) -> LazyTensor:
         """What a norm of the table multiplies by."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.models.config import LONGEST, Rope, RopeScaling
+from slipstream.builder.models.module import Extent
 from slipstream.errors import CheckpointError
 
 Frequencies = NDArray[np.float32]
@@ -31,6 +32,19 @@ def rotary_frequencies(rope: Rope) -> tuple[Frequencies, float]:
     if not np.all(np.isfinite(angles)):
         raise _no_angles(rope)
     return frequencies, factor
+
+
+def unrotated(rope: Rope) -> Rope:
+    """Angles of 0 for as many elements: positions stretched without end."""
+    return replace(rope, scaling=RopeScaling("linear", math.inf))
+
+
+def halves_of_neighbours(heads: Extent, rotary_dim: int) -> NDArray[np.intp]:
+    """The order of rows in which elements i and i + rotary_dim / 2 of every head are those that
+    stood at 2i and 2i + 1; elements that are not rotated stay."""
+    first = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
+    one = np.concatenate([first, np.arange(rotary_dim, heads.size)])
+    return (np.arange(heads.units)[:, None] * heads.size + one).reshape(-1)
 
 
 def _no_angles(rope: Rope) -> CheckpointError:

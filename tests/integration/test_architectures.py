@@ -10,7 +10,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from slipstream.builder.build import build
 from slipstream.builder.contract import KV, LOGITS
@@ -33,7 +46,38 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Granite 3's, each of its own.
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.03,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 3.0,
+}
+BY_KIND: dict[str, Any] = {
+    "full_attention": YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# GLM's token of padding is beyond a small vocabulary.
+GLM = {**TINY_SHAPE, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1}
+MINISTRAL = {**TINY_SHAPE, "head_dim": 16}
+SMOLLM3 = {**TINY_SHAPE, "num_hidden_layers": 4, "pad_token_id": 0}
 CONFIGS: dict[str, Any] = {
+    "glm": GlmConfig(**GLM),
+    "glm-tied": GlmConfig(**GLM, tie_word_embeddings=True),
+    "glm4": Glm4Config(**GLM),
+    "glm4-no-biases": Glm4Config(**GLM, attention_bias=False),
+    "glm4-head-dim": Glm4Config(**{**GLM, "head_dim": 24}),
+    "glm4-rotary": Glm4Config(**GLM, partial_rotary_factor=1.0),
+    "glm4-rope-yarn": Glm4Config(**GLM, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
+    "granite": GraniteConfig(**TINY_SHAPE),
+    "granite-multipliers": GraniteConfig(**TINY_SHAPE, **MULTIPLIERS),
+    "granite-tied-biases": GraniteConfig(
+        **TINY_SHAPE,
+        **MULTIPLIERS,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
     "llama": LlamaConfig(**TINY_SHAPE),
     "llama-tied": LlamaConfig(**TINY_SHAPE, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**TINY_SHAPE, attention_bias=True, mlp_bias=True),
@@ -45,12 +89,36 @@ CONFIGS: dict[str, Any] = {
     "llama-rope-yarn": LlamaConfig(**TINY_SHAPE, rope_parameters=YARN),
     "mistral-window": MistralConfig(**TINY_SHAPE, sliding_window=17),
     "mistral-full": MistralConfig(**TINY_SHAPE, sliding_window=None),
+    "ministral-window": MinistralConfig(**MINISTRAL, sliding_window=17),
+    "ministral-full": MinistralConfig(
+        **MINISTRAL, sliding_window=9, layer_types=["full_attention"] * 3
+    ),
+    "ministral-both": MinistralConfig(
+        **MINISTRAL,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "olmo2": Olmo2Config(**TINY_SHAPE),
+    "olmo2-tied-biases": Olmo2Config(**TINY_SHAPE, tie_word_embeddings=True, attention_bias=True),
+    "olmo2-head-dim": Olmo2Config(**TINY_SHAPE | {"head_dim": 24}),
+    "olmo3": Olmo3Config(**TINY_SHAPE | {"num_hidden_layers": 4}, sliding_window=17),
+    "olmo3-full": Olmo3Config(**TINY_SHAPE, sliding_window=17, layer_types=["full_attention"] * 3),
+    "olmo3-rope-yarn": Olmo3Config(
+        **TINY_SHAPE | {"num_hidden_layers": 4}, sliding_window=9, rope_parameters=BY_KIND
+    ),
     "qwen2": Qwen2Config(**TINY_SHAPE),
     "qwen2-window": Qwen2Config(
         **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=16),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SMOLLM3),
+    "smollm3-untied-biases": SmolLM3Config(
+        **SMOLLM3, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "smollm3-interval": SmolLM3Config(**SMOLLM3, no_rope_layer_interval=2),
+    "smollm3-layers": SmolLM3Config(**SMOLLM3, no_rope_layers=[0, 1, 1, 0]),
+    "smollm3-window": SmolLM3Config(**SMOLLM3, use_sliding_window=True, sliding_window=17),
 }
 PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
 

@@ -35,6 +35,35 @@ from slipstream.builder.models.huggingface_config import describe
             "max_window_layers": 1,
             "tie_word_embeddings": True,
         },
+        {"architectures": ["GlmForCausalLM"], "attention_bias": False},
+        {"architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 1.0},
+        {
+            "architectures": ["GraniteForCausalLM"],
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.015625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "mlp_bias": True,
+        },
+        {
+            "architectures": ["MinistralForCausalLM"],
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        {"architectures": ["Olmo2ForCausalLM"], "attention_bias": True},
+        {
+            "architectures": ["Olmo3ForCausalLM"],
+            "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        {"architectures": ["Olmo3ForCausalLM"], "sliding_window": None},
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [0, 1]},
+        {
+            "architectures": ["SmolLM3ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "no_rope_layer_interval": 2,
+            "attention_bias": True,
+        },
     ],
 )  # fmt: skip
 def test_a_config_made_of_a_model_configuration_says_the_same(raw: dict[str, Any]) -> None:

@@ -8,7 +8,19 @@ import re
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from slipstream.builder.models.config import ModelConfig, RopeScaling
 from slipstream.builder.models.huggingface_config import describe, rotary_fraction
@@ -18,8 +30,15 @@ from slipstream.errors import CheckpointError, EngineMismatchError
 CLASSES: dict[str, Any] = {
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
+    "MinistralForCausalLM": MinistralConfig,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "GlmForCausalLM": GlmConfig,
+    "Glm4ForCausalLM": Glm4Config,
+    "GraniteForCausalLM": GraniteConfig,
+    "Olmo2ForCausalLM": Olmo2Config,
+    "Olmo3ForCausalLM": Olmo3Config,
+    "SmolLM3ForCausalLM": SmolLM3Config,
 }
 SMALL = {
     "vocab_size": 100,
@@ -60,6 +79,16 @@ def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN4
     return ModelConfig.from_huggingface({"architectures": [architecture], **SMALL, **changes})
 
 
+def by_kind(raw: dict[str, Any]) -> dict[str, Any]:
+    """With rotary parameters, if there are any, of full attention."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if given is None:
+        return raw
+    full = {"rope_theta": SMALL["rope_theta"], "rope_type": given.get("type"), **given}
+    others = {key: value for key, value in raw.items() if key != "rope_scaling"}
+    return others | {"rope_parameters": {"full_attention": full}}
+
+
 @pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize(
     "raw",
@@ -77,6 +106,8 @@ def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN4
     ],
 )
 def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, Any]) -> None:
+    if architecture == "Olmo3ForCausalLM":
+        raw = by_kind(raw)
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -87,18 +118,20 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
     default = theirs.hidden_size // theirs.num_attention_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", default)
-    assert ours.rotary_dim == ours.head_dim
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or default)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
-    assert ours.eos_token_ids == (() if eos is None else tuple(eos if raw else [eos]))
-    rope = theirs.rope_parameters
+    assert list(ours.eos_token_ids) == (
+        [] if eos is None else eos if isinstance(eos, list) else [eos]
+    )
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rotary_dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1))
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.rope_scaling.kind == rope["rope_type"]
-    for key in set(rope) - {"rope_theta", "rope_type", "type"}:
+    for key in set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}:
         assert getattr(ours.rope_scaling, key) == rope[key]
 
 
@@ -109,6 +142,19 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
         ("MistralForCausalLM", {}, 4096, [4096] * 4),
         ("MistralForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
         ("MistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("MinistralForCausalLM", {}, 4096, [4096] * 4),
+        ("MinistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        (
+            "MinistralForCausalLM",
+            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            64,
+            [0, 64, 0, 64],
+        ),
+        ("Olmo3ForCausalLM", {}, 4096, [4096, 4096, 4096, 0]),
+        ("Olmo3ForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("SmolLM3ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("SmolLM3ForCausalLM", SLIDING, 64, [0, 0, 0, 64]),
+        ("SmolLM3ForCausalLM", SLIDING | {"no_rope_layers": [1, 0, 1, 0]}, 64, [0, 64, 0, 64]),
         ("Qwen2ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("Qwen2ForCausalLM", SLIDING, 64, [0, 0, 64, 64]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 4}, None, [0, 0, 0, 0]),
@@ -133,6 +179,12 @@ def test_windows_layer_by_layer(
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
+        ("GlmForCausalLM", (True, False, False, False)),
+        ("Glm4ForCausalLM", (True, False, False, False)),
+        ("GraniteForCausalLM", (True, True, True, False)),
+        ("Olmo2ForCausalLM", (True, True, False, False)),
+        ("Olmo3ForCausalLM", (True, True, False, False)),
+        ("SmolLM3ForCausalLM", (True, True, True, False)),
         ("LlamaForCausalLM", (True, True, True, False)),
         ("MistralForCausalLM", (False, False, False, False)),
         ("Qwen2ForCausalLM", (True, False, False, False)),
@@ -374,3 +426,22 @@ def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> Non
     config = huggingface("LlamaForCausalLM", **changes)
     with pytest.raises(CheckpointError, match=r"^config\.json: rope_theta .* not finite; correct"):
         rotary_frequencies(config.rope(0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("GraniteForCausalLM", "residual_multiplier", 0),
+        ("GraniteForCausalLM", "logits_scaling", "8"),
+        ("GraniteForCausalLM", "attention_multiplier", -0.1),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1]),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1, 2]),
+        ("SmolLM3ForCausalLM", "no_rope_layer_interval", 0),
+        ("Olmo3ForCausalLM", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}),
+    ],
+)
+def test_a_value_that_a_family_cannot_have_is_refused(
+    architecture: str, key: str, value: object
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"^config.json: {key}"):
+        huggingface(architecture, **{key: value})
