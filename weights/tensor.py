@@ -255,9 +255,13 @@ def reorder_rows(tensor: LazyTensor, order: NDArray[np.intp]) -> LazyTensor:
     def load() -> QuantTensor:
         loaded = tensor.load()
         scale = loaded.scale if kept or loaded.scale is None else loaded.scale[blocks]
-        zero, offset = (None if x is None else x[order] for x in (loaded.zero, loaded.offset))
         return replace(
-            loaded, format=form, codes=loaded.codes[order], scale=scale, zero=zero, offset=offset
+            loaded,
+            format=form,
+            codes=loaded.codes[order],
+            scale=scale,
+            zero=None if loaded.zero is None else loaded.zero[order],
+            offset=None if loaded.offset is None else loaded.offset[order],
         )
 
     return replace(tensor, format=form, load=load)

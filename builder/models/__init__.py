@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "GraniteForCausalLM": "slipstream.builder.models.granite",
     "Olmo2ForCausalLM": "slipstream.builder.models.olmo2",
     "Olmo3ForCausalLM": "slipstream.builder.models.olmo3",
+    "Phi3ForCausalLM": "slipstream.builder.models.phi3",
     "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
 }
 

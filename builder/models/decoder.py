@@ -136,7 +136,8 @@ class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
     changes.
 
-    ``tensor`` gives a weight by its Hugging Face name. What an architecture gives beside logits,
+    ``tensor`` gives a weight by its Hugging Face name; no sequence has more than ``max_seq_len``
+    tokens. What an architecture gives beside logits,
     such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
     """
 
@@ -146,6 +147,7 @@ class Decoder:
     config: ModelConfig
     architecture: Architecture
     tensor: TensorSource
+    max_seq_len: int
 
     @classmethod
     def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
@@ -193,7 +195,8 @@ class Decoder:
         """Cosines and sines of every kind of rotary angle that a layer has."""
         positions = self.ops.input(Source.POSITIONS)
         ropes = dict.fromkeys(map(self.rope, range(self.config.num_layers)))
-        return {rope: self.ops.rotary(positions, *rotary_frequencies(rope)) for rope in ropes}
+        length = self.max_seq_len
+        return {r: self.ops.rotary(positions, *rotary_frequencies(r, length)) for r in ropes}
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
         """x + attention(x), then + mlp(·), with the norms of the architecture before and after

@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -61,13 +62,21 @@ BY_KIND: dict[str, Any] = {
 GLM = {**TINY_SHAPE, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1}
 MINISTRAL = {**TINY_SHAPE, "head_dim": 16}
 SMOLLM3 = {**TINY_SHAPE, "num_hidden_layers": 4, "pad_token_id": 0}
+PHI3 = {**TINY_SHAPE, "pad_token_id": 0}
+# Of a head of 16 elements; an engine for more than the original length has the long factors.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0, 14.0],
+}
 CONFIGS: dict[str, Any] = {
     "glm": GlmConfig(**GLM),
     "glm-tied": GlmConfig(**GLM, tie_word_embeddings=True),
     "glm4": Glm4Config(**GLM),
     "glm4-no-biases": Glm4Config(**GLM, attention_bias=False),
     "glm4-head-dim": Glm4Config(**{**GLM, "head_dim": 24}),
-    "glm4-rotary": Glm4Config(**GLM, partial_rotary_factor=1.0),
+    "glm4-rotary": Glm4Config(**GLM | {"partial_rotary_factor": 1.0}),
     "glm4-rope-yarn": Glm4Config(**GLM, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
     "granite": GraniteConfig(**TINY_SHAPE),
     "granite-multipliers": GraniteConfig(**TINY_SHAPE, **MULTIPLIERS),
@@ -105,6 +114,30 @@ CONFIGS: dict[str, Any] = {
     "olmo3-full": Olmo3Config(**TINY_SHAPE, sliding_window=17, layer_types=["full_attention"] * 3),
     "olmo3-rope-yarn": Olmo3Config(
         **TINY_SHAPE | {"num_hidden_layers": 4}, sliding_window=9, rope_parameters=BY_KIND
+    ),
+    "phi3": Phi3Config(**PHI3),
+    "phi3-tied-window": Phi3Config(**PHI3, tie_word_embeddings=True, sliding_window=17),
+    "phi3-rotary": Phi3Config(**PHI3 | {"partial_rotary_factor": 0.75}),
+    "phi3-longrope-short": Phi3Config(
+        **PHI3, original_max_position_embeddings=512, rope_parameters={**LONGROPE}
+    ),
+    "phi3-longrope-long": Phi3Config(
+        **PHI3, original_max_position_embeddings=64, rope_parameters={**LONGROPE}
+    ),
+    "phi3-longrope-factors": Phi3Config(
+        **PHI3,
+        original_max_position_embeddings=64,
+        rope_parameters={**LONGROPE, "attention_factor": 1.3, "factor": 2.0},
+    ),
+    "phi3-longrope-rotary": Phi3Config(
+        **PHI3,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            **LONGROPE,
+            "partial_rotary_factor": 0.75,
+            "short_factor": LONGROPE["short_factor"][:6],
+            "long_factor": LONGROPE["long_factor"][:6],
+        },
     ),
     "qwen2": Qwen2Config(**TINY_SHAPE),
     "qwen2-window": Qwen2Config(

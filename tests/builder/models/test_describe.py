@@ -56,6 +56,15 @@ from slipstream.builder.models.huggingface_config import describe
             "layer_types": ["full_attention", "sliding_attention"],
         },
         {"architectures": ["Olmo3ForCausalLM"], "sliding_window": None},
+        {"architectures": ["Phi3ForCausalLM"], "sliding_window": 32},
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.25,
+            "rope_scaling": {
+                "type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+            },
+        },
         {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [0, 1]},
         {
             "architectures": ["SmolLM3ForCausalLM"],

@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -38,7 +39,13 @@ CLASSES: dict[str, Any] = {
     "GraniteForCausalLM": GraniteConfig,
     "Olmo2ForCausalLM": Olmo2Config,
     "Olmo3ForCausalLM": Olmo3Config,
+    "Phi3ForCausalLM": Phi3Config,
     "SmolLM3ForCausalLM": SmolLM3Config,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 9.0, 10.0, 11.0, 12.0],
 }
 SMALL = {
     "vocab_size": 100,
@@ -108,6 +115,8 @@ def by_kind(raw: dict[str, Any]) -> dict[str, Any]:
 def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, Any]) -> None:
     if architecture == "Olmo3ForCausalLM":
         raw = by_kind(raw)
+    if architecture == "Phi3ForCausalLM" and raw.keys() & {"rope_scaling", "rope_parameters"}:
+        raw = {**SMALL, "rope_scaling": LONGROPE, "partial_rotary_factor": 1.0}
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -132,7 +141,8 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.rope_scaling.kind == rope["rope_type"]
     for key in set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}:
-        assert getattr(ours.rope_scaling, key) == rope[key]
+        value = getattr(ours.rope_scaling, key)
+        assert (list(value) if isinstance(value, tuple) else value) == rope[key]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +194,7 @@ def test_windows_layer_by_layer(
         ("GraniteForCausalLM", (True, True, True, False)),
         ("Olmo2ForCausalLM", (True, True, False, False)),
         ("Olmo3ForCausalLM", (True, True, False, False)),
+        ("Phi3ForCausalLM", (False, False, False, False)),
         ("SmolLM3ForCausalLM", (True, True, True, False)),
         ("LlamaForCausalLM", (True, True, True, False)),
         ("MistralForCausalLM", (False, False, False, False)),
@@ -266,7 +277,32 @@ def test_layer_types_must_be_known_and_complete(kinds: list[str]) -> None:
         huggingface("Qwen3ForCausalLM", **SLIDING, layer_types=kinds)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN])
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_has_three_names_and_the_length_beside_it_counts(kind: str) -> None:
+    scaling = LONGROPE | {"type": kind}
+    bare = huggingface("Phi3ForCausalLM", rope_scaling=scaling).rope_scaling
+    outer = huggingface(
+        "Phi3ForCausalLM", rope_scaling=scaling, original_max_position_embeddings=128
+    ).rope_scaling
+
+    assert bare.original_max_position_embeddings == 4096
+    assert (bare.kind, bare.factor, bare.long_factor[-1]) == ("longrope", 512 / 4096, 12.0)
+    assert (outer.original_max_position_embeddings, outer.factor) == (128, 4.0)
+
+
+@pytest.mark.parametrize(("length", "divisor"), [(127, 4.5), (128, 4.5), (129, 12.0)])
+def test_longrope_has_its_long_factors_beyond_the_original_length(
+    length: int, divisor: float
+) -> None:
+    config = huggingface(
+        "Phi3ForCausalLM", rope_scaling=LONGROPE, original_max_position_embeddings=128
+    )
+    frequencies, factor = rotary_frequencies(config.rope(0), length)
+    assert frequencies[-1] == pytest.approx(500000.0 ** (-14 / 16) / divisor)
+    assert factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN, LONGROPE])
 def test_json_brings_back_the_same_configuration(scaling: dict[str, Any] | None) -> None:
     config = huggingface("MistralForCausalLM", rope_scaling=scaling)
 
@@ -418,6 +454,7 @@ def test_llama3_needs_a_band_between_its_frequencies(low: float) -> None:
         {"rope_scaling": YARN | {"beta_fast": 1e308}},
         {"rope_scaling": YARN | {"factor": 1e-300}},
         {"rope_scaling": YARN | {"attention_factor": 1e300}},
+        {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 1}},
         {"rope_scaling": YARN | {"attention_factor": None, "mscale_all_dim": -7.213475204444817}},
     ],
 )
@@ -434,6 +471,9 @@ def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> Non
         ("GraniteForCausalLM", "residual_multiplier", 0),
         ("GraniteForCausalLM", "logits_scaling", "8"),
         ("GraniteForCausalLM", "attention_multiplier", -0.1),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 7}),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"long_factor": [0.0] * 8}),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"long_factor": None}),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1]),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1, 2]),
         ("SmolLM3ForCausalLM", "no_rope_layer_interval", 0),
