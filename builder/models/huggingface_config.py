@@ -304,7 +304,11 @@ def _described(rope: Rope, head_dim: int) -> dict[str, Any]:
     return {
         "rope_type": rope.scaling.kind,
         "rope_theta": rope.theta,
-        **{name: value for name, value in given.items() if value is not None},
+        **{
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in given.items()
+            if v is not None
+        },
         **({} if fraction == 1 else {"partial_rotary_factor": fraction}),
     }
 

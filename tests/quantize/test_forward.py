@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.integration.test_architectures import CONFIGS as ALL
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +33,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral-window": MistralConfig(**TINY_SHAPE, sliding_window=16),
     "qwen2": Qwen2Config(**TINY_SHAPE),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=32),
+    **{
+        name: ALL[name]
+        for name in (
+            "glm4",
+            "granite-multipliers",
+            "ministral-both",
+            "olmo3-rope-yarn",
+            "phi3-longrope-long",
+            "smollm3-window",
+        )
+    },
 }
 WINDOWS = [np.arange(5, 45, dtype=np.int32), np.arange(100, 180, dtype=np.int32)]
 
