@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "Olmo3ForCausalLM": "slipstream.builder.models.olmo3",
     "Phi3ForCausalLM": "slipstream.builder.models.phi3",
     "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
+    "MixtralForCausalLM": "slipstream.builder.models.mixtral",
+    "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
 }
 
 

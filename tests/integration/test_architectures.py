@@ -18,11 +18,13 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -69,6 +71,13 @@ LONGROPE: dict[str, Any] = {
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0],
     "long_factor": [1.0, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0, 14.0],
+}
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 16,
 }
 CONFIGS: dict[str, Any] = {
     "glm": GlmConfig(**GLM),
@@ -144,6 +153,17 @@ CONFIGS: dict[str, Any] = {
         **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=16),
+    "mixtral": MixtralConfig(**TINY_SHAPE, **EXPERTS),
+    "mixtral-window": MixtralConfig(**TINY_SHAPE, **EXPERTS, sliding_window=17),
+    "mixtral-all": MixtralConfig(**TINY_SHAPE, num_local_experts=3, num_experts_per_tok=3),
+    "mixtral-one": MixtralConfig(**TINY_SHAPE, num_local_experts=1, num_experts_per_tok=1),
+    "qwen3-moe": Qwen3MoeConfig(**TINY_SHAPE, **QWEN_EXPERTS),
+    "qwen3-moe-renormalized": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, norm_topk_prob=True, attention_bias=True
+    ),
+    "qwen3-moe-dense-layers": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
+    ),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SMOLLM3),
     "smollm3-untied-biases": SmolLM3Config(

@@ -74,7 +74,8 @@ class StoreVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
-    """Gives ``dtype`` to every value between operators but the logits and the rotary angles."""
+    """Gives ``dtype`` to every value between operators but the logits, the rotary angles and what
+    a router says."""
 
     dtype: str
 
@@ -82,7 +83,7 @@ class SetPrecision:
         """Set the types."""
         changed = 0
         for node in program.graph:
-            if node.op_type == "RotaryAngles":
+            if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
                 if not value.is_graph_output():
