@@ -84,7 +84,9 @@ class CheckpointModel:
         tied = self.checkpoint.config.tie_word_embeddings
         head = self.weight("model.embed_tokens.weight" if tied else "lm_head.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
+        config = self.checkpoint.config
+        cap = architecture_of(config.architecture).logits_cap(config)
         for states in hidden:
             for rows in torch.split(states[0], _HEAD_ROWS):
-                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head)
-                yield logits.float().numpy()
+                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head).float()
+                yield (cap * torch.tanh(logits / cap) if cap else logits).numpy()

@@ -24,7 +24,7 @@ from slipstream.builder.models.module import (
     vocabulary,
 )
 from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
@@ -150,14 +150,17 @@ class Decoder:
                 x = self.layer(x, rotaries[config.rope(layer)], layer)
         x = self.norm(ops.pick_rows(x), "model.norm")
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
+        logits = ops.linear(x, self.tensor(f"{head}.weight"))
+        cap = self.architecture.logits_cap(config)
+        ops.output(ops.soft_cap(logits, cap) if cap else logits, LOGITS)
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
         weight = self.tensor("model.embed_tokens.weight")
+        rows = self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+        # After the lookup: a table of scaled rows would be a second one beside that of a tied head.
         scale = self.architecture.embedding_scale(self.config)
-        rows = weight if scale == 1 else _scaled(weight, scale)
-        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), rows)
+        return rows if scale == 1 else self.ops.scale(rows, scale)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
@@ -229,14 +232,3 @@ def _shifted(weight: LazyTensor, offset: float) -> LazyTensor:
         return QuantTensor(weight.name, form, values)
 
     return LazyTensor(weight.name, form, load)
-
-
-def _scaled(weight: LazyTensor, scale: float) -> LazyTensor:
-    """A weight times a number, dense in float32; under a name of its own, because a head that is
-    tied to it is not multiplied."""
-    name, form = f"{weight.name}.scaled", WeightFormat(weight.format.shape)
-
-    def load() -> QuantTensor:
-        return QuantTensor(name, form, weight.load().dequantize() * np.float32(scale))
-
-    return LazyTensor(name, form, load)

@@ -78,7 +78,8 @@ class Module:
     ``present`` says whether a layer has it; it is asked for layer 0 of a module outside of layers.
     ``experts`` measures ``{e}``. A ``tied`` module is the embedding again where the configuration
     ties them. ``offset`` is what a norm adds to its stored weight before it multiplies by it;
-    ``scale`` what an embedding's rows are multiplied by, if they are.
+    ``scale`` what an embedding's rows are multiplied by, if they are; ``cap`` the c of a head whose
+    logits are c·tanh(x / c), 0 for one that caps none.
 
     ``reads`` names the module whose output is its x, up to things that commute with a scale of each
     channel: attention (over tokens), the product with a gate. Scales of channels are folded there
@@ -103,6 +104,7 @@ class Module:
     tied: bool = False
     offset: float = 0.0
     scale: Callable[[ModelConfig], float] | None = None
+    cap: Callable[[ModelConfig], float] | None = None
     reads: str | None = None
     part: int = 0
     stream: str | None = None

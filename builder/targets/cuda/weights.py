@@ -74,7 +74,8 @@ class StoreVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
-    """Gives ``dtype`` to every value between operators but the logits and the rotary angles."""
+    """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
+    and the rotary angles."""
 
     dtype: str
 
@@ -85,7 +86,8 @@ class SetPrecision:
             if node.op_type == "RotaryAngles":
                 continue
             for value in node.outputs:
-                if not value.is_graph_output():
+                capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())
+                if not value.is_graph_output() and not capped:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed

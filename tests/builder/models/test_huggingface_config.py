@@ -8,7 +8,15 @@ import re
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from slipstream.builder.models.config import ModelConfig, RopeScaling
 from slipstream.builder.models.huggingface_config import describe, rotary_fraction
@@ -16,6 +24,9 @@ from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.errors import CheckpointError, EngineMismatchError
 
 CLASSES: dict[str, Any] = {
+    "GemmaForCausalLM": GemmaConfig,
+    "Gemma2ForCausalLM": Gemma2Config,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
     "Qwen2ForCausalLM": Qwen2Config,
@@ -77,6 +88,10 @@ def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN4
     ],
 )
 def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, Any]) -> None:
+    if architecture == "Gemma3ForCausalLM" and "rope_parameters" in raw:
+        raw = {**raw, "rope_parameters": {"full_attention": raw["rope_parameters"]}}
+    if architecture == "Gemma3ForCausalLM":  # which has no older name of the kind
+        raw = json.loads(json.dumps(raw).replace('"type"', '"rope_type"'))
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -95,7 +110,7 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == (() if eos is None else tuple(eos if raw else [eos]))
-    rope = theirs.rope_parameters
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.rope_scaling.kind == rope["rope_type"]
     for key in set(rope) - {"rope_theta", "rope_type", "type"}:
@@ -106,6 +121,17 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     ("architecture", "changes", "window", "layers"),
     [
         ("LlamaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GemmaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Gemma2ForCausalLM", {}, 4096, [4096, 0, 4096, 0]),
+        ("Gemma2ForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("Gemma3ForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 2}, 4096, [4096, 0, 4096, 0]),
+        (
+            "Gemma3ForCausalLM",
+            {"layer_types": ["sliding_attention"] + ["full_attention"] * 3},
+            4096,
+            [4096, 0, 0, 0],
+        ),
         ("MistralForCausalLM", {}, 4096, [4096] * 4),
         ("MistralForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
         ("MistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
@@ -134,6 +160,9 @@ def test_windows_layer_by_layer(
     ("architecture", "expected"),
     [
         ("LlamaForCausalLM", (True, True, True, False)),
+        ("GemmaForCausalLM", (True, True, False, False)),
+        ("Gemma2ForCausalLM", (True, True, False, False)),
+        ("Gemma3ForCausalLM", (True, True, False, True)),
         ("MistralForCausalLM", (False, False, False, False)),
         ("Qwen2ForCausalLM", (True, False, False, False)),
         ("Qwen3ForCausalLM", (True, True, False, True)),
@@ -185,7 +214,7 @@ def test_the_model_type_stands_in_for_missing_architectures() -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Mistral",
+            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Gemma",
         ),
         ({}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -109,7 +109,10 @@ def test_llama_cpp_reorders_rows_of_llama_and_mistral_alone() -> None:
         for architecture in architectures()
     }
     both = ["blk.{i}.attn_q", "blk.{i}.attn_k"]
-    assert permuted == {"llama": both, "mistral": both, "qwen2": [], "qwen3": []}
+    assert {name: rows for name, rows in permuted.items() if rows} == {
+        "llama": both,
+        "mistral": both,
+    }
 
 
 def test_who_has_a_bias_is_said_by_the_configuration() -> None:
