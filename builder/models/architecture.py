@@ -33,7 +33,7 @@ class GGUFFamily:
     ``mark`` the file has (as a number other than 0) comes before one without a mark. ``keys`` gives
     keys of config.json the names of metadata beyond what ``gguf/config.py`` reads of every decoder;
     marks and keys are without the prefix of the architecture. ``concluded`` gives the keys of
-    config.json that no metadata holds, by those that were found: what llama.cpp knows of the family.
+    config.json that no metadata holds, by those that were found: what llama.cpp knows of a family.
     """
 
     name: str

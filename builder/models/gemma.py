@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slipstream.builder.models.architecture import Architecture, GGUFFamily
-from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.config import ModelConfig, Rope
 from slipstream.builder.models.decoder import DECODER, Decoder
 from slipstream.builder.models.huggingface_config import read_decoder
 from slipstream.builder.models.module import Module
@@ -40,20 +40,23 @@ def gemma(modules: Iterable[Module]) -> tuple[Module, ...]:
     return tuple(map(changed, modules))
 
 
-def biases(keys: Fields) -> dict[str, bool]:
-    """One flag for the four of attention; a model that looks ahead is refused."""
+def read_gemma(keys: Fields, gate: object, ropes: Mapping[str, Rope] | None = None) -> ModelConfig:
+    """One flag for the four biases of attention; a model that looks ahead is refused.
+
+    ``gate`` is the activation that config.json names.
+    """
     if keys.values.get("use_bidirectional_attention"):
         raise keys.refusal("use_bidirectional_attention", "false, a model that generates")
+    named = Fields({**keys.values, "hidden_act": gate}, keys.origin)
+    config = read_decoder(named, ropes=ropes, activations=(GELU,))
     biased = keys.flag("attention_bias")
-    return {"attention_bias": biased, "o_bias": biased}
+    return dataclasses.replace(config, attention_bias=biased, o_bias=biased)
 
 
 def read(keys: Fields) -> ModelConfig:
     """The gate is a GELU in its tanh form, also where older files name the other."""
     given = keys.values["hidden_act"]
-    values = {**keys.values, "hidden_act": GELU if given == "gelu" else given}
-    config = read_decoder(Fields(values, keys.origin), activations=(GELU,))
-    return dataclasses.replace(config, **biases(keys))
+    return read_gemma(keys, GELU if given == "gelu" else given)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from slipstream.builder.graph.ops import Attributes
 from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig, Rope
-from slipstream.builder.models.gemma import DEFAULTS, GELU, biases, gemma
-from slipstream.builder.models.huggingface_config import layer_kinds, read_decoder
+from slipstream.builder.models.gemma import DEFAULTS, GELU, gemma, read_gemma
+from slipstream.builder.models.huggingface_config import layer_kinds
 from slipstream.builder.models.sandwich import Norms, SandwichDecoder, sandwiched
 from slipstream.weights.json import Fields
 
@@ -41,14 +41,12 @@ class GemmaDecoder(SandwichDecoder):
         return {**super().attention_attributes(layer), "scale": scale, "soft_cap": cap}
 
 
-def read_gemma(
+def read_sandwich(
     keys: Fields, every: int, ropes: Mapping[str, Rope] | None = None, *, qk_norm: bool = False
 ) -> ModelConfig:
-    """Kinds of layers by name or, where none are named, full attention in ``every``\\ th; caps that
-    are null are 0."""
-    activation = keys.choice("hidden_activation", (GELU,))
-    named = Fields({**keys.values, "hidden_act": activation}, keys.origin)
-    config = read_decoder(named, ropes=ropes, activations=(GELU,))
+    """Kinds of layers by name or, where none are named, full attention in one of ``every``; caps
+    that are null are 0."""
+    config = read_gemma(keys, keys.choice("hidden_activation", (GELU,)), ropes)
     by_number = [SLIDING if (i + 1) % every else FULL for i in range(config.num_layers)]
     caps = {key: _cap(keys, key) for key in (ATTENTION_CAP, LOGITS_CAP)}
     return dataclasses.replace(
@@ -57,7 +55,6 @@ def read_gemma(
         sliding_window=keys.optional_integer("sliding_window", minimum=1),
         qk_norm=qk_norm,
         extras={SCALE: keys.number(SCALE, positive=True), **caps},
-        **biases(keys),
     )
 
 
@@ -92,7 +89,7 @@ def _logits_cap(config: ModelConfig) -> float:
 
 
 def _read(keys: Fields) -> ModelConfig:
-    return read_gemma(keys, every=2)
+    return read_sandwich(keys, every=2)
 
 
 MODULES = differing(gemma(sandwiched(NORMS)), lm_head={"cap": _logits_cap})

@@ -17,7 +17,7 @@ from slipstream.builder.models.gemma2 import (
     SCALE,
     GemmaDecoder,
     query_scale,
-    read_gemma,
+    read_sandwich,
     write,
 )
 from slipstream.builder.models.huggingface_config import head_size, read_rope, read_ropes
@@ -28,7 +28,7 @@ def _read(keys: Fields) -> ModelConfig:
     if keys.has(ATTENTION_CAP):
         raise keys.refusal(ATTENTION_CAP, "null, as in every Gemma 3")
     every = keys.integer("sliding_window_pattern", minimum=1)
-    return read_gemma(keys, every, _ropes(keys), qk_norm=True)
+    return read_sandwich(keys, every, _ropes(keys), qk_norm=True)
 
 
 def _ropes(keys: Fields) -> dict[str, Rope]:

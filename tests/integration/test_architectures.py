@@ -76,7 +76,9 @@ CONFIGS: dict[str, Any] = {
     "gemma2-rope-linear": Gemma2Config(
         **GEMMA2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
     ),
-    "gemma3": Gemma3TextConfig(**GEMMA2, sliding_window_pattern=3),
+    "gemma3": Gemma3TextConfig(
+        **GEMMA2, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+    ),
     "gemma3-windows-only": Gemma3TextConfig(**GEMMA2),
     "gemma3-final-cap": Gemma3TextConfig(**GEMMA2, final_logit_softcapping=1.5),
     "gemma3-untied-biases": Gemma3TextConfig(

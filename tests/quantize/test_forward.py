@@ -44,7 +44,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         final_logit_softcapping=1.5,
     ),
     "gemma3": Gemma3TextConfig(
-        **TINY_SHAPE, head_dim=16, pad_token_id=0, sliding_window=16, sliding_window_pattern=2
+        **TINY_SHAPE,
+        head_dim=16,
+        pad_token_id=0,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
 WINDOWS = [np.arange(5, 45, dtype=np.int32), np.arange(100, 180, dtype=np.int32)]

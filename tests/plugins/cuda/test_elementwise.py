@@ -1,4 +1,4 @@
-"""The CUDA kernels of norms, gated activations, rotary angles and soft caps against their references."""
+"""The CUDA kernels of norms, gates, rotary angles and soft caps against their references."""
 
 from __future__ import annotations
 
