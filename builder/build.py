@@ -103,7 +103,7 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
 
     Raises CheckpointError for what cannot be read, BuildError for options that do not fit it.
     """
-    return compile_checkpoint(open_checkpoint(source), options)
+    return compile_checkpoint(open_checkpoint(source, strict=options.strict_tensors), options)
 
 
 def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:

@@ -83,10 +83,11 @@ class CheckpointModel:
     def _heads(self, hidden: list[Tensor], norm: Tensor) -> Iterator[NDArray[np.float32]]:
         config = self.checkpoint.config
         name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        scale = architecture_of(config.architecture).logits_scale(config)
+        architecture = architecture_of(config.architecture)
+        scale, cap = architecture.logits_scale(config), architecture.logits_cap(config)
         head = self.weight(f"{name}.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
         for states in hidden:
             for rows in torch.split(states[0], _HEAD_ROWS):
-                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head)
-                yield (logits * scale).float().numpy()
+                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head).float() * scale
+                yield (cap * torch.tanh(logits / cap) if cap else logits).numpy()

@@ -210,6 +210,15 @@ class Ops:
         """a + b, of one shape."""
         return self._node("Add", [a, b], _shape(a))
 
+    def scale(self, x: ir.Value, factor: float) -> ir.Value:
+        """x * factor."""
+        number = self.program.constant("factor", np.array([factor], np.float32))
+        return self._node("Mul", [x, number], _shape(x))
+
+    def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
+        """cap * tanh(x / cap)."""
+        return self._node("SoftCap", [x], _shape(x), {"cap": cap}, DOMAIN)
+
     def concat(self, values: Sequence[ir.Value]) -> ir.Value:
         """Columns side by side."""
         widths = [_shape(value)[1] for value in values]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 GROUP, ATTRIBUTE = "slipstream.architectures", "ARCHITECTURE"
 ARCHITECTURES = {
     "LlamaForCausalLM": "slipstream.builder.models.llama",
+    "GemmaForCausalLM": "slipstream.builder.models.gemma",
+    "Gemma2ForCausalLM": "slipstream.builder.models.gemma2",
+    "Gemma3ForCausalLM": "slipstream.builder.models.gemma3",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
     "MinistralForCausalLM": "slipstream.builder.models.ministral",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
@@ -24,11 +25,13 @@ from slipstream.builder.models.module import (
     kv_heads,
     vocabulary,
 )
+from slipstream.builder.models.norms import LayerNorms
 from slipstream.builder.models.rope import halves_of_neighbours, rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, reorder_rows
+from slipstream.weights.tensor import LazyTensor, QuantTensor, reorder_rows
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
+Floats = NDArray[np.float32]
 # Gates by the names that configurations have for them.
 GATE_OF = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ATTENTION, _MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
@@ -120,17 +123,6 @@ DECODER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNorms:
-    """The norms of a layer, by their names in it: of what attention and the MLP read, and of what
-    they give before it is added to the residual stream. None where there is none."""
-
-    before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    after_mlp: str | None = None
-
-
 @dataclass(slots=True)
 class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
@@ -166,13 +158,17 @@ class Decoder:
                 x = self.layer(x, rotaries[self.rope(layer)], layer)
         x = self.last_norm(ops.pick_rows(x))
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
+        logits = ops.linear(x, self.tensor(f"{head}.weight"))
+        cap = self.architecture.logits_cap(config)
+        ops.output(ops.soft_cap(logits, cap) if cap else logits, LOGITS)
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
-        weight, scale = self.tensor("model.embed_tokens.weight"), self.embedding_scale()
-        rows = weight if scale == 1 else _scaled(weight, scale)
-        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), rows)
+        weight = self.tensor("model.embed_tokens.weight")
+        rows = self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+        # After the lookup: a table of scaled rows would be a second one beside that of a tied head.
+        scale = self.embedding_scale()
+        return rows if scale == 1 else self.ops.scale(rows, scale)
 
     def embedding_scale(self) -> float:
         """What the rows of the embedding are multiplied by."""
@@ -181,7 +177,9 @@ class Decoder:
     def last_norm(self, x: ir.Value) -> ir.Value:
         """The norm before the head, times what logits are multiplied by."""
         weight, scale = self.norm_weight("model.norm"), self.architecture.logits_scale(self.config)
-        return self.ops.rms_norm(x, weight if scale == 1 else _scaled(weight, scale), self.eps())
+        if scale != 1:
+            weight = _changed(weight, lambda values: values * np.float32(scale))
+        return self.ops.rms_norm(x, weight, self.eps())
 
     def eps(self) -> float:
         """The epsilon of norms of the residual stream."""
@@ -275,26 +273,17 @@ class Decoder:
     def norm_weight(self, name: str) -> LazyTensor:
         """What a norm of the table multiplies by."""
         module, weight = self.architecture.module(name), self.tensor(f"{name}.weight")
-        return _shifted(weight, module.offset) if module is not None and module.offset else weight
+        if module is None or not module.offset:
+            return weight
+        offset = np.float32(module.offset)
+        return _changed(weight, lambda values: values + offset)
 
 
-def _shifted(weight: LazyTensor, offset: float) -> LazyTensor:
-    """A dense weight plus a number, in float32."""
+def _changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTensor:
+    """A function of a dense weight, in float32."""
     form = replace(weight.format, dtype="float32")
 
     def load() -> QuantTensor:
-        values = weight.load().dequantize() + np.float32(offset)
-        return QuantTensor(weight.name, form, values)
+        return QuantTensor(weight.name, form, change(weight.load().dequantize()))
 
     return LazyTensor(weight.name, form, load)
-
-
-def _scaled(weight: LazyTensor, scale: float) -> LazyTensor:
-    """A weight times a number, dense in float32; under a name of its own, because a head that is
-    tied to it is not multiplied."""
-    name, form = f"{weight.name}.scaled", WeightFormat(weight.format.shape)
-
-    def load() -> QuantTensor:
-        return QuantTensor(name, form, weight.load().dequantize() * np.float32(scale))
-
-    return LazyTensor(name, form, load)

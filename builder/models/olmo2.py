@@ -8,14 +8,13 @@ import onnx_ir as ir
 
 from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.decoder import DECODER, Decoder, LayerNorms
+from slipstream.builder.models.decoder import DECODER, Decoder
 from slipstream.builder.models.huggingface_config import read_decoder
-from slipstream.builder.models.module import LAYER, Module, everywhere, heads, hidden, kv_heads
+from slipstream.builder.models.module import Module, everywhere, heads, kv_heads
+from slipstream.builder.models.norms import LayerNorms, with_norms
 from slipstream.weights.json import Fields
 
-_AFTER_ATTENTION = f"{LAYER}.post_attention_layernorm"
-_AFTER_MLP = f"{LAYER}.post_feedforward_layernorm"
-_UNFOLDED: dict[str, Any] = {"reads": None}
+AFTER = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
 class WholeNormsDecoder(Decoder):
@@ -31,7 +30,7 @@ class WholeNormsDecoder(Decoder):
 class OLMo2Decoder(WholeNormsDecoder):
     """Attention and the MLP read the residual stream as it is."""
 
-    norms = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+    norms = AFTER
 
 
 def read(keys: Fields) -> ModelConfig:
@@ -54,20 +53,7 @@ def whole_norms(modules: tuple[Module, ...]) -> tuple[Module, ...]:
     )
 
 
-MODULES = (
-    *(
-        module
-        for module in differing(
-            whole_norms(DECODER),
-            **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _UNFOLDED),
-            o_proj={"stream": _AFTER_ATTENTION},
-            post_attention_layernorm={"gguf": "blk.{i}.post_attention_norm"},
-            down_proj={"stream": _AFTER_MLP},
-        )
-        if module.name != f"{LAYER}.input_layernorm"
-    ),
-    Module(_AFTER_MLP, "norm", (hidden,), gguf="blk.{i}.post_ffw_norm"),
-)
+MODULES = with_norms(whole_norms(DECODER), AFTER)
 DEFAULTS = {
     "vocab_size": 50304,
     "intermediate_size": 11008,

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -79,6 +82,8 @@ QWEN_EXPERTS = {
     "moe_intermediate_size": 24,
     "head_dim": 16,
 }
+GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
+GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
 CONFIGS: dict[str, Any] = {
     "glm": GlmConfig(**GLM),
     "glm-tied": GlmConfig(**GLM, tie_word_embeddings=True),
@@ -172,6 +177,36 @@ CONFIGS: dict[str, Any] = {
     "smollm3-interval": SmolLM3Config(**SMOLLM3, no_rope_layer_interval=2),
     "smollm3-layers": SmolLM3Config(**SMOLLM3, no_rope_layers=[0, 1, 1, 0]),
     "smollm3-window": SmolLM3Config(**SMOLLM3, use_sliding_window=True, sliding_window=17),
+    "gemma": GemmaConfig(**GEMMA),
+    "gemma-untied-biases": GemmaConfig(**GEMMA, tie_word_embeddings=False, attention_bias=True),
+    # Caps that the scores and logits of a tiny model reach.
+    "gemma2": Gemma2Config(**GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=1.5),
+    "gemma2-no-caps": Gemma2Config(
+        **GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None
+    ),
+    "gemma2-untied-biases": Gemma2Config(**GEMMA2, tie_word_embeddings=False, attention_bias=True),
+    "gemma2-layer-types": Gemma2Config(
+        **GEMMA2, layer_types=["full_attention", "full_attention", "sliding_attention"]
+    ),
+    "gemma2-rope-linear": Gemma2Config(
+        **GEMMA2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
+    ),
+    "gemma3": Gemma3TextConfig(
+        **GEMMA2, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+    ),
+    "gemma3-windows-only": Gemma3TextConfig(**GEMMA2),
+    "gemma3-final-cap": Gemma3TextConfig(**GEMMA2, final_logit_softcapping=1.5),
+    "gemma3-untied-biases": Gemma3TextConfig(
+        **GEMMA2, tie_word_embeddings=False, attention_bias=True
+    ),
+    "gemma3-ropes": Gemma3TextConfig(
+        **GEMMA2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids, token_id
 from slipstream.builder.models import architectures
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import is_integer, shortened
@@ -44,7 +44,8 @@ def huggingface_config(
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
     rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
-    return {
+    assert architecture.gguf is not None
+    found = {
         "model_type": architecture.name,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": keys.count("embedding_length"),
@@ -63,8 +64,9 @@ def huggingface_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": end_token_ids(metadata),
-        **_own_keys(architecture, keys),
+        **_own_keys(architecture.gguf, keys),
     }
+    return {**found, **architecture.gguf.concluded(found)}
 
 
 def _architecture(keys: _Keys) -> Architecture:
@@ -86,9 +88,8 @@ def _fit(architecture: Architecture, keys: _Keys) -> int:
     return 0 if mark is None else 1 if keys.get(mark, 0) else -1
 
 
-def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
-    assert architecture.gguf is not None
-    found = {ours: keys.get(theirs, None) for ours, theirs in architecture.gguf.keys.items()}
+def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
+    found = {ours: keys.get(theirs, None) for ours, theirs in family.keys.items()}
     return {ours: value for ours, value in found.items() if value is not None}
 
 

@@ -99,8 +99,8 @@ class GGUFCheckpoint:
         return tensor
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> GGUFCheckpoint:
-    """Opens a GGUF file; reads metadata, no weights."""
+def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> GGUFCheckpoint:
+    """Opens a GGUF file, which holds no more than a text model; reads metadata, no weights."""
     path = Path(source)
     file = read_gguf(path)
     factors = file.tensors.get(_ROPE_FACTORS)

@@ -73,6 +73,21 @@ from slipstream.builder.models.huggingface_config import describe
             "no_rope_layer_interval": 2,
             "attention_bias": True,
         },
+        {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "attention_bias": True},
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "hidden_act": None,
+            "final_logit_softcapping": None,
+            "sliding_window": None,
+        },
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "hidden_act": None,
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}},
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 20.0,
+            "query_pre_attn_scalar": 12.5,
+        },
     ],
 )  # fmt: skip
 def test_a_config_made_of_a_model_configuration_says_the_same(raw: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -29,6 +32,9 @@ from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.errors import CheckpointError, EngineMismatchError
 
 CLASSES: dict[str, Any] = {
+    "GemmaForCausalLM": GemmaConfig,
+    "Gemma2ForCausalLM": Gemma2Config,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
     "MinistralForCausalLM": MinistralConfig,
@@ -117,6 +123,10 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
         raw = by_kind(raw)
     if architecture == "Phi3ForCausalLM" and raw.keys() & {"rope_scaling", "rope_parameters"}:
         raw = {**SMALL, "rope_scaling": LONGROPE, "partial_rotary_factor": 1.0}
+    if architecture == "Gemma3ForCausalLM" and "rope_parameters" in raw:
+        raw = {**raw, "rope_parameters": {"full_attention": raw["rope_parameters"]}}
+    if architecture == "Gemma3ForCausalLM":  # which has no older name of the kind
+        raw = json.loads(json.dumps(raw).replace('"type"', '"rope_type"'))
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -149,6 +159,17 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     ("architecture", "changes", "window", "layers"),
     [
         ("LlamaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GemmaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Gemma2ForCausalLM", {}, 4096, [4096, 0, 4096, 0]),
+        ("Gemma2ForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("Gemma3ForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 2}, 4096, [4096, 0, 4096, 0]),
+        (
+            "Gemma3ForCausalLM",
+            {"layer_types": ["sliding_attention"] + ["full_attention"] * 3},
+            4096,
+            [4096, 0, 0, 0],
+        ),
         ("MistralForCausalLM", {}, 4096, [4096] * 4),
         ("MistralForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
         ("MistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
@@ -197,6 +218,9 @@ def test_windows_layer_by_layer(
         ("Phi3ForCausalLM", (False, False, False, False)),
         ("SmolLM3ForCausalLM", (True, True, True, False)),
         ("LlamaForCausalLM", (True, True, True, False)),
+        ("GemmaForCausalLM", (True, True, False, False)),
+        ("Gemma2ForCausalLM", (True, True, False, False)),
+        ("Gemma3ForCausalLM", (True, True, False, True)),
         ("MistralForCausalLM", (False, False, False, False)),
         ("Qwen2ForCausalLM", (True, False, False, False)),
         ("Qwen3ForCausalLM", (True, True, False, True)),
@@ -248,7 +272,7 @@ def test_the_model_type_stands_in_for_missing_architectures() -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Mistral",
+            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Gemma",
         ),
         ({}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of norms, gated activations and rotary angles against their references."""
+"""The CUDA kernels of norms, gates, rotary angles and soft caps against their references."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from slipstream.plugins.rms_norm import cuda as norm
 from slipstream.plugins.rms_norm import reference as norm_reference
 from slipstream.plugins.rotary import cuda as rotary
 from slipstream.plugins.rotary import reference as rotary_reference
+from slipstream.plugins.soft_cap import cuda as cap
+from slipstream.plugins.soft_cap import reference as cap_reference
 
 pytestmark = pytest.mark.kernel
 
@@ -139,3 +141,16 @@ def test_no_rows(device: str) -> None:
     assert isinstance(y, torch.Tensor) and y.shape == (0, 64)
     assert gated.gated_activation(nothing).shape == (0, 32)
     assert norm.quantize_rows(nothing, torch.int8)[1].shape == (0, 1)
+
+
+@pytest.mark.parametrize("width", [7, 1100])
+@pytest.mark.parametrize("cap_value", [0.5, 30.0])
+def test_soft_cap(width: int, cap_value: float, device: str) -> None:
+    """Far beyond the cap on both sides, too, and into a given place."""
+    x = rows(3, width, dtype=torch.float32, device=device)
+    x[0] *= 1e4
+    out = torch.empty_like(x)
+    assert cap.soft_cap(x, cap_value, out=out) is out
+    want = cap_reference.soft_cap(numpy(x), cap_value)
+    np.testing.assert_allclose(numpy(out), want, rtol=1e-5, atol=1e-6)
+    assert cap.soft_cap(x, cap_value, torch.bfloat16).dtype == torch.bfloat16

@@ -194,8 +194,8 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
     ("model", "message"),
     [
         (
-            TinyModel("gemma"),
-            "'gemma', which is not supported; expected one of llama, qwen2, qwen3",
+            TinyModel("bert"),
+            "'bert', which is not supported; expected one of llama, gemma, gemma2,",
         ),
         (changed(expert_count=8), "mixture of 8 experts"),
         (changed(split__count=3), "one of 3 parts, and its name does not say .* --merge"),
