@@ -215,6 +215,10 @@ class Ops:
         number = self.program.constant("factor", np.array([factor], np.float32))
         return self._node("Mul", [x, number], _shape(x))
 
+    def scale_rows(self, x: ir.Value, factors: ir.Value) -> ir.Value:
+        """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
+        return self._node("Mul", [x, factors], _shape(x))
+
     def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
         """cap * tanh(x / cap)."""
         return self._node("SoftCap", [x], _shape(x), {"cap": cap}, DOMAIN)

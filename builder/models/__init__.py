@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "slipstream.builder.models.gemma3",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
     "MinistralForCausalLM": "slipstream.builder.models.ministral",
+    "Ministral3ForCausalLM": "slipstream.builder.models.ministral3",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
     "GlmForCausalLM": "slipstream.builder.models.glm",

@@ -83,7 +83,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": _described_ropes(config),
+        "rope_parameters": described_ropes(config),
         "hidden_act": config.hidden_act,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
@@ -288,7 +288,7 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
     )
 
 
-def _described_ropes(config: ModelConfig) -> dict[str, Any]:
+def described_ropes(config: ModelConfig) -> dict[str, Any]:
     """``rope_parameters``, by kind of layer where those differ."""
     common = Rope(config.rope_theta, config.rotary_dim, config.rope_scaling)
     if not config.ropes:

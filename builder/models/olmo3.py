@@ -42,6 +42,11 @@ def _ropes(keys: Fields) -> Mapping[str, Rope]:
     return {SLIDING: Rope(full.theta, head_dim), **ropes, FULL: full}
 
 
+def _of_full_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp scales the rotary angles of layers without a window alone."""
+    return {"rope_parameters": {FULL: raw["rope_parameters"]}}
+
+
 ARCHITECTURE = Architecture(
     "olmo3",
     olmo2.OLMo2Decoder,
@@ -52,6 +57,10 @@ ARCHITECTURE = Architecture(
     GGUFFamily(
         "olmo2",
         mark="attention.sliding_window",
-        keys={"sliding_window": "attention.sliding_window"},
+        keys={
+            "sliding_window": "attention.sliding_window",
+            "layer_types": "attention.sliding_window_pattern",
+        },
+        concluded=_of_full_attention,
     ),
 )

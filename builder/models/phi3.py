@@ -41,6 +41,11 @@ def _renamed(value: object) -> object:
     return {**value, "rope_type": "longrope"} if kind in ("su", "yarn") else value
 
 
+def _no_window(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A window of 0 tokens is how llama.cpp tells Phi-4 from Phi-3."""
+    return {"sliding_window": raw.get("sliding_window") or None}
+
+
 _QKV = stacked(DECODER, "qkv_proj", ("q_proj", "k_proj", "v_proj"), gguf="blk.{i}.attn_qkv")
 
 ARCHITECTURE = Architecture(
@@ -61,5 +66,12 @@ ARCHITECTURE = Architecture(
     },
     read,
     write,
-    GGUFFamily("phi3", keys={"sliding_window": "attention.sliding_window"}),
+    GGUFFamily(
+        "phi3",
+        keys={
+            "sliding_window": "attention.sliding_window",
+            _ORIGINAL: "rope.scaling.original_context_length",
+        },
+        concluded=_no_window,
+    ),
 )

@@ -19,6 +19,7 @@ from transformers import (
     GlmConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
@@ -66,6 +67,15 @@ BY_KIND: dict[str, Any] = {
 # GLM's token of padding is beyond a small vocabulary.
 GLM = {**TINY_SHAPE, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1}
 MINISTRAL = {**TINY_SHAPE, "head_dim": 16}
+# Temperatures of four lengths within a prompt.
+TEMPERATURE: dict[str, Any] = {
+    **YARN,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 SMOLLM3 = {**TINY_SHAPE, "num_hidden_layers": 4, "pad_token_id": 0}
 PHI3 = {**TINY_SHAPE, "pad_token_id": 0}
 # Of a head of 16 elements; an engine for more than the original length has the long factors.
@@ -121,6 +131,11 @@ CONFIGS: dict[str, Any] = {
         sliding_window=9,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
+    "ministral3": Ministral3Config(**MINISTRAL, rope_parameters={**TEMPERATURE}),
+    "ministral3-window": Ministral3Config(
+        **MINISTRAL, rope_parameters={**TEMPERATURE}, sliding_window=17
+    ),
+    "ministral3-cold": Ministral3Config(**MINISTRAL, tie_word_embeddings=True),
     "olmo2": Olmo2Config(**TINY_SHAPE),
     "olmo2-tied-biases": Olmo2Config(**TINY_SHAPE, tie_word_embeddings=True, attention_bias=True),
     "olmo2-head-dim": Olmo2Config(**TINY_SHAPE | {"head_dim": 24}),

@@ -41,6 +41,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "glm4",
             "granite-multipliers",
             "ministral-both",
+            "ministral3",
             "olmo3-rope-yarn",
             "phi3-longrope-long",
             "smollm3-window",

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids, token_id
 from slipstream.builder.models import architectures
 from slipstream.builder.models.architecture import Architecture, GGUFFamily
+from slipstream.builder.models.config import FULL, SLIDING
 from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import is_integer, shortened
 
+# Divisors of frequencies: Llama 3's, and those of LongRoPE.
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
     {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -26,10 +29,10 @@ _LLAMA3 = MappingProxyType(
 def huggingface_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: NDArray[np.generic] | None,
+    rope_factors: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
-    """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and the tensor
-    ``rope_freqs.weight`` [rotary_dim/2] of a file that has one."""
+    """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and those of
+    ``ROPE_FACTORS`` [rotary_dim/2] that the file has."""
     keys = _Keys(str(metadata.get("general.architecture")), metadata)
     architecture = _architecture(keys)
     experts = keys.get("expert_count", 0)
@@ -89,7 +92,10 @@ def _fit(architecture: Architecture, keys: _Keys) -> int:
 
 
 def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
-    found = {ours: keys.get(theirs, None) for ours, theirs in family.keys.items()}
+    found = {
+        ours: keys.layer_kinds(theirs) if ours == "layer_types" else keys.get(theirs, None)
+        for ours, theirs in family.keys.items()
+    }
     return {ours: value for ours, value in found.items() if value is not None}
 
 
@@ -111,6 +117,13 @@ class _Keys:
                 )
             return value[0]
         return default if value is None else value
+
+    def layer_kinds(self, key: str) -> list[str] | None:
+        """What a list that says of each layer whether it has a window says; None without one."""
+        value = self._metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return None
+        return [SLIDING if windowed else FULL for windowed in value]
 
     def need(self, key: str) -> Any:  # noqa: ANN401
         value = self.get(key, None)
@@ -142,10 +155,16 @@ class _Keys:
 
 
 def _rope_scaling(
-    keys: _Keys, factors: NDArray[np.generic] | None, theta: float, rotary_dim: int
+    keys: _Keys, factors: Mapping[str, NDArray[np.float32]], theta: float, rotary_dim: int
 ) -> dict[str, Any]:
-    if factors is not None:
-        return _llama3_scaling(factors.astype(np.float64).ravel(), theta, rotary_dim)
+    llama3, *longrope = (factors.get(name) for name in ROPE_FACTORS)
+    if llama3 is not None:
+        return _llama3_scaling(llama3.astype(np.float64).ravel(), theta, rotary_dim)
+    short, long = (None if each is None else each.ravel().tolist() for each in longrope)
+    if short is not None or long is not None:
+        attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+        divisors = {"short_factor": short, "long_factor": long}
+        return {"rope_type": "longrope", "attention_factor": attention_factor, **divisors}
     # Without a type it is linear; the factor's first name was another.
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", None))

@@ -49,6 +49,7 @@ from slipstream.builder.models.huggingface_config import describe
             "architectures": ["MinistralForCausalLM"],
             "layer_types": ["full_attention", "sliding_attention"],
         },
+        {"architectures": ["Ministral3ForCausalLM"], "sliding_window": 32},
         {"architectures": ["Olmo2ForCausalLM"], "attention_bias": True},
         {
             "architectures": ["Olmo3ForCausalLM"],

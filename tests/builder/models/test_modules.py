@@ -110,7 +110,7 @@ def test_llama_cpp_reorders_rows_of_q_and_k_of_the_llamas_alone() -> None:
         for architecture in architectures()
     }
     llamas = {name for name, rows in permuted.items() if rows}
-    assert llamas == {"llama", "mistral", "ministral", "granite", "smollm3"}
+    assert llamas == {"llama", "mistral", "ministral", "ministral3", "granite", "smollm3"}
     assert all(permuted[name] == ["blk.{i}.attn_q", "blk.{i}.attn_k"] for name in llamas)
 
 
