@@ -118,6 +118,11 @@ class Ops:
         inputs = [x, self.program.add_weight(weight)]
         return self._node("RMSNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
 
+    def layer_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
+        """(x - mean(x)) / deviation(x) * weight over the last axis."""
+        inputs = [x, self.program.add_weight(weight)]
+        return self._node("LayerNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
+
     def gated_activation(self, gate_up: ir.Value, gate: str = "silu") -> ir.Value:
         """The first half of the columns as gates of the second; ``gate`` is a key of ``GATES``."""
         width = _shape(gate_up)[1]

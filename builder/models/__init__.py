@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "Ministral3ForCausalLM": "slipstream.builder.models.ministral3",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
+    "Cohere2ForCausalLM": "slipstream.builder.models.cohere2",
     "GlmForCausalLM": "slipstream.builder.models.glm",
     "Glm4ForCausalLM": "slipstream.builder.models.glm4",
     "GraniteForCausalLM": "slipstream.builder.models.granite",

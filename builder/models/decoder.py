@@ -179,6 +179,10 @@ class Decoder:
         weight, scale = self.norm_weight("model.norm"), self.architecture.logits_scale(self.config)
         if scale != 1:
             weight = _changed(weight, lambda values: values * np.float32(scale))
+        return self.normed(x, weight)
+
+    def normed(self, x: ir.Value, weight: LazyTensor) -> ir.Value:
+        """A norm of the residual stream."""
         return self.ops.rms_norm(x, weight, self.eps())
 
     def eps(self) -> float:
@@ -201,13 +205,13 @@ class Decoder:
         both."""
         ops, norms, prefix = self.ops, self.norms, f"model.layers.{layer}."
         with ops.scope("attn"):
-            normed = self._normed(x, prefix, norms.before_attention)
+            normed = self._if_named(x, prefix, norms.before_attention)
             attended = self.attention(normed, rotary, layer, prefix + "self_attn.")
-            x = ops.add(x, self._normed(attended, prefix, norms.after_attention))
+            x = ops.add(x, self._if_named(attended, prefix, norms.after_attention))
         with ops.scope("mlp"):
-            normed = self._normed(x, prefix, norms.before_mlp)
+            normed = self._if_named(x, prefix, norms.before_mlp)
             fed = self.mlp(normed, prefix + "mlp.")
-            return ops.add(x, self._normed(fed, prefix, norms.after_mlp))
+            return ops.add(x, self._if_named(fed, prefix, norms.after_mlp))
 
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
@@ -255,10 +259,10 @@ class Decoder:
             return self.ops.linear(x, *(self._rows(name, part) for part in parts))
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
-        """An RMS norm of the table."""
-        return self.ops.rms_norm(x, self.norm_weight(name), self.eps())
+        """A norm of the table."""
+        return self.normed(x, self.norm_weight(name))
 
-    def _normed(self, x: ir.Value, prefix: str, name: str | None) -> ir.Value:
+    def _if_named(self, x: ir.Value, prefix: str, name: str | None) -> ir.Value:
         return x if name is None else self.norm(x, prefix + name)
 
     def _rows(self, name: str, part: str) -> LazyTensor:

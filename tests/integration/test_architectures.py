@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -94,7 +95,15 @@ QWEN_EXPERTS = {
 }
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
+COHERE2 = {**TINY_SHAPE, "num_hidden_layers": 4, "eos_token_id": 1}
 CONFIGS: dict[str, Any] = {
+    "cohere2": Cohere2Config(**COHERE2, sliding_window=17),
+    "cohere2-untied-biases": Cohere2Config(
+        **COHERE2, tie_word_embeddings=False, attention_bias=True, logit_scale=0.5
+    ),
+    "cohere2-layers": Cohere2Config(
+        **COHERE2, sliding_window=9, layer_types=["full_attention", "sliding_attention"] * 2
+    ),
     "glm": GlmConfig(**GLM),
     "glm-tied": GlmConfig(**GLM, tie_word_embeddings=True),
     "glm4": Glm4Config(**GLM),

@@ -38,6 +38,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     **{
         name: ALL[name]
         for name in (
+            "cohere2",
             "glm4",
             "granite-multipliers",
             "ministral-both",

@@ -58,7 +58,8 @@ def huggingface_config(
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": keys.get("attention.layer_norm_epsilon", None)
+        or keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
             "partial_rotary_factor": rotary_fraction(rotary_dim, head_dim),

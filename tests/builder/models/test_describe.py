@@ -35,6 +35,7 @@ from slipstream.builder.models.huggingface_config import describe
             "max_window_layers": 1,
             "tie_word_embeddings": True,
         },
+        {"architectures": ["Cohere2ForCausalLM"], "layer_norm_eps": 1e-4, "logit_scale": 0.5},
         {"architectures": ["GlmForCausalLM"], "attention_bias": False},
         {"architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 1.0},
         {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -42,6 +43,7 @@ CLASSES: dict[str, Any] = {
     "Ministral3ForCausalLM": Ministral3Config,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "Cohere2ForCausalLM": Cohere2Config,
     "GlmForCausalLM": GlmConfig,
     "Glm4ForCausalLM": Glm4Config,
     "GraniteForCausalLM": GraniteConfig,
@@ -141,7 +143,8 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     default = theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or default)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    name = "layer_norm_eps" if hasattr(theirs, "layer_norm_eps") else "rms_norm_eps"
+    assert ours.rms_norm_eps == getattr(theirs, name)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
@@ -213,6 +216,7 @@ def test_windows_layer_by_layer(
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
+        ("Cohere2ForCausalLM", (True, True, False, False)),
         ("GlmForCausalLM", (True, False, False, False)),
         ("Glm4ForCausalLM", (True, False, False, False)),
         ("GraniteForCausalLM", (True, True, True, False)),

@@ -27,6 +27,15 @@ _MULTIPLIERS = {
 _LONGROPE = {"rope.scaling.original_context_length": 64, "attention.sliding_window": 0}
 # What a file says beyond the shape of a decoder, by llama.cpp's names: its architecture's first.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": (
+        "cohere2",
+        {
+            "attention.sliding_window": 17,
+            "logit_scale": 0.0625,
+            "attention.layer_norm_epsilon": 1e-5,
+            "rope.scaling.type": "none",
+        },
+    ),
     "glm4": ("glm4", {}),
     "glm4-no-biases": ("glm4", {}),
     "granite-multipliers": ("granite", _MULTIPLIERS),
