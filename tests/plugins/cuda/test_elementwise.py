@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp import cuda as gated
 from slipstream.plugins.gated_mlp import reference as gated_reference
@@ -154,3 +158,17 @@ def test_soft_cap(width: int, cap_value: float, device: str) -> None:
     want = cap_reference.soft_cap(numpy(x), cap_value)
     np.testing.assert_allclose(numpy(out), want, rtol=1e-5, atol=1e-6)
     assert cap.soft_cap(x, cap_value, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_layer_norm_takes_the_mean_away(device: str) -> None:
+    x, w = ir.Value(name="x"), ir.Value(name="w")
+    node = ir.node("LayerNormalization", [x, w], {"axis": -1, "epsilon": EPS}, num_outputs=1)
+    values = {
+        "x": rows(5, 64, dtype=torch.bfloat16, device=device) + 3,
+        "w": rows(64, dtype=torch.bfloat16, device=device, seed=1),
+    }
+    kernel = BINDINGS["LayerNormalization"](node, SimpleNamespace())  # type: ignore[arg-type]
+    (got,) = kernel(SimpleNamespace(values=values))  # type: ignore[arg-type]
+    centred = numpy(values["x"]) - numpy(values["x"]).mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
+    assert_close(got, centred / deviation * numpy(values["w"]))
