@@ -250,6 +250,20 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
 
 
+def test_longrope_of_an_engine_within_the_original_length_has_its_short_factors(
+    tmp_path: Path,
+) -> None:
+    config = Phi3Config(**PHI3, original_max_position_embeddings=128, rope_parameters={**LONGROPE})
+    checkpoint = save_tiny(config, tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "engine", BuildOptions(max_seq_len=128))
+    prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(prompts)).logits.numpy()
+    actual = run_in_chunks(tmp_path / "engine", prompts)
+    assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
 def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float32]:
     """Logits ``[2, T, vocab]`` of two sequences that advance together in steps of ``CHUNKS``
     tokens."""
