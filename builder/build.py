@@ -103,7 +103,7 @@ def plan(source: str | Path, options: BuildOptions) -> Plan:
 
     Raises CheckpointError for what cannot be read, BuildError for options that do not fit it.
     """
-    return compile_checkpoint(open_checkpoint(source), options)
+    return compile_checkpoint(open_checkpoint(source, strict=options.strict_tensors), options)
 
 
 def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
@@ -121,7 +121,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
-    program = _declare(checkpoint, kv_dtype, target.page_size)
+    program = _declare(checkpoint, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
@@ -222,7 +222,7 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
     )
 
 
-def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int) -> Program:
+def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len: int) -> Program:
     """The canonical program of a checkpoint, with every tensor of it accounted for."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
@@ -236,7 +236,7 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int) -> Program:
 
     decoder = architecture.decoder
     ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
-    decoder(ops, config, architecture, tensor).build()
+    decoder(ops, config, architecture, tensor, max_seq_len).build()
     program.contract, program.caches = ops.contract(GRAPH), ops.caches
     differing = used ^ set(expected)
     if differing:

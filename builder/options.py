@@ -29,6 +29,8 @@ class BuildOptions:
     symmetric       no zero points; for integer groups only, which have them by default
     kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
                     dense engine and float16 for a quantized one, on a GPU the dtype
+    strict_tensors  refuse a checkpoint that holds more than a text model, such as one of images,
+                    whose other tensors are left out
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits
     """
@@ -40,6 +42,7 @@ class BuildOptions:
     symmetric: bool | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
     gemm_plugin: GemmPlugin = "auto"
+    strict_tensors: bool = False
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
     max_seq_len: int | None = None

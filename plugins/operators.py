@@ -23,6 +23,7 @@ OURS = {
     "Router": "slipstream.plugins.router:SPEC",
     "ExpertLinear": "slipstream.plugins.expert_linear:SPEC",
     "GatedActivation": "slipstream.plugins.gated_mlp:SPEC",
+    "SoftCap": "slipstream.plugins.soft_cap:SPEC",
     "FusedAddRMSNorm": "slipstream.plugins.rms_norm:SPEC",
     "RotaryAngles": "slipstream.plugins.rotary:SPEC",
 }

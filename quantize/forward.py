@@ -81,10 +81,13 @@ class CheckpointModel:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.dtype)
 
     def _heads(self, hidden: list[Tensor], norm: Tensor) -> Iterator[NDArray[np.float32]]:
-        tied = self.checkpoint.config.tie_word_embeddings
-        head = self.weight("model.embed_tokens.weight" if tied else "lm_head.weight")
+        config = self.checkpoint.config
+        name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        architecture = architecture_of(config.architecture)
+        scale, cap = architecture.logits_scale(config), architecture.logits_cap(config)
+        head = self.weight(f"{name}.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
         for states in hidden:
             for rows in torch.split(states[0], _HEAD_ROWS):
-                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head)
-                yield logits.float().numpy()
+                logits = torch.nn.functional.linear(self.skeleton.norm(rows), head).float() * scale
+                yield (cap * torch.tanh(logits / cap) if cap else logits).numpy()

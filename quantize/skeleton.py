@@ -139,6 +139,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of ``[B, H, T, D]``; transformers' signature, ours in the mask."""
@@ -150,7 +151,28 @@ def _attend(
     if 0 < sight.window < length:
         distance = torch.arange(length)[:, None] - torch.arange(length)
         mask = (distance >= 0) & (distance < sight.window)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
+    if softcap is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+    else:
+        out = _capped_attention(query, key, value, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    cap: float,
+) -> Tensor:
+    """Attention whose scores are within ``cap``, which torch's own does not know."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = cap * torch.tanh(query @ key.transpose(2, 3) * (scale / cap))
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value

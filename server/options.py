@@ -119,6 +119,9 @@ _BUILD = {
     "gemm_plugin": Option(
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
+    "strict_tensors": Option(
+        "Refuse a checkpoint that holds more than a text model, whose other tensors are left out."
+    ),
     "max_batch_size": Option(
         "Sequences in one step, at most.", "64 on a CPU, 256 on a GPU", least=1
     ),

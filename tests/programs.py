@@ -209,6 +209,7 @@ _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "Embedding": _embedding,
     "GatedActivation": _elementwise,
     "FusedAddRMSNorm": _elementwise,
+    "SoftCap": _elementwise,
 }
 
 

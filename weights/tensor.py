@@ -243,6 +243,35 @@ def stack_rows(tensors: Sequence[LazyTensor], name: str | None = None) -> LazyTe
     return LazyTensor(name, replace(first, shape=shape), load)
 
 
+def reorder_rows(tensor: LazyTensor, order: NDArray[np.intp]) -> LazyTensor:
+    """Row ``order[i]`` of a weight, or element of a bias, as row i."""
+    form = _ordered(tensor.format, order)
+    return replace(tensor, format=form, load=lambda: reordered(tensor.load(), order))
+
+
+def reordered(tensor: QuantTensor, order: NDArray[np.intp]) -> QuantTensor:
+    """Row ``order[i]`` of a weight as row i.
+
+    Where rows leave their block of rows, every row gets the scale of the block that it was in.
+    """
+    form, scale = _ordered(tensor.format, order), tensor.scale
+    if scale is not None and form.rows == 1:
+        scale = scale[order // tensor.format.rows]
+    return replace(
+        tensor,
+        format=form,
+        codes=tensor.codes[order],
+        scale=scale,
+        zero=None if tensor.zero is None else tensor.zero[order],
+        offset=None if tensor.offset is None else tensor.offset[order],
+    )
+
+
+def _ordered(form: WeightFormat, order: NDArray[np.intp]) -> WeightFormat:
+    kept = np.array_equal(order // form.rows, np.arange(len(order)) // form.rows)
+    return form if kept else replace(form, rows=1)
+
+
 def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
     """Rows ``start`` to ``stop`` of a weight; both are bounds of its blocks of rows, or its end."""
     fmt = tensor.format

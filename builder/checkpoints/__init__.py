@@ -13,8 +13,8 @@ from slipstream.errors import CheckpointError
 
 __all__ = ["Checkpoint", "files_of", "on_disk", "open_checkpoint"]
 
-# Each module has `open_checkpoint(source)`, and but for the hub's `files_of(path)`; it is imported
-# when a checkpoint of its kind is wanted.
+# Each module has `open_checkpoint(source, strict=...)`, and but for the hub's `files_of(path)`; it
+# is imported when a checkpoint of its kind is wanted.
 _READERS = {
     "directory": "slipstream.builder.checkpoints.huggingface.reader",
     "gguf": "slipstream.builder.checkpoints.gguf.reader",
@@ -24,15 +24,16 @@ _GGUF_MAGIC = b"GGUF"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> Checkpoint:
     """Opens a Hugging Face directory, a GGUF file or a model of the Hugging Face hub.
 
     ``source`` is a path or a hub id such as ``Qwen/Qwen3-0.6B``; a path that exists wins. A GGUF
-    file is known by its first bytes, whatever its name. Raises CheckpointError when there is
-    nothing readable there.
+    file is known by its first bytes, whatever its name. Of a model that sees or hears, too, the
+    text model is opened, and what is left out is logged. Raises CheckpointError when there is
+    nothing readable there, and with ``strict`` for a checkpoint of more than a text model.
     """
     reader = import_module(_READERS[_kind(source)])
-    return cast("Checkpoint", reader.open_checkpoint(source))
+    return cast("Checkpoint", reader.open_checkpoint(source, strict=strict))
 
 
 def on_disk(source: str | os.PathLike[str]) -> Path:

@@ -18,9 +18,9 @@ _FILES = ["*.json", "*.safetensors", "*.jinja"]
 _OTHERS = ["*/*", "consolidated*", "adapter_*"]
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> Checkpoint:
     """``fetch`` the model with this hub id and open it."""
-    return reader.open_checkpoint(fetch(source))
+    return reader.open_checkpoint(fetch(source), strict=strict)
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:

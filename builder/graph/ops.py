@@ -118,6 +118,11 @@ class Ops:
         inputs = [x, self.program.add_weight(weight)]
         return self._node("RMSNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
 
+    def layer_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
+        """(x - mean(x)) / deviation(x) * weight over the last axis."""
+        inputs = [x, self.program.add_weight(weight)]
+        return self._node("LayerNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
+
     def gated_activation(self, gate_up: ir.Value, gate: str = "silu") -> ir.Value:
         """The first half of the columns as gates of the second; ``gate`` is a key of ``GATES``."""
         width = _shape(gate_up)[1]
@@ -209,6 +214,19 @@ class Ops:
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """a + b, of one shape."""
         return self._node("Add", [a, b], _shape(a))
+
+    def scale(self, x: ir.Value, factor: float) -> ir.Value:
+        """x * factor."""
+        number = self.program.constant("factor", np.array([factor], np.float32))
+        return self._node("Mul", [x, number], _shape(x))
+
+    def scale_rows(self, x: ir.Value, factors: ir.Value) -> ir.Value:
+        """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
+        return self._node("Mul", [x, factors], _shape(x))
+
+    def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
+        """cap * tanh(x / cap)."""
+        return self._node("SoftCap", [x], _shape(x), {"cap": cap}, DOMAIN)
 
     def concat(self, values: Sequence[ir.Value]) -> ir.Value:
         """Columns side by side."""

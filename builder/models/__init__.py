@@ -15,10 +15,23 @@ if TYPE_CHECKING:
 GROUP, ATTRIBUTE = "slipstream.architectures", "ARCHITECTURE"
 ARCHITECTURES = {
     "LlamaForCausalLM": "slipstream.builder.models.llama",
+    "GemmaForCausalLM": "slipstream.builder.models.gemma",
+    "Gemma2ForCausalLM": "slipstream.builder.models.gemma2",
+    "Gemma3ForCausalLM": "slipstream.builder.models.gemma3",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
-    "MixtralForCausalLM": "slipstream.builder.models.mixtral",
+    "MinistralForCausalLM": "slipstream.builder.models.ministral",
+    "Ministral3ForCausalLM": "slipstream.builder.models.ministral3",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
+    "Cohere2ForCausalLM": "slipstream.builder.models.cohere2",
+    "GlmForCausalLM": "slipstream.builder.models.glm",
+    "Glm4ForCausalLM": "slipstream.builder.models.glm4",
+    "GraniteForCausalLM": "slipstream.builder.models.granite",
+    "Olmo2ForCausalLM": "slipstream.builder.models.olmo2",
+    "Olmo3ForCausalLM": "slipstream.builder.models.olmo3",
+    "Phi3ForCausalLM": "slipstream.builder.models.phi3",
+    "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
+    "MixtralForCausalLM": "slipstream.builder.models.mixtral",
     "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
 }
 

@@ -21,6 +21,10 @@ def _nothing_more(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
+def _nothing_concluded(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class GGUFFamily:
     """How GGUF files say that they are of an architecture.
@@ -28,12 +32,14 @@ class GGUFFamily:
     ``name`` is their ``general.architecture``. Of several architectures of that name, one whose key
     ``mark`` the file has (as a number other than 0) comes before one without a mark. ``keys`` gives
     keys of config.json the names of metadata beyond what ``gguf/config.py`` reads of every decoder;
-    marks and keys are without the prefix of the architecture.
+    marks and keys are without the prefix of the architecture. ``concluded`` gives the keys of
+    config.json that no metadata holds, by those that were found: what llama.cpp knows of a family.
     """
 
     name: str
     mark: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    concluded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing_concluded
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,21 @@ class Architecture:
 
     def embedding_scale(self, config: ModelConfig) -> float:
         """What the rows of tokens are multiplied by before the first layer."""
-        module = next(m for m in self.modules if m.role == "embedding")
+        return self._scale(config, next(m for m in self.modules if m.role == "embedding"))
+
+    def logits_scale(self, config: ModelConfig) -> float:
+        """What logits are multiplied by, whether the head is the embedding or a matrix of its
+        own."""
+        return next((self._scale(config, m) for m in self.modules if m.tied), 1.0)
+
+    @staticmethod
+    def _scale(config: ModelConfig, module: Module) -> float:
         return 1.0 if module.scale is None else module.scale(config)
+
+    def logits_cap(self, config: ModelConfig) -> float:
+        """The c of logits that are c·tanh(x / c), x being what the head makes; 0 for those that are
+        x."""
+        return next((m.cap(config) for m in self.modules if m.cap is not None), 0.0)
 
     def with_biases(self, config: ModelConfig, tensors: Iterable[str]) -> ModelConfig:
         """The configuration with the biases that are among the tensors of a file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGEST = 2**31 - 1  # tokens of a sequence: positions are int32
 
@@ -21,7 +22,8 @@ class RopeScaling:
 
     The fields have the names and meanings of the ``rope_parameters`` of transformers; a kind reads
     only its own. ``attention_factor`` None means that it follows from ``factor``, ``mscale`` and
-    ``mscale_all_dim`` (YaRN, arXiv 2309.00071).
+    ``mscale_all_dim`` (YaRN, arXiv 2309.00071), or from ``factor`` and the original length
+    (LongRoPE, arXiv 2402.13753).
     """
 
     kind: RopeKind = "default"
@@ -35,6 +37,8 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,8 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """This configuration as plain dicts, lists, strings and numbers."""
-        data = dataclasses.asdict(self)
-        data["layer_kinds"] = list(self.layer_kinds)
-        data["eos_token_ids"] = list(self.eos_token_ids)
-        return data
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:

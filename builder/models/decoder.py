@@ -3,11 +3,13 @@ architectures differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
@@ -23,11 +25,13 @@ from slipstream.builder.models.module import (
     kv_heads,
     vocabulary,
 )
-from slipstream.builder.models.rope import rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
+from slipstream.builder.models.norms import LayerNorms
+from slipstream.builder.models.rope import halves_of_neighbours, rotary_frequencies
+from slipstream.weights.tensor import LazyTensor, QuantTensor, reorder_rows
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
+Floats = NDArray[np.float32]
 # Gates by the names that configurations have for them.
 GATE_OF = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ATTENTION, _MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
@@ -124,14 +128,18 @@ class Decoder:
     """Declares one model on an operator surface; subclasses override what their architecture
     changes.
 
-    ``tensor`` gives a weight by its Hugging Face name. What an architecture gives beside logits,
+    ``tensor`` gives a weight by its Hugging Face name; no sequence has more than ``max_seq_len``
+    tokens. What an architecture gives beside logits,
     such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
     """
+
+    norms: ClassVar[LayerNorms] = LayerNorms()
 
     ops: Ops
     config: ModelConfig
     architecture: Architecture
     tensor: TensorSource
+    max_seq_len: int
 
     @classmethod
     def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
@@ -147,40 +155,74 @@ class Decoder:
         x = self.embed()
         for layer in range(config.num_layers):
             with ops.scope(f"layers.{layer}"):
-                x = self.layer(x, rotaries[config.rope(layer)], layer)
-        x = self.norm(ops.pick_rows(x), "model.norm")
+                x = self.layer(x, rotaries[self.rope(layer)], layer)
+        x = self.last_norm(ops.pick_rows(x))
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        ops.output(ops.linear(x, self.tensor(f"{head}.weight")), LOGITS)
+        logits = ops.linear(x, self.tensor(f"{head}.weight"))
+        cap = self.architecture.logits_cap(config)
+        ops.output(ops.soft_cap(logits, cap) if cap else logits, LOGITS)
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
         weight = self.tensor("model.embed_tokens.weight")
-        scale = self.architecture.embedding_scale(self.config)
-        rows = weight if scale == 1 else _scaled(weight, scale)
-        return self.ops.embedding(self.ops.input(Source.TOKEN_IDS), rows)
+        rows = self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+        # After the lookup: a table of scaled rows would be a second one beside that of a tied head.
+        scale = self.embedding_scale()
+        return rows if scale == 1 else self.ops.scale(rows, scale)
+
+    def embedding_scale(self) -> float:
+        """What the rows of the embedding are multiplied by."""
+        return self.architecture.embedding_scale(self.config)
+
+    def last_norm(self, x: ir.Value) -> ir.Value:
+        """The norm before the head, times what logits are multiplied by."""
+        weight, scale = self.norm_weight("model.norm"), self.architecture.logits_scale(self.config)
+        if scale != 1:
+            weight = _changed(weight, lambda values: values * np.float32(scale))
+        return self.normed(x, weight)
+
+    def normed(self, x: ir.Value, weight: LazyTensor) -> ir.Value:
+        """A norm of the residual stream."""
+        return self.ops.rms_norm(x, weight, self.eps())
+
+    def eps(self) -> float:
+        """The epsilon of norms of the residual stream."""
+        return self.config.rms_norm_eps
+
+    def rope(self, layer: int) -> Rope:
+        """The rotary angles of a layer."""
+        return self.config.rope(layer)
 
     def rotaries(self) -> Mapping[Rope, Rotary]:
         """Cosines and sines of every kind of rotary angle that a layer has."""
         positions = self.ops.input(Source.POSITIONS)
-        ropes = dict.fromkeys(map(self.config.rope, range(self.config.num_layers)))
-        return {rope: self.ops.rotary(positions, *rotary_frequencies(rope)) for rope in ropes}
+        ropes = dict.fromkeys(map(self.rope, range(self.config.num_layers)))
+        length = self.max_seq_len
+        return {r: self.ops.rotary(positions, *rotary_frequencies(r, length)) for r in ropes}
 
     def layer(self, x: ir.Value, rotary: Rotary, layer: int) -> ir.Value:
-        """x + attention(norm(x)), then + mlp(norm(·))."""
-        ops, prefix = self.ops, f"model.layers.{layer}."
+        """x + attention(x), then + mlp(·), with the norms of the architecture before and after
+        both."""
+        ops, norms, prefix = self.ops, self.norms, f"model.layers.{layer}."
         with ops.scope("attn"):
-            normed = self.norm(x, prefix + "input_layernorm")
-            x = ops.add(x, self.attention(normed, rotary, layer, prefix + "self_attn."))
+            normed = self._if_named(x, prefix, norms.before_attention)
+            attended = self.attention(normed, rotary, layer, prefix + "self_attn.")
+            x = ops.add(x, self._if_named(attended, prefix, norms.after_attention))
         with ops.scope("mlp"):
-            normed = self.norm(x, prefix + "post_attention_layernorm")
-            return ops.add(x, self.mlp(normed, prefix + "mlp."))
+            normed = self._if_named(x, prefix, norms.before_mlp)
+            fed = self.mlp(normed, prefix + "mlp.")
+            return ops.add(x, self._if_named(fed, prefix, norms.after_mlp))
 
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
-        qkv = self.ops.concat([self.linear(x, f"{prefix}{name}_proj") for name in "qkv"])
+        qkv = self.qkv(x, prefix)
         norms = [self.norm_weight(f"{prefix}{name}_norm") for name in "qk" if self.config.qk_norm]
         attended = self.ops.paged_attention(qkv, rotary, norms, self.attention_attributes(layer))
         return self.linear(attended, f"{prefix}o_proj")
+
+    def qkv(self, x: ir.Value, prefix: str) -> ir.Value:
+        """q, k and v of x, side by side."""
+        return self.side_by_side(x, prefix, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
     def attention_attributes(self, layer: int) -> Attributes:
         """Attributes of a layer's PagedAttention."""
@@ -198,45 +240,54 @@ class Decoder:
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """down_proj(act(gate_proj(x)) * up_proj(x)), act being that of the configuration."""
-        gate_up = self.ops.concat([self.linear(x, f"{prefix}{n}_proj") for n in ("gate", "up")])
+        gate_up = self.side_by_side(x, prefix, "gate_up_proj", ("gate_proj", "up_proj"))
         gated = self.ops.gated_activation(gate_up, GATE_OF[self.config.hidden_act])
         return self.linear(gated, f"{prefix}down_proj")
 
+    def side_by_side(
+        self, x: ir.Value, prefix: str, stacked: str, parts: Sequence[str]
+    ) -> ir.Value:
+        """Projections of one x, which some checkpoints hold ``stacked``."""
+        if self.architecture.module(prefix + stacked) is not None:
+            return self.linear(x, prefix + stacked)
+        return self.ops.concat([self.linear(x, prefix + part) for part in parts])
+
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """A projection of the table, with its bias if it has one."""
-        biased = self.architecture.has_bias(self.config, name)
+        parts = ("weight", "bias") if self.architecture.has_bias(self.config, name) else ("weight",)
         with self.ops.scope(name.rsplit(".", 1)[-1]):
-            return self.ops.linear(
-                x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if biased else None
-            )
+            return self.ops.linear(x, *(self._rows(name, part) for part in parts))
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
-        """An RMS norm of the table."""
-        return self.ops.rms_norm(x, self.norm_weight(name), self.config.rms_norm_eps)
+        """A norm of the table."""
+        return self.normed(x, self.norm_weight(name))
+
+    def _if_named(self, x: ir.Value, prefix: str, name: str | None) -> ir.Value:
+        return x if name is None else self.norm(x, prefix + name)
+
+    def _rows(self, name: str, part: str) -> LazyTensor:
+        """A weight or a bias, its rows as PagedAttention turns them."""
+        tensor, module = self.tensor(f"{name}.{part}"), self.architecture.module(name)
+        if module is None or not module.neighbours:
+            return tensor
+        (rows,) = module.rows
+        order = halves_of_neighbours(rows(self.config), self.config.rotary_dim)
+        return reorder_rows(tensor, order)
 
     def norm_weight(self, name: str) -> LazyTensor:
         """What a norm of the table multiplies by."""
         module, weight = self.architecture.module(name), self.tensor(f"{name}.weight")
-        return _shifted(weight, module.offset) if module is not None and module.offset else weight
+        if module is None or not module.offset:
+            return weight
+        offset = np.float32(module.offset)
+        return _changed(weight, lambda values: values + offset)
 
 
-def _shifted(weight: LazyTensor, offset: float) -> LazyTensor:
-    """A dense weight plus a number, in float32."""
+def _changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTensor:
+    """A function of a dense weight, in float32."""
     form = replace(weight.format, dtype="float32")
 
     def load() -> QuantTensor:
-        values = weight.load().dequantize() + np.float32(offset)
-        return QuantTensor(weight.name, form, values)
+        return QuantTensor(weight.name, form, change(weight.load().dequantize()))
 
     return LazyTensor(weight.name, form, load)
-
-
-def _scaled(weight: LazyTensor, scale: float) -> LazyTensor:
-    """A weight times a number, dense in float32; under a name of its own, because a head that is
-    tied to it is not multiplied."""
-    name, form = f"{weight.name}.scaled", WeightFormat(weight.format.shape)
-
-    def load() -> QuantTensor:
-        return QuantTensor(name, form, weight.load().dequantize() * np.float32(scale))
-
-    return LazyTensor(name, form, load)

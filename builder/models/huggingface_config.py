@@ -53,6 +53,7 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "linear": ("factor",),
         "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
         "yarn": ("factor", _ORIGINAL, *_YARN),
+        "longrope": ("factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"),
     }
 )
 
@@ -82,7 +83,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": _described_ropes(config),
+        "rope_parameters": described_ropes(config),
         "hidden_act": config.hidden_act,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
@@ -238,7 +239,19 @@ def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
             f"{shortened(sorted(given.values))} is not supported; "
             f"expected one of {', '.join(get_args(RopeKind))}"
         )
-    return Rope(theta, dim, _scaling(cast("RopeKind", kind), given, keys))
+    scaling = _scaling(cast("RopeKind", kind), given, keys)
+    if kind == "longrope":
+        short, long = (_divisors(given, name, dim // 2) for name in ("short_factor", "long_factor"))
+        scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
+    return Rope(theta, dim, scaling)
+
+
+def _divisors(given: Fields, key: str, count: int) -> tuple[float, ...]:
+    """What the frequencies are divided by, one by one."""
+    divisors = given.numbers(key)
+    if len(divisors) != count or min(divisors) <= 0:
+        raise given.refusal(key, f"{count} positive numbers, one for each pair that is rotated")
+    return divisors
 
 
 def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
@@ -257,12 +270,16 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
             raise given.refusal("high_freq_factor", f"a number above low_freq_factor {low}")
         factor = given.number("factor", positive=True)
         return RopeScaling(kind, factor, original, low_freq_factor=low, high_freq_factor=high)
+    factor = given.number("factor", longest / original, positive=True)
+    attention_factor = given.optional_number("attention_factor")
+    if kind == "longrope":
+        return RopeScaling(kind, factor, original, attention_factor=attention_factor)
     default = RopeScaling()
     return RopeScaling(
         kind,
-        given.number("factor", longest / original, positive=True),
+        factor,
         original,
-        attention_factor=given.optional_number("attention_factor"),
+        attention_factor=attention_factor,
         beta_fast=given.number("beta_fast", default.beta_fast, positive=True),
         beta_slow=given.number("beta_slow", default.beta_slow, positive=True),
         mscale=given.optional_number("mscale"),
@@ -271,7 +288,7 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
     )
 
 
-def _described_ropes(config: ModelConfig) -> dict[str, Any]:
+def described_ropes(config: ModelConfig) -> dict[str, Any]:
     """``rope_parameters``, by kind of layer where those differ."""
     common = Rope(config.rope_theta, config.rotary_dim, config.rope_scaling)
     if not config.ropes:
@@ -287,7 +304,11 @@ def _described(rope: Rope, head_dim: int) -> dict[str, Any]:
     return {
         "rope_type": rope.scaling.kind,
         "rope_theta": rope.theta,
-        **{name: value for name, value in given.items() if value is not None},
+        **{
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in given.items()
+            if v is not None
+        },
         **({} if fraction == 1 else {"partial_rotary_factor": fraction}),
     }
 

@@ -65,7 +65,8 @@ def head(config: ModelConfig) -> Extent:
     return Extent(1, config.head_dim)
 
 
-def _everywhere(config: ModelConfig, layer: int) -> bool:
+def everywhere(config: ModelConfig, layer: int) -> bool:
+    """Every layer has it."""
     return True
 
 
@@ -78,7 +79,10 @@ class Module:
     ``present`` says whether a layer has it; it is asked for layer 0 of a module outside of layers.
     ``experts`` measures ``{e}``. A ``tied`` module is the embedding again where the configuration
     ties them. ``offset`` is what a norm adds to its stored weight before it multiplies by it;
-    ``scale`` what an embedding's rows are multiplied by, if they are.
+    ``scale`` what an embedding's rows, or the logits of a head, are multiplied by, if they are;
+    ``cap`` the c of a head whose logits are c·tanh(x / c), 0 for one that caps none. ``neighbours``
+    says that the rotary embedding turns rows 2i and 2i + 1 of a head, not rows i and i + half of
+    those that it turns.
 
     ``reads`` names the module whose output is its x, up to things that commute with a scale of each
     channel: attention (over tokens), the product with a gate. Scales of channels are folded there
@@ -98,11 +102,13 @@ class Module:
     rows: tuple[Measure, ...]
     columns: Measure | None = None
     bias: bool | str = False
-    present: Callable[[ModelConfig, int], bool] = _everywhere
+    present: Callable[[ModelConfig, int], bool] = everywhere
     experts: Measure | None = None
     tied: bool = False
     offset: float = 0.0
     scale: Callable[[ModelConfig], float] | None = None
+    cap: Callable[[ModelConfig], float] | None = None
+    neighbours: bool = False
     reads: str | None = None
     part: int = 0
     stream: str | None = None

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.models.config import LONGEST, Rope, RopeScaling
+from slipstream.builder.models.module import Extent
 from slipstream.errors import CheckpointError
 
 Frequencies = NDArray[np.float32]
 
 
-def rotary_frequencies(rope: Rope) -> tuple[Frequencies, float]:
-    """Inverse frequencies ``[dim / 2]`` and the factor of cosines and sines (1 except for
-    YaRN).
+def rotary_frequencies(rope: Rope, length: int = 0) -> tuple[Frequencies, float]:
+    """Inverse frequencies ``[dim / 2]`` and the factor of cosines and sines (1 except for YaRN and
+    LongRoPE) for sequences of up to ``length`` tokens, which LongRoPE alone asks for.
 
     Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position
-    interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023). Raises CheckpointError
-    for numbers whose angles are not finite.
+    interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023), ``longrope`` (Ding et al.,
+    2024). Raises CheckpointError for numbers whose angles are not finite.
     """
     try:
         with np.errstate(all="ignore"):
-            frequencies, factor = _scaled(rope)
+            frequencies, factor = _scaled(rope, length)
             angles = [*(frequencies * np.float32(LONGEST)), np.float32(factor)]
     except (ArithmeticError, ValueError) as error:
         raise _no_angles(rope) from error
     if not np.all(np.isfinite(angles)):
         raise _no_angles(rope)
     return frequencies, factor
+
+
+def unrotated(rope: Rope) -> Rope:
+    """Angles of 0 for as many elements: positions stretched without end."""
+    return replace(rope, scaling=RopeScaling("linear", math.inf))
+
+
+def halves_of_neighbours(heads: Extent, rotary_dim: int) -> NDArray[np.intp]:
+    """The order of rows in which elements i and i + rotary_dim / 2 of every head are those that
+    stood at 2i and 2i + 1; elements that are not rotated stay."""
+    first = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
+    one = np.concatenate([first, np.arange(rotary_dim, heads.size)])
+    order: NDArray[np.intp] = np.arange(heads.units)[:, None] * heads.size + one
+    return order.reshape(-1)
 
 
 def _no_angles(rope: Rope) -> CheckpointError:
@@ -41,7 +56,7 @@ def _no_angles(rope: Rope) -> CheckpointError:
     )
 
 
-def _scaled(rope: Rope) -> tuple[Frequencies, float]:
+def _scaled(rope: Rope, length: int) -> tuple[Frequencies, float]:
     scaling, dim = rope.scaling, rope.dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers = np.power(np.float32(rope.theta), exponents, dtype=np.float32)
@@ -52,6 +67,8 @@ def _scaled(rope: Rope) -> tuple[Frequencies, float]:
         return np.asarray(plain / np.float32(scaling.factor), np.float32), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
+    if scaling.kind == "longrope":
+        return _longrope(powers, scaling, length), _longrope_attention_factor(scaling)
     return _yarn(plain, scaling, dim, rope.theta), _yarn_attention_factor(scaling)
 
 
@@ -81,6 +98,22 @@ def _yarn(plain: Frequencies, scaling: RopeScaling, dim: int, theta: float) -> F
     width = high - low if high != low else 0.001
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
     return np.asarray(plain / scaling.factor * ramp + plain * (1 - ramp), np.float32)
+
+
+def _longrope(powers: Frequencies, scaling: RopeScaling, length: int) -> Frequencies:
+    """Of all positions alike, by whether sequences may be longer than those of training."""
+    long = length > scaling.original_max_position_embeddings
+    factors = np.array(scaling.long_factor if long else scaling.short_factor, np.float32)
+    return np.asarray(np.float32(1) / (factors * powers), np.float32)
+
+
+def _longrope_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    original = scaling.original_max_position_embeddings
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(original))
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:

@@ -24,6 +24,17 @@ def _norm(node: ir.Node, context: Context) -> Kernel:
     return kernel
 
 
+def _layer_norm(node: ir.Node, context: Context) -> Kernel:
+    x, weight = required_names(node)
+    eps = node.attributes["epsilon"].as_float()
+
+    def kernel(run: Run) -> Sequence[Tensor]:
+        tokens, factors = run.values[x], run.values[weight]
+        return (torch.nn.functional.layer_norm(tokens, factors.shape, factors, eps=eps),)
+
+    return kernel
+
+
 def _add(node: ir.Node, context: Context) -> Kernel:
     a, b = required_names(node)
     return lambda run: (run.values[a] + run.values[b],)
@@ -54,6 +65,7 @@ def _order(node: ir.Node, context: Context) -> Kernel:
 
 BINDINGS: dict[str, Binding] = {
     "RMSNormalization": _norm,
+    "LayerNormalization": _layer_norm,
     "Add": _add,
     "Concat": _concat,
     "Mul": _scale,

@@ -20,6 +20,7 @@ EVERYTHING = BuildOptions(
     symmetric=True,
     kv_cache_dtype="int8",
     gemm_plugin="disable",
+    strict_tensors=True,
     max_batch_size=3,
     max_num_tokens=17,
     max_seq_len=99,

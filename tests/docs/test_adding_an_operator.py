@@ -19,17 +19,17 @@ USE = """
 import numpy as np
 import onnx
 import onnxruntime as ort
-from soft_cap.reference import soft_cap
+from squash.reference import squash
 
 from slipstream.plugins import library, native
 from slipstream.plugins.operators import OPERATORS
 
-modules = library.modules(["Linear", "SoftCap", "RotaryAngles"])
-assert modules == ("slipstream.plugins._cpu", "soft_cap._cpu"), modules
+modules = library.modules(["Linear", "Squash", "RotaryAngles"])
+assert modules == ("slipstream.plugins._cpu", "squash._cpu"), modules
 x = np.linspace(-9, 9, 12, dtype=np.float32).reshape(3, 4)
-want = soft_cap(x, 2.0)
-for isa in library.isas("soft_cap._cpu"):
-    (y,) = native.call(OPERATORS["SoftCap"], {"x": x, "cap": 2}, isa)
+want = squash(x, 2.0)
+for isa in library.isas("squash._cpu"):
+    (y,) = native.call(OPERATORS["Squash"], {"x": x, "cap": 2}, isa)
     np.testing.assert_allclose(y, want, rtol=1e-6)
 
 
@@ -40,8 +40,8 @@ def run(cap):
         options.register_custom_ops_library(library.path(module))
     helper = onnx.helper
     values = [helper.make_tensor_value_info(name, 1, ["a", "b"]) for name in "xy"]
-    node = helper.make_node("SoftCap", ["x"], ["y"], domain="soft_cap", cap=cap)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("soft_cap", 1)]
+    node = helper.make_node("Squash", ["x"], ["y"], domain="squash", cap=cap)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("squash", 1)]
     graph = helper.make_graph([node], "g", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})[0]
@@ -53,7 +53,7 @@ for cap, message in ((-2.0, "cap must be positive"), ("2", "cap is not of type f
     try:
         run(cap)
     except Exception as error:
-        assert "soft_cap.SoftCap: " in str(error) and message in str(error), error
+        assert "squash.Squash: " in str(error) and message in str(error), error
     else:
         raise AssertionError(f"a cap of {cap!r} was taken")
 """
@@ -61,7 +61,7 @@ ON_CUDA = """
 import numpy as np
 import onnx_ir as ir
 import torch
-from soft_cap.reference import soft_cap
+from squash.reference import squash
 from tests.plugins.interpreter import repair
 
 from slipstream.plugins.cuda.binding import Context, Run, bind
@@ -70,9 +70,9 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 repair()
 x = torch.linspace(-9, 9, 12).reshape(3, 4)
 value = ir.Value(name="x")
-node = ir.node("SoftCap", [value], {"cap": 2}, domain="soft_cap", name="cap")
+node = ir.node("Squash", [value], {"cap": 2}, domain="squash", name="cap")
 (y,) = bind(node, Context({}, Tactics((9, 0), "")))(Run({"x": x}, pdl=False))
-np.testing.assert_allclose(y.numpy(), soft_cap(x.numpy(), 2.0), rtol=1e-5)
+np.testing.assert_allclose(y.numpy(), squash(x.numpy(), 2.0), rtol=1e-5)
 """
 
 

@@ -8,11 +8,11 @@ from setuptools import setup
 from slipstream.plugins.build import BuildNative, NativeExtension
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slipstream_gemma3.gated_gelu import SPEC
+from slipstream_arcee.squared_relu import SPEC
 
 setup(
     ext_modules=[
-        NativeExtension("slipstream_gemma3._cpu", [SPEC], ["slipstream_gemma3/gated_gelu/cpu"])
+        NativeExtension("slipstream_arcee._cpu", [SPEC], ["slipstream_arcee/squared_relu/cpu"])
     ],
     cmdclass={"build_ext": BuildNative},
 )

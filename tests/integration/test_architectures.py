@@ -12,12 +12,25 @@ from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from slipstream.builder.build import build
@@ -41,6 +54,38 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Granite 3's, each of its own.
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.03,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 3.0,
+}
+BY_KIND: dict[str, Any] = {
+    "full_attention": YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# GLM's token of padding is beyond a small vocabulary.
+GLM = {**TINY_SHAPE, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1}
+MINISTRAL = {**TINY_SHAPE, "head_dim": 16}
+# Temperatures of four lengths within a prompt.
+TEMPERATURE: dict[str, Any] = {
+    **YARN,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+SMOLLM3 = {**TINY_SHAPE, "num_hidden_layers": 4, "pad_token_id": 0}
+PHI3 = {**TINY_SHAPE, "pad_token_id": 0}
+# Of a head of 16 elements; an engine for more than the original length has the long factors.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0, 14.0],
+}
 EXPERTS: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 2}
 QWEN_EXPERTS: dict[str, Any] = {
     "num_experts": 6,
@@ -48,7 +93,33 @@ QWEN_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "head_dim": 16,
 }
+GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
+GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
+COHERE2 = {**TINY_SHAPE, "num_hidden_layers": 4, "eos_token_id": 1}
 CONFIGS: dict[str, Any] = {
+    "cohere2": Cohere2Config(**COHERE2, sliding_window=17),
+    "cohere2-untied-biases": Cohere2Config(
+        **COHERE2, tie_word_embeddings=False, attention_bias=True, logit_scale=0.5
+    ),
+    "cohere2-layers": Cohere2Config(
+        **COHERE2, sliding_window=9, layer_types=["full_attention", "sliding_attention"] * 2
+    ),
+    "glm": GlmConfig(**GLM),
+    "glm-tied": GlmConfig(**GLM, tie_word_embeddings=True),
+    "glm4": Glm4Config(**GLM),
+    "glm4-no-biases": Glm4Config(**GLM, attention_bias=False),
+    "glm4-head-dim": Glm4Config(**{**GLM, "head_dim": 24}),
+    "glm4-rotary": Glm4Config(**GLM | {"partial_rotary_factor": 1.0}),
+    "glm4-rope-yarn": Glm4Config(**GLM, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
+    "granite": GraniteConfig(**TINY_SHAPE),
+    "granite-multipliers": GraniteConfig(**TINY_SHAPE, **MULTIPLIERS),
+    "granite-tied-biases": GraniteConfig(
+        **TINY_SHAPE,
+        **MULTIPLIERS,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
     "llama": LlamaConfig(**TINY_SHAPE),
     "llama-tied": LlamaConfig(**TINY_SHAPE, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**TINY_SHAPE, attention_bias=True, mlp_bias=True),
@@ -60,6 +131,52 @@ CONFIGS: dict[str, Any] = {
     "llama-rope-yarn": LlamaConfig(**TINY_SHAPE, rope_parameters=YARN),
     "mistral-window": MistralConfig(**TINY_SHAPE, sliding_window=17),
     "mistral-full": MistralConfig(**TINY_SHAPE, sliding_window=None),
+    "ministral-window": MinistralConfig(**MINISTRAL, sliding_window=17),
+    "ministral-full": MinistralConfig(
+        **MINISTRAL, sliding_window=9, layer_types=["full_attention"] * 3
+    ),
+    "ministral-both": MinistralConfig(
+        **MINISTRAL,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "ministral3": Ministral3Config(**MINISTRAL, rope_parameters={**TEMPERATURE}),
+    "ministral3-window": Ministral3Config(
+        **MINISTRAL, rope_parameters={**TEMPERATURE}, sliding_window=17
+    ),
+    "ministral3-cold": Ministral3Config(**MINISTRAL, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**TINY_SHAPE),
+    "olmo2-tied-biases": Olmo2Config(**TINY_SHAPE, tie_word_embeddings=True, attention_bias=True),
+    "olmo2-head-dim": Olmo2Config(**TINY_SHAPE | {"head_dim": 24}),
+    "olmo3": Olmo3Config(**TINY_SHAPE | {"num_hidden_layers": 4}, sliding_window=17),
+    "olmo3-full": Olmo3Config(**TINY_SHAPE, sliding_window=17, layer_types=["full_attention"] * 3),
+    "olmo3-rope-yarn": Olmo3Config(
+        **TINY_SHAPE | {"num_hidden_layers": 4}, sliding_window=9, rope_parameters=BY_KIND
+    ),
+    "phi3": Phi3Config(**PHI3),
+    "phi3-tied-window": Phi3Config(**PHI3, tie_word_embeddings=True, sliding_window=17),
+    "phi3-rotary": Phi3Config(**PHI3 | {"partial_rotary_factor": 0.75}),
+    "phi3-longrope-short": Phi3Config(
+        **PHI3, original_max_position_embeddings=512, rope_parameters={**LONGROPE}
+    ),
+    "phi3-longrope-long": Phi3Config(
+        **PHI3, original_max_position_embeddings=64, rope_parameters={**LONGROPE}
+    ),
+    "phi3-longrope-factors": Phi3Config(
+        **PHI3,
+        original_max_position_embeddings=64,
+        rope_parameters={**LONGROPE, "attention_factor": 1.3, "factor": 2.0},
+    ),
+    "phi3-longrope-rotary": Phi3Config(
+        **PHI3,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            **LONGROPE,
+            "partial_rotary_factor": 0.75,
+            "short_factor": LONGROPE["short_factor"][:6],
+            "long_factor": LONGROPE["long_factor"][:6],
+        },
+    ),
     "qwen2": Qwen2Config(**TINY_SHAPE),
     "qwen2-window": Qwen2Config(
         **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
@@ -77,6 +194,43 @@ CONFIGS: dict[str, Any] = {
         **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
     ),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SMOLLM3),
+    "smollm3-untied-biases": SmolLM3Config(
+        **SMOLLM3, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "smollm3-interval": SmolLM3Config(**SMOLLM3, no_rope_layer_interval=2),
+    "smollm3-layers": SmolLM3Config(**SMOLLM3, no_rope_layers=[0, 1, 1, 0]),
+    "smollm3-window": SmolLM3Config(**SMOLLM3, use_sliding_window=True, sliding_window=17),
+    "gemma": GemmaConfig(**GEMMA),
+    "gemma-untied-biases": GemmaConfig(**GEMMA, tie_word_embeddings=False, attention_bias=True),
+    # Caps that the scores and logits of a tiny model reach.
+    "gemma2": Gemma2Config(**GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=1.5),
+    "gemma2-no-caps": Gemma2Config(
+        **GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None
+    ),
+    "gemma2-untied-biases": Gemma2Config(**GEMMA2, tie_word_embeddings=False, attention_bias=True),
+    "gemma2-layer-types": Gemma2Config(
+        **GEMMA2, layer_types=["full_attention", "full_attention", "sliding_attention"]
+    ),
+    "gemma2-rope-linear": Gemma2Config(
+        **GEMMA2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
+    ),
+    "gemma3": Gemma3TextConfig(
+        **GEMMA2, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+    ),
+    "gemma3-windows-only": Gemma3TextConfig(**GEMMA2),
+    "gemma3-final-cap": Gemma3TextConfig(**GEMMA2, final_logit_softcapping=1.5),
+    "gemma3-untied-biases": Gemma3TextConfig(
+        **GEMMA2, tie_word_embeddings=False, attention_bias=True
+    ),
+    "gemma3-ropes": Gemma3TextConfig(
+        **GEMMA2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
 
@@ -89,6 +243,20 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "engine", BuildOptions())
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(prompts)).logits.numpy()
+    actual = run_in_chunks(tmp_path / "engine", prompts)
+    assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
+def test_longrope_of_an_engine_within_the_original_length_has_its_short_factors(
+    tmp_path: Path,
+) -> None:
+    config = Phi3Config(**PHI3, original_max_position_embeddings=128, rope_parameters={**LONGROPE})
+    checkpoint = save_tiny(config, tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "engine", BuildOptions(max_seq_len=128))
+    prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(prompts)).logits.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_p
     prompts = rng.integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
     exact, theirs = (reference_logits(checkpoint, prompts, d) for d in ("float32", "bfloat16"))
     ours = logits_in_chunks(tmp_path / "engine", prompts)
+    assert distance(ours, exact) < 1.5 * distance(theirs, exact) + 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.kernel
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
+@pytest.mark.usefixtures("uncaptured")
+def test_caps_and_norms_on_both_sides(tmp_path: Path) -> None:
+    """A layer of each kind, few tokens, no step of one: the interpreter takes seconds for each."""
+    config = copy.deepcopy(CONFIGS["gemma2"])
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    checkpoint = save_tiny(config, tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda"))
+    prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, 22))
+    exact, theirs = (reference_logits(checkpoint, prompts, d) for d in ("float32", "bfloat16"))
+    ours = logits_in_chunks(tmp_path / "engine", prompts, chunks=(19, 3))
     assert distance(ours, exact) < 1.5 * distance(theirs, exact) + 1e-3
 
 

@@ -35,6 +35,7 @@ from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_q
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.plugins.soft_cap.cuda import soft_cap
 from slipstream.weights.tensor import WeightFormat
 
 _TYPES = {
@@ -143,6 +144,7 @@ def elementwise(capability: tuple[int, int], pdl: bool) -> None:
     rms_norm(x, weight, 1e-5, pdl=pdl)
     rms_norm(x, weight, 1e-5, residual=x, pdl=pdl)
     gated_activation(x, pdl=pdl)
+    soft_cap(x.float(), 30.0, pdl=pdl)
     rotary_angles(torch.zeros(4, dtype=torch.int32), torch.ones(64), pdl=pdl)
     if capability >= (8, 9):
         rms_norm_quantized(x, weight, 1e-5, torch.float8_e4m3fn, pdl=pdl)

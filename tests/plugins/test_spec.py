@@ -40,7 +40,7 @@ def test_specs_are_consistent(name: str) -> None:
         assert attribute.default is None or type(attribute.default) is kinds[attribute.type]
 
 
-@pytest.mark.parametrize("name", ["GatedActivation", "FusedAddRMSNorm"])
+@pytest.mark.parametrize("name", ["GatedActivation", "FusedAddRMSNorm", "SoftCap"])
 def test_a_plain_reference_takes_what_the_spec_names(name: str) -> None:
     spec = OPERATORS[name]
     parameters = [*inspect.signature(reference_of(spec)).parameters]

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.integration.test_architectures import CONFIGS as ALL
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -32,6 +35,35 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral-window": MistralConfig(**TINY_SHAPE, sliding_window=16),
     "qwen2": Qwen2Config(**TINY_SHAPE),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=32),
+    **{
+        name: ALL[name]
+        for name in (
+            "cohere2",
+            "glm4",
+            "granite-multipliers",
+            "ministral-both",
+            "ministral3",
+            "olmo3-rope-yarn",
+            "phi3-longrope-long",
+            "smollm3-window",
+        )
+    },
+    "gemma2": Gemma2Config(
+        **TINY_SHAPE,
+        head_dim=16,
+        pad_token_id=0,
+        query_pre_attn_scalar=24,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=1.5,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **TINY_SHAPE,
+        head_dim=16,
+        pad_token_id=0,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 WINDOWS = [np.arange(5, 45, dtype=np.int32), np.arange(100, 180, dtype=np.int32)]
 

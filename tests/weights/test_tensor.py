@@ -20,6 +20,7 @@ from slipstream.weights.tensor import (
     WeightFormat,
     is_finite,
     pack_nibbles,
+    reorder_rows,
     stack_rows,
 )
 
@@ -114,3 +115,17 @@ def test_a_stacked_weight_without_a_second_scale_has_one_of_one() -> None:
     parts = [_random(0, 2, form), _random(1, 3, form, scale2=np.array([4], np.float32))]
     want = np.concatenate([part.load().dequantize() for part in parts])
     np.testing.assert_array_equal(stack_rows(parts).load().dequantize(), want)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+@pytest.mark.parametrize("order", [[1, 0, 3, 2, 5, 4, 7, 6], [7, 0, 3, 2, 5, 4, 1, 6]])
+def test_rows_in_another_order_decode_as_they_did(block: int, order: list[int]) -> None:
+    """The second order leaves every block of rows, so that rows get scales of their own."""
+    form = WeightFormat((8, 64), "int", "float32", 4, 16, rows=block)
+    tensor = _random(0, 8, form).load()
+    assert tensor.scale is not None
+    tensor = replace(tensor, scale=tensor.scale[: 8 // block])
+    moved = reorder_rows(LazyTensor("w", form, lambda: tensor), np.array(order))
+    np.testing.assert_array_equal(moved.load().dequantize(), tensor.dequantize()[order])
+    assert moved.format == moved.load().format
+    assert moved.format.rows == (block if order[0] == 1 else 1)

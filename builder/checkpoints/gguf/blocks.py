@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.gguf.codes import BLOCKS, BlockType
 from slipstream.errors import CheckpointError
-from slipstream.weights.tensor import QuantTensor, WeightFormat
+from slipstream.weights.tensor import QuantTensor, WeightFormat, reordered
 
 Bytes = NDArray[np.uint8]
 
@@ -94,9 +94,4 @@ def undo_rope_permutation(tensor: QuantTensor, heads: int) -> QuantTensor:
             "file contradicts itself: download it again"
         )
     order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
-    return dataclasses.replace(
-        tensor,
-        codes=tensor.codes[order],
-        scale=None if tensor.scale is None else tensor.scale[order],
-        offset=None if tensor.offset is None else tensor.offset[order],
-    )
+    return reordered(tensor, order)

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids, token_id
 from slipstream.builder.models import architectures
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
+from slipstream.builder.models.config import FULL, SLIDING
 from slipstream.builder.models.huggingface_config import rotary_fraction
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import is_integer, shortened
 
+# Divisors of frequencies: Llama 3's, and those of LongRoPE.
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
     {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -26,10 +29,10 @@ _LLAMA3 = MappingProxyType(
 def huggingface_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: NDArray[np.generic] | None,
+    rope_factors: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
-    """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and the tensor
-    ``rope_freqs.weight`` [rotary_dim/2] of a file that has one."""
+    """A ``config.json`` from metadata, the shapes of the tensors by GGUF name, and those of
+    ``ROPE_FACTORS`` [rotary_dim/2] that the file has."""
     keys = _Keys(str(metadata.get("general.architecture")), metadata)
     architecture = _architecture(keys)
     experts = keys.get("expert_count", 0)
@@ -44,7 +47,8 @@ def huggingface_config(
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
     rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
-    return {
+    assert architecture.gguf is not None
+    found = {
         "model_type": architecture.name,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": keys.count("embedding_length"),
@@ -54,7 +58,8 @@ def huggingface_config(
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": keys.get("attention.layer_norm_epsilon", None)
+        or keys.need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_theta": theta,
             "partial_rotary_factor": rotary_fraction(rotary_dim, head_dim),
@@ -63,8 +68,9 @@ def huggingface_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": end_token_ids(metadata),
-        **_own_keys(architecture, keys),
+        **_own_keys(architecture.gguf, keys),
     }
+    return {**found, **architecture.gguf.concluded(found)}
 
 
 def _architecture(keys: _Keys) -> Architecture:
@@ -86,9 +92,11 @@ def _fit(architecture: Architecture, keys: _Keys) -> int:
     return 0 if mark is None else 1 if keys.get(mark, 0) else -1
 
 
-def _own_keys(architecture: Architecture, keys: _Keys) -> dict[str, Any]:
-    assert architecture.gguf is not None
-    found = {ours: keys.get(theirs, None) for ours, theirs in architecture.gguf.keys.items()}
+def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
+    found = {
+        ours: keys.layer_kinds(theirs) if ours == "layer_types" else keys.get(theirs, None)
+        for ours, theirs in family.keys.items()
+    }
     return {ours: value for ours, value in found.items() if value is not None}
 
 
@@ -110,6 +118,13 @@ class _Keys:
                 )
             return value[0]
         return default if value is None else value
+
+    def layer_kinds(self, key: str) -> list[str] | None:
+        """What a list that says of each layer whether it has a window says; None without one."""
+        value = self._metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return None
+        return [SLIDING if windowed else FULL for windowed in value]
 
     def need(self, key: str) -> Any:  # noqa: ANN401
         value = self.get(key, None)
@@ -141,10 +156,16 @@ class _Keys:
 
 
 def _rope_scaling(
-    keys: _Keys, factors: NDArray[np.generic] | None, theta: float, rotary_dim: int
+    keys: _Keys, factors: Mapping[str, NDArray[np.float32]], theta: float, rotary_dim: int
 ) -> dict[str, Any]:
-    if factors is not None:
-        return _llama3_scaling(factors.astype(np.float64).ravel(), theta, rotary_dim)
+    llama3, *longrope = (factors.get(name) for name in ROPE_FACTORS)
+    if llama3 is not None:
+        return _llama3_scaling(llama3.astype(np.float64).ravel(), theta, rotary_dim)
+    short, long = (None if each is None else each.ravel().tolist() for each in longrope)
+    if short is not None or long is not None:
+        attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+        divisors = {"short_factor": short, "long_factor": long}
+        return {"rope_type": "longrope", "attention_factor": attention_factor, **divisors}
     # Without a type it is linear; the factor's first name was another.
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", None))

@@ -24,7 +24,7 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     undo_rope_permutation,
     weight_format,
 )
-from slipstream.builder.checkpoints.gguf.config import huggingface_config
+from slipstream.builder.checkpoints.gguf.config import ROPE_FACTORS, huggingface_config
 from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
 from slipstream.builder.models import architecture_of
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 _MEND_TEMPLATE = (
     "copy the file with another: gguf-new-metadata --chat-template-file chat_template.jinja OLD NEW"
 )
-# Consumed by the configuration: Llama 3's frequency divisors.
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +97,15 @@ class GGUFCheckpoint:
         return tensor
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> GGUFCheckpoint:
-    """Opens a GGUF file; reads metadata, no weights."""
+def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> GGUFCheckpoint:
+    """Opens a GGUF file, which holds no more than a text model; reads metadata, no weights."""
     path = Path(source)
     file = read_gguf(path)
-    factors = file.tensors.get(_ROPE_FACTORS)
+    factors = {name: _dense(file.tensors[name]) for name in ROPE_FACTORS if name in file.tensors}
     raw = huggingface_config(
         file.metadata,
         {name: tensor.shape for name, tensor in file.tensors.items()},
-        None if factors is None else _dense(factors),
+        factors,
     )
     config = ModelConfig.from_huggingface(raw)
     architecture = architecture_of(config.architecture)
@@ -128,7 +126,9 @@ def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:
 
 
 def _by_huggingface_name(file: GGUFFile, architecture: Architecture) -> dict[str, GGUFTensor]:
-    names = {name: architecture.from_gguf(name) for name in file.tensors if name != _ROPE_FACTORS}
+    names = {
+        name: architecture.from_gguf(name) for name in file.tensors if name not in ROPE_FACTORS
+    }
     unknown = [name for name, ours in names.items() if ours is None]
     if unknown:
         raise CheckpointError(

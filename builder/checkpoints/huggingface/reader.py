@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,13 @@ from slipstream.builder.checkpoints.base import (
     generation_config,
     unknown_tensor,
     write_json,
+)
+from slipstream.builder.checkpoints.huggingface.text_model import (
+    counted,
+    text_config,
+    text_modules,
+    text_name,
+    text_tensors,
 )
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
@@ -34,6 +41,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
+_HEAD = "lm_head.weight"
 _CONFIG_AGAIN = "download config.json again"
 _MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
 _TOKENIZER_FILES = (
@@ -87,13 +95,22 @@ class HuggingFaceCheckpoint:
             (directory / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> HuggingFaceCheckpoint:
-    """Opens a directory that has config.json; reads headers and small tensors, no weights."""
+def open_checkpoint(
+    source: str | os.PathLike[str], *, strict: bool = False
+) -> HuggingFaceCheckpoint:
+    """Opens a directory that has config.json; reads headers and small tensors, no weights.
+
+    Of a model that sees or hears, too, the text model is opened; with ``strict`` it is refused.
+    """
     path = Path(source)
-    raw = _config(path)
+    raw, stored = _config(path), _weights(path)
     quantization = quantization_config(path, raw)
-    config = ModelConfig.from_huggingface(raw.values)
-    stored = _with_embedding(_weights(path), config)
+    text = _text_config(raw, stored)
+    if text is not None:
+        stored = _without_others(path, stored, strict=strict)
+        quantization = None if quantization is None else text_modules(quantization)
+    config = ModelConfig.from_huggingface((text or raw).values)
+    stored = _with_embedding(stored, config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
     weights = read_quantized(Stored(path, stored), config, quantization)
@@ -107,6 +124,27 @@ def files_of(path: Path) -> list[Path]:
     shards = set(_shards(path).values()) if (path / _INDEX).is_file() else set()
     names = {_CONFIG, _INDEX, _WEIGHTS, _TEMPLATE, *_TOKENIZER_FILES, *SIDE_FILES, *shards}
     return [path / name for name in sorted(names) if (path / name).is_file()]
+
+
+def _text_config(raw: Fields, stored: Iterable[str]) -> Fields | None:
+    return text_config(raw, has_head=any(text_name(name) == _HEAD for name in stored))
+
+
+def _without_others(
+    path: Path, stored: Mapping[str, StoredTensor], *, strict: bool
+) -> dict[str, StoredTensor]:
+    """The text model's tensors; the others are named, and refused if they must be."""
+    text = text_tensors(stored)
+    if text.left_out and strict:
+        raise CheckpointError(
+            f"{path} holds {len(text.left_out)} tensors beside its text model "
+            f"({counted(text.left_out)}), which would be left out; build without --strict-tensors"
+        )
+    logger.warning(
+        "%s: its text model is read; %d tensors beside it are left out (%s)",
+        path.name, len(text.left_out), counted(text.left_out),
+    )  # fmt: skip
+    return dict(text.tensors)
 
 
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
@@ -196,14 +234,15 @@ def _sharded_weights(path: Path, shard_of: Mapping[str, str]) -> dict[str, Store
 
 def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -> None:
     """Ends of a completion that only config.json names go into the file as well."""
-    config = checkpoint.config
+    config, raw = checkpoint.config, _config(checkpoint.path)
     known = generation_config(config.bos_token_id, config.eos_token_ids)
     if not file.is_file():
         write_json(file, known)
         return
     given = read_fields(file)
     # An architecture's default says nothing about this model.
-    if not given.has("eos_token_id") and _config(checkpoint.path).has("eos_token_id"):
+    says = raw.has("eos_token_id") or raw.fields("text_config", {}).has("eos_token_id")
+    if not given.has("eos_token_id") and says:
         write_json(file, {**given.values, "eos_token_id": list(config.eos_token_ids)})
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.checkpoints.base import Checkpoint, read_json, write_json
+from slipstream.builder.checkpoints.base import Checkpoint, write_json
+from slipstream.builder.checkpoints.huggingface.text_model import text_config
 from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.quantized.layout import Layout, Settings
 from slipstream.builder.models.huggingface_config import describe
+from slipstream.weights.json import read_fields
 from slipstream.weights.safetensors import (
     ArraySpec,
     read_header,
@@ -123,6 +125,13 @@ def _source_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     ``dtype`` is that of the dense weights.
     """
     path = checkpoint.path / "config.json"
-    config = read_json(path) if path.is_file() else describe(checkpoint.config)
+    config = _text_alone(path, checkpoint) if path.is_file() else describe(checkpoint.config)
     config = {key: value for key, value in config.items() if key not in _REPLACED}
     return {**config, "dtype": dtype}
+
+
+def _text_alone(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's own keys, without those of models that see or hear."""
+    raw = read_fields(path)
+    tied = checkpoint.config.tie_word_embeddings
+    return dict((text_config(raw, has_head=not tied) or raw).values)

@@ -27,6 +27,7 @@ from slipstream.builder.targets.cpu.elementwise import (
     lower_add_rms_norm,
     lower_gated_activation,
     lower_rms_norm,
+    lower_soft_cap,
 )
 from slipstream.builder.targets.cpu.experts import lower_expert_linear
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
@@ -51,6 +52,7 @@ _LOWER: tuple[Pass, ...] = (
     lower_add_rms_norm,
     lower_rms_norm,
     lower_gated_activation,
+    lower_soft_cap,
     store_dense_weights,
 )
 

@@ -1,4 +1,4 @@
-"""Norms and gates that no Linear absorbed, on ONNX Runtime's kernels."""
+"""Norms and gates that no Linear absorbed, and soft caps, on ONNX Runtime's kernels."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def lower_gated_activation(program: Program) -> int:
     nodes = program.nodes("GatedActivation")
     for node in nodes:
         _lower_gate(program, node)
+    return len(nodes)
+
+
+def lower_soft_cap(program: Program) -> int:
+    """A soft cap as Div, Tanh and Mul."""
+    nodes = program.nodes("SoftCap")
+    for node in nodes:
+        number = np.array(node.attributes["cap"].as_float(), np.float32)
+        cap, y = program.constant("cap", number), node.outputs[0]
+        ratio = ir.node("Div", [node.inputs[0], cap], num_outputs=1, name=f"{node.name}/0")
+        bounded = ir.node("Tanh", ratio.outputs, num_outputs=1, name=f"{node.name}/1")
+        product = ir.node("Mul", [bounded.outputs[0], cap], num_outputs=1, name=f"{node.name}/2")
+        for made in (ratio, bounded, product):
+            made.outputs[0].name, made.outputs[0].shape = f"{made.name}/0", y.shape
+            made.outputs[0].type = y.type
+        replace(program, [node], [ratio, bounded, product], {y: product.outputs[0]})
     return len(nodes)
 
 

@@ -87,8 +87,8 @@ class StoreVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
-    """Gives ``dtype`` to every value between operators but the logits, the rotary angles and what
-    a router says."""
+    """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
+    the rotary angles and what a router says."""
 
     dtype: str
 
@@ -99,7 +99,8 @@ class SetPrecision:
             if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
-                if not value.is_graph_output():
+                capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())
+                if not value.is_graph_output() and not capped:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed

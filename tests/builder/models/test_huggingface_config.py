@@ -8,7 +8,25 @@ import re
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Cohere2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from slipstream.builder.models.config import ModelConfig, RopeScaling
 from slipstream.builder.models.huggingface_config import describe, rotary_fraction
@@ -16,10 +34,28 @@ from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.errors import CheckpointError, EngineMismatchError
 
 CLASSES: dict[str, Any] = {
+    "GemmaForCausalLM": GemmaConfig,
+    "Gemma2ForCausalLM": Gemma2Config,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
+    "MinistralForCausalLM": MinistralConfig,
+    "Ministral3ForCausalLM": Ministral3Config,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "Cohere2ForCausalLM": Cohere2Config,
+    "GlmForCausalLM": GlmConfig,
+    "Glm4ForCausalLM": Glm4Config,
+    "GraniteForCausalLM": GraniteConfig,
+    "Olmo2ForCausalLM": Olmo2Config,
+    "Olmo3ForCausalLM": Olmo3Config,
+    "Phi3ForCausalLM": Phi3Config,
+    "SmolLM3ForCausalLM": SmolLM3Config,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 9.0, 10.0, 11.0, 12.0],
 }
 SMALL = {
     "vocab_size": 100,
@@ -60,6 +96,16 @@ def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN4
     return ModelConfig.from_huggingface({"architectures": [architecture], **SMALL, **changes})
 
 
+def by_kind(raw: dict[str, Any]) -> dict[str, Any]:
+    """With rotary parameters, if there are any, of full attention."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if given is None:
+        return raw
+    full = {"rope_theta": SMALL["rope_theta"], "rope_type": given.get("type"), **given}
+    others = {key: value for key, value in raw.items() if key != "rope_scaling"}
+    return others | {"rope_parameters": {"full_attention": full}}
+
+
 @pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize(
     "raw",
@@ -77,6 +123,14 @@ def huggingface(architecture: str, **changes: Any) -> ModelConfig:  # noqa: ANN4
     ],
 )
 def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, Any]) -> None:
+    if architecture == "Olmo3ForCausalLM":
+        raw = by_kind(raw)
+    if architecture == "Phi3ForCausalLM" and raw.keys() & {"rope_scaling", "rope_parameters"}:
+        raw = {**SMALL, "rope_scaling": LONGROPE, "partial_rotary_factor": 1.0}
+    if architecture == "Gemma3ForCausalLM" and "rope_parameters" in raw:
+        raw = {**raw, "rope_parameters": {"full_attention": raw["rope_parameters"]}}
+    if architecture == "Gemma3ForCausalLM":  # which has no older name of the kind
+        raw = json.loads(json.dumps(raw).replace('"type"', '"rope_type"'))
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -87,28 +141,57 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
     default = theirs.hidden_size // theirs.num_attention_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", default)
-    assert ours.rotary_dim == ours.head_dim
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or default)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    name = "layer_norm_eps" if hasattr(theirs, "layer_norm_eps") else "rms_norm_eps"
+    assert ours.rms_norm_eps == getattr(theirs, name)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
-    assert ours.eos_token_ids == (() if eos is None else tuple(eos if raw else [eos]))
-    rope = theirs.rope_parameters
+    assert list(ours.eos_token_ids) == (
+        [] if eos is None else eos if isinstance(eos, list) else [eos]
+    )
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rotary_dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1))
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.rope_scaling.kind == rope["rope_type"]
-    for key in set(rope) - {"rope_theta", "rope_type", "type"}:
-        assert getattr(ours.rope_scaling, key) == rope[key]
+    others = {"partial_rotary_factor", "max_position_embeddings", "llama_4_scaling_beta"}
+    for key in set(rope) - {"rope_theta", "rope_type", "type"} - others:
+        value = getattr(ours.rope_scaling, key)
+        assert (list(value) if isinstance(value, tuple) else value) == rope[key]
 
 
 @pytest.mark.parametrize(
     ("architecture", "changes", "window", "layers"),
     [
         ("LlamaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GemmaForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Gemma2ForCausalLM", {}, 4096, [4096, 0, 4096, 0]),
+        ("Gemma2ForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("Gemma3ForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 2}, 4096, [4096, 0, 4096, 0]),
+        (
+            "Gemma3ForCausalLM",
+            {"layer_types": ["sliding_attention"] + ["full_attention"] * 3},
+            4096,
+            [4096, 0, 0, 0],
+        ),
         ("MistralForCausalLM", {}, 4096, [4096] * 4),
         ("MistralForCausalLM", {"sliding_window": 64}, 64, [64] * 4),
         ("MistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("MinistralForCausalLM", {}, 4096, [4096] * 4),
+        ("MinistralForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        (
+            "MinistralForCausalLM",
+            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            64,
+            [0, 64, 0, 64],
+        ),
+        ("Olmo3ForCausalLM", {}, 4096, [4096, 4096, 4096, 0]),
+        ("Olmo3ForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
+        ("SmolLM3ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("SmolLM3ForCausalLM", SLIDING, 64, [0, 0, 0, 64]),
+        ("SmolLM3ForCausalLM", SLIDING | {"no_rope_layers": [1, 0, 1, 0]}, 64, [0, 64, 0, 64]),
         ("Qwen2ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("Qwen2ForCausalLM", SLIDING, 64, [0, 0, 64, 64]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 4}, None, [0, 0, 0, 0]),
@@ -133,7 +216,18 @@ def test_windows_layer_by_layer(
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
+        ("Cohere2ForCausalLM", (True, True, False, False)),
+        ("GlmForCausalLM", (True, False, False, False)),
+        ("Glm4ForCausalLM", (True, False, False, False)),
+        ("GraniteForCausalLM", (True, True, True, False)),
+        ("Olmo2ForCausalLM", (True, True, False, False)),
+        ("Olmo3ForCausalLM", (True, True, False, False)),
+        ("Phi3ForCausalLM", (False, False, False, False)),
+        ("SmolLM3ForCausalLM", (True, True, True, False)),
         ("LlamaForCausalLM", (True, True, True, False)),
+        ("GemmaForCausalLM", (True, True, False, False)),
+        ("Gemma2ForCausalLM", (True, True, False, False)),
+        ("Gemma3ForCausalLM", (True, True, False, True)),
         ("MistralForCausalLM", (False, False, False, False)),
         ("Qwen2ForCausalLM", (True, False, False, False)),
         ("Qwen3ForCausalLM", (True, True, False, True)),
@@ -185,7 +279,7 @@ def test_the_model_type_stands_in_for_missing_architectures() -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Mistral",
+            "GPT2LMHeadModel is not supported; expected one of LlamaForCausalLM, Gemma",
         ),
         ({}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -214,7 +308,32 @@ def test_layer_types_must_be_known_and_complete(kinds: list[str]) -> None:
         huggingface("Qwen3ForCausalLM", **SLIDING, layer_types=kinds)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN])
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_has_three_names_and_the_length_beside_it_counts(kind: str) -> None:
+    scaling = LONGROPE | {"type": kind}
+    bare = huggingface("Phi3ForCausalLM", rope_scaling=scaling).rope_scaling
+    outer = huggingface(
+        "Phi3ForCausalLM", rope_scaling=scaling, original_max_position_embeddings=128
+    ).rope_scaling
+
+    assert bare.original_max_position_embeddings == 4096
+    assert (bare.kind, bare.factor, bare.long_factor[-1]) == ("longrope", 512 / 4096, 12.0)
+    assert (outer.original_max_position_embeddings, outer.factor) == (128, 4.0)
+
+
+@pytest.mark.parametrize(("length", "divisor"), [(127, 4.5), (128, 4.5), (129, 12.0)])
+def test_longrope_has_its_long_factors_beyond_the_original_length(
+    length: int, divisor: float
+) -> None:
+    config = huggingface(
+        "Phi3ForCausalLM", rope_scaling=LONGROPE, original_max_position_embeddings=128
+    )
+    frequencies, factor = rotary_frequencies(config.rope(0), length)
+    assert frequencies[-1] == pytest.approx(500000.0 ** (-14 / 16) / divisor)
+    assert factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN, LONGROPE])
 def test_json_brings_back_the_same_configuration(scaling: dict[str, Any] | None) -> None:
     config = huggingface("MistralForCausalLM", rope_scaling=scaling)
 
@@ -366,6 +485,7 @@ def test_llama3_needs_a_band_between_its_frequencies(low: float) -> None:
         {"rope_scaling": YARN | {"beta_fast": 1e308}},
         {"rope_scaling": YARN | {"factor": 1e-300}},
         {"rope_scaling": YARN | {"attention_factor": 1e300}},
+        {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 1}},
         {"rope_scaling": YARN | {"attention_factor": None, "mscale_all_dim": -7.213475204444817}},
     ],
 )
@@ -374,3 +494,25 @@ def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> Non
     config = huggingface("LlamaForCausalLM", **changes)
     with pytest.raises(CheckpointError, match=r"^config\.json: rope_theta .* not finite; correct"):
         rotary_frequencies(config.rope(0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("GraniteForCausalLM", "residual_multiplier", 0),
+        ("GraniteForCausalLM", "logits_scaling", "8"),
+        ("GraniteForCausalLM", "attention_multiplier", -0.1),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 7}),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"long_factor": [0.0] * 8}),
+        ("Phi3ForCausalLM", "rope_scaling", LONGROPE | {"long_factor": None}),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1]),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1, 2]),
+        ("SmolLM3ForCausalLM", "no_rope_layer_interval", 0),
+        ("Olmo3ForCausalLM", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}),
+    ],
+)
+def test_a_value_that_a_family_cannot_have_is_refused(
+    architecture: str, key: str, value: object
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"^config.json: {key}"):
+        huggingface(architecture, **{key: value})

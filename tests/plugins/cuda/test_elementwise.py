@@ -1,13 +1,17 @@
-"""The CUDA kernels of norms, gated activations and rotary angles against their references."""
+"""The CUDA kernels of norms, gates, rotary angles and soft caps against their references."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp import cuda as gated
 from slipstream.plugins.gated_mlp import reference as gated_reference
@@ -15,6 +19,8 @@ from slipstream.plugins.rms_norm import cuda as norm
 from slipstream.plugins.rms_norm import reference as norm_reference
 from slipstream.plugins.rotary import cuda as rotary
 from slipstream.plugins.rotary import reference as rotary_reference
+from slipstream.plugins.soft_cap import cuda as cap
+from slipstream.plugins.soft_cap import reference as cap_reference
 
 pytestmark = pytest.mark.kernel
 
@@ -139,3 +145,30 @@ def test_no_rows(device: str) -> None:
     assert isinstance(y, torch.Tensor) and y.shape == (0, 64)
     assert gated.gated_activation(nothing).shape == (0, 32)
     assert norm.quantize_rows(nothing, torch.int8)[1].shape == (0, 1)
+
+
+@pytest.mark.parametrize("width", [7, 1100])
+@pytest.mark.parametrize("cap_value", [0.5, 30.0])
+def test_soft_cap(width: int, cap_value: float, device: str) -> None:
+    """Far beyond the cap on both sides, too, and into a given place."""
+    x = rows(3, width, dtype=torch.float32, device=device)
+    x[0] *= 1e4
+    out = torch.empty_like(x)
+    assert cap.soft_cap(x, cap_value, out=out) is out
+    want = cap_reference.soft_cap(numpy(x), cap_value)
+    np.testing.assert_allclose(numpy(out), want, rtol=1e-5, atol=1e-6)
+    assert cap.soft_cap(x, cap_value, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_layer_norm_takes_the_mean_away(device: str) -> None:
+    x, w = ir.Value(name="x"), ir.Value(name="w")
+    node = ir.node("LayerNormalization", [x, w], {"axis": -1, "epsilon": EPS}, num_outputs=1)
+    values = {
+        "x": rows(5, 64, dtype=torch.bfloat16, device=device) + 3,
+        "w": rows(64, dtype=torch.bfloat16, device=device, seed=1),
+    }
+    kernel = BINDINGS["LayerNormalization"](node, SimpleNamespace())  # type: ignore[arg-type]
+    (got,) = kernel(SimpleNamespace(values=values))  # type: ignore[arg-type]
+    centred = numpy(values["x"]) - numpy(values["x"]).mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
+    assert_close(got, centred / deviation * numpy(values["w"]))

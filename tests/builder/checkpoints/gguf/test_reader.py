@@ -194,13 +194,16 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
     ("model", "message"),
     [
         (
-            TinyModel("gemma"),
-            "'gemma', which is not supported; expected one of llama, qwen2, qwen3",
+            TinyModel("bert"),
+            "'bert', which is not supported; expected one of llama, gemma, gemma2,",
         ),
         (changed(expert_count=8), "mixture of 8 experts"),
         (changed(split__count=3), "one of 3 parts, and its name does not say .* --merge"),
         (changed(attention__head_count_kv=[2, 4]), r"differs between layers \(\[2, 4\]\)"),
-        (changed(rope__scaling__type="longrope", rope__scaling__factor=2.0), "'longrope'"),
+        (
+            changed(rope__scaling__type="longrope", rope__scaling__factor=2.0),
+            "short_factor is None",
+        ),
         (
             changed(rope__scaling__type="yarn", rope__scaling__attn_factor=1.5),
             "yarn rope scaling has an attn_factor",

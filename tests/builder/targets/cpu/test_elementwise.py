@@ -9,6 +9,7 @@ from slipstream.builder.targets.cpu.elementwise import (
     lower_add_rms_norm,
     lower_gated_activation,
     lower_rms_norm,
+    lower_soft_cap,
 )
 from slipstream.plugins.gated_mlp import GATES
 
@@ -67,4 +68,17 @@ def test_every_gate(gate: int) -> None:
     inputs["a"] *= 20
     want = evaluate(program, inputs)
     assert lower_gated_activation(program) == 1
+    assert_close(run(program, inputs), want, 1e-6)
+
+
+def test_soft_caps_keep_their_values_apart() -> None:
+    program = parse(
+        """g (float[T, 64] a) => (float[T, 64] y, float[T, 64] z) {
+          y = slipstream.SoftCap <cap = 0.5> (a)
+          z = slipstream.SoftCap <cap = 20.0> (a)
+        }"""
+    )
+    inputs, want = feeds(program), outputs(program)
+    assert lower_soft_cap(program) == 2
+    assert [node.op_type for node in program.graph] == ["Div", "Tanh", "Mul"] * 2
     assert_close(run(program, inputs), want, 1e-6)

@@ -1,0 +1,1 @@
+"""Arcee for Slipstream, as a package of its own."""

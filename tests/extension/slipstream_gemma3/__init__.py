@@ -1,1 +1,0 @@
-"""Gemma 3 for Slipstream, as a package of its own."""
