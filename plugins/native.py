@@ -63,11 +63,16 @@ def call(
     """The outputs that a kernel makes of inputs and attributes by name (see ``arguments``)."""
     sizes = _sizes(spec, values)
     outputs = {
-        tensor.name: np.full(_shape(tensor, sizes), np.nan, cpu_dtypes(tensor)[0])
+        tensor.name: _unwritten(_shape(tensor, sizes), np.dtype(cpu_dtypes(tensor)[0]))
         for tensor in spec.outputs
     }
     run(spec, arguments(spec, values, outputs), isa, threads)
     return tuple(outputs.values())
+
+
+def _unwritten(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that shows what no kernel has written."""
+    return np.full(shape, np.iinfo(dtype).min if dtype.kind == "i" else np.nan, dtype)
 
 
 def _sizes(spec: OperatorSpec, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,11 +96,10 @@ def _members(tensor: TensorSpec, array: Array | None, sizes: Mapping[str, int]) 
     assert dtype in cpu_dtypes(tensor), f"{tensor.name} has dtype {dtype}"
     assert array.flags.c_contiguous, f"{tensor.name} of shape {array.shape} is not contiguous"
     assert not tensor.shape or array.shape == _shape(tensor, sizes), (tensor.name, array.shape)
-    return {
-        tensor.name: array.ctypes.data,
-        f"{tensor.name}_type": ELEMENT_TYPES[dtype],
-        f"{tensor.name}_size": array.size,
-    }
+    members = {tensor.name: array.ctypes.data, f"{tensor.name}_size": array.size}
+    if len(cpu_dtypes(tensor)) > 1:
+        members[f"{tensor.name}_type"] = ELEMENT_TYPES[dtype]
+    return members
 
 
 @cache

@@ -217,13 +217,13 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << 4), np.uint8)
 
 
-def stack_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """Weights of one format (but for their rows) as one, rows in order; biases likewise along
-    their only axis."""
+def stack_rows(tensors: Sequence[LazyTensor], name: str | None = None) -> LazyTensor:
+    """Weights of one format (but for their rows) as one of that name, rows in order; biases
+    likewise along their only axis."""
     assert all(tensor.input is None for tensor in tensors), "apply_input_transforms comes first"
     first = tensors[0].format
     rows = sum(tensor.format.shape[0] for tensor in tensors)
-    name = _joint_name([tensor.name for tensor in tensors])
+    name = name or _joint_name([tensor.name for tensor in tensors])
     shape = (rows, *first.shape[1:])
 
     def load() -> QuantTensor:

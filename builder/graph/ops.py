@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +32,14 @@ from slipstream.weights.tensor import LazyTensor
 Dim = int | str
 Attributes = dict[str, int | float | list[int]]
 FLOAT = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where the tokens go: experts and their weights, ``[T, top_k]``."""
+
+    ids: ir.Value
+    weights: ir.Value
 
 
 class Ops:
@@ -115,6 +124,52 @@ class Ops:
         assert isinstance(width, int)
         shape = _rows(gate_up), width // 2
         return self._node("GatedActivation", [gate_up], shape, {"gate": GATES[gate]}, DOMAIN)
+
+    def router(
+        self, logits: ir.Value, attributes: Attributes, correction: LazyTensor | None = None
+    ) -> Routes:
+        """The experts of each token by logits ``[T, E]``; ``attributes`` are those of
+        ``plugins/router``."""
+        inputs = [logits]
+        if correction is not None:
+            inputs.append(self.program.add_weight(correction))
+        shape = ir.Shape((_rows(logits), int(attributes["top_k"])))  # type: ignore[arg-type]
+        name = self._unique("/".join([*self._path, "Router"]))
+        outputs = [
+            ir.Value(name=f"{name}/{part}", shape=shape, type=ir.TensorType(kind))
+            for part, kind in (("ids", ir.DataType.INT32), ("weights", FLOAT))
+        ]
+        typed = {**OPERATORS["Router"].typed(attributes)}
+        self.program.graph.append(
+            ir.node("Router", inputs, typed, domain=DOMAIN, outputs=outputs, name=name)
+        )
+        return Routes(*outputs)
+
+    def expert_linear(
+        self,
+        x: ir.Value,
+        weight: LazyTensor,
+        routes: Routes,
+        attributes: Attributes,
+        bias: LazyTensor | None = None,
+    ) -> ir.Value:
+        """Rows of x times the weights ``[experts * N, K]`` of their experts; ``attributes`` are
+        those of ``plugins/expert_linear`` but for sizes, and the number of experts."""
+        experts = int(attributes["experts"])  # type: ignore[arg-type]
+        reduce, gated = attributes.get("reduce", 0), attributes.get("gated", 0)
+        rows, width = weight.format.shape[0] // experts, weight.format.shape[1]
+        top_k = _shape(routes.ids)[1]
+        assert isinstance(top_k, int) and isinstance(gated, int)
+        tokens = _rows(routes.ids)
+        inputs: list[ir.Value | None] = [x, self.program.add_weight(weight), routes.ids]
+        inputs.append(routes.weights if reduce else None)
+        inputs.append(None if bias is None else self.program.add_weight(bias))
+        while inputs[-1] is None:
+            inputs.pop()
+        sizes: Attributes = {"in_features": width, "out_features": rows, "top_k": top_k}
+        made = tokens if reduce else f"{tokens}*{top_k}"
+        shape = made, rows // (1 + gated)
+        return self._node("ExpertLinear", inputs, shape, {**attributes, **sizes}, DOMAIN)
 
     def paged_attention(
         self,

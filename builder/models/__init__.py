@@ -19,8 +19,10 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "slipstream.builder.models.gemma2",
     "Gemma3ForCausalLM": "slipstream.builder.models.gemma3",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
+    "MixtralForCausalLM": "slipstream.builder.models.mixtral",
     "Qwen2ForCausalLM": "slipstream.builder.models.qwen2",
     "Qwen3ForCausalLM": "slipstream.builder.models.qwen3",
+    "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
 }
 
 

@@ -89,6 +89,14 @@ class Architecture:
         module = self.module(tensor.rpartition(".")[0])
         return module is not None and module.tied and config.tie_word_embeddings
 
+    def has(self, config: ModelConfig, name: str) -> bool:
+        """Whether a checkpoint of this configuration has a module, by its name there."""
+        module = self.module(name)
+        numbers = pattern(module.name).fullmatch(name) if module is not None else None
+        if module is None or numbers is None:
+            return False
+        return module.present(config, int(numbers.groupdict().get("i") or 0))
+
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """Whether a module, by its name in a checkpoint, has a bias."""
         module = self.module(name)

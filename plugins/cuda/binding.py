@@ -7,7 +7,7 @@ returns a ``Kernel``, in which everything that is known before a step is decided
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -53,13 +53,15 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a call can reach: tensors by name, the step, and where the result must go."""
+    """Everything that a call can reach: tensors by name, the step, where the result must go, and
+    what calls of a step make once for each other."""
 
     values: Environment
     pdl: bool
     step: Step | None = None
     memory: Memory | None = None
     out: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def get(self, name: str | None) -> Tensor | None:
         """A tensor, or None for an input left out."""

@@ -8,9 +8,9 @@ MAX_EXPERTS = 4096  # far beyond any model
 
 SPEC = OperatorSpec(
     name="Router",
-    doc="The top_k experts of each token, best first; of equal ones the first. Experts are chosen by "
-    "score plus correction, within the top_groups groups of neighbours whose two best add up to the "
-    "most, and weighted by their scores.",
+    doc="The top_k experts of each token, best first; of equal ones the first. Experts are chosen "
+    "by score plus correction, within the top_groups groups of neighbours whose two best add up to "
+    "the most, and weighted by their scores.",
     inputs=(
         TensorSpec("logits", ACTIVATION_DTYPES, ("tokens", "experts"), "one of each expert"),
         TensorSpec(

@@ -17,8 +17,10 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from slipstream.builder.build import build
@@ -44,6 +46,13 @@ YARN = {
 }
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 16,
+}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**TINY_SHAPE),
     "llama-tied": LlamaConfig(**TINY_SHAPE, tie_word_embeddings=True),
@@ -61,6 +70,17 @@ CONFIGS: dict[str, Any] = {
         **TINY_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**TINY_SHAPE, head_dim=16),
+    "mixtral": MixtralConfig(**TINY_SHAPE, **EXPERTS),
+    "mixtral-window": MixtralConfig(**TINY_SHAPE, **EXPERTS, sliding_window=17),
+    "mixtral-all": MixtralConfig(**TINY_SHAPE, num_local_experts=3, num_experts_per_tok=3),
+    "mixtral-one": MixtralConfig(**TINY_SHAPE, num_local_experts=1, num_experts_per_tok=1),
+    "qwen3-moe": Qwen3MoeConfig(**TINY_SHAPE, **QWEN_EXPERTS),
+    "qwen3-moe-renormalized": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, norm_topk_prob=True, attention_bias=True
+    ),
+    "qwen3-moe-dense-layers": Qwen3MoeConfig(
+        **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
+    ),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "gemma": GemmaConfig(**GEMMA),
     "gemma-untied-biases": GemmaConfig(**GEMMA, tie_word_embeddings=False, attention_bias=True),

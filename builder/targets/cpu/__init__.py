@@ -29,6 +29,7 @@ from slipstream.builder.targets.cpu.elementwise import (
     lower_rms_norm,
     lower_soft_cap,
 )
+from slipstream.builder.targets.cpu.experts import lower_expert_linear
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
 from slipstream.plugins.linear.cpu.packing import can_pack
@@ -44,6 +45,7 @@ _ACTIVATIONS = "to int8 in blocks of 32, each by its own range"
 _FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
 _LOWER: tuple[Pass, ...] = (
     fuse_add_rms_norm,
+    lower_expert_linear,
     lower_dense_linear,
     pack_embedding,
     lower_dense_embedding,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,16 +14,17 @@ from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
 from slipstream.plugins.linear.cuda.tactics import describe
 from slipstream.weights.safetensors import ArraySpec
-from slipstream.weights.tensor import numpy_dtype
+from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
 SUFFIX = ".cuda"
+_PACKED = ("Linear", "ExpertLinear", "Embedding")
 log = logging.getLogger(__name__)
 _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
 class PackWeights:
-    """Stores the weight of every Linear and Embedding as one blob.
+    """Stores the weight of every Linear, ExpertLinear and Embedding as one blob.
 
     ``dtype`` is that of dense weights; kernels hold every other one (``DequantizeUnheld``).
     """
@@ -32,12 +33,14 @@ class PackWeights:
 
     def __call__(self, program: Program) -> int:
         """Pack every weight; a tied one is stored once."""
-        nodes = [*program.nodes("Linear"), *program.nodes("Embedding")]
+        nodes = [n for kind in _PACKED for n in program.nodes(kind)]
         kernels: Counter[str] = Counter()
         for node in nodes:
             tensor = program.weight_of(node)
             if tensor.format.kind == "dense":
                 tensor = as_dense(tensor, self.dtype)
+            if node.op_type == "ExpertLinear":
+                tensor = _unrounded(tensor)
             if node.op_type == "Linear":
                 kernels[describe(tensor.format)] += 1
             part = ArraySpec(
@@ -50,6 +53,16 @@ class PackWeights:
         for kernel, count in kernels.items():
             log.info("%d linears run on %s", count, kernel)
         return len(nodes)
+
+
+def _unrounded(tensor: LazyTensor) -> LazyTensor:
+    """The weight for a kernel that takes x as it is."""
+    fmt = replace(tensor.format, activation="none")
+
+    def load() -> QuantTensor:
+        return replace(tensor.load(), format=fmt, input_scale=None)
+
+    return LazyTensor(tensor.name, fmt, load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +88,7 @@ class StoreVectors:
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    and the rotary angles."""
+    the rotary angles and what a router says."""
 
     dtype: str
 
@@ -83,7 +96,7 @@ class SetPrecision:
         """Set the types."""
         changed = 0
         for node in program.graph:
-            if node.op_type == "RotaryAngles":
+            if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
                 capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())

@@ -26,7 +26,7 @@ def _prefetch(pointers):
 
 
 @triton.jit
-def _product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
+def product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + the product of w [BN, k] and x [BM, k]: [BN, BM] with SWAP, or [BM, BN]."""
     if WIDEN:  # Triton's interpreter cannot multiply bfloat16
         w = w.to(tl.float32)
@@ -44,7 +44,7 @@ def float8_bits(codes):
 
 
 @triton.jit
-def _narrow(w, x):
+def narrow(w, x):
     """w in x's type; float8 by way of float16, which GPUs convert fastest."""
     if w.dtype == tl.uint8:
         w = float8_bits(w)
@@ -56,36 +56,36 @@ def _narrow(w, x):
 
 
 @triton.jit
-def _along(values, ROWS: tl.constexpr):
+def along(values, ROWS: tl.constexpr):
     """A vector as a column (ROWS) or a row of a matrix."""
     return values[:, None] if ROWS else values[None, :]
 
 
 @triton.jit
-def _epilogue(
+def epilogue(
     acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
     SWAP: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     inside_n = n < width
     if NORM:
-        acc = acc * _along(inverse, not SWAP)
+        acc = acc * along(inverse, not SWAP)
         if GATED:
-            up = up * _along(inverse, not SWAP)
+            up = up * along(inverse, not SWAP)
     if SCALE:
-        acc = acc * _along(tl.load(row_scale + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
+        acc = acc * along(tl.load(row_scale + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
         if GATED:
             scales = tl.load(row_scale + width + n, mask=inside_n, other=0.0).to(tl.float32)
-            up = up * _along(scales, SWAP)
+            up = up * along(scales, SWAP)
     if BIAS:
-        acc += _along(tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
+        acc += along(tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32), SWAP)
         if GATED:
             biases = tl.load(bias + width + n, mask=inside_n, other=0.0).to(tl.float32)
-            up += _along(biases, SWAP)
+            up += along(biases, SWAP)
     if GATED:
         acc = gate_up_of(acc, up, GATED)
-    at = _along(m, not SWAP) * width + _along(n, SWAP)
-    inside = _along(m < tokens, not SWAP) & _along(inside_n, SWAP)
+    at = along(m, not SWAP) * width + along(n, SWAP)
+    inside = along(m < tokens, not SWAP) & along(inside_n, SWAP)
     if RESIDUAL:
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
@@ -99,7 +99,7 @@ def _finish(
     NORM: tl.constexpr,
 ):  # fmt: skip
     if SPLIT == 1:
-        _epilogue(
+        epilogue(
             acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
             SWAP, GATED, SCALE, BIAS, RESIDUAL, NORM,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _finish(
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         SIZE: tl.constexpr = BM * BN
         BOTH: tl.constexpr = 2 if GATED else 1
-        local = _along(tl.arange(0, BN), SWAP) + _along(tl.arange(0, BM), not SWAP) * BN
+        local = along(tl.arange(0, BN), SWAP) + along(tl.arange(0, BM), not SWAP) * BN
         mine = partial + (tl.program_id(2) * tiles + tile) * (BOTH * SIZE)
         tl.store(mine + local, acc)
         if GATED:
@@ -123,7 +123,7 @@ def _finish(
                 acc += tl.load(theirs + local, cache_modifier=".cg")
                 if GATED:
                     up += tl.load(theirs + SIZE + local, cache_modifier=".cg")
-            _epilogue(
+            epilogue(
                 acc, up, inverse, y, row_scale, bias, residual, m, n, tokens, width,
                 SWAP, GATED, SCALE, BIAS, RESIDUAL, NORM,
             )  # fmt: skip
@@ -190,23 +190,23 @@ def dot_float(
             w_up = tl.load(up_at + base, mask=inside, other=0.0)
         if NORM:
             xs, squares = _normed(xs, gain, base + k, squares, K)
-        w = _narrow(w, xs)
+        w = narrow(w, xs)
         if GATED:
-            w_up = _narrow(w_up, xs)
+            w_up = narrow(w_up, xs)
         if SCALE == "block":
             factor = tl.load(scale + (row // 128) * BLOCKS + tl.minimum(base // 128, BLOCKS - 1))
-            acc += _product(w, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * _along(factor, SWAP)
+            acc += product(w, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * along(factor, SWAP)
             if GATED:
                 factor = tl.load(
                     scale + ((row + width) // 128) * BLOCKS + tl.minimum(base // 128, BLOCKS - 1)
                 )
-                up += _product(w_up, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * _along(
+                up += product(w_up, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * along(
                     factor, SWAP
                 )
         else:
-            acc = _product(w, xs, acc, SWAP, WIDEN)
+            acc = product(w, xs, acc, SWAP, WIDEN)
             if GATED:
-                up = _product(w_up, xs, up, SWAP, WIDEN)
+                up = product(w_up, xs, up, SWAP, WIDEN)
     inverse = tl.rsqrt(squares / K + eps) if NORM else squares
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
@@ -245,7 +245,7 @@ def _in_mantissa(words, PLACE: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _decode(
+def decode(
     words, i: tl.constexpr, scale, shift, row_start, group, GROUPS: tl.constexpr,
     DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     COMPILED: tl.constexpr,
@@ -333,17 +333,17 @@ def dot_int(
             xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
             if NORM:
                 xs, squares = _normed(xs, gain, k, squares, K)
-            w = _decode(
+            w = decode(
                 words, i, scale, shift, row * GROUPS, stored * COUNT, GROUPS,
                 DTYPE, BITS, GROUP, ZERO, not WIDEN,
             )  # fmt: skip
-            acc = _product(w, xs, acc, SWAP, WIDEN)
+            acc = product(w, xs, acc, SWAP, WIDEN)
             if GATED:
-                w = _decode(
+                w = decode(
                     up_words, i, scale, shift, (row + width) * GROUPS, stored * COUNT, GROUPS,
                     DTYPE, BITS, GROUP, ZERO, not WIDEN,
                 )  # fmt: skip
-                up = _product(w, xs, up, SWAP, WIDEN)
+                up = product(w, xs, up, SWAP, WIDEN)
     inverse = tl.rsqrt(squares / K + eps) if NORM else squares
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,

@@ -1,0 +1,108 @@
+"""The CUDA kernels of ExpertLinear against its NumPy reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.plugins.linear.weights import random_weight
+
+from slipstream.plugins.expert_linear import reference
+from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear, group
+from slipstream.plugins.gated_mlp import GATES
+from slipstream.plugins.linear.cuda.packing import pack
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.weights.tensor import WeightFormat
+
+pytestmark = pytest.mark.kernel
+
+Floats = NDArray[np.float32]
+EXPERTS, TOP_K, N, K = 5, 2, 48, 96
+ROWS = EXPERTS * N
+FORMATS = {
+    "bf16": WeightFormat((ROWS, K), "dense", "bfloat16"),
+    "fp8": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K),
+    "fp8block": WeightFormat((EXPERTS * 256, 160), "float8_e4m3", "float32", 8, 128, rows=128),
+    "int4g32z": WeightFormat((ROWS, K), "int", "float16", 4, 32, "zero"),
+    "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
+    "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
+    "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
+}
+TOKENS = (1, 3, 21)
+
+
+def choices(tokens: int) -> NDArray[np.int32]:
+    """Different experts for each token; nobody chooses the last."""
+    rng = np.random.default_rng(tokens)
+    return np.array([rng.permutation(EXPERTS - 1)[:TOP_K] for _ in range(tokens)], np.int32)
+
+
+def run(name: str, tokens: int, device: str, **options: Any) -> tuple[Floats, Floats]:  # noqa: ANN401
+    """What the kernels give and what the reference does."""
+    weight, reduce = random_weight(FORMATS[name]), options.get("reduce", False)
+    rng = np.random.default_rng(1)
+    n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
+    dtype = torch.bfloat16
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)).to(dtype).to(device)
+
+    x, bias = tensor(tokens * (TOP_K if reduce else 1), k), tensor(EXPERTS * n)
+    residual = tensor(tokens, n) if reduce else None
+    factors = rng.uniform(0, 1, (tokens, TOP_K)).astype(np.float32) if reduce else None
+    ids = choices(tokens)
+    packed = DeviceWeight.from_blob(torch.from_numpy(pack(weight)).to(device), weight.format)
+    got = expert_linear(
+        x,
+        Experts(packed, EXPERTS, bias, **options),
+        torch.from_numpy(ids).to(device),
+        None if factors is None else torch.from_numpy(factors).to(device),
+        residual,
+    )
+    want = reference.expert_linear(
+        exact(x), weight, ids, factors, bias=exact(bias), experts=EXPERTS,
+        residual=None if residual is None else exact(residual), activation="none", **options,
+    )  # fmt: skip
+    return exact(got), want
+
+
+def exact(tensor: torch.Tensor) -> Floats:
+    return np.asarray(tensor.float().cpu().numpy())
+
+
+def assert_close(got: Floats, want: Floats) -> None:
+    assert not np.isnan(got).any()
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-2 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: str) -> None:
+    gate = (None, *GATES.values())[(list(FORMATS).index(name) + tokens) % (1 + len(GATES))]
+    options = {} if gate is None else {"gated": True, "gate": gate}
+    assert_close(*run(name, tokens, device, **options))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) -> None:
+    assert_close(*run(name, tokens, device, reduce=True))
+
+
+def test_pairs_are_grouped_by_expert_in_their_order(device: str) -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (300, 2)).astype(np.int32)
+    ids[ids == 4] = 5  # an expert that nobody chooses
+    found = group(torch.from_numpy(ids).to(device), 8)
+    flat = ids.reshape(-1)
+    np.testing.assert_array_equal(found.order.cpu(), np.argsort(flat, kind="stable"))
+    counts = np.bincount(flat, minlength=8)
+    np.testing.assert_array_equal(found.ends.cpu(), np.cumsum(counts))
+    tiles = [(e, first) for e, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True))
+             for first in range(end - count, end, found.block)]  # fmt: skip
+    total = int(found.total)
+    assert total == len(tiles) <= found.tiles
+    experts, firsts = found.tile_experts[:total].tolist(), found.tile_firsts[:total].tolist()
+    assert list(zip(experts, firsts, strict=True)) == tiles
