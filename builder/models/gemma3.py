@@ -74,7 +74,11 @@ ARCHITECTURE = Architecture(
     write=write,
     gguf=GGUFFamily(
         "gemma3",
-        keys={**GGUF_KEYS, "rope_local_base_freq": "rope.freq_base_swa"},
+        keys={
+            **GGUF_KEYS,
+            "rope_local_base_freq": "rope.freq_base_swa",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
+        },
         concluded=_concluded,
     ),
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.tiny_models import TINY_SHAPE, save_tiny
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.models.config import ModelConfig
@@ -34,6 +34,9 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "llama-biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "gemma2": Gemma2Config(
+        **SHAPE, head_dim=16, pad_token_id=0, query_pre_attn_scalar=24, attn_logit_softcapping=5.0
+    ),
 }
 
 
