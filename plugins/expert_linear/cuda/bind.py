@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 from torch import Tensor
@@ -17,7 +18,8 @@ from slipstream.plugins.cuda.binding import (
 )
 from slipstream.plugins.expert_linear.cuda.experts import GEMV_TOKENS, Experts, Grouping, group
 from slipstream.plugins.expert_linear.cuda.experts import expert_linear as multiply
-from slipstream.plugins.linear.cuda.bind import weight_of
+from slipstream.plugins.linear.cuda.packing import format_of
+from slipstream.plugins.linear.cuda.weight import DeviceWeight
 
 
 def expert_linear(node: ir.Node, context: Context) -> Kernel:
@@ -25,8 +27,11 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
     x, ids = name_of(node.inputs[0]), name_of(node.inputs[2])
     *_, weights, bias, residual = input_names(node, 6)
     attributes = attributes_of(node)
+    fmt = format_of(attributes)
+    rows, columns = fmt.shape
+    fmt = replace(fmt, shape=(attributes["experts"] * rows, columns))
     experts = Experts(
-        weight_of(node, context.constants),
+        DeviceWeight.from_blob(context.constants[name_of(node.inputs[1])], fmt),
         attributes["experts"],
         None if bias is None else context.constants[bias],
         bool(attributes["reduce"]),

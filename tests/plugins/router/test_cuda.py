@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.plugins.router.test_kernel import CASES
+from tests.plugins.router.cases import CASES
 
 from slipstream.plugins.router import reference
 from slipstream.plugins.router.cuda import router
