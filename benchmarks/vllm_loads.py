@@ -8,9 +8,11 @@ The model, taken off the grid of its 4-bit file (``off_grid.py``), is quantized 
 checkpoint a format; what lies there is kept. The runtime goes on greedily with a few prompts, in a
 process of its own, with ``--site`` as its PYTHONPATH. Its tokens are judged by our reading of the
 same files, in float32 with inputs rounded as the format says: at every token, how far the logit of
-what was said lies below the highest. Both round on the way, so that near-ties may fall otherwise;
-a weight that was read wrongly shows as a margin of many units. Beside them, how many tokens our
-own engine says alike before the first that differs.
+what was said lies below the highest. A runtime rounds to bfloat16 on the way, so that near-ties may
+fall otherwise: what that may do is taken from our own reading of the same files in bfloat16. Beside
+them, the same of our own engine, and how many tokens both say alike before the first that differs:
+from there on they answer different texts. Rows of other formats that
+``--json`` has already stay there.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Tokens = list[list[int]]
 
 FORMATS = ("int4_awq", "int4_gptq", "int8_sq", "fp8", "fp8_block")
@@ -34,8 +39,13 @@ PROMPTS = (
     "Translate into French: the cat sleeps on the warm stone.",
 )
 NEW_TOKENS = 48
-# In units of the logits: twice what bfloat16 and rounded inputs were seen to move one.
-NEAR_TIE = 0.75
+# What is proved is how files are read, not how good they are: little text serves.
+CALIBRATION = {"calib_size": 8, "calib_max_seq_length": 256}
+EVALUATED_CHARACTERS = 1000
+# Times the mean and largest margin of what our own reading prefers once it rounds to bfloat16: a
+# runtime rounds in other places, and in kernels of its own. vLLM was seen at 0.6 to 1.2 times;
+# neighbouring columns swapped in one linear gave at least 2.4 times the largest, 5 times the mean.
+TOLERANCE = 2
 # A runtime on one GPU, without a network, compilation or a sampler that compiles itself.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
@@ -49,7 +59,8 @@ def say_vllm(checkpoint: str, prompts: Tokens, count: int) -> Tokens:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=1024,
-        gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=256 << 20,
+        gpu_memory_utilization=0.1,
         enforce_eager=True,
         enable_prefix_caching=False,
     )
@@ -76,27 +87,31 @@ LOADERS = {"vllm": say_vllm, "transformers": say_transformers}
 
 
 def make(model: Path, directory: Path, formats: list[str]) -> None:
-    """The checkpoints that are not there yet, and the dense one that they are made of."""
+    """The checkpoints that are not there yet, and the dense one that they are made of; one that was
+    cut short is gone on with."""
     from accuracy import SEED, TEXTS, text_of
     from off_grid import OffGridCheckpoint, write_directory
 
     from slipstream.builder.checkpoints import open_checkpoint
-    from slipstream.quantize.options import QuantizeOptions
+    from slipstream.quantize.options import SCHEMES, QuantizeOptions
     from slipstream.quantize.quantize import quantize
 
-    dense = directory / "dense"
-    if not (dense / "config.json").exists():
-        write_directory(OffGridCheckpoint(open_checkpoint(model), SEED), dense)
-    text = directory / "evaluation.txt"
-    text.write_text((TEXTS / "evaluation_prose.txt").read_text()[:4000])
+    dense, text = directory / "dense", directory / "evaluation.txt"
+    if not text.exists():
+        text.write_text((TEXTS / "evaluation_prose.txt").read_text()[:EVALUATED_CHARACTERS])
+    if not dense.exists():
+        part = directory / "dense.part"
+        write_directory(OffGridCheckpoint(open_checkpoint(model), SEED), part).rename(dense)
     for qformat in formats:
         if (directory / qformat).exists():
             continue
         started = time.perf_counter()
-        options: Any = {"qformat": qformat, "calib_size": 8, "eval_dataset": str(text)}
-        quantize(dense, directory / qformat, QuantizeOptions(**options), text_of)
+        options: Any = {"qformat": qformat, "eval_dataset": str(text)}
+        options |= {} if SCHEMES[qformat].algorithm == "rtn" else CALIBRATION
+        quantize(dense, directory / qformat, QuantizeOptions(**options), text_of, resume=True)
         seconds = time.perf_counter() - started
-        print(f"made {qformat}: {megabytes(directory / qformat):.1f} MB, {seconds:.0f} s")
+        size = megabytes(directory / qformat)
+        print(f"made {qformat}: {size:.1f} MB, {seconds:.0f} s", flush=True)
 
 
 def megabytes(checkpoint: Path) -> float:
@@ -118,12 +133,12 @@ def encoded(checkpoint: Path) -> Tokens:
 
 def say_elsewhere(
     loader: str, checkpoint: Path, prompts: Tokens, site: str | None, seconds: float
-) -> Tokens | str:
-    """What a runtime says, from a process of its own, or why it does not."""
-    inputs, outputs = checkpoint.parent / "prompts.json", checkpoint.parent / f"{loader}.json"
+) -> dict[str, Any] | str:
+    """What a runtime says and what it ran on, from a process of its own, or why it does not."""
+    stem = checkpoint.parent / f"{loader}-{checkpoint.name}"
+    inputs, outputs, log = (Path(f"{stem}{end}") for end in ("-prompts.json", ".json", ".log"))
     inputs.write_text(json.dumps([str(checkpoint), prompts, NEW_TOKENS]))
     outputs.unlink(missing_ok=True)
-    log = checkpoint.parent / f"{loader}-{checkpoint.name}.log"
     environment = {**os.environ, **OFFLINE} | ({"PYTHONPATH": site} if site else {})
     command = [sys.executable, __file__, "--child", loader, str(inputs), str(outputs)]
     with log.open("w") as file:
@@ -136,8 +151,8 @@ def say_elsewhere(
         except subprocess.CalledProcessError:
             lines = [line for line in log.read_text().splitlines() if "Error" in line]
             return f"{lines[-1].strip() if lines else 'failed'} ({log})"
-    said: Tokens = json.loads(outputs.read_text())
-    return said
+    found: dict[str, Any] = json.loads(outputs.read_text())
+    return found
 
 
 def say_ours(checkpoint: Path, prompts: Tokens, target: str) -> Tokens:
@@ -158,23 +173,28 @@ def say_ours(checkpoint: Path, prompts: Tokens, target: str) -> Tokens:
             return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def margins(checkpoint: Path, prompts: Tokens, said: Tokens) -> list[list[float]]:
-    """How far each token said lies below the likeliest of our float32 logits, given those before
-    it."""
-    import numpy as np
+def logits(checkpoint: Path, prompts: Tokens, said: Tokens, dtype: str) -> NDArray[np.float32]:
+    """Our reading's, ``[tokens, vocab]``: of each token said, given those before it."""
+    import torch
 
     from slipstream.builder.checkpoints import open_checkpoint
     from slipstream.quantize.forward import CheckpointModel
 
     windows = [np.array(p + s, np.int32) for p, s in zip(prompts, said, strict=True)]
+    model = CheckpointModel(open_checkpoint(checkpoint), getattr(torch, dtype))
     # No window is longer than a block of logits.
-    blocks = CheckpointModel(open_checkpoint(checkpoint)).logits(windows)
-    found = []
-    for prompt, tokens, logits in zip(prompts, said, blocks, strict=True):
-        rows = logits[len(prompt) - 1 : -1]
-        below = rows.max(axis=1) - rows[np.arange(len(tokens)), tokens]
-        found.append([round(float(value), 4) for value in below])
-    return found
+    blocks = zip(prompts, model.logits(windows), strict=True)
+    return np.concatenate([block[len(prompt) - 1 : -1] for prompt, block in blocks])
+
+
+def margins(exact: NDArray[np.float32], tokens: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    """How far tokens lie below the likeliest, in units of the logits."""
+    below = exact.max(axis=1) - exact[np.arange(len(tokens)), tokens]
+    return {
+        "likeliest": int((below == 0).sum()),
+        "mean_margin": round(float(below.mean()), 4),
+        "largest_margin": round(float(below.max()), 4),
+    }
 
 
 def alike(ours: Tokens, theirs: Tokens) -> list[int]:
@@ -188,21 +208,27 @@ def judged(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = encoded(checkpoint)
     row: dict[str, Any] = {"megabytes": round(megabytes(checkpoint), 1)}
     started = time.perf_counter()
-    said = say_elsewhere(
+    found = say_elsewhere(
         arguments.loader, checkpoint, prompts, arguments.site, arguments.seconds_each
     )
     row["seconds"] = round(time.perf_counter() - started, 1)
-    if isinstance(said, str):
-        return {**row, "passed": False, "error": said}
-    below = [value for answer in margins(checkpoint, prompts, said) for value in answer]
+    if isinstance(found, str):
+        return {**row, "passed": False, "error": found}
+    said, ours = found["said"], say_ours(checkpoint, prompts, arguments.target)
+    exact = logits(checkpoint, prompts, said, "float32")
+    theirs = margins(exact, np.concatenate(said))
+    rounded = margins(exact, logits(checkpoint, prompts, said, "bfloat16").argmax(axis=1))
+    engine = margins(logits(checkpoint, prompts, ours, "float32"), np.concatenate(ours))
+    allowed = {name: TOLERANCE * rounded[name] for name in ("mean_margin", "largest_margin")}
     return {
         **row,
-        "passed": max(below) <= NEAR_TIE,
-        "tokens": len(below),
-        "likeliest": sum(value == 0 for value in below),
-        "largest_margin": max(below),
-        "alike": alike(say_ours(checkpoint, prompts, arguments.target), said),
-        "said": said,
+        "passed": all(theirs[name] <= most for name, most in allowed.items()),
+        "tokens": len(exact),
+        **theirs,
+        "our_reading_in_bfloat16": rounded,
+        "our_engine": engine,
+        "alike": alike(ours, said),
+        **found,
     }
 
 
@@ -212,15 +238,25 @@ def line(qformat: str, row: dict[str, Any]) -> str:
     start = f"{qformat:10} {verdict:7}{row['megabytes']:7.1f} MB {row['seconds']:6.1f} s  "
     if "error" in row:
         return start + str(row["error"])
-    return start + (
-        f"likeliest by our logits {row['likeliest']} of {row['tokens']}, largest margin "
-        f"{row['largest_margin']:.3f}; as our engine for {row['alike']} tokens"
+    parts = [("", row), ("our reading in bfloat16 ", row["our_reading_in_bfloat16"])]
+    parts.append(("our engine ", row["our_engine"]))
+    told = "; ".join(
+        f"{name}{part['likeliest']} of {row['tokens']}, largest margin {part['largest_margin']:.3f}"
+        for name, part in parts
     )
+    return f"{start}likeliest by our logits {told}; as our engine for {row['alike']} tokens"
 
 
 def child(loader: str, inputs: Path, outputs: Path) -> None:
     """The runtime's own process."""
-    outputs.write_text(json.dumps(LOADERS[loader](*json.loads(inputs.read_text()))))
+    from importlib.metadata import version
+
+    import torch
+
+    said = LOADERS[loader](*json.loads(inputs.read_text()))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = {name: version(name) for name in (loader, "torch")}
+    outputs.write_text(json.dumps({"device": device, "versions": versions, "said": said}))
 
 
 def main() -> int:
@@ -243,11 +279,13 @@ def main() -> int:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     make(arguments.model, arguments.directory, arguments.formats)
     rows: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        rows = json.loads(arguments.json.read_text())["formats"]
     for qformat in [] if arguments.make else arguments.formats:
         rows[qformat] = judged(arguments.directory / qformat, arguments)
         print(line(qformat, rows[qformat]), flush=True)
         if arguments.json:
-            result = {"loader": arguments.loader, "near_tie": NEAR_TIE, "formats": rows}
+            result = {"loader": arguments.loader, "tolerance": TOLERANCE, "formats": rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(not all(row["passed"] for row in rows.values()))
 

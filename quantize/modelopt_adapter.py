@@ -75,7 +75,8 @@ def _export(checkpoint: Checkpoint, plan: Plan, tokens: Sequence[Tokens], direct
             f"{plan.options.qformat} needs nvidia-modelopt, which cannot be imported ({error}); "
             "install it: pip install 'slipstream[modelopt]'"
         ) from error
-    torch.set_num_threads(usable_cores())  # torch counts cores, and knows no quota
+    # torch knows OMP_NUM_THREADS and no quota.
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     model = _model(checkpoint)
 
     def forward_loop(model: torch.nn.Module) -> None:

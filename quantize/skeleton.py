@@ -38,7 +38,8 @@ class Skeleton:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        torch.set_num_threads(usable_cores())  # torch counts cores, and knows no quota
+        # torch knows OMP_NUM_THREADS and no quota.
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
         self.config = config
         self.dtype = dtype
