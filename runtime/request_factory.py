@@ -60,6 +60,7 @@ class RequestFactory:
         """Token ids of a conversation in the model's chat template."""
         check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
         text = self._tokenizer.apply_chat_template(messages, **template_options)
+        check_length(self._tokenizer, [text], self._max_seq_len)  # with roles, names and variables
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _encoded(self, text: str) -> list[int]:

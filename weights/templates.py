@@ -23,6 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from slipstream.weights.json import Origin
 
@@ -32,6 +33,7 @@ MAX_SECONDS = 1.0
 MAX_CHARACTERS = 1 << 26
 _MAX_ARGUMENT = 100_000  # of a width, an indent and the like; so many elements may a range have
 _MAX_BITS = 4096
+_MAX_ELEMENTS = 1 << 18  # of the lists in a value: more than a request may hold
 _COMPILE_ERRORS = (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -98,11 +100,23 @@ def _spend(characters: int = 0) -> None:
 
 def _charge(value: Any) -> Any:  # noqa: ANN401 - any value of a template
     """Count a step and what it made, in bytes as a list has them."""
-    if isinstance(value, str):
-        _spend(len(value))
-    else:
-        _spend(8 * len(value) if isinstance(value, list | tuple) else 0)
+    _spend(len(value) if isinstance(value, str) else 8 * _elements(value))
     return value
+
+
+def _elements(value: Any) -> int:  # noqa: ANN401
+    """How many elements the lists in a value have, each as often as it is there: a list of a list
+    twice, and so on, is small until it is written. What would be too long then is refused."""
+    count, characters, inside = 0, 0, [value]
+    while inside:
+        each = inside.pop()
+        if isinstance(each, str):
+            characters += len(each)
+        elif isinstance(each, list | tuple | dict):
+            count += len(each)
+            inside += [*each, *each.values()] if isinstance(each, dict) else each
+        _refuse_if(count > _MAX_ELEMENTS or characters > MAX_CHARACTERS)
+    return count
 
 
 def _refuse_if(too_much: bool) -> None:
@@ -126,10 +140,28 @@ class _Counting(CodeGenerator):
         assert isinstance(node.node, nodes.Const)
         self.writeline(f"environment.spend({node.node.value})", node)
 
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        """What is written as a list is counted with what it holds."""
+        self._visit_counted(super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        """The same, unless names are assigned by it."""
+        if node.ctx == "load":
+            self._visit_counted(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        """The same."""
+        self._visit_counted(super().visit_Dict, node, frame)
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         """``~`` is no operator that a sandbox sees."""
+        self._visit_counted(super().visit_Concat, node, frame)
+
+    def _visit_counted(self, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
         self.write("environment.charge(")
-        super().visit_Concat(node, frame)
+        visit(node, frame)
         self.write(")")
 
 
@@ -145,7 +177,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             _refuse_if(_is_long_product(left, right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _refuse_if(left.bit_length() * right > _MAX_BITS)
-        return _charge(super().call_binop(context, operator, left, right))
+        made = super().call_binop(context, operator, left, right)
+        if operator != "+" or isinstance(made, str):
+            return _charge(made)
+        # The left is counted already: lists may grow by an element a message.
+        _charge(right)
+        _spend(8 * len(made) if isinstance(made, list | tuple) else 0)
+        return made
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Call a function, a macro, or a method of a value."""
@@ -178,6 +216,13 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
+class _Namespace(Namespace):
+    """Shows nothing of what it holds, which may be set after it was counted."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _GenerationBlocks(Extension):
     """``{% generation %}`` blocks mark assistant text for training; here they are just text."""
 
@@ -200,6 +245,8 @@ def _environment() -> _Sandbox:
     tables: tuple[dict[str, Any], ...] = (environment.filters, environment.tests)
     for table in tables:
         table.update({name: _counted(function) for name, function in table.items()})
+    environment.globals["namespace"] = _Namespace
+    del environment.globals["lipsum"]  # makes any amount of text
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

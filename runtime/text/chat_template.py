@@ -88,7 +88,8 @@ class ChatTemplate:
         except TemplateLimitError as error:
             raise InvalidRequestError(
                 f"the chat template does too much: {error}; send fewer or shorter messages, or "
-                f"{_REMEDY}"
+                f"{_REMEDY}",
+                param="messages",
             ) from error
         except _RENDER_ERRORS as error:
             raise InvalidRequestError(

@@ -131,7 +131,8 @@ class Tokenizer:
                 raise
             raise InvalidRequestError(
                 f"the tokenizer gave up on the prompt {text!r:.80} ({error}); send another text, or"
-                " mend tokenizer.json in the checkpoint and build the engine again"
+                " mend tokenizer.json in the checkpoint and build the engine again",
+                param="prompt",
             ) from error
 
     def offsets(self, text: str) -> list[int]:
@@ -217,7 +218,8 @@ class Tokenizer:
         if add_generation_prompt and continue_final_message:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt cannot both be true; leave one "
-                "out"
+                "out",
+                param="continue_final_message",
             )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message

@@ -151,6 +151,7 @@ class Service:
         with naming({"prompt": "messages"}):
             check_length(tokenizer, texts_of(prompt.messages), max_seq_len)
             text = await self.llm.render(render, tokenizer, prompt)
+            check_length(tokenizer, [text], max_seq_len)  # with roles, names and variables
             return await self._encoded(text, bool(add_special_tokens))
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -47,7 +47,14 @@ def _text(content: str | list[ContentPart], index: int) -> str:
 
 
 def _part_text(part: ContentPart, index: int) -> str:
-    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    texts = {"text": part.text, "refusal": part.refusal}
+    text = texts.get(part.type)
+    if text is None and part.type in texts:
+        raise InvalidRequestError(
+            f"messages[{index}].content has a part of type {part.type!r} without its text; give "
+            f"'{part.type}'",
+            param="messages",
+        )
     if text is None:
         raise InvalidRequestError(
             f"messages[{index}].content has a part of type {part.type!r:.40}, which is not "

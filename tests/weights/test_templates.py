@@ -39,6 +39,13 @@ TOO_MUCH = {
     "text_added": GROWING.format("'a'", "{% set ns.x = ns.x + ns.x %}"),
     "text_captured": GROWING.format("'a'", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
     "lists_added": GROWING.format("[0]", "{% set ns.x = ns.x + ns.x %}"),
+    "lists_nested": GROWING.format("[0]", "{% set ns.x = [ns.x, ns.x] %}"),
+    "tuples_nested": GROWING.format("[0]", "{% set ns.x = (ns.x, ns.x) %}"),
+    "fields_nested": GROWING.format("[0]", "{% set ns.x = {1: ns.x, 2: ns.x} %}"),
+    "calls_nested": GROWING.format("[0]", "{% set ns.x = dict(a=ns.x, b=ns.x) %}"),
+    "batches_nested": GROWING.format("[0]", "{% set ns.x = [1] | batch(99, ns.x) | list %}"),
+    "nested_and_repeated": "{{ [[0] * 99999] * 99999 }}",
+    "long_text_in_lists": "{{ ['a' * 60000000] * 99999 }}",
     "numbers": GROWING.format("3", "{% set ns.x = ns.x * ns.x %}"),
     "powers": "{{ 10 ** (10 ** 9) }}",
     "text_repeated": "{{ 'a' * 10000000000 }}",
@@ -108,6 +115,21 @@ def test_each_render_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_broken_template_is_refused_with_its_remedy(source: str) -> None:
     with pytest.raises(CheckpointError, match=r"the template is not valid Jinja \(.+\); mend it"):
         compile_template(source, ORIGIN)
+
+
+def test_a_namespace_hides_what_it_is_given_later() -> None:
+    spaces = [f"n{i}" for i in range(40)]
+    source = "".join(f"{{% set {name} = namespace() %}}" for name in spaces) + "".join(
+        f"{{% set {one}.x = [{other}, {other}] %}}" for one, other in itertools.pairwise(spaces)
+    )
+    with limited_work():
+        assert compile_template(source + "{{ n0 }}", ORIGIN).render() == "<Namespace>"
+
+
+def test_text_of_any_length_is_nobodys_to_make() -> None:
+    template = compile_template("{{ lipsum(n=10000000) }}", ORIGIN)
+    with limited_work(), pytest.raises(jinja2.UndefinedError):
+        template.render()
 
 
 def test_a_template_may_object() -> None:

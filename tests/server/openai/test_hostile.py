@@ -103,6 +103,21 @@ def test_what_is_refused_is_neither_rendered_nor_encoded(
         server.service.draining = False
 
 
+def test_what_a_template_makes_too_long_is_not_encoded(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of roles, names and variables only the template knows whether they are in the prompt."""
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("done in vain")
+
+    monkeypatch.setattr(server.llm.tokenizer, "encode", work)
+    monkeypatch.setattr(server.llm.tokenizer, "apply_chat_template", lambda *_, **__: "a" * 100_000)
+    error = server.post(CHAT, {"messages": USER}).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    assert "at least" in error["message"]
+
+
 def test_admission_counts_completions_before_it_adds_them() -> None:
     with serving(counting_engine(max_batch_size=2), max_queued_requests=2) as running:
         assert running.post(COMPLETIONS, {"prompt": ["a"] * 2, "n": 2}).status_code == 200

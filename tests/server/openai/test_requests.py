@@ -76,6 +76,10 @@ def test_a_bad_completion_is_400_and_says_why(
             "a part of type 'image_url'",
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "a part of type 'text' without its text",
+        ),
+        (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
             "messages[0].tool_calls is not supported",
         ),
@@ -98,7 +102,9 @@ def test_a_bad_chat_is_400_and_says_why(
 ) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **changes}
     response = server.post(CHAT, body)
-    assert response.status_code == 400 and words in error_of(response)["message"]
+    error = error_of(response)
+    assert response.status_code == 400 and words in error["message"]
+    assert error["param"] in changes
 
 
 @pytest.mark.parametrize(
