@@ -277,6 +277,45 @@ Case embedding(Random& random) {
   return made;
 }
 
+Case router(Random& random) {
+  Case made;
+  const int64_t groups = random.in(1, 4), experts = groups * random.in(2, 20), top_groups = random.in(1, groups);
+  const int64_t top_k = random.in(1, experts / groups * top_groups), tokens = random.in(0, 40);
+  made.info.attributes = {{"top_k", top_k}, {"scoring", random.in(0, 1)}, {"renormalize", random.in(0, 1)},
+                          {"scale", 1.5f}, {"groups", groups}, {"top_groups", top_groups}};
+  made.context.inputs.push_back(random.tensor(Type::float32, {tokens, experts}));
+  made.context.inputs.push_back(random.maybe(Type::float32, {experts}));
+  return made;
+}
+
+Case expert_linear(Random& random) {
+  Case made;
+  int64_t n = 0, k = 0, bytes = 0;
+  const int64_t experts = random.in(1, 6), top_k = random.in(1, 4), tokens = random.in(0, 12);
+  const bool reduce = random.one_in(2), gated = !reduce && random.one_in(2), dense = random.one_in(4);
+  do {
+    bytes = weight(random, made, n, k, gated);
+  } while (gated && n % 2 != 0);  // as many gate rows as up rows
+  auto& attributes = made.info.attributes;
+  if (dense) {
+    attributes = {{"in_features", k}, {"out_features", n}, {"weight_type", int64_t(4)}};
+    bytes = 4 * n * k;
+  }
+  attributes["experts"] = experts;
+  attributes["top_k"] = top_k;
+  attributes["reduce"] = int64_t(reduce);
+  attributes["gated"] = int64_t(gated);
+  attributes["gate"] = random.in(0, 2);
+  auto& inputs = made.context.inputs;
+  inputs.push_back(random.tensor(Type::float32, {reduce ? tokens * top_k : tokens, k}));
+  inputs.push_back(random.tensor(Type::uint8, {experts * bytes}));
+  inputs.push_back(random.tensor(Type::int32, {tokens, top_k}, experts));
+  inputs.push_back(reduce ? std::optional(random.tensor(Type::float32, {tokens, top_k})) : std::nullopt);
+  inputs.push_back(random.maybe(Type::float32, {experts * n}));
+  inputs.push_back(reduce ? random.maybe(Type::float32, {tokens, n}) : std::nullopt);
+  return made;
+}
+
 Case paged_attention(Random& random) {
   Case made;
   const int64_t kv_heads = random.in(1, 3), heads = kv_heads * random.in(1, 4), dim = 8 * random.in(1, 9);
@@ -415,7 +454,8 @@ int main(int argc, char** argv) {
   if (RegisterCustomOps(&options, &base) != nullptr) return 1;
   const Api api(table(kApiVersion));
   const std::map<std::string, std::function<Case(Random&)>> cases{
-      {"Linear", linear}, {"Embedding", embedding}, {"PagedAttention", paged_attention}};
+      {"Linear", linear}, {"Embedding", embedding}, {"PagedAttention", paged_attention}, {"Router", router},
+      {"ExpertLinear", expert_linear}};
   if (cases.size() != options.domain->operators.size()) {
     std::printf("an operator of the library has no cases here\n");
     return 1;
