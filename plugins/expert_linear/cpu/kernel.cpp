@@ -86,14 +86,8 @@ void multiply_unit(const Plan& plan, int64_t expert, int64_t unit) {
     const int count = block_tokens(end - place);
     const TileKernel kernel = kernel_for(weight, count);
     for (int p = 0; p < plan.parts; ++p) {
-      const uint8_t* base = weight.data + expert * plan.expert_bytes + (unit * plan.parts + p) * plan.layout.stride;
-      const TileArgs tile{base,
-                          base + plan.layout.scales,
-                          base + plan.layout.zeros,
-                          plan.layout.groups,
-                          plan.layout.stride / (weight.in_features / kBlock),
-                          weight.group / int(kBlock),
-                          weight.scale_bytes};
+      const uint8_t* blob = weight.data + expert * plan.expert_bytes;
+      const TileArgs tile = tile_at(weight, plan.layout, blob, unit * plan.parts + p);
       kernel(tile, plan.record(place), sums + p * count * kTile);
     }
     for (int t = 0; t < count; ++t) {

@@ -17,6 +17,7 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
     expert_gemv_int,
     group_pairs,
 )
+from slipstream.plugins.linear.cuda.linear import scale_kind
 from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, default_tactic, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
@@ -154,7 +155,7 @@ def _gemv(x: Tensor, experts: Experts, ids: Tensor, y: Tensor, pdl: bool) -> Non
     fp8 = fmt.kind == "float8_e4m3"
     expert_gemv_float[grid](
         ids, quads, codes, weight.scale, experts.bias, y, n, FP8=fp8,
-        NATIVE=fp8 and converts_float8(x.device), SCALE=_scales(fmt), **constants,
+        NATIVE=fp8 and converts_float8(x.device), SCALE=scale_kind(fmt), **constants,
     )  # fmt: skip
 
 
@@ -187,11 +188,5 @@ def _dot(x: Tensor, experts: Experts, top_k: int, grouping: Grouping, y: Tensor,
     block_k = 64
     expert_dot_float[grid](
         *grouping.tensors, x, weight.typed_codes, weight.scale, experts.bias, y, y.shape[0], n,
-        BK=block_k, SCALE=_scales(fmt), EVEN=k % block_k == 0, **constants,
+        BK=block_k, SCALE=scale_kind(fmt), EVEN=k % block_k == 0, **constants,
     )  # fmt: skip
-
-
-def _scales(fmt: WeightFormat) -> str:
-    if fmt.kind == "dense":
-        return "none"
-    return "row" if fmt.rows == 1 else "block"

@@ -57,14 +57,7 @@ void multiply_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t 
     const int tokens = block_tokens(last_token - token);
     const TileKernel kernel = kernel_for(weight, tokens);
     for (int p = 0; p < plan.parts; ++p) {
-      const uint8_t* base = weight.data + (unit * plan.parts + p) * plan.layout.stride;
-      const TileArgs tile{base,
-                          base + plan.layout.scales,
-                          base + plan.layout.zeros,
-                          plan.layout.groups,
-                          plan.layout.stride / (weight.in_features / kBlock),
-                          weight.group / int(kBlock),
-                          weight.scale_bytes};
+      const TileArgs tile = tile_at(weight, plan.layout, weight.data, unit * plan.parts + p);
       kernel(tile, plan.activations + plan.block_offset(token), sums + p * tokens * kTile);
     }
     for (int t = 0; t < tokens; ++t) {

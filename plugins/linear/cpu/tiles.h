@@ -27,6 +27,18 @@ struct TileArgs {
   int scale_bytes;
 };
 
+// A tile of a blob in the format of `weight`, by its number.
+inline TileArgs tile_at(const PackedWeight& weight, const TileLayout& layout, const uint8_t* blob, int64_t number) {
+  const uint8_t* base = blob + number * layout.stride;
+  return {base,
+          base + layout.scales,
+          base + layout.zeros,
+          layout.groups,
+          layout.stride / (weight.in_features / kBlock),
+          weight.group / int(kBlock),
+          weight.scale_bytes};
+}
+
 // kLanes rows of a tile, from row `lane`, times one block of tokens; out is [tokens, 16].
 template <int bits, ZeroKind zero, int tokens>
 void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float* out) {

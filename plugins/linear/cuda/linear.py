@@ -134,7 +134,7 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     assert fp8 or weight.codes.dtype == x.dtype, (weight.codes.dtype, x.dtype)
     gemv_float[grid](
         quads, weight.codes.view(torch.int64), weight.scale, *ends,
-        FP8=fp8, NATIVE=fp8 and converts_float8(x.device), SCALE=_scales(fmt), **constants,
+        FP8=fp8, NATIVE=fp8 and converts_float8(x.device), SCALE=scale_kind(fmt), **constants,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
     dot_float[grid](
         x, weight.typed_codes, weight.scale, *ends,
-        BK=tactic.block_k, SCALE=_scales(fmt),
+        BK=tactic.block_k, SCALE=scale_kind(fmt),
         EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
     )  # fmt: skip
 
@@ -195,7 +195,8 @@ def _epilogue(inputs: Operands) -> dict[str, object]:
     }
 
 
-def _scales(fmt: WeightFormat) -> str:
+def scale_kind(fmt: WeightFormat) -> str:
+    """What kernels of 16-bit and float8 weights call SCALE."""
     if fmt.kind == "dense":
         return "none"
     return "row" if fmt.rows == 1 else "block"
