@@ -73,7 +73,7 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
 def run(checkpoint: MemoryCheckpoint, directory: Path, **options: Any) -> Logits:  # noqa: ANN401
     """Logits of an engine of a checkpoint in memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "open_checkpoint", lambda _: checkpoint)
+        patch.setattr(builder, "open_checkpoint", lambda _, strict: checkpoint)
         builder.build("memory", directory, BuildOptions(target="cpu", **options))
     return run_in_chunks(directory, PROMPTS)
 

@@ -38,7 +38,7 @@ def test_an_attribute_of_another_type_is_refused(name: str, value: float | str) 
         attributes_of(attention(**{name: value}))
 
 
-@pytest.mark.parametrize(("op_type", "domain"), [("Softmax", ""), ("SoftCap", "elsewhere")])
+@pytest.mark.parametrize(("op_type", "domain"), [("Softmax", ""), ("Swirl", "elsewhere")])
 def test_an_operator_without_a_kernel_is_named(op_type: str, domain: str) -> None:
     node = ir.node(op_type, [], domain=domain)
     message = rf"operator {domain}\.{op_type} has no kernel for a GPU"

@@ -21,7 +21,7 @@ types = {"gate_up": "*bf16", "y": "*bf16"}
 signature = {p.name: types.get(p.name, "constexpr") for p in kernel.params}
 
 def specialization(block, width=1024):
-    constants = {(2,): width, (3,): block, (4,): True}
+    constants = {(2,): width, (3,): 1, (4,): block, (5,): True}
     options = {"num_warps": 4, "num_stages": 1, "launch_pdl": True}
     module, name = "slipstream.plugins.gated_mlp.cuda_kernels", "gated_kernel"
     return Specialization(module, name, signature, constants, {}, options)

@@ -70,7 +70,7 @@ def checkpoint() -> MemoryCheckpoint:
 def engine(checkpoint: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mixed") / "engine"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "open_checkpoint", lambda _: checkpoint)
+        patch.setattr(builder, "open_checkpoint", lambda _, strict: checkpoint)
         options = BuildOptions(target="cuda", kv_cache_dtype="bfloat16", max_seq_len=128)
         builder.build("memory", directory, options)
     return directory
