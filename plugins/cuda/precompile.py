@@ -43,8 +43,12 @@ class Specialization:
 
 
 def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
-    """The kernels that ``works`` launch and that this process has not compiled."""
+    """The kernels that ``works`` launch and that this process has not compiled.
+
+    Not even those that it has compiled run: what they read may be the result of one that does not.
+    """
     found: dict[str, Specialization] = {}
+    run = triton.JITFunction.run
 
     def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: ANN401
         options = json.loads(compile["specialization_data"])["options"]
@@ -58,12 +62,17 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
         )
         return True  # neither compile nor launch
 
+    def compile_only(kernel: Any, *args: Any, **options: Any) -> object:  # noqa: ANN401
+        return run(kernel, *args, **{**options, "warmup": True})
+
     before = triton.knobs.runtime.jit_cache_hook
     triton.knobs.runtime.jit_cache_hook = hook
+    triton.JITFunction.run = compile_only
     try:
         for work in works:
             work()
     finally:
+        triton.JITFunction.run = run
         triton.knobs.runtime.jit_cache_hook = before
     return list(found.values())
 

@@ -17,7 +17,6 @@ from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
 from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.experts import EXPERTS
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import check_choices
 from slipstream.builder.targets.cuda.attention import use_row_major_keys
@@ -46,8 +45,6 @@ class CUDATarget:
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """Raise BuildError for heads or options that the kernels do not take."""
         check_choices(self.name, config, options, _CHOICES)
-        if EXPERTS in config.extras:
-            raise BuildError("mixtures of experts run on a CPU only; build with --target cpu")
         if options.gemm_plugin != "auto":
             raise BuildError("gemm_plugin disable is for target cpu; leave it out")
 
@@ -61,7 +58,7 @@ class CUDATarget:
 
     def capability(self, program: Program, kv_dtype: str) -> str:
         """The oldest architecture that runs the engine."""
-        linears = program.nodes("Linear")
+        linears = [*program.nodes("Linear"), *program.nodes("ExpertLinear")]
         types = {node.attributes["weight_type"].as_int() for node in linears}
         fp8 = kv_dtype == "float8_e4m3fn" or WEIGHT_TYPES["float8_e4m3"] in types
         return "sm_89" if fp8 else "sm_80"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
 SCRIPT = """
@@ -48,3 +49,18 @@ def test_recording_launches_nothing() -> None:
     y = rms_norm(x, weight, 1e-5)
     assert isinstance(y, torch.Tensor) and torch.equal(y, x)
     assert record([lambda: rms_norm(x, weight, 1e-5)]) == []
+
+
+@pytest.mark.gpu
+def test_nor_does_recording_what_is_compiled() -> None:
+    gate_up = torch.ones(3, 256, dtype=torch.float16, device="cuda")
+    y = torch.zeros(3, 128, dtype=torch.float16, device="cuda")
+
+    def work() -> None:
+        gated_kernel[(3, 1)](gate_up, y, WIDTH=128, KIND=1, BLOCK=128, PDL=False)
+
+    work()
+    assert y.all()
+    y.zero_()
+    assert record([work]) == []
+    assert not y.any()
