@@ -28,6 +28,7 @@ FORMATS = {
     "fp8block": WeightFormat((EXPERTS * 256, 160), "float8_e4m3", "float32", 8, 128, rows=128),
     "int4g32z": WeightFormat((ROWS, K), "int", "float16", 4, 32, "zero"),
     "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
+    "mxfp4": WeightFormat((ROWS, K), "float4_e2m1", "float8_e8m0fnu", 4, 32),
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }

@@ -39,6 +39,7 @@ FORMATS = {
     "int4g32o": WeightFormat((N, K), "int", "float16", 4, 32, "offset"),
     "int4g128m": WeightFormat((N, 640), "int", "float32", 4, 128, "midpoint"),
     "int4g128z": WeightFormat((N, 1024), "int", "float16", 4, 128, "zero"),
+    "mxfp4": WeightFormat((N, K), "float4_e2m1", "float8_e8m0fnu", 4, 32),
     "int8g64z": WeightFormat((N, K), "int", "float16", 8, 64, "zero"),
     "int8row": WeightFormat((N, K), "int", "float32", 8, K, "midpoint", activation="token"),
 }
