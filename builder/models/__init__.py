@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
     "MixtralForCausalLM": "slipstream.builder.models.mixtral",
     "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
+    "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 
 

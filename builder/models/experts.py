@@ -78,17 +78,19 @@ class ExpertDecoder(Decoder):
     """A decoder in which the MLP of a layer may be a choice of experts."""
 
     block: ClassVar[str] = "mlp"
+    router: ClassVar[str] = "gate"
     parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """The experts that the router chooses for each token, weighted; or a plain MLP where the
         table has no experts."""
         prefix = prefix.removesuffix("mlp.") + self.block + "."
-        if not self.architecture.has(self.config, f"{prefix}gate"):
+        router = prefix + self.router
+        if not self.architecture.has(self.config, router):
             return super().mlp(x, prefix)
         *opening, closing = self.parts
-        routes = self.ops.router(self.linear(x, f"{prefix}gate"), self.routing())
-        gate: Attributes = {"gated": 1, "gate": GATES[GATE_OF[self.config.hidden_act]]}
+        routes = self.ops.router(self.linear(x, router), self.routing())
+        gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
         with self.ops.scope("experts"):
             opened = self.experts(x, prefix, opening, routes, gate)
             return self.experts(opened, prefix, [closing], routes, {"reduce": 1})
@@ -97,6 +99,10 @@ class ExpertDecoder(Decoder):
         """How experts are chosen: attributes of ``plugins/router``."""
         extras = self.config.extras
         return {"top_k": extras[TOP_K], "renormalize": int(extras[RENORMALIZE])}
+
+    def gate(self) -> str:
+        """How the gate and the up of an expert meet: a key of ``GATES``."""
+        return GATE_OF[self.config.hidden_act]
 
     def experts(
         self,
@@ -107,15 +113,15 @@ class ExpertDecoder(Decoder):
         attributes: Mapping[str, int | float | list[int]],
     ) -> ir.Value:
         """x times the linears ``names`` of its experts, their rows one after the other."""
-        number = self.config.extras[EXPERTS]
-        parts = [
-            self.tensor(f"{prefix}experts.{expert}.{name}.weight")
-            for expert in range(number)
-            for name in names
-        ]
-        weight = stack_rows(_alike(parts), f"{prefix}experts.{'+'.join(names)}.weight")
+        number, joint = self.config.extras[EXPERTS], f"{prefix}experts.{'+'.join(names)}"
+        places = [f"{prefix}experts.{expert}.{name}" for expert in range(number) for name in names]
+        weight = stack_rows(_alike([self.tensor(f"{p}.weight") for p in places]), f"{joint}.weight")
+        bias = None
+        if self.architecture.has_bias(self.config, places[0]):
+            bias = stack_rows([self.tensor(f"{p}.bias") for p in places], f"{joint}.bias")
+        attributes = {**attributes, "experts": number}
         with self.ops.scope("+".join(names)):
-            return self.ops.expert_linear(x, weight, routes, {**attributes, "experts": number})
+            return self.ops.expert_linear(x, weight, routes, attributes, bias)
 
 
 def _alike(tensors: Sequence[LazyTensor]) -> Sequence[LazyTensor]:

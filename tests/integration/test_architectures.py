@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -92,6 +93,14 @@ QWEN_EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "head_dim": 16,
+}
+# With a window of less than a page and, by default, YaRN without truncation.
+GPT_OSS: dict[str, Any] = {
+    **TINY_SHAPE,
+    **EXPERTS,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "sliding_window": 17,
 }
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
@@ -193,6 +202,17 @@ CONFIGS: dict[str, Any] = {
     "qwen3-moe-dense-layers": Qwen3MoeConfig(
         **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
     ),
+    "gpt-oss": GptOssConfig(**GPT_OSS),
+    "gpt-oss-tied-no-biases": GptOssConfig(
+        **GPT_OSS, tie_word_embeddings=True, attention_bias=False
+    ),
+    "gpt-oss-all-experts": GptOssConfig(**{**GPT_OSS, "num_experts_per_tok": 6, "head_dim": 64}),
+    "gpt-oss-layers": GptOssConfig(
+        **GPT_OSS,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={**YARN, "truncate": False},
+    ),
+    "gpt-oss-full": GptOssConfig(**GPT_OSS, layer_types=["full_attention"] * 3),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SMOLLM3),
     "smollm3-untied-biases": SmolLM3Config(

@@ -21,7 +21,8 @@ class DeviceWeight:
 
     codes     dense ``[N, K]`` of its dtype; float8_e4m3fn ``[N, K]``; int32 words ``[N, W]`` of
               integers and float4.
-    scale     ``[N/rows, K/group]``, of float4 u8 ``[N, W/4]``; zero u8 and offset ``[N, K/group]``; input_scale ``[1]``.
+    scale     ``[N/rows, K/group]``, of float4 u8 ``[N, W/4]``; zero u8 and offset
+              ``[N, K/group]``; input_scale ``[1]``.
     counters  int32, zero between launches: how many programs of a tile are done.
     """
 

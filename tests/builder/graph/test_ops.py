@@ -105,9 +105,7 @@ def test_a_weight_is_one_value_however_often_it_is_read() -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_paged_attention_leaves_out_what_it_has_not(
-    int8: bool, qk_norm: bool, sinks: bool
-) -> None:
+def test_paged_attention_leaves_out_what_it_has_not(int8: bool, qk_norm: bool, sinks: bool) -> None:
     o = ops(attention_cache("int8" if int8 else "float32", [0], 16, 1, 8))
     qkv, *rotary = (given(o, *named) for named in (("qkv", 32), ("cos", 4), ("sin", 4)))
     norms = [dense("q_norm", 8), dense("k_norm", 8)] if qk_norm else []

@@ -10,6 +10,7 @@ import pytest
 from tests.integration.test_architectures import CONFIGS
 from tests.tiny_models import LLAMA, save_tiny
 
+from slipstream.builder.checkpoints.huggingface.experts import by_expert
 from slipstream.builder.models import ARCHITECTURES, architectures, load_architecture
 from slipstream.builder.models.architecture import Architecture, differing, stacked
 from slipstream.builder.models.config import ModelConfig
@@ -26,13 +27,15 @@ def configuration(**changes: Any) -> ModelConfig:  # noqa: ANN401 - keys of conf
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """As it saves them: a tied head goes without, and experts have tensors of their own."""
+    """As it saves them: a tied head goes without, and experts have tensors of their own, or parts
+    of one."""
     theirs = CONFIGS[name]
     save_tiny(theirs, tmp_path)
-    stored = read_header(tmp_path / "model.safetensors")
     raw = {**theirs.to_dict(), "architectures": [CLASSES[theirs.model_type]]}
     config = ModelConfig.from_huggingface(raw)
-    shapes = load_architecture(CLASSES[theirs.model_type]).shapes(config)
+    architecture = load_architecture(CLASSES[theirs.model_type])
+    stored = by_expert(read_header(tmp_path / "model.safetensors"), architecture.modules, config)
+    shapes = architecture.shapes(config)
     assert shapes == {key: tensor.shape for key, tensor in stored.items()}
     assert all(config.weight_shape(key) == shape for key, shape in shapes.items())
 
@@ -97,7 +100,7 @@ def test_every_name_has_one_in_gguf_and_comes_back(name: str) -> None:
     names = {ours: architecture.to_gguf(ours) for ours in architecture.shapes(config)}
     assert None not in names.values() and len(set(names.values())) == len(names)
     assert all(architecture.from_gguf(theirs or "") == ours for ours, theirs in names.items())
-    assert architecture.from_gguf("blk.0.attn_sinks.weight") is None
+    assert architecture.from_gguf("blk.0.attn_nothing.weight") is None
     assert architecture.from_gguf("blk.0.attn_q.scale") is None
 
 

@@ -31,7 +31,7 @@ def _decode_at(
         place = (wide // ROWS) * groups + k // GROUP
         factor = tl.load(scale + place, mask=inside, other=0.0)
         if ZERO == "e2m1":
-            factor = power(factor.to(tl.int32)) * 2.0**63
+            factor = power(factor.to(tl.int32))
         else:
             factor = factor.to(tl.float32)
         if KIND == "fp8":
@@ -42,7 +42,7 @@ def _decode_at(
             at = wide * words + (k // CHUNK) * 32 + k % 32
             word = tl.load(codes + at, mask=inside, other=0)
             code = (word >> ((k % CHUNK) // 32 * BITS)) & ((1 << BITS) - 1)
-            value = float4(code, 0) if ZERO == "e2m1" else code.to(tl.float32)
+            value = float4(code, 0) * 2.0**63 if ZERO == "e2m1" else code.to(tl.float32)
             if ZERO == "midpoint":
                 value -= 2.0 ** (BITS - 1)
             elif ZERO == "zero":
