@@ -28,8 +28,8 @@ FORMAT = (
     AttributeSpec(
         "weight_type",
         "int",
-        "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32, 5 float4_e2m1 in groups "
-        "of 32 whose scales are float8_e8m0fnu",
+        "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32, 5 float4_e2m1 in "
+        "groups of 32 whose scales are float8_e8m0fnu",
         0,
         (0, 5),
     ),

@@ -4,9 +4,9 @@ Sections of one weight, each starting at a multiple of 256 bytes:
 
 * codes. Dense and float8 weights: ``[N, K]`` as they are. Integers and float4: int32 words
   ``[N, W]``, a word holding ``32 / bits`` codes, the lowest bits first. Words come in chunks of 32,
-  which cover ``32 * 32 / bits`` elements of K: code i of word j of a chunk is element ``32 * i + j``
-  of the chunk, so that code i of neighbouring words meets neighbouring elements of x and 32 of them
-  share a scale. K is padded to whole chunks with zeros.
+  which cover ``32 * 32 / bits`` elements of K: code i of word j of a chunk is element
+  ``32 * i + j`` of the chunk, so that code i of neighbouring words meets neighbouring elements of x
+  and 32 of them share a scale. K is padded to whole chunks with zeros.
 * scales ``[N/rows, K/group]`` (rounded up), as ``scale_dtype`` says. Those of float4 are exponents,
   u8, the eight of a chunk together: K is padded for them, too.
 * integer groups: u8 zero points ``[N, K/group]``, or offsets of the scales' type, or nothing.

@@ -249,10 +249,8 @@ def float4(words, i: tl.constexpr):
     """The float4_e2m1 at code i of words, times 2**-126, as a float32: its exponent and mantissa
     are the last bit pair and the first bit of that type's, where the least are denormal too."""
     sign = (words << (28 - 4 * i)) & -2147483648
-    if i < 6:
-        size = (words << (22 - 4 * i)) & 0x01C00000
-    else:
-        size = (words >> (4 * i - 22)) & 0x01C00000
+    moved = words << (22 - 4 * i) if i < 6 else words >> (4 * i - 22)
+    size = moved & 0x01C00000
     return (sign | size).to(tl.float32, bitcast=True)
 
 

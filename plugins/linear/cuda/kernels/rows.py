@@ -30,10 +30,7 @@ def _decode_at(
         groups = tl.cdiv(K, 256) * 8 if ZERO == "e2m1" else tl.cdiv(K, GROUP)
         place = (wide // ROWS) * groups + k // GROUP
         factor = tl.load(scale + place, mask=inside, other=0.0)
-        if ZERO == "e2m1":
-            factor = power(factor.to(tl.int32))
-        else:
-            factor = factor.to(tl.float32)
+        factor = power(factor.to(tl.int32)) if ZERO == "e2m1" else factor.to(tl.float32)
         if KIND == "fp8":
             value = _float8(tl.load(codes + wide * K + k, mask=inside, other=0.0))
         else:
@@ -104,7 +101,8 @@ def dequantize_words(
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] as [N, K] in the type of y; grid (rows, chunks).
 
-    GROUP 0 is a scale a row; ZERO as in ``gemv_int``. Without SCALE the codes minus the midpoint, for int8 products.
+    GROUP 0 is a scale a row; ZERO as in ``gemv_int``. Without SCALE the codes minus the midpoint,
+    for int8 products.
     """
     begin(PDL)
     CODES: tl.constexpr = 32 // BITS
