@@ -10,18 +10,17 @@ from slipstream.builder.models.architecture import Architecture, differing
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
-    EXPERTS,
     RENORMALIZE,
-    TOP_K,
     ExpertDecoder,
     expert_modules,
     read_experts,
+    with_experts,
+    write_experts,
 )
 from slipstream.builder.models.huggingface_config import layer_kinds, read_decoder, with_window
 from slipstream.builder.models.module import LAYER, Module, Stack, one_a_head
 from slipstream.weights.json import Fields
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
 _YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -69,8 +68,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_kinds),
         "attention_bias": config.attention_bias,
-        "num_local_experts": config.extras[EXPERTS],
-        "num_experts_per_tok": config.extras[TOP_K],
+        **write_experts(config, "num_local_experts", "intermediate_size"),
     }
 
 
@@ -83,7 +81,7 @@ def _in_stacks(modules: tuple[Module, ...]) -> tuple[Module, ...]:
 
     return differing(
         modules,
-        gate={"name": f"{LAYER}.mlp.router", "bias": True},
+        router={"bias": True},
         gate_proj={"bias": True, "stack": half(0)},
         up_proj={"bias": True, "stack": half(1)},
         down_proj={"bias": True, "stack": Stack(f"{name}down_proj", transposed=True)},
@@ -102,11 +100,10 @@ ARCHITECTURE = Architecture(
     GptOssDecoder,
     (
         *differing(
-            tuple(m for m in DECODER if m.name.rpartition(".")[2] not in _MLP),
+            with_experts(DECODER, _in_stacks(expert_modules("mlp", router="router"))),
             post_attention_layernorm={"gguf": "blk.{i}.post_attention_norm"},
         ),
         _SINKS,
-        *_in_stacks(expert_modules("mlp")),
     ),
     {
         "vocab_size": 201088,
