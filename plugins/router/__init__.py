@@ -15,9 +15,9 @@ SPEC = OperatorSpec(
         TensorSpec("logits", ACTIVATION_DTYPES, ("tokens", "experts"), "one of each expert"),
         TensorSpec(
             "correction",
-            ACTIVATION_DTYPES,
+            ("float32",),
             ("experts",),
-            "added to scores to choose, not to weight",
+            "added to scores to choose, not to weight; its differences may be far smaller than it is",
             optional=True,
         ),
     ),
