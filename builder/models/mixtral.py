@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture, differing
+from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
     EXPERTS,
     RENORMALIZE,
@@ -14,6 +13,7 @@ from slipstream.builder.models.experts import (
     expert_modules,
     read_experts,
 )
+from slipstream.builder.models.llama import MODULES
 from slipstream.builder.models.mistral import read as read_mistral
 from slipstream.builder.models.mistral import write as write_mistral
 from slipstream.builder.models.module import LAYER
@@ -47,7 +47,7 @@ ARCHITECTURE = Architecture(
     MixtralDecoder,
     (
         *differing(
-            tuple(m for m in DECODER if m.name.rpartition(".")[2] not in _MLP),
+            tuple(m for m in MODULES if m.name.rpartition(".")[2] not in _MLP),
             o_proj={"stream": f"{LAYER}.post_attention_layernorm"},
         ),
         *expert_modules(_BLOCK, *_PARTS),
@@ -67,4 +67,13 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    # As Mistral, under the name of Llama; what says so is that there are experts.
+    GGUFFamily(
+        "llama",
+        keys={
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "sliding_window": "attention.sliding_window",
+        },
+    ),
 )

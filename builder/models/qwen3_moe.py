@@ -1,9 +1,10 @@
 """Qwen3-MoE: Qwen3 whose MLPs are experts, in all layers or in some."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture, differing
+from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
@@ -53,6 +54,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _concluded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp computes whatever the model's config.json said."""
+    return {"norm_topk_prob": True}
+
+
 def _is_dense(config: ModelConfig, layer: int) -> bool:
     return layer in config.extras[_DENSE]
 
@@ -88,4 +94,13 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    GGUFFamily(
+        "qwen3moe",
+        keys={
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+        },
+        concluded=_concluded,
+    ),
 )

@@ -25,6 +25,7 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     weight_format,
 )
 from slipstream.builder.checkpoints.gguf.config import ROPE_FACTORS, huggingface_config
+from slipstream.builder.checkpoints.gguf.experts import unstacked
 from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
 from slipstream.builder.models import architecture_of
@@ -109,7 +110,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> 
     )
     config = ModelConfig.from_huggingface(raw)
     architecture = architecture_of(config.architecture)
-    stored = _by_huggingface_name(file, architecture)
+    stored = _by_huggingface_name(file, architecture, config)
     _log_dequantized(path, stored.values())
     # The file's tensors say which linears have a bias, its metadata does not.
     config = architecture.with_biases(config, stored)
@@ -125,10 +126,11 @@ def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:
     return decode(tensor.name, tensor.kind, tensor.shape, tensor.map()).dequantize()
 
 
-def _by_huggingface_name(file: GGUFFile, architecture: Architecture) -> dict[str, GGUFTensor]:
-    names = {
-        name: architecture.from_gguf(name) for name in file.tensors if name not in ROPE_FACTORS
-    }
+def _by_huggingface_name(
+    file: GGUFFile, architecture: Architecture, config: ModelConfig
+) -> dict[str, GGUFTensor]:
+    tensors = unstacked(_of_decoder(file, config), _experts(architecture, config))
+    names = {name: architecture.from_gguf(name) for name in tensors if name not in ROPE_FACTORS}
     unknown = [name for name, ours in names.items() if ours is None]
     if unknown:
         raise CheckpointError(
@@ -138,7 +140,42 @@ def _by_huggingface_name(file: GGUFFile, architecture: Architecture) -> dict[str
         )
     for tensor in file.tensors.values():
         weight_format(tensor.name, tensor.kind, tensor.shape)
-    return {ours: file.tensors[name] for name, ours in names.items() if ours is not None}
+    return {
+        ours: _with_axes_of_one(tensors[name], architecture.shape(config, ours))
+        for name, ours in names.items()
+        if ours is not None
+    }
+
+
+def _of_decoder(file: GGUFFile, config: ModelConfig) -> dict[str, GGUFTensor]:
+    """The file's tensors but those of blocks behind the decoder's, which predict further tokens."""
+    blocks = int(file.metadata[f"{file.metadata['general.architecture']}.block_count"])
+    further = {f"blk.{i}" for i in range(config.num_layers, blocks)}
+    kept = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if ".".join(name.split(".", 2)[:2]) not in further
+    }
+    if len(kept) < len(file.tensors):
+        count = len(file.tensors) - len(kept)
+        logger.info("%s: %d tensors that predict further tokens are left out", file.path, count)
+    return kept
+
+
+def _experts(architecture: Architecture, config: ModelConfig) -> int:
+    measures = (m.experts for m in architecture.modules if m.experts is not None)
+    return next((measure(config).units for measure in measures), 0)
+
+
+def _with_axes_of_one(tensor: GGUFTensor, shape: tuple[int, ...] | None) -> GGUFTensor:
+    """The tensor with the axes of one element that llama.cpp's converter drops."""
+    if shape is None or _longer(shape) != _longer(tensor.shape):
+        return tensor
+    return replace(tensor, shape=shape)
+
+
+def _longer(shape: tuple[int, ...]) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def _log_dequantized(path: Path, tensors: Iterable[GGUFTensor]) -> None:
