@@ -9,6 +9,7 @@ from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     read_experts,
     with_experts,
     write_experts,
@@ -59,10 +60,6 @@ ARCHITECTURE = Architecture(
     # As Mistral, under the name of Llama; what says so is that there are experts.
     GGUFFamily(
         "llama",
-        keys={
-            "num_local_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "sliding_window": "attention.sliding_window",
-        },
+        keys={**gguf_keys(_COUNT), "sliding_window": "attention.sliding_window"},
     ),
 )

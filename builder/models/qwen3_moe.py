@@ -7,7 +7,12 @@ from typing import Any
 from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
-from slipstream.builder.models.experts import ExpertDecoder, expert_modules, in_some_layers
+from slipstream.builder.models.experts import (
+    ExpertDecoder,
+    expert_modules,
+    gguf_keys,
+    in_some_layers,
+)
 from slipstream.builder.models.qwen2 import DEFAULTS, read_windowed, write_windowed
 from slipstream.builder.models.qwen2_moe import read_routing, write_routing
 from slipstream.weights.json import Fields
@@ -30,7 +35,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _concluded(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp computes whatever the model's config.json said."""
+    """What llama.cpp computes, with experts in every layer."""
     return {"norm_topk_prob": True}
 
 
@@ -55,11 +60,7 @@ ARCHITECTURE = Architecture(
     _write,
     GGUFFamily(
         "qwen3moe",
-        keys={
-            "num_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "moe_intermediate_size": "expert_feed_forward_length",
-        },
+        keys=gguf_keys("num_experts", "moe_intermediate_size"),
         concluded=_concluded,
     ),
 )

@@ -69,6 +69,7 @@ def huggingface_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": end_token_ids(metadata),
+        "use_qk_norm": any(name.endswith("attn_q_norm.weight") for name in shapes),
         **_own_keys(architecture.gguf, keys),
     }
     return {**found, **architecture.gguf.concluded(found)}
@@ -101,6 +102,12 @@ def _has_experts(architecture: Architecture) -> bool:
 
 
 def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
+    for key, value in family.only.items():
+        if keys.get(key, value) != value:
+            raise CheckpointError(
+                f"the GGUF file's {keys.architecture}.{key} is {shortened(keys.get(key, None))}, "
+                f"and only {value} is supported; use another model"
+            )
     found = {
         ours: keys.layer_kinds(theirs) if ours == "layer_types" else keys.get(theirs, None)
         for ours, theirs in family.keys.items()
