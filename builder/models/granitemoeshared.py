@@ -46,7 +46,7 @@ def _inner(config: ModelConfig) -> Extent:
 
 
 def _has_it(config: ModelConfig, layer: int) -> bool:
-    return config.extras[SHARED_WIDTH] > 0
+    return int(config.extras[SHARED_WIDTH]) > 0
 
 
 _BOTH = f"{LAYER}.{_SHARED}.{_INPUT}"

@@ -111,7 +111,7 @@ GLM_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "head_dim": 24,
 }
-ATTENTION_ONLY = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4}
+ATTENTION_ONLY: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4}
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
 COHERE2 = {**TINY_SHAPE, "num_hidden_layers": 4, "eos_token_id": 1}
@@ -275,9 +275,8 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=True,
     ),
     "glm4-moe-rotary": Glm4MoeConfig(
-        **TINY_SHAPE | GLM_EXPERTS | {"n_routed_experts": 3},
+        **TINY_SHAPE | GLM_EXPERTS | {"n_routed_experts": 3, "partial_rotary_factor": 1.0},
         first_k_dense_replace=0,
-        partial_rotary_factor=1.0,
     ),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SMOLLM3),

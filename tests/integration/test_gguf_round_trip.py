@@ -22,7 +22,11 @@ from tests.builder.checkpoints.gguf.models import random_blocks
 from tests.integration.test_architectures import (
     EXPERTS,
     GEMMA,
+    GLM_EXPERTS,
+    MULTIPLIERS,
+    OLMOE,
     PROMPT_TOKENS,
+    QWEN2_EXPERTS,
     QWEN_EXPERTS,
     run_in_chunks,
 )
@@ -32,11 +36,16 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -97,15 +106,45 @@ def gemma3(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
 
 
 def experts(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
-    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    writer.add_expert_count(next(getattr(config, name) for name in counts if hasattr(config, name)))
     writer.add_expert_used_count(config.num_experts_per_tok)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
+def qwen2_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def granite_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+    if shared := getattr(config, "shared_intermediate_size", 0):
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
+def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_rope_dimension_count(config.head_dim // 2)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+
+
 LLAMA = Layout(MODEL_ARCH.LLAMA, changed=permuted)
 MIXTRAL = Layout(MODEL_ARCH.LLAMA, experts, permuted)
 QWEN3_MOE = Layout(MODEL_ARCH.QWEN3MOE, experts)
+GRANITE_MOE = Layout(MODEL_ARCH.GRANITE_MOE, granite_moe, permuted)
+GLM4_MOE = Layout(MODEL_ARCH.GLM4_MOE, glm4_moe)
 GEMMA3 = Layout(MODEL_ARCH.GEMMA3, gemma3, one_more)
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
 WINDOWS: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 17}
@@ -122,6 +161,29 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         MIXTRAL,
     ),
     "qwen3-moe": (Qwen3MoeConfig(**TINY_SHAPE, **QWEN_EXPERTS, norm_topk_prob=True), QWEN3_MOE),
+    "qwen2-moe": (
+        Qwen2MoeConfig(**TINY_SHAPE, **QWEN2_EXPERTS),
+        Layout(MODEL_ARCH.QWEN2MOE, qwen2_moe),
+    ),
+    "olmoe": (OlmoeConfig(**TINY_SHAPE, **OLMOE), Layout(MODEL_ARCH.OLMOE, experts)),
+    "granitemoe": (GraniteMoeConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS), GRANITE_MOE),
+    "granitemoeshared": (
+        GraniteMoeSharedConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS, shared_intermediate_size=40),
+        GRANITE_MOE,
+    ),
+    "glm4-moe": (
+        Glm4MoeConfig(
+            **TINY_SHAPE,
+            **GLM_EXPERTS,
+            use_qk_norm=True,
+            attention_bias=True,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            routed_scaling_factor=1.5,
+        ),
+        GLM4_MOE,
+    ),
     "qwen2": (Qwen2Config(**TINY_SHAPE), Layout(MODEL_ARCH.QWEN2)),
     "qwen3": (Qwen3Config(**TINY_SHAPE, head_dim=32), Layout(MODEL_ARCH.QWEN3)),
     "gemma": (GemmaConfig(**GEMMA), Layout(MODEL_ARCH.GEMMA, changed=one_more)),
@@ -147,6 +209,19 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         GEMMA3,
     ),
 }
+
+
+def apart(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Granite's gates and ups, which its checkpoints hold as one, by names of Qwen's; biases of
+    routers by a name with a dot."""
+    found: dict[str, Array] = {}
+    for name, array in arrays.items():
+        parts = np.split(array, 2, axis=-2) if "input_linear" in name else [array]
+        for part, values in zip(("gate", "up"), parts, strict=False):
+            new = name.replace("_correction_bias", "_correction.bias")
+            new = new.replace("block_sparse_moe.input_linear", f"mlp.experts.{part}_proj")
+            found[new.replace("shared_mlp.input_linear", f"mlp.shared_expert.{part}_proj")] = values
+    return found
 
 
 def stacked(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -190,7 +265,7 @@ def write(
     names = gguf.get_tensor_name_map(layout.architecture, config.num_hidden_layers)
     arrays = load_file(checkpoint / "model.safetensors")
     changed = {name: layout.changed(name, array, config) for name, array in arrays.items()}
-    for name, array in stacked(changed).items():
+    for name, array in apart(stacked(changed)).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         values, kind = blocks.get(theirs, (array, Type.F32))

@@ -158,7 +158,7 @@ def _without_predictors(
     config: ModelConfig,
     *,
     strict: bool,
-) -> Mapping[str, StoredTensor]:
+) -> dict[str, StoredTensor]:
     """The tensors without those of layers behind the last, which predict further tokens; they are
     named, and refused if they must be."""
     more = keys.integer("num_nextn_predict_layers", 0)
