@@ -23,6 +23,7 @@ from tests.integration.test_architectures import (
     EXPERTS,
     GEMMA,
     GLM_EXPERTS,
+    GPT_OSS,
     MULTIPLIERS,
     OLMOE,
     PROMPT_TOKENS,
@@ -37,6 +38,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
+    GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     LlamaConfig,
@@ -64,13 +66,43 @@ def as_it_is(name: str, array: Array, config: Any) -> Array:  # noqa: ANN401
     return array
 
 
+def whole(name: str, array: Array) -> dict[str, Array]:
+    return {name: array}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What the converter does for an architecture: its keys, and how it changes tensors."""
+    """What the converter does for an architecture: its keys, how it changes tensors, and what it
+    makes of one."""
 
     architecture: MODEL_ARCH
     keys: Callable[[GGUFWriter, Any], None] = nothing_more
     changed: Callable[[str, Array, Any], Array] = as_it_is
+    parts: Callable[[str, Array], dict[str, Array]] = whole
+
+
+def of_granite(name: str, array: Array) -> dict[str, Array]:
+    """Gate and up apart, by names of Qwen's."""
+    if "input_linear" not in name:
+        return {name: array}
+    place = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
+    place = place.replace("shared_mlp.input_linear", "mlp.shared_expert.{}_proj")
+    return dict(zip(map(place.format, ("gate", "up")), np.split(array, 2, axis=-2), strict=True))
+
+
+def of_glm(name: str, array: Array) -> dict[str, Array]:
+    return {name.replace("_correction_bias", "_correction.bias"): array}
+
+
+def of_gpt_oss(name: str, array: Array) -> dict[str, Array]:
+    """Rows of gate and up, which take turns, apart, and all with rows first."""
+    name = re.sub(r"(sinks|_proj)$", r"\1.weight", name.replace("_proj_bias", "_proj.bias"))
+    if ".experts." not in name:
+        return {name: array}
+    rows = array.swapaxes(1, 2) if array.ndim == 3 else array
+    if "gate_up" not in name:
+        return {name: rows}
+    return {name.replace("gate_up", part): rows[:, i::2] for i, part in enumerate(("gate", "up"))}
 
 
 def permuted(name: str, array: Array, config: Any) -> Array:  # noqa: ANN401
@@ -128,6 +160,16 @@ def granite_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
         writer.add_expert_shared_feed_forward_length(shared)
 
 
+def gpt_oss(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    window(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    original = config.rope_parameters["original_max_position_embeddings"]
+    writer.add_rope_scaling_orig_ctx_len(original)
+
+
 def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
     experts(writer, config)
     writer.add_rope_dimension_count(config.head_dim // 2)
@@ -143,8 +185,9 @@ def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
 LLAMA = Layout(MODEL_ARCH.LLAMA, changed=permuted)
 MIXTRAL = Layout(MODEL_ARCH.LLAMA, experts, permuted)
 QWEN3_MOE = Layout(MODEL_ARCH.QWEN3MOE, experts)
-GRANITE_MOE = Layout(MODEL_ARCH.GRANITE_MOE, granite_moe, permuted)
-GLM4_MOE = Layout(MODEL_ARCH.GLM4_MOE, glm4_moe)
+GRANITE_MOE = Layout(MODEL_ARCH.GRANITE_MOE, granite_moe, permuted, of_granite)
+GLM4_MOE = Layout(MODEL_ARCH.GLM4_MOE, glm4_moe, parts=of_glm)
+GPT_OSS_LAYOUT = Layout(MODEL_ARCH.GPT_OSS, gpt_oss, parts=of_gpt_oss)
 GEMMA3 = Layout(MODEL_ARCH.GEMMA3, gemma3, one_more)
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
 WINDOWS: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 17}
@@ -184,6 +227,7 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         ),
         GLM4_MOE,
     ),
+    "gpt-oss": (GptOssConfig(**GPT_OSS), GPT_OSS_LAYOUT),
     "qwen2": (Qwen2Config(**TINY_SHAPE), Layout(MODEL_ARCH.QWEN2)),
     "qwen3": (Qwen3Config(**TINY_SHAPE, head_dim=32), Layout(MODEL_ARCH.QWEN3)),
     "gemma": (GemmaConfig(**GEMMA), Layout(MODEL_ARCH.GEMMA, changed=one_more)),
@@ -209,19 +253,6 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         GEMMA3,
     ),
 }
-
-
-def apart(arrays: dict[str, Array]) -> dict[str, Array]:
-    """Granite's gates and ups, which its checkpoints hold as one, by names of Qwen's; biases of
-    routers by a name with a dot."""
-    found: dict[str, Array] = {}
-    for name, array in arrays.items():
-        parts = np.split(array, 2, axis=-2) if "input_linear" in name else [array]
-        for part, values in zip(("gate", "up"), parts, strict=False):
-            new = name.replace("_correction_bias", "_correction.bias")
-            new = new.replace("block_sparse_moe.input_linear", f"mlp.experts.{part}_proj")
-            found[new.replace("shared_mlp.input_linear", f"mlp.shared_expert.{part}_proj")] = values
-    return found
 
 
 def stacked(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -265,7 +296,8 @@ def write(
     names = gguf.get_tensor_name_map(layout.architecture, config.num_hidden_layers)
     arrays = load_file(checkpoint / "model.safetensors")
     changed = {name: layout.changed(name, array, config) for name, array in arrays.items()}
-    for name, array in apart(stacked(changed)).items():
+    made = [layout.parts(name, array) for name, array in stacked(changed).items()]
+    for name, array in (item for parts in made for item in parts.items()):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         values, kind = blocks.get(theirs, (array, Type.F32))
