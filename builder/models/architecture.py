@@ -34,12 +34,14 @@ class GGUFFamily:
     keys of config.json the names of metadata beyond what ``gguf/config.py`` reads of every decoder;
     marks and keys are without the prefix of the architecture. ``concluded`` gives the keys of
     config.json that no metadata holds, by those that were found: what llama.cpp knows of a family.
+    ``only`` are metadata that may have no other value: nothing else is computed.
     """
 
     name: str
     mark: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     concluded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing_concluded
+    only: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,27 +131,30 @@ class Architecture:
 
     def from_gguf(self, tensor: str) -> str | None:
         """The Hugging Face name of a tensor by its name in a GGUF file; None if there is none."""
-        return self._renamed(tensor, lambda m: m.gguf, lambda m: m.name)
+        found = self._renamed(tensor, lambda m: m.gguf_names, lambda m: (m.name,))
+        return found[0] if found else None
 
-    def to_gguf(self, tensor: str) -> str | None:
-        """The name of a tensor in a GGUF file by its Hugging Face name; None if there is none."""
-        return self._renamed(tensor, lambda m: m.name, lambda m: m.gguf)
+    def to_gguf(self, tensor: str) -> tuple[str, ...]:
+        """The name of a tensor in a GGUF file by its Hugging Face name, or those of its parts; none
+        if there is none."""
+        return self._renamed(tensor, lambda m: (m.name,), lambda m: m.gguf_names)
 
     def _renamed(
         self,
         tensor: str,
-        old: Callable[[Module], str | None],
-        new: Callable[[Module], str | None],
-    ) -> str | None:
+        old: Callable[[Module], tuple[str, ...]],
+        new: Callable[[Module], tuple[str, ...]],
+    ) -> tuple[str, ...]:
         stem, dot, part = tensor.rpartition(".")
         for module in self.modules:
             name, end = (tensor, "") if module.bare else (stem, dot + part)
-            before, after = old(module), new(module)
-            match = pattern(before).fullmatch(name) if before and after else None
-            if match is not None and after is not None and (module.bare or part in PARTS):
+            found = (pattern(before).fullmatch(name) for before in old(module))
+            match = next(filter(None, found), None)
+            if match is not None and (module.bare or part in PARTS):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
-                return place(after, numbers.get("i", 0), numbers.get("e", 0)) + end
-        return None
+                i, e = numbers.get("i", 0), numbers.get("e", 0)
+                return tuple(place(after, i, e) + end for after in new(module))
+        return ()
 
 
 def differing(modules: tuple[Module, ...], **changes: Mapping[str, Any]) -> tuple[Module, ...]:

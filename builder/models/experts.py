@@ -128,6 +128,13 @@ def read_experts(keys: Fields, count: str, width: str) -> dict[str, Any]:
     }
 
 
+def gguf_keys(count: str, width: str | None = None) -> dict[str, str]:
+    """The keys of config.json that ``read_experts`` reads, in GGUF files; without ``width`` it is
+    that of every MLP."""
+    keys = {count: "expert_count", "num_experts_per_tok": "expert_used_count"}
+    return keys if width is None else {**keys, width: "expert_feed_forward_length"}
+
+
 def write_experts(config: ModelConfig, count: str, width: str) -> dict[str, Any]:
     """The keys of config.json that ``read_experts`` reads."""
     extras = config.extras

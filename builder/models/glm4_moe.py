@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from slipstream.builder.graph.ops import Attributes
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
@@ -17,6 +17,7 @@ from slipstream.builder.models.experts import (
     ExpertDecoder,
     correction_module,
     expert_modules,
+    gguf_keys,
     in_some_layers,
     read_experts,
     shared_modules,
@@ -99,7 +100,7 @@ ARCHITECTURE = Architecture(
     "glm4_moe",
     GLM4MoEDecoder,
     in_some_layers(
-        DECODER,
+        differing(DECODER, post_attention_layernorm={"gguf": "blk.{i}.post_attention_norm"}),
         (
             *expert_modules("mlp"),
             correction_module("mlp"),
@@ -128,4 +129,17 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    GGUFFamily(
+        "glm4moe",
+        keys={
+            **gguf_keys(_COUNT, _WIDTH),
+            _SHARED_COUNT: "expert_shared_count",
+            "first_k_dense_replace": "leading_dense_block_count",
+            _SCALE: "expert_weights_scale",
+            "norm_topk_prob": "expert_weights_norm",
+            _GROUPS: "expert_group_count",
+            _TOP_GROUPS: "expert_group_used_count",
+        },
+        only={"expert_gating_func": 2},
+    ),
 )

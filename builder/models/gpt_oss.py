@@ -3,16 +3,18 @@ every other layer, and YaRN whose ramp begins and ends between two elements."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture, differing
+from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     read_experts,
     with_experts,
     write_experts,
@@ -72,6 +74,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _concluded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """No metadata says whether the ramp of YaRN ends at whole elements."""
+    return {"rope_parameters": {**found["rope_parameters"], "truncate": False}}
+
+
 def _in_stacks(modules: tuple[Module, ...]) -> tuple[Module, ...]:
     """Experts of a layer in two tensors, in which gate and up take turns."""
     name = f"{LAYER}.mlp.experts."
@@ -124,4 +131,12 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    GGUFFamily(
+        "gpt-oss",
+        keys={
+            **gguf_keys("num_local_experts", "intermediate_size"),
+            "sliding_window": "attention.sliding_window",
+        },
+        concluded=_concluded,
+    ),
 )

@@ -61,6 +61,12 @@ def logits_scale(config: ModelConfig) -> float:
     return 1 / float(config.extras[_LOGITS])
 
 
+GGUF_KEYS = {
+    _EMBEDDING: "embedding_scale",
+    _ATTENTION: "attention.scale",
+    _RESIDUAL: "residual_scale",
+    _LOGITS: "logit_scale",
+}
 ARCHITECTURE = Architecture(
     "granite",
     GraniteDecoder,
@@ -70,13 +76,5 @@ ARCHITECTURE = Architecture(
     {**llama.ARCHITECTURE.defaults, **dict.fromkeys(MULTIPLIERS, 1.0)},
     read,
     write,
-    GGUFFamily(
-        "granite",
-        keys={
-            _EMBEDDING: "embedding_scale",
-            _ATTENTION: "attention.scale",
-            _RESIDUAL: "residual_scale",
-            _LOGITS: "logit_scale",
-        },
-    ),
+    GGUFFamily("granite", keys=GGUF_KEYS),
 )

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from slipstream.builder.models import granite
-from slipstream.builder.models.architecture import Architecture, differing
+from slipstream.builder.models.architecture import Architecture, GGUFFamily, differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     read_experts,
     with_experts,
     write_experts,
@@ -54,4 +55,13 @@ def modules(*added: Module) -> tuple[Module, ...]:
 
 DEFAULTS = {**granite.ARCHITECTURE.defaults, "num_local_experts": 8, "num_experts_per_tok": 2}
 
-ARCHITECTURE = Architecture("granitemoe", GraniteMoEDecoder, modules(), DEFAULTS, read, write)
+GGUF_KEYS = {**granite.GGUF_KEYS, **gguf_keys(_COUNT)}
+ARCHITECTURE = Architecture(
+    "granitemoe",
+    GraniteMoEDecoder,
+    modules(),
+    DEFAULTS,
+    read,
+    write,
+    GGUFFamily("granitemoe", keys=GGUF_KEYS),
+)

@@ -6,14 +6,15 @@ from typing import Any
 import onnx_ir as ir
 
 from slipstream.builder.models import granitemoe
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.granitemoe import GraniteMoEDecoder
+from slipstream.builder.models.granitemoe import GGUF_KEYS, GraniteMoEDecoder
 from slipstream.builder.models.module import LAYER, Extent, Module, hidden
 from slipstream.weights.json import Fields
 
 SHARED_WIDTH = "shared_intermediate_size"
 _SHARED, _INPUT, _OUTPUT = "shared_mlp", "input_linear", "output_linear"
+_GGUF_WIDTH = "expert_shared_feed_forward_length"
 
 
 class GraniteMoESharedDecoder(GraniteMoEDecoder):
@@ -49,9 +50,16 @@ def _has_it(config: ModelConfig, layer: int) -> bool:
 
 
 _BOTH = f"{LAYER}.{_SHARED}.{_INPUT}"
-# llama.cpp's files have gate and up apart, so there is no name of both.
 MODULES = granitemoe.modules(
-    Module(_BOTH, "linear", (_inner, _inner), hidden, present=_has_it, shard="column"),
+    Module(
+        _BOTH,
+        "linear",
+        (_inner, _inner),
+        hidden,
+        present=_has_it,
+        shard="column",
+        gguf=("blk.{i}.ffn_gate_shexp", "blk.{i}.ffn_up_shexp"),
+    ),
     Module(
         f"{LAYER}.{_SHARED}.{_OUTPUT}",
         "linear",
@@ -62,10 +70,17 @@ MODULES = granitemoe.modules(
         part=1,
         stream=LAYER,
         shard="row",
+        gguf="blk.{i}.ffn_down_shexp",
     ),
 )
 DEFAULTS = {**granitemoe.DEFAULTS, SHARED_WIDTH: 0}
 
 ARCHITECTURE = Architecture(
-    "granitemoeshared", GraniteMoESharedDecoder, MODULES, DEFAULTS, read, write
+    "granitemoeshared",
+    GraniteMoESharedDecoder,
+    MODULES,
+    DEFAULTS,
+    read,
+    write,
+    GGUFFamily("granitemoe", mark=_GGUF_WIDTH, keys={**GGUF_KEYS, SHARED_WIDTH: _GGUF_WIDTH}),
 )

@@ -3,17 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     read_experts,
     with_experts,
     write_experts,
 )
+from slipstream.builder.models.llama import MODULES
 from slipstream.builder.models.mistral import read as read_mistral
 from slipstream.builder.models.mistral import write as write_mistral
 from slipstream.weights.json import Fields
@@ -40,7 +41,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 ARCHITECTURE = Architecture(
     "mixtral",
     MixtralDecoder,
-    with_experts(DECODER, expert_modules(BLOCK, *PARTS)),
+    with_experts(MODULES, expert_modules(BLOCK, *PARTS)),
     {
         "vocab_size": 32000,
         "intermediate_size": 14336,
@@ -56,4 +57,9 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    # As Mistral, under the name of Llama; what says so is that there are experts.
+    GGUFFamily(
+        "llama",
+        keys={**gguf_keys(_COUNT), "sliding_window": "attention.sliding_window"},
+    ),
 )

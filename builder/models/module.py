@@ -118,8 +118,8 @@ class Module:
 
     ``shard`` is the axis that tensor parallelism splits: rows (``column`` parallel, after x·Wᵀ),
     columns (``row`` parallel), rows by token (``vocabulary``). ``adapter`` says that a low-rank
-    adapter fits. ``gguf`` is its name in GGUF files; ``gguf_permuted`` that its rows, head by head,
-    are in llama.cpp's order there.
+    adapter fits. ``gguf`` is its name in GGUF files, or those of the parts of its rows, which are
+    apart there; ``gguf_permuted`` that its rows, head by head, are in llama.cpp's order there.
     """
 
     name: str
@@ -141,8 +141,13 @@ class Module:
     stream: str | None = None
     shard: Shard = "replicated"
     adapter: bool = False
-    gguf: str | None = None
+    gguf: str | tuple[str, ...] | None = None
     gguf_permuted: bool = False
+
+    @property
+    def gguf_names(self) -> tuple[str, ...]:
+        """Its name in GGUF files, or its names."""
+        return (self.gguf,) if isinstance(self.gguf, str) else self.gguf or ()
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Of its weight: ``[N, K]``, or ``[N]``."""

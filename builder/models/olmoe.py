@@ -6,13 +6,14 @@ from typing import Any
 import onnx_ir as ir
 
 from slipstream.builder.models import olmo2
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     read_experts,
     with_experts,
     write_experts,
@@ -67,4 +68,5 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    GGUFFamily("olmoe", keys=gguf_keys(_COUNT)),
 )

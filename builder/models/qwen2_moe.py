@@ -4,7 +4,7 @@ takes as far as a gate of its own says."""
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
@@ -12,6 +12,7 @@ from slipstream.builder.models.experts import (
     RENORMALIZE,
     ExpertDecoder,
     expert_modules,
+    gguf_keys,
     in_some_layers,
     read_experts,
     shared_modules,
@@ -104,4 +105,12 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    # llama.cpp computes it without norm_topk_prob and with experts in every layer.
+    GGUFFamily(
+        "qwen2moe",
+        keys={
+            **gguf_keys(_COUNT, _WIDTH),
+            _SHARED_WIDTH: "expert_shared_feed_forward_length",
+        },
+    ),
 )

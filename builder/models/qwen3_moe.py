@@ -1,12 +1,18 @@
 """Qwen3-MoE: Qwen3 whose MLPs are experts, in all layers or in some."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture
+from slipstream.builder.models.architecture import Architecture, GGUFFamily
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
-from slipstream.builder.models.experts import ExpertDecoder, expert_modules, in_some_layers
+from slipstream.builder.models.experts import (
+    ExpertDecoder,
+    expert_modules,
+    gguf_keys,
+    in_some_layers,
+)
 from slipstream.builder.models.qwen2 import DEFAULTS, read_windowed, write_windowed
 from slipstream.builder.models.qwen2_moe import read_routing, write_routing
 from slipstream.weights.json import Fields
@@ -28,6 +34,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _concluded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp computes, with experts in every layer."""
+    return {"norm_topk_prob": True}
+
+
 ARCHITECTURE = Architecture(
     "qwen3_moe",
     ExpertDecoder,
@@ -47,4 +58,9 @@ ARCHITECTURE = Architecture(
     },
     _read,
     _write,
+    GGUFFamily(
+        "qwen3moe",
+        keys=gguf_keys("num_experts", "moe_intermediate_size"),
+        concluded=_concluded,
+    ),
 )

@@ -97,12 +97,11 @@ def test_the_example_has_names_for_gguf() -> None:
     config = ModelConfig.from_huggingface(raw)
     assert ModelConfig.from_huggingface(describe(config)) == config
     names = {name: exaone4.to_gguf(name) for name in exaone4.shapes(config)}
-    assert names["model.layers.2.self_attn.q_norm.weight"] == "blk.2.attn_q_norm.weight"
-    assert names["model.layers.0.post_feedforward_layernorm.weight"] == "blk.0.post_ffw_norm.weight"
-    assert names["lm_head.weight"] == "output.weight"
-    assert {name: exaone4.from_gguf(theirs or "") for name, theirs in names.items()} == {
-        name: name for name in names
-    }
+    assert names["model.layers.2.self_attn.q_norm.weight"] == ("blk.2.attn_q_norm.weight",)
+    after_mlp = names["model.layers.0.post_feedforward_layernorm.weight"]
+    assert after_mlp == ("blk.0.post_ffw_norm.weight",)
+    assert names["lm_head.weight"] == ("output.weight",)
+    assert all(exaone4.from_gguf(theirs) == name for name, (theirs,) in names.items())
     assert exaone4.from_gguf("blk.0.attn_norm.weight") is None
 
 

@@ -3,9 +3,11 @@ form. Names are those of the gguf package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -13,23 +15,44 @@ import numpy as np
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGUFWriter
+from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from tests.integration.test_architectures import GEMMA, PROMPT_TOKENS, run_in_chunks
+from tests.builder.checkpoints.gguf.models import random_blocks
+from tests.integration.test_architectures import (
+    EXPERTS,
+    GEMMA,
+    GLM_EXPERTS,
+    GPT_OSS,
+    MULTIPLIERS,
+    OLMOE,
+    PROMPT_TOKENS,
+    QWEN2_EXPERTS,
+    QWEN_EXPERTS,
+    run_in_chunks,
+)
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
-from slipstream.builder.build import build
+from slipstream.builder.build import build, plan
 from slipstream.builder.options import BuildOptions
 
 Array = NDArray[Any]
@@ -43,13 +66,43 @@ def as_it_is(name: str, array: Array, config: Any) -> Array:  # noqa: ANN401
     return array
 
 
+def whole(name: str, array: Array) -> dict[str, Array]:
+    return {name: array}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What the converter does for an architecture: its keys, and how it changes tensors."""
+    """What the converter does for an architecture: its keys, how it changes tensors, and what it
+    makes of one."""
 
     architecture: MODEL_ARCH
     keys: Callable[[GGUFWriter, Any], None] = nothing_more
     changed: Callable[[str, Array, Any], Array] = as_it_is
+    parts: Callable[[str, Array], dict[str, Array]] = whole
+
+
+def of_granite(name: str, array: Array) -> dict[str, Array]:
+    """Gate and up apart, by names of Qwen's."""
+    if "input_linear" not in name:
+        return {name: array}
+    place = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
+    place = place.replace("shared_mlp.input_linear", "mlp.shared_expert.{}_proj")
+    return dict(zip(map(place.format, ("gate", "up")), np.split(array, 2, axis=-2), strict=True))
+
+
+def of_glm(name: str, array: Array) -> dict[str, Array]:
+    return {name.replace("_correction_bias", "_correction.bias"): array}
+
+
+def of_gpt_oss(name: str, array: Array) -> dict[str, Array]:
+    """Rows of gate and up, which take turns, apart, and all with rows first."""
+    name = re.sub(r"(sinks|_proj)$", r"\1.weight", name.replace("_proj_bias", "_proj.bias"))
+    if ".experts." not in name:
+        return {name: array}
+    rows = array.swapaxes(1, 2) if array.ndim == 3 else array
+    if "gate_up" not in name:
+        return {name: rows}
+    return {name.replace("gate_up", part): rows[:, i::2] for i, part in enumerate(("gate", "up"))}
 
 
 def permuted(name: str, array: Array, config: Any) -> Array:  # noqa: ANN401
@@ -84,7 +137,57 @@ def gemma3(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
         writer.add_sliding_window(config.sliding_window)
 
 
+def experts(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    writer.add_expert_count(next(getattr(config, name) for name in counts if hasattr(config, name)))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def qwen2_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def granite_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+    if shared := getattr(config, "shared_intermediate_size", 0):
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
+def gpt_oss(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    window(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    original = config.rope_parameters["original_max_position_embeddings"]
+    writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_rope_dimension_count(config.head_dim // 2)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+
+
 LLAMA = Layout(MODEL_ARCH.LLAMA, changed=permuted)
+MIXTRAL = Layout(MODEL_ARCH.LLAMA, experts, permuted)
+QWEN3_MOE = Layout(MODEL_ARCH.QWEN3MOE, experts)
+GRANITE_MOE = Layout(MODEL_ARCH.GRANITE_MOE, granite_moe, permuted, of_granite)
+GLM4_MOE = Layout(MODEL_ARCH.GLM4_MOE, glm4_moe, parts=of_glm)
+GPT_OSS_LAYOUT = Layout(MODEL_ARCH.GPT_OSS, gpt_oss, parts=of_gpt_oss)
 GEMMA3 = Layout(MODEL_ARCH.GEMMA3, gemma3, one_more)
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
 WINDOWS: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 17}
@@ -95,6 +198,36 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         MistralConfig(**TINY_SHAPE, sliding_window=17),
         Layout(MODEL_ARCH.LLAMA, window, permuted),
     ),
+    "mixtral": (MixtralConfig(**TINY_SHAPE, **EXPERTS), MIXTRAL),
+    "mixtral-one": (
+        MixtralConfig(**TINY_SHAPE, num_local_experts=1, num_experts_per_tok=1),
+        MIXTRAL,
+    ),
+    "qwen3-moe": (Qwen3MoeConfig(**TINY_SHAPE, **QWEN_EXPERTS, norm_topk_prob=True), QWEN3_MOE),
+    "qwen2-moe": (
+        Qwen2MoeConfig(**TINY_SHAPE, **QWEN2_EXPERTS),
+        Layout(MODEL_ARCH.QWEN2MOE, qwen2_moe),
+    ),
+    "olmoe": (OlmoeConfig(**TINY_SHAPE, **OLMOE), Layout(MODEL_ARCH.OLMOE, experts)),
+    "granitemoe": (GraniteMoeConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS), GRANITE_MOE),
+    "granitemoeshared": (
+        GraniteMoeSharedConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS, shared_intermediate_size=40),
+        GRANITE_MOE,
+    ),
+    "glm4-moe": (
+        Glm4MoeConfig(
+            **TINY_SHAPE,
+            **GLM_EXPERTS,
+            use_qk_norm=True,
+            attention_bias=True,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            routed_scaling_factor=1.5,
+        ),
+        GLM4_MOE,
+    ),
+    "gpt-oss": (GptOssConfig(**GPT_OSS), GPT_OSS_LAYOUT),
     "qwen2": (Qwen2Config(**TINY_SHAPE), Layout(MODEL_ARCH.QWEN2)),
     "qwen3": (Qwen3Config(**TINY_SHAPE, head_dim=32), Layout(MODEL_ARCH.QWEN3)),
     "gemma": (GemmaConfig(**GEMMA), Layout(MODEL_ARCH.GEMMA, changed=one_more)),
@@ -122,8 +255,22 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
 }
 
 
-def write(checkpoint: Path, config: Any, layout: Layout, path: Path) -> None:  # noqa: ANN401
-    """A GGUF file of a checkpoint."""
+def stacked(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The experts of a layer as one array, and without the axes of one element."""
+    found: dict[str, list[Array]] = {}
+    for name in sorted(arrays, key=lambda name: [int(n) for n in re.findall(r"\.(\d+)\.", name)]):
+        found.setdefault(re.sub(r"(experts)\.\d+", r"\1", name), []).append(arrays[name])
+    return {name: np.squeeze(np.stack(parts)) for name, parts in found.items()}
+
+
+def write(
+    checkpoint: Path,
+    config: Any,  # noqa: ANN401
+    layout: Layout,
+    path: Path,
+    blocks: Mapping[str, tuple[Array, Type]] = MappingProxyType({}),
+) -> Path:
+    """A GGUF file of a checkpoint; ``blocks`` are tensors by GGUF name that it has otherwise."""
     writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout.architecture])
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -147,15 +294,19 @@ def write(checkpoint: Path, config: Any, layout: Layout, path: Path) -> None:  #
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
     names = gguf.get_tensor_name_map(layout.architecture, config.num_hidden_layers)
-    for name, array in load_file(checkpoint / "model.safetensors").items():
+    arrays = load_file(checkpoint / "model.safetensors")
+    changed = {name: layout.changed(name, array, config) for name, array in arrays.items()}
+    made = [layout.parts(name, array) for name, array in stacked(changed).items()]
+    for name, array in (item for parts in made for item in parts.items()):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        values = np.ascontiguousarray(layout.changed(name, array, config))
-        writer.add_tensor(theirs, values)
+        values, kind = blocks.get(theirs, (array, Type.F32))
+        writer.add_tensor(theirs, np.ascontiguousarray(values), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -170,3 +321,59 @@ def test_logits_are_those_of_the_hugging_face_form(name: str, tmp_path: Path) ->
         expected = model(torch.tensor(prompts)).logits.numpy()
     actual = run_in_chunks(tmp_path / "engine", prompts)
     assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
+# Where the float16 numbers of a block are, and what to write there for weights of about 0.1.
+HALVES = {
+    Type.Q4_0: {0: 0.02},
+    Type.Q8_0: {0: 0.001},
+    Type.Q4_K: {0: 5e-4, 2: 37e-4},
+    Type.Q6_K: {208: 1e-4},
+}
+
+
+def blocks_of(kind: Type, experts: int, rows: int, columns: int) -> Array:
+    """Random codes of a type, as experts are stored."""
+    data = random_blocks(kind, experts * rows, columns)
+    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+    for place, number in HALVES.get(kind, {}).items():
+        blocks[:, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
+    if kind == Type.MXFP4:
+        blocks[:, 0] = 127 - 5 + blocks[:, 0] % 2
+    return blocks.reshape(experts, rows, -1)
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [(Type.Q4_0, Type.Q8_0), (Type.Q4_K, Type.Q6_K), (Type.MXFP4, Type.MXFP4)],
+)
+def test_experts_stay_in_their_codes(opening: Type, closing: Type, tmp_path: Path) -> None:
+    """Gate and up are of one type, down is of another, as llama.cpp mixes them."""
+    width = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 3}
+    shape = {**TINY_SHAPE, **QWEN_EXPERTS, **width, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(**shape, norm_topk_prob=True)
+    checkpoint = save_tiny(config, tmp_path / "checkpoint")
+    coded = {
+        f"blk.0.ffn_{part}_exps.weight": (blocks_of(kind, 3, 256, 256), kind)
+        for part, kind in (("gate", opening), ("up", opening), ("down", closing))
+    }
+    plain = {
+        name: (gguf.quants.dequantize(stored, kind), Type.F32)
+        for name, (stored, kind) in coded.items()
+    }
+    files = {
+        part: write(checkpoint, config, QWEN3_MOE, tmp_path / f"{part}.gguf", blocks)
+        for part, blocks in (("coded", coded), ("plain", plain))
+    }
+
+    products = plan(files["coded"], BuildOptions()).program.nodes("ExpertLinear")
+    assert len(products) == 2
+    assert all("bits" in node.attributes for node in products), "all are integers"
+
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (2, PROMPT_TOKENS))
+    logits = []
+    for part, file in files.items():
+        build(file, tmp_path / part, BuildOptions(kv_cache_dtype="float32"))
+        logits.append(run_in_chunks(tmp_path / part, prompts))
+    got, want = logits
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)

@@ -1,4 +1,4 @@
-"""GGUF tensor data as QuantTensor: integer blocks losslessly, everything else as float32."""
+"""GGUF tensor data as QuantTensor: known blocks losslessly, everything else as float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer codes, scales and offsets of GGUF's block types.
+"""Codes, scales and offsets of GGUF's block types.
 
 Layouts and meaning: ggml-common.h and gguf-py of llama.cpp. Every function takes blocks u8
 ``[N, B, bytes]`` and returns codes of a row after another, as ``QuantTensor`` packs them; scales
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
@@ -22,11 +23,10 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]
 Decoded = tuple[Bytes, Numbers, Numbers | None]
 
-# The numbers of the codes of IQ4_NL and IQ4_XS, and twice those of MXFP4.
+# The numbers of the codes of IQ4_NL and IQ4_XS.
 _IQ4 = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16
 )
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int16)
 _MIDPOINT = 128
 
 
@@ -167,8 +167,12 @@ def _iq4_xs(blocks: Bytes) -> Decoded:
 
 
 def _mxfp4(blocks: Bytes) -> Decoded:
-    exponent = blocks[..., 0].astype(np.int32)
-    return _numbered(blocks[..., 1:], _E2M1), np.ldexp(np.float32(1), exponent - 128), None
+    # Half of the scale for twice the numbers there, so that the byte is the exponent plus 127.
+    scale = np.ascontiguousarray(blocks[..., 0]).view(ml_dtypes.float8_e8m0fnu)
+    return _neighbours(blocks[..., 1:]), scale, None
+
+
+_MXFP4 = WeightFormat((), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 
 
 def _format(bits: int, group: int, zero: str, dtype: str = "float16") -> WeightFormat:
@@ -189,6 +193,6 @@ BLOCKS: Mapping[Type, BlockType] = MappingProxyType(
         Type.Q6_K: BlockType(256, _format(8, 16, "midpoint", "float32"), _q6_k),
         Type.IQ4_NL: BlockType(32, _format(8, 32, "midpoint"), _iq4_nl),
         Type.IQ4_XS: BlockType(256, _format(8, 32, "midpoint", "float32"), _iq4_xs),
-        Type.MXFP4: BlockType(32, _format(8, 32, "midpoint", "float32"), _mxfp4),
+        Type.MXFP4: BlockType(32, _MXFP4, _mxfp4),
     }
 )

@@ -20,6 +20,7 @@ from slipstream.weights.json import is_integer, shortened
 
 # Divisors of frequencies: Llama 3's, and those of LongRoPE.
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+_EXPERT_COUNT, _NEXTN = "expert_count", "nextn_predict_layers"
 # What llama.cpp's converter takes for Llama 3 models; it stores only the factors they give.
 _LLAMA3 = MappingProxyType(
     {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -35,8 +36,8 @@ def huggingface_config(
     ``ROPE_FACTORS`` [rotary_dim/2] that the file has."""
     keys = _Keys(str(metadata.get("general.architecture")), metadata)
     architecture = _architecture(keys)
-    experts = keys.get("expert_count", 0)
-    if experts and all(module.role != "expert" for module in architecture.modules):
+    experts = keys.get(_EXPERT_COUNT, 0)
+    if experts and not _has_experts(architecture):
         raise CheckpointError(
             f"the GGUF file is a mixture of {shortened(experts)} experts, which is not supported; "
             "use a dense model"
@@ -53,7 +54,7 @@ def huggingface_config(
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": keys.count("embedding_length"),
         "intermediate_size": keys.count("feed_forward_length"),
-        "num_hidden_layers": keys.count("block_count"),
+        "num_hidden_layers": keys.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -68,6 +69,7 @@ def huggingface_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": end_token_ids(metadata),
+        "use_qk_norm": any(name.endswith("attn_q_norm.weight") for name in shapes),
         **_own_keys(architecture.gguf, keys),
     }
     return {**found, **architecture.gguf.concluded(found)}
@@ -85,14 +87,27 @@ def _architecture(keys: _Keys) -> Architecture:
     return max(found, key=lambda a: _fit(a, keys))
 
 
-def _fit(architecture: Architecture, keys: _Keys) -> int:
-    """1 for a mark that the file has, -1 for one that it lacks, 0 without one."""
+def _fit(architecture: Architecture, keys: _Keys) -> tuple[bool, int]:
+    """Whether both have experts or both have none; then 1 for a mark that the file has, -1 for one
+    that it lacks, 0 without one."""
     assert architecture.gguf is not None
     mark = architecture.gguf.mark
-    return 0 if mark is None else 1 if keys.get(mark, 0) else -1
+    alike = _has_experts(architecture) == bool(keys.get(_EXPERT_COUNT, 0))
+    return alike, 0 if mark is None else 1 if keys.get(mark, 0) else -1
+
+
+def _has_experts(architecture: Architecture) -> bool:
+    """Whether it is a mixture of experts."""
+    return any(module.role == "expert" for module in architecture.modules)
 
 
 def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
+    for key, value in family.only.items():
+        if keys.get(key, value) != value:
+            raise CheckpointError(
+                f"the GGUF file's {keys.architecture}.{key} is {shortened(keys.get(key, None))}, "
+                f"and only {value} is supported; use another model"
+            )
     found = {
         ours: keys.layer_kinds(theirs) if ours == "layer_types" else keys.get(theirs, None)
         for ours, theirs in family.keys.items()
@@ -118,6 +133,16 @@ class _Keys:
                 )
             return value[0]
         return default if value is None else value
+
+    def layers(self) -> int:
+        """The decoder layers, after which there may be some that predict further tokens."""
+        blocks, more = self.count("block_count"), self.get(_NEXTN, 0)
+        if is_integer(more) and 0 <= more < blocks:
+            return blocks - more
+        raise CheckpointError(
+            f"the GGUF file's {self.architecture}.{_NEXTN} is {shortened(more)}, of {blocks} "
+            "blocks; download it again"
+        )
 
     def layer_kinds(self, key: str) -> list[str] | None:
         """What a list that says of each layer whether it has a window says; None without one."""

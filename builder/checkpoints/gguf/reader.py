@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,14 +25,16 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     weight_format,
 )
 from slipstream.builder.checkpoints.gguf.config import ROPE_FACTORS, huggingface_config
+from slipstream.builder.checkpoints.gguf.experts import unstacked
 from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
+from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, Origin
-from slipstream.weights.tensor import LazyTensor, QuantTensor
+from slipstream.weights.tensor import LazyTensor, QuantTensor, stack_rows
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +47,14 @@ _MEND_TEMPLATE = (
 class GGUFCheckpoint:
     """A model of an architecture that has names for GGUF, in one file.
 
-    ``stored`` has the tensors by Hugging Face name. Types whose codes are integers (Q4_0 to Q8_0,
-    Q2_K to Q6_K, IQ4, MXFP4) stay quantized, F32, F16 and BF16 stay dense, every other type becomes
-    float32.
+    ``stored`` has the tensors by Hugging Face name, of one whose parts the file has apart those in
+    the order of their rows. Types whose codes are integers (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4) and
+    MXFP4 stay quantized, F32, F16 and BF16 stay dense, every other type becomes float32.
     """
 
     path: Path
     config: ModelConfig
-    stored: Mapping[str, GGUFTensor]
+    stored: Mapping[str, tuple[GGUFTensor, ...]]
     file: GGUFFile
 
     @property
@@ -68,9 +70,12 @@ class GGUFCheckpoint:
         """One weight, not yet read."""
         if name not in self.stored:
             raise unknown_tensor(self.path, name, self.names())
-        stored = self.stored[name]
-        form = weight_format(stored.name, stored.kind, stored.shape)
-        return LazyTensor(name, form, lambda: self._load(name, stored))
+        parts = [self._part(name, stored) for stored in self.stored[name]]
+        if len(parts) == 1:
+            return parts[0]
+        if len({replace(part.format, shape=()) for part in parts}) > 1:
+            parts = [as_dense(part, "float32") for part in parts]
+        return stack_rows(parts, name)
 
     def write_tokenizer(self, directory: Path) -> None:
         """Writes the tokenizer that the metadata describes."""
@@ -83,6 +88,10 @@ class GGUFCheckpoint:
         if template is not None:
             check_templates({"default": template}, Origin(self.path, _MEND_TEMPLATE))
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def _part(self, name: str, stored: GGUFTensor) -> LazyTensor:
+        form = weight_format(stored.name, stored.kind, stored.shape)
+        return LazyTensor(name, form, lambda: self._load(name, stored))
 
     def _load(self, name: str, stored: GGUFTensor) -> QuantTensor:
         tensor = decode(name, stored.kind, stored.shape, stored.map())
@@ -98,7 +107,10 @@ class GGUFCheckpoint:
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> GGUFCheckpoint:
-    """Opens a GGUF file, which holds no more than a text model; reads metadata, no weights."""
+    """Opens a GGUF file, which holds no more than a text model; reads metadata, no weights.
+
+    Layers that predict further tokens are left out, and refused with ``strict``.
+    """
     path = Path(source)
     file = read_gguf(path)
     factors = {name: _dense(file.tensors[name]) for name in ROPE_FACTORS if name in file.tensors}
@@ -109,8 +121,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> 
     )
     config = ModelConfig.from_huggingface(raw)
     architecture = architecture_of(config.architecture)
-    stored = _by_huggingface_name(file, architecture)
-    _log_dequantized(path, stored.values())
+    decoder = _of_decoder(file, config, strict=strict)
+    stored = _by_huggingface_name(decoder, architecture, config)
+    _log_dequantized(path, [part for parts in stored.values() for part in parts])
     # The file's tensors say which linears have a bias, its metadata does not.
     config = architecture.with_biases(config, stored)
     return GGUFCheckpoint(path, config, stored, file)
@@ -125,20 +138,70 @@ def _dense(tensor: GGUFTensor) -> NDArray[np.float32]:
     return decode(tensor.name, tensor.kind, tensor.shape, tensor.map()).dequantize()
 
 
-def _by_huggingface_name(file: GGUFFile, architecture: Architecture) -> dict[str, GGUFTensor]:
-    names = {
-        name: architecture.from_gguf(name) for name in file.tensors if name not in ROPE_FACTORS
-    }
-    unknown = [name for name, ours in names.items() if ours is None]
+def _by_huggingface_name(
+    file: GGUFFile, architecture: Architecture, config: ModelConfig
+) -> dict[str, tuple[GGUFTensor, ...]]:
+    """The tensors of each name, in the order of their rows."""
+    tensors = unstacked(file.tensors, _experts(architecture, config))
+    for name in ROPE_FACTORS:
+        tensors.pop(name, None)
+    names = dict.fromkeys(map(architecture.from_gguf, tensors))
+    theirs = {name: architecture.to_gguf(name) for name in names if name is not None}
+    unknown = tensors.keys() - {part for parts in theirs.values() for part in parts}
     if unknown:
         raise CheckpointError(
             f"{file.path} has {len(unknown)} tensors that its architecture "
-            f"{file.metadata['general.architecture']!r} does not use, such as {unknown[0]}; it is "
-            "of a variant that is not supported"
+            f"{file.metadata['general.architecture']!r} does not use, such as {min(unknown)}; it "
+            "is of a variant that is not supported"
         )
     for tensor in file.tensors.values():
         weight_format(tensor.name, tensor.kind, tensor.shape)
-    return {ours: file.tensors[name] for name, ours in names.items() if ours is not None}
+    missing = [part for parts in theirs.values() for part in parts if part not in tensors]
+    if missing:
+        raise unknown_tensor(file.path, missing[0], tuple(file.tensors))
+    return {
+        name: _with_axes_of_one([tensors[part] for part in parts], architecture.shape(config, name))
+        for name, parts in theirs.items()
+    }
+
+
+def _of_decoder(file: GGUFFile, config: ModelConfig, *, strict: bool) -> GGUFFile:
+    """The file without the tensors of blocks behind the decoder's, which predict further tokens."""
+    blocks = int(file.metadata[f"{file.metadata['general.architecture']}.block_count"])
+    further = {f"blk.{i}" for i in range(config.num_layers, blocks)}
+    left_out = [name for name in file.tensors if ".".join(name.split(".", 2)[:2]) in further]
+    if left_out and strict:
+        raise CheckpointError(
+            f"{file.path} holds {len(left_out)} tensors of layers that predict further tokens, "
+            f"such as {left_out[0]}, which would be left out; build without --strict-tensors"
+        )
+    if left_out:
+        logger.warning(
+            "%s: %d tensors of layers that predict further tokens are left out, such as %s",
+            file.path.name, len(left_out), left_out[0],
+        )  # fmt: skip
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in set(left_out)}
+    return replace(file, tensors=kept)
+
+
+def _experts(architecture: Architecture, config: ModelConfig) -> int:
+    measures = (m.experts for m in architecture.modules if m.experts is not None)
+    return next((measure(config).units for measure in measures), 0)
+
+
+def _with_axes_of_one(
+    parts: Sequence[GGUFTensor], shape: tuple[int, ...] | None
+) -> tuple[GGUFTensor, ...]:
+    """The parts of a tensor; of an only one with the axes of one element that llama.cpp's converter
+    drops."""
+    first = parts[0]
+    if len(parts) > 1 or shape is None or _longer(shape) != _longer(first.shape):
+        return tuple(parts)
+    return (replace(first, shape=shape),)
+
+
+def _longer(shape: tuple[int, ...]) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def _log_dequantized(path: Path, tensors: Iterable[GGUFTensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -29,7 +30,7 @@ from slipstream.builder.checkpoints.gguf.blocks import decode
         (Type.Q6_K, 8, 16, "midpoint", np.float32),
         (Type.IQ4_NL, 8, 32, "midpoint", np.float16),
         (Type.IQ4_XS, 8, 32, "midpoint", np.float32),
-        (Type.MXFP4, 8, 32, "midpoint", np.float32),
+        (Type.MXFP4, 4, 32, "midpoint", ml_dtypes.float8_e8m0fnu),
     ],
 )
 @pytest.mark.parametrize("chunk", [1 << 22, 700])
@@ -48,7 +49,8 @@ def test_blocks_stay_quantized_and_decode_like_the_reference(
     tensor = decode("w", kind, (47, 768), data.reshape(-1))
 
     form = tensor.format
-    assert (form.kind, form.bits, form.group, form.zero) == ("int", bits, group, zero)
+    assert form.kind == ("float4_e2m1" if kind == Type.MXFP4 else "int")
+    assert (form.bits, form.group, form.zero) == (bits, group, zero)
     assert form == gguf_blocks.weight_format("w", kind, (47, 768))
     assert tensor.scale is not None and tensor.scale.shape == (47, 768 // group)
     assert tensor.scale.dtype == np.dtype(form.dtype) == dtype

@@ -116,7 +116,8 @@ def in_gguf(checkpoint: Checkpoint, architecture: str, metadata: dict[str, Any])
         if module.gguf_permuted:
             heads = module.rows[0](config).units
             values = interleaved(values, heads)
-        tensors[table.to_gguf(name) or ""] = values
+        parts = table.to_gguf(name)
+        tensors |= dict(zip(parts, np.split(values, len(parts)), strict=True))
     scaling = config.rope_scaling
     if scaling.kind == "longrope":
         tensors["rope_factors_short.weight"] = np.array(scaling.short_factor, np.float32)

@@ -197,7 +197,9 @@ def with_tensor(name: str, values: NDArray[Any], kind: Type = Type.F32) -> TinyM
             TinyModel("bert"),
             "'bert', which is not supported; expected one of llama, gemma, gemma2,",
         ),
-        (changed(expert_count=8), "mixture of 8 experts"),
+        (TinyModel("qwen2", {"expert_count": 8}), "mixture of 8 experts"),
+        (changed(expert_count=8), "does not use, such as blk.0.ffn_down.weight"),
+        (changed(nextn_predict_layers=1), "nextn_predict_layers is 1, of 1 blocks"),
         (changed(split__count=3), "one of 3 parts, and its name does not say .* --merge"),
         (changed(attention__head_count_kv=[2, 4]), r"differs between layers \(\[2, 4\]\)"),
         (
