@@ -37,7 +37,8 @@ def expert_modules(
 ) -> tuple[Module, ...]:
     """The router and the experts of every layer, in a block of the layer such as ``mlp``.
 
-    Names are those of the checkpoint. Nothing folds a scale through the choice of experts.
+    Names are those of the checkpoint. Nothing folds a scale through the choice of experts; inside of
+    one, the scales of ``down`` go to ``up``.
     """
     prefix = f"{LAYER}.{block}"
 
@@ -48,6 +49,7 @@ def expert_modules(
             (rows,),
             columns,
             experts=experts,
+            reads=f"{prefix}.experts.{{e}}" + (f".{up}" if name == down else ""),
             stream=LAYER if name == down else None,
             shard=shard,
             gguf=f"blk.{{i}}.ffn_{gguf}.{{e}}",
