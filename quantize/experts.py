@@ -26,7 +26,7 @@ class Expert(nn.Module):
 
     def __init__(self, stacked: Any, shapes: Shapes) -> None:  # noqa: ANN401
         super().__init__()
-        self._gated: Callable[[Tensor], Tensor] = stacked._apply_gate  # noqa: SLF001
+        self._gated: Callable[[Tensor], Tensor] = stacked._apply_gate
         self._interleaved = not stacked.is_concatenated
         with torch.device("meta"):
             for name, (rows, columns) in shapes.items():
@@ -86,7 +86,8 @@ def split_experts(layer: nn.Module, config: ModelConfig, index: int) -> dict[str
         delattr(layer, called)
         layer.add_module(block, parent)
         object.__setattr__(layer, called, parent)
-    ours = [m.name.removeprefix(f"{LAYER}.") for m in modules if m.role == "router"]
-    known = {f"{block}.{name}" for name, _ in parent.named_children()}
-    theirs = [f"{block}.{n}" for n, m in parent.named_children() if type(m).__name__.endswith("Router")]
-    return dict(zip((name for name in ours if name not in known), theirs, strict=False))
+    parts = dict(parent.named_children())
+    ours = [m.name.removeprefix(f"{LAYER}.{block}.") for m in modules if m.role == "router"]
+    theirs = [name for name, part in parts.items() if type(part).__name__.endswith("Router")]
+    others = (f"{block}.{name}" for name in ours if name not in parts)
+    return dict(zip(others, (f"{block}.{name}" for name in theirs), strict=False))

@@ -20,8 +20,9 @@ from slipstream.quantize.algorithms.clip import search_range
 from slipstream.quantize.algorithms.gptq import Compensation, compensated_codes, compensation
 from slipstream.quantize.algorithms.grid import quantized, range_grid, weight_range
 from slipstream.quantize.algorithms.smoothquant import smoothing_scales
+from slipstream.quantize.folding import Folding
 from slipstream.quantize.options import Scheme
-from slipstream.quantize.sites import Folding, Site, Source
+from slipstream.quantize.sites import Site, Source
 from slipstream.quantize.statistics import LEAST_TOKENS, Inputs
 from slipstream.weights.fp8 import quantize_fp8, quantize_fp8_block
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype

@@ -3,7 +3,8 @@
     hidden states ─▶ layer, dense ─▶ inputs of its linears ─▶ scales folded ─▶ linears rounded
           └────────▶ layer, rounded ─▶ hidden states of the next layer
 
-Of a layer's experts, one after the other sees the tokens that were routed to it. Every layer is calibrated on what the rounded layers before it give, as it will meet it in use.
+Of a layer's experts, one after the other gets the tokens that were routed to it. Every layer is
+calibrated on what the rounded layers before it give, as it will meet it in use.
 """
 
 from __future__ import annotations
@@ -151,4 +152,3 @@ class _Run:
             return None
         k, v = (number / FP8_MAX if number > 0 else 1.0 for number in largest)
         return k, v
-

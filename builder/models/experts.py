@@ -37,8 +37,8 @@ def expert_modules(
 ) -> tuple[Module, ...]:
     """The router and the experts of every layer, in a block of the layer such as ``mlp``.
 
-    Names are those of the checkpoint. Nothing folds a scale through the choice of experts; inside of
-    one, the scales of ``down`` go to ``up``.
+    Names are those of the checkpoint. Nothing folds a scale through the choice of experts; within
+    one, those of ``down`` go into ``up``.
     """
     prefix = f"{LAYER}.{block}"
 
