@@ -26,6 +26,7 @@ from slipstream.quantize.layerwise import quantize_layers
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import make_plan
 from slipstream.quantize.quantize import Text, quantize
+from slipstream.quantize.report import record
 from slipstream.quantize.sites import by_expert, layer_sites, multiplied_as_one
 from slipstream.quantize.statistics import LEAST_TOKENS
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -125,14 +126,19 @@ def test_an_expert_that_saw_too_little_is_rounded_to_nearest_and_named(
         np.testing.assert_array_equal(made.codes, plain.codes)
 
 
-def test_what_is_read_back_is_built_and_computes_as_its_weights_say(tmp_path: Path) -> None:
+def test_what_is_read_back_is_built_and_computes_as_its_weights_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "find_spec", lambda _: None)  # plots take a second
     source = save("qwen3-moe", tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    fox = "the quick brown fox jumps over the lazy dog "
+    (tmp_path / "text.txt").write_text(fox * 40)
+    (tmp_path / "eval.txt").write_text(fox * 4)
     options = QuantizeOptions(
         qformat="int4_awq",
         group_size=32,
         calib_dataset=str(tmp_path / "text.txt"),
-        eval_dataset=str(tmp_path / "text.txt"),
+        eval_dataset=str(tmp_path / "eval.txt"),
         calib_size=4,
         calib_max_seq_length=64,
     )
