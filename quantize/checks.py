@@ -69,6 +69,11 @@ def _check_producer(plan: Plan) -> None:
             f"{plan.options.qformat} and {ours[0]} cannot be mixed: one of them is made by "
             "nvidia-modelopt and the other is not; use overrides of one kind"
         )
+    if plan.experts:
+        raise BuildError(
+            f"{plan.options.qformat} is made by nvidia-modelopt, whose files of experts are not "
+            "read; use int4_awq, int4_gptq, int8_gptq, int8_sq, fp8 or fp8_block"
+        )
     if plan.options.kv_cache_dtype == "fp8":
         raise BuildError(
             f"scales of an fp8 KV cache are not calibrated together with {plan.options.qformat}; "

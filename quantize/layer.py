@@ -20,13 +20,15 @@ from slipstream.quantize.algorithms.clip import search_range
 from slipstream.quantize.algorithms.gptq import Compensation, compensated_codes, compensation
 from slipstream.quantize.algorithms.grid import quantized, range_grid, weight_range
 from slipstream.quantize.algorithms.smoothquant import smoothing_scales
+from slipstream.quantize.folding import Folding
 from slipstream.quantize.options import Scheme
-from slipstream.quantize.sites import Folding, Site, Source
-from slipstream.quantize.statistics import Inputs
+from slipstream.quantize.sites import Site, Source
+from slipstream.quantize.statistics import LEAST_TOKENS, Inputs
 from slipstream.weights.fp8 import quantize_fp8, quantize_fp8_block
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
 _UNSEEN = "rounded to nearest: no finite input reached it"
+_FEW = f"rounded to nearest: fewer than {LEAST_TOKENS} tokens reached it"
 _SINGULAR = "rounded without compensation: the Gram matrix of its inputs is singular"
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -94,7 +96,7 @@ class LayerWork:
 
     def _scale(self, site: Site, source: Source, folding: Folding) -> None:
         inputs = self.inputs.get(site.key)
-        if inputs is None or f"{source.name}.weight" not in self.weights:
+        if inputs is None or not inputs.suffice or f"{source.name}.weight" not in self.weights:
             return
         find = self._scaling_of(site)
         scaling = find(inputs, partial(folding.tied, source)) if find else None
@@ -136,12 +138,13 @@ class LayerWork:
         stats = []
         for site in self.sites:
             inputs = self.inputs.get(site.key)
-            gram = None if inputs is None else inputs.regularized()
+            gram = inputs.regularized() if inputs is not None and inputs.suffice else None
             way = self._compensation(site, gram)
+            lack = _UNSEEN if inputs is None else _FEW if gram is None else None
             for name in site.linears:
                 if name not in self.schemes:
                     continue
-                made = self._round(name, gram, way, inputs is not None)
+                made = self._round(name, gram, way, lack)
                 tensors[f"{self.prefix}{name}.weight"] = made.tensor
                 stats.append(self._stats(site, name, made, inputs))
         for name, tensor in self.source.items():
@@ -155,8 +158,9 @@ class LayerWork:
         return compensation(gram) if gram is not None and wanted & {"awq", "gptq"} else None
 
     def _round(
-        self, name: str, gram: Tensor | None, way: Compensation | None, seen: bool
+        self, name: str, gram: Tensor | None, way: Compensation | None, lack: str | None
     ) -> _Rounded:
+        """``lack`` says why there is no ``gram``."""
         scheme, weight = self.schemes[name], self.weights[f"{name}.weight"]
         full = f"{self.prefix}{name}.weight"
         if scheme.kind == "float8_e4m3":
@@ -171,9 +175,8 @@ class LayerWork:
         asked = scheme.algorithm in ("awq", "gptq")
         if gram is None or not asked:
             grid = range_grid(*weight_range(weight, scheme.group), scheme, full)
-            fallback = _UNSEEN if self.calibrated and scheme.algorithm != "rtn" else None
-            unseen = None if seen else fallback
-            return _Rounded(quantized(full, grid.codes(weight), grid, scheme), fallback=unseen)
+            fallback = lack if self.calibrated and scheme.algorithm != "rtn" else None
+            return _Rounded(quantized(full, grid.codes(weight), grid, scheme), fallback=fallback)
         clipped = search_range(weight, gram.diagonal(), scheme, full)
         if way is None:
             codes = clipped.grid.codes(weight)

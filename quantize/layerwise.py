@@ -3,7 +3,8 @@
     hidden states ─▶ layer, dense ─▶ inputs of its linears ─▶ scales folded ─▶ linears rounded
           └────────▶ layer, rounded ─▶ hidden states of the next layer
 
-Every layer is calibrated on what the rounded layers before it give, as it will meet it in use.
+Of a layer's experts, one after the other gets the tokens that were routed to it. Every layer is
+calibrated on what the rounded layers before it give, as it will meet it in use.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch import Tensor
 from slipstream.builder.checkpoints import Checkpoint
 from slipstream.builder.checkpoints.names import layer_of
 from slipstream.quantize.activations import round_activations
+from slipstream.quantize.collect import collect
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.layer import LayerResult, LayerWork, lazy, linears_of
+from slipstream.quantize.layer import LayerResult, LayerWork, LinearStats, lazy, linears_of
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import Plan
-from slipstream.quantize.sites import Site, layer_sites
+from slipstream.quantize.sites import by_expert, layer_sites
 from slipstream.quantize.skeleton import linears, watch_kv
-from slipstream.quantize.statistics import Collector, Inputs
 from slipstream.weights.fp8 import FP8_MAX
-from slipstream.weights.tensor import QuantTensor
+from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 Tokens = NDArray[np.int32]
 
@@ -76,45 +77,46 @@ class _Run:
         prefix = f"model.layers.{index}."
         names = [name for name in self.checkpoint.names() if layer_of(name) == index]
         source = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
-        schemes = {
-            name.removeprefix(prefix): scheme
-            for name, scheme in self.plan.layers[index].linears.items()
-        }
-        sites = layer_sites(self.plan.config, index, linears_of(source))
-        work = LayerWork(prefix, source, schemes, sites, calibrated=self.model is not None)
-        if self.model is not None:
-            work.inputs = self._inputs(index, work.weights, sites)
-        work.scale()
-        tensors, stats = work.quantize()
+        tensors: dict[str, QuantTensor] = {}
+        stats: list[LinearStats] = []
+        for work in self._works(index, source):
+            work.scale()
+            made, figures = work.quantize()
+            tensors |= made
+            stats += figures
         kv = self.advance(index, tensors) if self.model is not None else None
-        return LayerResult(index, tensors, stats, kv)
+        return LayerResult(index, {name: tensors[name] for name in names}, tuple(stats), kv)
 
-    def _inputs(
-        self, index: int, weights: Mapping[str, Tensor], sites: Sequence[Site]
-    ) -> dict[str, Inputs | None]:
-        """What the linears of each site read, by the site's key."""
-        assert self.model is not None
-        skeleton, expected = self.model.skeleton, sum(h.shape[1] for h in self.hidden)
-        collectors = {site.key: Collector(expected) for site in sites}
+    def _works(self, index: int, source: Mapping[str, LazyTensor]) -> Iterator[LayerWork]:
+        """What is no expert of a layer, and then its experts, with their inputs: those of one are
+        there at a time."""
+        parts = by_expert(self.plan.config, index, source)
+        works = (self._work(index, {n: source[n] for n in names}) for names in parts.values())
+        if self.model is None:
+            yield from works
+            return
+        common, *experts = works
+        weights = common.weights | {k: w for expert in experts for k, w in expert.weights.items()}
+        skeleton = self.model.skeleton
         with skeleton.filled(index, weights) as layer:
-            seen: dict[str, Tensor] = {}
-            watched = {site.key for site in sites} | {site.stream for site in sites if site.stream}
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, inputs, name=name: seen.__setitem__(name, _rows(inputs[0]))
-                )
-                for name, module in layer.named_modules()
-                if name in watched
-            ]
-            for states in self.hidden:
-                seen[""] = _rows(skeleton.run(layer, states))
-                for site in sites:
-                    if site.key in seen:
-                        stream = None if site.stream is None else seen[site.stream]
-                        collectors[site.key].add(seen[site.key], stream)
-            for handle in handles:
-                handle.remove()
-        return {key: collector.result() for key, collector in collectors.items()}
+            streams = {s.stream for expert in experts for s in expert.sites if s.stream is not None}
+            sites = [s for s in common.sites if not common.schemes.keys().isdisjoint(s.linears)]
+            common.inputs, routed = collect(skeleton, layer, self.hidden, sites, streams)
+            yield common
+            for number in list(parts)[1:]:
+                assert routed is not None and number is not None
+                expert = experts.pop(0)
+                expert.inputs = routed.collect(layer, number, expert.sites)
+                yield expert
+
+    def _work(self, index: int, source: Mapping[str, LazyTensor]) -> LayerWork:
+        """A part of a layer that shares no scales with the rest."""
+        prefix = f"model.layers.{index}."
+        planned = self.plan.layers[index].linears
+        named = {name: planned.get(prefix + name) for name in linears_of(source)}
+        schemes = {name: scheme for name, scheme in named.items() if scheme is not None}
+        sites = layer_sites(self.plan.config, index, named)
+        return LayerWork(prefix, source, schemes, sites, calibrated=self.model is not None)
 
     @torch.inference_mode()
     def advance(self, index: int, tensors: Mapping[str, QuantTensor]) -> tuple[float, float] | None:
@@ -150,8 +152,3 @@ class _Run:
             return None
         k, v = (number / FP8_MAX if number > 0 else 1.0 for number in largest)
         return k, v
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[T, K]`` of all tokens."""
-    return x.reshape(-1, x.shape[-1])

@@ -12,6 +12,8 @@ from slipstream.builder.checkpoints.base import Checkpoint
 from slipstream.builder.checkpoints.names import layer_of, linears
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.module import Role
+from slipstream.builder.parameters import chosen_share
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.options import (
     DENSE,
@@ -23,6 +25,7 @@ from slipstream.quantize.options import (
     Target,
     parse_override,
 )
+from slipstream.quantize.sites import multiplied_as_one
 from slipstream.weights.rtn import GROUP_SIZES
 from slipstream.weights.tensor import WeightFormat, numpy_dtype
 
@@ -96,30 +99,57 @@ class Plan:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of the decoder's layers, quantized or not; routers, which are small and
-        choose, are none."""
+        """Every linear of the decoder's layers, experts' among them, quantized or not, but for
+        ``routers``."""
+        return tuple(name for name, role in self._roles.items() if role != "router")
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """What chooses experts, or how much one counts: small, and quantized only if asked for."""
+        return tuple(name for name, role in self._roles.items() if role == "router")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The linears of experts."""
+        return tuple(name for name, role in self._roles.items() if role == "expert")
+
+    @property
+    def _roles(self) -> dict[str, Role]:
         table = architecture_of(self.config.architecture)
         found = linears({name: form.shape for name, form in self.formats.items()})
         rows = {name: table.module(name) for name in found}
-        return tuple(name for name, row in rows.items() if row is None or row.role != "router")
+        return {name: "linear" if row is None else row.role for name, row in rows.items()}
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes at its peak, about: the embedding, a layer in float32 with its Gram
-        matrices, and the hidden states of all calibration tokens before and after that layer."""
-        layer = [self.formats[name] for name in self.formats if name.startswith("model.layers.0.")]
+        """Bytes that it takes at its peak, about: the embedding, a layer in float32 with the Gram
+        matrices of what is no expert or of one expert, and the hidden states of all calibration
+        tokens before and after that layer, and before its experts."""
+        embedding = 4 * self.config.vocab_size * self.config.hidden_size
+        states = (3 if self.experts else 2) * 4 * self._tokens * self.config.hidden_size
+        layers: dict[int, list[WeightFormat]] = {}
+        for name, form in self.formats.items():
+            if (index := layer_of(name)) is not None:
+                layers.setdefault(index, []).append(form)
+        return embedding + states + max(map(self._layer_memory, layers.values()))
+
+    def _layer_memory(self, layer: Iterable[WeightFormat]) -> int:
         inputs = {form.shape[1] for form in layer if len(form.shape) == 2}
         gram = sum(4 * k * k for k in inputs) if self.calibrated else 0
-        embedding = 4 * self.config.vocab_size * self.config.hidden_size
-        states = 2 * 4 * self._tokens * self.config.hidden_size
-        weights = sum(4 * _elements(form) for form in layer)
-        return embedding + 2 * weights + 3 * gram + states
+        return 2 * sum(4 * _elements(form) for form in layer) + 3 * gram
 
     def seconds(self, cores: int) -> float:
         """Time that it takes on so many cores, to within a factor of a few."""
-        weights = sum(n * k for n, k in map(self.shape, self.schemes))
+        experts, share = set(self.experts), chosen_share(self.config)
         # A token takes two operations a weight, once to see inputs and once to go on.
-        operations = 4.0 * weights * self._tokens
+        operations = (
+            4.0
+            * self._tokens
+            * sum(
+                math.prod(self.shape(name)) * (share if name in experts else 1)
+                for name in self.schemes
+            )
+        )
         if "gptq" in self.algorithms:
             operations += 40.0 * sum(k * k * (n + k) / 4 for n, k in map(self.shape, self.schemes))
         if "awq" in self.algorithms:
@@ -161,7 +191,8 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
     _check_dense(checkpoint, formats)
     base = Plan(checkpoint.config, options, MappingProxyType(formats), ())
     modules = base.linears
-    plan = base.with_qformats(_chosen(modules, options))
+    plan = base.with_qformats(_chosen(modules, base.routers, options))
+    plan = replace(plan, notes=(*plan.notes, *_mixed_experts(plan)))
     if not plan.schemes:
         raise BuildError(
             f"of the {len(modules)} linears of {checkpoint.path} none would be quantized: "
@@ -191,12 +222,17 @@ def _check_dense(checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]) ->
         )
 
 
-def _chosen(modules: Sequence[str], options: QuantizeOptions) -> dict[str, str]:
-    """The qformat of every linear."""
+def _chosen(
+    modules: Sequence[str], routers: Sequence[str], options: QuantizeOptions
+) -> dict[str, str]:
+    """The qformat of every linear, and of routers that a target of theirs alone asks for."""
     chosen: dict[str, str] = dict.fromkeys(modules, options.qformat)
     for text in options.overrides:
         target, qformat = parse_override(text)
-        chosen |= dict.fromkeys(_matching(target, modules), qformat)
+        asked = [router for router in routers if target.matches(router)]
+        if not asked or any(map(target.matches, modules)):
+            asked = _matching(target, modules)
+        chosen |= dict.fromkeys(asked, qformat)
     for text in options.exclude:
         chosen |= dict.fromkeys(_matching(Target.parse(text), modules), DENSE)
     return chosen
@@ -211,6 +247,24 @@ def _matching(target: Target, modules: Sequence[str]) -> list[str]:
             f"named like {modules[0] if modules else 'model.layers.0.mlp.down_proj'}{hint}"
         )
     return found
+
+
+def _mixed_experts(plan: Plan) -> Iterator[str]:
+    """What experts of a layer have that are stored as one weight and do not fit together."""
+    placed = plan.schemes
+    layers: dict[int | None, list[str]] = {}
+    for name in plan.experts:
+        layers.setdefault(layer_of(f"{name}."), []).append(name)
+    for layer, experts in layers.items():
+        prefix = f"model.layers.{layer}."
+        names = [name.removeprefix(prefix) for name in experts]
+        for stack in multiplied_as_one(plan.config, layer or 0, names):
+            schemes = {placed.get(prefix + name) for name in stack}
+            if len(schemes) > 1:
+                yield (
+                    f"{prefix}{stack[0]} and the experts' linears that are stored with it have "
+                    f"{len(schemes)} schemes: an engine of the result holds them in float32"
+                )
 
 
 def _extent(scheme: Scheme, shape: tuple[int, int]) -> int:

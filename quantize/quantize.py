@@ -263,7 +263,7 @@ class _Run:
             options=asdict(options),
             versions=versions(),
             notes=plan.notes,
-            loaders=writer.layout.loaders(writer.modules),
+            loaders=_loaders(plan, writer),
         )
 
 
@@ -316,6 +316,12 @@ def _described(calibration: Sequence[Tokens], options: QuantizeOptions) -> str:
         return ""
     source = options.calib_dataset or "the text that comes with Slipstream"
     return f"{len(calibration)} windows of {len(calibration[0])} tokens of {source}"
+
+
+def _loaders(plan: Plan, writer: DirectoryWriter) -> dict[str, str]:
+    """What else loads the files; vLLM was not tried with experts."""
+    loaders = writer.layout.loaders(writer.modules)
+    return {name: why for name, why in loaders.items() if name != "vLLM" or not plan.experts}
 
 
 def _check_gate(report: Report, options: QuantizeOptions) -> None:

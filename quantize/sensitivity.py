@@ -1,7 +1,7 @@
 """Which linears need 8 bits: measured by what 4 bits do to the hidden states after their layer.
 
-Linears that read one x are fused at run time where their formats agree, so they are chosen
-together.
+Linears that read one x are fused at run time where their formats agree, and experts are stored as
+one weight, so they are chosen together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slipstream.builder.checkpoints import Checkpoint
 from slipstream.quantize.algorithms.grid import range_grid, weight_range
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.plan import Plan
-from slipstream.quantize.sites import layer_sites
+from slipstream.quantize.sites import multiplied_as_one
 
 WIDE = "int8_wo"
 _WINDOWS = 4  # of the calibration text; the order of linears hardly changes with more
@@ -77,8 +77,8 @@ def _measure(
         weights = model.weights(prefix)
         exact = _run(model, layer.index, weights, hidden)
         quantized = [module.removeprefix(prefix) for module in layer.linears]
-        for site in layer_sites(plan.config, layer.index, quantized):
-            modules = tuple(map(prefix.__add__, site.linears))
+        for names in multiplied_as_one(plan.config, layer.index, quantized):
+            modules = tuple(map(prefix.__add__, names))
             rounded = weights | _rounded(plan, modules, prefix, weights)
             error = _distance(_run(model, layer.index, rounded, hidden), exact)
             choices.append(_Choice(modules, error, _more(plan, modules)))

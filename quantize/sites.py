@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch import Tensor
-
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.module import LAYER, Extent, Module
-
-_EVERY_NUMBER = torch.float32
+from slipstream.builder.models.module import LAYER, Extent, Module, pattern, place
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +47,71 @@ class Site:
 def layer_sites(config: ModelConfig, layer: int, linears: Iterable[str]) -> tuple[Site, ...]:
     """The sites of a layer, whose linears are given by their names in it, in the order in which
     data flows; a linear that the table does not know is one of its own."""
-    table, prefix = architecture_of(config.architecture), f"model.layers.{layer}."
-    rows = {name: table.module(prefix + name) for name in linears}
+    rows = _rows(config, layer, linears)
     groups: dict[str, list[str]] = {}
-    for module in table.modules:
-        names = [name for name, row in rows.items() if row is module]
-        if names:
-            groups.setdefault(module.reads or names[0], []).extend(names)
-    sites = [_site(config, reads, names, rows) for reads, names in groups.items()]
-    return (*sites, *(Site((name,)) for name, row in rows.items() if row is None))
+    for module in architecture_of(config.architecture).modules:
+        for name, (row, expert) in rows.items():
+            if row is module:
+                reads = place(module.reads, layer, expert or 0) if module.reads else name
+                groups.setdefault(reads, []).append(name)
+    sites = [_site(config, names, *rows[names[0]]) for names in groups.values()]
+    return (*sites, *(Site((name,)) for name, (row, _) in rows.items() if row is None))
 
 
-def _site(
-    config: ModelConfig, reads: str, names: list[str], rows: Mapping[str, Module | None]
-) -> Site:
-    first = rows[names[0]]
+def by_expert(
+    config: ModelConfig, layer: int, tensors: Iterable[str]
+) -> dict[int | None, list[str]]:
+    """The tensors of a layer, by their names in it, that are no expert's (None), and those of each
+    expert."""
+    names = list(tensors)
+    rows = _rows(config, layer, {name.rpartition(".")[0] for name in names})
+    parts: dict[int | None, list[str]] = {None: []}
+    for name in names:
+        parts.setdefault(rows[name.rpartition(".")[0]][1], []).append(name)
+    return parts
+
+
+def multiplied_as_one(
+    config: ModelConfig, layer: int, linears: Iterable[str]
+) -> list[tuple[str, ...]]:
+    """The linears of a layer, by their names in it, that are best of one scheme: those that read
+    one x, and those of all experts that read as much of theirs, which are stored as one weight."""
+    rows = _rows(config, layer, linears)
+    groups: dict[str, list[str]] = {}
+    for site in layer_sites(config, layer, rows):
+        row, expert = rows[site.key]
+        same = site.key if row is None or expert is None else row.reads or row.name
+        groups.setdefault(same, []).extend(site.linears)
+    return [tuple(names) for names in groups.values()]
+
+
+def _rows(
+    config: ModelConfig, layer: int, modules: Iterable[str]
+) -> dict[str, tuple[Module | None, int | None]]:
+    """The row and the expert of each module of a layer, by its name in it."""
+    table, prefix = architecture_of(config.architecture), f"model.layers.{layer}."
+    found: dict[str, tuple[Module | None, int | None]] = {}
+    for name in modules:
+        row = table.module(prefix + name)
+        match = None if row is None else pattern(row.name).fullmatch(prefix + name)
+        expert = None if match is None else match.groupdict().get("e")
+        found[name] = row, None if expert is None else int(expert)
+    return found
+
+
+def _site(config: ModelConfig, names: list[str], first: Module | None, expert: int | None) -> Site:
     assert first is not None and first.columns is not None, names
     stream = None if first.stream is None else _in_layer(first.stream)
-    source = _source(config, reads, first, first.columns(config))
+    source = _source(config, first, first.columns(config), expert or 0)
     return Site(tuple(names), source, stream)
 
 
-def _source(config: ModelConfig, reads: str, reader: Module, columns: Extent) -> Source | None:
+def _source(config: ModelConfig, reader: Module, columns: Extent, expert: int) -> Source | None:
     """None where the table has no such module, or its rows are not those of x."""
-    modules = architecture_of(config.architecture).modules
-    module = next((m for m in modules if m.name == reads and m.role in ("norm", "linear")), None)
-    if module is None or reader.reads != reads or "{e}" in reads or not reads.startswith(LAYER):
+    reads, modules = reader.reads, architecture_of(config.architecture).modules
+    roles = ("norm", "linear", "expert")
+    module = next((m for m in modules if m.name == reads and m.role in roles), None)
+    if module is None or reads is None or not reads.startswith(LAYER):
         return None
     extents = [measure(config) for measure in module.rows]
     extent = extents[reader.part]
@@ -85,70 +119,9 @@ def _source(config: ModelConfig, reads: str, reader: Module, columns: Extent) ->
     if columns.length != extent.length and not shared:
         return None
     starts = list(accumulate((e.length for e in extents), initial=0))
-    return Source(_in_layer(reads), starts[reader.part], extent, module.offset)
+    name = _in_layer(reads).replace("{e}", str(expert))
+    return Source(name, starts[reader.part], extent, module.offset)
 
 
 def _in_layer(pattern: str) -> str:
     return pattern.removeprefix(LAYER).removeprefix(".")
-
-
-@dataclass(frozen=True, slots=True)
-class Folding:
-    """How scales of one layer's channels move between its tensors.
-
-    ``weights`` are the layer's, float32, by their name in it; they are changed in place.
-    ``kept`` has the type of each tensor that will be stored without quantization.
-    """
-
-    weights: dict[str, Tensor]
-    kept: Mapping[str, torch.dtype]
-
-    def tied(self, source: Source, values: Tensor) -> Tensor:
-        """``values`` ``[K]`` with the mean over the columns that read one row of the source, as
-        query heads do that share a value head."""
-        extent = source.extent
-        if len(values) == extent.length:
-            return values
-        heads = values.reshape(extent.units, -1, extent.size)
-        return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
-
-    def possible(self, site: Site, source: Source, scales: Tensor) -> Tensor:
-        """The scales ``[K]`` nearest to these by which folding is exact.
-
-        A norm's weight is rounded to its type after the division, and the scale follows from the
-        result. Where a tensor stays in a type of few digits, scales are powers of two.
-        """
-        around = self._around(site, source)
-        if any(self.kept.get(name, _EVERY_NUMBER) != _EVERY_NUMBER for name in around):
-            return torch.exp2(scales.log2().round())
-        stored = self.weights[f"{source.name}.weight"]
-        if stored.ndim != 1:
-            return scales
-        dtype = self.kept.get(f"{source.name}.weight", _EVERY_NUMBER)
-        norm = stored + source.offset
-        divided = (norm / scales - source.offset).to(dtype).float() + source.offset
-        exact = norm / divided
-        return torch.where((divided != 0) & exact.isfinite() & (exact > 0), exact, 1.0)
-
-    def fold(self, site: Site, source: Source, scales: Tensor) -> None:
-        """Divides what the site reads by ``scales`` ``[K]`` and multiplies its columns."""
-        for name in site.linears:
-            self.weights[f"{name}.weight"] = self.weights[f"{name}.weight"] * scales
-        extent = source.extent
-        rows = scales.reshape(extent.units, -1, extent.size)[:, 0].reshape(-1)
-        self._divide(f"{source.name}.weight", source, rows, source.offset)
-        if f"{source.name}.bias" in self.weights:
-            self._divide(f"{source.name}.bias", source, rows, 0.0)
-
-    def _divide(self, name: str, source: Source, rows: Tensor, offset: float) -> None:
-        values = self.weights[name]
-        before, part, after = values.tensor_split((source.start, source.start + len(rows)))
-        divided = (part + offset) / (rows if values.ndim == 1 else rows[:, None]) - offset
-        self.weights[name] = torch.cat((before, divided, after))
-
-    def _around(self, site: Site, source: Source) -> Iterator[str]:
-        """Tensors that folding changes, but for a norm's weight."""
-        yield from (f"{name}.weight" for name in site.linears)
-        yield f"{source.name}.bias"
-        if self.weights[f"{source.name}.weight"].ndim != 1:
-            yield f"{source.name}.weight"

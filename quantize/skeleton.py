@@ -17,6 +17,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.cores import usable_cores
 from slipstream.errors import CheckpointError
+from slipstream.quantize.experts import split_experts
 
 KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _ATTENTION = "slipstream_quantize"
@@ -33,8 +34,8 @@ class _Sight:
 class Skeleton:
     """The decoder of a configuration on torch's meta device.
 
-    ``layers`` are decoder layers of transformers without weights. Raises CheckpointError for a
-    configuration that transformers cannot express.
+    ``layers`` are decoder layers of transformers without weights, whose experts are linears like
+    others. Raises CheckpointError for a configuration that transformers cannot express.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -54,6 +55,7 @@ class Skeleton:
         # Built anew because its frequencies are no weights: on the meta device they are lost.
         self._rotary: nn.Module = type(model.model.rotary_emb)(described)
         _check_rotation(self._rotary, config)
+        self._renamed = [split_experts(layer, config, i) for i, layer in enumerate(self.layers)]
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
                 if hasattr(module, "is_causal"):
@@ -65,8 +67,8 @@ class Skeleton:
 
         A linear has a bias exactly if ``weights`` has one.
         """
-        layer = self.layers[index]
-        fill(layer, weights)
+        layer, renamed = self.layers[index], self._renamed[index]
+        fill(layer, {_renamed(name, renamed): tensor for name, tensor in weights.items()})
         try:
             yield layer
         finally:
@@ -80,6 +82,11 @@ class Skeleton:
         angles = self._rotary(hidden, position_ids=positions, **of_kind)
         out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=angles)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
+
+
+def _renamed(name: str, renamed: Mapping[str, str]) -> str:
+    module, _, part = name.rpartition(".")
+    return f"{renamed.get(module, module)}.{part}"
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

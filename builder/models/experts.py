@@ -46,7 +46,8 @@ def expert_modules(
 ) -> tuple[Module, ...]:
     """The router and the experts of every layer, in a block of the layer such as ``mlp``.
 
-    Names are those of the checkpoint. Nothing folds a scale through the choice of experts.
+    Names are those of the checkpoint. Nothing folds a scale through the choice of experts; within
+    one, those of ``down`` go into ``up``.
     """
     prefix = f"{LAYER}.{block}"
 
@@ -57,6 +58,7 @@ def expert_modules(
             (rows,),
             columns,
             experts=experts,
+            reads=f"{prefix}.experts.{{e}}" + (f".{up}" if name == down else ""),
             stream=LAYER if name == down else None,
             shard=shard,
             gguf=f"blk.{{i}}.ffn_{gguf}.{{e}}",

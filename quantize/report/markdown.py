@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def render(report: Report, plots: str) -> str:
         *_remarks(report),
         "## Linears",
         "Errors are relative and squared: of the weight, and of the output on the data.",
-        _table(_COLUMNS, [_cells(linear) for linear in report.linears]),
+        _table(_COLUMNS, [_cells(rows) for rows in _together(report.linears)]),
         "## Run",
         _table(("", ""), _run(report)),
     ]
@@ -90,9 +91,11 @@ def _accuracy(report: Report) -> str:
 
 
 def _remarks(report: Report) -> list[str]:
-    fallbacks = [
-        f"`{linear.name}`: {linear.fallback}" for linear in report.linears if linear.fallback
-    ]
+    same: dict[tuple[str, str], list[LinearRow]] = {}
+    for linear in report.linears:
+        if linear.fallback:
+            same.setdefault((linear.of_experts("*"), linear.fallback), []).append(linear)
+    fallbacks = [f"`{_numbered(rows)}`: {fallback}" for (_, fallback), rows in same.items()]
     remarks = [*report.refusals(), *report.notes, *fallbacks]
     return ["## Remarks", "\n".join(f"* {remark}" for remark in remarks)] if remarks else []
 
@@ -109,16 +112,41 @@ def _run(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def _cells(row: LinearRow) -> tuple[str, ...]:
-    errors = (_number(row.weight_error), _number(row.output_error))
-    settings = (_number(row.clip), _number(row.alpha), _number(row.damping))
-    sizes = (str(row.group), f"{row.bits:.2f}", str(row.bytes))
-    return (f"`{row.name}`", row.scheme, *sizes, *errors, *settings, str(row.tokens_seen))
+def _numbered(rows: Sequence[LinearRow]) -> str:
+    """The name of a linear, or that of the same one of several experts with their numbers."""
+    numbers = ", ".join(str(row.expert) for row in rows)
+    return rows[0].name if len(rows) == 1 else rows[0].of_experts(f"{{{numbers}}}")
+
+
+def _together(linears: Iterable[LinearRow]) -> Iterable[list[LinearRow]]:
+    """The linears, those of a layer's experts that are of one scheme as one: of their numbers,
+    means are shown."""
+    same: dict[tuple[str, str, int], list[LinearRow]] = {}
+    for row in linears:
+        same.setdefault((row.of_experts("*"), row.scheme, row.group), []).append(row)
+    return same.values()
+
+
+def _cells(rows: Sequence[LinearRow]) -> tuple[str, ...]:
+    row, tokens = rows[0], sorted({row.tokens_seen for row in rows})
+    name = f"`{row.name}`" if len(rows) == 1 else f"`{row.of_experts('*')}` ({len(rows)})"
+    sizes = (str(row.group), f"{row.bits:.2f}", str(sum(row.bytes for row in rows)))
+    numbers: tuple[Sequence[float | None], ...] = (
+        *([row.weight_error for row in rows], [row.output_error for row in rows]),
+        *([row.clip for row in rows], [row.alpha for row in rows], [row.damping for row in rows]),
+    )
+    seen = " to ".join(map(str, (tokens[0], tokens[-1])[: len(tokens)]))
+    return (name, row.scheme, *sizes, *map(_mean, numbers), seen)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _number(fmean(known) if known else None)
 
 
 def _number(value: float | None) -> str:

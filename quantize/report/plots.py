@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
@@ -34,15 +35,15 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _draw_errors(axes: Axes, linears: Iterable[LinearRow]) -> None:
-    """One line a kind of linear."""
-    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    """One line a kind of linear; of a layer's experts the mean."""
+    lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for linear in linears:
         if linear.layer is not None and linear.error > 0:
-            lines[linear.kind].append((linear.layer, linear.error))
+            lines[linear.kind][linear.layer].append(linear.error)
     for index, (kind, points) in enumerate(lines.items()):
         axes.plot(
-            [layer for layer, _ in points],
-            [error for _, error in points],
+            list(points),
+            [fmean(errors) for errors in points.values()],
             label=kind,
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],

@@ -26,6 +26,7 @@ NO_PLOTS = "No plots: matplotlib is not installed (pip install 'slipstream[quant
 _WORST = 5
 # What is suggested for a linear that came out badly with fewer bits than this, and the scheme.
 _FEW_BITS, _MORE_BITS = 6, "int8_wo"
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PACKAGES = (
     "slipstream",
     "numpy",
@@ -82,10 +83,23 @@ class LinearRow:
         """The last part of its name: ``up_proj``."""
         return self.name.rpartition(".")[2]
 
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert that it is of."""
+        found = _EXPERT.search(self.name)
+        return None if found is None else int(found[1])
+
+    def of_experts(self, which: str) -> str:
+        """Its name with ``which`` in the place of the number of its expert."""
+        return _EXPERT.sub(lambda _: f".experts.{which}.", self.name)
+
     def suggestion(self) -> str:
-        """The option that would spare this linear."""
+        """The option that would spare this linear, with all experts of its layer if it is of one:
+        they are stored as one weight."""
+        prefix, experts, _ = self.name.partition(".experts.")
+        target = f"'re:{re.escape(prefix + experts)}.*'" if experts else self.name
         few = self.bits < _FEW_BITS
-        return f"--override {self.name}={_MORE_BITS}" if few else f"--exclude {self.name}"
+        return f"--override {target}={_MORE_BITS}" if few else f"--exclude {target}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

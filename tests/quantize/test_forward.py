@@ -48,6 +48,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "smollm3-window",
         )
     },
+    **{
+        config.model_type: config
+        for config in reversed(ALL.values())
+        if hasattr(config, "num_experts_per_tok")
+    },
     "gemma2": Gemma2Config(
         **TINY_SHAPE,
         head_dim=16,

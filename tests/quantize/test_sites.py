@@ -21,10 +21,11 @@ from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.llama import ARCHITECTURE as LLAMA_ARCHITECTURE
 from slipstream.builder.models.module import LAYER, Extent, Module, hidden
 from slipstream.errors import CheckpointError
+from slipstream.quantize.folding import Folding
 from slipstream.quantize.layerwise import quantize_layers
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import make_plan
-from slipstream.quantize.sites import Folding, Site, Source, layer_sites
+from slipstream.quantize.sites import Site, Source, layer_sites
 from slipstream.quantize.skeleton import Skeleton
 
 ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkv")

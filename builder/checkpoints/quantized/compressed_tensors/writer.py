@@ -110,12 +110,29 @@ class CompressedTensors:
         schemes = {json.dumps(settings) for settings in modules.values()}
         packed = [s["weights"] for s in modules.values() if s["format"] == "pack-quantized"]
         zeros = "it does not unpack zero points"
-        several = f"of {len(schemes)} schemes it takes the first for all"
+        several = "" if len(schemes) == 1 else f"of {len(schemes)} schemes it takes the first for all"
+        experts = _unread_experts(modules)
+        plain = "" if all(args["symmetric"] for args in packed) else zeros
         return {
-            "transformers": "" if all(args["symmetric"] for args in packed) else zeros,
-            "transformers, dequantize=True": "" if len(schemes) == 1 else several,
+            "transformers": plain or experts or (several if _has_experts(modules) else ""),
+            "transformers, dequantize=True": several or experts,
             "vLLM": unlike_siblings(modules),
         }
+
+
+def _has_experts(modules: Iterable[str]) -> bool:
+    return any(".experts." in module for module in modules)
+
+
+def _unread_experts(modules: Mapping[str, Settings]) -> str:
+    """Why transformers, which stacks experts while it reads them, does not read these; or nothing."""
+    for module, settings in modules.items():
+        args = settings["weights"]
+        stacked = settings["format"] == "pack-quantized" and args["symmetric"]
+        scaled = settings["format"] == "float-quantized" and args["strategy"] != "block"
+        if ".experts." in module and not (stacked or scaled):
+            return "it does not stack experts that are stored so"
+    return ""
 
 
 def _style(form: WeightFormat) -> _Format:
