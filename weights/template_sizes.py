@@ -8,7 +8,7 @@ it is more than any prompt has. An element of a list counts as many characters a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, KeysView, Mapping, ValuesView
 from typing import Any, NamedTuple
 
 import jinja2
