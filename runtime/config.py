@@ -31,6 +31,10 @@ class RuntimeConfig:
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
     enable_chunked_prefill   compute a long prompt over several steps.
+    max_prefill_tokens       tokens of prompts in a step that others wait for with their next token;
+                             None takes what max_num_tokens leaves. The fewer, the evener streams
+                             are, and the longer a prompt takes beside them. No bound where prompts
+                             are not chunked.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -48,6 +52,7 @@ class RuntimeConfig:
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    max_prefill_tokens: int | None = None
     chat_template: str | None = None
     step_timeout: float = 600.0
 
@@ -57,6 +62,10 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value < least:
                 raise InvalidRequestError(f"{name} is {value}; it must be at least {least}")
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+            raise InvalidRequestError(
+                f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1"
+            )
         fraction = self.kv_cache_free_gpu_memory_fraction
         if not 0 < fraction <= 1:
             raise InvalidRequestError(

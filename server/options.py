@@ -66,6 +66,11 @@ RUNTIME = {
     ),
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
+    "max_prefill_tokens": Option(
+        "Most tokens of prompts in a step that answers on their way wait for.",
+        "what --max-num-tokens leaves",
+        least=1,
+    ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }

@@ -7,7 +7,9 @@ and output is a step; steps, processor time and the characters made are limited.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,24 +23,30 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from slipstream.weights.json import Origin
+from slipstream.weights.template_sizes import (
+    MAX_ELEMENTS,
+    MeasuringFormatter,
+    TemplateLimitError,
+    check_filter,
+    check_joined,
+    check_method,
+    check_operator,
+    refuse_if,
+    weigh,
+)
 
 # Ten thousand messages take a tenth of these.
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 1.0
-MAX_CHARACTERS = 1 << 26
-_MAX_ARGUMENT = 100_000  # of a width, an indent and the like; so many elements may a range have
-_MAX_BITS = 4096
-_MAX_ELEMENTS = 1 << 18  # of the lists in a value: more than a request may hold
+MAX_CHARACTERS = 1 << 26  # in all
+_MAX_FORM = 1000  # characters of what a time is written in
+_BYTES = ("encode", "to_bytes")
 _COMPILE_ERRORS = (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError)
-
-
-class TemplateLimitError(jinja2.TemplateError):
-    """A template did more than any needs to."""
 
 
 @dataclass(slots=True)
@@ -100,28 +108,8 @@ def _spend(characters: int = 0) -> None:
 
 def _charge(value: Any) -> Any:  # noqa: ANN401 - any value of a template
     """Count a step and what it made, in bytes as a list has them."""
-    _spend(len(value) if isinstance(value, str) else 8 * _elements(value))
+    _spend(len(value) if isinstance(value, str) else 8 * weigh(value).elements)
     return value
-
-
-def _elements(value: Any) -> int:  # noqa: ANN401
-    """How many elements the lists in a value have, each as often as it is there: a list of a list
-    twice, and so on, is small until it is written. What would be too long then is refused."""
-    count, characters, inside = 0, 0, [value]
-    while inside:
-        each = inside.pop()
-        if isinstance(each, str):
-            characters += len(each)
-        elif isinstance(each, list | tuple | dict):
-            count += len(each)
-            inside += [*each, *each.values()] if isinstance(each, dict) else each
-        _refuse_if(count > _MAX_ELEMENTS or characters > MAX_CHARACTERS)
-    return count
-
-
-def _refuse_if(too_much: bool) -> None:
-    if too_much:
-        raise TemplateLimitError("it asks for more characters or digits than any prompt has")
 
 
 class _Counting(CodeGenerator):
@@ -155,9 +143,20 @@ class _Counting(CodeGenerator):
         """The same."""
         self._visit_counted(super().visit_Dict, node, frame)
 
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        """A part of a text or a list is a copy."""
+        if isinstance(node.arg, nodes.Slice):
+            self._visit_counted(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         """``~`` is no operator that a sandbox sees."""
-        self._visit_counted(super().visit_Concat, node, frame)
+        self.write("environment.concatenate(context.eval_ctx, ")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")")
 
     def _visit_counted(self, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
         self.write("environment.charge(")
@@ -171,12 +170,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     spend = staticmethod(_spend)
     charge = staticmethod(_charge)
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ANN401
+        """Bytes are of no use to a text, and theirs is a second set of all methods."""
+        return attr not in _BYTES and super().is_safe_attribute(obj, attr, value)
+
+    def concatenate(self, evaluation: nodes.EvalContext, *parts: Any) -> str:  # noqa: ANN401
+        """The parts of ``~`` as one text."""
+        check_joined(parts)
+        joined: str = _charge((markup_join if evaluation.autoescape else str_join)(parts))
+        return joined
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
         """Compute what may be long."""
-        if operator == "*":
-            _refuse_if(_is_long_product(left, right))
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _refuse_if(left.bit_length() * right > _MAX_BITS)
+        check_operator(operator, left, right)
         made = super().call_binop(context, operator, left, right)
         if operator != "+" or isinstance(made, str):
             return _charge(made)
@@ -187,31 +193,44 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Call a function, a macro, or a method of a value."""
-        if isinstance(getattr(__obj, "__self__", None), str):
-            _check_numbers(args)
+        text = getattr(__obj, "__self__", None)
+        if isinstance(text, str):
+            name = __obj.__name__
+            args = tuple(_held(each) for each in args) if name == "join" else args
+            check_method(text, name, args, kwargs)
         return _charge(super().call(__context, __obj, *args, **kwargs))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:  # noqa: ANN401
+        """What stands for ``format`` and ``format_map`` of a text: they measure first."""
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
 
-def _is_long_product(left: Any, right: Any) -> bool:  # noqa: ANN401
-    for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
-            return len(sequence) * times > MAX_CHARACTERS
-    whole = isinstance(left, int) and isinstance(right, int)
-    return whole and left.bit_length() + right.bit_length() > _MAX_BITS
+        @functools.wraps(formatted)
+        def measured(*args: Any, **kwargs: Any) -> str:  # noqa: ANN401
+            one = args[0] if value.__name__ == "format_map" and args else None
+            given = ((), one) if isinstance(one, dict) else (args, kwargs)
+            MeasuringFormatter(self).vformat(value.__self__, *given)
+            return formatted(*args, **kwargs)
+
+        return measured
 
 
-def _check_numbers(arguments: tuple[Any, ...]) -> None:
-    _refuse_if(any(isinstance(each, int) and each > _MAX_ARGUMENT for each in arguments))
+def _held(parts: Any) -> Any:  # noqa: ANN401
+    """What is to be joined as a list, which can be measured before it is used."""
+    return parts if hasattr(parts, "__len__") else list(itertools.islice(parts, MAX_ELEMENTS + 1))
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter or test whose runs and results are counted."""
     value_at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        _check_numbers((*args[value_at + 1 :], *kwargs.values()))
-        return _charge(function(*args, **kwargs))
+        first, (value, *rest) = args[:value_at], args[value_at:]
+        value = _held(value) if name == "join" else value
+        check_filter(name, value, tuple(rest), kwargs)
+        return _charge(function(*first, value, *rest, **kwargs))
 
     return counted
 
@@ -244,7 +263,7 @@ def _environment() -> _Sandbox:
     environment.filters["tojson"] = _to_json
     tables: tuple[dict[str, Any], ...] = (environment.filters, environment.tests)
     for table in tables:
-        table.update({name: _counted(function) for name, function in table.items()})
+        table.update({name: _counted(name, function) for name, function in table.items()})
     environment.globals["namespace"] = _Namespace
     del environment.globals["lipsum"]  # makes any amount of text
     environment.globals["raise_exception"] = _raise_exception
@@ -269,4 +288,6 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    # The C library knows widths, and makes room for what it does not know.
+    refuse_if(len(form) > _MAX_FORM or re.search(r"%[^a-zA-Z%]*\d", form) is not None)
     return datetime.now().strftime(form)

@@ -10,7 +10,7 @@ from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
-from slipstream.runtime.engine.scheduler import StepPlan
+from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.engine.window_group import WindowPages

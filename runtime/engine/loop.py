@@ -18,8 +18,9 @@ from slipstream.errors import (
 )
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.health import PROBE, Health, probe
+from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
-from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats, StepPlan
+from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
@@ -12,55 +12,20 @@ from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestE
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.kv_cache import Allocation, Move
+from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
 
 _ORDER = attrgetter("order")
+_SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
 
 
-@dataclass(slots=True)
-class StepPlan:
-    """Sequences of one step and how many tokens of each: decodes first, then prefill chunks.
+def _left(sequence: Sequence) -> int:
+    return sequence.num_tokens - sequence.num_scheduled
 
-    Of every sequence ``counts`` tokens from ``starts`` on are computed, in the pages that were its
-    ``allocations`` then; the last ``drafts`` of them are guesses of the device. ``outputs`` is the
-    position in its output of the first token that is sampled (one after the last token that is no
-    guess, and one after each that is), -1 if there is more to compute first.
 
-    Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
-    token; the device adds the rest. ``moves`` are made before anything is computed.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)
-    allocations: list[Allocation] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""
-        assert sequence.allocation is not None
-        start, total = sequence.num_scheduled, sequence.num_tokens
-        self.sequences.append(sequence)
-        self.counts.append(count)
-        self.starts.append(start)
-        self.allocations.append(sequence.allocation)
-        sequence.num_scheduled = start + count
-        if start + count == total:
-            sequence.pending += 1
-            self.outputs.append(total - sequence.prompt_len)
-        else:
-            self.outputs.append(-1)
-
-    def draft(self, count: int) -> None:
-        """Have the device guess ``count`` tokens after those of the next sequence of the plan."""
-        index = len(self.drafts)
-        self.counts[index] += count
-        self.drafts.append(count)
-        self.sequences[index].num_drafted += count
+def _length(sequence: Sequence) -> int:
+    return len(sequence.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +46,9 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) where few rows are free, and the first running one can always take pages from the
-    last, so every sequence comes to its end.
+    (``n`` > 1) where few rows are free, or it is short and passes a long prompt, of which most of
+    every step is, and that leaves room to the first that waits. The first running one can always
+    take pages from the last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -104,7 +70,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._config = config
         self._draft_tokens = draft_tokens
-        self._max_scored = max_scored if config.enable_chunked_prefill else sys.maxsize
+        chunked, beside = config.enable_chunked_prefill, config.max_prefill_tokens
+        self._max_scored = max_scored if chunked else sys.maxsize
+        self._max_beside = beside if chunked and beside else sys.maxsize
         self._reserve_all = config.scheduler_policy == "guaranteed_no_evict"
         self._rows = list(range(config.max_batch_size - 1, -1, -1))
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
@@ -167,20 +135,16 @@ class Scheduler:
         plan = StepPlan()
         prefills: list[Sequence] = []
         for sequence in self.running:
-            if sequence.num_tokens - sequence.num_scheduled > 1:
+            if _left(sequence) > 1:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
                 plan.add(sequence, 1)
         budget = self._config.max_num_tokens - len(plan.sequences)
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
-        for sequence in prefills:
-            room = self._room(plan, sequence, budget)
-            count = min(room, sequence.num_tokens - sequence.num_scheduled)
-            if count:
-                plan.add(sequence, count)
-                budget -= count
-        self._admit(plan, budget)
+        if plan.sequences:  # which wait for all of this step
+            budget = min(budget, self._max_beside)
+        self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         return plan
 
@@ -227,8 +191,7 @@ class Scheduler:
             self._release(sequence, spoiled)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        sequence.followers = []
-        sequence.leader = None
+        sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
 
     def _check_windows(self, num_tokens: int) -> None:
@@ -244,7 +207,7 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Give every running sequence pages for its next step, if need be the last one's."""
-        position, size = 0, self.kv.page_size
+        size, position = self.kv.page_size, 0
         simple = not (self._draft_tokens or self.kv.windows)
         while position < len(self.running):
             sequence = self.running[position]
@@ -296,28 +259,67 @@ class Scheduler:
         sequence.allocation = None
         self._rows.append(sequence.row)
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        while budget and self._rows and self.kv.num_available:
-            sequence = self._next()
-            if sequence is None:
+    def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:
+        """Give the first prompt most of a budget, the shortest of the others up to a quarter of
+        it, and what is left to the rest in their order."""
+        if prefills:
+            first, *others = prefills
+            short = min(others, key=_left) if others else self._passing(first)
+            need = 0 if short is None else _left(short) if others else _length(short)
+            budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
+            if short and not others:
+                budget -= self._admit_one(plan, short, budget)
+            for sequence in sorted(others, key=lambda each: each is not short):
+                budget -= self._compute(plan, sequence, budget)
+        while budget and (sequence := self._next()) is not None:
+            count = self._admit_one(plan, sequence, budget)
+            if not count:
                 return
-            if sequence.pending:  # preempted: the host must know its tokens to compute them again
-                return
-            prefix = self._match(sequence)
-            copied = self._num_copied(sequence, prefix)
-            count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
-            room = self._room(plan, sequence, budget)
-            if not room or (count > room and not self._config.enable_chunked_prefill):
-                return
-            if not self._fits(sequence, prefix):
-                return
-            self.waiting.remove(sequence)
-            self._start(sequence, prefix)
-            plan.moves += self._fork(sequence, copied)
-            count = min(count, room)
-            plan.add(sequence, count)
-            plan.admitted.append(sequence)
             budget -= count
+
+    def _compute(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        """Add what a budget allows of a running sequence, and return how many tokens that are."""
+        count = min(self._room(plan, sequence, budget), _left(sequence))
+        if count:
+            plan.add(sequence, count)
+        return count
+
+    def _passing(self, first: Sequence) -> Sequence | None:
+        """The shortest that waits, if it is to be computed beside the only running prefill: it must
+        be shorter, leave a row and pages to the first that waits, and want nothing that the prefill
+        is about to share."""
+        short = min((s for s in self.waiting if not s.index), key=_length, default=None)
+        if short is None or _length(short) >= _left(first):
+            return None
+        head, size = self.waiting[0], self.kv.page_size
+        if short is not head:
+            pages = self.kv.pages_for(_length(head)) + self.kv.pages_for(_length(short))
+            exact = self._reserve_all or self.kv.windows  # where pages are not all it needs
+            if exact or len(self._rows) < 2 or pages > self.kv.num_available:
+                return None
+        start = size * self._match(short).depth
+        wanted = short.tokens[start:][:size]
+        about = len(wanted) == size and wanted == first.tokens[start : start + size]
+        return None if about and self._namespace(short) == self._namespace(first) else short
+
+    def _admit_one(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        """Begin a sequence, if there is room for it, and return how many tokens are computed."""
+        # Of one that was preempted the host must know the tokens to compute them again.
+        if sequence.pending or not (self._rows and self.kv.num_available):
+            return 0
+        prefix = self._match(sequence)
+        copied = self._num_copied(sequence, prefix)
+        count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
+        room = self._room(plan, sequence, budget)
+        enough = count <= room or (room and self._config.enable_chunked_prefill)
+        if not (enough and self._fits(sequence, prefix)):
+            return 0
+        self.waiting.remove(sequence)
+        self._start(sequence, prefix)
+        plan.moves += self._fork(sequence, copied)
+        plan.add(sequence, count := min(count, room))
+        plan.admitted.append(sequence)
+        return count
 
     def _next(self) -> Sequence | None:
         """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows

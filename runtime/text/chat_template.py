@@ -10,7 +10,8 @@ import jinja2
 
 from slipstream.errors import InvalidRequestError
 from slipstream.weights.json import Origin
-from slipstream.weights.templates import TemplateLimitError, compile_template, limited_work
+from slipstream.weights.template_sizes import TemplateLimitError
+from slipstream.weights.templates import compile_template, limited_work
 
 # What a template may stumble over when messages lack what it expects, besides its own complaints.
 _RENDER_ERRORS = (

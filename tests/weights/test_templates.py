@@ -11,7 +11,8 @@ import pytest
 from slipstream.errors import CheckpointError
 from slipstream.weights import templates
 from slipstream.weights.json import Origin
-from slipstream.weights.templates import TemplateLimitError, compile_template, limited_work
+from slipstream.weights.template_sizes import TemplateLimitError
+from slipstream.weights.templates import compile_template, limited_work
 
 ORIGIN = Origin("the template", "mend it")
 GROWING = (

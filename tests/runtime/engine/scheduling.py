@@ -9,7 +9,8 @@ from typing import Any
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.scheduler import Scheduler, StepPlan
+from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams

@@ -39,6 +39,57 @@ def test_decodes_come_first_and_prefill_chunks_fill_the_budget() -> None:
     assert planned(step(engine)) == [(long, 1)], "the short one had its four tokens"
 
 
+def test_prompts_are_bounded_while_others_wait_for_their_next_token() -> None:
+    engine = scheduler(max_prefill_tokens=5)
+    short, long = sequence([1, 2, 3], 2), sequence(list(range(30)))
+    engine.add(short)
+    step(engine)
+    engine.add(long)
+
+    assert planned(step(engine)) == [(short, 1), (long, 5)]
+    assert short.finish_reason == "length"
+    assert planned(step(engine)) == [(long, 16)], "nobody waits any more"
+
+
+def test_a_short_prompt_passes_a_long_one() -> None:
+    engine = scheduler(num_pages=64)
+    long, later = sequence([1] * 60, 1), sequence([2] * 50, 1)
+    short = sequence([3] * 6, 1)
+    engine.add(long)
+    step(engine)
+    engine.add(later)
+    engine.add(short)
+
+    assert planned(step(engine)) == [(long, 12), (short, 4)]
+    assert planned(step(engine)) == [(long, 14), (short, 2)]
+    assert short.finish_reason == "length"
+    assert planned(step(engine)) == [(long, 16)], "the other is no shorter than what is left"
+    drain(engine)
+
+
+def test_what_passes_leaves_a_row_and_pages_to_the_first_that_waits() -> None:
+    for tight in ({"max_batch_size": 2}, {"num_pages": 16 + 13}):
+        engine = scheduler(**{"num_pages": 64, **tight})
+        long, later, short = sequence([1] * 60, 1), sequence([2] * 50, 1), sequence([3] * 6, 1)
+        engine.add(long)
+        step(engine)
+        engine.add(later)
+        engine.add(short)
+        assert planned(step(engine)) == [(long, 16)]
+        drain(engine)
+
+
+def test_a_prompt_waits_for_what_is_about_to_be_shared() -> None:
+    engine = scheduler(num_pages=64)
+    long, short = sequence([1] * 60, 1), sequence([1] * 20, 1)
+    engine.add(long)
+    step(engine)
+    engine.add(short)
+    assert planned(step(engine)) == [(long, 16)]
+    drain(engine)
+    assert short.num_cached and short.num_cached >= 16
+
+
 def test_without_chunks_a_prompt_waits_until_it_fits_whole() -> None:
     engine = scheduler(enable_chunked_prefill=False, max_seq_len=16)
     first, second = sequence([1] * 10), sequence([2] * 10)

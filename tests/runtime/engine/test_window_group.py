@@ -11,7 +11,8 @@ from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager, window_pages
 from slipstream.runtime.engine.kv_cache import Allocation
-from slipstream.runtime.engine.scheduler import Scheduler, StepPlan
+from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams

@@ -1,0 +1,53 @@
+"""What one step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slipstream.runtime.engine.kv_cache import Allocation, Move
+from slipstream.runtime.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Sequences of one step and how many tokens of each: decodes first, then prefill chunks.
+
+    Of every sequence ``counts`` tokens from ``starts`` on are computed, in the pages that were its
+    ``allocations`` then; the last ``drafts`` of them are guesses of the device. ``outputs`` is the
+    position in its output of the first token that is sampled (one after the last token that is no
+    guess, and one after each that is), -1 if there is more to compute first.
+
+    Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
+    token; the device adds the rest. ``moves`` are made before anything is computed.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""
+        assert sequence.allocation is not None
+        start, total = sequence.num_scheduled, sequence.num_tokens
+        self.sequences.append(sequence)
+        self.counts.append(count)
+        self.starts.append(start)
+        self.allocations.append(sequence.allocation)
+        sequence.num_scheduled = start + count
+        if start + count == total:
+            sequence.pending += 1
+            self.outputs.append(total - sequence.prompt_len)
+        else:
+            self.outputs.append(-1)
+
+    def draft(self, count: int) -> None:
+        """Have the device guess ``count`` tokens after those of the next sequence of the plan."""
+        index = len(self.drafts)
+        self.counts[index] += count
+        self.drafts.append(count)
+        self.sequences[index].num_drafted += count
