@@ -15,6 +15,7 @@ from slipstream.builder.checkpoints.base import (
     unknown_tensor,
     write_json,
 )
+from slipstream.builder.checkpoints.huggingface.experts import by_expert
 from slipstream.builder.checkpoints.huggingface.text_model import (
     counted,
     text_config,
@@ -110,7 +111,8 @@ def open_checkpoint(
         stored = _without_others(path, stored, strict=strict)
         quantization = None if quantization is None else text_modules(quantization)
     config = ModelConfig.from_huggingface((text or raw).values)
-    stored = _with_embedding(stored, config)
+    modules = architecture_of(config.architecture).modules
+    stored = by_expert(_with_embedding(stored, config), modules, config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
     weights = read_quantized(Stored(path, stored), config, quantization)

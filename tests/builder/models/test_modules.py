@@ -14,7 +14,7 @@ from slipstream.builder.models import ARCHITECTURES, architectures, load_archite
 from slipstream.builder.models.architecture import Architecture, differing, stacked
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
-from slipstream.builder.models.module import LAYER, Extent, Module, hidden, inner, pattern
+from slipstream.builder.models.module import LAYER, Extent, Module, head, hidden, inner, pattern
 from slipstream.weights.safetensors import read_header
 
 CLASSES = {load_architecture(name).name: name for name in ARCHITECTURES}
@@ -165,3 +165,19 @@ def test_a_difference_from_a_row_that_is_not_there_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="not every row"):
         stacked(DECODER, "qkv_proj", ("q_proj", "w_proj"))
     assert pattern("a.{i}.b").fullmatch("a.x.b") is None
+
+
+def test_a_bare_tensor_has_the_name_of_its_module() -> None:
+    config, llama = configuration(), load_architecture("LlamaForCausalLM")
+    place = f"{LAYER}.self_attn.sinks"
+    sinks = Module(place, "norm", (head,), bare=True, gguf="blk.{i}.attn_sinks.weight")
+    sinking = Architecture(
+        "sinking", llama.decoder, (*llama.modules, sinks), llama.defaults, llama.read
+    )
+    name = "model.layers.1.self_attn.sinks"
+    assert sinking.shapes(config)[name] == (32,) == sinking.shape(config, name)
+    assert f"{name}.weight" not in sinking.shapes(config)
+    assert sinking.shape(config, f"{name}.weight") is None
+    assert sinking.shape(config, "model.norm") is None
+    assert sinking.to_gguf(name) == "blk.1.attn_sinks.weight"
+    assert sinking.from_gguf("blk.1.attn_sinks.weight") == name
