@@ -58,6 +58,9 @@ def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
                 parameter.add_(torch.randn_like(parameter) * (0.2 if "norm" in name else 0.5))
             else:
                 parameter.mul_(3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # which is stored, and starts as one, too
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     write_tiny_tokenizer(directory)
     return directory

@@ -86,8 +86,12 @@ class ExpertDecoder(Decoder):
         prefix = prefix.removesuffix("mlp.") + self.block + "."
         if not self.architecture.has(self.config, f"{prefix}gate"):
             return super().mlp(x, prefix)
-        *opening, closing = self.parts
         routes = self.ops.router(self.linear(x, f"{prefix}gate"), self.routing())
+        return self.chosen(x, prefix, routes)
+
+    def chosen(self, x: ir.Value, prefix: str, routes: Routes) -> ir.Value:
+        """What the experts that were chosen make of x, weighted."""
+        *opening, closing = self.parts
         gate: Attributes = {"gated": 1, "gate": GATES[GATE_OF[self.config.hidden_act]]}
         with self.ops.scope("experts"):
             opened = self.experts(x, prefix, opening, routes, gate)

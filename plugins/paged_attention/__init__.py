@@ -7,8 +7,8 @@ _ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn")
 SPEC = OperatorSpec(
     name="PagedAttention",
     doc="Applies the optional per-head RMS norm and the rotary embedding to q and k, writes this "
-    "step's k and v, if it is given them, into their pages in place, then attends over pages with a "
-    "causal mask.",
+    "step's k and v, as far as it is given them, into their pages in place, then attends over "
+    "pages with a causal mask.",
     inputs=(
         TensorSpec(
             "qkv",
