@@ -242,6 +242,18 @@ class Ops:
         """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
         return self._node("Mul", [x, factors], _shape(x))
 
+    def sigmoid(self, x: ir.Value) -> ir.Value:
+        """1 / (1 + exp(-x))."""
+        return self._node("Sigmoid", [x], _shape(x))
+
+    def clip(self, x: ir.Value, limit: float) -> ir.Value:
+        """x, but no further from 0 than ``limit``."""
+        ends = [
+            self.program.constant(name, np.array(end, np.float32))
+            for name, end in (("lowest", -limit), ("highest", limit))
+        ]
+        return self._node("Clip", [x, *ends], _shape(x))
+
     def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
         """cap * tanh(x / cap)."""
         return self._node("SoftCap", [x], _shape(x), {"cap": cap}, DOMAIN)

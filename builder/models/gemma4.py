@@ -248,7 +248,7 @@ _INPUTS = (
 _BESIDE_THE_MLP = (
     _norm("post_feedforward_layernorm_1", "post_ffw_norm_1", _has_experts),
     Module(
-        f"{_ROUTER}.scale", "norm", (hidden,), bare=True, present=_has_experts,
+        f"{_ROUTER}.scale", "router", (hidden,), bare=True, present=_has_experts,
         gguf="blk.{i}.ffn_gate_inp.scale",
     ),
     Module(
@@ -256,7 +256,7 @@ _BESIDE_THE_MLP = (
         gguf="blk.{i}.ffn_gate_inp",
     ),
     Module(
-        f"{_ROUTER}.per_expert_scale", "norm", (experts,), bare=True, present=_has_experts,
+        f"{_ROUTER}.per_expert_scale", "router", (experts,), bare=True, present=_has_experts,
         gguf="blk.{i}.ffn_down_exps.scale",
     ),
     _norm("pre_feedforward_layernorm_2", "pre_ffw_norm_2", _has_experts),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from slipstream.builder.contract import KV, CacheSpec, Source, attention_cache
-from slipstream.builder.graph.ops import Attributes
+from slipstream.builder.graph.ops import Attributes, Routes
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig
 from slipstream.builder.models.decoder import Rotary, changed
 from slipstream.builder.models.experts import ExpertDecoder
@@ -148,13 +148,17 @@ class Gemma4Decoder(ExpertDecoder):
         return self.ops.add(fed, routed)
 
     def routed(self, x: ir.Value, prefix: str) -> ir.Value:
-        """The experts of each token, weighted by the router and a factor of each expert."""
-        ops, root_of_width = self.ops, self.config.hidden_size**0.5
-        scale = changed(self.tensor(prefix + "router.scale"), lambda w: w / root_of_width)
-        logits = self.linear(self.normed(x, scale), prefix + "router.proj")
-        routes = ops.router(logits, self.routing())
-        routes = ops.scale_routes(routes, self.tensor(prefix + "router.per_expert_scale"))
+        """The experts of each token, which the router chooses by a norm of its own."""
+        routes = self.routes(x, prefix + "router")
         return self.chosen(self.norm(x, prefix + "pre_feedforward_layernorm_2"), prefix, routes)
+
+    def routes(self, x: ir.Value, router: str) -> Routes:
+        """With a factor of each expert; scale / √hidden is the weight of the router's norm."""
+        ops, root_of_width = self.ops, self.config.hidden_size**0.5
+        scale = changed(self.tensor(f"{router}.scale"), lambda w: w / root_of_width)
+        logits = self.linear(self.normed(x, scale), f"{router}.proj")
+        routes = ops.router(logits, self.routing())
+        return ops.scale_routes(routes, self.tensor(f"{router}.per_expert_scale"))
 
     def own_input(self, x: ir.Value, inputs: ir.Value, layer: int, prefix: str) -> ir.Value:
         """norm(projection(gelu(gate(x)) * input))."""

@@ -67,7 +67,8 @@ def _unrounded(tensor: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoreVectors:
-    """Norm weights, biases and sinks become stored arrays of ``dtype``."""
+    """Norm weights, biases and sinks become stored arrays of ``dtype``; what a router adds to its
+    scores stays float32, because its differences decide and may be far smaller than it is."""
 
     dtype: str
 
@@ -75,20 +76,23 @@ class StoreVectors:
         """Store everything that is not stored yet."""
         vectors = list(program.weights.items())
         for name, tensor in vectors:
-            dense = as_dense(tensor, self.dtype)
-            part = ArraySpec(f"{name}.{self.dtype}", numpy_dtype(self.dtype), tensor.format.shape)
+            value = program.graph.initializers[name]
+            routes = any(reader.op_type == "Router" for reader, _ in value.uses())
+            dtype = "float32" if routes else self.dtype
+            dense = as_dense(tensor, dtype)
+            part = ArraySpec(f"{name}.{dtype}", numpy_dtype(dtype), tensor.format.shape)
             stored = StoredWeight(
                 (part,),
                 lambda dense=dense: (np.ascontiguousarray(dense.load().codes),),  # type: ignore[misc]
             )
-            program.graph.initializers[name].replace_all_uses_with(program.store(stored)[0])
+            value.replace_all_uses_with(program.store(stored)[0])
         return len(vectors)
 
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles and what a router says."""
+    the rotary angles, and what a router reads and says."""
 
     dtype: str
 
@@ -99,8 +103,8 @@ class SetPrecision:
             if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
-                capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())
-                if not value.is_graph_output() and not capped:
+                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed

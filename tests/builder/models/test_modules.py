@@ -10,6 +10,7 @@ import pytest
 from tests.integration.test_architectures import CONFIGS
 from tests.tiny_models import LLAMA, save_tiny
 
+from slipstream.builder.checkpoints.huggingface.experts import by_expert
 from slipstream.builder.models import ARCHITECTURES, architectures, load_architecture
 from slipstream.builder.models.architecture import Architecture, differing, stacked
 from slipstream.builder.models.config import ModelConfig
@@ -26,13 +27,15 @@ def configuration(**changes: Any) -> ModelConfig:  # noqa: ANN401 - keys of conf
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """As it saves them: a tied head goes without, and experts have tensors of their own."""
+    """As it saves them: a tied head goes without, and experts have tensors of their own or parts of
+    one."""
     theirs = CONFIGS[name]
     save_tiny(theirs, tmp_path)
     stored = read_header(tmp_path / "model.safetensors")
     raw = {**theirs.to_dict(), "architectures": [CLASSES[theirs.model_type]]}
     config = ModelConfig.from_huggingface(raw)
-    shapes = load_architecture(CLASSES[theirs.model_type]).shapes(config)
+    architecture = load_architecture(CLASSES[theirs.model_type])
+    stored, shapes = by_expert(stored, architecture.modules, config), architecture.shapes(config)
     assert shapes == {key: tensor.shape for key, tensor in stored.items()}
     assert all(config.weight_shape(key) == shape for key, shape in shapes.items())
 
@@ -92,9 +95,12 @@ def shard(module: Module, weight: Any, config: ModelConfig, rank: int, ranks: in
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_name_has_one_in_gguf_and_comes_back(name: str) -> None:
-    config = configuration(architectures=[name], attention_bias=True)
+    """But for what those files hold in parts."""
+    layers = ["full_attention"] * LLAMA["num_hidden_layers"]
+    config = configuration(architectures=[name], attention_bias=True, layer_types=layers)
     architecture = load_architecture(name)
-    names = {ours: architecture.to_gguf(ours) for ours in architecture.shapes(config)}
+    shapes = [ours for ours in architecture.shapes(config) if ".shared_mlp." not in ours]
+    names = {ours: architecture.to_gguf(ours) for ours in shapes}
     assert None not in names.values() and len(set(names.values())) == len(names)
     assert all(architecture.from_gguf(theirs or "") == ours for ours, theirs in names.items())
     assert architecture.from_gguf("blk.0.attn_sinks.weight") is None
@@ -108,7 +114,8 @@ def test_llama_cpp_reorders_rows_of_q_and_k_of_the_llamas_alone() -> None:
         for architecture in architectures()
     }
     llamas = {name for name, rows in permuted.items() if rows}
-    assert llamas == {"llama", "mistral", "ministral", "ministral3", "granite", "smollm3"}
+    granites = {"granite", "granitemoe", "granitemoeshared", "granitemoehybrid"}
+    assert llamas == {"llama", "mistral", "ministral", "ministral3", "smollm3", *granites}
     assert all(permuted[name] == ["blk.{i}.attn_q", "blk.{i}.attn_k"] for name in llamas)
 
 
