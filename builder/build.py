@@ -252,7 +252,7 @@ def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Sh
     unread = sorted(
         name
         for name in set(checkpoint.names()) - set(expected)
-        if not name.endswith(REDUNDANT) and not architecture.is_copy(checkpoint.config, name)
+        if not name.endswith(REDUNDANT) and not architecture.is_redundant(checkpoint.config, name)
     )
     if unread:
         raise CheckpointError(

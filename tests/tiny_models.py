@@ -59,6 +59,8 @@ def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
             else:
                 parameter.mul_(3)
         for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # which is stored, and starts as one, too
+                buffer.add_(torch.randn_like(buffer) * 0.2)
             # Corrections of routers, which start as zeros; the first expert is never the best.
             if "correction" in name:
                 buffer.add_(torch.randn_like(buffer) * 0.1)

@@ -118,6 +118,14 @@ class Ops:
         inputs = [x, self.program.add_weight(weight)]
         return self._node("RMSNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
 
+    def rms_norm_parts(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
+        """x / rms(x) * weight of every so many columns of x as the weight has, apart."""
+        tokens, columns = _shape(x)
+        (width,) = weight.format.shape
+        assert isinstance(columns, int)
+        parts = self._reshaped(x, (tokens, columns // width, width))
+        return self._reshaped(self.rms_norm(parts, weight, eps), (tokens, columns))
+
     def layer_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
         """(x - mean(x)) / deviation(x) * weight over the last axis."""
         inputs = [x, self.program.add_weight(weight)]
@@ -149,6 +157,12 @@ class Ops:
             ir.node("Router", inputs, typed, domain=DOMAIN, outputs=outputs, name=name)
         )
         return Routes(*outputs)
+
+    def scale_routes(self, routes: Routes, factors: LazyTensor) -> Routes:
+        """The same experts, their weights times ``factors [E]`` of each."""
+        shape = _shape(routes.weights)
+        own = self._node("Gather", [self.program.add_weight(factors), routes.ids], shape)
+        return Routes(routes.ids, self._node("Mul", [routes.weights, own], shape))
 
     def expert_linear(
         self,
@@ -187,7 +201,7 @@ class Ops:
         """Attention over the pages of the cache that has the layer.
 
         ``attributes`` are those of ``plugins/paged_attention``, but the page size and that
-        ``layer`` is the model's. ``norms``: q, k or none; ``sinks``: one of each query head.
+        ``layer`` is the model's. ``norms``: q and k, q or none; ``sinks``: one of each query head.
         """
         cache = next(c for c in paged(self.caches) if attributes["layer"] in c.layers)
         pages, *scales = self.arrays(cache)
@@ -196,7 +210,8 @@ class Ops:
             *map(self.input, (Source.QUERY_START, Source.CONTEXT_LEN)),
             *(self._input(paged_port(source, cache)) for source in PAGED_SOURCES),
             *(scales or (None,)),
-            *(map(self.program.add_weight, norms) if norms else (None, None)),
+            *map(self.program.add_weight, norms),
+            *(None,) * (2 - len(norms)),
             None if sinks is None else self.program.add_weight(sinks),
         ]
         while inputs[-1] is None:
@@ -221,6 +236,10 @@ class Ops:
         """x * factor."""
         number = self.program.constant("factor", np.array([factor], np.float32))
         return self._node("Mul", [x, number], _shape(x))
+
+    def scale_columns(self, x: ir.Value, factors: LazyTensor) -> ir.Value:
+        """Columns of x ``[T, N]`` times ``factors [N]``, or all times ``factors [1]``."""
+        return self._node("Mul", [x, self.program.add_weight(factors)], _shape(x))
 
     def scale_rows(self, x: ir.Value, factors: ir.Value) -> ir.Value:
         """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
@@ -247,6 +266,13 @@ class Ops:
         widths = [_shape(value)[1] for value in values]
         total = sum(width for width in widths if isinstance(width, int))
         return self._node("Concat", list(values), (_rows(values[0]), total), {"axis": -1})
+
+    def columns(self, x: ir.Value, first: int, count: int) -> ir.Value:
+        """``x[:, first : first + count]``."""
+        bounds = [
+            self.program.constant("bound", np.array([bound])) for bound in (first, first + count, 1)
+        ]
+        return self._node("Slice", [x, *bounds], (_rows(x), count))
 
     def gather_rows(self, x: ir.Value, rows: ir.Value) -> ir.Value:
         """``x[rows]``."""
@@ -292,6 +318,11 @@ class Ops:
             )
             waves = [self._node("Mul", [wave, factor], (tokens, half)) for wave in waves]
         return waves[0], waves[1]
+
+    def _reshaped(self, x: ir.Value, shape: tuple[Dim, ...]) -> ir.Value:
+        """With the same rows."""
+        sizes = [0, *shape[1:]]  # 0 is the size that x has there
+        return self._node("Reshape", [x, self.program.constant("shape", np.array(sizes))], shape)
 
     def _input(self, port: Port) -> ir.Value:
         inputs = self.program.graph.inputs

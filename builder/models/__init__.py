@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "GemmaForCausalLM": "slipstream.builder.models.gemma",
     "Gemma2ForCausalLM": "slipstream.builder.models.gemma2",
     "Gemma3ForCausalLM": "slipstream.builder.models.gemma3",
+    "Gemma4ForCausalLM": "slipstream.builder.models.gemma4",
     "MistralForCausalLM": "slipstream.builder.models.mistral",
     "MinistralForCausalLM": "slipstream.builder.models.ministral",
     "Ministral3ForCausalLM": "slipstream.builder.models.ministral3",

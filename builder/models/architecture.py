@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 PARTS = ("weight", "bias")
 
 
+def _alike(config: ModelConfig, layer: int) -> ModelConfig:
+    return config
+
+
 def _nothing_more(config: ModelConfig) -> dict[str, Any]:
     return {}
 
@@ -51,7 +55,8 @@ class Architecture:
 
     ``name`` is its ``model_type``. ``defaults`` are those of its configuration class in
     transformers, where they differ from those of every decoder. ``write`` gives the keys of
-    config.json that ``read`` takes beyond what is common to decoders.
+    config.json that ``read`` takes beyond what is common to decoders. ``in_layer`` gives the
+    configuration as a layer has it, where layers differ in the size of their heads and the like.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Architecture:
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], Mapping[str, Any]] = _nothing_more
     gguf: GGUFFamily | None = None
+    in_layer: Callable[[ModelConfig, int], ModelConfig] = _alike
 
     def module(self, name: str) -> Module | None:
         """The row of a module, by its name in a checkpoint; None for one that is not in the
@@ -71,8 +77,9 @@ class Architecture:
         """Every tensor of a checkpoint of this configuration, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module in self.modules:
-            shape, biased = module.shape(config), module.biased(config)
+            biased = module.biased(config)
             for name in module.places(config):
+                shape = self._shape(module, config, name)
                 shapes[name if module.bare else f"{name}.weight"] = shape
                 if biased:
                     shapes[f"{name}.bias"] = shape[:1]
@@ -84,20 +91,29 @@ class Architecture:
         module = self.module(name) if part in PARTS else self.module(tensor)
         if module is None or module.bare != (part not in PARTS):
             return None
-        return module.shape(config)[:1] if part == "bias" else module.shape(config)
+        shape = self._shape(module, config, tensor if module.bare else name)
+        return shape[:1] if part == "bias" else shape
 
-    def is_copy(self, config: ModelConfig, tensor: str) -> bool:
-        """Whether a tensor repeats the embedding, with which the configuration ties it."""
-        module = self.module(tensor.rpartition(".")[0])
-        return module is not None and module.tied and config.tie_word_embeddings
+    def _shape(self, module: Module, config: ModelConfig, name: str) -> tuple[int, ...]:
+        """Of a module's weight in the layer that its name says."""
+        layer = _layer(module, name)
+        return module.shape(config if layer is None else self.in_layer(config, layer))
+
+    def is_redundant(self, config: ModelConfig, tensor: str) -> bool:
+        """Whether a checkpoint may hold a tensor that nothing reads: the embedding again, with
+        which the configuration ties it, or what its layer has no use for."""
+        name = tensor.rpartition(".")[0]
+        module = self.module(name)
+        if module is None:
+            return False
+        return (module.tied and config.tie_word_embeddings) or module.unread(
+            config, _layer(module, name) or 0
+        )
 
     def has(self, config: ModelConfig, name: str) -> bool:
         """Whether a checkpoint of this configuration has a module, by its name there."""
         module = self.module(name)
-        numbers = pattern(module.name).fullmatch(name) if module is not None else None
-        if module is None or numbers is None:
-            return False
-        return module.present(config, int(numbers.groupdict().get("i") or 0))
+        return module is not None and module.present(config, _layer(module, name) or 0)
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """Whether a module, by its name in a checkpoint, has a bias."""
@@ -155,6 +171,13 @@ class Architecture:
                 i, e = numbers.get("i", 0), numbers.get("e", 0)
                 return tuple(place(after, i, e) + end for after in new(module))
         return ()
+
+
+def _layer(module: Module, name: str) -> int | None:
+    """The layer of a module by its name there; None outside of layers."""
+    match = pattern(module.name).fullmatch(name)
+    number = match.groupdict().get("i") if match else None
+    return None if number is None else int(number)
 
 
 def differing(modules: tuple[Module, ...], **changes: Mapping[str, Any]) -> tuple[Module, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGEST = 2**31 - 1  # tokens of a sequence: positions are int32
 
@@ -23,7 +23,8 @@ class RopeScaling:
     The fields have the names and meanings of the ``rope_parameters`` of transformers; a kind reads
     only its own. ``attention_factor`` None means that it follows from ``factor``, ``mscale`` and
     ``mscale_all_dim`` (YaRN, arXiv 2309.00071), or from ``factor`` and the original length
-    (LongRoPE, arXiv 2402.13753).
+    (LongRoPE, arXiv 2402.13753). ``partial_rotary_factor`` is the share of the pairs of a head that
+    turn in a proportional one, whose frequencies are those of all pairs.
     """
 
     kind: RopeKind = "default"
@@ -39,6 +40,7 @@ class RopeScaling:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    partial_rotary_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

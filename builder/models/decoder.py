@@ -178,7 +178,7 @@ class Decoder:
         """The norm before the head, times what logits are multiplied by."""
         weight, scale = self.norm_weight("model.norm"), self.architecture.logits_scale(self.config)
         if scale != 1:
-            weight = _changed(weight, lambda values: values * np.float32(scale))
+            weight = changed(weight, lambda values: values * np.float32(scale))
         return self.normed(x, weight)
 
     def normed(self, x: ir.Value, weight: LazyTensor) -> ir.Value:
@@ -216,11 +216,15 @@ class Decoder:
     def attention(self, x: ir.Value, rotary: Rotary, layer: int, prefix: str) -> ir.Value:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
         qkv = self.qkv(x, prefix)
-        norms = [self.norm_weight(f"{prefix}{name}_norm") for name in "qk" if self.config.qk_norm]
+        norms = [self.norm_weight(f"{prefix}{name}_norm") for name in self.normed_heads(layer)]
         attributes, sinks = self.attention_attributes(layer), f"{prefix}sinks"
         sink = self.tensor(sinks) if self.architecture.has(self.config, sinks) else None
         attended = self.ops.paged_attention(qkv, rotary, norms, attributes, sink)
         return self.linear(attended, f"{prefix}o_proj")
+
+    def normed_heads(self, layer: int) -> str:
+        """Which heads of a layer have a norm of their own: ``qk``, ``q`` or none."""
+        return "qk" if self.config.qk_norm else ""
 
     def qkv(self, x: ir.Value, prefix: str) -> ir.Value:
         """q, k and v of x, side by side."""
@@ -282,10 +286,10 @@ class Decoder:
         if module is None or not module.offset:
             return weight
         offset = np.float32(module.offset)
-        return _changed(weight, lambda values: values + offset)
+        return changed(weight, lambda values: values + offset)
 
 
-def _changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTensor:
+def changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTensor:
     """A function of a dense weight, in float32."""
     form = replace(weight.format, dtype="float32")
 

@@ -163,15 +163,18 @@ class ExpertDecoder(Decoder):
         block = f"{layer}{self.block}."
         if not self.architecture.has(self.config, block + self.router):
             return super().mlp(x, prefix)
-        *opening, closing = self.parts
-        routes = self.routes(x, block + self.router)
-        gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
-        with self.ops.scope("experts"):
-            opened = self.experts(x, block, opening, routes, gate)
-            chosen = self.experts(opened, block, [closing], routes, {"reduce": 1})
+        chosen = self.chosen(x, block, self.routes(x, block + self.router))
         with self.ops.scope("shared"):
             shared = self.shared_mlp(x, layer + self.shared)
             return chosen if shared is None else self.ops.add(chosen, shared)
+
+    def chosen(self, x: ir.Value, block: str, routes: Routes) -> ir.Value:
+        """What the experts of a block that were chosen make of x, weighted."""
+        *opening, closing = self.parts
+        gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
+        with self.ops.scope("experts"):
+            opened = self.experts(x, block, opening, routes, gate)
+            return self.experts(opened, block, [closing], routes, {"reduce": 1})
 
     def routes(self, x: ir.Value, router: str) -> Routes:
         """The experts of each token, by the router of this name."""

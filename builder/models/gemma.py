@@ -24,7 +24,8 @@ DEFAULTS = {
 }
 
 
-def _root(config: ModelConfig) -> float:
+def root(config: ModelConfig) -> float:
+    """Of the width of the residual stream."""
     return float(config.hidden_size**0.5)
 
 
@@ -35,7 +36,7 @@ def gemma(modules: Iterable[Module]) -> tuple[Module, ...]:
     def changed(module: Module) -> Module:
         if module.role == "norm":
             return dataclasses.replace(module, offset=1.0)
-        return dataclasses.replace(module, scale=_root) if module.role == "embedding" else module
+        return dataclasses.replace(module, scale=root) if module.role == "embedding" else module
 
     return tuple(map(changed, modules))
 

@@ -49,7 +49,7 @@ def read_sandwich(
     that are null are 0."""
     config = read_gemma(keys, keys.choice("hidden_activation", (GELU,)), ropes)
     by_number = [SLIDING if (i + 1) % every else FULL for i in range(config.num_layers)]
-    caps = {key: _cap(keys, key) for key in (ATTENTION_CAP, LOGITS_CAP)}
+    caps = {key: read_cap(keys, key) for key in (ATTENTION_CAP, LOGITS_CAP)}
     return dataclasses.replace(
         config,
         layer_kinds=layer_kinds(keys, by_number),
@@ -81,11 +81,13 @@ def query_scale(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {SCALE: wide if raw["num_hidden_layers"] == layers else raw["head_dim"]}
 
 
-def _cap(keys: Fields, key: str) -> float:
+def read_cap(keys: Fields, key: str) -> float:
+    """The c of a soft cap, 0 for null."""
     return keys.number(key, positive=True) if keys.has(key) else 0.0
 
 
-def _logits_cap(config: ModelConfig) -> float:
+def logits_cap(config: ModelConfig) -> float:
+    """The c of the head."""
     return float(config.extras[LOGITS_CAP])
 
 
@@ -93,7 +95,7 @@ def _read(keys: Fields) -> ModelConfig:
     return read_sandwich(keys, every=2)
 
 
-MODULES = differing(gemma(with_norms(DECODER, NORMS)), lm_head={"cap": _logits_cap})
+MODULES = differing(gemma(with_norms(DECODER, NORMS)), lm_head={"cap": logits_cap})
 ARCHITECTURE = Architecture(
     name="gemma2",
     decoder=GemmaDecoder,

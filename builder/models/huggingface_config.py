@@ -54,6 +54,7 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
         "yarn": ("factor", _ORIGINAL, *_YARN),
         "longrope": ("factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"),
+        "proportional": ("factor", "partial_rotary_factor"),
     }
 )
 
@@ -226,13 +227,14 @@ def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
 
     theta = either("rope_theta", 10000.0)
     fraction = either("partial_rotary_factor", 1.0)
+    kind = given.values.get("rope_type", given.values.get("type", "default"))
+    whole = kind == "proportional"  # its fraction is one of the frequencies
     # A fraction that is written in decimals may fall just short of the elements it means.
-    dim = int(head_dim * min(fraction, 1.0) + 1e-3)
+    dim = head_dim if whole else int(head_dim * min(fraction, 1.0) + 1e-3)
     if fraction > 1 or dim < 2 or dim % 2:
         source = given if given.has("partial_rotary_factor") else keys
         wanted = f"the part of a head of {head_dim} elements that is rotated, in pairs of elements"
         raise source.refusal("partial_rotary_factor", wanted)
-    kind = given.values.get("rope_type", given.values.get("type", "default"))
     if kind not in get_args(RopeKind):
         raise keys.origin.error(
             f"config.json: rope type {shortened(kind)} with keys "
@@ -243,6 +245,8 @@ def _rope(given: Fields, keys: Fields, head_dim: int) -> Rope:
     if kind == "longrope":
         short, long = (_divisors(given, name, dim // 2) for name in ("short_factor", "long_factor"))
         scaling = dataclasses.replace(scaling, short_factor=short, long_factor=long)
+    if whole:
+        scaling = dataclasses.replace(scaling, partial_rotary_factor=fraction)
     return Rope(theta, dim, scaling)
 
 
@@ -259,6 +263,8 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
         return RopeScaling()
     if kind == "linear":
         return RopeScaling(kind, given.number("factor", positive=True))
+    if kind == "proportional":
+        return RopeScaling(kind, given.number("factor", 1.0, positive=True))
     longest = _count(keys, "max_position_embeddings")
     # A value beside the rope parameters wins over one inside them, as in transformers.
     source = keys if keys.values.get(_ORIGINAL) else given
@@ -288,13 +294,18 @@ def _scaling(kind: RopeKind, given: Fields, keys: Fields) -> RopeScaling:
     )
 
 
-def described_ropes(config: ModelConfig) -> dict[str, Any]:
-    """``rope_parameters``, by kind of layer where those differ."""
+def described_ropes(
+    config: ModelConfig, head_dims: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """``rope_parameters``, by kind of layer where those differ; ``head_dims`` are those of kinds
+    whose heads are others than the configuration's."""
     common = Rope(config.rope_theta, config.rotary_dim, config.rope_scaling)
     if not config.ropes:
         return _described(common, config.head_dim)
     ropes = {FULL: common, **config.ropes}
-    return {kind: _described(rope, config.head_dim) for kind, rope in ropes.items()}
+    return {
+        kind: _described(rope, head_dims.get(kind, config.head_dim)) for kind, rope in ropes.items()
+    }
 
 
 def _described(rope: Rope, head_dim: int) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def everywhere(config: ModelConfig, layer: int) -> bool:
     return True
 
 
+def nowhere(config: ModelConfig, layer: int) -> bool:
+    """No layer."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """Where a checkpoint of safetensors holds a module of all experts of a layer: in one tensor,
@@ -101,6 +106,7 @@ class Module:
     for a vector. A ``bare`` one is a tensor of its very name, without ``.weight``; then ``gguf`` is
     a whole name, too. ``bias`` is a fixed value or the flag of the configuration that has it.
     ``present`` says whether a layer has it; it is asked for layer 0 of a module outside of layers.
+    ``unread`` says of a layer without it that checkpoints may hold one all the same.
     ``experts`` measures ``{e}``; ``stack`` says where a file may have those of a layer in one
     tensor. A ``tied`` module is the embedding again where the configuration ties them. ``offset``
     is what a norm adds to its stored weight before it multiplies by it; ``scale`` what an
@@ -129,6 +135,7 @@ class Module:
     bare: bool = False
     bias: bool | str = False
     present: Callable[[ModelConfig, int], bool] = everywhere
+    unread: Callable[[ModelConfig, int], bool] = nowhere
     experts: Measure | None = None
     stack: Stack | None = None
     tied: bool = False

@@ -21,7 +21,8 @@ def rotary_frequencies(rope: Rope, length: int = 0) -> tuple[Frequencies, float]
 
     Methods by the names of transformers: ``default`` (Su et al., 2021), ``linear`` (position
     interpolation), ``llama3`` (Llama 3.1), ``yarn`` (Peng et al., 2023), ``longrope`` (Ding et al.,
-    2024). Raises CheckpointError for numbers whose angles are not finite.
+    2024), ``proportional`` (Gemma 4: the pairs of low frequency stand still). Raises
+    CheckpointError for numbers whose angles are not finite.
     """
     try:
         with np.errstate(all="ignore"):
@@ -65,6 +66,8 @@ def _scaled(rope: Rope, length: int) -> tuple[Frequencies, float]:
         return plain, 1.0
     if scaling.kind == "linear":
         return np.asarray(plain / np.float32(scaling.factor), np.float32), 1.0
+    if scaling.kind == "proportional":
+        return _proportional(plain, scaling), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
     if scaling.kind == "longrope":
@@ -82,6 +85,13 @@ def _llama3(plain: Frequencies, scaling: RopeScaling) -> Frequencies:
     )
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return np.asarray((1 - smooth) * plain / scaling.factor + smooth * plain, np.float32)
+
+
+def _proportional(plain: Frequencies, scaling: RopeScaling) -> Frequencies:
+    """The leading ones; a frequency of 0 turns nothing."""
+    turning = int(scaling.partial_rotary_factor * len(plain))
+    turns = np.arange(len(plain)) < turning
+    return np.asarray(np.where(turns, plain / np.float32(scaling.factor), 0), np.float32)
 
 
 def _yarn(plain: Frequencies, scaling: RopeScaling, dim: int, theta: float) -> Frequencies:

@@ -8,6 +8,7 @@ from typing import Protocol
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
@@ -55,19 +56,22 @@ class Target(Protocol):
         ...
 
 
+def check_heads(target: str, config: ModelConfig, most: int) -> None:
+    """Raise BuildError for heads that no attention kernel of ``target`` takes: other than a
+    multiple of 8 of at most ``most`` elements."""
+    in_layer = architecture_of(config.architecture).in_layer
+    for head_dim in sorted({in_layer(config, i).head_dim for i in range(config.num_layers)}):
+        if head_dim % 8 or head_dim > most:
+            raise BuildError(
+                f"the model has heads of {head_dim} elements; the {target} target runs those of "
+                f"a multiple of 8 up to {most}: choose another model"
+            )
+
+
 def check_choices(
-    target: str,
-    config: ModelConfig,
-    options: BuildOptions,
-    choices: Mapping[str, Collection[str]],
+    target: str, options: BuildOptions, choices: Mapping[str, Collection[str]]
 ) -> None:
-    """Raise BuildError for heads that no attention kernel takes, and for an option whose value is
-    not among those of ``target``."""
-    if config.head_dim % 8 or config.head_dim > 256:
-        raise BuildError(
-            f"the model has heads of {config.head_dim} elements; the {target} target runs those of "
-            "a multiple of 8 up to 256: choose another model"
-        )
+    """Raise BuildError for an option whose value is not among those of ``target``."""
     for name, known in choices.items():
         if (value := getattr(options, name)) not in known:
             raise BuildError(

@@ -7,13 +7,14 @@ _ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn")
 SPEC = OperatorSpec(
     name="PagedAttention",
     doc="Applies the optional per-head RMS norm and the rotary embedding to q and k, writes this "
-    "step's k and v into their pages in place, then attends over pages with a causal mask.",
+    "step's k and v, as far as it is given them, into their pages in place, then attends over "
+    "pages with a causal mask.",
     inputs=(
         TensorSpec(
             "qkv",
             ACTIVATION_DTYPES,
-            ("tokens", "(num_heads+2*num_kv_heads)*head_dim"),
-            "q, k and v heads of each token",
+            ("tokens", "(num_heads+kv_parts*num_kv_heads)*head_dim"),
+            "q, k and v heads of each token, as far as kv_parts says",
         ),
         TensorSpec(
             "cos",
@@ -89,7 +90,7 @@ SPEC = OperatorSpec(
         AttributeSpec(
             "num_kv_heads", "int", "key/value heads; divides num_heads", within=(1, 2**16)
         ),
-        AttributeSpec("head_dim", "int", "width of a head", within=(1, 256)),
+        AttributeSpec("head_dim", "int", "width of a head", within=(1, 512)),
         AttributeSpec("page_size", "int", "tokens a page", within=(1, 2**12)),
         AttributeSpec("scale", "float", "factor of the scores, usually head_dim ** -0.5"),
         AttributeSpec(
@@ -100,7 +101,16 @@ SPEC = OperatorSpec(
             (0, 2**31 - 1),
         ),
         AttributeSpec("soft_cap", "float", "c in c * tanh(score / c); 0 for none", 0.0),
-        AttributeSpec("norm_eps", "float", "epsilon of q_norm and k_norm", 1e-6),
+        AttributeSpec("norm_eps", "float", "epsilon of the norms of heads", 1e-6),
+        AttributeSpec(
+            "kv_parts",
+            "int",
+            "what qkv has beside q: 2 k and v, 1 k, whose heads are also v before norm and rotary "
+            "embedding, 0 none, as another node of the step has written them",
+            2,
+            (0, 2),
+        ),
+        AttributeSpec("v_norm", "int", "1: v heads have an RMS norm without weight", 0, (0, 1)),
         AttributeSpec(
             "k_row_major",
             "int",

@@ -27,6 +27,8 @@ class Attributes:
     sliding_window: int = 0
     soft_cap: float = 0.0
     norm_eps: float = 1e-6
+    kv_parts: int = 2
+    v_norm: int = 0
     k_row_major: int = 0
     k_scale: float = 1.0
     v_scale: float = 1.0
@@ -141,14 +143,18 @@ def _norm(x: Wide, weight: Floats | None, eps: float) -> Wide:
 
 
 def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
-    """The first phase: store this step's k and v, and return its rotated queries ``[T, Hq, D]``."""
+    """The first phase: store the k and v that the step is given, and return its rotated queries
+    ``[T, Hq, D]``."""
     a = attributes
     heads = inputs.qkv.astype(np.float64).reshape(inputs.qkv.shape[0], -1, a.head_dim)
-    q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
-    k = rotate_half(_norm(k, inputs.k_norm, a.norm_eps), inputs.cos, inputs.sin)
-    for token, slot in enumerate(inputs.slot_mapping):
-        write_page(inputs, a, 0, int(slot), k[token])
-        write_page(inputs, a, 1, int(slot), v[token])
+    q, given = heads[:, : a.num_heads], heads[:, a.num_heads :]
+    if a.kv_parts:
+        k, v = given[:, : a.num_kv_heads], given[:, -a.num_kv_heads :]
+        k = rotate_half(_norm(k, inputs.k_norm, a.norm_eps), inputs.cos, inputs.sin)
+        v = _norm(v, np.ones(a.head_dim, np.float32) if a.v_norm else None, a.norm_eps)
+        for token, slot in enumerate(inputs.slot_mapping):
+            write_page(inputs, a, 0, int(slot), k[token])
+            write_page(inputs, a, 1, int(slot), v[token])
     return rotate_half(_norm(q, inputs.q_norm, a.norm_eps), inputs.cos, inputs.sin)
 
 
@@ -164,7 +170,7 @@ def attend_pages(inputs: Inputs, attributes: Attributes, queries: Wide) -> Float
 def paged_attention(inputs: Inputs, attributes: Attributes) -> Floats:
     """Attention over a paged KV cache (Kwon et al., 2023) for prefill chunks and decodes together.
 
-    Returns float32 ``[T, num_heads * head_dim]`` and writes this step's k and v into
+    Returns float32 ``[T, num_heads * head_dim]`` and writes the k and v of ``inputs.qkv`` into
     ``inputs.kv_cache`` (and, for int8 pages, their scales into ``inputs.kv_scales``). The queries
     of a sequence are the last tokens of its context.
     """

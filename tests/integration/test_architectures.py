@@ -15,6 +15,7 @@ from transformers import (
     Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -41,7 +42,7 @@ from transformers import (
 )
 
 from slipstream.builder.build import build
-from slipstream.builder.contract import KV, LOGITS
+from slipstream.builder.contract import LOGITS
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.step import PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.loading import load
@@ -123,6 +124,30 @@ GPT_OSS: dict[str, Any] = {
 }
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
+# Layers of both kinds, with heads of a size and number of their own, and before those that share.
+GEMMA4: dict[str, Any] = {
+    **TINY_SHAPE,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 17,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "pad_token_id": 0,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size_per_layer_input": 16,
+}
+GEMMA4_31B: dict[str, Any] = {
+    **GEMMA4,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+GEMMA4_EXPERTS: dict[str, Any] = {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
 COHERE2 = {**TINY_SHAPE, "num_hidden_layers": 4, "eos_token_id": 1}
 CONFIGS: dict[str, Any] = {
     "cohere2": Cohere2Config(**COHERE2, sliding_window=17),
@@ -336,6 +361,48 @@ CONFIGS: dict[str, Any] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    "gemma4": Gemma4TextConfig(**GEMMA4),
+    "gemma4-shared": Gemma4TextConfig(**GEMMA4, num_kv_shared_layers=3),
+    "gemma4-shared-wide-cap": Gemma4TextConfig(
+        **GEMMA4,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        final_logit_softcapping=1.5,
+    ),
+    "gemma4-keys-are-values": Gemma4TextConfig(**GEMMA4_31B),
+    "gemma4-keys-are-values-shared": Gemma4TextConfig(
+        **GEMMA4_31B | {"hidden_size_per_layer_input": 16}, num_kv_shared_layers=3
+    ),
+    "gemma4-no-inputs": Gemma4TextConfig(**GEMMA4 | {"hidden_size_per_layer_input": 0}),
+    "gemma4-wide-heads": Gemma4TextConfig(
+        # One layer: scores of so many elements, not scaled, multiply every error.
+        **GEMMA4
+        | {"global_head_dim": 512, "num_attention_heads": 2}
+        | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    ),
+    "gemma4-heads-alike": Gemma4TextConfig(**GEMMA4 | {"global_head_dim": 16}),
+    "gemma4-untied-biases": Gemma4TextConfig(
+        **GEMMA4_31B, tie_word_embeddings=False, attention_bias=True
+    ),
+    "gemma4-layers-by-number": Gemma4TextConfig(
+        **GEMMA4 | {"layer_types": None, "num_hidden_layers": 7}, num_kv_shared_layers=1
+    ),
+    "gemma4-full": Gemma4TextConfig(**GEMMA4 | {"layer_types": ["full_attention"] * 6}),
+    "gemma4-ropes": Gemma4TextConfig(
+        **GEMMA4,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e5,
+                "partial_rotary_factor": 0.6,
+            },
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
+        },
+    ),
+    "gemma4-experts": Gemma4TextConfig(**GEMMA4_31B, **GEMMA4_EXPERTS),
+    "gemma4-experts-and-all": Gemma4TextConfig(
+        **GEMMA4, **GEMMA4_EXPERTS, num_kv_shared_layers=3, use_double_wide_mlp=True
+    ),
 }
 PROMPT_TOKENS, CHUNKS = 75, (40, 1, 33, 1)
 
@@ -394,7 +461,9 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64]) -> NDArray[np.float3
             * (2 * size),
             slots=np.array([0, 1], np.int32),
             sampling_slots=np.full(2 * size, -1, np.int32),
-            pages={KV: PagedInputs(table, slots.astype(np.int32))},
+            pages={
+                cache.name: PagedInputs(table, slots.astype(np.int32)) for cache in loaded.caches
+            },
         )
         pending: Any = executor.submit(batch)
         pending.result()

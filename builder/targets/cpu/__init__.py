@@ -17,7 +17,7 @@ from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.targets.base import check_choices
+from slipstream.builder.targets.base import check_choices, check_heads
 from slipstream.builder.targets.cpu.dense import (
     lower_dense_embedding,
     lower_dense_linear,
@@ -36,6 +36,7 @@ from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.tensor import WeightFormat
 
 _LIMITS = EngineLimits()
+_LARGEST_HEAD = 512  # elements
 _CHOICES = {
     "dtype": ("auto", "float32"),
     "quantization": ("none", "int8_wo", "int4_wo"),
@@ -69,7 +70,8 @@ class CPUTarget:
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """PagedAttention works on vectors of 8 lanes and keeps a head in its scratch memory."""
-        check_choices(self.name, config, options, _CHOICES)
+        check_heads(self.name, config, _LARGEST_HEAD)
+        check_choices(self.name, options, _CHOICES)
 
     def capability(self, program: Program, kv_dtype: str) -> str:
         """Kernels for every instruction set are in the library."""

@@ -18,7 +18,7 @@ from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.targets.base import check_choices
+from slipstream.builder.targets.base import check_choices, check_heads
 from slipstream.builder.targets.cuda.attention import use_row_major_keys
 from slipstream.builder.targets.cuda.weights import PackWeights, SetPrecision, StoreVectors
 from slipstream.errors import BuildError
@@ -27,6 +27,7 @@ from slipstream.plugins.linear.cuda.packing import can_pack
 from slipstream.plugins.linear.cuda.tactics import whole_rows
 from slipstream.weights.tensor import WeightFormat
 
+_LARGEST_HEAD = 256  # elements
 _LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
 _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
 _CHOICES = {"kv_cache_dtype": tuple(_KV_DTYPES), "dtype": ("auto", "bfloat16", "float16")}
@@ -44,7 +45,8 @@ class CUDATarget:
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """Raise BuildError for heads or options that the kernels do not take."""
-        check_choices(self.name, config, options, _CHOICES)
+        check_heads(self.name, config, _LARGEST_HEAD)
+        check_choices(self.name, options, _CHOICES)
         if options.gemm_plugin != "auto":
             raise BuildError("gemm_plugin disable is for target cpu; leave it out")
 

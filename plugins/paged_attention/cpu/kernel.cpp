@@ -284,7 +284,7 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
                   call_scratch.take<float>(plan.partial_rows)};
 
   const float scale = args.scale * args.k_scale, factor = capped ? scale / args.soft_cap : scale * kLog2E;
-  const int64_t elements = args.tokens * (args.num_heads + 2 * heads) * dim;
+  const int64_t elements = args.tokens * (args.num_heads + args.kv_parts * heads) * dim;
   run(parallel, divide_up(args.tokens, kWriteTokens) * heads, elements, [&](int64_t i) {
     const int64_t head = i % heads, begin = i / heads * kWriteTokens;
     write_tokens<T>(args, begin, std::min(begin + kWriteTokens, args.tokens), head, factor,

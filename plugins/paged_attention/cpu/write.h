@@ -15,7 +15,7 @@ namespace attention {
 using simd::kLanes;
 using simd::Floats;
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kWriteTokens = 32;  // tokens of one writing task
 
 constexpr int64_t kKeys = 0, kValues = 1;  // the third axis of the cache
@@ -36,18 +36,23 @@ inline float* page_scales(const PagedAttentionArgs& args, int64_t page, int64_t 
 
 inline int lanes_left(int64_t i, int64_t n) { return n - i < kLanes ? static_cast<int>(n - i) : kLanes; }
 
+// What brings one head to a root mean square of 1.
+inline float rms_scale(const PagedAttentionArgs& args, const float* x) {
+  Floats squares = simd::splat(0.0f);
+  for (int64_t i = 0; i < args.head_dim; i += kLanes) {
+    const Floats v = simd::load_first(x + i, lanes_left(i, args.head_dim));
+    squares = simd::fma(v, v, squares);
+  }
+  const float mean = simd::reduce_add(squares) / static_cast<float>(args.head_dim);
+  return 1.0f / std::sqrt(mean + args.norm_eps);
+}
+
 // out = rotated(norm(x)) * factor, for one head of one token; `norm` may be null.
 inline void rotate(const PagedAttentionArgs& args, int64_t token, const float* x, const float* norm, float factor,
                    float* __restrict out) {
   const int64_t dim = args.head_dim, half = args.rotary_half;
   if (norm != nullptr) {
-    Floats squares = simd::splat(0.0f);
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      const Floats v = simd::load_first(x + i, lanes_left(i, dim));
-      squares = simd::fma(v, v, squares);
-    }
-    const float mean = simd::reduce_add(squares) / static_cast<float>(dim);
-    const float scale = 1.0f / std::sqrt(mean + args.norm_eps);
+    const float scale = rms_scale(args, x);
     for (int64_t i = 0; i < dim; ++i) out[i] = x[i] * scale * norm[i];
   } else {
     std::memcpy(out, x, static_cast<size_t>(dim) * sizeof(float));
@@ -99,12 +104,12 @@ inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
 }
 
 // Tokens [begin, end), at most kWriteTokens, of one kv head: its query heads go to `queries` (rotated and times
-// `factor`, one row of head_dim a token and head), its k and v into their pages.
+// `factor`, one row of head_dim a token and head), its k and v, if there are any, into their pages.
 template <class T>
 void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, int64_t head, float factor,
                   float* queries) {
   const int64_t dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
-  const int64_t width = (args.num_heads + 2 * args.num_kv_heads) * dim;
+  const int64_t width = (args.num_heads + args.kv_parts * args.num_kv_heads) * dim;
   T keys[kWriteTokens][kMaxHeadDim];
   T* columns[kWriteTokens];
   float rotated[kMaxHeadDim];
@@ -112,6 +117,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
     const float* token = args.qkv + t * width;
     for (int64_t g = 0; g < group; ++g, queries += dim)
       rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
+    if (args.kv_parts == 0) continue;
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
     float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
     if (args.kv_cache_type == ElementType::int8) {
@@ -121,9 +127,16 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
     rotate(args, t, token + (args.num_heads + head) * dim, args.k_norm, 1.0f, rotated);
     encode(keys[t - begin], rotated, dim, k_scale);
     columns[t - begin] = page_data<T>(args, page, kKeys, head) + offset;
-    encode(page_data<T>(args, page, kValues, head) + offset * dim,
-           token + (args.num_heads + args.num_kv_heads + head) * dim, dim, v_scale);
+    // With one part, it is both k and v.
+    const float* value = token + (args.num_heads + (args.kv_parts - 1) * args.num_kv_heads + head) * dim;
+    if (args.v_norm != 0) {
+      const float scale = rms_scale(args, value);
+      for (int64_t i = 0; i < dim; ++i) rotated[i] = value[i] * scale;
+      value = rotated;
+    }
+    encode(page_data<T>(args, page, kValues, head) + offset * dim, value, dim, v_scale);
   }
+  if (args.kv_parts == 0) return;
   // Neighbouring tokens share cache lines of a transposed page, so the token loop is the inner one.
   for (int64_t i = 0; i < dim; ++i)
     for (int64_t t = 0; t < end - begin; ++t) columns[t][i * args.page_size] = keys[t][i];

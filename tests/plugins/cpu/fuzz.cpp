@@ -320,6 +320,7 @@ Case paged_attention(Random& random) {
   Case made;
   const int64_t kv_heads = random.in(1, 3), heads = kv_heads * random.in(1, 4), dim = 8 * random.in(1, 9);
   const int64_t page = 16 * random.in(1, 3), layers = random.in(1, 2), half = random.in(0, dim / 2);
+  const int64_t parts = random.in(0, 2);
   const Type type = random.of({Type::float32, Type::float16, Type::int8, Type::float8e4m3fn});
   const int64_t sequences = random.in(0, 4), longest = random.one_in(20) ? 3000 : 200;
   std::vector<int64_t> starts{0}, lengths;
@@ -334,9 +335,10 @@ Case paged_attention(Random& random) {
   made.info.attributes = {
       {"layer", random.in(0, layers - 1)}, {"num_heads", heads}, {"num_kv_heads", kv_heads}, {"head_dim", dim},
       {"page_size", page}, {"scale", 0.2f}, {"sliding_window", random.one_in(2) ? 0 : random.in(1, 90)},
-      {"soft_cap", random.one_in(2) ? 0.0f : 5.0f}, {"norm_eps", 1e-6f}, {"k_scale", 0.5f}, {"v_scale", 2.0f}};
+      {"soft_cap", random.one_in(2) ? 0.0f : 5.0f}, {"norm_eps", 1e-6f}, {"k_scale", 0.5f}, {"v_scale", 2.0f},
+      {"kv_parts", parts}, {"v_norm", random.in(0, 1)}};
   auto& inputs = made.context.inputs;
-  inputs.push_back(random.tensor(Type::float32, {tokens, (heads + 2 * kv_heads) * dim}));
+  inputs.push_back(random.tensor(Type::float32, {tokens, (heads + parts * kv_heads) * dim}));
   inputs.push_back(random.tensor(Type::float32, {tokens, half}));
   inputs.push_back(random.tensor(Type::float32, {tokens, half}));
   inputs.push_back(random.tensor(type, {layers, pages, 2, kv_heads, page * dim}));

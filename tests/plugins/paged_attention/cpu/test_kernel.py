@@ -41,6 +41,8 @@ class Case:
     soft_cap: float = 0.0
     norm: bool = False
     sinks: bool = False
+    kv_parts: int = 2
+    v_norm: bool = False
     k_scale: float = 1.0
     v_scale: float = 1.0
 
@@ -56,6 +58,8 @@ class Case:
             sliding_window=self.window,
             soft_cap=self.soft_cap,
             norm_eps=1e-5,
+            kv_parts=self.kv_parts,
+            v_norm=int(self.v_norm),
             k_scale=float(np.float32(self.k_scale)),
             v_scale=float(np.float32(self.v_scale)),
         )
@@ -67,7 +71,7 @@ class Case:
         half = self.head_dim // 2 if self.rotary < 0 else self.rotary
         angles = rng.uniform(0, 6.3, (tokens, half))
         table, slots, num_pages = self._pages(rng)
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        width = (self.heads + self.kv_parts * self.kv_heads) * self.head_dim
         scales = np.full((LAYERS, num_pages, 2, self.kv_heads, self.page_size), np.nan, np.float32)
         cache = np.zeros((*scales.shape[:-1], self.page_size * self.head_dim), numpy_dtype(dtype))
         inputs = Inputs(
@@ -108,7 +112,8 @@ class Case:
             inputs.kv_cache[:] = np.nan
         attributes = self.attributes()
         for s, (n, context) in enumerate(self.batch):
-            for slot in self._slots(inputs.page_table[s], np.arange(context - n)):
+            written = context if self.kv_parts == 0 else context - n  # before this node
+            for slot in self._slots(inputs.page_table[s], np.arange(written)):
                 for which in (0, 1):
                     heads = rng.normal(0, 1, (self.kv_heads, self.head_dim))
                     reference.write_page(inputs, attributes, which, int(slot), heads)
@@ -153,6 +158,11 @@ CASES = {
     "head_80": Case(heads=4, kv_heads=2, head_dim=80, rotary=16),
     "head_72_no_rotary": Case(heads=4, kv_heads=2, head_dim=72, rotary=0),
     "head_256": Case(heads=2, kv_heads=1, head_dim=256, batch=((1, 65), (20, 50))),
+    "head_512": Case(heads=2, kv_heads=1, head_dim=512, norm=True, batch=((1, 65), (40, 50))),
+    "keys_are_values": Case(kv_parts=1, norm=True),
+    "keys_are_values_normed": Case(kv_parts=1, norm=True, v_norm=True, head_dim=24),
+    "v_norm": Case(v_norm=True),
+    "pages_written_before": Case(kv_parts=0, norm=True, batch=((1, 90), (60, 400), (1, 513))),
     "page_16": Case(page_size=16, batch=((1, 16), (1, 17), (16, 32), (31, 100))),
     "page_48": Case(page_size=48, batch=((1, 300), (100, 100))),
     "page_512": Case(page_size=512, batch=((1, 600), (3, 512))),
