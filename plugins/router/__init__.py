@@ -17,7 +17,8 @@ SPEC = OperatorSpec(
             "correction",
             ("float32",),
             ("experts",),
-            "added to scores to choose, not to weight; its differences may be far smaller than it is",
+            "added to scores to choose, not to weight; its differences may be far smaller than "
+            "it is",
             optional=True,
         ),
     ),
