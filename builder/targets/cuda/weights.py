@@ -91,8 +91,9 @@ class StoreVectors:
     def _read_as(self, value: ir.Value) -> str:
         for node, index in value.uses():
             spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
-            if spec is not None and self.dtype not in spec.inputs[index].dtypes:
-                return spec.inputs[index].dtypes[0]
+            exact = spec is not None and self.dtype not in spec.inputs[index].dtypes
+            if exact or node.op_type == "Router":
+                return "float32"
         return self.dtype
 
 
