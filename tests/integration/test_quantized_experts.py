@@ -23,6 +23,7 @@ from tests.builder.checkpoints.quantized.files import (
     pack_nf4,
 )
 from tests.integration.test_architectures import run_in_chunks
+from tests.integration.test_cuda_models import logits_in_chunks, uncaptured
 from tests.tiny_models import write_tiny_tokenizer
 
 from slipstream.builder.build import build, plan
@@ -50,6 +51,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+__all__ = ["uncaptured"]  # a fixture
 PROMPTS = np.random.default_rng(0).integers(0, 320, (2, 75))
 SPARED = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"]
 Matrix = NDArray[np.float32]
@@ -217,6 +219,40 @@ def test_experts_keep_their_format_and_compute_what_their_weights_say(
         logits.append(run_in_chunks(tmp_path / directory, PROMPTS))
     got, want = logits
     assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gptq", "int4 act-order", "int8 channels", "float8 blocks"])
+@pytest.mark.usefixtures("uncaptured")
+def test_the_same_on_a_gpu(name: str, tmp_path: Path) -> None:
+    checkpoint = quantized(tmp_path / "checkpoint", *FORMATS[name])
+    opened = open_checkpoint(checkpoint)
+    effective = {n: opened.tensor(n).load().dequantize() for n in opened.names()}
+    build(save(tmp_path / "d", effective), tmp_path / "exact", BuildOptions(target="cpu"))
+    build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda"))
+    want = run_in_chunks(tmp_path / "exact", PROMPTS)
+    got = logits_in_chunks(tmp_path / "engine", PROMPTS)
+    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+
+
+def test_experts_that_become_dense_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each has its columns in an order of its own, as GPTQ finds when each sees its own tokens."""
+
+    def pack(module: str, weight: Matrix) -> Arrays:
+        stored = pack_gptq(4, 32, act_order=True)(module, weight)
+        group_of = stored[f"{module}.g_idx"]
+        return {**stored, f"{module}.g_idx": np.roll(group_of, len(module) + ord(module[-9]))}
+
+    checkpoint = quantized(tmp_path / "checkpoint", pack, FORMATS["gptq act-order"][1])
+    with caplog.at_level(logging.WARNING):
+        nodes = plan(checkpoint, BuildOptions(target="cpu")).program.nodes("ExpertLinear")
+    assert ["bits" in node.attributes for node in nodes] == [False, True]
+    assert [m for m in caplog.messages if "experts" in m] == [
+        "1 weights of experts (model.layers.0.mlp.experts.gate_proj+up_proj.weight) become dense: "
+        "each wants its x ordered or scaled in a way of its own (act-order or pre-scale)"
+    ]
 
 
 def without(stored: Arrays, part: str) -> Arrays:

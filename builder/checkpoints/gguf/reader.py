@@ -156,7 +156,7 @@ def _by_huggingface_name(
         raise CheckpointError(
             f"{file.path} has {len(unknown)} tensors that its architecture "
             f"{file.metadata['general.architecture']!r} does not use, such as {min(unknown)}; it "
-            "is of a variant that is not supported"
+            "is of a variant that is not supported: use the model's Hugging Face checkpoint"
         )
     for tensor in file.tensors.values():
         weight_format(tensor.name, tensor.kind, tensor.shape)
