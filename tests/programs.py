@@ -195,6 +195,14 @@ def _linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Linear")(x, weight, **known, norm_eps=eps, gated=gated)]
 
 
+def _expert_linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    x, weight, ids, weights, bias, residual = [*given, *[None] * (6 - len(given))]
+    sizes = ("in_features", "out_features", "top_k")
+    attributes = {k: v for k, v in _attributes(node).items() if k not in sizes}
+    added = {"bias": _plain(bias), "residual": residual}
+    return [_reference("ExpertLinear")(x, weight, ids, weights, **added, **attributes)]
+
+
 def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Embedding")(given[0], _weight(given[1], _attributes(node)))]
 
@@ -206,10 +214,12 @@ def _elementwise(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
 
 _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "Linear": _linear,
+    "ExpertLinear": _expert_linear,
     "Embedding": _embedding,
     "GatedActivation": _elementwise,
     "FusedAddRMSNorm": _elementwise,
     "SoftCap": _elementwise,
+    "Router": _elementwise,
 }
 
 

@@ -68,8 +68,9 @@ def _unrounded(tensor: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoreVectors:
-    """Norm weights and biases become stored arrays of ``dtype``; what an operator reads in another
-    type only, such as sinks, of that type."""
+    """Norm weights and biases become stored arrays of ``dtype``. Float32 stay those that an operator
+    reads in no other type, such as sinks, and what a router adds to its scores, because its
+    differences decide and may be far smaller than it is."""
 
     dtype: str
 
@@ -91,15 +92,16 @@ class StoreVectors:
     def _read_as(self, value: ir.Value) -> str:
         for node, index in value.uses():
             spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
-            if spec is not None and self.dtype not in spec.inputs[index].dtypes:
-                return spec.inputs[index].dtypes[0]
+            exact = spec is not None and self.dtype not in spec.inputs[index].dtypes
+            if exact or node.op_type == "Router":
+                return "float32"
         return self.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles and what a router says."""
+    the rotary angles, and what a router reads and says."""
 
     dtype: str
 
@@ -110,8 +112,8 @@ class SetPrecision:
             if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
-                capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())
-                if not value.is_graph_output() and not capped:
+                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed
