@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.ops import Attributes, Routes
-from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.models.architecture import differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import GATE_OF, Decoder
+from slipstream.builder.models.expert_weights import order_of, stack_experts, with_input
 from slipstream.builder.models.module import LAYER, Extent, Measure, Module, hidden
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.router import MAX_EXPERTS
 from slipstream.weights.json import Fields
-from slipstream.weights.tensor import LazyTensor, stack_rows
+from slipstream.weights.tensor import LazyTensor, reorder_rows, stack_rows
+
+log = logging.getLogger(__name__)
 
 # Of ``ModelConfig.extras``; only a table of ``in_some_layers`` asks for the dense ones.
 EXPERTS, TOP_K, WIDTH, RENORMALIZE = "experts", "experts_per_token", "expert_width", "renormalize"
@@ -143,18 +147,30 @@ def write_experts(config: ModelConfig, count: str, width: str) -> dict[str, Any]
     return {count: extras[EXPERTS], "num_experts_per_tok": extras[TOP_K], width: extras[WIDTH]}
 
 
+@dataclass
 class ExpertDecoder(Decoder):
     """A decoder in which the MLP of a layer may be a choice of experts.
 
     Names are those of checkpoints: in a layer the ``block`` of the experts and the ``shared`` MLP,
     which every token takes if the table has it; in the block the ``router`` and the ``parts`` of an
-    expert.
+    expert. ``made_dense`` are the weights that are not kept as they are stored, by why.
     """
 
     block: ClassVar[str] = "mlp"
     router: ClassVar[str] = "gate"
     parts: ClassVar[tuple[str, str, str]] = _MLP
     shared: ClassVar[str] = "mlp.shared_expert"
+
+    made_dense: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def build(self) -> None:
+        """The graph, and a warning for experts that could not be kept as they are stored."""
+        super().build()
+        for reason, names in self.made_dense.items():
+            log.warning(
+                "%d weights of experts (%s%s) become dense: %s",
+                len(names), names[0], ", …" * (len(names) > 1), reason,
+            )  # fmt: skip
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """The experts that the router chooses for each token, weighted, and what all tokens take;
@@ -213,19 +229,27 @@ class ExpertDecoder(Decoder):
         """x times the linears ``names`` of its experts, their rows one after the other."""
         number, joint = self.config.extras[EXPERTS], f"{prefix}experts.{'+'.join(names)}"
         places = [f"{prefix}experts.{expert}.{name}" for expert in range(number) for name in names]
-        weight = stack_rows(_alike([self.tensor(f"{p}.weight") for p in places]), f"{joint}.weight")
+        weight, reason = stack_experts([self.part(p, "weight") for p in places], f"{joint}.weight")
+        if reason:
+            self.made_dense.setdefault(reason, []).append(weight.name)
         bias = None
         if self.architecture.has_bias(self.config, places[0]):
-            bias = stack_rows([self.tensor(f"{p}.bias") for p in places], f"{joint}.bias")
+            bias = stack_rows([self.part(p, "bias") for p in places], f"{joint}.bias")
         attributes = {**attributes, "experts": number}
         with self.ops.scope("+".join(names)):
             return self.ops.expert_linear(x, weight, routes, attributes, bias)
 
+    def part(self, place: str, part: str) -> LazyTensor:
+        """A weight or bias of an expert, by its module.
 
-def _alike(tensors: Sequence[LazyTensor]) -> Sequence[LazyTensor]:
-    """The weights if they are all of one format and take x as it is, else all dense."""
-    formats = {replace(tensor.format, shape=()) for tensor in tensors}
-    whole = all(tensor.format.shape[0] % tensor.format.rows == 0 for tensor in tensors)
-    if len(formats) == 1 and whole and all(tensor.input is None for tensor in tensors):
-        return tensors
-    return [as_dense(tensor, "float32") for tensor in tensors]
+        Where the columns of the last weight are ordered (act-order), the rows of those before it
+        are made in that order, so that none has to be chosen again.
+        """
+        expert, _, name = place.rpartition(".")
+        tensor, closing = self.tensor(f"{place}.{part}"), self.parts[2]
+        order = order_of(self.tensor(f"{expert}.{closing}.weight"))
+        if order is None:
+            return tensor
+        if name != closing:
+            return reorder_rows(tensor, order.astype(np.intp))
+        return with_input(tensor, None) if part == "weight" else tensor

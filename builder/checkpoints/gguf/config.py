@@ -75,6 +75,11 @@ def huggingface_config(
     return {**found, **architecture.gguf.concluded(found)}
 
 
+def block_count(metadata: Mapping[str, Any]) -> int:
+    """How many blocks a file has, those behind the decoder's layers included."""
+    return _Keys(str(metadata.get("general.architecture")), metadata).count("block_count")
+
+
 def _architecture(keys: _Keys) -> Architecture:
     """That of the file's general.architecture, with the mark that the file has if any has one."""
     found = [a for a in architectures() if a.gguf is not None and a.gguf.name == keys.architecture]

@@ -39,7 +39,8 @@ def _split(
     # The converter drops axes of one, and with it that of a single expert.
     axes = (1, *tensor.shape) if len(tensor.shape) == _AXES[part] else tensor.shape
     names = name.split("_")
-    if len(axes) != _AXES[part] + 1 or axes[0] != experts or axes[1] % len(names):
+    whole = len(axes) == _AXES[part] + 1 and axes[1] % len(names) == 0
+    if not whole or axes[0] != experts or not experts:
         raise CheckpointError(
             f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, which are not "
             f"the rows of {experts} experts, as many as its metadata says; the GGUF file "

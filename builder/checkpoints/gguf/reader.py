@@ -24,7 +24,11 @@ from slipstream.builder.checkpoints.gguf.blocks import (
     undo_rope_permutation,
     weight_format,
 )
-from slipstream.builder.checkpoints.gguf.config import ROPE_FACTORS, huggingface_config
+from slipstream.builder.checkpoints.gguf.config import (
+    ROPE_FACTORS,
+    block_count,
+    huggingface_config,
+)
 from slipstream.builder.checkpoints.gguf.experts import unstacked
 from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
@@ -152,7 +156,7 @@ def _by_huggingface_name(
         raise CheckpointError(
             f"{file.path} has {len(unknown)} tensors that its architecture "
             f"{file.metadata['general.architecture']!r} does not use, such as {min(unknown)}; it "
-            "is of a variant that is not supported"
+            "is of a variant that is not supported: use the model's Hugging Face checkpoint"
         )
     for tensor in file.tensors.values():
         weight_format(tensor.name, tensor.kind, tensor.shape)
@@ -167,8 +171,7 @@ def _by_huggingface_name(
 
 def _of_decoder(file: GGUFFile, config: ModelConfig, *, strict: bool) -> GGUFFile:
     """The file without the tensors of blocks behind the decoder's, which predict further tokens."""
-    blocks = int(file.metadata[f"{file.metadata['general.architecture']}.block_count"])
-    further = {f"blk.{i}" for i in range(config.num_layers, blocks)}
+    further = {f"blk.{i}" for i in range(config.num_layers, block_count(file.metadata))}
     left_out = [name for name in file.tensors if ".".join(name.split(".", 2)[:2]) in further]
     if left_out and strict:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from tests.builder.checkpoints.gguf.models import (
     random_blocks,
     tiny,
 )
+from tests.builder.checkpoints.test_malformed import METADATA, Case, check
 
 from slipstream.builder.build import plan
 from slipstream.builder.checkpoints import open_checkpoint
@@ -137,3 +138,60 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     checkpoint = open_checkpoint(model.write(tmp_path / "m.gguf"))
     assert checkpoint.config.num_layers == 1
     assert not [name for name in checkpoint.names() if "layers.1." in name]
+
+
+def granite(*kinds: Type) -> TinyModel:
+    """Mixtral's tensors, and gate and up of an MLP beside them, each of a type."""
+    model, rng = mixtral(), np.random.default_rng(5)
+    model.architecture = "granitemoe"
+    model.metadata["expert_shared_feed_forward_length"] = WIDTH
+    for part, kind in zip(("gate", "up"), kinds, strict=True):
+        model.tensors[f"blk.0.ffn_{part}_shexp.weight"] = numbers(rng, WIDTH, HIDDEN)
+        model.kinds[f"blk.0.ffn_{part}_shexp.weight"] = kind
+    model.tensors["blk.0.ffn_down_shexp.weight"] = numbers(rng, HIDDEN, WIDTH)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kinds", "form"),
+    [((Type.Q8_0, Type.Q8_0), "int"), ((Type.Q8_0, Type.F16), "dense")],
+)
+def test_rows_that_are_apart_are_one_weight(
+    kinds: tuple[Type, Type], form: str, tmp_path: Path
+) -> None:
+    model = granite(*kinds)
+    parts = [model.tensors[f"blk.0.ffn_{part}_shexp.weight"] for part in ("gate", "up")]
+    checkpoint = open_checkpoint(model.write(tmp_path / "m.gguf"))
+    tensor = checkpoint.tensor("model.layers.0.shared_mlp.input_linear.weight")
+    assert (tensor.format.kind, tensor.format.shape) == (form, (2 * WIDTH, HIDDEN))
+    found = tensor.load().dequantize()
+    assert np.abs(found - np.concatenate(parts)).max() < 0.02
+
+
+def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    model = without(granite(Type.F32, Type.F32), "blk.0.ffn_up_shexp.weight")
+    with pytest.raises(CheckpointError, match=r"no tensor 'blk\.0\.ffn_up_shexp\.weight'"):
+        open_checkpoint(model.write(tmp_path / "m.gguf"))
+
+
+def test_experts_that_are_chosen_in_another_way_are_refused(tmp_path: Path) -> None:
+    model = mixtral()
+    model.architecture = "glm4moe"
+    model.metadata["expert_gating_func"] = 1
+    with pytest.raises(CheckpointError, match=r"expert_gating_func is 1, and only 2"):
+        open_checkpoint(model.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("key", ["expert_count", "expert_used_count"])
+def test_malformed_counts_of_experts_are_typed_errors(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    case = Case(lambda _: None, lambda _: experts_of(path), path.name)
+    for value in METADATA[::2]:
+        model = mixtral()
+        model.metadata[key] = value
+        model.write(path)
+        try:
+            check(case, tmp_path)
+        except Exception as error:
+            error.add_note(f"{key}: {value!r}")
+            raise
