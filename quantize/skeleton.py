@@ -52,9 +52,11 @@ class Skeleton:
         model.eval()
         self.layers: tuple[nn.Module, ...] = tuple(model.model.layers)
         self.norm: nn.Module = model.model.norm
-        # Built anew because its frequencies are no weights: on the meta device they are lost.
-        self._rotary: nn.Module = type(model.model.rotary_emb)(described)
-        _check_rotation(self._rotary, config)
+        self._rotary: nn.Module | None = None
+        if model.model.rotary_emb is not None:
+            # Built anew because its frequencies are no weights: on the meta device they are lost.
+            self._rotary = type(model.model.rotary_emb)(described)
+            _check_rotation(self._rotary, config)
         self._renamed = [split_experts(layer, config, i) for i, layer in enumerate(self.layers)]
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
@@ -79,7 +81,8 @@ class Skeleton:
         positions = torch.arange(hidden.shape[1])[None]
         kind = self.config.layer_kinds[self.layers.index(layer)]
         of_kind = {"layer_type": kind} if self.config.ropes else {}
-        angles = self._rotary(hidden, position_ids=positions, **of_kind)
+        rotary = self._rotary
+        angles = None if rotary is None else rotary(hidden, position_ids=positions, **of_kind)
         out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=angles)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ from slipstream.builder.contract import (
     paged,
 )
 from slipstream.builder.engine import WEIGHTS, Engine, sha256
+from slipstream.builder.parameters import distinct_experts
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.weights.json import Origin
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
 HashStatus = Literal["ok", "changed", "missing", "not listed", "not checked"]
 _DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
+# Operators that read rows of a weight, not all of it.
+_ROWS = ("Embedding", "Gather")
 _LINEARS = {
     ("slipstream", "Linear"): ("slipstream", "group_size"),
+    ("slipstream", "ExpertLinear"): ("slipstream experts", "group_size"),
     ("com.microsoft", "MatMulNBits"): ("onnxruntime MatMulNBits", "block_size"),
 }
 
@@ -50,6 +54,36 @@ class WeightEntry:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of an engine: how many layers have so many, and how many a token takes."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Bytes of weights: ``common`` is read by every step, ``experts`` as far as they are chosen.
+
+    The table of an embedding that is not the head, too, is in neither: a step reads its tokens'
+    rows. ``mixtures`` are the experts of the layers, one for all that have as many.
+    """
+
+    common: int
+    experts: Mapping[Mixture, int]
+
+    def read(self, tokens: int) -> int:
+        """Bytes that a step of so many tokens reads if they choose evenly and by themselves."""
+        return self.common + round(
+            sum(
+                nbytes * distinct_experts(m.experts, m.top_k, tokens) / m.experts
+                for m, nbytes in self.experts.items()
+            )
+        )
 
 
 def list_files(engine: Engine, *, verify: bool) -> list[FileEntry]:
@@ -169,6 +203,23 @@ def count_kernels(graph: Iterable[ir.Node]) -> dict[str, int]:
     """How many linear layers run on every kernel, most frequent first."""
     counts = Counter(kernel for node in graph if (kernel := _kernel(node)))
     return dict(counts.most_common())
+
+
+def step_weights(graph: ir.Graph) -> StepWeights:
+    """What a step of a graph reads of its weights."""
+    common: dict[str, int] = {}
+    sizes, layers = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for node in graph:
+        stored = {v.name: v for v in node.inputs if v is not None and v.is_initializer()}
+        found = {n: v.const_value.nbytes for n, v in stored.items() if n and v.const_value}
+        if node.op_type == "ExpertLinear":
+            kind = node.attributes["experts"].as_int(), node.attributes["top_k"].as_int()
+            sizes[kind] += sum(found.values())
+            layers[kind] += node.attributes.get_int("reduce", 0)
+        elif node.op_type not in _ROWS:
+            common |= found
+    mixtures = {Mixture(layers[kind], *kind): size for kind, size in sizes.items()}
+    return StepWeights(sum(common.values()), mixtures)
 
 
 def _kernel(node: ir.Node) -> str | None:
