@@ -34,7 +34,7 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 SHAPE: dict[str, Any] = {**TINY_SHAPE, "num_hidden_layers": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32
+        **{**SHAPE, "head_dim": 16}, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32
     ),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2),
 }
