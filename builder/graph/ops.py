@@ -182,11 +182,12 @@ class Ops:
         rotary: tuple[ir.Value, ir.Value],
         norms: Sequence[LazyTensor],
         attributes: Attributes,
+        sinks: LazyTensor | None = None,
     ) -> ir.Value:
         """Attention over the pages of the cache that has the layer.
 
         ``attributes`` are those of ``plugins/paged_attention``, but the page size and that
-        ``layer`` is the model's. ``norms``: q, k or none.
+        ``layer`` is the model's. ``norms``: q, k or none; ``sinks``: one of each query head.
         """
         cache = next(c for c in paged(self.caches) if attributes["layer"] in c.layers)
         pages, *scales = self.arrays(cache)
@@ -195,7 +196,8 @@ class Ops:
             *map(self.input, (Source.QUERY_START, Source.CONTEXT_LEN)),
             *(self._input(paged_port(source, cache)) for source in PAGED_SOURCES),
             *(scales or (None,)),
-            *map(self.program.add_weight, norms),
+            *(map(self.program.add_weight, norms) if norms else (None, None)),
+            None if sinks is None else self.program.add_weight(sinks),
         ]
         while inputs[-1] is None:
             inputs.pop()

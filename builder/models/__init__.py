@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "GraniteMoeSharedForCausalLM": "slipstream.builder.models.granitemoeshared",
     "GraniteMoeHybridForCausalLM": "slipstream.builder.models.granitemoehybrid",
     "Glm4MoeForCausalLM": "slipstream.builder.models.glm4_moe",
+    "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 
 

@@ -158,7 +158,7 @@ class ExpertDecoder(Decoder):
             return super().mlp(x, prefix)
         *opening, closing = self.parts
         routes = self.routes(x, block + self.router)
-        gate: Attributes = {"gated": 1, "gate": GATES[GATE_OF[self.config.hidden_act]]}
+        gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
         with self.ops.scope("experts"):
             opened = self.experts(x, block, opening, routes, gate)
             chosen = self.experts(opened, block, [closing], routes, {"reduce": 1})
@@ -177,6 +177,10 @@ class ExpertDecoder(Decoder):
         """How experts are chosen: attributes of ``plugins/router``."""
         extras = self.config.extras
         return {"top_k": extras[TOP_K], "renormalize": int(extras[RENORMALIZE])}
+
+    def gate(self) -> str:
+        """How the gate and the up of an expert meet: a key of ``GATES``."""
+        return GATE_OF[self.config.hidden_act]
 
     def shared_mlp(self, x: ir.Value, name: str) -> ir.Value | None:
         """A plain MLP, times the sigmoid of its gate if the table has one; None if it has no such
@@ -197,15 +201,15 @@ class ExpertDecoder(Decoder):
         attributes: Mapping[str, int | float | list[int]],
     ) -> ir.Value:
         """x times the linears ``names`` of its experts, their rows one after the other."""
-        number = self.config.extras[EXPERTS]
-        parts = [
-            self.tensor(f"{prefix}experts.{expert}.{name}.weight")
-            for expert in range(number)
-            for name in names
-        ]
-        weight = stack_rows(_alike(parts), f"{prefix}experts.{'+'.join(names)}.weight")
+        number, joint = self.config.extras[EXPERTS], f"{prefix}experts.{'+'.join(names)}"
+        places = [f"{prefix}experts.{expert}.{name}" for expert in range(number) for name in names]
+        weight = stack_rows(_alike([self.tensor(f"{p}.weight") for p in places]), f"{joint}.weight")
+        bias = None
+        if self.architecture.has_bias(self.config, places[0]):
+            bias = stack_rows([self.tensor(f"{p}.bias") for p in places], f"{joint}.bias")
+        attributes = {**attributes, "experts": number}
         with self.ops.scope("+".join(names)):
-            return self.ops.expert_linear(x, weight, routes, {**attributes, "experts": number})
+            return self.ops.expert_linear(x, weight, routes, attributes, bias)
 
 
 def _alike(tensors: Sequence[LazyTensor]) -> Sequence[LazyTensor]:

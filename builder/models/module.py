@@ -14,7 +14,7 @@ from typing import Literal
 
 from slipstream.builder.models.config import ModelConfig
 
-Role = Literal["linear", "norm", "embedding", "router", "expert"]
+Role = Literal["linear", "norm", "embedding", "router", "expert", "vector"]
 Shard = Literal["column", "row", "replicated", "vocabulary"]
 LAYER = "model.layers.{i}"
 
@@ -58,6 +58,11 @@ def heads(config: ModelConfig) -> Extent:
 def kv_heads(config: ModelConfig) -> Extent:
     """The keys, or the values, of a token."""
     return Extent(config.num_kv_heads, config.head_dim)
+
+
+def one_a_head(config: ModelConfig) -> Extent:
+    """A number of each head of queries."""
+    return Extent(config.num_heads)
 
 
 def head(config: ModelConfig) -> Extent:

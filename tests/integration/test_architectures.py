@@ -19,6 +19,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -112,6 +113,14 @@ GLM_EXPERTS: dict[str, Any] = {
     "head_dim": 24,
 }
 ATTENTION_ONLY: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4}
+# With a window of less than a page and, by default, YaRN without truncation.
+GPT_OSS: dict[str, Any] = {
+    **TINY_SHAPE,
+    **EXPERTS,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "sliding_window": 17,
+}
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
 COHERE2 = {**TINY_SHAPE, "num_hidden_layers": 4, "eos_token_id": 1}
@@ -278,6 +287,17 @@ CONFIGS: dict[str, Any] = {
         **TINY_SHAPE | GLM_EXPERTS | {"n_routed_experts": 3, "partial_rotary_factor": 1.0},
         first_k_dense_replace=0,
     ),
+    "gpt-oss": GptOssConfig(**GPT_OSS),
+    "gpt-oss-tied-no-biases": GptOssConfig(
+        **GPT_OSS, tie_word_embeddings=True, attention_bias=False
+    ),
+    "gpt-oss-all-experts": GptOssConfig(**{**GPT_OSS, "num_experts_per_tok": 6, "head_dim": 64}),
+    "gpt-oss-layers": GptOssConfig(
+        **GPT_OSS,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={**YARN, "truncate": False},
+    ),
+    "gpt-oss-full": GptOssConfig(**GPT_OSS, layer_types=["full_attention"] * 3),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SMOLLM3),
     "smollm3-untied-biases": SmolLM3Config(

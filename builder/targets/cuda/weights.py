@@ -13,6 +13,7 @@ from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
 from slipstream.plugins.linear.cuda.tactics import describe
+from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
@@ -67,8 +68,9 @@ def _unrounded(tensor: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoreVectors:
-    """Norm weights, biases and sinks become stored arrays of ``dtype``; what a router adds to its
-    scores stays float32, because its differences decide and may be far smaller than it is."""
+    """Norm weights and biases become stored arrays of ``dtype``. Float32 stay those that an operator
+    reads in no other type, such as sinks, and what a router adds to its scores, because its
+    differences decide and may be far smaller than it is."""
 
     dtype: str
 
@@ -77,8 +79,7 @@ class StoreVectors:
         vectors = list(program.weights.items())
         for name, tensor in vectors:
             value = program.graph.initializers[name]
-            routes = any(reader.op_type == "Router" for reader, _ in value.uses())
-            dtype = "float32" if routes else self.dtype
+            dtype = self._read_as(value)
             dense = as_dense(tensor, dtype)
             part = ArraySpec(f"{name}.{dtype}", numpy_dtype(dtype), tensor.format.shape)
             stored = StoredWeight(
@@ -87,6 +88,14 @@ class StoreVectors:
             )
             value.replace_all_uses_with(program.store(stored)[0])
         return len(vectors)
+
+    def _read_as(self, value: ir.Value) -> str:
+        for node, index in value.uses():
+            spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
+            exact = spec is not None and self.dtype not in spec.inputs[index].dtypes
+            if exact or node.op_type == "Router":
+                return "float32"
+        return self.dtype
 
 
 @dataclass(frozen=True, slots=True)

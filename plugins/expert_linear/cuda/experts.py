@@ -18,6 +18,7 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
     group_pairs,
 )
 from slipstream.plugins.linear.cuda.linear import scale_kind
+from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, default_tactic, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
@@ -134,7 +135,7 @@ def _gemv(x: Tensor, experts: Experts, ids: Tensor, y: Tensor, pdl: bool) -> Non
     lanes = tactic.block_k // vector_size(fmt)
     rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
-    padded = fmt.kind == "int" and k * fmt.bits != vectors * 128
+    padded = in_words(fmt) and k * fmt.bits != vectors * 128
     constants = {
         "K": k, "VECTORS": vectors, "PER_ROW": 1 if experts.reduce else ids.shape[1], "BR": rows,
         "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes,
@@ -146,10 +147,10 @@ def _gemv(x: Tensor, experts: Experts, ids: Tensor, y: Tensor, pdl: bool) -> Non
     }  # fmt: skip
     grid = (triton.cdiv(experts.width, tactic.block_n), ids.numel())
     quads, codes = x.view(torch.int64), weight.codes.view(torch.int64)
-    if fmt.kind == "int":
+    if in_words(fmt):
         expert_gemv_int[grid](
-            ids, quads, codes, weight.scale, weight.shift, experts.bias, y, n,
-            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero, **constants,
+            ids, quads, codes, weight.chunk_scales, weight.shift, experts.bias, y, n,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind, **constants,
         )  # fmt: skip
         return
     fp8 = fmt.kind == "float8_e4m3"
@@ -177,12 +178,12 @@ def _dot(x: Tensor, experts: Experts, top_k: int, grouping: Grouping, y: Tensor,
         **launch_options(num_warps=4, num_stages=3, pdl=pdl),
     }  # fmt: skip
     grid = (triton.cdiv(experts.width, block_n), grouping.tiles)
-    if fmt.kind == "int":
+    if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         expert_dot_int[grid](
             *grouping.tensors, x, weight.codes, weight.scale, weight.shift, experts.bias, y,
-            y.shape[0], n, CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero,
-            EVEN=chunks * 1024 == k * fmt.bits, **constants,
+            y.shape[0], n, CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group,
+            ZERO=weight.zero_kind, EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return
     block_k = 64

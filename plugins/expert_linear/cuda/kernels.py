@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins.cuda.kernels import begin
-from slipstream.plugins.linear.cuda.kernels.dot import along, decode, epilogue, narrow, product
+from slipstream.plugins.linear.cuda.kernels.dot import (
+    along,
+    decode,
+    epilogue,
+    groups_of,
+    narrow,
+    product,
+)
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 
 
@@ -128,14 +135,14 @@ def expert_dot_int(
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Integer weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
+    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
     begin(PDL)
     if tl.program_id(1) < tl.load(total):
         expert, pair = _rows(order, ends, tile_experts, tile_firsts, pairs, BM)
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty
-        GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+        GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
         width = N // 2 if GATED else N
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         j = tl.arange(0, 32)
@@ -214,9 +221,10 @@ def expert_gemv_int(
     begin(PDL)
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
-    GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+    # The exponents of a chunk of float4 are one number.
+    GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
     biases = bias + expert * N if BIAS else bias
-    shifts = shift + expert * N * GROUPS if ZERO != "midpoint" else shift
+    shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
     width = N // 2 if GATED else N
     gemv_int(
         x + pair // PER_ROW * (K // 4), weight + expert * N * (VECTORS * 2),

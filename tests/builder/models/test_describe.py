@@ -147,6 +147,13 @@ from slipstream.builder.models.huggingface_config import describe
             "partial_rotary_factor": 1.0,
         },
         {"architectures": ["Glm4MoeForCausalLM"]},
+        {"architectures": ["GptOssForCausalLM"], "attention_bias": False, "sliding_window": 9},
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "layer_types": ["full_attention"] * 2,
+            "num_local_experts": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
     ],
 )  # fmt: skip
 def test_a_config_made_of_a_model_configuration_says_the_same(raw: dict[str, Any]) -> None:

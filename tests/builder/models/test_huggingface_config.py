@@ -16,6 +16,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -49,6 +50,7 @@ EXPERT_CLASSES: dict[str, Any] = {
     "GraniteMoeForCausalLM": GraniteMoeConfig,
     "GraniteMoeSharedForCausalLM": GraniteMoeSharedConfig,
     "Glm4MoeForCausalLM": Glm4MoeConfig,
+    "GptOssForCausalLM": GptOssConfig,
 }
 CLASSES: dict[str, Any] = {
     **EXPERT_CLASSES,
@@ -245,6 +247,8 @@ def test_experts_are_those_of_transformers(architecture: str, changes: dict[str,
         ("OlmoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("GraniteMoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("Glm4MoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GptOssForCausalLM", {}, 128, [128, 0, 128, 0]),
+        ("GptOssForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 4}, None, [0, 0, 0, 0]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 0}, 64, [64] * 4),
         (
@@ -285,6 +289,7 @@ def test_windows_layer_by_layer(
         ("OlmoeForCausalLM", (True, True, False, False)),
         ("GraniteMoeForCausalLM", (True, True, True, False)),
         ("Glm4MoeForCausalLM", (True, False, False, False)),
+        ("GptOssForCausalLM", (True, True, False, False)),
         ("Qwen3ForCausalLM", (True, True, False, True)),
     ],
 )
@@ -578,6 +583,8 @@ def test_a_token_chooses_within_groups_that_have_its_experts() -> None:
         ("GraniteMoeForCausalLM", "num_local_experts", 0),
         ("GraniteMoeHybridForCausalLM", "layer_types has layers of the kind mamba", None),
         ("GraniteMoeHybridForCausalLM", "layers_block_type", ["attention", "mamba"]),
+        ("GptOssForCausalLM", "swiglu_alpha", 1.0),
+        ("GptOssForCausalLM", "swiglu_limit", 5.0),
         ("Glm4MoeForCausalLM", "n_group", 3),
         ("Glm4MoeForCausalLM", "n_group", 128),
         ("Glm4MoeForCausalLM", "topk_group", 2),

@@ -31,6 +31,7 @@ FORMATS = {
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
+MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 TOKENS = (1, 3, 21)
 
 
@@ -42,7 +43,7 @@ def choices(tokens: int) -> NDArray[np.int32]:
 
 def run(name: str, tokens: int, device: str, **options: Any) -> tuple[Floats, Floats]:  # noqa: ANN401
     """What the kernels give and what the reference does."""
-    weight, reduce = random_weight(FORMATS[name]), options.get("reduce", False)
+    weight, reduce = random_weight(FORMATS.get(name, MXFP4)), options.get("reduce", False)
     rng = np.random.default_rng(1)
     n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
     dtype = torch.bfloat16
@@ -90,6 +91,15 @@ def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) -> None:
     assert_close(*run(name, tokens, device, reduce=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [(1, {"gated": True, "gate": GATES["clamped"]}), (5, {"reduce": True})],
+    ids=["gemv", "dot"],
+)
+def test_mxfp4(tokens: int, options: dict[str, Any], device: str) -> None:
+    assert_close(*run("mxfp4", tokens, device, **options))
 
 
 def test_pairs_are_grouped_by_expert_in_their_order(device: str) -> None:
