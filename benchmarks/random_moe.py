@@ -5,8 +5,8 @@ a quarter of a billion parameters for a token, and the tokenizer of SmolLM2.
     slipstream build moe.gguf -o moe
     python benchmarks/cpu_peers.py --models '{"slipstream": "moe", "llama.cpp": "moe.gguf"}'
 
-Rows of a router are normal, so that tokens spread over all experts; how many distinct ones a layer's
-router chose for random tokens is printed, beside what even and independent choices would come to.
+Rows of a router are normal, so that tokens spread over all experts; how many distinct ones a layer
+chose for random tokens is printed, beside what even and independent choices would come to.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ def report_distinct(model: Path) -> None:
     even = Mixture(config.num_layers, config.extras["experts"], chosen[0].shape[1])
     for batch in BATCHES:
         found = np.mean([len(np.unique(ids[:batch])) for ids in chosen])
-        print(
-            f"batch {batch}: {found:.1f} distinct experts a layer, {even.distinct(batch):.1f} even"
-        )
+        wanted = even.distinct(batch)
+        print(f"batch {batch}: {found:.1f} distinct experts a layer, {wanted:.1f} if even")
 
 
 def main() -> None:
