@@ -320,7 +320,7 @@ def _grouped(notes: Iterable[str]) -> Iterator[str]:
     """The notes, those that say the same of many layers, or of many experts, as one."""
     same: dict[str, list[str]] = {}
     for note in notes:
-        same.setdefault(re.sub(r"(?<=layers\.|xperts\.)\d+", "*", note), []).append(note)
+        same.setdefault(re.sub(r"\b(layers|experts)\.\d+", r"\1.*", note), []).append(note)
     for pattern, members in same.items():
         layers = len({layer_of(note) for note in members})
         yield members[0] if len(members) == 1 else f"{pattern} ({layers} layers)"
