@@ -172,8 +172,9 @@ def test_it_says_which_loaders_take_the_files(report: Report, tmp_path: Path) ->
 
 
 def test_experts_of_a_layer_are_shown_together_and_spared_together(
-    report: Report, tmp_path: Path
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # plots take a second
     first = replace(report.linears[0], fallback=None)
     place = "model.layers.2.mlp.experts"
     rows = [
