@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.experts import EXPERTS, TOP_K
+from slipstream.builder.models.module import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,19 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """By the table of the architecture; an embedding that is the head, too, counts once."""
     total = active = 0
     for module in architecture_of(config.architecture).modules:
-        shape = module.shape(config)
+        shape, experts = module.shape(config), module.experts
         each = math.prod(shape) + (shape[0] if module.biased(config) else 0)
-        number = each * sum(1 for _ in module.places(config))
-        total += number
-        active += number if module.experts is None else round(number * chosen_share(config))
+        number = each * _layers(module, config)
+        total += number * (1 if experts is None else experts(config).units)
+        active += number * (1 if experts is None else config.extras[TOP_K])
     return Parameters(total, active)
+
+
+def _layers(module: Module, config: ModelConfig) -> int:
+    """How many layers have a module; 1 for one outside of layers that is no copy."""
+    if "{i}" in module.name:
+        return sum(module.present(config, layer) for layer in range(len(config.layer_kinds)))
+    return int(not (module.tied and config.tie_word_embeddings))
 
 
 def chosen_share(config: ModelConfig) -> float:
@@ -36,8 +44,3 @@ def chosen_share(config: ModelConfig) -> float:
     experts: int = config.extras.get(EXPERTS, 1)
     chosen: int = config.extras.get(TOP_K, experts)
     return chosen / experts
-
-
-def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
-    """How many of a layer's experts so many tokens choose, if each chooses evenly and by itself."""
-    return experts * (1 - (1 - top_k / experts) ** tokens)

@@ -87,7 +87,8 @@ def split_experts(layer: nn.Module, config: ModelConfig, index: int) -> dict[str
         layer.add_module(block, parent)
         object.__setattr__(layer, called, parent)
     parts = dict(parent.named_children())
-    ours = [m.name.removeprefix(f"{LAYER}.{block}.") for m in modules if m.role == "router"]
+    routers = [m.name for m in modules if m.role == "router" and m.columns is not None]
+    ours = [name.removeprefix(f"{LAYER}.{block}.") for name in routers]
     theirs = [name for name, part in parts.items() if type(part).__name__.endswith("Router")]
     others = (f"{block}.{name}" for name in ours if name not in parts)
     return dict(zip(others, (f"{block}.{name}" for name in theirs), strict=False))

@@ -317,12 +317,13 @@ def _by_layer(config: ModelConfig, schemes: Mapping[str, Scheme]) -> tuple[Layer
 
 
 def _grouped(notes: Iterable[str]) -> Iterator[str]:
-    """The notes, those that say the same of many layers as one."""
+    """The notes, those that say the same of many layers, or of many experts, as one."""
     same: dict[str, list[str]] = {}
     for note in notes:
-        same.setdefault(re.sub(r"(?<=layers\.)\d+", "*", note), []).append(note)
+        same.setdefault(re.sub(r"\b(layers|experts)\.\d+", r"\1.*", note), []).append(note)
     for pattern, members in same.items():
-        yield members[0] if len(members) == 1 else f"{pattern} ({len(members)} layers)"
+        layers = len({layer_of(note) for note in members})
+        yield members[0] if len(members) == 1 else f"{pattern} ({layers} layers)"
 
 
 def _elements(form: WeightFormat) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter, kv_arrays
 from slipstream.builder.checkpoints.names import layer_of
+from slipstream.builder.models import architecture_of
 from slipstream.errors import BuildError, CheckpointError
 from slipstream.quantize.calibration_data import (
     EVALUATION_WINDOW,
@@ -321,7 +322,12 @@ def _described(calibration: Sequence[Tokens], options: QuantizeOptions) -> str:
 def _loaders(plan: Plan, writer: DirectoryWriter) -> dict[str, str]:
     """What else loads the files; vLLM was not tried with experts."""
     loaders = writer.layout.loaders(writer.modules)
-    return {name: why for name, why in loaders.items() if name != "vLLM" or not plan.experts}
+    if not plan.experts:
+        return dict(loaders)
+    table = architecture_of(plan.config.architecture)
+    stacked = any(module.stack is not None for module in table.modules)
+    apart = "it looks for the experts of a layer in one tensor" if stacked else ""
+    return {name: apart or why for name, why in loaders.items() if name != "vLLM"}
 
 
 def _check_gate(report: Report, options: QuantizeOptions) -> None:

@@ -52,9 +52,11 @@ class Skeleton:
         model.eval()
         self.layers: tuple[nn.Module, ...] = tuple(model.model.layers)
         self.norm: nn.Module = model.model.norm
-        # Built anew because its frequencies are no weights: on the meta device they are lost.
-        self._rotary: nn.Module = type(model.model.rotary_emb)(described)
-        _check_rotation(self._rotary, config)
+        self._rotary: nn.Module | None = None
+        if model.model.rotary_emb is not None:
+            # Built anew because its frequencies are no weights: on the meta device they are lost.
+            self._rotary = type(model.model.rotary_emb)(described)
+            _check_rotation(self._rotary, config)
         self._renamed = [split_experts(layer, config, i) for i, layer in enumerate(self.layers)]
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
@@ -79,7 +81,8 @@ class Skeleton:
         positions = torch.arange(hidden.shape[1])[None]
         kind = self.config.layer_kinds[self.layers.index(layer)]
         of_kind = {"layer_type": kind} if self.config.ropes else {}
-        angles = self._rotary(hidden, position_ids=positions, **of_kind)
+        rotary = self._rotary
+        angles = None if rotary is None else rotary(hidden, position_ids=positions, **of_kind)
         out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=angles)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
@@ -148,9 +151,11 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of ``[B, H, T, D]``; transformers' signature, ours in the mask."""
+    """Causal attention of ``[B, H, T, D]``; transformers' signature, ours in the mask. ``s_aux``
+    are sinks."""
     sight = cast("_Sight", module.sight)
     if sight.kv is not None:
         key, value = sight.kv(key, value)
@@ -159,28 +164,36 @@ def _attend(
     if 0 < sight.window < length:
         distance = torch.arange(length)[:, None] - torch.arange(length)
         mask = (distance >= 0) & (distance < sight.window)
-    if softcap is None:
+    if softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
     else:
-        out = _capped_attention(query, key, value, mask, scaling, softcap)
+        out = _plain_attention(query, key, value, mask, scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _capped_attention(
+def _plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    cap: float,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention whose scores are within ``cap``, which torch's own does not know."""
+    """Attention with what torch's own does not know: scores within ``cap``, and a score of every
+    head, ``sinks``, that takes its part of the weights and adds nothing."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = cap * torch.tanh(query @ key.transpose(2, 3) * (scale / cap))
+    scores = query @ key.transpose(2, 3) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        sunk = sinks[:, None, None].expand(*scores.shape[:-1], 1).to(scores.dtype)
+        scores = torch.cat((scores, sunk), -1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :length]
     return weights.to(query.dtype) @ value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,18 +17,26 @@ from slipstream.builder.contract import (
     paged,
 )
 from slipstream.builder.engine import WEIGHTS, Engine, sha256
-from slipstream.errors import EngineMismatchError
+from slipstream.errors import EngineMismatchError, SlipstreamError
 from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.server.text import format_bytes, format_count
 from slipstream.weights.json import Origin
 from slipstream.weights.safetensors import read_header
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from slipstream.builder.parameters import Parameters
+
 HashStatus = Literal["ok", "changed", "missing", "not listed", "not checked"]
 _DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
+# Operators that read rows of a weight, not all of it.
+_ROWS = ("Embedding", "Gather")
+# Sequences of a step for which reports say what it reads, where that depends on them.
+_BATCHES = (1, 16, 64)
 _LINEARS = {
     ("slipstream", "Linear"): ("slipstream", "group_size"),
+    ("slipstream", "ExpertLinear"): ("slipstream experts", "group_size"),
     ("com.microsoft", "MatMulNBits"): ("onnxruntime MatMulNBits", "block_size"),
 }
 
@@ -50,6 +58,54 @@ class WeightEntry:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of an engine: how many layers have so many, and how many a token takes."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+    def distinct(self, tokens: int) -> float:
+        """How many experts of a layer so many tokens choose, if each chooses evenly and by
+        itself."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Bytes of weights: ``common`` is read by every step, ``experts`` as far as they are chosen.
+
+    The table of an embedding that is not the head, too, is in neither: a step reads its tokens'
+    rows. ``mixtures`` are the experts of the layers, one for all that have as many.
+    """
+
+    common: int
+    experts: Mapping[Mixture, int]
+
+    def read(self, tokens: int) -> int:
+        """Bytes that a step of so many tokens reads, of ``Mixture.distinct`` experts."""
+        parts = (size * m.distinct(tokens) / m.experts for m, size in self.experts.items())
+        return self.common + round(sum(parts))
+
+    def describe(self) -> list[tuple[str, str]]:
+        """For people: the experts, and what steps read."""
+        if not self.experts:
+            return [("read by a step", f"{format_bytes(self.common)} of weights")]
+        rows = [
+            ("experts", f"{m.top_k} of {m.experts} for a token, in {m.layers} layers")
+            for m in self.experts
+        ]
+        return rows + [(f"read at batch {batch}", self.at(batch)) for batch in _BATCHES]
+
+    def at(self, tokens: int) -> str:
+        """What a step of so many tokens reads, for people: ``9.8 GiB of weights, 82.4 experts a
+        layer``."""
+        found = " or ".join(f"{m.distinct(tokens):.1f}" for m in self.experts)
+        chosen = f", {found} experts a layer if chosen evenly" if found else ""
+        return f"{format_bytes(self.read(tokens))} of weights{chosen}"
 
 
 def list_files(engine: Engine, *, verify: bool) -> list[FileEntry]:
@@ -169,6 +225,45 @@ def count_kernels(graph: Iterable[ir.Node]) -> dict[str, int]:
     """How many linear layers run on every kernel, most frequent first."""
     counts = Counter(kernel for node in graph if (kernel := _kernel(node)))
     return dict(counts.most_common())
+
+
+def step_weights(graph: ir.Graph) -> StepWeights:
+    """What a step of a graph reads of its weights."""
+    # Imported here because only reports about an engine need a graph library.
+    import onnx_ir as ir
+
+    common: dict[str, int] = {}
+    sizes, layers = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for node in graph:
+        stored = [value.const_value for value in node.inputs if value is not None]
+        found = {w.name: w.nbytes for w in stored if isinstance(w, ir.ExternalTensor) and w.name}
+        if node.op_type == "ExpertLinear":
+            kind = node.attributes["experts"].as_int(), node.attributes["top_k"].as_int()
+            sizes[kind] += sum(found.values())
+            layers[kind] += node.attributes.get_int("reduce", 0)
+        elif node.op_type not in _ROWS:
+            common |= found
+    mixtures = {Mixture(layers[kind], *kind): size for kind, size in sizes.items()}
+    return StepWeights(sum(common.values()), mixtures)
+
+
+def parameters_of(engine: Engine) -> Parameters | None:
+    """Of an engine's model; None where its architecture is not installed, or its configuration is
+    none that a build writes."""
+    # Imported here because only reports about an engine need the tables of models.
+    from slipstream.builder.models.config import ModelConfig
+    from slipstream.builder.parameters import count_parameters
+
+    try:
+        return count_parameters(ModelConfig.from_json(engine.manifest.model))
+    except (SlipstreamError, LookupError, TypeError, ValueError, ArithmeticError):
+        return None
+
+
+def describe_parameters(parameters: Parameters) -> str:
+    """``30.5 billion, 3.3 billion for a token``."""
+    active = f", {format_count(parameters.active)} for a token"
+    return format_count(parameters.total) + active * (parameters.active < parameters.total)
 
 
 def _kernel(node: ir.Node) -> str | None:

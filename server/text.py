@@ -22,6 +22,14 @@ def format_bytes(count: float) -> str:
     return f"{count / 1024**power:.1f} {_UNITS[power - 1]}"
 
 
+def format_count(count: int) -> str:
+    """A large number in words: ``30.5 billion``."""
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return f"{count:,}"
+
+
 def printable(text: str, *, keep: str = "") -> str:
     """``text`` with everything escaped that a terminal would obey and not show, such as control
     sequences in a name from a file, but for the characters to ``keep``."""

@@ -91,7 +91,12 @@ def _in_stacks(modules: tuple[Module, ...]) -> tuple[Module, ...]:
         router={"bias": True},
         gate_proj={"bias": True, "stack": half(0)},
         up_proj={"bias": True, "stack": half(1)},
-        down_proj={"bias": True, "stack": Stack(f"{name}down_proj", transposed=True)},
+        # Scales do not pass a clamped gate.
+        down_proj={
+            "bias": True,
+            "stack": Stack(f"{name}down_proj", transposed=True),
+            "reads": None,
+        },
     )
 
 

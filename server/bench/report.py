@@ -19,6 +19,13 @@ from slipstream.builder.engine import WEIGHTS, Engine, open_engine
 from slipstream.cores import usable_cores
 from slipstream.errors import InvalidRequestError
 from slipstream.plugins import library
+from slipstream.server.engine_summary import (
+    StepWeights,
+    describe_parameters,
+    parameters_of,
+    read_graph,
+    step_weights,
+)
 from slipstream.server.text import format_bytes, format_columns, printable
 
 _PERCENTILES = (50, 90, 99)
@@ -27,10 +34,12 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One benchmark; ``timings`` are samples in seconds, ``rates`` plain numbers."""
+    """One benchmark, of ``batch`` sequences at a time; ``timings`` are samples in seconds,
+    ``rates`` plain numbers."""
 
     benchmark: str
     engine: Path
+    batch: int
     settings: Mapping[str, int]
     timings: Mapping[str, Sequence[float]]
     rates: Mapping[str, float]
@@ -64,12 +73,16 @@ class Report:
                 f"{self.benchmark} of {self.engine} ({_described(open_engine(self.engine))})",
                 f"on {cpu_name()}, slipstream {__version__}",
                 f"with {settings}",
+                f"a step of {self.batch} tokens reads {self._weights().at(self.batch)}",
                 "",
                 format_columns([head, *timings]),
                 "",
                 format_columns(rates),
             ]
         )
+
+    def _weights(self) -> StepWeights:
+        return step_weights(read_graph(open_engine(self.engine)))
 
     def _distributions(self) -> dict[str, dict[str, float]]:
         # Answers of one token have no time between tokens.
@@ -81,6 +94,7 @@ class Report:
             "settings": dict(self.settings),
             "milliseconds": self._distributions(),
             "rates": dict(self.rates),
+            "weights_read_by_a_step": self._weights().read(self.batch),
             "engine": _engine_summary(open_engine(self.engine)),
             "environment": environment(),
         }
@@ -137,7 +151,9 @@ def _described(engine: Engine) -> str:
     size = format_bytes((engine.path / WEIGHTS).stat().st_size)
     kv_dtype = kv_dtype_of(manifest.caches)
     architecture = printable(str(manifest.model["architecture"]))
-    return f"{architecture}, {size} of weights, {kv_dtype} KV"
+    parameters = parameters_of(engine)
+    counted = "" if parameters is None else f"{describe_parameters(parameters)}, "
+    return f"{architecture}, {counted}{size} of weights, {kv_dtype} KV"
 
 
 def _spaced(name: str) -> str:

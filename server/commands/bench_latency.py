@@ -63,6 +63,7 @@ def latency(
     report = Report(
         benchmark="latency",
         engine=engine,
+        batch=counts["batch_size"],
         settings={"input_len": input_len, "output_len": output_len, "seed": seed, **counts},
         timings=_timings(measured),
         rates={"output_tokens_per_second": _rate(measured)},

@@ -60,6 +60,7 @@ def throughput(
     report = Report(
         benchmark="throughput",
         engine=engine,
+        batch=concurrency,
         settings={
             "input_len": input_len,
             "output_len": output_len,

@@ -96,11 +96,16 @@ def _estimate(checkpoint: str, options: BuildOptions) -> None:
 
 
 def _needs(planned: Plan) -> list[tuple[str, str]]:
+    from slipstream.builder.parameters import count_parameters
+    from slipstream.server.engine_summary import describe_parameters, step_weights
+
     limits, per_token = planned.limits, bytes_per_token(planned.caches)
     fixed = planned.weight_bytes + _PROGRAM_BYTES
     full_batch = fixed + limits.max_batch_size * planned.sequence_kv_bytes
     return [
+        ("parameters", describe_parameters(count_parameters(planned.checkpoint.config))),
         ("weights", format_bytes(planned.weight_bytes)),
+        *step_weights(planned.program.graph).describe(),
         ("KV per token", f"{format_bytes(per_token)} ({kv_dtype_of(planned.caches)})"),
         (
             "KV of one sequence",

@@ -14,14 +14,18 @@ from slipstream.builder.engine import Engine, open_engine
 from slipstream.server.command import Command, CommandError
 from slipstream.server.engine_summary import (
     FileEntry,
+    StepWeights,
     WeightEntry,
     check_graphs,
     count_kernels,
     count_operators,
     describe_kv,
+    describe_parameters,
     list_files,
     list_weights,
+    parameters_of,
     read_graph,
+    step_weights,
 )
 from slipstream.server.text import format_bytes, format_columns
 
@@ -40,6 +44,7 @@ class _Contents:
     weights: list[WeightEntry]
     operators: dict[str, int]
     kernels: dict[str, int]
+    step: StepWeights
 
 
 @click.command(cls=Command)
@@ -73,18 +78,20 @@ def inspect(engine: Path, verify: bool, as_json: bool) -> None:
 
 def _readable(
     engine: Engine, files: Sequence[FileEntry], verify: bool
-) -> tuple[list[WeightEntry], dict[str, int], dict[str, int]]:
-    """Weights, operators and kernels; nothing of an engine that lacks or damages a file."""
+) -> tuple[list[WeightEntry], dict[str, int], dict[str, int], StepWeights]:
+    """Weights, operators, kernels and what a step reads; nothing of an engine that lacks or damages
+    a file."""
     if any(file.status in _DAMAGED for file in files):
-        return [], {}, {}
+        return [], {}, {}, StepWeights(0, {})
     graph = read_graph(engine)
     if verify:
         check_graphs(engine)
-    return list_weights(engine), count_operators(graph), count_kernels(graph)
+    weights, step = list_weights(engine), step_weights(graph)
+    return weights, count_operators(graph), count_kernels(graph), step
 
 
 def _as_json(contents: _Contents) -> dict[str, object]:
-    manifest = contents.engine.manifest
+    manifest, parameters = contents.engine.manifest, parameters_of(contents.engine)
     fields = asdict(manifest)
     fields["kv"] = describe_kv(manifest.caches)
     fields["files"] = [
@@ -98,7 +105,13 @@ def _as_json(contents: _Contents) -> dict[str, object]:
             "nbytes": sum(weight.nbytes for weight in contents.weights),
             "by_dtype": _by_dtype(contents.weights),
             "biggest": [asdict(weight) for weight in _biggest(contents.weights)],
+            "read_at_batch_1": contents.step.read(1),
         },
+        "parameters": None if parameters is None else asdict(parameters),
+        "experts": [
+            {**asdict(mixture), "nbytes": nbytes}
+            for mixture, nbytes in contents.step.experts.items()
+        ],
         "operators": contents.operators,
         "linear_kernels": contents.kernels,
     }
@@ -116,6 +129,7 @@ def _as_text(contents: _Contents) -> str:
             (dtype, f"{entry['count']} tensors", format_bytes(entry["nbytes"]))
             for dtype, entry in _by_dtype(contents.weights).items()
         ],
+        "steps": contents.step.describe() if contents.weights else [],
         "biggest weights": [
             (
                 weight.name,
@@ -153,8 +167,9 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
 
 
 def _model_rows(engine: Engine) -> list[tuple[object, ...]]:
-    rows = engine.manifest.model.items()
-    return [(name, str(v)) for name, v in rows if not isinstance(v, list | dict) and v is not None]
+    rows, counted = engine.manifest.model.items(), parameters_of(engine)
+    plain = [(name, str(v)) for name, v in rows if not isinstance(v, list | dict | None)]
+    return [*([("parameters", describe_parameters(counted))] if counted else []), *plain]
 
 
 def _by_dtype(weights: Sequence[WeightEntry]) -> dict[str, dict[str, int]]:

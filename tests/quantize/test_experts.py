@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.integration.test_architectures import CHUNKS, run_in_chunks
+from tests.integration.test_architectures import CHUNKS, GPT_OSS, run_in_chunks
 from tests.tiny_models import TINY_SHAPE, save_tiny
-from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from slipstream.builder.build import build
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
+from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 from slipstream.quantize.checks import check_plan
@@ -34,7 +35,7 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 SHAPE: dict[str, Any] = {**TINY_SHAPE, "num_hidden_layers": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32
+        **{**SHAPE, "head_dim": 16}, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32
     ),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2),
 }
@@ -186,6 +187,12 @@ def test_sites_are_those_of_each_expert(checkpoint: Checkpoint) -> None:
     assert closing.stream == ""
     every = [n.removesuffix(".weight") for n in inside if ".experts." in n]
     assert sorted(map(len, multiplied_as_one(checkpoint.config, 1, every))) == [5, 10]
+
+
+def test_no_scale_passes_a_clamped_gate() -> None:
+    config = ModelConfig.from_huggingface(GptOssConfig(**GPT_OSS).to_dict())
+    names = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
+    assert [site.source for site in layer_sites(config, 0, names)] == [None, None]
 
 
 def test_routers_are_quantized_only_where_a_target_means_them_alone(

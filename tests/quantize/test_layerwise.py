@@ -38,7 +38,7 @@ CONFIGS = {
         **SHAPE, head_dim=16, pad_token_id=0, query_pre_attn_scalar=24, attn_logit_softcapping=5.0
     ),
     "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        **{**SHAPE, "head_dim": 16}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
 }
 

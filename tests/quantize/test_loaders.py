@@ -12,7 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.builder.checkpoints.quantized.test_writers import make
-from tests.tiny_models import llama_tensors, save_llama
+from tests.tiny_models import TINY_SHAPE, llama_tensors, save_llama, save_tiny
+from transformers import MixtralConfig
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter
@@ -44,6 +45,20 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "dense linears": ({"exclude": ["re:.*o_proj"]}, set()),
     "two schemes": ({"overrides": ["re:.*down_proj=fp8"]}, {DENSE}),
     "torn siblings": ({"overrides": ["re:.*k_proj=int8_wo"]}, {DENSE, "vLLM"}),
+}
+
+
+# Mixtral's experts, and what they are made with; in two ways each, which loaders take the files.
+EXPERT_CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "int4": ({"qformat": "int4_wo", "group_size": 32}, set()),
+    "fp8": ({"qformat": "fp8"}, set()),
+    "fp8_block": ({"qformat": "fp8_block"}, {PLAIN, DENSE}),
+    "int8_sq": ({"qformat": "int8_sq"}, {PLAIN, DENSE}),
+    "zero points": ({"qformat": "int4_wo", "group_size": 32, "symmetric": False}, {PLAIN, DENSE}),
+    "two schemes": (
+        {"qformat": "int4_wo", "group_size": 32, "overrides": ["re:.*self_attn.*=int8_wo"]},
+        {PLAIN, DENSE},
+    ),
 }
 
 
@@ -147,3 +162,36 @@ def test_transformers_loads_what_the_report_says_with_the_same_logits(
         else:
             loaded = np.abs(found - wanted).max() <= allowed[loader] * np.abs(wanted).max()
             assert loaded == (loader not in refusing)
+
+
+def outside_experts(linear: torch.nn.Linear, weight: Any) -> Any:  # noqa: ANN401
+    """Experts are stacked, and what they read is not rounded."""
+    from slipstream.quantize.activations import round_activations
+
+    return None if ".experts." in weight.name else round_activations(linear, weight)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    shape = {**TINY_SHAPE, "num_hidden_layers": 1}
+    config = MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+    return open_checkpoint(save_tiny(config, tmp_path_factory.mktemp("loaders") / "mixtral"))
+
+
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config.")
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_transformers_stacks_the_experts_that_the_report_says(
+    case: str, mixtral: Checkpoint, tmp_path: Path
+) -> None:
+    options, refusing = EXPERT_CASES[case]
+    plan = make_plan(mixtral, QuantizeOptions(**options))
+    loaders = write(mixtral, plan, tmp_path / "out")
+    assert {name for name in (PLAIN, DENSE) if loaders[name]} == refusing
+    rounded = {PLAIN: outside_experts, DENSE: lambda linear, weight: None}
+    for loader in {PLAIN, DENSE} - refusing:
+        wanted, found = ours(tmp_path / "out", rounded[loader]), theirs(tmp_path / "out", loader)
+        # Experts are decoded in the type of the scales, mostly float16.
+        assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
+    for loader in refusing & {PLAIN, DENSE} if case != "two schemes" else ():
+        with pytest.raises(RuntimeError):
+            theirs(tmp_path / "out", loader)

@@ -91,9 +91,8 @@ class StoreVectors:
     def _read_as(self, value: ir.Value) -> str:
         for node, index in value.uses():
             spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
-            exact = spec is not None and self.dtype not in spec.inputs[index].dtypes
-            if exact or node.op_type == "Router":
-                return "float32"
+            if spec is not None and self.dtype not in spec.inputs[index].dtypes:
+                return spec.inputs[index].dtypes[0]
         return self.dtype
 
 

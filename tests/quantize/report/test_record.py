@@ -169,3 +169,35 @@ def test_it_says_which_loaders_take_the_files(report: Report, tmp_path: Path) ->
     text = (tmp_path / "quantization_report.md").read_text()
     assert "| loads in | Slipstream, vLLM |" in text
     assert "* transformers does not load it: it does not unpack zero points" in text
+
+
+def test_experts_of_a_layer_are_shown_together_and_spared_together(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # plots take a second
+    first = replace(report.linears[0], fallback=None)
+    place = "model.layers.2.mlp.experts"
+    rows = [
+        replace(
+            first,
+            name=f"{place}.{expert}.up_proj",
+            output_error=0.5 + expert / 10,
+            tokens_seen=100 * expert,
+            fallback="too little" if expert in (1, 3) else None,
+        )
+        for expert in range(4)
+    ]
+    mixed = replace(report, linears=[*report.linears, *rows])
+    mixed.write(tmp_path)
+    text = (tmp_path / "quantization_report.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{place}.*.up_proj` (4)"))
+    assert "| 0.65 |" in line and line.endswith("| 0 to 300 |")
+    assert str(4 * first.bytes) in line
+    assert f"* `{place}.{{1, 3}}.up_proj`: too little" in text
+    stored = json.loads((tmp_path / "quantization_report.json").read_text())
+    assert [row["name"] for row in stored["linears"]][-4:] == [row.name for row in rows]
+    option, scheme = rows[0].suggestion().removeprefix("--override ").rsplit("=", 1)
+    target = parse_override(f"{option.strip(chr(39))}={scheme}")[0]
+    assert all(target.matches(row.name) for row in rows)
+    assert not target.matches("model.layers.20.mlp.experts.1.up_proj")
+    assert not target.matches("model.layers.2.mlp.gate")

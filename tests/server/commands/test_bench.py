@@ -43,6 +43,10 @@ def test_latency_reports_times_and_what_it_ran_on(tiny_engine: Path, tmp_path: P
     assert report["environment"]["slipstream"] == __version__
     assert report["environment"]["cpu"] and report["environment"]["onnxruntime"]
     assert report["engine"]["path"] == str(tiny_engine)
+    # All weights but the embedding, whose rows are read.
+    weights = report["engine"]["weight_bytes"] - 320 * 64 * 4
+    assert 0.99 * weights < report["weights_read_by_a_step"] < weights
+    assert "a step of 3 tokens reads " in result.stdout
 
 
 def test_throughput_counts_every_token(tiny_engine: Path, tmp_path: Path) -> None:

@@ -8,13 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from safetensors import safe_open
+from tests.tiny_models import LLAMA, save_llama
 
+from slipstream.builder.build import build
 from slipstream.builder.contract import KV, TARGET_GRAPH, bytes_per_token, page_size_of
 from slipstream.builder.engine import open_engine, sha256
+from slipstream.builder.models import architecture_of
+from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.options import BuildOptions
 from slipstream.server.cli import slipstream
 
 
@@ -175,3 +181,41 @@ def test_verify_checks_the_graph_against_specs_manifest_and_weights(
     result = run(rewritten(engine, edit), "--verify")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert re.search(f"^error: graph.onnx of the engine .*{message}.*again: slip", result.stderr)
+
+
+def test_experts_are_told_of_and_what_a_step_reads_of_them(tmp_path: Path) -> None:
+    shape = {
+        **LLAMA,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    }
+    config = ModelConfig.from_huggingface(shape)
+    arrays = {
+        name: np.zeros(size, np.float32)
+        for name, size in architecture_of("mixtral").shapes(config).items()
+    }
+    checkpoint = save_llama(tmp_path / "model", arrays, **shape)
+    build(checkpoint, tmp_path / "engine", BuildOptions(quantization="int4_wo", group_size=32))
+    report = json.loads(run(tmp_path / "engine", "--json").stdout)
+    sizes = {w["name"]: w["nbytes"] for w in report["weights"]["biggest"]}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    (found,) = report["experts"]
+    assert found == {"layers": 2, "experts": 6, "top_k": 2, "nbytes": experts}
+    idle = 2 * 3 * 128 * 256 * 4
+    assert report["parameters"]["total"] == report["parameters"]["active"] + idle
+    embedding = next(size for name, size in sizes.items() if "embed_tokens" in name)
+    read = report["weights"]["nbytes"] - embedding - experts + round(experts * 2 / 6)
+    assert abs(report["weights"]["read_at_batch_1"] - read) < 1
+    shown = run(tmp_path / "engine").stdout
+    assert "2 of 6 for a token, in 2 layers" in shown
+    assert "slipstream experts int4, groups of 32" in shown
+    distinct = 6 * (1 - (1 - 2 / 6) ** 16)
+    assert f"{distinct:.1f} experts a layer if chosen evenly" in shown
+    estimated = (
+        CliRunner()
+        .invoke(slipstream, ["build", str(checkpoint), "--estimate", "--quantization", "int4_wo"])
+        .stdout
+    )
+    assert "2 of 6 for a token, in 2 layers" in estimated and "read at batch 1 " in estimated

@@ -110,22 +110,20 @@ class CompressedTensors:
         schemes = {json.dumps(settings) for settings in modules.values()}
         packed = [s["weights"] for s in modules.values() if s["format"] == "pack-quantized"]
         zeros = "it does not unpack zero points"
-        several = "" if len(schemes) == 1 else f"of {len(schemes)} schemes it takes the first for all"
+        first = f"of {len(schemes)} schemes it takes the first for all"
+        several = "" if len(schemes) == 1 else first
+        stacked = any(".experts." in module for module in modules)
         experts = _unread_experts(modules)
         plain = "" if all(args["symmetric"] for args in packed) else zeros
         return {
-            "transformers": plain or experts or (several if _has_experts(modules) else ""),
+            "transformers": plain or experts or (several if stacked else ""),
             "transformers, dequantize=True": several or experts,
             "vLLM": unlike_siblings(modules),
         }
 
 
-def _has_experts(modules: Iterable[str]) -> bool:
-    return any(".experts." in module for module in modules)
-
-
 def _unread_experts(modules: Mapping[str, Settings]) -> str:
-    """Why transformers, which stacks experts while it reads them, does not read these; or nothing."""
+    """Why transformers, which stacks what it reads of experts, does not read these; or nothing."""
     for module, settings in modules.items():
         args = settings["weights"]
         stacked = settings["format"] == "pack-quantized" and args["symmetric"]
