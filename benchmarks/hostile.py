@@ -135,7 +135,7 @@ def post(path: str, body: Mapping[str, Any] | bytes) -> Attack:
 
     async def send(server: Server) -> str:
         headers = {"Content-Type": "application/json"}
-        response = await server.client.post(path, content=content, headers=headers)
+        response = await server.client.post(path, content=content, headers=headers, timeout=600)
         return f"{response.status_code}, {len(response.content)} bytes"
 
     return send

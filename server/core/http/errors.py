@@ -44,7 +44,8 @@ def _unroutable(request: Request, error: HTTPException) -> Refusal:
     if isinstance(error.__cause__, SlipstreamError):  # while the body was read
         return refusal_of(error.__cause__)
     messages = {
-        400: "the body cannot be read; send a JSON object in UTF-8",
+        400: "the body cannot be read; send a JSON object in UTF-8, without Content-Encoding, of "
+        "numbers of at most 4,300 digits",
         404: f"there is no {request.url.path:.100} here; see /openapi.json for what there is",
         405: f"{request.url.path:.100} does not take {request.method}",
     }
@@ -59,6 +60,8 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     if kind == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return Refusal("invalid", f"the body is no valid JSON: {detail} at character {path[0]}")
+    if kind == "string_unicode" and not path:
+        return Refusal("invalid", "a field's name is not valid Unicode; send the fields there are")
     if not path:
         return Refusal(
             "invalid", "the body must be a JSON object sent with Content-Type: application/json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -65,6 +66,10 @@ REFUSED: dict[str, tuple[str, bytes | dict[str, Any], str]] = {
     "deep": (COMPLETIONS, b'{"prompt": ' + b"[" * 20_000, "cannot be read"),
     "deep, closed": (CHAT, b'{"messages": [], "chat_template_kwargs": {"a": ' + b"[" * 990
                      + b"]" * 990 + b"}}", "cannot be read"),
+    "a number of 5,000 digits": (COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+                                 "at most 4,300 digits"),
+    "compressed": (COMPLETIONS, gzip.compress(b'{"prompt": "a"}'), "without Content-Encoding"),
+    "a name that is no text": (COMPLETIONS, b'{"\\ud800": 1, "prompt": "a"}', "a field's name"),
     "penalty": (COMPLETIONS, {"prompt": "a", "repetition_penalty": 1e-39}, "repetition_penalty"),
     "priority": (COMPLETIONS, {"prompt": "a", "priority": -1}, "--allow-priority"),
 }  # fmt: skip
