@@ -230,7 +230,7 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop())
         if self._streams.setdefault(request.request_id, stream) is not stream:
             raise InvalidRequestError(
-                f"request id {request.request_id!r} is in use; give every request its own"
+                f"request id {request.request_id!r:.80} is in use; give every request its own"
             )
         try:  # after the stream is there: whoever closes now ends it
             self._refuse_if_closed()

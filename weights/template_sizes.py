@@ -161,9 +161,9 @@ def _lines(text: str, *_: Any, **__: Any) -> int:  # noqa: ANN401
 
 
 def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:  # noqa: ANN401
-    text = str(text)
+    lines: str = str(text)
     each = len(width) if isinstance(width, str) else _whole(width)
-    return _lines(text) + (text.count("\n") + 1) * each
+    return _lines(lines) + (lines.count("\n") + 1) * each
 
 
 def _listed(value: Any, *_: Any, **__: Any) -> int:  # noqa: ANN401

@@ -163,7 +163,7 @@ class EngineLoop:
         self.validate(request)
         if request.request_id in self._requests:
             raise InvalidRequestError(
-                f"request id {request.request_id!r} is in use; give every request its own"
+                f"request id {request.request_id!r:.80} is in use; give every request its own"
             )
         completions = [self._completion(s) for s in self._sequences(request)]
         state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))

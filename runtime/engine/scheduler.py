@@ -271,8 +271,8 @@ class Scheduler:
                 budget -= self._admit_one(plan, short, budget)
             for sequence in sorted(others, key=lambda each: each is not short):
                 budget -= self._compute(plan, sequence, budget)
-        while budget and (sequence := self._next()) is not None:
-            count = self._admit_one(plan, sequence, budget)
+        while budget and (new := self._next()) is not None:
+            count = self._admit_one(plan, new, budget)
             if not count:
                 return
             budget -= count

@@ -24,10 +24,10 @@ class Number:
     def describe(self) -> str:
         """The accepted values in words, e.g. ``a number in (0, 1]``."""
         noun = "an integer" if self.kind is int else "a number"
+        low, high = (str(n) if self.kind is int else f"{n:g}" for n in (self.low, self.high))
         if self.high == math.inf:
-            return f"{noun} of at least {self.low:g}"
-        high = str(self.high) if self.kind is int else f"{self.high:g}"
-        return f"{noun} in {'(' if self.open_low else '['}{self.low:g}, {high}]"
+            return f"{noun} of at least {low}"
+        return f"{noun} in {'(' if self.open_low else '['}{low}, {high}]"
 
     def json_schema(self) -> dict[str, float]:
         """The accepted values in JSON Schema's words."""
@@ -46,7 +46,7 @@ class Number:
             if above and number <= self.high and -math.inf < number < math.inf:
                 return self.kind(number)
         raise InvalidRequestError(
-            f"{name}={value!r} is not {self.describe()}; {self.remedy}", param=field_of(name)
+            f"{name}={value!r:.80} is not {self.describe()}; {self.remedy}", param=field_of(name)
         )
 
 
@@ -67,7 +67,7 @@ def check_flag(name: str, value: object) -> None:
     """Accept only True and False."""
     if not isinstance(value, bool):
         raise InvalidRequestError(
-            f"{name}={value!r} is not a boolean; use True or False", param=name
+            f"{name}={value!r:.80} is not a boolean; use True or False", param=name
         )
 
 
@@ -78,12 +78,14 @@ def check_strings(name: str, value: object) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or isinstance(items, bytes):
         raise InvalidRequestError(
-            f"{name}={value!r} is not a string or a list of strings; use e.g. ['###']", param=name
+            f"{name}={value!r:.80} is not a string or a list of strings; use e.g. ['###']",
+            param=name,
         )
     for item in items:
         if not isinstance(item, str) or not item:
             raise InvalidRequestError(
-                f"{name} holds {item!r}, which is not a non-empty string; leave it out", param=name
+                f"{name} holds {item!r:.80}, which is not a non-empty string; leave it out",
+                param=name,
             )
     return tuple(dict.fromkeys(items))
 
@@ -96,7 +98,7 @@ def check_token_ids(
         value = ()
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise InvalidRequestError(
-            f"{name}={value!r} is not a list of token ids; use e.g. [2, 50256]",
+            f"{name}={value!r:.80} is not a list of token ids; use e.g. [2, 50256]",
             param=field_of(name),
         )
     if isinstance(value, Sequence) and set(map(type, value)) == {int} and min(value) >= 0:
@@ -116,7 +118,8 @@ def check_token_sequences(name: str, value: object) -> tuple[tuple[int, ...], ..
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise InvalidRequestError(
-            f"{name}={value!r} is not a list of lists of token ids; use e.g. [[5, 17]]", param=name
+            f"{name}={value!r:.80} is not a list of lists of token ids; use e.g. [[5, 17]]",
+            param=name,
         )
     return tuple(
         check_token_ids(f"{name}[{i}]", ids, empty_remedy="leave the empty sequence out")
@@ -128,11 +131,12 @@ def check_logit_bias(value: object) -> dict[int, float]:
     """Accept ``{token id: bias}`` with biases in [-100, 100]."""
     if not isinstance(value, Mapping):
         raise InvalidRequestError(
-            f"logit_bias={value!r} is not a mapping; use e.g. {{50256: -100.0}}", param="logit_bias"
+            f"logit_bias={value!r:.80} is not a mapping; use e.g. {{50256: -100.0}}",
+            param="logit_bias",
         )
     token = Number(int, 0, remedy="use token ids of this model's tokenizer as keys")
     bias = Number(float, -100, 100, remedy="use -100 to ban a token, 100 to force it")
     return {
-        int(token.parse("logit_bias key", key)): float(bias.parse(f"logit_bias[{key!r}]", item))
+        int(token.parse("logit_bias key", key)): float(bias.parse(f"logit_bias[{key!r:.80}]", item))
         for key, item in value.items()
     }

@@ -29,8 +29,3 @@ def texts_of(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             text = part.get("text") if isinstance(part, Mapping) else None
             if isinstance(text, str):
                 yield text
-
-
-def size_of(messages: Iterable[Mapping[str, Any]]) -> int:
-    """About how many characters a conversation has."""
-    return sum(map(len, texts_of(messages)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from weakref import ref
 
 from slipstream.runtime.text.tokenizer import Tokenizer
 
@@ -34,12 +35,20 @@ class SpecialStops:
         return self.shown(text[: -len(stop)]) + self.stops[stop]
 
 
-@lru_cache(maxsize=16)  # each of the n completions of a request asks
 def special_stops(tokenizer: Tokenizer, stops: tuple[str, ...], *, skipped: bool) -> SpecialStops:
     """How to look for ``stops`` where special tokens are ``skipped``, or shown."""
-    given = {stop: stop for stop in stops}
-    if not skipped:
-        return SpecialStops(given)
+    return _special_stops(ref(tokenizer), stops) if skipped else SpecialStops(_as_given(stops))
+
+
+def _as_given(stops: tuple[str, ...]) -> dict[str, str]:
+    return {stop: stop for stop in stops}
+
+
+# Each of the n completions of a request asks. A tokenizer whose engine is closed is not kept.
+@lru_cache(maxsize=16)
+def _special_stops(kept: ref[Tokenizer], stops: tuple[str, ...]) -> SpecialStops:
+    tokenizer, given = kept(), _as_given(stops)
+    assert tokenizer is not None, "who asks holds it"
     every = "\n".join(stops)
     names = {i: tokenizer.id_to_token(i) or "" for i in tokenizer.special_token_ids}
     named = sorted(

@@ -41,12 +41,15 @@ _CODES: Mapping[type[SlipstreamError], str] = {
     CapacityError: "context_length_exceeded",
 }
 
+_LONGEST = 1200  # characters of a message; what clients sent is quoted in part
+_LONGEST_PARAM = 100
+
 
 class Refusal(SlipstreamError):
     """A request is not answered, or not to its end.
 
-    ``code`` is a word for programs, and ``retry_after`` the seconds after which it may be sent
-    again.
+    A long ``message`` is told without its middle, since its end is what to do. ``code`` is a word
+    for programs, and ``retry_after`` the seconds after which it may be sent again.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Refusal(SlipstreamError):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message, param=param)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        super().__init__(message, param=param and param[:_LONGEST_PARAM])
         self.kind = kind
         self.message = message
         self.code = code

@@ -17,7 +17,7 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.length import check_length, size_of, texts_of
+from slipstream.runtime.text.length import check_length, texts_of
 from slipstream.server.core.conversation import Conversation, render
 from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES
 from slipstream.server.core.logprobs import TokenTexts
@@ -29,7 +29,6 @@ from slipstream.server.core.refusal import Refusal, naming
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
 _TYPICAL_TOKENS = 4096
-_CHARACTERS_A_TOKEN = 4
 
 # An output, and of which of a request's prompts.
 Item = tuple[int, RequestOutput]
@@ -130,6 +129,7 @@ class Service:
         with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
             self._log_prompts(job)
             prompts = [await self._prompt(job, prompt) for prompt in job.prompts]
+            await self._check_scores(job, prompts)
             runs = [self._generate(job, prompts, track) for track in tracks.values()]
             async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as outputs:
                 async for output in outputs:
@@ -237,14 +237,18 @@ class Service:
                 "out, or start the server with --allow-priority",
                 param="priority",
             )
-        scores = _scores(job, self.llm.config.max_seq_len)
-        if scores > MAX_SCORES:
-            raise Refusal(
-                "invalid",
-                f"the answer may hold {scores} log probabilities; one request takes {MAX_SCORES}. "
-                "Lower logprobs, max_tokens or n, or send several requests",
-                param="logprobs",
-            )
+        _refuse_scores(job, _answer_scores(job, self.llm.config.max_seq_len), "logprobs")
+
+    async def _check_scores(self, job: Job, prompts: Sequence[Prompt]) -> None:
+        """Raise ``Refusal`` for more log probabilities than an answer may hold, those of prompts
+        included, whose tokens are counted."""
+        if job.params.prompt_logprobs is None:
+            return
+        scores = _answer_scores(job, self.llm.config.max_seq_len)
+        for prompt in prompts:
+            tokens = await self.encode(prompt) if isinstance(prompt, str) else prompt
+            scores += len(tokens) * (1 + job.params.prompt_logprobs)
+            _refuse_scores(job, scores, "prompt_logprobs")
 
     @contextmanager
     def _admission(self, job: Job) -> Iterator[None]:
@@ -277,21 +281,25 @@ def _close(tracks: Mapping[str, _Track], reason: Literal["abort", "error"]) -> N
         track.observer.close(reason)
 
 
-def _scores(job: Job, max_seq_len: int) -> int:
-    """How many log probabilities the answer holds at most; of texts and of unlimited answers, as
-    they mostly are."""
-    params, total = job.params, 0
-    if params.logprobs is not None:
-        rows = min(params.max_tokens or _TYPICAL_TOKENS, max_seq_len)
-        total += len(job.prompts) * params.n * rows * (1 + params.logprobs)
-    if params.prompt_logprobs is not None:
-        for prompt in job.prompts:
-            if isinstance(prompt, Conversation):
-                size = size_of(prompt.messages) // _CHARACTERS_A_TOKEN
-            else:
-                size = len(prompt) // (_CHARACTERS_A_TOKEN if isinstance(prompt, str) else 1)
-            total += min(size, max_seq_len) * (1 + params.prompt_logprobs)
-    return total
+def _answer_scores(job: Job, max_seq_len: int) -> int:
+    """How many log probabilities the answer holds at most, without those of prompts; of unlimited
+    answers, as they mostly are."""
+    params = job.params
+    if params.logprobs is None:
+        return 0
+    rows = min(params.max_tokens or _TYPICAL_TOKENS, max_seq_len)
+    return len(job.prompts) * params.n * rows * (1 + params.logprobs)
+
+
+def _refuse_scores(job: Job, scores: int, param: str) -> None:
+    if scores > MAX_SCORES:
+        field = job.fields.get(param, param)
+        raise Refusal(
+            "invalid",
+            f"the answer may hold {scores} log probabilities or more; one request takes "
+            f"{MAX_SCORES}. Lower {field}, max_tokens or n, or send several requests",
+            param=field,
+        )
 
 
 def _aborted(output: RequestOutput) -> bool:

@@ -44,7 +44,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     params = completion_params(body, service.llm.generation_defaults)
     tokenizer = service.llm.tokenizer
     reply = CompletionReply(body, frame, tokenizer, params)
-    return await respond(request, job_of(body, _prompts(body, tokenizer), params), reply)
+    fields = {"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}  # of echo
+    return await respond(request, job_of(body, _prompts(body, tokenizer), params, fields), reply)
 
 
 def _prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:

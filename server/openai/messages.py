@@ -51,8 +51,8 @@ def _part_text(part: ContentPart, index: int) -> str:
     text = texts.get(part.type)
     if text is None and part.type in texts:
         raise InvalidRequestError(
-            f"messages[{index}].content has a part of type {part.type!r} without its text; give "
-            f"'{part.type}'",
+            f"messages[{index}].content has a part of type {part.type!r:.80} without its text; "
+            f"give '{part.type}'",
             param="messages",
         )
     if text is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from slipstream.server.core.logs import log_event
 
 _LOG = logging.getLogger(__name__)
 _BEGINNING = b"HTTP/1.1 "
+_UPGRADE = re.compile(rb"\r\nupgrade:(?=[ \t]*h2c)", re.IGNORECASE)
 _FIRST_PAUSE = 0.002  # seconds between two bytes of it; each is four times as long as the last
 
 MAX_HEAD = 1 << 16  # bytes of a request line and headers
@@ -72,6 +74,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes, as long as there are not too many before a body."""
         self._heard = self.loop.time()
+        if not self._received and b"h2c" in data:
+            data = _without_upgrade(data)
         self._received += len(data)
         super().data_received(data)
         # A chunk of a body has a frame, of some bytes even where it has one byte.
@@ -197,6 +201,13 @@ class Connection(HttpToolsProtocol):
             told[event] = now
             client = self.client and self.client[0]
             log_event(_LOG, event, {"client": client, **fields}, logging.WARNING)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The beginning of a request that does not ask for HTTP/2, which a server may leave aside and
+    Java's clients ask for with every first request: the parser would not read its body."""
+    head, blank, body = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + blank + body
 
 
 class _BegunAnswer:

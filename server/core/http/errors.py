@@ -44,9 +44,10 @@ def _unroutable(request: Request, error: HTTPException) -> Refusal:
     if isinstance(error.__cause__, SlipstreamError):  # while the body was read
         return refusal_of(error.__cause__)
     messages = {
-        400: "the body cannot be read; send a JSON object in UTF-8",
-        404: f"there is no {request.url.path} here; see /openapi.json for what there is",
-        405: f"{request.url.path} does not take {request.method}",
+        400: "the body cannot be read; send a JSON object in UTF-8, without Content-Encoding, of "
+        "numbers of at most 4,300 digits",
+        404: f"there is no {request.url.path:.100} here; see /openapi.json for what there is",
+        405: f"{request.url.path:.100} does not take {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))
     return Refusal(_KINDS.get(error.status_code, "invalid"), message)
@@ -59,6 +60,8 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     if kind == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return Refusal("invalid", f"the body is no valid JSON: {detail} at character {path[0]}")
+    if kind == "string_unicode" and not path:
+        return Refusal("invalid", "a field's name is not valid Unicode; send the fields there are")
     if not path:
         return Refusal(
             "invalid", "the body must be a JSON object sent with Content-Type: application/json"
@@ -66,7 +69,7 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     name = str(path[0])
     if kind == "extra_forbidden":
         where = ".".join(map(str, path))
-        return Refusal("invalid", f"unknown field {where!r}; leave it out", param=where)
+        return Refusal("invalid", f"unknown field {where!r:.100}; leave it out", param=where)
     if kind == "missing":
         return Refusal("invalid", f"{'.'.join(map(str, path))} is missing", param=name)
     about = [error for error in errors if error["loc"][: len(first["loc"]) - len(path) + 1]

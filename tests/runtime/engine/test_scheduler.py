@@ -68,8 +68,8 @@ def test_a_short_prompt_passes_a_long_one() -> None:
 
 
 def test_what_passes_leaves_a_row_and_pages_to_the_first_that_waits() -> None:
-    for tight in ({"max_batch_size": 2}, {"num_pages": 16 + 13}):
-        engine = scheduler(**{"num_pages": 64, **tight})
+    for pages, rows in ((64, 2), (16 + 13, 4)):
+        engine = scheduler(num_pages=pages, max_batch_size=rows)
         long, later, short = sequence([1] * 60, 1), sequence([2] * 50, 1), sequence([3] * 6, 1)
         engine.add(long)
         step(engine)

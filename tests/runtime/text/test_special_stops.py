@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import tokenizers
 
@@ -63,3 +66,12 @@ def test_it_ends_a_request() -> None:
     (completion,) = output.outputs
     assert (completion.text, completion.finish_reason) == ("_\n", "stop")
     assert completion.stop_reason == "<eos>" and completion.token_ids[-1] == EOS
+
+
+def test_a_tokenizer_is_not_kept_after_its_engine() -> None:
+    given = tokenizer()
+    Detokenizer(given, SamplingParams(stop=["<end>"]))
+    kept = weakref.ref(given)
+    del given
+    gc.collect()
+    assert kept() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
 import socket
 from contextlib import ExitStack
@@ -136,3 +137,17 @@ def test_who_does_not_read_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         one.connection_lost(None)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["Upgrade", "upgrade", "UPGRADE"])
+def test_who_asks_for_http2_is_answered_in_http1(server: Running, name: str) -> None:
+    """As Java's client does with its first request; the body must be read all the same."""
+    body = json.dumps(BRIEF | {"prompt": "h2c\r\nupgrade: h2c"}).encode()
+    with connect(server) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings"
+            + f"\r\n{name}: h2c\r\nHTTP2-Settings: AAMAAABk\r\n".encode()
+            + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")

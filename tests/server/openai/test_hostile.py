@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -15,6 +16,7 @@ from tests.server.openai.serving import Running, serving
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http import respond
 from slipstream.server.core.limits import MAX_VALUES
+from slipstream.server.openai.completions import CompletionReply
 
 JSON = {"Content-Type": "application/json"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -64,6 +66,10 @@ REFUSED: dict[str, tuple[str, bytes | dict[str, Any], str]] = {
     "deep": (COMPLETIONS, b'{"prompt": ' + b"[" * 20_000, "cannot be read"),
     "deep, closed": (CHAT, b'{"messages": [], "chat_template_kwargs": {"a": ' + b"[" * 990
                      + b"]" * 990 + b"}}", "cannot be read"),
+    "a number of 5,000 digits": (COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+                                 "at most 4,300 digits"),
+    "compressed": (COMPLETIONS, gzip.compress(b'{"prompt": "a"}'), "without Content-Encoding"),
+    "a name that is no text": (COMPLETIONS, b'{"\\ud800": 1, "prompt": "a"}', "a field's name"),
     "penalty": (COMPLETIONS, {"prompt": "a", "repetition_penalty": 1e-39}, "repetition_penalty"),
     "priority": (COMPLETIONS, {"prompt": "a", "priority": -1}, "--allow-priority"),
 }  # fmt: skip
@@ -141,6 +147,41 @@ def test_an_account_of_log_probabilities_comes_first() -> None:
             refused = running.post(COMPLETIONS, body)
             assert refused.status_code == 400 and "log probabilities" in refused.text
         assert not running.stats().prefix_cache_queries
+
+
+def test_tokens_of_prompts_are_counted_as_they_are() -> None:
+    """A text of digits has as many tokens as characters, in the counting engine and in many."""
+    text, few = "7" * 5000, {"max_tokens": 1, "add_special_tokens": False}
+    with serving(counting_engine(9000, max_seq_len=32_000)) as running:
+        for path, body, param in (
+            (COMPLETIONS, {"prompt": [text] * 6, "prompt_logprobs": 20}, "prompt_logprobs"),
+            (COMPLETIONS, {"prompt": [text] * 6, "logprobs": 20, "echo": True}, "logprobs"),
+            (CHAT, {"messages": [{"role": "user", "content": text * 6}], "prompt_logprobs": 20},
+             "prompt_logprobs"),
+        ):  # fmt: skip
+            refused = running.post(path, {**body, **few})
+            assert refused.status_code == 400, refused.text[:200]
+            error = refused.json()["error"]
+            assert error["param"] == param and f"Lower {param}" in error["message"]
+        assert not running.stats().prefix_cache_queries
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/" + "x" * 5000])
+def test_what_a_client_sent_is_quoted_in_part(server: Running, path: str) -> None:
+    long = "x" * 5000
+    for body in (
+        {"logit_bias": {long: 1}},
+        {long: 1},
+        {"stream_options": {long: 1}, "stream": True},
+        {"n": int("9" * 4000)},
+        {"seed": int("9" * 4000)},
+        {"priority": int("9" * 4000)},
+        {"model": long},
+        {"messages": [{"role": long, "content": ""}]},
+    ):
+        answer = server.post(path, {"prompt": "a", "messages": USER, **body})
+        assert answer.status_code in (400, 404)
+        assert len(answer.text) < 1600, answer.text
 
 
 def test_a_priority_is_taken_where_the_operator_allows_it() -> None:
@@ -227,3 +268,50 @@ def test_what_is_too_much_does_not_hold_the_event_loop(server: Running, name: st
     with Beats(server) as beats:
         httpx.post(server.url + path, content=content, headers=JSON, timeout=60)
     assert beats.longest < 8 * unit, f"{beats.longest:.3f} s, reading takes {unit:.3f} s"
+
+
+@pytest.mark.parametrize("work", ["encode", "render", "decode", "answer"])
+def test_nobody_waits_for_the_work_of_another_request(
+    work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is held up the engine goes on, a stream gets its tokens and others are answered."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if "hostile" in repr((args, kwargs)) or work == "decode":
+                begun.set()
+                assert go_on.wait(60)
+            return function(*args, **kwargs)
+
+        return wait
+
+    with serving(counting_engine(4000, delay=0.001)) as running, httpx.Client(timeout=60) as client:
+        holder, name = {
+            "encode": (running.llm.tokenizer, "encode"),
+            "render": (running.llm.tokenizer, "apply_chat_template"),
+            "decode": (running.llm.tokenizer, "decode"),
+            "answer": (CompletionReply, "body"),
+        }[work]
+        monkeypatch.setattr(holder, name, held(getattr(holder, name)))
+        path, body = {
+            "render": (CHAT, {"messages": [{"role": "user", "content": "hostile"}]}),
+            "decode": ("/detokenize", {"tokens": [1, 2]}),
+        }.get(work, (COMPLETIONS, {"prompt": "hostile", "max_tokens": 1}))
+        stream = {"prompt": "a", "max_tokens": 3900, "ignore_eos": True, "stream": True}
+        hostile = threading.Thread(target=running.post, args=(path, body))
+        try:
+            with client.stream("POST", running.url + COMPLETIONS, json=stream) as honest:
+                lines = honest.iter_lines()
+                hostile.start()
+                assert begun.wait(60)
+                told = [line for _, line in zip(range(100), lines, strict=False) if line]
+                assert len(told) == 50 and "[DONE]" not in told[-1]
+                assert client.get(running.url + "/health").status_code == 200
+                small = running.post(COMPLETIONS, {"prompt": "b", "max_tokens": 2})
+                assert small.status_code == 200
+                assert not go_on.is_set()
+        finally:
+            go_on.set()
+            hostile.join(60)
+        running.wait_idle()
