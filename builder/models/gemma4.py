@@ -339,4 +339,5 @@ ARCHITECTURE = Architecture(
     read=_read,
     write=_write,
     in_layer=in_layer,
+    alone=False,
 )
