@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.integration.test_architectures import CONFIGS
+from tests.integration.test_architectures import CONFIGS, PROMPT_TOKENS, run_in_chunks
 from tests.runtime.executors.test_cpu import Harness, greedy
 from tests.tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
@@ -94,3 +94,25 @@ def test_what_was_preempted_goes_on(engine: Path, expected: list[list[int]], cac
     )
     assert harness.loop.stats.num_preemptions > 0
     assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({"quantization": "int8_wo", "group_size": 32}, 0.12),
+        ({"kv_cache_dtype": "int8"}, 0.05),
+        ({"kv_cache_dtype": "float16"}, 0.003),
+    ],
+    ids=str,
+)
+def test_what_rounding_costs(
+    checkpoint: Path, options: dict[str, Any], limit: float, tmp_path: Path
+) -> None:
+    """Scores are not scaled, so they double what other families show of it."""
+    prompts = np.random.default_rng(0).integers(0, 320, (2, PROMPT_TOKENS))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        exact = model(torch.tensor(prompts)).logits.numpy()
+    build(checkpoint, tmp_path / "engine", BuildOptions(**options))
+    found = run_in_chunks(tmp_path / "engine", prompts)
+    assert np.linalg.norm(found - exact) < limit * np.linalg.norm(exact)

@@ -15,7 +15,7 @@ def use_row_major_keys(program: Program) -> int:
     """
     nodes = program.nodes("PagedAttention")
     for node in nodes:
-        if node.attributes.get_int("kv_parts", 2) != 2 or node.attributes.get_int("v_norm", 0):
+        if node.attributes.get_int("kv_parts", 2) != 2 or node.attributes.get_int("v_norm", 0) != 0:
             raise BuildError(
                 f"{node.name} has a norm of v heads, k that are v too, or keys of another layer, "
                 "for which the cuda target has no kernel: use --target cpu"
