@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.cores import usable_cores
@@ -119,6 +120,12 @@ def watch_kv(layer: nn.Module, hook: KVHook | None) -> None:
 def transformers_config(config: ModelConfig) -> PreTrainedConfig:
     """The configuration class of transformers with this model's numbers, the head apart from the
     embedding."""
+    if not architecture_of(config.architecture).alone:
+        raise CheckpointError(
+            f"layers of {config.architecture} read more than the layer before them gives, such as "
+            "keys of other layers, so they cannot be run one by one to calibrate and to measure; "
+            "build an engine of the dense checkpoint with --quantization instead"
+        )
     try:
         return AutoConfig.for_model(**{**describe(config), "tie_word_embeddings": False})
     except (ValueError, StrictDataclassError) as error:

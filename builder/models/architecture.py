@@ -57,6 +57,8 @@ class Architecture:
     transformers, where they differ from those of every decoder. ``write`` gives the keys of
     config.json that ``read`` takes beyond what is common to decoders. ``in_layer`` gives the
     configuration as a layer has it, where layers differ in the size of their heads and the like.
+    ``alone`` says that a layer needs no more than what the one before it gives, so that layers can
+    be calibrated one after the other.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Architecture:
     write: Callable[[ModelConfig], Mapping[str, Any]] = _nothing_more
     gguf: GGUFFamily | None = None
     in_layer: Callable[[ModelConfig, int], ModelConfig] = _alike
+    alone: bool = True
 
     def module(self, name: str) -> Module | None:
         """The row of a module, by its name in a checkpoint; None for one that is not in the

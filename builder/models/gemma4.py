@@ -87,9 +87,9 @@ def _global_heads(keys: Fields, kinds: tuple[str, ...]) -> tuple[int, int]:
         others = keys.flag(K_IS_V) and keys.has(GLOBAL_KV_HEADS)
         count = keys.integer(GLOBAL_KV_HEADS if others else "num_key_value_heads", minimum=1)
         return keys.integer(GLOBAL_HEAD, minimum=1), count
-    named = {str(layer): value for layer, value in keys.fields(_BY_LAYER).values.items()}
-    inner = Fields(named, keys.origin, path=f"{_BY_LAYER}.")
-    by_layer = {layer: inner.fields(layer).values for layer in named}
+    given = keys.fields_by_name(_BY_LAYER)
+    # transformers writes numbers of one length: 05 and 11.
+    by_layer = {layer.lstrip("0") or "0": own.values for layer, own in given.items()}
     full = [str(i) for i, kind in enumerate(kinds) if kind == FULL]
     entries = [by_layer.get(layer, {}) for layer in full]
     same = set(by_layer) <= set(full) and all(entry == entries[0] for entry in entries)
@@ -110,8 +110,9 @@ def _check_heads(keys: Fields, config: ModelConfig, kv_heads: int) -> None:
 
 def _ropes(keys: Fields, kinds: tuple[str, ...], head_dim: int) -> dict[str, Rope]:
     """By kind of layer, each of heads of its own size."""
-    sizes = {FULL: head_dim} | ({SLIDING: head_size(keys)} if SLIDING in kinds else {})
     given = keys.fields("rope_parameters").values
+    sizes = {FULL: head_dim, SLIDING: head_size(keys)}
+    sizes = {kind: size for kind, size in sizes.items() if kind in kinds or given.get(kind)}
     missing = [kind for kind in sizes if kind not in given]
     if missing:
         raise keys.refusal("rope_parameters", f"an entry for {missing[0]!r}")
@@ -338,4 +339,5 @@ ARCHITECTURE = Architecture(
     read=_read,
     write=_write,
     in_layer=in_layer,
+    alone=False,
 )

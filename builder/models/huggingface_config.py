@@ -298,9 +298,9 @@ def described_ropes(
     config: ModelConfig, head_dims: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
     """``rope_parameters``, by kind of layer where those differ; ``head_dims`` are those of kinds
-    whose heads are others than the configuration's."""
+    whose heads may be others than the configuration's."""
     common = Rope(config.rope_theta, config.rotary_dim, config.rope_scaling)
-    if not config.ropes:
+    if not config.ropes and not head_dims:
         return _described(common, config.head_dim)
     ropes = {FULL: common, **config.ropes}
     return {

@@ -64,7 +64,7 @@ def check_heads(target: str, config: ModelConfig, most: int) -> None:
         if head_dim % 8 or head_dim > most:
             raise BuildError(
                 f"the model has heads of {head_dim} elements; the {target} target runs those of "
-                f"a multiple of 8 up to {most}: choose another model"
+                f"a multiple of 8 up to {most}: choose another model, or another target"
             )
 
 

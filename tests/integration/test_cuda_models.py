@@ -45,7 +45,7 @@ LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("gemma4")])
 @pytest.mark.usefixtures("uncaptured")
 def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Every position of a prompt computed in ragged chunks, beside a second sequence."""

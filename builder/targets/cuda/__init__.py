@@ -16,6 +16,7 @@ from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
 from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import check_choices, check_heads
@@ -44,7 +45,14 @@ class CUDATarget:
     group_size: int = 128
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
-        """Raise BuildError for heads or options that the kernels do not take."""
+        """Raise BuildError for layers, heads or options that executor and kernels do not take."""
+        caches = architecture_of(config.architecture).decoder.caches(config, "bfloat16", 64)
+        if len(caches) > 1:
+            raise BuildError(
+                f"layers of {config.architecture} keep their keys and values in "
+                f"{len(caches)} caches of different shapes; the cuda target runs models with one: "
+                "use --target cpu"
+            )
         check_heads(self.name, config, _LARGEST_HEAD)
         check_choices(self.name, options, _CHOICES)
         if options.gemm_plugin != "auto":

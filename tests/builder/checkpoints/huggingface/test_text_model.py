@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tests.integration.test_architectures import run_in_chunks
+from tests.integration.test_architectures import GEMMA4, GEMMA4_EXPERTS, run_in_chunks
 from tests.tiny_models import TINY_SHAPE, write_tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     Mistral3Config,
 )
 
@@ -45,6 +46,13 @@ CONFIGS: dict[str, Any] = {
         vision_config={**VISION, "model_type": "siglip_vision_model"},
         mm_tokens_per_image=4,
         image_token_index=300,
+    ),
+    "gemma4": Gemma4Config(
+        text_config=GEMMA4_EXPERTS
+        | {**GEMMA4, "num_kv_shared_layers": 3, "use_bidirectional_attention": "vision"},
+        vision_config={**VISION, "head_dim": 16, "position_embedding_size": 16},
+        audio_config=None,
+        image_token_id=300,
     ),
     "mistral3": Mistral3Config(
         text_config={**TEXT, "model_type": "mistral", "sliding_window": None},
@@ -104,7 +112,8 @@ def test_the_text_model_is_built_and_the_rest_is_named(
     assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
     (said,) = [r.message for r in caplog.records if "left out" in r.message]
     assert "checkpoint: its text model is read; " in said
-    assert "vision_tower " in said and "multi_modal_projector " in said
+    projector = {"gemma4": "embed_vision"}.get(name, "multi_modal_projector")
+    assert "vision_tower " in said and f"{projector} " in said
 
 
 def test_who_insists_is_refused(tmp_path: Path) -> None:
