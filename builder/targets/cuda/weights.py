@@ -68,9 +68,11 @@ def _unrounded(tensor: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoreVectors:
-    """Norm weights and biases become stored arrays of ``dtype``. Float32 stay those that an operator
-    reads in no other type, such as sinks, and what a router adds to its scores, because its
-    differences decide and may be far smaller than it is."""
+    """Norm weights and biases become stored arrays of ``dtype``.
+
+    Float32 stay those that an operator reads in no other type, such as sinks, and what a router
+    adds to its scores, because its differences decide and may be far smaller than it is.
+    """
 
     dtype: str
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +119,7 @@ def unpack(blob: Bytes, fmt: WeightFormat, gated: bool = False, name: str = "") 
         )
         return _untile(rows, fmt.shape[0], gated)
 
-    multipliers = numbers(scales, number)
+    multipliers: NDArray[Any] = numbers(scales, number)
     return QuantTensor(
         name,
         fmt,
