@@ -1,13 +1,16 @@
-"""Speed on an NVIDIA GPU: an 8B Llama shape with random weights, each figure beside its floor.
+"""Speed on an NVIDIA GPU: shapes of known models with random weights, each figure beside its floor.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --formats bf16 fp8 --measures decode prefill
+    python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
 tokens, prefixes are not shared, sampling is greedy; in "company" one request of 64 asks for more
 than that. The floor of a decode step is the bytes it must
-read over the measured read bandwidth; that of a prefill, its products over the measured rate.
+read over the measured read bandwidth, those of experts if every token chooses among all alike; that
+of a prefill, its products over the measured rate. Experts a layer: how many different ones the last
+step of a decode chose.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import LLAMA_8B, SMOLLM2, random_engine, random_plan
+from gpu_models import (
+    LLAMA_8B,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+    SMOLLM2,
+    Routes,
+    matrices,
+    random_engine,
+    random_plan,
+)
 
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
@@ -39,21 +51,31 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8"},
     "int4": {"quantization": "int4_wo", "group_size": 128, "symmetric": True},
 }
-MODELS = {"llama-8b": LLAMA_8B, "smollm2": SMOLLM2}
-# vLLM 0.26.0 beside us on one H100 80GB with these shapes and measures (benchmarks/README.md).
+MODELS = {
+    "llama-8b": LLAMA_8B,
+    "smollm2": SMOLLM2,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "mixtral-8x7b": MIXTRAL_8X7B,
+}
+# vLLM 0.26.0 on one H100 80GB with these shapes and measures (benchmarks/README.md).
 VLLM: dict[str, dict[str, float]] = {
-    "bf16": {
+    "llama-8b bf16": {
         "decode_1": 6.47, "decode_16": 6.78, "decode_64": 7.74, "prefill_2048": 51.5,
         "prefill_8192": 217, "throughput_512_256": 9875, "throughput_2048_128": 1882,
     },
-    "fp8": {
+    "llama-8b fp8": {
         "decode_1": 4.25, "decode_16": 4.47, "decode_64": 5.43, "prefill_2048": 34.9,
         "prefill_8192": 149.5, "throughput_512_256": 12817, "throughput_2048_128": 2516,
     },
-    "int4": {
+    "llama-8b int4": {
         "decode_1": 4.03, "decode_16": 4.24, "decode_64": 6.24, "prefill_2048": 53,
         "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
     },
+    "qwen3-30b-a3b bf16": {
+        "decode_1": 4.74, "decode_16": 17.7, "decode_64": 23.9, "prefill_2048": 83,
+        "throughput_256_of_512_256": 3926,
+    },
+    "qwen3-30b-a3b fp8": {"decode_1": 4.56},
 }  # fmt: skip
 # What one request of a batch may ask for beside sampling.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -69,8 +91,8 @@ Figures = dict[str, float]
 class Runner:
     """One engine under measurement."""
 
-    def __init__(self, engine: LoadedEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: LoadedEngine, routes: Routes) -> None:
+        self.engine, self.routes = engine, routes
         started = time.perf_counter()
         self.loop = EngineLoop(engine)
         self.capture_seconds = time.perf_counter() - started
@@ -116,6 +138,8 @@ def decode(runner: Runner) -> Figures:
             for _ in range(3)
         ]
         figures[f"decode_{batch}"] = statistics.median(pairs) * 1e3
+        if (distinct := runner.routes.distinct(batch)) is not None:
+            figures[f"experts_a_layer_{batch}"] = distinct
     figures["ttft_128"] = statistics.median(runner.seconds(1, 128, 1) for _ in range(5)) * 1e3
     return figures
 
@@ -137,6 +161,11 @@ def throughput(runner: Runner) -> Figures:
         seconds = runner.seconds(count, input_len, output_len)
         figures[f"throughput_{input_len}_{output_len}"] = count * output_len / seconds
     return figures
+
+
+def throughput_256(runner: Runner) -> Figures:
+    """Output tokens a second of 256 requests that come at once."""
+    return {"throughput_256_of_512_256": 256 * 256 / runner.seconds(256, 512, 256)}
 
 
 def company(runner: Runner) -> Figures:
@@ -181,6 +210,7 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "decode": decode,
     "prefill": prefill,
     "throughput": throughput,
+    "throughput_256": throughput_256,
     "company": company,
     "profile": profile,
 }
@@ -188,16 +218,15 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
 
 def floors(model: dict[str, Any], form: str, read_rate: float) -> Figures:
     """ms below which no step can be: bytes of weights, or products, over the measured rates."""
-    plan = random_plan(model, BuildOptions(target="cuda", **FORMATS[form]))
-    tied = model.get("tie_word_embeddings")
-    parts = [part for weight in plan.weights for part in weight.parts]
-    read = sum(p.nbytes for p in parts if tied or not p.name.startswith("model.embed_tokens"))
-    hidden, inner = model["hidden_size"], model["intermediate_size"]
-    kv = hidden * model["num_key_value_heads"] // model["num_attention_heads"]
-    per_token = 2 * model["num_hidden_layers"] * hidden * (2 * hidden + 2 * kv + 3 * inner)
+    found = list(matrices(random_plan(model, BuildOptions(target="cuda", **FORMATS[form]))))
+    layers = [m for m in found if m.format.shape[0] != model["vocab_size"]]
+    per_token = 2 * sum(matrix.products for matrix in layers)
     dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
     rate = product_rate(dtype)
-    result = dict.fromkeys((f"decode_{batch}" for batch in (1, 16, 64)), read / read_rate * 1e3)
+    result = {
+        f"decode_{batch}": sum(matrix.read(batch) for matrix in found) / read_rate * 1e3
+        for batch in (1, 16, 64)
+    }
     for length in (2048, 8192):
         result[f"prefill_{length}"] = per_token * length / rate * 1e3
     return result
@@ -259,6 +288,7 @@ def measure(
 ) -> Figures:
     """All figures of one model in one format."""
     started = time.perf_counter()
+    routes = Routes()
     options = {"max_seq_len": 8448 if model == "llama-8b" else 8192, **FORMATS[form]}
     engine = random_engine(
         MODELS[model],
@@ -268,7 +298,7 @@ def measure(
     )
     torch.cuda.synchronize()
     figures: Figures = {"make_weights_s": time.perf_counter() - started}
-    runner = Runner(engine)
+    runner = Runner(engine, routes)
     figures["compile_and_capture_s"] = runner.capture_seconds
     for name in measures:
         try:
@@ -278,7 +308,7 @@ def measure(
     runner.loop.shutdown()
     print(f"--- {model} {form}")
     for name, value in figures.items():
-        peer = VLLM.get(form, {}).get(name) if model == "llama-8b" else None
+        peer = VLLM.get(f"{model} {form}", {}).get(name)
         beside = [
             f"{label} {x:8.2f}" for label, x in (("floor", floor.get(name)), ("vllm", peer)) if x
         ]
@@ -301,7 +331,7 @@ def main() -> None:
     for model, form in itertools.product(arguments.models, arguments.formats):
         floor = floors(MODELS[model], form, rate)
         figures = measure(model, form, arguments.measures, arguments.tactics, floor)
-        entry = {"figures": figures, "floors": floor, "vllm": VLLM[form] if "8b" in model else {}}
+        entry = {"figures": figures, "floors": floor, "vllm": VLLM.get(f"{model} {form}", {})}
         report.setdefault(model, {})[form] = entry
         gc.collect()
         torch.cuda.empty_cache()

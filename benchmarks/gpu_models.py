@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
+from slipstream.plugins.router import cuda as router_module
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -49,6 +51,39 @@ SMOLLM2: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
+}
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 16384,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+}
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 16384,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-5,
 }
 _SCALES = {"float8_e4m3": 1e-4, "int4": 0.004, "int8": 2e-4}
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,18 +120,52 @@ def random_plan(shape: dict[str, Any], options: BuildOptions) -> Plan:
     return compile_checkpoint(RandomCheckpoint(ModelConfig.from_huggingface(shape)), options)
 
 
-def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
-    """Every stored array by name, with values of a healthy size."""
-    torch.manual_seed(seed)
-    weights: dict[str, Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight that rows are multiplied with, or taken from: of ``experts`` each token has
+    ``top_k``."""
+
+    name: str
+    op_type: str
+    format: WeightFormat
+    experts: int = 1
+    top_k: int = 1
+
+    def read(self, tokens: int) -> float:
+        """Bytes that a step of so many tokens must read if each chooses among all experts alike;
+        the rows of an embedding do not count."""
+        chosen = 1 - (1 - self.top_k / self.experts) ** tokens
+        return 0.0 if self.op_type == "Embedding" else packed_size(self.format) * chosen
+
+    @property
+    def products(self) -> int:
+        """Multiplications for each token."""
+        rows, columns = self.format.shape
+        return 0 if self.op_type == "Embedding" else rows // self.experts * self.top_k * columns
+
+
+def matrices(plan: Plan) -> Iterator[Matrix]:
+    """The weights of a lowered program, in the order of their use."""
     for node in plan.program.graph:
-        if node.op_type in ("Linear", "Embedding"):
+        if node.op_type in ("Linear", "Embedding", "ExpertLinear"):
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
             values = {a.name: a.value for a in node.attributes.values()}
             fmt = format_of({"zero_kind": 0, "scale_bytes": 4, **values})
-            if blob.name not in weights:
-                weights[blob.name] = _random_blob(fmt, device)
+            experts, top_k = int(values.get("experts", 1)), int(values.get("top_k", 1))
+            rows, columns = fmt.shape
+            fmt = replace(fmt, shape=(experts * rows, columns))
+            yield Matrix(blob.name, node.op_type, fmt, experts, top_k)
+
+
+def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """Every stored array by name, with values of a healthy size; those of routers spread tokens
+    over all experts."""
+    torch.manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for matrix in matrices(plan):
+        if matrix.name not in weights:
+            weights[matrix.name] = _random_blob(matrix.format, device)
     for weight in plan.weights:
         for part in weight.parts:
             if part.name not in weights:  # norms
@@ -163,6 +232,28 @@ def random_engine(
         fingerprint="fp_random",
         interactive_defaults=SamplingParams(temperature=0),
     )
+
+
+class Routes:
+    """What the routers of captured steps chose, read after a step of theirs has run."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, list[Tensor]] = {}
+        choose = router_module.router
+
+        def kept(logits: Tensor, *arguments: Any, **options: Any) -> router_module.Choice:  # noqa: ANN401
+            ids, weights = choose(logits, *arguments, **options)
+            if torch.cuda.is_current_stream_capturing():
+                self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
+            return ids, weights
+
+        router_module.router = kept
+
+    def distinct(self, tokens: int) -> float | None:
+        """Different experts a layer in the last step of so many tokens; None where there are no
+        experts."""
+        found = [torch.unique(ids).numel() for ids in self._ids.get(tokens, [])]
+        return sum(found) / len(found) if found else None
 
 
 def named_tokens(vocab_size: int) -> Tokenizer:

@@ -210,6 +210,7 @@ _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "GatedActivation": _elementwise,
     "FusedAddRMSNorm": _elementwise,
     "SoftCap": _elementwise,
+    "Router": _elementwise,
 }
 
 

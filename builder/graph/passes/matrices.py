@@ -51,6 +51,14 @@ def looked_up(program: Program) -> set[str]:
     return {value.name for value in values if value.name is not None}
 
 
+def routing(program: Program) -> set[ir.Value]:
+    """The weights whose products choose experts: another choice is another model, so quantization
+    leaves them as they are."""
+    linears = (node.inputs[0] and node.inputs[0].producer() for node in program.nodes("Router"))
+    products = {linear for linear in linears if linear is not None}
+    return {value for node, value in readers(program, "product") if node in products}
+
+
 def rewrite_matrices(
     program: Program,
     rewrite: Rewrite,

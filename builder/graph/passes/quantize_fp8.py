@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.matrices import readers
+from slipstream.builder.graph.passes.matrices import readers, routing
 from slipstream.builder.graph.passes.quantize_weights import nothing_quantized
 from slipstream.builder.graph.program import Program
 from slipstream.weights.fp8 import fp8_format, quantize_fp8
@@ -12,10 +12,11 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor
 
 
 def quantize_fp8_weights(program: Program) -> int:
-    """Quantize every dense weight of a product, an embedding's only if it is the same; BuildError
-    where there is none."""
+    """Quantize every dense weight of a product but a router's, an embedding's only if it is the
+    same; BuildError where there is none."""
     values = dict.fromkeys(value for _, value in readers(program, "product"))
-    matched = sum(_quantize(program, value) for value in values)
+    kept = routing(program)
+    matched = sum(_quantize(program, value) for value in values if value not in kept)
     if not matched:
         raise nothing_quantized()
     return matched

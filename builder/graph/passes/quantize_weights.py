@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.passes.matrices import readers, weight_index
+from slipstream.builder.graph.passes.matrices import readers, routing, weight_index
 from slipstream.builder.graph.program import Program
 from slipstream.errors import BuildError
 from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
@@ -31,14 +31,15 @@ class QuantizeWeights:
     symmetric: bool
 
     def __call__(self, program: Program) -> int:
-        """Quantize every dense weight that an operator reads in any format; BuildError where none
-        can be."""
+        """Quantize every dense weight that an operator reads in any format, but a router's;
+        BuildError where none can be."""
         heads = {
             value
             for node, value in readers(program)
             if weight_index(node, "rows") is not None or node.outputs[0].is_graph_output()
         }
-        values = dict.fromkeys(value for _, value in readers(program))
+        kept = routing(program)
+        values = dict.fromkeys(value for _, value in readers(program) if value not in kept)
         dense = [value for value in values if _weight(program, value).format.kind == "dense"]
         self._tell(_weight(program, value) for value in dense)
         matched = sum(

@@ -121,3 +121,16 @@ def test_a_quantization_that_finds_nothing_is_refused(quantize: Pass) -> None:
     program = parse(TEXT, *kept, WEIGHTS[3])
     with pytest.raises(BuildError, match="no weight can be quantized: each is quantized in the"):
         quantize(program)
+
+
+def test_the_weight_of_a_router_stays_as_it_is() -> None:
+    text = """g (float[T, 64] x, float[32, 64] r, float[128, 64] w)
+      => (int32[T, 2] ids, float[T, 2] weights, float[T, 128] y) {
+      logits = slipstream.Linear <in_features = 64, out_features = 32> (x, r)
+      ids, weights = slipstream.Router <top_k = 2> (logits)
+      y = slipstream.Linear <in_features = 64, out_features = 128> (x, w)
+    }"""
+    for quantize in (QuantizeWeights(4, 32, symmetric=False), quantize_fp8_weights):
+        program = parse(text, dense("r", 32, 64), dense("w", 128, 64))
+        assert quantize(program) == 1
+        assert program.weights["r"].format.kind == "dense"
