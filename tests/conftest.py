@@ -24,6 +24,8 @@ def pytest_configure() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
         repair()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
