@@ -195,6 +195,16 @@ def _linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Linear")(x, weight, **known, norm_eps=eps, gated=gated)]
 
 
+def _expert_linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    x, weight, ids, factors, bias, residual = [*given, *[None] * (6 - len(given))]
+    known = ("experts", "reduce", "gated", "gate")
+    attributes = {name: value for name, value in _attributes(node).items() if name in known}
+    y = _reference("ExpertLinear")(
+        x, weight, ids, factors, bias=_plain(bias), residual=residual, **attributes
+    )
+    return [y]
+
+
 def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Embedding")(given[0], _weight(given[1], _attributes(node)))]
 
@@ -206,6 +216,7 @@ def _elementwise(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
 
 _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "Linear": _linear,
+    "ExpertLinear": _expert_linear,
     "Embedding": _embedding,
     "GatedActivation": _elementwise,
     "FusedAddRMSNorm": _elementwise,

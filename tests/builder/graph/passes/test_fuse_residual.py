@@ -112,3 +112,29 @@ def test_does_not_match(case: str) -> None:
     before = listing(program)
     assert fuse_residual(program) == 0
     assert listing(program) == before
+
+
+EXPERTS = """g (float[T, 64] x, float[T, 48] r, float[240, 64] w, int32[T, 1] i, float[T, 1] f)
+    => (float[T, 48] y) {
+  h = slipstream.ExpertLinear <in_features = 64, out_features = 48, experts = 5, top_k = 1,
+    reduce = 1> (x, w, i, f)
+  y = Add (r, h)
+}"""
+
+
+def test_the_add_joins_a_sum_over_experts() -> None:
+    """Whatever the weight is: an ExpertLinear has a kernel for it everywhere."""
+    program = parse(EXPERTS, dense("w", 240, 64))
+    want = outputs(program)
+    assert fuse_residual(program, holds=lambda _: False) == 1
+    verify(program, "fuse_residual")
+    (line,) = listing(program)
+    assert line.startswith("y = ExpertLinear(x, w, i, f, _, r) ")
+    assert_close(outputs(program), want)
+
+
+def test_the_products_of_experts_take_no_residual() -> None:
+    """One that is not added up has a row for each expert of a token."""
+    plain = EXPERTS.replace(",\n    reduce = 1", "").replace(", f)", ")")
+    program = parse(plain, dense("w", 240, 64))
+    assert fuse_residual(program) == 0
