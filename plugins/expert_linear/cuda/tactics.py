@@ -20,9 +20,10 @@ from slipstream.weights.tensor import WeightFormat
 # No library multiplies by expert, so prefills have buckets too; larger steps are as the last.
 BUCKETS = (*linear.BUCKETS, 512, 2048)
 # Up to so many tokens gemv, in which every pair of a token and an expert reads the weight for
-# itself, is worth timing; up to so many it is the guess.
+# itself, is worth timing. It is the guess up to so many whose pairs nearly all have experts of
+# their own.
 GEMV_TOKENS = 8
-_GUESS_GEMV_TOKENS = 4
+_GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
 # Rows of x of a tile; the pairs of a step are cut into tiles of every size at once.
 TILES = (16, 32, 64, 128)
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
@@ -52,7 +53,7 @@ class ExpertShape:
         return float(self.number * (1 - (1 - self.top_k / self.number) ** tokens))
 
     def rows(self, tokens: int) -> float:
-        """Rows of x of a chosen expert."""
+        """Rows of x of an expert that is chosen."""
         return tokens * self.top_k / self.distinct(tokens)
 
 
@@ -65,10 +66,11 @@ def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
 
 def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> Tactic:
     """A sensible tactic for a shape that nobody timed."""
-    if tokens <= _GUESS_GEMV_TOKENS and can_stream(shape.format):
+    rows = shape.rows(tokens)
+    alone = tokens <= _GUESS_GEMV_TOKENS and rows <= _GUESS_GEMV_ROWS
+    if alone and can_stream(shape.format):
         lanes, stages = _even_steps(shape)[0]
         return _gemv(shape, 4, lanes, 2, stages)
-    rows = shape.rows(tokens)
     # Counts of rows differ: a tile that holds one and a half of the mean holds most experts.
     tile = next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
     if capability[0] != 9:

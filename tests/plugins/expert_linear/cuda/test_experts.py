@@ -33,7 +33,7 @@ FORMATS = {
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
-TOKENS = (1, 3, 21)
+TOKENS = (1, 2, 21)
 
 
 def choices(tokens: int) -> NDArray[np.int32]:
