@@ -196,13 +196,11 @@ def _linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
 
 
 def _expert_linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
-    x, weight, ids, factors, bias, residual = [*given, *[None] * (6 - len(given))]
-    known = ("experts", "reduce", "gated", "gate")
-    attributes = {name: value for name, value in _attributes(node).items() if name in known}
-    y = _reference("ExpertLinear")(
-        x, weight, ids, factors, bias=_plain(bias), residual=residual, **attributes
-    )
-    return [y]
+    x, weight, ids, weights, bias, residual = _padded(given, 6)
+    sizes = ("in_features", "out_features", "top_k")
+    attributes = {k: v for k, v in _attributes(node).items() if k not in sizes}
+    added = {"bias": _plain(bias), "residual": residual}
+    return [_reference("ExpertLinear")(x, weight, ids, weights, **added, **attributes)]
 
 
 def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
@@ -245,8 +243,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - an array, a weight or None
     return value.dequantize() if isinstance(value, QuantTensor) else value
 
 
-def _padded(values: list[Any]) -> list[Any]:
-    return [*values, *[None] * (5 - len(values))]
+def _padded(values: list[Any], count: int = 5) -> list[Any]:
+    return [*values, *[None] * (count - len(values))]
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

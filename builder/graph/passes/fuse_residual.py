@@ -1,5 +1,4 @@
-"""Add(residual, Linear(x)) becomes a Linear with a residual input; so does the Add of a sum over
-experts."""
+"""Add(residual, Linear(x)) becomes a Linear with a residual input; an ExpertLinear likewise."""
 
 from __future__ import annotations
 
@@ -8,45 +7,36 @@ import onnx_ir as ir
 from slipstream.builder.graph.passes.rewrite import Holds, replace, sole_consumer
 from slipstream.builder.graph.program import Program
 from slipstream.plugins.linear.cpu.packing import can_pack
-from slipstream.plugins.operators import DOMAIN
-
-# Which input a residual is.
-_RESIDUAL = {"Linear": 3, "ExpertLinear": 5}
+from slipstream.plugins.operators import DOMAIN, OPERATORS
 
 
 def fuse_residual(program: Program, holds: Holds = can_pack) -> int:
-    """Fuse every Add of the only use of a product that takes a residual: of a Linear whose weight
-    a kernel ``holds``, or of an ExpertLinear that adds up the experts of a token."""
+    """Fuse every Add of the only use of a Linear whose weight a kernel ``holds``, or of what an
+    ExpertLinear adds up."""
     return sum(_fuse(program, node, holds) for node in program.nodes("Add"))
 
 
 def _fuse(program: Program, add: ir.Node, holds: Holds) -> bool:
-    for value, residual in (add.inputs, add.inputs[::-1]):
-        product = value.producer() if value is not None else None
-        if value is None or product is None or sole_consumer(value) is not add:
+    for product, residual in (add.inputs, add.inputs[::-1]):
+        linear = product.producer() if product is not None else None
+        if product is None or linear is None or sole_consumer(product) is not add:
             continue
-        if not _takes_residual(program, product, holds):
+        if not _takes_any(program, linear, holds):
             continue
-        place = _RESIDUAL[product.op_type]
-        inputs = [*product.inputs, *[None] * (place - len(product.inputs)), residual]
-        fused = ir.node(
-            product.op_type,
-            inputs,
-            product.attributes,
-            domain=DOMAIN,
-            num_outputs=1,
-            name=product.name,
-        )
-        replace(program, [product, add], [fused], {add.outputs[0]: fused.outputs[0]})
+        names = [tensor.name for tensor in OPERATORS[linear.op_type].inputs]
+        place = names.index("residual")
+        if len(linear.inputs) > place:
+            continue
+        inputs = [*linear.inputs, *[None] * (place - len(linear.inputs)), residual]
+        kind, name = linear.op_type, linear.name
+        fused = ir.node(kind, inputs, linear.attributes, domain=DOMAIN, num_outputs=1, name=name)
+        replace(program, [linear, add], [fused], {add.outputs[0]: fused.outputs[0]})
         return True
     return False
 
 
-def _takes_residual(program: Program, node: ir.Node, holds: Holds) -> bool:
-    """Whether a node is a product without one."""
-    place = _RESIDUAL.get(node.op_type)
-    if place is None or len(node.inputs) > place:
-        return False
-    if node.op_type == "ExpertLinear":  # every target has a kernel for whatever its weight is
-        return bool(node.attributes.get_int("reduce", 0))
-    return holds(program.weight_of(node).format)
+def _takes_any(program: Program, node: ir.Node, holds: Holds) -> bool:
+    """Whether the kernel of a product adds a residual."""
+    if node.op_type == "ExpertLinear":
+        return "reduce" in node.attributes and bool(node.attributes["reduce"].as_int())
+    return node.op_type == "Linear" and holds(program.weight_of(node).format)

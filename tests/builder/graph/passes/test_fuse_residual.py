@@ -114,27 +114,57 @@ def test_does_not_match(case: str) -> None:
     assert listing(program) == before
 
 
-EXPERTS = """g (float[T, 64] x, float[T, 48] r, float[240, 64] w, int32[T, 1] i, float[T, 1] f)
-    => (float[T, 48] y) {
-  h = slipstream.ExpertLinear <in_features = 64, out_features = 48, experts = 5, top_k = 1,
-    reduce = 1> (x, w, i, f)
-  y = Add (r, h)
+EXPERTS = """g (float[T, 64] x, float[T, 64] r, int32[T, 2] e, float[T, 2] f, float[160, 64] v,
+  float[320, 32] w) => (float[T, 64] y) {
+  h = slipstream.ExpertLinear <in_features = 64, out_features = 32, experts = 5, top_k = 2>
+    (x, v, e)
+  s = slipstream.ExpertLinear <in_features = 32, out_features = 64, experts = 5, top_k = 2,
+    reduce = 1> (h, w, e, f)
+  y = Add (r, s)
 }"""
 
 
-def test_the_add_joins_a_sum_over_experts() -> None:
-    """Whatever the weight is: an ExpertLinear has a kernel for it everywhere."""
-    program = parse(EXPERTS, dense("w", 240, 64))
+@pytest.mark.parametrize("order", ["(r, s)", "(s, r)"])
+def test_the_add_joins_the_sum_of_experts(order: str) -> None:
+    """Whatever their weights are held in."""
+    text = EXPERTS.replace("(r, s)", order)
+    program = parse(text, grouped("v", 160, 64), dense("w", 320, 32))
     want = outputs(program)
-    assert fuse_residual(program, holds=lambda _: False) == 1
+    assert fuse_residual(program) == 1
     verify(program, "fuse_residual")
-    (line,) = listing(program)
-    assert line.startswith("y = ExpertLinear(x, w, i, f, _, r) ")
+    assert [line.split(" experts")[0] for line in listing(program)] == [
+        "h = ExpertLinear(x, v, e)",
+        "y = ExpertLinear(h, w, e, f, _, r)",
+    ]
     assert_close(outputs(program), want)
 
 
-def test_the_products_of_experts_take_no_residual() -> None:
-    """One that is not added up has a row for each expert of a token."""
-    plain = EXPERTS.replace(",\n    reduce = 1", "").replace(", f)", ")")
-    program = parse(plain, dense("w", 240, 64))
+def test_of_experts_and_a_shared_one_one_takes_the_other() -> None:
+    """A sum that has a residual takes no second one."""
+    text = EXPERTS.replace("float[T, 64] r", "float[T, 64] q, float[T, 64] r").replace(
+        "y = Add (r, s)", "t = Add (s, q)\n  y = Add (r, t)"
+    )
+    program = parse(text, grouped("v", 160, 64), dense("w", 320, 32))
+    want = outputs(program)
+    assert fuse_residual(program) == 1
+    verify(program, "fuse_residual")
+    assert [line.split(" experts")[0] for line in listing(program)][1:] == [
+        "t = ExpertLinear(h, w, e, f, _, q)",
+        "y = Add(r, t)",
+    ]
+    assert_close(outputs(program), want)
+
+
+def test_products_that_are_not_added_up_take_no_residual() -> None:
+    program = parse(
+        """g (float[T, 64] x, int32[T, 2] e, float[160, 64] v) => (float[U, 32] y) {
+          h = slipstream.ExpertLinear <in_features = 64, out_features = 32, experts = 5, top_k = 2>
+            (x, v, e)
+          r = Sigmoid (x)
+          i = slipstream.ExpertLinear <in_features = 64, out_features = 32, experts = 5, top_k = 2>
+            (r, v, e)
+          y = Add (h, i)
+        }""",
+        grouped("v", 160, 64),
+    )
     assert fuse_residual(program) == 0
