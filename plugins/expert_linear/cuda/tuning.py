@@ -54,7 +54,8 @@ class ExpertProblem:
 
     def distinct(self, tokens: int) -> float:
         """Different experts that the tokens of ``calls`` choose, on average."""
-        return sum(torch.unique(ids).numel() for ids in self.routes(tokens)) / _ROUTES
+        counts = [len(torch.unique(ids)) for ids in self.routes(tokens)]
+        return sum(counts) / _ROUTES
 
     def routes(self, tokens: int) -> list[Tensor]:
         """Experts int32 ``[T, top_k]`` as routers of random weights choose them, the same at every

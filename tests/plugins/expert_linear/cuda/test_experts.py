@@ -93,7 +93,7 @@ def assert_close(got: Floats, want: Floats) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: str) -> None:
     gate = (None, *GATES.values())[(list(FORMATS).index(name) + tokens) % (1 + len(GATES))]
-    options = {} if gate is None else {"gated": True, "gate": gate}
+    options: dict[str, Any] = {} if gate is None else {"gated": True, "gate": gate}
     assert_close(*run(name, tokens, device, **options))
 
 
@@ -116,7 +116,9 @@ TACTICS = {
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("name", TACTICS)
 def test_tiles_of_every_size(name: str, reduce: bool, device: str) -> None:
-    options = {"reduce": True} if reduce else {"gated": True, "gate": GATES["silu"]}
+    options: dict[str, Any] = {"gated": True, "gate": GATES["silu"]}
+    if reduce:
+        options = {"reduce": True}
     assert_close(*run(name, 21, device, TACTICS[name], **options))
 
 
