@@ -5,6 +5,7 @@ An engine may be larger than memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write_weights(
 
     ``progress`` is told the bytes of each weight as it is written. Peak memory is one weight's.
     """
-    ordered = sorted(weights, key=_is_unaligned)
+    ordered = sorted(weights, key=_alignment, reverse=True)
     specs = [part for weight in ordered for part in weight.parts]
     header, places = encode_header(specs, {"format": "slipstream"}, ALIGNMENT)
     with path.open("wb") as file:
@@ -37,9 +38,10 @@ def write_weights(
     return places
 
 
-def _is_unaligned(weight: StoredWeight) -> bool:
-    # safetensors allows no holes, so what would break the alignment of its successors goes last.
-    return any(part.nbytes % ALIGNMENT for part in weight.parts)
+def _alignment(weight: StoredWeight) -> int:
+    # safetensors allows no holes, so what breaks the alignment of its successors goes behind them:
+    # every element of a weight of one part then lies at a multiple of its size.
+    return min(math.gcd(part.nbytes, ALIGNMENT) for part in weight.parts)
 
 
 def _checked_bytes(part: ArraySpec, array: NDArray[np.generic]) -> memoryview:

@@ -54,10 +54,15 @@ def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
         for name, parameter in model.named_parameters():
             # Norm weights and biases start as ones and zeros, which would hide a mix-up between
             # them.
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("bias"):  # those of experts have two axes
                 parameter.add_(torch.randn_like(parameter) * (0.2 if "norm" in name else 0.5))
             else:
                 parameter.mul_(3)
+        for name, buffer in model.named_buffers():
+            # Corrections of routers, which start as zeros; the first expert is never the best.
+            if "correction" in name:
+                buffer.add_(torch.randn_like(buffer) * 0.1)
+                buffer[0] = -10
     model.save_pretrained(directory)
     write_tiny_tokenizer(directory)
     return directory

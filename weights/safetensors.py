@@ -55,7 +55,11 @@ _CHUNK = 1 << 24  # bytes written at once
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: ``dtype`` as the file spells it, ``offset`` and ``size`` in bytes."""
+    """Where a tensor lies: ``dtype`` as the file spells it, ``offset`` and ``size`` in bytes.
+
+    ``strides`` are the bytes from one element of each axis to the next, of a part of a tensor of
+    the file; None for a whole one, whose rows follow each other.
+    """
 
     path: Path
     name: str
@@ -63,6 +67,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     size: int
+    strides: tuple[int, ...] | None = None
 
     def numpy_dtype(self) -> np.dtype[Any]:
         """The element type; CheckpointError for one that NumPy cannot hold."""
@@ -86,7 +91,10 @@ class StoredTensor:
 
     def map(self) -> NDArray[np.generic]:
         """The values, mapped from the file."""
-        return map_array(self.path, self.numpy_dtype(), self.offset, self.shape)
+        if self.strides is None:
+            return map_array(self.path, self.numpy_dtype(), self.offset, self.shape)
+        data = map_array(self.path, np.uint8, self.offset, (self.size,))
+        return np.ndarray(self.shape, self.numpy_dtype(), data.data, strides=self.strides)
 
 
 @dataclass(frozen=True, slots=True)

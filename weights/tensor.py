@@ -308,8 +308,9 @@ def _largest(scales: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32
 
 
 def _scale2(tensor: QuantTensor) -> NDArray[np.float32] | None:
-    """``[ceil(N/rows), 1]``; None for a weight without scales."""
-    if tensor.scale is None or tensor.format.kind != "float4_e2m1":
+    """``[ceil(N/rows), 1]``; None for a weight without scales, or whose scales are exponents."""
+    exponents = tensor.format.dtype == "float8_e8m0fnu" and tensor.scale2 is None
+    if tensor.scale is None or tensor.format.kind != "float4_e2m1" or exponents:
         return None
     one = np.ones(1, np.float32) if tensor.scale2 is None else tensor.scale2
     return np.broadcast_to(np.asarray(one, np.float32), (len(tensor.scale), 1))

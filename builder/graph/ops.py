@@ -182,11 +182,12 @@ class Ops:
         rotary: tuple[ir.Value, ir.Value],
         norms: Sequence[LazyTensor],
         attributes: Attributes,
+        sinks: LazyTensor | None = None,
     ) -> ir.Value:
         """Attention over the pages of the cache that has the layer.
 
         ``attributes`` are those of ``plugins/paged_attention``, but the page size and that
-        ``layer`` is the model's. ``norms``: q, k or none.
+        ``layer`` is the model's. ``norms``: q, k or none; ``sinks``: one of each query head.
         """
         cache = next(c for c in paged(self.caches) if attributes["layer"] in c.layers)
         pages, *scales = self.arrays(cache)
@@ -195,7 +196,8 @@ class Ops:
             *map(self.input, (Source.QUERY_START, Source.CONTEXT_LEN)),
             *(self._input(paged_port(source, cache)) for source in PAGED_SOURCES),
             *(scales or (None,)),
-            *map(self.program.add_weight, norms),
+            *(map(self.program.add_weight, norms) if norms else (None, None)),
+            None if sinks is None else self.program.add_weight(sinks),
         ]
         while inputs[-1] is None:
             inputs.pop()
@@ -223,6 +225,18 @@ class Ops:
     def scale_rows(self, x: ir.Value, factors: ir.Value) -> ir.Value:
         """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
         return self._node("Mul", [x, factors], _shape(x))
+
+    def sigmoid(self, x: ir.Value) -> ir.Value:
+        """1 / (1 + exp(-x))."""
+        return self._node("Sigmoid", [x], _shape(x))
+
+    def clip(self, x: ir.Value, limit: float) -> ir.Value:
+        """x, but no further from 0 than ``limit``."""
+        ends = [
+            self.program.constant(name, np.array(end, np.float32))
+            for name, end in (("lowest", -limit), ("highest", limit))
+        ]
+        return self._node("Clip", [x, *ends], _shape(x))
 
     def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
         """cap * tanh(x / cap)."""

@@ -32,7 +32,14 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": "slipstream.builder.models.phi3",
     "SmolLM3ForCausalLM": "slipstream.builder.models.smollm3",
     "MixtralForCausalLM": "slipstream.builder.models.mixtral",
+    "Qwen2MoeForCausalLM": "slipstream.builder.models.qwen2_moe",
     "Qwen3MoeForCausalLM": "slipstream.builder.models.qwen3_moe",
+    "OlmoeForCausalLM": "slipstream.builder.models.olmoe",
+    "GraniteMoeForCausalLM": "slipstream.builder.models.granitemoe",
+    "GraniteMoeSharedForCausalLM": "slipstream.builder.models.granitemoeshared",
+    "GraniteMoeHybridForCausalLM": "slipstream.builder.models.granitemoehybrid",
+    "Glm4MoeForCausalLM": "slipstream.builder.models.glm4_moe",
+    "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 
 

@@ -71,7 +71,7 @@ class Architecture:
         for module in self.modules:
             shape, biased = module.shape(config), module.biased(config)
             for name in module.places(config):
-                shapes[f"{name}.weight"] = shape
+                shapes[name if module.bare else f"{name}.weight"] = shape
                 if biased:
                     shapes[f"{name}.bias"] = shape[:1]
         return shapes
@@ -79,10 +79,10 @@ class Architecture:
     def shape(self, config: ModelConfig, tensor: str) -> tuple[int, ...] | None:
         """That of a weight or a bias by its name; None for one that no row is of."""
         name, _, part = tensor.rpartition(".")
-        module = self.module(name) if part in PARTS else None
-        if module is None:
+        module = self.module(name) if part in PARTS else self.module(tensor)
+        if module is None or module.bare != (part not in PARTS):
             return None
-        return module.shape(config) if part == "weight" else module.shape(config)[:1]
+        return module.shape(config)[:1] if part == "bias" else module.shape(config)
 
     def is_copy(self, config: ModelConfig, tensor: str) -> bool:
         """Whether a tensor repeats the embedding, with which the configuration ties it."""
@@ -129,27 +129,26 @@ class Architecture:
 
     def from_gguf(self, tensor: str) -> str | None:
         """The Hugging Face name of a tensor by its name in a GGUF file; None if there is none."""
-        stem, _, part = tensor.rpartition(".")
-        return self._renamed(stem, part, lambda m: m.gguf, lambda m: m.name)
+        return self._renamed(tensor, lambda m: m.gguf, lambda m: m.name)
 
     def to_gguf(self, tensor: str) -> str | None:
         """The name of a tensor in a GGUF file by its Hugging Face name; None if there is none."""
-        stem, _, part = tensor.rpartition(".")
-        return self._renamed(stem, part, lambda m: m.name, lambda m: m.gguf)
+        return self._renamed(tensor, lambda m: m.name, lambda m: m.gguf)
 
     def _renamed(
         self,
-        name: str,
-        part: str,
+        tensor: str,
         old: Callable[[Module], str | None],
         new: Callable[[Module], str | None],
     ) -> str | None:
-        for module in self.modules if part in PARTS else ():
+        stem, dot, part = tensor.rpartition(".")
+        for module in self.modules:
+            name, end = (tensor, "") if module.bare else (stem, dot + part)
             before, after = old(module), new(module)
             match = pattern(before).fullmatch(name) if before and after else None
-            if match is not None and after is not None:
+            if match is not None and after is not None and (module.bare or part in PARTS):
                 numbers = {key: int(value) for key, value in match.groupdict().items()}
-                return f"{place(after, numbers.get('i', 0), numbers.get('e', 0))}.{part}"
+                return place(after, numbers.get("i", 0), numbers.get("e", 0)) + end
         return None
 
 

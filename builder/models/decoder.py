@@ -217,7 +217,9 @@ class Decoder:
         """o_proj(PagedAttention(q_proj(x) | k_proj(x) | v_proj(x)))."""
         qkv = self.qkv(x, prefix)
         norms = [self.norm_weight(f"{prefix}{name}_norm") for name in "qk" if self.config.qk_norm]
-        attended = self.ops.paged_attention(qkv, rotary, norms, self.attention_attributes(layer))
+        attributes, sinks = self.attention_attributes(layer), f"{prefix}sinks"
+        sink = self.tensor(sinks) if self.architecture.has(self.config, sinks) else None
+        attended = self.ops.paged_attention(qkv, rotary, norms, attributes, sink)
         return self.linear(attended, f"{prefix}o_proj")
 
     def qkv(self, x: ir.Value, prefix: str) -> ir.Value:

@@ -10,16 +10,21 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.ops import Attributes, Routes
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
+from slipstream.builder.models.architecture import differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import GATE_OF, Decoder
-from slipstream.builder.models.module import LAYER, Extent, Module, hidden
+from slipstream.builder.models.module import LAYER, Extent, Measure, Module, hidden
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.router import MAX_EXPERTS
 from slipstream.weights.json import Fields
 from slipstream.weights.tensor import LazyTensor, stack_rows
 
-# Of ``ModelConfig.extras``.
+# Of ``ModelConfig.extras``; only a table of ``in_some_layers`` asks for the dense ones.
 EXPERTS, TOP_K, WIDTH, RENORMALIZE = "experts", "experts_per_token", "expert_width", "renormalize"
+DENSE_LAYERS = "dense_layers"
+_MLP = ("gate_proj", "up_proj", "down_proj")
+# What is added to the scores of experts to choose them, beside the router.
+CORRECTION = "e_score_correction_bias"
 
 
 def experts(config: ModelConfig) -> Extent:
@@ -33,7 +38,11 @@ def expert_inner(config: ModelConfig) -> Extent:
 
 
 def expert_modules(
-    block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    block: str,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    router: str = "gate",
 ) -> tuple[Module, ...]:
     """The router and the experts of every layer, in a block of the layer such as ``mlp``.
 
@@ -54,11 +63,56 @@ def expert_modules(
         )
 
     return (
-        Module(f"{prefix}.gate", "router", (experts,), hidden, gguf="blk.{i}.ffn_gate_inp"),
+        Module(f"{prefix}.{router}", "router", (experts,), hidden, gguf="blk.{i}.ffn_gate_inp"),
         expert(gate, "gate", expert_inner, hidden, "column"),
         expert(up, "up", expert_inner, hidden, "column"),
         expert(down, "down", hidden, expert_inner, "row"),
     )
+
+
+def shared_modules(block: str, width: Measure) -> tuple[Module, ...]:
+    """The MLP of this width that every token takes beside its experts, in every layer.
+
+    The norm before it is read by the router, too, so only ``down_proj`` has scales folded.
+    """
+    prefix = f"{LAYER}.{block}"
+
+    def linear(which: str, rows: Measure, columns: Measure, **more: Any) -> Module:  # noqa: ANN401
+        gguf = f"blk.{{i}}.ffn_{which}_shexp"
+        name = f"{prefix}.{which}_proj"
+        return Module(name, "linear", (rows,), columns, adapter=True, gguf=gguf, **more)
+
+    return (
+        linear("gate", width, hidden, shard="column"),
+        linear("up", width, hidden, shard="column"),
+        linear("down", hidden, width, shard="row", reads=f"{prefix}.up_proj", stream=LAYER),
+    )
+
+
+def correction_module(block: str) -> Module:
+    """What is added to the scores of the experts to choose them."""
+    name = f"{LAYER}.{block}.gate.{CORRECTION}"
+    return Module(name, "router", (experts,), bare=True, gguf="blk.{i}.exp_probs_b.bias")
+
+
+def with_experts(modules: tuple[Module, ...], added: tuple[Module, ...]) -> tuple[Module, ...]:
+    """A table with these rows in the place of the MLP, in every layer."""
+    kept = tuple(m for m in modules if m.name.rpartition(".")[2] not in _MLP)
+    return (*kept, *added)
+
+
+def in_some_layers(modules: tuple[Module, ...], added: tuple[Module, ...]) -> tuple[Module, ...]:
+    """A table with these rows in the layers that are not dense, and its MLP in those."""
+    dense = differing(modules, **{name: {"present": _is_dense} for name in _MLP})
+    return (*dense, *(replace(module, present=_is_sparse) for module in added))
+
+
+def _is_dense(config: ModelConfig, layer: int) -> bool:
+    return layer in config.extras[DENSE_LAYERS]
+
+
+def _is_sparse(config: ModelConfig, layer: int) -> bool:
+    return layer not in config.extras[DENSE_LAYERS]
 
 
 def read_experts(keys: Fields, count: str, width: str) -> dict[str, Any]:
@@ -74,29 +128,67 @@ def read_experts(keys: Fields, count: str, width: str) -> dict[str, Any]:
     }
 
 
+def write_experts(config: ModelConfig, count: str, width: str) -> dict[str, Any]:
+    """The keys of config.json that ``read_experts`` reads."""
+    extras = config.extras
+    return {count: extras[EXPERTS], "num_experts_per_tok": extras[TOP_K], width: extras[WIDTH]}
+
+
 class ExpertDecoder(Decoder):
-    """A decoder in which the MLP of a layer may be a choice of experts."""
+    """A decoder in which the MLP of a layer may be a choice of experts.
+
+    Names are those of checkpoints: in a layer the ``block`` of the experts and the ``shared`` MLP,
+    which every token takes if the table has it; in the block the ``router`` and the ``parts`` of an
+    expert.
+    """
 
     block: ClassVar[str] = "mlp"
-    parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    router: ClassVar[str] = "gate"
+    parts: ClassVar[tuple[str, str, str]] = _MLP
+    shared: ClassVar[str] = "mlp.shared_expert"
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
-        """The experts that the router chooses for each token, weighted; or a plain MLP where the
-        table has no experts."""
-        prefix = prefix.removesuffix("mlp.") + self.block + "."
-        if not self.architecture.has(self.config, f"{prefix}gate"):
+        """The experts that the router chooses for each token, weighted, and what all tokens take;
+        or a plain MLP where the table has no experts."""
+        layer = prefix.removesuffix("mlp.")
+        block = f"{layer}{self.block}."
+        if not self.architecture.has(self.config, block + self.router):
             return super().mlp(x, prefix)
         *opening, closing = self.parts
-        routes = self.ops.router(self.linear(x, f"{prefix}gate"), self.routing())
-        gate: Attributes = {"gated": 1, "gate": GATES[GATE_OF[self.config.hidden_act]]}
+        routes = self.routes(x, block + self.router)
+        gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
         with self.ops.scope("experts"):
-            opened = self.experts(x, prefix, opening, routes, gate)
-            return self.experts(opened, prefix, [closing], routes, {"reduce": 1})
+            opened = self.experts(x, block, opening, routes, gate)
+            chosen = self.experts(opened, block, [closing], routes, {"reduce": 1})
+        with self.ops.scope("shared"):
+            shared = self.shared_mlp(x, layer + self.shared)
+            return chosen if shared is None else self.ops.add(chosen, shared)
+
+    def routes(self, x: ir.Value, router: str) -> Routes:
+        """The experts of each token, by the router of this name."""
+        name = f"{router}.{CORRECTION}"
+        corrected = self.architecture.has(self.config, name)
+        correction = self.tensor(name) if corrected else None
+        return self.ops.router(self.linear(x, router), self.routing(), correction)
 
     def routing(self) -> Attributes:
         """How experts are chosen: attributes of ``plugins/router``."""
         extras = self.config.extras
         return {"top_k": extras[TOP_K], "renormalize": int(extras[RENORMALIZE])}
+
+    def gate(self) -> str:
+        """How the gate and the up of an expert meet: a key of ``GATES``."""
+        return GATE_OF[self.config.hidden_act]
+
+    def shared_mlp(self, x: ir.Value, name: str) -> ir.Value | None:
+        """A plain MLP, times the sigmoid of its gate if the table has one; None if it has no such
+        MLP."""
+        if not self.architecture.has(self.config, f"{name}.down_proj"):
+            return None
+        y, gate = Decoder.mlp(self, x, f"{name}."), f"{name}_gate"
+        if not self.architecture.has(self.config, gate):
+            return y
+        return self.ops.scale_rows(y, self.ops.sigmoid(self.linear(x, gate)))
 
     def experts(
         self,
@@ -107,15 +199,15 @@ class ExpertDecoder(Decoder):
         attributes: Mapping[str, int | float | list[int]],
     ) -> ir.Value:
         """x times the linears ``names`` of its experts, their rows one after the other."""
-        number = self.config.extras[EXPERTS]
-        parts = [
-            self.tensor(f"{prefix}experts.{expert}.{name}.weight")
-            for expert in range(number)
-            for name in names
-        ]
-        weight = stack_rows(_alike(parts), f"{prefix}experts.{'+'.join(names)}.weight")
+        number, joint = self.config.extras[EXPERTS], f"{prefix}experts.{'+'.join(names)}"
+        places = [f"{prefix}experts.{expert}.{name}" for expert in range(number) for name in names]
+        weight = stack_rows(_alike([self.tensor(f"{p}.weight") for p in places]), f"{joint}.weight")
+        bias = None
+        if self.architecture.has_bias(self.config, places[0]):
+            bias = stack_rows([self.tensor(f"{p}.bias") for p in places], f"{joint}.bias")
+        attributes = {**attributes, "experts": number}
         with self.ops.scope("+".join(names)):
-            return self.ops.expert_linear(x, weight, routes, {**attributes, "experts": number})
+            return self.ops.expert_linear(x, weight, routes, attributes, bias)
 
 
 def _alike(tensors: Sequence[LazyTensor]) -> Sequence[LazyTensor]:

@@ -3,55 +3,44 @@
 from dataclasses import replace
 from typing import Any
 
-from slipstream.builder.models.architecture import Architecture, differing
+from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
-    EXPERTS,
     RENORMALIZE,
-    TOP_K,
     ExpertDecoder,
     expert_modules,
     read_experts,
+    with_experts,
+    write_experts,
 )
 from slipstream.builder.models.mistral import read as read_mistral
 from slipstream.builder.models.mistral import write as write_mistral
-from slipstream.builder.models.module import LAYER
 from slipstream.weights.json import Fields
 
-_BLOCK, _PARTS = "block_sparse_moe", ("w1", "w3", "w2")
+BLOCK, PARTS = "block_sparse_moe", ("w1", "w3", "w2")
+_COUNT, _WIDTH = "num_local_experts", "intermediate_size"
 
 
 class MixtralDecoder(ExpertDecoder):
     """Experts with names of their own."""
 
-    block, parts = _BLOCK, _PARTS
+    block, parts = BLOCK, PARTS
 
 
 def _read(keys: Fields) -> ModelConfig:
-    routing = {**read_experts(keys, "num_local_experts", "intermediate_size"), RENORMALIZE: True}
+    routing = {**read_experts(keys, _COUNT, _WIDTH), RENORMALIZE: True}
     return replace(read_mistral(keys), extras=routing)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **write_mistral(config),
-        "num_local_experts": config.extras[EXPERTS],
-        "num_experts_per_tok": config.extras[TOP_K],
-    }
+    return {**write_mistral(config), **write_experts(config, _COUNT, _WIDTH)}
 
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
 ARCHITECTURE = Architecture(
     "mixtral",
     MixtralDecoder,
-    (
-        *differing(
-            tuple(m for m in DECODER if m.name.rpartition(".")[2] not in _MLP),
-            o_proj={"stream": f"{LAYER}.post_attention_layernorm"},
-        ),
-        *expert_modules(_BLOCK, *_PARTS),
-    ),
+    with_experts(DECODER, expert_modules(BLOCK, *PARTS)),
     {
         "vocab_size": 32000,
         "intermediate_size": 14336,

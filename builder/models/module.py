@@ -14,7 +14,7 @@ from typing import Literal
 
 from slipstream.builder.models.config import ModelConfig
 
-Role = Literal["linear", "norm", "embedding", "router", "expert"]
+Role = Literal["linear", "norm", "embedding", "router", "expert", "vector"]
 Shard = Literal["column", "row", "replicated", "vocabulary"]
 LAYER = "model.layers.{i}"
 
@@ -60,6 +60,11 @@ def kv_heads(config: ModelConfig) -> Extent:
     return Extent(config.num_kv_heads, config.head_dim)
 
 
+def one_a_head(config: ModelConfig) -> Extent:
+    """A number of each head of queries."""
+    return Extent(config.num_heads)
+
+
 def head(config: ModelConfig) -> Extent:
     """One head."""
     return Extent(1, config.head_dim)
@@ -71,18 +76,38 @@ def everywhere(config: ModelConfig, layer: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """Where a checkpoint of safetensors holds a module of all experts of a layer: in one tensor,
+    an expert behind the other along its first axis.
+
+    ``name`` is that of the tensor but for what may follow: nothing or ``.weight`` for weights,
+    ``_bias`` for biases, other endings for what quantized weights are made of. Its rows are those
+    of ``parts`` modules, of which this is number ``part``; they follow each other, or take turns
+    (``interleaved``). ``transposed`` weights are ``[experts, columns, rows]``.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Module:
     """What a module is, by the name that Hugging Face checkpoints give it.
 
     ``rows`` measures its output, each part of a stacked weight apart; ``columns`` its input, None
-    for a vector. ``bias`` is a fixed value or the flag of the configuration that has it.
+    for a vector. A ``bare`` one is a tensor of its very name, without ``.weight``; then ``gguf`` is
+    a whole name, too. ``bias`` is a fixed value or the flag of the configuration that has it.
     ``present`` says whether a layer has it; it is asked for layer 0 of a module outside of layers.
-    ``experts`` measures ``{e}``. A ``tied`` module is the embedding again where the configuration
-    ties them. ``offset`` is what a norm adds to its stored weight before it multiplies by it;
-    ``scale`` what an embedding's rows, or the logits of a head, are multiplied by, if they are;
-    ``cap`` the c of a head whose logits are c·tanh(x / c), 0 for one that caps none. ``neighbours``
-    says that the rotary embedding turns rows 2i and 2i + 1 of a head, not rows i and i + half of
-    those that it turns.
+    ``experts`` measures ``{e}``; ``stack`` says where a file may have those of a layer in one
+    tensor. A ``tied`` module is the embedding again where the configuration ties them. ``offset``
+    is what a norm adds to its stored weight before it multiplies by it; ``scale`` what an
+    embedding's rows, or the logits of a head, are multiplied by, if they are; ``cap`` the c of a
+    head whose logits are c·tanh(x / c), 0 for one that caps none. ``neighbours`` says that the
+    rotary embedding turns rows 2i and 2i + 1 of a head, not rows i and i + half of those that it
+    turns.
 
     ``reads`` names the module whose output is its x, up to things that commute with a scale of each
     channel: attention (over tokens), the product with a gate. Scales of channels are folded there
@@ -101,9 +126,11 @@ class Module:
     role: Role
     rows: tuple[Measure, ...]
     columns: Measure | None = None
+    bare: bool = False
     bias: bool | str = False
     present: Callable[[ModelConfig, int], bool] = everywhere
     experts: Measure | None = None
+    stack: Stack | None = None
     tied: bool = False
     offset: float = 0.0
     scale: Callable[[ModelConfig], float] | None = None

@@ -1,5 +1,6 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window in some layers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +25,20 @@ DEFAULTS = {
 }
 
 
-def read_windowed(keys: Fields) -> ModelConfig:
-    """Where windows are used at all, ``layer_types`` or the first ``max_window_layers`` say which
-    layers have none."""
+def _after_the_first(layer: int, first: int) -> bool:
+    return layer >= first
+
+
+def read_windowed(
+    keys: Fields, slides: Callable[[int, int], bool] = _after_the_first
+) -> ModelConfig:
+    """Where windows are used at all, ``layer_types`` says which layers have one; without it,
+    ``slides`` does, of the layer and ``max_window_layers``."""
     config = read_decoder(keys)
     if not keys.has("sliding_window") or not keys.flag("use_sliding_window"):
         return config
-    first = keys.integer("max_window_layers")
-    by_number = [SLIDING if layer >= first else FULL for layer in range(config.num_layers)]
+    bound = keys.integer("max_window_layers")
+    by_number = [SLIDING if slides(layer, bound) else FULL for layer in range(config.num_layers)]
     return with_window(config, keys, layer_kinds(keys, by_number))
 
 

@@ -46,12 +46,28 @@ def _concat(node: ir.Node, context: Context) -> Kernel:
 
 
 def _scale(node: ir.Node, context: Context) -> Kernel:
-    """Columns of x times a float32 vector: what a weight wants done to x (AWQ, SmoothQuant)."""
+    """x times numbers: of its columns, float32, what a weight wants done to x (AWQ, SmoothQuant);
+    of its rows, how much of a shared expert a token takes."""
     x, scale = required_names(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
         tokens = run.values[x]
         return (torch.mul(tokens, run.values[scale], out=torch.empty_like(tokens)),)
+
+    return kernel
+
+
+def _sigmoid(node: ir.Node, context: Context) -> Kernel:
+    (x,) = required_names(node)
+    return lambda run: (torch.sigmoid(run.values[x]),)
+
+
+def _clip(node: ir.Node, context: Context) -> Kernel:
+    x, lowest, highest = required_names(node)
+
+    def kernel(run: Run) -> Sequence[Tensor]:
+        tokens = run.values[x]
+        return (torch.clamp(tokens, run.values[lowest], run.values[highest]).to(tokens.dtype),)
 
     return kernel
 
@@ -69,5 +85,7 @@ BINDINGS: dict[str, Binding] = {
     "Add": _add,
     "Concat": _concat,
     "Mul": _scale,
+    "Sigmoid": _sigmoid,
+    "Clip": _clip,
     "Gather": _order,
 }

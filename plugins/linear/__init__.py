@@ -8,7 +8,14 @@ from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSp
 # How a format's zero is spelled in the zero_kind attribute.
 ZERO_KINDS = {"midpoint": 0, "zero": 1, "offset": 2}
 # The type of the codes in an engine, and how x is rounded for a product in that type.
-WEIGHT_TYPES = {"int": 0, "float8_e4m3": 1, "bfloat16": 2, "float16": 3, "float32": 4}
+WEIGHT_TYPES = {
+    "int": 0,
+    "float8_e4m3": 1,
+    "bfloat16": 2,
+    "float16": 3,
+    "float32": 4,
+    "float4_e2m1": 5,
+}
 ACTIVATIONS = {"none": 0, "token": 1, "static": 2, "group": 3, "block": 4}
 # Far beyond any model, and small enough that no size of a weight overflows.
 MAX_K, MAX_N = 2**24, 2**28
@@ -21,9 +28,10 @@ FORMAT = (
     AttributeSpec(
         "weight_type",
         "int",
-        "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32",
+        "0 integer groups, 1 float8_e4m3, 2 bfloat16, 3 float16, 4 float32, 5 float4_e2m1 in "
+        "groups of 32 whose scales are float8_e8m0fnu",
         0,
-        (0, 4),
+        (0, 5),
     ),
     AttributeSpec("group_rows", "int", "rows that share a scale: 1 or 128", 1, (1, MAX_N)),
     AttributeSpec(

@@ -58,6 +58,19 @@ def test_places_are_where_the_data_lies(tmp_path: Path) -> None:
         assert array.nbytes % ALIGNMENT or places[name][0] % ALIGNMENT == 0, name
 
 
+def test_every_element_lies_at_a_multiple_of_its_size(tmp_path: Path) -> None:
+    """A vector of floats behind one of an odd number of halves, as a GPU views them."""
+    arrays: dict[str, NDArray[Any]] = {
+        "bytes": np.ones(3, np.uint8),
+        "halves": np.ones(5, np.float16),
+        "floats": np.ones(4, np.float32),
+        "longs": np.ones(3, np.int64),
+    }
+    places = write(tmp_path / "w", *(stored(**{name: arrays[name]}) for name in arrays))
+    for name, (offset, _) in places.items():
+        assert offset % arrays[name].itemsize == 0, name
+
+
 def test_parts_of_a_weight_stay_together_and_progress_tells_every_byte(tmp_path: Path) -> None:
     first = stored(codes=sample(ir.DataType.UINT8, 4, 16), scale=sample(ir.DataType.FLOAT, 3))
     second = stored(dense=sample(ir.DataType.FLOAT, 16))

@@ -17,8 +17,13 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -26,8 +31,10 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -92,6 +99,27 @@ QWEN_EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "head_dim": 16,
+}
+QWEN2_EXPERTS: dict[str, Any] = {
+    **QWEN_EXPERTS,
+    "head_dim": 24,
+    "shared_expert_intermediate_size": 40,
+}
+OLMOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": None}
+GLM_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "head_dim": 24,
+}
+ATTENTION_ONLY: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4}
+# With a window of less than a page and, by default, YaRN without truncation.
+GPT_OSS: dict[str, Any] = {
+    **TINY_SHAPE,
+    **EXPERTS,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "sliding_window": 17,
 }
 GEMMA: dict[str, Any] = {**TINY_SHAPE, "head_dim": 24, "pad_token_id": 0}
 GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 40, "sliding_window": 17}
@@ -193,6 +221,83 @@ CONFIGS: dict[str, Any] = {
     "qwen3-moe-dense-layers": Qwen3MoeConfig(
         **TINY_SHAPE, **QWEN_EXPERTS, mlp_only_layers=[0], tie_word_embeddings=True
     ),
+    "qwen2-moe": Qwen2MoeConfig(**TINY_SHAPE, **QWEN2_EXPERTS),
+    "qwen2-moe-renormalized": Qwen2MoeConfig(
+        **TINY_SHAPE, **QWEN2_EXPERTS, norm_topk_prob=True, qkv_bias=False, tie_word_embeddings=True
+    ),
+    "qwen2-moe-dense-layers": Qwen2MoeConfig(
+        **TINY_SHAPE, **QWEN2_EXPERTS, decoder_sparse_step=2, mlp_only_layers=[0]
+    ),
+    "qwen2-moe-window": Qwen2MoeConfig(
+        **TINY_SHAPE,
+        **QWEN2_EXPERTS,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=2,
+    ),
+    "olmoe": OlmoeConfig(**TINY_SHAPE, **OLMOE),
+    "olmoe-tied-biases": OlmoeConfig(
+        **TINY_SHAPE, **OLMOE, tie_word_embeddings=True, attention_bias=True, norm_topk_prob=True
+    ),
+    # A bound that many elements reach.
+    "olmoe-clipped": OlmoeConfig(**TINY_SHAPE, **OLMOE, clip_qkv=0.7),
+    "granitemoe": GraniteMoeConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS),
+    "granitemoe-tied-biases": GraniteMoeConfig(
+        **TINY_SHAPE, **EXPERTS, tie_word_embeddings=True, attention_bias=True
+    ),
+    "granitemoe-head-dim": GraniteMoeConfig(
+        **TINY_SHAPE | {"head_dim": 24}, num_local_experts=3, num_experts_per_tok=3
+    ),
+    "granitemoe-one": GraniteMoeConfig(**TINY_SHAPE, num_local_experts=1, num_experts_per_tok=1),
+    "granitemoeshared": GraniteMoeSharedConfig(
+        **TINY_SHAPE, **EXPERTS, **MULTIPLIERS, shared_intermediate_size=40
+    ),
+    "granitemoeshared-none": GraniteMoeSharedConfig(**TINY_SHAPE, **EXPERTS),
+    "granitemoehybrid": GraniteMoeHybridConfig(
+        **TINY_SHAPE, **EXPERTS, **MULTIPLIERS, **ATTENTION_ONLY, shared_intermediate_size=40
+    ),
+    "granitemoehybrid-rotary-dense": GraniteMoeHybridConfig(
+        **TINY_SHAPE,
+        **MULTIPLIERS,
+        **ATTENTION_ONLY,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=40,
+        position_embedding_type="rope",
+        tie_word_embeddings=True,
+    ),
+    "glm4-moe": Glm4MoeConfig(**TINY_SHAPE, **GLM_EXPERTS, routed_scaling_factor=1.5),
+    "glm4-moe-groups": Glm4MoeConfig(
+        **TINY_SHAPE,
+        **GLM_EXPERTS,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        n_shared_experts=2,
+    ),
+    "glm4-moe-qk-norm-biases": Glm4MoeConfig(
+        **TINY_SHAPE,
+        **GLM_EXPERTS,
+        use_qk_norm=True,
+        attention_bias=True,
+        first_k_dense_replace=2,
+        tie_word_embeddings=True,
+    ),
+    "glm4-moe-rotary": Glm4MoeConfig(
+        **TINY_SHAPE | GLM_EXPERTS | {"n_routed_experts": 3, "partial_rotary_factor": 1.0},
+        first_k_dense_replace=0,
+    ),
+    "gpt-oss": GptOssConfig(**GPT_OSS),
+    "gpt-oss-tied-no-biases": GptOssConfig(
+        **GPT_OSS, tie_word_embeddings=True, attention_bias=False
+    ),
+    "gpt-oss-all-experts": GptOssConfig(**{**GPT_OSS, "num_experts_per_tok": 6, "head_dim": 64}),
+    "gpt-oss-layers": GptOssConfig(
+        **GPT_OSS,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={**YARN, "truncate": False},
+    ),
+    "gpt-oss-full": GptOssConfig(**GPT_OSS, layer_types=["full_attention"] * 3),
     "qwen3-tied": Qwen3Config(**TINY_SHAPE, head_dim=32, tie_word_embeddings=True),
     "smollm3": SmolLM3Config(**SMOLLM3),
     "smollm3-untied-biases": SmolLM3Config(

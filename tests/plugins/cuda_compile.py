@@ -107,6 +107,7 @@ def linears(capability: tuple[int, int], pdl: bool) -> None:
         WeightFormat((n, k), "dense", "bfloat16"),
         WeightFormat((n, k), "int", "float16", 4, 128, "zero"),
         WeightFormat((n, k), "int", "float16", 8, 64, "midpoint"),
+        WeightFormat((n, k), "float4_e2m1", "float8_e8m0fnu", 4, 32),
         WeightFormat((n, k), "float8_e4m3", "float32", 8, k, activation="token"),
         WeightFormat((n, k), "float8_e4m3", "float32", 8, 128, rows=128, activation="group"),
     ):

@@ -15,6 +15,7 @@ from slipstream.builder.checkpoints.base import (
     unknown_tensor,
     write_json,
 )
+from slipstream.builder.checkpoints.huggingface.experts import by_expert
 from slipstream.builder.checkpoints.huggingface.text_model import (
     counted,
     text_config,
@@ -22,6 +23,7 @@ from slipstream.builder.checkpoints.huggingface.text_model import (
     text_name,
     text_tensors,
 )
+from slipstream.builder.checkpoints.names import layer_of
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
     SIDE_FILES,
@@ -110,7 +112,9 @@ def open_checkpoint(
         stored = _without_others(path, stored, strict=strict)
         quantization = None if quantization is None else text_modules(quantization)
     config = ModelConfig.from_huggingface((text or raw).values)
-    stored = _with_embedding(stored, config)
+    modules = architecture_of(config.architecture).modules
+    stored = _without_predictors(path, stored, text or raw, config, strict=strict)
+    stored = by_expert(_with_embedding(stored, config), modules, config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored))
     weights = read_quantized(Stored(path, stored), config, quantization)
@@ -147,6 +151,32 @@ def _without_others(
     return dict(text.tensors)
 
 
+def _without_predictors(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    keys: Fields,
+    config: ModelConfig,
+    *,
+    strict: bool,
+) -> dict[str, StoredTensor]:
+    """The tensors without those of layers behind the last, which predict further tokens; they are
+    named, and refused if they must be."""
+    more = keys.integer("num_nextn_predict_layers", 0)
+    layers = range(config.num_layers, config.num_layers + more)
+    left_out = [name for name in stored if layer_of(name) in layers]
+    if left_out and strict:
+        raise CheckpointError(
+            f"{path} holds {len(left_out)} tensors of layers that predict further tokens, such as "
+            f"{left_out[0]}, which would be left out; build without --strict-tensors"
+        )
+    if left_out:
+        logger.warning(
+            "%s: %d tensors of layers that predict further tokens are left out, such as %s",
+            path.name, len(left_out), left_out[0],
+        )  # fmt: skip
+    return {name: tensor for name, tensor in stored.items() if layer_of(name) not in layers}
+
+
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:
     quantized = [name for name in stored if name.endswith(QUANTIZED_SUFFIXES)]
     if quantized:
@@ -167,8 +197,8 @@ def _config(path: Path) -> Fields:
 
 
 def _with_embedding(
-    stored: dict[str, StoredTensor], config: ModelConfig
-) -> dict[str, StoredTensor]:
+    stored: Mapping[str, StoredTensor], config: ModelConfig
+) -> Mapping[str, StoredTensor]:
     """A file of a tied model may hold the matrix that embedding and head share as the head's."""
     modules = architecture_of(config.architecture).modules
     embedding = next(f"{m.name}.weight" for m in modules if m.role == "embedding")

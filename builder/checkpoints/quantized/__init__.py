@@ -43,6 +43,7 @@ _READERS: Mapping[str, str] = MappingProxyType(
         "modelopt": "modelopt",
         "modelopt_fp4": "modelopt",
         "modelopt_mixed": "modelopt",
+        "mxfp4": "mxfp4",
     }
 )
 # Each module has `create(formats, float8_inputs)`, which makes its layout.
@@ -58,6 +59,7 @@ QUANTIZED_SUFFIXES = (
     ".qweight",
     ".qzeros",
     ".weight_packed",
+    ".blocks",
     ".weight_scale",
     ".weight_scale_inv",
     ".SCB",

@@ -39,7 +39,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "quark": f"AMD Quark: {_DENSE}",
         "bitnet": f"BitNet, ternary weights: {_DENSE}",
         "fp_quant": f"FP-Quant, whose weights are rotated: {_DENSE}",
-        "mxfp4": f"MXFP4 of gpt-oss, whose architecture is not supported either: {_DENSE}",
         "sinq": f"SINQ, which scales rows and columns: {_DENSE}",
         "auto-round": (
             "AutoRound's own layout; export it again with --format auto_gptq, auto_awq or "

@@ -17,7 +17,8 @@ from slipstream.weights.json import Fields, shortened
 from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
-_DENSE_SUFFIXES = (".weight", ".bias")
+# The last two are of modules without a weight: of routers, and of attention.
+_DENSE_SUFFIXES = (".weight", ".bias", ".e_score_correction_bias", ".sinks")
 _LAYER_WEIGHT = re.compile(r".*\.layers\.\d+\..*\.weight")
 
 
@@ -97,7 +98,7 @@ class Stored:
         return self.take(name, *dtypes, shape=shape) if name in self._tensors else None
 
     def take_dense(self) -> dict[str, LazyTensor]:
-        """Every weight and bias that is left and is float32, float16 or bfloat16."""
+        """Every weight, bias and the like that is left and is float32, float16 or bfloat16."""
         dense = {
             name: tensor.dense()
             for name, tensor in self._tensors.items()

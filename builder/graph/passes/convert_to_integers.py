@@ -33,7 +33,7 @@ Convert = Callable[[QuantTensor, WeightFormat], QuantTensor]
 
 @dataclass(frozen=True, slots=True)
 class ConvertToIntegers:
-    """``kinds`` of codes become integers where a kernel ``holds`` the result."""
+    """``kinds`` of codes become integers where a kernel ``holds`` the result, and not them."""
 
     kinds: tuple[Kind, ...]
     holds: Holds
@@ -42,7 +42,9 @@ class ConvertToIntegers:
         """Returns the number of weights that were converted."""
 
         def rewrite(tensor: LazyTensor) -> LazyTensor | None:
-            fmt = integer_format(tensor.format) if tensor.format.kind in self.kinds else None
+            if tensor.format.kind not in self.kinds or self.holds(tensor.format):
+                return None
+            fmt = integer_format(tensor.format)
             return None if fmt is None or not self.holds(fmt) else _converted(tensor, fmt)
 
         def message(old: LazyTensor, new: LazyTensor) -> str:

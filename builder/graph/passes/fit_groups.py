@@ -46,7 +46,7 @@ class FitGroups:
 
     def fitting(self, fmt: WeightFormat) -> WeightFormat | None:
         """The form in which the best kernel holds a format; None when no kernel holds any."""
-        if fmt.kind not in ("int", "float8_e4m3"):
+        if fmt.kind not in ("int", "float8_e4m3", "float4_e2m1"):
             return None
         forms = list(_forms(fmt))
         return next((form for holds in self.kernels for form in forms if holds(form)), None)

@@ -52,11 +52,15 @@ def looked_up(program: Program) -> set[str]:
 
 
 def routing(program: Program) -> set[ir.Value]:
-    """The weights whose products choose experts: another choice is another model, so quantization
-    leaves them as they are."""
+    """The weights whose products choose experts, or are the one number by which a token takes a
+    shared one: another choice is another model, so quantization leaves them as they are."""
     linears = (node.inputs[0] and node.inputs[0].producer() for node in program.nodes("Router"))
     products = {linear for linear in linears if linear is not None}
-    return {value for node, value in readers(program, "product") if node in products}
+    return {
+        value
+        for node, value in readers(program, "product")
+        if node in products or node.attributes["out_features"].as_int() == 1
+    }
 
 
 def rewrite_matrices(

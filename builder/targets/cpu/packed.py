@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import weight_index
 from slipstream.builder.graph.program import Program, StoredWeight
-from slipstream.plugins.linear import ACTIVATIONS, ZERO_KINDS
+from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size, scale_bytes
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, WeightFormat
@@ -50,6 +50,7 @@ def stored_blob(program: Program, tensor: LazyTensor, *, gated: bool) -> ir.Valu
 def format_attributes(format: WeightFormat) -> dict[str, int]:
     """The attributes by which a kernel reads a blob of this format."""
     return {
+        "weight_type": WEIGHT_TYPES[format.kind],
         "bits": format.bits,
         "group_size": format.group,
         "zero_kind": ZERO_KINDS[format.zero],

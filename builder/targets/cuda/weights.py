@@ -13,6 +13,7 @@ from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
 from slipstream.plugins.linear.cuda.tactics import describe
+from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
@@ -67,7 +68,11 @@ def _unrounded(tensor: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoreVectors:
-    """Norm weights, biases and sinks become stored arrays of ``dtype``."""
+    """Norm weights and biases become stored arrays of ``dtype``.
+
+    Float32 stay those that an operator reads in no other type, such as sinks, and what a router
+    adds to its scores, because its differences decide and may be far smaller than it is.
+    """
 
     dtype: str
 
@@ -75,20 +80,30 @@ class StoreVectors:
         """Store everything that is not stored yet."""
         vectors = list(program.weights.items())
         for name, tensor in vectors:
-            dense = as_dense(tensor, self.dtype)
-            part = ArraySpec(f"{name}.{self.dtype}", numpy_dtype(self.dtype), tensor.format.shape)
+            value = program.graph.initializers[name]
+            dtype = self._read_as(value)
+            dense = as_dense(tensor, dtype)
+            part = ArraySpec(f"{name}.{dtype}", numpy_dtype(dtype), tensor.format.shape)
             stored = StoredWeight(
                 (part,),
                 lambda dense=dense: (np.ascontiguousarray(dense.load().codes),),  # type: ignore[misc]
             )
-            program.graph.initializers[name].replace_all_uses_with(program.store(stored)[0])
+            value.replace_all_uses_with(program.store(stored)[0])
         return len(vectors)
+
+    def _read_as(self, value: ir.Value) -> str:
+        for node, index in value.uses():
+            spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
+            exact = spec is not None and self.dtype not in spec.inputs[index].dtypes
+            if exact or node.op_type == "Router":
+                return "float32"
+        return self.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles and what a router says."""
+    the rotary angles, and what a router reads and says."""
 
     dtype: str
 
@@ -99,8 +114,8 @@ class SetPrecision:
             if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
-                capped = any(reader.op_type == "SoftCap" for reader, _ in value.uses())
-                if not value.is_graph_output() and not capped:
+                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed

@@ -19,6 +19,7 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
 )
 from slipstream.plugins.expert_linear.cuda.tactics import GEMV_TOKENS, TILES, ExpertShape
 from slipstream.plugins.linear.cuda.linear import scale_kind
+from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
@@ -149,7 +150,7 @@ def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
     block = min(_GROUP_BLOCK, max(triton.next_power_of_2(pairs), 32))
     group_pairs[(experts,)](
         ids, found.order, found.bounds, found.tiles, pairs, length, EXPERTS=experts,
-        ALL=triton.next_power_of_2(experts), BLOCK=block, SIZES=TILES, PDL=pdl,
+        ALL=triton.next_power_of_2(experts), BLOCK=block, LEAST=TILES[0], SIZES=len(TILES), PDL=pdl,
         **launch_options(num_warps=4 if block <= _BLOCK else 8, pdl=pdl),
     )  # fmt: skip
     return found
@@ -178,7 +179,7 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic) -> None:
     lanes = tactic.block_k // vector_size(fmt)
     rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
-    padded = fmt.kind == "int" and k * fmt.bits != vectors * 128
+    padded = in_words(fmt) and k * fmt.bits != vectors * 128
     constants = {
         "N": n, "K": k, "VECTORS": vectors, "TOP_K": top_k, "SUM": experts.reduce,
         "RESIDUAL": inputs.residual is not None, "BR": rows,
@@ -192,10 +193,10 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic) -> None:
     grid = (triton.cdiv(experts.width, tactic.block_n), tokens * top_k)
     quads, codes = x.view(torch.int64), weight.codes.view(torch.int64)
     ends = (inputs.products, inputs.weights, inputs.residual, inputs.y, experts.counters)
-    if fmt.kind == "int":
+    if in_words(fmt):
         expert_gemv_int[grid](
-            inputs.ids, quads, codes, weight.scale, weight.shift, experts.bias, *ends,
-            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero, **constants,
+            inputs.ids, quads, codes, weight.chunk_scales, weight.shift, experts.bias, *ends,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind, **constants,
         )  # fmt: skip
         return
     fp8 = fmt.kind == "float8_e4m3"
@@ -218,11 +219,11 @@ def _dot(experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping
     tiles = most_tiles(len(y), experts.number, tactic.block_m)
     grid = (triton.cdiv(experts.width, tactic.block_n) * tiles,)
     grouped = grouping.of(tactic.block_m)
-    if fmt.kind == "int":
+    if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         expert_dot_int[grid](
             *grouped, inputs.x, weight.codes, weight.scale, weight.shift, experts.bias, y, len(y),
-            CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero,
+            CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return

@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins.cuda.kernels import begin
-from slipstream.plugins.linear.cuda.kernels.dot import along, decode, epilogue, narrow, product
+from slipstream.plugins.linear.cuda.kernels.dot import (
+    along,
+    decode,
+    epilogue,
+    groups_of,
+    narrow,
+    product,
+)
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 
 
@@ -28,14 +35,15 @@ def _cut(
 @triton.jit(do_not_specialize=["pairs", "length"])
 def group_pairs(
     ids, order, bounds, tiles, pairs, length,
-    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
-    PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
+    SIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Pairs (a token and one of its experts) in the order of their experts; a program an expert.
 
     order int32 [pairs]; bounds int32 [EXPERTS + 1], between which each expert's pairs are in it.
-    Every expert's pairs are cut into tiles, of each of the SIZES: tiles int32 [SIZES, 4 + 2 *
-    length] has their number and, from 4 on, the expert of each, and then its expert's first tile.
+    Every expert's pairs are cut into tiles of LEAST, of twice as many, and so on: tiles int32
+    [SIZES, 4 + 2 * length] has their number and, from 4 on, the expert of each, and then its
+    expert's first tile.
     """
     begin(PDL)
     mine = tl.program_id(0)
@@ -57,9 +65,9 @@ def group_pairs(
     tl.store(bounds + mine, start)
     if mine == EXPERTS - 1:
         tl.store(bounds + EXPERTS, start + own)
-    for size in tl.static_range(len(SIZES)):
+    for size in tl.static_range(SIZES):
         row = tiles + size * (4 + 2 * length)
-        _cut(row, counts, own, mine, length, SIZES[size], EXPERTS, ALL)
+        _cut(row, counts, own, mine, length, LEAST << size, EXPERTS, ALL)
 
 
 @triton.jit
@@ -156,7 +164,7 @@ def expert_dot_int(
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Integer weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
+    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
     begin(PDL)
     width: tl.constexpr = N // 2 if GATED else N
     if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
@@ -164,7 +172,7 @@ def expert_dot_int(
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty
-        GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+        GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
         j = tl.arange(0, 32)
         row = expert * N + tl.minimum(n, width - 1)
         w_at = weight + row[:, None] * (CHUNKS * 32) + j[None, :]
@@ -305,9 +313,10 @@ def expert_gemv_int(
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
     row = pair if SUM else pair // TOP_K
-    GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+    # The exponents of a chunk of float4 are one number.
+    GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
     biases = bias + expert * N if BIAS else bias
-    shifts = shift + expert * N * GROUPS if ZERO != "midpoint" else shift
+    shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
     width: tl.constexpr = N // 2 if GATED else N
     gemv_int(
         x + row * (K // 4), weight + expert * (N * VECTORS * 2),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slipstream.plugins.linear.cuda import tactics as linear
-from slipstream.plugins.linear.cuda.packing import padded_k
+from slipstream.plugins.linear.cuda.packing import in_words, padded_k
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
     Tactics,
@@ -24,7 +24,8 @@ BUCKETS = (*linear.BUCKETS, 512, 2048)
 # their own.
 GEMV_TOKENS = 8
 _GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
-# Rows of x of a tile; the pairs of a step are cut into tiles of every size at once.
+# Rows of x of a tile, each size twice the one before; the pairs of a step are cut into tiles of all
+# of them at once.
 TILES = (16, 32, 64, 128)
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
@@ -42,7 +43,7 @@ class ExpertShape:
     def vectors(self) -> int:
         """Vectors of 16 bytes in a row of the weight."""
         fmt = self.format
-        return (padded_k(fmt) if _in_words(fmt) else fmt.shape[1]) // vector_size(fmt)
+        return (padded_k(fmt) if in_words(fmt) else fmt.shape[1]) // vector_size(fmt)
 
     def key(self, bucket: int) -> str:
         """The key in the table of tactics."""
@@ -96,10 +97,6 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
     return list(dict.fromkeys(found))
 
 
-def _in_words(fmt: WeightFormat) -> bool:
-    return fmt.kind not in ("dense", "float8_e4m3")
-
-
 def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
     """Lanes along K and vectors in flight a row whose steps fill the rows: the widest two."""
     for widest in (64, 32, 16, 8):
@@ -137,7 +134,7 @@ def _dot(
     capability: tuple[int, int],
 ) -> Tactic:
     fmt = shape.format
-    columns = 1024 // fmt.bits if _in_words(fmt) else columns
+    columns = 1024 // fmt.bits if in_words(fmt) else columns
     found = Tactic("dot", rows, columns, warps, stages, swap=swap, block_m=tile)
     return fit_stages(found, fmt, shape.gated, tile, capability)
 

@@ -30,7 +30,7 @@ inline int block_tokens(int64_t left) {
   return left > 8 ? 8 : int(left);
 }
 
-// midpoint: the zero point times the sum of the codes, ready to be the start of the dot product. zero: the sum, to be
+// midpoint and float4: the zero point times the sum of the codes, ready to be the start of the dot product. zero: the sum, to be
 // multiplied by a row's zero point. offset: the sum of the quantized values, a float, to be multiplied by the offset.
 // Groups of 16: the sums of the first 16 codes and of the others, as two int16 (at most 16 * 128).
 inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t sum, float scale, float centre) {
@@ -39,8 +39,8 @@ inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t
     for (int i = 0; i < kBlock / 2; ++i) first += codes[i];
     return (uint32_t(first) & 0xffff) | uint32_t(sum - first) << 16;
   }
-  if (weight.zero == ZeroKind::midpoint) return uint32_t(-sum * (1 << (weight.bits - 1)));
   if (weight.zero == ZeroKind::zero) return uint32_t(-sum);
+  if (weight.zero != ZeroKind::offset) return uint32_t(-sum * midpoint_of(weight.zero, weight.bits));
   const float value = scale * float(sum) + kBlock * centre;
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);

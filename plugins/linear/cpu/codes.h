@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/simd.h"
+#include "weight.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {

@@ -6,7 +6,8 @@ namespace SLIPSTREAM_ISA {
 
 constexpr int kMaxTokens = 4;
 
-// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits.
+// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits;
+// four quads of float4, whose codes reach 24, at most 4*2*24*128 = 24576.
 inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x, int first, int last) {
   __m256i sum = _mm256_setzero_si256();
   for (int q = first; q < last; ++q) {
@@ -24,9 +25,9 @@ inline __m256i sum_nibbles(const __m256i* quad, int first, int last) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(sum, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
-// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Codes of 8 bits are kept as two nibbles, because
+// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up; codes of 8 bits are kept as two nibbles, because
 // products of whole bytes would saturate the 16-bit lanes of vpmaddubsw.
-template <int bits>
+template <int bits, bool float4>
 struct Codes {
   __m256i low[8];
   __m256i high[bits == 8 ? 8 : 1];
@@ -45,12 +46,20 @@ struct Codes {
         low[2 * i + 1] = odd;
       }
     }
+    if constexpr (float4) {
+      const __m256i table =
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloat4)));
+      for (int q = 0; q < 8; ++q) low[q] = _mm256_shuffle_epi8(table, low[q]);
+    }
   }
 
   // Quads first..last-1 alone, where half of them share a scale.
   Ints dot(const int8_t* x, Ints start, int first = 0, int last = 8) const {
-    const __m256i units = dot_nibbles(low, x, first, last);
-    start = _mm256_add_epi32(start, _mm256_madd_epi16(units, _mm256_set1_epi16(1)));
+    const int part = float4 ? 4 : 8;
+    for (int q = first; q < last; q += part) {
+      const __m256i units = dot_nibbles(low, x, q, last - q < part ? last : q + part);
+      start = _mm256_add_epi32(start, _mm256_madd_epi16(units, _mm256_set1_epi16(1)));
+    }
     if constexpr (bits == 8) {
       const __m256i sixteens = dot_nibbles(high, x, first, last);
       start = _mm256_add_epi32(start, _mm256_madd_epi16(sixteens, _mm256_set1_epi16(16)));

@@ -6,8 +6,8 @@ namespace SLIPSTREAM_ISA {
 
 constexpr int kMaxTokens = 16;  // accumulators of the largest token block, beside 8 vectors of codes
 
-// 32 codes of 16 rows: vector q holds k = 4q..4q+3 of every row.
-template <int bits>
+// 32 codes of 16 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up.
+template <int bits, bool float4>
 struct Codes {
   __m512i quad[8];
 
@@ -21,6 +21,10 @@ struct Codes {
         quad[q] = _mm512_and_si512(pair, low);
         quad[q + 1] = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
       }
+    }
+    if constexpr (float4) {
+      const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloat4)));
+      for (int q = 0; q < 8; ++q) quad[q] = _mm512_shuffle_epi8(table, quad[q]);
     }
   }
 
@@ -50,7 +54,7 @@ struct Codes {
       }
       sum = _mm512_add_epi32(sum, odd);
     } else {
-      // Eight nibbles fit a byte, and adding bytes leaves the units that multiply to the tokens.
+      // Eight codes, of at most 24, fit a byte, and adding bytes leaves the units that multiply to the tokens.
       __m512i bytes = quad[first];
       for (int q = first + 1; q < last; ++q) bytes = _mm512_add_epi8(bytes, quad[q]);
       sum = _mm512_dpbusd_epi32(sum, bytes, ones);

@@ -16,8 +16,8 @@ inline V load_as(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-// 32 codes of 4 rows: vector q holds k = 4q..4q+3 of every row.
-template <int bits>
+// 32 codes of 4 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up.
+template <int bits, bool float4>
 struct Codes {
   Bytes quad[8];
 
@@ -31,6 +31,9 @@ struct Codes {
         quad[2 * i + 1] = bytes >> 4;
       }
     }
+    if constexpr (float4)
+      for (Bytes& bytes : quad)
+        for (int i = 0; i < 16; ++i) bytes[i] = kFloat4[bytes[i]];
   }
 
   // Quads first..last-1 alone, where half of them share a scale.

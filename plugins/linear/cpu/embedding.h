@@ -39,12 +39,14 @@ inline void decode_row(const PackedWeight& weight, int64_t row, float* y) {
     if (k % kBlock == 0) {
       weight.bits == 4 ? decode_codes<4>(codes, block) : decode_codes<8>(codes, block);
       codes += kTile * kBlock * weight.bits / 8;
+      if (weight.zero == ZeroKind::float4)
+        for (int32_t& code : block) code = kFloat4[code];
     }
     const int64_t index = k / weight.group * kTile + lane;
     const float scale = scale_at(tile + layout.scales, index, weight.scale_bytes);
     const bool has_offset = weight.zero == ZeroKind::offset;
     const float offset = has_offset ? scale_at(tile + layout.zeros, index, weight.scale_bytes) : 0.0f;
-    int32_t zero = has_offset ? 0 : 1 << (weight.bits - 1);
+    int32_t zero = has_offset ? 0 : midpoint_of(weight.zero, weight.bits);
     if (weight.zero == ZeroKind::zero) zero = tile[layout.zeros + index];
     for (int i = 0; i < span; ++i) y[i] = float(block[k % kBlock + i] - zero) * scale + offset;
   }

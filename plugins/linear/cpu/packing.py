@@ -7,7 +7,8 @@ multiple of 64 bytes:
   ``k = 4*quad + i``; 4 bits: byte ``[pair 4, row 16, 4]`` holds the code of ``k = 8*pair + i`` in
   its low and of ``k = 8*pair + 4 + i`` in its high nibble. So a load of 64 bytes gives 16 rows four
   consecutive elements each (eight when they are nibbles).
-* scales ``[K/group, 16]``: float16 when the format's dtype is float16, else float32.
+* scales ``[K/group, 16]``: float16 when the format's dtype is float16, else float32. Those of
+  float4 are float32 and halved: the kernels look up twice its numbers, which are whole.
 * u8 zero points ``[K/group, 16]``, or offsets ``[K/group, 16]`` of the scales' type, or nothing.
 
 A gated weight (gate rows first, then as many up rows) alternates between tiles of gate rows and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from slipstream.weights.tensor import QuantTensor, WeightFormat
 TILE = 16
 BLOCK = 32
 HALF = 16  # the one narrower group, of 8-bit codes around their midpoint
+FLOAT4 = "float4_e2m1"
 _LINE = 64
 _CHUNK_BYTES = 1 << 20  # of codes handled at once, so that intermediate arrays stay in the cache
 
@@ -35,9 +38,11 @@ Bytes = NDArray[np.uint8]
 
 def can_pack(fmt: WeightFormat) -> bool:
     """Whether the CPU kernels can hold a weight of this format."""
-    if fmt.kind != "int" or len(fmt.shape) != 2 or fmt.rows != 1 or fmt.bits not in (4, 8):
+    if fmt.kind not in ("int", FLOAT4) or len(fmt.shape) != 2 or fmt.rows != 1:
         return False
     k = fmt.shape[1]
+    if fmt.bits not in (4, 8):
+        return False
     if fmt.group == HALF:
         return fmt.bits == 8 and fmt.zero == "midpoint" and k % BLOCK == 0
     return fmt.group >= BLOCK and fmt.group % BLOCK == 0 and k % fmt.group == 0
@@ -81,14 +86,14 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
     """The blob u8 ``[packed_size]`` of a quantized weight; lossless, see ``unpack``."""
     fmt = tensor.format
     layout = _layout(fmt, gated)
-    assert tensor.scale is not None
+    multipliers = _scales(tensor)
     number = np.float16 if scale_bytes(fmt) == 2 else np.float32
     zeros = tensor.zero if fmt.zero == "zero" else tensor.offset if fmt.zero == "offset" else None
     out = np.zeros((layout.tiles, layout.stride), np.uint8)
     for first, last in _chunks(layout):
         tiles = slice(first, last)
         _pack_codes(_rows_of(tensor.codes, gated, tiles), fmt.bits, out[tiles, : layout.codes])
-        scales = _tile_numbers(tensor.scale, layout, gated, tiles, np.dtype(number))
+        scales = _tile_numbers(multipliers, layout, gated, tiles, np.dtype(number))
         out[tiles, layout.codes : layout.codes + layout.scales] = scales
         if zeros is not None:
             kind = np.dtype(np.uint8 if fmt.zero == "zero" else number)
@@ -114,14 +119,23 @@ def unpack(blob: Bytes, fmt: WeightFormat, gated: bool = False, name: str = "") 
         )
         return _untile(rows, fmt.shape[0], gated)
 
+    multipliers: NDArray[Any] = numbers(scales, number)
     return QuantTensor(
         name,
         fmt,
         _untile(_unpack_codes(codes, fmt.bits), fmt.shape[0], gated),
-        numbers(scales, number),
+        multipliers * np.float32(2) if fmt.kind == FLOAT4 else multipliers,
         numbers(zeros, np.dtype(np.uint8)).astype(np.uint8) if fmt.zero == "zero" else None,
         numbers(zeros, number) if fmt.zero == "offset" else None,
     )
+
+
+def _scales(tensor: QuantTensor) -> NDArray[np.generic]:
+    """The numbers that a tile has of each group and row."""
+    assert tensor.scale is not None
+    if tensor.format.kind != FLOAT4:
+        return tensor.scale
+    return np.asarray(tensor.multipliers() * np.float32(0.5), np.float32)
 
 
 def _chunks(layout: _Layout) -> list[tuple[int, int]]:

@@ -50,14 +50,14 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
   for (int64_t g = 0; g < tile.groups; ++g) {
     const int64_t index = g * kTile + lane;
     const Floats scale = load_scales(tile.scales, index, tile.scale_bytes);
-    Ints zero_point = splat(zero == ZeroKind::midpoint ? 1 << (bits - 1) : 0);
+    Ints zero_point = splat(zero == ZeroKind::offset ? 0 : midpoint_of(zero, bits));
     [[maybe_unused]] Floats offset;
     if constexpr (zero == ZeroKind::zero) zero_point = load_bytes(tile.zeros + index);
     if constexpr (zero == ZeroKind::offset) offset = load_scales(tile.zeros, index, tile.scale_bytes);
     for (int b = 0; b < tile.blocks; ++b) {
       for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
       ahead += tile.step;
-      const Codes<bits> block(codes);
+      const Codes<bits, zero == ZeroKind::float4> block(codes);
       // What a token's centre multiplies: the sum of the weights, without their offset.
       const Floats weights = scale * to_floats(block.sum_less(zero_point));
       const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
@@ -101,7 +101,7 @@ void multiply_halves(const TileArgs& tile, int lane, const uint8_t* record, floa
     const Floats high = load_scales(tile.scales, index + kTile, tile.scale_bytes);
     for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
     ahead += tile.step;
-    const Codes<bits> block(codes);
+    const Codes<bits, false> block(codes);
     const Floats weights = fma(high, to_floats(block.sum_less(zero_point, 4, 8)),
                                low * to_floats(block.sum_less(zero_point, 0, 4)));
     const float* token_scales = reinterpret_cast<const float*>(record + tokens * kBlock);
@@ -168,6 +168,7 @@ TileKernel kernel_for(ZeroKind zero, int tokens) {
 
 inline TileKernel kernel_for(const PackedWeight& weight, int tokens) {
   if (weight.group < int(kBlock)) return kernel_for<8, ZeroKind::midpoint, true>(tokens);
+  if (weight.zero == ZeroKind::float4) return kernel_for<4, ZeroKind::float4>(tokens);
   return weight.bits == 4 ? kernel_for<4>(weight.zero, tokens) : kernel_for<8>(weight.zero, tokens);
 }
 

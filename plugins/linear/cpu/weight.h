@@ -6,8 +6,12 @@
 
 namespace slipstream {
 
-// How an integer code q becomes a weight: (q - 2^(bits-1)) s, (q - zero) s, or q s + offset.
-enum class ZeroKind : int32_t { midpoint = 0, zero = 1, offset = 2 };
+// How a code q becomes a weight: (q - 2^(bits-1)) s, (q - zero) s, q s + offset, or (kFloat4[q] - 12) s.
+enum class ZeroKind : int32_t { midpoint = 0, zero = 1, offset = 2, float4 = 3 };
+
+constexpr int kFloat4Type = 5;  // of weight_type
+// Twice the numbers of float4_e2m1, which are whole, plus 12; scales are stored halved.
+constexpr uint8_t kFloat4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct PackedWeight {
   const uint8_t* data;   // 64-byte alignment is faster, not required
@@ -22,6 +26,9 @@ struct PackedWeight {
 
 constexpr int kTile = 16;  // weight rows
 
+// What every code is less, where that is the same for all of them.
+static constexpr int midpoint_of(ZeroKind zero, int bits) { return zero == ZeroKind::float4 ? 12 : 1 << (bits - 1); }
+
 // Of a Linear or an Embedding, whose attributes have the same names.
 template <class Args>
 PackedWeight packed_weight(const Args& args, bool gated) {
@@ -30,7 +37,7 @@ PackedWeight packed_weight(const Args& args, bool gated) {
           args.out_features,
           static_cast<int32_t>(args.bits),
           static_cast<int32_t>(args.group_size),
-          static_cast<ZeroKind>(args.zero_kind),
+          args.weight_type == kFloat4Type ? ZeroKind::float4 : static_cast<ZeroKind>(args.zero_kind),
           static_cast<int32_t>(args.scale_bytes),
           gated};
 }

@@ -76,7 +76,8 @@ def dequantize(weight: DeviceWeight, dtype: torch.dtype, *, pdl: bool = False) -
     chunks = weight.codes.shape[1] // 32
     dequantize_words[(-(-n // 32), chunks)](
         weight.codes, weight.scale, weight.shift, out, n, k, chunks, BITS=fmt.bits,
-        GROUP=weight.group, ZERO=fmt.zero, SCALE=dtype != torch.int8, BN=32, PDL=pdl, **options,
+        GROUP=weight.group, ZERO=weight.zero_kind, SCALE=dtype != torch.int8, BN=32, PDL=pdl,
+        **options,
     )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
+from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
     DOT_TOKENS,
     GEMV_TOKENS,
@@ -82,13 +83,14 @@ def embedding(
     v, k = weight.format.shape
     tokens = token_ids.shape[0]
     y = torch.empty(tokens, k, dtype=dtype, device=token_ids.device)
-    kinds = {"dense": "dense", "float8_e4m3": "fp8", "int": "int"}
+    kinds = {"dense": "dense", "float8_e4m3": "fp8", "int": "int", "float4_e2m1": "int"}
     block = min(1024, triton.next_power_of_2(k))
     fmt = weight.format
     embedding_rows[(tokens, -(-k // block))](
         token_ids, last_tokens, slots, weight.typed_codes, weight.scale, weight.shift, y,
         1 if last_tokens is None else last_tokens.shape[0], v, k, BLOCK=block,
-        KIND=kinds[fmt.kind], BITS=fmt.bits, GROUP=fmt.group, ROWS=fmt.rows, ZERO=fmt.zero,
+        KIND=kinds[fmt.kind], BITS=fmt.bits, GROUP=fmt.group, ROWS=fmt.rows,
+        ZERO=weight.zero_kind,
         LAST=last_tokens is not None and slots is not None, PDL=pdl,
         **launch_options(num_warps=4, pdl=pdl),
     )  # fmt: skip
@@ -104,7 +106,7 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
     row_tensors = tactic.block_n // rows * (2 if inputs.gated else 1)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
-    padded = fmt.kind == "int" and k * fmt.bits != vectors * 128
+    padded = in_words(fmt) and k * fmt.bits != vectors * 128
     constants = {
         "K": k,
         "VECTORS": vectors,
@@ -124,10 +126,10 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     quads = x.view(torch.int64)  # four elements each
     gains = None if gain is None else gain.view(torch.int64)
     ends = (inputs.bias, inputs.residual, gains, y, n, inputs.norm_eps)
-    if fmt.kind == "int":
+    if in_words(fmt):
         gemv_int[grid](
-            quads, weight.codes.view(torch.int64), weight.scale, weight.shift, *ends,
-            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero, **constants,
+            quads, weight.codes.view(torch.int64), weight.chunk_scales, weight.shift, *ends,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind, **constants,
         )  # fmt: skip
         return
     fp8 = fmt.kind == "float8_e4m3"
@@ -168,11 +170,11 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial, tokens, n,
         inputs.norm_eps,
     )  # fmt: skip
-    if fmt.kind == "int":
+    if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         dot_int[grid](
             x, weight.codes, weight.scale, weight.shift, *ends,
-            BITS=fmt.bits, GROUP=weight.group, ZERO=fmt.zero,
+            BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             CHUNKS=chunks,
             EVEN=chunks * 1024 == k * fmt.bits and chunks % tactic.split_k == 0, **constants,
         )  # fmt: skip

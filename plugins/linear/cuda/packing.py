@@ -2,12 +2,13 @@
 
 Sections of one weight, each starting at a multiple of 256 bytes:
 
-* codes. Dense and float8 weights: ``[N, K]`` as they are. Integer groups: int32 words ``[N, W]``,
-  a word holding ``32 / bits`` codes, the lowest bits first. Words come in chunks of 32, which cover
-  ``32 * 32 / bits`` elements of K: code i of word j of a chunk is element ``32 * i + j`` of the
-  chunk, so that code i of neighbouring words meets neighbouring elements of x and 32 of them share
-  a scale. K is padded to whole chunks with zeros.
-* scales ``[N/rows, K/group]`` (rounded up), as ``scale_dtype`` says.
+* codes. Dense and float8 weights: ``[N, K]`` as they are. Integers and float4: int32 words
+  ``[N, W]``, a word holding ``32 / bits`` codes, the lowest bits first. Words come in chunks of 32,
+  which cover ``32 * 32 / bits`` elements of K: code i of word j of a chunk is element
+  ``32 * i + j`` of the chunk, so that code i of neighbouring words meets neighbouring elements of x
+  and 32 of them share a scale. K is padded to whole chunks with zeros.
+* scales ``[N/rows, K/group]`` (rounded up), as ``scale_dtype`` says. Those of float4 are exponents,
+  u8, the eight of a chunk together: K is padded for them, too.
 * integer groups: u8 zero points ``[N, K/group]``, or offsets of the scales' type, or nothing.
 * float32 ``input_scale [1]`` with static activations.
 """
@@ -21,6 +22,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.errors import CheckpointError
 from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES, ZERO_KINDS
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat, numpy_dtype
 
@@ -28,6 +30,8 @@ ALIGNMENT = 256
 WORDS = 32  # of a chunk
 DENSE_DTYPES = ("bfloat16", "float16")
 GROUPS = (32, 64, 128)
+FLOAT4, EXPONENTS = "float4_e2m1", "float8_e8m0fnu"
+_GREATEST_EXPONENT = 191  # kernels make a scale that is 2**63 times as large
 
 Bytes = NDArray[np.uint8]
 
@@ -57,14 +61,24 @@ def can_pack(fmt: WeightFormat) -> bool:
         channel = fmt.rows == 1 and fmt.group == k and fmt.activation != "group"
         block = fmt.rows == 128 and fmt.group == 128 and fmt.activation in ("none", "group")
         return channel or block
+    if fmt.kind == FLOAT4:
+        return fmt.rows == 1 and fmt.group == 32 and k % 32 == 0 and fmt.dtype == EXPONENTS
     if fmt.kind != "int" or fmt.rows != 1:
         return False
     whole_rows = fmt.group == k and fmt.bits == 8 and fmt.zero == "midpoint"
     return fmt.bits in (4, 8) and (whole_rows or (fmt.group in GROUPS and k % fmt.group == 0))
 
 
+def in_words(fmt: WeightFormat) -> bool:
+    """Whether the codes of a weight are in words of several."""
+    return fmt.kind in ("int", FLOAT4)
+
+
 def scale_dtype(fmt: WeightFormat) -> str:
-    """The type of packed scales and offsets: float16 stays, all others become float32."""
+    """The type of packed scales and offsets: float16 stays, exponents are bytes, all others become
+    float32."""
+    if fmt.kind == FLOAT4:
+        return "uint8"
     return "float16" if fmt.dtype == "float16" else "float32"
 
 
@@ -79,6 +93,7 @@ def sections(fmt: WeightFormat) -> dict[str, Section]:
         parts["codes"] = ("float8_e4m3fn", (n, k))
         parts["scale"] = ("float32", (-(-n // fmt.rows), groups))
     else:
+        groups = padded_k(fmt) // fmt.group if fmt.kind == FLOAT4 else groups
         parts["codes"] = ("int32", (n, padded_k(fmt) * fmt.bits // 32))
         parts["scale"] = (scale_dtype(fmt), (n, groups))
         if fmt.zero == "zero":
@@ -95,7 +110,7 @@ def sections(fmt: WeightFormat) -> dict[str, Section]:
 
 
 def padded_k(fmt: WeightFormat) -> int:
-    """K of an integer weight, rounded up to whole chunks of 32 words."""
+    """K of a weight in words, rounded up to whole chunks of 32 words."""
     chunk = WORDS * 32 // fmt.bits
     return -(-fmt.shape[1] // chunk) * chunk
 
@@ -111,8 +126,8 @@ def pack(tensor: QuantTensor) -> Bytes:
     fmt = tensor.format
     assert can_pack(fmt), fmt
     arrays: dict[str, NDArray[np.generic] | None] = {
-        "codes": pack_codes(tensor.codes, fmt) if fmt.kind == "int" else tensor.codes,
-        "scale": tensor.scale,
+        "codes": pack_codes(tensor.codes, fmt) if in_words(fmt) else tensor.codes,
+        "scale": _exponents(tensor) if fmt.kind == FLOAT4 else tensor.scale,
         "zero": tensor.zero,
         "offset": tensor.offset,
         "input_scale": tensor.input_scale,
@@ -134,9 +149,28 @@ def unpack(blob: Bytes, fmt: WeightFormat, name: str = "") -> QuantTensor:
         for key, s in sections(fmt).items()
     }
     codes = parts.pop("codes")
-    if fmt.kind == "int":
+    if in_words(fmt):
         codes = unpack_codes(codes, fmt)
+    if fmt.kind == FLOAT4:
+        groups = fmt.shape[1] // fmt.group
+        parts["scale"] = np.ascontiguousarray(parts["scale"][:, :groups]).view(
+            numpy_dtype(EXPONENTS)
+        )
     return QuantTensor(name, fmt, codes, **parts)
+
+
+def _exponents(tensor: QuantTensor) -> NDArray[np.uint8]:
+    """The scales of float4 groups as bytes, those of whole chunks."""
+    assert tensor.scale is not None
+    n, groups = tensor.scale.shape
+    exponents = np.zeros((n, padded_k(tensor.format) // tensor.format.group), np.uint8)
+    exponents[:, :groups] = tensor.scale.view(np.uint8)
+    if exponents.max(initial=0) > _GREATEST_EXPONENT or tensor.scale2 is not None:
+        raise CheckpointError(
+            f"tensor {tensor.name} has scales of MXFP4 that are beyond 2**64 or are multiplied by "
+            "another one; build with --target cpu, or download the checkpoint again"
+        )
+    return exponents
 
 
 def pack_codes(codes: NDArray[np.generic], fmt: WeightFormat) -> NDArray[np.int32]:
@@ -198,7 +232,7 @@ def format_of(attributes: Mapping[str, int]) -> WeightFormat:
     return WeightFormat(
         shape,
         kind,  # type: ignore[arg-type]
-        "float16" if narrow else "float32",
+        EXPONENTS if kind == FLOAT4 else "float16" if narrow else "float32",
         attributes["bits"],
         attributes["group_size"],
         _name(ZERO_KINDS, attributes["zero_kind"]),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.detect import shared_memory
+from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words
 from slipstream.weights.tensor import WeightFormat
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class Tactic:
 
 def vector_size(fmt: WeightFormat) -> int:
     """Elements of a weight in 16 bytes."""
-    bits = {"dense": 16, "float8_e4m3": 8, "int": fmt.bits}[fmt.kind]
-    return 128 // bits
+    return 128 // (fmt.bits or 16)
 
 
 def weight_key(fmt: WeightFormat) -> str:
@@ -63,6 +63,8 @@ def weight_key(fmt: WeightFormat) -> str:
         return fmt.dtype
     if fmt.kind == "float8_e4m3":
         return "fp8block" if fmt.rows > 1 else "fp8"
+    if fmt.kind == FLOAT4:
+        return "mxfp4"
     if whole_rows(fmt):
         return "int8row"
     return f"int{fmt.bits}g{fmt.group}{fmt.zero[0]}"
@@ -80,7 +82,7 @@ def whole_rows(fmt: WeightFormat) -> bool:
 
 def can_stream(fmt: WeightFormat) -> bool:
     """Whether gemv and dot can read the rows of a weight in whole vectors."""
-    return fmt.shape[1] % (4 if fmt.kind == "int" else vector_size(fmt)) == 0
+    return fmt.shape[1] % (4 if in_words(fmt) else vector_size(fmt)) == 0
 
 
 def multiplies_in(fmt: WeightFormat) -> str:
@@ -191,7 +193,7 @@ def fit_stages(
     tactic: Tactic, fmt: WeightFormat, gated: bool, tile: int, capability: tuple[int, int]
 ) -> Tactic:
     """A dot of ``tile`` rows of x with as many stages as shared memory holds, at least two."""
-    elements = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
+    elements = 1024 // fmt.bits if in_words(fmt) else tactic.block_k
     bits = fmt.bits or 16
     rows = tactic.block_n * (2 if gated else 1)
     stage = elements * (2 * tile + rows * bits // 8)
@@ -223,9 +225,9 @@ def _gemv_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic
         (4, 32, 2, 1), (4, 32, 2, 2), (4, 32, 4, 1), (4, 32, 4, 2), (8, 32, 2, 1), (8, 32, 2, 2),
         (8, 64, 4, 1), (8, 64, 2, 2), (2, 32, 4, 1),
     ]  # fmt: skip
-    if not gated and fmt.kind != "int":
+    if not gated and not in_words(fmt):
         choices += [(8, 32, 1, 2), (8, 32, 1, 4), (4, 32, 1, 4)]
-    if fmt.kind == "int" and tokens == 1:
+    if in_words(fmt) and tokens == 1:
         choices += [(4, 32, 8, 1), (4, 64, 8, 1)]
     return [
         Tactic(
@@ -244,7 +246,7 @@ def _dot_candidates(
     fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
 ) -> list[Tactic]:
     """Rows and elements of K of a tile, warps, and whether the weight is on the left."""
-    whole = 1024 // fmt.bits if fmt.kind == "int" else 0
+    whole = 1024 // fmt.bits if in_words(fmt) else 0
     choices = [(16, 256, 4, False), (32, 128, 4, False), (64, 128, 4, False), (32, 64, 4, False)]
     if tokens > 64:
         choices = [(32, 64, 4, False), (64, 64, 4, False), (128, 64, 8, False)]

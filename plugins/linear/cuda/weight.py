@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting
-from slipstream.plugins.linear.cuda.packing import sections
+from slipstream.plugins.linear.cuda.packing import FLOAT4, sections
 from slipstream.plugins.linear.cuda.tactics import whole_rows
 from slipstream.weights.tensor import WeightFormat
 
@@ -19,8 +19,10 @@ _TILE_ROWS = 16  # of the smallest tile of the split dot
 class DeviceWeight:
     """Views of the sections of a blob (see ``packing``) on the device.
 
-    codes     dense ``[N, K]`` of its dtype; float8_e4m3fn ``[N, K]``; int32 words ``[N, W]``.
-    scale     ``[N/rows, K/group]``; zero u8 and offset ``[N, K/group]``; input_scale ``[1]``.
+    codes     dense ``[N, K]`` of its dtype; float8_e4m3fn ``[N, K]``; int32 words ``[N, W]`` of
+              integers and float4.
+    scale     ``[N/rows, K/group]``, of float4 u8 ``[N, W/4]``; zero u8 and offset
+              ``[N, K/group]``; input_scale ``[1]``.
     counters  int32, zero between launches: how many programs of a tile are done.
     """
 
@@ -76,8 +78,20 @@ class DeviceWeight:
         return self.codes.view(torch.uint8)
 
     @property
+    def chunk_scales(self) -> Tensor | None:
+        """The scales as gemv reads them: the eight exponents of a float4 chunk as an int64."""
+        if self.scale is None or self.format.kind != FLOAT4:
+            return self.scale
+        return self.scale.view(torch.int64)
+
+    @property
+    def zero_kind(self) -> str:
+        """What kernels of words call ZERO: how a code becomes a number."""
+        return "e2m1" if self.format.kind == FLOAT4 else self.format.zero
+
+    @property
     def group(self) -> int:
-        """Elements of a group of an integer weight; 0 for a scale a row."""
+        """Elements of a group of codes in words; 0 for a scale a row."""
         return 0 if whole_rows(self.format) else self.format.group
 
 

@@ -104,15 +104,18 @@ def test_a_weight_is_one_value_however_often_it_is_read() -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_paged_attention_leaves_out_what_it_has_not(int8: bool, qk_norm: bool) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_paged_attention_leaves_out_what_it_has_not(int8: bool, qk_norm: bool, sinks: bool) -> None:
     o = ops(attention_cache("int8" if int8 else "float32", [0], 16, 1, 8))
     qkv, *rotary = (given(o, *named) for named in (("qkv", 32), ("cos", 4), ("sin", 4)))
     norms = [dense("q_norm", 8), dense("k_norm", 8)] if qk_norm else []
-    o.output(o.paged_attention(qkv, (rotary[0], rotary[1]), norms, ATTENTION), "y")
+    sink = dense("sinks", 2) if sinks else None
+    o.output(o.paged_attention(qkv, (rotary[0], rotary[1]), norms, ATTENTION, sink), "y")
     verify(o.program, "the test")
     expected = ["qkv", "cos", "sin", "kv_cache", "query_start", "context_len", "page_table"]
-    expected += ["slot_mapping", *(["kv_scales"] if int8 else ["_"] if qk_norm else [])]
-    expected += [norm.name for norm in norms]
+    last = [norm.name for norm in norms] or (["_", "_"] if sinks else [])
+    last += ["sinks"] if sinks else []
+    expected += ["slot_mapping", *(["kv_scales"] if int8 else ["_"] if last else []), *last]
     assert f"y = PagedAttention({', '.join(expected)}) " in listing(o.program)[0]
     assert shape(o.program.graph.outputs[0]) == ["T", 16]
 

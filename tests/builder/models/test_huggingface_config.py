@@ -14,17 +14,26 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -33,7 +42,18 @@ from slipstream.builder.models.huggingface_config import describe, rotary_fracti
 from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.errors import CheckpointError, EngineMismatchError
 
+EXPERT_CLASSES: dict[str, Any] = {
+    "MixtralForCausalLM": MixtralConfig,
+    "Qwen2MoeForCausalLM": Qwen2MoeConfig,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "OlmoeForCausalLM": OlmoeConfig,
+    "GraniteMoeForCausalLM": GraniteMoeConfig,
+    "GraniteMoeSharedForCausalLM": GraniteMoeSharedConfig,
+    "Glm4MoeForCausalLM": Glm4MoeConfig,
+    "GptOssForCausalLM": GptOssConfig,
+}
 CLASSES: dict[str, Any] = {
+    **EXPERT_CLASSES,
     "GemmaForCausalLM": GemmaConfig,
     "Gemma2ForCausalLM": Gemma2Config,
     "Gemma3ForCausalLM": Gemma3TextConfig,
@@ -131,6 +151,8 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
         raw = {**raw, "rope_parameters": {"full_attention": raw["rope_parameters"]}}
     if architecture == "Gemma3ForCausalLM":  # which has no older name of the kind
         raw = json.loads(json.dumps(raw).replace('"type"', '"rope_type"'))
+    if architecture == "Glm4MoeForCausalLM":  # whose heads by default cannot be halved
+        raw = {"head_dim": 16, **raw}
     ours = ModelConfig.from_huggingface({"architectures": [architecture], **raw})
     theirs = CLASSES[architecture](**json.loads(json.dumps(raw)))
 
@@ -159,6 +181,31 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
     for key in set(rope) - {"rope_theta", "rope_type", "type"} - others:
         value = getattr(ours.rope_scaling, key)
         assert (list(value) if isinstance(value, tuple) else value) == rope[key]
+
+
+@pytest.mark.parametrize("architecture", [*EXPERT_CLASSES, "GraniteMoeHybridForCausalLM"])
+@pytest.mark.parametrize("changes", [{}, {"num_experts_per_tok": 3}, {"norm_topk_prob": True}])
+def test_experts_are_those_of_transformers(architecture: str, changes: dict[str, Any]) -> None:
+    if architecture == "GraniteMoeHybridForCausalLM":
+        changes = {**changes, "layer_types": ["full_attention"] * 32, "mamba_d_head": 64}
+    if architecture == "Glm4MoeForCausalLM":
+        changes = {**changes, "head_dim": 16}
+    config = ModelConfig.from_huggingface({"architectures": [architecture], **changes})
+    classes = {**EXPERT_CLASSES, "GraniteMoeHybridForCausalLM": GraniteMoeHybridConfig}
+    theirs, ours = classes[architecture](**changes), config.extras
+    extras = {
+        "experts": ("num_local_experts", "num_experts"),
+        "experts_per_token": ("num_experts_per_tok",),
+        "expert_width": ("moe_intermediate_size", "intermediate_size"),
+        # Where there is no such key, the weights of the best experts always add up to 1.
+        "renormalize": ("norm_topk_prob",),
+    }
+    for name, keys in extras.items():
+        values = [getattr(theirs, key) for key in keys if hasattr(theirs, key)]
+        assert ours[name] == (values or [True])[0], name
+    assert all(ours[key] == getattr(theirs, key) for key in ours if hasattr(theirs, key))
+    dense = ours.get("dense_layers", [])
+    assert len(dense) == getattr(theirs, "first_k_dense_replace", 0)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +241,14 @@ def test_every_value_is_that_of_transformers(architecture: str, raw: dict[str, A
         ("SmolLM3ForCausalLM", SLIDING | {"no_rope_layers": [1, 0, 1, 0]}, 64, [0, 64, 0, 64]),
         ("Qwen2ForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("Qwen2ForCausalLM", SLIDING, 64, [0, 0, 64, 64]),
+        ("Qwen2MoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Qwen2MoeForCausalLM", SLIDING, 64, [64, 0, 0, 0]),
+        ("Qwen2MoeForCausalLM", SLIDING | {"max_window_layers": 4}, 64, [64, 0, 64, 0]),
+        ("OlmoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GraniteMoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Glm4MoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("GptOssForCausalLM", {}, 128, [128, 0, 128, 0]),
+        ("GptOssForCausalLM", {"sliding_window": None}, None, [0, 0, 0, 0]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 4}, None, [0, 0, 0, 0]),
         ("Qwen3ForCausalLM", SLIDING | {"max_window_layers": 0}, 64, [64] * 4),
         (
@@ -230,6 +285,11 @@ def test_windows_layer_by_layer(
         ("Gemma3ForCausalLM", (True, True, False, True)),
         ("MistralForCausalLM", (False, False, False, False)),
         ("Qwen2ForCausalLM", (True, False, False, False)),
+        ("Qwen2MoeForCausalLM", (True, False, False, False)),
+        ("OlmoeForCausalLM", (True, True, False, False)),
+        ("GraniteMoeForCausalLM", (True, True, True, False)),
+        ("Glm4MoeForCausalLM", (True, False, False, False)),
+        ("GptOssForCausalLM", (True, True, False, False)),
         ("Qwen3ForCausalLM", (True, True, False, True)),
     ],
 )
@@ -496,6 +556,13 @@ def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> Non
         rotary_frequencies(config.rope(0))
 
 
+def test_a_token_chooses_within_groups_that_have_its_experts() -> None:
+    groups = {"n_group": 32, "topk_group": 1}
+    with pytest.raises(CheckpointError, match="topk_group is 1; expected groups that have 8 exp"):
+        huggingface("Glm4MoeForCausalLM", **groups)
+    assert huggingface("Glm4MoeForCausalLM", **groups | {"topk_group": 2}).extras["n_group"] == 32
+
+
 @pytest.mark.parametrize(
     ("architecture", "key", "value"),
     [
@@ -509,6 +576,19 @@ def test_numbers_that_give_no_angles_are_refused(changes: dict[str, Any]) -> Non
         ("SmolLM3ForCausalLM", "no_rope_layers", [1, 1, 1, 2]),
         ("SmolLM3ForCausalLM", "no_rope_layer_interval", 0),
         ("Olmo3ForCausalLM", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}),
+        ("OlmoeForCausalLM", "clip_qkv", 0),
+        ("OlmoeForCausalLM", "num_experts_per_tok", 65),
+        ("Qwen2MoeForCausalLM", "decoder_sparse_step", 0),
+        ("Qwen2MoeForCausalLM", "shared_expert_intermediate_size", 0),
+        ("GraniteMoeForCausalLM", "num_local_experts", 0),
+        ("GraniteMoeHybridForCausalLM", "layer_types has layers of the kind mamba", None),
+        ("GraniteMoeHybridForCausalLM", "layers_block_type", ["attention", "mamba"]),
+        ("GptOssForCausalLM", "swiglu_alpha", 1.0),
+        ("GptOssForCausalLM", "swiglu_limit", 5.0),
+        ("Glm4MoeForCausalLM", "n_group", 3),
+        ("Glm4MoeForCausalLM", "n_group", 128),
+        ("Glm4MoeForCausalLM", "topk_group", 2),
+        ("Glm4MoeForCausalLM", "n_shared_experts", 0),
     ],
 )
 def test_a_value_that_a_family_cannot_have_is_refused(

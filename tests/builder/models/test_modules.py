@@ -10,11 +10,12 @@ import pytest
 from tests.integration.test_architectures import CONFIGS
 from tests.tiny_models import LLAMA, save_tiny
 
+from slipstream.builder.checkpoints.huggingface.experts import by_expert
 from slipstream.builder.models import ARCHITECTURES, architectures, load_architecture
 from slipstream.builder.models.architecture import Architecture, differing, stacked
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import DECODER
-from slipstream.builder.models.module import LAYER, Extent, Module, hidden, inner, pattern
+from slipstream.builder.models.module import LAYER, Extent, Module, head, hidden, inner, pattern
 from slipstream.weights.safetensors import read_header
 
 CLASSES = {load_architecture(name).name: name for name in ARCHITECTURES}
@@ -26,13 +27,15 @@ def configuration(**changes: Any) -> ModelConfig:  # noqa: ANN401 - keys of conf
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """As it saves them: a tied head goes without, and experts have tensors of their own."""
+    """As it saves them: a tied head goes without, and experts have tensors of their own or parts of
+    one."""
     theirs = CONFIGS[name]
     save_tiny(theirs, tmp_path)
-    stored = read_header(tmp_path / "model.safetensors")
     raw = {**theirs.to_dict(), "architectures": [CLASSES[theirs.model_type]]}
     config = ModelConfig.from_huggingface(raw)
-    shapes = load_architecture(CLASSES[theirs.model_type]).shapes(config)
+    architecture = load_architecture(CLASSES[theirs.model_type])
+    stored = by_expert(read_header(tmp_path / "model.safetensors"), architecture.modules, config)
+    shapes = architecture.shapes(config)
     assert shapes == {key: tensor.shape for key, tensor in stored.items()}
     assert all(config.weight_shape(key) == shape for key, shape in shapes.items())
 
@@ -92,12 +95,15 @@ def shard(module: Module, weight: Any, config: ModelConfig, rank: int, ranks: in
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_name_has_one_in_gguf_and_comes_back(name: str) -> None:
-    config = configuration(architectures=[name], attention_bias=True)
+    """But for what those files hold in parts."""
+    layers = ["full_attention"] * LLAMA["num_hidden_layers"]
+    config = configuration(architectures=[name], attention_bias=True, layer_types=layers)
     architecture = load_architecture(name)
-    names = {ours: architecture.to_gguf(ours) for ours in architecture.shapes(config)}
+    shapes = [ours for ours in architecture.shapes(config) if ".shared_mlp." not in ours]
+    names = {ours: architecture.to_gguf(ours) for ours in shapes}
     assert None not in names.values() and len(set(names.values())) == len(names)
     assert all(architecture.from_gguf(theirs or "") == ours for ours, theirs in names.items())
-    assert architecture.from_gguf("blk.0.attn_sinks.weight") is None
+    assert architecture.from_gguf("blk.0.attn_nothing.weight") is None
     assert architecture.from_gguf("blk.0.attn_q.scale") is None
 
 
@@ -108,7 +114,8 @@ def test_llama_cpp_reorders_rows_of_q_and_k_of_the_llamas_alone() -> None:
         for architecture in architectures()
     }
     llamas = {name for name, rows in permuted.items() if rows}
-    assert llamas == {"llama", "mistral", "ministral", "ministral3", "granite", "smollm3"}
+    granites = {"granite", "granitemoe", "granitemoeshared", "granitemoehybrid"}
+    assert llamas == {"llama", "mistral", "ministral", "ministral3", "smollm3", *granites}
     assert all(permuted[name] == ["blk.{i}.attn_q", "blk.{i}.attn_k"] for name in llamas)
 
 
@@ -165,3 +172,19 @@ def test_a_difference_from_a_row_that_is_not_there_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="not every row"):
         stacked(DECODER, "qkv_proj", ("q_proj", "w_proj"))
     assert pattern("a.{i}.b").fullmatch("a.x.b") is None
+
+
+def test_a_bare_tensor_has_the_name_of_its_module() -> None:
+    config, llama = configuration(), load_architecture("LlamaForCausalLM")
+    place = f"{LAYER}.self_attn.sinks"
+    sinks = Module(place, "norm", (head,), bare=True, gguf="blk.{i}.attn_sinks.weight")
+    sinking = Architecture(
+        "sinking", llama.decoder, (*llama.modules, sinks), llama.defaults, llama.read
+    )
+    name = "model.layers.1.self_attn.sinks"
+    assert sinking.shapes(config)[name] == (32,) == sinking.shape(config, name)
+    assert f"{name}.weight" not in sinking.shapes(config)
+    assert sinking.shape(config, f"{name}.weight") is None
+    assert sinking.shape(config, "model.norm") is None
+    assert sinking.to_gguf(name) == "blk.1.attn_sinks.weight"
+    assert sinking.from_gguf("blk.1.attn_sinks.weight") == name

@@ -243,11 +243,14 @@ int64_t weight(Random& random, Case& made, int64_t& n, int64_t& k, bool gated) {
   const int64_t group = random.of<int64_t>({16, 32, 64, 96});
   k = group * random.in(1, 3) * (group == 16 ? 2 : 1);
   n = random.in(1, 70);
-  const int64_t bits = group == 16 ? 8 : random.of<int64_t>({4, 8}), zero = group == 16 ? 0 : random.in(0, 2);
+  const int64_t zero = group == 16 ? 0 : random.in(0, 3);
+  const bool float4 = ZeroKind(zero) == ZeroKind::float4;
+  const int64_t bits = group == 16 ? 8 : float4 ? 4 : random.of<int64_t>({4, 8});
   const int64_t scale_bytes = random.of<int64_t>({2, 4});
   auto& attributes = made.info.attributes;
   attributes = {{"in_features", k}, {"out_features", n}, {"bits", bits}, {"group_size", group},
-                {"zero_kind", zero}, {"scale_bytes", scale_bytes}, {"activation", int64_t(4)}};
+                {"zero_kind", float4 ? 0 : zero}, {"scale_bytes", scale_bytes}, {"activation", int64_t(4)},
+                {"weight_type", int64_t(float4 ? kFloat4Type : 0)}};
   return packed_bytes({nullptr, k, n, int32_t(bits), int32_t(group), ZeroKind(zero), int32_t(scale_bytes), gated});
 }
 

@@ -11,6 +11,8 @@ def random_weight(fmt: WeightFormat, seed: int = 0) -> QuantTensor:
     """Random codes, and scales that give weights of about one."""
     rng = np.random.default_rng(seed)
     n, k = fmt.shape
+    if fmt.kind == "float4_e2m1":
+        return random_float4(fmt, rng)
     if fmt.kind != "int":
         return _random_float_weight(fmt, rng)
     shape = (n, k // fmt.group)
@@ -21,6 +23,14 @@ def random_weight(fmt: WeightFormat, seed: int = 0) -> QuantTensor:
     return QuantTensor(
         "w", fmt, pack_nibbles(codes) if fmt.bits == 4 else codes, scale, zero, offset
     )
+
+
+def random_float4(fmt: WeightFormat, rng: np.random.Generator) -> QuantTensor:
+    """Every code, and exponents around that of a thirty-second."""
+    n, k = fmt.shape
+    codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    exponents = rng.integers(120, 124, (n, k // fmt.group), dtype=np.uint8)
+    return QuantTensor("w", fmt, pack_nibbles(codes), exponents.view(numpy_dtype(fmt.dtype)))
 
 
 def _random_float_weight(fmt: WeightFormat, rng: np.random.Generator) -> QuantTensor:

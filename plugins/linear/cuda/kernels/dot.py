@@ -245,6 +245,23 @@ def _in_mantissa(words, PLACE: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
+def float4(words, i: tl.constexpr):
+    """The float4_e2m1 at code i of words, times 2**-126, as a float32: its exponent and mantissa
+    are the last bit pair and the first bit of that type's, where the least are denormal too."""
+    sign = (words << (28 - 4 * i)) & -2147483648
+    moved = words << (22 - 4 * i) if i < 6 else words >> (4 * i - 22)
+    size = moved & 0x01C00000
+    return (sign | size).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power(exponents):
+    """float8_e8m0fnu up to 2**64, as bytes, times 2**63: what is left of a scale where a ``float4``
+    has been multiplied by 2**63."""
+    return (((exponents & 255) + 63) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def decode(
     words, i: tl.constexpr, scale, shift, row_start, group, GROUPS: tl.constexpr,
     DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
@@ -254,6 +271,10 @@ def decode(
 
     A code moved into the mantissa of 2**7 or 2**11 is that number plus the code.
     """
+    if ZERO == "e2m1":
+        place = row_start + tl.minimum(group + i, GROUPS - 1)
+        factor = power(tl.load(scale + place).to(tl.int32))
+        return (float4(words, i) * 2.0**63 * factor[:, None]).to(DTYPE)
     if BITS == 8:
         codes = ((words >> (8 * i)) & 255).to(tl.float32)
         zero = 0.0
@@ -280,6 +301,14 @@ def decode(
     return values.to(DTYPE)
 
 
+@triton.constexpr_function
+def groups_of(K: int, CHUNKS: int, GROUP: int, ZERO: str) -> int:
+    """The scales that are stored of a row; those of float4 are of whole chunks."""
+    if ZERO == "e2m1":
+        return CHUNKS * 8
+    return K // GROUP if GROUP else 1
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def dot_int(
     x, weight, scale, shift, bias, residual, gain, y, counters, partial, tokens, N, eps,
@@ -288,7 +317,7 @@ def dot_int(
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An integer weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
+    """A weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
 
     GROUP 0 is a scale a row; ZERO as in ``gemv_int``; EVEN: no chunk is padded and SPLIT divides
     CHUNKS. Grid, counters and partial as in ``dot_float``.
@@ -303,7 +332,7 @@ def dot_int(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     j = tl.arange(0, 32)
     row = tl.minimum(n, width - 1)
-    GROUPS: tl.constexpr = K // GROUP if GROUP else 1
+    GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
     STEPS: tl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     start = tl.program_id(2) * STEPS
     w_at = weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + j[None, :]

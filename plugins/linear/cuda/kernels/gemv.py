@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+from slipstream.plugins.linear.cuda.kernels.dot import float4, power
 
 
 @triton.jit
@@ -294,8 +295,11 @@ def _code(word, i: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _power(i: tl.constexpr, BITS: tl.constexpr):
-    """What x is multiplied by to meet code i: the products are then times 2**-64."""
+def _power(i: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
+    """What x is multiplied by to meet code i: the products are then times 2**-64, or 2**-63 for
+    float4, as whose scales the other 2**63 are."""
+    if ZERO == "e2m1":
+        return 2.0**63
     return 2.0 ** (85 - (i % (20 // BITS)) * BITS)
 
 
@@ -314,10 +318,16 @@ def _read_groups(
     scale, shift, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr, GROUP: tl.constexpr,
     COUNT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Scales, and zeros or offsets, of the COUNT groups of a lane's words, as they are stored."""
+    """Scales, and zeros or offsets, of the COUNT groups of a lane's words, as they are stored: of
+    float4, all in one int64."""
     scales = ()
     shifts = ()
-    if GROUP:
+    if ZERO == "e2m1":
+        chunks = tl.cdiv(K, 256)
+        chunk = tl.minimum((first + lanes) >> 3, chunks - 1)
+        for r in tl.static_range(RT):
+            scales = scales + (tl.load(scale + rows[r] * chunks + chunk),)
+    elif GROUP:
         groups = K // GROUP
         for g in tl.static_range(COUNT):
             group = tl.minimum(((first + lanes) >> 3) * COUNT + g, groups - 1)
@@ -337,11 +347,12 @@ def gemv_int(
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An integer weight of groups [N, words]; GROUP 0 is a scale a row.
+    """A weight of groups [N, words]; GROUP 0 is a scale a row.
 
-    ZERO "midpoint", "zero" (shift u8 [N, K/GROUP]) or "offset" (shift of the scales' type). x,
-    gain and weight are read as int64; VECTORS is the number of 16-byte vectors in a row, EVEN that
-    they are a multiple of DEPTH * Q without padding. BF16 is the type of x.
+    ZERO "midpoint", "zero" (shift u8 [N, K/GROUP]) or "offset" (shift of the scales' type) for
+    integers; "e2m1" for float4, whose scales are int64 [N, chunks], the exponents of a chunk in
+    each. x, gain and weight are read as int64; VECTORS is the number of 16-byte vectors in a row,
+    EVEN that they are a multiple of DEPTH * Q without padding. BF16 is the type of x.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -406,7 +417,7 @@ def gemv_int(
                                 square += value * value
                                 value = value * gains[v]
                             total += value
-                            xs = xs + (value * _power(g * PER_GROUP + j, BITS),)
+                            xs = xs + (value * _power(g * PER_GROUP + j, BITS, ZERO),)
                         newer_totals = newer_totals + (total,)
                         newer_squares = newer_squares + (square,)
                     totals = newer_totals
@@ -416,7 +427,10 @@ def gemv_int(
                         codes = ()
                         for v in tl.static_range(4):
                             word = words[r * 4 + v].to(tl.uint32, bitcast=True)
-                            codes = codes + (_code(word, g * PER_GROUP + j, BITS),)
+                            if ZERO == "e2m1":
+                                codes = codes + (float4(words[r * 4 + v], g * PER_GROUP + j),)
+                            else:
+                                codes = codes + (_code(word, g * PER_GROUP + j, BITS),)
                         for t in tl.static_range(T):
                             part = parts[r * T + t]
                             for v in tl.static_range(4):
@@ -426,14 +440,18 @@ def gemv_int(
                 added = ()
                 for r in tl.static_range(RT):
                     zero = 2.0 ** (BITS - 1)
-                    if ZERO != "midpoint":
+                    if ZERO == "e2m1":
+                        factor = power((scales[d * RT + r] >> (8 * g)).to(tl.int32))
+                    elif GROUP:
+                        factor = scales[(d * COUNT + g) * RT + r].to(tl.float32)
+                    if ZERO == "zero" or ZERO == "offset":
                         zero = shifts[(d * COUNT + g) * RT + r].to(tl.float32)
                     for t in tl.static_range(T):
                         value = parts[r * T + t]
-                        if ZERO != "offset":
+                        if ZERO == "midpoint" or ZERO == "zero":
                             value -= (totals[t] * 2.0**-64) * zero
                         if GROUP:
-                            value = value * scales[(d * COUNT + g) * RT + r].to(tl.float32)
+                            value = value * factor
                         if ZERO == "offset":
                             value += (totals[t] * 2.0**-64) * zero
                         added = added + (sums[r * T + t] + value,)
@@ -443,5 +461,5 @@ def gemv_int(
         shifts = next_shifts
     _finish(
         sums, squares, y, scale, bias, residual, N, K, eps,
-        T, BR, RT, GATED, GROUP == 0, BIAS, RESIDUAL, NORM, 2.0**64,
+        T, BR, RT, GATED, GROUP == 0, BIAS, RESIDUAL, NORM, 1.0 if ZERO == "e2m1" else 2.0**64,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from slipstream.plugins.cuda.kernels import begin
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
-from slipstream.plugins.linear.cuda.kernels.dot import float8_bits
+from slipstream.plugins.linear.cuda.kernels.dot import float4, float8_bits, power
 
 
 @triton.jit
@@ -27,9 +27,10 @@ def _decode_at(
     if KIND == "dense":
         value = tl.load(codes + wide * K + k, mask=inside, other=0.0).to(tl.float32)
     else:
-        groups = tl.cdiv(K, GROUP)
+        groups = tl.cdiv(K, 256) * 8 if ZERO == "e2m1" else tl.cdiv(K, GROUP)
         place = (wide // ROWS) * groups + k // GROUP
-        factor = tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(scale + place, mask=inside, other=0.0)
+        factor = power(factor.to(tl.int32)) if ZERO == "e2m1" else factor.to(tl.float32)
         if KIND == "fp8":
             value = _float8(tl.load(codes + wide * K + k, mask=inside, other=0.0))
         else:
@@ -37,7 +38,8 @@ def _decode_at(
             words = tl.cdiv(K, CHUNK) * 32
             at = wide * words + (k // CHUNK) * 32 + k % 32
             word = tl.load(codes + at, mask=inside, other=0)
-            value = ((word >> ((k % CHUNK) // 32 * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+            code = (word >> ((k % CHUNK) // 32 * BITS)) & ((1 << BITS) - 1)
+            value = float4(code, 0) * 2.0**63 if ZERO == "e2m1" else code.to(tl.float32)
             if ZERO == "midpoint":
                 value -= 2.0 ** (BITS - 1)
             elif ZERO == "zero":
@@ -97,9 +99,10 @@ def dequantize_words(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
     BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An integer weight [N, chunks * 32 words] as [N, K] in the type of y; grid (rows, chunks).
+    """A weight [N, chunks * 32 words] as [N, K] in the type of y; grid (rows, chunks).
 
-    GROUP 0 is a scale a row. Without SCALE the codes minus the midpoint, for int8 products.
+    GROUP 0 is a scale a row; ZERO as in ``gemv_int``. Without SCALE the codes minus the midpoint,
+    for int8 products.
     """
     begin(PDL)
     CODES: tl.constexpr = 32 // BITS
@@ -109,15 +112,22 @@ def dequantize_words(
     row = tl.minimum(n, N - 1)
     words = tl.load(codes + row.to(tl.int64)[:, None] * (chunks * 32) + chunk * 32 + j[None, :])
     groups = K // GROUP if GROUP else 1
+    if ZERO == "e2m1":
+        groups = chunks * 8
     for i in tl.static_range(CODES):
         k = (chunk * CODES + i) * 32 + j
-        values = ((words >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         group = tl.minimum((chunk * CODES + i) * 32 // GROUP, groups - 1) if GROUP else 0
+        if ZERO == "e2m1":
+            values = float4(words, i) * 2.0**63
+        else:
+            values = ((words >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         if ZERO == "midpoint":
             values = values - 2.0 ** (BITS - 1)
         elif ZERO == "zero":
             values -= tl.load(shift + row * groups + group).to(tl.float32)[:, None]
-        if SCALE:
+        if ZERO == "e2m1":
+            values = values * power(tl.load(scale + row * groups + group).to(tl.int32))[:, None]
+        elif SCALE:
             values = values * tl.load(scale + row * groups + group).to(tl.float32)[:, None]
         if ZERO == "offset":
             values += tl.load(shift + row * groups + group).to(tl.float32)[:, None]

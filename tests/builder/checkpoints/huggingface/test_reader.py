@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from tests.integration.test_architectures import CONFIGS
+from tests.tiny_models import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slipstream.builder.build import plan
@@ -332,3 +335,28 @@ def test_missing_tokenizer_extras_are_made_up_from_the_configuration(
 def test_a_missing_tokenizer_is_said_with_its_remedy(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json; write one with python -c"):
         written(saved, tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = save_tiny(CONFIGS["glm4-moe"], tmp_path)
+    names = set(open_checkpoint(checkpoint).names())
+    file = checkpoint / "model.safetensors"
+    more = {
+        f"model.layers.3.{name}.weight": np.ones((4, 4), np.float32)
+        for name in ("eh_proj", "enorm", "shared_head.norm", "mlp.experts.0.up_proj")
+    }
+    save_file({**load_file(file), **more}, file)
+
+    with caplog.at_level(logging.WARNING):
+        assert set(open_checkpoint(checkpoint).names()) == names
+    assert "4 tensors of layers that predict further tokens are left out" in caplog.text
+    plan(checkpoint, BuildOptions())
+    with pytest.raises(CheckpointError, match=r"4 tensors of layers that predict .*--strict"):
+        open_checkpoint(checkpoint, strict=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(CheckpointError, match=r"4 tensors .* model.layers.3.eh_proj"):
+        plan(checkpoint, BuildOptions())

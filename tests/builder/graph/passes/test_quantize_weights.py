@@ -124,13 +124,16 @@ def test_a_quantization_that_finds_nothing_is_refused(quantize: Pass) -> None:
 
 
 def test_the_weight_of_a_router_stays_as_it_is() -> None:
-    text = """g (float[T, 64] x, float[32, 64] r, float[128, 64] w)
-      => (int32[T, 2] ids, float[T, 2] weights, float[T, 128] y) {
+    """Nor what says how much of a shared expert a token takes."""
+    text = """g (float[T, 64] x, float[32, 64] r, float[1, 64] s, float[128, 64] w)
+      => (int32[T, 2] ids, float[T, 2] weights, float[T, 1] taken, float[T, 128] y) {
+      taken = slipstream.Linear <in_features = 64, out_features = 1> (x, s)
       logits = slipstream.Linear <in_features = 64, out_features = 32> (x, r)
       ids, weights = slipstream.Router <top_k = 2> (logits)
       y = slipstream.Linear <in_features = 64, out_features = 128> (x, w)
     }"""
     for quantize in (QuantizeWeights(4, 32, symmetric=False), quantize_fp8_weights):
-        program = parse(text, dense("r", 32, 64), dense("w", 128, 64))
+        program = parse(text, dense("r", 32, 64), dense("s", 1, 64), dense("w", 128, 64))
         assert quantize(program) == 1
-        assert program.weights["r"].format.kind == "dense"
+        kinds = {name: program.weights[name].format.kind for name in "rs"}
+        assert kinds == {"r": "dense", "s": "dense"}

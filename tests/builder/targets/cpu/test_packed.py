@@ -31,7 +31,7 @@ def test_linear_reads_a_blob_that_its_attributes_describe(
     assert listing(program) == [
         f"y = Linear(x, w.packed, b.float32, r, n.float32) activation=4 bits={bits} gated=1 "
         f"group_size={group} in_features=128 norm_eps=0.01 out_features=96 scale_bytes=2 "
-        f"zero_kind={ZERO_KINDS[zero]}"
+        f"weight_type=0 zero_kind={ZERO_KINDS[zero]}"
     ]
     assert program.stored["w.packed"].parts[0].shape == (packed_size(weight.format, gated=True),)
     assert_close(outputs(program), want, 1e-6)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests.integration.test_architectures import CONFIGS
 from tests.quantized_models import (
     MemoryCheckpoint,
     Scheme,
@@ -22,7 +23,7 @@ from tests.quantized_models import (
     quantized_llama,
     with_input,
 )
-from tests.tiny_models import LLAMA, llama_tensors, save_llama
+from tests.tiny_models import LLAMA, llama_tensors, save_llama, save_tiny
 
 from slipstream.builder.build import Plan, build, compile_checkpoint, plan
 from slipstream.builder.contract import kv_dtype_of, page_size_of
@@ -30,6 +31,7 @@ from slipstream.builder.engine import open_engine
 from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
+from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.linear.cuda.packing import format_of, unpack
 from slipstream.weights.fp8 import quantize_fp8
 from slipstream.weights.rtn import quantize_rtn
@@ -87,6 +89,24 @@ def test_everything_but_logits_and_angles_has_the_dtype(tmp_path: Path, dtype: A
     assert set().union(*kinds.values()) == {narrow}
     assert compiled.program.graph.outputs[0].dtype == ir.DataType.FLOAT
     assert kv_dtype_of(compiled.caches) == dtype
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2-moe", "qwen2-moe-dense-layers", "olmoe-clipped", "granitemoeshared", "glm4-moe"],
+)
+def test_families_with_experts_build(name: str, tmp_path: Path) -> None:
+    """Of ONNX's own operators they have those alone that the executor knows; what decides between
+    experts is float32."""
+    graph = plan(save_tiny(CONFIGS[name], tmp_path), BuildOptions(target="cuda")).program.graph
+    counts = Counter(node.op_type for node in graph)
+    assert {node.op_type for node in graph if not node.domain} <= BINDINGS.keys()
+    routers = [node for node in graph if node.op_type == "Router"]
+    assert 2 * len(routers) == counts["ExpertLinear"] > 0
+    decides = {value.dtype for node in routers for value in node.inputs if value is not None}
+    assert decides == {ir.DataType.FLOAT}
+    residuals = [n for n in graph if n.op_type == "ExpertLinear" and len(n.inputs) == 6]
+    assert len(residuals) == len(routers)
 
 
 def test_dense_weights_are_stored_in_the_dtype(tmp_path: Path) -> None:

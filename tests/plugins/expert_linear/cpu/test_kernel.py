@@ -22,6 +22,7 @@ FORMATS = {
     "int4": WeightFormat((EXPERTS * N, K), "int", "float16", 4, 32, "zero"),
     "int4 offsets": WeightFormat((EXPERTS * N, K), "int", "float16", 4, 32, "offset"),
     "int8": WeightFormat((EXPERTS * N, K), "int", "float32", 8, 32, "midpoint"),
+    "float4": WeightFormat((EXPERTS * N, K), "float4_e2m1", "float8_e8m0fnu", 4, 32),
     "int8 in halves": WeightFormat((EXPERTS * N, K), "int", "float32", 8, 16, "midpoint"),
 }
 TOKENS = (1, 2, 7, 40)

@@ -33,6 +33,7 @@ FORMATS = {
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
+MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 TOKENS = (1, 2, 21)
 
 
@@ -50,7 +51,7 @@ def run(
     **options: Any,  # noqa: ANN401
 ) -> tuple[Floats, Floats]:
     """What the kernels give, by default those that nobody timed, and what the reference does."""
-    weight, reduce = random_weight(FORMATS[name]), options.get("reduce", False)
+    weight, reduce = random_weight(FORMATS.get(name, MXFP4)), options.get("reduce", False)
     rng = np.random.default_rng(1)
     n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
     dtype = torch.bfloat16
@@ -132,6 +133,15 @@ def test_the_last_product_of_a_sum_adds_them_as_a_launch_of_its_own_would(
     assert_close(got, want)
     again, _ = run(name, 6, device, tactic, reduce=True)
     np.testing.assert_array_equal(got, again)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [(1, {"gated": True, "gate": GATES["clamped"]}), (5, {"reduce": True})],
+    ids=["gemv", "dot"],
+)
+def test_mxfp4(tokens: int, options: dict[str, Any], device: str) -> None:
+    assert_close(*run("mxfp4", tokens, device, **options))
 
 
 @pytest.mark.parametrize("block", TILES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -60,6 +61,30 @@ def test_matches_reference(isa: str, bits: int, zero: ZeroKind, dtype: str) -> N
             for rows in BATCHES:
                 got = native.linear(x[:rows], packed, isa)
                 assert_close(got, want[:rows])
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_float4_matches_reference(isa: str, group: int) -> None:
+    weight = random_weight(WeightFormat((34, 576), "float4_e2m1", "float8_e8m0fnu", 4, group))
+    x, packed = normal(17, 576), native.packed_weight(pack(weight), weight.format)
+    want = reference.linear(x, weight, activation="block")
+    for rows in (1, 3, 8, 17):
+        assert_close(native.linear(x[:rows], packed, isa), want[:rows])
+    ids = np.arange(34, dtype=np.int32)
+    np.testing.assert_array_equal(native.embedding(ids, packed, isa), weight.dequantize())
+
+
+def test_the_largest_of_float4_do_not_saturate(isa: str) -> None:
+    """Every product at its largest, with either sign: exact in integers."""
+    fmt = WeightFormat((32, 64), "float4_e2m1", "float8_e8m0fnu", 4, 32)
+    codes = np.full((32, 64), 7, np.uint8)
+    codes[16:] = 15  # -6
+    ones = np.full((32, 2), 127, np.uint8).view(ml_dtypes.float8_e8m0fnu)
+    weight = QuantTensor("w", fmt, pack_nibbles(codes), ones)
+    low = np.where(np.arange(64) % 32, np.float32(-128), np.float32(127))
+    x = np.stack([low, -1 - low])  # scales of one: codes are -128 and 127 only
+    got = native.linear(x, native.packed_weight(pack(weight), fmt), isa)
+    np.testing.assert_array_equal(got, x @ weight.dequantize().T)
 
 
 @pytest.mark.parametrize("gate", [None, *GATES])

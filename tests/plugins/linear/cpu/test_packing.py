@@ -52,6 +52,17 @@ def test_round_trip_is_exact(case: tuple[WeightFormat, bool], seed: int) -> None
     np.testing.assert_array_equal(weight.codes, before)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_round_trip_of_float4(gated: bool) -> None:
+    """Of any scales, which come back as float32, with the second one in them."""
+    for form in ("float8_e8m0fnu", "float8_e4m3fn"):
+        weight = random_weight(WeightFormat((40, 192), "float4_e2m1", form, 4, 64))
+        weight = replace(weight, scale2=np.array([0.37], np.float32))
+        back = unpack(pack(weight, gated), weight.format, gated)
+        np.testing.assert_array_equal(back.codes, weight.codes)
+        np.testing.assert_array_equal(back.dequantize(), weight.dequantize())
+
+
 def test_round_trip_over_several_chunks() -> None:
     fmt = WeightFormat((1600, 4096), "int", "float16", 4, 128, "zero")
     for gated in (False, True):

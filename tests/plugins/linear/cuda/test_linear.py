@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from tests.plugins.linear.weights import random_weight
 
+from slipstream.errors import CheckpointError
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear import reference
@@ -42,6 +45,8 @@ FORMATS = {
     "int8g64z": WeightFormat((N, K), "int", "float16", 8, 64, "zero"),
     "int8row": WeightFormat((N, K), "int", "float32", 8, K, "midpoint", activation="token"),
 }
+# Whose kernels are those of integers but for the decoding; the last chunk is not whole.
+MXFP4 = WeightFormat((24, 288), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 EXTRAS = (
     "",
     "bias",
@@ -57,7 +62,7 @@ class Case:
     """A weight, and random inputs of a Linear as torch tensors and as the reference takes them."""
 
     def __init__(self, name: str, tokens: int, extras: str, device: str, seed: int = 0) -> None:
-        fmt = FORMATS[name]
+        fmt = MXFP4 if name == "mxfp4" else FORMATS[name]
         n, k = fmt.shape
         self.dtype = torch.float16 if fmt.dtype == "float16" else torch.bfloat16
         self.weight = random_weight(fmt, seed)
@@ -121,7 +126,8 @@ def assert_close_as_blas(got: Floats, case: Case, name: str, extras: str) -> Non
 
 
 def gemv(name: str, rows: int = 32, stages: int = 1, lanes: int = 32) -> Tactic:
-    return Tactic("gemv", rows, lanes * vector_size(FORMATS[name]), 16, stages, True)
+    size = vector_size(FORMATS.get(name, MXFP4))
+    return Tactic("gemv", rows, lanes * size, 16, stages, True)
 
 
 @pytest.mark.parametrize("tokens", [1, 3] if interpreting() else [1, 2, 3, 4])
@@ -150,6 +156,33 @@ def test_dot(name: str, swap: bool, device: str) -> None:
         case = Case(name, tokens, extras, device)
         tactic = Tactic("dot", 32, 64, 4, 2, split == 1 and index % 2 == 0, split, swap)
         assert_close(case.run(tactic), case.want, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("tactic", "tokens", "extras", "tolerance"),
+    [
+        (gemv("mxfp4", rows=8), 2, "bias residual norm gated clamped", 2e-5),
+        (Tactic("dot", 32, 64, num_stages=2, swap=True), 5, "bias", 2e-2),
+        (Tactic("blas"), 3, "residual", 1e-2),
+    ],
+    ids=lambda value: value.kernel if isinstance(value, Tactic) else "",
+)
+def test_mxfp4(tactic: Tactic, tokens: int, extras: str, tolerance: float, device: str) -> None:
+    case = Case("mxfp4", tokens, extras, device)
+    assert_close(case.run(tactic), case.want, tolerance)
+
+
+def test_rows_of_mxfp4_with_every_exponent(device: str) -> None:
+    """From 2**-127 to the largest that is packed; 2**65 is refused."""
+    weight = random_weight(replace(MXFP4, shape=(24, 256)))
+    exponents = np.arange(192, dtype=np.uint8).reshape(24, 8)
+    weight = replace(weight, scale=exponents.view(ml_dtypes.float8_e8m0fnu))
+    ids = torch.arange(24, dtype=torch.int32, device=device)
+    got = embedding(ids, on_device(weight, device), torch.bfloat16)
+    np.testing.assert_array_equal(got.float().cpu().numpy(), weight.dequantize())
+    too_large = (exponents + np.uint8(1)).view(ml_dtypes.float8_e8m0fnu)
+    with pytest.raises(CheckpointError, match="beyond 2\\*\\*64"):
+        pack(replace(weight, scale=too_large))
 
 
 @pytest.mark.parametrize("extras", EXTRAS)

@@ -28,6 +28,7 @@ FORMATS = [
     WeightFormat((24, 576), "int", "float16", 4, 64, "zero"),
     WeightFormat((24, 576), "int", "float16", 4, 32, "offset"),
     WeightFormat((24, 512), "int", "float32", 4, 128, "midpoint"),
+    WeightFormat((24, 576), "float4_e2m1", "float8_e8m0fnu", 4, 32),
     WeightFormat((24, 576), "int", "float16", 8, 64, "zero"),
     WeightFormat((24, 576), "int", "float32", 8, 576, "midpoint", activation="token"),
 ]
@@ -74,6 +75,8 @@ def test_code_i_of_word_j_is_element_32i_plus_j(bits: int) -> None:
         WeightFormat((24, 576), "int", "float16", 4, 128),
         WeightFormat((24, 576), "int", "float16", 4, 576),
         WeightFormat((24, 576), "float8_e4m3", "float32", 8, 64, activation="token"),
+        WeightFormat((24, 576), "float4_e2m1", "float8_e4m3fn", 4, 16),
+        WeightFormat((24, 576), "float4_e2m1", "float8_e8m0fnu", 4, 64),
     ],
     ids=str,
 )
