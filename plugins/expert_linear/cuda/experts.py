@@ -149,7 +149,7 @@ def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
     block = min(_GROUP_BLOCK, max(triton.next_power_of_2(pairs), 32))
     group_pairs[(experts,)](
         ids, found.order, found.bounds, found.tiles, pairs, length, EXPERTS=experts,
-        ALL=triton.next_power_of_2(experts), BLOCK=block, SIZES=TILES, PDL=pdl,
+        ALL=triton.next_power_of_2(experts), BLOCK=block, LEAST=TILES[0], SIZES=len(TILES), PDL=pdl,
         **launch_options(num_warps=4 if block <= _BLOCK else 8, pdl=pdl),
     )  # fmt: skip
     return found

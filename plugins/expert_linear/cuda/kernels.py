@@ -28,14 +28,15 @@ def _cut(
 @triton.jit(do_not_specialize=["pairs", "length"])
 def group_pairs(
     ids, order, bounds, tiles, pairs, length,
-    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
-    PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
+    SIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Pairs (a token and one of its experts) in the order of their experts; a program an expert.
 
     order int32 [pairs]; bounds int32 [EXPERTS + 1], between which each expert's pairs are in it.
-    Every expert's pairs are cut into tiles, of each of the SIZES: tiles int32 [SIZES, 4 + 2 *
-    length] has their number and, from 4 on, the expert of each, and then its expert's first tile.
+    Every expert's pairs are cut into tiles of LEAST, of twice as many, and so on: tiles int32
+    [SIZES, 4 + 2 * length] has their number and, from 4 on, the expert of each, and then its
+    expert's first tile.
     """
     begin(PDL)
     mine = tl.program_id(0)
@@ -57,9 +58,9 @@ def group_pairs(
     tl.store(bounds + mine, start)
     if mine == EXPERTS - 1:
         tl.store(bounds + EXPERTS, start + own)
-    for size in tl.static_range(len(SIZES)):
+    for size in tl.static_range(SIZES):
         row = tiles + size * (4 + 2 * length)
-        _cut(row, counts, own, mine, length, SIZES[size], EXPERTS, ALL)
+        _cut(row, counts, own, mine, length, LEAST << size, EXPERTS, ALL)
 
 
 @triton.jit

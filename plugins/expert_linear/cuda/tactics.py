@@ -24,7 +24,8 @@ BUCKETS = (*linear.BUCKETS, 512, 2048)
 # their own.
 GEMV_TOKENS = 8
 _GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
-# Rows of x of a tile; the pairs of a step are cut into tiles of every size at once.
+# Rows of x of a tile, each size twice the one before; the pairs of a step are cut into tiles of all
+# of them at once.
 TILES = (16, 32, 64, 128)
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
