@@ -114,25 +114,20 @@ TACTICS = {
 }
 
 
-@pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("name", TACTICS)
-def test_tiles_of_every_size(name: str, reduce: bool, device: str) -> None:
+def test_tiles_of_every_size(name: str, device: str) -> None:
     options: dict[str, Any] = {"gated": True, "gate": GATES["silu"]}
-    if reduce:
+    if name in ("fp8", "int4g32z"):
         options = {"reduce": True}
     assert_close(*run(name, 21, device, TACTICS[name], **options))
 
 
 @pytest.mark.parametrize("name", ["bf16", "int4g32o"])
-def test_the_last_product_of_a_sum_adds_them_as_a_launch_of_its_own_would(
-    name: str, device: str
-) -> None:
-    """To the bit, whichever program is the last: the products are those of one pair each."""
+def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str) -> None:
     tactic = Tactic("gemv", 8, 64 if name == "bf16" else 256, 2)
     got, want = run(name, 6, device, tactic, reduce=True)
     assert_close(got, want)
-    again, _ = run(name, 6, device, tactic, reduce=True)
-    np.testing.assert_array_equal(got, again)
+    np.testing.assert_array_equal(run(name, 6, device, tactic, reduce=True)[0], got)
 
 
 @pytest.mark.parametrize(
