@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
 from numpy.typing import NDArray
 from tests.integration.test_architectures import run_in_chunks
@@ -18,6 +19,7 @@ from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp.reference import gated
+from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.plugins.linear.cuda.packing import format_of, unpack
 
 MXFP4 = "float4_e2m1, groups of 32"
@@ -35,6 +37,15 @@ def test_an_engine_has_the_logits_of_transformers(tmp_path: Path) -> None:
     got = run_in_chunks(tmp_path / "engine", prompts)
     assert np.linalg.norm(got - want) < _INT8_ACTIVATIONS * np.linalg.norm(want)
     assert MXFP4 in open_engine(tmp_path / "engine").manifest.formats
+
+
+@pytest.mark.parametrize(("plugin", "kind"), [("auto", "float4_e2m1"), ("disable", "int")])
+def test_a_cpu_holds_four_bits_where_its_own_kernel_runs(
+    tmp_path: Path, plugin: str, kind: str
+) -> None:
+    options = BuildOptions(target="cpu", gemm_plugin=plugin)  # type: ignore[arg-type]
+    nodes = plan(save_mxfp4(tmp_path)[0], options).program.nodes("ExpertLinear")
+    assert {node.attributes["weight_type"].as_int() for node in nodes} == {WEIGHT_TYPES[kind]}
 
 
 def test_a_gpu_holds_the_experts_as_they_are_stored(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
+from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp.cuda import gated_activation
 from slipstream.plugins.linear.cuda.blas import dequantize
 from slipstream.plugins.linear.cuda.linear import embedding, linear
@@ -148,6 +149,18 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
                 expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl)
 
 
+def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
+    """For one token and for many; the last chunk of a row is not whole."""
+    number, n, k = 8, 256, 2880
+    fmt = WeightFormat((number * n, k), "float4_e2m1", "float8_e8m0fnu", 4, 32)
+    bias = torch.zeros(number * n, dtype=torch.bfloat16)
+    opening = Experts.of(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
+    for tokens in (1, 16):
+        x, ids = torch.zeros(tokens, k, dtype=torch.bfloat16), torch.zeros(tokens, 4)
+        tactic = expert_tactics.default_tactic(opening.shape(4), tokens, capability)
+        expert_linear(x, opening, ids.to(torch.int32), tactic=tactic, pdl=pdl)
+
+
 def attention(capability: tuple[int, int], pdl: bool) -> None:
     """A decode and a prefill in one step, over pages of both kinds."""
     a = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
@@ -160,7 +173,10 @@ def attention(capability: tuple[int, int], pdl: bool) -> None:
             continue
         pages = torch.zeros(1, 4, 2, 2, 64 * 128, dtype=dtype)
         workspace = DecodeWorkspace.allocate(8, 8, 128, 512, "cpu")
-        paged_attention(qkv, angles, angles, pages, step, a, workspace=workspace, pdl=pdl)
+        sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
+        paged_attention(
+            qkv, angles, angles, pages, step, a, sinks=sinks, workspace=workspace, pdl=pdl
+        )
 
 
 def elementwise(capability: tuple[int, int], pdl: bool) -> None:
@@ -188,6 +204,7 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
 CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     linears,
     experts,
+    experts_of_gpt_oss,
     attention,
     elementwise,
     sampling,
