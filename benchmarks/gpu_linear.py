@@ -1,9 +1,12 @@
-"""Times every tactic of the Linears of an 8B Llama on the GPU that is there.
+"""Times every tactic of the Linears and experts of a model on the GPU that is there.
 
     python benchmarks/gpu_linear.py --formats bf16 int4 --buckets 1 16 64 --tactics tactics.json
+    python benchmarks/gpu_linear.py --model qwen3-30b-a3b --only experts --tactics tactics.json
 
 Weights are cold, launches are replayed from a graph, and each line shows the quickest tactic, the
-default one and cuBLAS beside the floor: the bytes of the weight over the read bandwidth.
+default one and cuBLAS beside the floor: the bytes of the weight over the read bandwidth. Of experts
+those count that the tokens choose, by random logits: "of 128" says how many, and how many rows each
+has; cuBLAS has no product by expert.
 """
 
 from __future__ import annotations
@@ -18,28 +21,40 @@ from gpu import FORMATS, MODELS, read_bandwidth
 from gpu_models import random_plan, random_weights
 
 from slipstream.builder.options import BuildOptions
-from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactic, Tactics
-from slipstream.plugins.linear.cuda.tuning import Tuned, tune
+from slipstream.plugins.cuda.tuning import Problem, Tuned, tune
+from slipstream.plugins.expert_linear.cuda.tactics import BUCKETS
+from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
+from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
+from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.tuning import problems
 
 _LAYERS = 3  # enough distinct weights; smaller ones are copied
+_KINDS: dict[str, type[Problem]] = {"linears": LinearProblem, "experts": ExpertProblem}
 
 
 def line(form: str, tuned: Tuned, rate: float) -> str:
     """The quickest tactic of one problem beside the default and cuBLAS."""
-    weight = tuned.problem.weights[0]
+    problem, tokens = tuned.problem, tuned.tokens
     times = {timing.tactic: timing.seconds * 1e6 for timing in tuned.timings}
     best, nan = tuned.timings[0], float("nan")
     blas = next((us for tactic, us in times.items() if tactic.kernel == "blas"), nan)
-    n, k = weight.format.shape
+    nbytes = problem.nbytes(tokens)
     return (
-        f"{form} {n}x{k} tokens {tuned.tokens:<4} best {best.seconds * 1e6:7.1f} "
+        f"{form} {problem.key(tokens):44} best {best.seconds * 1e6:7.1f} "
         f"default {times.get(tuned.usual, nan):7.1f} cublas {blas:7.1f} "
-        f"floor {weight.nbytes / rate * 1e6:7.1f} us "
-        f"{weight.nbytes / best.seconds / 1e12:5.2f} TB/s "
-        f"{_short(best.tactic)}"
+        f"floor {nbytes / rate * 1e6:7.1f} us "
+        f"{nbytes / best.seconds / 1e12:5.2f} TB/s "
+        f"{_choice(problem, tokens)}{_short(best.tactic)}"
     )
+
+
+def _choice(problem: Problem, tokens: int) -> str:
+    if not isinstance(problem, ExpertProblem):
+        return ""
+    distinct = problem.distinct(tokens)
+    rows = tokens * problem.top_k / distinct
+    return f"{distinct:.1f} of {problem.shape.number}, {rows:.1f} rows  "
 
 
 def _short(tactic: Tactic) -> str:
@@ -52,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--only", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
     parser.add_argument("--tactics", type=Path, help="Where to store the quickest; added to.")
     arguments = parser.parse_args()
@@ -65,7 +81,8 @@ def main() -> None:
         shape = {**MODELS[arguments.model], "num_hidden_layers": _LAYERS}
         plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
         weights = random_weights(plan)
-        found = problems(plan.program.graph, weights)
+        kinds = tuple(_KINDS[kind] for kind in arguments.only)
+        found = [p for p in problems(plan.program.graph, weights) if isinstance(p, kinds)]
         for bucket in arguments.buckets:
             for tuned in tune(found, [bucket], table):
                 print(line(form, tuned, rate))

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp.cuda import gated_activation
@@ -35,6 +36,7 @@ from slipstream.plugins.paged_attention.cuda.attention import (
 from slipstream.plugins.paged_attention.reference import Attributes
 from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
 from slipstream.plugins.rotary.cuda import rotary_angles
+from slipstream.plugins.router.cuda import router
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
 from slipstream.plugins.soft_cap.cuda import soft_cap
@@ -127,14 +129,36 @@ def linears(capability: tuple[int, int], pdl: bool) -> None:
 
 
 def experts(capability: tuple[int, int], pdl: bool) -> None:
-    """Of gpt-oss, for one token and for many; the last chunk of a row is not whole."""
+    """Routing, and a format of each sort at one token, some and many: gated, and summed up."""
+    number, top_k = 8, 2
+    for fmt in (
+        WeightFormat((number * 256, 512), "dense", "bfloat16"),
+        WeightFormat((number * 256, 512), "int", "float16", 4, 128, "midpoint"),
+        WeightFormat((number * 256, 512), "float8_e4m3", "float32", 8, 512),
+    ):
+        if fmt.kind == "float8_e4m3" and capability < (8, 9):
+            continue
+        for reduce in (False, True):
+            layer = Experts.of(blob(fmt), number, reduce=reduce, gated=not reduce)
+            for tokens in (1, 16, 512):
+                x = torch.zeros(tokens * (top_k if reduce else 1), 512, dtype=torch.bfloat16)
+                logits = torch.zeros(tokens, number, dtype=torch.bfloat16)
+                ids, factors = router(logits, top_k=top_k, pdl=pdl)
+                tactic = expert_tactics.default_tactic(layer.shape(top_k), tokens, capability)
+                sums = (factors, torch.zeros(tokens, 256, dtype=torch.bfloat16)) if reduce else ()
+                expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl)
+
+
+def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
+    """For one token and for many; the last chunk of a row is not whole."""
     number, n, k = 8, 256, 2880
     fmt = WeightFormat((number * n, k), "float4_e2m1", "float8_e8m0fnu", 4, 32)
     bias = torch.zeros(number * n, dtype=torch.bfloat16)
-    opening = Experts(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
+    opening = Experts.of(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
     for tokens in (1, 16):
         x, ids = torch.zeros(tokens, k, dtype=torch.bfloat16), torch.zeros(tokens, 4)
-        expert_linear(x, opening, ids.to(torch.int32), pdl=pdl)
+        tactic = expert_tactics.default_tactic(opening.shape(4), tokens, capability)
+        expert_linear(x, opening, ids.to(torch.int32), tactic=tactic, pdl=pdl)
 
 
 def attention(capability: tuple[int, int], pdl: bool) -> None:
@@ -180,6 +204,7 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
 CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     linears,
     experts,
+    experts_of_gpt_oss,
     attention,
     elementwise,
     sampling,

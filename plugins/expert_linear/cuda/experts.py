@@ -17,28 +17,48 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
     expert_gemv_int,
     group_pairs,
 )
+from slipstream.plugins.expert_linear.cuda.tactics import GEMV_TOKENS, TILES, ExpertShape
 from slipstream.plugins.linear.cuda.linear import scale_kind
 from slipstream.plugins.linear.cuda.packing import in_words
-from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, default_tactic, vector_size
+from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
 
-# Up to so many tokens every pair reads its expert's weight for itself.
-GEMV_TOKENS = 4
-_BLOCK = 1024
+_BLOCK = 1024  # columns of a sum
+_GROUP_BLOCK = 4096  # pairs that are counted at once
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Weights ``[number * N, K]`` of the experts of a layer, and what is done with their products;
-    see ``plugins/expert_linear``. bias ``[number * N]``."""
+    see ``plugins/expert_linear``. bias ``[number * N]``; counters int32, zero between launches: how
+    many products of a sum are done."""
 
     weight: DeviceWeight
     number: int
-    bias: Tensor | None = None
-    reduce: bool = False
-    gated: bool = False
-    gate: int = 0
+    bias: Tensor | None
+    reduce: bool
+    gated: bool
+    gate: int
+    counters: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        weight: DeviceWeight,
+        number: int,
+        bias: Tensor | None = None,
+        *,
+        reduce: bool = False,
+        gated: bool = False,
+        gate: int = 0,
+    ) -> Experts:
+        """Those of a weight, with counters for the sums of few tokens."""
+        counters = None
+        if reduce:
+            rows, device = weight.format.shape[0] // number, weight.codes.device
+            counters = torch.zeros(GEMV_TOKENS * rows, dtype=torch.int32, device=device)
+        return cls(weight, number, bias, reduce, gated, gate, counters)
 
     @property
     def format(self) -> WeightFormat:
@@ -51,27 +71,36 @@ class Experts:
         """Columns of a product."""
         return self.format.shape[0] // (2 if self.gated else 1)
 
+    def shape(self, top_k: int) -> ExpertShape:
+        """What the choice of a tactic depends on."""
+        return ExpertShape(self.format, self.gated, self.number, top_k)
+
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """Pairs of tokens and experts by expert, in tiles of ``block`` pairs; int32 on the device."""
+    """Pairs of tokens and experts by expert, int32 on the device; see ``group_pairs``."""
 
     order: Tensor
-    ends: Tensor
-    tile_experts: Tensor
-    tile_firsts: Tensor
-    total: Tensor
-    block: int
+    bounds: Tensor
+    tiles: Tensor
 
-    @property
-    def tiles(self) -> int:
-        """The most that there can be."""
-        return self.tile_experts.shape[0]
+    def of(self, block: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What a kernel of tiles of ``block`` pairs is given."""
+        tiles = self.tiles[TILES.index(block)]
+        return self.order, self.bounds, tiles, (len(tiles) - 4) // 2
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What a kernel of tiles is given."""
-        return self.order, self.ends, self.tile_experts, self.tile_firsts, self.total
+
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """A call: its inputs, its products ``[T * top_k, width]``, and what they become: y."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor | None
+    residual: Tensor | None
+    products: Tensor
+    y: Tensor
+    pdl: bool
 
 
 def expert_linear(
@@ -81,6 +110,7 @@ def expert_linear(
     weights: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    tactic: Tactic,
     grouping: Grouping | None = None,
     pdl: bool = False,
 ) -> Tensor:
@@ -91,103 +121,114 @@ def expert_linear(
     ``[T * top_k, width]``, or ``[T, width]``. ``grouping`` is that of the ids, where it is known.
     """
     tokens, top_k = ids.shape
-    assert x.is_contiguous() and ids.is_contiguous()
+    assert x.is_contiguous() and ids.is_contiguous() and experts.reduce == (weights is not None)
     products = torch.empty(tokens * top_k, experts.width, dtype=x.dtype, device=x.device)
-    if tokens and tokens <= GEMV_TOKENS and can_stream(experts.format):
-        _gemv(x, experts, ids, products, pdl)
+    y = products
+    if experts.reduce:
+        y = torch.empty(tokens, experts.width, dtype=x.dtype, device=x.device)
+    inputs = _Operands(x, ids, weights, residual, products, y, pdl)
+    if tokens and tactic.kernel == "gemv":
+        _gemv(experts, inputs, tactic)
     elif tokens:
-        found = grouping or group(ids, experts.number, pdl=pdl)
-        _dot(x, experts, top_k, found, products, pdl)
-    if not experts.reduce:
-        return products
-    assert weights is not None
-    y = torch.empty(tokens, experts.width, dtype=x.dtype, device=x.device)
-    if tokens:
-        add_products[(tokens, triton.cdiv(experts.width, _BLOCK))](
-            products, weights, residual, y, WIDTH=experts.width, TOP_K=top_k, BLOCK=_BLOCK,
-            RESIDUAL=residual is not None, PDL=pdl, **launch_options(num_warps=4, pdl=pdl),
-        )  # fmt: skip
+        _dot(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl))
+        if experts.reduce:
+            _add(inputs)
     return y
 
 
 def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
-    """The pairs of ids ``[T, top_k]`` by expert."""
+    """The pairs of ids ``[T, top_k]`` by expert, in tiles of every size."""
     pairs = ids.numel()
-    block = min(max(triton.next_power_of_2(triton.cdiv(pairs, experts)), 16), 64)
-    tiles = min(pairs, experts) + pairs // block
 
-    def empty(count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int32, device=ids.device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids.device)
 
-    found = Grouping(empty(pairs), empty(experts), empty(tiles), empty(tiles), empty(1), block)
+    length = (
+        -(-most_tiles(pairs, experts, TILES[0]) // 2) * 2
+    )  # rows start at multiples of 16 bytes
+    found = Grouping(empty(pairs), empty(experts + 1), empty(len(TILES), 4 + 2 * length))
+    block = min(_GROUP_BLOCK, max(triton.next_power_of_2(pairs), 32))
     group_pairs[(experts,)](
-        ids, *found.tensors, pairs, EXPERTS=experts, ALL=triton.next_power_of_2(experts),
-        BLOCK=min(_BLOCK, max(triton.next_power_of_2(pairs), 32)), BM=block, PDL=pdl,
-        **launch_options(num_warps=4, pdl=pdl),
+        ids, found.order, found.bounds, found.tiles, pairs, length, EXPERTS=experts,
+        ALL=triton.next_power_of_2(experts), BLOCK=block, LEAST=TILES[0], SIZES=len(TILES), PDL=pdl,
+        **launch_options(num_warps=4 if block <= _BLOCK else 8, pdl=pdl),
     )  # fmt: skip
     return found
 
 
-def _gemv(x: Tensor, experts: Experts, ids: Tensor, y: Tensor, pdl: bool) -> None:
-    fmt, weight = experts.format, experts.weight
+def most_tiles(pairs: int, experts: int, block: int) -> int:
+    """The most tiles of ``block`` pairs that there can be."""
+    return min(pairs, experts) + pairs // block
+
+
+def _add(inputs: _Operands) -> None:
+    tokens, top_k = inputs.ids.shape
+    width = inputs.y.shape[1]
+    add_products[(tokens, triton.cdiv(width, _BLOCK))](
+        inputs.products, inputs.weights, inputs.residual, inputs.y, WIDTH=width, TOP_K=top_k,
+        BLOCK=_BLOCK, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
+        **launch_options(num_warps=4, pdl=inputs.pdl),
+    )  # fmt: skip
+
+
+def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic) -> None:
+    fmt, weight, x = experts.format, experts.weight, inputs.x
     n, k = fmt.shape
-    tactic = _gemv_tactic(experts, x.device)
+    tokens, top_k = inputs.ids.shape
+    assert tokens <= GEMV_TOKENS and can_stream(fmt), (tokens, fmt)
     lanes = tactic.block_k // vector_size(fmt)
     rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
     padded = in_words(fmt) and k * fmt.bits != vectors * 128
     constants = {
-        "K": k, "VECTORS": vectors, "PER_ROW": 1 if experts.reduce else ids.shape[1], "BR": rows,
+        "N": n, "K": k, "VECTORS": vectors, "TOP_K": top_k, "SUM": experts.reduce,
+        "RESIDUAL": inputs.residual is not None, "BR": rows,
         "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes,
         "DEPTH": tactic.num_stages, "BF16": x.dtype == torch.bfloat16,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
         "EVEN": vectors % (lanes * tactic.num_stages) == 0 and not padded,
-        "COMPILED": not interpreting(), "PDL": pdl,
-        **launch_options(num_warps=tactic.num_warps, pdl=pdl),
+        "COMPILED": not interpreting(), "PDL": inputs.pdl,
+        **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }  # fmt: skip
-    grid = (triton.cdiv(experts.width, tactic.block_n), ids.numel())
+    grid = (triton.cdiv(experts.width, tactic.block_n), tokens * top_k)
     quads, codes = x.view(torch.int64), weight.codes.view(torch.int64)
+    ends = (inputs.products, inputs.weights, inputs.residual, inputs.y, experts.counters)
     if in_words(fmt):
         expert_gemv_int[grid](
-            ids, quads, codes, weight.chunk_scales, weight.shift, experts.bias, y, n,
+            inputs.ids, quads, codes, weight.chunk_scales, weight.shift, experts.bias, *ends,
             BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind, **constants,
         )  # fmt: skip
         return
     fp8 = fmt.kind == "float8_e4m3"
     expert_gemv_float[grid](
-        ids, quads, codes, weight.scale, experts.bias, y, n, FP8=fp8,
+        inputs.ids, quads, codes, weight.scale, experts.bias, *ends, FP8=fp8,
         NATIVE=fp8 and converts_float8(x.device), SCALE=scale_kind(fmt), **constants,
     )  # fmt: skip
 
 
-def _gemv_tactic(experts: Experts, device: torch.device) -> Tactic:
-    capability = (9, 0) if interpreting() else torch.cuda.get_device_capability(device)
-    tactic = default_tactic(experts.format, experts.gated, 1, capability)
-    assert tactic.kernel == "gemv", tactic
-    return tactic
-
-
-def _dot(x: Tensor, experts: Experts, top_k: int, grouping: Grouping, y: Tensor, pdl: bool) -> None:
-    fmt, weight = experts.format, experts.weight
+def _dot(experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping) -> None:
+    fmt, weight, y = experts.format, experts.weight, inputs.products
     n, k = fmt.shape
-    block_n = 64
     constants = {
-        "K": k, "PER_ROW": 1 if experts.reduce else top_k, "BM": grouping.block, "BN": block_n,
-        "SWAP": grouping.block < 64, "GATED": 1 + experts.gate if experts.gated else 0,
-        "BIAS": experts.bias is not None, "WIDEN": interpreting(), "PDL": pdl,
-        **launch_options(num_warps=4, num_stages=3, pdl=pdl),
+        "N": n, "K": k, "PER_ROW": 1 if experts.reduce else inputs.ids.shape[1],
+        "BM": tactic.block_m, "BN": tactic.block_n, "SWAP": tactic.swap,
+        "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
+        "WIDEN": interpreting(), "PDL": inputs.pdl,
+        **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
     }  # fmt: skip
-    grid = (triton.cdiv(experts.width, block_n), grouping.tiles)
+    tiles = most_tiles(len(y), experts.number, tactic.block_m)
+    grid = (triton.cdiv(experts.width, tactic.block_n) * tiles,)
+    grouped = grouping.of(tactic.block_m)
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         expert_dot_int[grid](
-            *grouping.tensors, x, weight.codes, weight.scale, weight.shift, experts.bias, y,
-            y.shape[0], n, CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group,
-            ZERO=weight.zero_kind, EVEN=chunks * 1024 == k * fmt.bits, **constants,
+            *grouped, inputs.x, weight.codes, weight.scale, weight.shift, experts.bias, y, len(y),
+            CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+            EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return
-    block_k = 64
+    assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
     expert_dot_float[grid](
-        *grouping.tensors, x, weight.typed_codes, weight.scale, experts.bias, y, y.shape[0], n,
-        BK=block_k, SCALE=scale_kind(fmt), EVEN=k % block_k == 0, **constants,
+        *grouped, inputs.x, weight.typed_codes, weight.scale, experts.bias, y, len(y),
+        BK=tactic.block_k, SCALE=scale_kind(fmt), EVEN=k % tactic.block_k == 0, **constants,
     )  # fmt: skip

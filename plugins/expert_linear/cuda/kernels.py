@@ -16,16 +16,34 @@ from slipstream.plugins.linear.cuda.kernels.dot import (
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
+def _cut(
+    row, counts, own, mine, length, BM: tl.constexpr, EXPERTS: tl.constexpr, ALL: tl.constexpr
+):
+    """Stores the tiles of BM pairs of an expert, and if it is the last the number of all."""
+    before = tl.arange(0, ALL) < mine
+    first = tl.sum(tl.where(before, (counts + BM - 1) // BM, 0), axis=0)
+    own_tiles = (own + BM - 1) // BM
+    for base in range(0, own_tiles, 32):
+        tile = base + tl.arange(0, 32)
+        tl.store(row + 4 + first + tile, tile * 0 + mine, tile < own_tiles)
+        tl.store(row + 4 + length + first + tile, tile * 0 + first, tile < own_tiles)
+    if mine == EXPERTS - 1:
+        tl.store(row, first + own_tiles)
+
+
+@triton.jit(do_not_specialize=["pairs", "length"])
 def group_pairs(
-    ids, order, ends, tile_experts, tile_firsts, total, pairs,
-    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
-    PDL: tl.constexpr,
+    ids, order, bounds, tiles, pairs, length,
+    EXPERTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
+    SIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Pairs (a token and one of its experts) in the order of their experts; a program an expert.
 
-    order int32 [pairs]; ends int32 [EXPERTS], where each expert's pairs end in it. Every expert's
-    pairs are cut into tiles of BM: of each tile its expert and its first place; and their number.
+    order int32 [pairs]; bounds int32 [EXPERTS + 1], between which each expert's pairs are in it.
+    Every expert's pairs are cut into tiles of LEAST, of twice as many, and so on: tiles int32
+    [SIZES, 4 + 2 * length] has their number and, from 4 on, the expert of each, and then its
+    expert's first tile.
     """
     begin(PDL)
     mine = tl.program_id(0)
@@ -37,8 +55,6 @@ def group_pairs(
         counts += tl.histogram(found, ALL, at < pairs)
     before = experts < mine
     start = tl.sum(tl.where(before, counts, 0), axis=0)
-    tiles = (counts + BM - 1) // BM
-    first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
     own = tl.sum(tl.where(experts == mine, counts, 0), axis=0)
     place = start
     for base in range(0, pairs, BLOCK):
@@ -46,46 +62,55 @@ def group_pairs(
         here = (tl.load(ids + at, at < pairs, -1) == mine).to(tl.int32)
         tl.store(order + place + tl.cumsum(here, axis=0) - 1, at, here == 1)
         place += tl.sum(here, axis=0)
-    own_tiles = (own + BM - 1) // BM
-    for tile in range(0, own_tiles):
-        tl.store(tile_experts + first_tile + tile, mine)
-        tl.store(tile_firsts + first_tile + tile, start + tile * BM)
-    tl.store(ends + mine, start + own)
+    tl.store(bounds + mine, start)
     if mine == EXPERTS - 1:
-        tl.store(total, first_tile + own_tiles)
+        tl.store(bounds + EXPERTS, start + own)
+    for size in tl.static_range(SIZES):
+        row = tiles + size * (4 + 2 * length)
+        _cut(row, counts, own, mine, length, LEAST << size, EXPERTS, ALL)
 
 
 @triton.jit
-def _rows(order, ends, tile_experts, tile_firsts, pairs, BM: tl.constexpr):
-    """The expert of this program's tile, and its pairs; beyond them, the number of all."""
-    tile = tl.program_id(1)
-    expert = tl.load(tile_experts + tile)
-    places = tl.load(tile_firsts + tile) + tl.arange(0, BM)
-    valid = places < tl.load(ends + expert)
-    return expert.to(tl.int64), tl.load(order + places, valid, pairs)
+def _tile(
+    order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """The expert of this program, its pairs (beyond them, the number of all) and its columns.
+
+    An expert's programs are neighbours, and among them those that read the same part of its weight.
+    """
+    PARTS: tl.constexpr = (WIDTH + BN - 1) // BN
+    slot = tl.program_id(0) // PARTS
+    expert = tl.load(tiles + 4 + slot)
+    first = tl.load(tiles + 4 + length + slot)
+    start = tl.load(bounds + expert)
+    end = tl.load(bounds + expert + 1)
+    count = (end - start + BM - 1) // BM
+    place = tl.program_id(0) - first * PARTS
+    at = start + place % count * BM + tl.arange(0, BM)
+    pair = tl.load(order + at, at < end, pairs)
+    return expert.to(tl.int64), pair, place // count * BN + tl.arange(0, BN)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "length"])
 def expert_dot_float(
-    order, ends, tile_experts, tile_firsts, total, x, weight, scale, bias, y, pairs, N,
-    K: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SWAP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    order, bounds, tiles, length, x, weight, scale, bias, y, pairs,
+    N: tl.constexpr, K: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SWAP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """16-bit or float8 weights [experts * N, K]; grid (tiles of N, tiles of pairs).
+    """16-bit or float8 weights [experts * N, K]; a program a tile of pairs and of N, in one axis.
 
     PER_ROW pairs share a row of x. SCALE and BK as in ``dot_float``; y [pairs, N] or, GATED,
-    [pairs, N / 2].
+    [pairs, N / 2]; the rest as in ``group_pairs``.
     """
     begin(PDL)
-    if tl.program_id(1) < tl.load(total):
-        expert, pair = _rows(order, ends, tile_experts, tile_firsts, pairs, BM)
-        width = N // 2 if GATED else N
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
+    width: tl.constexpr = N // 2 if GATED else N
+    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
+        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
         k = tl.arange(0, BK)
         row = tl.minimum(n, width - 1)
-        w_at = weight + (expert * N + row)[:, None] * K + k[None, :]
-        up_at = w_at + width.to(tl.int64) * K
+        w_at = weight + expert * (N * K) + row.to(tl.int64)[:, None] * K + k[None, :]
+        up_at = w_at + width * K
         x_at = x + (pair // PER_ROW).to(tl.int64)[:, None] * K + k[None, :]
         BLOCKS: tl.constexpr = (K + 127) // 128
         scales = scale
@@ -104,9 +129,13 @@ def expert_dot_float(
             else:
                 xs = tl.load(x_at + base, mask=(pair < pairs)[:, None] & inside, other=0.0)
                 w = tl.load(w_at + base, mask=inside, other=0.0)
+            if GATED and EVEN:
+                w_up = tl.load(up_at + base)
+            elif GATED:
+                w_up = tl.load(up_at + base, mask=inside, other=0.0)
             w = narrow(w, xs)
             if GATED:
-                w_up = narrow(tl.load(up_at + base, mask=inside, other=0.0), xs)
+                w_up = narrow(w_up, xs)
             if SCALE == "block":
                 block = base // 128
                 factor = tl.load(scales + (row // 128) * BLOCKS + block)
@@ -122,33 +151,32 @@ def expert_dot_float(
                     up = product(w_up, xs, up, SWAP, WIDEN)
         biases = bias + expert * N if BIAS else bias
         epilogue(
-            acc, up, acc, y, scales, biases, y, pair, n, pairs, width,
+            acc, up, acc, y, scales, biases, y, pair.to(tl.int64), n, pairs, width,
             SWAP, GATED, SCALE == "row", BIAS, False, False,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "length"])
 def expert_dot_int(
-    order, ends, tile_experts, tile_firsts, total, x, weight, scale, shift, bias, y, pairs, N,
-    K: tl.constexpr, CHUNKS: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    order, bounds, tiles, length, x, weight, scale, shift, bias, y, pairs,
+    N: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, PER_ROW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
     begin(PDL)
-    if tl.program_id(1) < tl.load(total):
-        expert, pair = _rows(order, ends, tile_experts, tile_firsts, pairs, BM)
+    width: tl.constexpr = N // 2 if GATED else N
+    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
+        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty
         GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
-        width = N // 2 if GATED else N
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
         j = tl.arange(0, 32)
         row = expert * N + tl.minimum(n, width - 1)
         w_at = weight + row[:, None] * (CHUNKS * 32) + j[None, :]
-        up_at = w_at + width.to(tl.int64) * (CHUNKS * 32)
+        up_at = w_at + width * (CHUNKS * 32)
         x_at = x + (pair // PER_ROW).to(tl.int64)[:, None] * K + j[None, :]
         shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
         acc = tl.zeros(shape, tl.float32)
@@ -177,61 +205,27 @@ def expert_dot_int(
         biases = bias + expert * N if BIAS else bias
         row_scales = scale + expert * N if GROUP == 0 else scale
         epilogue(
-            acc, up, acc, y, row_scales, biases, y, pair, n, pairs, width,
+            acc, up, acc, y, row_scales, biases, y, pair.to(tl.int64), n, pairs, width,
             SWAP, GATED, GROUP == 0, BIAS, False, False,
         )  # fmt: skip
 
 
 @triton.jit
-def expert_gemv_float(
-    ids, x, weight, scale, bias, y, N,
-    K: tl.constexpr, VECTORS: tl.constexpr, PER_ROW: tl.constexpr, BR: tl.constexpr,
-    RT: tl.constexpr, Q: tl.constexpr, DEPTH: tl.constexpr, FP8: tl.constexpr,
-    NATIVE: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
+def _sum_products(
+    products, weights, residual, y, token, at, inside, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A pair each along the second axis of the grid; the rest is ``gemv_float`` of one token."""
-    begin(PDL)
-    pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
-    BLOCKS: tl.constexpr = (K + 127) // 128
-    scales = scale
-    if SCALE == "row":
-        scales = scale + expert * N
-    elif SCALE == "block":
-        scales = scale + expert * (N // 128) * BLOCKS
-    biases = bias + expert * N if BIAS else bias
-    width = N // 2 if GATED else N
-    gemv_float(
-        x + pair // PER_ROW * (K // 4), weight + expert * N * (VECTORS * 2), scales, biases, y, x,
-        y + pair * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16, GATED,
-        SCALE, BIAS, False, False, EVEN, COMPILED, False,
-    )  # fmt: skip
-
-
-@triton.jit
-def expert_gemv_int(
-    ids, x, weight, scale, shift, bias, y, N,
-    K: tl.constexpr, VECTORS: tl.constexpr, PER_ROW: tl.constexpr, BR: tl.constexpr,
-    RT: tl.constexpr, Q: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A pair each along the second axis of the grid; the rest is ``gemv_int`` of one token."""
-    begin(PDL)
-    pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
-    # The exponents of a chunk of float4 are one number.
-    GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
-    biases = bias + expert * N if BIAS else bias
-    shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
-    width = N // 2 if GATED else N
-    gemv_int(
-        x + pair // PER_ROW * (K // 4), weight + expert * N * (VECTORS * 2),
-        scale + expert * N * GROUPS, shifts, biases, y, x, y + pair * width, N, 0.0,
-        K, VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
-        EVEN, COMPILED, False,
-    )  # fmt: skip
+    """Stores the products [T * TOP_K, WIDTH] of a token times their weights, in order, plus
+    residual."""
+    total = tl.load(products + token * TOP_K * WIDTH + at, inside, 0.0, cache_modifier=".cg")
+    total = total.to(tl.float32) * tl.load(weights + token * TOP_K)
+    for k in tl.static_range(1, TOP_K):
+        place = products + (token * TOP_K + k) * WIDTH + at
+        part = tl.load(place, inside, 0.0, cache_modifier=".cg").to(tl.float32)
+        total += part * tl.load(weights + token * TOP_K + k)
+    if RESIDUAL:
+        total += tl.load(residual + token * WIDTH + at, inside, 0.0).to(tl.float32)
+    tl.store(y + token * WIDTH + at, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -239,15 +233,99 @@ def add_products(
     products, weights, residual, y, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The products [T * TOP_K, WIDTH] of a token times their weights, in order, plus residual."""
+    """The sums of all tokens; grid (tokens, blocks of WIDTH)."""
     begin(PDL)
-    token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP_K):
-        part = tl.load(products + (token * TOP_K + k) * WIDTH + at, inside, 0.0).to(tl.float32)
-        total += part * tl.load(weights + token * TOP_K + k)
-    if RESIDUAL:
-        total += tl.load(residual + token * WIDTH + at, inside, 0.0).to(tl.float32)
-    tl.store(y + token * WIDTH + at, total.to(y.dtype.element_ty), inside)
+    token = tl.program_id(0).to(tl.int64)
+    _sum_products(
+        products, weights, residual, y, token, at, at < WIDTH, WIDTH, TOP_K, RESIDUAL
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_when_last(
+    products, weights, residual, y, counters, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Of the programs that multiply ROWS rows with the experts of a token, the last to be done adds
+    their products: in their order, whichever that is."""
+    token = tl.program_id(1) // TOP_K
+    counter = counters + token * tl.num_programs(0) + tl.program_id(0)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == TOP_K - 1:
+        tl.store(counter, 0)
+        at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        _sum_products(
+            products, weights, residual, y, token.to(tl.int64), at, at < WIDTH, WIDTH, TOP_K,
+            RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def expert_gemv_float(
+    ids, x, weight, scale, bias, products, weights, residual, y, counters,
+    N: tl.constexpr, TOP_K: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
+    DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
+    GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    COMPILED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A pair each along the second axis of the grid; the rest is ``gemv_float`` of one token.
+
+    Without SUM the TOP_K pairs of a token share a row of x; with it, each has one, and y are the
+    sums. counters int32: a zero a token and part of the rows, and left so.
+    """
+    begin(PDL)
+    pair = tl.program_id(1).to(tl.int64)
+    expert = tl.load(ids + pair).to(tl.int64)
+    row = pair if SUM else pair // TOP_K
+    BLOCKS: tl.constexpr = (K + 127) // 128
+    scales = scale
+    if SCALE == "row":
+        scales = scale + expert * N
+    elif SCALE == "block":
+        scales = scale + expert * (N // 128) * BLOCKS
+    biases = bias + expert * N if BIAS else bias
+    width: tl.constexpr = N // 2 if GATED else N
+    gemv_float(
+        x + row * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases, products, x,
+        products + pair * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
+        GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False,
+    )  # fmt: skip
+    if SUM:
+        ROWS: tl.constexpr = BR * (RT // 2 if GATED else RT)
+        _sum_when_last(
+            products, weights, residual, y, counters, width, TOP_K, ROWS, RESIDUAL
+        )  # fmt: skip
+
+
+@triton.jit
+def expert_gemv_int(
+    ids, x, weight, scale, shift, bias, products, weights, residual, y, counters,
+    N: tl.constexpr, TOP_K: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
+    DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    COMPILED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As ``expert_gemv_float``, of ``gemv_int``."""
+    begin(PDL)
+    pair = tl.program_id(1).to(tl.int64)
+    expert = tl.load(ids + pair).to(tl.int64)
+    row = pair if SUM else pair // TOP_K
+    # The exponents of a chunk of float4 are one number.
+    GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
+    biases = bias + expert * N if BIAS else bias
+    shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
+    width: tl.constexpr = N // 2 if GATED else N
+    gemv_int(
+        x + row * (K // 4), weight + expert * (N * VECTORS * 2),
+        scale + expert * N * GROUPS, shifts, biases, products, x, products + pair * width, N, 0.0,
+        K, VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
+        EVEN, COMPILED, False,
+    )  # fmt: skip
+    if SUM:
+        ROWS: tl.constexpr = BR * (RT // 2 if GATED else RT)
+        _sum_when_last(
+            products, weights, residual, y, counters, width, TOP_K, ROWS, RESIDUAL
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Which kernel runs a Linear, and with which tiles: by weight, shape and number of tokens."""
+"""Which kernel runs a Linear, and with which tiles: by weight, shape and number of tokens.
+
+The table has the tactics of ExpertLinear too (``expert_linear/cuda/tactics.py``).
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ class Tactic:
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
     split_k      dot: programs that share the K of a tile.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
+    block_m      dot of experts: rows of x of a tile; a Linear's are those of ``block_m``.
     """
 
     kernel: Kernel
@@ -45,6 +49,7 @@ class Tactic:
     fuse_norm: bool = False
     split_k: int = 1
     swap: bool = False
+    block_m: int = 0
 
 
 def vector_size(fmt: WeightFormat) -> int:
@@ -158,7 +163,7 @@ def _default_dot(
         block_n = 64 if width >= 64 * _PROCESSORS and not crowded else 32
         split = _split(width, block_n, tokens, _PROCESSORS)
         found = Tactic("dot", block_n, 64 if tokens > 32 else 128, num_stages=4, split_k=split)
-    return _fit_stages(found, fmt, gated, tokens, capability)
+    return fit_stages(found, fmt, gated, block_m(tokens), capability)
 
 
 def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
@@ -184,14 +189,14 @@ def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
     return split
 
 
-def _fit_stages(
-    tactic: Tactic, fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+def fit_stages(
+    tactic: Tactic, fmt: WeightFormat, gated: bool, tile: int, capability: tuple[int, int]
 ) -> Tactic:
-    """With as many stages as shared memory holds, at least two."""
+    """A dot of ``tile`` rows of x with as many stages as shared memory holds, at least two."""
     elements = 1024 // fmt.bits if in_words(fmt) else tactic.block_k
     bits = fmt.bits or 16
     rows = tactic.block_n * (2 if gated else 1)
-    stage = elements * (2 * block_m(tokens) + rows * bits // 8)
+    stage = elements * (2 * tile + rows * bits // 8)
     room = min(shared_memory(capability) - _SPARE_BYTES, 200 << 10)
     return replace(tactic, num_stages=max(2, min(tactic.num_stages, room // stage)))
 
@@ -256,7 +261,7 @@ def _dot_candidates(
                 continue
             columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
             tactic = Tactic("dot", rows, columns, warps, 6, False, split, swap)
-            found.append(_fit_stages(tactic, fmt, gated, tokens, capability))
+            found.append(fit_stages(tactic, fmt, gated, block_m(tokens), capability))
     return found
 
 
@@ -275,11 +280,6 @@ class Tactics:
             return Tactic("blas")
         found = self.entries.get(entry_key(fmt, gated, bucket))
         return found or default_tactic(fmt, gated, tokens, self.capability)
-
-    def put(self, fmt: WeightFormat, gated: bool, tokens: int, tactic: Tactic) -> None:
-        """Store the tactic of a shape for a bucket of tokens, one of ``BUCKETS``."""
-        assert tokens in BUCKETS, tokens
-        self.entries[entry_key(fmt, gated, tokens)] = tactic
 
     def to_json(self) -> str:
         """The table as the text of ``tactics.json``, a line an entry."""
@@ -332,10 +332,12 @@ def _given(tactic: Tactic) -> dict[str, object]:
     }
 
 
-def entry_key(fmt: WeightFormat, gated: bool, bucket: int) -> str:
-    """The key of a shape and bucket, such as ``int4g128z 28672x4096 gated 4``."""
+def entry_key(fmt: WeightFormat, gated: bool, bucket: int, experts: str = "") -> str:
+    """The key of a shape and bucket, such as ``int4g128z 28672x4096 gated 4``; that of experts says
+    which part of them a token has: ``bfloat16 1536x2048 gated 8/128 4``."""
     n, k = fmt.shape
-    return f"{weight_key(fmt)} {n}x{k} {'gated ' if gated else ''}{bucket}"
+    parts = (weight_key(fmt), f"{n}x{k}", "gated" if gated else "", experts, str(bucket))
+    return " ".join(filter(None, parts))
 
 
 def _tactic(entry: dict[str, Any]) -> Tactic:

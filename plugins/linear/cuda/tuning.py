@@ -1,13 +1,7 @@
-"""Times the candidate tactics of a Linear on the GPU that is there, and keeps the quickest.
-
-Every candidate runs in a captured graph over weights that together exceed the L2 cache, as they do
-in a model: a weight that stays in the cache would favour the wrong kernels.
-"""
+"""The Linears of a model as problems to tune."""
 
 from __future__ import annotations
 
-import logging
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +10,19 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS, has_pdl
-from slipstream.plugins.cuda.precompile import compile_kernels, record
 from slipstream.plugins.linear.cuda.linear import linear
-from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics, candidate_tactics
+from slipstream.plugins.linear.cuda.tactics import (
+    BUCKETS,
+    Tactic,
+    candidate_tactics,
+    entry_key,
+)
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
-
-log = logging.getLogger(__name__)
-_COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
-_LAUNCHES = 64
-_REPLAYS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """The Linears of one shape in a model: their weights, and what is fused into them."""
+class LinearProblem:
+    """The Linears of one shape: their weights, and what is fused into them."""
 
     weights: tuple[DeviceWeight, ...]
     gated: bool
@@ -37,135 +30,45 @@ class Problem:
     residual: bool
     dtype: torch.dtype
     out_dtype: torch.dtype
+    buckets: tuple[int, ...] = BUCKETS
 
+    def key(self, bucket: int) -> str:
+        """The key in the table of tactics."""
+        return entry_key(self.weights[0].format, self.gated, bucket)
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of one launch with cold weights."""
+    def candidates(self, tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+        """What is worth timing, the default first."""
+        return candidate_tactics(self.weights[0].format, self.gated, tokens, capability)
 
-    tactic: Tactic
-    seconds: float
+    def nbytes(self, tokens: int) -> float:
+        """Bytes of one weight, whatever the tokens are."""
+        return self.weights[0].nbytes
 
+    def calls(self, tokens: int, tactics: Sequence[Tactic]) -> list[Callable[[int], Tensor]]:
+        """For each tactic a launch on the weight of a number, all of them on the same input."""
+        n, k = self.weights[0].format.shape
+        device = self.weights[0].codes.device
+        x = torch.randn(tokens, k, device=device).to(self.dtype)
+        norm = torch.ones(k, dtype=self.dtype, device=device) if self.norm else None
+        width = n // 2 if self.gated else n
+        residual = None
+        if self.residual:
+            residual = torch.randn(tokens, width, device=device).to(self.dtype)
+        out = torch.empty(tokens, width, dtype=self.out_dtype, device=device)
+        pdl = has_pdl(device) and tokens <= PDL_TOKENS
 
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The timings of one problem and number of tokens, quickest first, and the default tactic."""
+        def call(tactic: Tactic, index: int) -> Tensor:
+            return linear(
+                x,
+                self.weights[index % len(self.weights)],
+                residual=residual,
+                norm_weight=norm,
+                norm_eps=1e-5,
+                gated=self.gated,
+                out_dtype=self.out_dtype,
+                tactic=tactic,
+                out=out,
+                pdl=pdl,
+            )
 
-    problem: Problem
-    tokens: int
-    timings: list[Timing]
-    usual: Tactic
-
-
-def time_tactics(problem: Problem, tokens: int, tactics: Sequence[Tactic]) -> list[Timing]:
-    """Every tactic that runs, quickest first."""
-    calls = _calls(problem, tokens, tactics)
-    timings = [
-        Timing(tactic, _seconds(call, len(problem.weights)))
-        for tactic, call in zip(tactics, calls, strict=True)
-        if _runs(call)
-    ]
-    return sorted(timings, key=lambda timing: timing.seconds)
-
-
-def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) -> list[Tuned]:
-    """Put the quickest tactic of every problem and bucket of tokens into ``table``."""
-    capability = torch.cuda.get_device_capability()
-    choices = {
-        (index, tokens): candidate_tactics(
-            problem.weights[0].format, problem.gated, tokens, capability
-        )
-        for index, problem in enumerate(problems)
-        for tokens in buckets
-    }
-
-    def launch_all(key: tuple[int, int]) -> None:
-        for call in _calls(problems[key[0]], key[1], choices[key]):
-            call(0)
-
-    with torch.no_grad():
-        compile_kernels(record([partial(launch_all, key) for key in choices]), capability)
-    report = []
-    for (index, tokens), tactics in choices.items():
-        problem = problems[index]
-        timings = time_tactics(problem, tokens, tactics)
-        table.put(problem.weights[0].format, problem.gated, tokens, timings[0].tactic)
-        report.append(Tuned(problem, tokens, timings, usual=tactics[0]))
-    return report
-
-
-def _calls(
-    problem: Problem, tokens: int, tactics: Sequence[Tactic]
-) -> list[Callable[[int], Tensor]]:
-    """For each tactic a launch on the weight of a number, all of them on the same input."""
-    n, k = problem.weights[0].format.shape
-    device = problem.weights[0].codes.device
-    x = torch.randn(tokens, k, device=device).to(problem.dtype)
-    norm = torch.ones(k, dtype=problem.dtype, device=device) if problem.norm else None
-    width = n // 2 if problem.gated else n
-    residual = None
-    if problem.residual:
-        residual = torch.randn(tokens, width, device=device).to(problem.dtype)
-    out = torch.empty(tokens, width, dtype=problem.out_dtype, device=device)
-    pdl = has_pdl(device) and tokens <= PDL_TOKENS
-
-    def call(tactic: Tactic, index: int) -> Tensor:
-        return linear(
-            x,
-            problem.weights[index % len(problem.weights)],
-            residual=residual,
-            norm_weight=norm,
-            norm_eps=1e-5,
-            gated=problem.gated,
-            out_dtype=problem.out_dtype,
-            tactic=tactic,
-            out=out,
-            pdl=pdl,
-        )
-
-    return [partial(call, tactic) for tactic in tactics]
-
-
-def _runs(call: Callable[[int], Tensor]) -> bool:
-    """Whether a candidate compiles and fits this GPU."""
-    try:
-        with torch.no_grad():
-            call(0)
-    except Exception as error:  # noqa: BLE001 - a candidate that does not fit is no candidate
-        log.info("a candidate does not run: %s", str(error)[:200])
-        return False
-    return True
-
-
-def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
-    launches = max(weights, _LAUNCHES // 4)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
-        for index in range(launches):
-            call(index)
-    graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
-        start, end = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3 / launches)
-    return statistics.median(times)
-
-
-def cold(weights: Sequence[DeviceWeight]) -> tuple[DeviceWeight, ...]:
-    """Enough weights of one shape that a round of them finds none in the cache: copies if need
-    be."""
-    size = sum(weight.codes.nbytes for weight in weights)
-    copies = -(-_COLD_BYTES // max(size, 1))
-    made = list(weights)
-    for _ in range(min(copies, _LAUNCHES) - 1):
-        made += [weight.copy() for weight in weights]
-    return tuple(made)
+        return [partial(call, tactic) for tactic in tactics]

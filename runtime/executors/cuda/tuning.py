@@ -10,17 +10,20 @@ from torch import Tensor
 
 from slipstream.builder.contract import TARGET_GRAPH
 from slipstream.builder.engine import TACTICS, WEIGHTS, Engine
-from slipstream.plugins.cuda.binding import dtype_of
+from slipstream.plugins.cuda.binding import attributes_of, dtype_of, input_names
+from slipstream.plugins.cuda.tuning import Problem, Tuned, cold, tune
+from slipstream.plugins.expert_linear.cuda.bind import experts_of
+from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
 from slipstream.plugins.linear.cuda.bind import weight_of
-from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactics
-from slipstream.plugins.linear.cuda.tuning import Problem, Tuned, cold, tune
-from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.runtime.executors.cuda.device import Device, require
 from slipstream.runtime.executors.cuda.weights import load_weights
 
 
 def tune_engine(engine: Engine) -> list[Tuned]:
-    """Time every kernel of Linear for every shape of an engine and store the quickest.
+    """Time every kernel of Linear and ExpertLinear for every shape of an engine and store the
+    quickest.
 
     Returns the timings of each shape and number of tokens. Raises what loading raises.
     """
@@ -30,34 +33,51 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     graph = ir.load(engine.path / manifest.graphs[TARGET_GRAPH].file).graph
     weights = load_weights(engine.path / WEIGHTS, device)
     table = Tactics(device.capability, device.name)
-    buckets = [size for size in BUCKETS if size <= manifest.limits.max_num_tokens] or [1]
-    report = tune(problems(graph, weights), buckets, table)
+    found = problems(graph, weights)
+    sizes = sorted({size for problem in found for size in problem.buckets})
+    # A step that is not full takes the tactic of the next larger bucket.
+    most = next((size for size in sizes if size >= manifest.limits.max_num_tokens), sizes[-1])
+    report = tune(found, [size for size in sizes if size <= most], table)
     engine.write_file(TACTICS, table.to_json())
     return report
 
 
 def problems(graph: Iterable[ir.Node], weights: Mapping[str, Tensor]) -> list[Problem]:
-    """The Linears of a lowered graph, those of one shape and use together."""
-    groups: dict[tuple[object, ...], list[tuple[ir.Node, DeviceWeight]]] = defaultdict(list)
+    """The Linears and ExpertLinears of a lowered graph, those of one shape and use together."""
+    groups: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if node.op_type == "Linear":
-            weight = weight_of(node, weights)
-            inputs = [value is not None for value in (*node.inputs, None, None, None)[3:5]]
-            gated = node.attributes.get_int("gated", 0)
-            groups[(weight.format, gated, *inputs, dtype_of(node))].append((node, weight))
-    return [_problem(members) for members in groups.values()]
+        if node.op_type in ("Linear", "ExpertLinear"):
+            inputs = [name is not None for name in input_names(node, 6)[2:]]
+            use = (node.op_type, *attributes_of(node).values(), *inputs, dtype_of(node))
+            groups[use].append(node)
+    return [
+        _linears(members, weights) if members[0].op_type == "Linear" else _experts(members, weights)
+        for members in groups.values()
+    ]
 
 
-def _problem(members: list[tuple[ir.Node, DeviceWeight]]) -> Problem:
-    node = members[0][0]
-    inputs = (*node.inputs, None, None, None)
+def _linears(members: list[ir.Node], weights: Mapping[str, Tensor]) -> LinearProblem:
+    node = members[0]
+    _, _, _, residual, norm = input_names(node, 5)
     x = node.inputs[0]
     assert x is not None
-    return Problem(
-        weights=cold([weight for _, weight in members]),
-        gated=bool(node.attributes.get_int("gated", 0)),
-        norm=inputs[4] is not None,
-        residual=inputs[3] is not None,
+    return LinearProblem(
+        weights=cold([weight_of(member, weights) for member in members]),
+        gated=bool(attributes_of(node)["gated"]),
+        norm=norm is not None,
+        residual=residual is not None,
         dtype=dtype_of(x.producer() or node),
         out_dtype=dtype_of(node),
+    )
+
+
+def _experts(members: list[ir.Node], weights: Mapping[str, Tensor]) -> ExpertProblem:
+    node = members[0]
+    layers = [experts_of(member, weights) for member in members]
+    return ExpertProblem(
+        weights=cold([experts.weight for experts in layers]),
+        experts=layers[0],
+        top_k=attributes_of(node)["top_k"],
+        residual=input_names(node, 6)[5] is not None,
+        dtype=dtype_of(node),
     )

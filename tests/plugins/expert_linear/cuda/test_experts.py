@@ -12,8 +12,10 @@ from tests.plugins.linear.weights import random_weight
 
 from slipstream.plugins.expert_linear import reference
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear, group
+from slipstream.plugins.expert_linear.cuda.tactics import TILES, default_tactic
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear.cuda.packing import pack
+from slipstream.plugins.linear.cuda.tactics import Tactic
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.weights.tensor import WeightFormat
 
@@ -32,7 +34,7 @@ FORMATS = {
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
 MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
-TOKENS = (1, 3, 21)
+TOKENS = (1, 2, 21)
 
 
 def choices(tokens: int) -> NDArray[np.int32]:
@@ -41,8 +43,14 @@ def choices(tokens: int) -> NDArray[np.int32]:
     return np.array([rng.permutation(EXPERTS - 1)[:TOP_K] for _ in range(tokens)], np.int32)
 
 
-def run(name: str, tokens: int, device: str, **options: Any) -> tuple[Floats, Floats]:  # noqa: ANN401
-    """What the kernels give and what the reference does."""
+def run(
+    name: str,
+    tokens: int,
+    device: str,
+    tactic: Tactic | None = None,
+    **options: Any,  # noqa: ANN401
+) -> tuple[Floats, Floats]:
+    """What the kernels give, by default those that nobody timed, and what the reference does."""
     weight, reduce = random_weight(FORMATS.get(name, MXFP4)), options.get("reduce", False)
     rng = np.random.default_rng(1)
     n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
@@ -56,13 +64,16 @@ def run(name: str, tokens: int, device: str, **options: Any) -> tuple[Floats, Fl
     factors = rng.uniform(0, 1, (tokens, TOP_K)).astype(np.float32) if reduce else None
     ids = choices(tokens)
     packed = DeviceWeight.from_blob(torch.from_numpy(pack(weight)).to(device), weight.format)
+    experts = Experts.of(packed, EXPERTS, bias, **options)
     got = expert_linear(
         x,
-        Experts(packed, EXPERTS, bias, **options),
+        experts,
         torch.from_numpy(ids).to(device),
         None if factors is None else torch.from_numpy(factors).to(device),
         residual,
+        tactic=tactic or default_tactic(experts.shape(TOP_K), tokens, (9, 0)),
     )
+    assert experts.counters is None or not experts.counters.any(), "as they were for the next"
     want = reference.expert_linear(
         exact(x), weight, ids, factors, bias=exact(bias), experts=EXPERTS,
         residual=None if residual is None else exact(residual), activation="none", **options,
@@ -83,7 +94,7 @@ def assert_close(got: Floats, want: Floats) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: str) -> None:
     gate = (None, *GATES.values())[(list(FORMATS).index(name) + tokens) % (1 + len(GATES))]
-    options = {} if gate is None else {"gated": True, "gate": gate}
+    options: dict[str, Any] = {} if gate is None else {"gated": True, "gate": gate}
     assert_close(*run(name, tokens, device, **options))
 
 
@@ -91,6 +102,32 @@ def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) -> None:
     assert_close(*run(name, tokens, device, reduce=True))
+
+
+# Each with one format: the sizes of tiles, either operand on the left, few and many stages.
+TACTICS = {
+    "bf16": Tactic("dot", 16, 32, block_m=16),
+    "fp8": Tactic("dot", 64, 64, 8, 3, swap=True, block_m=64),
+    "fp8block": Tactic("dot", 32, 128, swap=True, block_m=128),
+    "int4g32z": Tactic("dot", 32, 256, swap=True, block_m=32),
+    "int8row": Tactic("dot", 64, 128, 8, 2, block_m=64),
+}
+
+
+@pytest.mark.parametrize("name", TACTICS)
+def test_tiles_of_every_size(name: str, device: str) -> None:
+    options: dict[str, Any] = {"gated": True, "gate": GATES["silu"]}
+    if name in ("fp8", "int4g32z"):
+        options = {"reduce": True}
+    assert_close(*run(name, 21, device, TACTICS[name], **options))
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4g32o"])
+def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str) -> None:
+    tactic = Tactic("gemv", 8, 64 if name == "bf16" else 256, 2)
+    got, want = run(name, 6, device, tactic, reduce=True)
+    assert_close(got, want)
+    np.testing.assert_array_equal(run(name, 6, device, tactic, reduce=True)[0], got)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +139,18 @@ def test_mxfp4(tokens: int, options: dict[str, Any], device: str) -> None:
     assert_close(*run("mxfp4", tokens, device, **options))
 
 
-def test_pairs_are_grouped_by_expert_in_their_order(device: str) -> None:
+@pytest.mark.parametrize("block", TILES)
+def test_pairs_are_grouped_by_expert_in_their_order(block: int, device: str) -> None:
     ids = np.random.default_rng(0).integers(0, 7, (300, 2)).astype(np.int32)
     ids[ids == 4] = 5  # an expert that nobody chooses
-    found = group(torch.from_numpy(ids).to(device), 8)
+    order, bounds, tiles, length = group(torch.from_numpy(ids).to(device), 8).of(block)
     flat = ids.reshape(-1)
-    np.testing.assert_array_equal(found.order.cpu(), np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(order.cpu(), np.argsort(flat, kind="stable"))
     counts = np.bincount(flat, minlength=8)
-    np.testing.assert_array_equal(found.ends.cpu(), np.cumsum(counts))
-    bounds = zip(np.cumsum(counts), counts, strict=True)
-    tiles = [
-        (expert, first)
-        for expert, (end, count) in enumerate(bounds)
-        for first in range(end - count, end, found.block)
-    ]
-    total = int(found.total)
-    assert total == len(tiles) <= found.tiles
-    experts, firsts = found.tile_experts[:total].tolist(), found.tile_firsts[:total].tolist()
-    assert list(zip(experts, firsts, strict=True)) == tiles
+    np.testing.assert_array_equal(bounds.cpu(), [0, *np.cumsum(counts)])
+    of_each = -(-counts // block)
+    total = int(tiles[0])
+    assert total == of_each.sum() <= length
+    experts, firsts = tiles[4 : 4 + total].cpu(), tiles[4 + length : 4 + length + total].cpu()
+    np.testing.assert_array_equal(experts, np.repeat(np.arange(8), of_each))
+    np.testing.assert_array_equal(firsts, np.repeat(np.cumsum(of_each) - of_each, of_each))

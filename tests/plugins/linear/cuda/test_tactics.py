@@ -66,7 +66,7 @@ def test_tokens_of_a_tile() -> None:
 def test_a_timed_tactic_serves_its_bucket() -> None:
     table = Tactics(HOPPER)
     timed = Tactic("dot", 32, 128, 4, 3)
-    table.put(INT4, False, 8, timed)
+    table.entries[entry_key(INT4, False, 8)] = timed
     assert table.find(INT4, False, 5) == table.find(INT4, False, 8) == timed
     assert table.find(INT4, False, 9) == default_tactic(INT4, False, 9, HOPPER)
     assert table.find(INT4, True, 8) == default_tactic(INT4, True, 8, HOPPER)
@@ -75,7 +75,7 @@ def test_a_timed_tactic_serves_its_bucket() -> None:
 
 def test_json_round_trip(tmp_path: Path) -> None:
     table = Tactics(HOPPER, "NVIDIA H100")
-    table.put(INT4, True, 4, Tactic("gemv", 8, 1024, 8, 2, True))
+    table.entries[entry_key(INT4, True, 4)] = Tactic("gemv", 8, 1024, 8, 2, True)
     assert Tactics.from_json(table.to_json()) == table
     file = tmp_path / "tactics.json"
     file.write_text(table.to_json())
@@ -102,7 +102,7 @@ def test_a_table_ships_for_hopper() -> None:
 @pytest.mark.parametrize("place", ["table", "entry"])
 def test_unknown_fields_are_refused(place: str) -> None:
     table = Tactics(HOPPER)
-    table.put(INT4, False, 1, Tactic("blas"))
+    table.entries[entry_key(INT4, False, 1)] = Tactic("blas")
     data = json.loads(table.to_json())
     (data if place == "table" else next(iter(data["entries"].values())))["colour"] = "red"
     with pytest.raises(EngineMismatchError, match="unknown fields colour"):
@@ -117,7 +117,7 @@ def test_broken_text_is_refused(text: str) -> None:
 
 def test_unknown_kernels_are_refused() -> None:
     table = Tactics(HOPPER)
-    table.put(INT4, False, 1, Tactic("blas"))
+    table.entries[entry_key(INT4, False, 1)] = Tactic("blas")
     with pytest.raises(EngineMismatchError, match="no kernel 'magic'"):
         Tactics.from_json(table.to_json().replace('"blas"', '"magic"'))
 

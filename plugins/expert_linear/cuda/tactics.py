@@ -1,0 +1,164 @@
+"""Which kernel runs an ExpertLinear, and with which tiles: by weight, shape, experts and number of
+tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.plugins.linear.cuda import tactics as linear
+from slipstream.plugins.linear.cuda.packing import in_words, padded_k
+from slipstream.plugins.linear.cuda.tactics import (
+    Tactic,
+    Tactics,
+    can_stream,
+    entry_key,
+    fit_stages,
+    vector_size,
+)
+from slipstream.weights.tensor import WeightFormat
+
+# No library multiplies by expert, so prefills have buckets too; larger steps are as the last.
+BUCKETS = (*linear.BUCKETS, 512, 2048)
+# Up to so many tokens gemv, in which every pair of a token and an expert reads the weight for
+# itself, is worth timing. It is the guess up to so many whose pairs nearly all have experts of
+# their own.
+GEMV_TOKENS = 8
+_GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
+# Rows of x of a tile, each size twice the one before; the pairs of a step are cut into tiles of all
+# of them at once.
+TILES = (16, 32, 64, 128)
+_SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The ``format`` of one of ``number`` experts, of which each token has ``top_k``."""
+
+    format: WeightFormat
+    gated: bool
+    number: int
+    top_k: int
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of 16 bytes in a row of the weight."""
+        fmt = self.format
+        return (padded_k(fmt) if in_words(fmt) else fmt.shape[1]) // vector_size(fmt)
+
+    def key(self, bucket: int) -> str:
+        """The key in the table of tactics."""
+        return entry_key(self.format, self.gated, bucket, f"{self.top_k}/{self.number}")
+
+    def distinct(self, tokens: int) -> float:
+        """The experts that so many tokens choose if each chooses among all alike."""
+        return float(self.number * (1 - (1 - self.top_k / self.number) ** tokens))
+
+    def rows(self, tokens: int) -> float:
+        """Rows of x of an expert that is chosen."""
+        return tokens * self.top_k / self.distinct(tokens)
+
+
+def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
+    """The tactic that was timed for this shape and bucket of tokens, or the default."""
+    bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
+    found = table.entries.get(shape.key(bucket))
+    return found or default_tactic(shape, tokens, table.capability)
+
+
+def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> Tactic:
+    """A sensible tactic for a shape that nobody timed."""
+    rows = shape.rows(tokens)
+    alone = tokens <= _GUESS_GEMV_TOKENS and rows <= _GUESS_GEMV_ROWS
+    if alone and can_stream(shape.format):
+        lanes, stages = _even_steps(shape)[0]
+        return _gemv(shape, 4, lanes, 2, stages)
+    # Counts of rows differ: a tile that holds one and a half of the mean holds most experts.
+    tile = next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
+    if capability[0] != 9:
+        return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
+    if tile <= 32:  # the rows of the weight fill wgmma, which takes few of x as they are
+        columns = 64 if shape.format.kind == "dense" else 128
+        return _dot(shape, tile, 64, columns, 4, 4, True, capability)
+    # What must be decoded is so in registers, from which wgmma takes its left operand only.
+    return _dot(shape, tile, 128, 64, 8, 4, shape.format.kind != "dense", capability)
+
+
+def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """What is worth timing, the default first."""
+    found = [default_tactic(shape, tokens, capability)]
+    if tokens <= GEMV_TOKENS and can_stream(shape.format):
+        found += [
+            _gemv(shape, warps, lanes, rows, stages)
+            for lanes, stages in _even_steps(shape)
+            for warps, rows in ((4, 2), (4, 4), (8, 2))
+        ]
+    if tokens > 1:
+        found += _dot_candidates(shape, tokens, capability)
+    return list(dict.fromkeys(found))
+
+
+def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
+    """Lanes along K and vectors in flight a row whose steps fill the rows: the widest two."""
+    for widest in (64, 32, 16, 8):
+        found = [
+            (lanes, stages)
+            for lanes in (widest // 2, widest)
+            for stages in (2, 3, 1)
+            if shape.vectors % (lanes * stages) == 0
+        ]
+        if len(found) > 1:
+            return found
+    return [(32, 1), (32, 2)]
+
+
+def _gemv(shape: ExpertShape, warps: int, lanes: int, vectors: int, stages: int) -> Tactic:
+    """``vectors`` rows of the weight a thread, of which a gated row of the result takes two."""
+    rows = 32 * warps // lanes * vectors
+    return Tactic(
+        "gemv",
+        block_n=rows // 2 if shape.gated else rows,
+        block_k=lanes * vector_size(shape.format),
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _dot(
+    shape: ExpertShape,
+    tile: int,
+    rows: int,
+    columns: int,
+    warps: int,
+    stages: int,
+    swap: bool,
+    capability: tuple[int, int],
+) -> Tactic:
+    fmt = shape.format
+    columns = 1024 // fmt.bits if in_words(fmt) else columns
+    found = Tactic("dot", rows, columns, warps, stages, swap=swap, block_m=tile)
+    return fit_stages(found, fmt, shape.gated, tile, capability)
+
+
+def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """Rows of the weight, elements of K, warps, stages, and whether the weight is on the left."""
+    choices = [
+        (64, 64, 4, 4, False), (64, 128, 4, 3, False), (32, 128, 4, 4, False),
+        (128, 64, 8, 4, False), (128, 64, 4, 3, False),
+    ]  # fmt: skip
+    if capability[0] == 9:
+        choices += [
+            (64, 64, 4, 4, True), (64, 128, 4, 3, True), (64, 128, 4, 5, True),
+            (128, 64, 8, 4, True), (128, 128, 8, 3, True), (128, 64, 4, 3, True),
+        ]  # fmt: skip
+    sums = 2 if shape.gated else 1
+    return [
+        _dot(shape, tile, rows, columns, warps, stages, swap, capability)
+        for tile in _tiles(shape.rows(tokens))
+        for rows, columns, warps, stages, swap in choices
+        if tile * rows * sums <= _SUMS_A_THREAD * 32 * warps
+    ]
+
+
+def _tiles(rows: float) -> list[int]:
+    """Sizes of which an expert fills a half of one, or at most two."""
+    return [size for size in TILES if min(rows / 2, TILES[-1]) <= size <= max(2 * rows, TILES[0])]

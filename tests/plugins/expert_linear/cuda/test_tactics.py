@@ -1,0 +1,104 @@
+"""The choice of an ExpertLinear's kernel, and what is timed of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from slipstream.plugins.cuda.detect import shared_memory
+from slipstream.plugins.expert_linear.cuda.tactics import (
+    BUCKETS,
+    GEMV_TOKENS,
+    TILES,
+    ExpertShape,
+    candidate_tactics,
+    default_tactic,
+    find_tactic,
+)
+from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics, weight_key
+from slipstream.weights.tensor import WeightFormat
+
+HOPPER = (9, 0)
+FORMATS = [
+    WeightFormat((1536, 2048), "dense", "bfloat16"),
+    WeightFormat((2048, 768), "float8_e4m3", "float32", 8, 768),
+    WeightFormat((2048, 768), "float8_e4m3", "float32", 8, 128, "midpoint", 128),
+    WeightFormat((2048, 768), "int", "float16", 4, 128, "midpoint"),
+    WeightFormat((28672, 4096), "int", "float16", 8, 64, "zero"),
+    WeightFormat((48, 90), "dense", "bfloat16"),
+]
+
+
+def of_qwen(fmt: WeightFormat, gated: bool = False) -> ExpertShape:
+    return ExpertShape(fmt, gated, 128, 8)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), HOPPER, (10, 0)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS, ids=weight_key)
+def test_tactics_are_ones_that_the_kernels_take(
+    fmt: WeightFormat, gated: bool, capability: tuple[int, int]
+) -> None:
+    for number, top_k in ((128, 8), (8, 2), (1, 1)):
+        shape = ExpertShape(fmt, gated, number, top_k)
+        for tokens in (*BUCKETS, 3, 57, 8192):
+            found = candidate_tactics(shape, tokens, capability)
+            assert found[0] == default_tactic(shape, tokens, capability)
+            assert found and len(set(found)) == len(found)
+            for tactic in found:
+                check(tactic, shape, tokens, capability)
+
+
+def check(tactic: Tactic, shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> None:
+    fmt, rows = shape.format, tactic.block_n * (2 if shape.gated else 1)
+    if tactic.kernel == "gemv":
+        assert tokens <= GEMV_TOKENS and fmt.shape[1] % 4 == 0
+        return
+    assert tactic.block_m in TILES and (capability == HOPPER or not tactic.swap)
+    assert fmt.rows == 1 or 128 % tactic.block_k == 0
+    assert tactic.block_m * rows <= 128 * 32 * tactic.num_warps, "sums fit the registers"
+    columns = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
+    stage = columns * (2 * tactic.block_m + rows * (fmt.bits or 16) // 8)
+    assert stage * tactic.num_stages <= shared_memory(capability) or tactic.num_stages == 2
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:-1], ids=weight_key)
+def test_vectors_of_a_row_fill_the_steps_of_the_default(fmt: WeightFormat) -> None:
+    """768 elements are 96, 48 or 24 vectors: no step of 64 lanes ends with them."""
+    shape = of_qwen(fmt)
+    tactic = default_tactic(shape, 1, HOPPER)
+    bits = fmt.bits or 16
+    assert tactic.kernel == "gemv"
+    assert (fmt.shape[1] * bits // 128) % (tactic.block_k * bits // 128 * tactic.num_stages) == 0
+
+
+def test_tiles_grow_with_the_rows_of_an_expert() -> None:
+    shape = of_qwen(FORMATS[0], gated=True)
+    found = [default_tactic(shape, tokens, HOPPER) for tokens in (16, 64, 256, 512, 2048)]
+    assert [tactic.block_m for tactic in found] == [16, 16, 32, 64, 128]
+    assert [tactic.swap for tactic in found] == [True, True, True, False, False]
+    of_eight = replace(shape, number=8, top_k=2)
+    assert default_tactic(of_eight, 64, HOPPER).block_m == 32
+
+
+def test_experts_that_tokens_share_are_read_once() -> None:
+    """Four tokens of Mixtral choose five or six of eight experts, and of Qwen 29 of 128."""
+    mixtral = ExpertShape(FORMATS[4], True, 8, 2)
+    assert [default_tactic(mixtral, tokens, HOPPER).kernel for tokens in (1, 4)] == ["gemv", "dot"]
+    assert default_tactic(of_qwen(FORMATS[0], gated=True), 4, HOPPER).kernel == "gemv"
+
+
+def test_what_must_be_decoded_is_the_left_operand() -> None:
+    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).swap
+
+
+def test_a_timed_tactic_serves_its_bucket_and_its_experts() -> None:
+    shape = of_qwen(FORMATS[0], gated=True)
+    timed = Tactic("dot", 64, 64, 4, 3, block_m=16)
+    table = Tactics(HOPPER, entries={"bfloat16 1536x2048 gated 8/128 2048": timed})
+    assert find_tactic(table, shape, 600) == find_tactic(table, shape, 8192) == timed
+    assert Tactics.from_json(table.to_json()).entries == table.entries
+    assert find_tactic(table, shape, 512) == default_tactic(shape, 512, HOPPER)
+    other = replace(shape, number=64)
+    assert find_tactic(table, other, 2048) == default_tactic(other, 2048, HOPPER)
