@@ -288,8 +288,8 @@ def measure(
 ) -> Figures:
     """All figures of one model in one format."""
     started = time.perf_counter()
-    routes = Routes()
-    options = {"max_seq_len": 8448 if model == "llama-8b" else 8192, **FORMATS[form]}
+    routes = Routes(MODELS[model]["num_hidden_layers"])
+    options = {"max_seq_len": 8192 if model == "smollm2" else 8448, **FORMATS[form]}
     engine = random_engine(
         MODELS[model],
         BuildOptions(target="cuda", **options),

@@ -235,9 +235,10 @@ def random_engine(
 
 
 class Routes:
-    """What the routers of captured steps chose, read after a step of theirs has run."""
+    """What the routers of captured decodes chose, read after a step of theirs has run."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
         choose = router_module.router
 
@@ -250,9 +251,10 @@ class Routes:
         router_module.router = kept
 
     def distinct(self, tokens: int) -> float | None:
-        """Different experts a layer in the last step of so many tokens; None where there are no
-        experts."""
-        found = [torch.unique(ids).numel() for ids in self._ids.get(tokens, [])]
+        """Different experts a layer in the last decode of so many tokens; None where there are no
+        experts. Of steps of one size, decodes are captured first."""
+        decode = self._ids.get(tokens, [])[: self._layers]
+        found = [torch.unique(ids).numel() for ids in decode]
         return sum(found) / len(found) if found else None
 
 
