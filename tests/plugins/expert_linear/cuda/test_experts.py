@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tests.plugins.linear.weights import random_weight
 
+from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.expert_linear import reference
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear, group
 from slipstream.plugins.expert_linear.cuda.tactics import TILES, default_tactic
@@ -34,7 +35,14 @@ FORMATS = {
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
 MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
-TOKENS = (1, 2, 21)
+TOKENS = (1, 21) if interpreting() else (1, 2, 21)
+# In the interpreter a GEMV of this many rows takes half a minute.
+CASES = [
+    (name, tokens)
+    for name in FORMATS
+    for tokens in TOKENS
+    if not (interpreting() and name == "fp8block" and tokens == 1)
+]
 
 
 def choices(tokens: int) -> NDArray[np.int32]:
@@ -90,16 +98,14 @@ def assert_close(got: Floats, want: Floats) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-2 * float(np.abs(want).max()))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "tokens"), CASES)
 def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: str) -> None:
     gate = (None, *GATES.values())[(list(FORMATS).index(name) + tokens) % (1 + len(GATES))]
     options: dict[str, Any] = {} if gate is None else {"gated": True, "gate": gate}
     assert_close(*run(name, tokens, device, **options))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "tokens"), CASES)
 def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) -> None:
     assert_close(*run(name, tokens, device, reduce=True))
 
