@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "GraniteMoeSharedForCausalLM": "slipstream.builder.models.granitemoeshared",
     "GraniteMoeHybridForCausalLM": "slipstream.builder.models.granitemoehybrid",
     "Glm4MoeForCausalLM": "slipstream.builder.models.glm4_moe",
+    "FlexOlmoForCausalLM": "slipstream.builder.models.flex_olmo",
     "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 

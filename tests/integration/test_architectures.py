@@ -13,6 +13,7 @@ from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
@@ -266,6 +267,14 @@ CONFIGS: dict[str, Any] = {
     ),
     # A bound that many elements reach.
     "olmoe-clipped": OlmoeConfig(**TINY_SHAPE, **OLMOE, clip_qkv=0.7),
+    "flex-olmo": FlexOlmoConfig(**TINY_SHAPE, **OLMOE),
+    "flex-olmo-tied-biases": FlexOlmoConfig(
+        **TINY_SHAPE, **OLMOE, tie_word_embeddings=True, attention_bias=True, norm_topk_prob=True
+    ),
+    "flex-olmo-head-dim-all": FlexOlmoConfig(
+        **TINY_SHAPE | OLMOE | {"head_dim": 24, "num_experts_per_tok": 6}
+    ),
+    "flex-olmo-rope-yarn": FlexOlmoConfig(**TINY_SHAPE, **OLMOE, rope_parameters=YARN),
     "granitemoe": GraniteMoeConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS),
     "granitemoe-tied-biases": GraniteMoeConfig(
         **TINY_SHAPE, **EXPERTS, tie_word_embeddings=True, attention_bias=True
