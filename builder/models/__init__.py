@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "GraniteMoeHybridForCausalLM": "slipstream.builder.models.granitemoehybrid",
     "Glm4MoeForCausalLM": "slipstream.builder.models.glm4_moe",
     "FlexOlmoForCausalLM": "slipstream.builder.models.flex_olmo",
+    "Ernie4_5_MoeForCausalLM": "slipstream.builder.models.ernie4_5_moe",
     "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 

@@ -118,6 +118,14 @@ from slipstream.builder.models.huggingface_config import describe
         {"architectures": ["FlexOlmoForCausalLM"], "norm_topk_prob": True, "attention_bias": True},
         {"architectures": ["FlexOlmoForCausalLM"], "num_experts": 5, "num_experts_per_tok": 3},
         {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "moe_num_experts": 5,
+            "moe_k": 3,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_interval": 2,
+        },
+        {
             "architectures": ["GraniteMoeForCausalLM"],
             "num_local_experts": 5,
             "num_experts_per_tok": 3,
