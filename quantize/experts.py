@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -87,8 +87,17 @@ def split_experts(layer: nn.Module, config: ModelConfig, index: int) -> dict[str
         layer.add_module(block, parent)
         object.__setattr__(layer, called, parent)
     parts = dict(parent.named_children())
-    routers = [m.name for m in modules if m.role == "router" and m.columns is not None]
+    routers = [m.name for m in modules if m.role == "router" and not m.bare]
     ours = [name.removeprefix(f"{LAYER}.{block}.") for name in routers]
     theirs = [name for name, part in parts.items() if type(part).__name__.endswith("Router")]
     others = (f"{block}.{name}" for name in ours if name not in parts)
-    return dict(zip(others, (f"{block}.{name}" for name in theirs), strict=False))
+    renamed = dict(zip(others, (f"{block}.{name}" for name in theirs), strict=False))
+    return renamed | _elsewhere(parent, block, [m.name for m in modules if m.bare])
+
+
+def _elsewhere(parent: nn.Module, block: str, vectors: Sequence[str]) -> dict[str, str]:
+    """Of modules of a block that hold one vector each, those that transformers has deeper."""
+    prefix, names = f"{LAYER}.{block}.", [name for name, _ in parent.named_modules()]
+    holders = {v.removeprefix(prefix).rpartition(".")[0] for v in vectors if v.startswith(prefix)}
+    found = {h: [n for n in names if n.endswith(f".{h}")] for h in holders if h not in names}
+    return {f"{block}.{h}": f"{block}.{deeper[0]}" for h, deeper in found.items() if deeper}

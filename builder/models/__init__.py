@@ -40,6 +40,8 @@ ARCHITECTURES = {
     "GraniteMoeSharedForCausalLM": "slipstream.builder.models.granitemoeshared",
     "GraniteMoeHybridForCausalLM": "slipstream.builder.models.granitemoehybrid",
     "Glm4MoeForCausalLM": "slipstream.builder.models.glm4_moe",
+    "FlexOlmoForCausalLM": "slipstream.builder.models.flex_olmo",
+    "Ernie4_5_MoeForCausalLM": "slipstream.builder.models.ernie4_5_moe",
     "GptOssForCausalLM": "slipstream.builder.models.gpt_oss",
 }
 

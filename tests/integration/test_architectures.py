@@ -13,6 +13,8 @@ from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
+    Ernie4_5_MoeConfig,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
@@ -112,6 +114,12 @@ GLM_EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "head_dim": 24,
+}
+ERNIE_EXPERTS: dict[str, Any] = {
+    "moe_num_experts": 6,
+    "moe_k": 2,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 4,
 }
 ATTENTION_ONLY: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4}
 # With a window of less than a page and, by default, YaRN without truncation.
@@ -266,6 +274,14 @@ CONFIGS: dict[str, Any] = {
     ),
     # A bound that many elements reach.
     "olmoe-clipped": OlmoeConfig(**TINY_SHAPE, **OLMOE, clip_qkv=0.7),
+    "flex-olmo": FlexOlmoConfig(**TINY_SHAPE, **OLMOE),
+    "flex-olmo-tied-biases": FlexOlmoConfig(
+        **TINY_SHAPE, **OLMOE, tie_word_embeddings=True, attention_bias=True, norm_topk_prob=True
+    ),
+    "flex-olmo-head-dim-all": FlexOlmoConfig(
+        **TINY_SHAPE | OLMOE | {"head_dim": 24, "num_experts_per_tok": 6}
+    ),
+    "flex-olmo-rope-yarn": FlexOlmoConfig(**TINY_SHAPE, **OLMOE, rope_parameters=YARN),
     "granitemoe": GraniteMoeConfig(**TINY_SHAPE, **EXPERTS, **MULTIPLIERS),
     "granitemoe-tied-biases": GraniteMoeConfig(
         **TINY_SHAPE, **EXPERTS, tie_word_embeddings=True, attention_bias=True
@@ -311,6 +327,19 @@ CONFIGS: dict[str, Any] = {
     "glm4-moe-rotary": Glm4MoeConfig(
         **TINY_SHAPE | GLM_EXPERTS | {"n_routed_experts": 3, "partial_rotary_factor": 1.0},
         first_k_dense_replace=0,
+    ),
+    "ernie4-5-moe": Ernie4_5_MoeConfig(**TINY_SHAPE | ERNIE_EXPERTS),
+    "ernie4-5-moe-untied": Ernie4_5_MoeConfig(
+        **TINY_SHAPE | ERNIE_EXPERTS, tie_word_embeddings=False
+    ),
+    "ernie4-5-moe-none-shared": Ernie4_5_MoeConfig(
+        **TINY_SHAPE | ERNIE_EXPERTS | {"moe_k": 6}, moe_num_shared_experts=0
+    ),
+    "ernie4-5-moe-some-layers": Ernie4_5_MoeConfig(
+        **TINY_SHAPE | ERNIE_EXPERTS | {"num_hidden_layers": 5, "head_dim": 24},
+        moe_layer_start_index=0,
+        moe_layer_end_index=3,
+        moe_layer_interval=2,
     ),
     "gpt-oss": GptOssConfig(**GPT_OSS),
     "gpt-oss-tied-no-biases": GptOssConfig(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tests.builder.checkpoints.gguf.models import random_blocks
 from tests.integration.test_architectures import (
+    ERNIE_EXPERTS,
     EXPERTS,
     GEMMA,
     GLM_EXPERTS,
@@ -34,6 +35,7 @@ from tests.integration.test_architectures import (
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -91,6 +93,10 @@ def of_granite(name: str, array: Array) -> dict[str, Array]:
 
 
 def of_glm(name: str, array: Array) -> dict[str, Array]:
+    return {name.replace("_correction_bias", "_correction.bias"): array}
+
+
+def of_ernie(name: str, array: Array) -> dict[str, Array]:
     return {name.replace("_correction_bias", "_correction.bias"): array}
 
 
@@ -182,6 +188,13 @@ def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
     writer.add_expert_group_used_count(config.topk_group)
 
 
+def ernie4_5_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    experts(writer, config)
+    writer.add_interleave_moe_layer_step(config.moe_layer_interval)
+    writer.add_leading_dense_block_count(config.moe_layer_start_index)
+    writer.add_expert_shared_count(config.moe_num_shared_experts)
+
+
 LLAMA = Layout(MODEL_ARCH.LLAMA, changed=permuted)
 MIXTRAL = Layout(MODEL_ARCH.LLAMA, experts, permuted)
 QWEN3_MOE = Layout(MODEL_ARCH.QWEN3MOE, experts)
@@ -226,6 +239,10 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
             routed_scaling_factor=1.5,
         ),
         GLM4_MOE,
+    ),
+    "ernie4-5-moe": (
+        Ernie4_5_MoeConfig(**TINY_SHAPE | ERNIE_EXPERTS, moe_layer_interval=2),
+        Layout(MODEL_ARCH.ERNIE4_5_MOE, ernie4_5_moe, parts=of_ernie),
     ),
     "gpt-oss": (GptOssConfig(**GPT_OSS), GPT_OSS_LAYOUT),
     "qwen2": (Qwen2Config(**TINY_SHAPE), Layout(MODEL_ARCH.QWEN2)),

@@ -115,6 +115,16 @@ from slipstream.builder.models.huggingface_config import describe
         },
         {"architectures": ["OlmoeForCausalLM"], "clip_qkv": 8.0, "norm_topk_prob": True},
         {"architectures": ["OlmoeForCausalLM"], "num_experts": 5, "num_experts_per_tok": 3},
+        {"architectures": ["FlexOlmoForCausalLM"], "norm_topk_prob": True, "attention_bias": True},
+        {"architectures": ["FlexOlmoForCausalLM"], "num_experts": 5, "num_experts_per_tok": 3},
+        {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "moe_num_experts": 5,
+            "moe_k": 3,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_interval": 2,
+        },
         {
             "architectures": ["GraniteMoeForCausalLM"],
             "num_local_experts": 5,

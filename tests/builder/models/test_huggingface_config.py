@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from transformers import (
     Cohere2Config,
+    Ernie4_5_MoeConfig,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -47,6 +49,8 @@ EXPERT_CLASSES: dict[str, Any] = {
     "Qwen2MoeForCausalLM": Qwen2MoeConfig,
     "Qwen3MoeForCausalLM": Qwen3MoeConfig,
     "OlmoeForCausalLM": OlmoeConfig,
+    "FlexOlmoForCausalLM": FlexOlmoConfig,
+    "Ernie4_5_MoeForCausalLM": Ernie4_5_MoeConfig,
     "GraniteMoeForCausalLM": GraniteMoeConfig,
     "GraniteMoeSharedForCausalLM": GraniteMoeSharedConfig,
     "Glm4MoeForCausalLM": Glm4MoeConfig,
@@ -205,7 +209,8 @@ def test_experts_are_those_of_transformers(architecture: str, changes: dict[str,
         assert ours[name] == (values or [True])[0], name
     assert all(ours[key] == getattr(theirs, key) for key in ours if hasattr(theirs, key))
     dense = ours.get("dense_layers", [])
-    assert len(dense) == getattr(theirs, "first_k_dense_replace", 0)
+    first = getattr(theirs, "moe_layer_start_index", 0)
+    assert len(dense) == getattr(theirs, "first_k_dense_replace", first)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,8 @@ def test_experts_are_those_of_transformers(architecture: str, changes: dict[str,
         ("Qwen2MoeForCausalLM", SLIDING, 64, [64, 0, 0, 0]),
         ("Qwen2MoeForCausalLM", SLIDING | {"max_window_layers": 4}, 64, [64, 0, 64, 0]),
         ("OlmoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("FlexOlmoForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
+        ("Ernie4_5_MoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("GraniteMoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("Glm4MoeForCausalLM", {"sliding_window": 64}, None, [0, 0, 0, 0]),
         ("GptOssForCausalLM", {}, 128, [128, 0, 128, 0]),
@@ -287,6 +294,8 @@ def test_windows_layer_by_layer(
         ("Qwen2ForCausalLM", (True, False, False, False)),
         ("Qwen2MoeForCausalLM", (True, False, False, False)),
         ("OlmoeForCausalLM", (True, True, False, False)),
+        ("FlexOlmoForCausalLM", (True, True, False, False)),
+        ("Ernie4_5_MoeForCausalLM", (False, False, False, False)),
         ("GraniteMoeForCausalLM", (True, True, True, False)),
         ("Glm4MoeForCausalLM", (True, False, False, False)),
         ("GptOssForCausalLM", (True, True, False, False)),
@@ -578,6 +587,12 @@ def test_a_token_chooses_within_groups_that_have_its_experts() -> None:
         ("Olmo3ForCausalLM", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}),
         ("OlmoeForCausalLM", "clip_qkv", 0),
         ("OlmoeForCausalLM", "num_experts_per_tok", 65),
+        ("FlexOlmoForCausalLM", "num_experts_per_tok", 8),
+        ("Ernie4_5_MoeForCausalLM", "moe_k", 65),
+        ("Ernie4_5_MoeForCausalLM", "use_bias", True),
+        ("Ernie4_5_MoeForCausalLM", "moe_norm_min", 1e-3),
+        ("Ernie4_5_MoeForCausalLM", "moe_layer_interval", 0),
+        ("Ernie4_5_MoeForCausalLM", "moe_layer_end_index", -2),
         ("Qwen2MoeForCausalLM", "decoder_sparse_step", 0),
         ("Qwen2MoeForCausalLM", "shared_expert_intermediate_size", 0),
         ("GraniteMoeForCausalLM", "num_local_experts", 0),

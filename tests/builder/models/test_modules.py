@@ -189,3 +189,14 @@ def test_a_bare_tensor_has_the_name_of_its_module() -> None:
     assert sinking.shape(config, "model.norm") is None
     assert sinking.to_gguf(name) == ("blk.1.attn_sinks.weight",)
     assert sinking.from_gguf("blk.1.attn_sinks.weight") == name
+
+
+def test_layers_that_predict_further_tokens_may_be_there_by_another_name() -> None:
+    ernie = load_architecture("Ernie4_5_MoeForCausalLM")
+    config = configuration(architectures=["Ernie4_5_MoeForCausalLM"])
+    block, others = "model.mtp_block.0.", ("emb_norm", "hidden_norm", "linear_proj")
+    names = [f"{block}{x}.weight" for x in ("input_layernorm", "self_attn.q_proj", "mlp.up_proj")]
+    names += [f"model.mtp_{name}.0.weight" for name in others]
+    assert all(ernie.is_redundant(config, name) for name in names)
+    assert not ernie.shapes(config).keys() & set(names)
+    assert not ernie.is_redundant(config, f"{block}mlp.experts.0.up_proj.weight")
