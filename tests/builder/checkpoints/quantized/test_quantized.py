@@ -90,9 +90,11 @@ def test_tensors_of_modules_without_a_weight_are_read_in_every_family(tmp_path: 
     bare = {place(m.name, 0) for a in architectures() for m in a.modules if m.bare}
     assert len(bare) > 3
 
-    weights = read_arrays(tmp_path, dict.fromkeys(bare, np.ones(4, np.float32)), **GPTQ)
+    linear = pack_gptq(4, 32)("linear", np.eye(32, dtype=np.float32))
+    others = dict.fromkeys(bare, np.ones(4, np.float32))
+    weights = read_arrays(tmp_path, linear | others, **GPTQ)
 
-    assert weights.tensors.keys() == bare
+    assert weights.tensors.keys() == {"linear.weight", *bare}
 
 
 def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
