@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slipstream.builder.models import architecture_of
@@ -24,23 +25,31 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """By the table of the architecture; an embedding that is the head, too, counts once."""
     total = active = 0
     for module in architecture_of(config.architecture).modules:
-        shape, experts = module.shape(config), module.experts
-        each = math.prod(shape) + (shape[0] if module.biased(config) else 0)
-        number = each * _layers(module, config)
+        number = sum(_numbers(module, seen) for seen in _layers(module, config))
+        experts = module.experts
         total += number * (1 if experts is None else experts(config).units)
         active += number * (1 if experts is None else config.extras[TOP_K])
     return Parameters(total, active)
 
 
-def _layers(module: Module, config: ModelConfig) -> int:
-    """How many layers have a module; 1 for one outside of layers that is no copy."""
+def _numbers(module: Module, config: ModelConfig) -> int:
+    """Those of a weight and its bias, of one expert if it is of experts."""
+    shape = module.shape(config)
+    return math.prod(shape) + (shape[0] if module.biased(config) else 0)
+
+
+def _layers(module: Module, config: ModelConfig) -> Iterator[ModelConfig]:
+    """The configuration as each layer that has a module has it; once, for one outside of layers
+    that is no copy."""
     if "{i}" in module.name:
-        return sum(module.present(config, layer) for layer in range(len(config.layer_kinds)))
-    return int(not (module.tied and config.tie_word_embeddings))
+        in_layer = architecture_of(config.architecture).in_layer
+        numbers = range(config.num_layers)
+        yield from (in_layer(config, i) for i in numbers if module.present(config, i))
+    elif module.present(config, 0) and not (module.tied and config.tie_word_embeddings):
+        yield config
 
 
 def chosen_share(config: ModelConfig) -> float:
     """The part of a layer's experts that a token chooses; 1 for a model without experts."""
-    experts: int = config.extras.get(EXPERTS, 1)
-    chosen: int = config.extras.get(TOP_K, experts)
-    return chosen / experts
+    experts: int = config.extras.get(EXPERTS, 0)  # 0, too, in families where only some have them
+    return config.extras[TOP_K] / experts if experts else 1.0

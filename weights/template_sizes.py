@@ -14,15 +14,21 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2.sandbox import SandboxedFormatter
 
-MAX_CHARACTERS = 1 << 25  # of one text
+MAX_CHARACTERS = 1 << 24  # of one text, which may take four bytes each
 MAX_ELEMENTS = 1 << 18  # of the lists in a value: more than a request may hold
 _MAX_BITS = 4096
 _MAX_DIGITS = 100_000  # that a number is rounded to
 _ELEMENT = 64
-_GROWTH = 6  # of a character by what no table has: as HTML or as JSON
-_RARE = 1 << 16  # characters for filters that take long, and that no template of a model needs
+_GROWTH = 6  # of a character as HTML or as JSON
+_CASED = 3  # of a character by what no table has: in capitals
+_ESCAPE = 10  # of a character as Python writes it where it cannot be shown: \U000e0001
+# Characters of what takes long, and that no template of a model has more of: texts for some
+# filters, forms with fields, digits of a number.
+_RARE = 1 << 16
 # A width and a precision after % or a name in brackets, in "%(name)5.2f".
 _CONVERSION = re.compile(r"[%)][#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
+# One that writes its value as Python does, "%r" or "%a".
+_ESCAPING = re.compile(r"[%)][#0\- +*.\dhlL]*[ra]")
 _NUMBER = re.compile(r"\d+")
 _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _LISTS = (list, tuple, dict, ItemsView, KeysView, ValuesView)
@@ -97,6 +103,16 @@ class MeasuringFormatter(SandboxedFormatter):
 
     _size = 0
 
+    def vformat(self, form: str, args: Any, kwargs: Any) -> str:  # noqa: ANN401
+        """The whole text; every field of its form takes time."""
+        refuse_if(len(form) > _RARE)
+        return super().vformat(form, args, kwargs)
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:  # noqa: ANN401
+        """A value as ``!s``, ``!r`` or ``!a`` wants it."""
+        refuse_if(conversion is not None and _escaped(value) > MAX_CHARACTERS)
+        return super().convert_field(value, conversion)
+
     def format_field(self, value: Any, format_spec: str) -> Any:  # noqa: ANN401
         """A field, after its width, precision and value have been counted."""
         self._size += _written(value) + _numbers_in(format_spec)
@@ -108,12 +124,29 @@ def _written(value: Any) -> int:  # noqa: ANN401
     """The most characters that a value has as text; in a list, some are written as escapes."""
     if isinstance(value, str):
         return len(value)
+    return _escaped(value)
+
+
+def _escaped(value: Any) -> int:  # noqa: ANN401
+    """The same, of a text in quotes, too."""
     weight = weigh(value)
-    return 4 * weight.characters + _ELEMENT * (weight.elements + 1)
+    return _ESCAPE * weight.characters + _ELEMENT * (weight.elements + 1)
+
+
+def _shown(value: Any, *_: Any) -> int:  # noqa: ANN401
+    return _written(value)
+
+
+def _cased(value: Any, *_: Any) -> int:  # noqa: ANN401
+    return _CASED * _written(value)
+
+
+def _marked_up(value: Any, *_: Any) -> int:  # noqa: ANN401
+    return _GROWTH * _written(value)
 
 
 def _grown(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return _GROWTH * sum(len(each) for each in (*args, *kwargs.values()) if isinstance(each, str))
+    return _CASED * sum(len(each) for each in (*args, *kwargs.values()) if isinstance(each, str))
 
 
 def _whole(value: Any) -> int:  # noqa: ANN401
@@ -147,8 +180,10 @@ def _joined_by(text: str, parts: Any = ()) -> int:  # noqa: ANN401
 
 
 def _joined(parts: Any, text: Any = "", *_: Any, **__: Any) -> int:  # noqa: ANN401
-    count = len(parts) if hasattr(parts, "__len__") else 0
-    return _written(parts) + count * (_ELEMENT + _written(text))
+    if isinstance(parts, str) or not hasattr(parts, "__len__"):
+        return _written(parts) + (len(parts) if isinstance(parts, str) else 0) * _written(text)
+    weigh(parts)
+    return sum(map(_written, parts)) + len(parts) * (_ELEMENT + _written(text))
 
 
 def _split(text: str, sep: Any = None, *_: Any, **__: Any) -> int:  # noqa: ANN401
@@ -201,12 +236,14 @@ def _printed(text: Any, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401
     """Of ``text % values``; a number that is named ``*`` stands among the values."""
     if not isinstance(text, str):
         return _written(text)
+    refuse_if(len(text) > _RARE)
+    written = _escaped if _ESCAPING.search(text) else _written
     conversions = _CONVERSION.findall(text)
     widest = max((abs(_whole(each)) for each in args), default=0)
     numbers = [n for pair in conversions for n in pair if n]
     size = len(text) + sum(widest if n == "*" else _numbers_in(n) for n in numbers)
-    size += sum(map(_written, args))
-    longest = max(map(_written, kwargs.values()), default=0)  # each as often as it is named
+    size += sum(map(written, args))
+    longest = max(map(written, kwargs.values()), default=0)  # each as often as it is named
     return size + len(conversions) * longest
 
 
@@ -266,8 +303,11 @@ _FILTERS: Mapping[str, Size] = {
         ("groupby", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr",
          "sort", "sum", "unique"), _listed),
     **dict.fromkeys(
-        ("filesizeformat", "forceescape", "pprint", "striptags", "truncate", "urlencode", "urlize",
-         "wordcount", "wordwrap", "xmlattr"), _rare),
+        ("filesizeformat", "forceescape", "int", "pprint", "striptags", "truncate", "urlencode",
+         "urlize", "wordcount", "wordwrap", "xmlattr"), _rare),
+    **dict.fromkeys(("capitalize", "lower", "title", "upper"), _cased),
+    **dict.fromkeys(("e", "escape"), _marked_up),
+    **dict.fromkeys(("safe", "string", "trim"), _shown),
     **dict.fromkeys(("batch", "slice"), _filled),
     "center": _padded,
     "format": _printed,

@@ -1,7 +1,7 @@
 """Foreign Jinja: chat templates, in a sandbox set up as in ``transformers`` that limits their work.
 
 A template may loop without end, by mistake or on purpose. Every turn of a loop, every call, filter
-and output is a step; steps, processor time and the characters made are limited.
+and output is a step; steps, processor time and the bytes of what is made are limited.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from slipstream.weights.template_sizes import (
 # Ten thousand messages take a tenth of these.
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 1.0
-MAX_CHARACTERS = 1 << 26  # in all
+MAX_BYTES = 1 << 26  # of texts and lists, in all
+_WIDEST = 4  # bytes of a character
 _MAX_FORM = 1000  # characters of what a time is written in
-_BYTES = ("encode", "to_bytes")
+_BYTES = ("encode", "from_bytes", "to_bytes")
 _COMPILE_ERRORS = (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -55,16 +56,16 @@ class _Budget:
 
     deadline: float
     steps: int = MAX_STEPS
-    characters: int = MAX_CHARACTERS
+    bytes: int = MAX_BYTES
     next_look: float = 0.0
 
-    def spend(self, characters: int) -> None:
+    def spend(self, made: int) -> None:
         self.steps -= 1
-        self.characters -= characters
-        if self.steps < 0 or self.characters < 0 or self._is_late():
+        self.bytes -= made
+        if self.steps < 0 or self.bytes < 0 or self._is_late():
             raise TemplateLimitError(
                 f"it was stopped after {MAX_STEPS - self.steps} steps that made "
-                f"{MAX_CHARACTERS - self.characters} characters: it may do {MAX_STEPS} in "
+                f"{MAX_BYTES - self.bytes} bytes: it may do {MAX_STEPS} in "
                 f"{MAX_SECONDS:g} s"
             )
 
@@ -100,16 +101,25 @@ def compile_template(source: str, origin: Origin) -> jinja2.Template:
         raise origin.refusal(f"is not valid Jinja ({str(error) or 'too deep'})") from error
 
 
-def _spend(characters: int = 0) -> None:
+def _spend(made: int = 0) -> None:
     budget = _BUDGET.get()
     if budget is not None:
-        budget.spend(characters)
+        budget.spend(made)
 
 
 def _charge(value: Any) -> Any:  # noqa: ANN401 - any value of a template
-    """Count a step and what it made, in bytes as a list has them."""
-    _spend(len(value) if isinstance(value, str) else 8 * weigh(value).elements)
+    """Count a step and what it made, in bytes."""
+    if isinstance(value, str):
+        _spend(len(value) * (1 if value.isascii() else _WIDEST))
+    else:
+        _spend(8 * weigh(value).elements)
     return value
+
+
+def _finished(value: Any) -> Any:  # noqa: ANN401
+    """What a template puts out, before it is written as text."""
+    check_joined((value,))
+    return _charge(value)
 
 
 class _Counting(CodeGenerator):
@@ -256,7 +266,7 @@ def _environment() -> _Sandbox:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_charge,
+        finalize=_finished,
         extensions=[_GenerationBlocks, loopcontrols],
     )
     # Jinja's own tojson escapes HTML characters and sorts keys.

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 EXPERTS, TOP_K, WIDTH, RENORMALIZE = "experts", "experts_per_token", "expert_width", "renormalize"
 DENSE_LAYERS = "dense_layers"
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_MOST = 1 << 16  # experts of all layers; each has modules of its own, and no model has a third
 # What is added to the scores of experts to choose them, beside the router.
 CORRECTION = "e_score_correction_bias"
 
@@ -126,12 +127,21 @@ def read_experts(keys: Fields, count: str, width: str) -> dict[str, Any]:
 
     Raises CheckpointError for more experts a token than there are.
     """
-    number = keys.integer(count, minimum=1, maximum=MAX_EXPERTS)
+    number = read_count(keys, count)
     return {
         EXPERTS: number,
         TOP_K: keys.integer("num_experts_per_tok", minimum=1, maximum=number),
         WIDTH: keys.integer(width, minimum=1),
     }
+
+
+def read_count(keys: Fields, count: str) -> int:
+    """The experts of a layer; CheckpointError for more than routers or readers of names take."""
+    number = keys.integer(count, minimum=1, maximum=MAX_EXPERTS)
+    layers = keys.integer("num_hidden_layers", minimum=1)
+    if number * layers > _MOST:
+        raise keys.refusal(count, f"at most {_MOST} experts in the {layers} layers together")
+    return number
 
 
 def gguf_keys(count: str, width: str | None = None) -> dict[str, str]:

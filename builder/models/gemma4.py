@@ -17,6 +17,7 @@ from slipstream.builder.models.experts import (
     WIDTH,
     expert_modules,
     experts,
+    read_count,
 )
 from slipstream.builder.models.gemma import DEFAULTS, GELU, read_gemma, root
 from slipstream.builder.models.gemma2 import LOGITS_CAP, NORMS, logits_cap, read_cap
@@ -40,7 +41,6 @@ from slipstream.builder.models.huggingface_config import (
 )
 from slipstream.builder.models.module import LAYER, Extent, Module, Stack, hidden
 from slipstream.builder.models.norms import with_norms
-from slipstream.plugins.router import MAX_EXPERTS
 from slipstream.weights.json import Fields
 
 _BY_LAYER, _INPUT_VOCABULARY = "per_layer_config", "vocab_size_per_layer_input"
@@ -139,7 +139,7 @@ def _inputs(keys: Fields) -> dict[str, Any]:
 def _experts(keys: Fields) -> dict[str, Any]:
     if not keys.flag(MOE):
         return {MOE: False, EXPERTS: 0, TOP_K: 0, WIDTH: 0}
-    number = keys.integer("num_experts", minimum=1, maximum=MAX_EXPERTS)
+    number = read_count(keys, "num_experts")
     return {
         MOE: True,
         EXPERTS: number,

@@ -285,11 +285,11 @@ class Scheduler:
         return count
 
     def _passing(self, first: Sequence) -> Sequence | None:
-        """The shortest that waits, if it is to be computed beside the only running prefill: it must
-        be shorter, leave a row and pages to the first that waits, and want nothing that the prefill
-        is about to share."""
-        short = min((s for s in self.waiting if not s.index), key=_length, default=None)
-        if short is None or _length(short) >= _left(first):
+        """The shortest that waits, if there is room for it beside the only running prefill and the
+        first that waits, and it is shorter and wants nothing that the prefill is about to share."""
+        waiting = self.waiting if self._rows else ()
+        short = min((s for s in waiting if not s.index), key=_length, default=None)
+        if short is None or short.pending or _length(short) >= _left(first):
             return None
         head, size = self.waiting[0], self.kv.page_size
         if short is not head:
@@ -297,10 +297,11 @@ class Scheduler:
             exact = self._reserve_all or self.kv.windows  # where pages are not all it needs
             if exact or len(self._rows) < 2 or pages > self.kv.num_available:
                 return None
-        start = size * self._match(short).depth
-        wanted = short.tokens[start:][:size]
-        about = len(wanted) == size and wanted == first.tokens[start : start + size]
-        return None if about and self._namespace(short) == self._namespace(first) else short
+        prefix = self._match(short)
+        next_page = slice(size * prefix.depth, size * (prefix.depth + 1))
+        wanted, made = ((self._namespace(s), s.tokens[next_page]) for s in (short, first))
+        shares = len(wanted[1]) == size and wanted == made
+        return short if self._fits(short, prefix) and not shares else None
 
     def _admit_one(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Begin a sequence, if there is room for it, and return how many tokens are computed."""
@@ -375,9 +376,8 @@ class Scheduler:
     def _fits(self, sequence: Sequence, prefix: Node) -> bool:
         if not self._reserve_all:
             tokens = len(sequence.tokens)
-            return self.kv.cost(
-                prefix, self.kv.pages_for(tokens)
-            ) <= self.kv.num_available and self.kv.windows_fit(prefix, tokens)
+            cost = self.kv.cost(prefix, self.kv.pages_for(tokens))
+            return cost <= self.kv.num_available and self.kv.windows_fit(prefix, tokens)
         others = [(s.allocation, s.max_cached_tokens) for s in self.running if s.allocation]
         promised = sum(self.kv.pages_for(end) - len(held.pages) for held, end in others)
         own = sequence.max_cached_tokens

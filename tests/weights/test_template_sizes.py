@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
+from jinja2.exceptions import SecurityError
 
 from slipstream.weights.json import Origin
 from slipstream.weights.template_sizes import TemplateLimitError
@@ -16,6 +17,9 @@ GIVEN = {
     "long": "b" * 100_000,
     "lines": "\n" * 20_000,
     "tabs": "\t" * 20_000,
+    "wide": "\U000e0001" * 300_000,
+    "percents": "%%" * 100_000,
+    "fields": "{0}" * 25_000,
     "many": [1] * 20_000,
     "deep": [[[[[[[[1] * 1000]]]]]]],
 }
@@ -66,8 +70,19 @@ TOO_LONG = {
     "round": "{{ 1.5 | round(n) }}",
     "urlize": "{{ ('http://a.b ' * 5000) | urlize(target=long) }}",
     "wordwrap": "{{ ('a ' * 9000) | wordwrap(1, wrapstring=long) }}",
+    "wide": "{% set a = wide * 13 %}" + "{% set a = a ~ 'b' %}" * 9,
+    "escapes": "{{ '%a' % (wide * 9) }}",
+    "escapes_of_a_field": "{{ '{!a}'.format(wide * 9) }}",
+    "escapes_of_a_list": "{{ [wide * 9] | string }}",
+    "escapes_of_what_is_put_out": "{{ [wide * 9] }}",
     "time": "{{ strftime_now('%9999999d' * 10) }}",
     "time_of_any_length": "{{ strftime_now('%c' * 9999999) }}",
+}
+TOO_SLOW = {
+    "percents": "{{ (percents * 40) % [] }}",
+    "fields": "{{ (fields * 4).format(1) }}",
+    "attributes_of_a_field": "{{ ('{0' ~ '.real' * 20_000 ~ '}').format(1) }}",
+    "number": "{{ long | int(0, 16) % 7 }}",
 }
 AS_EVER = {
     "{{ '%5.2f|%-4s|%(x)s' | replace('%(x)s', '') % (1.5, 'a') }}": " 1.50|a   |",
@@ -102,6 +117,18 @@ def test_a_text_is_refused_before_it_is_made(source: str) -> None:
     assert peak < 80 << 20
 
 
+@pytest.mark.parametrize("source", TOO_SLOW.values(), ids=TOO_SLOW)
+def test_what_no_clock_can_stop_is_refused_before_it_begins(source: str) -> None:
+    template = compile_template(source, ORIGIN)
+    with limited_work(), pytest.raises(TemplateLimitError, match="more characters or digits"):
+        template.render(GIVEN)
+
+
+def test_numbers_are_made_of_no_bytes() -> None:
+    with limited_work(), pytest.raises(SecurityError):
+        compile_template("{{ (1).from_bytes([255] * 9, 'big') }}", ORIGIN).render()
+
+
 @pytest.mark.parametrize(("source", "text"), AS_EVER.items())
 def test_what_is_measured_is_made_as_ever(source: str, text: str) -> None:
     with limited_work():
@@ -115,6 +142,12 @@ def test_views_of_a_dict_count_as_what_they_show() -> None:
     )
     with limited_work(), pytest.raises(TemplateLimitError):
         compile_template(source, ORIGIN).render()
+
+
+def test_a_prompt_of_a_million_tokens_is_not_too_long() -> None:
+    source = "{{ x.strip() | trim }}{% if x.startswith('b') %}{{ x | length }}{% endif %}"
+    with limited_work():
+        assert compile_template(source, ORIGIN).render(x="é" * 5_000_000) == "é" * 5_000_000
 
 
 def test_parts_of_a_text_count() -> None:

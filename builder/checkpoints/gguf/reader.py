@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor, stack_rows
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 _MEND_TEMPLATE = (
     "copy the file with another: gguf-new-metadata --chat-template-file chat_template.jinja OLD NEW"
 )
@@ -171,8 +173,9 @@ def _by_huggingface_name(
 
 def _of_decoder(file: GGUFFile, config: ModelConfig, *, strict: bool) -> GGUFFile:
     """The file without the tensors of blocks behind the decoder's, which predict further tokens."""
-    further = {f"blk.{i}" for i in range(config.num_layers, block_count(file.metadata))}
-    left_out = [name for name in file.tensors if ".".join(name.split(".", 2)[:2]) in further]
+    further = range(config.num_layers, block_count(file.metadata))
+    blocks = ((name, _BLOCK.match(name)) for name in file.tensors)
+    left_out = [name for name, block in blocks if block and int(block[1]) in further]
     if left_out and strict:
         raise CheckpointError(
             f"{file.path} holds {len(left_out)} tensors of layers that predict further tokens, "
@@ -183,8 +186,8 @@ def _of_decoder(file: GGUFFile, config: ModelConfig, *, strict: bool) -> GGUFFil
             "%s: %d tensors of layers that predict further tokens are left out, such as %s",
             file.path.name, len(left_out), left_out[0],
         )  # fmt: skip
-    kept = {name: tensor for name, tensor in file.tensors.items() if name not in set(left_out)}
-    return replace(file, tensors=kept)
+    kept = file.tensors.keys() - set(left_out)
+    return replace(file, tensors={n: t for n, t in file.tensors.items() if n in kept})
 
 
 def _experts(architecture: Architecture, config: ModelConfig) -> int:

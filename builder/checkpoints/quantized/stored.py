@@ -17,8 +17,16 @@ from slipstream.weights.json import Fields, shortened
 from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
-# The last two are of modules without a weight: of routers, and of attention.
-_DENSE_SUFFIXES = (".weight", ".bias", ".e_score_correction_bias", ".sinks")
+# Those behind the first two are of modules without a weight: of routers, of attention, of layers.
+_DENSE_SUFFIXES = (
+    ".weight",
+    ".bias",
+    ".e_score_correction_bias",
+    ".router.scale",
+    ".router.per_expert_scale",
+    ".sinks",
+    ".layer_scalar",
+)
 _LAYER_WEIGHT = re.compile(r".*\.layers\.\d+\..*\.weight")
 
 

@@ -611,3 +611,17 @@ def test_a_value_that_a_family_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"^config.json: {key}"):
         huggingface(architecture, **{key: value})
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "Gemma4ForCausalLM"])
+def test_experts_of_all_layers_are_bounded(name: str) -> None:
+    raw = {
+        "architectures": [name],
+        "num_hidden_layers": 5000,
+        "num_experts": 4096,
+        "enable_moe_block": True,
+        "top_k_experts": 1,
+        "moe_intermediate_size": 8,
+    }
+    with pytest.raises(CheckpointError, match="num_experts is 4096; expected at most 65536 exp"):
+        ModelConfig.from_huggingface(raw)

@@ -79,6 +79,19 @@ def test_what_passes_leaves_a_row_and_pages_to_the_first_that_waits() -> None:
         drain(engine)
 
 
+def test_a_long_prompt_leaves_nothing_to_one_for_which_there_is_no_room() -> None:
+    for pages, rows in ((64, 2), (17, 4)):
+        engine = scheduler(num_pages=pages, max_batch_size=rows)
+        engine.add(decoding := sequence([4], 8))
+        step(engine)
+        long, short = sequence([1] * 60, 1), sequence([3] * 6, 1)
+        engine.add(long)
+        step(engine)
+        engine.add(short)
+        assert planned(step(engine)) == [(decoding, 1), (long, 15)]
+        drain(engine)
+
+
 def test_a_prompt_waits_for_what_is_about_to_be_shared() -> None:
     engine = scheduler(num_pages=64)
     long, short = sequence([1] * 60, 1), sequence([1] * 20, 1)

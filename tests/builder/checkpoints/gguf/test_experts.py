@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     checkpoint = open_checkpoint(model.write(tmp_path / "m.gguf"))
     assert checkpoint.config.num_layers == 1
     assert not [name for name in checkpoint.names() if "layers.1." in name]
+
+
+def test_any_number_of_layers_may_be_said_to_predict_further_tokens(tmp_path: Path) -> None:
+    model = mixtral()
+    model.metadata |= {"block_count": 2_000_001, "nextn_predict_layers": 2_000_000}
+    file = model.write(tmp_path / "m.gguf")
+    tracemalloc.start()
+    try:
+        assert open_checkpoint(file).config.num_layers == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 << 20
 
 
 def granite(*kinds: Type) -> TinyModel:

@@ -19,6 +19,7 @@ from tests.builder.checkpoints.quantized.files import (
     pack_int8,
     pack_nf4,
     packed,
+    read_arrays,
     save_quantized_llama,
 )
 from tests.tiny_models import llama_tensors, save_llama
@@ -27,6 +28,8 @@ from slipstream.builder.checkpoints import open_checkpoint, quantized
 from slipstream.builder.checkpoints.quantized import quantization_config
 from slipstream.builder.checkpoints.quantized.packing import unpack_codes
 from slipstream.builder.checkpoints.quantized.stored import Notes, Stored
+from slipstream.builder.models import architectures
+from slipstream.builder.models.module import place
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, Origin
 from slipstream.weights.safetensors import read_header
@@ -81,6 +84,17 @@ def test_every_tensor_is_accounted_for(
 
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+def test_tensors_of_modules_without_a_weight_are_read_in_every_family(tmp_path: Path) -> None:
+    bare = {place(m.name, 0) for a in architectures() for m in a.modules if m.bare}
+    assert len(bare) > 3
+
+    linear = pack_gptq(4, 32)("linear", np.eye(32, dtype=np.float32))
+    others = dict.fromkeys(bare, np.ones(4, np.float32))
+    weights = read_arrays(tmp_path, linear | others, **GPTQ)
+
+    assert weights.tensors.keys() == {"linear.weight", *bare}
 
 
 def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
