@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DECODE, CONCURRENT = 64, 8
+# How a package is imported that is not called so.
+_MODULES = {"llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai"}
 Prompt = list[int]
 
 
@@ -303,7 +306,7 @@ def main() -> None:
     if arguments.json:
         packages = ("slipstream", "onnxruntime", "llama-cpp-python", "onnxruntime-genai", "numpy")
         facts = {"cpu": cpu_name(), "threads": arguments.threads, "rounds": arguments.rounds}
-        versions = {name: version(name) for name in packages}
+        versions = {name: version(name) for name in packages if find_spec(_MODULES.get(name, name))}
         text = json.dumps({**facts, "versions": versions, "tokens_per_second": table}, indent=2)
         arguments.json.write_text(text + "\n")
 
