@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,15 +18,16 @@ T = TypeVar("T")
 # Characters, or what takes about as long: some milliseconds.
 LARGE = 1 << 16
 _SMALL_THREADS = 4
+_NICENESS = 15  # of 19: a step's threads get a core that they want almost at once
 
 
 class Workers:
     """Small pieces of work never wait behind large ones, which take turns in a thread of their own:
-    together they take the time and the memory of one."""
+    together they take the time and the memory of one, and what a step leaves of the cores."""
 
     def __init__(self) -> None:
         self._small = ThreadPoolExecutor(_SMALL_THREADS, "slipstream-small")
-        self._large = ThreadPoolExecutor(1, "slipstream-large")
+        self._large = ThreadPoolExecutor(1, "slipstream-large", initializer=_yield_to_others)
 
     async def run(
         self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -37,3 +41,9 @@ class Workers:
         """Take no more; what has begun comes to its end."""
         for pool in (self._small, self._large):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _yield_to_others() -> None:
+    """Lower the priority of the calling thread, which only Linux has for a thread by itself."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

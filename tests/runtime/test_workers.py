@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 
 import pytest
@@ -29,5 +31,19 @@ def test_small_work_is_done_while_large_work_takes_turns() -> None:
         workers.shutdown()
         with pytest.raises(RuntimeError):
             await workers.run(1, abs, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_large_work_leaves_the_cores_to_steps() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def run() -> None:
+        workers = Workers()
+        assert await workers.run(1, niceness) == niceness()
+        assert await workers.run(LARGE + 1, niceness) > niceness()
+        workers.shutdown()
 
     asyncio.run(run())
