@@ -27,7 +27,7 @@ from slipstream.quantize.activations import KVQuant
 from slipstream.quantize.calibration_data import evaluation_windows
 from slipstream.quantize.evaluate import Accuracy, accuracy
 from slipstream.quantize.forward import CheckpointModel
-from slipstream.quantize.options import QuantizeOptions
+from slipstream.quantize.options import SCHEMES, QuantizeOptions
 from slipstream.quantize.quantize import Text, quantize
 from slipstream.runtime.text.tokenizer import Tokenizer
 
@@ -59,14 +59,15 @@ def text_of(checkpoint: Checkpoint) -> Text:
 
 def measure(source: Path, evaluation: Path, options: dict[str, Any]) -> dict[str, float]:
     """Quantize and measure one row."""
-    given = QuantizeOptions(
-        calib_dataset=str(TEXTS / "calibration_prose.txt"),
-        calib_size=8,
-        calib_max_seq_length=512,
-        eval_dataset=str(evaluation),
-        seed=SEED,
-        **options,
-    )
+    calibration: dict[str, Any] = {
+        "calib_dataset": str(TEXTS / "calibration_prose.txt"),
+        "calib_size": 8,
+        "calib_max_seq_length": 512,
+        "seed": SEED,
+    }
+    if SCHEMES[options["qformat"]].algorithm == "rtn":  # which has no use for data
+        calibration = {}
+    given = QuantizeOptions(eval_dataset=str(evaluation), **calibration, **options)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         report = quantize(source, Path(directory) / "out", given, text_of)
