@@ -14,19 +14,27 @@ from slipstream.builder.models.decoder import DECODER
 from slipstream.builder.models.experts import (
     CORRECTION,
     DENSE_LAYERS,
-    EXPERTS,
     RENORMALIZE,
-    TOP_K,
     WIDTH,
     ExpertDecoder,
     expert_modules,
     experts,
+    gguf_keys,
     in_some_layers,
+    read_experts,
     shared_modules,
+    write_experts,
 )
 from slipstream.builder.models.huggingface_config import read_decoder
-from slipstream.builder.models.module import LAYER, Extent, Module, everywhere, hidden, nowhere
-from slipstream.plugins.router import MAX_EXPERTS
+from slipstream.builder.models.module import (
+    LAYER,
+    Extent,
+    Module,
+    everywhere,
+    hidden,
+    nowhere,
+    one,
+)
 from slipstream.weights.json import Fields
 from slipstream.weights.tensor import LazyTensor, QuantTensor
 
@@ -72,15 +80,12 @@ def read(keys: Fields) -> ModelConfig:
     start, every = keys.integer(_START, minimum=0), keys.integer(_EVERY, minimum=1)
     end = keys.integer(_END, minimum=-1)
     end = layers - 1 if end == -1 else end
-    sparse = [i for i in range(start, min(end + 1, layers)) if (i + 1) % every == 0]
+    sparse = {i for i in range(start, min(end + 1, layers)) if (i + 1) % every == 0}
     count, chosen = (other if keys.has(other) else own for own, other in _OTHERS.items())
-    number = keys.integer(count, minimum=1, maximum=MAX_EXPERTS)
     return replace(
         config,
         extras={
-            EXPERTS: number,
-            TOP_K: keys.integer(chosen, minimum=1, maximum=number),
-            WIDTH: keys.integer(_WIDTH, minimum=1),
+            **read_experts(keys, count, _WIDTH, chosen),
             RENORMALIZE: True,
             DENSE_LAYERS: [i for i in range(layers) if i not in sparse],
             _SHARED: keys.integer(_SHARED, minimum=0),
@@ -95,15 +100,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
     """The experts and their layers."""
     extras = config.extras
     return {
-        _COUNT: extras[EXPERTS],
-        _CHOSEN: extras[TOP_K],
-        _WIDTH: extras[WIDTH],
+        **write_experts(config, _COUNT, _WIDTH, _CHOSEN),
         **{key: extras[key] for key in (_SHARED, _START, _END, _EVERY)},
     }
-
-
-def _one(config: ModelConfig) -> Extent:
-    return Extent(1)
 
 
 def _shared_inner(config: ModelConfig) -> Extent:
@@ -115,7 +114,7 @@ def _has_shared(config: ModelConfig, layer: int) -> bool:
 
 
 _STATICS_ROW = Module(
-    f"{LAYER}.{_STATICS}", "router", (_one,), experts, bare=True, gguf="blk.{i}.exp_probs_b.bias"
+    f"{LAYER}.{_STATICS}", "router", (one,), experts, bare=True, gguf="blk.{i}.exp_probs_b.bias"
 )
 _SHARED_ROWS = (
     replace(row, present=_has_shared) for row in shared_modules("mlp.shared_experts", _shared_inner)
@@ -172,9 +171,7 @@ ARCHITECTURE = Architecture(
     gguf=GGUFFamily(
         "ernie4_5-moe",
         keys={
-            _COUNT: "expert_count",
-            _CHOSEN: "expert_used_count",
-            _WIDTH: "expert_feed_forward_length",
+            **gguf_keys(_COUNT, _WIDTH, _CHOSEN),
             _SHARED: "expert_shared_count",
             _START: "leading_dense_block_count",
             _EVERY: "interleave_moe_layer_step",

@@ -49,8 +49,8 @@ def stack_experts(tensors: Sequence[LazyTensor], name: str) -> tuple[LazyTensor,
 def order_of(tensor: LazyTensor) -> NDArray[np.int32] | None:
     """In which order the columns of a weight are, if nothing else is done to its x: who makes x can
     make it in that order."""
-    only = tensor.input is not None and tensor.input.scale is None
-    return tensor.input.perm if only and tensor.input is not None else None
+    done = tensor.input
+    return None if done is None or done.scale is not None else done.perm
 
 
 def with_input(tensor: LazyTensor, transform: InputTransform | None) -> LazyTensor:

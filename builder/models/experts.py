@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 EXPERTS, TOP_K, WIDTH, RENORMALIZE = "experts", "experts_per_token", "expert_width", "renormalize"
 DENSE_LAYERS = "dense_layers"
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_CHOSEN = "num_experts_per_tok"  # the key of config.json that most families have
 _MOST = 1 << 16  # experts of all layers; each has modules of its own, and no model has a third
 # What is added to the scores of experts to choose them, beside the router.
 CORRECTION = "e_score_correction_bias"
@@ -122,39 +123,37 @@ def _is_sparse(config: ModelConfig, layer: int) -> bool:
     return layer not in config.extras[DENSE_LAYERS]
 
 
-def read_experts(keys: Fields, count: str, width: str) -> dict[str, Any]:
-    """What ``extras`` say of experts: ``count`` and ``width`` name the keys of config.json.
+def read_experts(keys: Fields, count: str, width: str, chosen: str = _CHOSEN) -> dict[str, Any]:
+    """What ``extras`` say of experts: ``count``, ``width`` and ``chosen`` name the keys of
+    config.json.
 
-    Raises CheckpointError for more experts a token than there are.
+    Raises CheckpointError for more experts than routers or readers of names take, and for more
+    experts a token than there are.
     """
-    number = read_count(keys, count)
-    return {
-        EXPERTS: number,
-        TOP_K: keys.integer("num_experts_per_tok", minimum=1, maximum=number),
-        WIDTH: keys.integer(width, minimum=1),
-    }
-
-
-def read_count(keys: Fields, count: str) -> int:
-    """The experts of a layer; CheckpointError for more than routers or readers of names take."""
     number = keys.integer(count, minimum=1, maximum=MAX_EXPERTS)
     layers = keys.integer("num_hidden_layers", minimum=1)
     if number * layers > _MOST:
         raise keys.refusal(count, f"at most {_MOST} experts in the {layers} layers together")
-    return number
+    return {
+        EXPERTS: number,
+        TOP_K: keys.integer(chosen, minimum=1, maximum=number),
+        WIDTH: keys.integer(width, minimum=1),
+    }
 
 
-def gguf_keys(count: str, width: str | None = None) -> dict[str, str]:
+def gguf_keys(count: str, width: str | None = None, chosen: str = _CHOSEN) -> dict[str, str]:
     """The keys of config.json that ``read_experts`` reads, in GGUF files; without ``width`` it is
     that of every MLP."""
-    keys = {count: "expert_count", "num_experts_per_tok": "expert_used_count"}
+    keys = {count: "expert_count", chosen: "expert_used_count"}
     return keys if width is None else {**keys, width: "expert_feed_forward_length"}
 
 
-def write_experts(config: ModelConfig, count: str, width: str) -> dict[str, Any]:
+def write_experts(
+    config: ModelConfig, count: str, width: str, chosen: str = _CHOSEN
+) -> dict[str, Any]:
     """The keys of config.json that ``read_experts`` reads."""
     extras = config.extras
-    return {count: extras[EXPERTS], "num_experts_per_tok": extras[TOP_K], width: extras[WIDTH]}
+    return {count: extras[EXPERTS], chosen: extras[TOP_K], width: extras[WIDTH]}
 
 
 @dataclass

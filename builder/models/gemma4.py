@@ -17,7 +17,8 @@ from slipstream.builder.models.experts import (
     WIDTH,
     expert_modules,
     experts,
-    read_count,
+    read_experts,
+    write_experts,
 )
 from slipstream.builder.models.gemma import DEFAULTS, GELU, read_gemma, root
 from slipstream.builder.models.gemma2 import LOGITS_CAP, NORMS, logits_cap, read_cap
@@ -39,11 +40,13 @@ from slipstream.builder.models.huggingface_config import (
     layer_kinds,
     read_ropes,
 )
-from slipstream.builder.models.module import LAYER, Extent, Module, Stack, hidden
+from slipstream.builder.models.module import LAYER, Extent, Module, Stack, hidden, one
 from slipstream.builder.models.norms import with_norms
 from slipstream.weights.json import Fields
 
 _BY_LAYER, _INPUT_VOCABULARY = "per_layer_config", "vocab_size_per_layer_input"
+# The keys of their number, their width, and how many a token has.
+_EXPERTS = ("num_experts", "moe_intermediate_size", "top_k_experts")
 _EVERY = 6  # the last of so many layers sees everything
 _IN, _MLP, _ROUTER = "model.per_layer", f"{LAYER}.mlp", f"{LAYER}.router"
 
@@ -139,21 +142,13 @@ def _inputs(keys: Fields) -> dict[str, Any]:
 def _experts(keys: Fields) -> dict[str, Any]:
     if not keys.flag(MOE):
         return {MOE: False, EXPERTS: 0, TOP_K: 0, WIDTH: 0}
-    number = read_count(keys, "num_experts")
-    return {
-        MOE: True,
-        EXPERTS: number,
-        TOP_K: keys.integer("top_k_experts", minimum=1, maximum=number),
-        WIDTH: keys.integer("moe_intermediate_size", minimum=1),
-        RENORMALIZE: True,
-    }
+    return {MOE: True, **read_experts(keys, *_EXPERTS), RENORMALIZE: True}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     extras = config.extras
     full = [i for i, kind in enumerate(config.layer_kinds) if kind == FULL]
     heads = {"head_dim": extras[GLOBAL_HEAD], "num_key_value_heads": extras[GLOBAL_KV_HEADS]}
-    sizes = {EXPERTS: "num_experts", TOP_K: "top_k_experts", WIDTH: "moe_intermediate_size"}
     own = (K_IS_V, SHARED, DOUBLE, INPUT, _INPUT_VOCABULARY, MOE)
     return {
         "layer_types": list(config.layer_kinds),
@@ -165,7 +160,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         LOGITS_CAP: extras[LOGITS_CAP] or None,
         _BY_LAYER: {str(layer): heads for layer in full},
         **{key: extras[key] for key in own},
-        **{name: extras[key] for key, name in sizes.items() if extras[MOE]},
+        **(write_experts(config, *_EXPERTS) if extras[MOE] else {}),
     }
 
 
@@ -179,10 +174,6 @@ def _inputs_of_all(config: ModelConfig) -> Extent:
 
 def _input_vocabulary(config: ModelConfig) -> Extent:
     return Extent(config.extras[_INPUT_VOCABULARY])
-
-
-def _one(config: ModelConfig) -> Extent:
-    return Extent(1)
 
 
 def _root_of_input(config: ModelConfig) -> float:
@@ -284,7 +275,7 @@ _OWN_INPUT = (
     ),
     _norm("post_per_layer_input_norm", "post_norm", _has_input),
     Module(
-        f"{LAYER}.layer_scalar", "norm", (_one,), bare=True,
+        f"{LAYER}.layer_scalar", "norm", (one,), bare=True,
         gguf="blk.{i}.layer_output_scale.weight",
     ),
 )  # fmt: skip

@@ -65,6 +65,11 @@ def one_a_head(config: ModelConfig) -> Extent:
     return Extent(config.num_heads)
 
 
+def one(config: ModelConfig) -> Extent:
+    """A single number, or row."""
+    return Extent(1)
+
+
 def head(config: ModelConfig) -> Extent:
     """One head."""
     return Extent(1, config.head_dim)

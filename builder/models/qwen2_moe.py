@@ -18,7 +18,7 @@ from slipstream.builder.models.experts import (
     shared_modules,
     write_experts,
 )
-from slipstream.builder.models.module import LAYER, Extent, Module, hidden
+from slipstream.builder.models.module import LAYER, Extent, Module, hidden, one
 from slipstream.builder.models.qwen2 import DEFAULTS, read_windowed, write_windowed
 from slipstream.weights.json import Fields
 
@@ -75,12 +75,8 @@ def _shared_inner(config: ModelConfig) -> Extent:
     return Extent(config.extras[_SHARED_WIDTH])
 
 
-def _one(config: ModelConfig) -> Extent:
-    return Extent(1)
-
-
 _GATE = Module(
-    f"{LAYER}.{_SHARED}_gate", "router", (_one,), hidden, gguf="blk.{i}.ffn_gate_inp_shexp"
+    f"{LAYER}.{_SHARED}_gate", "router", (one,), hidden, gguf="blk.{i}.ffn_gate_inp_shexp"
 )
 ARCHITECTURE = Architecture(
     "qwen2_moe",

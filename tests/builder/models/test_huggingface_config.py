@@ -613,7 +613,9 @@ def test_a_value_that_a_family_cannot_have_is_refused(
         huggingface(architecture, **{key: value})
 
 
-@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "Gemma4ForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["Qwen3MoeForCausalLM", "Gemma4ForCausalLM", "Ernie4_5_MoeForCausalLM"]
+)
 def test_experts_of_all_layers_are_bounded(name: str) -> None:
     raw = {
         "architectures": [name],
