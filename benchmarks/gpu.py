@@ -306,6 +306,7 @@ def measure(
         except Exception as error:  # noqa: BLE001 - the other figures are still wanted
             print(f"{name} failed: {error!r}"[:2000])
     runner.loop.shutdown()
+    routes.close()
     print(f"--- {model} {form}")
     for name, value in figures.items():
         peer = VLLM.get(f"{model} {form}", {}).get(name)

@@ -240,7 +240,7 @@ class Routes:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
-        choose = router_module.router
+        choose = self._choose = router_module.router
 
         def kept(logits: Tensor, *arguments: Any, **options: Any) -> router_module.Choice:  # noqa: ANN401
             ids, weights = choose(logits, *arguments, **options)
@@ -256,6 +256,11 @@ class Routes:
         decode = self._ids.get(tokens, [])[: self._layers]
         found = [torch.unique(ids).numel() for ids in decode]
         return sum(found) / len(found) if found else None
+
+    def close(self) -> None:
+        """Let go of the routers and of what they chose, which holds memory of the steps."""
+        router_module.router = self._choose
+        self._ids.clear()
 
 
 def named_tokens(vocab_size: int) -> Tokenizer:
