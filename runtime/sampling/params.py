@@ -22,6 +22,7 @@ from slipstream.runtime.sampling.parameter_checks import (
     check_token_ids,
     check_token_sequences,
 )
+from slipstream.runtime.structured.output import StructuredOutput
 
 # Below this the division by the temperature only magnifies rounding, so the most likely token is
 # taken.
@@ -108,6 +109,7 @@ class SamplingParams:
         probability at each position, beside the token itself (0: only the token itself, -1: all,
         None: nothing).
     skip_special_tokens: leave special tokens out of the text.
+    structured: the form that the completion must have; it ends when the form is complete.
     """
 
     n: int = 1
@@ -132,6 +134,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     # Derived once, because the sampler asks for every row of every step.
     greedy: bool = field(init=False, repr=False, compare=False)
@@ -157,6 +160,8 @@ class SamplingParams:
                 "bad_words_token_ids", self.bad_words_token_ids
             ),
         )
+        if isinstance(self.structured, Mapping):  # as decoded JSON has it
+            self._set(structured=StructuredOutput.from_dict(self.structured))
         if self.allowed_token_ids is not None:
             allowed = check_token_ids(
                 "allowed_token_ids",
