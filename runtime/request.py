@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from slipstream.errors import SlipstreamError
     from slipstream.runtime.engine.step import TokenLogprobs
     from slipstream.runtime.sampling.params import SamplingParams
+    from slipstream.runtime.structured.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 OutputKind = Literal["cumulative", "delta", "final"]
@@ -21,6 +22,7 @@ class Request:
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
     one output at the end. Only requests with equal ``cache_namespace`` share computed prompts.
+    ``grammar`` is what ``params.structured`` was compiled to.
     """
 
     request_id: str
@@ -30,6 +32,7 @@ class Request:
     priority: int = 0
     output_kind: OutputKind = "cumulative"
     cache_namespace: str = ""
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)
