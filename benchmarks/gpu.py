@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --formats bf16 fp8 --measures decode prefill
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
+    python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
@@ -25,6 +26,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,9 @@ from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.compiler import GrammarCompiler
+from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -85,6 +90,23 @@ COMPANY: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": dict.fromkeys(range(1000), 1.0)},
     "long_lists": {"logprobs": 100},
 }
+# Which a model with random weights does not come to the end of.
+FORM = StructuredOutput(
+    json={
+        "type": "array",
+        "minItems": 1000,
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 3},
+                "age": {"type": "integer"},
+                "kind": {"enum": ["person", "animal", "plant"]},
+            },
+            "required": ["name", "age", "kind"],
+            "additionalProperties": False,
+        },
+    }
+)
 Figures = dict[str, float]
 
 
@@ -93,6 +115,7 @@ class Runner:
 
     def __init__(self, engine: LoadedEngine, routes: Routes) -> None:
         self.engine, self.routes = engine, routes
+        self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
         started = time.perf_counter()
         self.loop = EngineLoop(engine)
         self.capture_seconds = time.perf_counter() - started
@@ -104,11 +127,13 @@ class Runner:
         count: int,
         input_len: int,
         output_len: int,
+        form: StructuredOutput | None = None,
         **one: Any,  # noqa: ANN401 - sampling parameters
     ) -> float:
-        """Until all of ``count`` requests that come at once are done; the last asks for ``one``."""
-        requests = [self._request(input_len, output_len) for _ in range(count - 1)]
-        requests.append(self._request(input_len, output_len, **one))
+        """Until all of ``count`` requests that come at once are done, held to a form if there is
+        one; the last asks for ``one``."""
+        requests = [self._request(input_len, output_len, structured=form) for _ in range(count - 1)]
+        requests.append(self._request(input_len, output_len, structured=form, **one))
         torch.cuda.synchronize()
         started = time.perf_counter()
         for request in requests:
@@ -125,7 +150,9 @@ class Runner:
     ) -> Request:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, **more)
         prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
-        return Request(str(next(self._ids)), prompt, params, output_kind="final")
+        grammar = self.grammars.compile(params.structured) if params.structured else None
+        name = str(next(self._ids))
+        return Request(name, prompt, params, output_kind="final", grammar=grammar)
 
 
 def decode(runner: Runner) -> Figures:
@@ -178,6 +205,23 @@ def company(runner: Runner) -> Figures:
     return figures
 
 
+def forms(runner: Runner) -> Figures:
+    """ms a token of 64 requests, plain and all held to a schema, without forced tokens."""
+    if runner.engine.config.enable_jump_decoding:
+        print("forms needs --tokenizer")
+        return {}
+    figures = {}
+    for name, form in (("plain", None), ("held", FORM)):
+        runner.seconds(64, 128, 8, form)
+        pairs = [
+            (runner.seconds(64, 128, 256, form) - runner.seconds(64, 128, 1, form)) / 255
+            for _ in range(5)
+        ]
+        figures[f"forms_{name}"] = statistics.median(pairs) * 1e3
+    figures["forms_cost"] = figures["forms_held"] / figures["forms_plain"] - 1
+    return figures
+
+
 def profile(runner: Runner) -> Figures:
     """µs of every kernel in a step of one decode, and how long the GPU idles between two."""
     from torch.profiler import ProfilerActivity
@@ -212,6 +256,7 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "throughput": throughput,
     "throughput_256": throughput_256,
     "company": company,
+    "forms": forms,
     "profile": profile,
 }
 
@@ -284,7 +329,12 @@ def environment() -> dict[str, str]:
 
 
 def measure(
-    model: str, form: str, measures: Sequence[str], tactics: Path | None, floor: Figures
+    model: str,
+    form: str,
+    measures: Sequence[str],
+    tactics: Path | None,
+    floor: Figures,
+    tokenizer: Path | None = None,
 ) -> Figures:
     """All figures of one model in one format."""
     started = time.perf_counter()
@@ -295,7 +345,10 @@ def measure(
         BuildOptions(target="cuda", **options),
         tactics,
         enable_prefix_caching=False,
+        enable_jump_decoding=tokenizer is None,
     )
+    if tokenizer is not None:
+        engine = replace(engine, tokenizer=Tokenizer.from_directory(tokenizer, engine.vocab_size))
     torch.cuda.synchronize()
     figures: Figures = {"make_weights_s": time.perf_counter() - started}
     runner = Runner(engine, routes)
@@ -325,13 +378,16 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--tactics", type=Path, help="What gpu_linear.py stored.")
+    parser.add_argument("--tokenizer", type=Path, help="Directory of one, for forms.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rate = read_bandwidth()
     report: dict[str, Any] = {**environment(), "read_tb_per_s": rate / 1e12}
     for model, form in itertools.product(arguments.models, arguments.formats):
         floor = floors(MODELS[model], form, rate)
-        figures = measure(model, form, arguments.measures, arguments.tactics, floor)
+        figures = measure(
+            model, form, arguments.measures, arguments.tactics, floor, arguments.tokenizer
+        )
         entry = {"figures": figures, "floors": floor, "vllm": VLLM.get(f"{model} {form}", {})}
         report.setdefault(model, {})[form] = entry
         gc.collect()

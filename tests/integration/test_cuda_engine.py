@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -238,3 +240,33 @@ def serve(engine: Path, prompts: list[list[int]], **limits: int) -> list[Request
     assert loop.scheduler.kv.num_available == loop.scheduler.kv.num_pages
     loop.shutdown()
     return [done[str(i)] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_forms_are_held_beside_plain_requests(engine: Path, jumps: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 5}, "kind": {"enum": ["a", "bc"]}},
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+    }
+    options = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": PAGE * COLUMNS}
+    with LLM(engine, enable_jump_decoding=jumps, kv_cache_bytes=64 << 20, **options) as llm:
+        params = [
+            SamplingParams(
+                temperature=index % 2,
+                seed=index,
+                max_tokens=200,
+                repetition_penalty=1.2 if index % 3 else 1.0,
+                structured={"json": schema} if index % 4 else None,  # type: ignore[arg-type]
+            )
+            for index in range(16)
+        ]
+        outputs = llm.generate(["the cat"] * 16, params)
+    held = [o.outputs[0] for o, each in zip(outputs, params, strict=True) if each.structured]
+    ended = [each for each in held if each.finish_reason == "stop"]
+    assert ended
+    for each in ended:
+        value = json.loads(each.text)
+        assert list(value) == ["name", "kind"] and value["kind"] in ("a", "bc")
+        assert len(value["name"]) <= 5
