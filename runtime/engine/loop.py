@@ -236,10 +236,11 @@ class EngineLoop:
         return sequences
 
     def _completion(self, sequence: Sequence) -> CompletionState:
-        params = sequence.request.params
+        request = sequence.request
+        params, prompt = request.params, request.prompt_token_ids
         return CompletionState(
             sequence,
-            Detokenizer(self._engine.tokenizer, params, sequence.request.prompt_token_ids),
+            Detokenizer(self._engine.tokenizer, params, prompt, request.shown_tokens),
             logprobs=None if params.logprobs is None else [],
         )
 

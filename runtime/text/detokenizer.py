@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.special_stops import special_stops
@@ -34,11 +34,15 @@ class Detokenizer:
     )
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt: Sequence[int] = (),
+        shown: Collection[str] = (),
     ) -> None:
-        """Start with no text."""
+        """Start with no text; special tokens that are ``shown`` are in it though others are not."""
         self._stream = tokenizer.text_stream(
-            skip_special_tokens=params.skip_special_tokens, prompt=prompt
+            skip_special_tokens=params.skip_special_tokens, prompt=prompt, shown=shown
         )
         stops = tuple(params.stop)
         self._specials = special_stops(tokenizer, stops, skipped=params.skip_special_tokens)
