@@ -6,30 +6,17 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.runtime.chat import templates
 from tests.runtime.chat.reading import TOOLS, WITH_TOOLS, allows, byte_tokenizer, read
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
-from slipstream.runtime.chat.options import ChatOptions, NamedTool
+from slipstream.runtime.chat.options import ChatOptions, NamedTool, ToolChoice
 from slipstream.runtime.structured.output import StructuredOutput
 
-TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
-{{- 'Answer with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' }}
-{%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}
-{{- message.content or '' }}
-{%- for call in message.tool_calls or [] %}
-{{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- call.function.arguments | tojson }}{{ '}\n</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
-{%- endif %}"""
 TOKENIZER = byte_tokenizer(
-    TEMPLATE,
+    templates.QWEN,
     "<|im_start|>",
     "<|im_end|>",
     added=["<think>", "</think>", "<tool_call>", "</tool_call>"],
@@ -172,7 +159,7 @@ def test_free_answers_have_no_form() -> None:
     ],
 )
 def test_grammars_hold_calls(
-    choice: object, parallel: bool, good: list[str], bad: list[str]
+    choice: ToolChoice | NamedTool, parallel: bool, good: list[str], bad: list[str]
 ) -> None:
     options = replace(WITH_TOOLS, tool_choice=choice, parallel_tool_calls=parallel)
     form = QWEN.structured(options, None, "")
@@ -212,7 +199,7 @@ def test_a_wanted_form_follows_the_thoughts() -> None:
 
 @pytest.mark.parametrize(("tokens", "budget"), [(True, 5), (False, 5 + len("</think>"))])
 def test_a_budget_ends_the_thoughts(tokens: bool, budget: int) -> None:
-    tokenizer = TOKENIZER if tokens else byte_tokenizer(TEMPLATE)
+    tokenizer = TOKENIZER if tokens else byte_tokenizer(templates.QWEN)
     options = ChatOptions(thinking_budget=budget)
     form = dialect_of(tokenizer).structured(options, None, "<think>")
     assert form is not None
