@@ -98,7 +98,7 @@ class Harmony:
             f"{grammar.literal(f'{_CHANNEL}commentary{_MESSAGE}')} {self._text(grammar, None)}"
         )
         answer = grammar.rule(alternatives(calls if must else [*calls, final]))
-        lead = f"({said})? " if calls else ""
+        lead = f"({said})? " if calls and not must else ""
         return grammar.finish(f"{self._thoughts(grammar, options, prompt)} {lead}{answer}")
 
     def _text(self, grammar: Grammar, budget: int | None) -> str:
