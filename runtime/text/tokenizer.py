@@ -190,9 +190,19 @@ class Tokenizer:
         first, both = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return both[len(first) :].encode()
 
-    def text_stream(self, *, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
-        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``."""
-        skip = self.special_token_ids if skip_special_tokens else frozenset()
+    def text_stream(
+        self,
+        *,
+        skip_special_tokens: bool,
+        shown_special_tokens: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> TextStream:
+        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``;
+        special tokens that are ``shown_special_tokens`` are never left out."""
+        skip: frozenset[int] = frozenset()
+        if skip_special_tokens:
+            shown = map(self._backend.token_to_id, shown_special_tokens)
+            skip = self.special_token_ids.difference(shown)
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 
