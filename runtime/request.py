@@ -21,7 +21,6 @@ class Request:
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
     one output at the end. Only requests with equal ``cache_namespace`` share computed prompts.
-    ``shown_tokens`` are special tokens that are in the text although the others are skipped.
     """
 
     request_id: str
@@ -31,7 +30,6 @@ class Request:
     priority: int = 0
     output_kind: OutputKind = "cumulative"
     cache_namespace: str = ""
-    shown_tokens: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

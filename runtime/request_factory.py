@@ -36,7 +36,6 @@ class RequestFactory:
         priority: int = 0,
         output_kind: OutputKind,
         cache_salt: str = "",
-        shown_tokens: Sequence[str] = (),
     ) -> Request:
         """A request for a text or for token ids; no ``params`` means the model's own defaults.
 
@@ -53,7 +52,6 @@ class RequestFactory:
             priority=priority,
             output_kind=output_kind,
             cache_namespace=cache_salt,
-            shown_tokens=tuple(shown_tokens),
         )
 
     def chat_prompt(

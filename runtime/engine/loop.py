@@ -236,11 +236,10 @@ class EngineLoop:
         return sequences
 
     def _completion(self, sequence: Sequence) -> CompletionState:
-        request = sequence.request
-        params, prompt = request.params, request.prompt_token_ids
+        params = sequence.request.params
         return CompletionState(
             sequence,
-            Detokenizer(self._engine.tokenizer, params, prompt, request.shown_tokens),
+            Detokenizer(self._engine.tokenizer, params, sequence.request.prompt_token_ids),
             logprobs=None if params.logprobs is None else [],
         )
 
