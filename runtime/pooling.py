@@ -125,5 +125,14 @@ def no_text(pooling: Pooling) -> str:
     return f"this engine makes {made} and has no logits (it was built for task {pooling.task})"
 
 
+def require_text(pooling: Pooling | None) -> None:
+    """Raise ``InvalidRequestError`` for an engine that generates nothing."""
+    if pooling is not None:
+        raise InvalidRequestError(
+            f"{no_text(pooling)}; load an engine of the checkpoint that was built with --task "
+            "generate"
+        )
+
+
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))

@@ -11,7 +11,7 @@ from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
-from slipstream.runtime.pooling import PoolingParams, no_text
+from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.length import check_length, texts_of
@@ -26,7 +26,7 @@ class RequestFactory:
     """Encodes prompts and resolves sampling parameters; safe to use from several threads."""
 
     def __init__(self, engine: LoadedEngine) -> None:
-        self.pooling = engine.pooling
+        self._pooling = engine.pooling
         self._pooled_prompts = PooledPrompts(engine, engine.pooling) if engine.pooling else None
         self._tokenizer = engine.tokenizer
         self._vocab_size = engine.vocab_size
@@ -49,11 +49,7 @@ class RequestFactory:
         Only requests with equal ``cache_salt`` share what was computed of equal prompts. Raises
         ``InvalidRequestError`` for an engine that generates nothing.
         """
-        if self.pooling is not None:
-            raise InvalidRequestError(
-                f"{no_text(self.pooling)}; load an engine of the checkpoint that was built with "
-                "--task generate"
-            )
+        require_text(self._pooling)
         text = prompt if isinstance(prompt, str) else None
         tokens = self._encoded(text) if text is not None else token_ids(prompt)
         encode = partial(self._tokenizer.encode, add_special_tokens=False)

@@ -25,6 +25,11 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+TRANSFORMER = "sentence_bert_config.json"
+_MEND_MESSAGES = (
+    "texts would be written in the chat template; leave it out for texts as they are, and write "
+    "templates into the texts"
+)
 _REMEDY = "use a model that pools its last token or the mean of all, or correct the file"
 
 
@@ -46,6 +51,7 @@ def read_sentence_transformers(path: Path) -> StatedPooling | None:
         answers = _answers(path / places[_SCORE])
         normalize = not (settings.optional_text("activation_fn") or "").endswith("Identity")
         return StatedPooling("score", "last", normalize, "dot", prompts, named, answers)
+    _check_plain(path)
     mode = _mode(path / places[_POOLING]) if _POOLING in places else "mean"
     similarity = cast(
         Similarity, settings.choice("similarity_fn_name", ("cosine", "dot"), "cosine")
@@ -58,7 +64,7 @@ def files_of(path: Path) -> list[Path]:
     if not (path / MODULES).is_file():
         return []
     folders = [place for _, place in _modules(path) if place]
-    names = [MODULES, SETTINGS, *(f"{folder}/config.json" for folder in folders)]
+    names = [MODULES, SETTINGS, TRANSFORMER, *(f"{folder}/config.json" for folder in folders)]
     return [path / name for name in names if (path / name).is_file()]
 
 
@@ -82,6 +88,15 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 def _settings(path: Path) -> Fields:
     file = path / SETTINGS
     return read_fields(file) if file.is_file() else Fields({}, Origin(file))
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse a model whose texts are messages of its chat template."""
+    file = path / TRANSFORMER
+    if file.is_file():
+        modalities = read_fields(file, Origin(file, _MEND_MESSAGES)).fields("modality_config", {})
+        if modalities.has("message"):
+            raise modalities.refusal("message", "none")
 
 
 def _mode(folder: Path) -> PoolingMode:
