@@ -20,6 +20,8 @@ MAX_TOKEN_IDS = 1024
 MAX_ALLOWED = 16384  # tokens of an allow list, which is read once
 # Log probabilities in one answer: some 35 MB of JSON.
 MAX_SCORES = 1 << 19
+# Numbers of all vectors of one answer: some 50 MB of JSON.
+MAX_NUMBERS = 1 << 22
 # Of a body: more take the event loop tens of milliseconds to read.
 MAX_VALUES = 1 << 18
 MAX_KEYS = 1 << 15  # lists, objects and fields
