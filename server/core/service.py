@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.dialect import Dialect
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
@@ -26,7 +27,6 @@ from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.plain_dialect import PlainDialect
 from slipstream.server.core.refusal import Refusal, naming
 from slipstream.server.core.turns import Turns
 
@@ -113,7 +113,11 @@ class Service:
         dialect: Dialect | None = None,
     ) -> None:
         self.llm = llm
-        self.dialect = dialect or PlainDialect()
+        self.dialect = dialect or dialect_of(
+            llm.tokenizer,
+            tool_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
+        )
         self.options = options
         self.defaults = llm.generation_defaults
         if options.default_max_tokens is not None:
@@ -218,7 +222,7 @@ class Service:
     ) -> AsyncGenerator[RequestOutput, None]:
         if job.pooling:
             return self.llm.pool(
-                prompts[track.position],
+                prepared.prompt,
                 job.pooling[track.position],
                 track.request_id,
                 priority=job.priority,
