@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.special_stops import special_stops
@@ -34,18 +34,21 @@ class Detokenizer:
     )
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        prompt: Sequence[int] = (),
-        shown: Collection[str] = (),
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()
     ) -> None:
-        """Start with no text; special tokens that are ``shown`` are in it though others are not."""
+        """Start with no text."""
         self._stream = tokenizer.text_stream(
-            skip_special_tokens=params.skip_special_tokens, prompt=prompt, shown=shown
+            skip_special_tokens=params.skip_special_tokens,
+            shown_special_tokens=params.shown_special_tokens,
+            prompt=prompt,
         )
         stops = tuple(params.stop)
-        self._specials = special_stops(tokenizer, stops, skipped=params.skip_special_tokens)
+        self._specials = special_stops(
+            tokenizer,
+            stops,
+            skipped=params.skip_special_tokens,
+            shown=tuple(params.shown_special_tokens),
+        )
         self._keep = params.include_stop_str_in_output
         self._matcher = StopMatcher([*self._specials.stops], keep=self._keep) if stops else None
         self._exempt = params.min_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -210,16 +210,15 @@ class Tokenizer:
         self,
         *,
         skip_special_tokens: bool,
+        shown_special_tokens: Sequence[str] = (),
         prompt: Sequence[int] = (),
-        shown: Collection[str] = (),
     ) -> TextStream:
-        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``.
-
-        Special tokens that are ``shown`` are in it in any case.
-        """
-        skip = self.special_token_ids if skip_special_tokens else frozenset()
-        if skip and shown:
-            skip -= {self._backend.token_to_id(token) for token in shown}
+        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``;
+        special tokens that are ``shown_special_tokens`` are never left out."""
+        skip: frozenset[int] = frozenset()
+        if skip_special_tokens:
+            shown = map(self._backend.token_to_id, shown_special_tokens)
+            skip = self.special_token_ids.difference(shown)
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 

@@ -124,7 +124,9 @@ class _Strict(BaseModel):
         return values
 
 
-class _Request(_Strict):
+class ModelRequest(_Strict):
+    """What all requests have in common."""
+
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
@@ -136,7 +138,7 @@ class StreamOptions(_Strict):
     include_obfuscation: Ignored = None
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(ModelRequest):
     """What completions and chats have in common."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -215,7 +217,7 @@ class ChatMessage(BaseModel):
     refusal: str | None = None
 
 
-class Templated(_Request):
+class Templated(ModelRequest):
     """Messages and how a chat template turns them into a prompt."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -257,7 +259,7 @@ class TokenizeRequest(Templated):
     return_token_strs: Flag = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(ModelRequest):
     """The body of ``/detokenize``."""
 
     tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]
