@@ -177,13 +177,21 @@ class AsyncLLM(AsyncPooling):
         request_id: str | None = None,
         *,
         output_kind: OutputKind = "cumulative",
-        **template_options: Any,  # noqa: ANN401 - templates define their own
+        **options: Any,  # noqa: ANN401 - fields of ChatOptions, and templates define their own
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``."""
-        prompt = await self.render(self._factory.chat_prompt, messages, template_options)
-        outputs = self.generate(prompt, sampling_params, request_id, output_kind=output_kind)
+        """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``.
+
+        ``options`` are fields of ``ChatOptions``, such as ``tools`` and ``thinking``, and variables
+        of the template. Each completion's ``turn`` has its thoughts, text and calls so far.
+        """
+        prompt, conversation = await self.render(
+            self._factory.conversation, messages, sampling_params, options
+        )
+        turns = conversation.turns(output_kind)
+        outputs = self.generate(prompt, conversation.params, request_id, output_kind=output_kind)
         async with aclosing(outputs):
             async for output in outputs:
+                turns.add(output.outputs)
                 yield output
 
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

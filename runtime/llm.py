@@ -80,13 +80,24 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        **template_options: Any,  # noqa: ANN401 - templates define their own
+        **options: Any,  # noqa: ANN401 - fields of ChatOptions, and templates define their own
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of ``{"role": ..., "content": ...}``) or many."""
+        """Answer one conversation (a list of ``{"role": ..., "content": ...}``) or many.
+
+        ``options`` are fields of ``ChatOptions``, such as ``tools`` and ``thinking``, and variables
+        of the template. Each completion's ``turn`` has its thoughts, text and calls.
+        """
         one = not messages or not isinstance(messages[0], Sequence)
         conversations = cast(Any, [messages] if one else messages)
-        prompts = [self._factory.chat_prompt(c, template_options) for c in conversations]
-        return self.generate(prompts, sampling_params)
+        each = _params_for_each(sampling_params, len(conversations))
+        made = [
+            self._factory.conversation(conversation, params, options)
+            for conversation, params in zip(conversations, each, strict=True)
+        ]
+        outputs = self.generate([tokens for tokens, _ in made], [c.params for _, c in made])
+        for output, (_, conversation) in zip(outputs, made, strict=True):
+            conversation.turns("final").add(output.outputs)
+        return outputs
 
     def embed(
         self,
@@ -143,7 +154,7 @@ class LLM:
         Closing the iterator aborts the request. Several may be open at once; they share steps.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self._factory.chat_prompt(cast(Any, prompt), {})
+            prompt, _ = self._factory.conversation(cast(Any, prompt), None, {})
         request = self._factory.request(
             cast(Prompt, prompt), sampling_params, output_kind=output_kind
         )

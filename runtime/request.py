@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from slipstream.errors import SlipstreamError
+    from slipstream.runtime.chat.events import AssistantTurn
     from slipstream.runtime.engine.step import TokenLogprobs
     from slipstream.runtime.pooling import PoolingParams
     from slipstream.runtime.sampling.params import SamplingParams
@@ -54,7 +55,8 @@ class CompletionOutput:
 
     ``stop_reason`` is the stop string or stop token id that ended it, None for end-of-sequence and
     for other endings. ``logprobs`` has one entry a token when logprobs were asked for, and
-    ``cumulative_logprob`` is the sum over all tokens so far.
+    ``cumulative_logprob`` is the sum over all tokens so far. ``turn`` is what an answer in a
+    conversation is made of so far, thoughts and calls apart.
     """
 
     index: int
@@ -64,6 +66,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    turn: AssistantTurn | None = None
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.turns import Conversation, Conversations
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
@@ -33,6 +34,7 @@ class RequestFactory:
         self._defaults = engine.generation_defaults
         self._max_seq_len = engine.config.max_seq_len
         self._numbers = itertools.count()
+        self._conversations = Conversations(engine.tokenizer, engine.generation_defaults)
 
     def request(
         self,
@@ -112,14 +114,18 @@ class RequestFactory:
             )
         return self._pooled_prompts
 
-    def chat_prompt(
-        self, messages: Sequence[Message], template_options: Mapping[str, Any]
-    ) -> list[int]:
-        """Token ids of a conversation in the model's chat template."""
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], Conversation]:
+        """A conversation in the model's chat template, and its token ids."""
         check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
-        text = self._tokenizer.apply_chat_template(messages, **template_options)
-        check_length(self._tokenizer, [text], self._max_seq_len)  # with roles, names and variables
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        made = self._conversations.make(messages, params, options)
+        # With roles, names and variables.
+        check_length(self._tokenizer, [made.prompt], self._max_seq_len)
+        return self._tokenizer.encode(made.prompt, add_special_tokens=False), made
 
     def _encoded(self, text: str) -> list[int]:
         check_length(self._tokenizer, [text], self._max_seq_len)

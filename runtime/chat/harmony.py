@@ -43,14 +43,9 @@ class Harmony:
         return [mark for mark in _MARKS if mark in self.skipped]
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as the template wants them: beside a call either content or thoughts."""
-        made = []
-        for message in self.needs.messages(messages):
-            thoughts = ("reasoning_content", "thinking", "reasoning")
-            if message.get("tool_calls") and message.get("content"):
-                message = {k: v for k, v in message.items() if k not in thoughts}
-            made.append(message)
-        return made
+        """Messages as the template wants them: what is said beside a call is among the thoughts."""
+        made = self.needs.messages(messages)
+        return [_without_content(m) if m.get("tool_calls") else m for m in made]
 
     def tools(self, options: ChatOptions) -> list[dict[str, Any]] | None:
         """Tools as the template wants them, each argument described; None if there are none."""
@@ -122,6 +117,16 @@ class Harmony:
             head = within.rpartition(_CHANNEL)[2].removesuffix(_MESSAGE)
             return StepParser(lambda tape: _read(tape, Calls(tools), head))
         return StepParser(lambda tape: _read(tape, Calls(tools), None))
+
+
+def _without_content(message: dict[str, Any]) -> dict[str, Any]:
+    names = ("reasoning_content", "thinking", "reasoning")
+    thoughts = next((message[name] for name in names if message.get(name)), None)
+    content = message.get("content")
+    if not isinstance(thoughts, str) or not isinstance(content, str) or not content:
+        return message
+    rest = {key: value for key, value in message.items() if key not in names}
+    return {**rest, "content": "", "thinking": f"{thoughts}\n\n{content}"}
 
 
 def _described(schema: Any) -> Any:  # noqa: ANN401 - JSON

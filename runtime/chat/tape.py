@@ -7,7 +7,6 @@ parser is plain code, and how the text was cut cannot change what it decides.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ T = TypeVar("T")
 Steps = Generator[Event | None, None, T]
 
 _MOST_SPACE = 64  # between the parts of a call's head
+_WINDOW = 1 << 14  # how much of the text is copied at once
 _EATEN = 8  # characters of space that belong to a marker which follows them
 _SPACE = re.compile(r"\s*")
 
@@ -91,8 +91,10 @@ class Tape:
 
     def unread(self, text: str) -> None:
         """Put back what was read last."""
-        self._text = text + self._text[self._at :]
-        self._at = 0
+        if self._at >= len(text):
+            self._at -= len(text)
+        else:
+            self._text, self._at = text + self._text[self._at :], 0
 
     def until(self, markers: Markers, event: Callable[[str], Event]) -> Steps[str | None]:
         """Yield text up to a marker, read that and return it; None at the end of the text."""
@@ -173,11 +175,11 @@ class Tape:
         while (yield from self.run(_SPACE)):
             self.record()
 
-    def scan(self, scanner: JsonScanner, most: int = sys.maxsize) -> Steps[str]:
+    def scan(self, scanner: JsonScanner, most: int = _WINDOW) -> Steps[str]:
         """Read what is there of a JSON value, after waiting for some, but at most so many
         characters; nothing where it ends."""
         yield from self.peek()
-        text = self._text[self._at : self._at + most]
+        text = self._text[self._at : self._at + min(most, _WINDOW)]
         piece, end = scanner.scan(text, 0)
         self._take(self._at + end)
         if self.ended and self._at == len(self._text):

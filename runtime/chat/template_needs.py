@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.options import ChatOptions, Tool
@@ -75,10 +75,12 @@ class TemplateNeeds:
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages, with calls in OpenAI's shape, as the template wants them."""
+        if not all(isinstance(message, Mapping) for message in messages):
+            return cast("list[dict[str, Any]]", messages)  # refused when they are rendered
         names: dict[str, str] = {}
         made: list[dict[str, Any]] = []
         for message in messages:
-            calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+            calls = message.get("tool_calls")
             if isinstance(calls, Sequence) and not isinstance(calls, str) and calls:
                 checked = [_checked(call, len(made)) for call in calls]
                 names |= {call["id"]: call["function"]["name"] for call in checked}
@@ -170,8 +172,6 @@ def _object(arguments: object) -> Any:  # noqa: ANN401 - JSON
 
 def _without_calls(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A message without an empty list of calls; a tool's with the name of the tool."""
-    if not isinstance(message, Mapping):
-        return message  # refused by the template's own check
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
     called = kept.get("tool_call_id")
     if kept.get("role") == "tool":

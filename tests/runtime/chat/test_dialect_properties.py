@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.runtime.chat.families import ARGUMENTS, BY_NAME, FAMILIES, Written
+from tests.runtime.chat.reading import WITH_TOOLS, matcher, read, turn
 
 from slipstream.runtime.chat.events import AssistantTurn
 from slipstream.runtime.chat.options import NamedTool
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
-from tests.runtime.chat.families import ARGUMENTS, BY_NAME, FAMILIES, Written
-from tests.runtime.chat.reading import WITH_TOOLS, matcher, read, turn
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[each.name for each in FAMILIES])
 # No name holds what words begin with, so that each must be shown.
@@ -42,7 +43,7 @@ _FRAGMENTS = [
 
 def _pieces(text: str, cuts: list[int]) -> list[str]:
     ends = sorted({cut % (len(text) + 1) for cut in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(ends)]
 
 
 def _texts(family: Written) -> st.SearchStrategy[str]:
@@ -97,7 +98,8 @@ def test_what_is_held_back_is_bounded(family: Written) -> None:
 
 def _walk(tokenizer: Tokenizer, form: StructuredOutput, random_: random.Random) -> str | None:
     """A random text that a grammar takes; None if none was found."""
-    held, tokens = matcher(tokenizer, form), []
+    held = matcher(tokenizer, form)
+    tokens: list[int] = []
     # What ends values, which random bytes would not.
     ends = ['"', "}", "\n</parameter>\n", "</arg_value>\n", "2", '"Paris"', "True", "<think>"]
     snippets = [tokenizer.encode(text, add_special_tokens=False) for text in ends]

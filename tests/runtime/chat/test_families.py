@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.runtime.chat.families import ARGUMENTS, FAMILIES, Written
-from tests.runtime.chat.reading import WITH_TOOLS, allows, read
+from tests.runtime.chat.reading import TOOLS, WITH_TOOLS, allows, read
 
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
 from slipstream.runtime.chat.options import ChatOptions, NamedTool
@@ -123,3 +123,23 @@ def test_special_tokens_that_it_must_see(family: Written) -> None:
     for token in family.special:
         if token in written:
             assert token in family.dialect.special_tokens
+
+
+@every_family
+def test_any_number_of_tools_and_tools_named_like_tags(family: Written) -> None:
+    tags = [replace(TOOLS[0], name=name) for name in ("<tool_call>", "</think>", '"]}', "a b")]
+    many = [replace(TOOLS[1], name=f"tool_{i}") for i in range(1000)]
+    for choice in ("auto", "required"):
+        options = ChatOptions(tools=[*tags, *many, *TOOLS], tool_choice=choice)
+        form = family.dialect.structured(options, None, family.prompt)
+        assert form is not None
+        assert allows(family.tokenizer, form, family.thoughts + family.calls(family.call))
+
+
+@every_family
+def test_tools_that_need_not_be_held_have_any_schema(family: Written) -> None:
+    odd = replace(TOOLS[1], parameters={"type": "object", "if": {}, "then": {}}, strict=False)
+    options = ChatOptions(tools=[TOOLS[0], odd])
+    form = family.dialect.structured(options, None, family.prompt)
+    assert form is not None
+    assert allows(family.tokenizer, form, family.thoughts + family.calls(family.call))
