@@ -406,7 +406,7 @@ DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
     logits_and_states: "graphs has no target with one of the outputs logits, states",
     states_that_nobody_pools: "pooling does not say what is made of the output",
     logits_that_are_pooled: "pooling does not say what is made of the output",
-    unknown_pooling: "pooling.mode is 'max', not one of last, mean",
+    unknown_pooling: "pooling is {'default_prompt': None",
     pooling_without_a_vocabulary: "pooling.vocab_size is 0",
     logits_of_tokens: "output logits has shape ['T', 320], not [L, columns]",
     update_of_nothing: "output logits of graph target updates ssm_state, which is no such input",
