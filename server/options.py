@@ -220,6 +220,11 @@ _SERVER = {
     "drain_timeout": Option(
         "Seconds that running requests have to end in after SIGTERM or Ctrl-C."
     ),
+    "default_max_tokens": Option(
+        "Most tokens of an answer whose request does not say.", "the model's, or what fits", least=1
+    ),
+    "tool_call_parser": Option("How the model writes calls of tools.", "by its chat template"),
+    "reasoning_parser": Option("How the model writes thoughts.", "by its chat template"),
 }
 
 

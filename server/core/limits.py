@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.options import ChatOptions, NamedTool
 from slipstream.runtime.sampling.params import SamplingParams
 
 MAX_SEQUENCES = 2048  # completions of all prompts of a request
@@ -23,6 +26,11 @@ MAX_NUMBERS = 1 << 22
 MAX_VALUES = 1 << 18
 MAX_KEYS = 1 << 15  # lists, objects and fields
 MAX_FIELDS = 100  # of an object whose fields are known
+MAX_TOOLS = 512
+# Of a schema, a grammar or an expression that an answer is held to.
+MAX_FORM_LENGTH = 1 << 18
+MAX_FORM_DEPTH = 64
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
 _MOST: Mapping[str, int] = {
     "n": MAX_N,
@@ -54,6 +62,8 @@ def check_limits(params: SamplingParams) -> None:
             raise InvalidRequestError(
                 f"{name} has {count} entries; this server takes {most}", param=name
             )
+    if params.structured is not None:
+        check_form(params.structured.json, "structured", len(params.structured.text))
     total = sum(map(len, params.bad_words_token_ids))
     if total > MAX_ALLOWED:
         raise InvalidRequestError(
@@ -67,3 +77,73 @@ def check_limits(params: SamplingParams) -> None:
                 f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}",
                 param=name,
             )
+
+
+def check_tools(options: ChatOptions) -> None:
+    """Raise ``InvalidRequestError`` for tools that cannot be told apart, are too many or too large,
+    and for a choice that is none."""
+    tools = options.tools
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(
+            f"tools has {len(tools)} entries; this server takes {MAX_TOOLS}", param="tools"
+        )
+    names = [tool.name for tool in tools]
+    for index, tool in enumerate(tools):
+        if not _TOOL_NAME.fullmatch(tool.name):
+            raise InvalidRequestError(
+                f"tools[{index}] is called {tool.name!r:.80}; a name is 1 to 128 letters of ASCII, "
+                "digits, and characters of _ - . : /",
+                param="tools",
+            )
+        if tool.name in names[:index]:
+            raise InvalidRequestError(
+                f"tools[{index}] is called {tool.name!r}, as one before it; give each its own name",
+                param="tools",
+            )
+        check_form(tool.parameters, f"tools[{index}]", param="tools")
+    _check_choice(options, names)
+
+
+def _check_choice(options: ChatOptions, names: list[str]) -> None:
+    choice = options.tool_choice
+    if isinstance(choice, NamedTool) and choice.name not in names:
+        raise InvalidRequestError(
+            f"tool_choice names {choice.name!r:.80}, which is not among the tools",
+            param="tool_choice",
+        )
+    if choice == "required" and not names:
+        raise InvalidRequestError(
+            "tool_choice is 'required', and there are no tools; give some, or leave it out",
+            param="tool_choice",
+        )
+
+
+def check_form(
+    form: object, field: str, length: int | None = None, *, param: str | None = None
+) -> None:
+    """Raise ``InvalidRequestError`` for what an answer is held to if that is too large or nested
+    too deep; ``length`` is that of its text, None: to be told."""
+    depth = _depth(form)
+    if depth > MAX_FORM_DEPTH:
+        raise InvalidRequestError(
+            f"{field} is nested more than {MAX_FORM_DEPTH} deep; use $defs and $ref, or less depth",
+            param=param or field,
+        )
+    length = len(json.dumps(form)) if length is None else length
+    if length > MAX_FORM_LENGTH:
+        raise InvalidRequestError(
+            f"{field} has {length} characters; this server takes {MAX_FORM_LENGTH}",
+            param=param or field,
+        )
+
+
+def _depth(value: object) -> int:
+    """How deep lists and objects are nested; what is deeper than is taken is not looked into."""
+    level, depth = [value], 0
+    while level and depth <= MAX_FORM_DEPTH:
+        inner = [v for v in level if isinstance(v, Mapping | list | tuple)]
+        level = [w for v in inner for w in (v.values() if isinstance(v, Mapping) else v)]
+        depth += bool(inner)
+        if not inner:
+            break
+    return depth

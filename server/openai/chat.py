@@ -39,7 +39,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     if body.top_logprobs and not body.logprobs:
         raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
     check_stream(body)
-    params = chat_params(body, service.llm.generation_defaults)
+    params = chat_params(body, service.defaults)
     fields = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"

@@ -14,6 +14,7 @@ from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import prompt_logprobs
@@ -28,7 +29,7 @@ from slipstream.server.openai.reply import (
     last_fields,
 )
 from slipstream.server.openai.sampling import completion_params, only_scores
-from slipstream.server.openai.scored_tokens import ScoredTokens, TextOffsets
+from slipstream.server.openai.scored_tokens import ScoredTokens
 
 router = APIRouter()
 
@@ -41,7 +42,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_stream(body, "leave out stream, or use echo and logprobs")
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
-    params = completion_params(body, service.llm.generation_defaults)
+    params = completion_params(body, service.defaults)
     tokenizer = service.llm.tokenizer
     reply = CompletionReply(body, frame, tokenizer, params)
     fields = {"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}  # of echo
