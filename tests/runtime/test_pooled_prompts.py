@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from slipstream.builder.contract import Pooling
 from slipstream.errors import ContextLengthError, InvalidRequestError
-from slipstream.runtime.pooled_prompts import PooledPrompts
+from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.testing import counting_engine
 
@@ -26,7 +26,8 @@ def prompts(pooling: Pooling = EMBED, *, around: bool = True) -> PooledPrompts:
     return PooledPrompts(engine, pooling)
 
 
-def text(made: PooledPrompts, tokens: list[int]) -> str:
+def text(made: PooledPrompts, tokens: Prompt) -> str:
+    assert not isinstance(tokens, str)
     return made._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
@@ -99,9 +100,9 @@ def test_documents_are_cut_and_the_rest_of_a_pair_is_not() -> None:
     made = prompts(SCORE, around=False)
     whole, short = made.pairs(["q"], ["d" * 9, "e"]).prompts
     pair = made.pairs(["q"], ["d" * 9, "e"], PoolingParams(truncate_prompt_tokens=len(whole) - 4))
-    assert text(made, list(pair.prompts[0])) == text(made, list(whole)).replace("d" * 9, "d" * 5)
+    assert text(made, pair.prompts[0]) == text(made, whole).replace("d" * 9, "d" * 5)
     assert pair.prompts[1] == short
     cut = made.pairs(["q"], ["d" * 9, "e"], max_tokens_per_doc=2)
-    assert text(made, list(cut.prompts[0])) == text(made, list(whole)).replace("d" * 9, "dd")
+    assert text(made, cut.prompts[0]) == text(made, whole).replace("d" * 9, "dd")
     with pytest.raises(InvalidRequestError, match="query and the template alone have"):
         made.pairs(["q" * 30], ["d"], PoolingParams(truncate_prompt_tokens=10))
