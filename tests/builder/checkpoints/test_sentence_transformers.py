@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.builder.checkpoints.gguf.models import tiny
+from tests.quantized_models import quantized_llama
 from tests.tiny_models import LLAMA, llama_tensors, save_llama
 
 from slipstream.builder.build import plan
 from slipstream.builder.checkpoints import files_of, open_checkpoint
-from slipstream.builder.checkpoints.sentence_transformers import read_sentence_transformers
+from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter
+from slipstream.builder.checkpoints.quantized import create_layout
+from slipstream.builder.checkpoints.sentence_transformers import (
+    read_sentence_transformers,
+    write_sentence_transformers,
+)
 from slipstream.builder.models import find_architecture
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.pooling import StatedPooling
@@ -147,6 +154,31 @@ def test_an_engine_follows_from_these_files_too(tmp_path: Path) -> None:
     found = {str(file.relative_to(checkpoint)) for file in files_of(checkpoint)}
     assert found >= {"modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
     assert open_checkpoint(checkpoint).pooling == StatedPooling("embed")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        StatedPooling("embed", "mean", False, "dot", {"a": "b"}, "a"),
+        StatedPooling("embed", prompts=QWEN3_PROMPTS),
+        StatedPooling("score", similarity="dot", answers=(5, 6)),
+        StatedPooling("score", normalize=False, similarity="dot", answers=(5,)),
+    ],
+    ids=str,
+)
+def test_what_is_written_is_read_again(stated: StatedPooling, tmp_path: Path) -> None:
+    write_sentence_transformers(tmp_path, stated)
+    assert read_sentence_transformers(tmp_path) == stated
+
+
+def test_a_checkpoint_that_is_written_anew_stays_what_it_was(tmp_path: Path) -> None:
+    """As ``slipstream quantize`` and ``convert`` write it."""
+    stated = StatedPooling("embed", "mean", prompts={"query": "q: "})
+    checkpoint = replace(quantized_llama({}), pooling=stated)
+    writer = DirectoryWriter(tmp_path, create_layout("compressed-tensors", {}), 1)
+    writer.write(0, (checkpoint.tensor(name).load() for name in checkpoint.names()))
+    writer.describe(checkpoint, kv_scales=False)
+    assert open_checkpoint(tmp_path).pooling == stated
 
 
 def test_a_class_without_a_head(tmp_path: Path) -> None:
