@@ -17,9 +17,9 @@ _POOLING, _SCORE, _NORMALIZE = "Pooling", "LogitScore", "Normalize"
 # Each by the last part of its class.
 _KNOWN = ("Transformer", _POOLING, _NORMALIZE, _SCORE)
 _CLASSES = {
-    "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
-    _POOLING: "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-    _NORMALIZE: "sentence_transformers.base.modules.normalize.Normalize",
+    "Transformer": "sentence_transformers.models.Transformer",
+    _POOLING: "sentence_transformers.models.Pooling",
+    _NORMALIZE: "sentence_transformers.models.Normalize",
     _SCORE: "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
 }
 _ANSWERS = ("true_token_id", "false_token_id")
@@ -67,8 +67,9 @@ def read_sentence_transformers(path: Path) -> StatedPooling | None:
     return StatedPooling("embed", mode, _NORMALIZE in places, similarity, prompts, named)
 
 
-def write_sentence_transformers(directory: Path, stated: StatedPooling) -> None:
-    """Write files that are read as ``stated``, and that sentence-transformers reads."""
+def write_sentence_transformers(directory: Path, stated: StatedPooling, width: int) -> None:
+    """Write files that are read as ``stated``, in names that old and new sentence-transformers
+    read; ``width`` is that of the model's states."""
     scores = stated.task == "score"
     kinds = ["Transformer", _SCORE if scores else _POOLING]
     kinds += [_NORMALIZE] * (stated.normalize and not scores)
@@ -80,7 +81,8 @@ def write_sentence_transformers(directory: Path, stated: StatedPooling) -> None:
     write_json(directory / MODULES, modules)
     own: dict[str, object] = dict(zip(_ANSWERS, stated.answers, strict=False))
     if not scores:
-        own["pooling_mode"] = next(n for n, mode in _MODES.items() if mode == stated.mode)
+        own = {flag: _MODES.get(mode) == stated.mode for flag, mode in _FLAGS.items()}
+        own["word_embedding_dimension"] = width
     write_json(directory / f"1_{kinds[1]}" / "config.json", own)
     settings: dict[str, object] = {
         "model_type": "CrossEncoder" if scores else "SentenceTransformer",
@@ -89,7 +91,9 @@ def write_sentence_transformers(directory: Path, stated: StatedPooling) -> None:
     }
     if not scores:
         settings["similarity_fn_name"] = stated.similarity
-    elif not stated.normalize:
+    else:
+        write_json(directory / TRANSFORMER, {"transformer_task": "text-generation"})
+    if scores and not stated.normalize:
         settings["activation_fn"] = "torch.nn.modules.linear.Identity"
     write_json(directory / SETTINGS, settings)
 

@@ -104,7 +104,8 @@ class DirectoryWriter:
         }
         write_json(self.directory / INDEX, index)
         if checkpoint.pooling is not None:
-            write_sentence_transformers(self.directory, checkpoint.pooling)
+            width = checkpoint.config.hidden_size
+            write_sentence_transformers(self.directory, checkpoint.pooling, width)
 
     @property
     def nbytes(self) -> int:

@@ -167,7 +167,7 @@ def test_an_engine_follows_from_these_files_too(tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_is_written_is_read_again(stated: StatedPooling, tmp_path: Path) -> None:
-    write_sentence_transformers(tmp_path, stated)
+    write_sentence_transformers(tmp_path, stated, 64)
     assert read_sentence_transformers(tmp_path) == stated
 
 
