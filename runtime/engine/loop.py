@@ -246,8 +246,8 @@ class EngineLoop:
         return sequences
 
     def _clamp(self, request: Request) -> int:
-        length, pooled = len(request.prompt_token_ids), request.pooling is not None
-        return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pooled=pooled)
+        length, pools = len(request.prompt_token_ids), request.pooling is not None
+        return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pools)
 
     def _completion(self, sequence: Sequence) -> CompletionState:
         params = sequence.request.params
