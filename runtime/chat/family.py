@@ -146,10 +146,8 @@ def check_choice(options: ChatOptions) -> None:
 def held(tool: Tool) -> Tool:
     """A tool with the schema that its arguments are held to: what no grammar can hold is refused
     only of one that is strict."""
-    schema = {"type": "object", **(tool.parameters or {})}
-    if not tool.strict:
-        schema["x-guidance"] = {"lenient": True}
-    return replace(tool, parameters=schema)
+    options = {"x-guidance": {"lenient": not tool.strict}}
+    return replace(tool, parameters={"type": "object", **(tool.parameters or {}), **options})
 
 
 def callable_tools(options: ChatOptions) -> Sequence[Tool]:

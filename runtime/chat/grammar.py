@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slipstream.runtime.structured.compiler import WHITESPACE
 from slipstream.runtime.structured.output import StructuredOutput
 
 _ANY = "/(?s:.*)/"
@@ -55,7 +56,10 @@ class Grammar:
         return text in self._tokens
 
     def schema(self, schema: Any) -> str:  # noqa: ANN401 - JSON
-        """A JSON value that ``schema`` describes."""
+        """A JSON value that ``schema`` describes, with as much space in it as others have."""
+        if isinstance(schema, Mapping):
+            options = {**schema.get("x-guidance", {}), "whitespace_pattern": WHITESPACE}
+            schema = {**schema, "x-guidance": options}
         return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
     def text(self) -> str:
@@ -88,7 +92,7 @@ class Grammar:
         """The form that a caller asks for."""
         match wanted.kind:
             case "json" | "json_object":
-                return self.rule(f"%json {wanted.text}")
+                return self._wanted_json(wanted.text)
             case "regex":
                 return self.rule(self.terminal(f"/{_slashed(wanted.text)}/"))
             case "choice":
@@ -96,6 +100,16 @@ class Grammar:
             case "grammar":
                 self._others.append({"name": "wanted", "lark_grammar": wanted.text})
                 return "@wanted"
+
+    def _wanted_json(self, text: str) -> str:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError):
+            return self.rule(f"%json {text}")  # refused when it is compiled, with the reason
+        if schema is True:  # which anything holds
+            schema = {}
+        known = isinstance(schema, Mapping)
+        return self.schema({**schema, "x-guidance": {}} if known else schema)
 
     def finish(self, start: str) -> StructuredOutput:
         """The whole."""

@@ -169,8 +169,9 @@ class TaggedCalls:
 def schema_of(tool: Tool, schema: Any) -> Any:  # noqa: ANN401 - JSON
     """The schema of one argument, with what it may refer to."""
     given = tool.parameters or {}
-    shared = {key: given[key] for key in ("$defs", "definitions", "x-guidance") if key in given}
-    return {**shared, **schema} if isinstance(schema, dict) else schema
+    shared = {key: given[key] for key in ("$defs", "definitions") if key in given}
+    options = {"x-guidance": given.get("x-guidance", {})}
+    return {**shared, **schema, **options} if isinstance(schema, dict) else schema
 
 
 def _properties(tool: Tool | None) -> Mapping[str, Any]:

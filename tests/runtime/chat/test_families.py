@@ -11,6 +11,7 @@ from tests.runtime.chat.reading import TOOLS, WITH_TOOLS, allows, read
 
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
 from slipstream.runtime.chat.options import ChatOptions, NamedTool
+from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[each.name for each in FAMILIES])
@@ -143,3 +144,23 @@ def test_tools_that_need_not_be_held_have_any_schema(family: Written) -> None:
     form = family.dialect.structured(options, None, family.prompt)
     assert form is not None
     assert allows(family.tokenizer, form, family.thoughts + family.calls(family.call))
+
+
+@every_family
+def test_the_engine_compiles_the_grammars(family: Written) -> None:
+    compiler = GrammarCompiler(family.tokenizer, family.tokenizer.vocab_size)
+    forced = replace(WITH_TOOLS, tool_choice="required", thinking_budget=9)
+    user = StructuredOutput(grammar='start: "a" b\nb: "c"')
+    for options, wanted in ((WITH_TOOLS, None), (forced, None), (WITH_TOOLS, user)):
+        form = family.dialect.structured(options, wanted, family.prompt)
+        assert form is not None
+        compiler.compile(form)
+
+
+@every_family
+def test_small_models_find_no_endless_space(family: Written) -> None:
+    form = family.dialect.structured(WITH_TOOLS, None, family.prompt)
+    assert form is not None
+    text = family.thoughts + family.calls(family.call)
+    if "{" in family.call:
+        assert not allows(family.tokenizer, form, text.replace('{"city', "{" + " " * 99 + '"city'))
