@@ -25,10 +25,11 @@ MAX_VALUES = 1 << 18
 MAX_KEYS = 1 << 15  # lists, objects and fields
 MAX_FIELDS = 100  # of an object whose fields are known
 MAX_TOOLS = 512
+MAX_NAME = 128
 # Of a schema, a grammar or an expression that an answer is held to.
 MAX_FORM_LENGTH = 1 << 18
 MAX_FORM_DEPTH = 64
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}")
 
 _MOST: Mapping[str, int] = {
     "n": MAX_N,
