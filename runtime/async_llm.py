@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime.async_pooling import AsyncPooling
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -61,7 +62,7 @@ class _Stream:
         return self._events.popleft()
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncPooling):
     """Serves many concurrent requests; may be used from several event loops.
 
     An engine whose device fails step after step, or hangs, or whose loop breaks, is given up: open
@@ -150,6 +151,12 @@ class AsyncLLM:
             output_kind=output_kind,
             cache_salt=cache_salt,
         )
+        async with aclosing(self._outputs(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """What the engine tells of a request, which is aborted where nobody hears it any more."""
         stream = self._submit(request)
         finished = False
         try:

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from slipstream.errors import SlipstreamError
     from slipstream.runtime.engine.step import TokenLogprobs
+    from slipstream.runtime.pooling import PoolingParams
     from slipstream.runtime.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -20,7 +24,8 @@ class Request:
 
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
-    one output at the end. Only requests with equal ``cache_namespace`` share computed prompts.
+    one output at the end. Only requests with equal ``cache_namespace`` share computed prompts. A
+    prompt with ``pooling`` is pooled, not continued.
     """
 
     request_id: str
@@ -30,6 +35,7 @@ class Request:
     priority: int = 0
     output_kind: OutputKind = "cumulative"
     cache_namespace: str = ""
+    pooling: PoolingParams | None = None
 
 
 @dataclass(slots=True)
@@ -65,7 +71,8 @@ class RequestOutput:
     """The state of a request after a step.
 
     ``prompt_logprobs`` has one entry a prompt token, None for the first. ``num_cached_tokens`` is
-    how many prompt tokens came from the prefix cache. ``error`` is set when ``finish_reason`` is
+    how many prompt tokens came from the prefix cache. ``pooled`` is the vector, or the one score,
+    of a prompt that was pooled. ``error`` is set when ``finish_reason`` is
     ``"error"``; the Python front ends raise it.
     """
 
@@ -77,4 +84,5 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    pooled: NDArray[np.float32] | None = None
     error: SlipstreamError | None = field(default=None, repr=False)

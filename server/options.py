@@ -121,6 +121,11 @@ _BUILD = {
         "Type of the KV cache; auto is fp8 where the checkpoint has scales for it, else on a CPU "
         "float32 for a dense engine and float16 for a quantized one, and on a GPU the dtype."
     ),
+    "task": Option(
+        "What the engine is for: text, vectors of texts, or scores of documents; auto is what the "
+        "checkpoint says."
+    ),
+    "pooling": Option("Which tokens' states make a vector; auto is what the checkpoint says."),
     "gemm_plugin": Option(
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),

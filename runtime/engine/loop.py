@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from slipstream.builder.contract import states
+from slipstream.builder.contract import STATES, states
 from slipstream.errors import (
     CapacityError,
     EngineMismatchError,
@@ -22,9 +22,10 @@ from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.pooling import Pool, PoolingParams, broken_states
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
@@ -146,7 +147,7 @@ class EngineLoop:
         if (reason := self.forked) is not None:
             raise ExecutionError(reason)
         tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
-        self.scheduler.clamp_max_tokens(len(tokens), request.params.max_tokens)
+        self._clamp(request)
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise InvalidRequestError(
                 f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
@@ -222,9 +223,7 @@ class EngineLoop:
                 request=request,
                 index=index,
                 order=(request.priority, arrival, index),
-                max_tokens=self.scheduler.clamp_max_tokens(
-                    len(request.prompt_token_ids), params.max_tokens
-                ),
+                max_tokens=self._clamp(request),
                 seed=child_seed(seed, index),
                 eos_token_ids=self._eos_token_ids,
             )
@@ -233,7 +232,15 @@ class EngineLoop:
         sequences[0].followers = sequences[1:]
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
+        if request.pooling is not None:
+            assert self._engine.pooling is not None, "only an engine that pools is asked to"
+            length = len(request.prompt_token_ids)
+            sequences[0].pool = Pool(self._engine.pooling, request.pooling, length)
         return sequences
+
+    def _clamp(self, request: Request) -> int:
+        length, pooled = len(request.prompt_token_ids), request.pooling is not None
+        return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pooled=pooled)
 
     def _completion(self, sequence: Sequence) -> CompletionState:
         params = sequence.request.params
@@ -278,6 +285,8 @@ class EngineLoop:
             self._health.failed(error)
             self._fail(flight.plan, error)
             return
+        if STATES in result.outputs:
+            result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):
             self._health.succeeded()
         if result.failed:
@@ -301,7 +310,7 @@ class EngineLoop:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
         rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
-        for sequence, row, token, logprobs in rows:
+        for index, (sequence, row, token, logprobs) in enumerate(rows):
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
@@ -312,10 +321,12 @@ class EngineLoop:
                     scores.append(logprobs)
                 continue
             state = self._requests[sequence.request.request_id]
-            try:
-                state.completions[sequence.index].take(token, logprobs)
-            except ExecutionError as error:  # of the tokenizer
-                state.fail(error)
+            if sequence.pool is not None:
+                if not sequence.pool.take(row.position, result.outputs[STATES][index]):
+                    continue
+                sequence.finish_reason = "stop"
+            else:
+                self._take_token(state, sequence, token, logprobs)
             self._changed[state] = None
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = now
@@ -323,6 +334,15 @@ class EngineLoop:
                 self.scheduler.finish(sequence)
                 if state.finished:
                     self._forget(state)
+
+    @staticmethod
+    def _take_token(
+        state: RequestState, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
+    ) -> None:
+        try:
+            state.completions[sequence.index].take(token, logprobs)
+        except ExecutionError as error:  # of the tokenizer
+            state.fail(error)
 
     def _fail_rows(self, owners: list[Sequence], errors: Mapping[int, ExecutionError]) -> None:
         """End the requests of the rows that failed, before anything of theirs is committed, and ask
@@ -336,7 +356,7 @@ class EngineLoop:
                 state.error = error
                 self._end(state, "error", spoiled=True)
         if PROBE not in self._requests and self.unhealthy is None:
-            self.add_request(probe())
+            self.add_request(probe(PoolingParams() if self._engine.pooling else None))
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """End the requests of a failed step; nothing that it computed was committed."""

@@ -94,25 +94,29 @@ class Scheduler:
             num_preemptions=self._preemptions,
         )
 
-    def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None) -> int:
-        """``max_tokens`` clamped to the room after the prompt; None asks for all of it.
+    def clamp_max_tokens(
+        self, prompt_len: int, max_tokens: int | None, *, pooled: bool = False
+    ) -> int:
+        """``max_tokens`` clamped to the room after the prompt; None asks for all of it. A prompt
+        that is ``pooled`` needs none, and its end counts as one token.
 
         Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
         that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
         even alone.
         """
         limit = self._config.max_seq_len
+        longest = limit if pooled else limit - 1
         if prompt_len < 1:
             raise InvalidRequestError(
-                f"the prompt has 0 tokens; this engine takes 1 to {limit - 1}. Give it some text",
+                f"the prompt has 0 tokens; this engine takes 1 to {longest}. Give it some text",
                 param="prompt",
             )
-        if prompt_len >= limit:
-            raise ContextLengthError(prompt_len, limit)
+        if prompt_len > longest:
+            raise ContextLengthError(prompt_len, limit, generates=not pooled)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
-        max_tokens = min(max_tokens, limit - prompt_len)
+        max_tokens = 1 if pooled else min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
                 f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
@@ -342,7 +346,7 @@ class Scheduler:
         return min(budget, max(0, self._max_scored - scored))
 
     def _match(self, sequence: Sequence) -> Node:
-        if sequence.scores_prompt:
+        if sequence.skips_none:
             return self.kv.no_match()
         return self.kv.match(sequence.tokens, self._namespace(sequence))
 

@@ -100,6 +100,22 @@ class Tokenizer:
         return self._settings.special_tokens
 
     @property
+    def marker_tokens(self) -> dict[str, int]:
+        """Ids of added tokens that are special or look like a tag (``<think>``): to a grammar they
+        are no text, but tokens of their own."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {
+            token.content: i
+            for i, token in added
+            if token.special or (token.content[:1], token.content[-1:]) == ("<", ">")
+        }
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja sources of all chat templates by name."""
+        return self._settings.chat_templates
+
+    @property
     def chat_template(self) -> str | None:
         """Jinja source of the usual chat template."""
         return self._settings.chat_templates.get("default")

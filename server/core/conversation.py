@@ -9,7 +9,7 @@ from typing import Any
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.dialect import Dialect
-from slipstream.runtime.chat.options import ChatOptions, Tool
+from slipstream.runtime.chat.options import ChatOptions
 from slipstream.runtime.text.length import check_length, texts_of
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.core.limits import check_tools
@@ -50,14 +50,12 @@ def render(
             f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
             param="chat_template_kwargs",
         )
-    check_tools(options)
+    check_tools(options.tools)
     check_length(tokenizer, _texts(conversation), max_seq_len)
-    # Who may call nothing is shown nothing to call.
-    tools = [] if options.tool_choice == "none" else [_described(tool) for tool in options.tools]
     text = tokenizer.apply_chat_template(
         dialect.messages(conversation.messages),
         conversation.generating,
-        tools or None,
+        dialect.tools(options),
         continue_final_message=conversation.going_on,
         **{**dialect.variables(options), **conversation.variables},
     )
@@ -70,10 +68,3 @@ def _texts(conversation: Conversation) -> Iterator[str]:
     for tool in conversation.options.tools:
         yield tool.description or ""
         yield json.dumps(tool.parameters or {}, ensure_ascii=False, separators=(",", ":"))
-
-
-def _described(tool: Tool) -> dict[str, Any]:
-    """A tool as templates know it."""
-    fields = {"description": tool.description, "parameters": tool.parameters}
-    given = {name: value for name, value in fields.items() if value is not None}
-    return {"type": "function", "function": {"name": tool.name, **given}}

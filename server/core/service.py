@@ -14,7 +14,9 @@ from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.dialect import Dialect
+from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
@@ -25,7 +27,6 @@ from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.plain_dialect import PlainDialect
 from slipstream.server.core.refusal import Refusal, naming
 from slipstream.server.core.turns import Turns
 
@@ -45,6 +46,8 @@ class Job:
 
     ``add_special_tokens``: whether texts are encoded with what the tokenizer puts around them;
     None: prompts are, and conversations, whose templates write it themselves, are not.
+
+    ``pooling``: how each prompt is pooled; none: they are continued.
     """
 
     prompts: Sequence[Prompt | Conversation]
@@ -53,6 +56,7 @@ class Job:
     priority: int = 0
     add_special_tokens: bool | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    pooling: Sequence[PoolingParams] = ()
 
 
 class Observer(Protocol):
@@ -109,7 +113,11 @@ class Service:
         dialect: Dialect | None = None,
     ) -> None:
         self.llm = llm
-        self.dialect = dialect or PlainDialect()
+        self.dialect = dialect or dialect_of(
+            llm.tokenizer,
+            tool_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
+        )
         self.options = options
         self.defaults = llm.generation_defaults
         if options.default_max_tokens is not None:
@@ -212,6 +220,13 @@ class Service:
     def _generate(
         self, job: Job, prepared: _Prepared, track: _Track
     ) -> AsyncGenerator[RequestOutput, None]:
+        if job.pooling:
+            return self.llm.pool(
+                prepared.prompt,
+                job.pooling[track.position],
+                track.request_id,
+                priority=job.priority,
+            )
         return self.llm.generate(
             prepared.prompt,
             prepared.params,
@@ -263,16 +278,20 @@ class Service:
     def _capacity(self) -> int:
         return self.llm.config.max_batch_size + self.options.max_queued_requests
 
-    def _check(self, job: Job) -> None:
-        """Raise ``Refusal`` for what this server never answers."""
-        count, n, most = len(job.prompts), job.params.n, min(MAX_SEQUENCES, self._capacity)
+    def check_count(self, count: int, param: str, n: int = 1) -> None:
+        """Raise ``Refusal`` for more prompts, which came as ``param``, than one request takes."""
+        most = min(MAX_SEQUENCES, self._capacity)
         if not 1 <= count * n <= most:
             raise Refusal(
                 "invalid",
                 f"{count} prompts of {n} completions each; one request takes 1 to {most} "
                 "completions. Send several requests",
-                param="n" if count <= most < count * n else "prompt",
+                param="n" if count <= most < count * n else param,
             )
+
+    def _check(self, job: Job) -> None:
+        """Raise ``Refusal`` for what this server never answers."""
+        self.check_count(len(job.prompts), job.fields.get("prompt", "prompt"), job.params.n)
         if job.priority and not self.options.allow_priority:
             raise Refusal(
                 "invalid",

@@ -131,7 +131,9 @@ class _Strict(BaseModel):
         return values
 
 
-class _Request(_Strict):
+class ModelRequest(_Strict):
+    """What all requests have in common."""
+
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
@@ -173,7 +175,7 @@ class StructuredOutputs(_Strict):
     structural_tag: str | dict[str, Any] | None = None
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(ModelRequest):
     """What completions and chats have in common."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -303,7 +305,7 @@ class NamedChoice(_Strict):
     function: NamedFunction
 
 
-class Templated(_Request):
+class Templated(ModelRequest):
     """Messages and how a chat template turns them into a prompt."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -354,7 +356,7 @@ class TokenizeRequest(Templated):
     return_token_strs: Flag = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(ModelRequest):
     """The body of ``/detokenize``."""
 
     tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]
