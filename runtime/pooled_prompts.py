@@ -199,9 +199,9 @@ def as_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def stacked(outputs: Sequence[RequestOutput]) -> NDArray[np.float32]:
-    """The vectors of outputs, one below the other."""
-    vectors = [output.pooled for output in outputs if output.pooled is not None]
-    return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
+    """The vectors of outputs that have ended, one below the other."""
+    vectors = [output.pooled for output in outputs]
+    return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)  # type: ignore[arg-type]
 
 
 def token_ids(prompt: object) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from slipstream.builder.checkpoints.base import write_json
 from slipstream.builder.contract import PoolingMode, Similarity
 from slipstream.builder.pooling import StatedPooling
 from slipstream.errors import CheckpointError
@@ -15,6 +16,13 @@ SETTINGS = "config_sentence_transformers.json"
 _POOLING, _SCORE, _NORMALIZE = "Pooling", "LogitScore", "Normalize"
 # Each by the last part of its class.
 _KNOWN = ("Transformer", _POOLING, _NORMALIZE, _SCORE)
+_CLASSES = {
+    "Transformer": "sentence_transformers.models.Transformer",
+    _POOLING: "sentence_transformers.models.Pooling",
+    _NORMALIZE: "sentence_transformers.models.Normalize",
+    _SCORE: "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+}
+_ANSWERS = ("true_token_id", "false_token_id")
 _MODES: dict[str, PoolingMode] = {"lasttoken": "last", "mean": "mean"}
 # Flags of older files, by the mode that each stands for.
 _FLAGS = {
@@ -57,6 +65,37 @@ def read_sentence_transformers(path: Path) -> StatedPooling | None:
         Similarity, settings.choice("similarity_fn_name", ("cosine", "dot"), "cosine")
     )
     return StatedPooling("embed", mode, _NORMALIZE in places, similarity, prompts, named)
+
+
+def write_sentence_transformers(directory: Path, stated: StatedPooling, width: int) -> None:
+    """Write files that are read as ``stated``, in names that old and new sentence-transformers
+    read; ``width`` is that of the model's states."""
+    scores = stated.task == "score"
+    kinds = ["Transformer", _SCORE if scores else _POOLING]
+    kinds += [_NORMALIZE] * (stated.normalize and not scores)
+    modules: list[dict[str, object]] = []
+    for index, kind in enumerate(kinds):
+        place = f"{index}_{kind}" if index else ""
+        (directory / place).mkdir(exist_ok=True)
+        modules.append({"idx": index, "name": str(index), "path": place, "type": _CLASSES[kind]})
+    write_json(directory / MODULES, modules)
+    own: dict[str, object] = dict(zip(_ANSWERS, stated.answers, strict=False))
+    if not scores:
+        own = {flag: _MODES.get(mode) == stated.mode for flag, mode in _FLAGS.items()}
+        own["word_embedding_dimension"] = width
+    write_json(directory / f"1_{kinds[1]}" / "config.json", own)
+    settings: dict[str, object] = {
+        "model_type": "CrossEncoder" if scores else "SentenceTransformer",
+        "prompts": dict(stated.prompts),
+        "default_prompt_name": stated.default_prompt,
+    }
+    if not scores:
+        settings["similarity_fn_name"] = stated.similarity
+    else:
+        write_json(directory / TRANSFORMER, {"transformer_task": "text-generation"})
+    if scores and not stated.normalize:
+        settings["activation_fn"] = "torch.nn.modules.linear.Identity"
+    write_json(directory / SETTINGS, settings)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -117,6 +156,5 @@ def _mode(folder: Path) -> PoolingMode:
 
 def _answers(folder: Path) -> tuple[int, ...]:
     fields = read_fields(folder / "config.json")
-    no = fields.optional_integer("false_token_id")
-    yes = fields.integer("true_token_id")
+    yes, no = fields.integer(_ANSWERS[0]), fields.optional_integer(_ANSWERS[1])
     return (yes,) if no is None else (yes, no)

@@ -94,29 +94,24 @@ class Scheduler:
             num_preemptions=self._preemptions,
         )
 
-    def clamp_max_tokens(
-        self, prompt_len: int, max_tokens: int | None, *, pooled: bool = False
-    ) -> int:
-        """``max_tokens`` clamped to the room after the prompt; None asks for all of it. A prompt
-        that is ``pooled`` needs none, and its end counts as one token.
-
-        Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
-        that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
-        even alone.
-        """
+    def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
+        """``max_tokens`` clamped to the room after the prompt, all of it for None; 1 if
+        it ``pools``, which needs no room. Raises ``InvalidRequestError`` for an empty prompt,
+        ``ContextLengthError`` for one that is too long, and ``CapacityError`` for a request that
+        would not fit in the KV pages even alone."""
         limit = self._config.max_seq_len
-        longest = limit if pooled else limit - 1
+        longest = limit - (not pools)
         if prompt_len < 1:
             raise InvalidRequestError(
                 f"the prompt has 0 tokens; this engine takes 1 to {longest}. Give it some text",
                 param="prompt",
             )
         if prompt_len > longest:
-            raise ContextLengthError(prompt_len, limit, generates=not pooled)
+            raise ContextLengthError(prompt_len, limit, generates=not pools)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
-        max_tokens = 1 if pooled else min(max_tokens, limit - prompt_len)
+        max_tokens = 1 if pools else min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
                 f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
@@ -138,12 +133,16 @@ class Scheduler:
         self._make_room()
         plan = StepPlan()
         prefills: list[Sequence] = []
+        spare = self._config.max_num_tokens - len(self.running)
         for sequence in self.running:
-            if _left(sequence) > 1:
+            left = _left(sequence)
+            if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
-                plan.add(sequence, 1)
-        budget = self._config.max_num_tokens - len(plan.sequences)
+                count = min(left, 1 + spare)  # more than one where tokens were forced
+                spare -= count - 1
+                plan.add(sequence, count)
+        budget = self._config.max_num_tokens - sum(plan.counts)
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
         if plan.sequences:  # which wait for all of this step

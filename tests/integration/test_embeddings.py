@@ -75,7 +75,8 @@ def states(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> list[Vectors]:
 
 def pooled(found: Sequence[Vectors], mode: Mode) -> Vectors:
     vectors = np.stack([each[-1] if mode == "last" else each.mean(axis=0) for each in found])
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 @pytest.mark.parametrize("mode", ["last", "mean"])
@@ -308,10 +309,9 @@ def test_a_state_that_is_no_number_ends_its_request_alone(tmp_path: Path) -> Non
 
         def broken(batch: StepBatch) -> Any:  # noqa: ANN401
             started = submit(batch)
-            result = started.result
 
             def spoiled() -> Any:  # noqa: ANN401
-                found = result()
+                found = started.sample().result()
                 for row, sampling in enumerate(batch.sampling):
                     if sampling.prompt[0] == 7:
                         found.outputs["states"][row, 0] = np.nan
