@@ -96,7 +96,7 @@ def test_the_streaming_helper_parses_too(tiny: Running) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function",
                                                  "function": {"name": "f"}}])  # fmt: skip
 def test_a_tool_is_called_with_arguments_that_hold(tiny: Running, choice: object) -> None:
-    options = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    options: Any = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
     answer = ask(tiny, **options)
     (call,) = answer.choices[0].message.tool_calls
     assert answer.choices[0].finish_reason == "tool_calls"
@@ -106,7 +106,8 @@ def test_a_tool_is_called_with_arguments_that_hold(tiny: Running, choice: object
         model="counting", messages=HELLO, max_tokens=100, seed=1, **options,
         extra_body={"chat_template_kwargs": {"enable_thinking": False}},
     ) as stream:  # fmt: skip
-        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        calls: Any = stream.get_final_completion().choices[0].message.tool_calls
+    (streamed,) = calls
     assert streamed.function.arguments == call.function.arguments
 
 

@@ -191,3 +191,11 @@ def test_past_calls_and_their_answers_are_taken(chat: Running, calls: object) ->
     assert chat.llm.tokenizer.decode(tokens) == "u:hi;a:;t:seen;a:"
     answer = chat.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2})
     assert answer.status_code == 200
+
+
+def test_a_server_says_how_long_answers_are_whose_request_does_not() -> None:
+    with serving(default_max_tokens=3) as running:
+        assert ask(running, messages=HELLO, max_tokens=None, extra_body={
+            "continue_final_message": False}).usage.completion_tokens == 3  # fmt: skip
+        answer = running.client().completions.create(model="counting", prompt="a")
+        assert answer.choices[0].text == "bcd"
