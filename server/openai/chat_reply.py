@@ -64,14 +64,12 @@ class ChatReply:
         scores = prompt_logprobs(output.prompt_logprobs, self.frame.texts)
         return self.frame.whole(choices, prompt_logprobs=scores)
 
-    def _take(self, output: RequestOutput, completion: CompletionOutput) -> Part:
-        part = self.turns.take(output, completion)
+    def _count(self, completion: CompletionOutput, part: Part) -> None:
         self.usage.generated += len(completion.token_ids)
         self.usage.reasoning += part.reasoning_tokens
-        return part
 
     def _chunks(self, output: RequestOutput, completion: CompletionOutput) -> str:
-        """The role, what is new and the end are chunks of their own, each with the usage so far."""
+        """The role, what is new and the end are chunks, each with the usage before it."""
         index, chunks = completion.index, ""
         if not completion.token_ids and completion.finish_reason is None:
             return chunks  # it has not begun
@@ -80,8 +78,9 @@ class ChatReply:
             chunks += self._chunk(index, '{"role":"assistant","content":""}')
             if self.echo:
                 chunks += self._chunk(index, f'{{"content":{json_text(self.echo)}}}')
-        part = self._take(output, completion)
+        part = self.turns.take(output, completion)
         chunks += self._deltas(index, part)
+        self._count(completion, part)
         if completion.finish_reason is not None:
             self._ended.add(index)
             reason = self.turns[index].finish_reason
@@ -125,7 +124,8 @@ class ChatReply:
         return self.frame.event(f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},{end}')
 
     def _choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
-        part, logprobs = self._take(output, completion), None
+        part, logprobs = self.turns.take(output, completion), None
+        self._count(completion, part)
         if self.scored:
             logprobs = chat_logprobs(part.logprobs, self.frame.texts)
         turn = self.turns[completion.index]
