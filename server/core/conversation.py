@@ -50,7 +50,7 @@ def render(
             f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
             param="chat_template_kwargs",
         )
-    check_tools(options)
+    check_tools(options.tools)
     check_length(tokenizer, _texts(conversation), max_seq_len)
     text = tokenizer.apply_chat_template(
         dialect.messages(conversation.messages),

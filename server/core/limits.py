@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.chat.options import ChatOptions, NamedTool
+from slipstream.runtime.chat.options import Tool
 from slipstream.runtime.sampling.params import SamplingParams
 
 MAX_SEQUENCES = 2048  # completions of all prompts of a request
@@ -27,10 +27,11 @@ MAX_VALUES = 1 << 18
 MAX_KEYS = 1 << 15  # lists, objects and fields
 MAX_FIELDS = 100  # of an object whose fields are known
 MAX_TOOLS = 512
+MAX_NAME = 128
 # Of a schema, a grammar or an expression that an answer is held to.
 MAX_FORM_LENGTH = 1 << 18
 MAX_FORM_DEPTH = 64
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}")
 
 _MOST: Mapping[str, int] = {
     "n": MAX_N,
@@ -79,43 +80,21 @@ def check_limits(params: SamplingParams) -> None:
             )
 
 
-def check_tools(options: ChatOptions) -> None:
-    """Raise ``InvalidRequestError`` for tools that cannot be told apart, are too many or too large,
-    and for a choice that is none."""
-    tools = options.tools
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise ``InvalidRequestError`` for too many or too large tools, and for names that a model
+    could not be shown as they are."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(
             f"tools has {len(tools)} entries; this server takes {MAX_TOOLS}", param="tools"
         )
-    names = [tool.name for tool in tools]
     for index, tool in enumerate(tools):
         if not _TOOL_NAME.fullmatch(tool.name):
             raise InvalidRequestError(
-                f"tools[{index}] is called {tool.name!r:.80}; a name is 1 to 128 letters of ASCII, "
-                "digits, and characters of _ - . : /",
-                param="tools",
-            )
-        if tool.name in names[:index]:
-            raise InvalidRequestError(
-                f"tools[{index}] is called {tool.name!r}, as one before it; give each its own name",
+                f"tools[{index}] is called {tool.name!r:.80}; a name is 1 to {MAX_NAME} of "
+                "ASCII's letters and digits and of _ - . : /",
                 param="tools",
             )
         check_form(tool.parameters, f"tools[{index}]", param="tools")
-    _check_choice(options, names)
-
-
-def _check_choice(options: ChatOptions, names: list[str]) -> None:
-    choice = options.tool_choice
-    if isinstance(choice, NamedTool) and choice.name not in names:
-        raise InvalidRequestError(
-            f"tool_choice names {choice.name!r:.80}, which is not among the tools",
-            param="tool_choice",
-        )
-    if choice == "required" and not names:
-        raise InvalidRequestError(
-            "tool_choice is 'required', and there are no tools; give some, or leave it out",
-            param="tool_choice",
-        )
 
 
 def check_form(

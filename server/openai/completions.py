@@ -17,6 +17,7 @@ from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
+from slipstream.server.openai.forms import form_field
 from slipstream.server.openai.logprobs import prompt_logprobs
 from slipstream.server.openai.protocol import CompletionRequest
 from slipstream.server.openai.reply import (
@@ -42,10 +43,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_stream(body, "leave out stream, or use echo and logprobs")
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
-    params = completion_params(body, service.defaults)
     tokenizer = service.llm.tokenizer
+    params = completion_params(body, service.defaults, tokenizer)
     reply = CompletionReply(body, frame, tokenizer, params)
-    fields = {"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}  # of echo
+    fields = {"structured": form_field(body) or "structured"}
+    if body.prompt_logprobs is None:  # of echo
+        fields["prompt_logprobs"] = "logprobs"
     return await respond(request, job_of(body, _prompts(body, tokenizer), params, fields), reply)
 
 
@@ -142,7 +145,9 @@ class CompletionReply:
         logprobs = "null" if scores is None else dump(scores).decode()
         index = self._index(position, completion)
         fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{logprobs},'
-        return self.frame.event(fields + last_fields(completion))
+        return self.frame.event(
+            fields + last_fields(completion.finish_reason, completion.stop_reason)
+        )
 
     def _whole(
         self, position: int, output: RequestOutput, completion: CompletionOutput

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from tests.server.openai.marked import MarkedParser
 from tests.server.small_tokenizers import byte_level
 
-from slipstream.runtime.chat.events import (
-    AssistantTurn,
-    CallArguments,
-    CallBegin,
-    ContentText,
-    Event,
-    ReasoningText,
-    ToolCall,
-)
+from slipstream.runtime.chat.events import AssistantTurn, ToolCall
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, FinishReason
 from slipstream.runtime.sampling.params import SamplingParams
@@ -25,50 +18,6 @@ from slipstream.runtime.testing import counting_tokenizer
 from slipstream.runtime.text.detokenizer import Detokenizer
 from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.turns import Turn
-
-_MARKS = ("A", "B", "C", "D")  # thoughts begin, thoughts end, a call begins, a call ends
-
-
-@dataclass
-class Marked:
-    """A parser of ``A thoughts B content C name:arguments D``, which holds back spaces."""
-
-    _kind: str = "B"
-    _held: str = ""
-    _calls: int = -1
-    _named: bool = False
-
-    def push(self, text: str) -> list[Event]:
-        return [event for char in text for event in self._take(char)]
-
-    def finish(self) -> list[Event]:
-        held, self._held = self._held, ""
-        return self._say(held) if held else []
-
-    def _take(self, char: str) -> list[Event]:
-        if char in _MARKS:
-            self._kind, held, self._held = char, "", ""
-            self._named = False
-            return []
-        if self._kind == "C":
-            return self._call(char)
-        if char == " ":
-            self._held += char
-            return []
-        held, self._held = self._held, ""
-        return self._say(held + char)
-
-    def _call(self, char: str) -> list[Event]:
-        if self._named:
-            return [CallArguments(self._calls, char)]
-        if char != ":":
-            self._held += char
-            return []
-        self._calls, self._named, name, self._held = self._calls + 1, True, self._held, ""
-        return [CallBegin(self._calls, str(self._calls), name)]
-
-    def _say(self, text: str) -> list[Event]:
-        return [ReasoningText(text) if self._kind == "A" else ContentText(text)]
 
 
 @dataclass
@@ -101,7 +50,7 @@ def outputs(
 
 def told(completions: Sequence[CompletionOutput]) -> Told:
     stream = counting_tokenizer().text_stream(skip_special_tokens=True)
-    turn, result = Turn(Marked(), TextOffsets(stream)), Told()
+    turn, result = Turn(MarkedParser(), TextOffsets(stream)), Told()
     for completion in completions:
         part = turn.take(completion)
         for event in part.events:
@@ -120,7 +69,7 @@ def text_tokens(text: str) -> list[int]:
 def test_a_turn_is_told_apart() -> None:
     tokens = text_tokens("Ahm mB so sayC get:qD well")
     result = told(outputs(tokens, [len(tokens)], SamplingParams()))
-    assert result.turn == AssistantTurn("hm m", " so say well", [ToolCall("0", " get", "q")])
+    assert result.turn == AssistantTurn("hm m", " so say well", [ToolCall("call_0", " get", "q")])
     assert result.reason == "tool_calls"
     assert result.reasoning == len("hm m")
     said = counting_tokenizer().decode(result.tokens)
@@ -152,7 +101,7 @@ def test_parts_of_a_character_are_said_with_it() -> None:
     tokens = [0, 2, 3, 0]
     stream = tokenizer.text_stream(skip_special_tokens=True)
     detokenizer, turn = Detokenizer(tokenizer, SamplingParams()), None
-    turn = Turn(Marked(), TextOffsets(stream))
+    turn = Turn(MarkedParser(), TextOffsets(stream))
     counts = []
     for index, token in enumerate(tokens):
         text, reason = detokenizer.append([token]), "stop" if index == 3 else None
