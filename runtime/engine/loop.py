@@ -22,10 +22,10 @@ from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.pooling import Pool, PoolingParams, broken_states
+from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
@@ -294,7 +294,13 @@ class EngineLoop:
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result)
-        self._take(flight, result)
+        if STATES in result.outputs:
+            for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
+                state = self._requests[sequence.request.request_id]
+                state.metrics.first_token_time = self._clock()
+                self._end(state, "stop")
+        else:
+            self._take(flight, result)
 
     def _accept(self, flight: _Flight, result: StepResult) -> None:
         """Tell the scheduler of runs of more than one token."""
@@ -310,7 +316,7 @@ class EngineLoop:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
         rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
-        for index, (sequence, row, token, logprobs) in enumerate(rows):
+        for sequence, row, token, logprobs in rows:
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
@@ -321,12 +327,10 @@ class EngineLoop:
                     scores.append(logprobs)
                 continue
             state = self._requests[sequence.request.request_id]
-            if sequence.pool is not None:
-                if not sequence.pool.take(row.position, result.outputs[STATES][index]):
-                    continue
-                sequence.finish_reason = "stop"
-            else:
-                self._take_token(state, sequence, token, logprobs)
+            try:
+                state.completions[sequence.index].take(token, logprobs)
+            except ExecutionError as error:  # of the tokenizer
+                state.fail(error)
             self._changed[state] = None
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = now
@@ -334,15 +338,6 @@ class EngineLoop:
                 self.scheduler.finish(sequence)
                 if state.finished:
                     self._forget(state)
-
-    @staticmethod
-    def _take_token(
-        state: RequestState, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
-    ) -> None:
-        try:
-            state.completions[sequence.index].take(token, logprobs)
-        except ExecutionError as error:  # of the tokenizer
-            state.fail(error)
 
     def _fail_rows(self, owners: list[Sequence], errors: Mapping[int, ExecutionError]) -> None:
         """End the requests of the rows that failed, before anything of theirs is committed, and ask
