@@ -106,6 +106,9 @@ class AsyncLLM(AsyncPooling):
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._thread.start()
         threading.Thread(target=self._watch, name="slipstream-watch", daemon=True).start()
+        # It keeps the interpreter for a while, so not when others wait for their tokens.
+        prepare = self._factory.grammars.prepare
+        threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
 
     @property
     def stats(self) -> SchedulerStats:
@@ -140,6 +143,8 @@ class AsyncLLM(AsyncPooling):
         other requests go on.
         """
         self._refuse_if_closed()
+        if sampling_params is not None and sampling_params.structured is not None:
+            await self.workers.compile(self._factory.grammars.compile, sampling_params.structured)
         # A long text takes milliseconds to encode; the event loop must not wait for it.
         request = await self.workers.run(
             len(prompt) if isinstance(prompt, Sized) else 0,  # what else it is, is told there

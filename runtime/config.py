@@ -35,6 +35,8 @@ class RuntimeConfig:
                              None takes what max_num_tokens leaves. The fewer, the evener streams
                              are, and the longer a prompt takes beside them. No bound where prompts
                              are not chunked.
+    enable_jump_decoding     append tokens that a structured output leaves no choice about without a
+                             step for each.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -53,6 +55,7 @@ class RuntimeConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_prefill_tokens: int | None = None
+    enable_jump_decoding: bool = True
     chat_template: str | None = None
     step_timeout: float = 600.0
 

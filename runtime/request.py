@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import TokenLogprobs
     from slipstream.runtime.pooling import PoolingParams
     from slipstream.runtime.sampling.params import SamplingParams
+    from slipstream.runtime.structured.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 OutputKind = Literal["cumulative", "delta", "final"]
@@ -25,7 +26,8 @@ class Request:
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
     one output at the end. Only requests with equal ``cache_namespace`` share computed prompts. A
-    prompt with ``pooling`` is pooled, not continued.
+    prompt with ``pooling`` is pooled, not continued. ``grammar`` is what ``params.structured`` was
+    compiled to.
     """
 
     request_id: str
@@ -36,6 +38,7 @@ class Request:
     output_kind: OutputKind = "cumulative"
     cache_namespace: str = ""
     pooling: PoolingParams | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.text.length import check_length, texts_of
 
 __all__ = ["Message", "Prompt", "RequestFactory"]
@@ -23,7 +24,8 @@ _NO_OUTPUT = SamplingParams(temperature=0, max_tokens=1)
 
 
 class RequestFactory:
-    """Encodes prompts and resolves sampling parameters; safe to use from several threads."""
+    """Encodes prompts, resolves sampling parameters and compiles grammars; safe to use from several
+    threads."""
 
     def __init__(self, engine: LoadedEngine) -> None:
         self._pooling = engine.pooling
@@ -33,6 +35,7 @@ class RequestFactory:
         self._defaults = engine.generation_defaults
         self._max_seq_len = engine.config.max_seq_len
         self._numbers = itertools.count()
+        self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
 
     def request(
         self,
@@ -53,14 +56,17 @@ class RequestFactory:
         text = prompt if isinstance(prompt, str) else None
         tokens = self._encoded(text) if text is not None else token_ids(prompt)
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        params = (params or self._defaults).resolve(self._vocab_size, encode)
+        form = params.structured
         return Request(
             request_id=str(next(self._numbers)) if request_id is None else request_id,
             prompt_token_ids=tokens,
-            params=(params or self._defaults).resolve(self._vocab_size, encode),
+            params=params,
             prompt=text,
             priority=priority,
             output_kind=output_kind,
             cache_namespace=cache_salt,
+            grammar=None if form is None else self.grammars.compile(form),
         )
 
     def pooled(

@@ -27,7 +27,9 @@ def counting_tokenizer() -> Tokenizer:
     vocab = {char: token for token, char in enumerate([*ALPHABET, "<eos>"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=" "))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
+    # There is no byte token; but what falls back to bytes, grammars can know the tokens of.
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(["<eos>"])
     settings = TokenizerSettings({"eos_token": "<eos>"}, chat_templates={"default": _TEMPLATE})
     return Tokenizer(backend, settings)

@@ -71,6 +71,7 @@ RUNTIME = {
         "what --max-num-tokens leaves",
         least=1,
     ),
+    "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }

@@ -8,9 +8,15 @@ from typing import Any, TypeVar
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.calls import CallFormat
+from slipstream.runtime.chat.deepseek_calls import DeepSeekCalls
 from slipstream.runtime.chat.dialect import Dialect
 from slipstream.runtime.chat.family import Family
+from slipstream.runtime.chat.harmony import Harmony
 from slipstream.runtime.chat.json_calls import JsonCalls
+from slipstream.runtime.chat.llama_calls import LlamaCalls
+from slipstream.runtime.chat.mistral_calls import MistralCalls
+from slipstream.runtime.chat.pythonic_calls import PythonicCalls
+from slipstream.runtime.chat.tagged_calls import TaggedCalls
 from slipstream.runtime.chat.template_needs import Render, TemplateNeeds, shows_tools
 from slipstream.runtime.chat.thoughts import Thoughts
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -18,16 +24,65 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 F = TypeVar("F")
 
 _HERMES = JsonCalls("<tool_call>", "</tool_call>", "\n", "\n")
+_QWEN_CODER = TaggedCalls(
+    begins=("<tool_call>", "<function="),
+    name="<function=",
+    after_name=">",
+    key="<parameter=",
+    value=(">",),
+    value_end="</parameter>",
+    close=("</function>", "</tool_call>"),
+    written=("\n<function=", ">\n", "\n", "</function>\n</tool_call>"),
+    framed=True,
+)
+_GLM = TaggedCalls(
+    begins=("<tool_call>",),
+    name="",
+    after_name="",
+    key="<arg_key>",
+    value=("</arg_key>", "<arg_value>"),
+    value_end="</arg_value>",
+    close=("</tool_call>",),
+    written=("", "\n", "\n", "</tool_call>"),
+)
+_GRANITE = JsonCalls("<|tool_call|>", listed=True, others=("<tool_call>",))
+_DEEPSEEK_BEGIN = DeepSeekCalls(fenced=False).begins[0]
 
-# Names are vLLM's. What a template must hold to be of a family, in the order in which they are
-# asked; a format without such a text is chosen by name only.
-TOOL_PARSERS: Mapping[str, tuple[CallFormat, tuple[str, ...]]] = {
-    "hermes": (_HERMES, ("<tool_call>",)),
-}
+# By vLLM's name: a format, and what a template of it holds. Those that come first are asked first;
+# of one name the last is what the name alone means.
+TOOL_PARSERS: Sequence[tuple[str, CallFormat, Sequence[str]]] = (
+    ("deepseek_v3", DeepSeekCalls(fenced=True), (_DEEPSEEK_BEGIN, "```json")),
+    ("deepseek_v31", DeepSeekCalls(fenced=False), (_DEEPSEEK_BEGIN,)),
+    ("qwen3_coder", _QWEN_CODER, ("<function=", "<parameter=")),
+    ("qwen3_xml", _QWEN_CODER, ("<function=", "<parameter=")),
+    ("glm45", _GLM, ("<arg_key>",)),
+    ("granite", _GRANITE, ("<|tool_call|>",)),
+    ("mistral", MistralCalls(named=True), ("[TOOL_CALLS]", "[ARGS]")),
+    ("mistral", MistralCalls(named=False), ("[TOOL_CALLS]",)),
+    ("pythonic", PythonicCalls(), ("func_name1(",)),
+    ("llama4_pythonic", PythonicCalls(), ("func_name1(",)),
+    ("llama3_json", LlamaCalls(), ("_header_id|>", '"parameters": ')),
+    ("llama4_json", LlamaCalls(), ("<|header_start|>", '"parameters": ')),
+    ("hermes", _HERMES, ("<tool_call>",)),
+)
 _THINK = Thoughts("<think>", "</think>")
-REASONING_PARSERS: Mapping[str, tuple[Thoughts, tuple[str, ...]]] = {
-    "qwen3": (_THINK, ("</think>",)),
-}
+REASONING_PARSERS: Sequence[tuple[str, Thoughts, Sequence[str]]] = (
+    ("granite", Thoughts("<think>", "</think>", ("<response>", "</response>")), ("<response>",)),
+    (
+        "granite",
+        Thoughts("Here is my thought process:", "Here is my response:"),
+        ("Here is my thought process:",),
+    ),
+    ("mistral", Thoughts("[THINK]", "[/THINK]"), ("[THINK]",)),
+    ("deepseek_r1", _THINK, ("</think>",)),
+    ("deepseek_r1", _THINK, ("<think>",)),
+    ("deepseek_v3", _THINK, ("</think>",)),
+    ("qwen3", _THINK, ("</think>",)),
+    ("glm45", _THINK, ("</think>",)),
+)
+# One format of both.
+_HARMONY = ("<|channel|>", "<|message|>", "<|start|>")
+_HARMONY_TOOLS, _HARMONY_REASONING = ("openai", "harmony"), ("openai_gptoss", "harmony")
 
 
 def find_dialect(
@@ -45,15 +100,17 @@ def find_dialect(
     of text. The parsers' names, where given, decide; raises ``InvalidRequestError`` for an unknown
     one.
     """
+    needs = TemplateNeeds.of(source, render)
+    marks = tokens or {}
+    names = (tool_parser, reasoning_parser)
+    named = tool_parser in _HARMONY_TOOLS or reasoning_parser in _HARMONY_REASONING
+    if named or (names == (None, None) and all(mark in source for mark in _HARMONY)):
+        return Harmony(needs, marks, frozenset(skipped))
     thoughts = _chosen("reasoning_parser", reasoning_parser, REASONING_PARSERS, source)
     calls = _chosen("tool_parser", tool_parser, TOOL_PARSERS, source)
-    if tool_parser is None and not shows_tools(render):
-        calls = None
-    elif calls is None:
-        calls = _HERMES
-    return Family(
-        thoughts, calls, TemplateNeeds.of(source, render), tokens or {}, frozenset(skipped)
-    )
+    if tool_parser is None:
+        calls = (calls or _HERMES) if shows_tools(render) else None
+    return Family(thoughts, calls, needs, marks, frozenset(skipped))
 
 
 def dialect_of(
@@ -80,16 +137,16 @@ def _render(
 
 
 def _chosen(
-    option: str, name: str | None, known: Mapping[str, tuple[F, Sequence[str]]], source: str
+    option: str, name: str | None, known: Sequence[tuple[str, F, Sequence[str]]], source: str
 ) -> F | None:
     """What is named, or else the first that the template's source tells."""
-    if name is None:
-        return next(
-            (made for made, texts in known.values() if texts and all(t in source for t in texts)),
-            None,
-        )
-    if name not in known:
-        raise InvalidRequestError(
-            f"{option} is {name!r:.80}; known are {', '.join(known)}", param=option
-        )
-    return known[name][0]
+    if name is not None and name not in (each for each, _, _ in known):
+        names = ", ".join(dict.fromkeys(each for each, _, _ in known))
+        raise InvalidRequestError(f"{option} is {name!r:.80}; known are {names}", param=option)
+    meant = [made for each, made, _ in known if each == name]
+    told = (
+        made
+        for each, made, texts in known
+        if name in (None, each) and all(text in source for text in texts)
+    )
+    return next(told, meant[-1] if meant else None)

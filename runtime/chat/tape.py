@@ -97,21 +97,33 @@ class Tape:
     def until(self, markers: Markers, event: Callable[[str], Event]) -> Steps[str | None]:
         """Yield text up to a marker, read that and return it; None at the end of the text."""
         while True:
-            found = markers.find(self._text, self._at)
+            piece, found = self._free(markers)
+            self.record()
+            if piece:
+                yield event(piece)
+            if found is not None or self.ended:
+                return found
+            yield None
+
+    def text_until(self, markers: Markers) -> Steps[str | None]:
+        """Read a marker and return the text before it; None if there is none."""
+        pieces = []
+        while True:
+            piece, found = self._free(markers)
+            pieces.append(piece)
             if found is not None:
-                start, end = found
-                yield from self._told(start, event)
-                return self._take(end)
-            cut = len(self._text) if self.ended else markers.held(self._text, self._at)
-            yield from self._told(cut, event)
+                return "".join(pieces)
             if self.ended:
                 return None
             yield None
 
-    def _told(self, end: int, event: Callable[[str], Event]) -> Steps[None]:
-        if end > self._at:
-            self.record()
-            yield event(self._take(end))
+    def _free(self, markers: Markers) -> tuple[str, str | None]:
+        """Read what is there before a marker, and the marker."""
+        found = markers.find(self._text, self._at)
+        if found is not None:
+            return self._take(found[0]), self._take(found[1])
+        cut = len(self._text) if self.ended else markers.held(self._text, self._at)
+        return self._take(cut), None
 
     def starts(self, *options: str) -> Steps[str | None]:
         """Read the longest of ``options`` with which the rest begins."""
@@ -143,6 +155,13 @@ class Tape:
                 break
             if left:
                 yield None
+        return "".join(pieces)
+
+    def whole_run(self, pattern: re.Pattern[str]) -> Steps[str]:
+        """The same, of any length."""
+        pieces = []
+        while piece := (yield from self.run(pattern)):
+            pieces.append(piece)
         return "".join(pieces)
 
     def space(self) -> Steps[None]:

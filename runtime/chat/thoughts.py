@@ -54,4 +54,4 @@ class Thoughts:
             until += f" {grammar.literal(self.answer[0])}?"
         if self.opened(prompt):
             return until
-        return grammar.rule(f"({grammar.literal(self.begin)} {until})?")
+        return grammar.rule(f"({grammar.rule(_SPACE)} {grammar.literal(self.begin)} {until})?")

@@ -198,4 +198,5 @@ def _new_row(sequence: Sequence, target: int | None) -> SamplingRow:
         seed=sequence.seed,
         eos_token_ids=sequence.eos_token_ids,
         target=target,
+        constraint=sequence.constrained() if target is None else None,
     )

@@ -15,6 +15,7 @@ from slipstream.errors import (
     EngineMismatchError,
     ExecutionError,
     InvalidRequestError,
+    SlipstreamError,
 )
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.health import PROBE, Health, probe
@@ -22,7 +23,7 @@ from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
@@ -37,6 +38,7 @@ _SCORED_BYTES = 256 << 20
 class _Flight:
     """A step on its way, and whose logits rows it computes.
 
+    ``positions`` are those of its rows, which change with the next step.
     ``started`` until its rows are sampled, ``pending`` from then on. ``refused``: there is nothing
     on its way, and nothing may follow before that is told.
     """
@@ -44,6 +46,7 @@ class _Flight:
     plan: StepPlan
     owners: list[Sequence]
     rows: list[SamplingRow]
+    positions: list[int]
     started: StartedStep
     pending: PendingStep | None = None
     refused: bool = False
@@ -103,6 +106,7 @@ class EngineLoop:
         )
         self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0
+        self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
         self._health = Health(engine.config.step_timeout, clock)
@@ -216,6 +220,8 @@ class EngineLoop:
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
         params = request.params
+        assert (request.grammar is None) == (params.structured is None), "it is compiled before"
+        jumps = request.grammar is not None and params.logprobs is None and self._jumps
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
         arrival = next(self._arrivals)
         sequences = [
@@ -226,6 +232,7 @@ class EngineLoop:
                 max_tokens=self._clamp(request),
                 seed=child_seed(seed, index),
                 eos_token_ids=self._eos_token_ids,
+                jumps=jumps,
             )
             for index in range(params.n)
         ]
@@ -256,12 +263,13 @@ class EngineLoop:
             return None
         self._note_admitted(plan.admitted)
         batch, owners = self._builder.build(plan)
+        positions = [row.position for row in batch.sampling]
         try:
             started = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
             refused = _Refused(error)
-            return _Flight(plan, owners, batch.sampling, refused, refused, refused=True)
-        return _Flight(plan, owners, batch.sampling, started)
+            return _Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
+        return _Flight(plan, owners, batch.sampling, positions, started)
 
     def _sample(self, flight: _Flight) -> None:
         try:
@@ -315,29 +323,49 @@ class EngineLoop:
     def _take(self, flight: _Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
-        rows = zip(flight.owners, flight.rows, result.token_ids, result.logprobs, strict=True)
-        for sequence, row, token, logprobs in rows:
+        rows = zip(
+            flight.owners,
+            flight.rows,
+            flight.positions,
+            result.token_ids,
+            result.logprobs,
+            strict=True,
+        )
+        for sequence, row, position, token, logprobs in rows:
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
             if row.target is not None:
                 scores = sequence.prompt_logprobs
                 assert scores is not None
-                if row.position == len(scores):  # a preempted one may be scored twice
+                if position == len(scores):  # a preempted one may be scored twice
                     scores.append(logprobs)
                 continue
-            state = self._requests[sequence.request.request_id]
-            try:
-                state.completions[sequence.index].take(token, logprobs)
-            except ExecutionError as error:  # of the tokenizer
-                state.fail(error)
-            self._changed[state] = None
-            if state.metrics.first_token_time is None:
-                state.metrics.first_token_time = now
-            if sequence.finish_reason:
-                self.scheduler.finish(sequence)
-                if state.finished:
-                    self._forget(state)
+            # Else the step was on its way when the token was forced.
+            if not (sequence.jumps and position < len(sequence.output)):
+                self._take_token(sequence, token, logprobs)
+                self._note_change(sequence, now)
+
+    def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        state = self._requests[sequence.request.request_id]
+        completion = state.completions[sequence.index]
+        try:
+            completion.take(token, logprobs)
+            if sequence.jumps:
+                completion.jump()
+        except SlipstreamError as error:  # of the tokenizer, or of the form
+            state.fail(error)
+
+    def _note_change(self, sequence: Sequence, now: float) -> None:
+        """Note that a sequence has something to tell, and may have ended."""
+        state = self._requests[sequence.request.request_id]
+        self._changed[state] = None
+        if state.metrics.first_token_time is None:
+            state.metrics.first_token_time = now
+        if sequence.finish_reason:
+            self.scheduler.finish(sequence)
+            if state.finished:
+                self._forget(state)
 
     def _fail_rows(self, owners: list[Sequence], errors: Mapping[int, ExecutionError]) -> None:
         """End the requests of the rows that failed, before anything of theirs is committed, and ask

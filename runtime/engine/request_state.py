@@ -26,12 +26,29 @@ class CompletionState:
     _told_tokens: int = 0
 
     def take(self, token: int, logprobs: TokenLogprobs | None) -> None:
-        """Append a sampled token; a stop string ends the sequence at once."""
+        """Append a sampled token; a stop string ends the sequence at once. Raises what
+        ``Sequence.append`` raises, and ``ExecutionError`` of the tokenizer."""
         sequence = self.sequence
         sequence.append(token)
         if logprobs is not None and self.logprobs is not None:
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs.logprob
+        self._find_stop()
+
+    def jump(self) -> None:
+        """Append the tokens that the form forces next, up to one that ends the sequence; raises as
+        ``take`` does."""
+        sequence = self.sequence
+        if sequence.constraint is None or sequence.finish_reason:
+            return
+        for token in sequence.constraint.forced():
+            sequence.force(token)
+            self._find_stop()
+            if sequence.finish_reason:
+                return
+
+    def _find_stop(self) -> None:
+        sequence = self.sequence
         if sequence.request.params.stop:
             self.decode()
             if self.detokenizer.stopped:
@@ -42,8 +59,7 @@ class CompletionState:
         """Turn the tokens that came since the last call into text."""
         sequence = self.sequence
         end = len(sequence.output)
-        if sequence.finish_reason == "stop":
-            # A stop token is not part of the text. (After a stop string all tokens are decoded.)
+        if sequence.ends_in_stop_token:  # which is not part of the text
             end -= not sequence.request.params.include_stop_str_in_output
         if end > self._decoded:
             self._pieces.append(self.detokenizer.append(sequence.output[self._decoded : end]))
@@ -91,7 +107,7 @@ class RequestState:
                 return False
         return True
 
-    def fail(self, error: ExecutionError) -> None:
+    def fail(self, error: SlipstreamError) -> None:
         """Note why the request is to end although its step did not fail."""
         self.error = error
         for completion in self.completions:

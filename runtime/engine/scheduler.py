@@ -133,12 +133,16 @@ class Scheduler:
         self._make_room()
         plan = StepPlan()
         prefills: list[Sequence] = []
+        spare = self._config.max_num_tokens - len(self.running)
         for sequence in self.running:
-            if _left(sequence) > 1:
+            left = _left(sequence)
+            if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
-                plan.add(sequence, 1)
-        budget = self._config.max_num_tokens - len(plan.sequences)
+                count = min(left, 1 + spare)  # more than one where tokens were forced
+                spare -= count - 1
+                plan.add(sequence, count)
+        budget = self._config.max_num_tokens - sum(plan.counts)
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
         if plan.sequences:  # which wait for all of this step

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
     from slipstream.runtime.pooling import Pool
     from slipstream.runtime.request import FinishReason, Request
+    from slipstream.runtime.structured.grammar import Constraint
 
 _2_64 = 2**64
 
@@ -54,6 +55,10 @@ class Sequence:
     ``prompt_logprobs`` collects the scores of the prompt if they are wanted, ``pool`` its states if
     it is pooled; no token follows it then. ``sampling_rows`` are
     made by the step builder, one for each token of a run, and used for every step.
+
+    ``constraint`` is where it is in the form that its request asks for; tokens which that forces
+    are computed without being sampled first, where it ``jumps``. ``ends_in_stop_token`` tells
+    whether the last token is none of the text.
     """
 
     request: Request
@@ -80,8 +85,11 @@ class Sequence:
     row: int = -1
     sampling_rows: list[SamplingRow] = field(default_factory=list)
     status: Status = Status.WAITING
+    jumps: bool = False
+    constraint: Constraint | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    ends_in_stop_token: bool = False
     _stop_token_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,14 +128,36 @@ class Sequence:
         return self.scores_prompt or (self.pool is not None and self.pool.mode == "mean")
 
     def append(self, token: int) -> None:
-        """Take a sampled token that has landed and set ``finish_reason`` if it is the last."""
+        """Take a sampled token that has landed and set ``finish_reason`` if it is the last.
+
+        Raises ``InvalidRequestError`` where its form cannot be followed any further.
+        """
         self.pending -= 1
+        self._extend(token)
+
+    def force(self, token: int) -> None:
+        """The same for a token that the form leaves no choice about. If a step on its way samples
+        one for its place, that is not awaited."""
+        self.pending = 0
+        self._extend(token)
+
+    def constrained(self) -> Constraint | None:
+        """The constraint, made when it is first asked for: there may be many siblings."""
+        if self.constraint is None and self.request.grammar is not None:
+            self.constraint = self.request.grammar.start()
+        return self.constraint
+
+    def _extend(self, token: int) -> None:
         self.tokens.append(token)
         self.output.append(token)
-        count = len(self.output)
+        constraint, count = self.constraint, len(self.output)
+        if constraint is not None:
+            constraint.take(token)
         if token in self._stop_token_ids and count >= self.request.params.min_tokens:
-            self.finish_reason = "stop"
+            self.finish_reason, self.ends_in_stop_token = "stop", True
             by_caller = token in self.request.params.stop_token_ids
             self.stop_reason = token if by_caller else None
+        elif constraint is not None and constraint.complete:
+            self.finish_reason, self.ends_in_stop_token = "stop", token in self.eos_token_ids
         elif count >= self.max_tokens:
             self.finish_reason = "length"

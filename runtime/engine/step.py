@@ -19,6 +19,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from slipstream.runtime.sampling.logits_processors import Edits
+    from slipstream.runtime.structured.grammar import Constraint
 
 IntArray = NDArray[np.int32]
 # The token of a logits row whose guess, or one before it, was not accepted.
@@ -35,8 +36,10 @@ class SamplingRow:
     when the device runs ahead of what the host knows. ``target`` is set on rows that only score
     that prompt token, whose place in the prompt is then ``position``; ``pooled`` on rows whose
     states are pooled, which a sequence shares: those from the prompt token at ``position`` on.
-    ``edits`` are those of its
-    logits, as whoever makes them remembers them.
+    ``edits`` are those of its logits, as whoever makes them remembers them. ``constraint`` says
+    which tokens may come next after ``output``, and ``mask`` has that for a step, once asked: int32
+    words of bits. A row whose ``position`` is less than ``len(output)`` samples what is known
+    already; nobody reads it.
     """
 
     params: SamplingParams
@@ -48,6 +51,8 @@ class SamplingRow:
     position: int = 0
     edits: Edits | None = None
     pooled: bool = False
+    constraint: Constraint | None = None
+    mask: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from slipstream.runtime.executors.counting_caches import (
     HashedState,
     PagedTokens,
 )
+from slipstream.runtime.structured.masks import MaskFiller, allowed_tokens
 
 
 def counting_contract(
@@ -71,11 +72,12 @@ class CountingExecutor:
     Every step writes its token ids to the caches of its graph and reads each whole context back;
     anything but the tokens of the sequence is an ``AssertionError``. Further outputs hold the token
     of each row. Set ``fail_next`` to make the next step fail (and leave garbage in its slots);
-    ``delay`` is seconds a step, ``steps`` counts them, and ``closed`` tells whether ``shutdown``
-    was called.
+    ``delay`` is seconds that the device takes for a step, beside the host, ``steps`` counts them,
+    and ``closed`` tells whether ``shutdown`` was called.
 
     It guesses ``draft_tokens`` tokens at a time, of which ``run_length`` tells how many are right.
-    A row that would give ``broken_token`` fails.
+    A row that would give ``broken_token`` fails. A row with a form gives the next
+    token on that the form allows, or the least one of all that it does.
 
     With ``runs_ahead`` it takes two steps at a time and puts in the tokens that the host does not
     know. It does so in ``submit``, as a device that is infinitely fast, but keeps the answer until
@@ -104,8 +106,10 @@ class CountingExecutor:
         self._num_pages = num_pages
         self._graphs = graphs
         self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
+        self._filler = MaskFiller(self._vocab_size)
         self._caches = _caches_of_graphs(graphs, caches, num_pages)
         self._page_sizes = {cache.name: cache.page_size for cache in caches}
+        self._free_at = 0.0  # when the device has done what it was given
         # The last token of what the step before sampled and the length of the run, by slot.
         self._last_runs: dict[int, tuple[int, int]] = {}
         self._on_their_way: deque[CountingStep] = deque()
@@ -136,9 +140,29 @@ class CountingExecutor:
             self._spoil(batch)
         else:
             result = self._run(batch, excused)
-        step = CountingStep(self, result, batch.sampling)
+        step = CountingStep(self, result, batch)
+        step.ready = max(time.perf_counter(), self._free_at) + self.delay
+        self._free_at = step.ready
         self._on_their_way.append(step)
         return step
+
+    def constrain(self, step: CountingStep) -> None:
+        """Hold the rows of ``step`` to their forms."""
+        batch, result = step.batch, step.landed
+        held = [(i, row.constraint) for i, row in enumerate(step.rows) if row.constraint]
+        if not held or result is None:
+            return
+        masks = np.empty((len(held), self._filler.words), np.int32)
+        self._filler.fill([constraint for _, constraint in held], masks)
+        for (index, _), mask in zip(held, masks, strict=True):
+            token = result.token_ids[index]
+            if token == GARBAGE:
+                continue
+            allowed = np.flatnonzero(allowed_tokens(mask, self._vocab_size))
+            token = int(allowed[np.searchsorted(allowed, token) % len(allowed)])
+            result.token_ids[index] = token
+            result.logprobs[index] = _logprobs(token, step.rows[index])
+            self._last_runs[int(batch.sampling_slots[index])] = (token, 1)
 
     def check_head(self, step: CountingStep) -> None:
         """Verify that the host knows what edits of the rows of ``step`` need."""
@@ -149,7 +173,7 @@ class CountingExecutor:
         """Note that a step's result is handed over."""
         assert self._on_their_way.popleft() is step, "results are taken out of order"
         if self.delay:
-            time.sleep(self.delay)
+            time.sleep(max(0.0, step.ready - time.perf_counter()))
 
     def shutdown(self) -> None:
         """Only remembered: there is nothing to free."""
@@ -274,25 +298,28 @@ class CountingExecutor:
 
 
 class CountingStep:
-    """A step on its way; it has failed if there is no ``result``."""
+    """A step on its way, ``ready`` at a time; it has failed if nothing has ``landed``."""
 
     def __init__(
-        self, executor: CountingExecutor, result: StepResult | None, rows: Sequence[SamplingRow]
+        self, executor: CountingExecutor, landed: StepResult | None, batch: StepBatch
     ) -> None:
         self.sampled = False
-        self.rows = rows
+        self.ready = 0.0
+        self.batch = batch
+        self.rows = batch.sampling
+        self.landed = landed
         self._executor = executor
-        self._result = result
 
     @property
     def failed(self) -> bool:
         """Whether ``result`` will raise."""
-        return self._result is None
+        return self.landed is None
 
     def sample(self) -> CountingStep:
-        """Verify that it is time."""
+        """Verify that it is time, and ask what forms allow."""
         assert not self.sampled, "sampled twice"
         self._executor.check_head(self)
+        self._executor.constrain(self)
         self.sampled = True
         return self
 
@@ -300,9 +327,9 @@ class CountingStep:
         """Hand over what was computed."""
         assert self.sampled, "the step was never sampled"
         self._executor.land(self)
-        if self._result is None:
+        if self.landed is None:
             raise ExecutionError("the counting executor was told to fail this step")
-        return self._result
+        return self.landed
 
 
 def _vocab_size(graph: GraphSpec) -> int:

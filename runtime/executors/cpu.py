@@ -104,7 +104,8 @@ class _Pending:
     sampler: Sampler
 
     def sample(self) -> _Pending:
-        """Nothing: rows are edited and sampled when the logits are there."""
+        """Only ask what forms allow: rows are edited and sampled when the logits are there."""
+        self.sampler.constrain(self.batch.sampling)
         return self
 
     def result(self) -> StepResult:
@@ -143,8 +144,8 @@ class CPUExecutor:
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
-        self._sampler = Sampler(manifest.vocab_size)
         threads = config.num_threads or usable_cores()
+        self._sampler = Sampler(manifest.vocab_size, threads)
         library.load().slipstream_set_threads(threads)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from slipstream.runtime.engine.step import SamplingRow
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.masks import Bits, allowed_tokens
 
 Logits = NDArray[np.float32]
 
@@ -49,7 +50,8 @@ class Edits:
 
 
 def process_logits(logits: Logits, row: SamplingRow) -> Logits:
-    """Apply allowed tokens, bad words, minimum length, logit bias and penalties to ``logits[V]``.
+    """Apply allowed tokens, bad words, minimum length, logit bias, penalties and the form to
+    ``logits[V]``.
 
     Returns ``logits`` itself when there is nothing to do and an edited copy otherwise; banned
     tokens get -inf.
@@ -70,7 +72,16 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
         edited[edits.biased] += edits.bias
     if params.penalizes:
         edits.penalize(edited, row)
-    return edited
+    return edited if row.mask is None else _in_form(logits, edited, row.mask)
+
+
+def _in_form(logits: Logits, edited: Logits, mask: Bits) -> Logits:
+    allowed = allowed_tokens(mask, len(logits))
+    edited[~allowed] = -np.inf
+    if edited.max() > -np.inf:
+        return edited
+    # Nothing that the form allows may come next for other reasons: those give way.
+    return np.where(allowed, logits, np.float32(-np.inf))
 
 
 def _only_allowed(logits: Logits, allowed: NDArray[np.int64] | None) -> Logits:

@@ -111,7 +111,9 @@ class SamplingParams:
     skip_special_tokens: leave special tokens out of the text.
     shown_special_tokens: special tokens that stay in the text nevertheless, such as those that mark
     calls of tools.
-    structured: the form that the completion must have; it ends when the form is complete.
+    structured: the form that the completion must have; it ends when the form is complete. Where
+        the form leaves nothing that ``min_tokens``, ``bad_words`` and ``allowed_token_ids`` permit,
+        it is the form that holds, and its end is one with ``ignore_eos`` too.
     """
 
     n: int = 1
@@ -193,15 +195,15 @@ class SamplingParams:
             0,
             0,
         )
-        needs_output = any(len(word) > 1 for word in self.bad_words_token_ids)
+        long_words = any(len(word) > 1 for word in self.bad_words_token_ids)
         self._set(
             greedy=self.temperature < GREEDY_TEMPERATURE or self.top_p == 0,
             penalizes=penalizes,
             edits_logits=penalizes
-            or bool(self.logit_bias or self.bad_words_token_ids)
+            or bool(self.logit_bias or self.bad_words_token_ids or self.structured)
             or self.allowed_token_ids is not None,
-            needs_output=needs_output,
-            bans_change=needs_output or self.min_tokens > 0,
+            needs_output=long_words or self.structured is not None,
+            bans_change=long_words or self.min_tokens > 0,
         )
 
     @classmethod

@@ -18,6 +18,7 @@ from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.sampling.candidates import draw_token, largest
 from slipstream.runtime.sampling.logits_processors import process_logits
+from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
 
@@ -25,10 +26,23 @@ Logits = NDArray[np.float32]
 class Sampler:
     """Turns rows of logits into tokens and log probabilities; used from one thread."""
 
-    def __init__(self, vocab_size: int) -> None:
-        """``vocab_size`` is the width of the logits, which may exceed the number of tokens."""
+    def __init__(self, vocab_size: int, num_threads: int | None = None) -> None:
+        """``vocab_size`` is the width of the logits, which may exceed the number of tokens;
+        ``num_threads`` fill masks."""
         self._vocab_size = vocab_size
         self._uniforms = UniformStream()
+        self._filler = MaskFiller(vocab_size, num_threads)
+
+    def constrain(self, rows: Sequence[SamplingRow]) -> None:
+        """Find out what may come next in rows that have a form; before ``sample``, and when the
+        host knows their output."""
+        held = [row for row in rows if row.constraint is not None]
+        if not held:
+            return
+        masks = np.empty((len(held), self._filler.words), np.int32)
+        self._filler.fill([row.constraint for row in held if row.constraint], masks)
+        for row, mask in zip(held, masks, strict=True):
+            row.mask = mask
 
     def sample(self, logits: Logits, rows: Sequence[SamplingRow]) -> StepResult:
         """Sample ``logits`` (float32 [L, V], not changed) with one row of parameters each.

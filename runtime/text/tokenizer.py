@@ -95,6 +95,11 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens beside the vocabulary proper, as a text or a grammar names them."""
+        return {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
     def special_tokens(self) -> Mapping[str, str]:
         """Text of the special tokens by role, such as ``eos_token``."""
         return self._settings.special_tokens
@@ -185,6 +190,10 @@ class Tokenizer:
         longest = max(4, *sizes)  # a character that no token knows has up to 4
         # Composing characters (NFC) makes a text up to three times as short.
         return longest if self._backend.normalizer is None else 3 * longest
+
+    def to_json(self) -> str:
+        """All of it as the text of a ``tokenizer.json``."""
+        return self._backend.to_str()
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary."""

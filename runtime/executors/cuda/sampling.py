@@ -2,8 +2,8 @@
 
 A step is ``prepare``, ``launch``, ``fetch``, all enqueued on the current stream without waiting;
 ``PendingSample.result`` is for when the device is done. Two steps may be on their way at once.
-What a sequence asks for is packed when its slot first sees it; a step then only adds positions, and
-anew what is forbidden where that has changed.
+What a sequence asks for is packed when its slot first sees it; a step then only adds positions,
+anew what is forbidden where that has changed, and what forms allow, of all rows at once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,22 @@ from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, To
 from slipstream.runtime.sampling.logits_processors import completed_bad_words, ending_tokens
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import broken_row
+from slipstream.runtime.structured.masks import MaskFiller
 
 _STEPS_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
 class _Seen:
-    """The row that a slot was packed for, what is forbidden it, and what of it is on the device."""
+    """The row that a slot was packed for, what is forbidden it, and what of it is on the device.
+
+    ``own`` is what the parameters of a row with a form allow.
+    """
 
     row: SamplingRow
     banned: frozenset[int]
     uploaded: bool = False  # mask
+    own: IntArray | None = None
     biases: torch.Tensor | None = None
     next_position: int = -1  # history is complete below it; -1: there is none
 
@@ -90,6 +95,8 @@ class CUDASampler:
             _Results(self._host(max_rows), self._host(max_rows, sampling.LOGPROB_COLUMNS))
             for _ in range(_STEPS_IN_FLIGHT)
         ]
+        self._filler = MaskFiller(vocab_size)
+        self._masks: list[torch.Tensor] = []  # made when a form is first asked for
         self._step = 0
 
     @property
@@ -124,6 +131,9 @@ class CUDASampler:
             block[:, :count] = self._columns.take(slots, axis=1)
             block[Field.POSITION, :count] = [row.position for row in rows]
         self.buffers.params.copy_(host, non_blocking=True)
+        held = [(row, slot) for row, slot in zip(rows, slots, strict=True) if row.constraint]
+        if held:
+            self._constrain(held)
 
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
@@ -154,11 +164,11 @@ class CUDASampler:
             seen = self._seen[slot] = _Seen(row, _banned(row))
             self._columns[:, slot] = _pack(row, slot, seen.banned, self.buffers.vocab_size)
         elif row.params.bans_change and seen.banned != (banned := _banned(row)):
-            seen.banned, seen.uploaded = banned, False
+            seen.banned, seen.uploaded, seen.own = banned, False, None
             self._columns[:, slot] = _pack(row, slot, banned, self.buffers.vocab_size)
         if kind is not Kind.FULL:
             return
-        if not seen.uploaded:
+        if not seen.uploaded and not row.constraint:
             self._upload_mask(seen, slot)
             seen.uploaded = True
         if seen.biases is None and self._columns[Field.NUM_BIASES, slot]:
@@ -166,7 +176,32 @@ class CUDASampler:
         if row.params.penalizes:
             if not 0 <= row.position <= seen.next_position:
                 self._upload_history(row, slot)
-            seen.next_position = row.position + 1
+            # A token that is known already is not the one that the device puts there.
+            seen.next_position = row.position + 1 if row.position >= len(row.output) else -1
+
+    def _constrain(self, held: Sequence[tuple[SamplingRow, int]]) -> None:
+        """Upload what forms allow next, within what the parameters allow if anything is left."""
+        if not self._masks:
+            shape = (len(self._seen), self._filler.words)
+            self._masks = [self._host(*shape) for _ in range(_STEPS_IN_FLIGHT)]
+        host = self._masks[self._step % _STEPS_IN_FLIGHT][: len(held)]
+        masks: IntArray = host.numpy()
+        self._filler.fill([row.constraint for row, _ in held if row.constraint], masks)
+        for mask, (_, slot) in zip(masks, held, strict=True):
+            if (own := self._own_mask(slot)) is not None and (both := mask & own).any():
+                mask[:] = both
+        slots = self._device(np.array([slot for _, slot in held]))
+        bitmask = self.buffers.enable_full().bitmask
+        bitmask.index_copy_(0, slots, host.to(bitmask.device, non_blocking=True))
+
+    def _own_mask(self, slot: int) -> IntArray | None:
+        seen = self._seen[slot]
+        assert seen is not None
+        if not seen.banned and seen.row.params.allowed_token_ids is None:
+            return None
+        if seen.own is None:
+            seen.own = _bitmask(seen.row.params, seen.banned, self.buffers.vocab_size)
+        return seen.own
 
     def _upload_mask(self, seen: _Seen, slot: int) -> None:
         if self._columns[Field.FLAGS, slot] & sampling.MASKED:
@@ -238,7 +273,7 @@ def _pack(row: SamplingRow, slot: int, banned: frozenset[int], vocab_size: int) 
 
 
 def _flags(params: SamplingParams, bans: bool) -> int:
-    masked = bans or params.allowed_token_ids is not None
+    masked = bans or params.allowed_token_ids is not None or params.structured is not None
     return (
         sampling.MASKED * masked
         | sampling.PENALIZES * params.penalizes

@@ -1,0 +1,172 @@
+"""From what a caller says of an answer's form to grammars for one engine's tokens."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from slipstream.errors import EngineMismatchError, InvalidRequestError
+from slipstream.runtime.structured.grammar import Grammar, first_line
+from slipstream.runtime.structured.guard import Guard
+from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+# Characters of a schema or grammar; the tools of a large agent take a tenth of that.
+MAX_TEXT = 512 << 10
+_SECONDS = 5.0
+# Of what is kept, compiled grammars and characters of their texts.
+_MOST_GRAMMARS = 256
+_MOST_CHARACTERS = 8 << 20
+# As llguidance's LLParserLimits names them: some 50 ms for a lexer, 5 ms for a mask.
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 100_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+# Whitespace between the parts of a JSON text: all that a pretty printer makes, but no endless run
+# of it, which small models fall into.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_JSON_OPTIONS: JsonCompileOptions = {
+    "whitespace_pattern": _WHITESPACE,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+class GrammarCompiler:
+    """Compiles each form once and keeps it; safe to use from several threads.
+
+    Where the library cannot know the tokens of a tokenizer, every ``compile`` says so.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """``vocab_size`` is the width of the logits, which may exceed the number of tokens."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = sorted(token for token in tokenizer.eos_token_ids if token < vocab_size)
+        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._characters = 0
+        self._lock = threading.Lock()
+        self._first = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make what all grammars need, which takes a second or two of the interpreter for a
+        vocabulary of 100,000 tokens; a tokenizer that cannot have grammars is no error yet."""
+        try:
+            with self._first:
+                _ = self._tokens
+        except EngineMismatchError:
+            return
+        self._guard.prepare()
+
+    def compile(self, output: StructuredOutput) -> Grammar:
+        """The grammar of a form.
+
+        Raises ``InvalidRequestError`` for one that cannot be held, naming the keyword, or that is
+        too large or too complex, and ``EngineMismatchError`` where no grammar can be had.
+        """
+        key = (output.kind, output.text)
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                return kept
+        if len(output.text) > MAX_TEXT:
+            raise InvalidRequestError(
+                f"the {_name(output)} has {len(output.text)} characters, and at most {MAX_TEXT} "
+                "are compiled; use a smaller one",
+                param="structured",
+            )
+        grammar = self._compiled(output)
+        self._keep(key, grammar)
+        return grammar
+
+    def _keep(self, key: tuple[str, str], grammar: Grammar) -> None:
+        with self._lock:
+            if key not in self._kept:
+                self._characters += len(key[1])
+            self._kept[key] = grammar
+            while len(self._kept) > _MOST_GRAMMARS or self._characters > _MOST_CHARACTERS:
+                (_, text), _ = self._kept.popitem(last=False)
+                self._characters -= len(text)
+
+    def _compiled(self, output: StructuredOutput) -> Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
+        with self._first:  # one of them makes it
+            tokens = self._tokens
+        text = _source(output)
+        error = self._guard.check(text)
+        if not error:
+            matcher = LLMatcher(tokens, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # what every continuation begins with
+            error = matcher.get_error()
+        if error:
+            raise _refusal(output, error)
+        return Grammar(matcher)
+
+    @cached_property
+    def _guard(self) -> Guard:
+        special = self._tokenizer.added_tokens
+        return Guard(self._vocab_size, special, self._eos, _LIMITS, seconds=_SECONDS)
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        text = self._tokenizer.to_json()
+        try:
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos or None)
+        except ValueError as error:
+            raise EngineMismatchError(
+                f"grammars cannot be had with this model's tokenizer ({error!s:.200}); leave the "
+                "structured output out",
+                param="structured",
+            ) from error
+
+
+def _name(output: StructuredOutput) -> str:
+    return "JSON schema" if output.kind in ("json", "json_object") else output.kind
+
+
+def _source(output: StructuredOutput) -> str:
+    """What llguidance compiles."""
+    from llguidance import LLMatcher
+
+    if output.kind == "regex":
+        return LLMatcher.grammar_from_regex(output.text)
+    if output.kind == "grammar":
+        return LLMatcher.grammar_from_lark(output.text)
+    if output.kind == "choice":
+        texts = map(json.dumps, json.loads(output.text))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+    schema = output.text.strip()
+    if schema == "true":  # which anything holds
+        schema = "{}"
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    except ValueError as error:
+        raise _refusal(output, f"it is no JSON object ({error})") from error
+
+
+def _refusal(output: StructuredOutput, error: str) -> InvalidRequestError:
+    # What it says of its own options is nothing that a caller could do.
+    reason = error.split(". Enable 'coerce_one_of'")[0]
+    if output.kind in ("json", "json_object"):
+        reason = first_line(reason)
+    return InvalidRequestError(
+        f"the {_name(output)} cannot be held: {reason.removesuffix(' <non-verbose/>')[:600]}. "
+        "Leave out what it names, or use a simpler one",
+        param="structured",
+    )

@@ -1,0 +1,53 @@
+"""A compiled form, and where one continuation is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slipstream.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grammar:
+    """What all continuations of a form begin with; shared by requests and never advanced."""
+
+    matcher: LLMatcher
+
+    def start(self) -> Constraint:
+        """A constraint at the beginning of the form."""
+        return Constraint(self.matcher.deep_copy())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constraint:
+    """What may come next in one continuation; advances token by token."""
+
+    matcher: LLMatcher
+
+    def take(self, token: int) -> None:
+        """Go on by a token. Raises ``InvalidRequestError`` where the form has become too complex to
+        follow, here or when what may come next was last asked for."""
+        if not self.matcher.consume_token(token):
+            raise InvalidRequestError(
+                f"the structured output cannot be followed any further: "
+                f"{first_line(self.matcher.get_error())}; use a simpler schema or grammar",
+                param="structured",
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow but the end."""
+        return self.matcher.is_stopped()
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, as the tokenizer makes them of the only possible text."""
+        return self.matcher.compute_ff_tokens()
+
+
+def first_line(error: str) -> str:
+    """What a message of the library says without its own state."""
+    return error.strip().split("\n", 1)[0].removesuffix(" <non-verbose/>")[:300]

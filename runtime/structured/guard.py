@@ -1,0 +1,106 @@
+"""Compiles grammars in a process of its own first, which may hang, crash or fill its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slipstream.errors import ExecutionError
+
+_PROGRAM = Path(__file__).with_name("guard_process.py")
+_Process = subprocess.Popen[str]
+
+
+class Guard:
+    """Says whether a grammar can be compiled in bounded time, memory and depth.
+
+    The library has no such bound, cannot be interrupted, and on a chain of a few thousand
+    references overflows the stack of whoever calls it. Safe to use from several threads, each of
+    which gets a process.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        special: Mapping[int, str],
+        eos: Sequence[int],
+        limits: Mapping[str, Any],
+        *,
+        seconds: float,
+    ) -> None:
+        """For a model with these special tokens; a grammar gets ``seconds``, and ``limits`` as the
+        library's ``LLParserLimits`` names them."""
+        setup = {"vocab_size": vocab_size, "special": special, "eos": eos, "limits": limits}
+        self._setup = json.dumps(setup)
+        self._seconds = seconds
+        self._idle: list[_Process] = []
+        weakref.finalize(self, _end_all, self._idle)
+
+    def prepare(self) -> None:
+        """Start a process before one is needed."""
+        self._idle.append(self._start())
+
+    def check(self, grammar: str) -> str:
+        """What is wrong with a grammar; empty if nothing is."""
+        process = self._idle.pop() if self._idle else self._start()
+        reply = self._ask(process, grammar)
+        if not reply:
+            _end(process)
+            return (
+                f"it takes more than {self._seconds:g} seconds to compile, or more memory or "
+                "nesting than there is for it"
+            )
+        self._idle.append(process)
+        error: str = json.loads(reply)
+        return error
+
+    def _ask(self, process: _Process, grammar: str) -> str:
+        """The answer of a process, which is ended if it takes too long; empty if there is none."""
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(self._seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(grammar) + "\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except BrokenPipeError:
+            return ""
+        finally:
+            timer.cancel()
+
+    def _start(self) -> _Process:
+        pipe = subprocess.PIPE
+        command = [sys.executable or "python3", str(_PROGRAM)]
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError as error:
+            raise ExecutionError(
+                f"{command[0]} cannot be started to compile grammars ({error}); leave the "
+                "structured output out, or run the engine where processes can be started"
+            ) from error
+        assert process.stdin is not None
+        process.stdin.write(self._setup + "\n")
+        return process
+
+
+def _end_all(processes: list[_Process]) -> None:
+    while processes:
+        _end(processes.pop())
+
+
+def _end(process: _Process) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):  # of what was not flushed
+                pipe.close()
