@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from slipstream.builder.contract import Pooling
 from slipstream.errors import ExecutionError, InvalidRequestError
 
 if TYPE_CHECKING:
+    from slipstream.runtime.engine.sequence import Sequence
     from slipstream.runtime.engine.step import SamplingRow
 
 _SMALLEST = 1e-12  # length of a vector that is brought to length 1
@@ -72,13 +74,15 @@ class Pool:
         """The positions among these whose states are still to be taken."""
         return range(max(start, self._next), stop)
 
-    def take(self, position: int, state: NDArray[np.float32]) -> bool:
-        """Add a token's state; True if it was the last. One that comes again, because its sequence
-        was preempted, is left out."""
-        if position != self._next:
+    def take(self, position: int, states: NDArray[np.float32]) -> bool:
+        """Add the states ``[tokens, width]`` from a position on; True if the last is among them.
+        Those that come again, because their sequence was preempted, are left out."""
+        assert position <= self._next, "states come in order"
+        new = states[self._next - position :]
+        if not len(new):
             return False
-        self._sum = self._sum + state.astype(np.float64)
-        self._next += 1
+        self._sum = self._sum + new.sum(axis=0, dtype=np.float64)
+        self._next += len(new)
         if self._next < self._length:
             return False
         mean = np.asarray(self._sum / (self._length - self._first))
@@ -108,8 +112,23 @@ def similarity(pooling: Pooling, a: NDArray[np.float32], b: NDArray[np.float32])
     return dot / max(float(np.linalg.norm(a) * np.linalg.norm(b)), _SMALLEST)
 
 
+def pooled(
+    owners: Iterable[Sequence], rows: list[SamplingRow], states: NDArray[np.float32]
+) -> Iterator[Sequence]:
+    """Give every sequence the states of its rows, which follow each other, and tell those that have
+    all."""
+    begin = 0
+    for sequence, its in groupby(owners):
+        end = begin + sum(1 for _ in its)
+        pool = sequence.pool
+        assert pool is not None, "an engine that pools does nothing else"
+        if not sequence.finish_reason and pool.take(rows[begin].position, states[begin:end]):
+            yield sequence
+        begin = end
+
+
 def broken_states(
-    rows: Sequence[SamplingRow], states: NDArray[np.float32]
+    rows: list[SamplingRow], states: NDArray[np.float32]
 ) -> dict[int, ExecutionError]:
     """What is wrong with the rows whose states cannot be pooled."""
     broken = np.flatnonzero(~np.isfinite(states).all(axis=1)).tolist()

@@ -136,9 +136,9 @@ class _Wanted:
                     row.position = position + 1
                     self._add(begin + position - start, row, sequence, -1)
             if sequence.pool is not None:
-                for position in sequence.pool.wanted(start, start + count):
-                    row = _new_row(sequence, None)
-                    row.position, row.pooled = position, True
+                row, wanted = _new_row(sequence, None), sequence.pool.wanted(start, start + count)
+                row.position, row.pooled = wanted.start, True
+                for position in wanted:
                     self._add(begin + position - start, row, sequence, -1)
             elif output >= 0:
                 at = begin + count - 1 - drafts

@@ -26,7 +26,7 @@ from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.pooling import Pool, PoolingParams, broken_states
+from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
@@ -302,7 +302,13 @@ class EngineLoop:
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result)
-        self._take(flight, result)
+        if STATES in result.outputs:
+            for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
+                state = self._requests[sequence.request.request_id]
+                state.metrics.first_token_time = self._clock()
+                self._end(state, "stop")
+        else:
+            self._take(flight, result)
 
     def _accept(self, flight: _Flight, result: StepResult) -> None:
         """Tell the scheduler of runs of more than one token."""
@@ -325,7 +331,7 @@ class EngineLoop:
             result.logprobs,
             strict=True,
         )
-        for index, (sequence, row, position, token, logprobs) in enumerate(rows):
+        for sequence, row, position, token, logprobs in rows:
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
@@ -335,12 +341,8 @@ class EngineLoop:
                 if position == len(scores):  # a preempted one may be scored twice
                     scores.append(logprobs)
                 continue
-            if sequence.pool is not None:
-                if sequence.pool.take(position, result.outputs[STATES][index]):
-                    sequence.finish_reason = "stop"
-                    self._note_change(sequence, now)
             # Else the step was on its way when the token was forced.
-            elif not (sequence.jumps and position < len(sequence.output)):
+            if not (sequence.jumps and position < len(sequence.output)):
                 self._take_token(sequence, token, logprobs)
                 self._note_change(sequence, now)
 

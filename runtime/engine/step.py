@@ -35,10 +35,11 @@ class SamplingRow:
     it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
     when the device runs ahead of what the host knows. ``target`` is set on rows that only score
     that prompt token, whose place in the prompt is then ``position``; ``pooled`` on rows whose
-    states are pooled, of the prompt token at ``position``. ``edits`` are those of its logits, as
-    whoever makes them remembers them. ``constraint`` says which tokens may come next after
-    ``output``, and ``mask`` has that for a step, once asked: int32 words of bits. A row whose
-    ``position`` is less than ``len(output)`` samples what is known already; nobody reads it.
+    states are pooled, which a sequence shares: those from the prompt token at ``position`` on.
+    ``edits`` are those of its logits, as whoever makes them remembers them. ``constraint`` says
+    which tokens may come next after ``output``, and ``mask`` has that for a step, once asked: int32
+    words of bits. A row whose ``position`` is less than ``len(output)`` samples what is known
+    already; nobody reads it.
     """
 
     params: SamplingParams

@@ -29,8 +29,8 @@ def test_however_a_prompt_is_cut_and_begun_again(data: st.DataObject) -> None:
     pool, start = Pool(replace(EMBED, mode=mode, normalize=False), PLAIN, length), 0
     while pool.value is None:
         stop = data.draw(st.integers(start + 1, length))
-        for position in pool.wanted(start, stop):
-            pool.take(position, states[position])
+        wanted = pool.wanted(start, stop)
+        pool.take(wanted.start, states[wanted.start : wanted.stop])
         begins = stop < length and data.draw(st.booleans())
         start = 0 if begins else stop
     want = states[-1] if mode == "last" else states.mean(axis=0)
@@ -39,10 +39,12 @@ def test_however_a_prompt_is_cut_and_begun_again(data: st.DataObject) -> None:
 
 def test_a_state_that_comes_twice_counts_once() -> None:
     """Of a step that was on its way when its sequence was preempted."""
-    pool = Pool(replace(EMBED, mode="mean", normalize=False), PLAIN, 2)
-    assert not pool.take(0, np.full(4, 2, np.float32))
-    assert not pool.take(0, np.full(4, 2, np.float32))
-    assert pool.take(1, np.full(4, 4, np.float32))
+    pool = Pool(replace(EMBED, mode="mean", normalize=False), PLAIN, 3)
+    states = np.repeat(np.array([[1], [2], [6]], np.float32), 4, axis=1)
+    assert not pool.take(0, states[:1])
+    assert not pool.take(0, states[:1])
+    assert not pool.take(0, states[:2])
+    assert pool.take(1, states[1:])
     assert pool.value is not None and pool.value.tolist() == [3, 3, 3, 3]
 
 
