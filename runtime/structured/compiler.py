@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from slipstream.errors import EngineMismatchError, InvalidRequestError
-from slipstream.runtime.structured.grammar import Grammar, first_line
+from slipstream.runtime.structured.grammar import Grammar, short
 from slipstream.runtime.structured.guard import Guard
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -162,11 +162,9 @@ def _source(output: StructuredOutput) -> str:
 
 def _refusal(output: StructuredOutput, error: str) -> InvalidRequestError:
     # What it says of its own options is nothing that a caller could do.
-    reason = error.split(". Enable 'coerce_one_of'")[0]
-    if output.kind in ("json", "json_object"):
-        reason = first_line(reason)
+    reason = short(error.split(". Enable 'coerce_one_of'")[0]).removesuffix(".")
     return InvalidRequestError(
-        f"the {_name(output)} cannot be held: {reason.removesuffix(' <non-verbose/>')[:600]}. "
-        "Leave out what it names, or use a simpler one",
+        f"the {_name(output)} cannot be held: {reason}. Leave out what it names, or use a simpler "
+        "one",
         param="structured",
     )

@@ -34,7 +34,7 @@ class Constraint:
         if not self.matcher.consume_token(token):
             raise InvalidRequestError(
                 f"the structured output cannot be followed any further: "
-                f"{first_line(self.matcher.get_error())}; use a simpler schema or grammar",
+                f"{short(self.matcher.get_error())}; use a simpler schema or grammar",
                 param="structured",
             )
 
@@ -48,6 +48,6 @@ class Constraint:
         return self.matcher.compute_ff_tokens()
 
 
-def first_line(error: str) -> str:
-    """What a message of the library says without its own state."""
-    return error.strip().split("\n", 1)[0].removesuffix(" <non-verbose/>")[:300]
+def short(error: str) -> str:
+    """A message of the library in one line, without its state."""
+    return " ".join(error.replace("<non-verbose/>", "").split())[:600]

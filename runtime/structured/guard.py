@@ -15,6 +15,7 @@ from typing import Any
 from slipstream.errors import ExecutionError
 
 _PROGRAM = Path(__file__).with_name("guard_process.py")
+_START_SECONDS = 60.0
 _Process = subprocess.Popen[str]
 
 
@@ -41,6 +42,7 @@ class Guard:
         self._setup = json.dumps(setup)
         self._seconds = seconds
         self._idle: list[_Process] = []
+        self._busy: set[_Process] = set()
         weakref.finalize(self, _end_all, self._idle)
 
     def prepare(self) -> None:
@@ -50,7 +52,9 @@ class Guard:
     def check(self, grammar: str) -> str:
         """What is wrong with a grammar; empty if nothing is."""
         process = self._idle.pop() if self._idle else self._start()
-        reply = self._ask(process, grammar)
+        self._busy.add(process)
+        reply = self._ask(process, json.dumps(grammar), self._seconds)
+        self._busy.discard(process)
         if not reply:
             _end(process)
             return (
@@ -61,13 +65,13 @@ class Guard:
         error: str = json.loads(reply)
         return error
 
-    def _ask(self, process: _Process, grammar: str) -> str:
+    def _ask(self, process: _Process, line: str, seconds: float) -> str:
         """The answer of a process, which is ended if it takes too long; empty if there is none."""
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(self._seconds, process.kill)
+        timer = threading.Timer(seconds, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps(grammar) + "\n")
+            process.stdin.write(line + "\n")
             process.stdin.flush()
             return process.stdout.readline()
         except BrokenPipeError:
@@ -83,13 +87,18 @@ class Guard:
                 command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
             )
         except OSError as error:
-            raise ExecutionError(
-                f"{command[0]} cannot be started to compile grammars ({error}); leave the "
-                "structured output out, or run the engine where processes can be started"
-            ) from error
-        assert process.stdin is not None
-        process.stdin.write(self._setup + "\n")
+            raise _cannot_start(command[0], str(error)) from error
+        if not self._ask(process, self._setup, _START_SECONDS):
+            _end(process)
+            raise _cannot_start(command[0], "it ended or did not answer")
         return process
+
+
+def _cannot_start(program: str, why: str) -> ExecutionError:
+    return ExecutionError(
+        f"{program} cannot be started to compile grammars ({why}); leave the structured output "
+        "out, or run the engine where processes can be started"
+    )
 
 
 def _end_all(processes: list[_Process]) -> None:

@@ -46,12 +46,17 @@ def _serve() -> None:
     vocabulary = _Bytes(setup["vocab_size"], special, setup["eos"])
     tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=setup["eos"] or None)
     limits = LLParserLimits(**setup["limits"])
+    _reply("")
     for line in sys.stdin:
         matcher = LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
-        sys.stdout.write(json.dumps(matcher.get_error()) + "\n")
-        sys.stdout.flush()
+        _reply(matcher.get_error())
+
+
+def _reply(error: str) -> None:
+    sys.stdout.write(json.dumps(error) + "\n")
+    sys.stdout.flush()
 
 
 def _main() -> None:

@@ -14,6 +14,7 @@ from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.request import CompletionOutput, Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.testing import EOS
 
 
@@ -54,8 +55,10 @@ WORKLOADS = st.lists(
 )
 
 
-def run(loop: EngineLoop, workload: list[Arrival]) -> dict[str, RequestOutput]:
-    """The last output of every request."""
+def run(
+    loop: EngineLoop, workload: list[Arrival], grammars: GrammarCompiler | None = None
+) -> dict[str, RequestOutput]:
+    """The last output of every request; those with a form need its ``grammars``."""
     outputs: dict[str, RequestOutput] = {}
     aborts: dict[int, str] = {}
     steps = 0
@@ -70,7 +73,11 @@ def run(loop: EngineLoop, workload: list[Arrival]) -> dict[str, RequestOutput]:
         steps += 1
 
     for index, arrival in enumerate(workload):
-        request = Request(str(index), arrival.prompt, arrival.params, priority=arrival.priority)
+        form = arrival.params.structured
+        grammar = grammars.compile(form) if grammars and form else None
+        request = Request(
+            str(index), arrival.prompt, arrival.params, priority=arrival.priority, grammar=grammar
+        )
         try:
             loop.add_request(request)
         except CapacityError:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.runtime.structured.forms import TINY_VOCAB, tiny_tokenizer
 
 from slipstream.errors import ExecutionError
 from slipstream.plugins.sampling import Kind, reference
@@ -19,6 +20,8 @@ from slipstream.runtime.sampling.candidates import draw_token
 from slipstream.runtime.sampling.logits_processors import process_logits
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler, token_logprobs
+from slipstream.runtime.structured.compiler import GrammarCompiler
+from slipstream.runtime.structured.output import StructuredOutput
 
 Floats = NDArray[np.float32]
 
@@ -186,6 +189,79 @@ class TestBadWords:
             expected = Sampler(SIZE).sample(logits, [sampling_row])
             assert on_device.step(logits, [sampling_row]) == expected
             output.append(forced)
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
+    return GrammarCompiler(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")), TINY_VOCAB)
+
+
+class TestForms:
+    """Rows that are held to a form, against the CPU's sampler."""
+
+    VOCAB = TINY_VOCAB
+
+    def held(self, compiler: GrammarCompiler, **params: Any) -> SamplingRow:  # noqa: ANN401
+        form = StructuredOutput(regex="[a-f]{4,6}")
+        each = row(SamplingParams(**{"temperature": 0, "structured": form, **params}))
+        each.eos_token_ids = frozenset({1})
+        each.constraint = compiler.compile(form).start()
+        return each
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {},
+            {"min_tokens": 6},
+            {"allowed_token_ids": [1, 70, 71, 72, 90]},
+            {"allowed_token_ids": [300]},
+            {"bad_words_token_ids": [[67], [68, 69]]},
+            {"logit_bias": {67: 5.0, 300: 50.0}},
+            {"repetition_penalty": 3.0, "frequency_penalty": 1.0},
+            {"logprobs": 3},
+        ],
+    )
+    def test_equal_the_cpus_to_the_end(
+        self, params: dict[str, Any], compiler: GrammarCompiler, device: str
+    ) -> None:
+        each, plain = self.held(compiler, **params), row(greedy())
+        on_device, on_host = Device(device, 2, self.VOCAB), Sampler(self.VOCAB)
+        output: list[int] = each.output  # type: ignore[assignment]
+        for step in range(6):
+            assert each.constraint is not None
+            each.position = len(output)
+            logits = np.abs(random_logits(2, self.VOCAB, seed=step))
+            on_host.constrain([each, plain])
+            expected = on_host.sample(logits, [each, plain])
+            got = on_device.step(logits, [each, plain], [1, 0])
+            assert got.token_ids == expected.token_ids
+            output.append(got.token_ids[0])
+            each.constraint.take(output[-1])
+            if each.constraint.complete:
+                break
+        assert len(output) >= 4
+
+    def test_a_token_that_was_forced_is_the_one_that_penalties_see(
+        self, compiler: GrammarCompiler, device: str
+    ) -> None:
+        each = self.held(compiler, repetition_penalty=50.0)
+        on_device, on_host = Device(device, 1, self.VOCAB), Sampler(self.VOCAB)
+        output: list[int] = each.output  # type: ignore[assignment]
+        logits = np.ones((1, self.VOCAB), np.float32)
+        logits[0, 66:70] = [8, 7, 6, 5]
+        first = on_device.step(logits, [each]).token_ids[0]
+        others = [token for token in (66, 67, 68, 69) if token != first]
+        assert each.constraint is not None
+        # While a step for the next place is on its way, two tokens become known, not its own.
+        for token in (first, others[-1]):
+            output.append(token)
+            each.constraint.take(token)
+        each.position = 1
+        on_device.step(logits, [each])
+        each.position = 2
+        on_host.constrain([each])
+        expected = on_host.sample(logits, [each]).token_ids
+        assert on_device.step(logits, [each]).token_ids == expected
 
 
 class TestHistory:
