@@ -96,6 +96,7 @@ class RandomCheckpoint:
     config: ModelConfig
     path: Path = Path("random")
     kv_scales: None = None
+    pooling: None = None
 
     def names(self) -> tuple[str, ...]:
         """Every weight of its architecture."""

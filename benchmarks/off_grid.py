@@ -33,6 +33,7 @@ class OffGridCheckpoint:
     source: Checkpoint
     seed: int = 0
     kv_scales: KVScales | None = field(default=None)
+    pooling: None = None
 
     @property
     def path(self) -> Path:

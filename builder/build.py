@@ -17,6 +17,7 @@ from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Pooling,
     bytes_per_token,
 )
 from slipstream.builder.engine import (
@@ -37,8 +38,11 @@ from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.decoder import Decoder
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
+from slipstream.builder.pooling import StatedPooling, pooling_of, stated_pooling
+from slipstream.builder.score import answers_of, write_score_template
 from slipstream.builder.targets.base import check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError, CheckpointError
@@ -58,7 +62,8 @@ class Plan:
 
     Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
     come quantized and are kept. ``formats`` counts the checkpoint's matrices by what they hold.
-    ``kv_scales`` are those that float8 pages use; None is 1.
+    ``kv_scales`` are those that float8 pages use; None is 1. ``pooling`` is None for an engine that
+    generates.
     """
 
     checkpoint: Checkpoint
@@ -70,6 +75,7 @@ class Plan:
     quantization: str
     formats: dict[str, int]
     kv_scales: KVScales | None = None
+    pooling: Pooling | None = None
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:
@@ -121,7 +127,8 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
-    program = _declare(checkpoint, kv_dtype, target.page_size, limits.max_seq_len)
+    stated = stated_pooling(checkpoint.pooling, options)
+    program = _declare(checkpoint, stated, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
@@ -130,6 +137,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
+        None if stated is None else pooling_of(stated, config),
     )  # fmt: skip
 
 
@@ -222,11 +230,20 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
     )
 
 
-def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len: int) -> Program:
+def _declare(
+    checkpoint: Checkpoint,
+    stated: StatedPooling | None,
+    kv_dtype: str,
+    page_size: int,
+    max_seq_len: int,
+) -> Program:
     """The canonical program of a checkpoint, with every tensor of it accounted for."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
     _check_read(checkpoint, architecture, expected)
+    if stated is not None and stated.task == "embed":
+        heads = [f"{m.name}.weight" for m in architecture.modules if m.tied]
+        expected = {name: shape for name, shape in expected.items() if name not in heads}
     program = new_program(config.architecture)
     used: set[str] = set()
 
@@ -236,7 +253,7 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len:
 
     decoder = architecture.decoder
     ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
-    decoder(ops, config, architecture, tensor, max_seq_len).build()
+    _build(decoder(ops, config, architecture, tensor, max_seq_len), checkpoint, stated)
     program.contract, program.caches = ops.contract(GRAPH), ops.caches
     differing = used ^ set(expected)
     if differing:
@@ -245,6 +262,15 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len:
             f"{len(differing)} tensors, such as {min(differing)}; correct the architecture's file"
         )
     return program
+
+
+def _build(decoder: Decoder, checkpoint: Checkpoint, stated: StatedPooling | None) -> None:
+    if stated is None:
+        decoder.build()
+    elif stated.task == "embed":
+        decoder.build_states()
+    else:
+        decoder.build_answers(answers_of(checkpoint, stated))
 
 
 def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Shapes) -> None:
@@ -305,6 +331,8 @@ def _write(
     # First, because a tokenizer that cannot be read is no reason to wait for the weights.
     planned.checkpoint.write_tokenizer(staging)
     read_tokenizer(staging / "tokenizer.json")
+    if planned.pooling is not None and planned.pooling.task == "score":
+        write_score_template(staging)
     places = write_weights(staging / WEIGHTS, planned.weights, wrote)
     for value in planned.program.graph.initializers.values():
         if value.name in places:
@@ -337,6 +365,7 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         graphs=planned.graphs,
         caches=planned.caches,
         quantization=planned.quantization,
+        pooling=planned.pooling,
         formats=planned.formats,
         plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},
         source=source,

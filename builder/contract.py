@@ -16,6 +16,8 @@ from typing import Literal
 
 Dim = int | str
 CacheKind = Literal["paged", "state"]
+PoolingMode = Literal["last", "mean"]
+Similarity = Literal["cosine", "dot"]
 # Bytes of an element, by the names that graphs and manifests use.
 _ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 
@@ -56,9 +58,11 @@ STEP_SHAPES: Mapping[Source, tuple[str, ...]] = {
     Source.SLOT_MAPPING: ("T",),
 }
 PAGED_SOURCES = (Source.PAGE_TABLE, Source.SLOT_MAPPING)
-# The graph that the engine loop runs, and the output that it samples from.
+# The graph that the engine loop runs; the output that it samples from, or in its place the one that
+# is pooled.
 TARGET_GRAPH = "target"
 LOGITS = "logits"
+STATES = "states"
 # The cache of an engine that has one; names of what belongs to another carry that one's name.
 KV = "kv"
 
@@ -145,6 +149,33 @@ class GraphSpec:
     def output(self, name: str) -> Output | None:
         """The output of that name, None if there is none."""
         return next((output for output in self.outputs if output.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What is made of the rows of ``states`` of an engine that does not generate.
+
+    task        ``embed``: rows are hidden states after the last norm, and become a vector.
+                ``score``: rows are the logits of the answer that a document fits a query and, if
+                the model has one, of the answer that it does not; they become a number.
+    mode        which tokens' rows: the ``last`` one's, or the ``mean`` of all.
+    normalize   a vector is brought to length 1; a number to between 0 and 1 (a softmax of two
+                logits, the sigmoid of one).
+    dimensions  of a vector; 1 for a score.
+    vocab_size  tokens that the model has.
+    similarity  of two vectors, for scores.
+    prompts     texts to be put before an input, or the instructions of a score, by name;
+                ``default_prompt`` is the one that is used when nobody names any.
+    """
+
+    task: Literal["embed", "score"]
+    mode: PoolingMode
+    normalize: bool
+    dimensions: int
+    vocab_size: int
+    similarity: Similarity
+    prompts: dict[str, str]
+    default_prompt: str | None
 
 
 def attention_cache(
@@ -234,13 +265,14 @@ def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec])
     for name, graph in graphs.items():
         _check_graph(f"graph {name}", graph, caches)
     target = graphs.get(TARGET_GRAPH)
-    logits = target.output(LOGITS) if target else None
-    _require(logits is not None, f"graphs has no {TARGET_GRAPH} with an output {LOGITS}")
-    assert logits is not None
-    rows, *columns = logits.shape or ("",)
+    found = [] if target is None else [o for o in target.outputs if o.name in (LOGITS, STATES)]
+    _require(
+        len(found) == 1, f"graphs has no {TARGET_GRAPH} with one of the outputs {LOGITS}, {STATES}"
+    )
+    rows, *columns = found[0].shape or ("",)
     fits = rows == "L" and len(columns) == 1 and isinstance(columns[0], int)
     fits = fits and 0 < int(columns[0]) <= _LARGEST
-    _require(fits, f"output {LOGITS} has shape {list(logits.shape)}, not [L, vocabulary]")
+    _require(fits, f"output {found[0].name} has shape {list(found[0].shape)}, not [L, columns]")
 
 
 def _cache_problem(cache: CacheSpec) -> str | None:

@@ -18,6 +18,7 @@ from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Pooling,
     check_contract,
 )
 from slipstream.builder.from_json import from_json
@@ -25,7 +26,7 @@ from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
 from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
@@ -63,9 +64,10 @@ class Manifest:
     """The content of engine.json.
 
     ``graphs``, by name, and the ``caches`` that they share are the contract of a step. ``formats``
-    counts the matrices of the checkpoint by what they hold there. ``source`` is the checkpoint and
-    ``command`` the build that made the engine, so that a mismatch can be mended. ``files`` holds
-    the SHA-256 of every other file.
+    counts the matrices of the checkpoint by what they hold there. ``pooling`` says what is made of
+    the output of an engine that does not generate, None for one that does. ``source`` is the
+    checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
+    ``files`` holds the SHA-256 of every other file.
     """
 
     target: str
@@ -78,6 +80,7 @@ class Manifest:
     source: str
     command: str
     files: dict[str, str]
+    pooling: Pooling | None = None
     capability: str = "any"
     formats: dict[str, int] = field(default_factory=dict)
     slipstream_version: str = __version__
@@ -99,13 +102,21 @@ class Manifest:
         for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
             if not is_file_name(name):
                 raise ValueError(f"files has {shortened(name)}, which is no file of the engine")
+        pools = manifest.graphs[TARGET_GRAPH].output(LOGITS) is None
+        if pools != (manifest.pooling is not None):
+            raise ValueError("pooling does not say what is made of the output of the target graph")
+        if manifest.pooling and not 1 <= manifest.pooling.vocab_size <= _LARGEST:
+            raise ValueError(f"pooling.vocab_size is {manifest.pooling.vocab_size}")
         if not isinstance(manifest.model.get("architecture"), str):
             raise ValueError("model.architecture is no text")
         return manifest
 
     @property
     def vocab_size(self) -> int:
-        """The width of the logits, which may exceed the number of tokens."""
+        """The width of the logits, which may exceed the number of tokens; as wide as they would be
+        in an engine that has none."""
+        if self.pooling is not None:
+            return self.pooling.vocab_size
         logits = self.graphs[TARGET_GRAPH].output(LOGITS)
         assert logits is not None and isinstance(logits.shape[1], int)
         return logits.shape[1]

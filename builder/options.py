@@ -12,6 +12,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 GemmPlugin = Literal["auto", "disable"]
+Task = Literal["auto", "generate", "embed", "score"]
+PoolingType = Literal["auto", "last", "mean"]
 # Layouts of quantized checkpoints that can be written.
 OutputFormat = Literal["compressed-tensors", "gptq", "awq"]
 
@@ -31,6 +33,12 @@ class BuildOptions:
                     dense engine and float16 for a quantized one, on a GPU the dtype
     strict_tensors  refuse a checkpoint that holds more than a text model, such as one of images or
                     layers that predict further tokens, whose other tensors are left out
+    task            what the engine is for: to generate text, to make vectors of texts (embed), or
+                    to score how well a document answers a query by the logits of yes and no
+                    (score); auto: what the checkpoint's files of sentence-transformers, its GGUF
+                    metadata or its architecture say, else generate
+    pooling         which tokens' states make a vector: the last one's, or the mean of all; auto:
+                    what the checkpoint says, else last
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits
     """
@@ -41,6 +49,8 @@ class BuildOptions:
     group_size: int | None = None
     symmetric: bool | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
+    task: Task = "auto"
+    pooling: PoolingType = "auto"
     gemm_plugin: GemmPlugin = "auto"
     strict_tensors: bool = False
     max_batch_size: int | None = None
@@ -52,6 +62,8 @@ class BuildOptions:
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("quantization", self.quantization, get_args(Quantization))
         _choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
+        _choice("task", self.task, get_args(Task))
+        _choice("pooling", self.pooling, get_args(PoolingType))
         _choice("gemm_plugin", self.gemm_plugin, get_args(GemmPlugin))
         if self.group_size is not None:
             _choice("group_size", self.group_size, (32, 64, 128))
@@ -70,6 +82,11 @@ class BuildOptions:
                     f"{name} is {value}, but quantization {self.quantization} makes no groups of "
                     "integers; leave it out, or use quantization int4_wo or int8_wo"
                 )
+        if self.pooling != "auto" and self.task in ("generate", "score"):
+            raise BuildError(
+                f"pooling is {self.pooling}, but an engine for task {self.task} makes no vectors; "
+                "leave it out, or use task embed"
+            )
         batch, tokens = self.max_batch_size, self.max_num_tokens
         if batch is not None and tokens is not None and tokens < batch:
             raise BuildError(

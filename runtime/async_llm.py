@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime.async_pooling import AsyncPooling
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -61,7 +62,7 @@ class _Stream:
         return self._events.popleft()
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncPooling):
     """Serves many concurrent requests; may be used from several event loops.
 
     An engine whose device fails step after step, or hangs, or whose loop breaks, is given up: open
@@ -155,6 +156,12 @@ class AsyncLLM:
             output_kind=output_kind,
             cache_salt=cache_salt,
         )
+        async with aclosing(self._outputs(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """What the engine tells of a request, which is aborted where nobody hears it any more."""
         stream = self._submit(request)
         finished = False
         try:
@@ -175,13 +182,21 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         output_kind: OutputKind = "cumulative",
-        **template_options: Any,  # noqa: ANN401 - templates define their own
+        **options: Any,  # noqa: ANN401 - fields of ChatOptions, and templates define their own
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``."""
-        prompt = await self.render(self._factory.chat_prompt, messages, template_options)
-        outputs = self.generate(prompt, sampling_params, request_id, output_kind=output_kind)
+        """Answer a conversation (a list of ``{"role": ..., "content": ...}``); see ``generate``.
+
+        ``options`` are fields of ``ChatOptions``, such as ``tools`` and ``thinking``, and variables
+        of the template. Each completion's ``turn`` has its thoughts, text and calls so far.
+        """
+        prompt, conversation = await self.render(
+            self._factory.conversation, messages, sampling_params, options
+        )
+        turns = conversation.turns(output_kind)
+        outputs = self.generate(prompt, conversation.params, request_id, output_kind=output_kind)
         async with aclosing(outputs):
             async for output in outputs:
+                turns.add(output.outputs)
                 yield output
 
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -7,10 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.pooled_prompts import as_batch, as_texts, stacked
+from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
 from slipstream.runtime.sampling.params import SamplingParams
@@ -63,26 +68,79 @@ class LLM:
         the device fails (the other prompts of this call are then aborted) or this process was
         forked after the engine was loaded.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         each = _params_for_each(sampling_params, len(batch))
         requests = [
             self._factory.request(prompt, params, output_kind="final", cache_salt=cache_salt)
             for prompt, params in zip(batch, each, strict=True)
         ]
-        outputs = {output.request_id: output for output in self._run(requests)}
-        return [outputs[request.request_id] for request in requests]
+        return self._finals(requests)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        **template_options: Any,  # noqa: ANN401 - templates define their own
+        **options: Any,  # noqa: ANN401 - fields of ChatOptions, and templates define their own
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of ``{"role": ..., "content": ...}``) or many."""
+        """Answer one conversation (a list of ``{"role": ..., "content": ...}``) or many.
+
+        ``options`` are fields of ``ChatOptions``, such as ``tools`` and ``thinking``, and variables
+        of the template. Each completion's ``turn`` has its thoughts, text and calls.
+        """
         one = not messages or not isinstance(messages[0], Sequence)
         conversations = cast(Any, [messages] if one else messages)
-        prompts = [self._factory.chat_prompt(c, template_options) for c in conversations]
-        return self.generate(prompts, sampling_params)
+        each = _params_for_each(sampling_params, len(conversations))
+        made = [
+            self._factory.conversation(conversation, params, options)
+            for conversation, params in zip(conversations, each, strict=True)
+        ]
+        outputs = self.generate([tokens for tokens, _ in made], [c.params for _, c in made])
+        for output, (_, conversation) in zip(outputs, made, strict=True):
+            conversation.turns("final").add(output.outputs)
+        return outputs
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        cache_salt: str = "",
+    ) -> NDArray[np.float32]:
+        """The vectors of one prompt or many (texts or lists of token ids), in the order given:
+        ``[prompts, dimensions]``, also of one.
+
+        Raises ``InvalidRequestError`` for an engine that makes none, and what ``generate`` raises.
+        """
+        params = pooling_params or PoolingParams()
+        self._factory.vectors_of(params)
+        batch = as_batch(prompts)
+        outputs = self._pool(batch, [params] * len(batch), cache_salt)
+        return stacked(outputs)
+
+    def score(
+        self,
+        query: str | Sequence[str],
+        documents: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+        *,
+        instruction: str | None = None,
+        max_tokens_per_doc: int | None = None,
+    ) -> list[float]:
+        """How well each document answers the query, or the query at its place: what a reranker
+        says, or how alike the vectors are.
+
+        ``instruction`` tells a reranker what is sought, and ``max_tokens_per_doc`` cuts documents.
+        Raises ``InvalidRequestError`` for an engine that does neither, and what ``generate``
+        raises.
+        """
+        pairs = self._factory.pooled_prompts.pairs(
+            as_texts(query),
+            as_texts(documents),
+            pooling_params or PoolingParams(),
+            instruction=instruction,
+            max_tokens_per_doc=max_tokens_per_doc,
+        )
+        return pairs.scores(self._pool(pairs.prompts, pairs.params))
 
     def stream(
         self,
@@ -96,7 +154,7 @@ class LLM:
         Closing the iterator aborts the request. Several may be open at once; they share steps.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self._factory.chat_prompt(cast(Any, prompt), {})
+            prompt, _ = self._factory.conversation(cast(Any, prompt), None, {})
         request = self._factory.request(
             cast(Prompt, prompt), sampling_params, output_kind=output_kind
         )
@@ -111,6 +169,17 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    def _pool(
+        self, prompts: Sequence[Prompt], params: Sequence[PoolingParams], cache_salt: str = ""
+    ) -> list[RequestOutput]:
+        pairs = zip(prompts, params, strict=True)
+        return self._finals([self._factory.pooled(p, q, cache_salt=cache_salt) for p, q in pairs])
+
+    def _finals(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """The last outputs of requests that have no others, in their order."""
+        outputs = {output.request_id: output for output in self._run(requests)}
+        return [outputs[request.request_id] for request in requests]
 
     def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         """Check all requests, then run them and yield their outputs as they come."""
@@ -143,14 +212,6 @@ class LLM:
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:
                 inbox.append(output)
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
 
 
 def _params_for_each(params: Params, count: int) -> list[SamplingParams | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slipstream.builder.contract import CacheSpec
+from slipstream.builder.contract import CacheSpec, Pooling
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 from slipstream.runtime.sampling.params import SamplingParams
@@ -14,7 +14,8 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
     """A device with weights on it, what that remembers of sequences, its tokenizer, its limits,
-    and how it samples by default: for programs, and for people who talk with it directly.
+    and how it samples by default: for programs, and for people who talk with it directly; or what
+    it makes in place of text.
 
     Where ``fingerprint`` is the same, so are the engine's files and the version of Slipstream.
     """
@@ -27,3 +28,4 @@ class LoadedEngine:
     generation_defaults: SamplingParams
     interactive_defaults: SamplingParams
     fingerprint: str
+    pooling: Pooling | None = None

@@ -67,6 +67,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         generation_defaults=generation_defaults(engine.path, engine.manifest.command),
         fingerprint=engine.fingerprint,
         interactive_defaults=generation_defaults(engine.path, engine.manifest.command, INTERACTIVE),
+        pooling=engine.manifest.pooling,
     )
 
 

@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from slipstream.errors import SlipstreamError
+    from slipstream.runtime.chat.events import AssistantTurn
     from slipstream.runtime.engine.step import TokenLogprobs
+    from slipstream.runtime.pooling import PoolingParams
     from slipstream.runtime.sampling.params import SamplingParams
     from slipstream.runtime.structured.grammar import Grammar
 
@@ -21,8 +26,9 @@ class Request:
 
     A lower ``priority`` runs sooner; equal ones run first come, first served. ``output_kind``
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
-    one output at the end. Only requests with equal ``cache_namespace`` share computed prompts.
-    ``grammar`` is what ``params.structured`` was compiled to.
+    one output at the end. Only requests with equal ``cache_namespace`` share computed prompts. A
+    prompt with ``pooling`` is pooled, not continued. ``grammar`` is what ``params.structured`` was
+    compiled to.
     """
 
     request_id: str
@@ -32,6 +38,7 @@ class Request:
     priority: int = 0
     output_kind: OutputKind = "cumulative"
     cache_namespace: str = ""
+    pooling: PoolingParams | None = None
     grammar: Grammar | None = None
 
 
@@ -51,7 +58,8 @@ class CompletionOutput:
 
     ``stop_reason`` is the stop string or stop token id that ended it, None for end-of-sequence and
     for other endings. ``logprobs`` has one entry a token when logprobs were asked for, and
-    ``cumulative_logprob`` is the sum over all tokens so far.
+    ``cumulative_logprob`` is the sum over all tokens so far. ``turn`` is what an answer in a
+    conversation is made of so far, thoughts and calls apart.
     """
 
     index: int
@@ -61,6 +69,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    turn: AssistantTurn | None = None
 
 
 @dataclass(slots=True)
@@ -68,7 +77,8 @@ class RequestOutput:
     """The state of a request after a step.
 
     ``prompt_logprobs`` has one entry a prompt token, None for the first. ``num_cached_tokens`` is
-    how many prompt tokens came from the prefix cache. ``error`` is set when ``finish_reason`` is
+    how many prompt tokens came from the prefix cache. ``pooled`` is the vector, or the one score,
+    of a prompt that was pooled. ``error`` is set when ``finish_reason`` is
     ``"error"``; the Python front ends raise it.
     """
 
@@ -80,4 +90,5 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    pooled: NDArray[np.float32] | None = None
     error: SlipstreamError | None = field(default=None, repr=False)

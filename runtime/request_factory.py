@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.turns import Conversation, Conversations
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
+from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.text.length import check_length, texts_of
 
-Prompt = str | Sequence[int]
+__all__ = ["Message", "Prompt", "RequestFactory"]
+
 Message = Mapping[str, Any]
+_NO_OUTPUT = SamplingParams(temperature=0, max_tokens=1)
 
 
 class RequestFactory:
@@ -23,11 +29,14 @@ class RequestFactory:
     threads."""
 
     def __init__(self, engine: LoadedEngine) -> None:
+        self._pooling = engine.pooling
+        self._pooled_prompts = PooledPrompts(engine, engine.pooling) if engine.pooling else None
         self._tokenizer = engine.tokenizer
         self._vocab_size = engine.vocab_size
         self._defaults = engine.generation_defaults
         self._max_seq_len = engine.config.max_seq_len
         self._numbers = itertools.count()
+        self._conversations = Conversations(engine.tokenizer, engine.generation_defaults)
         self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
 
     def request(
@@ -42,10 +51,12 @@ class RequestFactory:
     ) -> Request:
         """A request for a text or for token ids; no ``params`` means the model's own defaults.
 
-        Only requests with equal ``cache_salt`` share what was computed of equal prompts.
+        Only requests with equal ``cache_salt`` share what was computed of equal prompts. Raises
+        ``InvalidRequestError`` for an engine that generates nothing.
         """
+        require_text(self._pooling)
         text = prompt if isinstance(prompt, str) else None
-        tokens = self._encoded(text) if text is not None else list(_token_ids(prompt))
+        tokens = self._encoded(text) if text is not None else token_ids(prompt)
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
         params = (params or self._defaults).resolve(self._vocab_size, encode)
         form = params.structured
@@ -60,24 +71,68 @@ class RequestFactory:
             grammar=None if form is None else self.grammars.compile(form),
         )
 
-    def chat_prompt(
-        self, messages: Sequence[Message], template_options: Mapping[str, Any]
-    ) -> list[int]:
-        """Token ids of a conversation in the model's chat template."""
+    def pooled(
+        self,
+        prompt: Prompt,
+        params: PoolingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """A request that pools a text or token ids; raises ``InvalidRequestError`` for an engine
+        that does not."""
+        return Request(
+            request_id=str(next(self._numbers)) if request_id is None else request_id,
+            prompt_token_ids=self.pooled_prompts.tokens(prompt, params),
+            params=_NO_OUTPUT,
+            prompt=prompt if isinstance(prompt, str) else None,
+            priority=priority,
+            output_kind="final",
+            cache_namespace=cache_salt,
+            pooling=params,
+        )
+
+    def vectors_of(self, params: PoolingParams) -> Pooling:
+        """How vectors are made; raises ``InvalidRequestError`` for an engine that makes none, or
+        none of so many dimensions."""
+        pooling = self.pooled_prompts.pooling
+        if pooling.task != "embed":
+            raise InvalidRequestError(
+                f"{no_text(pooling)}, and no vectors; load an engine of an embedding model, built "
+                "with --task embed"
+            )
+        if params.dimensions is not None and params.dimensions > pooling.dimensions:
+            raise InvalidRequestError(
+                f"dimensions is {params.dimensions}; the model's vectors have {pooling.dimensions}",
+                param="dimensions",
+            )
+        return pooling
+
+    @property
+    def pooled_prompts(self) -> PooledPrompts:
+        """Prompts of an engine that pools; raises ``InvalidRequestError`` for another."""
+        if self._pooled_prompts is None:
+            raise InvalidRequestError(
+                "this engine generates text and gives no hidden states (it was built for task "
+                "generate); load an engine of the checkpoint that was built with --task embed for "
+                "vectors, or --task score for a reranker's scores"
+            )
+        return self._pooled_prompts
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], Conversation]:
+        """A conversation in the model's chat template, and its token ids."""
         check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
-        text = self._tokenizer.apply_chat_template(messages, **template_options)
-        check_length(self._tokenizer, [text], self._max_seq_len)  # with roles, names and variables
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        made = self._conversations.make(messages, params, options)
+        # With roles, names and variables.
+        check_length(self._tokenizer, [made.prompt], self._max_seq_len)
+        return self._tokenizer.encode(made.prompt, add_special_tokens=False), made
 
     def _encoded(self, text: str) -> list[int]:
         check_length(self._tokenizer, [text], self._max_seq_len)
         return self._tokenizer.encode(text)
-
-
-def _token_ids(prompt: Prompt) -> Sequence[int]:
-    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        return prompt  # type: ignore[return-value]
-    raise InvalidRequestError(
-        f"the prompt is {prompt!r:.80}; expected a text or a list of token ids (int)",
-        param="prompt",
-    )

@@ -12,6 +12,7 @@ from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequest
 from slipstream.runtime.engine.step import IntArray, PagedInputs, StepBatch
 from slipstream.runtime.executors.base import ScoringExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.pooling import no_text
 
 # Logits of one step; a large vocabulary makes steps of fewer tokens.
 _LOGITS_BYTES = 128 << 20
@@ -30,6 +31,8 @@ def window_logits(
     EngineMismatchError when the device shows no logits, and ExecutionError when it fails.
     """
     executor, config = engine.executor, engine.config
+    if engine.pooling is not None:
+        raise EngineMismatchError(f"{no_text(engine.pooling)}, so there is nothing to measure")
     if not isinstance(executor, ScoringExecutor):
         raise EngineMismatchError(
             f"{type(executor).__name__} does not show logits, so this engine cannot be measured; "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
+    Pooling,
     bytes_per_token,
     kv_dtype_of,
     page_size_of,
@@ -128,6 +129,17 @@ def _file_entry(file: Path, expected: str | None) -> FileEntry:
     if expected is not None:
         status = "ok" if sha256(file) == expected else "changed"
     return FileEntry(file.name, file.stat().st_size, status)
+
+
+def describe_task(pooling: Pooling | None) -> str:
+    """What an engine is for: ``embed: vectors of 1024 numbers, by the last token``."""
+    if pooling is None:
+        return "generate: text"
+    if pooling.task == "score":
+        return "score: how well a document answers a query"
+    by = {"last": "by the last token", "mean": "by the mean of all tokens"}[pooling.mode]
+    length = ", of length 1" if pooling.normalize else ""
+    return f"embed: vectors of {pooling.dimensions} numbers{length}, {by}"
 
 
 def list_weights(engine: Engine) -> list[WeightEntry]:

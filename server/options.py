@@ -122,6 +122,11 @@ _BUILD = {
         "Type of the KV cache; auto is fp8 where the checkpoint has scales for it, else on a CPU "
         "float32 for a dense engine and float16 for a quantized one, and on a GPU the dtype."
     ),
+    "task": Option(
+        "What the engine is for: text, vectors of texts, or scores of documents; auto is what the "
+        "checkpoint says."
+    ),
+    "pooling": Option("Which tokens' states make a vector; auto is what the checkpoint says."),
     "gemm_plugin": Option(
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
@@ -216,6 +221,11 @@ _SERVER = {
     "drain_timeout": Option(
         "Seconds that running requests have to end in after SIGTERM or Ctrl-C."
     ),
+    "default_max_tokens": Option(
+        "Most tokens of an answer whose request does not say.", "the model's, or what fits", least=1
+    ),
+    "tool_call_parser": Option("How the model writes calls of tools.", "by its chat template"),
+    "reasoning_parser": Option("How the model writes thoughts.", "by its chat template"),
 }
 
 

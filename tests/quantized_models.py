@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tests.tiny_models import LLAMA, Arrays, llama_tensors, write_tiny_tokenizer
 
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.pooling import StatedPooling
 from slipstream.weights.tensor import (
     E2M1,
     Activation,
@@ -52,6 +53,7 @@ class MemoryCheckpoint:
     tensors: Mapping[str, QuantTensor]
     kv_scales: KVScales | None = None
     path: Path = Path("memory")
+    pooling: StatedPooling | None = None
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)

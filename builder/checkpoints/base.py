@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.pooling import StatedPooling
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Origin, read_fields
 from slipstream.weights.tensor import KVScales, LazyTensor
@@ -32,6 +33,10 @@ class Checkpoint(Protocol):
     @property
     def kv_scales(self) -> KVScales | None:
         """Those of an fp8 KV cache, if it was calibrated for one."""
+
+    @property
+    def pooling(self) -> StatedPooling | None:
+        """What it makes in place of text, if it says so."""
 
     def names(self) -> tuple[str, ...]:
         """Every tensor, by its Hugging Face name: ``model.layers.0.self_attn.q_proj.weight``."""

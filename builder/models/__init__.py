@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Packages add to it by entry points of this group, whose names and values are of the same form.
 GROUP, ATTRIBUTE = "slipstream.architectures", "ARCHITECTURE"
+# How the names of models without a head end.
+HEADLESS = "Model"
 ARCHITECTURES = {
     "LlamaForCausalLM": "slipstream.builder.models.llama",
     "GemmaForCausalLM": "slipstream.builder.models.gemma",
@@ -66,11 +68,13 @@ def load_architecture(name: str) -> Architecture:
 
 def find_architecture(names: Sequence[str], model_type: str | None) -> Architecture:
     """The first known of ``names``, those of ``architectures`` in a config.json; where it has none,
-    the one of that ``model_type``. CheckpointError when there is none."""
+    the one of that ``model_type``. A model without a head (``Qwen3Model``) is of the architecture
+    that has one. CheckpointError when there is none."""
     places = _places()
     for name in names:
-        if name in places:
-            return load_architecture(name)
+        for known in (name, name.removesuffix(HEADLESS) + "ForCausalLM"):
+            if known in places:
+                return load_architecture(known)
     if not names:
         for _, architecture in _loaded():
             if architecture.name == model_type:

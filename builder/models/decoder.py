@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import LOGITS, CacheSpec, Source, attention_cache
+from slipstream.builder.contract import LOGITS, STATES, CacheSpec, Source, attention_cache
 from slipstream.builder.graph.ops import Attributes, Ops
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig, Rope
@@ -27,7 +27,13 @@ from slipstream.builder.models.module import (
 )
 from slipstream.builder.models.norms import LayerNorms
 from slipstream.builder.models.rope import halves_of_neighbours, rotary_frequencies
-from slipstream.weights.tensor import LazyTensor, QuantTensor, reorder_rows
+from slipstream.weights.tensor import (
+    LazyTensor,
+    QuantTensor,
+    WeightFormat,
+    reorder_rows,
+    row_slice,
+)
 
 TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
@@ -150,17 +156,39 @@ class Decoder:
 
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
-        ops, config = self.ops, self.config
+        x = self.last_norm(self.ops.pick_rows(self.layers()))
+        logits = self.ops.linear(x, self.head())
+        self.ops.output(self.capped(logits), LOGITS)
+
+    def build_states(self) -> None:
+        """token_ids ─ embedding ─ layers ─ rows ─ norm ─ states: what is pooled to a vector."""
+        x = self.ops.pick_rows(self.layers())
+        self.ops.output(self.norm(x, "model.norm"), STATES)
+
+    def build_answers(self, tokens: Sequence[int]) -> None:
+        """As ``build``, with the logits of these tokens alone, which make a score, as states."""
+        x = self.last_norm(self.ops.pick_rows(self.layers()))
+        answers = self.ops.linear(x, dense_rows(self.head(), tokens))
+        self.ops.output(self.capped(answers), STATES)
+
+    def layers(self) -> ir.Value:
+        """The residual stream after the last layer."""
         rotaries = self.rotaries()
         x = self.embed()
-        for layer in range(config.num_layers):
-            with ops.scope(f"layers.{layer}"):
+        for layer in range(self.config.num_layers):
+            with self.ops.scope(f"layers.{layer}"):
                 x = self.layer(x, rotaries[self.rope(layer)], layer)
-        x = self.last_norm(ops.pick_rows(x))
-        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        logits = ops.linear(x, self.tensor(f"{head}.weight"))
-        cap = self.architecture.logits_cap(config)
-        ops.output(ops.soft_cap(logits, cap) if cap else logits, LOGITS)
+        return x
+
+    def head(self) -> LazyTensor:
+        """The matrix that makes logits."""
+        tied = self.config.tie_word_embeddings
+        return self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def capped(self, logits: ir.Value) -> ir.Value:
+        """Logits, soft-capped where the architecture does that."""
+        cap = self.architecture.logits_cap(self.config)
+        return self.ops.soft_cap(logits, cap) if cap else logits
 
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
@@ -297,3 +325,22 @@ def changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTenso
         return QuantTensor(weight.name, form, change(weight.load().dequantize()))
 
     return LazyTensor(weight.name, form, load)
+
+
+def dense_rows(weight: LazyTensor, rows: Sequence[int]) -> LazyTensor:
+    """Some rows of a weight, in float32."""
+    block, name = weight.format.rows, f"{weight.name}.{'+'.join(map(str, rows))}"
+    form = WeightFormat((len(rows), weight.format.shape[1]))
+
+    def load() -> QuantTensor:
+        whole = weight.load()
+        found = [_block_of(whole, row).dequantize()[row % block] for row in rows]
+        return QuantTensor(name, form, np.stack(found))
+
+    return LazyTensor(name, form, load)
+
+
+def _block_of(weight: QuantTensor, row: int) -> QuantTensor:
+    """The rows that share their scales with this one."""
+    start = row - row % weight.format.rows
+    return row_slice(weight, start, min(start + weight.format.rows, weight.format.shape[0]))

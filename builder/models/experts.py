@@ -172,14 +172,15 @@ class ExpertDecoder(Decoder):
 
     made_dense: dict[str, list[str]] = field(default_factory=dict, init=False)
 
-    def build(self) -> None:
-        """The graph, and a warning for experts that could not be kept as they are stored."""
-        super().build()
+    def layers(self) -> ir.Value:
+        """The layers, and a warning for experts that could not be kept as they are stored."""
+        x = super().layers()
         for reason, names in self.made_dense.items():
             log.warning(
                 "%d weights of experts (%s%s) become dense: %s",
                 len(names), names[0], ", …" * (len(names) > 1), reason,
             )  # fmt: skip
+        return x
 
     def mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         """The experts that the router chooses for each token, weighted, and what all tokens take;

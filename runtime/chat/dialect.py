@@ -23,6 +23,14 @@ class Dialect(Protocol):
         them."""
         ...
 
+    def tools(self, options: ChatOptions) -> list[dict[str, Any]] | None:
+        """What the template is given as tools; None if there are none to call.
+
+        Raises ``InvalidRequestError`` for tools that the template would not show, and for a
+        ``tool_choice`` that fits them not.
+        """
+        ...
+
     def variables(self, options: ChatOptions) -> dict[str, Any]:
         """What the template is given beside messages and tools."""
         ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from slipstream.errors import InvalidRequestError
 
 ToolChoice = Literal["auto", "none", "required"]
 
@@ -44,3 +46,30 @@ class ChatOptions:
     thinking: bool | None = None
     reasoning_effort: str | None = None
     thinking_budget: int | None = None
+
+
+def split_options(given: Mapping[str, Any]) -> tuple[ChatOptions, dict[str, Any]]:
+    """Options by name, and the rest; tools may be in OpenAI's shape, and a choice a tool's name."""
+    names = {field.name for field in fields(ChatOptions)}
+    rest = {name: value for name, value in given.items() if name not in names}
+    chosen = {name: given[name] for name in names if given.get(name) is not None}
+    tools = [_tool(tool) for tool in chosen.get("tools", ())]
+    choice = chosen.get("tool_choice", "auto")
+    if isinstance(choice, str) and choice not in ("auto", "none", "required"):
+        choice = NamedTool(choice)
+    return ChatOptions(**{**chosen, "tools": tools, "tool_choice": choice}), rest
+
+
+def _tool(given: object) -> Tool:
+    if isinstance(given, Tool):
+        return given
+    function = given.get("function", given) if isinstance(given, Mapping) else None
+    try:
+        known = {field.name for field in fields(Tool)}
+        return Tool(**{k: v for k, v in dict(function or {}).items() if k in known})
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            f"a tool is {given!r:.80}; use e.g. Tool('f', 'What it does.', {{'type': 'object'}}), "
+            "or that in OpenAI's shape",
+            param="tools",
+        ) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from slipstream.builder.contract import CacheSpec
+from slipstream.builder.contract import STATES, CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
@@ -56,6 +56,7 @@ class BatchBuilder:
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
             pages=pages,
+            outputs=_outputs(plan),
             drafts=plan.drafts,
             moves=plan.moves,
         )
@@ -134,7 +135,12 @@ class _Wanted:
                     row = _new_row(sequence, sequence.tokens[position + 1])
                     row.position = position + 1
                     self._add(begin + position - start, row, sequence, -1)
-            if output >= 0:
+            if sequence.pool is not None:
+                row, wanted = _new_row(sequence, None), sequence.pool.wanted(start, start + count)
+                row.position, row.pooled = wanted.start, True
+                for position in wanted:
+                    self._add(begin + position - start, row, sequence, -1)
+            elif output >= 0:
                 at = begin + count - 1 - drafts
                 self._add_run(sequence, at, output, drafts)
 
@@ -156,6 +162,10 @@ class _Wanted:
         self.sampling.append(sampling)
         self.owners.append(owner)
         self.slots.append(slot)
+
+
+def _outputs(plan: StepPlan) -> tuple[str, ...]:
+    return (STATES,) if any(sequence.pool for sequence in plan.sequences) else ()
 
 
 def _tokens(plan: StepPlan) -> list[int]:

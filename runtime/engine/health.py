@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 
@@ -14,14 +15,15 @@ MAX_FAILURES = 5
 PROBE = "\0probe"  # the id of a request of the loop's own
 
 
-def probe() -> Request:
-    """What is asked after a row has failed: one token, which only a broken engine cannot compute.
+def probe(pooling: PoolingParams | None) -> Request:
+    """What is asked after a row has failed: one token, or to pool one, which only a broken engine
+    cannot compute.
 
     A row's failure may be its request's own fault. Where all rows fail, as with weights that were
     overwritten, no step does, and yet nothing works.
     """
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    return Request(PROBE, [0], params, priority=-sys.maxsize, output_kind="final")
+    return Request(PROBE, [0], params, priority=-sys.maxsize, output_kind="final", pooling=pooling)
 
 
 class Health:

@@ -7,9 +7,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
-from slipstream.builder.contract import states
+from slipstream.builder.contract import STATES, states
 from slipstream.errors import (
     CapacityError,
     EngineMismatchError,
@@ -18,50 +17,20 @@ from slipstream.errors import (
     SlipstreamError,
 )
 from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, probe
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
-from slipstream.runtime.executors.base import PendingStep, StartedStep
+from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.text.detokenizer import Detokenizer
 
 # Logits of prompt tokens that one step scores.
 _SCORED_BYTES = 256 << 20
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step on its way, and whose logits rows it computes.
-
-    ``positions`` are those of its rows, which change with the next step.
-    ``started`` until its rows are sampled, ``pending`` from then on. ``refused``: there is nothing
-    on its way, and nothing may follow before that is told.
-    """
-
-    plan: StepPlan
-    owners: list[Sequence]
-    rows: list[SamplingRow]
-    positions: list[int]
-    started: StartedStep
-    pending: PendingStep | None = None
-    refused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A step that the device did not take; it ends in its turn, as one that failed."""
-
-    error: Exception
-
-    def sample(self) -> PendingStep:
-        return self
-
-    def result(self) -> StepResult:
-        raise self.error
 
 
 class EngineLoop:
@@ -115,7 +84,7 @@ class EngineLoop:
         self._changed: dict[RequestState, None] = {}
         # Unfinished requests whose output the host must know before their rows are sampled.
         self._need_output: set[RequestState] = set()
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -150,7 +119,7 @@ class EngineLoop:
         if (reason := self.forked) is not None:
             raise ExecutionError(reason)
         tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
-        self.scheduler.clamp_max_tokens(len(tokens), request.params.max_tokens)
+        self._clamp(request)
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise InvalidRequestError(
                 f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
@@ -228,9 +197,7 @@ class EngineLoop:
                 request=request,
                 index=index,
                 order=(request.priority, arrival, index),
-                max_tokens=self.scheduler.clamp_max_tokens(
-                    len(request.prompt_token_ids), params.max_tokens
-                ),
+                max_tokens=self._clamp(request),
                 seed=child_seed(seed, index),
                 eos_token_ids=self._eos_token_ids,
                 jumps=jumps,
@@ -240,7 +207,15 @@ class EngineLoop:
         sequences[0].followers = sequences[1:]
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
+        if request.pooling is not None:
+            assert self._engine.pooling is not None, "only an engine that pools is asked to"
+            length = len(request.prompt_token_ids)
+            sequences[0].pool = Pool(self._engine.pooling, request.pooling, length)
         return sequences
+
+    def _clamp(self, request: Request) -> int:
+        length, pools = len(request.prompt_token_ids), request.pooling is not None
+        return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pools)
 
     def _completion(self, sequence: Sequence) -> CompletionState:
         params = sequence.request.params
@@ -250,7 +225,7 @@ class EngineLoop:
             logprobs=None if params.logprobs is None else [],
         )
 
-    def _launch(self) -> _Flight | None:
+    def _launch(self) -> Flight | None:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return None
@@ -260,15 +235,15 @@ class EngineLoop:
         try:
             started = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            refused = _Refused(error)
-            return _Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
-        return _Flight(plan, owners, batch.sampling, positions, started)
+            refused = Refused(error)
+            return Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
+        return Flight(plan, owners, batch.sampling, positions, started)
 
-    def _sample(self, flight: _Flight) -> None:
+    def _sample(self, flight: Flight) -> None:
         try:
             flight.pending = flight.started.sample()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            flight.pending, flight.refused = _Refused(error), True
+            flight.pending, flight.refused = Refused(error), True
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -276,7 +251,7 @@ class EngineLoop:
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = self._clock()
 
-    def _land(self, flight: _Flight | None) -> None:
+    def _land(self, flight: Flight | None) -> None:
         if flight is None:
             return
         assert flight.pending is not None, "a step lands after it was sampled"
@@ -286,6 +261,8 @@ class EngineLoop:
             self._health.failed(error)
             self._fail(flight.plan, error)
             return
+        if STATES in result.outputs:
+            result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):
             self._health.succeeded()
         if result.failed:
@@ -293,9 +270,15 @@ class EngineLoop:
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result)
-        self._take(flight, result)
+        if STATES in result.outputs:
+            for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
+                state = self._requests[sequence.request.request_id]
+                state.metrics.first_token_time = self._clock()
+                self._end(state, "stop")
+        else:
+            self._take(flight, result)
 
-    def _accept(self, flight: _Flight, result: StepResult) -> None:
+    def _accept(self, flight: Flight, result: StepResult) -> None:
         """Tell the scheduler of runs of more than one token."""
         runs: dict[Sequence, list[int]] = {}
         for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
@@ -305,7 +288,7 @@ class EngineLoop:
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
 
-    def _take(self, flight: _Flight, result: StepResult) -> None:
+    def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
         rows = zip(
@@ -326,13 +309,12 @@ class EngineLoop:
                 if position == len(scores):  # a preempted one may be scored twice
                     scores.append(logprobs)
                 continue
-            # The step was on its way when the token was forced.
+            # Else the step was on its way when the token was forced.
             if not (sequence.jumps and position < len(sequence.output)):
-                self._take_token(sequence, token, logprobs, now)
+                self._take_token(sequence, token, logprobs)
+                self._note_change(sequence, now)
 
-    def _take_token(
-        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float
-    ) -> None:
+    def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         state = self._requests[sequence.request.request_id]
         completion = state.completions[sequence.index]
         try:
@@ -341,6 +323,10 @@ class EngineLoop:
                 completion.jump()
         except SlipstreamError as error:  # of the tokenizer, or of the form
             state.fail(error)
+
+    def _note_change(self, sequence: Sequence, now: float) -> None:
+        """Note that a sequence has something to tell, and may have ended."""
+        state = self._requests[sequence.request.request_id]
         self._changed[state] = None
         if state.metrics.first_token_time is None:
             state.metrics.first_token_time = now
@@ -361,7 +347,7 @@ class EngineLoop:
                 state.error = error
                 self._end(state, "error", spoiled=True)
         if PROBE not in self._requests and self.unhealthy is None:
-            self.add_request(probe())
+            self.add_request(probe(PoolingParams() if self._engine.pooling else None))
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """End the requests of a failed step; nothing that it computed was committed."""

@@ -133,5 +133,6 @@ class RequestState:
             metrics=self.metrics,
             prompt_logprobs=None if leader.scores_prompt else leader.prompt_logprobs,
             num_cached_tokens=leader.num_cached or 0,
+            pooled=None if leader.pool is None else leader.pool.value,
             error=self.error,
         )

@@ -17,11 +17,8 @@ from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
 
 _ORDER = attrgetter("order")
+_LEFT = attrgetter("num_left")
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
-
-
-def _left(sequence: Sequence) -> int:
-    return sequence.num_tokens - sequence.num_scheduled
 
 
 def _length(sequence: Sequence) -> int:
@@ -94,25 +91,24 @@ class Scheduler:
             num_preemptions=self._preemptions,
         )
 
-    def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None) -> int:
-        """``max_tokens`` clamped to the room after the prompt; None asks for all of it.
-
-        Raises ``InvalidRequestError`` for a prompt that is empty, ``ContextLengthError`` for one
-        that is too long, and ``CapacityError`` for a request that would not fit in the KV pages
-        even alone.
-        """
+    def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
+        """``max_tokens`` clamped to the room after the prompt, all of it for None; 1 if
+        it ``pools``, which needs no room. Raises ``InvalidRequestError`` for an empty prompt,
+        ``ContextLengthError`` for one that is too long, and ``CapacityError`` for a request that
+        would not fit in the KV pages even alone."""
         limit = self._config.max_seq_len
+        longest = limit - (not pools)
         if prompt_len < 1:
             raise InvalidRequestError(
-                f"the prompt has 0 tokens; this engine takes 1 to {limit - 1}. Give it some text",
+                f"the prompt has 0 tokens; this engine takes 1 to {longest}. Give it some text",
                 param="prompt",
             )
-        if prompt_len >= limit:
-            raise ContextLengthError(prompt_len, limit)
+        if prompt_len > longest:
+            raise ContextLengthError(prompt_len, limit, generates=not pools)
         capacity = self.kv.num_pages * self.kv.page_size
         if max_tokens is None:
             max_tokens = max(1, capacity - prompt_len + 1)
-        max_tokens = min(max_tokens, limit - prompt_len)
+        max_tokens = 1 if pools else min(max_tokens, limit - prompt_len)
         if prompt_len + max_tokens - 1 > capacity:
             raise CapacityError(
                 f"{'the prompt is too long: ' if prompt_len > capacity else ''}"
@@ -136,7 +132,7 @@ class Scheduler:
         prefills: list[Sequence] = []
         spare = self._config.max_num_tokens - len(self.running)
         for sequence in self.running:
-            left = _left(sequence)
+            left = sequence.num_left
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
@@ -268,8 +264,8 @@ class Scheduler:
         it, and what is left to the rest in their order."""
         if prefills:
             first, *others = prefills
-            short = min(others, key=_left) if others else self._passing(first)
-            need = 0 if short is None else _left(short) if others else _length(short)
+            short = min(others, key=_LEFT) if others else self._passing(first)
+            need = 0 if short is None else short.num_left if others else _length(short)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
@@ -283,7 +279,7 @@ class Scheduler:
 
     def _compute(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Add what a budget allows of a running sequence, and return how many tokens that are."""
-        count = min(self._room(plan, sequence, budget), _left(sequence))
+        count = min(self._room(plan, sequence, budget), sequence.num_left)
         if count:
             plan.add(sequence, count)
         return count
@@ -293,7 +289,7 @@ class Scheduler:
         first that waits, and it is shorter and wants nothing that the prefill is about to share."""
         waiting = self.waiting if self._rows else ()
         short = min((s for s in waiting if not s.index), key=_length, default=None)
-        if short is None or short.pending or _length(short) >= _left(first):
+        if short is None or short.pending or _length(short) >= first.num_left:
             return None
         head, size = self.waiting[0], self.kv.page_size
         if short is not head:
@@ -346,7 +342,7 @@ class Scheduler:
         return min(budget, max(0, self._max_scored - scored))
 
     def _match(self, sequence: Sequence) -> Node:
-        if sequence.scores_prompt:
+        if sequence.skips_none:
             return self.kv.no_match()
         return self.kv.match(sequence.tokens, self._namespace(sequence))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slipstream.runtime.engine.kv_cache import Allocation
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
+    from slipstream.runtime.pooling import Pool
     from slipstream.runtime.request import FinishReason, Request
     from slipstream.runtime.structured.grammar import Constraint
 
@@ -51,7 +52,8 @@ class Sequence:
     ``max_tokens`` is already clamped to the room that is left; ``max_len`` counts the prompt too.
     ``row`` is its row in the page table while it runs. ``followers`` are its siblings (``n`` > 1),
     which start once its prompt is computed; it is their ``leader`` until they do.
-    ``prompt_logprobs`` collects the scores of the prompt if they are wanted. ``sampling_rows`` are
+    ``prompt_logprobs`` collects the scores of the prompt if they are wanted, ``pool`` its states if
+    it is pooled; no token follows it then. ``sampling_rows`` are
     made by the step builder, one for each token of a run, and used for every step.
 
     ``constraint`` is where it is in the form that its request asks for; tokens which that forces
@@ -68,6 +70,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pool: Pool | None = None
     tokens: list[int] = field(init=False)
     output: list[int] = field(init=False, default_factory=list)
     prompt_len: int = field(init=False)
@@ -103,6 +106,11 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
+    def num_left(self) -> int:
+        """Tokens that are to be computed next."""
+        return self.num_tokens - self.num_scheduled
+
+    @property
     def awaits_last(self) -> bool:
         """Whether the last token that it may have is, or may be, on its way: there is nothing to
         compute before that has landed."""
@@ -117,6 +125,12 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether prompt tokens are still to be scored, so that none may be skipped."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
+
+    @property
+    def skips_none(self) -> bool:
+        """Whether a row of every token of the prompt is wanted, so that none may be taken from the
+        prefix cache."""
+        return self.scores_prompt or (self.pool is not None and self.pool.mode == "mean")
 
     def append(self, token: int) -> None:
         """Take a sampled token that has landed and set ``finish_reason`` if it is the last.

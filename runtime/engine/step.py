@@ -34,10 +34,12 @@ class SamplingRow:
     bad words read them). ``position`` is the number of output tokens before the one to be sampled:
     it addresses the random stream and counts towards ``min_tokens``. It exceeds ``len(output)``
     when the device runs ahead of what the host knows. ``target`` is set on rows that only score
-    that prompt token, whose place in the prompt is then ``position``. ``edits`` are those of its
-    logits, as whoever makes them remembers them. ``constraint`` says which tokens may come next
-    after ``output``, and ``mask`` has that for a step, once asked: int32 words of bits. A row whose
-    ``position`` is less than ``len(output)`` samples what is known already; nobody reads it.
+    that prompt token, whose place in the prompt is then ``position``; ``pooled`` on rows whose
+    states are pooled, which a sequence shares: those from the prompt token at ``position`` on.
+    ``edits`` are those of its logits, as whoever makes them remembers them. ``constraint`` says
+    which tokens may come next after ``output``, and ``mask`` has that for a step, once asked: int32
+    words of bits. A row whose ``position`` is less than ``len(output)`` samples what is known
+    already; nobody reads it.
     """
 
     params: SamplingParams
@@ -48,6 +50,7 @@ class SamplingRow:
     target: int | None = None
     position: int = 0
     edits: Edits | None = None
+    pooled: bool = False
     constraint: Constraint | None = None
     mask: IntArray | None = None
 
@@ -134,10 +137,10 @@ class TokenLogprobs:
 class StepResult:
     """Token and logprobs (where asked) of every logits row.
 
-    The token is -1 on rows that only score a prompt token. The rows of a sequence with guesses give
-    a run: a token for each row up to the first whose guess was wrong, ``REJECTED`` after that.
-    ``failed`` says why a row, by its number, has no answer; its token means nothing. ``outputs``
-    are the further outputs that were asked for, by name.
+    The token is -1 on rows that only score a prompt token, or are pooled. The rows of a sequence
+    with guesses give a run: a token for each row up to the first whose guess was wrong,
+    ``REJECTED`` after that. ``failed`` says why a row, by its number, has no answer; its token
+    means nothing. ``outputs`` are the further outputs that were asked for, by name.
     """
 
     token_ids: list[int]

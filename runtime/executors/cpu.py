@@ -110,7 +110,8 @@ class _Pending:
 
     def result(self) -> StepResult:
         outputs = self.outputs()
-        batch, result = self.batch, StepResult([], [])
+        batch, rows = self.batch, len(self.batch.sampling)
+        result = StepResult([-1] * rows, [None] * rows)
         if LOGITS in outputs:
             result = self.sampler.sample(outputs[LOGITS], batch.sampling)
         # The next step of this shape overwrites the arrays.

@@ -109,6 +109,8 @@ class SamplingParams:
         probability at each position, beside the token itself (0: only the token itself, -1: all,
         None: nothing).
     skip_special_tokens: leave special tokens out of the text.
+    shown_special_tokens: special tokens that stay in the text nevertheless, such as those that mark
+    calls of tools.
     structured: the form that the completion must have; it ends when the form is complete. Where
         the form leaves nothing that ``min_tokens``, ``bad_words`` and ``allowed_token_ids`` permit,
         it is the form that holds, and its end is one with ``ignore_eos`` too.
@@ -136,6 +138,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_tokens: Sequence[str] = ()
     structured: StructuredOutput | None = None
 
     # Derived once, because the sampler asks for every row of every step.
@@ -157,6 +160,7 @@ class SamplingParams:
         self._set(
             stop=check_strings("stop", self.stop),
             bad_words=check_strings("bad_words", self.bad_words),
+            shown_special_tokens=check_strings("shown_special_tokens", self.shown_special_tokens),
             stop_token_ids=check_token_ids("stop_token_ids", self.stop_token_ids),
             bad_words_token_ids=check_token_sequences(
                 "bad_words_token_ids", self.bad_words_token_ids

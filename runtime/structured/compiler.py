@@ -35,9 +35,9 @@ _LIMITS: dict[str, Any] = {
 }
 # Whitespace between the parts of a JSON text: all that a pretty printer makes, but no endless run
 # of it, which small models fall into.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _JSON_OPTIONS: JsonCompileOptions = {
-    "whitespace_pattern": _WHITESPACE,
+    "whitespace_pattern": WHITESPACE,
     "coerce_one_of": False,
     "lenient": False,
 }

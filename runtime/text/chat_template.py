@@ -149,9 +149,14 @@ def _checked_messages(messages: object) -> list[dict[str, Any]]:
         )
     for index, message in enumerate(messages):
         _check_message(index, message)
-    # Templates test for a key, not for null, which clients send for what is absent.
+    # Templates test for a key, not for null, which clients send for what is absent; but of a
+    # message that calls tools some know by null that it says nothing.
     checked: list[dict[str, Any]] = _plain("messages", list(messages))
-    return [{k: v for k, v in message.items() if v is not None} for message in checked]
+    return [
+        {k: v for k, v in message.items() if v is not None or (k == "content" and calls)}
+        for message in checked
+        for calls in [message.get("tool_calls")]
+    ]
 
 
 def _check_message(index: int, message: object) -> None:

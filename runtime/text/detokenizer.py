@@ -38,10 +38,17 @@ class Detokenizer:
     ) -> None:
         """Start with no text."""
         self._stream = tokenizer.text_stream(
-            skip_special_tokens=params.skip_special_tokens, prompt=prompt
+            skip_special_tokens=params.skip_special_tokens,
+            shown_special_tokens=params.shown_special_tokens,
+            prompt=prompt,
         )
         stops = tuple(params.stop)
-        self._specials = special_stops(tokenizer, stops, skipped=params.skip_special_tokens)
+        self._specials = special_stops(
+            tokenizer,
+            stops,
+            skipped=params.skip_special_tokens,
+            shown=tuple(params.shown_special_tokens),
+        )
         self._keep = params.include_stop_str_in_output
         self._matcher = StopMatcher([*self._specials.stops], keep=self._keep) if stops else None
         self._exempt = params.min_tokens

@@ -9,15 +9,17 @@ from slipstream.errors import ContextLengthError
 from slipstream.runtime.text.tokenizer import Tokenizer
 
 
-def check_length(tokenizer: Tokenizer, texts: Iterable[str], max_seq_len: int) -> None:
+def check_length(
+    tokenizer: Tokenizer, texts: Iterable[str], max_seq_len: int, *, generates: bool = True
+) -> None:
     """Raise ``ContextLengthError`` for the ``texts`` of one prompt if they cannot fit in
-    ``max_seq_len`` tokens, whatever they say.
+    ``max_seq_len`` tokens, of which one is generated, whatever they say.
 
     Costs a pass over their bytes. A text that passes may still be too long.
     """
     least = sum(map(tokenizer.least_tokens, texts))
-    if least >= max_seq_len:
-        raise ContextLengthError(f"at least {least}", max_seq_len)
+    if least > max_seq_len - generates:
+        raise ContextLengthError(f"at least {least}", max_seq_len, generates=generates)
 
 
 def texts_of(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:

@@ -35,9 +35,14 @@ class SpecialStops:
         return self.shown(text[: -len(stop)]) + self.stops[stop]
 
 
-def special_stops(tokenizer: Tokenizer, stops: tuple[str, ...], *, skipped: bool) -> SpecialStops:
-    """How to look for ``stops`` where special tokens are ``skipped``, or shown."""
-    return _special_stops(ref(tokenizer), stops) if skipped else SpecialStops(_as_given(stops))
+def special_stops(
+    tokenizer: Tokenizer, stops: tuple[str, ...], *, skipped: bool, shown: tuple[str, ...] = ()
+) -> SpecialStops:
+    """How to look for ``stops`` where special tokens but those ``shown`` are ``skipped``, or none
+    is."""
+    if not skipped:
+        return SpecialStops(_as_given(stops))
+    return _special_stops(ref(tokenizer), stops, shown)
 
 
 def _as_given(stops: tuple[str, ...]) -> dict[str, str]:
@@ -46,11 +51,14 @@ def _as_given(stops: tuple[str, ...]) -> dict[str, str]:
 
 # Each of the n completions of a request asks. A tokenizer whose engine is closed is not kept.
 @lru_cache(maxsize=16)
-def _special_stops(kept: ref[Tokenizer], stops: tuple[str, ...]) -> SpecialStops:
+def _special_stops(
+    kept: ref[Tokenizer], stops: tuple[str, ...], shown: tuple[str, ...]
+) -> SpecialStops:
     tokenizer, given = kept(), _as_given(stops)
     assert tokenizer is not None, "who asks holds it"
     every = "\n".join(stops)
-    names = {i: tokenizer.id_to_token(i) or "" for i in tokenizer.special_token_ids}
+    hidden = tokenizer.special_token_ids.difference(map(tokenizer.token_to_id, shown))
+    names = {i: tokenizer.id_to_token(i) or "" for i in hidden}
     named = sorted(
         (i for i in names if names[i] and names[i] in every), key=lambda i: -len(names[i])
     )

@@ -105,6 +105,22 @@ class Tokenizer:
         return self._settings.special_tokens
 
     @property
+    def marker_tokens(self) -> dict[str, int]:
+        """Ids of added tokens that are special or look like a tag (``<think>``): to a grammar they
+        are no text, but tokens of their own."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {
+            token.content: i
+            for i, token in added
+            if token.special or (token.content[:1], token.content[-1:]) == ("<", ">")
+        }
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja sources of all chat templates by name."""
+        return self._settings.chat_templates
+
+    @property
     def chat_template(self) -> str | None:
         """Jinja source of the usual chat template."""
         return self._settings.chat_templates.get("default")
@@ -199,9 +215,19 @@ class Tokenizer:
         first, both = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return both[len(first) :].encode()
 
-    def text_stream(self, *, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> TextStream:
-        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``."""
-        skip = self.special_token_ids if skip_special_tokens else frozenset()
+    def text_stream(
+        self,
+        *,
+        skip_special_tokens: bool,
+        shown_special_tokens: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> TextStream:
+        """A stream whose increments join to ``decode`` of its tokens, as text after ``prompt``;
+        special tokens that are ``shown_special_tokens`` are never left out."""
+        skip: frozenset[int] = frozenset()
+        if skip_special_tokens:
+            shown = map(self._backend.token_to_id, shown_special_tokens)
+            skip = self.special_token_ids.difference(shown)
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 

@@ -97,12 +97,13 @@ def _estimate(checkpoint: str, options: BuildOptions) -> None:
 
 def _needs(planned: Plan) -> list[tuple[str, str]]:
     from slipstream.builder.parameters import count_parameters
-    from slipstream.server.engine_summary import describe_parameters, step_weights
+    from slipstream.server.engine_summary import describe_parameters, describe_task, step_weights
 
     limits, per_token = planned.limits, bytes_per_token(planned.caches)
     fixed = planned.weight_bytes + _PROGRAM_BYTES
     full_batch = fixed + limits.max_batch_size * planned.sequence_kv_bytes
     return [
+        ("task", describe_task(planned.pooling)),
         ("parameters", describe_parameters(count_parameters(planned.checkpoint.config))),
         ("weights", format_bytes(planned.weight_bytes)),
         *step_weights(planned.program.graph).describe(),
@@ -148,7 +149,11 @@ def _summarize(output: Path, manifest: Manifest, seconds: float) -> None:
     click.echo()
     _echo_kernels(count_kernels(read_graph(Engine(output, manifest))))
     click.echo()
-    click.echo(f'next: slipstream generate {shlex.quote(str(output))} "Why is the sky blue?"')
+    path = shlex.quote(str(output))
+    asked = (
+        f'generate {path} "Why is the sky blue?"' if manifest.pooling is None else f"serve {path}"
+    )
+    click.echo(f"next: slipstream {asked}")
 
 
 def _echo_kernels(kernels: dict[str, int]) -> None:

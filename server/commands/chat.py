@@ -37,9 +37,11 @@ def chat(model: str, system: str | None, sampling: dict[str, Any], runtime: dict
     engine = load_model(model, runtime)
     # Imported here, with what they need, so that bad usage is reported at once.
     from slipstream.runtime.async_llm import AsyncLLM
+    from slipstream.runtime.pooling import require_text
     from slipstream.server.chat.session import ChatSession
     from slipstream.server.chat.terminal import create_terminal
 
+    require_text(engine.pooling)
     engine.tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # says what is missing
     terminal = create_terminal()
     llm = AsyncLLM.from_engine(engine)

@@ -21,6 +21,7 @@ from slipstream.server.engine_summary import (
     count_operators,
     describe_kv,
     describe_parameters,
+    describe_task,
     list_files,
     list_weights,
     parameters_of,
@@ -153,6 +154,7 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
     per_token = int(kv["bytes_per_token"])
     return [
         ("path", str(engine.path)),
+        ("task", describe_task(manifest.pooling)),
         ("target", f"{manifest.target} ({manifest.capability})"),
         ("made by", f"slipstream {manifest.slipstream_version}, format {manifest.format_version}"),
         ("command", manifest.command),

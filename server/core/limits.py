@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.options import Tool
 from slipstream.runtime.sampling.params import SamplingParams
 
 MAX_SEQUENCES = 2048  # completions of all prompts of a request
@@ -17,10 +20,18 @@ MAX_TOKEN_IDS = 1024
 MAX_ALLOWED = 16384  # tokens of an allow list, which is read once
 # Log probabilities in one answer: some 35 MB of JSON.
 MAX_SCORES = 1 << 19
+# Numbers of all vectors of one answer: some 50 MB of JSON.
+MAX_NUMBERS = 1 << 22
 # Of a body: more take the event loop tens of milliseconds to read.
 MAX_VALUES = 1 << 18
 MAX_KEYS = 1 << 15  # lists, objects and fields
 MAX_FIELDS = 100  # of an object whose fields are known
+MAX_TOOLS = 512
+MAX_NAME = 128
+# Of a schema, a grammar or an expression that an answer is held to.
+MAX_FORM_LENGTH = 1 << 18
+MAX_FORM_DEPTH = 64
+_TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}")
 
 _MOST: Mapping[str, int] = {
     "n": MAX_N,
@@ -52,6 +63,8 @@ def check_limits(params: SamplingParams) -> None:
             raise InvalidRequestError(
                 f"{name} has {count} entries; this server takes {most}", param=name
             )
+    if params.structured is not None:
+        check_form(params.structured.json, "structured", len(params.structured.text))
     total = sum(map(len, params.bad_words_token_ids))
     if total > MAX_ALLOWED:
         raise InvalidRequestError(
@@ -65,3 +78,51 @@ def check_limits(params: SamplingParams) -> None:
                 f"{name} has a text of {longest} characters; this server takes {MAX_TEXT_LENGTH}",
                 param=name,
             )
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise ``InvalidRequestError`` for too many or too large tools, and for names that a model
+    could not be shown as they are."""
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(
+            f"tools has {len(tools)} entries; this server takes {MAX_TOOLS}", param="tools"
+        )
+    for index, tool in enumerate(tools):
+        if not _TOOL_NAME.fullmatch(tool.name):
+            raise InvalidRequestError(
+                f"tools[{index}] is called {tool.name!r:.80}; a name is 1 to {MAX_NAME} of "
+                "ASCII's letters and digits and of _ - . : /",
+                param="tools",
+            )
+        check_form(tool.parameters, f"tools[{index}]", param="tools")
+
+
+def check_form(
+    form: object, field: str, length: int | None = None, *, param: str | None = None
+) -> None:
+    """Raise ``InvalidRequestError`` for what an answer is held to if that is too large or nested
+    too deep; ``length`` is that of its text, None: to be told."""
+    depth = _depth(form)
+    if depth > MAX_FORM_DEPTH:
+        raise InvalidRequestError(
+            f"{field} is nested more than {MAX_FORM_DEPTH} deep; use $defs and $ref, or less depth",
+            param=param or field,
+        )
+    length = len(json.dumps(form)) if length is None else length
+    if length > MAX_FORM_LENGTH:
+        raise InvalidRequestError(
+            f"{field} has {length} characters; this server takes {MAX_FORM_LENGTH}",
+            param=param or field,
+        )
+
+
+def _depth(value: object) -> int:
+    """How deep lists and objects are nested; what is deeper than is taken is not looked into."""
+    level, depth = [value], 0
+    while level and depth <= MAX_FORM_DEPTH:
+        inner = [v for v in level if isinstance(v, Mapping | list | tuple)]
+        level = [w for v in inner for w in (v.values() if isinstance(v, Mapping) else v)]
+        depth += bool(inner)
+        if not inner:
+            break
+    return depth

@@ -31,6 +31,10 @@ class ServerOptions:
     log_format            ``text`` or ``json``.
     log_prompts           write prompts into the log.
     drain_timeout         seconds for running requests to end in after SIGTERM.
+    default_max_tokens    tokens of an answer whose request does not say how many; None: the
+                          model's own, and where it has none, what fits.
+    tool_call_parser      how the model writes calls of tools; None: told by its chat template.
+    reasoning_parser      how it writes thoughts; None: told by its chat template.
 
     Raises ``InvalidRequestError`` for a value that makes no sense.
     """
@@ -47,6 +51,9 @@ class ServerOptions:
     log_format: LogFormat = "text"
     log_prompts: bool = False
     drain_timeout: float = 60.0
+    default_max_tokens: int | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
         least = {"port": 0, "max_queued_requests": 0, "max_request_bytes": 1, "drain_timeout": 0}
@@ -55,6 +62,10 @@ class ServerOptions:
                 raise InvalidRequestError(
                     f"{name} is {getattr(self, name)}; it must be at least {value}"
                 )
+        if self.default_max_tokens is not None and self.default_max_tokens < 1:
+            raise InvalidRequestError(
+                f"default_max_tokens is {self.default_max_tokens}; it must be at least 1"
+            )
         if self.port > 65535:
             raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")
         for name in ("api_key", "served_model_name", "allowed_origins", "allowed_hosts"):

@@ -9,15 +9,18 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.chat.detection import dialect_of
+from slipstream.runtime.chat.dialect import Dialect
+from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.text.length import check_length, texts_of
+from slipstream.runtime.text.length import check_length
 from slipstream.server.core.conversation import Conversation, render
 from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES
 from slipstream.server.core.logprobs import TokenTexts
@@ -25,6 +28,7 @@ from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.refusal import Refusal, naming
+from slipstream.server.core.turns import Turns
 
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
@@ -42,6 +46,8 @@ class Job:
 
     ``add_special_tokens``: whether texts are encoded with what the tokenizer puts around them;
     None: prompts are, and conversations, whose templates write it themselves, are not.
+
+    ``pooling``: how each prompt is pooled; none: they are continued.
     """
 
     prompts: Sequence[Prompt | Conversation]
@@ -50,6 +56,7 @@ class Job:
     priority: int = 0
     add_special_tokens: bool | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    pooling: Sequence[PoolingParams] = ()
 
 
 class Observer(Protocol):
@@ -78,6 +85,15 @@ class Metrics(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What the engine is given for one prompt; ``text`` is that of a conversation."""
+
+    prompt: Prompt
+    params: SamplingParams
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Track:
     """One prompt of a job on its way through the engine."""
 
@@ -89,9 +105,23 @@ class _Track:
 class Service:
     """One engine behind one server; belongs to one event loop."""
 
-    def __init__(self, llm: AsyncLLM, options: ServerOptions, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        options: ServerOptions,
+        metrics: Metrics,
+        dialect: Dialect | None = None,
+    ) -> None:
         self.llm = llm
+        self.dialect = dialect or dialect_of(
+            llm.tokenizer,
+            tool_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
+        )
         self.options = options
+        self.defaults = llm.generation_defaults
+        if options.default_max_tokens is not None:
+            self.defaults = replace(self.defaults, max_tokens=options.default_max_tokens)
         self.names = list(options.served_model_name)
         self.created = int(time.time())
         self.metrics = metrics
@@ -128,12 +158,13 @@ class Service:
         self._check(job)
         with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
             self._log_prompts(job)
-            prompts = [await self._prompt(job, prompt) for prompt in job.prompts]
-            await self._check_scores(job, prompts)
-            runs = [self._generate(job, prompts, track) for track in tracks.values()]
+            prepared = [await self._prepare(job, prompt) for prompt in job.prompts]
+            await self._check_scores(job, [given.prompt for given in prepared])
+            runs = [self._generate(job, prepared[t.position], t) for t in tracks.values()]
             async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as outputs:
                 async for output in outputs:
                     track = tracks[output.request_id]
+                    output.prompt = prepared[track.position].text or output.prompt
                     track.observer.see(output)
                     if output.finished and _aborted(output):
                         raise Refusal("unavailable", _SHUTTING_DOWN)
@@ -148,30 +179,57 @@ class Service:
         if isinstance(prompt, str):
             check_length(tokenizer, [prompt], max_seq_len)
             return await self._encoded(prompt, add_special_tokens is not False)
+        text = await self._rendered(prompt)
         with naming({"prompt": "messages"}):
-            check_length(tokenizer, texts_of(prompt.messages), max_seq_len)
-            text = await self.llm.render(render, tokenizer, prompt)
-            check_length(tokenizer, [text], max_seq_len)  # with roles, names and variables
             return await self._encoded(text, bool(add_special_tokens))
+
+    def turns(self, conversation: Conversation, params: SamplingParams) -> Turns:
+        """Where the outputs of a conversation, asked for with ``params``, become turns."""
+        return Turns(self.dialect, self.llm.tokenizer, conversation, params)
+
+    async def _rendered(self, conversation: Conversation) -> str:
+        tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
+        with naming({"prompt": "messages"}):
+            return await self.llm.render(render, tokenizer, self.dialect, conversation, max_seq_len)
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         encode = self.llm.tokenizer.encode
         return await self.llm.workers.run(len(text), encode, text, add_special_tokens)
 
-    async def _prompt(self, job: Job, prompt: Prompt | Conversation) -> Prompt:
+    async def _prepare(self, job: Job, prompt: Prompt | Conversation) -> _Prepared:
         """What the engine is given: what it would encode in another way is encoded here."""
         if isinstance(prompt, Conversation):
-            return await self.encode(prompt, job.add_special_tokens)
+            return await self._prepare_turn(job, prompt)
         if isinstance(prompt, str) and job.add_special_tokens is False:
-            return await self.encode(prompt, add_special_tokens=False)
-        return prompt
+            prompt = await self.encode(prompt, add_special_tokens=False)
+        return _Prepared(prompt, job.params)
+
+    async def _prepare_turn(self, job: Job, conversation: Conversation) -> _Prepared:
+        """A conversation as its dialect writes it, held to the form that this takes."""
+        text = await self._rendered(conversation)
+        tokens = await self._encoded(text, bool(job.add_special_tokens))
+        options, wanted = conversation.options, job.params.structured
+        structured = await self.llm.workers.run(
+            len(text), self.dialect.structured, options, wanted, text
+        )
+        params = replace(
+            job.params, structured=structured, shown_special_tokens=self.dialect.special_tokens
+        )
+        return _Prepared(tokens, params, text)
 
     def _generate(
-        self, job: Job, prompts: Sequence[Prompt], track: _Track
+        self, job: Job, prepared: _Prepared, track: _Track
     ) -> AsyncGenerator[RequestOutput, None]:
+        if job.pooling:
+            return self.llm.pool(
+                prepared.prompt,
+                job.pooling[track.position],
+                track.request_id,
+                priority=job.priority,
+            )
         return self.llm.generate(
-            prompts[track.position],
-            job.params,
+            prepared.prompt,
+            prepared.params,
             track.request_id,
             priority=job.priority,
             output_kind=job.kind,
@@ -220,16 +278,20 @@ class Service:
     def _capacity(self) -> int:
         return self.llm.config.max_batch_size + self.options.max_queued_requests
 
-    def _check(self, job: Job) -> None:
-        """Raise ``Refusal`` for what this server never answers."""
-        count, n, most = len(job.prompts), job.params.n, min(MAX_SEQUENCES, self._capacity)
+    def check_count(self, count: int, param: str, n: int = 1) -> None:
+        """Raise ``Refusal`` for more prompts, which came as ``param``, than one request takes."""
+        most = min(MAX_SEQUENCES, self._capacity)
         if not 1 <= count * n <= most:
             raise Refusal(
                 "invalid",
                 f"{count} prompts of {n} completions each; one request takes 1 to {most} "
                 "completions. Send several requests",
-                param="n" if count <= most < count * n else "prompt",
+                param="n" if count <= most < count * n else param,
             )
+
+    def _check(self, job: Job) -> None:
+        """Raise ``Refusal`` for what this server never answers."""
+        self.check_count(len(job.prompts), job.fields.get("prompt", "prompt"), job.params.n)
         if job.priority and not self.options.allow_priority:
             raise Refusal(
                 "invalid",

@@ -17,6 +17,7 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     generated: int = 0
+    reasoning: int = 0  # of those generated
     metrics: RequestMetrics | None = None
     _seen: set[int] = field(default_factory=set)
 

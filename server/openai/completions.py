@@ -14,8 +14,10 @@ from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
+from slipstream.server.openai.forms import form_field
 from slipstream.server.openai.logprobs import prompt_logprobs
 from slipstream.server.openai.protocol import CompletionRequest
 from slipstream.server.openai.reply import (
@@ -28,7 +30,7 @@ from slipstream.server.openai.reply import (
     last_fields,
 )
 from slipstream.server.openai.sampling import completion_params, only_scores
-from slipstream.server.openai.scored_tokens import ScoredTokens, TextOffsets
+from slipstream.server.openai.scored_tokens import ScoredTokens
 
 router = APIRouter()
 
@@ -41,10 +43,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_stream(body, "leave out stream, or use echo and logprobs")
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("invalid", "max_tokens 0 needs echo; use at least 1", param="max_tokens")
-    params = completion_params(body, service.llm.generation_defaults)
     tokenizer = service.llm.tokenizer
+    params = completion_params(body, service.defaults, tokenizer)
     reply = CompletionReply(body, frame, tokenizer, params)
-    fields = {"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}  # of echo
+    fields = {"structured": form_field(body) or "structured"}
+    if body.prompt_logprobs is None:  # of echo
+        fields["prompt_logprobs"] = "logprobs"
     return await respond(request, job_of(body, _prompts(body, tokenizer), params, fields), reply)
 
 
@@ -141,7 +145,9 @@ class CompletionReply:
         logprobs = "null" if scores is None else dump(scores).decode()
         index = self._index(position, completion)
         fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{logprobs},'
-        return self.frame.event(fields + last_fields(completion))
+        return self.frame.event(
+            fields + last_fields(completion.finish_reason, completion.stop_reason)
+        )
 
     def _whole(
         self, position: int, output: RequestOutput, completion: CompletionOutput

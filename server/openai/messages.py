@@ -1,15 +1,25 @@
-"""OpenAI's messages as a conversation that a chat template can write."""
+"""OpenAI's messages, tools and fields of thinking as a conversation."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, ToolChoice
 from slipstream.server.core.conversation import Conversation
-from slipstream.server.openai.protocol import ChatMessage, ContentPart, Templated
+from slipstream.server.openai.protocol import (
+    ChatMessage,
+    ChatRequest,
+    ChatTool,
+    ContentPart,
+    MessageCall,
+    NamedChoice,
+    Templated,
+)
 
-# Of turns with tools or sound; clients send them empty with every turn of the past.
-_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "audio")
+# Clients send them empty with every turn of the past.
+_UNSUPPORTED = ("function_call", "audio")
 
 
 def conversation_of(request: Templated) -> Conversation:
@@ -19,7 +29,35 @@ def conversation_of(request: Templated) -> Conversation:
         generating=request.add_generation_prompt,
         going_on=bool(request.continue_final_message),
         variables=request.chat_template_kwargs or {},
+        options=_options(request),
     )
+
+
+def _options(request: Templated) -> ChatOptions:
+    effort = request.reasoning_effort
+    parallel = budget = None
+    if isinstance(request, ChatRequest):
+        parallel, budget = request.parallel_tool_calls, request.thinking_token_budget
+    return ChatOptions(
+        tools=[_tool(tool) for tool in request.tools or ()],
+        tool_choice=_choice(request),
+        parallel_tool_calls=parallel is not False,
+        thinking=None if effort is None else effort != "none",
+        reasoning_effort=effort,
+        thinking_budget=None if budget == -1 else budget,
+    )
+
+
+def _tool(tool: ChatTool) -> Tool:
+    function = tool.function
+    return Tool(
+        function.name, function.description, function.parameters, strict=bool(function.strict)
+    )
+
+
+def _choice(request: Templated) -> ToolChoice | NamedTool:
+    choice = request.tool_choice
+    return NamedTool(choice.function.name) if isinstance(choice, NamedChoice) else choice or "auto"
 
 
 def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
@@ -30,6 +68,8 @@ def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
                 f"messages[{index}].{name} is not supported by this server; leave it out",
                 param="messages",
             )
+    if message.tool_calls:
+        extra["tool_calls"] = [_call(call) for call in message.tool_calls]
     content = message.content
     if content is None and message.role == "assistant":
         content = message.refusal or ""  # a turn that refused has its text there
@@ -38,6 +78,15 @@ def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
             f"messages[{index}].content is missing; give a text", param="messages"
         )
     return {**extra, "role": message.role, "content": _text(content, index)}
+
+
+def _call(call: MessageCall) -> dict[str, Any]:
+    """A past call, its arguments as text."""
+    arguments = call.function.arguments or ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _text(content: str | list[ContentPart], index: int) -> str:

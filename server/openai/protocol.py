@@ -6,7 +6,7 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -27,9 +27,11 @@ from slipstream.server.core.limits import (
     MAX_FIELDS,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_NAME,
     MAX_TEXT_LENGTH,
     MAX_TEXTS,
     MAX_TOKEN_IDS,
+    MAX_TOOLS,
 )
 
 T = TypeVar("T")
@@ -50,11 +52,16 @@ _Ids = _Several[Int]
 Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
 
 
+# What pydantic itself calls deprecated warns whoever looks whether it was sent.
+_OLDER = Field(None, json_schema_extra={"deprecated": True})
+
+
 @dataclass(frozen=True)
 class _Only:
     """OpenAI's fields of which this server can do nothing but what these values say."""
 
     accepted: tuple[object, ...]
+    remedy: str = "leave it out"
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -69,11 +76,11 @@ class _Only:
     def _check(self, value: object) -> object:
         if value is None or value in self.accepted:
             return value
-        raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
+        raise PydanticCustomError("unsupported", f"not supported by this server; {self.remedy}")
 
 
-def _only(*accepted: object) -> _Only:
-    return _Only(accepted)
+def _only(*accepted: object, remedy: str = "leave it out") -> _Only:
+    return _Only(accepted, remedy)
 
 
 def _describe(schema: dict[str, Any]) -> None:
@@ -124,7 +131,9 @@ class _Strict(BaseModel):
         return values
 
 
-class _Request(_Strict):
+class ModelRequest(_Strict):
+    """What all requests have in common."""
+
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
@@ -136,7 +145,37 @@ class StreamOptions(_Strict):
     include_obfuscation: Ignored = None
 
 
-class GenerationRequest(_Request):
+class JsonSchema(_Strict):
+    """A schema with a name; without the schema any object will do."""
+
+    name: Annotated[str, Field(max_length=MAX_NAME)]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag = Field(None, description="The schema is always held.")
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's way to say what an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchema | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's way: exactly one of them."""
+
+    json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    json_object: Flag = None
+    regex: str | None = None
+    choice: _Several[str] | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+
+
+class GenerationRequest(ModelRequest):
     """What completions and chats have in common."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -171,7 +210,13 @@ class GenerationRequest(_Request):
     priority: OptionalInt = None
     add_special_tokens: Flag = None
 
-    response_format: Annotated[Any, _only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = _OLDER
+    guided_regex: str | None = _OLDER
+    guided_choice: _Several[str] | None = _OLDER
+    guided_grammar: str | None = _OLDER
+    guided_decoding_backend: Ignored = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -205,6 +250,21 @@ class ContentPart(BaseModel):
     refusal: str | None = None
 
 
+class CalledFunction(BaseModel):
+    """Whom a past call called; most clients send the arguments as JSON text."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageCall(BaseModel):
+    """A call of a tool in a message of the assistant."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """A turn of a conversation; the model's chat template sees fields not named here too."""
 
@@ -213,9 +273,39 @@ class ChatMessage(BaseModel):
     role: str = Field(examples=["user"])
     content: str | _Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
     refusal: str | None = None
+    tool_calls: _Several[MessageCall] | None = None
 
 
-class Templated(_Request):
+class Function(BaseModel):
+    """A function that the model may call; fields not named here have no effect."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
+    strict: Flag = None
+
+
+class ChatTool(BaseModel):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    """One of the tools."""
+
+    name: str
+
+
+class NamedChoice(_Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class Templated(ModelRequest):
     """Messages and how a chat template turns them into a prompt."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
@@ -224,6 +314,11 @@ class Templated(_Request):
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
 
 
 class ChatRequest(Templated, GenerationRequest):
@@ -234,15 +329,19 @@ class ChatRequest(Templated, GenerationRequest):
     logprobs: Flag = None
     top_logprobs: Count = None
 
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none")] = None
-    parallel_tool_calls: Ignored = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none")] = None
+    parallel_tool_calls: Flag = None
+    thinking_token_budget: Annotated[int, Field(strict=True, ge=-1)] | None = Field(
+        None, description="Most tokens of thoughts; -1 is no bound."
+    )
+    include_reasoning: Flag = Field(None, description="False leaves thoughts out of the answer.")
+    echo: Flag = Field(
+        None, description="The answer begins with the last message, if that is the assistant's."
+    )
+    functions: Annotated[Any, _only([], remedy="send tools")] = None
+    function_call: Annotated[Any, _only("none", remedy="send tool_choice")] = None
     modalities: Annotated[Any, _only(["text"])] = None
     audio: Annotated[Any, _only()] = None
     moderation: Annotated[Any, _only()] = None
-    reasoning_effort: Annotated[Any, _only("none")] = None
     verbosity: Annotated[Any, _only("medium")] = None
     web_search_options: Annotated[Any, _only()] = None
     prediction: Ignored = None
@@ -257,7 +356,7 @@ class TokenizeRequest(Templated):
     return_token_strs: Flag = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(ModelRequest):
     """The body of ``/detokenize``."""
 
     tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]

@@ -11,7 +11,7 @@ from itertools import chain, repeat
 from json.encoder import encode_basestring as json_text
 from typing import Any, Self
 
-from slipstream.runtime.request import CompletionOutput, OutputKind
+from slipstream.runtime.request import OutputKind
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.conversation import Conversation
@@ -134,15 +134,18 @@ class Frame:
 def _usage_json(usage: Usage) -> dict[str, Any]:
     tokens = usage.tokens()
     cached = tokens.pop("cached_tokens")
-    return {**tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+    return {
+        **tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
 
 
-def last_fields(completion: CompletionOutput) -> str:
+def last_fields(finish_reason: str | None, stop_reason: int | str | None) -> str:
     """How a choice of a stream ends: with its finish reason, once there is one."""
-    if completion.finish_reason is None:
+    if finish_reason is None:
         return GOES_ON
-    stop = json.dumps(completion.stop_reason)
-    return f'"finish_reason":"{completion.finish_reason}","stop_reason":{stop}}}'
+    return f'"finish_reason":"{finish_reason}","stop_reason":{json.dumps(stop_reason)}}}'
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode

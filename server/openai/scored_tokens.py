@@ -11,28 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slipstream.runtime.text.stream import TextStream
 from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.openai.logprobs import Scores, completion_logprobs
-
-
-@dataclass(slots=True)
-class TextOffsets:
-    """Tells where each token of a sequence begins, in characters of a text.
-
-    ``stream`` makes the text, which begins at ``start``. The parts of a character begin where it
-    does; a token that adds nothing stands where the text before it ends.
-    """
-
-    stream: TextStream
-    start: int
-    _last: int = 0
-
-    def take(self, token_id: int) -> int:
-        """Where the next token begins."""
-        self._last = max(self._last, self.start + self.stream.before(token_id))
-        self.start += len(self.stream.push(token_id))
-        return self._last
 
 
 @dataclass(slots=True)

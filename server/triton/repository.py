@@ -13,6 +13,7 @@ from slipstream.builder.engine import engine_contents, open_engine
 from slipstream.builder.output import check_output, publish, scratch
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.loading import runtime_config
+from slipstream.runtime.pooling import require_text
 from slipstream.server.triton.ensemble import NAME as ENSEMBLE
 from slipstream.server.triton.ensemble import ensemble_config
 from slipstream.server.triton.settings import FILE, Settings
@@ -122,6 +123,7 @@ def _check(engine: Path, version: Path, deployment: Deployment, options: Mapping
     if deployment.ensemble:
         _check_ensemble(version.parent.with_name(ENSEMBLE), deployment.name)
     opened = open_engine(engine)
+    require_text(opened.manifest.pooling)
     manifest = opened.manifest
     runtime_config(opened, options)
     if engine.resolve().is_relative_to(version.resolve()):

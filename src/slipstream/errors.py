@@ -49,10 +49,11 @@ class ContextLengthError(InvalidRequestError):
     for "prompt is too long".
     """
 
-    def __init__(self, num_tokens: int | str, max_seq_len: int) -> None:
+    def __init__(self, num_tokens: int | str, max_seq_len: int, *, generates: bool = True) -> None:
+        room = " less one token to generate" if generates else ""
         super().__init__(
-            f"the prompt has {num_tokens} tokens; this engine takes 1 to {max_seq_len - 1} "
-            f"(max_seq_len {max_seq_len} less one token to generate), so the prompt is too long. "
+            f"the prompt has {num_tokens} tokens; this engine takes 1 to {max_seq_len - generates} "
+            f"(max_seq_len {max_seq_len}{room}), so the prompt is too long. "
             "Shorten the prompt or load the engine with a larger max_seq_len",
             param="prompt",
         )

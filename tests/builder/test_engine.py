@@ -59,6 +59,18 @@ MANIFEST = Manifest(
 )
 
 
+POOLING = {
+    "task": "embed",
+    "mode": "last",
+    "normalize": True,
+    "dimensions": 320,
+    "vocab_size": 320,
+    "similarity": "cosine",
+    "prompts": {},
+    "default_prompt": None,
+}
+
+
 @pytest.fixture
 def engine(tiny_engine: Path, tmp_path: Path) -> Path:
     """A copy to be damaged."""
@@ -116,7 +128,7 @@ def test_another_format(engine: Path, version: object) -> None:
     command = open_engine(engine).manifest.command
     edit(engine, lambda raw: raw.update(format_version=version))
     message = assert_mismatch(
-        lambda: open_engine(engine), f"has format {version!r}", "reads format 2"
+        lambda: open_engine(engine), f"has format {version!r}", f"reads format {FORMAT_VERSION}"
     )
     assert message.endswith(command)
 
@@ -338,6 +350,29 @@ def no_logits(raw: dict[str, Any]) -> None:
     raw["graphs"]["target"]["outputs"][0]["name"] = "scores"
 
 
+def logits_and_states(raw: dict[str, Any]) -> None:
+    outputs = raw["graphs"]["target"]["outputs"]
+    outputs.append({**outputs[0], "name": "states"})
+
+
+def states_that_nobody_pools(raw: dict[str, Any]) -> None:
+    raw["graphs"]["target"]["outputs"][0]["name"] = "states"
+
+
+def logits_that_are_pooled(raw: dict[str, Any]) -> None:
+    raw["pooling"] = {**POOLING}
+
+
+def unknown_pooling(raw: dict[str, Any]) -> None:
+    states_that_nobody_pools(raw)
+    raw["pooling"] = {**POOLING, "mode": "max"}
+
+
+def pooling_without_a_vocabulary(raw: dict[str, Any]) -> None:
+    states_that_nobody_pools(raw)
+    raw["pooling"] = {**POOLING, "vocab_size": 0}
+
+
 def logits_of_tokens(raw: dict[str, Any]) -> None:
     raw["graphs"]["target"]["outputs"][0]["shape"] = ["T", 320]
 
@@ -355,7 +390,7 @@ DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
     endless_window: "cache kv has page_size 32 and window 2147483648",
     endless_array: "cache kv has an array kv_cache of dtype",
     layer_below_0: "cache kv has no layers, a layer twice or below 0",
-    no_vocabulary: "output logits has shape ['L', -1], not [L, vocabulary]",
+    no_vocabulary: "output logits has shape ['L', -1], not [L, columns]",
     endless_vocabulary: "output logits has shape ['L', 2147483648]",
     logits_without_axes: "output logits has shape [], not",
     no_page_size: "cache kv has page_size 0 and window 0, but is paged",
@@ -366,9 +401,14 @@ DEFECTS: dict[Callable[[dict[str, Any]], None], str] = {
     array_of_another_shape: "input kv_cache of graph target is none that these caches",
     two_of_a_name: "caches has kv twice",
     input_twice: "inputs of graph target has positions twice",
-    no_target: "graphs has no target with an output logits",
-    no_logits: "graphs has no target with an output logits",
-    logits_of_tokens: "output logits has shape ['T', 320], not [L, vocabulary]",
+    no_target: "graphs has no target with one of the outputs logits, states",
+    no_logits: "graphs has no target with one of the outputs logits, states",
+    logits_and_states: "graphs has no target with one of the outputs logits, states",
+    states_that_nobody_pools: "pooling does not say what is made of the output",
+    logits_that_are_pooled: "pooling does not say what is made of the output",
+    unknown_pooling: "pooling is {'default_prompt': None",
+    pooling_without_a_vocabulary: "pooling.vocab_size is 0",
+    logits_of_tokens: "output logits has shape ['T', 320], not [L, columns]",
     update_of_nothing: "output logits of graph target updates ssm_state, which is no such input",
     no_pages: "caches have pages of no tokens",
 }

@@ -62,6 +62,10 @@ class Replaced:
     def kv_scales(self) -> KVScales | None:
         return None
 
+    @property
+    def pooling(self) -> None:
+        return None
+
     def names(self) -> tuple[str, ...]:
         return self.source.names()
 

@@ -23,6 +23,7 @@ class Shapes:
     kind: Any = "dense"
     path: Path = Path("shapes")
     kv_scales: KVScales | None = None
+    pooling: None = None
     config: ModelConfig = field(init=False)
 
     def __post_init__(self) -> None:

@@ -33,10 +33,12 @@ from slipstream.builder.checkpoints.gguf.config import (
 from slipstream.builder.checkpoints.gguf.experts import unstacked
 from slipstream.builder.checkpoints.gguf.file import GGUFFile, GGUFTensor, parts_of, read_gguf
 from slipstream.builder.checkpoints.gguf.tokenizer import build_tokenizer, tokenizer_config
+from slipstream.builder.contract import PoolingMode
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.pooling import StatedPooling
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, Origin
 from slipstream.weights.tensor import LazyTensor, QuantTensor, stack_rows
@@ -47,6 +49,9 @@ _BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 _MEND_TEMPLATE = (
     "copy the file with another: gguf-new-metadata --chat-template-file chat_template.jinja OLD NEW"
 )
+_MEND_POOLING = "use the model's Hugging Face checkpoint"
+# llama.cpp's numbers; 2 takes the first token, 4 is for rerankers.
+_POOLING: Mapping[int, PoolingMode] = {1: "mean", 3: "last"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,16 @@ class GGUFCheckpoint:
     def kv_scales(self) -> None:
         """The format has none."""
         return
+
+    @property
+    def pooling(self) -> StatedPooling | None:
+        """By the metadata; vectors are of length 1, as llama.cpp makes them."""
+        keys = Fields(self.file.metadata, Origin(self.path, _MEND_POOLING))
+        key = f"{keys.text('general.architecture')}.pooling_type"
+        kind = keys.integer(key, 0)
+        if kind and kind not in _POOLING:
+            raise keys.refusal(key, "0, 1 or 3: no pooling, the mean, or the last token")
+        return StatedPooling("embed", _POOLING[kind]) if kind else None
 
     def names(self) -> tuple[str, ...]:
         """Every tensor of the checkpoint, by its Hugging Face name."""

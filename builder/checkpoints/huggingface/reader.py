@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slipstream.builder.checkpoints import sentence_transformers
 from slipstream.builder.checkpoints.base import (
     check_templates,
     generation_config,
@@ -31,8 +32,10 @@ from slipstream.builder.checkpoints.quantized import (
     quantization_config,
     read_quantized,
 )
-from slipstream.builder.models import architecture_of
+from slipstream.builder.models import HEADLESS, architecture_of
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.module import Module
+from slipstream.builder.pooling import StatedPooling
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, Origin, is_file_name, read_fields, read_text
 from slipstream.weights.safetensors import StoredTensor, read_header
@@ -44,6 +47,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _HEAD = "lm_head.weight"
+_PREFIX = "model."
 _CONFIG_AGAIN = "download config.json again"
 _MEND_TEMPLATE = "correct chat_template.jinja, or else tokenizer_config.json, and build again"
 _TOKENIZER_FILES = (
@@ -65,6 +69,7 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     kv_scales: KVScales | None = None
+    pooling: StatedPooling | None = None
 
     def names(self) -> tuple[str, ...]:
         """Every weight of the checkpoint; scales and the like belong to their weight."""
@@ -106,28 +111,51 @@ def open_checkpoint(
     """
     path = Path(source)
     raw, stored = _config(path), _weights(path)
-    quantization = quantization_config(path, raw)
+    quantization, pooling = quantization_config(path, raw), _pooling(path, raw)
     text = _text_config(raw, stored)
     if text is not None:
         stored = _without_others(path, stored, strict=strict)
         quantization = None if quantization is None else text_modules(quantization)
     config = ModelConfig.from_huggingface((text or raw).values)
     modules = architecture_of(config.architecture).modules
-    stored = _without_predictors(path, stored, text or raw, config, strict=strict)
+    stored = _without_predictors(
+        path, _with_prefix(stored, modules), text or raw, config, strict=strict
+    )
     stored = by_expert(_with_embedding(stored, config), modules, config)
     if quantization is None:
-        return HuggingFaceCheckpoint(path, config, _dense(path, stored))
+        return HuggingFaceCheckpoint(path, config, _dense(path, stored), pooling=pooling)
     weights = read_quantized(Stored(path, stored), config, quantization)
     for note in weights.notes:
         logger.warning("%s: %s", path.name, note)
-    return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales)
+    return HuggingFaceCheckpoint(path, config, weights.tensors, weights.kv_scales, pooling)
 
 
 def files_of(path: Path) -> list[Path]:
     """Every file that is read, if it is there; CheckpointError for an index that cannot be."""
     shards = set(_shards(path).values()) if (path / _INDEX).is_file() else set()
     names = {_CONFIG, _INDEX, _WEIGHTS, _TEMPLATE, *_TOKENIZER_FILES, *SIDE_FILES, *shards}
-    return [path / name for name in sorted(names) if (path / name).is_file()]
+    found = [path / name for name in sorted(names) if (path / name).is_file()]
+    return [*found, *sentence_transformers.files_of(path)]
+
+
+def _pooling(path: Path, raw: Fields) -> StatedPooling | None:
+    """What the model is used for, by the files beside it, or because it has no head."""
+    if not raw.flag("is_causal", True):
+        raise raw.refusal("is_causal", "true: a token sees those before it, and none after")
+    stated = sentence_transformers.read_sentence_transformers(path)
+    headless = all(name.endswith(HEADLESS) for name in raw.texts("architectures", ("",)))
+    return StatedPooling("embed") if stated is None and headless else stated
+
+
+def _with_prefix(
+    stored: Mapping[str, StoredTensor], modules: Iterable[Module]
+) -> Mapping[str, StoredTensor]:
+    """Files of a model without a head name its tensors without the ``model.`` of one with."""
+    embedding = next(f"{m.name}.weight" for m in modules if m.role == "embedding")
+    if embedding in stored or embedding.removeprefix(_PREFIX) not in stored:
+        return stored
+    renamed = {name: name if name == _HEAD else _PREFIX + name for name in stored}
+    return {renamed[name]: replace(t, name=renamed[name]) for name, t in stored.items()}
 
 
 def _text_config(raw: Fields, stored: Iterable[str]) -> Fields | None:

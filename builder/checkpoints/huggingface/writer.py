@@ -14,6 +14,7 @@ from slipstream.builder.checkpoints.base import Checkpoint, write_json
 from slipstream.builder.checkpoints.huggingface.text_model import text_config
 from slipstream.builder.checkpoints.names import linears
 from slipstream.builder.checkpoints.quantized.layout import Layout, Settings
+from slipstream.builder.checkpoints.sentence_transformers import write_sentence_transformers
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.weights.json import read_fields
 from slipstream.weights.safetensors import (
@@ -102,6 +103,9 @@ class DirectoryWriter:
             "weight_map": dict(sorted(self._places.items())),
         }
         write_json(self.directory / INDEX, index)
+        if checkpoint.pooling is not None:
+            width = checkpoint.config.hidden_size
+            write_sentence_transformers(self.directory, checkpoint.pooling, width)
 
     @property
     def nbytes(self) -> int:

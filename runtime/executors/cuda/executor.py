@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.builder.contract import LOGITS, TARGET_GRAPH, CacheSpec, GraphSpec
+from slipstream.builder.contract import LOGITS, STATES, TARGET_GRAPH, CacheSpec, GraphSpec
 from slipstream.builder.engine import TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Memory
@@ -142,7 +142,8 @@ class CUDAExecutor:
         """Enqueue a step's layers and return at once."""
         with self._device.work():
             self._move_pages(batch.moves)
-            places = [i for i, row in enumerate(batch.sampling) if row.target is None]
+            rows = enumerate(batch.sampling)
+            places = [i for i, row in rows if row.target is None and not row.pooled]
             hidden = self.runner.layers(batch, batch.logits_rows[places])
         return StartedCUDAStep(self._device, self.runner, self._sampler, batch, places, hidden)
 
@@ -225,12 +226,12 @@ def _one_graph(manifest: Manifest) -> tuple[GraphSpec, CacheSpec]:
     """The graph and the cache of an engine that has what this executor runs."""
     spec, (cache, *more) = manifest.graphs[TARGET_GRAPH], manifest.caches
     outputs = [output.name for output in spec.outputs]
-    simple = len(manifest.graphs) == 1 and not more and outputs == [LOGITS]
+    simple = len(manifest.graphs) == 1 and not more and outputs in ([LOGITS], [STATES])
     if not simple or spec.seam is None or len(cache.arrays) != 1:
         raise EngineMismatchError(
             f"the engine has graphs {', '.join(manifest.graphs)}, caches "
             f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
             f"{', '.join(outputs)}; a GPU runs one graph in two halves, on pages of one array, for "
-            "its logits: build it with --target cpu"
+            "its logits or states: build it with --target cpu"
         )
     return spec, cache

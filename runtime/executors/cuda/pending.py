@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
 from slipstream.runtime.executors.cuda.device import Device, Event
@@ -48,11 +50,23 @@ class StartedCUDAStep:
             if rows:
                 sampled = self._sampled(rows)
                 scored += self._listed(rows)
-            if len(rows) < len(self.batch.sampling):
+            states = self._states() if self.runner.pools else None
+            if states is None and len(rows) < len(self.batch.sampling):
                 scored += self._prompts()
             done = Event(self.device)
             done.record()
-        return PendingCUDAStep(done, self.batch.sampling, self.places, sampled, scored)
+        return PendingCUDAStep(done, self.batch.sampling, self.places, sampled, scored, states)
+
+    def _states(self) -> Tensor:
+        """The states of all rows on their way to the host, as many at a time as the head takes."""
+        hidden = self.hidden[self.device.index(self.batch.logits_rows)]
+        width = self.runner.logits.shape[1]
+        host = self.device.pinned((len(hidden), width), torch.float32)
+        size = len(self.runner.logits)
+        for start in range(0, len(hidden), size):
+            states = self.runner.logits_of(hidden[start : start + size])
+            host[start : start + size].copy_(states, non_blocking=True)
+        return host
 
     def _sampled(self, rows: Sequence[SamplingRow]) -> PendingSample:
         slots: list[int] = self.batch.sampling_slots[self.places].tolist()
@@ -93,6 +107,7 @@ class PendingCUDAStep:
     places: Sequence[int]
     sampled: PendingSample | None
     scored: Sequence[Scored]
+    states: Tensor | None = None
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
@@ -103,6 +118,8 @@ class PendingCUDAStep:
                 self._take_sampled(result, self.sampled)
             for scored in self.scored:
                 self._take_scored(result, scored)
+            if self.states is not None:
+                result.outputs[STATES] = self.states.numpy()
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         return result

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import GraphSpec
+from slipstream.builder.contract import STATES, GraphSpec
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.binding import (
     Context,
@@ -35,7 +35,8 @@ class _Call:
 
 
 class CUDAProgram:
-    """Runs the graph in two halves: all layers (``hidden``), then norm and head (``logits``).
+    """Runs the graph in two halves: all layers (``hidden``), then norm and head (``logits``), or
+    what is pooled in their place (``pools``).
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
@@ -57,6 +58,7 @@ class CUDAProgram:
         hidden, self._rows = spec.seam
         split = next(i for i, node in enumerate(nodes) if self._rows == name_of(node.outputs[0]))
         self.inputs = spec.inputs
+        self.pools = spec.output(STATES) is not None
         self.dtype = dtype_of(nodes[split])
         self.hidden_size, self.vocab_size = (
             int(value.shape[1])  # type: ignore[index,arg-type]
@@ -76,7 +78,7 @@ class CUDAProgram:
         return _execute(self._body, run, out)
 
     def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
-        """float32 logits of rows ``[L, hidden]`` into ``out [L, vocab]``."""
+        """float32 logits, or states, of rows ``[L, hidden]`` into ``out [L, vocab]``."""
         _execute(self._tail, Run({**self._constants, self._rows: rows}, pdl), out)
 
 

@@ -97,6 +97,11 @@ class StepRunner:
         self._layers[shape]()
         return hidden[:tokens]
 
+    @property
+    def pools(self) -> bool:
+        """Whether rows become states, none of which is sampled."""
+        return self._program.pools
+
     def padded_rows(self, count: int) -> int:
         """For how many rows the head is captured that ``count`` rows take."""
         return bucket(count, self._buckets.batch_sizes)
@@ -109,7 +114,8 @@ class StepRunner:
         self._heads[key]()
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[L, vocab]`` of up to ``max_batch_size`` rows, valid until the next."""
+        """float32 logits ``[L, vocab]``, or states, of up to ``max_batch_size`` rows, valid until
+        the next."""
         out = self.logits[: len(hidden)]
         self._program.logits(hidden, out)
         return out
@@ -124,7 +130,7 @@ class StepRunner:
         buckets = self._buckets
         largest = buckets.max_batch_size
         layers = [self._mixed_work(buckets.mixed_tokens[-1]), self._decode_work(largest)]
-        return [*layers, self._head_work(largest, Kind.SAMPLE)]
+        return layers if self.pools else [*layers, self._head_work(largest, Kind.SAMPLE)]
 
     def capture(self) -> None:
         """Capture the layers of all buckets, and the usual kinds of sampling."""
@@ -162,7 +168,8 @@ class StepRunner:
         buckets = self._buckets
         layers = {buckets.decode(n): self._decode_work(n) for n in buckets.batch_sizes}
         layers |= {buckets.mixed(n): self._mixed_work(n) for n in buckets.mixed_tokens}
-        keys = [(size, kind) for size in buckets.batch_sizes for kind in kinds]
+        sizes = () if self.pools else buckets.batch_sizes
+        keys = [(size, kind) for size in sizes for kind in kinds]
         return layers, {key: self._head_work(*key) for key in keys}
 
     def _decode_work(self, sequences: int) -> Work:

@@ -26,16 +26,25 @@ _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PULSE_SECONDS = 5.0
 _COMMENT = b": waiting\n\n"
 _SCORE_SIZE = 1000  # characters of the log probabilities of a token, about
+_NUMBER_SIZE = 12  # of a number of a vector
 CLIENT_GONE = 499  # what nginx logs for it; nobody reads this answer
 
 
-class Reply(Protocol):
-    """Turns the outputs of a request into what the client of an API reads."""
+class Whole(Protocol):
+    """Turns the outputs of a request into what the client of an API reads, in one piece."""
 
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
         ...
+
+    def body(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """The JSON of the whole answer, from outputs of kind ``final``."""
+        ...
+
+
+class Reply(Whole, Protocol):
+    """The same, also as a stream of events."""
 
     def events(self, position: int, output: RequestOutput) -> bytes:
         """Server-sent events for an output of kind ``delta``, maybe none."""
@@ -47,10 +56,6 @@ class Reply(Protocol):
 
     def error(self, refusal: Refusal) -> bytes:
         """The event that ends a stream in their place."""
-        ...
-
-    def body(self, outputs: Sequence[RequestOutput]) -> bytes:
-        """The JSON of the whole answer, from outputs of kind ``final``."""
         ...
 
 
@@ -65,21 +70,30 @@ async def respond(request: Request, job: Job, reply: Reply) -> Response:
     A stream begins with the first token, so that what goes wrong before has a status of its own, or
     when there was none for some seconds.
     """
-    service = service_of(request)
-    items = service.run(job)
+    if job.kind != "delta":
+        return await respond_whole(request, job, reply)
+    items = service_of(request).run(job)
+    first = asyncio.create_task(_next(items))
     try:
-        if job.kind == "delta":
-            first = asyncio.create_task(_next(items))
-            try:
-                await while_present(request.receive, _within(first, PULSE_SECONDS))
-            except BaseException:
-                await _cancel(first)
-                raise
-            return EventStream(first, items, reply)
-        outputs = await while_present(request.receive, _collect(items, len(job.prompts)))
+        await while_present(request.receive, _within(first, PULSE_SECONDS))
+    except ClientGone:
+        await _cancel(first)
+        return Response(status_code=CLIENT_GONE)
+    except BaseException:
+        await _cancel(first)
+        raise
+    return EventStream(first, items, reply)
+
+
+async def respond_whole(request: Request, job: Job, reply: Whole) -> Response:
+    """Run a job whose outputs are of kind ``final``, for as long as its client is there."""
+    service = service_of(request)
+    outputs = _collect(service.run(job), len(job.prompts))
+    try:
+        found = await while_present(request.receive, outputs)
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
-    content = await service.llm.workers.run(_size(outputs), reply.body, outputs)
+    content = await service.llm.workers.run(_size(found), reply.body, found)
     log_fields(request.scope).update(_usage_fields(reply))
     return Response(content, media_type="application/json")
 
@@ -105,6 +119,7 @@ def _size(outputs: Sequence[RequestOutput]) -> int:
     size = 0
     for output in outputs:
         size += _SCORE_SIZE * len(output.prompt_logprobs or ())
+        size += 0 if output.pooled is None else _NUMBER_SIZE * len(output.pooled)
         for completion in output.outputs:
             size += len(completion.text) + _SCORE_SIZE * len(completion.logprobs or ())
     return size
@@ -116,7 +131,7 @@ async def _collect(items: AsyncGenerator[Item, None], count: int) -> list[Reques
     return [outputs[position] for position in range(count)]
 
 
-def _usage_fields(reply: Reply) -> dict[str, int]:
+def _usage_fields(reply: Whole) -> dict[str, int]:
     tokens = reply.usage.tokens()
     del tokens["total_tokens"]
     return tokens

@@ -151,13 +151,13 @@ def test_a_documented_field_is_taken_or_not_supported_but_never_unknown(server: 
             assert "unknown" not in client.post(CHAT, json=body).text, (name, value)
     for taken in (
         {"reasoning_effort": "none"},
+        {"reasoning_effort": "high"},
         {"verbosity": "medium"},
         {"prediction": {"type": "content", "content": "x"}},
         {"prompt_cache_options": {"mode": "implicit"}},
     ):
         assert chat(server, **taken).status_code == 200, taken
     for name, value in (
-        ("reasoning_effort", "high"),
         ("verbosity", "low"),
         ("web_search_options", {}),
         ("moderation", {"model": "x"}),

@@ -48,6 +48,8 @@ REFUSED: dict[str, tuple[str, bytes | dict[str, Any], str]] = {
     "some objects as tokens": ("/detokenize", copies(FEW, '{"tokens":'), "tokens"),
     "some objects as top_logprobs": (
         CHAT, copies(FEW, '{"messages":[],"logprobs":true,"top_logprobs":'), "top_logprobs"),
+    "10,000 tools": (CHAT, copies(10_000, '{"messages":[],"tools":', "}").replace(
+        b"{}", b'{"type":"function","function":{"name":"f"}}'), "the body holds more than"),
     "an element that is none": (COMPLETIONS, {"prompt": [1] * 200_000 + ["a"]}, "prompt"),
     "allowed tokens": (COMPLETIONS, {"prompt": "a", "allowed_token_ids": [5] * 200_000},
                        "at most 16384"),

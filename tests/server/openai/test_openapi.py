@@ -17,6 +17,9 @@ CHECKS = [not_a_server_error, status_code_conformance, response_schema_conforman
 OPERATIONS = [
     "POST /v1/completions",
     "POST /v1/chat/completions",
+    "POST /v1/embeddings",
+    "POST /v1/rerank",
+    "POST /v1/score",
     "POST /tokenize",
     "POST /detokenize",
     "GET /v1/models",
@@ -59,7 +62,7 @@ def test_the_document_tells_what_values_may_be(server: Running) -> None:
     assert branch("ChatRequest", "messages", "array")["minItems"] == 1
     assert branch("CompletionRequest", "max_tokens", "integer")["minimum"] == 0
     assert branch("ChatRequest", "max_tokens", "integer")["minimum"] == 1
-    assert schemas["ChatRequest"]["properties"]["reasoning_effort"]["enum"] == [None, "none"]
+    assert schemas["ChatRequest"]["properties"]["verbosity"]["enum"] == [None, "medium"]
 
 
 def test_the_document_has_all_operations(operations: dict[str, Any]) -> None:

@@ -12,6 +12,19 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 
 
+def tool(name: str, parameters: Any = None) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """A tool in OpenAI's shape."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def deep(depth: int) -> dict[str, Any]:
+    """A schema of lists in lists."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """The error of a response, after a check of its shape."""
     body = response.json()
@@ -53,7 +66,35 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
             "stream_options.x",
         ),
         ({"stream": True, "prompt_logprobs": 1}, "not told in streams", "prompt_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "not supported", "response_format"),
+        ({"response_format": {"type": "json"}}, "'json_object'", "response_format"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "of type json_schema without one",
+            "response_format",
+        ),
+        ({"structured_outputs": {}}, "none was given", "structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "['regex', 'choice'] was given",
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"choice": []}}, "give a list of texts", "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "{"}}, "is no JSON", "structured_outputs"),
+        (
+            {
+                "structured_outputs": {
+                    "structural_tag": {
+                        "triggers": ["<f"],
+                        "structures": [{"begin": "<g>", "schema": {}, "end": ""}],
+                    }
+                }
+            },
+            "every begin starts with a trigger",
+            "structured_outputs",
+        ),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "give one of them", "guided_choice"),
+        ({"guided_regex": "a" * 300_000}, "has 300000 characters", "guided_regex"),
+        ({"structured_outputs": {"json": deep(100)}}, "more than 64 deep", "structured_outputs"),
     ],
 )
 def test_a_bad_completion_is_400_and_says_why(
@@ -81,15 +122,33 @@ def test_a_bad_completion_is_400_and_says_why(
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls is not supported",
+            "messages.0.tool_calls.0.function is missing",
         ),
-        ({"tools": [{"type": "function"}]}, "tools: not supported"),
-        ({"tool_choice": "auto"}, "tool_choice: not supported"),
-        ({"functions": [{}]}, "functions: not supported"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "messages[0].function_call is not supported",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
+        ({"tools": [{"type": "web_search"}]}, "tools: input should be 'function'"),
+        ({"tools": [tool("f")]}, "this model's chat template knows no tools"),
+        ({"tools": [tool("f")] * 2}, "two tools are named 'f'"),
+        ({"tools": [tool("{{ 7 * 7 }}")]}, "tools[0] is called '{{ 7 * 7 }}'"),
+        ({"tools": [tool("<tool_call>")]}, "tools[0] is called '<tool_call>'"),
+        ({"tools": [tool("f")] * 600}, "tools: list should have at most 512 items"),
+        ({"tools": [tool("f", deep(80))]}, "tools[0] is nested more than 64 deep"),
+        ({"tools": [tool("f", {"description": "a" * 300_000})]}, "tools[0] has 300"),
+        ({"tool_choice": "required"}, "tool_choice is 'required', but there are no tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice names 'g'",
+        ),
+        ({"tool_choice": "any"}, "tool_choice: input should be 'auto', 'none' or 'required'"),
+        ({"functions": [{}]}, "functions: not supported by this server; send tools"),
+        ({"function_call": "auto"}, "function_call: not supported by this server; send tool_c"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget: input should be greater"),
         ({"audio": {"voice": "x"}}, "audio: not supported"),
         ({"modalities": ["text", "audio"]}, "modalities: not supported"),
-        ({"response_format": {"type": "json_schema"}}, "response_format: not supported"),
-        ({"reasoning_effort": "low"}, "reasoning_effort: not supported"),
+        ({"reasoning_effort": "lots"}, "reasoning_effort: input should be 'none', 'minimal'"),
         ({"documents": []}, "unknown field 'documents'"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"logprobs": 2}, "logprobs: input should be a valid boolean"),
@@ -112,6 +171,8 @@ def test_a_bad_chat_is_400_and_says_why(
     [
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none"},
+        {"tools": [tool("f")], "tool_choice": "none", "reasoning_effort": "high"},
+        {"tool_choice": "auto", "include_reasoning": False, "thinking_token_budget": -1},
         {"stop": None, "seed": None, "n": None, "stream_options": None, "logit_bias": None},
         {"parallel_tool_calls": False, "modalities": ["text"], "priority": 0},
         {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "bad_words": ["z"]},

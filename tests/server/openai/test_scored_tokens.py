@@ -18,7 +18,8 @@ from slipstream.runtime.text.stream import byte_level_alphabet
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 from slipstream.server.core.logprobs import TokenTexts
-from slipstream.server.openai.scored_tokens import ScoredTokens, TextOffsets
+from slipstream.server.core.offsets import TextOffsets
+from slipstream.server.openai.scored_tokens import ScoredTokens
 
 
 def offsets(tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int] = ()) -> list[int]:

@@ -1,0 +1,142 @@
+"""Grammars in llguidance's dialect of Lark, piece by piece."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slipstream.runtime.structured.compiler import WHITESPACE
+from slipstream.runtime.structured.output import StructuredOutput
+
+_ANY = "/(?s:.*)/"
+
+
+class Grammar:
+    """Rules by name; an expression is text that may stand in one.
+
+    ``tokens`` are the ids of texts that are one token each and never written otherwise.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+        self._rules: list[str] = []
+        self._known: dict[str, str] = {}
+        self._others: list[dict[str, str]] = []
+        marks = sorted(tokens, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Add a rule, or find it; returns its name."""
+        return self._add("r", body, options)
+
+    def terminal(self, body: str) -> str:
+        """The same for a terminal."""
+        return self._add("T", body, "")
+
+    def _add(self, prefix: str, body: str, options: str) -> str:
+        text = f"{options}: {body}"
+        if text not in self._known:
+            self._known[text] = f"{prefix}{len(self._known)}"
+            self._rules.append(self._known[text] + text)
+        return self._known[text]
+
+    def literal(self, text: str) -> str:
+        """Exactly ``text``, with tokens where it has them."""
+        parts = [text] if self._split is None else self._split.split(text)
+        return " ".join(self._part(part) for part in parts if part) or '""'
+
+    def _part(self, text: str) -> str:
+        token = self._tokens.get(text)
+        return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
+
+    def is_token(self, text: str) -> bool:
+        """Whether ``text`` is one token."""
+        return text in self._tokens
+
+    def schema(self, schema: Any) -> str:  # noqa: ANN401 - JSON
+        """A JSON value that ``schema`` describes, with as much space in it as others have."""
+        if isinstance(schema, Mapping):
+            options = {**schema.get("x-guidance", {}), "whitespace_pattern": WHITESPACE}
+            schema = {**schema, "x-guidance": options}
+        return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
+
+    def text(self) -> str:
+        """Any text, without tokens of their own."""
+        return self.rule(self.terminal(_ANY))
+
+    def text_without(self, *marks: str) -> str:
+        """Any text in which none of ``marks`` stands."""
+        written = [mark for mark in marks if not self.is_token(mark)]
+        if not written:
+            return self.text()
+        return self.rule(
+            self.terminal(_ANY + "".join(f" & ~/(?s:.*{_regex(m)}.*)/" for m in written))
+        )
+
+    def until(self, mark: str, most_tokens: int | None = None) -> str:
+        """Any text and ``mark``, which comes after ``most_tokens`` at the latest."""
+        bound = "" if most_tokens is None else f"max_tokens={most_tokens}"
+        if self.is_token(mark):
+            body = self.rule(self.terminal(_ANY), f"[{bound}]" if bound else "")
+            return f"{body} {self.literal(mark)}"
+        ends = self.rule(f"/(?s:.*){_regex(mark)}/", f"[lazy,{bound}]" if bound else "[lazy]")
+        if not bound:
+            return ends
+        # Where the bound ends both, the first goes on; so the mark is written.
+        within = self.terminal(f"{_ANY} & ~/(?s:.*){_regex(mark)}(?s:.*)/")
+        return f"({self.rule(within, f'[{bound}]')} {self.literal(mark)} | {ends})"
+
+    def wanted(self, wanted: StructuredOutput) -> str:
+        """The form that a caller asks for."""
+        match wanted.kind:
+            case "json" | "json_object":
+                return self._wanted_json(wanted.text)
+            case "regex":
+                return self.rule(self.terminal(f"/{_slashed(wanted.text)}/"))
+            case "choice":
+                return self.rule(alternatives([quoted(text) for text in json.loads(wanted.text)]))
+            case "grammar":
+                self._others.append({"name": "wanted", "lark_grammar": wanted.text})
+                return "@wanted"
+
+    def _wanted_json(self, text: str) -> str:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError):
+            return self.rule(f"%json {text}")  # refused when it is compiled, with the reason
+        if schema is True:  # which anything holds
+            schema = {}
+        known = isinstance(schema, Mapping)
+        return self.schema({**schema, "x-guidance": {}} if known else schema)
+
+    def finish(self, start: str) -> StructuredOutput:
+        """The whole."""
+        text = "\n".join([f"start: {start}", *self._rules])
+        if self._others:
+            text = json.dumps({"grammars": [{"lark_grammar": text}, *self._others]})
+        return StructuredOutput(grammar=text)
+
+
+def alternatives(expressions: Sequence[str]) -> str:
+    """One of them."""
+    return expressions[0] if len(expressions) == 1 else "(" + " | ".join(expressions) + ")"
+
+
+def quoted(text: str) -> str:
+    """Exactly ``text``, without tokens of their own."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _regex(text: str) -> str:
+    return _slashed(re.escape(text).replace("\n", "n"))
+
+
+def _slashed(regex: str) -> str:
+    """A regular expression as it may stand between slashes."""
+    return re.sub(r"\\.|/|\n", _escaped, regex, flags=re.DOTALL)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}.get(found[0], found[0])

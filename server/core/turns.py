@@ -1,0 +1,119 @@
+"""Completions of a conversation as turns of the assistant: thoughts, text and calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from slipstream.runtime.chat.dialect import Dialect
+from slipstream.runtime.chat.events import (
+    AssistantTurn,
+    CallArguments,
+    ContentText,
+    Event,
+    OutputParser,
+    ReasoningText,
+)
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.request import CompletionOutput, FinishReason, RequestOutput
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.conversation import Conversation
+from slipstream.server.core.offsets import TextOffsets
+from slipstream.server.core.turn_tokens import TurnTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new of a turn: its events, the scores of the tokens that are said, where they were
+    asked for, and how many tokens were thoughts."""
+
+    events: list[Event]
+    logprobs: list[TokenLogprobs]
+    reasoning_tokens: int
+
+
+class Turn:
+    """One completion: ``whole`` is what it has come to so far."""
+
+    __slots__ = ("_parser", "_tokens", "finish_reason", "whole")
+
+    def __init__(self, parser: OutputParser, offsets: TextOffsets) -> None:
+        self.whole = AssistantTurn()
+        self.finish_reason: FinishReason | Literal["tool_calls"] | None = None
+        self._parser = parser
+        self._tokens = TurnTokens(offsets)
+
+    def take(self, completion: CompletionOutput) -> Part:
+        """Take what is new of the completion (kind ``delta``), or all of it (``final``)."""
+        tokens, events, before = self._tokens, [], self._tokens.reasoning
+        tokens.add(completion)
+        for piece in tokens.cut(completion.text):
+            told = self._parser.push(piece)
+            tokens.parsed(piece, told)
+            events += told
+        if completion.finish_reason is not None:
+            told = self._parser.finish()
+            tokens.finish(told)
+            events += told
+        for event in events:
+            self.whole.add(event)
+        self.finish_reason = self._reason(completion.finish_reason)
+        logprobs, tokens.content = tokens.content, []
+        return Part(_joined(events), logprobs, tokens.reasoning - before)
+
+    def _reason(self, reason: FinishReason | None) -> FinishReason | Literal["tool_calls"] | None:
+        return "tool_calls" if reason == "stop" and self.whole.calls else reason
+
+
+class Turns:
+    """The turns that answer one conversation, by the index of their completions."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        tokenizer: Tokenizer,
+        conversation: Conversation,
+        params: SamplingParams,
+    ) -> None:
+        self._dialect = dialect
+        self._tokenizer = tokenizer
+        self._options = conversation.options
+        self._params = params
+        self._turns: dict[int, Turn] = {}
+
+    def __getitem__(self, index: int) -> Turn:
+        """The turn of a completion that has begun."""
+        return self._turns[index]
+
+    def take(self, output: RequestOutput, completion: CompletionOutput) -> Part:
+        """Take what is new of a completion, one of those of ``output``."""
+        if completion.index not in self._turns:
+            self._turns[completion.index] = self._begin(output)
+        return self._turns[completion.index].take(completion)
+
+    def _begin(self, output: RequestOutput) -> Turn:
+        stream = self._tokenizer.text_stream(
+            skip_special_tokens=self._params.skip_special_tokens,
+            shown_special_tokens=self._dialect.special_tokens,
+            prompt=output.prompt_token_ids,
+        )
+        parser = self._dialect.parser(self._options, output.prompt or "")
+        return Turn(parser, TextOffsets(stream))
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    """The same with fewer events: neighbours of a kind are one."""
+    joined: list[Event] = []
+    for event in events:
+        match joined[-1] if joined else None, event:
+            case (ContentText(before), ContentText(text)):
+                joined[-1] = ContentText(before + text)
+            case (ReasoningText(before), ReasoningText(text)):
+                joined[-1] = ReasoningText(before + text)
+            case (CallArguments(of, before), CallArguments(index, text)) if of == index:
+                joined[-1] = CallArguments(index, before + text)
+            case _:
+                joined.append(event)
+    return joined
