@@ -87,7 +87,7 @@ def test_the_quickest_candidate_of_each_is_kept(
     """Each candidate runs; buckets that a problem does not have are not its own."""
     timed: list[Callable[[int], Tensor]] = []
 
-    def seconds(call: Callable[[int], Tensor], weights: int) -> float:
+    def seconds(call: Callable[[int], Tensor], weights: int, best: float) -> float:
         timed.append(call)
         return 1.0 / len(timed)  # the last is the quickest
 
@@ -96,10 +96,22 @@ def test_the_quickest_candidate_of_each_is_kept(
     monkeypatch.setattr(expert_tuning, "candidate_tactics", lambda *use: every(*use)[:2])
     experts = found[1:]
     table = Tactics((9, 0))
-    report = tuning.tune(experts, [1], table)
+    tunings = tuning.tune(experts, [1], table)
+    report = [next(tunings)]
+    assert list(table.entries) == [experts[0].key(1)]  # whoever stops here keeps it
+    report += tunings
     assert list(table.entries) == [problem.key(1) for problem in experts]
     for tuned in report:
         candidates = tuned.problem.candidates(1, table.capability)
         assert [timing.tactic for timing in tuned.timings] == candidates[::-1]
         assert table.entries[tuned.problem.key(1)] == candidates[1]
-    assert not tuning.tune(found[:1], [2048], table)
+    assert not list(tuning.tune(found[:1], [2048], table))
+
+
+@pytest.mark.parametrize(("best", "replays", "found"), [(1.0, 1, 9.0), (7.0, 5, 5.0)])
+def test_a_candidate_that_begins_slow_is_not_timed_again(
+    best: float, replays: int, found: float
+) -> None:
+    times = iter([9.0, 2.0, 5.0, 8.0, 3.0])
+    assert tuning.typical(lambda: next(times), best) == found
+    assert len(list(times)) == 5 - replays
