@@ -17,16 +17,16 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.expert_linear.cuda import bind as expert_module
+from slipstream.plugins.expert_linear.cuda.experts import Experts
 from slipstream.plugins.linear.cuda.packing import (
     EXPONENTS,
-    FLOAT4,
     Section,
     format_of,
     in_words,
     packed_size,
     sections,
 )
-from slipstream.plugins.router import cuda as router_module
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -142,7 +142,7 @@ class RandomCheckpoint:
         assert shape is not None
         fmt = WeightFormat(shape, "dense", "bfloat16")
         if self.mxfp4 and ".experts." in name and len(shape) == 2:
-            fmt = WeightFormat(shape, FLOAT4, EXPONENTS, 4, 32)
+            fmt = WeightFormat(shape, "float4_e2m1", EXPONENTS, 4, 32)
         return LazyTensor(name, fmt, _unreadable)
 
     def write_tokenizer(self, directory: Path) -> None:
@@ -273,20 +273,19 @@ def random_engine(
 
 
 class Routes:
-    """What the routers of captured decodes chose, read after a step of theirs has run."""
+    """What the experts of captured decodes were told to multiply, read after a step has run."""
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
-        choose = self._choose = router_module.router
+        multiply = expert_module.multiply
 
-        def kept(logits: Tensor, *arguments: Any, **options: Any) -> router_module.Choice:  # noqa: ANN401
-            ids, weights = choose(logits, *arguments, **options)
-            if torch.cuda.is_current_stream_capturing():
+        def kept(x: Tensor, experts: Experts, ids: Tensor, *more: Any, **options: Any) -> Tensor:  # noqa: ANN401
+            if torch.cuda.is_current_stream_capturing() and experts.gated:  # once a layer
                 self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
-            return ids, weights
+            return multiply(x, experts, ids, *more, **options)
 
-        router_module.router = kept
+        expert_module.multiply = kept
 
     def distinct(self, tokens: int) -> float | None:
         """Different experts a layer in the last decode of so many tokens; None where there are no
@@ -294,11 +293,6 @@ class Routes:
         decode = self._ids.get(tokens, [])[: self._layers]
         found = [torch.unique(ids).numel() for ids in decode]
         return sum(found) / len(found) if found else None
-
-    def close(self) -> None:
-        """Let go of the routers and of what they chose, which holds memory of the steps."""
-        router_module.router = self._choose
-        self._ids.clear()
 
 
 def named_tokens(vocab_size: int) -> Tokenizer:
