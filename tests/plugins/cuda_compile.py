@@ -139,7 +139,7 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
         if fmt.kind == "float8_e4m3" and capability < (8, 9):
             continue
         for reduce in (False, True):
-            layer = Experts.of(blob(fmt), number, reduce=reduce, gated=not reduce)
+            layer = Experts(blob(fmt), number, reduce=reduce, gated=not reduce)
             for tokens in (1, 16, 512):
                 x = torch.zeros(tokens * (top_k if reduce else 1), 512, dtype=torch.bfloat16)
                 logits = torch.zeros(tokens, number, dtype=torch.bfloat16)
@@ -154,7 +154,7 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
     number, n, k = 8, 256, 2880
     fmt = WeightFormat((number * n, k), "float4_e2m1", "float8_e8m0fnu", 4, 32)
     bias = torch.zeros(number * n, dtype=torch.bfloat16)
-    opening = Experts.of(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
+    opening = Experts(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
     for tokens in (1, 16):
         x, ids = torch.zeros(tokens, k, dtype=torch.bfloat16), torch.zeros(tokens, 4)
         tactic = expert_tactics.default_tactic(opening.shape(4), tokens, capability)

@@ -14,6 +14,7 @@ from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
+from slipstream.builder.graph.passes.fuse_router import fuse_router
 from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models import architecture_of
@@ -91,6 +92,7 @@ class CUDATarget:
             partial(fuse_residual, holds=_any),
             partial(fuse_norm, holds=_any),
             fuse_add_rms_norm,
+            fuse_router,
             fuse_rotary,
             use_row_major_keys,
             PackWeights(dtype),
