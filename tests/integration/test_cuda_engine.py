@@ -159,7 +159,7 @@ def test_what_lay_in_memory_before_does_not_matter(executor: CUDAExecutor) -> No
     clean = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]
     memory = executor.runner.memory
     assert memory is not None
-    memory.kv_cache.view(torch.uint8).fill_(0xFF)  # a NaN in every format
+    memory.pages["kv_cache"].view(torch.uint8).fill_(0xFF)  # a NaN in every format
     memory.workspace.partials.fill_(float("nan"))
     memory.workspace.statistics.fill_(float("nan"))
     poison = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(8)]

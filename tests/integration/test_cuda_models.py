@@ -18,7 +18,6 @@ from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slipstream.builder.build import build
-from slipstream.builder.contract import KV
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.experts import EXPERTS
 from slipstream.builder.options import BuildOptions
@@ -47,7 +46,7 @@ LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("gemma4")])
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("uncaptured")
 def test_logits_are_as_near_to_float32_as_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Every position of a prompt computed in ragged chunks, beside a second sequence. Where two
@@ -144,7 +143,9 @@ def logits_in_chunks(
             sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0)] * (2 * size),
             slots=np.array([0, 1], np.int32),
             sampling_slots=rows.astype(np.int32),
-            pages={KV: PagedInputs(table, slots.astype(np.int32))},
+            pages={
+                cache.name: PagedInputs(table, slots.astype(np.int32)) for cache in loaded.caches
+            },
         )
         out.append(executor.logits(batch).reshape(2, size, -1))
         start += size

@@ -99,7 +99,7 @@ class StoreVectors:
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, and what a router reads and says."""
+    the rotary angles, what a router reads and says, and weights of experts."""
 
     dtype: str
 
@@ -110,8 +110,13 @@ class SetPrecision:
             if node.op_type in ("RotaryAngles", "Router"):
                 continue
             for value in node.outputs:
-                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                exact = any(_exact(reader, index) for reader, index in value.uses())
                 if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed
+
+
+def _exact(reader: ir.Node, index: int) -> bool:
+    """Whether an operator wants its input ``index`` in float32."""
+    return reader.op_type in ("SoftCap", "Router") or (reader.op_type, index) == ("ExpertLinear", 3)

@@ -11,7 +11,7 @@ from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.inputs import Layout, Shape, StepInputs, query_blocks
 from slipstream.runtime.sampling.params import SamplingParams
 
-LAYOUT = Layout(ports_of([attention_cache("float16", [0], 16, 1, 8)]), columns=4)
+LAYOUT = Layout(ports_of([attention_cache("float16", [0], 16, 1, 8)]), columns=4, query_block=16)
 
 
 def batch(counts: list[int], contexts: list[int], columns: int = 3) -> StepBatch:
@@ -66,7 +66,7 @@ def test_a_step_arrives_padded() -> None:
         inputs.load(step, shape, blocks, step.logits_rows)
         views = inputs.step(shape, 0, pdl=False)
     device.synchronize()
-    attention = views.attention
+    attention = views.attention["page_table"]
     assert views.inputs[Source.TOKEN_IDS].tolist() == [*step.token_ids, *[0] * 10]
     assert views.inputs[Source.POSITIONS].tolist()[:6] == step.positions.tolist()
     assert views.token_slots.tolist() == [1, 0, 0, 0, 0, 0, *[0] * 10]
@@ -82,6 +82,6 @@ def test_a_step_arrives_padded() -> None:
 def test_every_array_starts_a_cache_line() -> None:
     shape = Shape(33, 5, 7, 3)
     places = LAYOUT.places(shape)
-    starts = [start for start, _ in (*places.spans.values(), places.table)]
+    starts = [start for start, _ in (*places.spans.values(), *places.tables.values())]
     assert all(start % 32 == 0 for start in starts)
     assert len(set(starts)) == len(starts)
