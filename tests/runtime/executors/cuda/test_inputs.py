@@ -79,6 +79,26 @@ def test_a_step_arrives_padded() -> None:
     assert inputs.logits_rows(shape).tolist() == [0, 5, 0, 0]
 
 
+def test_caches_have_page_tables_and_slots_of_their_own() -> None:
+    device = Device()
+    windowed = attention_cache("float16", [1], 16, 1, 24, name="near", window=9)
+    caches = [attention_cache("float16", [0], 16, 1, 8), windowed]
+    shape = Shape(16, 4, 6, 4)
+    layout = Layout(ports_of(caches), columns=4, query_block=16)
+    inputs = StepInputs(device, layout, shape)
+    step = batch([1, 5], [8, 20])
+    step.pages["near"] = batch([1, 5], [8, 20], columns=2).pages[KV]
+    with device.work():
+        inputs.load(step, shape, query_blocks(step, 0, 16), step.logits_rows)
+        views = inputs.step(shape, 0, pdl=False)
+    device.synchronize()
+    for name, suffix in ((KV, ""), ("near", ".near")):
+        attention, pages = views.attention[f"page_table{suffix}"], step.pages[name]
+        width = pages.page_table.shape[1]
+        assert attention.page_table[:2, :width].tolist() == pages.page_table.tolist()
+        assert attention.slot_mapping.tolist() == [*pages.slot_mapping, *[-1] * 10]
+
+
 def test_every_array_starts_a_cache_line() -> None:
     shape = Shape(33, 5, 7, 3)
     places = LAYOUT.places(shape)
