@@ -186,7 +186,9 @@ def gemma4(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
     windowed = [kind == "sliding_attention" for kind in config.layer_types]
     first_shared = len(windowed) - config.num_kv_shared_layers
     layers = [config.per_layer_config[i] for i in range(len(windowed))]
-    size = next(layer.head_dim for layer, window in zip(layers, windowed, strict=True) if not window)
+    size = next(
+        layer.head_dim for layer, window in zip(layers, windowed, strict=True) if not window
+    )
     if config.attention_k_eq_v:
         writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
     if config.use_double_wide_mlp:

@@ -112,7 +112,7 @@ def _block_rows(a: Attributes) -> int:
 
 
 def _width(a: Attributes) -> int:
-    return max(triton.next_power_of_2(a.head_dim), 16)
+    return max(int(triton.next_power_of_2(a.head_dim)), 16)
 
 
 def paged_attention(  # noqa: PLR0913 - the operator's inputs
@@ -131,8 +131,9 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
-    Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are no decodes are normed and
-    turned in place in ``qkv``. A decode's result depends on nothing but its own sequence.
+    Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
+    no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
+    its own sequence.
     """
     a = attributes
     assert a.k_row_major and a.scale > 0, "CUDA pages hold row-major keys"

@@ -3,8 +3,8 @@
 ``decode_kernel`` is the whole operator for sequences of one new token; ``write_kernel`` and
 ``prefill_kernel`` are its two phases for the others. In a page and head k and v are both
 ``[PAGE, HEAD_DIM]``. Scores are kept in units of log 2, so that ``exp2`` is the softmax's
-exponential. A head's columns are padded to ``BLOCK_D``, a power of two. ``KV_PARTS`` is what qkv has
-beside q: 2 k and v, 1 k, which is v too, 0 none, as a kernel before this one has stored them.
+exponential. A head's columns are padded to ``BLOCK_D``, a power of two. ``KV_PARTS`` is what qkv
+has beside q: 2 k and v, 1 k, which is v too, 0 none, as a kernel before this one has stored them.
 """
 
 import triton
@@ -308,7 +308,7 @@ def decode_kernel(
         )
         next_number = tl.load(pages_of + (i + 2) // TILES, i + 2 < end_tile, 0)
         position = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        if KV_PARTS > 0:
+        if KV_PARTS > 0:  # noqa: SIM102 - only this is known before a kernel runs
             if i == cached // BLOCK_N:
                 new = (position == cached)[:, None]
                 k = tl.where(new, key, k)
