@@ -13,14 +13,25 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.integration.test_architectures import CHUNKS, CONFIGS, PROMPT_TOKENS
+from tests.integration.test_architectures import (
+    CHUNKS,
+    CONFIGS,
+    GEMMA4_31B,
+    GEMMA4_EXPERTS,
+    PROMPT_TOKENS,
+)
 from tests.integration.test_smollm2 import PROMPTS, run
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4TextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from slipstream.builder.build import build
-from slipstream.builder.contract import KV
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.experts import EXPERTS
 from slipstream.builder.options import BuildOptions
@@ -53,7 +64,7 @@ LIMITS = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("gemma4")])
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("uncaptured")
 def test_logits_are_as_near_to_float32_as_those_of_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +110,29 @@ def test_caps_and_norms_on_both_sides(tmp_path: Path) -> None:
     """A layer of each kind, few tokens, no step of one: the interpreter takes seconds for each."""
     config = copy.deepcopy(CONFIGS["gemma2"])
     config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    check_few_tokens(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.kernel
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("uncaptured")
+def test_two_caches_and_a_layer_without_keys(tmp_path: Path) -> None:
+    """Heads of two sizes and groups, k that are v, inputs of each layer, experts beside the MLP."""
+    config = Gemma4TextConfig(
+        **GEMMA4_31B
+        | GEMMA4_EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "hidden_size_per_layer_input": 16,
+        },
+        num_kv_shared_layers=1,
+    )
+    check_few_tokens(config, tmp_path)
+
+
+def check_few_tokens(config: PreTrainedConfig, tmp_path: Path) -> None:
     checkpoint = save_tiny(config, tmp_path / "checkpoint")
     build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda"))
     prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, 22))
@@ -226,7 +260,9 @@ def logits_in_chunks(
             sampling=[SamplingRow(SamplingParams(temperature=0), [0], [], 0)] * (2 * size),
             slots=np.array([0, 1], np.int32),
             sampling_slots=rows.astype(np.int32),
-            pages={KV: PagedInputs(table, slots.astype(np.int32))},
+            pages={
+                cache.name: PagedInputs(table, slots.astype(np.int32)) for cache in loaded.caches
+            },
         )
         out.append(executor.logits(batch).reshape(2, size, -1))
         start += size

@@ -162,17 +162,25 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
 
 
 def attention(capability: tuple[int, int], pdl: bool) -> None:
-    """A decode and a prefill in one step, over pages of both kinds."""
-    a = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
+    """A decode and a prefill in one step, over pages of both kinds, of heads of a usual size and
+    of the largest."""
+    usual = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
+    largest = Attributes(0, 8, 1, 512, 64, 1.0, kv_parts=1, v_norm=1, k_row_major=1)
+    for a in (usual, largest):
+        attention_of(a, capability, pdl)
+
+
+def attention_of(a: Attributes, capability: tuple[int, int], pdl: bool) -> None:
     row, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 8, dtype=torch.int32)
-    step = StepTensors(row, row, table, row, row, row, num_decodes=4)
-    qkv = torch.zeros(8, 12 * 128, dtype=torch.bfloat16)
-    angles = torch.zeros(8, 64)
+    step = StepTensors(row, row, table, row, row, row, num_decodes=4, query_block=1)
+    width, kv_heads = a.head_dim, a.num_kv_heads
+    qkv = torch.zeros(8, (a.num_heads + a.kv_parts * kv_heads) * width, dtype=torch.bfloat16)
+    angles = torch.zeros(8, width // 2)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         if dtype != torch.bfloat16 and capability < (8, 9):
             continue
-        pages = torch.zeros(1, 4, 2, 2, 64 * 128, dtype=dtype)
-        workspace = DecodeWorkspace.allocate(8, 8, 128, 512, "cpu")
+        pages = torch.zeros(1, 4, 2, kv_heads, 64 * width, dtype=dtype)
+        workspace = DecodeWorkspace.allocate(8, 8, width, 512, "cpu")
         sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
         paged_attention(
             qkv, angles, angles, pages, step, a, sinks=sinks, workspace=workspace, pdl=pdl

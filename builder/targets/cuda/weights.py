@@ -99,7 +99,7 @@ class StoreVectors:
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, and what a router reads and says."""
+    the rotary angles, what a router reads and says, and weights of experts."""
 
     dtype: str
 
@@ -110,7 +110,7 @@ class SetPrecision:
             for value in node.outputs:
                 if not self._gives(node, value):
                     continue
-                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                exact = any(_exact(reader, index) for reader, index in value.uses())
                 if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
@@ -120,3 +120,8 @@ class SetPrecision:
         """Whether an operator can give a value in this type."""
         spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
         return spec is None or self.dtype in spec.outputs[node.outputs.index(value)].dtypes
+
+
+def _exact(reader: ir.Node, index: int) -> bool:
+    """Whether an operator wants its input ``index`` in float32."""
+    return reader.op_type in ("SoftCap", "Router") or (reader.op_type, index) == ("ExpertLinear", 3)

@@ -140,7 +140,7 @@ def test_siblings_get_their_prompt_by_a_copy_of_its_page(llm: LLM) -> None:
 
     def checked(moves: Sequence[Move]) -> None:
         move(moves)
-        cache = executor.runner.memory.kv_cache
+        cache = executor.runner.memory.pages["kv_cache"]
         for _, source, target in moves:
             moved.append(torch.equal(cache[:, source], cache[:, target]))
             assert cache[:, source].any()
