@@ -180,7 +180,7 @@ def reference_routers(checkpoint: Path, prompts: NDArray[np.int64]) -> list[Refe
 def recorded_choices(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.int32]]:
     """The experts ``[T, k]`` that products of the layers' first weights will be told to take."""
     found: list[NDArray[np.int32]] = []
-    multiply = expert_bind.multiply
+    multiply = expert_bind.multiply  # type: ignore[attr-defined]
 
     def kept(x: Tensor, experts: Experts, ids: Tensor, *more: Any, **options: Any) -> Tensor:  # noqa: ANN401
         if experts.gated:
