@@ -278,14 +278,14 @@ class Routes:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
-        multiply = expert_module.multiply
+        multiply = expert_module.multiply  # type: ignore[attr-defined]
 
         def kept(x: Tensor, experts: Experts, ids: Tensor, *more: Any, **options: Any) -> Tensor:  # noqa: ANN401
             if torch.cuda.is_current_stream_capturing() and experts.gated:  # once a layer
                 self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
             return multiply(x, experts, ids, *more, **options)
 
-        expert_module.multiply = kept
+        expert_module.multiply = kept  # type: ignore[attr-defined]
 
     def distinct(self, tokens: int) -> float | None:
         """Different experts a layer in the last decode of so many tokens; None where there are no

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import TACTICS
 from slipstream.plugins.cuda import tuning
 from slipstream.plugins.expert_linear.cuda import tuning as expert_tuning
 from slipstream.plugins.expert_linear.cuda.tactics import candidate_tactics as every
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
 from slipstream.plugins.linear.cuda.packing import format_attributes, packed_size
-from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.plugins.operators import DOMAIN
+from slipstream.runtime.executors.cuda import tuning as engine_tuning
 from slipstream.runtime.executors.cuda.tuning import problems
 from slipstream.weights.tensor import WeightFormat
 
@@ -106,6 +112,36 @@ def test_the_quickest_candidate_of_each_is_kept(
         assert [timing.tactic for timing in tuned.timings] == candidates[::-1]
         assert table.entries[tuned.problem.key(1)] == candidates[1]
     assert not list(tuning.tune(found[:1], [2048], table))
+
+
+def test_an_engine_keeps_what_was_timed_before_the_rest_was_cut(
+    found: list[tuning.Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(problems: list[tuning.Problem], buckets: list[int], table: Tactics) -> Iterator[str]:
+        assert buckets == [1, 2, 4, 8, 16]  # what a step of 12 tokens takes is the last
+        table.entries[problems[0].key(1)] = Tactic("blas")
+        yield "the first"
+        raise KeyboardInterrupt
+
+    written: dict[str, str] = {}
+    limits, graphs = SimpleNamespace(max_num_tokens=12), {TARGET_GRAPH: SimpleNamespace(file="")}
+    engine = SimpleNamespace(
+        manifest=SimpleNamespace(limits=limits, graphs=graphs),
+        path=Path(),
+        write_file=written.__setitem__,
+    )
+    fakes: dict[str, Any] = {
+        "require": lambda manifest: None,
+        "load_weights": lambda *_: {},
+        "problems": lambda *_: found,
+        "tune": cut,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(engine_tuning, name, fake)
+    monkeypatch.setattr(ir, "load", lambda _: SimpleNamespace(graph=[]))
+    with pytest.raises(KeyboardInterrupt):
+        engine_tuning.tune_engine(engine)  # type: ignore[arg-type]
+    assert list(Tactics.from_json(written[TACTICS]).entries) == [found[0].key(1)]
 
 
 @pytest.mark.parametrize(("best", "replays", "found"), [(1.0, 1, 9.0), (7.0, 5, 5.0)])
