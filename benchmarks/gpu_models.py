@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
+from slipstream.plugins.normed_router import cuda as normed_module
 from slipstream.plugins.router import cuda as router_module
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
@@ -147,12 +149,14 @@ class Matrix:
 def matrices(plan: Plan) -> Iterator[Matrix]:
     """The weights of a lowered program, in the order of their use."""
     for node in plan.program.graph:
-        if node.op_type in ("Linear", "Embedding", "ExpertLinear"):
+        if node.op_type in ("Linear", "NormedRouter", "Embedding", "ExpertLinear"):
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
             values = {a.name: a.value for a in node.attributes.values()}
             fmt = format_of({"zero_kind": 0, "scale_bytes": 4, **values})
-            experts, top_k = int(values.get("experts", 1)), int(values.get("top_k", 1))
+            experts, top_k = int(values.get("experts", 1)), 1
+            if node.op_type == "ExpertLinear":
+                top_k = int(values["top_k"])
             rows, columns = fmt.shape
             fmt = replace(fmt, shape=(experts * rows, columns))
             yield Matrix(blob.name, node.op_type, fmt, experts, top_k)
@@ -240,15 +244,18 @@ class Routes:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
-        choose = self._choose = router_module.router
+        self._hooked = [
+            (module, name, getattr(module, name))
+            for module, name in ((router_module, "router"), (normed_module, "normed_router"))
+        ]
+        for module, name, choose in self._hooked:
+            setattr(module, name, partial(self._kept, choose))
 
-        def kept(logits: Tensor, *arguments: Any, **options: Any) -> router_module.Choice:  # noqa: ANN401
-            ids, weights = choose(logits, *arguments, **options)
-            if torch.cuda.is_current_stream_capturing():
-                self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
-            return ids, weights
-
-        router_module.router = kept
+    def _kept(self, choose: Callable[..., tuple[Tensor, ...]], *given: Any, **options: Any) -> Any:  # noqa: ANN401
+        *y, ids, weights = choose(*given, **options)
+        if torch.cuda.is_current_stream_capturing():
+            self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
+        return (*y, ids, weights)
 
     def distinct(self, tokens: int) -> float | None:
         """Different experts a layer in the last decode of so many tokens; None where there are no
@@ -259,7 +266,8 @@ class Routes:
 
     def close(self) -> None:
         """Let go of the routers and of what they chose, which holds memory of the steps."""
-        router_module.router = self._choose
+        for module, name, choose in self._hooked:
+            setattr(module, name, choose)
         self._ids.clear()
 
 

@@ -15,9 +15,7 @@ SPEC = OperatorSpec(
         TensorSpec(
             "bias", ACTIVATION_DTYPES, ("out_features",), "added to the logits", optional=True
         ),
-        TensorSpec(
-            "correction", ("float32",), ("out_features",), "as Router's is", optional=True
-        ),
+        TensorSpec("correction", ("float32",), ("out_features",), "as Router's is", optional=True),
     ),
     outputs=(
         TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "in_features"), "the normalized rows"),

@@ -56,9 +56,7 @@ def run(
     assert not layer.counters.any(), "as they were for the next"
     given = None if bias is None else bias.float().numpy()
     options = {"norm_eps": EPS, **CASES[name]}
-    want = reference(
-        x.float().numpy(), weight, gain.float().numpy(), given, correction, **options
-    )
+    want = reference(x.float().numpy(), weight, gain.float().numpy(), given, correction, **options)
     return got, list(want)
 
 
