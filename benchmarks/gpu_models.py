@@ -187,12 +187,14 @@ class Matrix:
 def matrices(plan: Plan) -> Iterator[Matrix]:
     """The weights of a lowered program, in the order of their use."""
     for node in plan.program.graph:
-        if node.op_type in ("Linear", "Embedding", "ExpertLinear"):
+        if node.op_type in ("Linear", "NormedRouter", "Embedding", "ExpertLinear"):
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
             values = {a.name: a.value for a in node.attributes.values()}
             fmt = format_of({"zero_kind": 0, "scale_bytes": 4, **values})
-            experts, top_k = int(values.get("experts", 1)), int(values.get("top_k", 1))
+            experts, top_k = int(values.get("experts", 1)), 1
+            if node.op_type == "ExpertLinear":
+                top_k = int(values["top_k"])
             rows, columns = fmt.shape
             fmt = replace(fmt, shape=(experts * rows, columns))
             yield Matrix(blob.name, node.op_type, fmt, experts, top_k)
