@@ -5,6 +5,8 @@ PYTHONPATH=src python benchmarks/gpu_try.py check kernels --models qwen3 gpt-oss
 PYTHONPATH=src python benchmarks/gpu_try.py steps --batches 1 16 64
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import argparse
@@ -12,9 +14,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
