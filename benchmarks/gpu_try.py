@@ -5,6 +5,8 @@ PYTHONPATH=src python benchmarks/gpu_try.py check kernels --models qwen3 gpt-oss
 PYTHONPATH=src python benchmarks/gpu_try.py steps --batches 1 16 64
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import argparse

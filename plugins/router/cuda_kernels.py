@@ -8,8 +8,8 @@ from slipstream.plugins.cuda.kernels import begin
 
 @triton.jit
 def _ordered(keys):
-    """int32 in the order of float32 keys that are no NaN: a warp has one instruction for the largest
-    of 32 integers."""
+    """int32 in the order of float32 keys that are no NaN: a warp finds the largest of its integers
+    by one instruction."""
     bits = keys.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

@@ -85,7 +85,7 @@ class _Operands:
         return torch.empty(rows, width, dtype=self.x.dtype, device=self.x.device)
 
 
-def expert_linear(
+def expert_linear(  # noqa: PLR0913 - what is fused
     x: Tensor,
     experts: Experts,
     ids: Tensor,

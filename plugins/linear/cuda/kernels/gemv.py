@@ -132,9 +132,9 @@ def _fetch_rows(pointer, rows, lanes, VECTORS: tl.constexpr, RT: tl.constexpr, Q
     for r in tl.static_range(RT):
         begin = pointer + rows[r].to(tl.int64) * (VECTORS * 2)
         for first in tl.static_range(0, LINES, Q):
-            line = tl.minimum(first + lanes, LINES - 1)
+            at = begin + tl.minimum(first + lanes, LINES - 1) * 16
             tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(begin + line * 16).to(tl.int64)],
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
 
@@ -164,7 +164,8 @@ def _read_x(
     x, gain, row, first, lanes, VECTORS: tl.constexpr, squares, T: tl.constexpr,
     COUNT: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """x of all tokens from a row on, times the norm's weight, in order (token, element); and sums of squares."""
+    """x of all tokens from a row on, times the norm's weight, in order (token, element); and sums
+    of squares."""
     xs = ()
     if NORM:
         gains = _read_floats(gain, 0, first, lanes, VECTORS, COUNT, BF16, EVEN)
