@@ -331,7 +331,7 @@ def test_gemma4_is_that_of_transformers(pieces: dict[str, Any]) -> None:
     merges = [" ".join(pair) for pair in model["merges"]]
     of_file = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": merges}
     ours = build_tokenizer(pieces | of_file)
-    pairs = [tuple(pair) for pair in model["merges"]]
+    pairs: Any = [tuple(pair) for pair in model["merges"]]
     theirs = GemmaTokenizer(vocab=model["vocab"], merges=pairs, bos_token="<s>", eos_token="</s>")
 
     for text in (*TEXTS, "two\n\nlines and\n more"):
