@@ -18,6 +18,7 @@ from slipstream.builder.build import plan
 from slipstream.builder.models import load_architecture
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig, Rope, RopeScaling
 from slipstream.builder.models.gemma4_decoder import kv_layer
+from slipstream.builder.models.gemma4_gguf import FAMILY
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.builder.options import BuildOptions
@@ -137,6 +138,12 @@ def test_attention_says_what_it_is_given(tmp_path: Path) -> None:
     near, far = "kv_cache.window", "kv_cache"
     own = [(near, 0, 2, 1), (near, 1, 2, 1), (far, 0, 1, 1)]
     assert told == [*own, (near, 1, 0, 1), (near, 1, 0, 1), (far, 0, 0, 1)]
+
+
+def test_a_gguf_file_that_does_not_say_which_layers_have_a_window_is_refused() -> None:
+    found = {"num_key_value_heads": [2, 2], "intermediate_size": [8, 8]}
+    with pytest.raises(CheckpointError, match=r"gemma4\.attention\.sliding_window_pattern does n"):
+        FAMILY.concluded(found)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
