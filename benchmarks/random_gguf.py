@@ -1,6 +1,6 @@
-"""Random weights as a GGUF, for `cpu_peers.py`: a mixture of experts in Qwen3-MoE's layout and Q4_1,
-a quarter of a billion parameters for a token, or the shape of Gemma 3 270M in Q4_0 with an embedding
-of 8 bits, which is how llama.cpp's own tool quantizes it.
+"""Random weights as a GGUF, for `cpu_peers.py`: a mixture of experts in Qwen3-MoE's layout, a quarter
+of a billion parameters for a token, or the shape of Gemma 3 270M with an embedding of 8 bits, which
+is how llama.cpp's own tool quantizes one of that width.
 
     python benchmarks/random_gguf.py experts experts.gguf --experts 32
     python benchmarks/random_gguf.py gemma-3-270m gemma.gguf
@@ -81,7 +81,7 @@ SHAPES = {
         head_dim=256,
         norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
         embedding=Type.Q8_0,
-        matrices=Type.Q4_0,
+        matrices=Type.Q4_1,
         window=512,
     ),
 }
@@ -199,9 +199,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--experts", type=int, help="of another number than 32")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--matrices", choices=("Q4_0", "Q4_1"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    given = {"experts": arguments.experts, "layers": arguments.layers}
+    matrices = Type[arguments.matrices] if arguments.matrices else None
+    given = {"experts": arguments.experts, "layers": arguments.layers, "matrices": matrices}
     changes = {name: value for name, value in given.items() if value is not None}
     shape = dataclasses.replace(SHAPES[arguments.shape], **changes)
     write(shape, arguments.output, arguments.seed)
