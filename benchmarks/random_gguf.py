@@ -1,6 +1,6 @@
-"""Random weights as a GGUF, for `cpu_peers.py`: a mixture of experts in Qwen3-MoE's layout, a quarter
-of a billion parameters for a token, or the shape of Gemma 3 270M with an embedding of 8 bits, which
-is how llama.cpp's own tool quantizes one of that width.
+"""Random weights as a GGUF, for `cpu_peers.py`: a mixture of experts in Qwen3-MoE's layout with a
+quarter of a billion parameters for a token, or the shape of Gemma 3 270M with an embedding of 8
+bits, which is how llama.cpp's own tool quantizes one of that width.
 
     python benchmarks/random_gguf.py experts experts.gguf --experts 32
     python benchmarks/random_gguf.py gemma-3-270m gemma.gguf

@@ -35,7 +35,6 @@ from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
-from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
@@ -121,6 +120,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
+    _check_read(checkpoint, strict=options.strict_tensors)
     program = _declare(checkpoint, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
@@ -223,10 +223,9 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
 
 
 def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len: int) -> Program:
-    """The canonical program of a checkpoint, with every tensor of it accounted for."""
+    """The canonical program of a checkpoint."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
-    _check_read(checkpoint, architecture, expected)
     program = new_program(config.architecture)
     used: set[str] = set()
 
@@ -247,19 +246,32 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len:
     return program
 
 
-def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Shapes) -> None:
-    """CheckpointError for tensors that the architecture does not read."""
-    unread = sorted(
+def _check_read(checkpoint: Checkpoint, *, strict: bool) -> None:
+    """CheckpointError for tensors that the architecture does not read; those that may be there all
+    the same are named, and refused if they must be."""
+    architecture = architecture_of(checkpoint.config.architecture)
+    left_out = sorted(set(checkpoint.names()) - set(architecture.shapes(checkpoint.config)))
+    unread = [
         name
-        for name in set(checkpoint.names()) - set(expected)
+        for name in left_out
         if not name.endswith(REDUNDANT) and not architecture.is_redundant(checkpoint.config, name)
-    )
+    ]
     if unread:
         raise CheckpointError(
             f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
             f"read, such as {unread[0]}; its config does not describe it: check config.json "
             "against the model's page"
         )
+    if left_out and strict:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(left_out)} tensors that its text model has no use for, "
+            f"such as {left_out[0]}, which would be left out; build without --strict-tensors"
+        )
+    if left_out:
+        log.warning(
+            "%s: %d tensors that its text model has no use for are left out, such as %s",
+            checkpoint.path.name, len(left_out), left_out[0],
+        )  # fmt: skip
 
 
 def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
