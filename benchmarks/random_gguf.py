@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -159,9 +160,9 @@ def copy_tokenizer(writer: GGUFWriter, vocabulary: int) -> None:
     for key, field in fields.items():
         if key.startswith("tokenizer."):
             element = field.types[1] if len(field.types) > 1 else None
-            value = field.contents()
+            value: Any = field.contents()
             if key in more:
-                value = [*value, *more[key]]
+                value.extend(more[key])
             writer.add_key_value(key, value, field.types[0], element)
 
 

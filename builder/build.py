@@ -11,8 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from slipstream.builder.checkpoints import open_checkpoint
-from slipstream.builder.checkpoints.base import Checkpoint
-from slipstream.builder.checkpoints.names import REDUNDANT
+from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
@@ -120,7 +119,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
-    _check_read(checkpoint, strict=options.strict_tensors)
+    check_read(checkpoint)
     program = _declare(checkpoint, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
@@ -244,34 +243,6 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len:
             f"{len(differing)} tensors, such as {min(differing)}; correct the architecture's file"
         )
     return program
-
-
-def _check_read(checkpoint: Checkpoint, *, strict: bool) -> None:
-    """CheckpointError for tensors that the architecture does not read; those that may be there all
-    the same are named, and refused if they must be."""
-    architecture = architecture_of(checkpoint.config.architecture)
-    left_out = sorted(set(checkpoint.names()) - set(architecture.shapes(checkpoint.config)))
-    unread = [
-        name
-        for name in left_out
-        if not name.endswith(REDUNDANT) and not architecture.is_redundant(checkpoint.config, name)
-    ]
-    if unread:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
-            f"read, such as {unread[0]}; its config does not describe it: check config.json "
-            "against the model's page"
-        )
-    if left_out and strict:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(left_out)} tensors that its text model has no use for, "
-            f"such as {left_out[0]}, which would be left out; build without --strict-tensors"
-        )
-    if left_out:
-        log.warning(
-            "%s: %d tensors that its text model has no use for are left out, such as %s",
-            checkpoint.path.name, len(left_out), left_out[0],
-        )  # fmt: skip
 
 
 def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:

@@ -1,8 +1,8 @@
 """Regular expressions of a foreign config.json, in time linear in the name they are matched with.
 
-Python's own can take forever. Rust's crate ``regex``, which pydantic brings, cannot, and bounds what
-it compiles; it has no references to groups and no look-around. A look-ahead at the very start, as
-in ``^(?!.*experts).*``, is an expression of its own.
+Python's own can take forever. Rust's crate ``regex``, which pydantic brings, cannot, and bounds
+what it compiles; it has no references to groups and no look-around. A look-ahead at the very start,
+as in ``^(?!.*experts).*``, is an expression of its own.
 """
 
 from __future__ import annotations

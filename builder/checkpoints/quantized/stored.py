@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from slipstream.builder.checkpoints.names import REDUNDANT
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
@@ -117,11 +116,7 @@ class Stored:
 
     def finish(self) -> None:
         """Raises CheckpointError when a tensor has not been taken."""
-        left = sorted(
-            name
-            for name in self._tensors
-            if name not in self._taken and not name.endswith(REDUNDANT)
-        )
+        left = sorted(self._tensors.keys() - self._taken)
         if left:
             tensor = self._tensors[left[0]]
             raise CheckpointError(
