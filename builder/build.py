@@ -11,8 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from slipstream.builder.checkpoints import open_checkpoint
-from slipstream.builder.checkpoints.base import Checkpoint
-from slipstream.builder.checkpoints.names import REDUNDANT
+from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
@@ -35,7 +34,6 @@ from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
-from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
@@ -121,6 +119,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
+    check_read(checkpoint)
     program = _declare(checkpoint, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
@@ -223,10 +222,9 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
 
 
 def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len: int) -> Program:
-    """The canonical program of a checkpoint, with every tensor of it accounted for."""
+    """The canonical program of a checkpoint."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
-    _check_read(checkpoint, architecture, expected)
     program = new_program(config.architecture)
     used: set[str] = set()
 
@@ -245,21 +243,6 @@ def _declare(checkpoint: Checkpoint, kv_dtype: str, page_size: int, max_seq_len:
             f"{len(differing)} tensors, such as {min(differing)}; correct the architecture's file"
         )
     return program
-
-
-def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Shapes) -> None:
-    """CheckpointError for tensors that the architecture does not read."""
-    unread = sorted(
-        name
-        for name in set(checkpoint.names()) - set(expected)
-        if not name.endswith(REDUNDANT) and not architecture.is_redundant(checkpoint.config, name)
-    )
-    if unread:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
-            f"read, such as {unread[0]}; its config does not describe it: check config.json "
-            "against the model's page"
-        )
 
 
 def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:

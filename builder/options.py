@@ -29,8 +29,8 @@ class BuildOptions:
     symmetric       no zero points; for integer groups only, which have them by default
     kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
                     dense engine and float16 for a quantized one, on a GPU the dtype
-    strict_tensors  refuse a checkpoint that holds more than a text model, such as one of images or
-                    layers that predict further tokens, whose other tensors are left out
+    strict_tensors  refuse a checkpoint of which tensors are left out: those of images, of layers
+                    that predict further tokens, a head beside the embedding that it is tied to
     gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits
     """

@@ -251,7 +251,7 @@ def test_experts_that_become_dense_are_named(
     assert ["bits" in node.attributes for node in nodes] == [False, True]
     assert [m for m in caplog.messages if "experts" in m] == [
         "1 weights of experts (model.layers.0.mlp.experts.gate_proj+up_proj.weight) become dense: "
-        "each wants its x ordered or scaled in a way of its own (act-order or pre-scale)"
+        "they do not want x ordered or scaled alike (act-order or pre-scale)"
     ]
 
 
