@@ -232,7 +232,10 @@ def _random_section(name: str, section: Section, fmt: WeightFormat, device: str)
     if name != "codes":
         kind = fmt.kind if fmt.kind != "int" else f"int{fmt.bits}"
         value = 1.0 if name == "input_scale" else _SCALES[kind]
-        return torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
+        scales = torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
+        if fmt.kind == "int":  # codes are below zero on average, and rows are not to be alike
+            scales *= torch.randint(0, 2, section.shape, device=device).to(scales.dtype) * 2 - 1
+        return scales
     if in_words(fmt):
         return torch.randint(-(2**31), 2**31 - 1, section.shape, dtype=torch.int32, device=device)
     wide = torch.randn(section.shape, dtype=torch.bfloat16, device=device)

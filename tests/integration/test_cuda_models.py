@@ -193,7 +193,11 @@ def reference_routers(checkpoint: Path, prompts: NDArray[np.int64]) -> list[Refe
     found = []
 
     def keep(_: object, inputs: object, output: tuple[Tensor, ...]) -> None:
-        logits, ids = (part.numpy().reshape(*prompts.shape, -1) for part in output[::2])
+        parts = [part.reshape(*prompts.shape, -1).numpy() for part in output]
+        ids = next(part for part in parts if part.dtype.kind == "i")
+        logits = max((p for p in parts if p.dtype.kind == "f"), key=lambda part: part.shape[-1])
+        if logits.min() >= 0:  # these are probabilities
+            logits = np.log(logits)
         margins = np.zeros(prompts.shape, np.float32)
         if not corrected and ids.shape[-1] < logits.shape[-1]:
             ordered, k = np.sort(logits)[..., ::-1], ids.shape[-1]
