@@ -92,9 +92,11 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
         same &= agree
     agree_so_far = np.logical_and.accumulate(same, axis=1)
     first = ~agree_so_far & (np.cumsum(~same, axis=1) == 1)
-    assert max(float(margin[first].max(initial=0)) for margin in ties) < NEAR_TIE
-    assert same.mean() > MOST
     limit = 1.5 * typical(theirs, exact) + 1e-3
+    # Where bf16 says little about a model (Gemma 4's tiny ones), it says little of its routers.
+    tie = max(NEAR_TIE, 2 * limit)
+    assert max(float(margin[first].max(initial=0)) for margin in ties) < tie
+    assert same.mean() > MOST
     assert distance(ours[agree_so_far], exact[agree_so_far]) < limit
     assert typical(ours, exact) < limit
 

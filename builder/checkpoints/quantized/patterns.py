@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-
-from pydantic_core import SchemaError, SchemaValidator, core_schema
+from typing import TYPE_CHECKING
 
 from slipstream.weights.json import Fields, shortened
+
+if TYPE_CHECKING:
+    from pydantic_core import SchemaValidator
 
 # Those of real files have some hundred characters.
 _LONGEST = 4_000
@@ -30,7 +32,7 @@ def matches(pattern: str, module: str, settings: Fields, key: str) -> bool:
         if len(pattern) > _LONGEST:
             raise ValueError(f"it has more than {_LONGEST} characters")
         expressions = _compiled(pattern)
-    except (SchemaError, ValueError) as error:
+    except ValueError as error:
         reason = str(error).strip().rpartition("\n")[2].strip().removeprefix("error: ")
         raise settings.origin.error(
             f"{settings.origin.file}: {settings.path}{key} has the pattern {shortened(pattern)}, "
@@ -51,9 +53,16 @@ def _compiled(pattern: str) -> tuple[tuple[SchemaValidator, bool], ...]:
 
 
 def _expression(pattern: str) -> SchemaValidator:
-    # Alone first: one that closes a group too many would be whole within a group.
-    for text in (pattern, f"^(?:{pattern})"):
-        validator = SchemaValidator(core_schema.str_schema(pattern=text, regex_engine="rust-regex"))
+    # Imported here: few checkpoints have patterns.
+    from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+    try:
+        # Alone first: one that closes a group too many would be whole within a group.
+        for text in (pattern, f"^(?:{pattern})"):
+            schema = core_schema.str_schema(pattern=text, regex_engine="rust-regex")
+            validator = SchemaValidator(schema)
+    except SchemaError as error:
+        raise ValueError(str(error)) from error
     return validator
 
 
