@@ -131,7 +131,7 @@ _BUILD = {
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
     "strict_tensors": Option(
-        "Refuse a checkpoint that holds more than a text model, whose other tensors are left out."
+        "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),
     "max_batch_size": Option(
         "Sequences in one step, at most.", "64 on a CPU, 256 on a GPU", least=1
