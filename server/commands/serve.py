@@ -20,7 +20,7 @@ from slipstream.server.options import runtime_options, server_options
 @server_options
 @runtime_options
 def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
-    """Serve a model over OpenAI's HTTP interface.
+    """Serve a model over OpenAI's HTTP interfaces.
 
     MODEL is an engine, or a checkpoint, which is compiled on first use. Clients are given
     http://HOST:PORT/v1 as their base URL; a browser finds a page to chat at http://HOST:PORT/.
