@@ -9,21 +9,18 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from tests.runtime.chat.templates import QWEN
 from tests.server.openai.serving import serving
 
 from slipstream.runtime.loading import load
 
-# A random model likes white space.
-COMPACT: Any = {"x-guidance": {"whitespace_flexible": False}}
 # Small, since the model takes a token a character.
 DAYS = {
     "type": "object",
     "properties": {"days": {"enum": [1, 2]}},
     "required": ["days"],
     "additionalProperties": False,
-    **COMPACT,
 }
 TOOL: Any = {"type": "function", "name": "f", "strict": True, "parameters": DAYS}
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}, "seed": 1}
@@ -31,8 +28,6 @@ QUIET = {"chat_template_kwargs": {"enable_thinking": False}, "seed": 1}
 
 class Weather(BaseModel):
     """What an answer is parsed as."""
-
-    model_config = ConfigDict(json_schema_extra=COMPACT)
 
     unit: Literal["celsius", "kelvin"]
     rains: bool
@@ -50,14 +45,14 @@ def client(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def test_a_pydantic_model_is_parsed(client: openai.OpenAI) -> None:
     answer = client.responses.parse(
-        model="counting", input="hi", text_format=Weather, max_output_tokens=100, extra_body=QUIET
+        model="counting", input="hi", text_format=Weather, max_output_tokens=400, extra_body=QUIET
     )
     assert isinstance(answer.output_parsed, Weather) and answer.status == "completed"
 
 
 def test_the_streaming_helper_parses_too(client: openai.OpenAI) -> None:
     with client.responses.stream(
-        model="counting", input="hi", text_format=Weather, max_output_tokens=100, extra_body=QUIET
+        model="counting", input="hi", text_format=Weather, max_output_tokens=400, extra_body=QUIET
     ) as stream:
         final = stream.get_final_response()
     assert isinstance(final.output_parsed, Weather)
@@ -68,7 +63,7 @@ def test_a_tool_is_called_and_answered(client: openai.OpenAI, by_id: bool) -> No
     asked: list[Any] = [{"role": "user", "content": "hi"}]
     first = client.responses.create(
         model="counting", input=asked, tools=[TOOL], tool_choice="required",
-        parallel_tool_calls=False, max_output_tokens=100, extra_body=QUIET,
+        parallel_tool_calls=False, max_output_tokens=400, extra_body=QUIET,
     )  # fmt: skip
     (call,) = (item for item in first.output if item.type == "function_call")
     assert call.name == "f" and json.loads(call.arguments) in ({"days": 1}, {"days": 2})
