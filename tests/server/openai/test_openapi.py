@@ -17,6 +17,11 @@ CHECKS = [not_a_server_error, status_code_conformance, response_schema_conforman
 OPERATIONS = [
     "POST /v1/completions",
     "POST /v1/chat/completions",
+    "POST /v1/chat/completions/batch",
+    "POST /invocations",
+    "POST /ping",
+    "GET /ping",
+    "GET /load",
     "POST /v1/embeddings",
     "POST /v1/rerank",
     "POST /v1/score",
