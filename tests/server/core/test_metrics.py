@@ -19,6 +19,7 @@ from slipstream.server.core.metrics import (
     render,
 )
 
+CONFIG = RuntimeConfig()
 STATS = SchedulerStats(
     num_running=3,
     num_waiting=2,
@@ -36,7 +37,7 @@ class Engine:
     """What metrics read of an engine."""
 
     stats: SchedulerStats = STATS
-    config: RuntimeConfig = RuntimeConfig()
+    config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None
 

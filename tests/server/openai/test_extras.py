@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.server.devices import GatedDevice, engine_on
 from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.loading import load
@@ -177,19 +179,37 @@ def test_an_invocation_is_what_its_body_says(server: Running) -> None:
 
 
 def test_health_is_also_a_ping_and_answers_are_counted(server: Running) -> None:
-    counted = "slipstream:http_requests_total {} {} {}"
+    counted = "slipstream:http_requests_total {2} {0} {1}"
     before = server.samples()
     for method, path in (("GET", "/ping"), ("POST", "/ping"), ("HEAD", "/health")):
         response = httpx.request(method, server.url + path)
         assert response.status_code == 200
         name = counted.format(method, 200, path)
-        assert server.samples()[name] == before.get(name, 0) + 1
+        wanted = before.get(name, 0) + 1
+        server.wait(lambda name=name, wanted=wanted: server.samples().get(name) == wanted)  # type: ignore[misc]
     assert httpx.get(f"{server.url}/nowhere/{id(before)}").status_code == 404
     assert server.post(COMPLETIONS, {"prompt": ""}).status_code == 400
+    for name in (counted.format("POST", 400, COMPLETIONS), counted.format("GET", 404, "none")):
+        server.wait(lambda name=name: name in server.samples())  # type: ignore[misc]
     samples = server.samples()
-    assert samples[counted.format("POST", 400, COMPLETIONS)] >= 1
-    assert samples[counted.format("GET", 404, "none")] >= 1
     assert not [name for name in samples if str(id(before)) in name]
+
+
+def test_the_load_is_the_requests_that_run_or_wait() -> None:
+    def load() -> int:
+        count: int = httpx.get(f"{running.url}/load").json()["server_load"]
+        return count
+
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device, ThreadPoolExecutor() as clients:
+        assert load() == 0
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 1}
+        asked = [clients.submit(running.post, COMPLETIONS, body) for _ in range(2)]
+        running.wait(lambda: running.service.load == 2)
+        assert load() == 2, "requests are counted, not their completions"
+        device.permits.release(100)
+        assert all(each.result(60).status_code == 200 for each in asked)
+        assert load() == 0
 
 
 def test_steps_and_the_cache_are_in_the_metrics(server: Running) -> None:

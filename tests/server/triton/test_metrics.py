@@ -15,6 +15,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 
+CONFIG = RuntimeConfig()
 BUSY = SchedulerStats(
     num_running=1,
     num_waiting=2,
@@ -32,7 +33,7 @@ class Engine:
     """What metrics read of an engine."""
 
     stats: SchedulerStats = BUSY
-    config: RuntimeConfig = RuntimeConfig()
+    config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None
 
