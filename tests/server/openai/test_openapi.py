@@ -34,6 +34,8 @@ OPERATIONS = [
     "GET /version",
     "GET /tokenizer_info",
 ]
+# Of those without a body nothing can be wrong.
+BODIES = {label for label in OPERATIONS if label.startswith("POST")} - {"POST /ping"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_the_document_has_all_operations(operations: dict[str, Any]) -> None:
         (label, mode)
         for label in OPERATIONS
         for mode in GenerationMode
-        if label.startswith("POST") or mode is GenerationMode.POSITIVE
+        if label in BODIES or mode is GenerationMode.POSITIVE
     ],
 )
 def test_no_request_makes_the_server_fail(
