@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from slipstream.builder.contract import STATES, states
 from slipstream.errors import (
@@ -24,6 +25,7 @@ from slipstream.runtime.engine.request_state import CompletionState, RequestStat
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -78,6 +80,7 @@ class EngineLoop:
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
         self._health = Health(engine.config.step_timeout, clock)
+        self._steps = StepStats(clock)
         self._arrivals = itertools.count()
         self._seeds = random.Random()  # the module's own belongs to the program
         self._requests: dict[str, RequestState] = {}
@@ -93,8 +96,9 @@ class EngineLoop:
 
     @property
     def stats(self) -> SchedulerStats:
-        """A snapshot of the scheduler; may be read from any thread."""
-        return self.scheduler.stats
+        """A snapshot of the scheduler, and all steps; may be read from any thread."""
+        steps = self._steps
+        return replace(self.scheduler.stats, step_tokens=steps.tokens, step_seconds=steps.seconds)
 
     @property
     def forked(self) -> str | None:
@@ -232,6 +236,7 @@ class EngineLoop:
         self._note_admitted(plan.admitted)
         batch, owners = self._builder.build(plan)
         positions = [row.position for row in batch.sampling]
+        self._steps.began()
         try:
             started = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
@@ -261,6 +266,8 @@ class EngineLoop:
             self._health.failed(error)
             self._fail(flight.plan, error)
             return
+        finally:
+            self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
+from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.kv_cache import Allocation, Move
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
+from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 
 _ORDER = attrgetter("order")
 _LEFT = attrgetter("num_left")
@@ -27,7 +29,10 @@ def _length(sequence: Sequence) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Gauges of now and counters since the start; prefix counters are in tokens."""
+    """Gauges of now and counters since the start; prefix counters are in tokens.
+
+    Of those that wait, ``num_deferred`` leave the last rows to others; the rest lacks room.
+    """
 
     num_running: int
     num_waiting: int
@@ -35,6 +40,10 @@ class SchedulerStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     num_preemptions: int
+    num_deferred: int = 0
+    num_pages: int = 0
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
 
 
 class Scheduler:
@@ -89,7 +98,13 @@ class Scheduler:
             prefix_cache_queries=self._prefix_queries,
             prefix_cache_hits=self._prefix_hits,
             num_preemptions=self._preemptions,
+            num_deferred=sum(each.index > 0 for each in self.waiting[:]) if self._defers else 0,
+            num_pages=self.kv.num_pages,
         )
+
+    @property
+    def _defers(self) -> bool:
+        return 0 < len(self._rows) <= self._config.max_batch_size // 8
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
         """``max_tokens`` clamped to the room after the prompt, all of it for None; 1 if

@@ -377,4 +377,6 @@ def _logprobs(token: int, row: SamplingRow) -> TokenLogprobs | None:
     if wanted is None:
         return None
     logprob = logprob_of(token)
-    return TokenLogprobs(token, logprob, 1, {token: (logprob, 1)})
+    listed = row.params.logprob_token_ids if row.target is None else None
+    top = {each: (logprob_of(each), 1) for each in listed or (token,)}
+    return TokenLogprobs(token, logprob, 1, top)
