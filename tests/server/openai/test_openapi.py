@@ -20,6 +20,8 @@ OPERATIONS = [
     "POST /v1/embeddings",
     "POST /v1/rerank",
     "POST /v1/score",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
     "POST /tokenize",
     "POST /detokenize",
     "GET /v1/models",
