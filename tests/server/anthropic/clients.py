@@ -9,12 +9,21 @@ import anthropic
 from tests.server.openai.serving import Running
 
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
+_OPEN: list[anthropic.Anthropic] = []
 
 
 def client(running: Running, **options: Any) -> anthropic.Anthropic:  # noqa: ANN401
-    """The client; it does not repeat what fails."""
+    """The client, which is open to the end of the test; it does not repeat what fails."""
     given = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
-    return anthropic.Anthropic(base_url=running.url, **given)
+    made = anthropic.Anthropic(base_url=running.url, **given)
+    _OPEN.append(made)
+    return made
+
+
+def close_clients() -> None:
+    """Close those that were made."""
+    while _OPEN:
+        _OPEN.pop().close()
 
 
 def joined(events: Iterable[Any]) -> dict[str, Any]:
