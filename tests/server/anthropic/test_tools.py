@@ -75,7 +75,8 @@ def test_a_call_that_is_cut_off_has_what_there_is_of_its_input(tiny: Running) ->
 
 
 def test_an_answer_is_held_to_a_schema_after_thoughts_in_their_budget(tiny: Running) -> None:
-    parsed = client(tiny).messages.parse(**given(), output_format=Weather)
+    roomy = given(max_tokens=400)  # for white space
+    parsed = client(tiny).messages.parse(**roomy, output_format=Weather)
     assert isinstance(parsed.parsed_output, Weather) and parsed.stop_reason == "end_turn"
     form = {"format": {"type": "json_schema", "schema": DAYS}}
     thinking = {"type": "enabled", "budget_tokens": 8}
