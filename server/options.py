@@ -188,7 +188,7 @@ _SERVER = {
     "host": Option("Address to listen on; 0.0.0.0 is all of this machine's."),
     "port": Option("Port to listen on; 0 takes a free one."),
     "api_key": Option(
-        "Key that requests must carry as Authorization: Bearer; may be repeated. "
+        "Key that requests must carry as Authorization: Bearer or x-api-key; may be repeated. "
         "SLIPSTREAM_API_KEY holds one or several, separated by spaces.",
         "none",
         envvar="SLIPSTREAM_API_KEY",

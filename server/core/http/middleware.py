@@ -168,18 +168,22 @@ class KeyGuard:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
             refusal = Refusal(
                 "unauthorized",
-                "this server wants an API key it knows: send Authorization: Bearer KEY",
+                "this server wants an API key it knows: send Authorization: Bearer KEY, or "
+                "x-api-key: KEY",
                 code="invalid_api_key",
             )
             app = self._refuse(scope, refusal)
         await app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")  # as it came
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        bearer = key if scheme.lower() == "bearer" else ""
+        sent = (bearer, headers.get("x-api-key", ""))
+        given = [key.strip().encode("latin-1") for key in sent]  # as they came
         # All are compared, each in constant time, so that time tells nothing of a key.
-        found = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(found)
+        found = [hmac.compare_digest(key, known) for key in given for known in self._keys]
+        return any(found)
 
 
 class BodyReader:

@@ -18,6 +18,7 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
+from slipstream.server.anthropic.api import ANTHROPIC
 from slipstream.server.core.http.process import DrainingServer, bind, server_of, url_of
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
@@ -104,7 +105,7 @@ def serving(
 
     def run() -> None:
         async def main() -> None:
-            server = server_of(llm, settings, [OPENAI, RESPONSES])
+            server = server_of(llm, settings, [OPENAI, RESPONSES, ANTHROPIC])
             box.append(server)
             task = asyncio.create_task(server.serve([listener]))
             while not server.started and not task.done():
