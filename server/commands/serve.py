@@ -36,6 +36,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
     """
     # Imported here, with what it needs, so that bad usage is reported at once.
     from slipstream.server.core.http.process import bind, run
+    from slipstream.server.ollama.api import OLLAMA
     from slipstream.server.openai.api import OPENAI
     from slipstream.server.responses.api import RESPONSES
 
@@ -46,7 +47,9 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, [OPENAI, RESPONSES])
+        unhealthy = run(
+            AsyncLLM.from_engine(engine), options, listener, [OPENAI, RESPONSES, OLLAMA]
+        )
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)
 
