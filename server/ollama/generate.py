@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.request import OutputKind
+from slipstream.runtime.request_factory import Prompt
 from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
