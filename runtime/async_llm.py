@@ -93,6 +93,8 @@ class AsyncLLM(AsyncPooling):
         self.generation_defaults = engine.generation_defaults
         self.workers = Workers()
         self.fingerprint = engine.fingerprint
+        self.engine = engine.engine
+        self.pooling = engine.pooling
         self.interactive_defaults = engine.interactive_defaults
         self._factory = RequestFactory(engine)
         self._loop = EngineLoop(engine, clock=clock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slipstream.builder.contract import CacheSpec, Pooling
+from slipstream.builder.engine import Engine
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 from slipstream.runtime.sampling.params import SamplingParams
@@ -18,6 +19,7 @@ class LoadedEngine:
     it makes in place of text.
 
     Where ``fingerprint`` is the same, so are the engine's files and the version of Slipstream.
+    ``engine`` is the directory it came from, if any.
     """
 
     executor: Executor
@@ -29,3 +31,4 @@ class LoadedEngine:
     interactive_defaults: SamplingParams
     fingerprint: str
     pooling: Pooling | None = None
+    engine: Engine | None = None

@@ -68,6 +68,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         fingerprint=engine.fingerprint,
         interactive_defaults=generation_defaults(engine.path, engine.manifest.command, INTERACTIVE),
         pooling=engine.manifest.pooling,
+        engine=engine,
     )
 
 

@@ -18,6 +18,11 @@ class Dialect(Protocol):
         """Special tokens that the parser must see in the text."""
         ...
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model may write thoughts."""
+        ...
+
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages, with ``tool_calls`` and role ``tool`` in OpenAI's shape, as the template wants
         them."""

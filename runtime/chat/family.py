@@ -40,6 +40,11 @@ class Family:
             marks += [self.thoughts.begin, self.thoughts.end, *(self.thoughts.answer or ())]
         return [mark for mark in marks if mark in self.skipped]
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model may write thoughts."""
+        return self.thoughts is not None
+
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template wants them."""
         return self.needs.messages(messages)

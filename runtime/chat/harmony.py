@@ -42,6 +42,11 @@ class Harmony:
         """Special tokens that the parser must see in the text."""
         return [mark for mark in _MARKS if mark in self.skipped]
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model may write thoughts."""
+        return True
+
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template wants them: what is said beside a call is among the thoughts."""
         made = self.needs.messages(messages)

@@ -37,6 +37,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
     # Imported here, with what it needs, so that bad usage is reported at once.
     from slipstream.server.anthropic.api import ANTHROPIC
     from slipstream.server.core.http.process import bind, run
+    from slipstream.server.ollama.api import OLLAMA
     from slipstream.server.openai.api import OPENAI
     from slipstream.server.responses.api import RESPONSES
 
@@ -47,9 +48,8 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        unhealthy = run(
-            AsyncLLM.from_engine(engine), options, listener, [OPENAI, RESPONSES, ANTHROPIC]
-        )
+        apis = [OPENAI, RESPONSES, ANTHROPIC, OLLAMA]
+        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, apis)
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)
 

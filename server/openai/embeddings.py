@@ -19,9 +19,8 @@ from slipstream.runtime.request_factory import Prompt
 from slipstream.server.core.dump import dump
 from slipstream.server.core.fields import Flag, Int
 from slipstream.server.core.http.respond import respond_whole, service_of
-from slipstream.server.core.limits import MAX_NUMBERS
-from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
+from slipstream.server.core.vectors import check_numbers, vector_json
 from slipstream.server.openai.pooling import Answer, PoolingRequest, job_of
 
 router = APIRouter()
@@ -57,14 +56,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
         prompt_name=body.prompt_name,
     )
     pooling, prompts = service.llm.vectors_of(params), _prompts(body)
-    numbers = len(prompts) * (body.dimensions or pooling.dimensions)
-    if numbers > MAX_NUMBERS:
-        raise Refusal(
-            "invalid",
-            f"the answer would hold {numbers} numbers; one request takes {MAX_NUMBERS}. Lower "
-            "dimensions, or send several requests",
-            param="input",
-        )
+    check_numbers(len(prompts) * (body.dimensions or pooling.dimensions))
     return await respond_whole(
         request, job_of(body, prompts, [params] * len(prompts), "input"), reply
     )
@@ -91,17 +83,12 @@ class EmbeddingReply:
 
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The list of ``embedding`` objects."""
-        write = _base64 if self.encoding == "base64" else _numbers
+        write = _base64 if self.encoding == "base64" else vector_json
         vectors = enumerate(write(cast(Any, output.pooled)) for output in outputs)
         entries = (f'{{"object":"embedding","index":{i},"embedding":{v}}}' for i, v in vectors)
         data = ",".join(entries)
         head = {"object": "list", **self.answer.head(), "usage": self.answer.count(outputs)}
         return f'{{"data":[{data}],'.encode() + dump(head).removeprefix(b"{")
-
-
-def _numbers(vector: NDArray[np.float32]) -> str:
-    """A list with as many digits as tell one float32 from its neighbours."""
-    return f"[{','.join(map('{:.9g}'.format, vector.tolist()))}]"
 
 
 def _base64(vector: NDArray[np.float32]) -> str:

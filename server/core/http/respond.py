@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from fastapi import Request
@@ -25,10 +26,20 @@ from slipstream.server.core.usage import Usage
 _LOG = logging.getLogger(__name__)
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PULSE_SECONDS = 5.0
-_COMMENT = b": waiting\n\n"
 _SCORE_SIZE = 50  # characters of a log probability, about
 _NUMBER_SIZE = 12  # of a number of a vector
 CLIENT_GONE = 499  # what nginx logs for it; nobody reads this answer
+
+
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How a stream is told; ``pulse`` says nothing to a client, and nothing is a form without."""
+
+    media_type: str
+    pulse: bytes = b""
+
+
+EVENTS = StreamForm("text/event-stream", b": waiting\n\n")
 
 
 class Whole(Protocol):
@@ -48,7 +59,7 @@ class Reply(Whole, Protocol):
     """The same, also as a stream of events."""
 
     def events(self, position: int, output: RequestOutput) -> bytes:
-        """Server-sent events for an output of kind ``delta``, maybe none."""
+        """Events for an output of kind ``delta``, maybe none."""
         ...
 
     def end(self) -> bytes:
@@ -65,7 +76,7 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-async def respond(request: Request, job: Job, reply: Reply) -> Response:
+async def respond(request: Request, job: Job, reply: Reply, form: StreamForm = EVENTS) -> Response:
     """Run a job for as long as its client is there.
 
     A stream begins with the first token, so that what goes wrong before has a status of its own, or
@@ -83,7 +94,7 @@ async def respond(request: Request, job: Job, reply: Reply) -> Response:
     except BaseException:
         await _cancel(first)
         raise
-    return EventStream(first, items, reply)
+    return EventStream(first, items, reply, form)
 
 
 async def respond_whole(request: Request, job: Job, reply: Whole) -> Response:
@@ -143,19 +154,24 @@ def _usage_fields(reply: Whole) -> dict[str, int]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; an error is the last of them.
+    """Events in their form; an error is the last of them.
 
-    Where nothing is to be told for some seconds, a comment is, lest a proxy takes the connection
+    Where nothing is to be told for some seconds, the pulse is, lest a proxy takes the connection
     for dead. Ends, and with it the generator of outputs, when the client is gone.
     """
 
     def __init__(
-        self, first: asyncio.Task[Item], items: AsyncGenerator[Item, None], reply: Reply
+        self,
+        first: asyncio.Task[Item],
+        items: AsyncGenerator[Item, None],
+        reply: Reply,
+        form: StreamForm,
     ) -> None:
-        super().__init__((), headers=_EVENT_HEADERS, media_type="text/event-stream")
+        super().__init__((), headers=_EVENT_HEADERS, media_type=form.media_type)
         self._first = first
         self._items = items
         self._reply = reply
+        self._pulse_bytes = form.pulse
         self._quiet = not first.done()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,9 +206,10 @@ class EventStream(StreamingResponse):
         return self._reply.error(refusal)
 
     async def _pulse(self, send: Send) -> None:
-        while True:
+        while self._pulse_bytes:
             if self._quiet:
-                await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                body = self._pulse_bytes
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             self._quiet = True
             await asyncio.sleep(PULSE_SECONDS)
 

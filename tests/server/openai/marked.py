@@ -69,6 +69,7 @@ class MarkedDialect:
 
     marks: str
     special_tokens: Sequence[str] = ()
+    thinks: bool = True
     asked: tuple[ChatOptions, StructuredOutput | None, str] | None = None
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.server.core import limits
-from slipstream.server.openai import embeddings
+from slipstream.server.core import vectors as vectors_module
 
 EMBEDDINGS, RERANK, SCORE = "/v1/embeddings", "/v1/rerank", "/v1/score"
 WIDTH = 128
@@ -155,7 +155,7 @@ def test_bad_requests(vectors: Running, fields: dict[str, Any], param: str, mess
 
 def test_an_answer_holds_so_many_numbers(vectors: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits.MAX_NUMBERS >= 2048 * 1536
-    monkeypatch.setattr(embeddings, "MAX_NUMBERS", 3 * WIDTH)
+    monkeypatch.setattr(vectors_module, "MAX_NUMBERS", 3 * WIDTH)
     assert vectors.post(EMBEDDINGS, {"input": TEXTS}).status_code == 200
     refused = vectors.post(EMBEDDINGS, {"input": [*TEXTS, "x"]})
     assert refused.status_code == 400 and "512 numbers" in refused.json()["error"]["message"]

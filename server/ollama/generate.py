@@ -1,0 +1,57 @@
+"""``POST /api/generate``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from slipstream.runtime.request import OutputKind
+from slipstream.runtime.request_factory import Prompt
+from slipstream.server.core.conversation import Conversation
+from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.service import Job, Service
+from slipstream.server.ollama.conversation import question_of
+from slipstream.server.ollama.names import served
+from slipstream.server.ollama.protocol import GenerateRequest
+from slipstream.server.ollama.reply import (
+    GENERATED,
+    LINES,
+    OllamaReply,
+    Said,
+    as_response,
+    loaded,
+)
+from slipstream.server.ollama.route import JsonRoute
+from slipstream.server.ollama.sampling import FIELDS, params_of
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/api/generate", responses=GENERATED)
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Answer a prompt; an empty one asks whether the model is loaded."""
+    service = service_of(request)
+    model = served(service, body.model)
+    if not body.prompt:
+        return Response(loaded(model, as_response(Said())), media_type="application/json")
+    params = params_of(body, service.defaults)
+    prompt = _prompt(body, body.prompt, service)
+    turns = service.turns(prompt, params) if isinstance(prompt, Conversation) else None
+    reply = OllamaReply(model, service.texts, as_response, turns)
+    kind: OutputKind = "final" if body.stream is False else "delta"
+    fields = {"messages": "prompt", **FIELDS}
+    return await respond(request, Job([prompt], params, kind, fields=fields), reply, LINES)
+
+
+def _prompt(body: GenerateRequest, text: str, service: Service) -> Prompt | Conversation:
+    """As it is, if it is raw or the model has no template, and nothing else is said."""
+    if body.raw and (body.system or body.think):
+        name = "system" if body.system else "think"
+        raise Refusal(
+            "invalid",
+            f"a raw prompt is given to the model as it is, without {name}; leave one of them out",
+            param=name,
+        )
+    plain = body.raw or not (service.llm.tokenizer.has_chat_template or body.system)
+    return text if plain else question_of(body, service.dialect)

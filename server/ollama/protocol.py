@@ -1,0 +1,164 @@
+"""Requests as they come in JSON: Ollama's fields; others are refused.
+
+Only shapes are checked here. What a value may be is ``SamplingParams``' to say.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from slipstream.server.core.fields import Flag, Float, Int, Several, Strict, only
+from slipstream.server.core.limits import MAX_LOGPROBS, MAX_TEXT_LENGTH, MAX_TEXTS
+
+# What a server of one model, which is loaded with options of its own, has no use for.
+Ignored = Annotated[Any, Field(description="Accepted for Ollama's clients; has no effect.")]
+_OptionalInt = Int | None
+_Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
+_Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS, fail_fast=True)] | None
+Think = Annotated[bool, Field(strict=True)] | Literal["low", "medium", "high", "max"] | None
+Form = Literal["", "json"] | dict[str, Any] | None
+_NO_IMAGES = only([], remedy="this server reads no images; leave it out")
+
+
+class Options(Strict):
+    """How an answer is sampled."""
+
+    num_predict: _OptionalInt = Field(default=None, description="Not above 0: what fits.")
+    temperature: Float = None
+    top_k: _OptionalInt = None
+    top_p: Float = None
+    min_p: Float = None
+    seed: _OptionalInt = None
+    stop: _Texts = None
+    repeat_penalty: Float = None
+    presence_penalty: Float = None
+    frequency_penalty: Float = None
+    repeat_last_n: _OptionalInt = Field(
+        default=None, description="0 switches repeat_penalty off; otherwise it sees all tokens."
+    )
+    typical_p: Annotated[Float, only(1)] = None
+    tfs_z: Annotated[Float, only(1)] = None
+    mirostat: Annotated[_OptionalInt, only(0)] = None
+    mirostat_tau: Ignored = None
+    mirostat_eta: Ignored = None
+    penalize_newline: Annotated[Flag, only(True)] = None
+    num_ctx: Ignored = None
+    num_keep: Ignored = None
+    num_batch: Ignored = None
+    num_gpu: Ignored = None
+    main_gpu: Ignored = None
+    num_thread: Ignored = None
+    numa: Ignored = None
+    low_vram: Ignored = None
+    f16_kv: Ignored = None
+    logits_all: Ignored = None
+    vocab_only: Ignored = None
+    use_mmap: Ignored = None
+    use_mlock: Ignored = None
+    embedding_only: Ignored = None
+    draft_num_predict: Ignored = None
+
+
+class ModelRequest(Strict):
+    """What all requests have in common."""
+
+    model: str | None = Field(None, description="One of /api/tags; null is the first of them.")
+    keep_alive: Ignored = None
+    options: Options | None = None
+
+
+class AnswerRequest(ModelRequest):
+    """What both generating requests have in common."""
+
+    stream: Flag = Field(None, description="Unless false, lines of JSON as they come.")
+    format: Form = Field(None, description="`json`, or the JSON schema of the answer.")
+    think: Think = None
+    logprobs: Flag = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate: Annotated[Flag, only(False, remedy="a prompt is never cut; leave it out")] = None
+    shift: Annotated[Flag, only(False, remedy="a context is never shifted; leave it out")] = None
+
+
+class GenerateRequest(AnswerRequest):
+    """The body of ``/api/generate``."""
+
+    prompt: str | None = Field(None, examples=["Why is the sky blue?"])
+    system: str | None = None
+    raw: Flag = Field(None, description="The prompt is given to the model as it is.")
+    suffix: Annotated[str | None, only("", remedy="this server fills no gaps; leave it out")] = None
+    template: Annotated[
+        str | None, only("", remedy="give a template with --chat-template FILE; leave it out")
+    ] = None
+    context: Annotated[
+        list[Any] | None, only([], remedy="send the conversation to /api/chat; leave it out")
+    ] = None
+    images: Annotated[list[Any] | None, _NO_IMAGES] = None
+    width: Annotated[Any, only(0)] = None
+    height: Annotated[Any, only(0)] = None
+    steps: Annotated[Any, only(0)] = None
+
+
+class CalledFunction(BaseModel):
+    """A function with arguments."""
+
+    name: str
+    arguments: dict[str, Any] | str | None = None
+
+
+class MessageCall(BaseModel):
+    """A call of the past."""
+
+    function: CalledFunction
+    id: str | None = None
+
+
+class Message(BaseModel):
+    """One message; what else clients keep in it is not looked at."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    images: Annotated[list[Any] | None, _NO_IMAGES] = None
+    tool_calls: Several[MessageCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class Function(BaseModel):
+    """A function that may be called."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ChatTool(BaseModel):
+    """A tool; functions are the only kind."""
+
+    function: Function
+    type: Literal["function"] | None = None
+
+
+class ChatRequest(AnswerRequest):
+    """The body of ``/api/chat``."""
+
+    messages: Several[Message] | None = None
+    tools: Several[ChatTool] | None = None
+
+
+class EmbedRequest(ModelRequest):
+    """The body of ``/api/embed``."""
+
+    input: str | Several[str] = Field(examples=["Why is the sky blue?"])
+    truncate: Flag = Field(None, description="Unless false, longer texts are cut.")
+    dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+
+class NamedRequest(BaseModel):
+    """The body of requests about a model; ``name`` is the older name of ``model``."""
+
+    model: str | None = None
+    name: str | None = None
+    stream: Flag = None
