@@ -81,7 +81,7 @@ def test_a_conversation_is_answered_in_the_models_template(
     assert answer.json["num_input_tokens"] == len(output.prompt_token_ids)
     assert (answer.json["reasoning_output"], answer.json["tool_calls"]) == ("", "[]")
     answer = post(server.http, GENERATE, {**request, "messages": "{}"})
-    assert answer.status == 400 and answer.json["error"].startswith("messages='{}' is not a list")
+    assert answer.status == 400 and answer.json["error"].startswith("messages={} is not a list")
 
 
 def test_the_ensemble_holds_answers_to_guides(ensemble: Server) -> None:
