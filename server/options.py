@@ -131,7 +131,7 @@ _BUILD = {
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
     "strict_tensors": Option(
-        "Refuse a checkpoint that holds more than a text model, whose other tensors are left out."
+        "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),
     "max_batch_size": Option(
         "Sequences in one step, at most.", "64 on a CPU, 256 on a GPU", least=1
@@ -221,6 +221,10 @@ _SERVER = {
     "drain_timeout": Option(
         "Seconds that running requests have to end in after SIGTERM or Ctrl-C."
     ),
+    "max_stored_responses": Option(
+        "Answers of /v1/responses to keep in memory for requests that go on with them.", least=0
+    ),
+    "max_stored_bytes": Option("Most memory for them, such as 64M.", "256M", parse=size),
     "default_max_tokens": Option(
         "Most tokens of an answer whose request does not say.", "the model's, or what fits", least=1
     ),

@@ -17,11 +17,8 @@ from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
 
 _ORDER = attrgetter("order")
+_LEFT = attrgetter("num_left")
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
-
-
-def _left(sequence: Sequence) -> int:
-    return sequence.num_tokens - sequence.num_scheduled
 
 
 def _length(sequence: Sequence) -> int:
@@ -135,7 +132,7 @@ class Scheduler:
         prefills: list[Sequence] = []
         spare = self._config.max_num_tokens - len(self.running)
         for sequence in self.running:
-            left = _left(sequence)
+            left = sequence.num_left
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
@@ -267,8 +264,8 @@ class Scheduler:
         it, and what is left to the rest in their order."""
         if prefills:
             first, *others = prefills
-            short = min(others, key=_left) if others else self._passing(first)
-            need = 0 if short is None else _left(short) if others else _length(short)
+            short = min(others, key=_LEFT) if others else self._passing(first)
+            need = 0 if short is None else short.num_left if others else _length(short)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
@@ -282,7 +279,7 @@ class Scheduler:
 
     def _compute(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Add what a budget allows of a running sequence, and return how many tokens that are."""
-        count = min(self._room(plan, sequence, budget), _left(sequence))
+        count = min(self._room(plan, sequence, budget), sequence.num_left)
         if count:
             plan.add(sequence, count)
         return count
@@ -292,7 +289,7 @@ class Scheduler:
         first that waits, and it is shorter and wants nothing that the prefill is about to share."""
         waiting = self.waiting if self._rows else ()
         short = min((s for s in waiting if not s.index), key=_length, default=None)
-        if short is None or short.pending or _length(short) >= _left(first):
+        if short is None or short.pending or _length(short) >= first.num_left:
             return None
         head, size = self.waiting[0], self.kv.page_size
         if short is not head:

@@ -20,7 +20,7 @@ from slipstream.server.options import runtime_options, server_options
 @server_options
 @runtime_options
 def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
-    """Serve a model over OpenAI's HTTP interface.
+    """Serve a model over OpenAI's HTTP interfaces.
 
     MODEL is an engine, or a checkpoint, which is compiled on first use. Clients are given
     http://HOST:PORT/v1 as their base URL; a browser finds a page to chat at http://HOST:PORT/.
@@ -37,6 +37,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
     # Imported here, with what it needs, so that bad usage is reported at once.
     from slipstream.server.core.http.process import bind, run
     from slipstream.server.openai.api import OPENAI
+    from slipstream.server.responses.api import RESPONSES
 
     listener = bind(server.host, server.port)
     with listener, structured_logs(server.log_format):
@@ -45,7 +46,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, [OPENAI])
+        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, [OPENAI, RESPONSES])
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)
 

@@ -33,6 +33,9 @@ class ServerOptions:
     drain_timeout         seconds for running requests to end in after SIGTERM.
     default_max_tokens    tokens of an answer whose request does not say how many; None: the
                           model's own, and where it has none, what fits.
+    max_stored_responses  answers of ``/v1/responses`` to keep for later requests; 0 keeps none.
+    max_stored_bytes      their size in all, with the conversations that led to them. The ones that
+                          were not asked for the longest make room.
     tool_call_parser      how the model writes calls of tools; None: told by its chat template.
     reasoning_parser      how it writes thoughts; None: told by its chat template.
 
@@ -52,11 +55,20 @@ class ServerOptions:
     log_prompts: bool = False
     drain_timeout: float = 60.0
     default_max_tokens: int | None = None
+    max_stored_responses: int = 1024
+    max_stored_bytes: int = 256 << 20
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"port": 0, "max_queued_requests": 0, "max_request_bytes": 1, "drain_timeout": 0}
+        least = {
+            "port": 0,
+            "max_queued_requests": 0,
+            "max_request_bytes": 1,
+            "drain_timeout": 0,
+            "max_stored_responses": 0,
+            "max_stored_bytes": 0,
+        }
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise InvalidRequestError(

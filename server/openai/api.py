@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from slipstream.server.core.http.api import Api
+from slipstream.server.core.http.error_object import RESPONSES, error_body
 from slipstream.server.openai import chat, completions, embeddings, models, rerank, tokens
-from slipstream.server.openai.errors import RESPONSES, error_body
 from slipstream.server.openai.page import routes as page
 
 _router = APIRouter()

@@ -14,11 +14,12 @@ from slipstream.runtime.chat.events import (
     ReasoningText,
 )
 from slipstream.runtime.request import CompletionOutput, RequestOutput
+from slipstream.server.core.dump import dump
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.turns import Part, Turns
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import chat_logprobs, prompt_logprobs
-from slipstream.server.openai.reply import GOES_ON, Frame, dump, json_text, last_fields
+from slipstream.server.openai.reply import GOES_ON, Frame, json_text, last_fields
 
 
 @dataclass(slots=True)

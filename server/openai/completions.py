@@ -13,6 +13,7 @@ from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.refusal import Refusal
@@ -24,7 +25,6 @@ from slipstream.server.openai.reply import (
     GENERATED,
     Frame,
     check_stream,
-    dump,
     job_of,
     json_text,
     last_fields,

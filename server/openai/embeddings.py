@@ -16,13 +16,13 @@ from pydantic import Field
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
+from slipstream.server.core.dump import dump
+from slipstream.server.core.fields import Flag, Int
 from slipstream.server.core.http.respond import respond_whole, service_of
 from slipstream.server.core.limits import MAX_NUMBERS
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.pooling import Answer, PoolingRequest, job_of
-from slipstream.server.openai.protocol import Flag, Int
-from slipstream.server.openai.reply import dump
 
 router = APIRouter()
 _Ids = Annotated[list[Annotated[Int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]

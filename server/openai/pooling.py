@@ -14,9 +14,10 @@ from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.fields import Flag, Ignored
 from slipstream.server.core.service import Job
 from slipstream.server.core.usage import Usage
-from slipstream.server.openai.protocol import Flag, Ignored, ModelRequest, OptionalInt
+from slipstream.server.openai.protocol import ModelRequest, OptionalInt
 
 # An engine that pools reads none of it.
 _NO_OUTPUT = SamplingParams(max_tokens=1)

@@ -5,26 +5,20 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic_core import PydanticCustomError
 
 from slipstream.runtime.sampling.params import NUMBERS
+from slipstream.server.core.fields import Flag, Float, Ignored, Int, Several, Strict, only
 from slipstream.server.core.limits import (
     MAX_ALLOWED,
-    MAX_FIELDS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_NAME,
@@ -34,53 +28,15 @@ from slipstream.server.core.limits import (
     MAX_TOOLS,
 )
 
-T = TypeVar("T")
-
-# Null stands for a field left out, as in OpenAI's client.
-Flag = Annotated[bool, Field(strict=True)] | None
-Int = Annotated[int, Field(strict=True)]
 OptionalInt = Int | None
-Float = Annotated[float, Field(strict=True)] | None
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
 _Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
-# The first wrong element ends the check of a list: the errors of a million of them are dear.
 Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS, fail_fast=True)] | None
 Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
-_Several = Annotated[list[T], Field(fail_fast=True)]
-_Ids = _Several[Int]
-# What has no effect on an answer is taken and not looked at.
-Ignored = Annotated[Any, Field(description="Accepted for OpenAI's clients; has no effect.")]
-
+_Ids = Several[Int]
 
 # What pydantic itself calls deprecated warns whoever looks whether it was sent.
 _OLDER = Field(None, json_schema_extra={"deprecated": True})
-
-
-@dataclass(frozen=True)
-class _Only:
-    """OpenAI's fields of which this server can do nothing but what these values say."""
-
-    accepted: tuple[object, ...]
-    remedy: str = "leave it out"
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {**handler(schema), "enum": [None, *self.accepted]}
-
-    def _check(self, value: object) -> object:
-        if value is None or value in self.accepted:
-            return value
-        raise PydanticCustomError("unsupported", f"not supported by this server; {self.remedy}")
-
-
-def _only(*accepted: object, remedy: str = "leave it out") -> _Only:
-    return _Only(accepted, remedy)
 
 
 def _describe(schema: dict[str, Any]) -> None:
@@ -117,27 +73,13 @@ def _few(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_few_fields(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
-        if isinstance(values, dict) and len(values) > MAX_FIELDS:
-            fields = cls.model_fields
-            known = {name: value for name, value in values.items() if name in fields}
-            unknown = next(name for name in values if name not in fields)
-            return {**known, unknown: values[unknown]}  # one says enough
-        return values
-
-
-class ModelRequest(_Strict):
+class ModelRequest(Strict):
     """What all requests have in common."""
 
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream tells beside text."""
 
     include_usage: Flag = None
@@ -145,7 +87,7 @@ class StreamOptions(_Strict):
     include_obfuscation: Ignored = None
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A schema with a name; without the schema any object will do."""
 
     name: Annotated[str, Field(max_length=MAX_NAME)]
@@ -154,7 +96,7 @@ class JsonSchema(_Strict):
     strict: Flag = Field(None, description="The schema is always held.")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's way to say what an answer must look like."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
@@ -164,13 +106,13 @@ class ResponseFormat(_Strict):
     format: dict[str, Any] | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's way: exactly one of them."""
 
     json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
     json_object: Flag = None
     regex: str | None = None
-    choice: _Several[str] | None = None
+    choice: Several[str] | None = None
     grammar: str | None = None
     structural_tag: str | dict[str, Any] | None = None
 
@@ -214,7 +156,7 @@ class GenerationRequest(ModelRequest):
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | bool | None = _OLDER
     guided_regex: str | None = _OLDER
-    guided_choice: _Several[str] | None = _OLDER
+    guided_choice: Several[str] | None = _OLDER
     guided_grammar: str | None = _OLDER
     guided_decoding_backend: Ignored = None
     user: Ignored = None
@@ -229,15 +171,15 @@ class GenerationRequest(ModelRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | _Several[str] | _Ids | _Several[_Ids] | None = Field(
+    prompt: str | Several[str] | _Ids | Several[_Ids] | None = Field(
         description="A text or token ids, or a list of either; null begins a new document.",
         examples=["Once upon a time"],
     )
     max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: Flag = None
     logprobs: Count = None
-    best_of: Annotated[Any, _only(1)] = None
-    suffix: Annotated[Any, _only("")] = None
+    best_of: Annotated[Any, only(1)] = None
+    suffix: Annotated[Any, only("")] = None
 
 
 class ContentPart(BaseModel):
@@ -271,9 +213,9 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str = Field(examples=["user"])
-    content: str | _Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
+    content: str | Several[ContentPart] | None = Field(None, examples=["Why is the sky blue?"])
     refusal: str | None = None
-    tool_calls: _Several[MessageCall] | None = None
+    tool_calls: Several[MessageCall] | None = None
 
 
 class Function(BaseModel):
@@ -292,13 +234,13 @@ class ChatTool(BaseModel):
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """One of the tools."""
 
     name: str
 
 
-class NamedChoice(_Strict):
+class NamedChoice(Strict):
     """The tool that must be called."""
 
     type: Literal["function"] = "function"
@@ -310,7 +252,7 @@ class Templated(ModelRequest):
 
     model_config = ConfigDict(json_schema_extra=_describe)
 
-    messages: _Several[ChatMessage] | None = None
+    messages: Several[ChatMessage] | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -324,7 +266,7 @@ class Templated(ModelRequest):
 class ChatRequest(Templated, GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
-    messages: _Several[ChatMessage]
+    messages: Several[ChatMessage]
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag = None
     top_logprobs: Count = None
@@ -337,13 +279,13 @@ class ChatRequest(Templated, GenerationRequest):
     echo: Flag = Field(
         None, description="The answer begins with the last message, if that is the assistant's."
     )
-    functions: Annotated[Any, _only([], remedy="send tools")] = None
-    function_call: Annotated[Any, _only("none", remedy="send tool_choice")] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    audio: Annotated[Any, _only()] = None
-    moderation: Annotated[Any, _only()] = None
-    verbosity: Annotated[Any, _only("medium")] = None
-    web_search_options: Annotated[Any, _only()] = None
+    functions: Annotated[Any, only([], remedy="send tools")] = None
+    function_call: Annotated[Any, only("none", remedy="send tool_choice")] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
     prediction: Ignored = None
     prompt_cache_options: Ignored = None
 
@@ -359,4 +301,4 @@ class TokenizeRequest(Templated):
 class DetokenizeRequest(ModelRequest):
     """The body of ``/detokenize``."""
 
-    tokens: _Several[Annotated[int, Field(strict=True, ge=0)]]
+    tokens: Several[Annotated[int, Field(strict=True, ge=0)]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from json.encoder import encode_basestring as json_text
 from typing import Any, Self
 
@@ -15,11 +14,12 @@ from slipstream.runtime.request import OutputKind
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.conversation import Conversation
+from slipstream.server.core.dump import dump
+from slipstream.server.core.http.error_object import error_body
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Job, Service
 from slipstream.server.core.usage import Usage
-from slipstream.server.openai.errors import error_body
 from slipstream.server.openai.protocol import GenerationRequest, StreamOptions
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "GOES_ON",
     "Frame",
     "check_stream",
-    "dump",
     "job_of",
     "json_text",
     "last_fields",
@@ -146,28 +145,3 @@ def last_fields(finish_reason: str | None, stop_reason: int | str | None) -> str
     if finish_reason is None:
         return GOES_ON
     return f'"finish_reason":"{finish_reason}","stop_reason":{json.dumps(stop_reason)}}}'
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-# Elements of a list that are written at once: the encoder holds the interpreter's lock meanwhile.
-_PART = 64
-
-
-def dump(value: Any) -> bytes:  # noqa: ANN401 - JSON
-    """Compact JSON in UTF-8; long lists of a few objects' fields are written part by part."""
-    return "".join(_pieces(value)).encode()
-
-
-def _pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
-    if isinstance(value, dict) and value:
-        for mark, (name, item) in zip(chain("{", repeat(",")), value.items(), strict=False):
-            yield f"{mark}{_encode(name)}:"
-            yield from _pieces(item)
-        yield "}"
-    elif isinstance(value, list) and len(value) > _PART:
-        for begin in range(0, len(value), _PART):
-            yield "," if begin else "["
-            yield _encode(value[begin : begin + _PART])[1:-1]
-        yield "]"
-    else:
-        yield _encode(value)

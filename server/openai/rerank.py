@@ -13,12 +13,13 @@ from pydantic import Field
 from slipstream.runtime.pooled_prompts import ScoredPairs
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import RequestOutput
+from slipstream.server.core.dump import dump
+from slipstream.server.core.fields import Flag
 from slipstream.server.core.http.respond import respond_whole, service_of
 from slipstream.server.core.refusal import Refusal, naming
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.pooling import Answer, PoolingRequest, job_of
-from slipstream.server.openai.protocol import ContentPart, Flag
-from slipstream.server.openai.reply import dump
+from slipstream.server.openai.protocol import ContentPart
 
 router = APIRouter()
 _Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1)]

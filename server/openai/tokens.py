@@ -9,12 +9,12 @@ from fastapi.responses import Response
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Service
 from slipstream.server.openai.messages import conversation_of
 from slipstream.server.openai.protocol import DetokenizeRequest, TokenizeRequest
-from slipstream.server.openai.reply import dump
 
 router = APIRouter()
 

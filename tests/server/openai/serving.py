@@ -22,6 +22,7 @@ from slipstream.server.core.http.process import DrainingServer, bind, server_of,
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 from slipstream.server.openai.api import OPENAI
+from slipstream.server.responses.api import RESPONSES
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ def serving(
 
     def run() -> None:
         async def main() -> None:
-            server = server_of(llm, settings, [OPENAI])
+            server = server_of(llm, settings, [OPENAI, RESPONSES])
             box.append(server)
             task = asyncio.create_task(server.serve([listener]))
             while not server.started and not task.done():

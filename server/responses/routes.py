@@ -1,0 +1,152 @@
+"""``/v1/responses``."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from slipstream.runtime.chat.events import AssistantTurn
+from slipstream.runtime.request import OutputKind
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.refusal import Refusal
+from slipstream.server.core.service import Job
+from slipstream.server.responses.conversation import (
+    NAMES,
+    conversation_of,
+    message_of,
+    messages_of,
+    params_of,
+)
+from slipstream.server.responses.output import Fields
+from slipstream.server.responses.protocol import FunctionTool, ResponseRequest
+from slipstream.server.responses.reply import ResponseReply
+from slipstream.server.responses.store import Store, Stored
+
+router = APIRouter()
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The `response` object, or with `stream` events that end with it.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
+
+@router.post("/v1/responses", responses=_ANSWERS)
+async def create_response(body: ResponseRequest, request: Request) -> Response:
+    """Answer an input, or go on with an answer."""
+    service, store = service_of(request), _store_of(request)
+    model = service.model(body.model)
+    params = params_of(body, service.defaults)
+    messages = [*_past(store, body.previous_response_id), *messages_of(body.input)]
+    if not messages:
+        raise Refusal("invalid", "input is missing; give a text or items", param="input")
+    conversation = conversation_of(body, messages)
+    frame = _frame(body, model, params)
+
+    def keep(whole: bytes, turn: AssistantTurn) -> None:
+        if body.store is not False:
+            store.put(frame["id"], Stored(whole, [*messages, message_of(turn)]))
+
+    form = body.text and body.text.format and body.text.format.type != "text"
+    fields = {**NAMES, "structured": "text" if form else "tools"}
+    kind: OutputKind = "delta" if body.stream else "final"
+    job = Job([conversation], params, kind, body.priority or 0, fields=fields)
+    return await respond(
+        request, job, ResponseReply(frame, service.turns(conversation, params), keep)
+    )
+
+
+@router.get("/v1/responses/{response_id}", responses={200: {"content": {"application/json": {}}}})
+async def get_response(response_id: str, request: Request, stream: bool = False) -> Response:
+    """An answer that was stored."""
+    if stream:
+        raise Refusal("invalid", "what is stored is not streamed; leave out stream", param="stream")
+    found = _store_of(request).get(response_id)
+    if found is None:
+        raise _unknown(response_id)
+    return Response(found.body, media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
+    """Forget an answer; those that went on with it stay."""
+    if not _store_of(request).pop(response_id):
+        raise _unknown(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _store_of(request: Request) -> Store:
+    """The store of the application that a request came to."""
+    state = request.app.state
+    if not hasattr(state, "responses"):
+        options = service_of(request).options
+        state.responses = Store(options.max_stored_responses, options.max_stored_bytes)
+    return cast(Store, state.responses)
+
+
+def _unknown(response_id: str) -> Refusal:
+    return Refusal(
+        "not_found",
+        f"there is no response {response_id!r:.100}; it was deleted, never stored, or has made "
+        "room for newer ones",
+        param="response_id",
+    )
+
+
+def _past(store: Store, response_id: str | None) -> Sequence[dict[str, Any]]:
+    """The conversation that a request goes on with."""
+    if response_id is None:
+        return ()
+    found = store.get(response_id)
+    if found is None:
+        raise Refusal(
+            "invalid",
+            f"there is no response {response_id!r:.100} to go on with; it was deleted, never "
+            "stored, or has made room for newer ones. Send the items of the conversation as input",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    return found.messages
+
+
+def _frame(request: ResponseRequest, model: str, params: SamplingParams) -> Fields:
+    """What is known of an answer before there is one, with what was asked for."""
+    text = request.text and request.text.format
+    form = {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)
+    choice = request.tool_choice or "auto"
+    return {
+        "id": "resp_" + uuid.uuid4().hex,
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": request.previous_response_id,
+        "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
+        "store": request.store is not False,
+        "temperature": params.temperature,
+        "text": {"format": form},
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [_tool(tool) for tool in request.tools or ()],
+        "top_p": params.top_p,
+        "truncation": "disabled",
+        "usage": None,
+    }
+
+
+def _tool(tool: FunctionTool) -> Fields:
+    return {**tool.model_dump(), "strict": bool(tool.strict)}
