@@ -58,8 +58,7 @@ class Grammar:
     def schema(self, schema: Any) -> str:  # noqa: ANN401 - JSON
         """A JSON value that ``schema`` describes, with as much space in it as others have."""
         if isinstance(schema, Mapping):
-            options = {**schema.get("x-guidance", {}), "whitespace_pattern": WHITESPACE}
-            schema = {**schema, "x-guidance": options}
+            schema = bounded(schema, **schema.get("x-guidance", {}))
         return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
     def text(self) -> str:
@@ -96,7 +95,8 @@ class Grammar:
             case "regex":
                 return self.rule(self.terminal(f"/{_slashed(wanted.text)}/"))
             case "choice":
-                return self.rule(alternatives([quoted(text) for text in json.loads(wanted.text)]))
+                texts = map(quoted, json.loads(wanted.text))
+                return self.rule(self.terminal(" | ".join(texts)))
             case "grammar":
                 self._others.append({"name": "wanted", "lark_grammar": wanted.text})
                 return "@wanted"
@@ -117,6 +117,11 @@ class Grammar:
         if self._others:
             text = json.dumps({"grammars": [{"lark_grammar": text}, *self._others]})
         return StructuredOutput(grammar=text)
+
+
+def bounded(schema: Mapping[str, Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """A schema whose texts have as much space in them as others have, and no options but these."""
+    return {**schema, "x-guidance": {**options, "whitespace_pattern": WHITESPACE}}
 
 
 def alternatives(expressions: Sequence[str]) -> str:

@@ -42,6 +42,9 @@ _JSON_OPTIONS: JsonCompileOptions = {
     "lenient": False,
 }
 
+# What the library says by a name of its own.
+_REASONS = {"NoExtensionBias": "no text is of this form"}
+
 
 class GrammarCompiler:
     """Compiles each form once and keeps it; safe to use from several threads.
@@ -150,7 +153,8 @@ def _source(output: StructuredOutput) -> str:
         return LLMatcher.grammar_from_lark(output.text)
     if output.kind == "choice":
         texts = map(json.dumps, json.loads(output.text))
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+        # One terminal: thousands of rules would be followed one by one.
+        return LLMatcher.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(texts))
     schema = output.text.strip()
     if schema == "true":  # which anything holds
         schema = "{}"
@@ -163,6 +167,7 @@ def _source(output: StructuredOutput) -> str:
 def _refusal(output: StructuredOutput, error: str) -> InvalidRequestError:
     # What it says of its own options is nothing that a caller could do.
     reason = short(error.split(". Enable 'coerce_one_of'")[0]).removesuffix(".")
+    reason = _REASONS.get(reason, reason)
     return InvalidRequestError(
         f"the {_name(output)} cannot be held: {reason}. Leave out what it names, or use a simpler "
         "one",

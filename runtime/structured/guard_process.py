@@ -50,8 +50,16 @@ def _serve() -> None:
     for line in sys.stdin:
         matcher = LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits)
         if not matcher.is_error():
-            matcher.compute_bitmask()
+            _begin(matcher, vocabulary)
         _reply(matcher.get_error())
+
+
+def _begin(matcher: LLMatcher, vocabulary: _Bytes) -> None:
+    """Go on by one token: some fail only then, which is better known before the answer begins."""
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    mask &= ~(1 << vocabulary.eos_token_id)
+    if mask and matcher.consume_token((mask & -mask).bit_length() - 1):
+        matcher.compute_bitmask()
 
 
 def _reply(error: str) -> None:

@@ -47,7 +47,9 @@ class StructuredOutput:
             )
         (kind,) = given
         object.__setattr__(self, "kind", kind)
-        object.__setattr__(self, "text", _text_of(kind, getattr(self, kind)))
+        text = _text_of(kind, getattr(self, kind))
+        _check_unicode(kind, text)
+        object.__setattr__(self, "text", text)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutput:
@@ -78,6 +80,17 @@ def _text_of(kind: Kind, value: Any) -> str:  # noqa: ANN401 - checked here
     if not isinstance(value, str):
         raise InvalidRequestError(f"{kind} is {value!r:.80}; give a text", param="structured")
     return value
+
+
+def _check_unicode(kind: Kind, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the text of {kind} is not valid Unicode ({error.reason} at {error.start}); remove "
+            "lone surrogates",
+            param="structured",
+        ) from error
 
 
 def _json_text(value: Any) -> str:  # noqa: ANN401 - JSON

@@ -68,7 +68,8 @@ def check_limits(params: SamplingParams) -> None:
                 f"{name} has {count} entries; this server takes {most}", param=name
             )
     if params.structured is not None:
-        check_form(params.structured.json, "structured", len(params.structured.text))
+        form = params.structured
+        check_form(form.json, "the structured output", len(form.text), param="structured")
     total = sum(map(len, params.bad_words_token_ids))
     if total > MAX_ALLOWED:
         raise InvalidRequestError(
@@ -101,22 +102,20 @@ def check_tools(tools: Sequence[Tool]) -> None:
         check_form(tool.parameters, f"tools[{index}]", param="tools")
 
 
-def check_form(
-    form: object, field: str, length: int | None = None, *, param: str | None = None
-) -> None:
+def check_form(form: object, name: str, length: int | None = None, *, param: str) -> None:
     """Raise ``InvalidRequestError`` for what an answer is held to if that is too large or nested
     too deep; ``length`` is that of its text, None: to be told."""
     depth = _depth(form)
     if depth > MAX_FORM_DEPTH:
         raise InvalidRequestError(
-            f"{field} is nested more than {MAX_FORM_DEPTH} deep; use $defs and $ref, or less depth",
-            param=param or field,
+            f"{name} is nested more than {MAX_FORM_DEPTH} deep; use $defs and $ref, or less depth",
+            param=param,
         )
     length = len(json.dumps(form)) if length is None else length
     if length > MAX_FORM_LENGTH:
         raise InvalidRequestError(
-            f"{field} has {length} characters; this server takes {MAX_FORM_LENGTH}",
-            param=param or field,
+            f"{name} has {length} characters; this server takes {MAX_FORM_LENGTH}",
+            param=param,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from llguidance import StructTag
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.grammar import bounded
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.core.limits import MAX_TOOLS
@@ -60,7 +61,7 @@ def _struct_tag(
     if token is not None and trigger.startswith("<"):  # one token, which no text is
         trigger = f"<[{token}]>"
     return StructTag(
-        trigger=trigger, begin=trigger + rest, grammar=json.dumps(schema or {}), end=end
+        trigger=trigger, begin=trigger + rest, grammar=json.dumps(bounded(schema or {})), end=end
     )
 
 

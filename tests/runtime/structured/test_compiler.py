@@ -90,6 +90,11 @@ def test_whitespace_is_bounded(compiler: GrammarCompiler, driver: Driver) -> Non
         ({"grammar": "start: b"}, '"b"'),
         ({"grammar": "start: <|nope|>"}, "nope"),
         ({"grammar": 'start: %json {"not": {}}'}, '"not"'),
+        ({"json": {"$ref": "#"}}, "no text is of this form"),
+        ({"grammar": "start: start"}, "no text is of this form"),
+        # They fail at the first token of an answer.
+        ({"regex": "a{100000}"}, "too many expressions"),
+        ({"json": {"type": "string", "pattern": "^a{100000}$"}}, "too many expressions"),
     ],
 )
 def test_what_cannot_be_held_is_named(
@@ -99,6 +104,29 @@ def test_what_cannot_be_held_is_named(
         compiled(compiler, **form)
     assert names in str(caught.value) and caught.value.param == "structured"
     assert len(str(caught.value)) < 1000
+
+
+def test_thousands_of_choices_are_held(compiler: GrammarCompiler, driver: Driver) -> None:
+    grammar = compiled(compiler, choice=["", *(f"c{i}" for i in range(2500))])
+    assert all(driver.holds(grammar, text) for text in ("", "c1", "c2499"))
+    assert not any(driver.holds(grammar, text) for text in ("c", "c2500"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"regex": "\ud800"},
+        {"grammar": 'start: "\ud800"'},
+        {"choice": ["\ud800"]},
+        {"json": {"const": "\ud800"}},
+        {"json": '{"const": "\ud800"}'},
+    ],
+    ids=lambda form: ascii(form),
+)
+def test_lone_surrogates_are_refused(form: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="remove lone surrogates") as caught:
+        StructuredOutput(**form)
+    assert caught.value.param == "structured"
 
 
 def chain(link: Callable[[str], object], last: object, count: int = 20_000) -> str:

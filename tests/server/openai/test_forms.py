@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.structured.compiler import WHITESPACE
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_tokenizer
 from slipstream.server.openai.forms import form_field, form_of
@@ -89,6 +90,13 @@ def test_a_structural_tag_is_a_grammar_of_free_text_with_tags(fields: dict[str, 
         llguidance.grammar_from("lark", made.grammar), None
     )
     assert '"<f"' in made.grammar and '"=get>"' in made.grammar and '"</f>"' in made.grammar
+
+
+def test_space_in_a_structural_tag_is_bounded_whatever_its_schema_says() -> None:
+    for extra in ({}, {"x-guidance": {"whitespace_pattern": " *"}}, {"x-guidance": 5}):
+        tag = {**TAG, "structures": [{"begin": "<f", "schema": {**SCHEMA, **extra}, "end": ""}]}
+        made = form(response_format=tag)
+        assert made is not None and json.dumps(WHITESPACE) in (made.grammar or "")
 
 
 def test_a_trigger_that_is_one_token_is_that_token() -> None:
