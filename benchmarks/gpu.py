@@ -1,8 +1,8 @@
 """Speed on an NVIDIA GPU: shapes of known models with random weights, each figure beside its floor.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
-    python benchmarks/gpu.py --formats bf16 fp8 --measures decode prefill
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
+    python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
@@ -10,28 +10,33 @@ tokens, prefixes are not shared, sampling is greedy; in "company" one request of
 than that. The floor of a decode step is the bytes it must
 read over the measured read bandwidth, those of experts if every token chooses among all alike; that
 of a prefill, its products over the measured rate. Experts a layer: how many different ones the last
-step of a decode chose.
+step of a decode chose. Every model and format is measured in a process of its own: one that fails,
+or takes longer than ``--seconds``, ends no other, and what it had measured is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
+import multiprocessing
 import random
 import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_models import (
+    GPT_OSS_20B,
     LLAMA_8B,
     MIXTRAL_8X7B,
+    MXFP4,
     QWEN3_30B_A3B,
     SMOLLM2,
     Routes,
@@ -40,22 +45,28 @@ from gpu_models import (
     random_plan,
 )
 
+from slipstream.builder.build import Plan
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.compiler import GrammarCompiler
+from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.text.tokenizer import Tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quantization": "fp8"},
     "int4": {"quantization": "int4_wo", "group_size": 128, "symmetric": True},
+    "mxfp4": {},  # the experts, as the checkpoint has them
 }
 MODELS = {
     "llama-8b": LLAMA_8B,
     "smollm2": SMOLLM2,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "mixtral-8x7b": MIXTRAL_8X7B,
+    "gpt-oss-20b": GPT_OSS_20B,
 }
 # vLLM 0.26.0 on one H100 80GB with these shapes and measures (benchmarks/README.md).
 VLLM: dict[str, dict[str, float]] = {
@@ -76,6 +87,9 @@ VLLM: dict[str, dict[str, float]] = {
         "throughput_256_of_512_256": 3926,
     },
     "qwen3-30b-a3b fp8": {"decode_1": 4.56},
+    "gpt-oss-20b mxfp4": {
+        "decode_1": 3.38, "prefill_2048": 54, "throughput_256_of_512_256": 11434,
+    },
 }  # fmt: skip
 # What one request of a batch may ask for beside sampling.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -85,7 +99,52 @@ COMPANY: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": dict.fromkeys(range(1000), 1.0)},
     "long_lists": {"logprobs": 100},
 }
+# Which a model with random weights does not come to the end of.
+FORM = StructuredOutput(
+    json={
+        "type": "array",
+        "minItems": 1000,
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 3},
+                "age": {"type": "integer"},
+                "kind": {"enum": ["person", "animal", "plant"]},
+            },
+            "required": ["name", "age", "kind"],
+            "additionalProperties": False,
+        },
+    }
+)
 Figures = dict[str, float]
+_CHILD = multiprocessing.get_context("fork")  # which finds all modules there
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A model in a format, what of it is measured, and with which tactics."""
+
+    model: str
+    form: str
+    measures: list[str]
+    tactics: Path | None
+    tokenizer: Path | None = None
+
+    def plan(self) -> Plan:
+        """Its compiled program."""
+        longest = 8192 if self.model == "smollm2" else 8448
+        options = BuildOptions(target="cuda", max_seq_len=longest, **FORMATS[self.form])
+        return random_plan(shape_of(self.model, self.form), options)
+
+
+def shape_of(model: str, form: str) -> dict[str, Any]:
+    """The config.json of a model whose weights are stored in a format."""
+    return {**MODELS[model], **(MXFP4 if form == "mxfp4" else {})}
+
+
+def usual_formats(model: str) -> list[str]:
+    """Those in which people run a model."""
+    return ["mxfp4"] if model == "gpt-oss-20b" else ["bf16", "fp8", "int4"]
 
 
 class Runner:
@@ -93,6 +152,7 @@ class Runner:
 
     def __init__(self, engine: LoadedEngine, routes: Routes) -> None:
         self.engine, self.routes = engine, routes
+        self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
         started = time.perf_counter()
         self.loop = EngineLoop(engine)
         self.capture_seconds = time.perf_counter() - started
@@ -104,17 +164,22 @@ class Runner:
         count: int,
         input_len: int,
         output_len: int,
+        form: StructuredOutput | None = None,
         **one: Any,  # noqa: ANN401 - sampling parameters
     ) -> float:
-        """Until all of ``count`` requests that come at once are done; the last asks for ``one``."""
-        requests = [self._request(input_len, output_len) for _ in range(count - 1)]
-        requests.append(self._request(input_len, output_len, **one))
+        """Until all of ``count`` requests that come at once are done, held to a form if there is
+        one; the last asks for ``one``."""
+        requests = [self._request(input_len, output_len, structured=form) for _ in range(count - 1)]
+        requests.append(self._request(input_len, output_len, structured=form, **one))
         torch.cuda.synchronize()
         started = time.perf_counter()
         for request in requests:
             self.loop.add_request(request)
+        ends = set()
         while self.loop.has_work:
-            self.loop.step()
+            ends |= {output.outputs[0].finish_reason for output in self.loop.step()}
+        if ends != {"length"}:
+            raise RuntimeError(f"requests ended by {ends}; {self.loop.unhealthy}")
         return time.perf_counter() - started
 
     def _request(
@@ -125,7 +190,9 @@ class Runner:
     ) -> Request:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, **more)
         prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
-        return Request(str(next(self._ids)), prompt, params, output_kind="final")
+        grammar = self.grammars.compile(params.structured) if params.structured else None
+        name = str(next(self._ids))
+        return Request(name, prompt, params, output_kind="final", grammar=grammar)
 
 
 def decode(runner: Runner) -> Figures:
@@ -178,6 +245,23 @@ def company(runner: Runner) -> Figures:
     return figures
 
 
+def forms(runner: Runner) -> Figures:
+    """ms a token of 64 requests, plain and all held to a schema, without forced tokens."""
+    if runner.engine.config.enable_jump_decoding:
+        print("forms needs --tokenizer")
+        return {}
+    figures = {}
+    for name, form in (("plain", None), ("held", FORM)):
+        runner.seconds(64, 128, 8, form)
+        pairs = [
+            (runner.seconds(64, 128, 256, form) - runner.seconds(64, 128, 1, form)) / 255
+            for _ in range(5)
+        ]
+        figures[f"forms_{name}"] = statistics.median(pairs) * 1e3
+    figures["forms_cost"] = figures["forms_held"] / figures["forms_plain"] - 1
+    return figures
+
+
 def profile(runner: Runner) -> Figures:
     """µs of every kernel in a step of one decode, and how long the GPU idles between two."""
     from torch.profiler import ProfilerActivity
@@ -212,17 +296,17 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "throughput": throughput,
     "throughput_256": throughput_256,
     "company": company,
+    "forms": forms,
     "profile": profile,
 }
 
 
-def floors(model: dict[str, Any], form: str, read_rate: float) -> Figures:
+def floors(plan: Plan, form: str, read_rate: float) -> Figures:
     """ms below which no step can be: bytes of weights, or products, over the measured rates."""
-    found = list(matrices(random_plan(model, BuildOptions(target="cuda", **FORMATS[form]))))
-    layers = [m for m in found if m.format.shape[0] != model["vocab_size"]]
+    found = list(matrices(plan))
+    layers = [m for m in found if m.format.shape[0] != plan.checkpoint.config.vocab_size]
     per_token = 2 * sum(matrix.products for matrix in layers)
-    dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
-    rate = product_rate(dtype)
+    rate = product_rate(torch.float8_e4m3fn if form == "fp8" else torch.bfloat16)
     result = {
         f"decode_{batch}": sum(matrix.read(batch) for matrix in found) / read_rate * 1e3
         for batch in (1, 16, 64)
@@ -283,38 +367,61 @@ def environment() -> dict[str, str]:
     }
 
 
-def measure(
-    model: str, form: str, measures: Sequence[str], tactics: Path | None, floor: Figures
-) -> Figures:
-    """All figures of one model in one format."""
+def measure(cell: Cell, report: Connection) -> None:
+    """Send all that is known of a cell, after each of its measures."""
     started = time.perf_counter()
-    routes = Routes(MODELS[model]["num_hidden_layers"])
-    options = {"max_seq_len": 8192 if model == "smollm2" else 8448, **FORMATS[form]}
+    rate, plan = read_bandwidth(), cell.plan()
+    floor, peer = floors(plan, cell.form, rate), VLLM.get(f"{cell.model} {cell.form}", {})
+    routes = Routes(plan.checkpoint.config.num_layers)
+    jumps = cell.tokenizer is None
     engine = random_engine(
-        MODELS[model],
-        BuildOptions(target="cuda", **options),
-        tactics,
-        enable_prefix_caching=False,
+        plan, cell.tactics, enable_prefix_caching=False, enable_jump_decoding=jumps
     )
+    if cell.tokenizer is not None:
+        tokenizer = Tokenizer.from_directory(cell.tokenizer, engine.vocab_size)
+        engine = replace(engine, tokenizer=tokenizer)
     torch.cuda.synchronize()
     figures: Figures = {"make_weights_s": time.perf_counter() - started}
     runner = Runner(engine, routes)
     figures["compile_and_capture_s"] = runner.capture_seconds
-    for name in measures:
+    rates = {"read_tb_per_s": rate / 1e12}
+    for name in cell.measures:
+        measured = time.perf_counter()
         try:
             figures |= MEASURES[name](runner)
         except Exception as error:  # noqa: BLE001 - the other figures are still wanted
-            print(f"{name} failed: {error!r}"[:2000])
+            print(f"{cell.model} {cell.form} {name} failed: {error!r}"[:2000], flush=True)
+        figures[f"{name}_took_s"] = time.perf_counter() - measured
+        report.send({**rates, "figures": figures, "floors": floor, "vllm": peer})
     runner.loop.shutdown()
-    routes.close()
-    print(f"--- {model} {form}")
-    for name, value in figures.items():
-        peer = VLLM.get(f"{model} {form}", {}).get(name)
-        beside = [
-            f"{label} {x:8.2f}" for label, x in (("floor", floor.get(name)), ("vllm", peer)) if x
-        ]
+
+
+def entries(cell: Cell, seconds: float) -> Iterator[dict[str, Any]]:
+    """What ``measure`` sends, in at most so many seconds; it runs in a process of its own."""
+    reader, writer = _CHILD.Pipe(duplex=False)
+    process = _CHILD.Process(target=measure, args=(cell, writer))
+    process.start()
+    writer.close()
+    ends = time.monotonic() + seconds
+    try:
+        while reader.poll(max(0.0, ends - time.monotonic())):
+            yield reader.recv()
+        print(f"{cell.model} {cell.form} took more than {seconds:.0f} s", flush=True)
+        process.kill()
+    except EOFError:
+        pass
+    process.join()
+    if process.exitcode:
+        print(f"{cell.model} {cell.form} ended with {process.exitcode}", flush=True)
+
+
+def show(cell: Cell, entry: dict[str, Any]) -> None:
+    """Every figure of a cell beside its floor and vLLM's."""
+    print(f"--- {cell.model} {cell.form}")
+    for name, value in entry["figures"].items():
+        others = (("floor", entry["floors"].get(name)), ("vllm", entry["vllm"].get(name)))
+        beside = [f"{label} {x:8.2f}" for label, x in others if x]
         print(f"{name:64}{value:10.3f}   {'   '.join(beside)}", flush=True)
-    return figures
 
 
 def main() -> None:
@@ -322,22 +429,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b"])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="Default: the model's usual.")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--tactics", type=Path, help="What gpu_linear.py stored.")
+    parser.add_argument("--tokenizer", type=Path, help="Directory of one, for forms.")
+    parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rate = read_bandwidth()
-    report: dict[str, Any] = {**environment(), "read_tb_per_s": rate / 1e12}
-    for model, form in itertools.product(arguments.models, arguments.formats):
-        floor = floors(MODELS[model], form, rate)
-        figures = measure(model, form, arguments.measures, arguments.tactics, floor)
-        entry = {"figures": figures, "floors": floor, "vllm": VLLM.get(f"{model} {form}", {})}
-        report.setdefault(model, {})[form] = entry
-        gc.collect()
-        torch.cuda.empty_cache()
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    report: dict[str, Any] = environment()
+    for model in arguments.models:
+        for form in arguments.formats or usual_formats(model):
+            cell, entry = (
+                Cell(model, form, arguments.measures, arguments.tactics, arguments.tokenizer),
+                None,
+            )
+            for entry in entries(cell, arguments.seconds):
+                report.setdefault(model, {})[form] = entry
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+            if entry:
+                show(cell, entry)
 
 
 if __name__ == "__main__":

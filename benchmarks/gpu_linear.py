@@ -1,12 +1,13 @@
 """Times every tactic of the Linears and experts of a model on the GPU that is there.
 
     python benchmarks/gpu_linear.py --formats bf16 int4 --buckets 1 16 64 --tactics tactics.json
-    python benchmarks/gpu_linear.py --model qwen3-30b-a3b --only experts --tactics tactics.json
+    python benchmarks/gpu_linear.py --models qwen3-30b-a3b gpt-oss-20b --only experts
 
 Weights are cold, launches are replayed from a graph, and each line shows the quickest tactic, the
 default one and cuBLAS beside the floor: the bytes of the weight over the read bandwidth. Of experts
 those count that the tokens choose, by random logits: "of 128" says how many, and how many rows each
-has; cuBLAS has no product by expert.
+has; cuBLAS has no product by expert. ``--seconds`` ends a model in a format early; the tactics of
+what was timed by then are stored all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from gpu import FORMATS, MODELS, read_bandwidth
+from gpu import FORMATS, MODELS, read_bandwidth, shape_of, usual_formats
 from gpu_models import random_plan, random_weights
 
 from slipstream.builder.options import BuildOptions
@@ -61,14 +62,39 @@ def _short(tactic: Tactic) -> str:
     return " ".join(str(value) for value in asdict(tactic).values())
 
 
+def time_all(
+    model: str,
+    form: str,
+    arguments: argparse.Namespace,
+    table: Tactics,
+    rate: float,
+) -> None:
+    """Time the shapes of a model in a format, print them, and store what was quickest."""
+    started = time.monotonic()
+    shape = {**shape_of(model, form), "num_hidden_layers": _LAYERS}
+    plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
+    weights = random_weights(plan)
+    kinds = tuple(_KINDS[kind] for kind in arguments.only)
+    found = [p for p in problems(plan.program.graph, weights) if isinstance(p, kinds)]
+    for tuned in tune(found, arguments.buckets, table):
+        print(line(form, tuned, rate), flush=True)
+        if arguments.tactics:
+            arguments.tactics.write_text(table.to_json())
+        if time.monotonic() - started > arguments.seconds:
+            print(f"{model} {form} is cut short")
+            break
+    print(f"{model} {form} took {time.monotonic() - started:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, default="llama-8b")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="Default: the model's usual.")
     parser.add_argument("--only", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
+    parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")
     parser.add_argument("--tactics", type=Path, help="Where to store the quickest; added to.")
     arguments = parser.parse_args()
     device = Device()
@@ -76,21 +102,10 @@ def main() -> None:
     if arguments.tactics and arguments.tactics.exists():
         table = Tactics.from_json(arguments.tactics.read_text())
     rate = read_bandwidth()
-    for form in arguments.formats:
-        started = time.perf_counter()
-        shape = {**MODELS[arguments.model], "num_hidden_layers": _LAYERS}
-        plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
-        weights = random_weights(plan)
-        kinds = tuple(_KINDS[kind] for kind in arguments.only)
-        found = [p for p in problems(plan.program.graph, weights) if isinstance(p, kinds)]
-        for bucket in arguments.buckets:
-            for tuned in tune(found, [bucket], table):
-                print(line(form, tuned, rate))
-            if arguments.tactics:
-                arguments.tactics.write_text(table.to_json())
-            print(f"{form} took {time.perf_counter() - started:.0f} s", flush=True)
-        del weights, found
-        torch.cuda.empty_cache()
+    for model in arguments.models:
+        for form in arguments.formats or usual_formats(model):
+            time_all(model, form, arguments, table, rate)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

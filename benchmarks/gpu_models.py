@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import tokenizers
 import torch
 from torch import Tensor
@@ -17,8 +16,17 @@ from slipstream.builder.contract import page_size_of
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
-from slipstream.plugins.linear.cuda.packing import Section, format_of, packed_size, sections
-from slipstream.plugins.router import cuda as router_module
+from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.expert_linear.cuda import bind as expert_module
+from slipstream.plugins.expert_linear.cuda.experts import Experts
+from slipstream.plugins.linear.cuda.packing import (
+    EXPONENTS,
+    Section,
+    format_of,
+    in_words,
+    packed_size,
+    sections,
+)
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -85,8 +93,34 @@ MIXTRAL_8X7B: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-5,
 }
-_SCALES = {"float8_e4m3": 1e-4, "int4": 0.004, "int8": 2e-4}
-_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000.0,
+    "rms_norm_eps": 1e-5,
+}
+# What config.json says where experts are stored in MXFP4, as gpt-oss ships them.
+MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}
+# With random codes, weights of a size of 0.02; of float4 an exponent, 2**-7.
+_SCALES = {"float8_e4m3": 1e-4, "int4": 0.004, "int8": 2e-4, "float4_e2m1": 120}
+_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +128,7 @@ class RandomCheckpoint:
     """The names and shapes of a model; its weights have no values."""
 
     config: ModelConfig
+    mxfp4: bool = False  # so are its experts
     path: Path = Path("random")
     kv_scales: None = None
     pooling: None = None
@@ -106,7 +141,10 @@ class RandomCheckpoint:
         """A weight of the right shape that cannot be read."""
         shape = self.config.weight_shape(name)
         assert shape is not None
-        return LazyTensor(name, WeightFormat(shape, "dense", "bfloat16"), _unreadable)
+        fmt = WeightFormat(shape, "dense", "bfloat16")
+        if self.mxfp4 and ".experts." in name and len(shape) == 2:
+            fmt = WeightFormat(shape, "float4_e2m1", EXPONENTS, 4, 32)
+        return LazyTensor(name, fmt, _unreadable)
 
     def write_tokenizer(self, directory: Path) -> None:
         """There is none."""
@@ -118,7 +156,9 @@ def _unreadable() -> QuantTensor:
 
 def random_plan(shape: dict[str, Any], options: BuildOptions) -> Plan:
     """The compiled program of a model of this ``config.json``."""
-    return compile_checkpoint(RandomCheckpoint(ModelConfig.from_huggingface(shape)), options)
+    config = ModelConfig.from_huggingface(shape)
+    mxfp4 = "quantization_config" in shape
+    return compile_checkpoint(RandomCheckpoint(config, mxfp4), options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +188,14 @@ class Matrix:
 def matrices(plan: Plan) -> Iterator[Matrix]:
     """The weights of a lowered program, in the order of their use."""
     for node in plan.program.graph:
-        if node.op_type in ("Linear", "Embedding", "ExpertLinear"):
+        if node.op_type in ("Linear", "NormedRouter", "Embedding", "ExpertLinear"):
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
             values = {a.name: a.value for a in node.attributes.values()}
             fmt = format_of({"zero_kind": 0, "scale_bytes": 4, **values})
-            experts, top_k = int(values.get("experts", 1)), int(values.get("top_k", 1))
+            experts, top_k = int(values.get("experts", 1)), 1
+            if node.op_type == "ExpertLinear":
+                top_k = int(values["top_k"])
             rows, columns = fmt.shape
             fmt = replace(fmt, shape=(experts * rows, columns))
             yield Matrix(blob.name, node.op_type, fmt, experts, top_k)
@@ -169,10 +211,10 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
             weights[matrix.name] = _random_blob(matrix.format, device)
     for weight in plan.weights:
         for part in weight.parts:
-            if part.name not in weights:  # norms
-                bfloat16 = part.dtype == ir.DataType.BFLOAT16
-                dtype = torch.bfloat16 if bfloat16 else torch.float16
-                weights[part.name] = torch.ones(part.shape, dtype=dtype, device=device)
+            if part.name not in weights:  # norms, biases and sinks
+                norm = "norm" in part.name
+                vector = torch.ones(part.shape) if norm else 0.02 * torch.randn(part.shape)
+                weights[part.name] = vector.to(device, _DTYPES[str(part.dtype)])
     return weights
 
 
@@ -191,8 +233,11 @@ def _random_section(name: str, section: Section, fmt: WeightFormat, device: str)
     if name != "codes":
         kind = fmt.kind if fmt.kind != "int" else f"int{fmt.bits}"
         value = 1.0 if name == "input_scale" else _SCALES[kind]
-        return torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
-    if fmt.kind == "int":
+        scales = torch.full(section.shape, value, dtype=_DTYPES[section.dtype], device=device)
+        if fmt.kind == "int":  # codes are below zero on average, and rows are not to be alike
+            scales *= torch.randint(0, 2, section.shape, device=device).to(scales.dtype) * 2 - 1
+        return scales
+    if in_words(fmt):
         return torch.randint(-(2**31), 2**31 - 1, section.shape, dtype=torch.int32, device=device)
     wide = torch.randn(section.shape, dtype=torch.bfloat16, device=device)
     if fmt.kind == "float8_e4m3":
@@ -201,15 +246,13 @@ def _random_section(name: str, section: Section, fmt: WeightFormat, device: str)
 
 
 def random_engine(
-    shape: dict[str, Any],
-    options: BuildOptions,
+    plan: Plan,
     tactics: Path | None = None,
     **runtime: Any,  # noqa: ANN401 - fields differ
 ) -> LoadedEngine:
     """A loaded engine of a model with random weights; every token of its vocabulary has a name."""
-    plan = random_plan(shape, options)
     manifest = manifest_of(plan, {}, "random", "random")
-    limits = plan.limits
+    limits, device = plan.limits, "cpu" if interpreting() else "cuda"
     config = RuntimeConfig().override(
         {
             "max_batch_size": limits.max_batch_size,
@@ -220,9 +263,9 @@ def random_engine(
         }
     )
     executor = CUDAExecutor.from_weights(
-        manifest, config, plan.program.graph, random_weights(plan), tactics
+        manifest, config, plan.program.graph, random_weights(plan, device), tactics
     )
-    vocab_size = int(shape["vocab_size"])
+    vocab_size = plan.checkpoint.config.vocab_size
     return LoadedEngine(
         executor=executor,
         tokenizer=named_tokens(vocab_size),
@@ -236,20 +279,19 @@ def random_engine(
 
 
 class Routes:
-    """What the routers of captured decodes chose, read after a step of theirs has run."""
+    """What the experts of captured decodes were told to multiply, read after a step has run."""
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._ids: dict[int, list[Tensor]] = {}
-        choose = self._choose = router_module.router
+        multiply = expert_module.multiply  # type: ignore[attr-defined]
 
-        def kept(logits: Tensor, *arguments: Any, **options: Any) -> router_module.Choice:  # noqa: ANN401
-            ids, weights = choose(logits, *arguments, **options)
-            if torch.cuda.is_current_stream_capturing():
+        def kept(x: Tensor, experts: Experts, ids: Tensor, *more: Any, **options: Any) -> Tensor:  # noqa: ANN401
+            if torch.cuda.is_current_stream_capturing() and experts.gated:  # once a layer
                 self._ids.setdefault(len(ids), []).append(ids)  # no later kernel gets its memory
-            return ids, weights
+            return multiply(x, experts, ids, *more, **options)
 
-        router_module.router = kept
+        expert_module.multiply = kept  # type: ignore[attr-defined]
 
     def distinct(self, tokens: int) -> float | None:
         """Different experts a layer in the last decode of so many tokens; None where there are no
@@ -257,11 +299,6 @@ class Routes:
         decode = self._ids.get(tokens, [])[: self._layers]
         found = [torch.unique(ids).numel() for ids in decode]
         return sum(found) / len(found) if found else None
-
-    def close(self) -> None:
-        """Let go of the routers and of what they chose, which holds memory of the steps."""
-        router_module.router = self._choose
-        self._ids.clear()
 
 
 def named_tokens(vocab_size: int) -> Tokenizer:

@@ -11,8 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from slipstream.builder.checkpoints import open_checkpoint
-from slipstream.builder.checkpoints.base import Checkpoint
-from slipstream.builder.checkpoints.names import REDUNDANT
+from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
@@ -36,7 +35,6 @@ from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
 from slipstream.builder.models import architecture_of
-from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import Decoder
 from slipstream.builder.options import BuildOptions
@@ -127,6 +125,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )
+    check_read(checkpoint)
     stated = stated_pooling(checkpoint.pooling, options)
     program = _declare(checkpoint, stated, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
@@ -237,10 +236,9 @@ def _declare(
     page_size: int,
     max_seq_len: int,
 ) -> Program:
-    """The canonical program of a checkpoint, with every tensor of it accounted for."""
+    """The canonical program of a checkpoint."""
     config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(config)
-    _check_read(checkpoint, architecture, expected)
     if stated is not None and stated.task == "embed":
         heads = [f"{m.name}.weight" for m in architecture.modules if m.tied]
         expected = {name: shape for name, shape in expected.items() if name not in heads}
@@ -271,21 +269,6 @@ def _build(decoder: Decoder, checkpoint: Checkpoint, stated: StatedPooling | Non
         decoder.build_states()
     else:
         decoder.build_answers(answers_of(checkpoint, stated))
-
-
-def _check_read(checkpoint: Checkpoint, architecture: Architecture, expected: Shapes) -> None:
-    """CheckpointError for tensors that the architecture does not read."""
-    unread = sorted(
-        name
-        for name in set(checkpoint.names()) - set(expected)
-        if not name.endswith(REDUNDANT) and not architecture.is_redundant(checkpoint.config, name)
-    )
-    if unread:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
-            f"read, such as {unread[0]}; its config does not describe it: check config.json "
-            "against the model's page"
-        )
 
 
 def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:

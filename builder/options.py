@@ -31,8 +31,8 @@ class BuildOptions:
     symmetric       no zero points; for integer groups only, which have them by default
     kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
                     dense engine and float16 for a quantized one, on a GPU the dtype
-    strict_tensors  refuse a checkpoint that holds more than a text model, such as one of images or
-                    layers that predict further tokens, whose other tensors are left out
+    strict_tensors  refuse a checkpoint of which tensors are left out: those of images, of layers
+                    that predict further tokens, a head beside the embedding that it is tied to
     task            what the engine is for: to generate text, to make vectors of texts (embed), or
                     to score how well a document answers a query by the logits of yes and no
                     (score); auto: what the checkpoint's files of sentence-transformers, its GGUF

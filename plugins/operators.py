@@ -21,6 +21,7 @@ OURS = {
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",
     "PagedAttention": "slipstream.plugins.paged_attention:SPEC",
     "Router": "slipstream.plugins.router:SPEC",
+    "NormedRouter": "slipstream.plugins.normed_router:SPEC",
     "ExpertLinear": "slipstream.plugins.expert_linear:SPEC",
     "GatedActivation": "slipstream.plugins.gated_mlp:SPEC",
     "SoftCap": "slipstream.plugins.soft_cap:SPEC",

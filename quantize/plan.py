@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from slipstream.builder.checkpoints.base import Checkpoint
+from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.checkpoints.names import layer_of, linears
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
@@ -184,11 +184,12 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
     """The plan for a checkpoint of dense weights.
 
-    Raises CheckpointError for one that is quantized, BuildError for targets that match no linear
-    and for options that leave nothing to quantize.
+    Raises CheckpointError for one that is quantized or is no such model, BuildError for targets
+    that match no linear and for options that leave nothing to quantize.
     """
     formats = {name: checkpoint.tensor(name).format for name in checkpoint.names()}
     _check_dense(checkpoint, formats)
+    check_read(checkpoint)
     base = Plan(checkpoint.config, options, MappingProxyType(formats), ())
     modules = base.linears
     plan = base.with_qformats(_chosen(modules, base.routers, options))

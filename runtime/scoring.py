@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import CacheSpec, page_size_of, paged
+from slipstream.builder.contract import CacheSpec, paged
 from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
+from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.step import IntArray, PagedInputs, StepBatch
 from slipstream.runtime.executors.base import ScoringExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -50,17 +51,21 @@ def window_logits(
             f"the KV cache holds {pages * config.page_size} tokens, a window has {longest}; raise "
             "--kv-cache-bytes or use shorter windows"
         )
+    held = {
+        cache: window_pages(cache.window, pages, config) if cache.window else pages
+        for cache in paged(engine.caches)
+    }
     rows = min(config.max_num_tokens, max(1, _LOGITS_BYTES // (4 * engine.vocab_size)))
     for window in windows:
         for start in range(0, len(window), rows):
-            yield executor.logits(_chunk(window[start : start + rows], start, engine.caches))
+            yield executor.logits(_chunk(window[start : start + rows], start, held))
 
 
-def _chunk(tokens: IntArray, start: int, caches: Sequence[CacheSpec]) -> StepBatch:
-    """A step of one sequence whose pages are the first of the cache, all logits wanted."""
+def _chunk(tokens: IntArray, start: int, held: Mapping[CacheSpec, int]) -> StepBatch:
+    """A step of one sequence, all logits wanted; ``held`` says how many pages it takes in turn of
+    each cache."""
     end = start + len(tokens)
     positions = np.arange(start, end, dtype=np.int32)
-    table = np.arange(-(-end // page_size_of(caches)), dtype=np.int32)[None]
     return StepBatch(
         token_ids=np.ascontiguousarray(tokens, np.int32),
         positions=positions,
@@ -70,5 +75,11 @@ def _chunk(tokens: IntArray, start: int, caches: Sequence[CacheSpec]) -> StepBat
         sampling=[],
         slots=np.zeros(1, np.int32),
         sampling_slots=_NONE,
-        pages={cache.name: PagedInputs(table, positions) for cache in paged(caches)},
+        pages={cache.name: _inputs(cache, held[cache], positions) for cache in held},
     )
+
+
+def _inputs(cache: CacheSpec, held: int, positions: IntArray) -> PagedInputs:
+    table = np.arange(positions[-1] // cache.page_size + 1, dtype=np.int32) % held
+    page, offset = np.divmod(positions, np.int32(cache.page_size))
+    return PagedInputs(table[None], table[page] * np.int32(cache.page_size) + offset)

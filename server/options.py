@@ -131,7 +131,7 @@ _BUILD = {
         "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
     ),
     "strict_tensors": Option(
-        "Refuse a checkpoint that holds more than a text model, whose other tensors are left out."
+        "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),
     "max_batch_size": Option(
         "Sequences in one step, at most.", "64 on a CPU, 256 on a GPU", least=1
@@ -188,7 +188,7 @@ _SERVER = {
     "host": Option("Address to listen on; 0.0.0.0 is all of this machine's."),
     "port": Option("Port to listen on; 0 takes a free one."),
     "api_key": Option(
-        "Key that requests must carry as Authorization: Bearer; may be repeated. "
+        "Key that requests must carry as Authorization: Bearer or x-api-key; may be repeated. "
         "SLIPSTREAM_API_KEY holds one or several, separated by spaces.",
         "none",
         envvar="SLIPSTREAM_API_KEY",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.pooling import StatedPooling
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Origin, read_fields
 from slipstream.weights.tensor import KVScales, LazyTensor
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
@@ -47,6 +51,34 @@ class Checkpoint(Protocol):
     def write_tokenizer(self, directory: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, generation_config.json and, when there is
         one, chat_template.jinja."""
+
+
+def tell_left_out(path: Path, names: Sequence[str], *, strict: bool) -> None:
+    """Logs which tensors of a checkpoint are not read; CheckpointError if there are any and none
+    may be."""
+    if names and strict:
+        raise CheckpointError(
+            f"{path} holds {len(names)} tensors that its text model has no use for, such as "
+            f"{names[0]}, which would be left out; build without --strict-tensors"
+        )
+    if names:
+        logger.warning(
+            "%s: %d tensors that its text model has no use for are left out, such as %s",
+            path.name, len(names), names[0],
+        )  # fmt: skip
+
+
+def check_read(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a tensor that the architecture does not read."""
+    config = checkpoint.config
+    architecture = architecture_of(config.architecture)
+    unread = sorted(set(checkpoint.names()) - set(architecture.shapes(config)))
+    if unread:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "
+            f"read, such as {unread[0]}; its config does not describe it: check config.json "
+            "against the model's page"
+        )
 
 
 def unknown_tensor(path: Path, name: str, known: Sequence[str]) -> CheckpointError:

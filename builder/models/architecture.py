@@ -36,7 +36,8 @@ class GGUFFamily:
     ``name`` is their ``general.architecture``. Of several architectures of that name, one whose key
     ``mark`` the file has (as a number other than 0) comes before one without a mark. ``keys`` gives
     keys of config.json the names of metadata beyond what ``gguf/config.py`` reads of every decoder;
-    marks and keys are without the prefix of the architecture. ``concluded`` gives the keys of
+    marks and keys are without the prefix of the architecture. Those of ``by_layer`` may differ
+    between layers, and are given to ``concluded`` as a list. ``concluded`` gives the keys of
     config.json that no metadata holds, by those that were found: what llama.cpp knows of a family.
     ``only`` are metadata that may have no other value: nothing else is computed.
     """
@@ -44,6 +45,7 @@ class GGUFFamily:
     name: str
     mark: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    by_layer: Mapping[str, str] = field(default_factory=dict)
     concluded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing_concluded
     only: Mapping[str, Any] = field(default_factory=dict)
 

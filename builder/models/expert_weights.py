@@ -36,10 +36,9 @@ def stack_experts(tensors: Sequence[LazyTensor], name: str) -> tuple[LazyTensor,
     first, form = tensors[0].input, _common([tensor.format for tensor in tensors])
     reason = ""
     if form is None:
-        kinds = dict.fromkeys(describe_format(tensor.format) for tensor in tensors)
-        reason = f"their formats differ ({'; '.join(kinds)})"
+        reason = _difference([tensor.format for tensor in tensors])
     elif not all(_same(tensor.input, first) for tensor in tensors):
-        reason = "each wants its x ordered or scaled in a way of its own (act-order or pre-scale)"
+        reason = "they do not want x ordered or scaled alike (act-order or pre-scale)"
     if form is None or reason:
         return stack_rows([as_dense(tensor, "float32") for tensor in tensors], name), reason
     whole = stack_rows([_written(tensor, form) for tensor in tensors], name)
@@ -81,6 +80,16 @@ def _common(formats: Sequence[WeightFormat]) -> WeightFormat | None:
         rows=rows,
     )
     return form if all(_holds(form, other) for other in formats) else None
+
+
+def _difference(formats: Sequence[WeightFormat]) -> str:
+    """Of formats that no other holds."""
+    kinds = dict.fromkeys(describe_format(form) for form in formats)
+    if len(kinds) > 1:
+        return f"their formats differ ({'; '.join(kinds)})"
+    return (
+        f"the types of their scales differ ({'; '.join(dict.fromkeys(f.dtype for f in formats))})"
+    )
 
 
 def _holds(form: WeightFormat, other: WeightFormat) -> bool:

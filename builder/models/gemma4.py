@@ -34,6 +34,7 @@ from slipstream.builder.models.gemma4_decoder import (
     in_layer,
     owns_kv,
 )
+from slipstream.builder.models.gemma4_gguf import FAMILY
 from slipstream.builder.models.huggingface_config import (
     described_ropes,
     head_size,
@@ -329,6 +330,7 @@ ARCHITECTURE = Architecture(
     },
     read=_read,
     write=_write,
+    gguf=FAMILY,
     in_layer=in_layer,
     alone=False,
 )

@@ -14,7 +14,6 @@ from slipstream.builder.models.huggingface_config import (
     read_rope,
     read_ropes,
     with_window,
-    write_window,
 )
 from slipstream.weights.json import Fields
 
@@ -30,8 +29,10 @@ def read(keys: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    """Windows beside what OLMo 2 has."""
-    return {"sliding_window": None, **write_window(config), **olmo2.write(config)}
+    """Windows and, with or without one, the kinds of layers, which have angles of their own; beside
+    what OLMo 2 has."""
+    kinds = {"layer_types": list(config.layer_kinds)}
+    return {"sliding_window": config.sliding_window, **kinds, **olmo2.write(config)}
 
 
 def _ropes(keys: Fields) -> Mapping[str, Rope]:

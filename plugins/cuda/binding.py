@@ -30,7 +30,8 @@ _TORCH = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's inputs on the device, by name; ``attention`` has what only attention reads.
+    """One step's inputs on the device, by name; ``attention`` has what only attention reads, by
+    the name of the page table.
 
     int32, as ``token_slots [T]`` (the slot whose last token stands for an id of -1). ``pdl`` lets
     kernels begin before those in front of them have ended.
@@ -38,15 +39,15 @@ class Step:
 
     inputs: Mapping[str, Tensor]
     token_slots: Tensor
-    attention: StepTensors
+    attention: Mapping[str, StepTensors]
     pdl: bool
 
 
 @dataclass(slots=True)
 class Memory:
-    """What all steps share on the device."""
+    """What all steps share on the device; ``pages`` are the arrays of caches, by name."""
 
-    kv_cache: Tensor
+    pages: Mapping[str, Tensor]
     last_tokens: Tensor
     workspace: DecodeWorkspace
 

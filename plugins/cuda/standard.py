@@ -17,9 +17,10 @@ def _norm(node: ir.Node, context: Context) -> Kernel:
     eps = node.attributes["epsilon"].as_float()
 
     def kernel(run: Run) -> Sequence[Tensor]:
-        y = rms_norm(run.values[x], run.values[weight], eps, pdl=run.pdl)
+        tokens, factors = run.values[x], run.values[weight]
+        y = rms_norm(tokens.reshape(-1, len(factors)), factors, eps, pdl=run.pdl)
         assert isinstance(y, Tensor)
-        return (y,)
+        return (y.view(tokens.shape),)
 
     return kernel
 
@@ -47,7 +48,7 @@ def _concat(node: ir.Node, context: Context) -> Kernel:
 
 def _scale(node: ir.Node, context: Context) -> Kernel:
     """x times numbers: of its columns, float32, what a weight wants done to x (AWQ, SmoothQuant);
-    of its rows, how much of a shared expert a token takes."""
+    of its rows, how much of a shared expert a token takes; of all."""
     x, scale = required_names(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
@@ -72,11 +73,33 @@ def _clip(node: ir.Node, context: Context) -> Kernel:
     return kernel
 
 
-def _order(node: ir.Node, context: Context) -> Kernel:
-    """Columns of x in another order (act-order)."""
+def _gather(node: ir.Node, context: Context) -> Kernel:
+    """Columns of x in another order (act-order), or the numbers of some of a list."""
     x, order = required_names(node)
-    assert node.attributes["axis"].as_int() == 1, "rows are gathered between the halves"
-    return lambda run: (torch.index_select(run.values[x], 1, run.values[order]),)
+    axis, constant = node.attributes.get_int("axis", 0), order in context.constants
+
+    def kernel(run: Run) -> Sequence[Tensor]:
+        given, indices = run.values[x], run.values[order].reshape(-1)
+        if not constant:  # before kernels are launched to be captured they are what memory held
+            indices = indices.clamp(0, given.shape[axis] - 1)
+        picked = torch.index_select(given, axis, indices)
+        return (picked if axis else picked.view(*run.values[order].shape, *given.shape[1:]),)
+
+    return kernel
+
+
+def _slice(node: ir.Node, context: Context) -> Kernel:
+    """Some columns of x, where they are."""
+    x, *bounds = required_names(node)
+    first, end, axis = (int(context.constants[name]) for name in bounds)
+    return lambda run: (run.values[x].narrow(axis, first, end - first),)
+
+
+def _reshape(node: ir.Node, context: Context) -> Kernel:
+    """The same numbers in another shape, whose rows (0) are those of x."""
+    x, shape = required_names(node)
+    _, *sizes = context.constants[shape].tolist()
+    return lambda run: (run.values[x].reshape(-1, *sizes),)
 
 
 BINDINGS: dict[str, Binding] = {
@@ -87,5 +110,7 @@ BINDINGS: dict[str, Binding] = {
     "Mul": _scale,
     "Sigmoid": _sigmoid,
     "Clip": _clip,
-    "Gather": _order,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Reshape": _reshape,
 }

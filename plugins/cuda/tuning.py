@@ -7,8 +7,9 @@ in a model: a weight that stays in the cache would favour the wrong kernels.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 _LAUNCHES = 64
 _REPLAYS = 5
+_HOPELESS = 1.5  # times as slow as another in the first replay: the others are left out
 
 
 class Problem(Protocol):
@@ -70,22 +72,21 @@ class Tuned:
 
 def time_tactics(problem: Problem, tokens: int, tactics: Sequence[Tactic]) -> list[Timing]:
     """Every tactic that runs, quickest first."""
-    calls = problem.calls(tokens, tactics)
-    timings = [
-        Timing(tactic, _seconds(call, len(problem.weights)))
-        for tactic, call in zip(tactics, calls, strict=True)
-        if _runs(call)
-    ]
+    timings: list[Timing] = []
+    for tactic, call in zip(tactics, problem.calls(tokens, tactics), strict=True):
+        if _runs(call):
+            best = min((timing.seconds for timing in timings), default=math.inf)
+            timings.append(Timing(tactic, _seconds(call, len(problem.weights), best)))
     return sorted(timings, key=lambda timing: timing.seconds)
 
 
-def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) -> list[Tuned]:
+def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) -> Iterator[Tuned]:
     """Put the quickest tactic of every problem and of those of ``buckets`` that it has into
-    ``table``."""
+    ``table``, one after the other; who stops to ask keeps those that came."""
     choices = {
         (index, tokens): problem.candidates(tokens, table.capability)
-        for index, problem in enumerate(problems)
         for tokens in buckets
+        for index, problem in enumerate(problems)
         if tokens in problem.buckets
     }
 
@@ -95,13 +96,11 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
 
     with torch.no_grad():
         compile_kernels(record([partial(launch_all, key) for key in choices]), table.capability)
-    report = []
     for (index, tokens), tactics in choices.items():
         problem = problems[index]
         timings = time_tactics(problem, tokens, tactics)
         table.entries[problem.key(tokens)] = timings[0].tactic
-        report.append(Tuned(problem, tokens, timings, usual=tactics[0]))
-    return report
+        yield Tuned(problem, tokens, timings, usual=tactics[0])
 
 
 def _runs(call: Callable[[int], Tensor]) -> bool:
@@ -115,7 +114,7 @@ def _runs(call: Callable[[int], Tensor]) -> bool:
     return True
 
 
-def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
+def _seconds(call: Callable[[int], Tensor], weights: int, best: float) -> float:
     launches = max(weights, _LAUNCHES // 4)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
@@ -124,8 +123,8 @@ def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
         for index in range(launches):
             call(index)
     graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
+
+    def seconds() -> float:
         start, end = (
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
@@ -134,8 +133,17 @@ def _seconds(call: Callable[[int], Tensor], weights: int) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3 / launches)
-    return statistics.median(times)
+        return float(start.elapsed_time(end)) / 1e3 / launches
+
+    return typical(seconds, best)
+
+
+def typical(seconds: Callable[[], float], best: float) -> float:
+    """The median of several replays, or the first if that is much slower than ``best``."""
+    first = seconds()
+    if first > _HOPELESS * best:
+        return first
+    return statistics.median([first, *(seconds() for _ in range(_REPLAYS - 1))])
 
 
 def cold(weights: Sequence[DeviceWeight]) -> tuple[DeviceWeight, ...]:

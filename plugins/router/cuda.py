@@ -34,13 +34,33 @@ def router(  # noqa: PLR0913 - the operator's attributes
     if tokens:
         router_kernel[(tokens,)](
             logits, correction, ids, weights, scale,
-            EXPERTS=experts, BLOCK=max(triton.next_power_of_2(experts), 16), TOP_K=top_k,
-            SLOTS=triton.next_power_of_2(top_k),
-            SIGMOID=scoring == SCORINGS["sigmoid"], CORRECTED=correction is not None,
-            RENORMALIZE=bool(renormalize), GROUPS=groups, TOP_GROUPS=top_groups, PDL=pdl,
-            **launch_options(num_warps=1, pdl=pdl),
+            **choice(experts, correction, top_k, scoring, renormalize, groups, top_groups),
+            PDL=pdl, **launch_options(num_warps=1, pdl=pdl),
         )  # fmt: skip
     return ids, weights
+
+
+def choice(
+    experts: int,
+    correction: torch.Tensor | None,
+    top_k: int,
+    scoring: int,
+    renormalize: int,
+    groups: int,
+    top_groups: int,
+) -> dict[str, int | bool]:
+    """What a kernel that chooses experts is compiled for."""
+    return {
+        "EXPERTS": experts,
+        "BLOCK": max(triton.next_power_of_2(experts), 16),
+        "TOP_K": top_k,
+        "SLOTS": triton.next_power_of_2(top_k),
+        "SIGMOID": scoring == SCORINGS["sigmoid"],
+        "CORRECTED": correction is not None,
+        "RENORMALIZE": bool(renormalize),
+        "GROUPS": groups,
+        "TOP_GROUPS": top_groups,
+    }
 
 
 def bind(node: ir.Node, context: Context) -> Kernel:

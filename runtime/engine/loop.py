@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 from slipstream.builder.contract import STATES, states
 from slipstream.errors import (
@@ -18,13 +18,14 @@ from slipstream.errors import (
     SlipstreamError,
 )
 from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, probe
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState
 from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
 from slipstream.runtime.engine.sequence import Sequence, child_seed
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult, TokenLogprobs
-from slipstream.runtime.executors.base import PendingStep, StartedStep
+from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
@@ -32,37 +33,6 @@ from slipstream.runtime.text.detokenizer import Detokenizer
 
 # Logits of prompt tokens that one step scores.
 _SCORED_BYTES = 256 << 20
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step on its way, and whose logits rows it computes.
-
-    ``positions`` are those of its rows, which change with the next step.
-    ``started`` until its rows are sampled, ``pending`` from then on. ``refused``: there is nothing
-    on its way, and nothing may follow before that is told.
-    """
-
-    plan: StepPlan
-    owners: list[Sequence]
-    rows: list[SamplingRow]
-    positions: list[int]
-    started: StartedStep
-    pending: PendingStep | None = None
-    refused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A step that the device did not take; it ends in its turn, as one that failed."""
-
-    error: Exception
-
-    def sample(self) -> PendingStep:
-        return self
-
-    def result(self) -> StepResult:
-        raise self.error
 
 
 class EngineLoop:
@@ -110,13 +80,14 @@ class EngineLoop:
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
         self._health = Health(engine.config.step_timeout, clock)
+        self._steps = StepStats(clock)
         self._arrivals = itertools.count()
         self._seeds = random.Random()  # the module's own belongs to the program
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
         # Unfinished requests whose output the host must know before their rows are sampled.
         self._need_output: set[RequestState] = set()
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -125,8 +96,9 @@ class EngineLoop:
 
     @property
     def stats(self) -> SchedulerStats:
-        """A snapshot of the scheduler; may be read from any thread."""
-        return self.scheduler.stats
+        """A snapshot of the scheduler, and all steps; may be read from any thread."""
+        steps = self._steps
+        return replace(self.scheduler.stats, step_tokens=steps.tokens, step_seconds=steps.seconds)
 
     @property
     def forked(self) -> str | None:
@@ -257,25 +229,26 @@ class EngineLoop:
             logprobs=None if params.logprobs is None else [],
         )
 
-    def _launch(self) -> _Flight | None:
+    def _launch(self) -> Flight | None:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return None
         self._note_admitted(plan.admitted)
         batch, owners = self._builder.build(plan)
         positions = [row.position for row in batch.sampling]
+        self._steps.began()
         try:
             started = self._engine.executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            refused = _Refused(error)
-            return _Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
-        return _Flight(plan, owners, batch.sampling, positions, started)
+            refused = Refused(error)
+            return Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
+        return Flight(plan, owners, batch.sampling, positions, started)
 
-    def _sample(self, flight: _Flight) -> None:
+    def _sample(self, flight: Flight) -> None:
         try:
             flight.pending = flight.started.sample()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            flight.pending, flight.refused = _Refused(error), True
+            flight.pending, flight.refused = Refused(error), True
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -283,7 +256,7 @@ class EngineLoop:
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = self._clock()
 
-    def _land(self, flight: _Flight | None) -> None:
+    def _land(self, flight: Flight | None) -> None:
         if flight is None:
             return
         assert flight.pending is not None, "a step lands after it was sampled"
@@ -293,6 +266,8 @@ class EngineLoop:
             self._health.failed(error)
             self._fail(flight.plan, error)
             return
+        finally:
+            self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):
@@ -310,7 +285,7 @@ class EngineLoop:
         else:
             self._take(flight, result)
 
-    def _accept(self, flight: _Flight, result: StepResult) -> None:
+    def _accept(self, flight: Flight, result: StepResult) -> None:
         """Tell the scheduler of runs of more than one token."""
         runs: dict[Sequence, list[int]] = {}
         for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
@@ -320,7 +295,7 @@ class EngineLoop:
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
 
-    def _take(self, flight: _Flight, result: StepResult) -> None:
+    def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
         rows = zip(

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import sys
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
+from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.kv_cache import Allocation, Move
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
+from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 
 _ORDER = attrgetter("order")
+_LEFT = attrgetter("num_left")
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
-
-
-def _left(sequence: Sequence) -> int:
-    return sequence.num_tokens - sequence.num_scheduled
 
 
 def _length(sequence: Sequence) -> int:
@@ -30,7 +29,10 @@ def _length(sequence: Sequence) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Gauges of now and counters since the start; prefix counters are in tokens."""
+    """Gauges of now and counters since the start; prefix counters are in tokens.
+
+    Of those that wait, ``num_deferred`` leave the last rows to others; the rest lacks room.
+    """
 
     num_running: int
     num_waiting: int
@@ -38,6 +40,10 @@ class SchedulerStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     num_preemptions: int
+    num_deferred: int = 0
+    num_pages: int = 0
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
 
 
 class Scheduler:
@@ -92,7 +98,13 @@ class Scheduler:
             prefix_cache_queries=self._prefix_queries,
             prefix_cache_hits=self._prefix_hits,
             num_preemptions=self._preemptions,
+            num_deferred=sum(each.index > 0 for each in self.waiting[:]) if self._defers else 0,
+            num_pages=self.kv.num_pages,
         )
+
+    @property
+    def _defers(self) -> bool:
+        return 0 < len(self._rows) <= self._config.max_batch_size // 8
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
         """``max_tokens`` clamped to the room after the prompt, all of it for None; 1 if
@@ -135,7 +147,7 @@ class Scheduler:
         prefills: list[Sequence] = []
         spare = self._config.max_num_tokens - len(self.running)
         for sequence in self.running:
-            left = _left(sequence)
+            left = sequence.num_left
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif not sequence.awaits_last:
@@ -267,8 +279,8 @@ class Scheduler:
         it, and what is left to the rest in their order."""
         if prefills:
             first, *others = prefills
-            short = min(others, key=_left) if others else self._passing(first)
-            need = 0 if short is None else _left(short) if others else _length(short)
+            short = min(others, key=_LEFT) if others else self._passing(first)
+            need = 0 if short is None else short.num_left if others else _length(short)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
@@ -282,7 +294,7 @@ class Scheduler:
 
     def _compute(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Add what a budget allows of a running sequence, and return how many tokens that are."""
-        count = min(self._room(plan, sequence, budget), _left(sequence))
+        count = min(self._room(plan, sequence, budget), sequence.num_left)
         if count:
             plan.add(sequence, count)
         return count
@@ -292,7 +304,7 @@ class Scheduler:
         first that waits, and it is shorter and wants nothing that the prefill is about to share."""
         waiting = self.waiting if self._rows else ()
         short = min((s for s in waiting if not s.index), key=_length, default=None)
-        if short is None or short.pending or _length(short) >= _left(first):
+        if short is None or short.pending or _length(short) >= first.num_left:
             return None
         head, size = self.waiting[0], self.kv.page_size
         if short is not head:

@@ -106,6 +106,11 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
+    def num_left(self) -> int:
+        """Tokens that are to be computed next."""
+        return self.num_tokens - self.num_scheduled
+
+    @property
     def awaits_last(self) -> bool:
         """Whether the last token that it may have is, or may be, on its way: there is nothing to
         compute before that has landed."""

@@ -156,10 +156,9 @@ class CountingExecutor:
         self._filler.fill([constraint for _, constraint in held], masks)
         for (index, _), mask in zip(held, masks, strict=True):
             token = result.token_ids[index]
-            if token == GARBAGE:
-                continue
-            allowed = np.flatnonzero(allowed_tokens(mask, self._vocab_size))
-            token = int(allowed[np.searchsorted(allowed, token) % len(allowed)])
+            if token != GARBAGE and not mask[token >> 5] >> (token & 31) & 1:
+                allowed = np.flatnonzero(allowed_tokens(mask, self._vocab_size))
+                token = int(allowed[np.searchsorted(allowed, token) % len(allowed)])
             result.token_ids[index] = token
             result.logprobs[index] = _logprobs(token, step.rows[index])
             self._last_runs[int(batch.sampling_slots[index])] = (token, 1)
@@ -378,4 +377,6 @@ def _logprobs(token: int, row: SamplingRow) -> TokenLogprobs | None:
     if wanted is None:
         return None
     logprob = logprob_of(token)
-    return TokenLogprobs(token, logprob, 1, {token: (logprob, 1)})
+    listed = row.params.logprob_token_ids if row.target is None else None
+    top = {each: (logprob_of(each), 1) for each in listed or (token,)}
+    return TokenLogprobs(token, logprob, 1, top)

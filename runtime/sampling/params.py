@@ -108,6 +108,8 @@ class SamplingParams:
     logprobs, prompt_logprobs: how many of the most likely tokens to report with their log
         probability at each position, beside the token itself (0: only the token itself, -1: all,
         None: nothing).
+    logprob_token_ids: the tokens to report at each generated position in place of the likeliest;
+        ``logprobs`` is then 0.
     skip_special_tokens: leave special tokens out of the text.
     shown_special_tokens: special tokens that stay in the text nevertheless, such as those that mark
     calls of tools.
@@ -137,6 +139,7 @@ class SamplingParams:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
     shown_special_tokens: Sequence[str] = ()
     structured: StructuredOutput | None = None
@@ -175,6 +178,13 @@ class SamplingParams:
                 empty_remedy="leave it out to allow all tokens",
             )
             self._set(allowed_token_ids=tuple(dict.fromkeys(allowed)))
+        if self.logprob_token_ids is not None:
+            listed = check_token_ids(
+                "logprob_token_ids",
+                self.logprob_token_ids,
+                empty_remedy="leave it out, and say how many of the likeliest with logprobs",
+            )
+            self._set(logprob_token_ids=tuple(dict.fromkeys(listed)), logprobs=0)
         if self.logit_bias is not None:
             self._set(logit_bias=check_logit_bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -274,6 +284,7 @@ class SamplingParams:
         groups: dict[str, Sequence[int]] = {
             "stop_token_ids": self.stop_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),
+            "logprob_token_ids": self.logprob_token_ids or (),
             "logit_bias": tuple(self.logit_bias or ()),
             "bad_words_token_ids": [i for ids in self.bad_words_token_ids for i in ids],
         }

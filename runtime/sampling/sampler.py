@@ -70,7 +70,8 @@ class Sampler:
         token = self._choose(logits, row)
         if row.params.logprobs is None:
             return token, None
-        return token, token_logprobs(logits, token, row.params.logprobs)
+        listed = row.params.logprob_token_ids
+        return token, token_logprobs(logits, token, row.params.logprobs, listed)
 
     def _choose(self, logits: Logits, row: SamplingRow) -> int:
         edited = process_logits(logits, row)
@@ -110,14 +111,21 @@ class UniformStream:
         return (int(self._generator.random_raw()) >> 11) * 2.0**-53
 
 
-def token_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
-    """Log probability and rank of ``token`` and the ``count`` likeliest (-1: all) in ``logits[V]``.
+def token_logprobs(
+    logits: Logits, token: int, count: int, listed: Sequence[int] | None = None
+) -> TokenLogprobs:
+    """Log probability and rank of ``token`` and the ``count`` likeliest (-1: all) in ``logits[V]``,
+    or, in their place, of those that are ``listed``.
 
     Rank 1 is the likeliest; equal tokens rank in the order of their ids.
     """
     best = logits.max()
     _check_peak(best)
     normalizer = float(best) + math.log(float(np.exp(logits - best).sum()))
+    own = float(logits[token]) - normalizer, _rank(logits, token)
+    if listed is not None:
+        entries = {i: (float(logits[i]) - normalizer, _rank(logits, i)) for i in listed}
+        return TokenLogprobs(token, *own, entries)
     if count < 0:
         ids = np.argsort(-logits, kind="stable")
     else:
@@ -127,9 +135,13 @@ def token_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
         int(i): (float(value), rank)
         for rank, (i, value) in enumerate(zip(ids, values, strict=True), start=1)
     }
+    return TokenLogprobs(token, *own, top)
+
+
+def _rank(logits: Logits, token: int) -> int:
     own = logits[token]
     above = np.count_nonzero(logits > own) + np.count_nonzero(logits[:token] == own)
-    return TokenLogprobs(token, float(own) - normalizer, int(above) + 1, top)
+    return int(above) + 1
 
 
 def _is_plain_greedy(row: SamplingRow) -> bool:

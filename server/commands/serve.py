@@ -20,13 +20,13 @@ from slipstream.server.options import runtime_options, server_options
 @server_options
 @runtime_options
 def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
-    """Serve a model over OpenAI's HTTP interface.
+    """Serve a model over the HTTP interfaces of OpenAI, Anthropic and Ollama.
 
-    MODEL is an engine, or a checkpoint, which is compiled on first use. Clients are given
-    http://HOST:PORT/v1 as their base URL; a browser finds a page to chat at http://HOST:PORT/.
-    SIGTERM and Ctrl-C let running requests end; a second one does not wait for them. An engine that
-    becomes unhealthy (its device fails step after step, or hangs) ends the server with exit status
-    70, so that it can be started again.
+    MODEL is an engine, or a checkpoint, which is compiled on first use. OpenAI's clients are given
+    http://HOST:PORT/v1 as their base URL, the others' http://HOST:PORT; a browser finds a page to
+    chat at http://HOST:PORT/. SIGTERM and Ctrl-C let running requests end; a second one does not
+    wait for them. An engine that becomes unhealthy (its device fails step after step, or hangs)
+    ends the server with exit status 70, so that it can be started again.
 
     \b
     Examples:
@@ -35,6 +35,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
       slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
     """
     # Imported here, with what it needs, so that bad usage is reported at once.
+    from slipstream.server.anthropic.api import ANTHROPIC
     from slipstream.server.core.http.process import bind, run
     from slipstream.server.ollama.api import OLLAMA
     from slipstream.server.openai.api import OPENAI
@@ -48,7 +49,10 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
         unhealthy = run(
-            AsyncLLM.from_engine(engine), options, listener, [OPENAI, RESPONSES, OLLAMA]
+            AsyncLLM.from_engine(engine),
+            options,
+            listener,
+            [OPENAI, RESPONSES, ANTHROPIC, OLLAMA],
         )
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)

@@ -13,6 +13,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 MAX_SEQUENCES = 2048  # completions of all prompts of a request
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_LISTED = 128  # tokens whose log probabilities are told at every position
 # More of these would slow down every step of everybody else's requests.
 MAX_TEXTS = 64
 MAX_TEXT_LENGTH = 1000
@@ -38,6 +39,8 @@ _MOST: Mapping[str, int] = {
     "logprobs": MAX_LOGPROBS,
     "prompt_logprobs": MAX_LOGPROBS,
 }
+# Of these -1, all tokens, is given too: prompts are scored once, and the answer has a bound.
+_ALL = frozenset({"prompt_logprobs"})
 _MOST_ENTRIES: Mapping[str, int] = {
     "stop": MAX_TEXTS,
     "bad_words": MAX_TEXTS,
@@ -45,6 +48,7 @@ _MOST_ENTRIES: Mapping[str, int] = {
     "bad_words_token_ids": MAX_TOKEN_IDS,
     "logit_bias": MAX_TOKEN_IDS,
     "allowed_token_ids": MAX_ALLOWED,
+    "logprob_token_ids": MAX_LISTED,
 }
 _TEXTS = ("stop", "bad_words")
 
@@ -53,7 +57,7 @@ def check_limits(params: SamplingParams) -> None:
     """Raise ``InvalidRequestError`` for what is more than one request may ask."""
     for name, most in _MOST.items():
         value = getattr(params, name)
-        if value is not None and not 0 <= value <= most:
+        if value is not None and not -(name in _ALL) <= value <= most:
             raise InvalidRequestError(
                 f"{name}={value} is more than this server gives; at most {most}", param=name
             )

@@ -34,6 +34,14 @@ class TokenTexts:
         return known
 
 
+class TokenIds(TokenTexts):
+    """The same with ids in place of texts, which two tokens may share."""
+
+    def text(self, token_id: int) -> str:
+        """vLLM's name for a token."""
+        return f"token_id:{token_id}"
+
+
 def finite(logprob: float) -> float:
     """A log probability that JSON can hold."""
     return max(logprob, LEAST_LOGPROB)

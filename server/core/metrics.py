@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -19,7 +17,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from slipstream.runtime.engine.histogram import Histogram
+from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
+
 if TYPE_CHECKING:
+    from slipstream.runtime.config import RuntimeConfig
     from slipstream.runtime.engine.scheduler import SchedulerStats
     from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 
@@ -46,6 +48,11 @@ FAMILIES: Mapping[str, Family] = {
     "engine_healthy": Family("gauge", "1 while the engine takes requests, 0 from then on."),
     "num_requests_running": Family("gauge", "Sequences in the running batch."),
     "num_requests_waiting": Family("gauge", "Sequences waiting to be run."),
+    "num_requests_waiting_by_reason": Family(
+        "gauge",
+        "Why sequences wait: for room, or to leave it to other requests.",
+        label="reason",
+    ),
     "kv_cache_usage_perc": Family("gauge", "KV pages in use; 1 means all of them."),
     "prefix_cache_queries": Family("counter", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": Family("counter", "Prompt tokens found in the prefix cache."),
@@ -63,6 +70,9 @@ FAMILIES: Mapping[str, Family] = {
     "request_prompt_tokens": Family("histogram", "Prompt tokens of a request.", _TOKENS),
     "request_generation_tokens": Family("histogram", "Tokens of a completion.", _TOKENS),
     "request_params_n": Family("histogram", "Completions of a request.", (1, 2, 5, 10, 20)),
+    "request_params_max_tokens": Family(
+        "histogram", "max_tokens of a request, where it is bounded.", _TOKENS
+    ),
     "e2e_request_latency_seconds": Family(
         "histogram", "From arrival to the last token.", _REQUEST_SECONDS
     ),
@@ -79,6 +89,12 @@ FAMILIES: Mapping[str, Family] = {
         "histogram", "From the first step to the last token.", _REQUEST_SECONDS
     ),
 }
+# Those that the engine counts itself, step by step.
+STEPS: Mapping[str, Family] = {
+    "iteration_tokens_total": Family("histogram", "Tokens of a step.", STEP_TOKENS),
+    "step_time_seconds": Family("histogram", "From one step to the next.", STEP_SECONDS),
+}
+_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 # Which two times of a request a histogram measures.
 _SPANS: Mapping[str, tuple[str, str]] = {
     "e2e_request_latency_seconds": ("arrival_time", "finished_time"),
@@ -98,6 +114,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def config(self) -> RuntimeConfig:
+        """How the engine was set up."""
+        ...
+
+    @property
     def unhealthy(self) -> str | None:
         """Why the engine should be restarted, None while it is well."""
         ...
@@ -106,32 +127,6 @@ class Engine(Protocol):
     def closed(self) -> str | None:
         """Why the engine takes no more requests, None while it does."""
         ...
-
-
-class Histogram:
-    """Counts by bucket; a value equal to an upper bound belongs to that bucket."""
-
-    __slots__ = ("_bounds", "_counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    @property
-    def count(self) -> int:
-        """How many values were observed."""
-        return sum(self._counts)
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Add a value."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self.sum += value * times
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Upper bounds as text, and how many values are at most that."""
-        names = [*map(str, map(float, self._bounds)), "+Inf"]
-        return list(zip(names, map(float, accumulate(self._counts)), strict=True))
 
 
 class EngineMetrics(Collector):
@@ -159,25 +154,49 @@ class EngineMetrics(Collector):
         latency = self.histograms["e2e_request_latency_seconds"]
         return latency.sum / max(1, latency.count)
 
-    def watch(self) -> RequestWatch:
-        """An observer of one request."""
-        return RequestWatch(self)
+    def watch(self, max_tokens: int | None = None) -> RequestWatch:
+        """An observer of one request, which asks for so many tokens."""
+        return RequestWatch(self, max_tokens)
 
     def observe(self, name: str, value: float, times: int = 1) -> None:
         """Add a value to a histogram."""
         self.histograms[name].observe(value, times)
 
     def collect(self) -> Iterator[Metric]:
-        """Every family of ``FAMILIES`` in the form of prometheus-client."""
-        values = self._values()
-        for name, family in FAMILIES.items():
+        """Every family of ``FAMILIES`` and ``STEPS`` in the form of prometheus-client, and how the
+        cache was set up."""
+        stats = self._engine.stats
+        values = self._values(stats)
+        steps = {
+            "iteration_tokens_total": stats.step_tokens,
+            "step_time_seconds": stats.step_seconds,
+        }
+        for name, family in {**FAMILIES, **STEPS}.items():
             if family.kind == "histogram":
-                metric = HistogramMetricFamily(PREFIX + name, family.help, labels=["model_name"])
-                histogram = self.histograms[name]
-                metric.add_metric([self._model_name], histogram.buckets(), histogram.sum)
-                yield metric
+                yield self._histogram(name, family, (self.histograms | steps)[name])
             else:
                 yield self._scalar(name, family, values[name])
+        yield self._cache_config(stats.num_pages)
+
+    def _histogram(self, name: str, family: Family, histogram: Histogram) -> Metric:
+        metric = HistogramMetricFamily(PREFIX + name, family.help, labels=["model_name"])
+        metric.add_metric([self._model_name], histogram.buckets(), histogram.sum)
+        return metric
+
+    def _cache_config(self, num_pages: int) -> Metric:
+        """vLLM's info: the values are labels, of a gauge that is 1."""
+        config = self._engine.config
+        labels = {
+            "model_name": self._model_name,
+            "block_size": str(config.page_size),
+            "num_gpu_blocks": str(num_pages),  # wherever the engine runs
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+            "gpu_memory_utilization": str(config.kv_cache_free_gpu_memory_fraction),
+        }
+        help = "How the KV cache was set up."
+        metric = GaugeMetricFamily(PREFIX + "cache_config_info", help, labels=list(labels))
+        metric.add_metric(list(labels.values()), 1)
+        return metric
 
     def _scalar(self, name: str, family: Family, values: Mapping[str, float]) -> Metric:
         labels = ["model_name"] if family.label is None else ["model_name", family.label]
@@ -187,9 +206,9 @@ class EngineMetrics(Collector):
             metric.add_metric([self._model_name, label][: len(labels)], value)
         return metric
 
-    def _values(self) -> dict[str, Mapping[str, float]]:
+    def _values(self, stats: SchedulerStats) -> dict[str, Mapping[str, float]]:
         """Values of gauges and counters by label; the label is of no meaning for most."""
-        engine, stats = self._engine, self._engine.stats
+        engine = self._engine
         single = {
             "engine_healthy": float(engine.unhealthy is None and engine.closed is None),
             "num_requests_running": stats.num_running,
@@ -204,16 +223,21 @@ class EngineMetrics(Collector):
         return {
             **{name: {"": value} for name, value in single.items()},
             "request_success": dict(self.finished),
+            "num_requests_waiting_by_reason": {
+                "capacity": stats.num_waiting - stats.num_deferred,
+                "deferred": stats.num_deferred,
+            },
         }
 
 
 class RequestWatch:
     """Turns the outputs of one request, of kind ``delta`` or ``final``, into observations."""
 
-    __slots__ = ("_counts", "_ended", "_last", "_metrics")
+    __slots__ = ("_counts", "_ended", "_last", "_max_tokens", "_metrics")
 
-    def __init__(self, metrics: EngineMetrics) -> None:
+    def __init__(self, metrics: EngineMetrics, max_tokens: int | None) -> None:
         self._metrics = metrics
+        self._max_tokens = max_tokens
         self._last: dict[int, float] = {}  # when a completion had its last token, by its index
         self._counts: Counter[int] = Counter()  # tokens so far, likewise
         self._ended: set[int] = set()
@@ -226,6 +250,8 @@ class RequestWatch:
             self._metrics.prompt_tokens += len(output.prompt_token_ids)
             self._metrics.observe("request_prompt_tokens", len(output.prompt_token_ids))
             self._metrics.observe("request_params_n", len(output.outputs))
+            if self._max_tokens is not None:
+                self._metrics.observe("request_params_max_tokens", self._max_tokens)
             self._observe("time_to_first_token_seconds", times, "arrival_time", "first_token_time")
         for completion in output.outputs:
             if completion.index not in self._ended:
@@ -265,10 +291,35 @@ class RequestWatch:
             self._metrics.observe(name, stop - start)
 
 
-def registry_of(metrics: EngineMetrics) -> CollectorRegistry:
+class HttpMetrics(Collector):
+    """The answers of one server; ``collect`` may be called from any thread."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+
+    def count(self, method: str, path: str | None, status: int) -> None:
+        """Count an answer by its method, the path of its route (None: it has none) and its status.
+
+        What a client makes up is not told, lest there be a series for each.
+        """
+        known = method if method in _METHODS else "other"
+        self._counts[known, str(status), path or "none"] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """One family, in the form of prometheus-client."""
+        labels = ["model_name", "method", "status", "handler"]
+        metric = CounterMetricFamily(PREFIX + "http_requests", "HTTP answers.", labels=labels)
+        for key, value in dict(self._counts).items():
+            metric.add_metric([self._model_name, *key], value)
+        yield metric
+
+
+def registry_of(*collectors: Collector) -> CollectorRegistry:
     """A registry of its own for one server, with the metrics of the process."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(metrics)
+    for collector in collectors:
+        registry.register(collector)
     ProcessCollector(registry=registry)
     return registry
 

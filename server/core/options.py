@@ -16,8 +16,8 @@ class ServerOptions:
     """The options of one server.
 
     host, port            where to listen; port 0 takes a free one.
-    api_key               keys of which every request must carry one as ``Authorization: Bearer``;
-                          none: everybody may ask.
+    api_key               keys of which every request must carry one as ``Authorization: Bearer``
+                          or ``x-api-key``; none: everybody may ask.
     served_model_name     names that requests may give; the first is the one that is answered with.
                           None: the name of the model's file or directory.
     max_queued_requests   completions that may wait beyond the running batch; more are refused with

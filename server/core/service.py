@@ -79,8 +79,9 @@ class Metrics(Protocol):
         """Mean seconds that a request took."""
         ...
 
-    def watch(self) -> Observer:
-        """An observer for one prompt; it is used in the event loop only."""
+    def watch(self, max_tokens: int | None = None) -> Observer:
+        """An observer for one prompt, which asks for so many tokens; it is used in the event loop
+        only."""
         ...
 
 
@@ -127,6 +128,7 @@ class Service:
         self.metrics = metrics
         self.texts = TokenTexts(llm.tokenizer)
         self.draining = False
+        self.load = 0  # requests that run or wait
         self._open = 0  # completions that run or wait, those on their way to the engine included
         self._running: set[str] = set()
         self._idle = asyncio.Event()
@@ -243,7 +245,8 @@ class Service:
     @contextmanager
     def _tracking(self, job: Job) -> Iterator[dict[str, _Track]]:
         """Names for the prompts of a job, and an account of how they ended, by name."""
-        made = [_Track(position, self.metrics.watch()) for position in range(len(job.prompts))]
+        most = None if job.pooling else job.params.max_tokens
+        made = [_Track(position, self.metrics.watch(most)) for position in range(len(job.prompts))]
         tracks = {track.request_id: track for track in made}
         self._running |= tracks.keys()
         try:
@@ -278,7 +281,7 @@ class Service:
     def _capacity(self) -> int:
         return self.llm.config.max_batch_size + self.options.max_queued_requests
 
-    def check_count(self, count: int, param: str, n: int = 1) -> None:
+    def check_count(self, count: int, param: str, n: int = 1, n_param: str = "n") -> None:
         """Raise ``Refusal`` for more prompts, which came as ``param``, than one request takes."""
         most = min(MAX_SEQUENCES, self._capacity)
         if not 1 <= count * n <= most:
@@ -286,12 +289,13 @@ class Service:
                 "invalid",
                 f"{count} prompts of {n} completions each; one request takes 1 to {most} "
                 "completions. Send several requests",
-                param="n" if count <= most < count * n else param,
+                param=n_param if count <= most < count * n else param,
             )
 
     def _check(self, job: Job) -> None:
         """Raise ``Refusal`` for what this server never answers."""
-        self.check_count(len(job.prompts), job.fields.get("prompt", "prompt"), job.params.n)
+        names = (job.fields.get(name, name) for name in ("prompt", "n"))
+        self.check_count(len(job.prompts), next(names), job.params.n, *names)
         if job.priority and not self.options.allow_priority:
             raise Refusal(
                 "invalid",
@@ -304,12 +308,14 @@ class Service:
     async def _check_scores(self, job: Job, prompts: Sequence[Prompt]) -> None:
         """Raise ``Refusal`` for more log probabilities than an answer may hold, those of prompts
         included, whose tokens are counted."""
-        if job.params.prompt_logprobs is None:
+        count = job.params.prompt_logprobs
+        if count is None:
             return
+        listed = 1 + (self.llm.tokenizer.vocab_size if count < 0 else count)
         scores = _answer_scores(job, self.llm.config.max_seq_len)
         for prompt in prompts:
             tokens = await self.encode(prompt) if isinstance(prompt, str) else prompt
-            scores += len(tokens) * (1 + job.params.prompt_logprobs)
+            scores += len(tokens) * listed
             _refuse_scores(job, scores, "prompt_logprobs")
 
     @contextmanager
@@ -326,10 +332,12 @@ class Service:
                 retry_after=self._wait_estimate(),
             )
         self._open += count
+        self.load += 1
         try:
             yield
         finally:
             self._open -= count
+            self.load -= 1
             if not self._open:
                 self._idle.set()
 
@@ -350,7 +358,8 @@ def _answer_scores(job: Job, max_seq_len: int) -> int:
     if params.logprobs is None:
         return 0
     rows = min(params.max_tokens or _TYPICAL_TOKENS, max_seq_len)
-    return len(job.prompts) * params.n * rows * (1 + params.logprobs)
+    listed = params.logprobs + len(params.logprob_token_ids or ())
+    return len(job.prompts) * params.n * rows * (1 + listed)
 
 
 def _refuse_scores(job: Job, scores: int, param: str) -> None:

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``."""
+"""``POST /v1/chat/completions``, and ``/batch`` below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slipstream.server.core.refusal import Refusal
 from slipstream.server.openai.chat_reply import ChatReply
 from slipstream.server.openai.forms import form_field
 from slipstream.server.openai.messages import conversation_of
-from slipstream.server.openai.protocol import ChatRequest
+from slipstream.server.openai.protocol import BatchChatRequest, ChatRequest
 from slipstream.server.openai.reply import GENERATED, Frame, check_stream, job_of
 from slipstream.server.openai.sampling import chat_params
 
@@ -22,6 +22,16 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=GENERATED)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
+    return await _answer(request, body, [body])
+
+
+@router.post("/v1/chat/completions/batch", responses={200: {"content": {"application/json": {}}}})
+async def create_batch(body: BatchChatRequest, request: Request) -> Response:
+    """Answer several conversations, each with one choice, by their places."""
+    return await _answer(request, body, body.each())
+
+
+async def _answer(request: Request, body: ChatRequest, chats: Sequence[ChatRequest]) -> Response:
     service = service_of(request)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     frame = Frame.of(service, body, kind, "chatcmpl-")
@@ -29,19 +39,20 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         raise Refusal("invalid", "top_logprobs needs logprobs to be true", param="top_logprobs")
     check_stream(body)
     params = chat_params(body, service.defaults, service.llm.tokenizer)
-    conversation = conversation_of(body)
+    conversations = [conversation_of(chat) for chat in chats]
     # What answers are held to, beside the schemas of tools, is said there.
     fields = {"prompt": "messages", "structured": form_field(body) or "tools"}
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"
     reply = ChatReply(
         frame,
-        service.turns(conversation, params),
+        [service.turns(conversation, params) for conversation in conversations],
+        [_echoed(body, conversation.messages[-1:]) for conversation in conversations],
         scored=bool(body.logprobs),
         thoughts=body.include_reasoning is not False,
-        echo=_echoed(body, conversation.messages[-1:]),
+        identified=bool(body.return_token_ids),
     )
-    return await respond(request, job_of(body, [conversation], params, fields), reply)
+    return await respond(request, job_of(body, conversations, params, fields), reply)
 
 
 def _echoed(body: ChatRequest, last: Sequence[dict[str, object]]) -> str:

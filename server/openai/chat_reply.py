@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,17 +25,19 @@ from slipstream.server.openai.reply import GOES_ON, Frame, json_text, last_field
 
 @dataclass(slots=True)
 class ChatReply:
-    """The answer to a chat.
+    """The answer to a chat, or to several, of one choice each.
 
-    ``scored``: log probabilities were asked for; ``thoughts``: thoughts are told; ``echo`` is what
-    every answer begins with.
+    ``turns`` and ``echoes``, what every answer begins with, are by conversation. ``scored``: log
+    probabilities were asked for; ``thoughts``: thoughts are told; ``identified``: so are token ids.
     """
 
     frame: Frame
-    turns: Turns
+    turns: Sequence[Turns]
+    echoes: Sequence[str]
     scored: bool = False
     thoughts: bool = True
-    echo: str = ""
+    identified: bool = False
+    _token_ids: dict[int, list[int]] = field(default_factory=dict)  # not told yet
     _begun: set[int] = field(default_factory=set)
     _ended: set[int] = field(default_factory=set)
 
@@ -59,11 +62,15 @@ class ChatReply:
 
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The ``chat.completion`` object."""
-        (output,) = outputs
-        self.usage.add_prompt(output, 0)
-        choices = [self._choice(output, completion) for completion in output.outputs]
-        scores = prompt_logprobs(output.prompt_logprobs, self.frame.texts)
-        return self.frame.whole(choices, prompt_logprobs=scores)
+        choices = []
+        for position, output in enumerate(outputs):
+            self.usage.add_prompt(output, position)
+            choices += [self._choice(position, output, c) for c in output.outputs]
+        if len(outputs) > 1:
+            return self.frame.whole(choices)
+        ids = {"prompt_token_ids": outputs[0].prompt_token_ids} if self.identified else {}
+        scores = prompt_logprobs(outputs[0].prompt_logprobs, self.frame.texts)
+        return self.frame.whole(choices, prompt_logprobs=scores, **ids)
 
     def _count(self, completion: CompletionOutput, part: Part) -> None:
         self.usage.generated += len(completion.token_ids)
@@ -76,16 +83,25 @@ class ChatReply:
             return chunks  # it has not begun
         if index not in self._begun:
             self._begun.add(index)
-            chunks += self._chunk(index, '{"role":"assistant","content":""}')
-            if self.echo:
-                chunks += self._chunk(index, f'{{"content":{json_text(self.echo)}}}')
-        part = self.turns.take(output, completion)
+            chunks += self._opening(index, output)
+        part = self.turns[0].take(output, completion)
+        if self.identified:
+            self._token_ids.setdefault(index, []).extend(completion.token_ids)
         chunks += self._deltas(index, part)
         self._count(completion, part)
         if completion.finish_reason is not None:
             self._ended.add(index)
-            reason = self.turns[index].finish_reason
+            reason = self.turns[0][index].finish_reason
             chunks += self._chunk(index, "{}", end=last_fields(reason, completion.stop_reason))
+        return chunks
+
+    def _opening(self, index: int, output: RequestOutput) -> str:
+        more = ""
+        if self.identified:
+            more = f',"prompt_token_ids":{json.dumps(output.prompt_token_ids)}'
+        chunks = self._chunk(index, '{"role":"assistant","content":""}', more=more)
+        if self.echoes[0]:
+            chunks += self._chunk(index, f'{{"content":{json_text(self.echoes[0])}}}')
         return chunks
 
     def _deltas(self, index: int, part: Part) -> str:
@@ -93,7 +109,7 @@ class ChatReply:
         deltas = [(event, self._delta(event)) for event in part.events]
         logprobs, chunks = "null", []
         if part.logprobs:
-            logprobs = dump(chat_logprobs(part.logprobs, self.frame.texts)).decode()
+            logprobs = dump(chat_logprobs(part.logprobs, self.frame.names)).decode()
         for event, delta in reversed(deltas):
             if not delta:
                 continue
@@ -121,26 +137,36 @@ class ChatReply:
                 call = f'"function":{{"arguments":{json_text(text)}}}'
                 return f'{{"tool_calls":[{{"index":{index},{call}}}]}}'
 
-    def _chunk(self, index: int, delta: str, logprobs: str = "null", end: str = GOES_ON) -> str:
-        return self.frame.event(f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},{end}')
+    def _chunk(
+        self, index: int, delta: str, logprobs: str = "null", end: str = GOES_ON, more: str = ""
+    ) -> str:
+        fields = f'"index":{index},"delta":{delta},"logprobs":{logprobs}'
+        if ids := self._token_ids.pop(index, None):  # those up to here, and a little more
+            fields += f',"token_ids":{json.dumps(ids)}'
+        return self.frame.event(f"{{{fields},{end}", more)
 
-    def _choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
-        part, logprobs = self.turns.take(output, completion), None
+    def _choice(
+        self, position: int, output: RequestOutput, completion: CompletionOutput
+    ) -> dict[str, object]:
+        turns = self.turns[position]
+        part, logprobs = turns.take(output, completion), None
         self._count(completion, part)
         if self.scored:
-            logprobs = chat_logprobs(part.logprobs, self.frame.texts)
-        turn = self.turns[completion.index]
+            logprobs = chat_logprobs(part.logprobs, self.frame.names)
+        turn = turns[completion.index]
+        ids = {"token_ids": completion.token_ids} if self.identified else {}
         return {
-            "index": completion.index,
-            "message": self._message(turn.whole),
+            "index": position + completion.index,
+            "message": self._message(turn.whole, self.echoes[position]),
             "logprobs": logprobs,
             "finish_reason": turn.finish_reason,
             "stop_reason": completion.stop_reason,
+            **ids,
         }
 
-    def _message(self, turn: AssistantTurn) -> dict[str, object]:
+    def _message(self, turn: AssistantTurn, echo: str) -> dict[str, object]:
         """Without text the content of calls is null."""
-        content = self.echo + turn.content
+        content = echo + turn.content
         message: dict[str, object] = {
             "role": "assistant",
             "content": content or (None if turn.calls else ""),

@@ -47,6 +47,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     params = completion_params(body, service.defaults, tokenizer)
     reply = CompletionReply(body, frame, tokenizer, params)
     fields = {"structured": form_field(body) or "structured"}
+    if body.best_of is not None:
+        fields["n"] = "best_of"
     if body.prompt_logprobs is None:  # of echo
         fields["prompt_logprobs"] = "logprobs"
     return await respond(request, job_of(body, _prompts(body, tokenizer), params, fields), reply)
@@ -82,6 +84,8 @@ class _Choice:
 
     scores: ScoredTokens | None
     prompt: str = ""  # to echo before anything else
+    prompt_token_ids: list[int] | None = None  # to tell with the first tokens; None: told, or none
+    token_ids: list[int] | None = None  # that were not told yet; None: they are not wanted
     ended: bool = False
 
     def take(self, completion: CompletionOutput) -> str:
@@ -89,8 +93,20 @@ class _Choice:
         text, self.prompt = self.prompt + completion.text, ""
         if self.scores is not None:
             self.scores.add(completion.token_ids, completion.logprobs or ())
+        if self.token_ids is not None:
+            self.token_ids += completion.token_ids
         self.ended = completion.finish_reason is not None
         return text
+
+    def ids(self) -> dict[str, list[int]]:
+        """The fields for tokens that were not told yet."""
+        if self.token_ids is None:
+            return {}
+        told = {"token_ids": self.token_ids}
+        if self.prompt_token_ids is not None:
+            told["prompt_token_ids"] = self.prompt_token_ids
+        self.prompt_token_ids, self.token_ids = None, []
+        return told
 
 
 @dataclass(slots=True)
@@ -128,8 +144,19 @@ class CompletionReply:
         choices = []
         for position, output in enumerate(outputs):
             self.usage.add_prompt(output, position)
-            choices += [self._whole(position, output, c) for c in output.outputs]
+            choices += [self._whole(position, output, c) for c in self._best(output)]
         return self.frame.whole(choices)
+
+    def _best(self, output: RequestOutput) -> list[CompletionOutput]:
+        """The likeliest of more completions than were asked for, in that order."""
+        told = self.request.n or 1
+        if told == len(output.outputs):
+            return output.outputs
+        ranked = sorted(output.outputs, key=_likelihood, reverse=True)
+        for index, completion in enumerate(ranked):
+            completion.index = index
+        self.usage.generated += sum(len(c.token_ids) for c in ranked[told:])
+        return ranked[:told]
 
     def _chunk(self, position: int, output: RequestOutput, completion: CompletionOutput) -> str:
         if not completion.token_ids and completion.finish_reason is None:
@@ -145,6 +172,8 @@ class CompletionReply:
         logprobs = "null" if scores is None else dump(scores).decode()
         index = self._index(position, completion)
         fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{logprobs},'
+        if ids := choice.ids():
+            fields += dump(ids).decode()[1:-1] + ","
         return self.frame.event(
             fields + last_fields(completion.finish_reason, completion.stop_reason)
         )
@@ -164,6 +193,7 @@ class CompletionReply:
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
             "prompt_logprobs": scores,
+            **choice.ids(),
         }
 
     def _choice(
@@ -180,19 +210,22 @@ class CompletionReply:
 
     def _begun(self, output: RequestOutput) -> _Choice:
         prompt = self._prompt_text(output) if self.request.echo else ""
-        if self.request.logprobs is None:
-            return _Choice(None, prompt)
+        wanted = bool(self.request.return_token_ids)
+        scores = None if self.request.logprobs is None else self._scores(output, prompt)
+        return _Choice(scores, prompt, output.prompt_token_ids, [] if wanted else None)
+
+    def _scores(self, output: RequestOutput, prompt: str) -> ScoredTokens:
         stream = self.tokenizer.text_stream(
             skip_special_tokens=self.params.skip_special_tokens, prompt=output.prompt_token_ids
         )
-        scores = ScoredTokens(self.frame.texts, TextOffsets(stream, len(prompt)))
+        scores = ScoredTokens(self.frame.names, TextOffsets(stream, len(prompt)))
         if self.request.echo:
             entries = output.prompt_logprobs or ()
             scores.add_at(self._prompt_offsets(output), output.prompt_token_ids, entries)
-        return _Choice(scores, prompt)
+        return scores
 
     def _index(self, position: int, completion: CompletionOutput) -> int:
-        return position * self.params.n + completion.index
+        return position * (self.request.n or 1) + completion.index
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
@@ -204,6 +237,10 @@ class CompletionReply:
             return self.tokenizer.offsets(output.prompt)
         offsets = TextOffsets(self.tokenizer.text_stream(skip_special_tokens=False), 0)
         return [offsets.take(token) for token in output.prompt_token_ids]
+
+
+def _likelihood(completion: CompletionOutput) -> float:
+    return completion.cumulative_logprob or 0.0
 
 
 def _drop_tokens(completion: CompletionOutput) -> None:

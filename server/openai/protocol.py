@@ -19,6 +19,7 @@ from slipstream.runtime.sampling.params import NUMBERS
 from slipstream.server.core.fields import Flag, Float, Ignored, Int, Several, Strict, only
 from slipstream.server.core.limits import (
     MAX_ALLOWED,
+    MAX_LISTED,
     MAX_LOGPROBS,
     MAX_N,
     MAX_NAME,
@@ -30,6 +31,7 @@ from slipstream.server.core.limits import (
 
 OptionalInt = Int | None
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
+CountOrAll = Annotated[int, Field(strict=True, ge=-1, le=MAX_LOGPROBS)] | None
 _Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Texts = _Text | Annotated[list[_Text], Field(max_length=MAX_TEXTS, fail_fast=True)] | None
 Tokens = Annotated[list[Int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
@@ -37,6 +39,12 @@ _Ids = Several[Int]
 
 # What pydantic itself calls deprecated warns whoever looks whether it was sent.
 _OLDER = Field(None, json_schema_extra={"deprecated": True})
+
+
+_NO_SUFFIX = (
+    "leave it out, or write the model's own marks of a gap into the prompt, such as "
+    "<|fim_prefix|>, <|fim_suffix|> and <|fim_middle|>"
+)
 
 
 def _describe(schema: dict[str, Any]) -> None:
@@ -148,7 +156,14 @@ class GenerationRequest(ModelRequest):
         Annotated[list[Int], Field(max_length=MAX_ALLOWED, fail_fast=True)] | None
     ) = None
     bad_words: Texts = None
-    prompt_logprobs: Count = None
+    prompt_logprobs: CountOrAll = Field(None, description="-1: of all tokens.")
+    logprob_token_ids: Annotated[_Ids, Field(min_length=1, max_length=MAX_LISTED)] | None = Field(
+        None, description="Tokens to score in place of the likeliest; needs logprobs."
+    )
+    return_token_ids: Flag = None
+    return_tokens_as_token_ids: Flag = Field(
+        None, description="Tokens with log probabilities are called token_id:5."
+    )
     priority: OptionalInt = None
     add_special_tokens: Flag = None
 
@@ -178,8 +193,10 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: Flag = None
     logprobs: Count = None
-    best_of: Annotated[Any, only(1)] = None
-    suffix: Annotated[Any, only("")] = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = Field(
+        None, description="Completions to make, of which the n likeliest are told."
+    )
+    suffix: Annotated[Any, only("", remedy=_NO_SUFFIX)] = None
 
 
 class ContentPart(BaseModel):
@@ -288,6 +305,19 @@ class ChatRequest(Templated, GenerationRequest):
     web_search_options: Annotated[Any, only()] = None
     prediction: Ignored = None
     prompt_cache_options: Ignored = None
+
+
+class BatchChatRequest(ChatRequest):
+    """The body of ``/v1/chat/completions/batch``: several conversations."""
+
+    messages: Annotated[Several[Several[ChatMessage]], Field(min_length=1)]  # type: ignore[assignment]
+    stream: Annotated[Any, only(False)] = None
+    n: Annotated[Any, only(1, remedy="repeat a conversation")] = None
+    prompt_logprobs: Annotated[Any, only(remedy="send one conversation at a time")] = None
+
+    def each(self) -> list[ChatRequest]:
+        """A request for every conversation."""
+        return [self.model_copy(update={"messages": messages}) for messages in self.messages]
 
 
 class TokenizeRequest(Templated):

@@ -16,7 +16,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.error_object import error_body
-from slipstream.server.core.logprobs import TokenTexts
+from slipstream.server.core.logprobs import TokenIds, TokenTexts
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Job, Service
 from slipstream.server.core.usage import Usage
@@ -75,6 +75,7 @@ class Frame:
     model: str
     fingerprint: str
     texts: TokenTexts
+    names: TokenTexts  # the same, or as the client wants tokens called
     stream_options: StreamOptions = field(default_factory=StreamOptions)
     usage: Usage = field(default_factory=Usage)
     request_id: str = ""
@@ -87,7 +88,10 @@ class Frame:
         """The frame of the answer to a request; raises ``Refusal`` for an unknown model."""
         options = request.stream_options or StreamOptions()
         model = service.model(request.model)
-        return cls(kind, id_prefix, model, service.llm.fingerprint, service.texts, options)
+        texts = names = service.texts
+        if request.return_tokens_as_token_ids:
+            names = TokenIds(service.llm.tokenizer)
+        return cls(kind, id_prefix, model, service.llm.fingerprint, texts, names, options)
 
     def __post_init__(self) -> None:
         self.request_id = self.id_prefix + uuid.uuid4().hex
@@ -95,17 +99,17 @@ class Frame:
         server = f'"model":{json_text(self.model)},"system_fingerprint":"{self.fingerprint}"'
         self._head = f'data: {{{named},{server},"choices":['
         if not self.stream_options.include_usage:
-            self._tail = "]}\n\n"
+            self._tail = "}\n\n"
         elif not self.stream_options.continuous_usage_stats:
-            self._tail = '],"usage":null}\n\n'
+            self._tail = ',"usage":null}\n\n'
 
-    def event(self, choice: str) -> str:
-        """An event with one choice, given as JSON, or with none."""
-        return self._head + choice + (self._tail or self._usage_tail())
+    def event(self, choice: str, more: str = "") -> str:
+        """An event with one choice, given as JSON, or with none, and ``more`` fields after it."""
+        return self._head + choice + "]" + more + (self._tail or self._usage_tail())
 
     def end(self) -> bytes:
         """The events that close a stream."""
-        usage = self._head + self._usage_tail() if self.stream_options.include_usage else ""
+        usage = self._head + "]" + self._usage_tail() if self.stream_options.include_usage else ""
         return f"{usage}data: [DONE]\n\n".encode()
 
     def error(self, refusal: Refusal) -> bytes:
@@ -127,7 +131,7 @@ class Frame:
         return b'{"choices":[' + listed + b"]," + dump(answer).removeprefix(b"{")
 
     def _usage_tail(self) -> str:
-        return f'],"usage":{json.dumps(_usage_json(self.usage))}}}\n\n'
+        return f',"usage":{json.dumps(_usage_json(self.usage))}}}\n\n'
 
 
 def _usage_json(usage: Usage) -> dict[str, Any]:

@@ -56,15 +56,13 @@ def messages_of(given: str | Sequence[Item] | None) -> list[dict[str, Any]]:
     turn: AssistantTurn | None = None
     for index, item in enumerate(given or ()):
         said = _said(item, index)
-        if turn is not None and (
-            said is None or (said.content and turn.content and not turn.calls)
-        ):
+        if said is not None:
+            turn = said if turn is None else _joined(turn, said)
+            continue
+        if turn is not None:
             messages.append(message_of(turn))
             turn = None
-        if said is None:
-            messages.append(_told(item, index))
-        else:
-            turn = said if turn is None else _joined(turn, said)
+        messages.append(_told(item, index))
     if turn is not None:
         messages.append(message_of(turn))
     return messages

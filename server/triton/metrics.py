@@ -55,6 +55,7 @@ class TritonMetrics(EngineMetrics):
 
     def publish(self) -> None:
         """Tell what has changed since the last time."""
+        # What the engine counts step by step has no single values that Triton could be told.
         for metric in self.collect():
             if metric.type in ("gauge", "counter"):
                 self._publish_values(metric)

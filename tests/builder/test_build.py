@@ -283,30 +283,6 @@ def test_a_tokenizer_that_cannot_be_read_is_found_before_the_weights(
     assert not told and list(tmp_path.iterdir()) == [checkpoint]
 
 
-def test_an_extra_tensor(tmp_path: Path) -> None:
-    arrays = broken(
-        lambda a: a.update({"model.layers.0.mlp.router.weight": np.ones((2, 2), np.float32)})
-    )
-    checkpoint = save_llama(tmp_path / "checkpoint", arrays)
-    with pytest.raises(CheckpointError, match=r"holds 1 tensors .* model\.layers\.0\.mlp\.router"):
-        build(checkpoint, tmp_path / "engine", BuildOptions())
-    assert list(tmp_path.iterdir()) == [checkpoint]
-
-
-def test_tensors_that_repeat_the_configuration_are_let_pass(tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    arrays = broken(lambda a: a.update({name: np.ones(16, np.float32)}))
-    plan(save_llama(tmp_path / "checkpoint", arrays), BuildOptions())
-
-
-def test_a_head_beside_a_tied_embedding_is_let_pass(tmp_path: Path) -> None:
-    planned = plan(
-        save_llama(tmp_path / "checkpoint", llama_tensors(), tie_word_embeddings=True),
-        BuildOptions(),
-    )
-    assert "lm_head.weight.float32" not in planned.program.stored
-
-
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"])
 def test_a_missing_tensor(tmp_path: Path, name: str) -> None:
     checkpoint = save_llama(tmp_path / "checkpoint", broken(lambda a: a.pop(name)))

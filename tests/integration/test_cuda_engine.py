@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.integration.test_architectures import GEMMA4
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from torch import Tensor
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from slipstream.builder.build import build
 from slipstream.builder.contract import KV
@@ -19,6 +21,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -35,6 +38,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "experts": {},
     "experts-fp8": {"quantization": "fp8"},
     "experts-int4": {"quantization": "int4_wo", "group_size": 32},
+    "two-caches": {},
+    "two-caches-fp8-kv": {"kv_cache_dtype": "fp8"},
 }
 SHAPE = {**TINY_SHAPE, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 EXPERTS: dict[str, Any] = {
@@ -42,14 +47,27 @@ EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 192,
 }
+TWO_CACHES: dict[str, Any] = {
+    **GEMMA4,
+    **SHAPE,
+    "num_hidden_layers": 6,
+    "sliding_window": 80,
+    "global_head_dim": 512,
+    "num_kv_shared_layers": 2,
+}
 PAGE, COLUMNS = 64, 8
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    if "two-caches" in name:  # heads of 64 in windows of 80, others of 512, layers that share
+        return Gemma4TextConfig(**TWO_CACHES)
+    return Qwen3MoeConfig(**SHAPE, **EXPERTS) if "experts" in name else LlamaConfig(**SHAPE)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name, path = request.param, tmp_path_factory.mktemp(f"engine-{request.param}")
-    config = Qwen3MoeConfig(**SHAPE, **EXPERTS) if "experts" in name else LlamaConfig(**SHAPE)
-    checkpoint = save_tiny(config, path / "checkpoint")
+    checkpoint = save_tiny(config_of(name), path / "checkpoint")
     build(checkpoint, path / "engine", BuildOptions(target="cuda", **FORMATS[name]))
     return path / "engine"
 
@@ -91,9 +109,10 @@ def step(counts: list[int], contexts: list[int], seed: int = 0) -> StepBatch:
 
 
 def paged(table: IntArray, owner: IntArray, positions: IntArray) -> dict[str, PagedInputs]:
-    """Where the tokens of a step lie, by the rows of a page table that own them."""
+    """Where the tokens of a step lie, by the rows of a page table that own them; the same in every
+    cache."""
     slots = table[owner, positions // PAGE] * PAGE + positions % PAGE
-    return {KV: PagedInputs(table, slots.astype(np.int32))}
+    return dict.fromkeys((KV, "window"), PagedInputs(table, slots.astype(np.int32)))
 
 
 def rows(executor: CUDAExecutor, batch: StepBatch, *, eager: bool) -> Tensor:
@@ -159,7 +178,8 @@ def test_what_lay_in_memory_before_does_not_matter(executor: CUDAExecutor) -> No
     clean = [rows(executor, each, eager=mode) for mode in (True, False) for each in (batch, prompt)]
     memory = executor.runner.memory
     assert memory is not None
-    memory.kv_cache.view(torch.uint8).fill_(0xFF)  # a NaN in every format
+    for pages in memory.pages.values():
+        pages.view(torch.uint8).fill_(0xFF)  # a NaN in every format
     memory.workspace.partials.fill_(float("nan"))
     memory.workspace.statistics.fill_(float("nan"))
     poison = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(8)]
@@ -182,14 +202,15 @@ def test_company_of_one_bucket_changes_no_bit(executor: CUDAExecutor) -> None:
         assert torch.equal(fewer, eight[:size])
 
 
-def test_other_buckets_change_the_last_bits_only(executor: CUDAExecutor) -> None:
+def test_other_buckets_change_the_last_bits_only(engine: Path, executor: CUDAExecutor) -> None:
     contexts = [max(context, 2) for context in CONTEXTS]
     fill(executor, contexts)
     eight = rows(executor, step([1] * 8, contexts, seed=7), eager=False)
     alone = rows(executor, step([1], contexts[:1], seed=7), eager=False)
     distance = (alone[0] - eight[0]).norm() / eight[0].norm()
-    # fp8 rounds activations in the kernels of larger batches only.
-    assert float(distance) < 0.08
+    # fp8 rounds activations in the kernels of larger batches only. Of the model with two caches,
+    # transformers in bf16 is at 0.35 from float32.
+    assert float(distance) < (0.5 if "two-caches" in str(engine) else 0.08)
 
 
 def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
@@ -205,8 +226,9 @@ def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
     assert isinstance(executor, CUDAExecutor)
     executor.reserve_kv(16 << 20)
     # fp8 rounds activations only in the kernels of many tokens; a last bit may choose an expert.
+    # Where caches are two, bf16 is far from float32, and its last bits decide much.
     loose = any(name in str(engine) for name in ("fp8", "experts"))
-    tolerance = 1.0 if loose else 0.15
+    tolerance = 2.0 if "two-caches" in str(engine) else 1.0 if loose else 0.15
     for output in outputs:
         tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         whole = step([len(tokens)], [len(tokens)])
@@ -238,3 +260,33 @@ def serve(engine: Path, prompts: list[list[int]], **limits: int) -> list[Request
     assert loop.scheduler.kv.num_available == loop.scheduler.kv.num_pages
     loop.shutdown()
     return [done[str(i)] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_forms_are_held_beside_plain_requests(engine: Path, jumps: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 5}, "kind": {"enum": ["a", "bc"]}},
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+    }
+    options = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": PAGE * COLUMNS}
+    with LLM(engine, enable_jump_decoding=jumps, kv_cache_bytes=64 << 20, **options) as llm:
+        params = [
+            SamplingParams(
+                temperature=index % 2,
+                seed=index,
+                max_tokens=200,
+                repetition_penalty=1.2 if index % 3 else 1.0,
+                structured={"json": schema} if index % 4 else None,  # type: ignore[arg-type]
+            )
+            for index in range(16)
+        ]
+        outputs = llm.generate(["the cat"] * 16, params)
+    held = [o.outputs[0] for o, each in zip(outputs, params, strict=True) if each.structured]
+    ended = [each for each in held if each.finish_reason == "stop"]
+    assert ended
+    for each in ended:
+        value = json.loads(each.text)
+        assert list(value) == ["name", "kind"] and value["kind"] in ("a", "bc")
+        assert len(value["name"]) <= 5

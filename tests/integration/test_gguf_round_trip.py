@@ -23,6 +23,9 @@ from tests.integration.test_architectures import (
     ERNIE_EXPERTS,
     EXPERTS,
     GEMMA,
+    GEMMA4,
+    GEMMA4_31B,
+    GEMMA4_EXPERTS,
     GLM_EXPERTS,
     GPT_OSS,
     MULTIPLIERS,
@@ -38,6 +41,7 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
     GptOssConfig,
@@ -176,6 +180,50 @@ def gpt_oss(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
     writer.add_rope_scaling_orig_ctx_len(original)
 
 
+def gemma4(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
+    """Heads, widths and windows by layer; the other keys that differ are of layers with a
+    window."""
+    windowed = [kind == "sliding_attention" for kind in config.layer_types]
+    first_shared = len(windowed) - config.num_kv_shared_layers
+    layers = [config.per_layer_config[i] for i in range(len(windowed))]
+    size = next(
+        layer.head_dim for layer, window in zip(layers, windowed, strict=True) if not window
+    )
+    if config.attention_k_eq_v:
+        writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    if config.use_double_wide_mlp:
+        width = config.intermediate_size
+        writer.add_feed_forward_length([width << (i >= first_shared) for i in range(len(windowed))])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(windowed)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    full_rope = config.rope_parameters["full_attention"]
+    turning = int(size * full_rope["partial_rotary_factor"] / 2)
+    still = size // 2 - turning
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turning + [1e30] * still, np.float32))
+
+
+def of_gemma4(name: str, array: Array) -> dict[str, Array]:
+    """Numbers of a router and of a layer, by names of tensors."""
+    name = re.sub(r"(layer_scalar|experts\.\w+_proj)$", r"\1.weight", name)
+    name = name.replace("router.scale", "router.proj.scale")
+    return {name.replace("router.per_expert_scale", "experts.down_proj.scale"): array}
+
+
 def glm4_moe(writer: GGUFWriter, config: Any) -> None:  # noqa: ANN401
     experts(writer, config)
     writer.add_rope_dimension_count(config.head_dim // 2)
@@ -202,8 +250,18 @@ GRANITE_MOE = Layout(MODEL_ARCH.GRANITE_MOE, granite_moe, permuted, of_granite)
 GLM4_MOE = Layout(MODEL_ARCH.GLM4_MOE, glm4_moe, parts=of_glm)
 GPT_OSS_LAYOUT = Layout(MODEL_ARCH.GPT_OSS, gpt_oss, parts=of_gpt_oss)
 GEMMA3 = Layout(MODEL_ARCH.GEMMA3, gemma3, one_more)
+GEMMA4_LAYOUT = Layout(MODEL_ARCH.GEMMA4, gemma4, parts=of_gemma4)
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}
 WINDOWS: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 17}
+
+
+def gemma4_config(**keys: Any) -> Gemma4TextConfig:  # noqa: ANN401
+    """One that says what is the same in all layers, too."""
+    config = Gemma4TextConfig(**keys)
+    config.allow_global_per_layer_attribute_access = True
+    return config
+
+
 MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
     "llama": (LlamaConfig(**TINY_SHAPE, attention_bias=True), LLAMA),
     "llama-linear": (LlamaConfig(**TINY_SHAPE, rope_parameters=LINEAR), LLAMA),
@@ -265,6 +323,18 @@ MODELS: dict[str, tuple[PreTrainedConfig, Layout]] = {
         ),
         GEMMA3,
     ),
+    "gemma4": (gemma4_config(**GEMMA4), GEMMA4_LAYOUT),
+    "gemma4-shared-wide-cap": (
+        gemma4_config(
+            **GEMMA4,
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+            final_logit_softcapping=1.5,
+        ),
+        GEMMA4_LAYOUT,
+    ),
+    "gemma4-keys-are-values": (gemma4_config(**GEMMA4_31B), GEMMA4_LAYOUT),
+    "gemma4-experts": (gemma4_config(**GEMMA4_31B, **GEMMA4_EXPERTS), GEMMA4_LAYOUT),
     "gemma3-no-window": (
         Gemma3TextConfig(**WINDOWS, layer_types=["full_attention"] * 3),
         GEMMA3,
@@ -315,7 +385,7 @@ def write(
     changed = {name: layout.changed(name, array, config) for name, array in arrays.items()}
     made = [layout.parts(name, array) for name, array in stacked(changed).items()]
     for name, array in (item for parts in made for item in parts.items()):
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert theirs is not None, name
         values, kind = blocks.get(theirs, (array, Type.F32))
         writer.add_tensor(theirs, np.ascontiguousarray(values), raw_dtype=kind)

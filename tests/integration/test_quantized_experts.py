@@ -222,9 +222,17 @@ def test_experts_keep_their_format_and_compute_what_their_weights_say(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gptq", "int4 act-order", "int8 channels", "float8 blocks"])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("gptq", 0.05),
+        ("int4 act-order", 0.05),
+        ("int8 channels", 0.05),
+        ("float8 blocks", 0.2),  # there x has 8 bits, too
+    ],
+)
 @pytest.mark.usefixtures("uncaptured")
-def test_the_same_on_a_gpu(name: str, tmp_path: Path) -> None:
+def test_the_same_on_a_gpu(name: str, limit: float, tmp_path: Path) -> None:
     checkpoint = quantized(tmp_path / "checkpoint", *FORMATS[name])
     opened = open_checkpoint(checkpoint)
     effective = {n: opened.tensor(n).load().dequantize() for n in opened.names()}
@@ -232,7 +240,7 @@ def test_the_same_on_a_gpu(name: str, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda"))
     want = run_in_chunks(tmp_path / "exact", PROMPTS)
     got = logits_in_chunks(tmp_path / "engine", PROMPTS)
-    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+    assert np.linalg.norm(got - want) < limit * np.linalg.norm(want)
 
 
 def test_experts_that_become_dense_are_named(
@@ -251,7 +259,7 @@ def test_experts_that_become_dense_are_named(
     assert ["bits" in node.attributes for node in nodes] == [False, True]
     assert [m for m in caplog.messages if "experts" in m] == [
         "1 weights of experts (model.layers.0.mlp.experts.gate_proj+up_proj.weight) become dense: "
-        "each wants its x ordered or scaled in a way of its own (act-order or pre-scale)"
+        "they do not want x ordered or scaled alike (act-order or pre-scale)"
     ]
 
 

@@ -139,7 +139,7 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
         if fmt.kind == "float8_e4m3" and capability < (8, 9):
             continue
         for reduce in (False, True):
-            layer = Experts.of(blob(fmt), number, reduce=reduce, gated=not reduce)
+            layer = Experts(blob(fmt), number, reduce=reduce, gated=not reduce)
             for tokens in (1, 16, 512):
                 x = torch.zeros(tokens * (top_k if reduce else 1), 512, dtype=torch.bfloat16)
                 logits = torch.zeros(tokens, number, dtype=torch.bfloat16)
@@ -154,7 +154,7 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
     number, n, k = 8, 256, 2880
     fmt = WeightFormat((number * n, k), "float4_e2m1", "float8_e8m0fnu", 4, 32)
     bias = torch.zeros(number * n, dtype=torch.bfloat16)
-    opening = Experts.of(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
+    opening = Experts(blob(fmt), number, bias, gated=True, gate=GATES["clamped"])
     for tokens in (1, 16):
         x, ids = torch.zeros(tokens, k, dtype=torch.bfloat16), torch.zeros(tokens, 4)
         tactic = expert_tactics.default_tactic(opening.shape(4), tokens, capability)
@@ -162,17 +162,25 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
 
 
 def attention(capability: tuple[int, int], pdl: bool) -> None:
-    """A decode and a prefill in one step, over pages of both kinds."""
-    a = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
+    """A decode and a prefill in one step, over pages of both kinds, of heads of a usual size and
+    of the largest."""
+    usual = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
+    largest = Attributes(0, 8, 1, 512, 64, 1.0, kv_parts=1, v_norm=1, k_row_major=1)
+    for a in (usual, largest):
+        attention_of(a, capability, pdl)
+
+
+def attention_of(a: Attributes, capability: tuple[int, int], pdl: bool) -> None:
     row, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 8, dtype=torch.int32)
-    step = StepTensors(row, row, table, row, row, row, num_decodes=4)
-    qkv = torch.zeros(8, 12 * 128, dtype=torch.bfloat16)
-    angles = torch.zeros(8, 64)
+    step = StepTensors(row, row, table, row, row, row, num_decodes=4, query_block=1)
+    width, kv_heads = a.head_dim, a.num_kv_heads
+    qkv = torch.zeros(8, (a.num_heads + a.kv_parts * kv_heads) * width, dtype=torch.bfloat16)
+    angles = torch.zeros(8, width // 2)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         if dtype != torch.bfloat16 and capability < (8, 9):
             continue
-        pages = torch.zeros(1, 4, 2, 2, 64 * 128, dtype=dtype)
-        workspace = DecodeWorkspace.allocate(8, 8, 128, 512, "cpu")
+        pages = torch.zeros(1, 4, 2, kv_heads, 64 * width, dtype=dtype)
+        workspace = DecodeWorkspace.allocate(8, 8, width, 512, "cpu")
         sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
         paged_attention(
             qkv, angles, angles, pages, step, a, sinks=sinks, workspace=workspace, pdl=pdl

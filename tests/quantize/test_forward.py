@@ -43,6 +43,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "granite-multipliers",
             "ministral-both",
             "ministral3",
+            "olmo3-full",
             "olmo3-rope-yarn",
             "phi3-longrope-long",
             "smollm3-window",

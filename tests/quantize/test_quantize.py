@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from slipstream.builder.checkpoints import Checkpoint, open_checkpoint
 from slipstream.builder.checkpoints.huggingface.writer import DirectoryWriter
@@ -353,3 +354,21 @@ def test_two_runs_do_not_share_a_place(run: Run, tmp_path: Path) -> None:
 
     run(progress=second)
     assert left_over(tmp_path) == ["out"]
+
+
+def test_tensors_that_nothing_reads_are_left_out_or_refused(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """What repeats the configuration is not written again; of anything else nobody knows what it
+    is."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    arrays, extra = load_file(source / "model.safetensors"), np.ones((4, 4), np.float32)
+    attention = "model.layers.0.self_attn."
+    repeated = {f"{attention}rotary_emb.inv_freq": extra[0]}
+    save_file({**arrays, **repeated}, source / "model.safetensors")
+    run(source)
+    assert set(open_checkpoint(tmp_path / "out").names()) == set(arrays)
+    save_file({**arrays, f"{attention}extra.weight": extra}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not read, such as .*self_attn\.extra\.weight"):
+        run(source, tmp_path / "other")

@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.integration.test_architectures import CONFIGS
+from tests.tiny_models import save_tiny
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
+from slipstream.runtime.engine.step import StepBatch
+from slipstream.runtime.executors.cpu import CPUExecutor
 from slipstream.runtime.loading import load
 from slipstream.runtime.scoring import window_logits
 from slipstream.runtime.testing import counting_engine
@@ -51,6 +55,29 @@ def test_chunks_change_nothing(tiny_engine: Path) -> None:
     assert [len(block) for block in whole] == [150, 3, 97]
     assert [len(block) for block in chunked] == [64, 64, 22, 3, 64, 33]
     np.testing.assert_allclose(np.concatenate(chunked), np.concatenate(whole), atol=1e-4)
+
+
+def test_a_cache_with_a_window_lends_the_pages_that_a_batch_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turn: of the five pages that a text has, no more than three are ever wanted."""
+    checkpoint = save_tiny(CONFIGS["gemma4-shared"], tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "engine", BuildOptions())
+    given = windows(150)
+    whole = logits_of(tmp_path / "engine", given, {})
+    named = list[tuple[int, int]]()
+    run = CPUExecutor.logits
+
+    def spied(self: CPUExecutor, batch: StepBatch) -> NDArray[np.float32]:
+        tables = [batch.pages[name].page_table for name in ("kv", "window")]
+        named.append((int(tables[0].max()), int(tables[1].max())))
+        return run(self, batch)
+
+    monkeypatch.setattr(CPUExecutor, "logits", spied)
+    limits = {"max_num_tokens": 16, "max_batch_size": 1}
+    chunked = logits_of(tmp_path / "engine", given, limits)
+    assert max(far for far, _ in named) == 4 and max(near for _, near in named) == 2
+    np.testing.assert_allclose(np.concatenate(chunked), np.concatenate(whole), atol=1e-3)
 
 
 def test_blocks_outlive_the_step(tiny_engine: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,8 @@ _LLAMA3 = MappingProxyType(
     {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 )
 
+_STILL = 1e20  # divided by so much, no angle is one
+
 
 def huggingface_config(
     metadata: Mapping[str, Any],
@@ -36,6 +39,8 @@ def huggingface_config(
     ``ROPE_FACTORS`` [rotary_dim/2] that the file has."""
     keys = _Keys(str(metadata.get("general.architecture")), metadata)
     architecture = _architecture(keys)
+    assert architecture.gguf is not None
+    keys = replace(keys, by_layer=frozenset(architecture.gguf.by_layer.values()))
     experts = keys.get(_EXPERT_COUNT, 0)
     if experts and not _has_experts(architecture):
         raise CheckpointError(
@@ -48,7 +53,6 @@ def huggingface_config(
     head_dim = keys.count("attention.key_length", keys.count("embedding_length") // heads)
     rotary_dim = keys.count("rope.dimension_count", head_dim, maximum=head_dim)
     theta = keys.number("rope.freq_base", 10000.0)
-    assert architecture.gguf is not None
     found = {
         "model_type": architecture.name,
         "vocab_size": shapes["token_embd.weight"][0],
@@ -70,6 +74,10 @@ def huggingface_config(
         "bos_token_id": token_id(metadata, "bos"),
         "eos_token_id": end_token_ids(metadata),
         "use_qk_norm": any(name.endswith("attn_q_norm.weight") for name in shapes),
+        "attention_k_eq_v": any(
+            name.endswith("attn_k.weight") and name.replace("attn_k", "attn_v") not in shapes
+            for name in shapes
+        ),
         **_own_keys(architecture.gguf, keys),
     }
     return {**found, **architecture.gguf.concluded(found)}
@@ -117,20 +125,24 @@ def _own_keys(family: GGUFFamily, keys: _Keys) -> dict[str, Any]:
         ours: keys.layer_kinds(theirs) if ours == "layer_types" else keys.get(theirs, None)
         for ours, theirs in family.keys.items()
     }
+    found |= {ours: keys.of_layers(theirs) for ours, theirs in family.by_layer.items()}
     return {ours: value for ours, value in found.items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
 class _Keys:
-    """Metadata under the prefix of the architecture."""
+    """Metadata under the prefix of the architecture; lists of ``by_layer`` may hold different
+    values, of which the first is given."""
 
-    def __init__(self, architecture: str, metadata: Mapping[str, Any]) -> None:
-        self.architecture = architecture
-        self._metadata = metadata
+    architecture: str
+    metadata: Mapping[str, Any]
+    by_layer: frozenset[str] = frozenset()
 
     def get(self, key: str, default: Any) -> Any:  # noqa: ANN401  a metadata value has any type
-        value = self._metadata.get(f"{self.architecture}.{key}")
+        value = self.metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, list):
-            if not value or any(other != value[0] for other in value):
+            differs = any(other != value[0] for other in value) and key not in self.by_layer
+            if not value or differs:
                 raise CheckpointError(
                     f"the GGUF file's {self.architecture}.{key} differs between layers "
                     f"({shortened(value)}), which is not supported; use a model whose layers are "
@@ -151,10 +163,15 @@ class _Keys:
 
     def layer_kinds(self, key: str) -> list[str] | None:
         """What a list that says of each layer whether it has a window says; None without one."""
-        value = self._metadata.get(f"{self.architecture}.{key}")
+        value = self.metadata.get(f"{self.architecture}.{key}")
         if not isinstance(value, list):
             return None
         return [SLIDING if windowed else FULL for windowed in value]
+
+    def of_layers(self, key: str) -> list[Any]:
+        """A value for each layer, whether the file says so or has one for all."""
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        return value if isinstance(value, list) else [value] * self.layers()
 
     def need(self, key: str) -> Any:  # noqa: ANN401
         value = self.get(key, None)
@@ -188,14 +205,14 @@ class _Keys:
 def _rope_scaling(
     keys: _Keys, factors: Mapping[str, NDArray[np.float32]], theta: float, rotary_dim: int
 ) -> dict[str, Any]:
-    llama3, *longrope = (factors.get(name) for name in ROPE_FACTORS)
-    if llama3 is not None:
-        return _llama3_scaling(llama3.astype(np.float64).ravel(), theta, rotary_dim)
+    divisors, *longrope = (factors.get(name) for name in ROPE_FACTORS)
+    if divisors is not None:
+        return _by_divisors(divisors.astype(np.float64).ravel(), theta, rotary_dim)
     short, long = (None if each is None else each.ravel().tolist() for each in longrope)
     if short is not None or long is not None:
         attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
-        divisors = {"short_factor": short, "long_factor": long}
-        return {"rope_type": "longrope", "attention_factor": attention_factor, **divisors}
+        by_length = {"short_factor": short, "long_factor": long}
+        return {"rope_type": "longrope", "attention_factor": attention_factor, **by_length}
     # Without a type it is linear; the factor's first name was another.
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", None))
@@ -219,6 +236,15 @@ def _rope_scaling(
         if value is not None:
             scaling[ours] = value
     return scaling
+
+
+def _by_divisors(divisors: NDArray[np.float64], theta: float, rotary_dim: int) -> dict[str, Any]:
+    """Those of Llama 3, or such that turn the first pairs and keep the others where they are."""
+    turning = int(np.count_nonzero(divisors == 1))
+    still = divisors[turning:]
+    if len(divisors) == rotary_dim // 2 and len(still) and (still >= _STILL).all():
+        return {"rope_type": "proportional", "partial_rotary_factor": 2 * turning / rotary_dim}
+    return _llama3_scaling(divisors, theta, rotary_dim)
 
 
 def _llama3_scaling(factors: NDArray[np.float64], theta: float, rotary_dim: int) -> dict[str, Any]:

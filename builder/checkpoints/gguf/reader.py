@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from slipstream.builder.checkpoints.base import (
     check_templates,
     generation_config,
+    tell_left_out,
     unknown_tensor,
     write_json,
 )
@@ -144,6 +145,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, strict: bool = False) -> 
     architecture = architecture_of(config.architecture)
     decoder = _of_decoder(file, config, strict=strict)
     stored = _by_huggingface_name(decoder, architecture, config)
+    unread = [name for name in stored if architecture.is_redundant(config, name)]
+    tell_left_out(path, unread, strict=strict)
+    stored = {name: parts for name, parts in stored.items() if name not in unread}
     _log_dequantized(path, [part for parts in stored.values() for part in parts])
     # The file's tensors say which linears have a bias, its metadata does not.
     config = architecture.with_biases(config, stored)
@@ -191,16 +195,7 @@ def _of_decoder(file: GGUFFile, config: ModelConfig, *, strict: bool) -> GGUFFil
     further = range(config.num_layers, block_count(file.metadata))
     blocks = ((name, _BLOCK.match(name)) for name in file.tensors)
     left_out = [name for name, block in blocks if block and int(block[1]) in further]
-    if left_out and strict:
-        raise CheckpointError(
-            f"{file.path} holds {len(left_out)} tensors of layers that predict further tokens, "
-            f"such as {left_out[0]}, which would be left out; build without --strict-tensors"
-        )
-    if left_out:
-        logger.warning(
-            "%s: %d tensors of layers that predict further tokens are left out, such as %s",
-            file.path.name, len(left_out), left_out[0],
-        )  # fmt: skip
+    tell_left_out(file.path, left_out, strict=strict)
     kept = file.tensors.keys() - set(left_out)
     return replace(file, tensors={n: t for n, t in file.tensors.items() if n in kept})
 

@@ -2,13 +2,14 @@
 
 Two kinds of vocabulary occur in the supported architectures: byte-level BPE (``gpt2``), whose way
 of splitting text into words is known by name only (``words.py``), and SentencePiece BPE
-(``llama``).
+(``llama``, and ``gemma4``, which puts no space before a text).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -100,7 +101,7 @@ def _byte_level(fields: Fields) -> tuple[Tokenizer, bool]:
     return tokenizer, words.add_bos
 
 
-def _sentencepiece(fields: Fields) -> tuple[Tokenizer, bool]:
+def _sentencepiece(fields: Fields, *, space_before: bool = True) -> tuple[Tokenizer, bool]:
     vocabulary = _vocabulary(fields)
     merges = _merges_of_file(fields, vocabulary) or _merges_by_score(fields)
     unknown = _token(fields, "unknown")
@@ -110,7 +111,7 @@ def _sentencepiece(fields: Fields) -> tuple[Tokenizer, bool]:
     # which runs on each stretch between special tokens.
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if fields.flag(f"{_PREFIX}add_space_prefix", True):
+    if fields.flag(f"{_PREFIX}add_space_prefix", space_before):
         spaces.insert(0, normalizers.Prepend("▁"))
         steps.append(decoders.Strip(" ", left=1))
     tokenizer.normalizer = normalizers.Sequence(spaces)
@@ -119,7 +120,11 @@ def _sentencepiece(fields: Fields) -> tuple[Tokenizer, bool]:
 
 
 _BUILDERS: Mapping[str, Callable[[Fields], tuple[Tokenizer, bool]]] = MappingProxyType(
-    {"gpt2": _byte_level, "llama": _sentencepiece}
+    {
+        "gpt2": _byte_level,
+        "llama": _sentencepiece,
+        "gemma4": partial(_sentencepiece, space_before=False),
+    }
 )
 
 

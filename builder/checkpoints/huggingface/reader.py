@@ -13,6 +13,7 @@ from slipstream.builder.checkpoints import sentence_transformers
 from slipstream.builder.checkpoints.base import (
     check_templates,
     generation_config,
+    tell_left_out,
     unknown_tensor,
     write_json,
 )
@@ -24,7 +25,7 @@ from slipstream.builder.checkpoints.huggingface.text_model import (
     text_name,
     text_tensors,
 )
-from slipstream.builder.checkpoints.names import layer_of
+from slipstream.builder.checkpoints.names import REDUNDANT, layer_of
 from slipstream.builder.checkpoints.quantized import (
     QUANTIZED_SUFFIXES,
     SIDE_FILES,
@@ -118,10 +119,9 @@ def open_checkpoint(
         quantization = None if quantization is None else text_modules(quantization)
     config = ModelConfig.from_huggingface((text or raw).values)
     modules = architecture_of(config.architecture).modules
-    stored = _without_predictors(
-        path, _with_prefix(stored, modules), text or raw, config, strict=strict
-    )
-    stored = by_expert(_with_embedding(stored, config), modules, config)
+    whole = _with_embedding(_with_prefix(stored, modules), config)
+    read = _without_unread(path, whole, text or raw, config, strict=strict)
+    stored = by_expert(read, modules, config)
     if quantization is None:
         return HuggingFaceCheckpoint(path, config, _dense(path, stored), pooling=pooling)
     weights = read_quantized(Stored(path, stored), config, quantization)
@@ -179,7 +179,7 @@ def _without_others(
     return dict(text.tensors)
 
 
-def _without_predictors(
+def _without_unread(
     path: Path,
     stored: Mapping[str, StoredTensor],
     keys: Fields,
@@ -187,22 +187,21 @@ def _without_predictors(
     *,
     strict: bool,
 ) -> dict[str, StoredTensor]:
-    """The tensors without those of layers behind the last, which predict further tokens; they are
-    named, and refused if they must be."""
+    """The tensors without those of layers behind the last, which predict further tokens, and
+    others that a file may hold all the same; they are named, and refused if they must be."""
+    architecture = architecture_of(config.architecture)
     more = keys.integer("num_nextn_predict_layers", 0)
     layers = range(config.num_layers, config.num_layers + more)
-    left_out = [name for name in stored if layer_of(name) in layers]
-    if left_out and strict:
-        raise CheckpointError(
-            f"{path} holds {len(left_out)} tensors of layers that predict further tokens, such as "
-            f"{left_out[0]}, which would be left out; build without --strict-tensors"
-        )
-    if left_out:
-        logger.warning(
-            "%s: %d tensors of layers that predict further tokens are left out, such as %s",
-            path.name, len(left_out), left_out[0],
-        )  # fmt: skip
-    return {name: tensor for name, tensor in stored.items() if layer_of(name) not in layers}
+    left_out = [
+        name
+        for name in stored
+        if layer_of(name) in layers
+        or name.endswith(REDUNDANT)
+        or architecture.is_redundant(config, name)
+    ]
+    tell_left_out(path, left_out, strict=strict)
+    without = dict.fromkeys(left_out)
+    return {name: tensor for name, tensor in stored.items() if name not in without}
 
 
 def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTensor]:

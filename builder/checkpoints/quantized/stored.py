@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slipstream.builder.checkpoints.names import REDUNDANT
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
-from slipstream.weights.json import Fields, shortened
+from slipstream.weights.json import Fields
 from slipstream.weights.safetensors import DENSE, StoredTensor
 from slipstream.weights.tensor import KVScales, LazyTensor
 
@@ -117,11 +116,7 @@ class Stored:
 
     def finish(self) -> None:
         """Raises CheckpointError when a tensor has not been taken."""
-        left = sorted(
-            name
-            for name in self._tensors
-            if name not in self._taken and not name.endswith(REDUNDANT)
-        )
+        left = sorted(self._tensors.keys() - self._taken)
         if left:
             tensor = self._tensors[left[0]]
             raise CheckpointError(
@@ -137,18 +132,6 @@ def group_size(settings: Fields, key: str, default: int = -1) -> int:
     if size == 0:
         raise settings.refusal(key, "a number of columns, or -1 for all")
     return size
-
-
-def matches(pattern: str, module: str, settings: Fields, key: str) -> bool:
-    """Whether a regular expression of ``settings[key]`` fits the start of a module's name."""
-    try:
-        return re.match(pattern, module) is not None
-    # What `re` raises for a repetition or a nesting beyond its limits.
-    except (re.error, OverflowError, RecursionError) as error:
-        raise settings.origin.error(
-            f"{settings.origin.file}: {settings.path}{key} has the pattern {shortened(pattern)}, "
-            f"which is no regular expression ({error}); {settings.origin.remedy}"
-        ) from error
 
 
 class Notes:

@@ -14,9 +14,9 @@ from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
 from slipstream.builder.graph.passes.fuse_residual import fuse_residual
 from slipstream.builder.graph.passes.fuse_rotary import fuse_rotary
+from slipstream.builder.graph.passes.fuse_router import fuse_router
 from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
-from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import check_choices, check_heads
@@ -28,7 +28,7 @@ from slipstream.plugins.linear.cuda.packing import can_pack
 from slipstream.plugins.linear.cuda.tactics import whole_rows
 from slipstream.weights.tensor import WeightFormat
 
-_LARGEST_HEAD = 256  # elements
+_LARGEST_HEAD = 512  # elements
 _LIMITS = EngineLimits(max_batch_size=256, max_num_tokens=8192)
 _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
 _CHOICES = {"kv_cache_dtype": tuple(_KV_DTYPES), "dtype": ("auto", "bfloat16", "float16")}
@@ -45,14 +45,7 @@ class CUDATarget:
     group_size: int = 128
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
-        """Raise BuildError for layers, heads or options that executor and kernels do not take."""
-        caches = architecture_of(config.architecture).decoder.caches(config, "bfloat16", 64)
-        if len(caches) > 1:
-            raise BuildError(
-                f"layers of {config.architecture} keep their keys and values in "
-                f"{len(caches)} caches of different shapes; the cuda target runs models with one: "
-                "use --target cpu"
-            )
+        """Raise BuildError for heads or options that the kernels do not take."""
         check_heads(self.name, config, _LARGEST_HEAD)
         check_choices(self.name, options, _CHOICES)
         if options.gemm_plugin != "auto":
@@ -91,6 +84,7 @@ class CUDATarget:
             partial(fuse_residual, holds=_any),
             partial(fuse_norm, holds=_any),
             fuse_add_rms_norm,
+            fuse_router,
             fuse_rotary,
             use_row_major_keys,
             PackWeights(dtype),

@@ -18,14 +18,14 @@ from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
 SUFFIX = ".cuda"
-_PACKED = ("Linear", "ExpertLinear", "Embedding")
+_PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding")
 log = logging.getLogger(__name__)
 _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
 class PackWeights:
-    """Stores the weight of every Linear, ExpertLinear and Embedding as one blob.
+    """Stores the weight of every Linear, NormedRouter, ExpertLinear and Embedding as one blob.
 
     ``dtype`` is that of dense weights; kernels hold every other one (``DequantizeUnheld``).
     """
@@ -99,7 +99,7 @@ class StoreVectors:
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, and what a router reads and says."""
+    the rotary angles, what a router reads and says, and weights of experts."""
 
     dtype: str
 
@@ -107,11 +107,21 @@ class SetPrecision:
         """Set the types."""
         changed = 0
         for node in program.graph:
-            if node.op_type in ("RotaryAngles", "Router"):
-                continue
             for value in node.outputs:
-                exact = any(reader.op_type in ("SoftCap", "Router") for reader, _ in value.uses())
+                if not self._gives(node, value):
+                    continue
+                exact = any(_exact(reader, index) for reader, index in value.uses())
                 if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed
+
+    def _gives(self, node: ir.Node, value: ir.Value) -> bool:
+        """Whether an operator can give a value in this type."""
+        spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
+        return spec is None or self.dtype in spec.outputs[node.outputs.index(value)].dtypes
+
+
+def _exact(reader: ir.Node, index: int) -> bool:
+    """Whether an operator wants its input ``index`` in float32."""
+    return reader.op_type in ("SoftCap", "Router") or (reader.op_type, index) == ("ExpertLinear", 3)

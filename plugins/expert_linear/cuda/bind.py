@@ -43,7 +43,10 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
             tactic=tactic,
             grouping=_grouping(run, ids, places, experts.number) if grouped else None,
             pdl=run.pdl,
+            early=f"{ids} read" in run.shared,
         )
+        if tactic.kernel == "gemv" and weights is None:  # what comes later finds the ids written
+            run.shared[f"{ids} read"] = True
         return (y,)
 
     return kernel
@@ -56,7 +59,7 @@ def experts_of(node: ir.Node, constants: Mapping[str, Tensor]) -> Experts:
     fmt = format_of(attributes)
     rows, columns = fmt.shape
     fmt = replace(fmt, shape=(attributes["experts"] * rows, columns))
-    return Experts.of(
+    return Experts(
         DeviceWeight.from_blob(constants[name_of(node.inputs[1])], fmt),
         attributes["experts"],
         None if bias is None else constants[bias],

@@ -31,34 +31,14 @@ _GROUP_BLOCK = 4096  # pairs that are counted at once
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Weights ``[number * N, K]`` of the experts of a layer, and what is done with their products;
-    see ``plugins/expert_linear``. bias ``[number * N]``; counters int32, zero between launches: how
-    many products of a sum are done."""
+    see ``plugins/expert_linear``. bias ``[number * N]``."""
 
     weight: DeviceWeight
     number: int
-    bias: Tensor | None
-    reduce: bool
-    gated: bool
-    gate: int
-    counters: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        weight: DeviceWeight,
-        number: int,
-        bias: Tensor | None = None,
-        *,
-        reduce: bool = False,
-        gated: bool = False,
-        gate: int = 0,
-    ) -> Experts:
-        """Those of a weight, with counters for the sums of few tokens."""
-        counters = None
-        if reduce:
-            rows, device = weight.format.shape[0] // number, weight.codes.device
-            counters = torch.zeros(GEMV_TOKENS * rows, dtype=torch.int32, device=device)
-        return cls(weight, number, bias, reduce, gated, gate, counters)
+    bias: Tensor | None = None
+    reduce: bool = False
+    gated: bool = False
+    gate: int = 0
 
     @property
     def format(self) -> WeightFormat:
@@ -92,18 +72,20 @@ class Grouping:
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """A call: its inputs, its products ``[T * top_k, width]``, and what they become: y."""
+    """The inputs of a call."""
 
     x: Tensor
     ids: Tensor
     weights: Tensor | None
     residual: Tensor | None
-    products: Tensor
-    y: Tensor
     pdl: bool
+    early: bool
+
+    def empty(self, rows: int, width: int) -> Tensor:
+        return torch.empty(rows, width, dtype=self.x.dtype, device=self.x.device)
 
 
-def expert_linear(
+def expert_linear(  # noqa: PLR0913 - what is fused
     x: Tensor,
     experts: Experts,
     ids: Tensor,
@@ -113,27 +95,25 @@ def expert_linear(
     tactic: Tactic,
     grouping: Grouping | None = None,
     pdl: bool = False,
+    early: bool = False,
 ) -> Tensor:
     """Products of rows with the weights of their experts, in the type of x.
 
     x bf16 or fp16 ``[T, K]``, or ``[T * top_k, K]`` with ``reduce``; ids int32 ``[T, top_k]``;
     weights float32 ``[T, top_k]`` and residual ``[T, N]`` with ``reduce``. The result is
     ``[T * top_k, width]``, or ``[T, width]``. ``grouping`` is that of the ids, where it is known.
+    ``early`` says that no kernel still writes ids and weights when the one in front has begun.
     """
     tokens, top_k = ids.shape
     assert x.is_contiguous() and ids.is_contiguous() and experts.reduce == (weights is not None)
-    products = torch.empty(tokens * top_k, experts.width, dtype=x.dtype, device=x.device)
-    y = products
-    if experts.reduce:
-        y = torch.empty(tokens, experts.width, dtype=x.dtype, device=x.device)
-    inputs = _Operands(x, ids, weights, residual, products, y, pdl)
+    inputs = _Operands(x, ids, weights, residual, pdl, early)
+    adds = experts.reduce and tactic.kernel == "gemv" and not experts.gated
+    y = inputs.empty(tokens if adds else tokens * top_k, experts.width)
     if tokens and tactic.kernel == "gemv":
-        _gemv(experts, inputs, tactic)
+        _gemv(experts, inputs, tactic, y, adds)
     elif tokens:
-        _dot(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl))
-        if experts.reduce:
-            _add(inputs)
-    return y
+        _dot(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
+    return _sum(inputs, y) if experts.reduce and not adds else y
 
 
 def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
@@ -161,17 +141,22 @@ def most_tiles(pairs: int, experts: int, block: int) -> int:
     return min(pairs, experts) + pairs // block
 
 
-def _add(inputs: _Operands) -> None:
+def _sum(inputs: _Operands, products: Tensor) -> Tensor:
+    """The products of each token times their weights, added up."""
     tokens, top_k = inputs.ids.shape
-    width = inputs.y.shape[1]
-    add_products[(tokens, triton.cdiv(width, _BLOCK))](
-        inputs.products, inputs.weights, inputs.residual, inputs.y, WIDTH=width, TOP_K=top_k,
-        BLOCK=_BLOCK, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
-        **launch_options(num_warps=4, pdl=inputs.pdl),
-    )  # fmt: skip
+    width = products.shape[1]
+    y = inputs.empty(tokens, width)
+    if tokens:
+        add_products[(tokens, triton.cdiv(width, _BLOCK))](
+            products, inputs.weights, inputs.residual, y, WIDTH=width, TOP_K=top_k,
+            BLOCK=_BLOCK, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
+            **launch_options(num_warps=4, pdl=inputs.pdl),
+        )  # fmt: skip
+    return y
 
 
-def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic) -> None:
+def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: bool) -> None:
+    """Products of pairs of a token and an expert, or if it ``adds`` sums of tokens."""
     fmt, weight, x = experts.format, experts.weight, inputs.x
     n, k = fmt.shape
     tokens, top_k = inputs.ids.shape
@@ -180,34 +165,39 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic) -> None:
     rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
     padded = in_words(fmt) and k * fmt.bits != vectors * 128
+    even = vectors % (lanes * tactic.num_stages) == 0
+    if adds:
+        even = vectors % lanes == 0 and vectors // lanes * top_k % tactic.num_stages == 0
     constants = {
-        "N": n, "K": k, "VECTORS": vectors, "TOP_K": top_k, "SUM": experts.reduce,
-        "RESIDUAL": inputs.residual is not None, "BR": rows,
+        "N": n, "K": k, "VECTORS": vectors, "PER_ROW": 1 if experts.reduce else top_k,
+        "SUM": top_k if adds else 0, "RESIDUAL": adds and inputs.residual is not None, "BR": rows,
         "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes,
         "DEPTH": tactic.num_stages, "BF16": x.dtype == torch.bfloat16,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
-        "EVEN": vectors % (lanes * tactic.num_stages) == 0 and not padded,
-        "COMPILED": not interpreting(), "PDL": inputs.pdl,
+        "EVEN": even and not padded, "COMPILED": not interpreting(),
+        "EARLY": adds and inputs.early, "PDL": inputs.pdl,
         **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }  # fmt: skip
-    grid = (triton.cdiv(experts.width, tactic.block_n), tokens * top_k)
+    grid = (triton.cdiv(experts.width, tactic.block_n), len(y))
     quads, codes = x.view(torch.int64), weight.codes.view(torch.int64)
-    ends = (inputs.products, inputs.weights, inputs.residual, inputs.y, experts.counters)
+    ends = (experts.bias, inputs.weights, inputs.residual, y)
     if in_words(fmt):
         expert_gemv_int[grid](
-            inputs.ids, quads, codes, weight.chunk_scales, weight.shift, experts.bias, *ends,
+            inputs.ids, quads, codes, weight.chunk_scales, weight.shift, *ends,
             BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind, **constants,
         )  # fmt: skip
         return
     fp8 = fmt.kind == "float8_e4m3"
     expert_gemv_float[grid](
-        inputs.ids, quads, codes, weight.scale, experts.bias, *ends, FP8=fp8,
+        inputs.ids, quads, codes, weight.scale, *ends, FP8=fp8,
         NATIVE=fp8 and converts_float8(x.device), SCALE=scale_kind(fmt), **constants,
     )  # fmt: skip
 
 
-def _dot(experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping) -> None:
-    fmt, weight, y = experts.format, experts.weight, inputs.products
+def _dot(
+    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping, y: Tensor
+) -> None:
+    fmt, weight = experts.format, experts.weight
     n, k = fmt.shape
     constants = {
         "N": n, "K": k, "PER_ROW": 1 if experts.reduce else inputs.ids.shape[1],

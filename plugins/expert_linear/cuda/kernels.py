@@ -211,17 +211,19 @@ def expert_dot_int(
 
 
 @triton.jit
-def _sum_products(
-    products, weights, residual, y, token, at, inside, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+def add_products(
+    products, weights, residual, y, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the products [T * TOP_K, WIDTH] of a token times their weights, in order, plus
-    residual."""
-    total = tl.load(products + token * TOP_K * WIDTH + at, inside, 0.0, cache_modifier=".cg")
-    total = total.to(tl.float32) * tl.load(weights + token * TOP_K)
-    for k in tl.static_range(1, TOP_K):
-        place = products + (token * TOP_K + k) * WIDTH + at
-        part = tl.load(place, inside, 0.0, cache_modifier=".cg").to(tl.float32)
+    """The products [T * TOP_K, WIDTH] of every token times their weights, in order, plus residual.
+    Grid (tokens, blocks of WIDTH)."""
+    begin(PDL)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    token = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        part = tl.load(products + (token * TOP_K + k) * WIDTH + at, inside, 0.0).to(tl.float32)
         total += part * tl.load(weights + token * TOP_K + k)
     if RESIDUAL:
         total += tl.load(residual + token * WIDTH + at, inside, 0.0).to(tl.float32)
@@ -229,103 +231,90 @@ def _sum_products(
 
 
 @triton.jit
-def add_products(
-    products, weights, residual, y, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The sums of all tokens; grid (tokens, blocks of WIDTH)."""
-    begin(PDL)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(0).to(tl.int64)
-    _sum_products(
-        products, weights, residual, y, token, at, at < WIDTH, WIDTH, TOP_K, RESIDUAL
-    )  # fmt: skip
+def _begin_product(PDL: tl.constexpr):
+    """Lets the next kernel start when what came before this one is finished.
 
-
-@triton.jit
-def _sum_when_last(
-    products, weights, residual, y, counters, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Of the programs that multiply ROWS rows with the experts of a token, the last to be done adds
-    their products: in their order, whichever that is."""
-    token = tl.program_id(1) // TOP_K
-    counter = counters + token * tl.num_programs(0) + tl.program_id(0)
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == TOP_K - 1:
-        tl.store(counter, 0)
-        at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        _sum_products(
-            products, weights, residual, y, token.to(tl.int64), at, at < WIDTH, WIDTH, TOP_K,
-            RESIDUAL,
-        )  # fmt: skip
+    So a sum that is launched after it may read what chose the experts before it waits.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def expert_gemv_float(
-    ids, x, weight, scale, bias, products, weights, residual, y, counters,
-    N: tl.constexpr, TOP_K: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
+    ids, x, weight, scale, bias, factors, residual, y,
+    N: tl.constexpr, PER_ROW: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A pair each along the second axis of the grid; the rest is ``gemv_float`` of one token.
+    """A pair of a token and an expert along the second axis of the grid, or with SUM a token and
+    all its SUM experts; the rest is ``gemv_float`` of one token.
 
-    Without SUM the TOP_K pairs of a token share a row of x; with it, each has one, and y are the
-    sums. counters int32: a zero a token and part of the rows, and left so.
+    PER_ROW pairs share a row of x. EARLY: the ids of a sum, and what wrote them, are done before
+    the kernel in front of this one.
     """
-    begin(PDL)
-    pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
-    row = pair if SUM else pair // TOP_K
-    BLOCKS: tl.constexpr = (K + 127) // 128
-    scales = scale
-    if SCALE == "row":
-        scales = scale + expert * N
-    elif SCALE == "block":
-        scales = scale + expert * (N // 128) * BLOCKS
-    biases = bias + expert * N if BIAS else bias
+    which = tl.program_id(1).to(tl.int64)
     width: tl.constexpr = N // 2 if GATED else N
-    gemv_float(
-        x + row * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases, products, x,
-        products + pair * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
-        GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False,
-    )  # fmt: skip
     if SUM:
-        ROWS: tl.constexpr = BR * (RT // 2 if GATED else RT)
-        _sum_when_last(
-            products, weights, residual, y, counters, width, TOP_K, ROWS, RESIDUAL
+        if not EARLY:
+            begin(PDL)
+        gemv_float(
+            x + which * (SUM * (K // 4)), weight, scale, bias, residual + which * N if RESIDUAL
+            else residual, x, y + which * N, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE,
+            BF16, 0, SCALE, BIAS, RESIDUAL, False, EVEN, COMPILED, EARLY and PDL,
+            ids + which * SUM, factors + which * SUM, SUM,
+        )  # fmt: skip
+    else:
+        _begin_product(PDL)
+        expert = tl.load(ids + which).to(tl.int64)
+        BLOCKS: tl.constexpr = (K + 127) // 128
+        scales = scale
+        if SCALE == "row":
+            scales = scale + expert * N
+        elif SCALE == "block":
+            scales = scale + expert * (N // 128) * BLOCKS
+        biases = bias + expert * N if BIAS else bias
+        gemv_float(
+            x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases,
+            x, x, y + which * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
+            GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False,
         )  # fmt: skip
 
 
 @triton.jit
 def expert_gemv_int(
-    ids, x, weight, scale, shift, bias, products, weights, residual, y, counters,
-    N: tl.constexpr, TOP_K: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
+    ids, x, weight, scale, shift, bias, factors, residual, y,
+    N: tl.constexpr, PER_ROW: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``expert_gemv_float``, of ``gemv_int``."""
-    begin(PDL)
-    pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
-    row = pair if SUM else pair // TOP_K
-    # The exponents of a chunk of float4 are one number.
-    GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
-    biases = bias + expert * N if BIAS else bias
-    shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
+    which = tl.program_id(1).to(tl.int64)
     width: tl.constexpr = N // 2 if GATED else N
-    gemv_int(
-        x + row * (K // 4), weight + expert * (N * VECTORS * 2),
-        scale + expert * N * GROUPS, shifts, biases, products, x, products + pair * width, N, 0.0,
-        K, VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
-        EVEN, COMPILED, False,
-    )  # fmt: skip
     if SUM:
-        ROWS: tl.constexpr = BR * (RT // 2 if GATED else RT)
-        _sum_when_last(
-            products, weights, residual, y, counters, width, TOP_K, ROWS, RESIDUAL
+        if not EARLY:
+            begin(PDL)
+        gemv_int(
+            x + which * (SUM * (K // 4)), weight, scale, shift, bias,
+            residual + which * N if RESIDUAL else residual, x, y + which * N, N, 0.0, K, VECTORS,
+            1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, 0, BIAS, RESIDUAL, False, EVEN, COMPILED,
+            EARLY and PDL, ids + which * SUM, factors + which * SUM, SUM,
+        )  # fmt: skip
+    else:
+        _begin_product(PDL)
+        expert = tl.load(ids + which).to(tl.int64)
+        # The exponents of a chunk of float4 are one number.
+        GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
+        biases = bias + expert * N if BIAS else bias
+        shifts = shift + expert * N * GROUPS if ZERO == "zero" or ZERO == "offset" else shift
+        gemv_int(
+            x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2),
+            scale + expert * N * GROUPS, shifts, biases, x, x, y + which * width, N, 0.0, K,
+            VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
+            EVEN, COMPILED, False,
         )  # fmt: skip

@@ -24,7 +24,10 @@ from slipstream.plugins.paged_attention.reference import Attributes
 
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
-_BLOCK_ROWS = 128  # queries times heads of a block of the prefill kernel
+# Queries times heads of a block of the prefill kernel, whose sums are in registers.
+_BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
+_DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
+_WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
 
 
@@ -36,7 +39,8 @@ class StepTensors:
     and slot_mapping ``[T]`` are the operator's inputs. The first ``num_decodes`` sequences have one
     query each, token rows 0 to num_decodes - 1. The queries of the others are cut into blocks of
     ``query_block`` tokens: block_sequence ``[NB]`` names a block's sequence, -1 where there is no
-    block, and block_start ``[NB]`` its first query, counted from the sequence's first one.
+    block, and block_start ``[NB]`` its first query, counted from the sequence's first one. The
+    ``query_block`` of a layer is at least that of the step.
 
     Padding has a context_len of 0 or a slot of -1; its output is undefined.
     """
@@ -48,11 +52,13 @@ class StepTensors:
     block_sequence: torch.Tensor
     block_start: torch.Tensor
     num_decodes: int
+    query_block: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeWorkspace:
-    """What the programs of a decode hand to each other; calls on one stream may share it.
+    """What the programs of a decode hand to each other; calls on one stream may share it, those
+    with fewer or smaller heads, too.
 
     partials ``[S, num_heads, splits, head_dim]`` and statistics ``[S, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
@@ -96,9 +102,17 @@ class _Scalars:
     v_scale: float
 
 
-def query_block(num_heads: int, num_kv_heads: int) -> int:
+def query_block(a: Attributes) -> int:
     """Query tokens of a block of the prefill kernel."""
-    return max(_BLOCK_ROWS // (num_heads // num_kv_heads), 1)
+    return max(_block_rows(a) // (a.num_heads // a.num_kv_heads), 1)
+
+
+def _block_rows(a: Attributes) -> int:
+    return min(_BLOCK_ROWS, _BLOCK_SUMS // _width(a))
+
+
+def _width(a: Attributes) -> int:
+    return max(int(triton.next_power_of_2(a.head_dim)), 16)
 
 
 def paged_attention(  # noqa: PLR0913 - the operator's inputs
@@ -117,8 +131,9 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
-    Writes k and v into ``kv_cache``. The queries of sequences that are no decodes are normed and
-    turned in place in ``qkv``. A decode's result depends on nothing but its own sequence.
+    Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
+    no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
+    its own sequence.
     """
     a = attributes
     assert a.k_row_major and a.scale > 0, "CUDA pages hold row-major keys"
@@ -152,7 +167,8 @@ def _shape(a: Attributes) -> dict[str, int]:
         "NUM_KV_HEADS": a.num_kv_heads,
         "HEAD_DIM": a.head_dim,
         "PAGE": a.page_size,
-        "BLOCK_D": max(triton.next_power_of_2(a.head_dim), 16),
+        "BLOCK_D": _width(a),
+        "KV_PARTS": a.kv_parts,
     }
 
 
@@ -180,7 +196,8 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
 ) -> None:
     by = _scalars(a, pages)
     programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
-    warps = 4 if a.page_size * triton.next_power_of_2(a.head_dim) <= 8192 else 8
+    keys = min(a.page_size, _DECODE_TILE // _width(a))
+    warps = 4 if keys * _width(a) <= 8192 else 8
     decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
         cos,
@@ -203,7 +220,9 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         a.k_scale,
         by.v_scale,
         **_shape(a),
+        V_NORM=a.v_norm,
         ROTARY=cos.shape[1],
+        BLOCK_N=keys,
         ROWS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 16),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
@@ -221,6 +240,7 @@ def _write(
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
     pdl: bool,
 ) -> None:
+    heads = triton.next_power_of_2(a.num_heads // a.num_kv_heads)
     write_kernel[(qkv.shape[0] - step.num_decodes, a.num_kv_heads)](
         qkv,
         cos,
@@ -233,9 +253,10 @@ def _write(
         a.k_scale,
         a.v_scale,
         **_shape(a),
+        V_NORM=a.v_norm,
         ROTARY=cos.shape[1],
         PDL=pdl,
-        **launch_options(num_warps=1, pdl=pdl),
+        **launch_options(num_warps=1 if heads * _width(a) <= 2048 else 4, pdl=pdl),
     )
 
 
@@ -250,7 +271,7 @@ def _prefill(
 ) -> None:
     by = _scalars(a, pages)
     keys, warps, stages = _prefill_tile(_capability(qkv.device), a, pages.element_size())
-    rows = max(_BLOCK_ROWS, triton.next_power_of_2(a.num_heads // a.num_kv_heads))
+    rows = max(_block_rows(a), triton.next_power_of_2(a.num_heads // a.num_kv_heads))
     prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
         qkv,
         pages,
@@ -266,7 +287,7 @@ def _prefill(
         by.soft_cap,
         by.v_scale,
         **_shape(a),
-        BLOCK_Q=query_block(a.num_heads, a.num_kv_heads),
+        BLOCK_Q=query_block(a) // step.query_block * step.query_block,
         BLOCK_M=rows,
         BLOCK_N=keys,
         WINDOW=by.window,
@@ -287,10 +308,12 @@ def _prefill_tile(
 ) -> tuple[int, int, int]:
     """Keys of a tile, warps and stages of the prefill kernel: as many keys as shared memory holds
     for every stage beside the queries, at most two pages, or one without Hopper's registers."""
-    width = max(triton.next_power_of_2(a.head_dim), 16)
+    key = _width(a) * bytes_each * 2
     stages, most = (3, 128) if capability[0] >= 9 else (2, 64)
-    space = shared_memory(capability) - _BLOCK_ROWS * width * 2
+    if _width(a) > _WIDE:
+        stages = 2
+    space = shared_memory(capability) - _block_rows(a) * _width(a) * 2
     keys = 2 * a.page_size
-    while keys > 16 and (keys > most or keys * width * bytes_each * 2 * stages > space):
+    while keys > 16 and (keys > most or keys * key * stages > space):
         keys //= 2
-    return keys, 8, stages
+    return keys, 8, max(min(stages, space // (keys * key)), 1)

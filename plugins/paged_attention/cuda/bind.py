@@ -25,8 +25,9 @@ def attention_attributes(node: ir.Node) -> Attributes:
 
 
 def paged_attention(node: ir.Node, context: Context) -> Kernel:
-    """The step's inputs and the pages come with the step, not by name."""
-    qkv, cos, sin = (name_of(value) for value in node.inputs[:3])
+    """The pages, and what the step says of them, come with the step."""
+    qkv, cos, sin, pages = (name_of(value) for value in node.inputs[:4])
+    page_table = name_of(node.inputs[6])
     q_norm, k_norm, sinks = input_names(node, 12)[9:]
     attributes = attention_attributes(node)
 
@@ -36,8 +37,8 @@ def paged_attention(node: ir.Node, context: Context) -> Kernel:
             run.values[qkv],
             run.values[cos],
             run.values[sin],
-            memory.kv_cache,
-            step.attention,
+            memory.pages[pages],
+            step.attention[page_table],
             attributes,
             q_norm=run.get(q_norm),
             k_norm=run.get(k_norm),

@@ -3,7 +3,8 @@
 ``decode_kernel`` is the whole operator for sequences of one new token; ``write_kernel`` and
 ``prefill_kernel`` are its two phases for the others. In a page and head k and v are both
 ``[PAGE, HEAD_DIM]``. Scores are kept in units of log 2, so that ``exp2`` is the softmax's
-exponential. A head's columns are padded to ``BLOCK_D``, a power of two.
+exponential. A head's columns are padded to ``BLOCK_D``, a power of two. ``KV_PARTS`` is what qkv
+has beside q: 2 k and v, 1 k, which is v too, 0 none, as a kernel before this one has stored them.
 """
 
 import triton
@@ -66,13 +67,18 @@ def new_key_value(
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KV_PARTS: tl.constexpr,
+    V_NORM: tl.constexpr,
 ):
     """The codes ``[1, BLOCK_D]`` of a token's k and v, whose qkv begins at ``row``."""
     head = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.arange(0, 1)[:, None]
     always = tl.full([1, 1], True, tl.int1)
     key = turned_heads(head, always, k_norm, cos, sin, eps, HEAD_DIM, ROTARY, BLOCK_D)
     d = tl.arange(0, BLOCK_D)[None, :]
-    value = tl.load(head + NUM_KV_HEADS * HEAD_DIM + d, d < HEAD_DIM, 0.0).to(tl.float32)
+    from_k: tl.constexpr = (KV_PARTS - 1) * NUM_KV_HEADS * HEAD_DIM
+    value = tl.load(head + from_k + d, d < HEAD_DIM, 0.0).to(tl.float32)
+    if V_NORM:
+        value = value * tl.rsqrt(tl.sum(value * value, axis=1) / HEAD_DIM + eps)[:, None]
     return page_codes(key, k_scale, dtype), page_codes(value, v_scale, dtype)
 
 
@@ -106,16 +112,18 @@ def page_tile(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """k and v ``[PAGE, BLOCK_D]`` of the keys [first, end) in a sequence's page ``index``, the
+    """k and v ``[BLOCK_N, BLOCK_D]`` of the keys [first, end) in a sequence's tile ``index``, the
     others zero. ``pages`` points to the head in the page numbered 0."""
-    keys = tl.arange(0, PAGE)
+    keys = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    position = index * PAGE + keys
+    position = index * BLOCK_N + keys
     here = ((position >= first) & (position < end))[:, None]
     if HEAD_DIM < BLOCK_D:
         here = here & (d < HEAD_DIM)[None, :]
-    at = pages + number.to(tl.int64) * (2 * PLANE) + keys[:, None] * HEAD_DIM + d[None, :]
+    at = pages + number.to(tl.int64) * (2 * PLANE) + d[None, :]
+    at = at + (index % (PAGE // BLOCK_N) * BLOCK_N + keys)[:, None] * HEAD_DIM
     return tl.load(at, here, 0.0), tl.load(at + PLANE, here, 0.0)
 
 
@@ -195,7 +203,10 @@ def decode_kernel(
     ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KV_PARTS: tl.constexpr,
+    V_NORM: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -203,12 +214,13 @@ def decode_kernel(
 
     The keys of a sequence are cut into at most MAX_SPLITS splits of whole pages, whose size follows
     from its context alone; how many programs share them changes no bit of the result. The new
-    token's k and v join the last page from registers. The last program to arrive adds up all.
+    token's k and v join the last tile from registers. The last program to arrive adds up all.
     """
     begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    WIDTH: tl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
     PLANE: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
+    TILES: tl.constexpr = PAGE // BLOCK_N
     dtype = pages.dtype.element_ty
     operand = qkv.dtype.element_ty if dtype == tl.float8e4nv else dtype
     kv_head = tl.program_id(0)
@@ -218,7 +230,9 @@ def decode_kernel(
     if context <= 0:
         return
 
-    cached = context - 1
+    cached = context
+    if KV_PARTS > 0:
+        cached = context - 1
     first = tl.maximum(context - window, 0)
     first_page = first // PAGE
     num_pages = tl.cdiv(context, PAGE) - first_page
@@ -230,16 +244,18 @@ def decode_kernel(
         return
     end_split = tl.minimum(split + share, splits)
     own = end_split - split
-    page = first_page + split * split_pages
-    end_page = first_page + tl.minimum(end_split * split_pages, num_pages)
+    tile = (first_page + split * split_pages) * TILES
+    end_tile = (first_page + tl.minimum(end_split * split_pages, num_pages)) * TILES
 
     # The first tile is on its way while q is made, and every other one during the one before it.
     d = tl.arange(0, BLOCK_D)
     pages_of = page_table + sequence.to(tl.int64) * table_stride
-    number = tl.load(pages_of + page)
-    next_number = tl.load(pages_of + page + 1, page + 1 < end_page, 0)
+    number = tl.load(pages_of + tile // TILES)
+    next_number = tl.load(pages_of + (tile + 1) // TILES, tile + 1 < end_tile, 0)
     head_pages = pages + kv_head * (PAGE * HEAD_DIM)
-    k, v = page_tile(head_pages, number, page, first, cached, PLANE, HEAD_DIM, PAGE, BLOCK_D)
+    k, v = page_tile(
+        head_pages, number, tile, first, cached, PLANE, HEAD_DIM, PAGE, BLOCK_D, BLOCK_N
+    )
 
     rows = tl.arange(0, ROWS)
     heads = kv_head * GROUP + rows
@@ -250,26 +266,31 @@ def decode_kernel(
     sin += sequence * ROTARY
     q = turned_heads(starts, grouped, q_norm, cos, sin, eps, HEAD_DIM, ROTARY, BLOCK_D)
     q = q.to(operand)
-    key, value = new_key_value(
-        row,
-        kv_head,
-        k_norm,
-        cos,
-        sin,
-        eps,
-        k_scale,
-        v_scale,
-        dtype,
-        NUM_HEADS,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        ROTARY,
-        BLOCK_D,
-    )
-    if end_split == splits:
-        slot = tl.load(slot_mapping + sequence)
-        if slot >= 0:
-            store_key_value(pages, slot, kv_head, key, value, NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_D)
+    if KV_PARTS > 0:
+        key, value = new_key_value(
+            row,
+            kv_head,
+            k_norm,
+            cos,
+            sin,
+            eps,
+            k_scale,
+            v_scale,
+            dtype,
+            NUM_HEADS,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            ROTARY,
+            BLOCK_D,
+            KV_PARTS,
+            V_NORM,
+        )
+        if end_split == splits:
+            slot = tl.load(slot_mapping + sequence)
+            if slot >= 0:
+                store_key_value(
+                    pages, slot, kv_head, key, value, NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_D
+                )
 
     # Of the split at hand, and of the splits before it where one program has them all.
     m = tl.full([ROWS], NO_KEY, tl.float32)
@@ -279,18 +300,19 @@ def decode_kernel(
     all_total = tl.zeros([ROWS], tl.float32)
     all_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     place = (sequence * NUM_HEADS + heads) * MAX_SPLITS
-    left = split_pages
-    for i in tl.range(page, end_page):
-        limit = tl.where(i + 1 < end_page, cached, 0)
+    left = split_pages * TILES
+    for i in tl.range(tile, end_tile):
+        limit = tl.where(i + 1 < end_tile, cached, 0)
         k_next, v_next = page_tile(
-            head_pages, next_number, i + 1, first, limit, PLANE, HEAD_DIM, PAGE, BLOCK_D
+            head_pages, next_number, i + 1, first, limit, PLANE, HEAD_DIM, PAGE, BLOCK_D, BLOCK_N
         )
-        next_number = tl.load(pages_of + i + 2, i + 2 < end_page, 0)
-        position = i * PAGE + tl.arange(0, PAGE)
-        if i == cached // PAGE:
-            new = (position == cached)[:, None]
-            k = tl.where(new, key, k)
-            v = tl.where(new, value, v)
+        next_number = tl.load(pages_of + (i + 2) // TILES, i + 2 < end_tile, 0)
+        position = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        if KV_PARTS > 0:  # noqa: SIM102 - only this is known before a kernel runs
+            if i == cached // BLOCK_N:
+                new = (position == cached)[:, None]
+                k = tl.where(new, key, k)
+                v = tl.where(new, value, v)
         visible = (position >= first) & (position < context)
         scores = log2_scores(tl.dot(q, tl.trans(k.to(operand))), scale, soft_cap)
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -303,13 +325,13 @@ def decode_kernel(
         k = k_next
         v = v_next
         left -= 1
-        if (left == 0) & (i + 1 < end_page):
+        if (left == 0) & (i + 1 < end_tile):
             if own == splits:
                 all_m, all_total, all_acc = joined(all_m, all_total, all_acc, m, total, acc)
             else:
                 store_split(partials, statistics, place + split, m, total, acc, GROUP, HEAD_DIM)
             split += 1
-            left = split_pages
+            left = split_pages * TILES
             m = tl.full([ROWS], NO_KEY, tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -405,6 +427,8 @@ def write_kernel(
     ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KV_PARTS: tl.constexpr,
+    V_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Stores k and v of the tokens from ``first_token`` on, and turns their q in place.
@@ -413,7 +437,7 @@ def write_kernel(
     """
     begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    WIDTH: tl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
     token = first_token + tl.program_id(0)
     kv_head = tl.program_id(1)
     slot = tl.load(slot_mapping + token)
@@ -427,23 +451,26 @@ def write_kernel(
     starts = row + (kv_head * GROUP + rows)[:, None] * HEAD_DIM
     grouped = (rows < GROUP)[:, None]
     q = turned_heads(starts, grouped, q_norm, cos, sin, eps, HEAD_DIM, ROTARY, BLOCK_D)
-    key, value = new_key_value(
-        row,
-        kv_head,
-        k_norm,
-        cos,
-        sin,
-        eps,
-        k_scale,
-        v_scale,
-        pages.dtype.element_ty,
-        NUM_HEADS,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        ROTARY,
-        BLOCK_D,
-    )
-    store_key_value(pages, slot, kv_head, key, value, NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_D)
+    if KV_PARTS > 0:
+        key, value = new_key_value(
+            row,
+            kv_head,
+            k_norm,
+            cos,
+            sin,
+            eps,
+            k_scale,
+            v_scale,
+            pages.dtype.element_ty,
+            NUM_HEADS,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            ROTARY,
+            BLOCK_D,
+            KV_PARTS,
+            V_NORM,
+        )
+        store_key_value(pages, slot, kv_head, key, value, NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_D)
     tl.debug_barrier()  # a thread overwrites what another one reads as its partner
     tl.store(starts + d[None, :], q.to(qkv.dtype.element_ty), grouped & (d < HEAD_DIM)[None, :])
 
@@ -471,6 +498,7 @@ def attended(
     begin,
     end,
     context,
+    first,
     scale,
     soft_cap,
     NUM_KV_HEADS: tl.constexpr,
@@ -481,7 +509,8 @@ def attended(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The softmax sums after the keys [begin, end) too; ``begin`` is a multiple of BLOCK_N."""
+    """The softmax sums after the keys [begin, end) too; ``begin`` is a multiple of BLOCK_N. What
+    lies before the key ``first``, which no window reaches, may be anything."""
     PLANE: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
     keys = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -496,7 +525,10 @@ def attended(
         # A tile ahead, so that no copy of a tile waits for the number of its page.
         number, second = page_numbers(page_table, start + BLOCK_N, end, context, PAGE, BLOCK_N)
         if MASKED:
-            stored = (start + keys < context)[:, None] & (d < HEAD_DIM)[None, :]
+            stored = start + keys < context
+            if WINDOW > 0:
+                stored = stored & (start + keys >= first)
+            stored = stored[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(at, stored, 0.0)
             v = tl.load(at + PLANE, stored, 0.0)
         elif HEAD_DIM < BLOCK_D:
@@ -546,6 +578,7 @@ def prefill_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KV_PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -555,11 +588,11 @@ def prefill_kernel(
     """Blocks of BLOCK_Q queries, whose k and v are in the pages, for a group of heads together.
 
     Grid: (blocks * NUM_KV_HEADS), in the order of the blocks: those with the most keys should be
-    the first.
+    the first. Where the step's blocks are smaller, the first of those in one of ours does it all.
     """
     begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    WIDTH: tl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     block = tl.program_id(0) // NUM_KV_HEADS
     sequence = tl.load(block_sequence + block)
@@ -569,7 +602,7 @@ def prefill_kernel(
     first_token = tl.load(query_start + sequence)
     queries = tl.load(query_start + sequence + 1) - first_token
     start = tl.load(block_start + block)
-    if (context <= 0) | (start >= queries):
+    if (context <= 0) | (start >= queries) | (start % BLOCK_Q != 0):
         return
 
     rows = tl.arange(0, BLOCK_M)
@@ -591,8 +624,10 @@ def prefill_kernel(
     m = tl.full([BLOCK_M], NO_KEY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first = 0
     if WINDOW > 0:
-        middle = tl.maximum(past + start + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+        first = tl.maximum(past + start + 1 - WINDOW, 0)
+        middle = first // BLOCK_N * BLOCK_N
     else:  # up to here every query of the block sees every key
         middle = (past + start + 1) // BLOCK_N * BLOCK_N
         m, total, acc = attended(
@@ -606,6 +641,7 @@ def prefill_kernel(
             0,
             middle,
             context,
+            first,
             scale,
             soft_cap,
             NUM_KV_HEADS,
@@ -627,6 +663,7 @@ def prefill_kernel(
         middle,
         end,
         context,
+        first,
         scale,
         soft_cap,
         NUM_KV_HEADS,

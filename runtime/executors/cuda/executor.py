@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.builder.contract import LOGITS, STATES, TARGET_GRAPH, CacheSpec, GraphSpec
+from slipstream.builder.contract import (
+    LOGITS,
+    STATES,
+    TARGET_GRAPH,
+    CacheSpec,
+    GraphSpec,
+    page_size_of,
+    states,
+)
 from slipstream.builder.engine import TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets
@@ -87,15 +97,15 @@ class CUDAExecutor:
         weights: Mapping[str, Tensor],
         tactics: Path | None,
     ) -> None:
-        spec, self._cache = _one_graph(manifest)
+        spec, self._caches = _one_graph(manifest)
         self._config, device = config, self._device
         table = Tactics.load(tactics, device.capability, device.name)
         rows = config.max_batch_size
-        self._columns = -(-config.max_seq_len // self._cache.page_size)
+        self._columns = -(-config.max_seq_len // page_size_of(self._caches))
         with device.work(), self._fitting():
             program = CUDAProgram(graph, spec, weights, table, device.torch)
-            self._attention = program.attention[0]  # heads are those of all layers
-            block = query_block(self._attention.num_heads, self._attention.num_kv_heads)
+            self._attention = program.attention
+            block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(rows, config.max_num_tokens, block)
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
@@ -108,6 +118,7 @@ class CUDAExecutor:
 
         None takes ``kv_cache_free_gpu_memory_fraction`` of what weights and the largest step leave
         free, at most what the limits can use. More than is free shrinks to that, with a message.
+        A cache with a window has fewer pages where a full batch cannot use as many as it returns.
         """
         with self._fitting():
             pages = self._affordable_pages(num_bytes)
@@ -116,15 +127,16 @@ class CUDAExecutor:
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
-        page_bytes = self._cache.bytes_per_page
+        page_bytes = self._bytes_of(1)
         self._allocate(1)
         free = max(self._free_after_largest_step() + page_bytes, 0)
         if num_bytes is None:
             usable = int(free * self._config.kv_cache_free_gpu_memory_fraction)
-            pages = min(usable // page_bytes, self._columns * self._config.max_batch_size)
+            most = self._columns * self._config.max_batch_size
         else:
             usable = min(num_bytes, free)
-            pages = usable // page_bytes
+            most = usable // min(cache.bytes_per_page for cache in self._caches)
+        pages = bisect_right(range(1, most + 1), usable, key=self._bytes_of)
         if num_bytes is not None and num_bytes > free:
             log.warning(
                 "the KV cache takes %d MiB, not the %d MiB asked for: the GPU has no more free",
@@ -162,31 +174,42 @@ class CUDAExecutor:
             rows = [self.runner.logits_of(part).to("cpu", copy=True).numpy() for part in parts]
             return np.concatenate(rows)
 
+    def _count(self, cache: CacheSpec, pages: int) -> int:
+        """How many pages a cache has where those that remember every token have ``pages``."""
+        return window_pages(cache.window, pages, self._config) if cache.window else pages
+
+    def _bytes_of(self, pages: int) -> int:
+        return sum(cache.bytes_per_page * self._count(cache, pages) for cache in self._caches)
+
     def _move_pages(self, moves: Sequence[Move]) -> None:
         """Enqueue copies of pages, which the layers of the step may read, without memory beside."""
-        if moves:
-            cache = self.runner.memory.kv_cache.view(torch.uint8)  # no copies of 8-bit floats
-            for move in moves:
-                cache[:, move.destination] = cache[:, move.source]
+        arrays = {cache.name: cache.arrays[0].name for cache in self._caches}
+        for move in moves:
+            pages = self.runner.memory.pages[arrays[move.cache]]
+            pages = pages.view(torch.uint8)  # no copies of 8-bit floats
+            pages[:, move.destination] = pages[:, move.source]
 
     def _allocate(self, pages: int) -> None:
-        config, device, attention = self._config, self._device.torch, self._attention
-        (array,) = self._cache.arrays
+        config, device, layers = self._config, self._device.torch, self._attention
         self.runner.bind(None)  # the old pages go before the new ones come
         with self._device.work():
-            cache = torch.zeros(
-                (len(self._cache.layers), pages, *array.shape),
-                dtype=_KV_TYPES[array.dtype],
-                device=device,
-            )
+            arrays = {
+                array.name: torch.zeros(
+                    (len(cache.layers), self._count(cache, pages), *array.shape),
+                    dtype=_KV_TYPES[array.dtype],
+                    device=device,
+                )
+                for cache in self._caches
+                for array in cache.arrays
+            }
             workspace = DecodeWorkspace.allocate(
                 config.max_batch_size,
-                attention.num_heads,
-                attention.head_dim,
+                max(layer.num_heads for layer in layers),
+                max(layer.head_dim for layer in layers),
                 config.max_seq_len,
                 device,
             )
-        self.runner.bind(Memory(cache, self._sampler.last_tokens, workspace))
+        self.runner.bind(Memory(arrays, self._sampler.last_tokens, workspace))
 
     def _free_after_largest_step(self) -> int:
         """Bytes left when the largest step runs, measured by running one of padding.
@@ -222,16 +245,16 @@ class CUDAExecutor:
             ) from error
 
 
-def _one_graph(manifest: Manifest) -> tuple[GraphSpec, CacheSpec]:
-    """The graph and the cache of an engine that has what this executor runs."""
-    spec, (cache, *more) = manifest.graphs[TARGET_GRAPH], manifest.caches
+def _one_graph(manifest: Manifest) -> tuple[GraphSpec, tuple[CacheSpec, ...]]:
+    """The graph and the caches of an engine that has what this executor runs."""
+    spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
     outputs = [output.name for output in spec.outputs]
-    simple = len(manifest.graphs) == 1 and not more and outputs in ([LOGITS], [STATES])
-    if not simple or spec.seam is None or len(cache.arrays) != 1:
+    simple = len(manifest.graphs) == 1 and not states(caches) and outputs in ([LOGITS], [STATES])
+    if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
         raise EngineMismatchError(
             f"the engine has graphs {', '.join(manifest.graphs)}, caches "
             f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
             f"{', '.join(outputs)}; a GPU runs one graph in two halves, on pages of one array, for "
             "its logits or states: build it with --target cpu"
         )
-    return spec, cache
+    return spec, caches

@@ -60,22 +60,30 @@ _BLOCK_START = Field("block_start", "B")
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Begin and end of every array in the block, by name, and of the page table behind them."""
+    """Begin and end of every array in the block, by name, and of the page tables behind them."""
 
     spans: dict[str, tuple[int, int]]
-    table: tuple[int, int]
+    tables: dict[str, tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        """Where the last page table ends."""
+        return max(end for _, end in self.tables.values())
 
 
 class Layout:
-    """Which arrays of a step lie in the block, and where: what the inputs of a graph with one paged
-    cache take, then what kernels want beside; ``columns`` is the width of its page table."""
+    """Which arrays of a step lie in the block, and where: what the inputs of a graph with paged
+    caches take, then what kernels want beside; ``columns`` is the width of a page table and
+    ``query_block`` the size of blocks of queries."""
 
-    def __init__(self, inputs: Iterable[Port], columns: int) -> None:
-        ports = {port.source: port for port in inputs if port.source is not Source.CACHE}
-        self.read_table = reader_of(ports.pop(Source.PAGE_TABLE))
-        self.columns = columns
-        self.ports = ports
-        fields = [*map(_field, ports.values()), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
+    def __init__(self, inputs: Iterable[Port], columns: int, query_block: int) -> None:
+        ports = [port for port in inputs if port.source is not Source.CACHE]
+        self.tables = {port.name: port for port in ports if port.source is Source.PAGE_TABLE}
+        self.read_tables = {name: reader_of(port) for name, port in self.tables.items()}
+        self.columns, self.query_block = columns, query_block
+        flat = [port for port in ports if port.source is not Source.PAGE_TABLE]
+        self.names = {(port.source, port.cache): port.name for port in flat}
+        fields = [*map(_field, flat), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
         self.fields = {field.name: field for field in fields}
         self.places = lru_cache(maxsize=256)(self._places)  # of a shape, computed once
 
@@ -85,7 +93,12 @@ class Layout:
             end = start + shape.sizes[field.dim]
             spans[name] = (start, end)
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return Places(spans, (start, start + shape.sequences * self.columns))
+        tables = {}
+        for name in self.tables:
+            end = start + shape.sequences * self.columns
+            tables[name] = (start, end)
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return Places(spans, tables)
 
 
 def _field(port: Port) -> Field:
@@ -121,8 +134,8 @@ class StepInputs:
 
     def __init__(self, device: Device, layout: Layout, largest: Shape) -> None:
         self._layout = layout
-        self._rows = layout.ports[Source.LOGITS_ROWS].name
-        _, size = layout.places(largest).table
+        self._rows = layout.names[Source.LOGITS_ROWS, None]
+        size = layout.places(largest).size
         self._block = torch.zeros(size, dtype=torch.int32, device=device.torch)
         self._hosts = [
             _Host(device.pinned((size,), torch.int32), Event(device)) for _ in range(_IN_FLIGHT)
@@ -145,12 +158,12 @@ class StepInputs:
             start, end = places.spans[name]
             host.array[start : start + len(array)] = array
             host.array[start + len(array) : end] = field.padding
-        start, size = places.table
-        padded = host.array[start:size].reshape(shape.sequences, layout.columns)
-        table = layout.read_table(batch)
-        count, width = table.shape
-        padded[:count, :width] = table
-        self._block[:size].copy_(host.tensor[:size], non_blocking=True)
+        for name, (start, end) in places.tables.items():
+            padded = host.array[start:end].reshape(shape.sequences, layout.columns)
+            table = layout.read_tables[name](batch)
+            count, width = table.shape
+            padded[:count, :width] = table
+        self._block[: places.size].copy_(host.tensor[: places.size], non_blocking=True)
         host.copied.record()
 
     def clear(self) -> None:
@@ -164,17 +177,20 @@ class StepInputs:
         """The arrays of a step of this shape, as views of the block."""
         layout, places = self._layout, self._layout.places(shape)
         views = {name: self._block[start:end] for name, (start, end) in places.spans.items()}
-        table = self._block[slice(*places.table)]
-        of = {source: views[port.name] for source, port in layout.ports.items()}
-        attention = StepTensors(
-            query_start=of[Source.QUERY_START],
-            context_len=of[Source.CONTEXT_LEN],
-            page_table=table.view(shape.sequences, layout.columns),
-            slot_mapping=of[Source.SLOT_MAPPING],
-            block_sequence=views[_BLOCK_SEQUENCE.name],
-            block_start=views[_BLOCK_START.name],
-            num_decodes=num_decodes,
-        )
+        of = {key: views[name] for key, name in layout.names.items()}
+        attention = {
+            name: StepTensors(
+                query_start=of[Source.QUERY_START, None],
+                context_len=of[Source.CONTEXT_LEN, None],
+                page_table=self._block[slice(*span)].view(shape.sequences, layout.columns),
+                slot_mapping=of[Source.SLOT_MAPPING, layout.tables[name].cache],
+                block_sequence=views[_BLOCK_SEQUENCE.name],
+                block_start=views[_BLOCK_START.name],
+                num_decodes=num_decodes,
+                query_block=layout.query_block,
+            )
+            for name, span in places.tables.items()
+        }
         return Step(views, views[_TOKEN_SLOTS.name], attention, pdl)
 
     def logits_rows(self, shape: Shape) -> torch.Tensor:

@@ -76,12 +76,15 @@ class StartedCUDAStep:
         return self.sampler.fetch(len(rows), kind)
 
     def _listed(self, rows: Sequence[SamplingRow]) -> Iterator[Scored]:
-        """Log probabilities of sampled tokens with more of the likeliest than the kernels list."""
+        """Log probabilities of sampled tokens with more of the likeliest than the kernels list, or
+        with others."""
         for row, params in enumerate(each.params for each in rows):
             if params.logprobs is not None and not lists_logprobs(params):
                 token = self.sampler.buffers.tokens[row : row + 1].long().clamp(min=0)
                 logits = self.runner.logits[row : row + 1]
-                yield Scored([self.places[row]], score(logits, token, params.logprobs))
+                listed = params.logprob_token_ids
+                ids = None if listed is None else self.device.index(np.array([listed], np.int32))
+                yield Scored([self.places[row]], score(logits, token, params.logprobs, ids))
 
     def _prompts(self) -> Iterator[Scored]:
         """Scores of given tokens; rows of one request follow each other."""
@@ -141,5 +144,6 @@ class PendingCUDAStep:
             if entry is None:
                 result.failed.setdefault(place, broken_row("NaN or infinite"))
                 continue
-            wanted = row.params.logprobs if row.target is None else row.params.prompt_logprobs
-            result.logprobs[place] = entry.only(wanted or 0)
+            if row.target is not None:  # scored beside others that wanted more
+                entry = entry.only(row.params.prompt_logprobs or 0)
+            result.logprobs[place] = entry

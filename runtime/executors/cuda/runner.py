@@ -52,7 +52,7 @@ class StepRunner:
         self._heads: dict[tuple[int, Kind], Work] = {}
         count = buckets.max_batch_size
         with device.work():
-            layout = Layout(program.inputs, page_columns)
+            layout = Layout(program.inputs, page_columns, buckets.query_block)
             self._inputs = StepInputs(device, layout, buckets.largest)
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch

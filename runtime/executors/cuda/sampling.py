@@ -246,7 +246,9 @@ def _same_sequence(first: SamplingRow, second: SamplingRow) -> bool:
 
 def lists_logprobs(params: SamplingParams) -> bool:
     """Whether the kernels list the log probabilities that are asked for."""
-    return params.logprobs is not None and 0 <= params.logprobs <= MAX_LOGPROBS
+    if params.logprobs is None or params.logprob_token_ids is not None:
+        return False
+    return 0 <= params.logprobs <= MAX_LOGPROBS
 
 
 def _pack(row: SamplingRow, slot: int, banned: frozenset[int], vocab_size: int) -> IntArray:

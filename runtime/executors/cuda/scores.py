@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -26,28 +27,36 @@ def rows_at_once(vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PendingScores:
-    """On their way to the host: ``ids`` and ``values`` are ``[R, count]``, the others ``[R]``."""
+    """On their way to the host: ``ids``, ``values`` and ``places`` (their ranks; None: in this
+    order) are ``[R, count]``, the others ``[R]``."""
 
     tokens: Tensor
     logprobs: Tensor
     ranks: Tensor
     ids: Tensor
     values: Tensor
+    places: Tensor | None = None
 
     def result(self) -> Iterator[TokenLogprobs | None]:
         """Each row's, once the device is done; None where the largest logit is not finite."""
         columns = (self.tokens, self.logprobs, self.ranks, self.ids, self.values)
-        for token, logprob, rank, ids, values in zip(*(c.tolist() for c in columns), strict=True):
+        places = (
+            repeat(range(1, self.ids.shape[1] + 1)) if self.places is None else self.places.tolist()
+        )
+        rows = zip(*(c.tolist() for c in columns), strict=True)
+        for (token, logprob, rank, ids, values), ranks in zip(rows, places, strict=False):
             if logprob != logprob:
                 yield None
                 continue
-            top = {i: (v, place) for place, (i, v) in enumerate(zip(ids, values, strict=True), 1)}
+            top = {i: (v, place) for i, v, place in zip(ids, values, ranks, strict=True)}
             yield TokenLogprobs(token, logprob, rank, top)
 
 
-def score(logits: Tensor, tokens: Tensor, count: int) -> PendingScores:
+def score(
+    logits: Tensor, tokens: Tensor, count: int, listed: Tensor | None = None
+) -> PendingScores:
     """Log probability and rank of ``tokens [R]`` (int64) and the ``count`` likeliest (-1: all) in
-    ``logits [R, V]`` (float32, not changed).
+    ``logits [R, V]`` (float32, not changed), or, in their place, of ``listed [R, K]`` (int64).
 
     Rank 1 is the likeliest; equal tokens rank in the order of their ids, as in
     ``sampler.token_logprobs``. Nothing waits for the device.
@@ -56,12 +65,16 @@ def score(logits: Tensor, tokens: Tensor, count: int) -> PendingScores:
     count = size if count < 0 else min(count, size)
     ids = torch.arange(size, device=logits.device)
     own = logits.gather(1, tokens[:, None])
-    ranks = ((logits > own) | ((logits == own) & (ids < tokens[:, None]))).sum(1) + 1
+    ranks = _ranks(logits, tokens, ids)
     # The sum of a row with NaN or +inf is not finite, and the difference is NaN.
     peak = logits.amax(1, keepdim=True)
     normalizer = peak + (logits - peak).exp().sum(1, keepdim=True).log()
-    best = ids[:0].expand(len(logits), 0)
-    if count:
+    best, places = ids[:0].expand(len(logits), 0), None
+    if listed is not None:
+        best = listed
+        columns = [_ranks(logits, column, ids) for column in listed.unbind(1)]
+        places = _to_host(torch.stack(columns, 1))
+    elif count:
         best = _LOW_BITS - (torch.topk(_ordered(logits, ids), count).values & _LOW_BITS)
     return PendingScores(
         _to_host(tokens),
@@ -69,7 +82,14 @@ def score(logits: Tensor, tokens: Tensor, count: int) -> PendingScores:
         _to_host(ranks),
         _to_host(best),
         _to_host(logits.gather(1, best) - normalizer),
+        places,
     )
+
+
+def _ranks(logits: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    tokens = tokens[:, None]
+    own = logits.gather(1, tokens)
+    return ((logits > own) | ((logits == own) & (ids < tokens))).sum(1) + 1
 
 
 def _ordered(logits: Tensor, ids: Tensor) -> Tensor:

@@ -37,8 +37,10 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     sizes = sorted({size for problem in found for size in problem.buckets})
     # A step that is not full takes the tactic of the next larger bucket.
     most = next((size for size in sizes if size >= manifest.limits.max_num_tokens), sizes[-1])
-    report = tune(found, [size for size in sizes if size <= most], table)
-    engine.write_file(TACTICS, table.to_json())
+    report = []
+    for tuned in tune(found, [size for size in sizes if size <= most], table):
+        engine.write_file(TACTICS, table.to_json())  # what is cut short keeps what it timed
+        report.append(tuned)
     return report
 
 

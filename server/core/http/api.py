@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter
@@ -32,12 +32,13 @@ class Api:
     """One API among those of a server.
 
     ``error_body`` gives the JSON of a refusal, and ``responses`` describes the answers that are
-    errors, by status, for ``/openapi.json``.
+    errors, by status, for ``/openapi.json``. ``statuses`` are the API's own.
     """
 
     router: APIRouter
     error_body: Callable[[Refusal], bytes]
     responses: dict[int | str, dict[str, Any]]
+    statuses: Mapping[Kind, int] = field(default_factory=lambda: STATUSES)
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Apis:
 
     def refuse(self, scope: Scope, refusal: Refusal) -> Response:
         """The answer to a request, in the shape of the API that it was sent to."""
-        body = self._api_of(scope).error_body(refusal)
-        return Response(body, STATUSES[refusal.kind], _headers(refusal), "application/json")
+        api = self._api_of(scope)
+        status, body = api.statuses[refusal.kind], api.error_body(refusal)
+        return Response(body, status, _headers(refusal), "application/json")
 
     def _api_of(self, scope: Scope) -> Api:
         for api in self.apis:

@@ -16,6 +16,7 @@ from slipstream.server.core.http.errors import install_handlers
 from slipstream.server.core.http.middleware import (
     BodyLimit,
     BodyReader,
+    Count,
     HeadAsGet,
     HostGuard,
     KeyGuard,
@@ -23,7 +24,7 @@ from slipstream.server.core.http.middleware import (
 )
 from slipstream.server.core.http.structure import StructureLimit
 from slipstream.server.core.limits import MAX_VALUES
-from slipstream.server.core.metrics import EngineMetrics, registry_of
+from slipstream.server.core.metrics import EngineMetrics, HttpMetrics, registry_of
 from slipstream.server.core.service import Service
 
 
@@ -38,18 +39,19 @@ def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) ->
         redirect_slashes=False,
     )
     app.state.service = service
-    app.state.registry = registry_of(metrics)
+    requests = HttpMetrics(service.names[0])
+    app.state.registry = registry_of(metrics, requests)
     known = Apis(apis)
     for api in apis:
         app.include_router(api.router, responses=api.responses)
     app.include_router(status.router, responses=known.first.responses)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     install_handlers(app, known)
-    _surround(app, service, known)
+    _surround(app, service, known, requests.count)
     return app
 
 
-def _surround(app: FastAPI, service: Service, apis: Apis) -> None:
+def _surround(app: FastAPI, service: Service, apis: Apis, count: Count) -> None:
     """Middleware, from the innermost to the outermost."""
     options, refuse = service.options, apis.refuse
     app.add_middleware(HeadAsGet)
@@ -70,7 +72,7 @@ def _surround(app: FastAPI, service: Service, apis: Apis) -> None:
     if options.is_local:
         app.add_middleware(HostGuard, allowed=options.allowed_hosts, refuse=refuse)
     app.add_middleware(BodyReader)
-    app.add_middleware(RequestLog, refuse=refuse)
+    app.add_middleware(RequestLog, refuse=refuse, count=count)
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:

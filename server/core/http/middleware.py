@@ -26,6 +26,8 @@ from slipstream.server.core.refusal import Refusal, internal_refusal
 
 # Renders a refusal for whoever sent a request.
 Refuse = Callable[[Scope, Refusal], Response]
+# Hears of every answer: the method, the path of the route (None: there is none) and the status.
+Count = Callable[[str, str | None, int], None]
 _LOG = logging.getLogger(__name__)
 _FIELDS = "slipstream.log_fields"
 _SEND = "slipstream.send"
@@ -33,7 +35,7 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _LINGER_SECONDS = 30  # for the rest of a body whose request has been answered
 # Of these nobody needs a key: they are asked by machines, and tell nothing of anybody's requests.
 OPEN_PATHS = frozenset(
-    {"/", "/health", "/metrics", "/version", "/openapi.json"}
+    {"/", "/health", "/ping", "/load", "/metrics", "/version", "/openapi.json"}
     | {f"/page/{name}" for name in ("page.css", "chat.js", "markdown.js")}
 )
 
@@ -51,11 +53,12 @@ def direct_send(scope: Scope) -> Send:
 
 class RequestLog:
     """Gives every request an id (``X-Request-Id``, the client's own if it sent one) and one log
-    line, and answers 500 to a bug."""
+    line, counts it, and answers 500 to a bug."""
 
-    def __init__(self, app: ASGIApp, refuse: Refuse) -> None:
+    def __init__(self, app: ASGIApp, refuse: Refuse, count: Count) -> None:
         self._app = app
         self._refuse = refuse
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run a request."""
@@ -84,6 +87,8 @@ class RequestLog:
             await self._refuse(scope, internal_refusal())(scope, receive, send_with_id)
         finally:
             _log(scope, status, time.monotonic() - started)
+            if status:
+                self._count(scope["method"], getattr(scope.get("route"), "path", None), status)
             request_id.reset(token)
 
 
@@ -163,18 +168,22 @@ class KeyGuard:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
             refusal = Refusal(
                 "unauthorized",
-                "this server wants an API key it knows: send Authorization: Bearer KEY",
+                "this server wants an API key it knows: send Authorization: Bearer KEY, or "
+                "x-api-key: KEY",
                 code="invalid_api_key",
             )
             app = self._refuse(scope, refusal)
         await app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")  # as it came
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        bearer = key if scheme.lower() == "bearer" else ""
+        sent = (bearer, headers.get("x-api-key", ""))
+        given = [key.strip().encode("latin-1") for key in sent]  # as they came
         # All are compared, each in constant time, so that time tells nothing of a key.
-        found = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(found)
+        found = [hmac.compare_digest(key, known) for key in given for known in self._keys]
+        return any(found)
 
 
 class BodyReader:
@@ -230,9 +239,12 @@ class HeadAsGet:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        await self._app(as_get, receive, send)
+        scope["route"] = as_get.get("route")  # for whoever counts
 
 
 class BodyLimit:

@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from slipstream.errors import SlipstreamError
+from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import RequestOutput
 from slipstream.server.core.http.api import STATUSES
 from slipstream.server.core.http.middleware import direct_send, log_fields
@@ -25,7 +26,7 @@ from slipstream.server.core.usage import Usage
 _LOG = logging.getLogger(__name__)
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PULSE_SECONDS = 5.0
-_SCORE_SIZE = 1000  # characters of the log probabilities of a token, about
+_SCORE_SIZE = 50  # characters of a log probability, about
 _NUMBER_SIZE = 12  # of a number of a vector
 CLIENT_GONE = 499  # what nginx logs for it; nobody reads this answer
 
@@ -129,11 +130,15 @@ def _size(outputs: Sequence[RequestOutput]) -> int:
     """What an answer takes to write, in characters."""
     size = 0
     for output in outputs:
-        size += _SCORE_SIZE * len(output.prompt_logprobs or ())
+        size += _scores_size(output.prompt_logprobs or ())
         size += 0 if output.pooled is None else _NUMBER_SIZE * len(output.pooled)
         for completion in output.outputs:
-            size += len(completion.text) + _SCORE_SIZE * len(completion.logprobs or ())
+            size += len(completion.text) + _scores_size(completion.logprobs or ())
     return size
+
+
+def _scores_size(entries: Sequence[TokenLogprobs | None]) -> int:
+    return _SCORE_SIZE * sum(1 + len(entry.top) for entry in entries if entry is not None)
 
 
 async def _collect(items: AsyncGenerator[Item, None], count: int) -> list[RequestOutput]:

@@ -1,4 +1,4 @@
-"""What the server says of itself: health, metrics and version."""
+"""What the server says of itself: health, load, metrics and version."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ _TEXT = {"schema": {"type": "string"}}
 
 
 @router.get("/health")
+@router.get("/ping")
+@router.post("/ping")  # as SageMaker asks
 async def health(request: Request) -> dict[str, str]:
     """200 while requests are taken, 503 when the server drains or its engine is unhealthy."""
     reason = service_of(request).unavailable
     if reason is not None:
         raise Refusal("unavailable", reason)
     return {"status": "ok"}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """How many requests run or wait."""
+    return {"server_load": service_of(request).load}
 
 
 @router.get(

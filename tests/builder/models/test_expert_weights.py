@@ -62,6 +62,10 @@ def test_what_says_the_same_stays_in_its_codes(
         ((integers(4, 32), integers(8, 32)), "formats differ (int4, groups of 32; int8, groups of"),
         ((integers(4, 32), dense), "formats differ (int4, groups of 32; float32)"),
         ((integers(4, 32, "offset"), integers(4, 32, "zero")), "formats differ"),
+        (
+            (integers(4, 32), integers(4, 32, dtype="float32")),
+            "types of their scales differ (float16; float32)",
+        ),
         ((with_input(integers(4, 32), order=1), with_input(integers(4, 32), order=2)), "act-order"),
         ((with_input(integers(4, 32), order=1), integers(4, 32)), "act-order"),
     ],

@@ -18,6 +18,7 @@ from slipstream.builder.build import plan
 from slipstream.builder.models import load_architecture
 from slipstream.builder.models.config import FULL, SLIDING, ModelConfig, Rope, RopeScaling
 from slipstream.builder.models.gemma4_decoder import kv_layer
+from slipstream.builder.models.gemma4_gguf import FAMILY
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.builder.models.rope import rotary_frequencies
 from slipstream.builder.options import BuildOptions
@@ -139,17 +140,15 @@ def test_attention_says_what_it_is_given(tmp_path: Path) -> None:
     assert told == [*own, (near, 1, 0, 1), (near, 1, 0, 1), (far, 0, 0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "gemma4",
-            "gemma4_text keep their keys and values in 2 caches of different shapes; the cu",
-        ),
-        ("gemma4-wide-heads", "heads of 512 elements; the cuda target runs those .* up to 256"),
-        ("gemma4-full", "layers.0/attn/PagedAttention has a norm of v heads, .*: use --target cpu"),
-    ],
-)
-def test_the_cuda_target_says_what_it_lacks(name: str, message: str, tmp_path: Path) -> None:
+def test_a_gguf_file_that_does_not_say_which_layers_have_a_window_is_refused() -> None:
+    found = {"num_key_value_heads": [2, 2], "intermediate_size": [8, 8]}
+    with pytest.raises(CheckpointError, match=r"gemma4\.attention\.sliding_window_pattern does n"):
+        FAMILY.concluded(found)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_heads_that_no_kernel_takes_are_refused(target: str, tmp_path: Path) -> None:
+    config = Gemma4TextConfig(**GEMMA4 | {"global_head_dim": 520})
+    message = f"heads of 520 elements; the {target} target runs those of a multiple of 8 up to 512"
     with pytest.raises(BuildError, match=message):
-        plan(save_tiny(CONFIGS[name], tmp_path), BuildOptions(target="cuda"))
+        plan(save_tiny(config, tmp_path), BuildOptions(target=target))

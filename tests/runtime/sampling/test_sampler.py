@@ -81,6 +81,16 @@ class TestLogprobs:
         assert scored.token_id == 17
         assert len(scored.top) == 2
 
+    def test_listed_tokens_are_scored_in_place_of_the_likeliest(self) -> None:
+        logits = random_logits(1, 300)
+        params = SamplingParams(temperature=0, logprob_token_ids=[17, 3])
+        assert params.logprobs == 0
+        (entry,) = Sampler(300).sample(logits, [row(params)]).logprobs
+        every = token_logprobs(logits[0], 17, -1).top
+        assert entry is not None and list(entry.top) == [17, 3]
+        for token, (value, rank) in entry.top.items():
+            assert rank == every[token][1] and value == pytest.approx(every[token][0])
+
     def test_ties_rank_by_id(self) -> None:
         logits = np.array([1, 2, 2, -np.inf, 2], np.float32)
         assert [token_logprobs(logits, token, 0).rank for token in range(5)] == [4, 1, 2, 5, 3]

@@ -106,7 +106,7 @@ def chain(link: Callable[[str], object], last: object, count: int = 20_000) -> s
     return json.dumps({"$defs": {**definitions, f"a{count}": last}, "$ref": "#/$defs/a0"})
 
 
-HOSTILE = {
+HOSTILE: dict[str, dict[str, Any]] = {
     "a chain of references": {"json": chain(lambda to: {"$ref": to}, {"type": "null"}, 6000)},
     "nested through references": {
         "json": chain(lambda to: {"type": "array", "items": {"$ref": to}}, {"type": "null"}, 6000)

@@ -28,7 +28,8 @@ def test_every_request_gets_its_tokens_and_concurrency_is_kept() -> None:
 def test_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=clock))
-    monkeypatch.setattr(counting, "time", SimpleNamespace(sleep=clock.sleep))
+    device_time = SimpleNamespace(sleep=clock.sleep, perf_counter=clock)
+    monkeypatch.setattr(counting, "time", device_time)
     with Bench(counting_engine(delay=0.02), Workload(5, 4, 0)) as bench:
         measured = bench.measure(1, 1)
     (trace,) = measured.traces

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
-from slipstream.server.core.metrics import FAMILIES, EngineMetrics, Histogram, registry_of, render
+from slipstream.server.core.metrics import (
+    FAMILIES,
+    STEPS,
+    EngineMetrics,
+    HttpMetrics,
+    registry_of,
+    render,
+)
 
+CONFIG = RuntimeConfig()
 STATS = SchedulerStats(
     num_running=3,
     num_waiting=2,
@@ -17,6 +27,8 @@ STATS = SchedulerStats(
     prefix_cache_queries=100,
     prefix_cache_hits=40,
     num_preemptions=1,
+    num_deferred=1,
+    num_pages=24,
 )
 
 
@@ -25,6 +37,7 @@ class Engine:
     """What metrics read of an engine."""
 
     stats: SchedulerStats = STATS
+    config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None
 
@@ -34,6 +47,7 @@ ENGINE = Engine()
 VLLM = {
     "num_requests_running",
     "num_requests_waiting",
+    "num_requests_waiting_by_reason",
     "kv_cache_usage_perc",
     "prefix_cache_queries",
     "prefix_cache_hits",
@@ -47,13 +61,16 @@ VLLM = {
     "request_prompt_tokens",
     "request_generation_tokens",
     "request_params_n",
+    "request_params_max_tokens",
+    "iteration_tokens_total",
+    "cache_config_info",
     "e2e_request_latency_seconds",
     "request_queue_time_seconds",
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
     "request_inference_time_seconds",
 }
-OWN = {"engine_healthy"}
+OWN = {"engine_healthy", "step_time_seconds"}
 
 
 def scrape(metrics: EngineMetrics) -> dict[str, float]:
@@ -76,10 +93,10 @@ def output(
 
 
 def test_the_families_are_vllms() -> None:
-    assert set(FAMILIES) == VLLM | OWN
+    assert {*FAMILIES, *STEPS, "cache_config_info"} == VLLM | OWN
     families = {f.name: f for f in EngineMetrics("m", ENGINE).collect()}
     assert set(families) == {f"slipstream:{name}" for name in VLLM | OWN}
-    for name, family in FAMILIES.items():
+    for name, family in {**FAMILIES, **STEPS}.items():
         assert families[f"slipstream:{name}"].type == family.kind
         assert families[f"slipstream:{name}"].samples[0].labels["model_name"] == "m"
 
@@ -90,6 +107,39 @@ def test_gauges_are_what_the_scheduler_says_now() -> None:
     assert samples["slipstream:num_requests_waiting"] == 2
     assert samples["slipstream:kv_cache_usage_perc"] == 0.25
     assert samples["slipstream:prefix_cache_hits_total"] == 40
+    assert samples["slipstream:num_requests_waiting_by_reason capacity"] == 1
+    assert samples["slipstream:num_requests_waiting_by_reason deferred"] == 1
+
+
+def test_the_size_of_the_cache_is_told_in_labels() -> None:
+    families = {f.name: f for f in EngineMetrics("m", ENGINE).collect()}
+    (info,) = families["slipstream:cache_config_info"].samples
+    assert info.value == 1
+    assert (info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("32", "24")
+    assert info.labels["enable_prefix_caching"] == "True"
+
+
+def test_steps_are_those_of_the_engine() -> None:
+    stats = replace(STATS, step_tokens=Histogram((1, 8)), step_seconds=Histogram((0.5,)))
+    for tokens in (1, 5, 20):
+        stats.step_tokens.observe(tokens)
+    stats.step_seconds.observe(0.25, 3)
+    samples = scrape(EngineMetrics("m", Engine(stats)))
+    assert samples["slipstream:iteration_tokens_total_sum"] == 26
+    assert samples["slipstream:iteration_tokens_total_bucket 8.0"] == 2
+    assert samples["slipstream:step_time_seconds_count"] == 3
+
+
+def test_answers_are_counted_and_what_clients_make_up_is_not_told() -> None:
+    requests = HttpMetrics("m")
+    requests.count("GET", "/health", 200)
+    requests.count("GET", "/health", 200)
+    requests.count("BREW", None, 405)
+    (family,) = requests.collect()
+    assert {tuple(s.labels.values()): s.value for s in family.samples} == {
+        ("m", "GET", "200", "/health"): 2,
+        ("m", "other", "405", "none"): 1,
+    }
 
 
 def test_an_engine_that_is_unhealthy_or_closed_is_told() -> None:
@@ -160,7 +210,7 @@ def test_a_completion_that_ended_is_counted_once() -> None:
 
 def test_sizes_of_requests_are_those_that_vllms_clients_look_for() -> None:
     metrics = EngineMetrics("m", ENGINE)
-    metrics.watch().see(output(RequestMetrics(10, 11, 13, 17), 5, "stop"))
+    metrics.watch(max_tokens=9).see(output(RequestMetrics(10, 11, 13, 17), 5, "stop"))
     watch, times = metrics.watch(), RequestMetrics(10, 11, 13)
     for reason in (None, "length"):  # a stream of two completions
         step = output(times, 3, reason)
@@ -173,6 +223,7 @@ def test_sizes_of_requests_are_those_that_vllms_clients_look_for() -> None:
         ("request_prompt_tokens", 2, 6),
         ("request_generation_tokens", 3, 5 + 6 + 8),
         ("request_params_n", 2, 3),
+        ("request_params_max_tokens", 1, 9),  # the other was not bounded
         ("time_per_output_token_seconds", 4 + 5 + 7, None),
     ):
         assert samples[f"slipstream:{name}_count"] == count, name

@@ -23,7 +23,9 @@ def test_what_is_given_stands_on_the_models_defaults() -> None:
     [
         ({"n": 129}, "n=129 is more than this server gives; at most 128"),
         ({"logprobs": 21}, "logprobs=21 is more than this server gives; at most 20"),
-        ({"prompt_logprobs": -1}, "prompt_logprobs=-1 is more than this server gives"),
+        ({"logprobs": -1}, "logprobs=-1 is more than this server gives"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21 is more than this server gives"),
+        ({"logprob_token_ids": list(range(129))}, "logprob_token_ids has 129 entries"),
         ({"stop": [str(i) for i in range(65)]}, "stop has 65 entries; this server takes 64"),
         ({"bad_words": ["a" * 1001]}, "bad_words has a text of 1001 characters"),
         ({"stop_token_ids": list(range(1025))}, "stop_token_ids has 1025 entries"),

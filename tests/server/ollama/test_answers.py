@@ -23,6 +23,8 @@ from slipstream.runtime.chat.events import (
     ReasoningText,
 )
 from slipstream.runtime.chat.options import ChatOptions, Tool
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.http import respond
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.ollama.api import OLLAMA
 from slipstream.server.ollama.reply import OllamaReply, as_response
@@ -140,7 +142,7 @@ def test_log_probabilities(server: Running, client: Connect) -> None:
     answer = client(server).generate("counting", "abc", **asked)
     assert answer.logprobs is not None
     assert [entry.token for entry in answer.logprobs] == ["d", "e"]
-    likeliest = [list(entry.top_logprobs or ())[0] for entry in answer.logprobs]
+    likeliest = [next(iter(entry.top_logprobs or ())) for entry in answer.logprobs]
     assert [entry.token for entry in likeliest] == ["d", "e"]
     lines = client(server).generate("counting", "abc", stream=True, **asked)
     streamed = [entry for line in lines for entry in line.logprobs or ()]
@@ -231,6 +233,7 @@ def test_curl_sends_json_as_a_form_but_web_pages_may_not(server: Running) -> Non
         ("generate", {"prompt": "a", "options": {"nonsense": 1}}, 400, "options.nonsense"),
         ("generate", {"prompt": "a", "options": {"mirostat": 2}}, 400, "not supported"),
         ("generate", {"prompt": "a", "options": {"temperature": -1}}, 400, "temperature"),
+        ("generate", {"prompt": "a", "options": {"repeat_penalty": 0}}, 400, "repeat_penalty: "),
         ("generate", {"prompt": "a", "format": {"$ref": "#/nowhere"}}, 400, "nowhere"),
         ("generate", {"prompt": "a", "format": "yaml"}, 400, "format"),
         ("chat", {"messages": HELLO, "think": True}, 400, "does not support thinking"),
@@ -266,6 +269,15 @@ def test_pulling_what_is_served_succeeds_at_once(server: Running, client: Connec
     assert [part.status for part in client(server).pull("counting:latest", stream=True)] == [
         "success"
     ]
+
+
+def test_every_line_is_an_object_however_slow_the_model_is(
+    monkeypatch: pytest.MonkeyPatch, client: Connect
+) -> None:
+    monkeypatch.setattr(respond, "PULSE_SECONDS", 0.002)
+    with serving(counting_engine(delay=0.02), apis=[OPENAI, OLLAMA]) as running:
+        lines = list(client(running).generate("counting", "abc", raw=True, stream=True))
+        assert "".join(line.response or "" for line in lines) == "defghijklmnopqrs"
 
 
 def test_models_are_listed_with_their_tags(server: Running, client: Connect) -> None:

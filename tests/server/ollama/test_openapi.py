@@ -30,7 +30,7 @@ def test_no_request_makes_the_server_fail(server: Running, name: str, mode: Gene
     operation = schema[f"/api/{name}"]["POST"]
 
     @settings(
-        max_examples=20,
+        max_examples=6,
         deadline=None,
         derandomize=True,
         database=None,

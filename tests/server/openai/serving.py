@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
-from slipstream.server.core.http.api import Api
+from slipstream.server.anthropic.api import ANTHROPIC
 from slipstream.server.core.http.process import DrainingServer, bind, server_of, url_of
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 from slipstream.server.openai.api import OPENAI
+from slipstream.server.responses.api import RESPONSES
 
 
 @dataclass(slots=True)
@@ -91,7 +92,6 @@ def serving(
     engine: LoadedEngine | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
-    apis: Sequence[Api] = (OPENAI,),
     **options: Any,  # noqa: ANN401 - those of the server
 ) -> Iterator[Running]:
     """Serve an engine (None: the counting model); at the end no request may be left.
@@ -105,7 +105,7 @@ def serving(
 
     def run() -> None:
         async def main() -> None:
-            server = server_of(llm, settings, apis)
+            server = server_of(llm, settings, [OPENAI, RESPONSES, ANTHROPIC])
             box.append(server)
             task = asyncio.create_task(server.serve([listener]))
             while not server.started and not task.done():

@@ -16,15 +16,15 @@ from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
+from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.openai.api import OPENAI
-from slipstream.server.responses.api import RESPONSES
 from slipstream.server.responses.reply import ResponseReply
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOL: Any = {"type": "function", "name": "d", "parameters": SCHEMA, "strict": False}
-# What the model says after ":", past its end: ";", thoughts "?-", text, a call of d with "fg", "ij".
+# What the model says after ":" and past its end.
 SAID = [
     ("message", ";"),
     ("reasoning", "?-"),
@@ -55,7 +55,7 @@ def dialect() -> Hearing:
 @pytest.fixture(scope="module")
 def server(dialect: Hearing) -> Iterator[Running]:
     """A server whose model has that dialect."""
-    with serving(apis=[OPENAI, RESPONSES], max_stored_responses=3) as running:
+    with serving(max_stored_responses=3) as running:
         running.service.dialect = dialect
         yield running
 
@@ -63,7 +63,9 @@ def server(dialect: Hearing) -> Iterator[Running]:
 def ask(running: Running, **changes: Any) -> Any:  # noqa: ANN401 - the client's types
     extra = {"ignore_eos": True, **changes.pop("extra_body", {})}
     given = {"model": "counting", "input": "hi", "max_output_tokens": 17, **changes}
-    return running.client().responses.create(**given, extra_body=extra)
+    with running.client() as client:
+        answer = client.responses.create(**given, extra_body=extra)
+        return list(answer) if given.get("stream") else answer
 
 
 def told(item: Any) -> tuple[str, str]:  # noqa: ANN401 - the client's types
@@ -108,7 +110,7 @@ def test_thoughts_texts_and_calls_are_items(server: Running) -> None:
 )
 def test_a_stream_tells_the_answer_in_one_piece(server: Running, changes: dict[str, Any]) -> None:
     whole = ask(server, **changes)
-    events = list(ask(server, stream=True, **changes))
+    events = ask(server, stream=True, **changes)
     known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     for number, event in enumerate(events):
         assert event.sequence_number == number
@@ -128,7 +130,8 @@ def test_a_stream_tells_the_answer_in_one_piece(server: Running, changes: dict[s
         if event.type.endswith(".delta"):
             joined[event.output_index] += event.delta
         if event.type.endswith(("text.done", "arguments.done")):
-            assert joined[event.output_index] == getattr(event, "text", None) or event.arguments
+            done = event.arguments if event.type.endswith("arguments.done") else event.text
+            assert joined[event.output_index] == done
     assert joined == [told(item)[1] for item in items]
 
 
@@ -165,7 +168,7 @@ def test_an_answer_that_is_cut_off_says_so(server: Running) -> None:
 
 
 def test_the_clients_helper_follows_a_stream(server: Running) -> None:
-    with server.client().responses.stream(
+    with server.client() as client, client.responses.stream(
         model="counting", input="hi", max_output_tokens=40, extra_body={"ignore_eos": True,
                                                                       "stop": ["k"]}
     ) as stream:  # fmt: skip
@@ -271,15 +274,21 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
     calls = dialect.heard[3]["tool_calls"]
     assert [call["id"] for call in calls] == ["c1", "c2"]
     assert dialect.heard[5]["content"] == "none"
-    with pytest.raises(openai.NotFoundError):
-        server.client().responses.retrieve(data[-1]["response"]["id"])
+    with server.client() as client, pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(data[-1]["response"]["id"])
 
 
-def test_stored_answers_are_found_and_forgotten(server: Running) -> None:
-    client = server.client()
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client."""
+    with server.client() as client:
+        yield client
+
+
+def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.OpenAI) -> None:
     answer = ask(server)
     assert without_ids(client.responses.retrieve(answer.id)) == without_ids(answer)
-    streamed = list(ask(server, stream=True))[-1].response
+    streamed = ask(server, stream=True)[-1].response
     assert client.responses.retrieve(streamed.id).to_dict() == streamed.to_dict()
     client.responses.delete(answer.id)
     for act in (client.responses.retrieve, client.responses.delete):
@@ -309,7 +318,7 @@ def test_stored_answers_are_found_and_forgotten(server: Running) -> None:
         ({"input": [{"role": "user"}]}, "input", "content"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "call_id"),
         ({"input": []}, "input", "missing"),
-        ({"input": "x" * 5000}, "input", "tokens"),
+        ({"input": "x" * 300}, "input", "tokens"),
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"conversation": "c"}, "conversation", "previous_response_id"),
@@ -336,16 +345,31 @@ def test_an_unknown_model_is_404(server: Running) -> None:
         ask(server, model="other")
 
 
-def test_a_stream_that_fails_ends_with_the_response_that_failed() -> None:
+def test_a_device_that_fails_is_told_by_the_response_that_failed() -> None:
+    engine = counting_engine(delay=0.005)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    with serving(engine) as running, running.client() as client:
+        body: Any = {"model": "counting", "input": "hi", "max_output_tokens": 200}
+        stream = client.responses.create(**body, stream=True, extra_body={"ignore_eos": True})
+        assert next(stream).type == "response.created"
+        executor.fail_next = True
+        events: list[Any] = list(stream)
+        assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+        assert [event.sequence_number for event in events] == list(range(1, len(events) + 1))
+        assert "a step failed" in events[-2].message
+        failed = events[-1].response
+        assert failed.status == "failed" and failed.error.code == "server_error"
+        executor.fail_next = True
+        refused = running.post("/v1/responses", {"input": "hi", "stream": True})
+        assert refused.status_code == 503, "nothing was sent yet, so there is a status"
+        assert refused.json()["error"]["type"] == "service_unavailable_error"
+
+
+def test_a_stream_that_fails_before_its_first_event_begins_nevertheless() -> None:
     turns: Any = None
     reply = ResponseReply({"id": "resp_1", "status": "in_progress"}, turns, lambda *_: None)
     events = reply.error(Refusal("failed", "a step failed")).decode().split("\n\n")[:-1]
-    found = [json.loads(event.split("data: ")[1]) for event in events]
-    assert [event["type"] for event in found] == [
+    assert [json.loads(event.split("data: ")[1])["type"] for event in events] == [
         "response.created", "response.in_progress", "error", "response.failed",
     ]  # fmt: skip
-    assert [event["sequence_number"] for event in found] == [0, 1, 2, 3]
-    assert found[2]["message"] == "a step failed"
-    failed = found[3]["response"]
-    assert failed["status"] == "failed"
-    assert failed["error"] == {"code": "server_error", "message": "a step failed"}

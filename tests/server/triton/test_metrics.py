@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.scheduler import SchedulerStats
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 
+CONFIG = RuntimeConfig()
 BUSY = SchedulerStats(
     num_running=1,
     num_waiting=2,
@@ -31,6 +33,7 @@ class Engine:
     """What metrics read of an engine."""
 
     stats: SchedulerStats = BUSY
+    config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None
 
@@ -49,7 +52,8 @@ class Triton:
 
         class Metric:
             def __init__(self, name: str, labels: dict[str, str]) -> None:
-                self.name = f"{name} {labels['finished_reason']}" if len(labels) > 3 else name
+                own = [labels[key] for key in ("finished_reason", "reason") if key in labels]
+                self.name = " ".join([name, *own])
                 values.setdefault(self.name, 0.0)
 
             def set(self, value: float) -> None:
@@ -92,6 +96,8 @@ def start(engine: Engine) -> Any:  # noqa: ANN401 - TritonMetrics, which needs T
 def test_gauges_are_set_by_the_first_publication_after_a_crash(triton: Triton) -> None:
     start(Engine())  # and then the process dies
     assert triton.values["num_requests_running"] == 1
+    assert triton.values["num_requests_waiting_by_reason capacity"] == 2
+    assert triton.values["cache_config_info"] == 1
     start(Engine(IDLE))
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert triton.values[name] == 0, name

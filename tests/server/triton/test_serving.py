@@ -85,7 +85,7 @@ class Counts:
         self.closed = False
         self.mean_latency = 0.0
 
-    def watch(self) -> Counts:
+    def watch(self, max_tokens: int | None = None) -> Counts:
         return self
 
     def see(self, output: RequestOutput) -> None:

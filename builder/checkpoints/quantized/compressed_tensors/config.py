@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from slipstream.builder.checkpoints.quantized.stored import matches
+from slipstream.builder.checkpoints.quantized.patterns import matches
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, shortened
 

@@ -13,8 +13,9 @@ from slipstream.builder.checkpoints.quantized.gptq.zeros import (
     open_zeros,
     written_by_gptqmodel,
 )
+from slipstream.builder.checkpoints.quantized.patterns import matches
 from slipstream.builder.checkpoints.quantized.refused import refusal
-from slipstream.builder.checkpoints.quantized.stored import Notes, Stored, group_size, matches
+from slipstream.builder.checkpoints.quantized.stored import Notes, Stored, group_size
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields

@@ -6,6 +6,9 @@ other tensor of the loop is ``[BR, Q]``. So a thread reads just the elements of 
 vectors, once for all ``RT`` rows, and no value crosses threads before the sums at the end.
 ``DEPTH`` vectors a row are in flight ahead of the products; with programmatic dependent launch
 they are read before ``gdc_wait``, since no kernel of a step writes a weight.
+
+``SUM`` experts of a token may take the place of one weight: a program then adds up the products of
+its rows with all of them, the row of x being those of the experts one after the other.
 """
 
 # ruff: noqa: RUF005 - Triton has no starred tuples
@@ -123,6 +126,20 @@ def _read_vectors(
 
 
 @triton.jit
+def _fetch_rows(pointer, rows, lanes, VECTORS: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr):
+    """Asks the L2 cache for all of the rows, a line of 128 bytes a lane."""
+    LINES: tl.constexpr = (VECTORS + 7) // 8
+    for r in tl.static_range(RT):
+        begin = pointer + rows[r].to(tl.int64) * (VECTORS * 2)
+        for first in tl.static_range(0, LINES, Q):
+            at = begin + tl.minimum(first + lanes, LINES - 1) * 16
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
 def _read_floats(
     pointer, row, first, lanes, VECTORS: tl.constexpr, COUNT: tl.constexpr, BF16: tl.constexpr,
     EVEN: tl.constexpr,
@@ -144,16 +161,17 @@ def _read_floats(
 
 @triton.jit
 def _read_x(
-    x, gain, first, lanes, VECTORS: tl.constexpr, squares, T: tl.constexpr, COUNT: tl.constexpr,
-    NORM: tl.constexpr, BF16: tl.constexpr, EVEN: tl.constexpr,
+    x, gain, row, first, lanes, VECTORS: tl.constexpr, squares, T: tl.constexpr,
+    COUNT: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """x of all tokens, times the norm's weight, in order (token, element); and sums of squares."""
+    """x of all tokens from a row on, times the norm's weight, in order (token, element); and sums
+    of squares."""
     xs = ()
     if NORM:
         gains = _read_floats(gain, 0, first, lanes, VECTORS, COUNT, BF16, EVEN)
     more = ()
     for t in tl.static_range(T):
-        floats = _read_floats(x, t, first, lanes, VECTORS, COUNT, BF16, EVEN)
+        floats = _read_floats(x, row + t, first, lanes, VECTORS, COUNT, BF16, EVEN)
         if NORM:
             square = squares[t]
             for v in tl.static_range(8 * COUNT):
@@ -172,7 +190,7 @@ def _finish(
     sums, squares, y, row_scale, bias, residual, N, K: tl.constexpr, eps,
     T: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, GATED: tl.constexpr,
     ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    FACTOR: tl.constexpr,
+    FACTOR: tl.constexpr, ids, factors, SUM: tl.constexpr,
 ):  # fmt: skip
     """Stores ``act(sums * FACTOR * rsqrt(mean square) * row scale + bias) + residual``."""
     R: tl.constexpr = RT // 2 if GATED else RT
@@ -187,7 +205,11 @@ def _finish(
             value = tl.sum(sums[r * T + t], axis=1) * inverse
             if ROW_SCALE:
                 value *= tl.load(row_scale + n, mask=inside, other=0.0).to(tl.float32)
-            if BIAS:
+            if BIAS and SUM:
+                for k in tl.static_range(SUM):
+                    own = tl.load(bias + tl.load(ids + k) * N + n, mask=inside, other=0.0)
+                    value += own.to(tl.float32) * tl.load(factors + k)
+            elif BIAS:
                 value += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
             if GATED:
                 up = tl.sum(sums[(r + R) * T + t], axis=1) * inverse
@@ -203,13 +225,33 @@ def _finish(
 
 
 @triton.jit
-def _read_block_scales(scale, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr):
-    """The scale of each lane's vector, float32 [BR, Q], for each row tensor."""
-    blocks = (K + 127) >> 7
-    block = tl.minimum((first + lanes) >> 3, blocks - 1)
+def _place(ids, at, N, VECTORS: tl.constexpr, Q: tl.constexpr, SUM: tl.constexpr):
+    """Of vector ``at`` of a row of x: which of the SUM experts multiplies it, the first row of that
+    expert in the weight, and the number of the vector in its rows. Steps of Q fill an expert."""
+    if SUM:
+        WHOLE: tl.constexpr = (VECTORS + Q - 1) // Q * Q
+        slot = tl.minimum(at // WHOLE, SUM - 1)
+        place = (slot, tl.load(ids + slot) * N, at - slot * WHOLE)
+    else:
+        place = (0, 0, at)
+    return place
+
+
+@triton.jit
+def _read_scales(
+    scale, rows, start, first, lanes, K: tl.constexpr, RT: tl.constexpr, SCALE: tl.constexpr
+):
+    """The scale of each lane's vector, float32 [BR, Q], for each row tensor, of the expert whose
+    rows begin at ``start``."""
     scales = ()
-    for r in tl.static_range(RT):
-        scales = scales + (tl.load(scale + (rows[r] >> 7) * blocks + block),)
+    if SCALE == "block":
+        blocks = (K + 127) >> 7
+        block = tl.minimum((first + lanes) >> 3, blocks - 1)
+        for r in tl.static_range(RT):
+            scales = scales + (tl.load(scale + ((start + rows[r]) >> 7) * blocks + block),)
+    else:
+        for r in tl.static_range(RT):
+            scales = scales + (tl.load(scale + start + rows[r] + lanes * 0),)
     return scales
 
 
@@ -220,42 +262,55 @@ def gemv_float(
     Q: tl.constexpr, DEPTH: tl.constexpr,
     FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
+    SUM: tl.constexpr = 0, FETCH: tl.constexpr = False,
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; SCALE is "none", "row" or "block" (of 128 x 128).
 
     x, gain and weight are read as int64; VECTORS is the number of 16-byte vectors in a row of the
     weight, EVEN that they are a multiple of DEPTH * Q, and BF16 the type of x (and of a 16-bit
-    weight). NATIVE: the GPU converts float8.
+    weight). NATIVE: the GPU converts float8. With SUM the products with the experts ids [SUM] of a
+    weight [experts, N, K] are multiplied by factors float32 [SUM] and added up: x is [SUM, K], and
+    T one.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     V: tl.constexpr = 16 if FP8 else 8
+    TOTAL: tl.constexpr = (VECTORS + Q - 1) // Q * Q * SUM if SUM else VECTORS
+    # Of one weight a scale a row is for the end.
+    SCALED: tl.constexpr = SCALE == "block" or (SUM > 0 and SCALE == "row")
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
     ahead = ()
     scales = ()
     for d in tl.static_range(DEPTH):
-        ahead = ahead + _read_vectors(weight, rows, d * Q, lanes, VECTORS, RT, EVEN)
-        if SCALE == "block":
-            scales = scales + _read_block_scales(scale, rows, d * Q, lanes, K, RT)
+        _, start, first = _place(ids, d * Q, N, VECTORS, Q, SUM)
+        own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
+        ahead = ahead + _read_vectors(own, rows, first, lanes, VECTORS, RT, EVEN)
+        if SCALED:
+            scales = scales + _read_scales(scale, rows, start, first, lanes, K, RT, SCALE)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
+        if FETCH:
+            _fetch_rows(weight, rows, lanes, VECTORS, RT, Q)
         tl.extra.cuda.gdc_wait()
-    for base in range(0, VECTORS, DEPTH * Q):
+    for base in range(0, TOTAL, DEPTH * Q):
         next_ahead = ()
         next_scales = ()
         for d in tl.static_range(DEPTH):
-            first = base + d * Q
-            later = first + DEPTH * Q
-            next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
-            if SCALE == "block":
-                next_scales += _read_block_scales(scale, rows, later, lanes, K, RT)
+            slot, _, first = _place(ids, base + d * Q, N, VECTORS, Q, SUM)
+            _, start, later = _place(ids, base + (d + DEPTH) * Q, N, VECTORS, Q, SUM)
+            own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
+            next_ahead += _read_vectors(own, rows, later, lanes, VECTORS, RT, EVEN)
+            if SCALED:
+                next_scales += _read_scales(scale, rows, start, later, lanes, K, RT, SCALE)
             _begin_products(COMPILED)
             xs, squares = _read_x(
-                x, gain, first, lanes, VECTORS, squares, T, V // 8, NORM, BF16, EVEN
+                x, gain, slot, first, lanes, VECTORS, squares, T, V // 8, NORM, BF16, EVEN
             )
+            if SUM:
+                factor = tl.load(factors + slot)
             added = ()
             for r in tl.static_range(RT):
                 words = _halves(ahead[d * RT + r])
@@ -263,11 +318,15 @@ def gemv_float(
                 for i in tl.static_range(4):
                     floats = floats + _weights(words[i], FP8, BF16, NATIVE)
                 for t in tl.static_range(T):
-                    if SCALE == "block":
+                    if SCALED or SUM:
                         part = floats[0] * xs[t * V]
                         for v in tl.static_range(1, V):
                             part += floats[v] * xs[t * V + v]
-                        added = added + (sums[r * T + t] + part * scales[d * RT + r],)
+                        if SCALED:
+                            part *= scales[d * RT + r]
+                        if SUM:
+                            part *= factor
+                        added = added + (sums[r * T + t] + part,)
                     else:
                         total = sums[r * T + t]
                         for v in tl.static_range(V):
@@ -277,8 +336,8 @@ def gemv_float(
         ahead = next_ahead
         scales = next_scales
     _finish(
-        sums, squares, y, scale, bias, residual, N, K, eps,
-        T, BR, RT, GATED, SCALE == "row", BIAS, RESIDUAL, NORM, 1.0,
+        sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
+        SCALE == "row" and not SCALED, BIAS, RESIDUAL, NORM, 1.0, ids, factors, SUM,
     )  # fmt: skip
 
 
@@ -315,26 +374,30 @@ def _read_four(pointer, i: tl.constexpr, inside, BF16: tl.constexpr, EVEN: tl.co
 
 @triton.jit
 def _read_groups(
-    scale, shift, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr, GROUP: tl.constexpr,
-    COUNT: tl.constexpr, ZERO: tl.constexpr,
+    scale, shift, rows, start, first, lanes, K: tl.constexpr, RT: tl.constexpr,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Scales, and zeros or offsets, of the COUNT groups of a lane's words, as they are stored: of
-    float4, all in one int64."""
+    float4, all in one int64. They are those of the expert whose rows begin at ``start``."""
     scales = ()
     shifts = ()
     if ZERO == "e2m1":
         chunks = tl.cdiv(K, 256)
         chunk = tl.minimum((first + lanes) >> 3, chunks - 1)
         for r in tl.static_range(RT):
-            scales = scales + (tl.load(scale + rows[r] * chunks + chunk),)
+            scales = scales + (tl.load(scale + (start + rows[r]) * chunks + chunk),)
     elif GROUP:
         groups = K // GROUP
         for g in tl.static_range(COUNT):
             group = tl.minimum(((first + lanes) >> 3) * COUNT + g, groups - 1)
             for r in tl.static_range(RT):
-                scales = scales + (tl.load(scale + rows[r] * groups + group),)
+                at = (start + rows[r]) * groups + group
+                scales = scales + (tl.load(scale + at),)
                 if ZERO != "midpoint":
-                    shifts = shifts + (tl.load(shift + rows[r] * groups + group),)
+                    shifts = shifts + (tl.load(shift + at),)
+    elif SUM:
+        for r in tl.static_range(RT):
+            scales = scales + (tl.load(scale + start + rows[r] + lanes * 0),)
     return scales, shifts
 
 
@@ -345,14 +408,16 @@ def gemv_int(
     Q: tl.constexpr, DEPTH: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
+    SUM: tl.constexpr = 0, FETCH: tl.constexpr = False,
 ):  # fmt: skip
     """A weight of groups [N, words]; GROUP 0 is a scale a row.
 
     ZERO "midpoint", "zero" (shift u8 [N, K/GROUP]) or "offset" (shift of the scales' type) for
     integers; "e2m1" for float4, whose scales are int64 [N, chunks], the exponents of a chunk in
     each. x, gain and weight are read as int64; VECTORS is the number of 16-byte vectors in a row,
-    EVEN that they are a multiple of DEPTH * Q without padding. BF16 is the type of x.
+    EVEN that they are a multiple of DEPTH * Q without padding. BF16 is the type of x. SUM is as in
+    ``gemv_float``.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -360,32 +425,38 @@ def gemv_int(
     CHUNK: tl.constexpr = 32 * CODES  # elements that eight lanes share
     PER_GROUP: tl.constexpr = GROUP // 32 if GROUP else CODES  # codes of a word in one group
     COUNT: tl.constexpr = CODES // PER_GROUP
+    TOTAL: tl.constexpr = (VECTORS + Q - 1) // Q * Q * SUM if SUM else VECTORS
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
     ahead = ()
     scales = ()
     shifts = ()
     for d in tl.static_range(DEPTH):
-        ahead = ahead + _read_vectors(weight, rows, d * Q, lanes, VECTORS, RT, EVEN)
+        _, start, first = _place(ids, d * Q, N, VECTORS, Q, SUM)
+        own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
+        ahead = ahead + _read_vectors(own, rows, first, lanes, VECTORS, RT, EVEN)
         new_scales, new_shifts = _read_groups(
-            scale, shift, rows, d * Q, lanes, K, RT, GROUP, COUNT, ZERO
+            scale, shift, rows, start, first, lanes, K, RT, GROUP, COUNT, ZERO, SUM
         )
         scales = scales + new_scales
         shifts = shifts + new_shifts
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
+        if FETCH:
+            _fetch_rows(weight, rows, lanes, VECTORS, RT, Q)
         tl.extra.cuda.gdc_wait()
-    for base in range(0, VECTORS, DEPTH * Q):
+    for base in range(0, TOTAL, DEPTH * Q):
         next_ahead = ()
         next_scales = ()
         next_shifts = ()
         for d in tl.static_range(DEPTH):
-            first = base + d * Q
-            later = first + DEPTH * Q
-            next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
+            slot, _, first = _place(ids, base + d * Q, N, VECTORS, Q, SUM)
+            _, start, later = _place(ids, base + (d + DEPTH) * Q, N, VECTORS, Q, SUM)
+            own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
+            next_ahead += _read_vectors(own, rows, later, lanes, VECTORS, RT, EVEN)
             new_scales, new_shifts = _read_groups(
-                scale, shift, rows, later, lanes, K, RT, GROUP, COUNT, ZERO
+                scale, shift, rows, start, later, lanes, K, RT, GROUP, COUNT, ZERO, SUM
             )
             next_scales = next_scales + new_scales
             next_shifts = next_shifts + new_shifts
@@ -396,6 +467,8 @@ def gemv_int(
             vector = first + lanes
             at = (vector >> 3) * (CHUNK // 4) + (vector & 7)
             inside = K - at * 4  # elements of the row from a lane's first on
+            if SUM:
+                share = tl.load(factors + slot)
             for g in tl.static_range(COUNT):
                 parts = _zeros(RT * T, BR, Q)
                 totals = _zeros(T, BR, Q)  # of x, for zero points and offsets
@@ -407,7 +480,7 @@ def gemv_int(
                     newer_squares = ()
                     for t in tl.static_range(T):
                         floats = _read_four(
-                            x + t * (K // 4) + at, g * PER_GROUP + j, inside, BF16, EVEN
+                            x + (slot + t) * (K // 4) + at, g * PER_GROUP + j, inside, BF16, EVEN
                         )
                         square = squares[t]
                         total = totals[t]
@@ -444,22 +517,27 @@ def gemv_int(
                         factor = power((scales[d * RT + r] >> (8 * g)).to(tl.int32))
                     elif GROUP:
                         factor = scales[(d * COUNT + g) * RT + r].to(tl.float32)
+                    elif SUM:
+                        factor = scales[d * RT + r].to(tl.float32)
                     if ZERO == "zero" or ZERO == "offset":
                         zero = shifts[(d * COUNT + g) * RT + r].to(tl.float32)
                     for t in tl.static_range(T):
                         value = parts[r * T + t]
                         if ZERO == "midpoint" or ZERO == "zero":
                             value -= (totals[t] * 2.0**-64) * zero
-                        if GROUP:
+                        if GROUP or SUM:
                             value = value * factor
                         if ZERO == "offset":
                             value += (totals[t] * 2.0**-64) * zero
+                        if SUM:
+                            value = value * share
                         added = added + (sums[r * T + t] + value,)
                 sums = added
         ahead = next_ahead
         scales = next_scales
         shifts = next_shifts
     _finish(
-        sums, squares, y, scale, bias, residual, N, K, eps,
-        T, BR, RT, GATED, GROUP == 0, BIAS, RESIDUAL, NORM, 1.0 if ZERO == "e2m1" else 2.0**64,
+        sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
+        GROUP == 0 and not SUM, BIAS, RESIDUAL, NORM, 1.0 if ZERO == "e2m1" else 2.0**64,
+        ids, factors, SUM,
     )  # fmt: skip

@@ -130,15 +130,21 @@ def test_what_is_missing_or_contradicts_the_metadata_is_named(
         plan(model.write(tmp_path / "m.gguf"), BuildOptions())
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = mixtral()
     for name in [name for name in model.tensors if name.startswith("blk.0.")]:
         model.tensors[name.replace("blk.0.", "blk.1.")] = model.tensors[name]
     model.tensors["blk.1.nextn.eh_proj.weight"] = np.zeros((HIDDEN, 2 * HIDDEN), np.float32)
     model.metadata |= {"block_count": 2, "nextn_predict_layers": 1}
-    checkpoint = open_checkpoint(model.write(tmp_path / "m.gguf"))
+    file = model.write(tmp_path / "m.gguf")
+    checkpoint = open_checkpoint(file)
     assert checkpoint.config.num_layers == 1
     assert not [name for name in checkpoint.names() if "layers.1." in name]
+    assert "tensors that its text model has no use for are left out, such as blk.1." in caplog.text
+    with pytest.raises(CheckpointError, match=r"such as blk\.1\..*--strict-tensors"):
+        open_checkpoint(file, strict=True)
 
 
 def test_any_number_of_layers_may_be_said_to_predict_further_tokens(tmp_path: Path) -> None:

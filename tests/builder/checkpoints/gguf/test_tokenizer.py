@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GemmaTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from slipstream.builder.checkpoints.gguf.special_tokens import end_token_ids
@@ -323,6 +323,21 @@ def test_sentencepiece_is_that_of_transformers(pieces: dict[str, Any]) -> None:
         if not text.startswith(" "):  # transformers adds no space there; llama.cpp does
             expected = theirs.encode(text, add_special_tokens=False).ids
             assert ours.encode(text, add_special_tokens=False).ids == expected
+
+
+def test_gemma4_is_that_of_transformers(pieces: dict[str, Any]) -> None:
+    """No space before a text, and merges of the file that may join across lines."""
+    model = json.loads(build_tokenizer(pieces).to_str())["model"]
+    merges = [" ".join(pair) for pair in model["merges"]]
+    of_file = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": merges}
+    ours = build_tokenizer(pieces | of_file)
+    pairs: Any = [tuple(pair) for pair in model["merges"]]
+    theirs = GemmaTokenizer(vocab=model["vocab"], merges=pairs, bos_token="<s>", eos_token="</s>")
+
+    for text in (*TEXTS, "two\n\nlines and\n more"):
+        found = ours.encode(text, add_special_tokens=False).ids
+        assert found == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(found) == text
 
 
 def test_sentencepiece_adds_begin_and_spaces_as_llama_cpp_does(pieces: dict[str, Any]) -> None:

@@ -101,10 +101,13 @@ def test_families_with_experts_build(name: str, tmp_path: Path) -> None:
     graph = plan(save_tiny(CONFIGS[name], tmp_path), BuildOptions(target="cuda")).program.graph
     counts = Counter(node.op_type for node in graph)
     assert {node.op_type for node in graph if not node.domain} <= BINDINGS.keys()
-    routers = [node for node in graph if node.op_type == "Router"]
+    routers = [node for node in graph if node.op_type in ("Router", "NormedRouter")]
     assert 2 * len(routers) == counts["ExpertLinear"] > 0
-    decides = {value.dtype for node in routers for value in node.inputs if value is not None}
-    assert decides == {ir.DataType.FLOAT}
+    apart = [node for node in routers if node.op_type == "Router"]
+    decides = [value for node in apart for value in node.inputs]
+    decides += [node.inputs[4] for node in routers if node.op_type == "NormedRouter"]
+    decides += [node.outputs[-1] for node in routers]
+    assert {value.dtype for value in decides if value is not None} == {ir.DataType.FLOAT}
     residuals = [n for n in graph if n.op_type == "ExpertLinear" and len(n.inputs) == 6]
     assert len(residuals) == len(routers)
 

@@ -50,6 +50,9 @@ class Case:
     norm: bool = False
     sinks: bool = False
     padding: int = 0
+    kv_parts: int = 2
+    v_norm: int = 0
+    query_block: int = 0  # that of the step; 0: of the layer
 
     def attributes(self) -> Attributes:
         return Attributes(
@@ -62,6 +65,8 @@ class Case:
             sliding_window=self.window,
             soft_cap=self.soft_cap,
             norm_eps=1e-5,
+            kv_parts=self.kv_parts,
+            v_norm=self.v_norm,
             k_row_major=1,
             k_scale=0.03,
             v_scale=0.02,
@@ -74,7 +79,7 @@ class Case:
         half = self.head_dim // 2 if self.rotary < 0 else self.rotary
         angles = rng.uniform(0, 6.3, (tokens, half))
         table, slots, num_pages = self._pages(rng)
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        width = (self.heads + self.kv_parts * self.kv_heads) * self.head_dim
         shape = (2, num_pages, 2, self.kv_heads, PAGE * self.head_dim)
         weights = rng.normal(1, 0.2, (2, self.head_dim)).astype(np.float32)
         inputs = Inputs(
@@ -87,12 +92,13 @@ class Case:
             page_table=table,
             slot_mapping=slots,
             q_norm=self._rounded(weights[0]) if self.norm else None,
-            k_norm=self._rounded(weights[1]) if self.norm else None,
+            k_norm=self._rounded(weights[1]) if self.norm and self.kv_parts else None,
             sinks=rng.normal(1, 1, self.heads).astype(np.float32) if self.sinks else None,
         )
         attributes = self.attributes()
         for s, (n, context) in enumerate(self.batch):
-            for slot in self._slots(table[s], np.arange(context - n)):
+            stored = context - n if self.kv_parts else context
+            for slot in self._slots(table[s], np.arange(stored)):
                 for which in (0, 1):
                     heads = rng.normal(0, 1, (self.kv_heads, self.head_dim))
                     reference.write_page(inputs, attributes, which, int(slot), heads)
@@ -117,7 +123,7 @@ class Case:
 
     def step(self, inputs: Inputs, device: str) -> StepTensors:
         """The step on the device, with ``padding`` more sequences, tokens and blocks."""
-        block = query_block(self.heads, self.kv_heads)
+        block = self.query_block or query_block(self.attributes())
         blocks = [
             (s, start)
             for s, (n, _) in enumerate(self.batch)
@@ -140,6 +146,7 @@ class Case:
             block_sequence=tensor([s for s, _ in blocks]),
             block_start=tensor([start for _, start in blocks]),
             num_decodes=decodes,
+            query_block=block,
         )
 
 
@@ -224,6 +231,20 @@ CASES = {
     "prefill_padding": Case(PREFILLS, 0, padding=3),
     "mixed": Case((*DECODES[1:3], *PREFILLS), 2, padding=2),
     "mixed_in_blocks": Case((*DECODES[1:4], *PREFILLS), 0, padding=2),
+    "decode_keys_are_values": Case(DECODES[1:3], 2, kv_parts=1, v_norm=1, norm=True),
+    "decode_v_norm": Case(DECODES[1:3], 2, v_norm=1, head_dim=24),
+    "decode_keys_of_another": Case(DECODES[3:], 2, kv_parts=0, norm=True, window=70),
+    "decode_heads_of_512": Case(
+        DECODES[3:], 2, heads=2, kv_heads=1, head_dim=512, rotary=64, norm=True
+    ),
+    "prefill_keys_are_values": Case(PREFILLS, 0, kv_parts=1, v_norm=1, norm=True),
+    "prefill_v_norm": Case(PREFILLS, 0, v_norm=1, head_dim=24),
+    "prefill_keys_of_another": Case(PREFILLS, 0, kv_parts=0, norm=True, window=40),
+    "prefill_heads_of_512": Case(
+        ((3, 64), (40, 104)), 0, heads=2, kv_heads=1, head_dim=512, rotary=64, norm=True
+    ),
+    # Blocks of 20 queries, of which this layer takes three at once.
+    "prefill_in_blocks_of_another_layer": Case(((68, 68), (17, 81)), 0, query_block=20),
     "everything": Case(
         ((1, 90), (1, 213), (60, 300)),
         2,
@@ -247,6 +268,17 @@ def test_matches_the_reference(name: str, device: str) -> None:
     want = reference.attend_pages(replace(inputs, kv_cache=pages), case.attributes(), queries)
     tolerance = TOLERANCE[case.dtype] * float(np.abs(want).max())
     np.testing.assert_allclose(output, want, rtol=0, atol=tolerance)
+
+
+def test_what_no_window_reaches_is_not_read(device: str) -> None:
+    """Such pages may be another sequence's by now."""
+    case = Case(((1, 300), (20, 310)), 1, kv_heads=1, window=40)
+    inputs = case.inputs()
+    output, _ = run(case, deepcopy(inputs), device)
+    for s, (n, context) in enumerate(case.batch):
+        behind = inputs.page_table[s, : (context - n + 1 - case.window) // PAGE]
+        inputs.kv_cache[:, behind] = np.nan
+    np.testing.assert_array_equal(run(case, inputs, device)[0], output)
 
 
 def alone(inputs: Inputs, sequence: int) -> Inputs:

@@ -11,7 +11,7 @@ from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.inputs import Layout, Shape, StepInputs, query_blocks
 from slipstream.runtime.sampling.params import SamplingParams
 
-LAYOUT = Layout(ports_of([attention_cache("float16", [0], 16, 1, 8)]), columns=4)
+LAYOUT = Layout(ports_of([attention_cache("float16", [0], 16, 1, 8)]), columns=4, query_block=16)
 
 
 def batch(counts: list[int], contexts: list[int], columns: int = 3) -> StepBatch:
@@ -66,7 +66,7 @@ def test_a_step_arrives_padded() -> None:
         inputs.load(step, shape, blocks, step.logits_rows)
         views = inputs.step(shape, 0, pdl=False)
     device.synchronize()
-    attention = views.attention
+    attention = views.attention["page_table"]
     assert views.inputs[Source.TOKEN_IDS].tolist() == [*step.token_ids, *[0] * 10]
     assert views.inputs[Source.POSITIONS].tolist()[:6] == step.positions.tolist()
     assert views.token_slots.tolist() == [1, 0, 0, 0, 0, 0, *[0] * 10]
@@ -79,9 +79,29 @@ def test_a_step_arrives_padded() -> None:
     assert inputs.logits_rows(shape).tolist() == [0, 5, 0, 0]
 
 
+def test_caches_have_page_tables_and_slots_of_their_own() -> None:
+    device = Device()
+    windowed = attention_cache("float16", [1], 16, 1, 24, name="near", window=9)
+    caches = [attention_cache("float16", [0], 16, 1, 8), windowed]
+    shape = Shape(16, 4, 6, 4)
+    layout = Layout(ports_of(caches), columns=4, query_block=16)
+    inputs = StepInputs(device, layout, shape)
+    step = batch([1, 5], [8, 20])
+    step.pages["near"] = batch([1, 5], [8, 20], columns=2).pages[KV]
+    with device.work():
+        inputs.load(step, shape, query_blocks(step, 0, 16), step.logits_rows)
+        views = inputs.step(shape, 0, pdl=False)
+    device.synchronize()
+    for name, suffix in ((KV, ""), ("near", ".near")):
+        attention, pages = views.attention[f"page_table{suffix}"], step.pages[name]
+        width = pages.page_table.shape[1]
+        assert attention.page_table[:2, :width].tolist() == pages.page_table.tolist()
+        assert attention.slot_mapping.tolist() == [*pages.slot_mapping, *[-1] * 10]
+
+
 def test_every_array_starts_a_cache_line() -> None:
     shape = Shape(33, 5, 7, 3)
     places = LAYOUT.places(shape)
-    starts = [start for start, _ in (*places.spans.values(), places.table)]
+    starts = [start for start, _ in (*places.spans.values(), *places.tables.values())]
     assert all(start % 32 == 0 for start in starts)
     assert len(set(starts)) == len(starts)

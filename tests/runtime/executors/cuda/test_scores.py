@@ -39,6 +39,26 @@ def test_equal_the_cpus(count: int, device: str) -> None:
             assert value == pytest.approx(expected, abs=1e-5) and rank == expected_rank
 
 
+def test_listed_tokens_equal_the_cpus(device: str) -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 300), dtype=np.float32)
+    logits[1] = np.round(logits[1])
+    listed = [[4, 299, 17], [8, 0, 5]]
+    pending = score(
+        torch.tensor(logits, device=device),
+        torch.tensor([7, 9], device=device),
+        0,
+        torch.tensor(listed, device=device),
+    )
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for row, token, ids, got in zip(logits, (7, 9), listed, pending.result(), strict=True):
+        want = token_logprobs(row, token, 0, ids)
+        assert got is not None and got.rank == want.rank and list(got.top) == ids
+        assert [rank for _, rank in got.top.values()] == [rank for _, rank in want.top.values()]
+        values = [value for value, _ in got.top.values()]
+        assert values == pytest.approx([value for value, _ in want.top.values()], abs=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_row_has_none(value: float, device: str) -> None:
     logits = torch.zeros(2, 10, device=device)

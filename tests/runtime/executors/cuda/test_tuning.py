@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 
+from slipstream.builder.contract import TARGET_GRAPH
+from slipstream.builder.engine import TACTICS
 from slipstream.plugins.cuda import tuning
 from slipstream.plugins.expert_linear.cuda import tuning as expert_tuning
 from slipstream.plugins.expert_linear.cuda.tactics import candidate_tactics as every
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
 from slipstream.plugins.linear.cuda.packing import format_attributes, packed_size
-from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.plugins.operators import DOMAIN
+from slipstream.runtime.executors.cuda import tuning as engine_tuning
 from slipstream.runtime.executors.cuda.tuning import problems
 from slipstream.weights.tensor import WeightFormat
 
@@ -87,7 +93,7 @@ def test_the_quickest_candidate_of_each_is_kept(
     """Each candidate runs; buckets that a problem does not have are not its own."""
     timed: list[Callable[[int], Tensor]] = []
 
-    def seconds(call: Callable[[int], Tensor], weights: int) -> float:
+    def seconds(call: Callable[[int], Tensor], weights: int, best: float) -> float:
         timed.append(call)
         return 1.0 / len(timed)  # the last is the quickest
 
@@ -96,10 +102,52 @@ def test_the_quickest_candidate_of_each_is_kept(
     monkeypatch.setattr(expert_tuning, "candidate_tactics", lambda *use: every(*use)[:2])
     experts = found[1:]
     table = Tactics((9, 0))
-    report = tuning.tune(experts, [1], table)
+    tunings = tuning.tune(experts, [1], table)
+    report = [next(tunings)]
+    assert list(table.entries) == [experts[0].key(1)]  # whoever stops here keeps it
+    report += tunings
     assert list(table.entries) == [problem.key(1) for problem in experts]
     for tuned in report:
         candidates = tuned.problem.candidates(1, table.capability)
         assert [timing.tactic for timing in tuned.timings] == candidates[::-1]
         assert table.entries[tuned.problem.key(1)] == candidates[1]
-    assert not tuning.tune(found[:1], [2048], table)
+    assert not list(tuning.tune(found[:1], [2048], table))
+
+
+def test_an_engine_keeps_what_was_timed_before_the_rest_was_cut(
+    found: list[tuning.Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(problems: list[tuning.Problem], buckets: list[int], table: Tactics) -> Iterator[str]:
+        assert buckets == [1, 2, 4, 8, 16]  # what a step of 12 tokens takes is the last
+        table.entries[problems[0].key(1)] = Tactic("blas")
+        yield "the first"
+        raise KeyboardInterrupt
+
+    written: dict[str, str] = {}
+    limits, graphs = SimpleNamespace(max_num_tokens=12), {TARGET_GRAPH: SimpleNamespace(file="")}
+    engine = SimpleNamespace(
+        manifest=SimpleNamespace(limits=limits, graphs=graphs),
+        path=Path(),
+        write_file=written.__setitem__,
+    )
+    fakes: dict[str, Any] = {
+        "require": lambda manifest: None,
+        "load_weights": lambda *_: {},
+        "problems": lambda *_: found,
+        "tune": cut,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(engine_tuning, name, fake)
+    monkeypatch.setattr(ir, "load", lambda _: SimpleNamespace(graph=[]))
+    with pytest.raises(KeyboardInterrupt):
+        engine_tuning.tune_engine(engine)  # type: ignore[arg-type]
+    assert list(Tactics.from_json(written[TACTICS]).entries) == [found[0].key(1)]
+
+
+@pytest.mark.parametrize(("best", "replays", "found"), [(1.0, 1, 9.0), (7.0, 5, 5.0)])
+def test_a_candidate_that_begins_slow_is_not_timed_again(
+    best: float, replays: int, found: float
+) -> None:
+    times = iter([9.0, 2.0, 5.0, 8.0, 3.0])
+    assert tuning.typical(lambda: next(times), best) == found
+    assert len(list(times)) == 5 - replays

@@ -1,0 +1,171 @@
+"""What structured output costs beside a device, and what forced tokens save.
+
+    python benchmarks/structured.py ENGINE --json benchmarks/results/structured.json
+
+The device is the counting model with steps of 8 ms, which takes its own time beside the host, once
+with and once without running ahead; it answers as a model would that writes a valid document of
+the schema, of those in ``--schemas``. The vocabulary is that of ``ENGINE``, an engine's directory.
+256 answers, 64 at once:
+
+    plain   without a form
+    steps   held to the schema of its document, a step a token
+    jumps   the same with forced tokens appended
+
+All take turns in every round; reported are medians of tokens a second over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpu_peers import cpu_name
+
+from slipstream import LLM, SamplingParams
+from slipstream.builder.engine import open_engine
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
+from slipstream.runtime.executors.counting import CountingExecutor, counting_contract
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.structured.compiler import GrammarCompiler
+from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.testing import counting_engine
+from slipstream.runtime.text.tokenizer import Tokenizer
+
+SCHEMAS = Path(__file__).parents[1] / "tests" / "fixtures" / "json_schemas" / "schemas.jsonl"
+STREAMS = 64
+ANSWERS = 256
+STEP_SECONDS = 0.008
+_PAGE_SIZE = 16
+_MOST_TOKENS = 400
+Document = tuple[StructuredOutput, list[int]]
+
+
+class Writer(CountingExecutor):
+    """Goes on with the document whose number is a prompt's first token, and checks nothing: that
+    would take the host longer than a step."""
+
+    documents: list[list[int]]
+
+    def _run(self, planned: StepBatch, excused: bool) -> StepResult:
+        tokens = [self._token(row) for row in planned.sampling]
+        return StepResult(tokens, [None] * len(tokens))
+
+    def _token(self, row: SamplingRow) -> int:
+        document = self.documents[row.prompt[0]]
+        return document[min(row.position, len(document) - 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to answer."""
+
+    runs_ahead: bool
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {'ahead' if self.runs_ahead else 'in turn'}"
+
+
+def documents(tokenizer: Tokenizer, vocab_size: int, schemas: Path) -> list[Document]:
+    """Valid documents of schemas that are held, as many as there are answers, each ending with the
+    end's token."""
+    compiler, found = GrammarCompiler(tokenizer, vocab_size), list[Document]()
+    opener = gzip.open if schemas.suffix == ".gz" else open
+    with opener(schemas, "rt", encoding="utf-8") as file:
+        cases = [json.loads(line) for line in file]
+    for case in cases:
+        form = StructuredOutput(json=case["schema"])
+        try:
+            compiler.compile(form)
+        except InvalidRequestError:
+            continue
+        for test in case["tests"]:
+            text = json.dumps(test["data"], ensure_ascii=False)
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            if test["valid"] and 20 <= len(tokens) < _MOST_TOKENS:
+                found.append((form, [*tokens, min(tokenizer.eos_token_ids)]))
+    # The longest come first, so that all end at about the same time.
+    answers = [found[i % len(found)] for i in range(ANSWERS)]
+    return sorted(answers, key=lambda answer: -len(answer[1]))
+
+
+def engine_of(case: Case, tokenizer: Tokenizer, vocab_size: int) -> LoadedEngine:
+    """A counting engine with a model's vocabulary."""
+    pages = STREAMS * (_MOST_TOKENS // _PAGE_SIZE + 2)
+    engine = counting_engine(
+        pages,
+        page_size=_PAGE_SIZE,
+        max_batch_size=STREAMS,
+        max_seq_len=_MOST_TOKENS + 8,
+        enable_jump_decoding=case.kind == "jumps",
+    )
+    graphs, caches = counting_contract(_PAGE_SIZE, vocab_size)
+    device = Writer(pages, graphs, caches, delay=STEP_SECONDS, runs_ahead=case.runs_ahead)
+    return replace(
+        engine, executor=device, caches=caches, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+
+
+def measure(case: Case, tokenizer: Tokenizer, vocab_size: int, texts: list[Document]) -> float:
+    """Tokens a second, after one run to warm up."""
+    engine = engine_of(case, tokenizer, vocab_size)
+    assert isinstance(engine.executor, Writer)
+    engine.executor.documents = [tokens for _, tokens in texts]
+    prompts = [[index, 1, 2] for index in range(len(texts))]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=_MOST_TOKENS,
+            structured=None if case.kind == "plain" else form,
+        )
+        for form, _ in texts
+    ]
+    with LLM.from_engine(engine) as llm:
+        llm.generate(prompts, params)
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - begin
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+
+
+def main() -> None:
+    """Run, print, and write JSON if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("--schemas", type=Path, default=SCHEMAS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    vocab_size = open_engine(options.engine).manifest.vocab_size
+    tokenizer = Tokenizer.from_directory(options.engine, vocab_size)
+    texts = documents(tokenizer, vocab_size, options.schemas)
+    cases = [Case(ahead, kind) for ahead in (True, False) for kind in ("plain", "steps", "jumps")]
+    rounds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(options.rounds):
+        for case in cases:
+            rate = measure(case, tokenizer, vocab_size, texts)
+            rounds[case.name].append(rate)
+            print(f"round {number + 1}: {case.name}: {rate:.0f} tokens/s", flush=True)
+    medians = {name: statistics.median(rates) for name, rates in rounds.items()}
+    report: dict[str, Any] = {"cpu": cpu_name(), "streams": STREAMS, "step_ms": 8}
+    report |= {"tokens_per_second": medians, "rounds": rounds}
+    for ahead in ("ahead", "in turn"):
+        plain, steps, jumps = (medians[f"{kind} {ahead}"] for kind in ("plain", "steps", "jumps"))
+        report[ahead] = {"loss": 1 - steps / plain, "gain_by_jumps": jumps / steps - 1}
+        print(f"{ahead}: a form costs {1 - steps / plain:.1%}, jumps give {jumps / steps - 1:.1%}")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A step on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.step import SamplingRow, StepResult
+from slipstream.runtime.executors.base import PendingStep, StartedStep
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way, and whose logits rows it computes.
+
+    ``positions`` are those of its rows, which change with the next step. It is ``started`` until
+    its rows are sampled, ``pending`` from then on. ``refused``: there is nothing on its way, and
+    nothing may follow before that is told.
+    """
+
+    plan: StepPlan
+    owners: list[Sequence]
+    rows: list[SamplingRow]
+    positions: list[int]
+    started: StartedStep
+    pending: PendingStep | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A step that the device did not take; it ends in its turn, as one that failed."""
+
+    error: Exception
+
+    def sample(self) -> PendingStep:
+        """Nothing."""
+        return self
+
+    def result(self) -> StepResult:
+        """Raise what the device raised."""
+        raise self.error
