@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from slipstream.server.core.fields import Flag, Float, Int, Several, Strict, only
 from slipstream.server.core.limits import MAX_LOGPROBS, MAX_TEXT_LENGTH, MAX_TEXTS
@@ -22,8 +22,16 @@ Form = Literal["", "json"] | dict[str, Any] | None
 _NO_IMAGES = only([], remedy="this server reads no images; leave it out")
 
 
+# Options of Ollama's runner and of what it does not do here.
+_RUNNER = frozenset(
+    {"num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram",
+     "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only",
+     "draft_num_predict", "mirostat_tau", "mirostat_eta"}
+)  # fmt: skip
+
+
 class Options(Strict):
-    """How an answer is sampled."""
+    """How an answer is sampled; options of Ollama's runner are taken and not looked at."""
 
     num_predict: _OptionalInt = Field(default=None, description="Not above 0: what fits.")
     temperature: Float = None
@@ -41,24 +49,14 @@ class Options(Strict):
     typical_p: Annotated[Float, only(1)] = None
     tfs_z: Annotated[Float, only(1)] = None
     mirostat: Annotated[_OptionalInt, only(0)] = None
-    mirostat_tau: Ignored = None
-    mirostat_eta: Ignored = None
     penalize_newline: Annotated[Flag, only(True)] = None
-    num_ctx: Ignored = None
-    num_keep: Ignored = None
-    num_batch: Ignored = None
-    num_gpu: Ignored = None
-    main_gpu: Ignored = None
-    num_thread: Ignored = None
-    numa: Ignored = None
-    low_vram: Ignored = None
-    f16_kv: Ignored = None
-    logits_all: Ignored = None
-    vocab_only: Ignored = None
-    use_mmap: Ignored = None
-    use_mlock: Ignored = None
-    embedding_only: Ignored = None
-    draft_num_predict: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_runner(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in _RUNNER}
 
 
 class ModelRequest(Strict):

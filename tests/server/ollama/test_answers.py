@@ -26,9 +26,7 @@ from slipstream.runtime.chat.options import ChatOptions, Tool
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http import respond
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.ollama.api import OLLAMA
 from slipstream.server.ollama.reply import OllamaReply, as_response
-from slipstream.server.openai.api import OPENAI
 
 # The model says ";!?-_\n" after a prompt that ends in ":", and "fghijklmn..." after "e".
 Connect = Callable[[Running], ollama.Client]
@@ -78,7 +76,7 @@ class ScriptedDialect(MarkedDialect):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serving(apis=[OPENAI, OLLAMA], served_model_name=("counting", "org/m:7b")) as running:
+    with serving(served_model_name=("counting", "org/m:7b")) as running:
         yield running
 
 
@@ -89,7 +87,7 @@ def dialect() -> ScriptedDialect:
 
 @pytest.fixture(scope="module")
 def scripted(dialect: ScriptedDialect) -> Iterator[Running]:
-    with serving(apis=[OPENAI, OLLAMA]) as running:
+    with serving() as running:
         running.service.dialect = dialect
         yield running
 
@@ -133,7 +131,9 @@ def test_a_prompt_is_a_question_in_the_template(server: Running, client: Connect
 
 
 def test_an_answer_is_gone_on_with(server: Running, client: Connect) -> None:
-    answer = client(server).chat("counting", GOING_ON, options={"num_predict": 3, "seed": -1})
+    answer = client(server).chat(
+        "counting", GOING_ON, options={"num_predict": 3, "seed": -1, "num_ctx": 64}
+    )
     assert answer.message.content == "fgh"
 
 
@@ -275,7 +275,7 @@ def test_every_line_is_an_object_however_slow_the_model_is(
     monkeypatch: pytest.MonkeyPatch, client: Connect
 ) -> None:
     monkeypatch.setattr(respond, "PULSE_SECONDS", 0.002)
-    with serving(counting_engine(delay=0.02), apis=[OPENAI, OLLAMA]) as running:
+    with serving(counting_engine(delay=0.02)) as running:
         lines = list(client(running).generate("counting", "abc", raw=True, stream=True))
         assert "".join(line.response or "" for line in lines) == "defghijklmnopqrs"
 
