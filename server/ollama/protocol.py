@@ -22,7 +22,7 @@ Form = Literal["", "json"] | dict[str, Any] | None
 _NO_IMAGES = only([], remedy="this server reads no images; leave it out")
 
 
-# Options of Ollama's runner and of what it does not do here.
+# OllamaOptions of Ollama's runner and of what it does not do here.
 _RUNNER = frozenset(
     {"num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram",
      "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only",
@@ -30,7 +30,7 @@ _RUNNER = frozenset(
 )  # fmt: skip
 
 
-class Options(Strict):
+class OllamaOptions(Strict):
     """How an answer is sampled; options of Ollama's runner are taken and not looked at."""
 
     num_predict: _OptionalInt = Field(default=None, description="Not above 0: what fits.")
@@ -64,7 +64,7 @@ class ModelRequest(Strict):
 
     model: str | None = Field(None, description="One of /api/tags; null is the first of them.")
     keep_alive: Ignored = None
-    options: Options | None = None
+    options: OllamaOptions | None = None
 
 
 class AnswerRequest(ModelRequest):
@@ -98,33 +98,33 @@ class GenerateRequest(AnswerRequest):
     steps: Annotated[Any, only(0)] = None
 
 
-class CalledFunction(BaseModel):
+class OllamaCalledFunction(BaseModel):
     """A function with arguments."""
 
     name: str
     arguments: dict[str, Any] | str | None = None
 
 
-class MessageCall(BaseModel):
+class OllamaCall(BaseModel):
     """A call of the past."""
 
-    function: CalledFunction
+    function: OllamaCalledFunction
     id: str | None = None
 
 
-class Message(BaseModel):
+class OllamaMessage(BaseModel):
     """One message; what else clients keep in it is not looked at."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
     images: Annotated[list[Any] | None, _NO_IMAGES] = None
-    tool_calls: Several[MessageCall] | None = None
+    tool_calls: Several[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-class Function(BaseModel):
+class OllamaFunction(BaseModel):
     """A function that may be called."""
 
     name: str
@@ -132,18 +132,18 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class ChatTool(BaseModel):
+class OllamaTool(BaseModel):
     """A tool; functions are the only kind."""
 
-    function: Function
+    function: OllamaFunction
     type: Literal["function"] | None = None
 
 
-class ChatRequest(AnswerRequest):
+class OllamaChatRequest(AnswerRequest):
     """The body of ``/api/chat``."""
 
-    messages: Several[Message] | None = None
-    tools: Several[ChatTool] | None = None
+    messages: Several[OllamaMessage] | None = None
+    tools: Several[OllamaTool] | None = None
 
 
 class EmbedRequest(ModelRequest):
