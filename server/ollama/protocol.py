@@ -22,7 +22,7 @@ Form = Literal["", "json"] | dict[str, Any] | None
 _NO_IMAGES = only([], remedy="this server reads no images; leave it out")
 
 
-# OllamaOptions of Ollama's runner and of what it does not do here.
+# They configure Ollama's runner.
 _RUNNER = frozenset(
     {"num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram",
      "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only",
