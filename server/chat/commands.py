@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.options import split_options
+from slipstream.runtime.structured.output import StructuredOutput
 
 if TYPE_CHECKING:
     from slipstream.server.chat.session import ChatSession
@@ -77,6 +79,51 @@ def _parse(text: str) -> object:
         return text
 
 
+def _think(session: ChatSession, argument: str) -> str:
+    if argument:
+        session.options = replace(session.options, thinking=_switch("think", argument))
+    thinking = session.options.thinking
+    return f"thinking: {'as the model likes' if thinking is None else _WORDS[thinking]}"
+
+
+def _json(session: ChatSession, argument: str) -> str:
+    if argument:
+        form = StructuredOutput(json_object=True) if _switch("json", argument) else None
+        session.set("structured", form)
+    return f"answers in JSON: {_WORDS[session.params.structured is not None]}"
+
+
+_WORDS = {True: "on", False: "off"}
+
+
+def _switch(name: str, argument: str) -> bool:
+    values = {word: value for value, word in _WORDS.items()}
+    if argument not in values:
+        raise InvalidRequestError(f"/{name} {argument} is neither on nor off; write /{name} on")
+    return values[argument]
+
+
+def _tools(session: ChatSession, argument: str) -> str:
+    if argument:
+        given = [] if argument == "off" else _read_tools(Path(argument).expanduser())
+        options, _ = split_options({"tools": given})
+        session.options = replace(session.options, tools=options.tools)
+    names = ", ".join(tool.name for tool in session.options.tools)
+    return f"functions that the model may call: {names or 'none'}"
+
+
+def _read_tools(file: Path) -> list[object]:
+    try:
+        tools = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"{file} cannot be read ({error}); name a file of JSON"
+        ) from error
+    if not isinstance(tools, list):
+        raise InvalidRequestError(f"{file} holds no list; write tools in OpenAI's shape into one")
+    return tools
+
+
 def _stats(session: ChatSession, argument: str) -> str:
     if session.usage is None:
         return "no answer yet"
@@ -101,6 +148,11 @@ COMMANDS = {
     "reset": SlashCommand("/reset", "forget the conversation", _reset),
     "system": SlashCommand("/system TEXT", "set the system prompt; show it without TEXT", _system),
     "set": SlashCommand("/set NAME=VALUE", "change how answers are sampled; alone, show it", _set),
+    "think": SlashCommand("/think on|off", "let the model think first; alone, show it", _think),
+    "json": SlashCommand("/json on|off", "hold answers to JSON objects; alone, show it", _json),
+    "tools": SlashCommand(
+        "/tools FILE|off", "functions to call, as JSON; alone, show them", _tools
+    ),
     "stats": SlashCommand("/stats", "tokens and times of the last answer", _stats),
     "save": SlashCommand("/save FILE", "write the conversation as JSON", _save),
     "exit": SlashCommand("/exit", "leave", _exit),

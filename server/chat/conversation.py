@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.events import ToolCall
 
-Message = dict[str, str]
+# In OpenAI's shape; an answer may hold ``tool_calls``.
+Message = dict[str, Any]
+T = TypeVar("T", bound=Sized)
 
 
 @dataclass(slots=True)
@@ -26,33 +30,47 @@ class Conversation:
         return [*system, *(message for turn in self.turns for message in turn)]
 
     def ask(self, text: str) -> None:
-        """Begin a turn."""
-        self.turns.append([{"role": "user", "content": text}])
-
-    def answer(self, text: str) -> None:
-        """End the turn; one without an answer is forgotten, question and all."""
-        if text:
-            self.turns[-1].append({"role": "assistant", "content": text})
+        """Begin a turn; after calls of tools, go on with it: the text is what they return."""
+        if self.turns and (calls := self.turns[-1][-1].get("tool_calls")):
+            self.turns[-1] += [
+                {"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls
+            ]
         else:
+            self.turns.append([{"role": "user", "content": text}])
+
+    def answer(self, text: str, calls: Sequence[ToolCall] = ()) -> None:
+        """End the turn; one without an answer is forgotten, question and all."""
+        if not text and not calls:
             del self.turns[-1]
+            return
+        message: Message = {"role": "assistant", "content": text}
+        if calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in calls
+            ]
+        self.turns[-1].append(message)
 
     def reset(self) -> None:
         """Forget all turns; the system prompt stays."""
         self.turns.clear()
 
-    def fit(
-        self, encode: Callable[[Sequence[Message]], list[int]], most: int
-    ) -> tuple[list[int], int]:
-        """Drop the oldest turns until the prompt has at most ``most`` tokens.
+    def fit(self, encode: Callable[[Sequence[Message]], T], most: int) -> tuple[T, int]:
+        """Drop the oldest turns until the prompt, which ``encode`` makes, has at most ``most``
+        tokens.
 
-        Returns the prompt's tokens and how many turns were dropped; the last turn stays in any
+        Returns the prompt and how many turns were dropped; the last turn stays in any
         case.
         """
         dropped = 0
-        while len(tokens := encode(self.messages)) > most and len(self.turns) > 1:
+        while len(prompt := encode(self.messages)) > most and len(self.turns) > 1:
             del self.turns[0]
             dropped += 1
-        return tokens, dropped
+        return prompt, dropped
 
     def save(self, file: Path) -> None:
         """Write the messages as JSON; ``InvalidRequestError`` if the file cannot be written."""

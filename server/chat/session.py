@@ -5,16 +5,38 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.chat.events import (
+    AssistantTurn,
+    ContentText,
+    Event,
+    OutputParser,
+    ReasoningText,
+)
+from slipstream.runtime.chat.options import ChatOptions
+from slipstream.runtime.chat.turns import Conversation as Written
+from slipstream.runtime.chat.turns import Conversations
+from slipstream.runtime.request import CompletionOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.chat.commands import run_command
 from slipstream.server.chat.conversation import Conversation, Message
 from slipstream.server.chat.terminal import Terminal
 from slipstream.server.core.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A conversation as the model reads it."""
+
+    tokens: list[int]
+    written: Written
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class ChatSession:
@@ -37,12 +59,15 @@ class ChatSession:
         """``settable`` names the fields of ``params`` that the user may change."""
         self.conversation = Conversation(system)
         self.params = params
+        # One call at a time: its user types what it returns.
+        self.options = ChatOptions(parallel_tool_calls=False)
         self.max_seq_len = max_seq_len
         self.settable = tuple(settable)
         self.usage: Usage | None = None
         self.ended = False
         self._llm = llm
         self._terminal = terminal
+        self._conversations = Conversations(llm.tokenizer, params)
 
     def run(self) -> None:
         """Chat until the user leaves."""
@@ -72,38 +97,62 @@ class ChatSession:
 
     def _answer(self, runner: asyncio.Runner, text: str) -> None:
         self.conversation.ask(text)
-        said: list[str] = []
+        turn = AssistantTurn()
         try:
-            runner.run(self._stream(self._prompt(), said))
+            runner.run(self._stream(self._prompt(), turn))
             self._terminal.end_answer()
+            self._tell_calls(turn)
         except KeyboardInterrupt:
+            turn.calls.clear()  # the last may be cut off
             self._terminal.end_answer()
             self._terminal.notice("stopped")
         finally:
-            self.conversation.answer("".join(said))
+            self.conversation.answer(turn.content, turn.calls)
 
-    def _prompt(self) -> list[int]:
-        """The conversation's tokens, with room left for an answer."""
+    def _tell_calls(self, turn: AssistantTurn) -> None:
+        for call in turn.calls:
+            self._terminal.call(f"{call.name}({call.arguments})")
+        if turn.calls:
+            self._terminal.notice("your next message is what the function returns")
+
+    def _prompt(self) -> _Prompt:
+        """The conversation, with room left for an answer."""
         quarter = self.max_seq_len // 4
         room = min(self.params.max_tokens or quarter, quarter)
-        tokens, dropped = self.conversation.fit(self._encode, self.max_seq_len - room)
+        prompt, dropped = self.conversation.fit(self._encode, self.max_seq_len - room)
         if dropped:
             turns = "turn was" if dropped == 1 else f"{dropped} turns were"
             self._terminal.notice(
                 f"the oldest {turns} dropped: the model reads {self.max_seq_len} tokens"
             )
-        return tokens
+        return prompt
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        text = self._llm.tokenizer.apply_chat_template(messages)
-        return self._llm.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, messages: Sequence[Message]) -> _Prompt:
+        options = {field: getattr(self.options, field) for field in ChatOptions.__slots__}
+        written = self._conversations.make(messages, self.params, options)
+        tokens = self._llm.tokenizer.encode(written.prompt, add_special_tokens=False)
+        return _Prompt(tokens, written)
 
-    async def _stream(self, prompt: list[int], said: list[str]) -> None:
-        usage = Usage()
-        outputs = self._llm.generate(prompt, self.params, output_kind="delta")
+    async def _stream(self, prompt: _Prompt, turn: AssistantTurn) -> None:
+        usage, written = Usage(), prompt.written
+        parser = written.dialect.parser(written.options, written.prompt)
+        outputs = self._llm.generate(prompt.tokens, written.params, output_kind="delta")
         async with aclosing(outputs):
             async for output in outputs:
                 usage.add(output)
                 self.usage = usage
-                said.append(output.outputs[0].text)
-                self._terminal.write(said[-1])
+                for event in _events(parser, output.outputs[0]):
+                    turn.add(event)
+                    self._show(event)
+
+    def _show(self, event: Event) -> None:
+        match event:
+            case ReasoningText(text):
+                self._terminal.think(text)
+            case ContentText(text):
+                self._terminal.write(text)
+
+
+def _events(parser: OutputParser, completion: CompletionOutput) -> list[Event]:
+    events = parser.push(completion.text)
+    return events if completion.finish_reason is None else events + parser.finish()

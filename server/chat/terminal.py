@@ -26,8 +26,14 @@ class Terminal(Protocol):
     def write(self, text: str) -> None:
         """More of an answer."""
 
+    def think(self, text: str) -> None:
+        """More of the thoughts before it."""
+
+    def call(self, text: str) -> None:
+        """A call of a tool, with which the answer ends."""
+
     def end_answer(self) -> None:
-        """The answer is complete."""
+        """The answer is complete but for calls."""
 
     def notice(self, text: str) -> None:
         """Say something that is no answer."""
@@ -37,7 +43,10 @@ class Terminal(Protocol):
 
 
 class PlainTerminal:
-    """Reads lines of standard input and writes answers alone to standard output."""
+    """Reads lines of standard input and writes answers and calls alone to standard output."""
+
+    def __init__(self) -> None:
+        self._thinks = False
 
     def read(self) -> str:
         """The next message or command."""
@@ -45,11 +54,27 @@ class PlainTerminal:
 
     def write(self, text: str) -> None:
         """More of an answer."""
+        self._end_thoughts()
         echo_answer(text, nl=False)
+
+    def think(self, text: str) -> None:
+        """Say it on stderr."""
+        self._thinks = True
+        click.echo(printable(text, keep="\n\t"), err=True, nl=False)
+
+    def call(self, text: str) -> None:
+        """A line."""
+        echo_answer(text)
 
     def end_answer(self) -> None:
         """End the line."""
+        self._end_thoughts()
         click.echo()
+
+    def _end_thoughts(self) -> None:
+        if self._thinks:
+            click.echo(err=True)
+        self._thinks = False
 
     def notice(self, text: str) -> None:
         """Say something on stderr."""
@@ -69,6 +94,7 @@ class RichTerminal:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
         self._markdown = MarkdownStream()
         self._history = history
+        self._thinks = False
         _load_history(history)
 
     def read(self) -> str:
@@ -77,12 +103,24 @@ class RichTerminal:
 
     def write(self, text: str) -> None:
         """More of an answer; what could steer the terminal is shown, not obeyed."""
+        self._end_thoughts()
         for segment in self._markdown.feed(without_controls(text)):
             self._print(segment)
         self._console.file.flush()
 
+    def think(self, text: str) -> None:
+        """More of the thoughts, dimmed."""
+        self._thinks = True
+        self._print((without_controls(text), "dim italic"))
+        self._console.file.flush()
+
+    def call(self, text: str) -> None:
+        """A line that stands out."""
+        self._console.print(without_controls(text), style="cyan")
+
     def end_answer(self) -> None:
         """End the line and leave one empty."""
+        self._end_thoughts()
         for segment in self._markdown.finish():
             self._print(segment)
         self._markdown = MarkdownStream()
@@ -95,6 +133,11 @@ class RichTerminal:
     def close(self) -> None:
         """Write the history."""
         _save_history(self._history)
+
+    def _end_thoughts(self) -> None:
+        if self._thinks:
+            self._console.print("\n")
+        self._thinks = False
 
     def _print(self, segment: Segment) -> None:
         text, style = segment

@@ -23,7 +23,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
     """Serve a model over the HTTP interfaces of OpenAI, Anthropic and Ollama.
 
     MODEL is an engine, or a checkpoint, which is compiled on first use. OpenAI's clients are given
-    http://HOST:PORT/v1 as their base URL, the others' http://HOST:PORT; a browser finds a page to
+    http://HOST:PORT/v1 as their base URL, Anthropic's http://HOST:PORT; a browser finds a page to
     chat at http://HOST:PORT/. SIGTERM and Ctrl-C let running requests end; a second one does not
     wait for them. An engine that becomes unhealthy (its device fails step after step, or hangs)
     ends the server with exit status 70, so that it can be started again.
@@ -48,12 +48,8 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
 
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        unhealthy = run(
-            AsyncLLM.from_engine(engine),
-            options,
-            listener,
-            [OPENAI, RESPONSES, ANTHROPIC, OLLAMA],
-        )
+        apis = [OPENAI, RESPONSES, ANTHROPIC, OLLAMA]
+        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, apis)
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)
 

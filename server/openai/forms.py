@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-from llguidance import StructTag
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.core.limits import MAX_TOOLS
 from slipstream.server.core.refusal import naming
+from slipstream.server.core.structural_tag import structural_tag
 from slipstream.server.openai.protocol import (
     GenerationRequest,
     ResponseFormat,
@@ -59,7 +55,7 @@ def _of_format(form: ResponseFormat, tokenizer: Tokenizer) -> StructuredOutput:
     if form.type == "json_object":
         return StructuredOutput(json_object=True)
     if form.type == "structural_tag":
-        return _of_tag(form.model_dump(exclude_none=True), tokenizer)
+        return structural_tag(form.model_dump(exclude_none=True), tokenizer)
     if form.json_schema is None:
         raise InvalidRequestError(
             "response_format is of type json_schema without one; give 'json_schema': {'name': "
@@ -87,63 +83,4 @@ def _of_outputs(form: StructuredOutputs, tokenizer: Tokenizer) -> StructuredOutp
         raise InvalidRequestError(
             f"structural_tag is no JSON ({error}); give an object", param="structured"
         ) from error
-    return _of_tag(given, tokenizer)
-
-
-def _of_tag(tag: Any, tokenizer: Tokenizer) -> StructuredOutput:  # noqa: ANN401 - JSON
-    """Free text in which tags stand, each from its trigger on held to a schema."""
-    if not isinstance(tag, Mapping):
-        raise _malformed()
-    form = tag.get("format", tag)
-    try:
-        triggers = [str(trigger) for trigger in form["triggers"]]
-        structures = list(_structures(form))
-        tags = [_struct_tag(structure, triggers, tokenizer) for structure in structures]
-        special = any(t.trigger.startswith("<[") for t in tags)
-        grammar = StructTag.to_grammar(tags, assume_special=special)
-    except (KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise _malformed() from error
-    return StructuredOutput(grammar=grammar)
-
-
-def _structures(form: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Beginning, schema and end of every tag, in vLLM's older form or xgrammar's newer one."""
-    if form.get("at_least_one") or form.get("stop_after_first"):
-        raise InvalidRequestError(
-            "a structural tag with at_least_one or stop_after_first is not supported by this "
-            "server; leave them out, or give a grammar",
-            param="structured",
-        )
-    listed: Sequence[Any] = form["structures"] if "structures" in form else form["tags"]
-    if len(listed) > MAX_TOOLS:
-        raise InvalidRequestError(
-            f"a structural tag has {len(listed)} tags; this server takes {MAX_TOOLS}",
-            param="structured",
-        )
-    for structure in listed:
-        content = structure.get("content", {"json_schema": structure.get("schema")})
-        yield structure["begin"], content["json_schema"], structure["end"]
-
-
-def _struct_tag(
-    structure: tuple[str, Any, str], triggers: Sequence[str], tokenizer: Tokenizer
-) -> StructTag:
-    begin, schema, end = structure
-    trigger = next((t for t in triggers if t and begin.startswith(t)), None)
-    if trigger is None:
-        raise _malformed()
-    token, rest = tokenizer.token_to_id(trigger), begin[len(trigger) :]
-    if token is not None and trigger.startswith("<"):  # one token, which no text is
-        trigger = f"<[{token}]>"
-    return StructTag(
-        trigger=trigger, begin=trigger + rest, grammar=json.dumps(schema or {}), end=end
-    )
-
-
-def _malformed() -> InvalidRequestError:
-    return InvalidRequestError(
-        "a structural tag is {'type': 'structural_tag', 'triggers': ['<f'], 'structures': "
-        "[{'begin': '<f=name>', 'schema': {...}, 'end': '</f>'}]}, or with 'format' of type "
-        "triggered_tags; every begin starts with a trigger",
-        param="structured",
-    )
+    return structural_tag(given, tokenizer)

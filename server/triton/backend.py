@@ -77,13 +77,14 @@ class TritonPythonModel:
         settings = read_settings(directory).shared_among(instances)
         llm = AsyncLLM(settings.model, **settings.options)
         self._defaults = llm.generation_defaults
+        self._tokenizer = llm.tokenizer
         self._serving = Serving(llm, create_metrics(args, llm))
 
     def _read(self, request: Any) -> Query:  # noqa: ANN401 - Triton's InferenceRequest
         # The tensors are gone when `execute` has returned.
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         parameters = json.loads(request.parameters())
-        return read_query(inputs, parameters, self._defaults, request.request_id())
+        return read_query(inputs, parameters, self._defaults, self._tokenizer, request.request_id())
 
 
 class _Reply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from slipstream.server.core.limits import MAX_N
-from slipstream.server.triton.interface import INPUTS, OUTPUTS, PROMPT
+from slipstream.server.triton.interface import GUIDES, INPUTS, OUTPUTS, PROMPT
 
 NAME = "ensemble"
 # TensorRT-LLM's name of an input, and ours.
@@ -15,7 +15,7 @@ ENSEMBLE_INPUTS: Mapping[str, str] = {
         PROMPT, "max_tokens", "min_tokens", "num_return_sequences", "bad_words", "stop_words",
         "end_id", "pad_id", "top_k", "top_p", "temperature", "length_penalty",
         "repetition_penalty", "presence_penalty", "frequency_penalty", "return_log_probs",
-        "return_num_input_tokens", "return_num_output_tokens", "beam_width", "stream",
+        "return_num_input_tokens", "return_num_output_tokens", "beam_width", "stream", *GUIDES,
     )
 } | {
     "seed": "random_seed", "exclude_input_in_output": "exclude_input_in_single_output"

@@ -1,4 +1,5 @@
-"""The inputs and outputs of a served model: vLLM's names, and those of TensorRT-LLM's ensemble.
+"""The inputs and outputs of a served model: vLLM's names, and those of TensorRT-LLM's ensemble;
+what belongs to conversations has OpenAI's.
 
 Triton completes a model's configuration from these tables, and requests are read by them.
 """
@@ -14,6 +15,7 @@ DataType = Literal[
 ]
 ANY_LENGTH = -1
 PROMPT = "text_input"
+MESSAGES = "messages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,16 @@ SAMPLING: Mapping[str, Tensor] = {
     "num_return_sequences": Tensor("TYPE_INT32", field="n"),
     "end_id": Tensor("TYPE_INT32", field="stop_token_ids"),
 }
+# A conversation in place of a prompt, and what belongs to it.
+CHAT: Mapping[str, Tensor] = {
+    MESSAGES: Tensor("TYPE_STRING"),
+    "tools": Tensor("TYPE_STRING"),
+    "tool_choice": Tensor("TYPE_STRING"),
+    "reasoning_effort": Tensor("TYPE_STRING"),
+}
+# What the answer must look like, as TensorRT-LLM has it.
+GUIDE_TYPE, GUIDE = "guided_decoding_guide_type", "guided_decoding_guide"
+GUIDES: Mapping[str, Tensor] = {GUIDE_TYPE: Tensor("TYPE_STRING"), GUIDE: Tensor("TYPE_STRING")}
 # What clients of TensorRT-LLM send of beams and of padding, which do not exist here.
 WITHOUT_MEANING: Mapping[str, Tensor] = {
     "beam_width": Tensor("TYPE_INT32"),
@@ -76,15 +88,19 @@ WITHOUT_MEANING: Mapping[str, Tensor] = {
     "pad_id": Tensor("TYPE_INT32"),
 }
 INPUTS: Mapping[str, Tensor] = {
-    PROMPT: Tensor("TYPE_STRING", optional=False),
+    PROMPT: Tensor("TYPE_STRING"),
+    **CHAT,
     "sampling_parameters": Tensor("TYPE_STRING"),
     **SWITCHES,
     **SAMPLING,
+    **GUIDES,
     **WITHOUT_MEANING,
 }
 # An entry for each of the `n` completions, except of the prompt's tokens.
 OUTPUTS: Mapping[str, Tensor] = {
     "text_output": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
+    "reasoning_output": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
+    "tool_calls": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
     "finish_reason": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),
     "cumulative_logprob": Tensor("TYPE_FP32", (ANY_LENGTH,), optional=False),
     "logprobs": Tensor("TYPE_STRING", (ANY_LENGTH,), optional=False),

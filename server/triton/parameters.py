@@ -1,16 +1,17 @@
 """From what a client sent to a checked request.
 
 Sampling parameters come as inputs (``temperature``), as JSON in the input ``sampling_parameters``,
-or as parameters of the request, which is where ``/generate`` puts every key that is no input. What
-is not known, or is said twice and differently, is refused; but clients of vLLM's backend repeat in
-parameters of the request what they send as a tensor, and there the tensor counts.
+or as parameters of the request, which is where ``/generate`` puts every key that is no input; so
+may what belongs to a conversation, and the guides of an answer's form. What is not known, or is
+said twice and differently, is refused; but clients of vLLM's backend repeat in parameters of the
+request what they send as a tensor, and there the tensor counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,31 @@ from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.limits import MAX_TEXTS
 from slipstream.server.core.sampling import DEFAULT_COMPLETION_TOKENS, FIELDS, sampling_params
-from slipstream.server.triton.interface import PROMPT, SAMPLING, SWITCHES, WITHOUT_MEANING
+from slipstream.server.triton.chat import conversation_of
+from slipstream.server.triton.guides import guided
+from slipstream.server.triton.interface import (
+    CHAT,
+    GUIDE,
+    GUIDE_TYPE,
+    GUIDES,
+    MESSAGES,
+    PROMPT,
+    SAMPLING,
+    SWITCHES,
+    WITHOUT_MEANING,
+)
 
 Inputs = Mapping[str, NDArray[Any]]
 
-# No output tells log probabilities of the prompt.
-_FIELDS = FIELDS - {"prompt_logprobs"}
+# No output tells log probabilities of the prompt; which tokens are shown is the dialect's to say.
+_FIELDS = FIELDS - {"prompt_logprobs", "shown_special_tokens"}
+# What is read when all is there; empty text stands for nothing.
+_LATER = frozenset({*CHAT, *GUIDES})
+_KNOWN = frozenset({*_FIELDS, *SWITCHES, *_LATER})
 # The fields that are text themselves, so that text is not read as JSON.
 _TEXTS = frozenset({"stop", "bad_words"})
 _RETURNS = "return_"
@@ -40,36 +58,42 @@ _MAX_JSON_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A checked request: what to continue, how, and what to tell of it.
+    """A checked request: what to continue or to answer, how, and what to tell of it.
 
     ``returns`` names outputs beside ``text_output``. ``echo``: the text begins with the prompt.
-    ``logprobs``: the client said how many; without, the output of that name is null.
+    ``logprobs``: the client said how many; without, the output of that name is null. ``fields``:
+    what the client calls a parameter, where that is another name.
     """
 
-    prompt: str
+    prompt: str | Conversation
     params: SamplingParams
     stream: bool
     echo: bool
     returns: frozenset[str]
     logprobs: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_query(
-    inputs: Inputs, parameters: Mapping[str, Any], defaults: SamplingParams, request_id: str = ""
+    inputs: Inputs,
+    parameters: Mapping[str, Any],
+    defaults: SamplingParams,
+    tokenizer: Tokenizer,
+    request_id: str = "",
 ) -> Query:
     """Check a request whose sampling starts from ``defaults``.
 
     ``inputs`` are arrays as Triton's Python backend has them: text as bytes. Raises
     ``InvalidRequestError`` naming what is wrong.
     """
-    if PROMPT not in inputs:
-        raise InvalidRequestError(f"{PROMPT} is missing; send the prompt as one text")
     given = _Given()
     for name, array in inputs.items():
         if name in SAMPLING:
             given.add(name, _sampling_input(name, array), "an input")
         elif name in SWITCHES:
             given.add(name, bool(_single(name, array)), "an input")
+        elif name in _LATER:
+            given.add(name, _text(name, _single(name, array)), "an input")
         elif name in WITHOUT_MEANING:
             given.add(name, _single(name, array).item(), "an input")
     if "sampling_parameters" in inputs:
@@ -78,26 +102,49 @@ def read_query(
     for name, value in parameters.items():
         if not _is_tritons(name, value, request_id):
             given.add(name, value, _PARAMETER)
-    return _query(_text(PROMPT, _single(PROMPT, inputs[PROMPT])), given, defaults)
+    return _query(_prompt(inputs, given), given, defaults, tokenizer)
+
+
+def _prompt(inputs: Inputs, given: _Given) -> str | Conversation:
+    """What is to be continued, or the conversation that is to be answered."""
+    chat = given.of(CHAT)
+    if MESSAGES in chat:
+        if PROMPT in inputs:
+            raise InvalidRequestError(f"{PROMPT} and {MESSAGES} are both given; send one of them")
+        return conversation_of(chat)
+    if chat:
+        raise InvalidRequestError(
+            f"{next(iter(chat))} belongs to a conversation; send that as {MESSAGES}"
+        )
+    if PROMPT not in inputs:
+        raise InvalidRequestError(
+            f"{PROMPT} is missing; send the prompt as one text, or {MESSAGES}"
+        )
+    return _text(PROMPT, _single(PROMPT, inputs[PROMPT]))
 
 
 class _Given:
     """What was given, by field, and under which name."""
 
     def __init__(self) -> None:
-        self.switches: dict[str, Any] = {}
-        self.sampling: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
         self._names: dict[str, tuple[str, str]] = {}
+
+    def of(self, fields: Collection[str]) -> dict[str, Any]:
+        """The values of these."""
+        return {name: value for name, value in self._values.items() if name in fields}
 
     def add(self, name: str, value: object, how: str) -> None:
         """Take a value under the name that the client used; null is as if it were not there."""
         if value is None or (name in _UNSAID and str(value) == _UNSAID[name]):
             return
+        if name in _LATER and value == "":
+            return
         field = SAMPLING[name].field if name in SAMPLING else name
         assert field is not None
         if field in WITHOUT_MEANING:
             _check_without_meaning(name, value)
-        elif field not in _FIELDS and field not in SWITCHES:
+        elif field not in _KNOWN:
             raise InvalidRequestError(
                 f"unknown parameter {name!r:.80}, given as {how}; known are {', '.join(_known())}"
             )
@@ -105,13 +152,12 @@ class _Given:
             self._repeat(name, field, value, how)
         else:
             self._names[field] = (name, how)
-            (self.switches if field in SWITCHES else self.sampling)[field] = _value(name, value)
+            self._values[field] = _value(name, value)
 
     def _repeat(self, name: str, field: str, value: object, how: str) -> None:
         """Take note of a field that is given once more: of no other value, or a tensor counts."""
         first, way = self._names[field]
-        before = self.switches if field in SWITCHES else self.sampling
-        if (how == _PARAMETER != way) or before[field] == _value(name, value):
+        if (how == _PARAMETER != way) or self._values[field] == _value(name, value):
             return
         raise InvalidRequestError(
             f"{name} is given twice: as {way} and as {how}; give it once"
@@ -119,6 +165,10 @@ class _Given:
             else f"{first} (given as {way}) and {name} (given as {how}) are the same parameter;"
             " give one of them"
         )
+
+    def call(self, field: str, name: str) -> None:
+        """Say under which name a field was given that is made of others."""
+        self._names[field] = (name, "an input")
 
     def explain(self, error: InvalidRequestError) -> str:
         """An error of sampling parameters in the client's own names."""
@@ -130,8 +180,10 @@ class _Given:
         return f"{error} ({'; '.join(other)})" if other else str(error)
 
 
-def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
-    switches = given.switches
+def _query(
+    prompt: str | Conversation, given: _Given, defaults: SamplingParams, tokenizer: Tokenizer
+) -> Query:
+    switches = given.of(SWITCHES)
     returns = {
         name.removeprefix(_RETURNS)
         for name, value in switches.items()
@@ -139,7 +191,18 @@ def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
     }
     if "log_probs" in returns:  # TensorRT-LLM's name for two outputs
         returns = returns - {"log_probs"} | {"cum_log_probs", "output_log_probs"}
-    sampling = {"max_tokens": defaults.max_tokens or DEFAULT_COMPLETION_TOKENS, **given.sampling}
+    chat, fields = isinstance(prompt, Conversation), {}
+    max_tokens = defaults.max_tokens or (None if chat else DEFAULT_COMPLETION_TOKENS)
+    sampling = {"max_tokens": max_tokens, **given.of(_FIELDS)}
+    form = guided(given.of(GUIDES), tokenizer)
+    if form is not None and "structured" in sampling:
+        raise InvalidRequestError(
+            f"structured and {GUIDE_TYPE} both say what the answer must look like; give one of them"
+        )
+    if form is not None:
+        sampling["structured"] = form
+        fields["structured"] = GUIDE
+        given.call("structured", GUIDE)
     asked = sampling.get("logprobs", defaults.logprobs) is not None
     if not asked and returns & _FROM_LOGPROBS:
         sampling["logprobs"] = 0
@@ -150,12 +213,14 @@ def _query(prompt: str, given: _Given, defaults: SamplingParams) -> Query:
     stream = switches.get("stream", False)
     # As vLLM's backend: a single answer begins with the prompt, a stream does not.
     excluded = stream or switches.get("exclude_input_in_single_output", False)
-    echo = not switches.get("exclude_input_in_output", excluded)
-    return Query(prompt, params, stream, echo, frozenset(returns), asked)
+    echo = not chat and not switches.get("exclude_input_in_output", excluded)
+    if chat:  # answers are held to the schemas of tools, too
+        fields = {"prompt": MESSAGES, "structured": "tools", **fields}
+    return Query(prompt, params, stream, echo, frozenset(returns), asked, fields)
 
 
 def _known() -> list[str]:
-    return sorted({*_FIELDS, *SAMPLING, *SWITCHES, *WITHOUT_MEANING})
+    return sorted({*_KNOWN, *SAMPLING, *WITHOUT_MEANING})
 
 
 def _is_tritons(name: str, value: object, request_id: str) -> bool:
@@ -214,6 +279,8 @@ def _value(name: str, value: object) -> object:
     hold the other types."""
     if name in SWITCHES:
         return _switch(name, value)
+    if name in _LATER:
+        return value
     if (SAMPLING[name].field if name in SAMPLING else name) in _TEXTS:
         return [value] if isinstance(value, str) else value
     parsed = _json(value) if isinstance(value, str) else None

@@ -9,13 +9,16 @@ import threading
 from contextlib import aclosing
 from typing import Protocol
 
-from slipstream.errors import ExecutionError, SlipstreamError
+from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.request import OutputKind
+from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Job, Service
 from slipstream.server.core.service import Metrics as ServiceMetrics
 from slipstream.server.triton.answers import Answer
 from slipstream.server.triton.errors import CancelledError
+from slipstream.server.triton.interface import CHAT
 from slipstream.server.triton.outbox import Call, Outbox, Reply
 from slipstream.server.triton.parameters import Query
 
@@ -75,7 +78,10 @@ class Serving:
         def cancel() -> None:
             self._loop.call_soon_threadsafe(task.cancel)
 
-        call = Call(reply, Answer(query, self._service.texts), cancel)
+        turns = None
+        if isinstance(query.prompt, Conversation):
+            turns = self._service.turns(query.prompt, query.params)
+        call = Call(reply, Answer(query, self._service.texts, turns), cancel)
         task = self._loop.create_task(self._answer(query, call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -86,15 +92,26 @@ class Serving:
         await self._loop.shutdown_default_executor()
 
     async def _answer(self, query: Query, call: Call) -> None:
-        job = Job([query.prompt], query.params, "delta" if query.stream else "final")
+        kind: OutputKind = "delta" if query.stream else "final"
+        job = Job([query.prompt], query.params, kind, fields=query.fields)
         try:
             async with aclosing(self._service.run(job)) as items:
                 async for _, output in items:
                     self._outbox.put(call, output)
         except asyncio.CancelledError:
             self._outbox.put(call, CancelledError("the request was cancelled"))
+        except InvalidRequestError as error:
+            self._outbox.put(call, _named(error, query))
         except SlipstreamError as error:
             self._outbox.put(call, error)
         except BaseException as error:  # noqa: BLE001 - a client must never wait for ever
             _LOG.exception("a request failed")
             self._outbox.put(call, ExecutionError(f"the request failed: {error!r}"))
+
+
+def _named(error: InvalidRequestError, query: Query) -> InvalidRequestError:
+    """An error in whose text the input stands that it is about."""
+    name = error.param
+    if name is None or name in str(error) or name not in {*query.fields.values(), *CHAT}:
+        return error
+    return InvalidRequestError(f"{name}: {error}", param=name)

@@ -92,9 +92,29 @@ function request() {
   for (const name of ["max_completion_tokens", "seed"]) {
     if (fields[name].value !== "") body[name] = Number(fields[name].value);
   }
+  if (fields.json.checked) body.response_format = {type: "json_object"};
+  const tools = toolsIn(fields.tools.value);
+  if (tools.length > 0) body.tools = tools;
   const system = fields.system.value.trim();
   body.messages = [...(system ? [{role: "system", content: system}] : []), ...messages];
   return JSON.stringify(body);
+}
+
+// The functions that a text lists in JSON; null where it does not.
+function toolsIn(text) {
+  try {
+    const tools = JSON.parse(text.trim() || "[]");
+    return Array.isArray(tools) ? tools : null;
+  } catch {
+    return null;
+  }
+}
+
+// What a text is in the conversation: a question, or what the functions return that were called.
+function said(text) {
+  const calls = messages.at(-1)?.tool_calls;
+  if (!calls) return [{role: "user", content: text}];
+  return calls.map((call) => ({role: "tool", tool_call_id: call.id, content: text}));
 }
 
 // The data of server-sent events, as they arrive.
@@ -112,11 +132,14 @@ async function* events(response) {
   }
 }
 
-// One answer while it is written: its text, and what it took.
+// One answer while it is written: thoughts, text and calls, and what it took.
 class Answer {
   constructor(turn) {
+    this.turn = turn;
     this.view = new MarkdownView(turn.firstElementChild);
-    this.text = "";
+    this.isJson = fields.json.checked;
+    this.text = this.thoughts = "";
+    this.calls = [];
     this.tokens = 0;
     this.reason = null;
     this.start = performance.now();
@@ -129,7 +152,13 @@ class Answer {
     const choice = event.choices?.[0];
     this.reason = choice?.finish_reason ?? this.reason;
     this.count(event.usage);
-    this.text += choice?.delta?.content ?? "";
+    const delta = choice?.delta ?? {};
+    this.text += delta.content ?? "";
+    this.thoughts += delta.reasoning_content ?? "";
+    for (const {index, id, function: {name, arguments: more}} of delta.tool_calls ?? []) {
+      this.calls[index] ??= {id, type: "function", function: {name, arguments: ""}};
+      this.calls[index].function.arguments += more ?? "";
+    }
     if (this.drawn) {
       this.drawn = false;
       requestAnimationFrame(() => this.draw());
@@ -153,10 +182,49 @@ class Answer {
     this.drawn = true;
     if (!this.view.target.isConnected) return;  // there is a new chat
     const atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 80;
-    this.view.show(this.text);
+    this.drawThoughts();
+    // A line of JSON is never one of backticks only.
+    this.view.show(this.isJson && this.text ? `\`\`\`json\n${this.text}\n\`\`\`` : this.text);
+    this.drawCalls();
     if (atEnd) toEnd();
     if (this.used) showContext(this.used);
     showSpeed(this.rate);
+  }
+
+  drawThoughts() {
+    if (!this.thoughts) return;
+    if (!this.folded) {
+      this.folded = document.createElement("details");
+      this.folded.className = "thoughts";
+      this.folded.append(document.createElement("summary"), document.createElement("p"));
+      this.turn.prepend(this.folded);
+    }
+    const [title, body] = this.folded.children;
+    const thinks = !this.text && this.calls.length === 0 && this.reason === null;
+    title.textContent = thinks ? "Thinking …" : "Thoughts";
+    body.textContent = this.thoughts;
+  }
+
+  drawCalls() {
+    this.boxes ??= [];
+    for (const [index, call] of this.calls.entries()) {
+      if (!this.boxes[index]) {
+        const box = this.boxes[index] = document.createElement("figure");
+        box.className = "code call";
+        box.append(document.createElement("figcaption"), document.createElement("pre"));
+        (this.boxes[index - 1] ?? this.view.target).after(box);
+      }
+      const [name, body] = this.boxes[index].children;
+      name.textContent = `calls ${call.function.name}`;
+      body.textContent = call.function.arguments;
+    }
+  }
+
+  // What is remembered of it; null: nothing. Thoughts are not, nor calls that were cut off.
+  message() {
+    const calls = this.reason === "tool_calls" ? {tool_calls: this.calls} : {};
+    if (!this.text && !calls.tool_calls) return null;
+    return {role: "assistant", content: this.text, ...calls};
   }
 
   summary() {
@@ -165,12 +233,13 @@ class Answer {
     if (this.rate !== null) parts.push(`${this.rate.toFixed(1)} tokens/s`);
     if (this.first) parts.push(`first after ${((this.first.time - this.start) / 1000).toFixed(2)} s`);
     if (this.reason === "length") parts.push("cut at the limit of tokens");
+    if (this.reason === "tool_calls") parts.push("your next message is what the function returns");
     if (this.reason === "stopped") parts.push("stopped");
     return parts.join(" · ");
   }
 }
 
-async function ask() {
+async function ask(before) {
   const turn = addTurn("assistant");
   turn.classList.add("writing");
   toEnd();
@@ -189,8 +258,9 @@ async function ask() {
   }
   turn.classList.remove("writing");
   answer.draw();
-  if (answer.text) conversation.push({role: "assistant", content: answer.text});
-  else conversation.pop();  // a question without an answer is not asked again
+  const message = answer.message();
+  if (message) conversation.push(message);
+  else conversation.length = before;  // a question without an answer is not asked again
   addNote(turn, answer.summary());
   toEnd();
 }
@@ -203,11 +273,12 @@ form.addEventListener("submit", async (event) => {
   find("settings").open = !form.checkValidity();
   if (!form.reportValidity()) return;
   question.value = "";
-  messages.push({role: "user", content: text});
+  const before = messages.length;
+  messages.push(...said(text));
   addTurn("user").firstElementChild.textContent = text;
   running = new AbortController();
   send.textContent = "Stop";
-  await ask();
+  await ask(before);
   running = null;
   send.textContent = "Send";
   question.focus();
@@ -243,6 +314,10 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") find("settings").open = false;
 });
 
+fields.tools.addEventListener("input", () => {
+  const isList = toolsIn(fields.tools.value) !== null;
+  fields.tools.setCustomValidity(isList ? "" : "This is no list in JSON.");
+});
 form.addEventListener("input", showSampling);
 fields.key.value = sessionStorage.getItem("key") ?? "";
 fields.key.addEventListener("change", () => {

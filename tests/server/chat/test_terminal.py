@@ -83,7 +83,13 @@ def test_an_answer_steers_no_terminal(
 ) -> None:
     monkeypatch.setattr(text, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     terminal: Terminal = PlainTerminal() if kind == "plain" else RichTerminal(tmp_path / "history")
+    terminal.think("\x1b]0;thought\x07")
     terminal.write("\x1b]0;title\x07\x9b31mred\rover\x08\x7f 👩‍💻")
     terminal.end_answer()
     shown = r"\x1b]0;title\x07\x9b31mred\x0dover\x08\x7f 👩‍💻"
-    assert capsys.readouterr().out.strip() == shown
+    out, err = capsys.readouterr()
+    thoughts, answer = (err, out) if kind == "plain" else out.split("\n\n", 1)
+    assert thoughts.strip() == r"\x1b]0;thought\x07"
+    assert answer.strip() == shown
+    terminal.call("f(\x1b[2J)")
+    assert capsys.readouterr().out == "f(\\x1b[2J)\n"

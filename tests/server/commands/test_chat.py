@@ -11,7 +11,10 @@ from typing import Any
 import pexpect
 import pytest
 from click.testing import CliRunner, Result
+from tests.server.openai.marked import MarkedDialect
 
+from slipstream.runtime.chat import turns
+from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.cli import slipstream
 from slipstream.server.commands import chat as module
@@ -92,6 +95,9 @@ def test_settings_change_the_answers() -> None:
         ("/set colour=1", "error: there is no setting colour"),
         ("/set n=2", "error: there is no setting n"),
         ("/dance", "error: there is no /dance; /help lists the commands"),
+        ("/json yes", "error: /json yes is neither on nor off; write /json on"),
+        ("/think 3", "error: /think 3 is neither on nor off"),
+        ("/tools /no/such/file", "error: /no/such/file cannot be read"),
         ("/save", "error: /save needs the name of a file"),
         ("/save /no/such/directory/f", "cannot be written"),
         ("x" * 300, "Shorten the prompt"),
@@ -103,13 +109,66 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line: str, message: str) -> 
     assert message in result.stderr
 
 
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> MarkedDialect:
+    """The dialect of the counting model: thoughts after ";", an answer after "?"."""
+    dialect = MarkedDialect(";?xyz")
+    monkeypatch.setattr(turns, "dialect_of", lambda tokenizer: dialect)
+    return dialect
+
+
+@pytest.mark.usefixtures("counting")
+def test_thoughts_are_apart_from_the_answer_and_forgotten(
+    marked: MarkedDialect, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.json"
+    result = run(f"hi\n/save {file}\n", "m", "--max-tokens", 5)
+    assert result.stdout == "-_\n"
+    assert "\n!\n" in result.stderr
+    assert json.loads(file.read_text())[-1] == {"role": "assistant", "content": "-_"}
+
+
+@pytest.mark.usefixtures("counting")
+def test_answers_can_be_held_to_json_and_thinking_chosen(marked: MarkedDialect) -> None:
+    lines = "/json\n/think\n/json on\n/think off\nhi\n"
+    result = run(lines, "m")
+    told = [line for line in result.stderr.splitlines() if line.startswith(("answers", "think"))]
+    assert told == [
+        "answers in JSON: off", "thinking: as the model likes", "answers in JSON: on",
+        "thinking: off",
+    ]  # fmt: skip
+    assert marked.asked is not None
+    options, wanted, _ = marked.asked
+    assert options.thinking is False and wanted == StructuredOutput(json_object=True)
+    run(lines + "/json off\n/think on\nhi\n", "m")
+    assert marked.asked[0].thinking is True and marked.asked[1] is None
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_call_is_shown_and_the_next_message_answers_it(
+    marked: MarkedDialect, tmp_path: Path
+) -> None:
+    marked.marks = "yz;x!"
+    tools, file = tmp_path / "tools.json", tmp_path / "chat.json"
+    tools.write_text('[{"type": "function", "function": {"name": "f"}}]')
+    result = run(f"/tools {tools}\nhi\nsunny\n/save {file}\n/tools off\n", "m", "--max-tokens", 5)
+    assert result.stdout == "\n(?-_)\n" * 2
+    assert "may call: f\n" in result.stderr and "may call: none\n" in result.stderr
+    assert "your next message is what the function returns" in result.stderr
+    messages = json.loads(file.read_text())
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "", "arguments": "?-_"}
+    assert messages[2] == {"role": "tool", "tool_call_id": "call_0", "content": "sunny"}
+
+
 @pytest.mark.usefixtures("counting")
 def test_system_and_help_and_exit() -> None:
     result = run("/system\n/system be kind\n/system\n/help\n/stats\n/exit\nhi\n", "m")
     assert result.stdout == ""
     assert result.stderr.count("system prompt: be kind") == 2
     assert "system prompt: none" in result.stderr and "no answer yet" in result.stderr
-    for name in ("/help", "/reset", "/system", "/set", "/stats", "/save", "/exit", "Ctrl-C"):
+    names = ("/help", "/reset", "/system", "/set", "/think", "/json", "/tools", "/stats", "/save")
+    for name in (*names, "/exit", "Ctrl-C"):
         assert name in result.stderr
 
 

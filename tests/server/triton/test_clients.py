@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,28 @@ def test_log_probabilities_that_nobody_counted_are_null(server: Server, cumulati
     assert answer.get("cumulative_logprob", -1) < 0
     answer = post(server.http, GENERATE, {**request, "logprobs": 0}).json
     assert [len(entry) for entry in json.loads(answer["logprobs"])] == [1, 1]
+
+
+def test_a_conversation_is_answered_in_the_models_template(
+    server: Server, long_engine: Path
+) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    with LLM(long_engine, kv_cache_bytes=64 << 20) as llm:
+        (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=9))
+    request = {"messages": json.dumps(messages), "max_tokens": 9, "temperature": 0}
+    answer = post(server.http, GENERATE, {**request, "return_num_input_tokens": True})
+    assert answer.status == 200, answer.body
+    assert answer.json["text_output"] == output.outputs[0].text
+    assert answer.json["num_input_tokens"] == len(output.prompt_token_ids)
+    assert (answer.json["reasoning_output"], answer.json["tool_calls"]) == ("", "[]")
+    answer = post(server.http, GENERATE, {**request, "messages": "{}"})
+    assert answer.status == 400 and answer.json["error"].startswith("messages={} is not a list")
+
+
+def test_the_ensemble_holds_answers_to_guides(ensemble: Server) -> None:
+    guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "(yes|no)"}
+    (outputs,) = send(ensemble, text_input=PROMPT, exclude_input_in_output=True, **guide)
+    assert text_of([outputs]) in ("yes", "no")
 
 
 def batch_of_one(**inputs: Any) -> list[Any]:  # noqa: ANN401 - elements of many types

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.testing import counting_tokenizer
 from slipstream.server.core.sampling import DEFAULT_COMPLETION_TOKENS
 from slipstream.server.triton.interface import (
     INPUTS,
@@ -23,6 +24,7 @@ from slipstream.server.triton.interface import (
 from slipstream.server.triton.parameters import Query, read_query
 
 DEFAULTS = SamplingParams(temperature=0.6, top_k=40)
+TOKENIZER = counting_tokenizer()
 UNSAID = dataclasses.replace(DEFAULTS, max_tokens=DEFAULT_COMPLETION_TOKENS)
 
 
@@ -39,9 +41,8 @@ def read(
     **inputs: Any,  # noqa: ANN401 - arrays
 ) -> Query:
     """A request with these inputs and request parameters."""
-    return read_query(
-        {"text_input": strings(text), **inputs}, parameters or {}, DEFAULTS, request_id
-    )
+    inputs = {"text_input": strings(text), **inputs}
+    return read_query(inputs, parameters or {}, DEFAULTS, TOKENIZER, request_id)
 
 
 def given(values: dict[str, Any]) -> NDArray[Any]:
@@ -57,8 +58,8 @@ def test_max_tokens_is_that_of_a_completion_over_http() -> None:
     assert read().params.max_tokens == DEFAULT_COMPLETION_TOKENS == 16
     model = dataclasses.replace(DEFAULTS, max_tokens=300)
     inputs = {"text_input": strings("hi")}
-    assert read_query(inputs, {}, model).params.max_tokens == 300
-    assert read_query(inputs, {"max_tokens": 7}, model).params.max_tokens == 7
+    assert read_query(inputs, {}, model, TOKENIZER).params.max_tokens == 300
+    assert read_query(inputs, {"max_tokens": 7}, model, TOKENIZER).params.max_tokens == 7
 
 
 def test_every_input_reaches_its_field() -> None:
@@ -99,7 +100,7 @@ def test_every_input_reaches_its_field() -> None:
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
 
 
-@pytest.mark.parametrize("field", sorted(FIELDS - {"prompt_logprobs"}))
+@pytest.mark.parametrize("field", sorted(FIELDS - {"prompt_logprobs", "shown_special_tokens"}))
 def test_every_sampling_parameter_can_be_given_as_json_and_as_a_request_parameter(
     field: str,
 ) -> None:
@@ -109,7 +110,7 @@ def test_every_sampling_parameter_can_be_given_as_json_and_as_a_request_paramete
         "seed": 5, "stop": ["x", "y"], "stop_token_ids": [4], "include_stop_str_in_output": True,
         "ignore_eos": True, "logit_bias": {"5": -2.5}, "allowed_token_ids": [1, 2],
         "bad_words": ["z"], "bad_words_token_ids": [[1, 2]], "logprobs": 3,
-        "skip_special_tokens": False,
+        "skip_special_tokens": False, "structured": {"regex": "[0-9]+"},
     }  # fmt: skip
     base = {name: getattr(UNSAID, name) for name in values}
     expected = SamplingParams.from_dict({**base, field: values[field]})
@@ -172,12 +173,14 @@ def test_no_stream_of_tensorrt_llm_begins_with_the_prompt(
     stream: bool, exclude: bool, echo: bool
 ) -> None:
     inputs = {"exclude_input_in_single_output": np.array([exclude]), "stream": np.array([stream])}
-    assert read_query({"text_input": strings("hi"), **inputs}, {}, DEFAULTS).echo is echo
+    given = {"text_input": strings("hi"), **inputs}
+    assert read_query(given, {}, DEFAULTS, TOKENIZER).echo is echo
 
 
 def test_flags_choose_outputs_and_logprobs_are_computed_for_them() -> None:
     ours = {"cum_log_probs", "output_log_probs"}
-    for name in OUTPUTS.keys() - {"text_output"} - ours:
+    always = {"text_output", "reasoning_output", "tool_calls"}
+    for name in OUTPUTS.keys() - always - ours:
         assert f"return_{name}" in SWITCHES
         assert read({f"return_{name}": True}).returns == {name}
         assert read({f"return_{name}": False}).returns == frozenset()
@@ -221,7 +224,7 @@ def test_a_batch_of_one_is_read_like_a_request_without_batch() -> None:
         "stop_words": strings("a", "b").reshape(1, 2),
         "stream": np.array([[True]]),
     }
-    query = read_query(inputs, {}, DEFAULTS)
+    query = read_query(inputs, {}, DEFAULTS, TOKENIZER)
     assert (query.prompt, query.params.max_tokens, query.params.stop) == ("hi", 5, ("a", "b"))
     assert query.stream
 
@@ -345,8 +348,8 @@ def test_two_values_of_one_parameter_are_refused() -> None:
 
 def test_a_request_without_a_prompt_is_refused() -> None:
     with pytest.raises(InvalidRequestError) as error:
-        read_query({"max_tokens": np.array([3], np.int32)}, {}, DEFAULTS)
-    assert str(error.value) == "text_input is missing; send the prompt as one text"
+        read_query({"max_tokens": np.array([3], np.int32)}, {}, DEFAULTS, TOKENIZER)
+    assert str(error.value) == ("text_input is missing; send the prompt as one text, or messages")
 
 
 def test_tables_agree_with_sampling_parameters() -> None:

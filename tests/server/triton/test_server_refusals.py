@@ -126,7 +126,7 @@ def test_grpc_request_parameters_are_checked_and_tritons_own_are_left_to_it(
 def test_a_request_without_a_prompt_is_a_sentence_and_no_traceback(server: Server) -> None:
     answer = post(server.http, GENERATE, {"max_tokens": 3})
     assert answer.status == 400
-    assert answer.json["error"] == "text_input is missing; send the prompt as one text"
+    assert answer.json["error"] == "text_input is missing; send the prompt as one text, or messages"
     assert "Traceback" not in server.log
 
 
