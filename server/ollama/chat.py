@@ -10,7 +10,7 @@ from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.service import Job
 from slipstream.server.ollama.conversation import conversation_of
 from slipstream.server.ollama.names import served
-from slipstream.server.ollama.protocol import ChatRequest
+from slipstream.server.ollama.protocol import OllamaChatRequest
 from slipstream.server.ollama.reply import GENERATED, LINES, OllamaReply, Said, as_message, loaded
 from slipstream.server.ollama.route import JsonRoute
 from slipstream.server.ollama.sampling import FIELDS, params_of
@@ -19,7 +19,7 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/api/chat", responses=GENERATED)
-async def chat(body: ChatRequest, request: Request) -> Response:
+async def chat(body: OllamaChatRequest, request: Request) -> Response:
     """Answer a conversation; one of no messages asks whether the model is loaded."""
     service = service_of(request)
     model = served(service, body.model)

@@ -12,16 +12,16 @@ from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.dump import dump
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.ollama.protocol import (
-    ChatRequest,
-    ChatTool,
     GenerateRequest,
-    Message,
-    MessageCall,
+    OllamaCall,
+    OllamaChatRequest,
+    OllamaMessage,
+    OllamaTool,
     Think,
 )
 
 
-def conversation_of(request: ChatRequest, dialect: Dialect) -> Conversation:
+def conversation_of(request: OllamaChatRequest, dialect: Dialect) -> Conversation:
     """The conversation of a chat; the last message is gone on with if the assistant said it.
 
     Raises ``Refusal`` for thoughts of a model that has none.
@@ -64,7 +64,7 @@ def knows_tools(dialect: Dialect) -> bool:
         return False
 
 
-def _tool(tool: ChatTool) -> Tool:
+def _tool(tool: OllamaTool) -> Tool:
     function = tool.function
     return Tool(function.name, function.description, function.parameters)
 
@@ -77,11 +77,11 @@ class _Messages:
         self._calls = 0
         self._open: list[tuple[str, str]] = []  # ids and names of calls without an answer
 
-    def all(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def all(self, messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
         """The same messages."""
         return [self._one(message) for message in messages]
 
-    def _one(self, message: Message) -> dict[str, Any]:
+    def _one(self, message: OllamaMessage) -> dict[str, Any]:
         plain: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.thinking:
             plain["reasoning_content"] = message.thinking
@@ -92,7 +92,7 @@ class _Messages:
             plain |= self._answered(message)
         return plain
 
-    def _call(self, call: MessageCall) -> dict[str, Any]:
+    def _call(self, call: OllamaCall) -> dict[str, Any]:
         name, arguments = call.function.name, call.function.arguments or {}
         text = arguments if isinstance(arguments, str) else dump(arguments).decode()
         call_id = call.id or f"call_{self._calls}"
@@ -100,7 +100,7 @@ class _Messages:
         self._open.append((call_id, name))
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
 
-    def _answered(self, message: Message) -> dict[str, Any]:
+    def _answered(self, message: OllamaMessage) -> dict[str, Any]:
         """Which call a message answers, and of which tool."""
         given = (message.tool_call_id, message.tool_name)
         fitting = (

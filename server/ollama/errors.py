@@ -33,5 +33,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def error_body(refusal: Refusal) -> bytes:
-    """The JSON; ASCII, because a message may quote what is no valid Unicode."""
-    return json.dumps({"error": refusal.message}).encode()
+    """The JSON, with the field if the message calls it by another name; ASCII, because a message
+    may quote what is no valid Unicode."""
+    message, param = refusal.message, refusal.param
+    told = message if param is None or param in message else f"{param}: {message}"
+    return json.dumps({"error": told}).encode()

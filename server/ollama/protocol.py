@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from slipstream.server.core.fields import Flag, Float, Int, Several, Strict, only
 from slipstream.server.core.limits import MAX_LOGPROBS, MAX_TEXT_LENGTH, MAX_TEXTS
@@ -22,8 +22,16 @@ Form = Literal["", "json"] | dict[str, Any] | None
 _NO_IMAGES = only([], remedy="this server reads no images; leave it out")
 
 
-class Options(Strict):
-    """How an answer is sampled."""
+# They configure Ollama's runner.
+_RUNNER = frozenset(
+    {"num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram",
+     "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only",
+     "draft_num_predict", "mirostat_tau", "mirostat_eta"}
+)  # fmt: skip
+
+
+class OllamaOptions(Strict):
+    """How an answer is sampled; options of Ollama's runner are taken and not looked at."""
 
     num_predict: _OptionalInt = Field(default=None, description="Not above 0: what fits.")
     temperature: Float = None
@@ -41,24 +49,14 @@ class Options(Strict):
     typical_p: Annotated[Float, only(1)] = None
     tfs_z: Annotated[Float, only(1)] = None
     mirostat: Annotated[_OptionalInt, only(0)] = None
-    mirostat_tau: Ignored = None
-    mirostat_eta: Ignored = None
     penalize_newline: Annotated[Flag, only(True)] = None
-    num_ctx: Ignored = None
-    num_keep: Ignored = None
-    num_batch: Ignored = None
-    num_gpu: Ignored = None
-    main_gpu: Ignored = None
-    num_thread: Ignored = None
-    numa: Ignored = None
-    low_vram: Ignored = None
-    f16_kv: Ignored = None
-    logits_all: Ignored = None
-    vocab_only: Ignored = None
-    use_mmap: Ignored = None
-    use_mlock: Ignored = None
-    embedding_only: Ignored = None
-    draft_num_predict: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_runner(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in _RUNNER}
 
 
 class ModelRequest(Strict):
@@ -66,7 +64,7 @@ class ModelRequest(Strict):
 
     model: str | None = Field(None, description="One of /api/tags; null is the first of them.")
     keep_alive: Ignored = None
-    options: Options | None = None
+    options: OllamaOptions | None = None
 
 
 class AnswerRequest(ModelRequest):
@@ -100,33 +98,33 @@ class GenerateRequest(AnswerRequest):
     steps: Annotated[Any, only(0)] = None
 
 
-class CalledFunction(BaseModel):
+class OllamaCalledFunction(BaseModel):
     """A function with arguments."""
 
     name: str
     arguments: dict[str, Any] | str | None = None
 
 
-class MessageCall(BaseModel):
+class OllamaCall(BaseModel):
     """A call of the past."""
 
-    function: CalledFunction
+    function: OllamaCalledFunction
     id: str | None = None
 
 
-class Message(BaseModel):
+class OllamaMessage(BaseModel):
     """One message; what else clients keep in it is not looked at."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
     images: Annotated[list[Any] | None, _NO_IMAGES] = None
-    tool_calls: Several[MessageCall] | None = None
+    tool_calls: Several[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-class Function(BaseModel):
+class OllamaFunction(BaseModel):
     """A function that may be called."""
 
     name: str
@@ -134,18 +132,18 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class ChatTool(BaseModel):
+class OllamaTool(BaseModel):
     """A tool; functions are the only kind."""
 
-    function: Function
+    function: OllamaFunction
     type: Literal["function"] | None = None
 
 
-class ChatRequest(AnswerRequest):
+class OllamaChatRequest(AnswerRequest):
     """The body of ``/api/chat``."""
 
-    messages: Several[Message] | None = None
-    tools: Several[ChatTool] | None = None
+    messages: Several[OllamaMessage] | None = None
+    tools: Several[OllamaTool] | None = None
 
 
 class EmbedRequest(ModelRequest):

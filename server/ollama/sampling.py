@@ -8,7 +8,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.server.core.refusal import naming
 from slipstream.server.core.sampling import sampling_params
-from slipstream.server.ollama.protocol import AnswerRequest, Form, Options
+from slipstream.server.ollama.protocol import AnswerRequest, Form, OllamaOptions
 
 # What the engine calls by another name.
 FIELDS = {
@@ -25,14 +25,14 @@ _SAME = (
 
 def params_of(request: AnswerRequest, defaults: SamplingParams) -> SamplingParams:
     """``defaults`` with what a request says; raises ``InvalidRequestError``."""
-    given = _given(request.options or Options())
+    given = _given(request.options or OllamaOptions())
     if request.logprobs:
         given["logprobs"] = request.top_logprobs or 0
     with naming(FIELDS):
         return sampling_params(defaults, {**given, "structured": _form(request.format)})
 
 
-def _given(options: Options) -> dict[str, Any]:
+def _given(options: OllamaOptions) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in _SAME}
     given["repetition_penalty"] = 1.0 if options.repeat_last_n == 0 else options.repeat_penalty
     given = {name: value for name, value in given.items() if value is not None}

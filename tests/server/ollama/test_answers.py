@@ -23,10 +23,10 @@ from slipstream.runtime.chat.events import (
     ReasoningText,
 )
 from slipstream.runtime.chat.options import ChatOptions, Tool
+from slipstream.runtime.testing import counting_engine
+from slipstream.server.core.http import respond
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.ollama.api import OLLAMA
 from slipstream.server.ollama.reply import OllamaReply, as_response
-from slipstream.server.openai.api import OPENAI
 
 # The model says ";!?-_\n" after a prompt that ends in ":", and "fghijklmn..." after "e".
 Connect = Callable[[Running], ollama.Client]
@@ -76,7 +76,7 @@ class ScriptedDialect(MarkedDialect):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serving(apis=[OPENAI, OLLAMA], served_model_name=("counting", "org/m:7b")) as running:
+    with serving(served_model_name=("counting", "org/m:7b")) as running:
         yield running
 
 
@@ -87,7 +87,7 @@ def dialect() -> ScriptedDialect:
 
 @pytest.fixture(scope="module")
 def scripted(dialect: ScriptedDialect) -> Iterator[Running]:
-    with serving(apis=[OPENAI, OLLAMA]) as running:
+    with serving() as running:
         running.service.dialect = dialect
         yield running
 
@@ -131,7 +131,9 @@ def test_a_prompt_is_a_question_in_the_template(server: Running, client: Connect
 
 
 def test_an_answer_is_gone_on_with(server: Running, client: Connect) -> None:
-    answer = client(server).chat("counting", GOING_ON, options={"num_predict": 3, "seed": -1})
+    answer = client(server).chat(
+        "counting", GOING_ON, options={"num_predict": 3, "seed": -1, "num_ctx": 64}
+    )
     assert answer.message.content == "fgh"
 
 
@@ -231,6 +233,7 @@ def test_curl_sends_json_as_a_form_but_web_pages_may_not(server: Running) -> Non
         ("generate", {"prompt": "a", "options": {"nonsense": 1}}, 400, "options.nonsense"),
         ("generate", {"prompt": "a", "options": {"mirostat": 2}}, 400, "not supported"),
         ("generate", {"prompt": "a", "options": {"temperature": -1}}, 400, "temperature"),
+        ("generate", {"prompt": "a", "options": {"repeat_penalty": 0}}, 400, "repeat_penalty: "),
         ("generate", {"prompt": "a", "format": {"$ref": "#/nowhere"}}, 400, "nowhere"),
         ("generate", {"prompt": "a", "format": "yaml"}, 400, "format"),
         ("chat", {"messages": HELLO, "think": True}, 400, "does not support thinking"),
@@ -266,6 +269,15 @@ def test_pulling_what_is_served_succeeds_at_once(server: Running, client: Connec
     assert [part.status for part in client(server).pull("counting:latest", stream=True)] == [
         "success"
     ]
+
+
+def test_every_line_is_an_object_however_slow_the_model_is(
+    monkeypatch: pytest.MonkeyPatch, client: Connect
+) -> None:
+    monkeypatch.setattr(respond, "PULSE_SECONDS", 0.002)
+    with serving(counting_engine(delay=0.02)) as running:
+        lines = list(client(running).generate("counting", "abc", raw=True, stream=True))
+        assert "".join(line.response or "" for line in lines) == "defghijklmnopqrs"
 
 
 def test_models_are_listed_with_their_tags(server: Running, client: Connect) -> None:

@@ -20,8 +20,6 @@ from slipstream.builder.options import BuildOptions
 from slipstream.runtime.llm import LLM
 from slipstream.runtime.loading import load
 from slipstream.server.core import vectors
-from slipstream.server.ollama.api import OLLAMA
-from slipstream.server.openai.api import OPENAI
 
 Connect = Callable[[Running], ollama.Client]
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
@@ -45,7 +43,7 @@ def tiny(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     template = tmp_path_factory.mktemp("template") / "qwen3.jinja"
     template.write_text(QWEN)
     engine = load(tiny_engine, {"chat_template": str(template)})
-    with serving(engine, apis=[OPENAI, OLLAMA]) as running:
+    with serving(engine) as running:
         yield running
 
 
@@ -106,7 +104,7 @@ def test_texts_become_vectors(
     texts = ["the cat", "a dog sat"]
     with LLM(embedding) as llm:
         want = llm.embed(texts)
-    with serving(load(embedding, {}), apis=[OPENAI, OLLAMA]) as running:
+    with serving(load(embedding, {})) as running:
         answer = client(running).embed("counting", texts)
         np.testing.assert_array_equal(np.array(answer.embeddings, np.float32), want)
         assert answer.prompt_eval_count and answer.total_duration

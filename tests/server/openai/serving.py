@@ -22,6 +22,7 @@ from slipstream.server.anthropic.api import ANTHROPIC
 from slipstream.server.core.http.process import DrainingServer, bind, server_of, url_of
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
+from slipstream.server.ollama.api import OLLAMA
 from slipstream.server.openai.api import OPENAI
 from slipstream.server.responses.api import RESPONSES
 
@@ -105,7 +106,7 @@ def serving(
 
     def run() -> None:
         async def main() -> None:
-            server = server_of(llm, settings, [OPENAI, RESPONSES, ANTHROPIC])
+            server = server_of(llm, settings, [OPENAI, RESPONSES, ANTHROPIC, OLLAMA])
             box.append(server)
             task = asyncio.create_task(server.serve([listener]))
             while not server.started and not task.done():
