@@ -72,7 +72,8 @@ def check_read(checkpoint: Checkpoint) -> None:
     """CheckpointError for a tensor that the architecture does not read."""
     config = checkpoint.config
     architecture = architecture_of(config.architecture)
-    unread = sorted(set(checkpoint.names()) - set(architecture.shapes(config)))
+    others = set(checkpoint.names()) - set(architecture.shapes(config))
+    unread = sorted(name for name in others if not architecture.is_redundant(config, name))
     if unread:
         raise CheckpointError(
             f"{checkpoint.path} holds {len(unread)} tensors that {architecture.name} does not "

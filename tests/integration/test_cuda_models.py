@@ -200,8 +200,10 @@ def reference_routers(
     found = []
 
     def keep(_: object, inputs: object, output: tuple[Tensor, ...]) -> None:
-        parts = [part.reshape(*prompts.shape, -1) for part in output]
-        parts = [(part.float() if part.is_floating_point() else part).numpy() for part in parts]
+        shaped = [part.reshape(*prompts.shape, -1) for part in output]
+        parts: list[NDArray[Any]] = [
+            (part.float() if part.is_floating_point() else part).numpy() for part in shaped
+        ]
         ids = next(part for part in parts if part.dtype.kind == "i")
         logits = max((p for p in parts if p.dtype.kind == "f"), key=lambda part: part.shape[-1])
         if logits.min() >= 0:  # these are probabilities

@@ -22,7 +22,6 @@ from slipstream.builder.models.llama import ARCHITECTURE as LLAMA_ARCHITECTURE
 from slipstream.builder.models.module import LAYER, Extent, Module, hidden
 from slipstream.errors import CheckpointError
 from slipstream.quantize.folding import Folding
-from slipstream.quantize.layerwise import quantize_layers
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import make_plan
 from slipstream.quantize.sites import Site, Source, layer_sites
@@ -140,16 +139,6 @@ def test_a_router_is_scaled_with_the_experts_and_never_rounded(
 def with_extra(name: str, rows: int) -> dict[str, Any]:
     extra = np.random.default_rng(1).normal(size=(rows, 128)).astype(np.float32)
     return llama_tensors() | {f"model.layers.{i}.{name}.weight": extra for i in range(2)}
-
-
-def test_a_linear_that_no_table_knows_is_rounded(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_llama(tmp_path / "model", with_extra("mlp.extra", 64)))
-    options = QuantizeOptions(qformat="int4_wo")
-    results = list(quantize_layers(checkpoint, make_plan(checkpoint, options), [], options))
-    for result in results:
-        name = f"model.layers.{result.index}.mlp.extra"
-        assert name in [stats.name for stats in result.stats]
-        assert result.tensors[f"{name}.weight"].format.kind == "int"
 
 
 def test_what_transformers_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

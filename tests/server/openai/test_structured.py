@@ -57,7 +57,7 @@ def tiny(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def ask(running: Running, **changes: Any) -> Any:  # noqa: ANN401 - the client's types
     extra = {"chat_template_kwargs": {"enable_thinking": False}, **changes.pop("extra_body", {})}
-    given = {"model": "counting", "messages": HELLO, "max_tokens": 100, "seed": 1, **changes}
+    given = {"model": "counting", "messages": HELLO, "max_tokens": 400, "seed": 1, **changes}
     return running.client().chat.completions.create(**given, extra_body=extra)
 
 
@@ -73,7 +73,8 @@ def test_a_pydantic_model_is_parsed(tiny: Running) -> None:
         model="counting",
         messages=HELLO,
         response_format=Weather,
-        max_tokens=100,
+        max_tokens=400,
+        seed=1,
         extra_body={"chat_template_kwargs": {"enable_thinking": False}},
     )
     assert isinstance(answer.choices[0].message.parsed, Weather)
@@ -86,7 +87,8 @@ def test_the_streaming_helper_parses_too(tiny: Running) -> None:
         model="counting",
         messages=HELLO,
         response_format=Weather,
-        max_tokens=100,
+        max_tokens=400,
+        seed=1,
         extra_body={"chat_template_kwargs": {"enable_thinking": False}},
     ) as stream:
         final = stream.get_final_completion()
@@ -103,7 +105,7 @@ def test_a_tool_is_called_with_arguments_that_hold(tiny: Running, choice: object
     assert call.function.name == "f"
     assert json.loads(call.function.arguments) in ({"days": 1}, {"days": 2})
     with tiny.client().chat.completions.stream(
-        model="counting", messages=HELLO, max_tokens=100, seed=1, **options,
+        model="counting", messages=HELLO, max_tokens=400, seed=1, **options,
         extra_body={"chat_template_kwargs": {"enable_thinking": False}},
     ) as stream:  # fmt: skip
         calls: Any = stream.get_final_completion().choices[0].message.tool_calls
