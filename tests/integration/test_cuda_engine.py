@@ -226,9 +226,8 @@ def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
     assert isinstance(executor, CUDAExecutor)
     executor.reserve_kv(16 << 20)
     # fp8 rounds activations only in the kernels of many tokens; a last bit may choose an expert.
-    # Where caches are two, bf16 is far from float32, and its last bits decide much.
     loose = any(name in str(engine) for name in ("fp8", "experts"))
-    tolerance = 2.0 if "two-caches" in str(engine) else 1.0 if loose else 0.15
+    tolerance = 1.0 if loose else 0.15
     for output in outputs:
         tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         whole = step([len(tokens)], [len(tokens)])
@@ -238,7 +237,10 @@ def test_continuous_batching_takes_the_likeliest_tokens(engine: Path) -> None:
         )
         logits = executor.logits(whole)
         chosen = logits[np.arange(24), output.outputs[0].token_ids]
-        assert ((logits.max(axis=1) - chosen) / logits.std(axis=1)).max() < tolerance
+        below = (logits.max(axis=1) - chosen) / logits.std(axis=1)
+        # Where caches are two, bf16 is far from float32: any token may differ, but not most.
+        worst = np.median(below) if "two-caches" in str(engine) else below.max()
+        assert worst < tolerance
     executor.shutdown()
 
 
