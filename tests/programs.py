@@ -203,6 +203,14 @@ def _expert_linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("ExpertLinear")(x, weight, ids, weights, **added, **attributes)]
 
 
+def _normed_router(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    x, weight, norm_weight, bias, correction = _padded(given)
+    known = (_plain(value) for value in (norm_weight, bias, correction))
+    sizes = ("in_features", "out_features")
+    attributes = {k: v for k, v in _attributes(node).items() if k not in sizes}
+    return list(_reference("NormedRouter")(x, _weight(weight, {}), *known, **attributes))
+
+
 def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Embedding")(given[0], _weight(given[1], _attributes(node)))]
 
@@ -220,6 +228,7 @@ _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "FusedAddRMSNorm": _elementwise,
     "SoftCap": _elementwise,
     "Router": _elementwise,
+    "NormedRouter": _normed_router,
 }
 
 

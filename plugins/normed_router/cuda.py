@@ -30,7 +30,6 @@ from slipstream.plugins.router.cuda import choice, router
 # router for one token alone.
 FUSED_TOKENS = 16
 _MOST_COLUMNS = 8192  # of a row that a program has in registers
-WARPS = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def _fused(x: Tensor, layer: NormedRouter, pdl: bool) -> tuple[Tensor, Tensor, T
                 experts, layer.correction, routing.top_k, routing.scoring, routing.renormalize,
                 routing.groups, routing.top_groups,
             ),
-            **launch_options(num_warps=WARPS or min(max(columns // 2048, 1), 4), pdl=pdl),
+            **launch_options(num_warps=min(max(columns // 2048, 1), 4), pdl=pdl),
         )  # fmt: skip
     return y, ids, weights
 

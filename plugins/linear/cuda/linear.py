@@ -25,8 +25,6 @@ from slipstream.plugins.linear.cuda.tactics import (
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
 
-FETCH_ROWS = False
-
 
 def linear(  # noqa: PLR0913 - what is fused
     x: Tensor,
@@ -120,7 +118,6 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
         "BF16": x.dtype == torch.bfloat16,
         "EVEN": vectors % (lanes * tactic.num_stages) == 0 and not padded,
         "COMPILED": not interpreting(),
-        "FETCH": FETCH_ROWS and inputs.residual is not None and not interpreting(),
         **_epilogue(inputs),
         **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }

@@ -126,20 +126,6 @@ def _read_vectors(
 
 
 @triton.jit
-def _fetch_rows(pointer, rows, lanes, VECTORS: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr):
-    """Asks the L2 cache for all of the rows, a line of 128 bytes a lane."""
-    LINES: tl.constexpr = (VECTORS + 7) // 8
-    for r in tl.static_range(RT):
-        begin = pointer + rows[r].to(tl.int64) * (VECTORS * 2)
-        for first in tl.static_range(0, LINES, Q):
-            at = begin + tl.minimum(first + lanes, LINES - 1) * 16
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
 def _read_floats(
     pointer, row, first, lanes, VECTORS: tl.constexpr, COUNT: tl.constexpr, BF16: tl.constexpr,
     EVEN: tl.constexpr,
@@ -263,7 +249,7 @@ def gemv_float(
     FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0, FETCH: tl.constexpr = False,
+    SUM: tl.constexpr = 0,
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; SCALE is "none", "row" or "block" (of 128 x 128).
 
@@ -292,8 +278,6 @@ def gemv_float(
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
-        if FETCH:
-            _fetch_rows(weight, rows, lanes, VECTORS, RT, Q)
         tl.extra.cuda.gdc_wait()
     for base in range(0, TOTAL, DEPTH * Q):
         next_ahead = ()
@@ -409,7 +393,7 @@ def gemv_int(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0, FETCH: tl.constexpr = False,
+    SUM: tl.constexpr = 0,
 ):  # fmt: skip
     """A weight of groups [N, words]; GROUP 0 is a scale a row.
 
@@ -443,8 +427,6 @@ def gemv_int(
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
-        if FETCH:
-            _fetch_rows(weight, rows, lanes, VECTORS, RT, Q)
         tl.extra.cuda.gdc_wait()
     for base in range(0, TOTAL, DEPTH * Q):
         next_ahead = ()
