@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ class ToolCall:
     call_id: str
     name: str
     arguments: str = ""
+
+    def in_message(self) -> dict[str, Any]:
+        """One of the ``tool_calls`` of a message in OpenAI's shape."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
 
 
 @dataclass(slots=True)

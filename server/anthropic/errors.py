@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
-from slipstream.server.core.http.api import STATUSES
+from slipstream.server.core.http.api import ERRORS, STATUSES, error_responses
 from slipstream.server.core.logs import request_id
 from slipstream.server.core.refusal import Kind, Refusal
 
@@ -23,13 +23,8 @@ _TYPES: dict[Kind, str] = {
 }
 # Its own status for a server that cannot answer now; its clients send such a request again.
 ANTHROPIC_STATUSES = {**STATUSES, "unavailable": 529, "failed": 500}
-_STATUSES = {
-    400: "The request asks for something impossible or unknown.",
-    401: "No API key, or an unknown one.",
-    403: "The server was asked by a name that is not its own.",
-    404: "There is no such model.",
-    413: "The body is too large.",
-    429: "Too many requests wait already; `Retry-After` says when to come again.",
+_ERRORS = {
+    **{code: text for code, text in ERRORS.items() if code < 500},
     500: "A bug, or a step that failed on the device.",
     529: "The server is shutting down, or its engine has stopped.",
 }
@@ -50,9 +45,7 @@ class MessageErrorBody(BaseModel):
     request_id: str | None
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": MessageErrorBody, "description": text} for code, text in _STATUSES.items()
-}
+RESPONSES = error_responses(MessageErrorBody, _ERRORS)
 
 
 def error_body(refusal: Refusal) -> bytes:

@@ -5,14 +5,12 @@ Only shapes and sizes are checked here. What a value may be is ``SamplingParams`
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -20,15 +18,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from slipstream.server.core.limits import MAX_FIELDS, MAX_TEXT_LENGTH, MAX_TEXTS, MAX_TOOLS
+from slipstream.server.core.fields import Flag, Float, Several, Strict
+from slipstream.server.core.limits import MAX_TEXT_LENGTH, MAX_TEXTS, MAX_TOOLS
 
-T = TypeVar("T")
-
-Flag = Annotated[bool, Field(strict=True)] | None
-Float = Annotated[float, Field(strict=True)] | None
 _Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
-# The first wrong element ends the check of a list: the errors of a million of them are dear.
-_Several = Annotated[list[T], Field(fail_fast=True)]
 Ignored = Annotated[Any, Field(description="Accepted for Anthropic's clients; has no effect.")]
 
 
@@ -89,7 +82,7 @@ TextOrOther = Annotated[
 ]
 # A text stands for one block of it.
 Texts = Annotated[
-    _Several[TextOrOther],
+    Several[TextOrOther],
     BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextOrOther]),
 ]
 
@@ -119,7 +112,7 @@ class Message(BaseModel):
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        _Several[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])
+        Several[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])
     ]
 
 
@@ -155,19 +148,15 @@ class Thinking(BaseModel):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(BaseModel):
+class OutputFormat(Strict):
     """The schema that an answer is held to."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
+class OutputConfig(Strict):
     """What an answer looks like, and how much thought goes into it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
@@ -182,13 +171,11 @@ def _nothing(value: object) -> object:
 Unsupported = Annotated[Any, AfterValidator(_nothing)]
 
 
-class CountRequest(BaseModel):
+class CountRequest(Strict):
     """The body of ``/v1/messages/count_tokens``."""
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str | None = Field(None, description="One of /v1/models; None is the first of them.")
-    messages: Annotated[_Several[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     system: Texts | None = None
     tools: Annotated[list[ClientTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | None = None
@@ -201,13 +188,6 @@ class CountRequest(BaseModel):
     context_management: Ignored = None
     speed: Ignored = None
     mcp_servers: Unsupported = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_few_fields(cls, values: Any) -> Any:  # noqa: ANN401 - JSON
-        if isinstance(values, dict) and len(values) > MAX_FIELDS:  # some are unknown: it is refused
-            return dict(islice(values.items(), MAX_FIELDS))
-        return values
 
     @property
     def form(self) -> OutputFormat | None:

@@ -45,14 +45,7 @@ class Conversation:
             return
         message: Message = {"role": "assistant", "content": text}
         if calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.call_id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in calls
-            ]
+            message["tool_calls"] = [call.in_message() for call in calls]
         self.turns[-1].append(message)
 
     def reset(self) -> None:

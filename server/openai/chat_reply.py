@@ -175,12 +175,5 @@ class ChatReply:
         if turn.reasoning and self.thoughts:
             message |= {"reasoning_content": turn.reasoning, "reasoning": turn.reasoning}
         if turn.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.call_id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in turn.calls
-            ]
+            message["tool_calls"] = [call.in_message() for call in turn.calls]
         return message

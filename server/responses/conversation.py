@@ -74,14 +74,7 @@ def message_of(turn: AssistantTurn) -> dict[str, Any]:
     if turn.reasoning:
         message["reasoning_content"] = turn.reasoning
     if turn.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.call_id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in turn.calls
-        ]
+        message["tool_calls"] = [call.in_message() for call in turn.calls]
     return message
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -25,6 +26,25 @@ STATUSES: Mapping[Kind, int] = {
     "failed": 503,
     "internal": 500,
 }
+# What the statuses of errors mean.
+ERRORS: Mapping[int, str] = {
+    400: "The request asks for something impossible or unknown.",
+    401: "No API key, or an unknown one.",
+    403: "The server was asked by a name that is not its own.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "Too many requests wait already; `Retry-After` says when to come again.",
+    500: "A bug.",
+    503: "The server is shutting down, its engine has stopped, or a step failed on the device.",
+}
+
+
+def error_responses(
+    model: type[BaseModel], errors: Mapping[int, str] = ERRORS
+) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of an API whose errors have the shape of ``model``; ``errors`` says what
+    each status means."""
+    return {code: {"model": model, "description": text} for code, text in errors.items()}
 
 
 @dataclass(frozen=True)

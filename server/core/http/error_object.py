@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pydantic import BaseModel
 
+from slipstream.server.core.http.api import error_responses
 from slipstream.server.core.refusal import Kind, Refusal
 
 _TYPES: dict[Kind, str] = {
@@ -15,16 +15,6 @@ _TYPES: dict[Kind, str] = {
     "unavailable": "service_unavailable_error",
     "failed": "service_unavailable_error",
     "internal": "server_error",
-}
-_STATUSES = {
-    400: "The request asks for something impossible or unknown.",
-    401: "No API key, or an unknown one.",
-    403: "The server was asked by a name that is not its own.",
-    404: "There is no such model.",
-    413: "The body is too large.",
-    429: "Too many requests wait already; `Retry-After` says when to come again.",
-    500: "A bug.",
-    503: "The server is shutting down, its engine has stopped, or a step failed on the device.",
 }
 
 
@@ -43,9 +33,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorBody, "description": text} for code, text in _STATUSES.items()
-}
+RESPONSES = error_responses(ErrorBody)
 
 
 def error_body(refusal: Refusal) -> bytes:
