@@ -108,9 +108,10 @@ class AsyncLLM(AsyncPooling):
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._thread.start()
         threading.Thread(target=self._watch, name="slipstream-watch", daemon=True).start()
-        # It keeps the interpreter for a while, so not when others wait for their tokens.
-        prepare = self._factory.grammars.prepare
-        threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
+        if engine.pooling is None:  # what pools writes nothing that could be held to a form
+            # It keeps the interpreter for a while, so not when others wait for their tokens.
+            prepare = self._factory.grammars.prepare
+            threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
 
     @property
     def stats(self) -> SchedulerStats:
