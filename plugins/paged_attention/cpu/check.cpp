@@ -19,7 +19,7 @@ static const char* check_attributes(const PagedAttentionArgs& args) {
 
 static const char* check_sequence(const PagedAttentionArgs& args, int64_t s) {
   const int64_t length = args.context_len[s], used = (length + args.page_size - 1) / args.page_size;
-  const int64_t queries = args.query_start[s + 1] - args.query_start[s];
+  const int64_t queries = int64_t{args.query_start[s + 1]} - args.query_start[s];
   if (queries < 0 || queries > length || used > args.max_pages)
     return "context_len does not fit its queries or page_table";
   for (int64_t p = 0; p < used; ++p) {

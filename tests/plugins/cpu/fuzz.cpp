@@ -384,10 +384,9 @@ void change_shape(Random& random, Value& value) {
     int64_t& size = shape[size_t(random.in(0, last))];
     size = random.one_in(2) ? size + random.in(-1, 1) : std::abs(random.hostile(size) / 2);
     if (size < 0) size = 0;
-    // An axis of any length is possible beside one of none.
-    if (elements_of(shape) < 0) shape[size_t(random.in(0, last))] = 0;
-    if (elements_of(shape) < 0) size = 0;
   }
+  // An axis of any length is possible beside one of none; all others are to fit into memory.
+  if (elements_of(shape) < 0) shape[size_t(random.in(0, int64_t(shape.size()) - 1))] = 0;
 }
 
 void change_values(Random& random, Value& value) {
