@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slipstream.quantize.experts import Experts
 from slipstream.quantize.sites import Site
-from slipstream.quantize.skeleton import Skeleton
+from slipstream.quantize.skeleton import Skeleton, States
 from slipstream.quantize.statistics import Collector, Inputs, stream_factors
 
 Collected = dict[str, Inputs | None]
@@ -48,20 +48,20 @@ class Routed:
 def collect(
     skeleton: Skeleton,
     layer: nn.Module,
-    hidden: Sequence[Tensor],
+    texts: Sequence[States],
     sites: Sequence[Site],
     streams: Collection[str] = (),
 ) -> tuple[Collected, Routed | None]:
     """What the linears of each site read, by its key, and what the experts were given, if there are
     some. ``streams`` are those that experts' sites name; ``layer`` is filled."""
-    expected = sum(states.shape[1] for states in hidden)
+    expected = sum(states.hidden.shape[1] for states in texts)
     collectors = {site.key: Collector(expected) for site in sites}
     names = {*collectors, *streams, *(site.stream for site in sites if site.stream)}
     given: list[tuple[Tensor, ...]] = []
     factors: dict[str, list[Tensor]] = {name: [] for name in streams}
     with _watched(layer, names) as seen, _watched_experts(layer, given):
-        for states in hidden:
-            seen[""] = _rows(skeleton.run(layer, states))
+        for states in texts:
+            seen[""] = _rows(skeleton.run(layer, states).hidden)
             for site in sites:
                 if site.key in seen:
                     stream = None if site.stream is None else stream_factors(seen[site.stream])

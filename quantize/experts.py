@@ -13,7 +13,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.module import LAYER
 from slipstream.errors import CheckpointError
 
-_EXPERT = ".experts.{e}."
+_EXPERTS, _EXPERT = "experts", "experts.{e}."
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -70,14 +70,14 @@ def split_experts(layer: nn.Module, config: ModelConfig, index: int) -> dict[str
     rows = [m for m in modules if _EXPERT in m.name and m.present(config, index)]
     if not rows:
         return {}
-    block = rows[0].name.partition(_EXPERT)[0].removeprefix(f"{LAYER}.")
+    block = rows[0].name.partition(_EXPERT)[0].removeprefix(f"{LAYER}.").removesuffix(".")
     place = next((n for n, m in layer.named_modules() if hasattr(m, "is_concatenated")), "")
-    if not place.endswith(".experts"):
+    called, _, last = place.rpartition(".")
+    if last != _EXPERTS:
         raise CheckpointError(
             f"transformers' layers of type {config.architecture} have no experts that can be "
             "calibrated and measured; build an engine of the dense checkpoint instead"
         )
-    called = place.removesuffix(".experts")
     parent = layer.get_submodule(called)
     shapes = {row.name.rpartition(".")[2]: row.shape(config) for row in rows}
     parent.experts = Experts(parent.experts, shapes)
@@ -86,6 +86,8 @@ def split_experts(layer: nn.Module, config: ModelConfig, index: int) -> dict[str
         delattr(layer, called)
         layer.add_module(block, parent)
         object.__setattr__(layer, called, parent)
+    if not block:
+        return {}  # they are no part of a block, and what is beside them has its own name
     parts = dict(parent.named_children())
     routers = [m.name for m in modules if m.role == "router" and not m.bare]
     ours = [name.removeprefix(f"{LAYER}.{block}.") for name in routers]

@@ -13,10 +13,12 @@ from torch import Tensor
 from slipstream.builder.checkpoints import Checkpoint
 from slipstream.builder.models import architecture_of
 from slipstream.quantize.activations import KVQuant, round_activations
-from slipstream.quantize.skeleton import Skeleton, linears, watch_kv
+from slipstream.quantize.skeleton import INPUT_MODULES, Skeleton, States, linears, watch_kv
+from slipstream.weights.tensor import reordered
 
 Tokens = NDArray[np.int32]
 _HEAD_ROWS = 512  # tokens whose logits are there at once
+_EMBEDDING, _EMBEDDING_OF_INPUTS = "model.embed_tokens", "model.embed_tokens_per_layer"
 
 
 class CheckpointModel:
@@ -41,20 +43,32 @@ class CheckpointModel:
         """Of each window of token ids, on its own from position 0: float32 ``[T, vocab]`` for the
         first 512 tokens, the next 512, and so on, then those of the next window."""
         with torch.inference_mode():
-            hidden = self.embed(windows)
+            states = self.embed(windows)
             for index in range(self.checkpoint.config.num_layers):
-                hidden = self.run_layer(index, hidden)
+                states = self.run_layer(index, states)
             norm = self.weights("model.norm.")
-            yield from self._heads(hidden, norm["weight"])
+            yield from self._heads(states, norm["weight"])
 
-    def embed(self, windows: Sequence[NDArray[Any]]) -> list[Tensor]:
-        """Hidden states ``[1, T, hidden]`` of each window before the first layer."""
-        config, table = self.checkpoint.config, self.weight("model.embed_tokens.weight")
-        scale = architecture_of(config.architecture).embedding_scale(config)
-        return [table[torch.from_numpy(np.asarray(w, np.int64))][None] * scale for w in windows]
+    def embed(self, windows: Sequence[NDArray[Any]]) -> list[States]:
+        """Each window before the first layer."""
+        hidden, config = self._rows(_EMBEDDING, windows), self.checkpoint.config
+        if not architecture_of(config.architecture).has(config, _EMBEDDING_OF_INPUTS):
+            return [States(rows) for rows in hidden]
+        weights = {f"{x}.weight": self.weight(f"model.{x}.weight") for x in INPUT_MODULES}
+        given = zip(hidden, self._rows(_EMBEDDING_OF_INPUTS, windows), strict=True)
+        return [States(x, self.skeleton.inputs(weights, x, rows)) for x, rows in given]
 
-    def run_layer(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
-        """The hidden states after layer ``index``."""
+    def _rows(self, table: str, windows: Sequence[NDArray[Any]]) -> list[Tensor]:
+        """The rows ``[1, T, K]`` of an embedding; of those that no token has none is decoded."""
+        config, stored = self.checkpoint.config, self.checkpoint.tensor(f"{table}.weight").load()
+        scale = architecture_of(config.architecture).embedding_scale(config, table)
+        tokens, places = np.unique(np.concatenate(windows), return_inverse=True)
+        rows = torch.from_numpy(reordered(stored, tokens.astype(np.intp)).dequantize())
+        of_all = (rows.to(self.dtype) * scale)[torch.from_numpy(places)]
+        return [part[None] for part in of_all.split([len(window) for window in windows])]
+
+    def run_layer(self, index: int, states: list[States]) -> list[States]:
+        """The states after layer ``index``."""
         prefix = f"model.layers.{index}."
         with self.skeleton.filled(index, self.weights(prefix)) as layer:
             handles = [
@@ -63,7 +77,7 @@ class CheckpointModel:
             ]
             watch_kv(layer, None if self.kv is None else self.kv.hook(index))
             try:
-                return [self.skeleton.run(layer, states) for states in hidden]
+                return [self.skeleton.run(layer, each) for each in states]
             finally:
                 watch_kv(layer, None)
                 for handle in handles:
@@ -80,14 +94,14 @@ class CheckpointModel:
         values = self.checkpoint.tensor(name).load().dequantize()
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.dtype)
 
-    def _heads(self, hidden: list[Tensor], norm: Tensor) -> Iterator[NDArray[np.float32]]:
+    def _heads(self, states: list[States], norm: Tensor) -> Iterator[NDArray[np.float32]]:
         config = self.checkpoint.config
         name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         architecture = architecture_of(config.architecture)
         scale, cap = architecture.logits_scale(config), architecture.logits_cap(config)
         head = self.weight(f"{name}.weight")
         self.skeleton.norm.load_state_dict({"weight": norm}, assign=True)
-        for states in hidden:
-            for rows in torch.split(states[0], _HEAD_ROWS):
+        for each in states:
+            for rows in torch.split(each.hidden[0], _HEAD_ROWS):
                 logits = torch.nn.functional.linear(self.skeleton.norm(rows), head).float() * scale
                 yield (cap * torch.tanh(logits / cap) if cap else logits).numpy()

@@ -1,7 +1,7 @@
-"""Quantizes a model layer by layer: memory is that of one layer and the hidden states.
+"""Quantizes a model layer by layer: memory is that of one layer and the states between layers.
 
-    hidden states ─▶ layer, dense ─▶ inputs of its linears ─▶ scales folded ─▶ linears rounded
-          └────────▶ layer, rounded ─▶ hidden states of the next layer
+    states ─▶ layer, dense ─▶ inputs of its linears ─▶ scales folded ─▶ linears rounded
+       └────▶ layer, rounded ─▶ states of the next layer
 
 Of a layer's experts, one after the other gets the tokens that were routed to it. Every layer is
 calibrated on what the rounded layers before it give, as it will meet it in use.
@@ -25,7 +25,7 @@ from slipstream.quantize.layer import LayerResult, LayerWork, LinearStats, lazy,
 from slipstream.quantize.options import QuantizeOptions
 from slipstream.quantize.plan import Plan
 from slipstream.quantize.sites import by_expert, layer_sites
-from slipstream.quantize.skeleton import linears, watch_kv
+from slipstream.quantize.skeleton import States, linears, watch_kv
 from slipstream.weights.fp8 import FP8_MAX
 from slipstream.weights.tensor import LazyTensor, QuantTensor
 
@@ -56,20 +56,20 @@ def quantize_layers(
 
 
 class _Run:
-    """The hidden states of the calibration text, on their way through the layers."""
+    """The calibration text, on its way through the layers."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
         self.options = options
         self.model = CheckpointModel(checkpoint) if plan.calibrated else None
-        self.hidden: list[Tensor] = []
+        self.states: list[States] = []
 
     @torch.inference_mode()
     def begin(self, tokens: Sequence[Tokens]) -> None:
         """Embed the text."""
         assert self.model is not None
-        self.hidden = self.model.embed(tokens)
+        self.states = self.model.embed(tokens)
 
     @torch.inference_mode()
     def layer(self, index: int) -> LayerResult:
@@ -101,7 +101,7 @@ class _Run:
         with skeleton.filled(index, weights) as layer:
             streams = {s.stream for expert in experts for s in expert.sites if s.stream is not None}
             sites = [s for s in common.sites if not common.schemes.keys().isdisjoint(s.linears)]
-            common.inputs, routed = collect(skeleton, layer, self.hidden, sites, streams)
+            common.inputs, routed = collect(skeleton, layer, self.states, sites, streams)
             yield common
             for number in list(parts)[1:]:
                 assert routed is not None and number is not None
@@ -143,7 +143,7 @@ class _Run:
             ]
             wanted = self.options.kv_cache_dtype == "fp8"
             watch_kv(layer, watch if wanted else None)
-            self.hidden = [skeleton.run(layer, states) for states in self.hidden]
+            self.states = [skeleton.run(layer, states) for states in self.states]
             watch_kv(layer, None)
             for handle in handles:
                 if handle is not None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from slipstream.builder.checkpoints import Checkpoint
 from slipstream.quantize.activations import KVQuant
 from slipstream.quantize.evaluate import Accuracy, accuracy
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.options import KVDtype
+from slipstream.quantize.skeleton import States
 
 
 def measure(
@@ -45,7 +45,7 @@ class _Watched(CheckpointModel):
 
     ran: Callable[[], None] = staticmethod(lambda: None)
 
-    def run_layer(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
-        states = super().run_layer(index, hidden)
+    def run_layer(self, index: int, states: list[States]) -> list[States]:
+        after = super().run_layer(index, states)
         self.ran()
-        return states
+        return after

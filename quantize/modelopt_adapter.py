@@ -101,14 +101,24 @@ def _model(checkpoint: Checkpoint) -> torch.nn.Module:
     config = transformers_config(checkpoint.config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        _restore(model, module)
     weights = {name: _bfloat16(checkpoint, name) for name in checkpoint.names()}
     if checkpoint.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     fill(model, weights)
-    # Its frequencies are no weights: on the meta device they are lost.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     evaluated: torch.nn.Module = model.eval()
     return evaluated
+
+
+def _restore(model: Any, module: torch.nn.Module) -> None:  # noqa: ANN401
+    """What a module computes with that is no weight, such as rotary frequencies: on the meta device
+    it is lost."""
+    lost = module._non_persistent_buffers_set
+    for name in lost:
+        module.register_buffer(name, torch.empty_like(module.get_buffer(name), device="cpu"), False)
+    if lost:
+        model._init_weights(module)
 
 
 def _bfloat16(checkpoint: Checkpoint, name: str) -> torch.Tensor:

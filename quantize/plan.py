@@ -122,16 +122,26 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes at its peak, about: the embedding, a layer in float32 with the Gram
-        matrices of what is no expert or of one expert, and the hidden states of all calibration
-        tokens before and after that layer, and before its experts."""
+        """Bytes that it takes at its peak, about: the head, a layer in float32 with the Gram
+        matrices of what is no expert or of one expert, the hidden states of all calibration
+        tokens before and after that layer, and before its experts, and what layers take of each
+        token besides."""
         embedding = 4 * self.config.vocab_size * self.config.hidden_size
-        states = (3 if self.experts else 2) * 4 * self._tokens * self.config.hidden_size
+        hidden = (3 if self.experts else 2) * self.config.hidden_size
+        states = 4 * self._tokens * (hidden + self._inputs)
         layers: dict[int, list[WeightFormat]] = {}
         for name, form in self.formats.items():
             if (index := layer_of(name)) is not None:
                 layers.setdefault(index, []).append(form)
         return embedding + states + max(map(self._layer_memory, layers.values()))
+
+    @property
+    def _inputs(self) -> int:
+        """Numbers of a token that layers take besides its hidden state."""
+        table = architecture_of(self.config.architecture)
+        rows = {name: table.module(name.removesuffix(".weight")) for name in self.formats}
+        tables = [n for n, row in rows.items() if row is not None and row.role == "embedding"]
+        return sum(self.formats[name].shape[1] for name in tables[1:])
 
     def _layer_memory(self, layer: Iterable[WeightFormat]) -> int:
         inputs = {form.shape[1] for form in layer if len(form.shape) == 2}

@@ -19,6 +19,7 @@ from slipstream.quantize.algorithms.grid import range_grid, weight_range
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.plan import Plan
 from slipstream.quantize.sites import multiplied_as_one
+from slipstream.quantize.skeleton import States
 
 WIDE = "int8_wo"
 _WINDOWS = 4  # of the calibration text; the order of linears hardly changes with more
@@ -70,29 +71,29 @@ def _measure(
     progress: Callable[[int, int], None] | None,
 ) -> list[_Choice]:
     model = CheckpointModel(checkpoint)
-    hidden = model.embed(calibration[:_WINDOWS])
+    states = model.embed(calibration[:_WINDOWS])
     choices: list[_Choice] = []
     for layer in plan.layers:
         prefix = f"model.layers.{layer.index}."
         weights = model.weights(prefix)
-        exact = _run(model, layer.index, weights, hidden)
+        exact = _run(model, layer.index, weights, states)
         quantized = [module.removeprefix(prefix) for module in layer.linears]
         for names in multiplied_as_one(plan.config, layer.index, quantized):
             modules = tuple(map(prefix.__add__, names))
             rounded = weights | _rounded(plan, modules, prefix, weights)
-            error = _distance(_run(model, layer.index, rounded, hidden), exact)
+            error = _distance(_run(model, layer.index, rounded, states), exact)
             choices.append(_Choice(modules, error, _more(plan, modules)))
-        hidden = exact
+        states = exact
         if progress is not None:
             progress(layer.index + 1, len(plan.layers))
     return choices
 
 
 def _run(
-    model: CheckpointModel, index: int, weights: Mapping[str, Tensor], hidden: list[Tensor]
-) -> list[Tensor]:
+    model: CheckpointModel, index: int, weights: Mapping[str, Tensor], states: list[States]
+) -> list[States]:
     with model.skeleton.filled(index, weights) as layer:
-        return [model.skeleton.run(layer, states) for states in hidden]
+        return [model.skeleton.run(layer, each) for each in states]
 
 
 def _rounded(
@@ -107,10 +108,10 @@ def _rounded(
     return made
 
 
-def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def _distance(found: Sequence[States], exact: Sequence[States]) -> float:
     """Mean over tokens of |found - exact|² / |exact|²; tokens that are not finite count nothing."""
     parts = [
-        (a - b).square().sum(-1) / b.square().sum(-1).clamp(min=1e-30)
+        (a.hidden - b.hidden).square().sum(-1) / b.hidden.square().sum(-1).clamp(min=1e-30)
         for a, b in zip(found, exact, strict=True)
     ]
     errors = torch.cat([part.reshape(-1) for part in parts])

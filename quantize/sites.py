@@ -47,9 +47,10 @@ class Site:
 def layer_sites(config: ModelConfig, layer: int, linears: Iterable[str]) -> tuple[Site, ...]:
     """The sites of a layer, whose linears are given by their names in it, in the order in which
     data flows; a linear that the table does not know is one of its own."""
-    rows = _rows(config, layer, linears)
+    table, rows = architecture_of(config.architecture), _rows(config, layer, linears)
+    config = table.in_layer(config, layer)
     groups: dict[str, list[str]] = {}
-    for module in architecture_of(config.architecture).modules:
+    for module in table.modules:
         for name, (row, expert) in rows.items():
             if row is module:
                 reads = place(module.reads, layer, expert or 0) if module.reads else name

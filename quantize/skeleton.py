@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,15 +14,31 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.huggingface_config import describe
 from slipstream.cores import usable_cores
 from slipstream.errors import CheckpointError
 from slipstream.quantize.experts import split_experts
 
-KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+KV = tuple[Tensor, Tensor]
+KVHook = Callable[[Tensor, Tensor], KV]
 _ATTENTION = "slipstream_quantize"
+# What transformers' models have that make an input for each layer from the embedded tokens.
+INPUT_MODULES = ("per_layer_model_projection", "per_layer_projection_norm")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class States:
+    """A text between two layers.
+
+    hidden  ``[1, T, hidden]``.
+    inputs  what each layer takes besides, ``[1, T, layers, width]``; None where none does.
+    shared  keys and values that layers to come read of layers that were, by the kind of layer.
+    """
+
+    hidden: Tensor
+    inputs: Tensor | None = None
+    shared: Mapping[str, KV] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -51,13 +68,16 @@ class Skeleton:
                 described, attn_implementation=_ATTENTION, dtype=dtype
             )
         model.eval()
+        self._model = model.model
         self.layers: tuple[nn.Module, ...] = tuple(model.model.layers)
+        self._shares = _takes(self.layers[0], "shared_kv_states")
         self.norm: nn.Module = model.model.norm
         self._rotary: nn.Module | None = None
         if model.model.rotary_emb is not None:
             # Built anew because its frequencies are no weights: on the meta device they are lost.
             self._rotary = type(model.model.rotary_emb)(described)
             _check_rotation(self._rotary, config)
+        self._by_kind = _takes(self._rotary, "layer_type")
         self._renamed = [split_experts(layer, config, i) for i, layer in enumerate(self.layers)]
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
@@ -77,20 +97,46 @@ class Skeleton:
         finally:
             layer.to_empty(device="meta")
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """A filled layer on hidden states ``[B, T, hidden]``, positions from 0."""
+    def inputs(self, weights: Mapping[str, Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
+        """What each layer takes besides, ``[1, T, layers, width]``, of embedded tokens
+        ``[1, T, hidden]`` and their ``rows [1, T, layers * width]`` of the table of all layers.
+
+        ``weights`` are those of ``INPUT_MODULES``, by their name there.
+        """
+        for name in INPUT_MODULES:
+            given = {"weight": weights[f"{name}.weight"]}
+            self._model.get_submodule(name).load_state_dict(given, assign=True)
+        by_layer = rows.unflatten(-1, (len(self.layers), -1))
+        return cast("Tensor", self._model.project_per_layer_inputs(hidden, by_layer))
+
+    def run(self, layer: nn.Module, states: States) -> States:
+        """A filled layer, positions from 0."""
+        index, hidden, shared = self.layers.index(layer), states.hidden, dict(states.shared)
         positions = torch.arange(hidden.shape[1])[None]
-        kind = self.config.layer_kinds[self.layers.index(layer)]
-        of_kind = {"layer_type": kind} if self.config.ropes else {}
         rotary = self._rotary
+        of_kind = {"layer_type": self.config.layer_kinds[index]} if self._by_kind else {}
         angles = None if rotary is None else rotary(hidden, position_ids=positions, **of_kind)
-        out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=angles)
-        return cast("Tensor", out[0] if isinstance(out, tuple) else out)
+        more: dict[str, Any] = {"shared_kv_states": shared} if self._shares else {}
+        if states.inputs is not None:
+            more["per_layer_input"] = states.inputs[:, :, index]
+        out = layer(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=angles,
+            **more,
+        )
+        return States(out[0] if isinstance(out, tuple) else out, states.inputs, shared)
+
+
+def _takes(module: nn.Module | None, name: str) -> bool:
+    """Whether a module is called with an argument of this name."""
+    return module is not None and name in inspect.signature(module.forward).parameters
 
 
 def _renamed(name: str, renamed: Mapping[str, str]) -> str:
-    module, _, part = name.rpartition(".")
-    return f"{renamed.get(module, module)}.{part}"
+    module, dot, part = name.rpartition(".")
+    return f"{renamed.get(module, module)}{dot}{part}"
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -120,12 +166,6 @@ def watch_kv(layer: nn.Module, hook: KVHook | None) -> None:
 def transformers_config(config: ModelConfig) -> PreTrainedConfig:
     """The configuration class of transformers with this model's numbers, the head apart from the
     embedding."""
-    if not architecture_of(config.architecture).alone:
-        raise CheckpointError(
-            f"layers of {config.architecture} read more than the layer before them gives, such as "
-            "keys of other layers, so they cannot be run one by one to calibrate and to measure; "
-            "build an engine of the dense checkpoint with --quantization instead"
-        )
     try:
         return AutoConfig.for_model(**{**describe(config), "tie_word_embeddings": False})
     except (ValueError, StrictDataclassError) as error:

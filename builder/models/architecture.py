@@ -59,8 +59,6 @@ class Architecture:
     transformers, where they differ from those of every decoder. ``write`` gives the keys of
     config.json that ``read`` takes beyond what is common to decoders. ``in_layer`` gives the
     configuration as a layer has it, where layers differ in the size of their heads and the like.
-    ``alone`` says that a layer needs no more than what the one before it gives, so that layers can
-    be calibrated one after the other.
     """
 
     name: str
@@ -71,7 +69,6 @@ class Architecture:
     write: Callable[[ModelConfig], Mapping[str, Any]] = _nothing_more
     gguf: GGUFFamily | None = None
     in_layer: Callable[[ModelConfig, int], ModelConfig] = _alike
-    alone: bool = True
 
     def module(self, name: str) -> Module | None:
         """The row of a module, by its name in a checkpoint; None for one that is not in the
@@ -125,9 +122,9 @@ class Architecture:
         module = self.module(name)
         return module is not None and module.biased(config)
 
-    def embedding_scale(self, config: ModelConfig) -> float:
-        """What the rows of tokens are multiplied by before the first layer."""
-        return self._scale(config, next(m for m in self.modules if m.role == "embedding"))
+    def embedding_scale(self, config: ModelConfig, name: str = "model.embed_tokens") -> float:
+        """What the rows of an embedding, by its name in a checkpoint, are multiplied by."""
+        return self._scale(config, next(m for m in self.modules if m.name == name))
 
     def logits_scale(self, config: ModelConfig) -> float:
         """What logits are multiplied by, whether the head is the embedding or a matrix of its

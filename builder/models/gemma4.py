@@ -207,13 +207,20 @@ def _norm(name: str, gguf: str, present: Callable[[ModelConfig, int], bool]) -> 
 
 
 def _stacked(module: Module) -> Module:
-    """The experts as checkpoints hold them, beside the MLP."""
-    last = module.name.rpartition(".")[2]
+    """The experts as checkpoints hold them, beside the MLP, with a norm of what they give."""
+    last, block = module.name.rpartition(".")[2], f"{_MLP}."
     part = {"gate_proj": 0, "up_proj": 1}.get(last)
     stacked = f"{LAYER}.experts.{'down' if part is None else 'gate_up'}_proj"
     stack = Stack(stacked) if part is None else Stack(stacked, part, 2)
-    name = f"{LAYER}.experts.{{e}}.{last}"
-    return replace(module, name=name, present=_has_experts, stack=stack)
+    assert module.reads is not None
+    return replace(
+        module,
+        name=module.name.replace(block, f"{LAYER}."),
+        reads=module.reads.replace(block, f"{LAYER}."),
+        stream=f"{LAYER}.post_feedforward_layernorm_2" if module.stream else None,
+        present=_has_experts,
+        stack=stack,
+    )
 
 
 _INPUTS = (
@@ -332,5 +339,4 @@ ARCHITECTURE = Architecture(
     write=_write,
     gguf=FAMILY,
     in_layer=in_layer,
-    alone=False,
 )
