@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 import triton
+from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,6 +29,7 @@ from slipstream.cores import usable_cores
 # Options that a launch gives; Triton derives the others from them and from the GPU.
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "instrumentation_mode")
 _WARP = 32
+_UNWRITTEN = (torch.empty, torch.empty_like)
 _MOST_WORKERS = 16  # each is an interpreter with Triton in it
 
 
@@ -46,6 +49,8 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
     """The kernels that ``works`` launch and that this process has not compiled.
 
     Not even those that it has compiled run: what they read may be the result of one that does not.
+    What they would have written is zeros for torch's own kernels, which do run: indices that are in
+    range.
     """
     found: dict[str, Specialization] = {}
     run = triton.JITFunction.run
@@ -69,12 +74,27 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
     triton.knobs.runtime.jit_cache_hook = hook
     triton.JITFunction.run = compile_only
     try:
-        for work in works:
-            work()
+        with _Zeros():
+            for work in works:
+                work()
     finally:
         triton.JITFunction.run = run
         triton.knobs.runtime.jit_cache_hook = before
     return list(found.values())
+
+
+class _Zeros(TorchFunctionMode):
+    """Memory that nothing has written yet holds zeros."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        made = func(*args, **(kwargs or {}))
+        return made.zero_() if func in _UNWRITTEN else made
 
 
 def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:

@@ -74,13 +74,18 @@ class NormedRouter:
         return cls(weight, norm_weight, norm_eps, bias, correction, routing, counters)
 
 
+def in_one_launch(tokens: int, width: int) -> bool:
+    """Whether one kernel does all of it for so many rows, so that the product has no tactic."""
+    return tokens <= FUSED_TOKENS and width <= _MOST_COLUMNS
+
+
 def normed_router(
     x: Tensor, layer: NormedRouter, tactics: Tactics, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of x ``[T, K]`` in its type, and experts int32 and their weights float32
     ``[T, top_k]``."""
     assert x.is_contiguous() and layer.weight.codes.dtype == x.dtype
-    if len(x) <= FUSED_TOKENS and x.shape[1] <= _MOST_COLUMNS:
+    if in_one_launch(*x.shape):
         return _fused(x, layer, pdl)
     y = rms_norm(x, layer.norm_weight, layer.norm_eps, pdl=pdl)
     assert isinstance(y, Tensor)

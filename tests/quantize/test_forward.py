@@ -39,6 +39,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         name: ALL[name]
         for name in (
             "cohere2",
+            "gemma4-experts-and-all",
+            "gemma4-full",
+            "gemma4-keys-are-values-shared",
+            "gemma4-ropes",
             "glm4",
             "granite-multipliers",
             "ministral-both",

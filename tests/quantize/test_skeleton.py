@@ -1,4 +1,4 @@
-"""How many threads the layers of a quantization take, and layers that cannot be run alone."""
+"""How many threads the layers of a quantization take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from tests.tiny_models import LLAMA
 
 from slipstream.builder.models.config import ModelConfig
-from slipstream.errors import CheckpointError
 from slipstream.quantize import skeleton
 
 
@@ -23,9 +22,3 @@ def test_threads_are_those_asked_for_and_no_more_than_cores(
         assert torch.get_num_threads() == taken
     finally:
         torch.set_num_threads(before)
-
-
-def test_layers_that_read_those_of_others_are_refused() -> None:
-    config = ModelConfig.from_huggingface({"architectures": ["Gemma4ForCausalLM"]})
-    with pytest.raises(CheckpointError, match="gemma4_text read more than the layer before them"):
-        skeleton.Skeleton(config)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from slipstream.builder.contract import TARGET_GRAPH
@@ -15,15 +16,16 @@ from slipstream.plugins.cuda.tuning import Problem, Tuned, cold, tune
 from slipstream.plugins.expert_linear.cuda.bind import experts_of
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
 from slipstream.plugins.linear.cuda.bind import weight_of
-from slipstream.plugins.linear.cuda.tactics import Tactics
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
+from slipstream.plugins.normed_router.cuda import in_one_launch
 from slipstream.runtime.executors.cuda.device import Device, require
 from slipstream.runtime.executors.cuda.weights import load_weights
 
 
 def tune_engine(engine: Engine) -> list[Tuned]:
-    """Time every kernel of Linear and ExpertLinear for every shape of an engine and store the
-    quickest.
+    """Time every kernel of Linear, NormedRouter and ExpertLinear for every shape of an engine and
+    store the quickest.
 
     Returns the timings of each shape and number of tokens. Raises what loading raises.
     """
@@ -45,17 +47,14 @@ def tune_engine(engine: Engine) -> list[Tuned]:
 
 
 def problems(graph: Iterable[ir.Node], weights: Mapping[str, Tensor]) -> list[Problem]:
-    """The Linears and ExpertLinears of a lowered graph, those of one shape and use together."""
+    """The products of a lowered graph, those of one shape and use together."""
     groups: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if node.op_type in ("Linear", "ExpertLinear"):
+        if node.op_type in _PROBLEMS:
             inputs = [name is not None for name in input_names(node, 6)[2:]]
             use = (node.op_type, *attributes_of(node).values(), *inputs, dtype_of(node))
             groups[use].append(node)
-    return [
-        _linears(members, weights) if members[0].op_type == "Linear" else _experts(members, weights)
-        for members in groups.values()
-    ]
+    return [_PROBLEMS[members[0].op_type](members, weights) for members in groups.values()]
 
 
 def _linears(members: list[ir.Node], weights: Mapping[str, Tensor]) -> LinearProblem:
@@ -73,6 +72,21 @@ def _linears(members: list[ir.Node], weights: Mapping[str, Tensor]) -> LinearPro
     )
 
 
+def _routers(members: list[ir.Node], weights: Mapping[str, Tensor]) -> LinearProblem:
+    """The products of routers for so many tokens that the norm and the choice are apart."""
+    node = members[0]
+    width = attributes_of(node)["in_features"]
+    return LinearProblem(
+        weights=cold([weight_of(member, weights) for member in members]),
+        gated=False,
+        norm=False,
+        residual=False,
+        dtype=dtype_of(node),
+        out_dtype=torch.float32,
+        buckets=tuple(size for size in BUCKETS if not in_one_launch(size, width)),
+    )
+
+
 def _experts(members: list[ir.Node], weights: Mapping[str, Tensor]) -> ExpertProblem:
     node = members[0]
     layers = [experts_of(member, weights) for member in members]
@@ -83,3 +97,10 @@ def _experts(members: list[ir.Node], weights: Mapping[str, Tensor]) -> ExpertPro
         residual=input_names(node, 6)[5] is not None,
         dtype=dtype_of(node),
     )
+
+
+_PROBLEMS: dict[str, Callable[[list[ir.Node], Mapping[str, Tensor]], Problem]] = {
+    "Linear": _linears,
+    "NormedRouter": _routers,
+    "ExpertLinear": _experts,
+}

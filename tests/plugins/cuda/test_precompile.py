@@ -7,11 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor
 
+from slipstream.plugins.cuda.binding import Context, Run
 from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel
+from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
 SCRIPT = """
@@ -37,6 +42,31 @@ def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(tmp_path: P
     environment.pop("TRITON_INTERPRET", None)
     subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
     assert len(list(tmp_path.rglob("gated_kernel.cubin"))) == 2
+
+
+@pytest.mark.kernel
+def test_what_nothing_has_written_yet_is_in_range_as_an_index() -> None:
+    """Torch's own kernels run while those that write their inputs are only recorded."""
+    factors = torch.ones(4)
+    context = Context({"factors": factors}, Tactics((9, 0)))
+    gather = BINDINGS["Gather"](ir.node("Gather", [*map(named, ("factors", "ids"))]), context)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        ids = torch.empty(3, 2, dtype=torch.int32)  # as a router makes them, and does not fill
+        assert not torch.empty_like(ids).any()
+        found.extend(gather(Run({"factors": factors, "ids": ids}, pdl=False)))
+
+    torch.use_deterministic_algorithms(True)  # fills new memory with the largest numbers
+    try:
+        record([work])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0].shape == (3, 2)
+
+
+def named(name: str) -> ir.Value:
+    return ir.Value(name=name)
 
 
 @pytest.mark.gpu

@@ -19,8 +19,9 @@ from slipstream.plugins.expert_linear.cuda import tuning as expert_tuning
 from slipstream.plugins.expert_linear.cuda.tactics import candidate_tactics as every
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
 from slipstream.plugins.linear.cuda.packing import format_attributes, packed_size
-from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactic, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
+from slipstream.plugins.normed_router.cuda import FUSED_TOKENS
 from slipstream.plugins.operators import DOMAIN
 from slipstream.runtime.executors.cuda import tuning as engine_tuning
 from slipstream.runtime.executors.cuda.tuning import problems
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.kernel
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 2, 64, 32
 
 
-def product(op_type: str, index: int, n: int, k: int, inputs: int, **attributes: int) -> ir.Node:
+def product(op_type: str, index: int, n: int, k: int, inputs: int, **attributes: float) -> ir.Node:
     """A lowered node with a bfloat16 weight; of its inputs, the last is there."""
     values = [ir.Value(name=f"{op_type}_{n}x{k}_{index}_{i}") for i in range(inputs)]
     fmt = WeightFormat((n, k), "dense", "bfloat16")
@@ -53,6 +54,7 @@ def found(device: str) -> list[tuning.Problem]:
     for layer in range(2):
         nodes += [
             product("Linear", layer, 48, HIDDEN, 4),
+            product("NormedRouter", layer, EXPERTS, HIDDEN, 3, top_k=TOP_K, norm_eps=1e-5),
             product("ExpertLinear", layer, 2 * WIDTH, HIDDEN, 2, gated=1, **experts),
             product("ExpertLinear", layer, HIDDEN, WIDTH, 6, reduce=1, **experts),
         ]
@@ -68,18 +70,31 @@ def found(device: str) -> list[tuning.Problem]:
 
 
 def test_layers_of_one_shape_are_one_problem(found: list[tuning.Problem]) -> None:
-    linear, gated, summed = found
+    linear, _, gated, summed = found
     assert isinstance(linear, LinearProblem) and linear.residual and not linear.norm
     assert isinstance(gated, ExpertProblem) and not gated.residual and gated.experts.gated
     assert isinstance(summed, ExpertProblem) and summed.residual and summed.experts.reduce
     assert [problem.key(16) for problem in found] == [
-        "bfloat16 48x64 16", "bfloat16 64x64 gated 2/6 16", "bfloat16 64x32 2/6 16",
+        "bfloat16 48x64 16", "bfloat16 6x64 16",
+        "bfloat16 64x64 gated 2/6 16", "bfloat16 64x32 2/6 16",
     ]  # fmt: skip
     assert max(linear.buckets) == 256 and max(gated.buckets) == 2048
 
 
+def test_routers_are_timed_where_their_product_is_a_launch_of_its_own(
+    found: list[tuning.Problem],
+) -> None:
+    router = found[1]
+    assert isinstance(router, LinearProblem) and len(router.weights) > 2
+    assert router.buckets == tuple(size for size in BUCKETS if size > FUSED_TOKENS)
+    assert router.out_dtype == torch.float32 and not (router.norm or router.residual)
+    tokens = router.buckets[0]
+    for call in router.calls(tokens, router.candidates(tokens, (9, 0))[-1:]):
+        assert call(1).shape == (tokens, EXPERTS) and call(1).dtype == torch.float32
+
+
 def test_a_floor_counts_the_experts_that_are_chosen(found: list[tuning.Problem]) -> None:
-    _, gated, _ = found
+    *_, gated, _ = found
     assert isinstance(gated, ExpertProblem)
     one, many = gated.distinct(1), gated.distinct(64)
     assert (one, many) == (TOP_K, EXPERTS) and TOP_K < gated.distinct(2) < 2 * TOP_K
@@ -100,7 +115,7 @@ def test_the_quickest_candidate_of_each_is_kept(
     monkeypatch.setattr(tuning, "_seconds", seconds)
     monkeypatch.setattr(tuning, "record", lambda works: [])
     monkeypatch.setattr(expert_tuning, "candidate_tactics", lambda *use: every(*use)[:2])
-    experts = found[1:]
+    experts = found[2:]
     table = Tactics((9, 0))
     tunings = tuning.tune(experts, [1], table)
     report = [next(tunings)]
