@@ -1,9 +1,11 @@
 """Compiles every kernel that a host function launches, for GPUs that are not there.
 
 Run as a program, without Triton's interpreter: it calls the host functions on CPU tensors, with
-launching replaced by compiling, and prints a line for every kernel.
+launching replaced by compiling, and prints a line for every kernel: for every form in which it
+is launched, or for the first alone.
 
     python -m tests.plugins.cuda_compile 90
+    python -m tests.plugins.cuda_compile 90 first
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from slipstream.plugins.gated_mlp.cuda import gated_activation
 from slipstream.plugins.linear.cuda.blas import dequantize
 from slipstream.plugins.linear.cuda.linear import embedding, linear
 from slipstream.plugins.linear.cuda.packing import packed_size
-from slipstream.plugins.linear.cuda.tactics import default_tactic
+from slipstream.plugins.linear.cuda.tactics import Tactics, default_tactic
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.normed_router.cuda import NormedRouter, Routing, normed_router
 from slipstream.plugins.paged_attention.cuda import attention as attention_on_cuda
 from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
@@ -56,10 +59,14 @@ _OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 class Compiler:
-    """Stands in for ``JITFunction.run``: compiles for an architecture and launches nothing."""
+    """Stands in for ``JITFunction.run``: compiles for an architecture and launches nothing.
 
-    def __init__(self, architecture: int) -> None:
+    Of each kernel every form, or only the first.
+    """
+
+    def __init__(self, architecture: int, *, first: bool) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
+        self.first = first
         self.done: set[tuple[object, ...]] = set()
 
     def __call__(self, fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ANN401
@@ -76,7 +83,8 @@ class Compiler:
                 constants[(index,)] = value
             elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        key = (fn.__name__, *signature.values(), *constants.values(), *options.values())
+        form = (*signature.values(), *constants.values(), *options.values())
+        key = (fn.__name__,) if self.first else (fn.__name__, *form)
         if key in self.done:
             return
         self.done.add(key)
@@ -102,7 +110,7 @@ def blob(fmt: WeightFormat) -> DeviceWeight:
 
 
 def linears(capability: tuple[int, int], pdl: bool) -> None:
-    """Every format at one token and at sixteen, with a norm, with a residual and gated."""
+    """Every format at one token and at sixteen, between a norm and a residual, and gated."""
     n, k = 512, 1024
     for fmt in (
         WeightFormat((n, k), "dense", "bfloat16"),
@@ -120,8 +128,15 @@ def linears(capability: tuple[int, int], pdl: bool) -> None:
             norm = torch.ones(k, dtype=torch.bfloat16)
             residual = torch.zeros(tokens, n, dtype=torch.bfloat16)
             weight = blob(fmt)
-            linear(x, weight, norm_weight=norm, norm_eps=1e-5, tactic=tactic, pdl=pdl)
-            linear(x, weight, residual=residual, tactic=tactic, pdl=pdl)
+            linear(
+                x,
+                weight,
+                norm_weight=norm,
+                norm_eps=1e-5,
+                residual=residual,
+                tactic=tactic,
+                pdl=pdl,
+            )
             gate = default_tactic(fmt, True, tokens, capability)
             linear(x, weight, norm_weight=norm, gated=True, tactic=gate, pdl=pdl)
         embedding(torch.zeros(4, dtype=torch.int32), blob(fmt), torch.bfloat16, pdl=pdl)
@@ -146,7 +161,32 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
                 ids, factors = router(logits, top_k=top_k, pdl=pdl)
                 tactic = expert_tactics.default_tactic(layer.shape(top_k), tokens, capability)
                 sums = (factors, torch.zeros(tokens, 256, dtype=torch.bfloat16)) if reduce else ()
-                expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl)
+                expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl, early=reduce)
+                if reduce and tactic.kernel == "gemv":
+                    expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl)
+
+
+def normed_routers(capability: tuple[int, int], pdl: bool) -> None:
+    """One launch of few tokens, for routers like those of Qwen3, gpt-oss and DeepSeek-V3, and for
+    so many experts that a program has two rows."""
+    width, softmax = 2048, Routing(8, renormalize=1)
+    sigmoid = Routing(8, scoring=1, renormalize=1, scale=2.5, groups=8, top_groups=4)
+    for number, routing, biased, corrected in (
+        (128, softmax, False, False),
+        (32, Routing(4, renormalize=1), True, False),
+        (256, sigmoid, False, True),
+        (512, softmax, False, False),
+    ):
+        layer = NormedRouter.of(
+            blob(WeightFormat((number, width), "dense", "bfloat16")),
+            torch.ones(width, dtype=torch.bfloat16),
+            1e-5,
+            torch.zeros(number, dtype=torch.bfloat16) if biased else None,
+            torch.zeros(number) if corrected else None,
+            routing=routing,
+        )
+        x = torch.zeros(4, width, dtype=torch.bfloat16)
+        normed_router(x, layer, Tactics(capability), pdl=pdl)
 
 
 def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
@@ -212,6 +252,7 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
 CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     linears,
     experts,
+    normed_routers,
     experts_of_gpt_oss,
     attention,
     elementwise,
@@ -220,10 +261,10 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
 
 
 def main() -> None:
-    """Compile everything for the architecture that is the argument, such as 90."""
-    architecture = int(sys.argv[1])
-    capability = divmod(architecture, 10)
-    compiler = Compiler(architecture)
+    """Compile for the architecture that is the first argument, such as 90."""
+    architecture, *first = sys.argv[1:]
+    capability = divmod(int(architecture), 10)
+    compiler = Compiler(int(architecture), first=first == ["first"])
     JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)
     torch.cuda.get_device_capability = lambda *_: capability
     attention_on_cuda._capability = lambda _: capability  # type: ignore[assignment]
