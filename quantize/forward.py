@@ -65,7 +65,7 @@ class CheckpointModel:
         tokens, places = np.unique(np.concatenate(windows), return_inverse=True)
         rows = torch.from_numpy(reordered(stored, tokens.astype(np.intp)).dequantize())
         of_all = (rows.to(self.dtype) * scale)[torch.from_numpy(places)]
-        return [part[None] for part in of_all.split([len(window) for window in windows])]
+        return [part[None] for part in torch.split(of_all, [len(window) for window in windows])]
 
     def run_layer(self, index: int, states: list[States]) -> list[States]:
         """The states after layer ``index``."""

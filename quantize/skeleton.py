@@ -106,7 +106,7 @@ class Skeleton:
         for name in INPUT_MODULES:
             given = {"weight": weights[f"{name}.weight"]}
             self._model.get_submodule(name).load_state_dict(given, assign=True)
-        by_layer = rows.unflatten(-1, (len(self.layers), -1))
+        by_layer = rows.view(*rows.shape[:-1], len(self.layers), -1)
         return cast("Tensor", self._model.project_per_layer_inputs(hidden, by_layer))
 
     def run(self, layer: nn.Module, states: States) -> States:

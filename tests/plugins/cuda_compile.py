@@ -153,7 +153,7 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
     ):
         if fmt.kind == "float8_e4m3" and capability < (8, 9):
             continue
-        for reduce in (False, True):
+        for reduce in (True, False):
             layer = Experts(blob(fmt), number, reduce=reduce, gated=not reduce)
             for tokens in (1, 16, 512):
                 x = torch.zeros(tokens * (top_k if reduce else 1), 512, dtype=torch.bfloat16)

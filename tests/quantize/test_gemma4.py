@@ -18,7 +18,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.quantize import forward
 from slipstream.quantize.forward import CheckpointModel
 from slipstream.quantize.layerwise import quantize_layers
-from slipstream.quantize.options import QuantizeOptions
+from slipstream.quantize.options import QFormat, QuantizeOptions
 from slipstream.quantize.plan import make_plan
 from slipstream.quantize.quantize import Text, quantize
 from slipstream.quantize.report import record
@@ -68,7 +68,7 @@ def distance(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 @pytest.mark.parametrize("qformat", ["int4_wo", "int4_awq", "int4_gptq", "int8_sq", "fp8"])
 def test_what_is_read_back_is_built_and_computes_as_its_weights_say(
-    qformat: str, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qformat: QFormat, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "find_spec", lambda _: None)  # plots take a second
     (tmp_path / "text.txt").write_text(FOX * 12)
