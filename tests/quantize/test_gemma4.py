@@ -45,6 +45,7 @@ WINDOWS = [RNG.integers(2, 320, 48).astype(np.int32) for _ in range(2)]
 FOX = "the quick brown fox jumps over the lazy dog "
 SUFFIX = ".weight"
 INT8_ACTIVATIONS = 0.05  # what rounding x costs here
+FLOAT8_AS_INT8 = 0.03  # and what it costs to hold codes of float8 as 8-bit integers
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,8 @@ def test_what_is_read_back_is_built_and_computes_as_its_weights_say(
     monkeypatch.setattr(forward, "round_activations", lambda *_: None)  # kernels have their own way
     (expected,) = CheckpointModel(written).logits(windows)
     assert distance(expected, dense) < (0.5 if qformat.startswith("int4") else 0.2)
-    assert distance(run_in_chunks(tmp_path / "engine", prompts)[0], expected) < INT8_ACTIVATIONS
+    allowed = INT8_ACTIVATIONS + (FLOAT8_AS_INT8 if qformat == "fp8" else 0.0)
+    assert distance(run_in_chunks(tmp_path / "engine", prompts)[0], expected) < allowed
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_cut(source: Checkpoint) -> None:
