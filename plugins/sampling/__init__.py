@@ -21,7 +21,8 @@ MAX_LOGPROBS = 20
 BROKEN = -2
 
 # Columns of a row of logprob results: rank, log probability (bits of a float32), then the ids of
-# the likeliest tokens (-1: there are no more) and their log probabilities (bits of float32).
+# the likeliest tokens (-1: there are no more) and their log probabilities (bits of float32), in the
+# first columns of each, as many as were asked for.
 RANK_COLUMN = 0
 LOGPROB_COLUMN = 1
 TOP_IDS_COLUMN = 2
@@ -54,6 +55,7 @@ class Field(IntEnum):
     REPETITION_PENALTY = 11  # F
     PRESENCE_PENALTY = 12  # F
     FREQUENCY_PENALTY = 13  # F
+    NUM_LOGPROBS = 14  # how many of the likeliest tokens are listed, where FLAGS say so
 
 
 # Bits of Field.FLAGS.

@@ -16,7 +16,6 @@ GROUP = 32
 # Tokens above the bound that one program can hold; with more, it reads the row again and again.
 CANDIDATES = 4096
 _TILE = 2048
-_LOGPROBS_TILE = 4096
 _EDIT_PROGRAMS = 8
 _EDIT_CHUNK = 1024
 
@@ -41,6 +40,7 @@ class FullBuffers:
     raw_block_max: torch.Tensor
     raw_block_sum: torch.Tensor
     raw_group_max: torch.Tensor
+    block_above: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -126,6 +126,7 @@ class SamplerBuffers:
             raw_block_max=torch.zeros_like(self.block_max),
             raw_block_sum=torch.zeros_like(self.block_max),
             raw_group_max=torch.zeros_like(self.group_max),
+            block_above=torch.zeros_like(self.block_id),
         )
         return self.full
 
@@ -137,7 +138,7 @@ def sample(
     apart) as ``buffers.params`` says, into ``tokens``, ``last_tokens`` and, for kind ``FULL``,
     ``logprobs`` and ``history`` of ``buffers``.
 
-    Launches 2, 4 or 7 kernels. Kind ``FULL`` needs ``buffers.enable_full()`` before.
+    Launches 2, 4 or 8 kernels. Kind ``FULL`` needs ``buffers.enable_full()`` before.
     """
     assert logits.shape[1] == buffers.vocab_size and logits.stride(1) == 1, logits.shape
     assert rows <= min(logits.shape[0], buffers.tokens.shape[0]), rows
@@ -292,26 +293,31 @@ def _score(
     logits: torch.Tensor, b: SamplerBuffers, full: FullBuffers, rows: int, pdl: bool
 ) -> None:
     blocks, groups = b.block_max.shape[1], b.group_max.shape[1]
+    source = (logits, logits.stride(0), b.vocab_size, b.params, b.params.stride(0))
+    kernels.rank_kernel[(blocks, rows)](
+        *source,
+        full.raw_group_max,
+        b.tokens,
+        full.block_above,
+        BLOCK=BLOCK,
+        GROUP=GROUP,
+        PDL=pdl,
+        **launch_options(num_warps=4, pdl=pdl),
+    )
     kernels.logprobs_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        b.vocab_size,
-        b.params,
-        b.params.stride(0),
+        *source,
         full.raw_block_max,
         full.raw_block_sum,
         full.raw_group_max,
+        full.block_above,
         blocks,
         groups,
-        b.candidate_values,
-        b.candidate_ids,
         b.tokens,
         b.last_tokens,
         full.logprobs,
         BLOCKS=triton.next_power_of_2(blocks),
         GROUPS=triton.next_power_of_2(groups),
-        CANDIDATES=CANDIDATES,
-        TILE=_LOGPROBS_TILE,
+        GROUP=GROUP,
         PDL=pdl,
-        **launch_options(num_warps=16, pdl=pdl),
+        **launch_options(num_warps=8, pdl=pdl),
     )

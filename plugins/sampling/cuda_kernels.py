@@ -11,7 +11,7 @@ whose maxima tell where the large logits are without reading the others again.
              collect_kernel                 the tokens above it, or noisy block maxima
              select_kernel                  exact threshold, draw, token
     full     mask_kernel, edit_kernel       edited logits; then the four of "sample"
-             logprobs_kernel                of the model's own logits
+             rank_kernel, logprobs_kernel   of the model's own logits
 """
 
 import triton
@@ -30,6 +30,7 @@ TOP_P = tl.constexpr(int(sampling.Field.TOP_P))
 MIN_P = tl.constexpr(int(sampling.Field.MIN_P))
 FLAGS = tl.constexpr(int(sampling.Field.FLAGS))
 NUM_BIASES = tl.constexpr(int(sampling.Field.NUM_BIASES))
+NUM_LOGPROBS = tl.constexpr(int(sampling.Field.NUM_LOGPROBS))
 PROMPT_LEN = tl.constexpr(int(sampling.Field.PROMPT_LEN))
 REPETITION_PENALTY = tl.constexpr(int(sampling.Field.REPETITION_PENALTY))
 PRESENCE_PENALTY = tl.constexpr(int(sampling.Field.PRESENCE_PENALTY))
@@ -38,7 +39,6 @@ MASKED = tl.constexpr(sampling.MASKED)
 PENALIZES = tl.constexpr(sampling.PENALIZES)
 LOGPROBS = tl.constexpr(sampling.LOGPROBS)
 BROKEN = tl.constexpr(sampling.BROKEN)
-MAX_LOGPROBS = tl.constexpr(sampling.MAX_LOGPROBS)
 RANK_COLUMN = tl.constexpr(sampling.RANK_COLUMN)
 LOGPROB_COLUMN = tl.constexpr(sampling.LOGPROB_COLUMN)
 TOP_IDS_COLUMN = tl.constexpr(sampling.TOP_IDS_COLUMN)
@@ -68,9 +68,8 @@ STATE = tl.constexpr(4)
 MASS_ONE = tl.constexpr(float(2**44))
 # In a count of a token: it occurs in the prompt. The bits below count it in the output.
 IN_PROMPT = tl.constexpr(1 << 30)
-# Tokens above the 20th largest group maximum lie in fewer than 20 groups, so ties have a fixed
-# place behind them.
-TIES = tl.constexpr(640)
+# The power of two that no list of the likeliest tokens is longer than.
+PLACES = tl.constexpr(32)
 
 
 @triton.jit
@@ -724,6 +723,44 @@ def edit_kernel(
 
 
 @triton.jit
+def rank_kernel(
+    logits,
+    stride,
+    vocab,
+    settings,
+    settings_stride,
+    raw_group_max,
+    tokens,
+    block_above,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """How many tokens of every block are likelier than the one that was taken; grid (blocks, rows).
+
+    Groups whose maximum is below it are not read.
+    """
+    begin(PDL)
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    if _int(settings, settings_stride, SLOT, row) < 0:
+        return
+    token = tl.load(tokens + row)
+    if ((_int(settings, settings_stride, FLAGS, row) & LOGPROBS) == 0) | (token < 0):
+        return
+    source = logits + row.to(tl.int64) * stride
+    own = _key(tl.load(source + token))
+    at = row * tl.num_programs(0) + block
+    groups = tl.arange(0, BLOCK // GROUP)
+    reach = _key(tl.load(raw_group_max + at * (BLOCK // GROUP) + groups)) >= own
+    ids = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = reach[:, None] & (ids < vocab)
+    key = _key(tl.load(source + ids, mask=inside, other=-INF))
+    above = inside & ((key > own) | ((key == own) & (ids < token)))
+    tl.store(block_above + at, tl.sum(tl.sum(above.to(tl.int32), 1)))
+
+
+@triton.jit
 def logprobs_kernel(
     logits,
     stride,
@@ -733,94 +770,75 @@ def logprobs_kernel(
     raw_block_max,
     raw_block_sum,
     raw_group_max,
+    block_above,
     num_blocks,
     num_groups,
-    candidate_values,
-    candidate_ids,
     tokens,
     last_tokens,
     logprobs,
     BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rank and log probability of the token, and the likeliest tokens with theirs; grid (rows)."""
+    """Rank and log probability of the token, and the likeliest tokens with theirs; grid (rows).
+
+    The k likeliest tokens lie in the k groups of the largest maxima (of equal ones the first).
+    """
     begin(PDL)
     row = tl.program_id(0)
     slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
-    if (_int(settings, settings_stride, FLAGS, row) & LOGPROBS) == 0:
-        return
     token = tl.load(tokens + row)
-    if token < 0:
+    if ((_int(settings, settings_stride, FLAGS, row) & LOGPROBS) == 0) | (token < 0):
         return
     index = tl.arange(0, BLOCKS)
     inside = index < num_blocks
     block_max = tl.load(raw_block_max + row * num_blocks + index, mask=inside, other=-INF)
     block_sum = tl.load(raw_block_sum + row * num_blocks + index, mask=inside, other=0.0)
+    above = tl.load(block_above + row * num_blocks + index, mask=inside, other=0)
     peak = tl.max(block_max)
     if not _is_finite(peak):
         _write_token(token, True, row, slot, tokens, last_tokens)
         return
     normalizer = peak + tl.log(tl.sum(block_sum * tl.exp(block_max - peak)))
-    index = tl.arange(0, GROUPS)
-    peaks = tl.load(raw_group_max + row * num_groups + index, mask=index < num_groups, other=-INF)
-    least = _kth_largest(_key(peaks), MAX_LOGPROBS, row * 0 + KEY_MINUS_INF, _key(peak))
     source = logits + row.to(tl.int64) * stride
-    own = tl.load(source + token)
-    values = candidate_values + row * CANDIDATES
-    ids = candidate_ids + row * CANDIDATES
-    above, num_larger, num_equal = _list_likeliest(
-        source, vocab, token, _key(own), least, values, ids, TILE
-    )
     out = logprobs + row * LOGPROB_COLUMNS
-    tl.store(out + RANK_COLUMN, above + 1)
-    tl.store(out + LOGPROB_COLUMN, (own - normalizer).to(tl.int32, bitcast=True))
-    tl.debug_barrier()  # the list is read by other threads than wrote it
-    index = tl.arange(0, 1024)
-    listed = (index < num_larger) | ((index >= TIES) & (index < TIES + num_equal))
-    key = _key(tl.load(values + index, mask=listed, other=-INF)).to(tl.int64)
-    candidate = tl.load(ids + index, mask=listed, other=NO_ID).to(tl.int64)
-    # Ordered by logit, equal ones by id from the smallest.
-    order = tl.where(listed, (key << 32) | (NO_ID - candidate), NOTHING)
-    for place in range(MAX_LOGPROBS):
+    tl.store(out + RANK_COLUMN, tl.sum(above) + 1)
+    tl.store(out + LOGPROB_COLUMN, (tl.load(source + token) - normalizer).to(tl.int32, bitcast=True))
+    count = _int(settings, settings_stride, NUM_LOGPROBS, row)
+    group = tl.arange(0, GROUPS)
+    peaks = tl.load(raw_group_max + row * num_groups + group, mask=group < num_groups, other=-INF)
+    order = _ordered(peaks, group, group < num_groups)
+    places = tl.arange(0, PLACES)
+    chosen = tl.full((PLACES,), -1, tl.int32)
+    for place in range(count):
         best = tl.max(order)
         order = tl.where(order == best, NOTHING, order)
-        exists = best > NOTHING
-        best_id = NO_ID - (best & 0x7FFFFFFF).to(tl.int32)
+        chosen = tl.where(places == place, _id_of(best), chosen)
+    ids = chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (chosen >= 0)[:, None] & (ids < vocab)
+    tokens_of_groups = _ordered(tl.load(source + ids, mask=inside, other=-INF), ids, inside)
+    candidates = tl.reshape(tokens_of_groups, [PLACES * GROUP])
+    for place in range(count):
+        best = tl.max(candidates)
+        candidates = tl.where(candidates == best, NOTHING, candidates)
         value = _value((best >> 32).to(tl.int32)) - normalizer
-        tl.store(out + TOP_IDS_COLUMN + place, tl.where(exists, best_id, -1))
+        tl.store(out + TOP_IDS_COLUMN + place, _id_of(best))
         tl.store(out + TOP_VALUES_COLUMN + place, value.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _list_likeliest(source, vocab, token, own, least, values, ids, TILE: tl.constexpr):
-    """List the tokens above ``least`` and from TIES on the first that equal it; and count the
-    tokens that are likelier than ``token``, whose key is ``own``."""
-    above = tl.zeros((TILE,), tl.int32)
-    num_larger = token * 0
-    num_equal = token * 0
-    start = vocab * 0
-    while start < vocab:
-        tile = start + tl.arange(0, TILE)
-        x = _load(source, tile, vocab)
-        key = _key(x)
-        above += ((key > own) | ((key == own) & (tile < token))).to(tl.int32)
-        larger = key > least
-        equal = (key == least) & (key > KEY_MINUS_INF)
-        both = larger.to(tl.int32) + (equal.to(tl.int32) << 16)
-        found = tl.sum(both)
-        if found > 0:
-            before = tl.cumsum(both, 0) - both
-            tie = num_equal + (before >> 16)
-            place = tl.where(larger, num_larger + (before & 0xFFFF), TIES + tie)
-            listed = larger | (equal & (tie < MAX_LOGPROBS))
-            tl.store(values + place, x, mask=listed)
-            tl.store(ids + place, tile, mask=listed)
-        num_larger += found & 0xFFFF
-        num_equal = tl.minimum(num_equal + (found >> 16), MAX_LOGPROBS)
-        start += TILE
-    return tl.sum(above), num_larger, num_equal
+def _ordered(values, ids, inside):
+    """Integers in the order of the values, equal ones in the reverse order of ids; ``NOTHING``
+    outside and for -inf."""
+    key = _key(values)
+    order = (key.to(tl.int64) << 32) | (NO_ID - ids.to(tl.int64))
+    return tl.where(inside & (key > KEY_MINUS_INF), order, NOTHING)
+
+
+@triton.jit
+def _id_of(order):
+    """The id in what ``_ordered`` made; -1 of ``NOTHING``."""
+    return tl.where(order > NOTHING, NO_ID - (order & 0x7FFFFFFF).to(tl.int32), -1)
