@@ -21,7 +21,7 @@ from slipstream.runtime.async_pooling import AsyncPooling
 from slipstream.runtime.chat.composer import Composed, Composer
 from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
@@ -116,7 +116,7 @@ class AsyncLLM(AsyncPooling):
             threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         return self._loop.stats
 

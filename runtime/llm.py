@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.turns import OutputTurns
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooled_prompts import as_batch, as_texts, stacked
 from slipstream.runtime.pooling import PoolingParams
@@ -52,7 +52,7 @@ class LLM:
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         return self._loop.stats
 
