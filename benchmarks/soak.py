@@ -42,6 +42,8 @@ WORDS = "the a river stone light under over small bright slowly sings waits turn
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 # So that all of it is in use: what is not yet touched takes no memory, and would look like a leak.
 TIGHT = ["--max-batch-size", "8", "--max-queued-requests", "16", "--kv-cache-bytes", "64M"]
+# The model knows neither, but what it may write does.
+PARSERS = ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 GROWTH = 1.02
 WARM_UP = 0.2  # of the time, after which memory must stay flat
 _SAMPLE_S = 0.5
@@ -192,7 +194,7 @@ def responses_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """The same through the Responses API, stored or not."""
     form = {"type": "json_schema", "name": "mood", "schema": FORM}
     tool = {"type": "function", "name": "tell", "strict": True, "parameters": FORM}
-    wanted = [
+    wanted: list[dict[str, Any]] = [
         {"tools": [tool], "tool_choice": {"type": "function", "name": "tell"}},
         {"text": {"format": form}, "reasoning": {"effort": "low"}},
     ]
@@ -206,14 +208,14 @@ def anthropic_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
     tool = {"name": "tell", "input_schema": FORM}
     wanted: list[dict[str, Any]] = [
         {"tools": [tool], "tool_choice": {"type": "any"}},
-        {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 1100},
+        {"thinking": {"type": "enabled", "budget_tokens": rng.randint(1, 20)}},
     ]
     return "/v1/messages", chat(rng, max_tokens=rng.randint(1, 80)) | rng.choice(wanted)
 
 
 def ollama_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """The same through Ollama's."""
-    wanted = [{"format": "json"}, {"format": FORM}, {"think": True}]
+    wanted: list[dict[str, Any]] = [{"format": "json"}, {"format": FORM}, {"think": True}]
     options = {"num_predict": rng.randint(1, 80)}
     return "/api/chat", chat(rng, options=options) | rng.choice(wanted)
 
@@ -401,7 +403,7 @@ async def _wait_until_healthy(client: httpx.AsyncClient, process: subprocess.Pop
 
 async def run(engine: str, minutes: float, seed: int) -> Report:
     """Serve an engine and soak it."""
-    async with serving(engine, TIGHT) as server:
+    async with serving(engine, [*TIGHT, *PARSERS]) as server:
         return await soak(server, minutes * 60, seed)
 
 

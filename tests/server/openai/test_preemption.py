@@ -62,16 +62,17 @@ def ask(running: Running, number: int, stream: bool) -> list[Any]:
     told: dict[int, dict[str, Any]] = {}
     for part in map(json.loads, lines if stream else [response.text]):
         for choice in part["choices"]:
-            _add(told.setdefault(choice["index"], {"text": "", "reason": None}), choice)
+            _add(told.setdefault(choice["index"], {"reason": None}), choice)
     return [told[index] for index in sorted(told)]
 
 
 def _add(told: dict[str, Any], choice: dict[str, Any]) -> None:
     said = choice.get("delta") or choice.get("message") or choice
     calls = [call["function"] for call in said.get("tool_calls") or ()]
-    texts = [said.get(name) for name in ("reasoning_content", "content", "text")]
-    texts += [call.get(name) for call in calls for name in ("name", "arguments")]
-    told["text"] += "".join(filter(None, texts))
+    texts = [(name, said.get(name)) for name in ("reasoning_content", "content", "text")]
+    texts += [(name, call.get(name)) for call in calls for name in ("name", "arguments")]
+    for name, text in texts:
+        told[name] = told.get(name, "") + (text or "")
     told["reason"] = choice["finish_reason"] or told["reason"]
     if choice.get("logprobs"):
         told.setdefault("scores", []).extend(choice["logprobs"]["token_logprobs"])
