@@ -11,8 +11,8 @@ from typing import Protocol
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.request import OutputKind
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Job, Service
 from slipstream.server.core.service import Metrics as ServiceMetrics
