@@ -44,13 +44,25 @@ _CHOICES = {
     "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8"),
 }
 _ACTIVATIONS = "to int8 in blocks of 32, each by its own range"
-_FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
-_LOWER: tuple[Pass, ...] = (
-    fuse_add_rms_norm,
-    lower_expert_linear,
+_LINEARS: tuple[Pass, ...] = (
+    fuse_gate,
+    fuse_residual,
+    fuse_norm,
+    pack_linear,
+    pack_embedding,
+    lower_matmul_nbits,
+    lower_dense_linear,
+    lower_dense_embedding,
+)
+_ONNXRUNTIME_LINEARS: tuple[Pass, ...] = (
+    lower_matmul_nbits,
     lower_dense_linear,
     lower_dense_embedding,
     pack_embedding,
+)
+_LOWER: tuple[Pass, ...] = (
+    fuse_add_rms_norm,
+    lower_expert_linear,
     lower_add_rms_norm,
     lower_rms_norm,
     lower_gated_activation,
@@ -91,11 +103,8 @@ class CPUTarget:
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Prepare the weights, fuse, then lower what is left to ONNX Runtime's operators."""
-        linears: tuple[Pass, ...] = (lower_matmul_nbits,)
-        holds: tuple[Holds, ...] = (can_lower,)
-        if options.gemm_plugin == "auto":
-            linears = (*_FUSE_INTO_LINEAR, pack_linear, pack_embedding, lower_matmul_nbits)
-            holds = (can_pack, can_lower)
+        ours = options.gemm_plugin == "auto"
+        holds: tuple[Holds, ...] = (can_pack, can_lower) if ours else (can_lower,)
         kernels = Kernels(
             holds=holds,
             group_size=self.group_size,
@@ -109,7 +118,7 @@ class CPUTarget:
             *preparation(self.name, kernels, options),
             SetDenseType(options.dtype),
             fuse_parallel_linears,
-            *linears,
+            *(_LINEARS if ours else _ONNXRUNTIME_LINEARS),
             *_LOWER,
         )
 

@@ -18,8 +18,9 @@ constexpr int kVectors = kTile / kLanes;  // of a tile, for one element along K
 constexpr int kSums = kRegisters - 4;
 // As many tokens of a tile as have registers, or of both tiles where a tile is one vector.
 constexpr int kDenseTokens = kSums / (kVectors == 1 ? 2 : kVectors);
-constexpr int64_t kSegment = kDenseTokens * (kDenseTokens < 4 ? 32 : kDenseTokens < 8 ? 16 : 8);  // tokens that share a widened part
-constexpr int64_t kPart = 256;                                         // its elements along K
+// Tokens that share a widened part.
+constexpr int64_t kSegment = kDenseTokens * (kDenseTokens < 4 ? 32 : kDenseTokens < 8 ? 16 : 8);
+constexpr int64_t kPart = 128;  // elements along K of a widened part, which stays in the first-level cache
 
 // Tokens in the next block when `left` remain: few kernels, and never a matter of results.
 inline int dense_tokens(int64_t left) {
