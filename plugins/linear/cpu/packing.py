@@ -11,8 +11,9 @@ multiple of 64 bytes:
   float4 are float32 and halved: the kernels look up twice its numbers, which are whole.
 * u8 zero points ``[K/group, 16]``, or offsets ``[K/group, 16]`` of the scales' type, or nothing.
 
-The tiles of a dense weight have no scales, and a column of zeros where K is odd: float32 and float16
-``[K, 16]``, bfloat16 ``[K/2, 16, 2]``, so that a load of words gives rows two consecutive elements.
+The tiles of a dense weight have no scales, and a column of zeros where K is odd: float32 and
+float16 ``[K, 16]``, bfloat16 ``[K/2, 16, 2]``, so that a load of words gives rows two consecutive
+elements.
 
 A gated weight (gate rows first, then as many up rows) alternates between tiles of gate rows and
 tiles of up rows.

@@ -133,7 +133,7 @@ def test_kernels_of_a_quantized_model(tmp_path: Path, gemm_plugin: Any, expected
         ("auto", {"Embedding": 1, "Linear": 9, "PagedAttention": 2}),
         (
             "disable",
-            {"PagedAttention": 2, "SkipSimplifiedLayerNormalization": 4, "QuickGelu": 2},
+            {"PagedAttention": 2, "SkipSimplifiedLayerNormalization": 3, "QuickGelu": 2},
         ),
     ],
 )
