@@ -117,11 +117,6 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
-    if quantization == "none" and options.gemm_plugin != "auto":
-        raise BuildError(
-            f"gemm_plugin {options.gemm_plugin} says where quantized linears run, and here none "
-            "is quantized; leave it out, or add --quantization"
-        )
     kv_dtype = target.kv_dtype(
         _with_kv_dtype(options, checkpoint.kv_scales), quantization == "none"
     )

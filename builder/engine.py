@@ -26,7 +26,7 @@ from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
 from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"

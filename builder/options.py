@@ -22,8 +22,8 @@ OutputFormat = Literal["compressed-tensors", "gptq", "awq"]
 class BuildOptions:
     """How to compile a checkpoint. What is None is left to the target.
 
-    dtype           of activations and of weights that are not quantized; auto: float32 on a CPU,
-                    bfloat16 on a GPU
+    dtype           on a CPU of weights that are not quantized, auto: as the checkpoint has them;
+                    on a GPU of activations too, auto: bfloat16. Activations on a CPU are float32
     quantization    applied to weights that the checkpoint holds dense, without looking at data:
                     integer groups rounded to nearest (weight-only), or e4m3 with a scale a row and
                     activations rounded with a scale a token (fp8, on a GPU)
@@ -39,8 +39,8 @@ class BuildOptions:
                     metadata or its architecture say, else generate
     pooling         which tokens' states make a vector: the last one's, or the mean of all; auto:
                     what the checkpoint says, else last
-    gemm_plugin     auto: quantized linears run on Slipstream's kernels; disable: on ONNX Runtime's
-                    MatMulNBits
+    gemm_plugin     auto: linears run on Slipstream's kernels; disable: on ONNX Runtime's
+                    MatMulNBits and Gemm
     """
 
     target: str = "auto"

@@ -106,7 +106,8 @@ SAMPLING = {
 _BUILD = {
     "target": Option("Kind of device; auto takes the best that this machine has."),
     "dtype": Option(
-        "Type of activations and unquantized weights; auto is float32 on a CPU, bfloat16 on a GPU."
+        "Type of unquantized weights, and on a GPU of activations; auto is the checkpoint's on a "
+        "CPU, where activations are float32, and bfloat16 on a GPU."
     ),
     "quantization": Option(
         "Quantization, round to nearest, of weights that the checkpoint holds dense; fp8 needs a "
@@ -127,9 +128,7 @@ _BUILD = {
         "checkpoint says."
     ),
     "pooling": Option("Which tokens' states make a vector; auto is what the checkpoint says."),
-    "gemm_plugin": Option(
-        "auto runs quantized linears on Slipstream's kernels; disable, on ONNX Runtime's."
-    ),
+    "gemm_plugin": Option("auto runs linears on Slipstream's kernels; disable, on ONNX Runtime's."),
     "strict_tensors": Option(
         "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),

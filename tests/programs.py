@@ -17,7 +17,7 @@ from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
 from slipstream.builder.graph.verifier import verify
 from slipstream.plugins import library
-from slipstream.plugins.linear import ACTIVATIONS, ZERO_KINDS
+from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import unpack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
@@ -182,15 +182,12 @@ def _linear(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     x, weight, bias, residual, norm = (*map(_plain, given[:1]), *_padded(given)[1:])
     attributes = _attributes(node)
     weight, gated = _weight(weight, attributes), bool(attributes.get("gated", 0))
-    if weight.format.kind == "dense":  # no kernel of ours: nothing rounds the activations
-        assert residual is None and norm is None and not gated
-        y = x.astype(np.float64) @ weight.dequantize().T.astype(np.float64)
-        return [np.asarray(y if bias is None else y + _plain(bias), np.float32)]
     options = {"bias": bias, "residual": residual, "norm_weight": norm}
     eps = attributes.get("norm_eps", 1e-6)
     known: dict[str, Any] = {name: _plain(value) for name, value in options.items()}
     # What is not lowered yet is computed as a CPU will.
-    number = attributes.get("activation", ACTIVATIONS["block"])
+    rounding = "none" if weight.format.kind == "dense" else "block"
+    number = attributes.get("activation", ACTIVATIONS[rounding])
     known["activation"] = {value: name for name, value in ACTIVATIONS.items()}[number]
     return [_reference("Linear")(x, weight, **known, norm_eps=eps, gated=gated)]
 
@@ -236,16 +233,21 @@ def _weight(weight: Any, attributes: Mapping[str, Any]) -> QuantTensor:  # noqa:
     """A weight in its own format, or the one in a packed blob that the attributes describe."""
     if isinstance(weight, QuantTensor):
         return weight
+    shape = (attributes["out_features"], attributes["in_features"])
+    gated = bool(attributes.get("gated", 0))
+    kind = {number: name for name, number in WEIGHT_TYPES.items()}[attributes["weight_type"]]
+    if kind in ("float32", "float16", "bfloat16"):
+        return unpack(weight, WeightFormat(shape, "dense", kind), gated)
     zero = {kind: name for name, kind in ZERO_KINDS.items()}[attributes["zero_kind"]]
     form = WeightFormat(
-        (attributes["out_features"], attributes["in_features"]),
+        shape,
         "int",
         {2: "float16", 4: "float32"}[attributes["scale_bytes"]],
         attributes["bits"],
         attributes["group_size"],
         zero,  # type: ignore[arg-type]
     )
-    return unpack(weight, form, bool(attributes.get("gated", 0)))
+    return unpack(weight, form, gated)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - an array, a weight or None

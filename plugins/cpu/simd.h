@@ -27,6 +27,11 @@ struct Half {
   uint16_t bits;
 };
 
+// A bfloat16: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // A float8_e4m3fn: no infinities, NaN with all bits but the sign set, 448 the largest.
 struct Float8 {
   uint8_t bits;

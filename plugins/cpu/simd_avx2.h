@@ -43,6 +43,14 @@ SLIPSTREAM_INLINE Floats load(const Float8* p) {
                                     _mm_and_si128(wide, _mm_set1_epi16(-0x8000)));
   return _mm256_mul_ps(_mm256_cvtph_ps(half), splat(256.0f));
 }
+// Of kLanes pairs, the first of each and the second.
+SLIPSTREAM_INLINE Floats load_firsts(const BFloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+SLIPSTREAM_INLINE Floats load_seconds(const BFloat16* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+}
 SLIPSTREAM_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 SLIPSTREAM_INLINE void store(Half* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

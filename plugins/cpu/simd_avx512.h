@@ -42,6 +42,13 @@ SLIPSTREAM_INLINE Floats from_e4m3(__m128i codes) {
   return _mm512_mul_ps(_mm512_cvtph_ps(half), splat(256.0f));
 }
 SLIPSTREAM_INLINE Floats load(const Float8* p) { return from_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// Of kLanes pairs, the first of each and the second.
+SLIPSTREAM_INLINE Floats load_firsts(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+SLIPSTREAM_INLINE Floats load_seconds(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-0x10000)));
+}
 SLIPSTREAM_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
 // The first n lanes (1 <= n <= kLanes) and no memory beyond them; the other lanes load as zero.

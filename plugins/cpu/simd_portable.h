@@ -44,6 +44,16 @@ SLIPSTREAM_INLINE Floats load(const Float8* p) {
   const Ints nan = (size == 0x7f) & 0x7fc00000;
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(value) | nan | ((bits & 0x80) << 24));
 }
+// Of kLanes pairs, the first of each and the second. A pair is read as a word of little-endian bytes.
+SLIPSTREAM_INLINE Words load_pairs(const BFloat16* p) {
+  Words pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
+}
+SLIPSTREAM_INLINE Floats load_firsts(const BFloat16* p) { return reinterpret_cast<Floats>(load_pairs(p) << 16); }
+SLIPSTREAM_INLINE Floats load_seconds(const BFloat16* p) {
+  return reinterpret_cast<Floats>(load_pairs(p) & 0xffff0000u);
+}
 SLIPSTREAM_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof(a)); }
 SLIPSTREAM_INLINE void store(int8_t* p, Floats a) {
   const Floats whole = round(a);

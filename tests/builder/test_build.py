@@ -188,18 +188,6 @@ def test_a_file_that_came_during_the_build_is_kept(checkpoint: Path, tmp_path: P
     open_engine(output).verify_files()
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8_wo"])
-def test_a_kernel_for_what_is_not_there_is_refused(
-    checkpoint: Path, quantization: Quantization
-) -> None:
-    options = BuildOptions(quantization=quantization, gemm_plugin="disable")
-    if quantization != "none":
-        plan(checkpoint, options)
-        return
-    with pytest.raises(BuildError, match="gemm_plugin disable says where quantized linears run"):
-        plan(checkpoint, options)
-
-
 def fail(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,27 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(prompts)).logits.numpy()
+    actual = run_in_chunks(tmp_path / "engine", prompts)
+    assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-moe"])
+def test_narrow_weights_are_read_as_they_are(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Logits are those of the same numbers in float32, from half the bytes."""
+    whole = save_tiny(CONFIGS[name], tmp_path / "float32")
+    checkpoint = tmp_path / "narrow"
+    shutil.copytree(whole, checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype)
+    model.save_pretrained(checkpoint)
+    sizes = []
+    for source in (whole, checkpoint):
+        build(source, tmp_path / "engine", BuildOptions())
+        sizes.append((tmp_path / "engine" / "weights.safetensors").stat().st_size)
+    assert sizes[1] < 0.55 * sizes[0]
+    prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
+    with torch.no_grad():
+        expected = model.to(torch.float32)(torch.tensor(prompts)).logits.numpy()
     actual = run_in_chunks(tmp_path / "engine", prompts)
     assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
 

@@ -19,6 +19,7 @@ from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.base import check_choices, check_heads
 from slipstream.builder.targets.cpu.dense import (
+    SetDenseType,
     lower_dense_embedding,
     lower_dense_linear,
     store_dense_weights,
@@ -32,24 +33,36 @@ from slipstream.builder.targets.cpu.elementwise import (
 from slipstream.builder.targets.cpu.experts import lower_expert_linear
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
+from slipstream.errors import BuildError
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.tensor import WeightFormat
 
 _LIMITS = EngineLimits()
 _LARGEST_HEAD = 512  # elements
 _CHOICES = {
-    "dtype": ("auto", "float32"),
     "quantization": ("none", "int8_wo", "int4_wo"),
     "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8"),
 }
 _ACTIVATIONS = "to int8 in blocks of 32, each by its own range"
-_FUSE_INTO_LINEAR: tuple[Pass, ...] = (fuse_gate, fuse_residual, fuse_norm)
+_LINEARS: tuple[Pass, ...] = (
+    fuse_gate,
+    fuse_residual,
+    fuse_norm,
+    pack_linear,
+    pack_embedding,
+    lower_matmul_nbits,
+    lower_dense_linear,
+    lower_dense_embedding,
+)
+_ONNXRUNTIME_LINEARS: tuple[Pass, ...] = (
+    lower_matmul_nbits,
+    lower_dense_linear,
+    lower_dense_embedding,
+    pack_embedding,
+)
 _LOWER: tuple[Pass, ...] = (
     fuse_add_rms_norm,
     lower_expert_linear,
-    lower_dense_linear,
-    pack_embedding,
-    lower_dense_embedding,
     lower_add_rms_norm,
     lower_rms_norm,
     lower_gated_activation,
@@ -72,6 +85,11 @@ class CPUTarget:
         """PagedAttention works on vectors of 8 lanes and keeps a head in its scratch memory."""
         check_heads(self.name, config, _LARGEST_HEAD)
         check_choices(self.name, options, _CHOICES)
+        if options.gemm_plugin == "disable" and options.dtype not in ("auto", "float32"):
+            raise BuildError(
+                f"dtype {options.dtype} does not run on ONNX Runtime's kernels, whose weights are "
+                "float32; leave it out, or leave out gemm_plugin disable"
+            )
 
     def capability(self, program: Program, kv_dtype: str) -> str:
         """Kernels for every instruction set are in the library."""
@@ -85,11 +103,8 @@ class CPUTarget:
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Prepare the weights, fuse, then lower what is left to ONNX Runtime's operators."""
-        linears: tuple[Pass, ...] = (lower_matmul_nbits,)
-        holds: tuple[Holds, ...] = (can_lower,)
-        if options.gemm_plugin == "auto":
-            linears = (*_FUSE_INTO_LINEAR, pack_linear, lower_matmul_nbits)
-            holds = (can_pack, can_lower)
+        ours = options.gemm_plugin == "auto"
+        holds: tuple[Holds, ...] = (can_pack, can_lower) if ours else (can_lower,)
         kernels = Kernels(
             holds=holds,
             group_size=self.group_size,
@@ -101,8 +116,9 @@ class CPUTarget:
         )
         return (
             *preparation(self.name, kernels, options),
+            SetDenseType(options.dtype),
             fuse_parallel_linears,
-            *linears,
+            *(_LINEARS if ours else _ONNXRUNTIME_LINEARS),
             *_LOWER,
         )
 

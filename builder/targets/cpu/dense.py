@@ -1,15 +1,40 @@
-"""Dense weights on ONNX Runtime's float32 kernels."""
+"""Dense weights: their type in an engine, and ONNX Runtime's float32 kernels for those that ours do
+not run."""
 
 from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from slipstream.builder.graph.passes.dequantize_unheld import as_dense
+from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.safetensors import ArraySpec
-from slipstream.weights.tensor import LazyTensor
+from slipstream.weights.tensor import LazyTensor, WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class SetDenseType:
+    """Dense matrices become ``dtype``; with ``auto`` they stay as the checkpoint has them."""
+
+    dtype: str
+
+    def __call__(self, program: Program) -> int:
+        """Returns the number of weights of another type."""
+
+        def rewrite(tensor: LazyTensor) -> LazyTensor | None:
+            kept = self.dtype in ("auto", tensor.format.dtype)
+            return None if kept or tensor.format.kind != "dense" else as_dense(tensor, self.dtype)
+
+        def message(old: LazyTensor, new: LazyTensor) -> str:
+            return f"{old.format.dtype} becomes {new.format.dtype}"
+
+        return rewrite_matrices(program, rewrite, message, logging.INFO)
 
 
 def lower_dense_linear(program: Program) -> int:
@@ -26,11 +51,12 @@ def lower_dense_linear(program: Program) -> int:
 
 
 def lower_dense_embedding(program: Program) -> int:
-    """Embedding becomes Gather; formats that our kernel does not hold are dequantized."""
+    """Embedding of a dense weight becomes Gather; formats that our kernel does not hold are
+    dequantized."""
     nodes = [
         node
         for node in program.nodes("Embedding")
-        if _is_unlowered(program, node) and not can_pack(program.weight_of(node).format)
+        if _is_unlowered(program, node) and _gathers(program.weight_of(node).format)
     ]
     for node in nodes:
         inputs = [store_float32(program, program.weight_of(node)), node.inputs[0]]
@@ -55,6 +81,10 @@ def store_float32(program: Program, tensor: LazyTensor) -> ir.Value:
     return program.store(
         StoredWeight((part,), lambda: (np.ascontiguousarray(tensor.load().dequantize()),))
     )[0]
+
+
+def _gathers(fmt: WeightFormat) -> bool:
+    return fmt.kind == "dense" or not can_pack(fmt)
 
 
 def _is_unlowered(program: Program, node: ir.Node) -> bool:

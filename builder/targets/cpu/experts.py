@@ -1,5 +1,4 @@
-"""The weights of experts for this package's own kernel: their blobs one behind the other, or
-float32 where no blob holds them."""
+"""The weights of experts for this package's own kernel: their blobs one behind the other."""
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
-from slipstream.builder.targets.cpu.packed import SUFFIX, format_attributes
-from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES
+from slipstream.builder.targets.cpu.packed import SUFFIX, activation_of, format_attributes
 from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import QuantTensor, WeightFormat, row_slice
@@ -27,6 +26,8 @@ def lower_expert_linear(program: Program) -> int:
 
 def _lower(program: Program, node: ir.Node) -> None:
     tensor = program.weight_of(node)
+    if not can_pack(tensor.format):
+        tensor = as_dense(tensor, "float32")
     experts = node.attributes["experts"].as_int()
     gated = "gated" in node.attributes and bool(node.attributes["gated"].as_int())
     part = ArraySpec(
@@ -40,24 +41,17 @@ def _lower(program: Program, node: ir.Node) -> None:
 
 def expert_attributes(fmt: WeightFormat) -> dict[str, int]:
     """The attributes by which the kernel reads the blobs of this format, and rounds x."""
-    if can_pack(fmt):
-        return {**format_attributes(fmt), "activation": ACTIVATIONS["block"]}
-    return {"weight_type": WEIGHT_TYPES["float32"]}
+    return {**format_attributes(fmt), "activation": activation_of(fmt)}
 
 
 def blob_size(fmt: WeightFormat, experts: int, gated: bool) -> int:
     """Bytes of what ``pack_experts`` makes of a weight of this format."""
     rows, columns = fmt.shape
-    if can_pack(fmt):
-        return experts * packed_size(replace(fmt, shape=(rows // experts, columns)), gated)
-    return rows * columns * 4
+    return experts * packed_size(replace(fmt, shape=(rows // experts, columns)), gated)
 
 
 def pack_experts(tensor: QuantTensor, experts: int, *, gated: bool) -> NDArray[np.uint8]:
     """The blob u8 of weights ``[experts * N, K]``."""
-    if not can_pack(tensor.format):
-        values = np.ascontiguousarray(tensor.dequantize(), np.float32)
-        return values.reshape(-1).view(np.uint8)
     rows = tensor.format.shape[0] // experts
     parts = (row_slice(tensor, e * rows, (e + 1) * rows) for e in range(experts))
     return np.concatenate([pack(part, gated) for part in parts])

@@ -1,4 +1,4 @@
-"""Quantized weights for this package's own kernels: one blob a weight, read where the file is
+"""Weights for this package's own kernels: one blob a weight, read where the file is
 mapped."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _pack(program: Program, node: ir.Node) -> bool:
     for name, value in format_attributes(tensor.format).items():
         node.attributes[name] = ir.AttrInt64(name, value)
     if weight_index(node, "product") is not None:
-        node.attributes["activation"] = ir.AttrInt64("activation", ACTIVATIONS["block"])
+        node.attributes["activation"] = ir.AttrInt64("activation", activation_of(tensor.format))
     return True
 
 
@@ -47,8 +47,15 @@ def stored_blob(program: Program, tensor: LazyTensor, *, gated: bool) -> ir.Valu
     return program.store(StoredWeight((part,), lambda: (pack(tensor.load(), gated),)))[0]
 
 
+def activation_of(fmt: WeightFormat) -> int:
+    """How the kernels round x for a product with a weight of this format."""
+    return ACTIVATIONS["none" if fmt.kind == "dense" else "block"]
+
+
 def format_attributes(format: WeightFormat) -> dict[str, int]:
     """The attributes by which a kernel reads a blob of this format."""
+    if format.kind == "dense":
+        return {"weight_type": WEIGHT_TYPES[format.dtype]}
     return {
         "weight_type": WEIGHT_TYPES[format.kind],
         "bits": format.bits,

@@ -5,11 +5,8 @@
 namespace slipstream {
 
 static const char* check_weight(const ExpertLinearArgs& args) {
-  int64_t expert = args.out_features * args.in_features * 4;
-  if (args.weight_type != 4) {  // not float32
-    if (const char* problem = check_format(args)) return problem;
-    expert = packed_bytes(packed_weight(args, args.gated != 0));
-  }
+  if (const char* problem = check_format(args)) return problem;
+  const int64_t expert = blob_bytes(args, args.gated != 0);
   if (args.weight_size / args.experts != expert || args.weight_size % args.experts != 0)
     return "the weight has the wrong size for its attributes";
   return nullptr;

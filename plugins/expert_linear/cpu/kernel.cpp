@@ -6,6 +6,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "linear/cpu/activations.h"
+#include "linear/cpu/dense.h"
 #include "linear/cpu/gate.h"
 #include "linear/cpu/tiles.h"
 #include "operators.h"
@@ -14,13 +15,12 @@ namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace {
 
-constexpr int64_t kFloat32 = 4;  // of weight_type
-
 struct Plan {
   const ExpertLinearArgs& args;
   PackedWeight weight;  // that of the first expert
   TileLayout layout;
-  bool dense;           // float32 rows, not tiles of codes
+  DenseWeight numbers;  // the same where it is dense
+  bool dense;
   int parts;            // tiles of one unit of output: 2 when gated
   int64_t outputs;      // columns of a product
   int64_t units;        // 16 columns of a product each
@@ -31,12 +31,14 @@ struct Plan {
   int64_t* starts;
   int64_t* used;        // experts with pairs
   int64_t used_count;
-  uint8_t* records;     // quantized rows, by place
+  uint8_t* records;     // rows as the kernels read them, by place
+  int64_t record_bytes;
   float* products;      // [pairs, outputs], by pair
 
   int64_t pairs() const { return args.tokens * args.top_k; }
   const float* row(int64_t pair) const { return args.x + (args.reduce ? pair : pair / args.top_k) * args.in_features; }
-  uint8_t* record(int64_t place) const { return records + place * (args.in_features / kBlock) * kRecordBytes; }
+  uint8_t* record(int64_t place) const { return records + place * record_bytes; }
+  float* floats(int64_t place) const { return reinterpret_cast<float*>(record(place)); }
 };
 
 void group_pairs(Plan& plan) {
@@ -59,6 +61,17 @@ void quantize_expert(const Plan& plan, int64_t expert) {
     const int count = block_tokens(end - place);
     for (int i = 0; i < count; ++i) {
       quantize_token(plan.weight, plan.row(plan.order[place + i]), count, i, plan.record(place));
+    }
+    place += count;
+  }
+}
+
+void place_expert(const Plan& plan, int64_t expert) {
+  const int64_t end = plan.starts[expert + 1];
+  for (int64_t place = plan.starts[expert]; place < end;) {
+    const int count = dense_tokens(end - place);
+    for (int i = 0; i < count; ++i) {
+      place_token(plan.row(plan.order[place + i]), plan.args.in_features, count, i, plan.floats(place));
     }
     place += count;
   }
@@ -97,33 +110,15 @@ void multiply_unit(const Plan& plan, int64_t expert, int64_t unit) {
   }
 }
 
-float dot(const float* a, const float* b, int64_t n) {
-  Floats sum = splat(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
-  alignas(64) float lanes[kLanes];
-  store(lanes, sum);
-  float total = 0.0f;
-  for (int l = 0; l < kLanes; ++l) total += lanes[l];
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
+// Tile by tile, or where there is a gate two by two.
 void multiply_dense_unit(const Plan& plan, int64_t expert, int64_t unit) {
-  alignas(64) float sums[2 * kTile] = {};
-  const ExpertLinearArgs& args = plan.args;
-  const int64_t column = unit * kTile, k = args.in_features;
+  const int64_t column = unit * kTile, start = plan.starts[expert], count = plan.starts[expert + 1] - start;
   const int width = int(plan.outputs - column < kTile ? plan.outputs - column : kTile);
-  const float* rows = reinterpret_cast<const float*>(args.weight + expert * plan.expert_bytes);
-  for (int64_t place = plan.starts[expert]; place < plan.starts[expert + 1]; ++place) {
-    const int64_t pair = plan.order[place];
-    for (int p = 0; p < plan.parts; ++p) {
-      for (int i = 0; i < width; ++i) {
-        sums[p * kTile + i] = dot(plan.row(pair), rows + (p * plan.outputs + column + i) * k, k);
-      }
-    }
-    finish_row(plan, sums, kTile, expert, pair, column, width);
-  }
+  const uint8_t* blob = plan.numbers.data + expert * plan.expert_bytes;
+  multiply_dense(plan.numbers, blob, unit * plan.parts, plan.parts, plan.floats(start), count,
+                 [&](int64_t token, float* sums, int64_t next) {
+                   finish_row(plan, sums, next, expert, plan.order[start + token], column, width);
+                 });
 }
 
 // Several tasks a thread, so that a popular expert does not leave the others waiting.
@@ -135,9 +130,9 @@ int64_t units_of_a_task(const Plan& plan, int threads) {
 }
 
 void multiply(const Plan& plan, Parallel& parallel) {
-  if (!plan.dense) {
-    parallel.for_each(plan.used_count, [&](int64_t i) { quantize_expert(plan, plan.used[i]); });
-  }
+  parallel.for_each(plan.used_count, [&](int64_t i) {
+    plan.dense ? place_expert(plan, plan.used[i]) : quantize_expert(plan, plan.used[i]);
+  });
   const int64_t step = units_of_a_task(plan, parallel.threads());
   const int64_t tasks = (plan.units + step - 1) / step;
   parallel.for_each(plan.used_count * tasks, [&](int64_t task) {
@@ -167,17 +162,18 @@ void add_up(const Plan& plan, int64_t token) {
 void expert_linear(const ExpertLinearArgs& args, Parallel& parallel) {
   if (args.tokens == 0) return;
   static thread_local Scratch places, records, products;
-  const bool dense = args.weight_type == kFloat32;
+  const bool dense = is_dense(args.weight_type);
   const int parts = args.gated ? 2 : 1;
   const PackedWeight weight = packed_weight(args, args.gated != 0);
+  const DenseWeight numbers = dense_weight(args, args.gated != 0);
   const int64_t outputs = args.out_features / parts, pairs = args.tokens * args.top_k;
-  const int64_t bytes = dense ? args.out_features * args.in_features * 4 : packed_bytes(weight);
-  Plan plan{args,    weight, dense ? TileLayout() : TileLayout(weight), dense, parts, outputs, (outputs + kTile - 1) / kTile,
-            bytes,   nullptr, nullptr, nullptr, 0, nullptr, args.y};
+  Plan plan{args, weight, dense ? TileLayout() : TileLayout(weight), numbers, dense, parts, outputs,
+            (outputs + kTile - 1) / kTile, blob_bytes(args, args.gated != 0), nullptr, nullptr, nullptr, 0, nullptr,
+            dense ? numbers.depth() * int64_t(sizeof(float)) : args.in_features / kBlock * kRecordBytes, args.y};
   plan.order = places.reserve<int64_t>(pairs + 2 * args.experts + 1);
   plan.starts = plan.order + pairs;
   plan.used = plan.starts + args.experts + 1;
-  if (!dense) plan.records = records.reserve<uint8_t>(pairs * (args.in_features / kBlock) * kRecordBytes);
+  plan.records = records.reserve<uint8_t>(pairs * plan.record_bytes);
   if (args.reduce) plan.products = products.reserve<float>(pairs * outputs);
   group_pairs(plan);
   multiply(plan, parallel);

@@ -48,10 +48,12 @@ inline uint32_t term_of(const PackedWeight& weight, const int8_t* codes, int32_t
 }
 
 inline void normalise(const float* x, const float* weight, float eps, int64_t n, float* out) {
-  const Floats inverse = splat(float(1.0 / std::sqrt(sum_of_squares(x, n) / double(n) + double(eps))));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    store(out + i, load(x + i) * inverse * load(weight + i));
-  }
+  const int64_t whole = n / kBlock * kBlock;
+  double sum = sum_of_squares(x, whole);
+  for (int64_t i = whole; i < n; ++i) sum += double(x[i]) * double(x[i]);
+  const float inverse = float(1.0 / std::sqrt(sum / double(n) + double(eps)));
+  for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(x + i) * splat(inverse) * load(weight + i));
+  for (int64_t i = whole; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
 // Quantizes token `index` of a block of `count` tokens.

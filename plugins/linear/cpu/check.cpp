@@ -7,7 +7,7 @@ namespace slipstream {
 template <class Args>
 static const char* check_weight(const Args& args, bool gated) {
   if (const char* problem = check_format(args)) return problem;
-  if (args.weight_size != packed_bytes(packed_weight(args, gated)))
+  if (args.weight_size != blob_bytes(args, gated))
     return "the packed weight has the wrong size for its attributes";
   return nullptr;
 }

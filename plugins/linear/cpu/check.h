@@ -1,4 +1,4 @@
-// Whether attributes describe a packed weight, and a blob has its size.
+// Whether attributes describe a weight that the kernels read.
 #pragma once
 
 #include "weight.h"
@@ -8,6 +8,7 @@ namespace slipstream {
 // Null, or what is wrong.
 template <class Args>
 const char* check_format(const Args& args) {
+  if (is_dense(args.weight_type)) return nullptr;
   const bool halves = args.group_size == 16 && args.bits == 8 && args.zero_kind == 0 && args.in_features % 32 == 0;
   const bool blocks = args.group_size >= 32 && args.group_size % 32 == 0;
   const bool integers = args.weight_type == 0 && (halves || blocks);

@@ -1,4 +1,4 @@
-// One row of a packed weight as float32.
+// One row of a weight as float32.
 #pragma once
 
 #include "tiles.h"
@@ -26,6 +26,22 @@ inline float scale_at(const uint8_t* p, int64_t index, int scale_bytes) {
   float lanes[kLanes];
   store(lanes, load_scales(p, index / kLanes * kLanes, scale_bytes));
   return lanes[index % kLanes];
+}
+
+inline void decode_row(const DenseWeight& weight, int64_t row, float* y) {
+  const uint8_t* tile = weight.data + row / kTile * weight.stride();
+  const int64_t lane = row % kTile;
+  if (weight.type != kBFloat16Type) {
+    const int bytes = weight.type == kFloat32Type ? 4 : 2;
+    for (int64_t k = 0; k < weight.in_features; ++k) y[k] = scale_at(tile, k * kTile + lane, bytes);
+    return;
+  }
+  for (int64_t k = 0; k < weight.in_features; ++k) {
+    uint16_t half;
+    __builtin_memcpy(&half, tile + 4 * (k / 2 * kTile + lane) + 2 * (k % 2), 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    __builtin_memcpy(y + k, &bits, 4);
+  }
 }
 
 inline void decode_row(const PackedWeight& weight, int64_t row, float* y) {

@@ -1,6 +1,7 @@
-// Quantized Linear on a CPU: int8 activations times packed integer codes, tiles of 16 weight rows.
+// Linear on a CPU: int8 activations times packed integer codes, or float32 ones times dense weights (dense.h), in tiles
+// of 16 weight rows.
 //
-// The arithmetic of one output is the same whatever the batch, the block and the thread: along K, for every 32
+// Of codes, the arithmetic of one output is the same whatever the batch, the block and the thread: along K, for every 32
 // elements, an exact integer dot product and sum of weight codes, then fused multiply-adds into a float32 accumulator.
 //
 // With weights w = s*(c - z) + m and activations x = scale*q + centre, the sum of w*x over 32 elements is
@@ -9,6 +10,7 @@
 // of tokens than to read from memory; the last belongs to the token.
 
 #include "cpu/parallel.h"
+#include "dense.h"
 #include "embedding.h"
 #include "gate.h"
 #include "tiles.h"
@@ -31,28 +33,34 @@ struct Plan {
   int64_t block_offset(int64_t token) const { return token * (weight.in_features / kBlock) * kRecordBytes; }
 };
 
-// Bias, gate, residual: one token's 16 columns, of which `width` exist.
-inline __attribute__((always_inline)) void finish_row(const Plan& plan, float* sums, int64_t up, int64_t token,
-                                                      int64_t column, int width) {
-  const LinearArgs& args = plan.args;
-  const int64_t at = token * plan.outputs + column;
+// Bias, gate, residual: one token's 16 columns of y, of which `width` exist; the ups are `up` floats behind the gates.
+inline __attribute__((always_inline)) void finish_row(const LinearArgs& args, int64_t outputs, float* sums, int64_t up,
+                                                      int64_t token, int64_t column, int width) {
+  const int64_t at = token * outputs + column;
   if (args.bias) {
-    for (int p = 0; p < plan.parts; ++p) {
-      for (int i = 0; i < width; ++i) sums[p * up + i] += args.bias[p * plan.outputs + column + i];
+    for (int p = 0; p <= args.gated; ++p) {
+      for (int i = 0; i < width; ++i) sums[p * up + i] += args.bias[p * outputs + column + i];
     }
   }
-  if (plan.parts == 2) gate_row(args.gate, sums, sums + up);
+  if (args.gated) gate_row(args.gate, sums, sums + up);
   if (args.residual) {
     for (int i = 0; i < width; ++i) sums[i] += args.residual[at + i];
   }
   __builtin_memcpy(args.y + at, sums, sizeof(float) * width);
 }
 
+inline void finish_columns(const LinearArgs& args, int64_t outputs, float* sums, int64_t up, int64_t token,
+                           int64_t column) {
+  if (outputs - column >= kTile) {
+    finish_row(args, outputs, sums, up, token, column, kTile);
+  } else {
+    finish_row(args, outputs, sums, up, token, column, int(outputs - column));
+  }
+}
+
 void multiply_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t last_token) {
   alignas(64) float sums[2 * kMaxTokens * kTile];
   const PackedWeight& weight = plan.weight;
-  const int64_t column = unit * kTile;
-  const int width = int(plan.outputs - column < kTile ? plan.outputs - column : kTile);
   for (int64_t token = first_token; token < last_token;) {
     const int tokens = block_tokens(last_token - token);
     const TileKernel kernel = kernel_for(weight, tokens);
@@ -61,12 +69,7 @@ void multiply_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t 
       kernel(tile, plan.activations + plan.block_offset(token), sums + p * tokens * kTile);
     }
     for (int t = 0; t < tokens; ++t) {
-      float* row = sums + t * kTile;
-      if (width == kTile) {
-        finish_row(plan, row, tokens * kTile, token + t, column, kTile);
-      } else {
-        finish_row(plan, row, tokens * kTile, token + t, column, width);
-      }
+      finish_columns(plan.args, plan.outputs, sums + t * kTile, tokens * kTile, token + t, unit * kTile);
     }
     token += tokens;
   }
@@ -104,10 +107,57 @@ void quantize_all(const LinearArgs& args, const Plan& plan, uint8_t* out, Parall
   }
 }
 
+// x in blocks of tokens, normalised.
+void place_all(const LinearArgs& args, int64_t depth, float* out, Parallel& parallel) {
+  const int64_t columns = args.in_features;
+  parallel.for_each((args.tokens + kDenseTokens - 1) / kDenseTokens, [&](int64_t task) {
+    static thread_local Scratch scratch;
+    float* normal = args.norm_weight ? scratch.reserve<float>(columns) : nullptr;
+    const int64_t end = (task + 1) * kDenseTokens < args.tokens ? (task + 1) * kDenseTokens : args.tokens;
+    for (int64_t token = task * kDenseTokens; token < end;) {
+      const int count = dense_tokens(end - token);
+      for (int i = 0; i < count; ++i) {
+        const float* x = args.x + (token + i) * columns;
+        if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal);
+        place_token(normal ? normal : x, columns, count, i, out + token * depth);
+      }
+      token += count;
+    }
+  });
+}
+
+void linear_dense(const LinearArgs& args, Parallel& parallel) {
+  constexpr int64_t tasks_per_thread = 8;
+  static thread_local Scratch scratch;
+  const DenseWeight weight = dense_weight(args, args.gated != 0);
+  const int64_t outputs = args.out_features / weight.parts();
+  float* x = scratch.reserve<float>(args.tokens * weight.depth());
+  place_all(args, weight.depth(), x, parallel);
+  // A task is some pairs of tiles, a gate and an up or neighbours, and the tokens of a segment.
+  const int64_t pairs = (weight.tiles() + 1) / 2, segments = (args.tokens + kSegment - 1) / kSegment;
+  const int64_t wanted = (parallel.threads() * tasks_per_thread + segments - 1) / segments;
+  const int64_t step = (pairs + wanted - 1) / wanted, steps = (pairs + step - 1) / step;
+  parallel.for_each(steps * segments, [&](int64_t task) {
+    const int64_t first = task / steps * kSegment, pair = task % steps * step;
+    const int64_t tokens = args.tokens - first < kSegment ? args.tokens - first : kSegment;
+    for (int64_t p = pair; p < pair + step && p < pairs; ++p) {
+      const int tiles = 2 * p + 1 < weight.tiles() ? 2 : 1;
+      multiply_dense(weight, weight.data, 2 * p, tiles, x + first * weight.depth(), tokens,
+                     [&](int64_t token, float* sums, int64_t next) {
+                       const int64_t column = (args.gated ? p : 2 * p) * kTile;
+                       finish_columns(args, outputs, sums, next, first + token, column);
+                       if (tiles == 2 && !args.gated)
+                         finish_columns(args, outputs, sums + next, next, first + token, column + kTile);
+                     });
+    }
+  });
+}
+
 }  // namespace
 
 void linear(const LinearArgs& args, Parallel& parallel) {
   if (args.tokens == 0) return;
+  if (is_dense(args.weight_type)) return linear_dense(args, parallel);
   static thread_local Scratch scratch;
   const PackedWeight weight = packed_weight(args, args.gated != 0);
   const int parts = weight.gated ? 2 : 1;
@@ -130,11 +180,13 @@ void linear(const LinearArgs& args, Parallel& parallel) {
 
 void embedding(const EmbeddingArgs& args, Parallel& parallel) {
   constexpr int64_t step = 4;
-  const PackedWeight weight = packed_weight(args, false);
+  const PackedWeight packed = packed_weight(args, false);
+  const DenseWeight dense = dense_weight(args, false);
   parallel.for_each((args.tokens + step - 1) / step, [&](int64_t task) {
     const int64_t last = (task + 1) * step < args.tokens ? (task + 1) * step : args.tokens;
     for (int64_t t = task * step; t < last; ++t) {
-      decode_row(weight, args.token_ids[t], args.y + t * weight.in_features);
+      float* y = args.y + t * args.in_features;
+      is_dense(args.weight_type) ? decode_row(dense, args.token_ids[t], y) : decode_row(packed, args.token_ids[t], y);
     }
   });
 }

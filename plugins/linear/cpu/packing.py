@@ -1,4 +1,4 @@
-"""The blob of a quantized weight, laid out in the order in which the CPU kernels read it.
+"""The blob of a weight, laid out in the order in which the CPU kernels read it.
 
 The blob is a sequence of tiles of 16 rows (the last one padded with rows of zeros), each a
 multiple of 64 bytes:
@@ -10,6 +10,10 @@ multiple of 64 bytes:
 * scales ``[K/group, 16]``: float16 when the format's dtype is float16, else float32. Those of
   float4 are float32 and halved: the kernels look up twice its numbers, which are whole.
 * u8 zero points ``[K/group, 16]``, or offsets ``[K/group, 16]`` of the scales' type, or nothing.
+
+The tiles of a dense weight have no scales, and a column of zeros where K is odd: float32 and
+float16 ``[K, 16]``, bfloat16 ``[K/2, 16, 2]``, so that a load of words gives rows two consecutive
+elements.
 
 A gated weight (gate rows first, then as many up rows) alternates between tiles of gate rows and
 tiles of up rows.
@@ -24,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.weights.tensor import QuantTensor, WeightFormat
+from slipstream.weights.tensor import QuantTensor, WeightFormat, numpy_dtype
 
 TILE = 16
 BLOCK = 32
@@ -33,11 +37,16 @@ FLOAT4 = "float4_e2m1"
 _LINE = 64
 _CHUNK_BYTES = 1 << 20  # of codes handled at once, so that intermediate arrays stay in the cache
 
+# What tiles of a dense weight are put together of: bfloat16 in pairs.
+_WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint32}
+
 Bytes = NDArray[np.uint8]
 
 
 def can_pack(fmt: WeightFormat) -> bool:
     """Whether the CPU kernels can hold a weight of this format."""
+    if fmt.kind == "dense":
+        return len(fmt.shape) == 2 and fmt.dtype in _WORDS
     if fmt.kind not in ("int", FLOAT4) or len(fmt.shape) != 2 or fmt.rows != 1:
         return False
     k = fmt.shape[1]
@@ -69,11 +78,15 @@ def _layout(fmt: WeightFormat, gated: bool) -> _Layout:
     n, k = fmt.shape
     parts = 2 if gated else 1
     assert n % parts == 0, f"a gated weight has as many gate rows as up rows, not {n} rows together"
+    tiles = parts * -(-(n // parts) // TILE)
+    if fmt.kind == "dense":
+        values = -(-k // 2) * 2 * TILE * numpy_dtype(fmt.dtype).itemsize
+        return _Layout(tiles, values, 0, 0, values)
     codes = k * TILE * fmt.bits // 8
     scales = k // fmt.group * TILE * scale_bytes(fmt)
     zeros = {"midpoint": 0, "zero": k // fmt.group * TILE, "offset": scales}[fmt.zero]
     stride = -(-(codes + scales + zeros) // _LINE) * _LINE
-    return _Layout(parts * -(-(n // parts) // TILE), codes, scales, zeros, stride)
+    return _Layout(tiles, codes, scales, zeros, stride)
 
 
 def packed_size(fmt: WeightFormat, gated: bool = False) -> int:
@@ -83,8 +96,10 @@ def packed_size(fmt: WeightFormat, gated: bool = False) -> int:
 
 
 def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
-    """The blob u8 ``[packed_size]`` of a quantized weight; lossless, see ``unpack``."""
+    """The blob u8 ``[packed_size]`` of a weight; lossless, see ``unpack``."""
     fmt = tensor.format
+    if fmt.kind == "dense":
+        return _pack_dense(tensor, gated)
     layout = _layout(fmt, gated)
     multipliers = _scales(tensor)
     number = np.float16 if scale_bytes(fmt) == 2 else np.float32
@@ -106,6 +121,8 @@ def unpack(blob: Bytes, fmt: WeightFormat, gated: bool = False, name: str = "") 
     """The weight in a blob; scales and offsets come back in the blob's float16 or float32."""
     layout = _layout(fmt, gated)
     tiles = blob.reshape(layout.tiles, layout.stride)
+    if fmt.kind == "dense":
+        return QuantTensor(name, fmt, _unpack_dense(tiles, fmt, gated))
     number = np.dtype(np.float16 if scale_bytes(fmt) == 2 else np.float32)
     bounds = np.cumsum([0, layout.codes, layout.scales, layout.zeros])
     codes, scales, zeros = (tiles[:, a:b] for a, b in pairwise(bounds))
@@ -128,6 +145,25 @@ def unpack(blob: Bytes, fmt: WeightFormat, gated: bool = False, name: str = "") 
         numbers(zeros, np.dtype(np.uint8)).astype(np.uint8) if fmt.zero == "zero" else None,
         numbers(zeros, number) if fmt.zero == "offset" else None,
     )
+
+
+def _pack_dense(tensor: QuantTensor, gated: bool) -> Bytes:
+    layout, word = _layout(tensor.format, gated), _WORDS[tensor.format.dtype]
+    values = tensor.codes
+    if values.shape[1] % 2:
+        values = np.pad(values, ((0, 0), (0, 1)))
+    out = np.empty((layout.tiles, layout.stride), np.uint8)
+    for first, last in _chunks(layout):
+        words = _rows_of(values, gated, slice(first, last)).view(word)
+        tiles = out[first:last].view(word).reshape(last - first, -1, TILE)
+        tiles[:] = words.transpose(0, 2, 1)
+    return out.reshape(-1)
+
+
+def _unpack_dense(tiles: Bytes, fmt: WeightFormat, gated: bool) -> NDArray[np.generic]:
+    words = tiles.view(_WORDS[fmt.dtype]).reshape(tiles.shape[0], -1, TILE).transpose(0, 2, 1)
+    rows = np.ascontiguousarray(words).view(numpy_dtype(fmt.dtype))
+    return np.ascontiguousarray(_untile(rows, fmt.shape[0], gated)[:, : fmt.shape[1]])
 
 
 def _scales(tensor: QuantTensor) -> NDArray[np.generic]:

@@ -1,4 +1,4 @@
-// The packed weight of Linear and Embedding, which their attributes describe. packing.py documents and writes the blob.
+// The weight of Linear and Embedding, which their attributes describe. packing.py documents and writes the blob.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@ namespace slipstream {
 // How a code q becomes a weight: (q - 2^(bits-1)) s, (q - zero) s, q s + offset, or (kFloat4[q] - 12) s.
 enum class ZeroKind : int32_t { midpoint = 0, zero = 1, offset = 2, float4 = 3 };
 
-constexpr int kFloat4Type = 5;  // of weight_type
+// Of weight_type.
+constexpr int64_t kBFloat16Type = 2, kFloat16Type = 3, kFloat32Type = 4, kFloat4Type = 5;
 // Twice the numbers of float4_e2m1, which are whole, plus 12; scales are stored halved.
 constexpr uint8_t kFloat4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -25,6 +26,29 @@ struct PackedWeight {
 };
 
 constexpr int kTile = 16;  // weight rows
+
+static constexpr bool is_dense(int64_t weight_type) {
+  return weight_type == kBFloat16Type || weight_type == kFloat16Type || weight_type == kFloat32Type;
+}
+
+// Numbers in tiles of 16 rows.
+struct DenseWeight {
+  const uint8_t* data;
+  int64_t in_features;   // K
+  int64_t out_features;  // N; gate and up together when gated
+  int64_t type;          // of weight_type
+  int32_t gated;         // as in PackedWeight
+
+  int64_t parts() const { return gated ? 2 : 1; }
+  int64_t depth() const { return (in_features + 1) / 2 * 2; }  // of a tile, whose elements come in pairs along K
+  int64_t stride() const { return depth() * kTile * (type == kFloat32Type ? 4 : 2); }
+  int64_t tiles() const { return parts() * ((out_features / parts() + kTile - 1) / kTile); }
+};
+
+template <class Args>
+DenseWeight dense_weight(const Args& args, bool gated) {
+  return {args.weight, args.in_features, args.out_features, args.weight_type, gated};
+}
 
 // What every code is less, where that is the same for all of them.
 static constexpr int midpoint_of(ZeroKind zero, int bits) { return zero == ZeroKind::float4 ? 12 : 1 << (bits - 1); }
@@ -62,6 +86,14 @@ struct TileLayout {
 [[maybe_unused]] int64_t packed_bytes(const PackedWeight& w) {
   const int64_t parts = w.gated ? 2 : 1;
   return TileLayout(w).stride * parts * ((w.out_features / parts + kTile - 1) / kTile);
+}
+
+// Bytes of the blob that a node's attributes describe.
+template <class Args>
+int64_t blob_bytes(const Args& args, bool gated) {
+  if (!is_dense(args.weight_type)) return packed_bytes(packed_weight(args, gated));
+  const DenseWeight weight = dense_weight(args, gated);
+  return weight.stride() * weight.tiles();
 }
 
 }  // namespace

@@ -238,8 +238,16 @@ void put(Value& value, int64_t index, int64_t number) {
   std::memcpy(value.data.get() + 4 * index, &narrow, 4);
 }
 
-// Attributes of a packed weight, and the bytes that it takes.
+// Attributes of a weight, and the bytes that it takes.
 int64_t weight(Random& random, Case& made, int64_t& n, int64_t& k, bool gated) {
+  if (random.one_in(3)) {
+    k = random.in(1, 300);
+    n = random.in(1, 70);
+    const int64_t type = random.of({kBFloat16Type, kFloat16Type, kFloat32Type});
+    made.info.attributes = {{"in_features", k}, {"out_features", n}, {"weight_type", type}};
+    const DenseWeight dense{nullptr, k, n, type, gated};
+    return dense.stride() * dense.tiles();
+  }
   const int64_t group = random.of<int64_t>({16, 32, 64, 96});
   k = group * random.in(1, 3) * (group == 16 ? 2 : 1);
   n = random.in(1, 70);
@@ -295,15 +303,11 @@ Case expert_linear(Random& random) {
   Case made;
   int64_t n = 0, k = 0, bytes = 0;
   const int64_t experts = random.in(1, 6), top_k = random.in(1, 4), tokens = random.in(0, 12);
-  const bool reduce = random.one_in(2), gated = !reduce && random.one_in(2), dense = random.one_in(4);
+  const bool reduce = random.one_in(2), gated = !reduce && random.one_in(2);
   do {
     bytes = weight(random, made, n, k, gated);
   } while (gated && n % 2 != 0);  // as many gate rows as up rows
   auto& attributes = made.info.attributes;
-  if (dense) {
-    attributes = {{"in_features", k}, {"out_features", n}, {"weight_type", int64_t(4)}};
-    bytes = 4 * n * k;
-  }
   attributes["experts"] = experts;
   attributes["top_k"] = top_k;
   attributes["reduce"] = int64_t(reduce);

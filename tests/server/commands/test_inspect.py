@@ -60,12 +60,16 @@ def test_json_is_the_manifest_and_what_the_files_hold(tiny_engine: Path) -> None
         arrays = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     assert report["weights"]["count"] == len(arrays)
     assert report["weights"]["nbytes"] == sum(array.nbytes for array in arrays.values())
-    assert report["weights"]["by_dtype"]["F32"]["count"] == len(arrays)
+    counts = {name: part["count"] for name, part in report["weights"]["by_dtype"].items()}
+    matrices = sum(name.endswith(".packed") for name in arrays)
+    assert counts == {"U8": matrices, "F32": len(arrays) - matrices}
     biggest = report["weights"]["biggest"]
     assert biggest[0]["nbytes"] == max(array.nbytes for array in arrays.values())
     assert tuple(biggest[0]["shape"]) == arrays[biggest[0]["name"]].shape
     assert report["operators"]["slipstream.PagedAttention"] == 3
-    assert report["linear_kernels"] == {"onnxruntime Gemm float32": report["operators"]["Gemm"]}
+    assert report["linear_kernels"] == {
+        "slipstream float32": report["operators"]["slipstream.Linear"]
+    }
 
 
 def test_text_shows_the_same_to_people(tiny_engine: Path) -> None:

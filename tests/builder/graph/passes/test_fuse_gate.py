@@ -35,7 +35,7 @@ def test_a_bias_stays_before_the_gate() -> None:
 RESIDUAL = TEXT.replace("(x, w)", '(x, w, "", r)').replace("x,", "x, float[T, 96] r,", 1)
 GATED = TEXT.replace("<in", "<gated = 1, in").replace("48] y", "24] y")
 UNMATCHED = {
-    "a weight that our kernels cannot hold": (TEXT, dense("w", 96, 64)),
+    "a weight that our kernels cannot hold": (TEXT, grouped("w", 96, 64, group=16)),
     "a product that something else reads": (
         TEXT.replace("}", "  z = Add (h, h)\n}").replace("=> (", "=> (float[T, 96] z, "),
         grouped("w", 96, 64),

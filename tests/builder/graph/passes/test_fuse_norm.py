@@ -55,7 +55,10 @@ def test_a_gated_linear_stays_gated() -> None:
 
 
 UNMATCHED = {
-    "one dense consumer": (TEXT, (WEIGHTS[0], WEIGHTS[1], dense("b", 64, 64))),
+    "one consumer that our kernels cannot hold": (
+        TEXT,
+        (*WEIGHTS[:2], grouped("b", 64, 64, group=16)),
+    ),
     "a consumer that is no Linear": (
         TEXT.replace("}", "  s = Mul (h, h)\n}").replace("=> (", "=> (float[T, 64] s, "),
         WEIGHTS,

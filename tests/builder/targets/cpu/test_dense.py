@@ -6,12 +6,14 @@ from tests.programs import apply, assert_close, dense, feeds, grouped, listing, 
 from tests.programs import run_onnxruntime as run
 
 from slipstream.builder.targets.cpu.dense import (
+    SetDenseType,
     lower_dense_embedding,
     lower_dense_linear,
     store_dense_weights,
 )
 from slipstream.builder.targets.cpu.matmul_nbits import lower_matmul_nbits
-from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
+from slipstream.builder.targets.cpu.packed import pack_linear
+from slipstream.weights.tensor import numpy_dtype
 
 LINEAR = """g (float[T, 64] x, float[48, 64] w, float[48] b) => (float[T, 48] y) {
   y = slipstream.Linear <in_features = 64, out_features = 48> (x, w, b)
@@ -39,6 +41,19 @@ def test_a_linear_without_bias_is_a_gemm_of_two_inputs() -> None:
     assert_close(run(program, inputs), want, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_dense_matrices_get_the_type_asked_for(dtype: str) -> None:
+    weight = dense("w", 48, 64)
+    program = parse(LINEAR, weight, dense("b", 48))
+    assert SetDenseType(dtype)(program) == (dtype in ("float16", "bfloat16"))
+    kept = "float32" if dtype == "auto" else dtype
+    assert program.weights["w"].format.dtype == kept
+    assert program.weights["b"].format.dtype == "float32"
+    numbers = program.weights["w"].load().codes
+    np.testing.assert_array_equal(numbers, weight.load().codes.astype(numpy_dtype(kept)))
+    assert SetDenseType(dtype)(parse(LINEAR, grouped("w", 48, 64), dense("b", 48))) == 0
+
+
 def test_a_format_without_a_kernel_is_dequantized() -> None:
     weight = grouped("w", 48, 64, group=16)
     program = parse(LINEAR, weight, dense("b", 48))
@@ -62,7 +77,6 @@ def test_embedding_becomes_gather() -> None:
     program = parse(EMBEDDING, dense("e", 320, 64, dtype="bfloat16"))
     inputs, want = feeds(program), outputs(program)
     assert lower_dense_embedding(program) == 1
-    assert pack_embedding(program) == 0
     assert listing(program) == ["y = Gather(e.float32, ids) axis=0"]
     np.testing.assert_array_equal(run(program, inputs)["y"], want["y"])
 

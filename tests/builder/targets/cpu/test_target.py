@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 from slipstream.weights.rtn import largest_group, quantize_rtn
+from slipstream.weights.tensor import numpy_dtype
 
 Logits = NDArray[np.float32]
 PROMPTS = np.random.default_rng(0).integers(0, 40, (2, 75))
@@ -125,6 +127,68 @@ def test_kernels_of_a_quantized_model(tmp_path: Path, gemm_plugin: Any, expected
     assert len(linears) == 4 * LLAMA["num_hidden_layers"] + 1, "q, k, v and gate, up are fused"
 
 
+@pytest.mark.parametrize(
+    ("gemm_plugin", "expected"),
+    [
+        ("auto", {"Embedding": 1, "Linear": 9, "PagedAttention": 2}),
+        (
+            "disable",
+            {"PagedAttention": 2, "SkipSimplifiedLayerNormalization": 3, "QuickGelu": 2},
+        ),
+    ],
+)
+def test_kernels_of_a_dense_model(
+    tmp_path: Path,
+    gemm_plugin: Any,  # noqa: ANN401
+    expected: dict[str, int],
+) -> None:
+    checkpoint = save_llama(tmp_path / "checkpoint", llama_tensors())
+    program = plan(checkpoint, BuildOptions(gemm_plugin=gemm_plugin)).program
+    assert Counter(node.op_type for node in program.graph if node.domain) == expected
+    assert len(program.nodes("Gemm")) == (0 if gemm_plugin == "auto" else 9)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "size"),
+    [
+        ("bfloat16", "auto", 2),
+        ("float16", "auto", 2),
+        ("float32", "auto", 4),
+        ("bfloat16", "float32", 4),
+        ("float32", "bfloat16", 2),
+        ("float32", "float16", 2),
+    ],
+)
+def test_the_type_of_dense_weights(
+    tmp_path: Path,
+    stored: str,
+    asked: Any,  # noqa: ANN401
+    size: int,
+) -> None:
+    """An engine stores numbers of that type, and computes what they say."""
+    tied = {"tie_word_embeddings": True}
+    arrays = llama_tensors(**tied)
+    kept = {n: a.astype(numpy_dtype(stored)) for n, a in arrays.items()}
+    narrow = numpy_dtype(stored if asked == "auto" else asked)
+    said = {n: (a.astype(narrow) if a.ndim == 2 else a).astype(np.float32) for n, a in kept.items()}
+    checkpoint = save_llama(tmp_path / "stored", kept, **tied)
+    made = plan(checkpoint, BuildOptions(dtype=asked))
+    matrices = sum(a.size for n, a in arrays.items() if a.ndim == 2 and n != "lm_head.weight")
+    assert 0 <= made.weight_bytes - size * matrices < 8192
+    got = logits(checkpoint, tmp_path / "got", dtype=asked)
+    exact = save_llama(tmp_path / "exact", said, **tied)
+    assert distance(got, logits(exact, tmp_path / "want", gemm_plugin="disable")) < 2e-6
+    if (stored, narrow) != ("float32", np.float32):
+        unrounded = save_llama(tmp_path / "unrounded", arrays, **tied)
+        assert distance(got, logits(unrounded, tmp_path / "whole")) > 2e-5, "they must differ"
+
+
+def test_narrow_weights_are_not_for_float32_kernels(tmp_path: Path) -> None:
+    checkpoint = save_llama(tmp_path / "checkpoint", llama_tensors())
+    with pytest.raises(BuildError, match="dtype bfloat16 does not run on ONNX Runtime's kernels"):
+        plan(checkpoint, BuildOptions(dtype="bfloat16", gemm_plugin="disable"))
+
+
 def test_a_width_that_no_group_divides_stays_dense(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,9 +199,10 @@ def test_a_width_that_no_group_divides_stays_dense(
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)]
     (message,) = caplog.messages
     assert message.startswith(f"2 weights ({names[0]}, …) stay dense")
-    assert {name for name in program.stored if "proj" in name and name.endswith("32")} == {
-        f"{name}.float32" for name in names
-    }
+    dense = [node for node in program.nodes("Linear") if node.attributes["weight_type"].as_int()]
+    assert [node.inputs[1].name for node in dense if node.inputs[1]] == [
+        f"{name}.packed" for name in names
+    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -167,13 +232,10 @@ def test_gguf_blocks_stay_quantized_through_both_kernels(
         directory = tmp_path / plugin
         got = logits(file, directory, gemm_plugin=plugin, kv_cache_dtype="float32")
         assert distance(got, want) < 0.04
-        dense = [
-            part.name
-            for weight in plan(file, BuildOptions(gemm_plugin=plugin)).weights
-            for part in weight.parts
-            if part.name.endswith("weight.float32") and len(part.shape) == 2
-        ]
-        assert not dense
+        program = plan(file, BuildOptions(gemm_plugin=plugin)).program
+        nodes = [*program.nodes("Linear"), *program.nodes("Embedding")]
+        assert not program.nodes("Gemm") and nodes
+        assert all(node.attributes["weight_type"].as_int() == 0 for node in nodes)
 
 
 def with_tokenizer(model: TinyModel) -> TinyModel:

@@ -18,7 +18,9 @@ from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
 Floats = NDArray[np.float32]
 EXPERTS, TOP_K, N, K = 5, 3, 50, 96
 FORMATS = {
-    "dense": WeightFormat((EXPERTS * N, K), "dense", "float32"),
+    "float32": WeightFormat((EXPERTS * N, K), "dense", "float32"),
+    "float16": WeightFormat((EXPERTS * N, K), "dense", "float16"),
+    "bfloat16": WeightFormat((EXPERTS * N, K), "dense", "bfloat16"),
     "int4": WeightFormat((EXPERTS * N, K), "int", "float16", 4, 32, "zero"),
     "int4 offsets": WeightFormat((EXPERTS * N, K), "int", "float16", 4, 32, "offset"),
     "int8": WeightFormat((EXPERTS * N, K), "int", "float32", 8, 32, "midpoint"),

@@ -1,4 +1,4 @@
-"""The packed blob of a quantized weight: lossless, as large as announced, and laid out as told."""
+"""The packed blob of a weight: lossless, as large as announced, and laid out as told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tests.plugins.linear.weights import random_weight
 
 from slipstream.plugins.linear.cpu.packing import can_pack, pack, packed_size, unpack
-from slipstream.weights.tensor import QuantTensor, WeightFormat, ZeroKind, pack_nibbles
+from slipstream.weights.tensor import (
+    QuantTensor,
+    WeightFormat,
+    ZeroKind,
+    numpy_dtype,
+    pack_nibbles,
+)
+
+DENSE = ("float32", "float16", "bfloat16")
 
 
 def assert_equal(a: QuantTensor, b: QuantTensor) -> None:
@@ -50,6 +58,26 @@ def test_round_trip_is_exact(case: tuple[WeightFormat, bool], seed: int) -> None
     assert blob.dtype == np.uint8 and blob.shape == (packed_size(fmt, gated),)
     assert_equal(unpack(blob, fmt, gated), weight)
     np.testing.assert_array_equal(weight.codes, before)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DENSE)
+def test_round_trip_of_dense_weights(dtype: str, gated: bool) -> None:
+    for shape in ((2, 1), (34, 63), (70, 5000)):
+        weight = random_weight(WeightFormat(shape, "dense", dtype))
+        blob = pack(weight, gated)
+        assert blob.dtype == np.uint8 and blob.shape == (packed_size(weight.format, gated),)
+        back = unpack(blob, weight.format, gated)
+        assert back.codes.dtype == weight.codes.dtype
+        np.testing.assert_array_equal(back.codes, weight.codes)
+
+
+def test_pairs_of_bfloat16_stand_side_by_side() -> None:
+    values = np.arange(32 * 4, dtype=np.float32).reshape(32, 4).astype(numpy_dtype("bfloat16"))
+    tiles = pack(QuantTensor("w", WeightFormat((32, 4), "dense", "bfloat16"), values))
+    pairs = tiles.view(values.dtype).reshape(2, 2, 16, 2)
+    for row, k in ((0, 0), (5, 3), (31, 2)):
+        assert pairs[row // 16, k // 2, row % 16, k % 2] == values[row, k]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -110,5 +138,7 @@ def test_can_pack() -> None:
     assert not can_pack(replace(good, group=16))
     assert not can_pack(replace(good, group=128))
     assert not can_pack(replace(good, bits=3))
-    assert not can_pack(replace(good, kind="dense"))
-    assert not can_pack(WeightFormat((8, 576)))
+    for dtype in DENSE:
+        assert can_pack(WeightFormat((8, 577), "dense", dtype))
+    assert not can_pack(WeightFormat((8, 577), "dense", "float64"))
+    assert not can_pack(WeightFormat((8,), "dense", "float32"))
