@@ -48,7 +48,10 @@ def _candidates(values: Floats, weights: NDArray[np.float64], top_k: int, top_p:
     if top_p < 1:
         cumulative = np.cumsum(weights[ids])
         ids = ids[: np.searchsorted(cumulative, top_p * cumulative[-1], side="left") + 1]
-    return ids if few or len(ids) <= MOST_SORTED else np.sort(ids)
+    if few or len(ids) <= MOST_SORTED:
+        return ids
+    ties = weights[ids] == weights[ids[-1]]
+    return np.concatenate([np.sort(ids[~ties]), ids[ties]])
 
 
 def _pick(weights: NDArray[np.float64], uniform: float) -> int:

@@ -1,6 +1,6 @@
 // One token of each row of logits. A row is read twice at most: for the largest logit of every 64, and for the weights
-// of all tokens where top-p or nothing at all bounds the choice. Whatever else looks for large values then skips the
-// blocks that have none.
+// of all tokens where top-p or nothing at all bounds the choice, of which only sums and maxima are kept. Whatever else
+// looks for large values then skips the blocks that have none.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -42,28 +42,39 @@ inline Key key_of(float value, int64_t id) {
   return Key(bits) << 32 | Key(id);
 }
 inline int64_t id_of(Key key) { return int64_t(key & 0xffffffff); }
+// Of a value that is not negative.
+inline float value_of(Key key) {
+  const uint32_t bits = uint32_t(key >> 32) ^ 0x7fffffff;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline double sum_of(const Key* keys, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += value_of(keys[i]);
+  return sum;
+}
 
-// What is made of a row on the way, for all blocks of it.
+// What is made of a row on the way.
 struct Work {
-  float* weights;  // whole blocks
-  float* maxima;   // of a block: the largest logit, then the largest weight
-  float* sums;     // of a block's weights
-  Key* keys;
+  float* maxima;  // of each block: the largest logit, then the largest weight
+  float* sums;    // of each block's weights
+  Key* keys;      // of tokens that may be drawn
+  float* weights;
 };
 
 Work reserve(int64_t vocab) {
   static thread_local Scratch floats, keys;
   const int64_t blocks = (vocab + kBlock - 1) / kBlock;
-  float* weights = floats.reserve<float>(blocks * (kBlock + 2));
-  float* maxima = weights + blocks * kBlock;
-  return {weights, maxima, maxima + blocks, keys.reserve<Key>(vocab)};
+  float* maxima = floats.reserve<float>(blocks * (kBlock + 2));
+  return {maxima, maxima + blocks, keys.reserve<Key>(vocab), maxima + 2 * blocks};
 }
 
 struct Draw {
   const float* logits;
   int64_t vocab;
   float peak;
-  double scale;
+  float scale;  // of a difference of logits to one of binary logarithms
   int64_t top_k;
   double top_p;
   float min_p;
@@ -71,7 +82,6 @@ struct Draw {
   Work work;
 
   int64_t blocks() const { return (vocab + kBlock - 1) / kBlock; }
-  int64_t end_of(int64_t block) const { return std::min(vocab, (block + 1) * kBlock); }
   // 64 logits; those beyond the vocabulary are -infinity.
   const float* block(int64_t index, float* padded) const {
     if ((index + 1) * kBlock <= vocab) return logits + index * kBlock;
@@ -112,18 +122,18 @@ int64_t first_of(const Draw& draw, float value) {
 }
 
 // Probabilities up to a common factor; the likeliest gets 1.
-Floats weigh(const Draw& draw, Floats logits) { return exp2((logits - splat(draw.peak)) * splat(float(draw.scale))); }
+SLIPSTREAM_INLINE Floats weigh(Floats logits, Floats peak, Floats scale) { return exp2((logits - peak) * scale); }
 
-// The weight of every token, and of every block the largest and the sum; the sum of all.
+// The sum of every block's weights and the largest of them; the sum of all.
 double weigh_all(const Draw& draw) {
+  const Floats peak = splat(draw.peak), scale = splat(draw.scale);
   double total = 0.0;
   for (int64_t b = 0; b < draw.blocks(); ++b) {
     float padded[kBlock];
     const float* x = draw.block(b, padded);
     Floats top = splat(0.0f), sum = splat(0.0f);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const Floats weights = weigh(draw, load(x + i));
-      store(draw.work.weights + b * kBlock + i, weights);
+      const Floats weights = weigh(load(x + i), peak, scale);
       top = max(weights, top);
       sum = sum + weights;
     }
@@ -134,38 +144,62 @@ double weigh_all(const Draw& draw) {
   return total;
 }
 
-// The weights of tokens in the order of their keys, in place of those of the row.
+void weigh_some(const Draw& draw, const float* logits, int64_t count, float* weights) {
+  const Floats peak = splat(draw.peak), scale = splat(draw.scale);
+  for (int64_t i = 0; i < count; i += kLanes) store(weights + i, weigh(load(logits + i), peak, scale));
+}
+
+// The weights of keys' tokens in their order.
 void weigh_keys(const Draw& draw, int64_t count) {
   float* weights = draw.work.weights;
   for (int64_t i = 0; i < count; ++i) weights[i] = draw.logits[id_of(draw.work.keys[i])];
-  std::fill(weights + count, weights + (count + kLanes - 1) / kLanes * kLanes, 0.0f);
-  for (int64_t i = 0; i < count; i += kLanes) store(weights + i, weigh(draw, load(weights + i)));
+  for (int64_t i = count; i % kLanes != 0; ++i) weights[i] = draw.peak;
+  weigh_some(draw, weights, count, weights);
 }
+
+// How to come by the values of a block: 64 of them, of which those beyond the vocabulary are to be left.
+struct Logits {
+  const float* operator()(const Draw& draw, int64_t b, float* buffer) const { return draw.block(b, buffer); }
+};
+struct Weights {
+  const float* operator()(const Draw& draw, int64_t b, float* buffer) const {
+    weigh_some(draw, draw.block(b, buffer), kBlock, buffer);
+    return buffer;
+  }
+};
 
 // A lower bound of the k-th largest logit: the k-th largest of the blocks' maxima.
 float bound_of_largest(const Draw& draw, int64_t k) {
-  if (k > draw.blocks()) return kLowest;
   float* sorted = draw.work.sums;
   std::memcpy(sorted, draw.work.maxima, size_t(draw.blocks()) * sizeof(float));
   std::nth_element(sorted, sorted + k - 1, sorted + draw.blocks(), Above());
   return std::max(kLowest, sorted[k - 1]);
 }
 
-// Keys of the values from `least` on, by id; maxima are of the blocks of these values.
-int64_t gather(const Draw& draw, const float* values, float least) {
+// Keys of the values from `least` on and below `end`, by id.
+template <class Values>
+int64_t gather(const Draw& draw, Values values, float least, float end, Key* keys) {
   int64_t count = 0;
   for (int64_t b = 0; b < draw.blocks(); ++b) {
     if (!(draw.work.maxima[b] >= least)) continue;
-    for (int64_t i = b * kBlock; i < draw.end_of(b); ++i)
-      if (values[i] >= least) draw.work.keys[count++] = key_of(values[i], i);
+    float buffer[kBlock];
+    const float* block = values(draw, b, buffer);
+    const int64_t first = b * kBlock, size = std::min(kBlock, draw.vocab - first);
+    for (int64_t i = 0; i < size; ++i)
+      if (block[i] >= least && block[i] < end) keys[count++] = key_of(block[i], first + i);
   }
   return count;
 }
 
 // The keys of the k largest logits and of ties with the last, in order.
 int64_t largest(const Draw& draw, int64_t k) {
-  const int64_t count = gather(draw, draw.logits, bound_of_largest(draw, k));
   Key* keys = draw.work.keys;
+  float least = bound_of_largest(draw, std::min(k, (draw.blocks() + 1) / 2));
+  int64_t count = gather(draw, Logits(), least, INFINITY, keys);
+  while (count < k && least > kLowest) {
+    least = std::max(kLowest, least - std::max(0.25f * (draw.peak - least), 0.25f));
+    count = gather(draw, Logits(), least, INFINITY, keys);
+  }
   Key* end = keys + count;
   if (count > k) {
     std::nth_element(keys, keys + k - 1, end, Before());
@@ -176,11 +210,12 @@ int64_t largest(const Draw& draw, int64_t k) {
   return end - keys;
 }
 
-// How many of the weights from the first on have the mass; all where they have less.
-int64_t nucleus_size(const float* weights, int64_t count, double mass) {
-  double sum = 0.0;
+// How many of the weights from the first on have a share of their sum.
+int64_t nucleus_size(const float* weights, int64_t count, double share) {
+  double total = 0.0, sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += weights[i];
   for (int64_t i = 0; i < count; ++i)
-    if ((sum += weights[i]) >= mass) return i + 1;
+    if ((sum += weights[i]) >= share * total) return i + 1;
   return count;
 }
 
@@ -207,13 +242,14 @@ int64_t draw_of_all(const Draw& draw) {
   int64_t b = 0;
   while (below + draw.work.sums[b] <= target) below += draw.work.sums[b++];
   const double inside = std::min((target - below) / draw.work.sums[b], kBelowOne);
-  return b * kBlock + pick(draw.work.weights + b * kBlock, kBlock, inside);
+  float buffer[kBlock];
+  return b * kBlock + pick(Weights()(draw, b, buffer), kBlock, inside);
 }
 
 int64_t draw_above_min_p(const Draw& draw) {
   // Below the bound no weight can be min_p, which is then asked exactly.
   const double least = double(draw.peak) + 1.01 * std::log2(double(draw.min_p)) / draw.scale - 1e-3;
-  const int64_t count = gather(draw, draw.logits, float(std::max(least, double(kLowest))));
+  const int64_t count = gather(draw, Logits(), float(std::max(least, double(kLowest))), INFINITY, draw.work.keys);
   weigh_keys(draw, count);
   return pick_key(draw, count);
 }
@@ -221,23 +257,17 @@ int64_t draw_above_min_p(const Draw& draw) {
 int64_t draw_of_top_k(const Draw& draw) {
   int64_t count = largest(draw, draw.top_k);
   weigh_keys(draw, count);
-  const float* weights = draw.work.weights;
-  if (draw.top_p < 1.0) {
-    double total = 0.0;
-    for (int64_t i = 0; i < count; ++i) total += weights[i];
-    count = nucleus_size(weights, count, draw.top_p * total);
-  }
+  if (draw.top_p < 1.0) count = nucleus_size(draw.work.weights, count, draw.top_p);
   return pick_key(draw, count);
 }
 
-// Moves the fewest keys that have the mass to the front; how many they are.
-int64_t part(Key* keys, int64_t count, const float* weights, double mass) {
+// Moves the fewest keys of weights that have the mass to the front; how many they are, or all that there are.
+int64_t part(Key* keys, int64_t count, double mass) {
   int64_t first = 0, last = count;  // the nucleus ends between them
   while (last - first > 1) {
     const int64_t middle = first + (last - first) / 2;
     std::nth_element(keys + first, keys + middle, keys + last, Before());
-    double sum = 0.0;
-    for (int64_t i = first; i < middle; ++i) sum += weights[id_of(keys[i])];
+    const double sum = sum_of(keys + first, middle - first);
     if (sum >= mass) {
       last = middle;
     } else {
@@ -248,38 +278,34 @@ int64_t part(Key* keys, int64_t count, const float* weights, double mass) {
   return last;
 }
 
-// The keys of the fewest tokens that have the mass, in no order; few are looked at as a rule.
+// The keys of the fewest tokens that have the mass, in no order: those of large weights first, which are few.
 int64_t nucleus(const Draw& draw, double mass) {
-  const float* weights = draw.work.weights;
-  const Key* keys = draw.work.keys;
   int64_t count = 0;
-  double found = 0.0;
-  float least = 1.0f;
-  do {
-    least = least < 0x1p-100f ? 0.0f : least * 0.25f;
-    count = gather(draw, weights, least);
-    found = 0.0;
-    for (int64_t i = 0; i < count; ++i) found += weights[id_of(keys[i])];
-  } while (found < mass && count < draw.vocab);
-  return part(draw.work.keys, count, weights, mass);
+  for (float least = 0x1p-4f, end = INFINITY;; end = least, least = least > 0x1p-100f ? least * 0x1p-4f : 0.0f) {
+    Key* keys = draw.work.keys + count;
+    const int64_t more = gather(draw, Weights(), least, end, keys);
+    const double sum = sum_of(keys, more);
+    if (sum >= mass || least == 0.0f) return count + part(keys, more, mass);
+    count += more;
+    mass -= sum;
+  }
 }
 
-// The keys that do not come after `last`, by id.
-void gather_until(const Draw& draw, Key last) {
-  Key* next = draw.work.keys;
-  for (int64_t i = 0; i < draw.vocab; ++i) {
-    const Key key = key_of(draw.work.weights[i], i);
-    if (key <= last) *next++ = key;
-  }
+// Orders the keys of a large nucleus by id, but those that tie with the last of it, which end it.
+void order_by_id(const Draw& draw, int64_t count) {
+  Key* keys = draw.work.keys;
+  const Key last = *std::max_element(keys, keys + count, Before()) >> 32;
+  Key* ties = std::partition(keys, keys + count, [last](Key key) { return key >> 32 != last; });
+  std::sort(ties, keys + count, Before());
+  gather(draw, Weights(), std::nextafter(value_of(*ties), INFINITY), INFINITY, keys);
 }
 
 int64_t draw_of_nucleus(const Draw& draw) {
   const int64_t count = nucleus(draw, draw.top_p * weigh_all(draw));
-  Key* keys = draw.work.keys;
   if (count <= kMostSorted) {
-    std::sort(keys, keys + count, Before());
+    std::sort(draw.work.keys, draw.work.keys + count, Before());
   } else {
-    gather_until(draw, *std::max_element(keys, keys + count, Before()));
+    order_by_id(draw, count);
   }
   weigh_keys(draw, count);
   return pick_key(draw, count);
@@ -299,7 +325,7 @@ void draw_tokens(const DrawTokensArgs& args, Parallel& parallel) {
     Draw draw{args.logits + args.row[i] * args.vocab,
               args.vocab,
               0.0f,
-              temperature > 0.0 ? 1.4426950408889634 / temperature : 0.0,
+              float(temperature > 0.0 ? 1.4426950408889634 / temperature : 0.0),
               args.top_k[i],
               args.top_p[i],
               args.min_p[i],
