@@ -116,10 +116,11 @@ class TestDistribution:
             assert tokens_of(logits, isa, uniforms, **asked) == [5, 5, 2999, 2999]
 
     def test_equal_tokens_at_the_edge_of_the_nucleus(self, isa: str) -> None:
-        """The first of them are kept, and drawn by id, because they are many."""
+        """The first of them are kept, and drawn by id."""
+        expected = list(range(25, 10_000, 50))
         logits = np.zeros(40_000, np.float32)
         logits[30_000:] = -0.0
-        assert tokens_of(logits, isa, evenly(200), top_p=0.25) == list(range(25, 10_000, 50))
+        assert tokens_of(logits, isa, evenly(200), top_p=0.25) == expected
 
 
 def same(logits: Floats, inputs: dict[str, NDArray[Any]], isa: str) -> None:
@@ -188,10 +189,11 @@ def test_matches_reference_on_a_large_vocabulary(
 
 
 def test_a_nucleus_is_sorted_up_to_a_size(isa: str) -> None:
-    logits = np.linspace(0, 0.1, 3 * MOST_SORTED, dtype=np.float32)  # later ids are likelier
-    for size, order in ((MOST_SORTED - 50, -1), (MOST_SORTED + 50, 1)):
-        tokens = tokens_of(logits, isa, evenly(100), top_p=size / len(logits))
-        assert tokens == sorted(tokens, key=lambda token: order * token)
+    logits = random_logits(3 * MOST_SORTED, scale=1e-3)
+    few = tokens_of(logits, isa, evenly(100), top_p=(MOST_SORTED - 50) / len(logits))
+    assert few == sorted(few, key=lambda token: -logits[token])
+    many = tokens_of(logits, isa, evenly(100), top_p=(MOST_SORTED + 50) / len(logits))
+    assert many == sorted(many)
 
 
 def test_a_draw_is_the_same_in_any_company(isa: str) -> None:

@@ -14,8 +14,8 @@ from tests.runtime.sampling.rows import Floats, random_logits, row, sample_one
 
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow
-from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.draws import UniformStream
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler, token_logprobs
 
 
