@@ -1,4 +1,4 @@
-"""The compiled kernel of an operator called without a session, for tests and measurements."""
+"""The compiled kernel of an operator called without a session: to sample, to test, to measure."""
 
 from __future__ import annotations
 
@@ -51,9 +51,12 @@ def arguments(
     return arguments_type(spec)(**{name: v for name, v in members.items() if name in known})
 
 
-def run(spec: OperatorSpec, args: ctypes.Structure, isa: str, threads: int = 1) -> None:
-    """The kernel of an instruction set, one of ``library.isas()``; ValueError for another."""
-    if _entry(spec)(ctypes.byref(args), isa.encode(), threads) != 0:
+def run(
+    spec: OperatorSpec, args: ctypes.Structure, isa: str | None = None, threads: int = 1
+) -> None:
+    """The kernel of an instruction set, one of ``library.isas()``, None for the best of them;
+    ValueError for another. Threads beyond the caller's are made for the call."""
+    if _entry(spec)(ctypes.byref(args), isa.encode() if isa else None, threads) != 0:
         raise ValueError(f"no kernels for {isa!r}; this machine has {', '.join(library.isas())}")
 
 

@@ -20,6 +20,7 @@ OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",
     "PagedAttention": "slipstream.plugins.paged_attention:SPEC",
+    "DrawTokens": "slipstream.plugins.draw_tokens:SPEC",
     "Router": "slipstream.plugins.router:SPEC",
     "NormedRouter": "slipstream.plugins.normed_router:SPEC",
     "ExpertLinear": "slipstream.plugins.expert_linear:SPEC",

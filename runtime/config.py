@@ -22,7 +22,8 @@ class RuntimeConfig:
     max_seq_len              tokens of a prompt and its output together.
     page_size                tokens in one KV page; an engine is built for one value.
     num_threads              cores of a CPU engine; None takes all this process may use, by its
-                             affinity and its container's CPU quota.
+                             affinity and its container's CPU quota, or as many as the size of the
+                             engine's weights keeps busy.
     kv_cache_bytes           memory for KV pages; None leaves the choice to the executor.
     kv_cache_free_gpu_memory_fraction
                              how much of a GPU's memory that weights and the largest step leave free

@@ -53,7 +53,9 @@ RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
     "max_seq_len": Option("Tokens of a prompt and its output together.", _ENGINES, least=2),
-    "num_threads": Option("CPU cores to use.", "all that a CPU quota leaves", least=1),
+    "num_threads": Option(
+        "CPU cores to use.", "all that a CPU quota leaves and the model keeps busy", least=1
+    ),
     "kv_cache_bytes": Option(
         "Memory for the KV cache, such as 512M or 2G.", "what fits", parse=size
     ),

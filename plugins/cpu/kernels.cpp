@@ -1,4 +1,5 @@
-// The table of instruction sets, and C entry points that run one kernel without a session: for tests and benchmarks.
+// The table of instruction sets, and C entry points that run one kernel without a session: to sample, and for tests
+// and benchmarks.
 #include "cpu/kernels.h"
 
 #include <cstring>
@@ -54,7 +55,7 @@ static const Kernels* find_kernels(const char* isa) {
 
 std::atomic<int> session_threads{1};
 
-// Tasks on threads of their own, for tests and measurements without a session.
+// Tasks on threads of their own, without a session.
 class ThreadParallel final : public Parallel {
  public:
   explicit ThreadParallel(int threads) : threads_(threads) {}

@@ -1,4 +1,4 @@
-// How a kernel runs its tasks: on ONNX Runtime's own pool inside a session, on std::thread in tests.
+// How a kernel runs its tasks: on ONNX Runtime's own pool inside a session, on std::thread without one.
 #pragma once
 
 #include <cstdint>

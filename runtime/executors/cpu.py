@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ from slipstream.runtime.sampling.sampler import Sampler
 
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
-_CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
+_PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
+_LEAST_SHARE = 100_000  # bytes
 # Element types as ONNX Runtime spells them.
 _ORT_TYPES = {
     "float32": "float",
@@ -129,7 +131,7 @@ class _Pending:
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes every core that a CPU quota leaves. The session runs in the
+    ``config.num_threads`` None takes ``useful_threads``. The session runs in the
     caller's thread: the device is made of the cores that would do the bookkeeping meanwhile, and
     handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
     switch interval of 5 ms when other threads were busy).
@@ -144,12 +146,13 @@ class CPUExecutor:
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
-        threads = config.num_threads or usable_cores()
-        self._sampler = Sampler(manifest.vocab_size, threads)
-        library.load().slipstream_set_threads(threads)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.
         self._weights = _map_weights(engine)
+        weight_bytes = sum(file.nbytes for file in self._weights.values())
+        threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
+        self._sampler = Sampler(manifest.vocab_size, threads)
+        library.load().slipstream_set_threads(threads)
         self._graphs = {
             name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
@@ -179,11 +182,7 @@ class CPUExecutor:
             for cache in specs:
                 for array in cache.arrays:
                     self._allocate(cache, array, slots if cache.kind == "state" else pages)
-        except (
-            MemoryError,
-            OverflowError,
-            ValueError,
-        ) as error:  # NumPy's for what no address space holds
+        except (OSError, OverflowError) as error:
             self.shutdown()
             raise CapacityError(
                 f"{num_bytes} bytes of KV cache cannot be had ({error}): lower --kv-cache-bytes"
@@ -222,7 +221,7 @@ class CPUExecutor:
         """Zeros for ``count`` pages or slots of all layers."""
         float8 = array.dtype == "float8_e4m3fn"
         shape = (len(cache.layers), count, *array.shape)
-        zeros = _aligned_zeros(shape, "uint8" if float8 else array.dtype)
+        zeros = _zeros(shape, "uint8" if float8 else array.dtype)
         self._arrays.setdefault(cache.name, []).append(zeros)
         self._caches[array.name] = (
             ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_FLOAT8)
@@ -264,6 +263,16 @@ class CPUExecutor:
         if output.name == LOGITS and shape[0] <= len(self._logits):
             return self._logits[: shape[0]]
         return np.empty(shape, output.dtype)
+
+
+def useful_threads(weight_bytes: int, caches: Sequence[CacheSpec]) -> int:
+    """The cores that this process may use, or fewer where a layer's ``weight_bytes`` are few.
+
+    To hand a thread its share of a product and wait for it takes some microseconds, in which it
+    reads 50 KB; a share of less than twice that costs more than it saves.
+    """
+    products = _PRODUCTS * max(1, sum(len(cache.layers) for cache in caches))
+    return max(1, min(usable_cores(), weight_bytes // (products * _LEAST_SHARE)))
 
 
 def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
@@ -330,12 +339,14 @@ def _alike(wanted: _Kind | None, known: _Kind | None) -> bool:
     )
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
+def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Zeros that take memory when they are written, 4 KiB at a time: of huge pages every layer,
+    whose pages lie in a region of their own, would hold some half filled."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.zeros(size + _CACHE_LINE, np.uint8)
-    start = -buffer.ctypes.data % _CACHE_LINE
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
 
 
 def _available_memory() -> int:

@@ -18,35 +18,51 @@ class Edits:
     """What the parameters and the tokens of one sequence ask of its logits, as arrays that are made
     once: a step costs what is new, however much there is."""
 
-    __slots__ = ("_counted", "_counts", "_seen", "allowed", "bias", "biased")
+    __slots__ = ("_counted", "_counts", "_places", "_tokens", "allowed", "bias", "biased")
 
-    def __init__(self, row: SamplingRow, vocab_size: int) -> None:
+    def __init__(self, row: SamplingRow) -> None:
         params = row.params
         bias, allowed = params.logit_bias or {}, params.allowed_token_ids
         self.allowed = None if allowed is None else np.array(allowed, np.int64)
         self.biased = np.array(list(bias), np.int64)
         self.bias = np.array(list(bias.values()), np.float32)
+        # Every token that the prompt or the output holds, and how often the output does.
+        self._places: dict[int, int] = {}
+        self._tokens = np.zeros(0, np.int64)
+        self._counts = np.zeros(0, np.int64)
         self._counted = 0
-        self._counts = np.zeros(vocab_size if params.penalizes else 0, np.int64)
-        self._seen = np.zeros(len(self._counts), np.bool_)
         if params.penalizes:
-            self._seen[list(row.prompt)] = True
+            self._meet(row.prompt)
 
     def penalize(self, edited: Logits, row: SamplingRow) -> None:
         """Lower what the prompt or the output holds."""
         params, new = row.params, row.output[self._counted :]
-        np.add.at(self._counts, new, 1)
-        self._seen[new] = True
+        self._meet(new)
+        np.add.at(self._counts, [self._places[token] for token in new], 1)
         self._counted += len(new)
+        values = edited[self._tokens]
         if params.repetition_penalty != 1:
-            seen = np.flatnonzero(self._seen)
-            values = edited[seen]
-            edited[seen] = np.where(
+            values = np.where(
                 values > 0, values / params.repetition_penalty, values * params.repetition_penalty
             )
         if params.frequency_penalty or params.presence_penalty:
-            ids = np.flatnonzero(self._counts)
-            edited[ids] -= params.frequency_penalty * self._counts[ids] + params.presence_penalty
+            values -= params.frequency_penalty * self._counts + params.presence_penalty * (
+                self._counts > 0
+            )
+        edited[self._tokens] = values
+
+    def _meet(self, tokens: Sequence[int]) -> None:
+        """Give tokens that are new a place."""
+        unknown = [token for token in dict.fromkeys(tokens) if token not in self._places]
+        if unknown:
+            self._places |= {token: len(self._places) + i for i, token in enumerate(unknown)}
+            self._tokens = np.append(self._tokens, np.array(unknown, np.int64))
+            self._counts = np.append(self._counts, np.zeros(len(unknown), np.int64))
+
+
+def edits_logits(row: SamplingRow) -> bool:
+    """Whether a row's logits are not sampled as they are."""
+    return row.params.edits_logits or row.position < row.params.min_tokens
 
 
 def process_logits(logits: Logits, row: SamplingRow) -> Logits:
@@ -57,16 +73,15 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
     tokens get -inf.
     """
     params = row.params
-    too_short = row.position < params.min_tokens
-    if not (params.edits_logits or too_short):
+    if not edits_logits(row):
         return logits
     if row.edits is None:
-        row.edits = Edits(row, len(logits))
+        row.edits = Edits(row)
     edits = row.edits
     edited = _only_allowed(logits, edits.allowed)
     for token in completed_bad_words(params, row.output):
         edited[token] = -np.inf
-    if too_short:
+    if row.position < params.min_tokens:
         edited[ending_tokens(row)] = -np.inf
     if params.logit_bias:
         edited[edits.biased] += edits.bias
@@ -77,7 +92,7 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
 
 def _in_form(logits: Logits, edited: Logits, mask: Bits) -> Logits:
     allowed = allowed_tokens(mask, len(logits))
-    edited[~allowed] = -np.inf
+    np.copyto(edited, np.float32(-np.inf), where=~allowed)
     if edited.max() > -np.inf:
         return edited
     # Nothing that the form allows may come next for other reasons: those give way.

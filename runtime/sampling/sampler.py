@@ -1,23 +1,24 @@
-"""From logits to tokens on the CPU: a batch at once when greedy, otherwise row by row.
+"""From logits to tokens on the CPU: the rows of a batch at once, but for those whose logits are
+edited.
 
 Every row is computed alone, so that a result never depends, to the last bit, on what shares its
-batch; with vocabularies of tens of thousands the work inside a row is what costs, not the loop
-over rows.
+batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.cores import usable_cores
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow, StepResult, TokenLogprobs
-from slipstream.runtime.sampling.candidates import draw_token, largest
-from slipstream.runtime.sampling.logits_processors import process_logits
+from slipstream.runtime.sampling.candidates import largest
+from slipstream.runtime.sampling.draws import Drawer
+from slipstream.runtime.sampling.logits_processors import edits_logits, process_logits
 from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
@@ -28,9 +29,9 @@ class Sampler:
 
     def __init__(self, vocab_size: int, num_threads: int | None = None) -> None:
         """``vocab_size`` is the width of the logits, which may exceed the number of tokens;
-        ``num_threads`` fill masks."""
+        ``num_threads``, None for as many as this process may use, fill masks and read logits."""
         self._vocab_size = vocab_size
-        self._uniforms = UniformStream()
+        self._drawer = Drawer(vocab_size, num_threads or usable_cores())
         self._filler = MaskFiller(vocab_size, num_threads)
 
     def constrain(self, rows: Sequence[SamplingRow]) -> None:
@@ -51,64 +52,53 @@ class Sampler:
         holds NaN, +inf or nothing but -inf has failed.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
-        if all(_is_plain_greedy(row) for row in rows):
-            return _argmax_rows(logits)
         result = StepResult([-1] * len(rows), [None] * len(rows))
-        with np.errstate(over="ignore"):  # differences of extreme logits may become -inf, rightly
-            for index, row in enumerate(rows):
-                try:
-                    token, logprobs = self._sample_row(logits[index], row)
-                except ExecutionError as error:
-                    result.failed[index] = error
-                else:
-                    result.token_ids[index], result.logprobs[index] = token, logprobs
+        plain: list[int] = []
+        for index, row in enumerate(rows):
+            if row.target is not None:
+                continue
+            if edits_logits(row):
+                self._draw_edited(logits, index, row, result)
+            else:
+                plain.append(index)
+        if plain:
+            tokens, peaks = self._drawer.draw(logits, plain, [rows[index] for index in plain])
+            for index, token, peak in zip(plain, tokens, peaks, strict=True):
+                _put(result, index, token, peak)
+        _score(logits, rows, result)
         return result
 
-    def _sample_row(self, logits: Logits, row: SamplingRow) -> tuple[int, TokenLogprobs | None]:
+    def _draw_edited(
+        self, logits: Logits, index: int, row: SamplingRow, result: StepResult
+    ) -> None:
+        edited = process_logits(logits[index], row)
+        (token,), (peak,) = self._drawer.draw(edited[None], [0], [row])
+        if peak == -math.inf:
+            token, peak = _least_forbidden(logits[index], row)
+        _put(result, index, token, peak)
+
+
+def _put(result: StepResult, index: int, token: int, peak: float) -> None:
+    """A row's token, whose logits have failed if the largest is not finite."""
+    if math.isfinite(peak):
+        result.token_ids[index] = token
+    else:
+        result.failed[index] = broken_row(peak)
+
+
+def _score(logits: Logits, rows: Sequence[SamplingRow], result: StepResult) -> None:
+    """Fill in the log probabilities that rows want."""
+    for index, row in enumerate(rows):
+        params, token, count = row.params, result.token_ids[index], row.params.logprobs
+        listed = params.logprob_token_ids
         if row.target is not None:
-            return -1, token_logprobs(logits, row.target, row.params.prompt_logprobs or 0)
-        token = self._choose(logits, row)
-        if row.params.logprobs is None:
-            return token, None
-        listed = row.params.logprob_token_ids
-        return token, token_logprobs(logits, token, row.params.logprobs, listed)
-
-    def _choose(self, logits: Logits, row: SamplingRow) -> int:
-        edited = process_logits(logits, row)
-        best = int(edited.argmax())  # NumPy's argmax finds a NaN first
-        top = edited[best]
-        if top == -np.inf:
-            return _least_forbidden(logits, row)
-        _check_peak(top)
-        if row.params.greedy:
-            return best
-        uniform = self._uniforms.at(row.seed, row.position)
-        return draw_token(edited, top, row.params, uniform)
-
-
-class UniformStream:
-    """Random numbers addressed by (seed, position), from the counter-based generator Philox4x64.
-
-    No state is carried from draw to draw, so preemption, the batch and other requests cannot
-    change them (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-    """
-
-    def __init__(self) -> None:
-        """Keep one generator: setting its state costs a third of making one."""
-        self._generator = np.random.Philox(key=0)
-        self._counter = np.zeros(4, np.uint64)
-        self._key = np.zeros(2, np.uint64)
-        self._state: Any = {
-            **self._generator.state,
-            "state": {"counter": self._counter, "key": self._key},
-        }
-
-    def at(self, seed: int, position: int) -> float:
-        """The number in [0, 1) of this ``seed`` (taken modulo 2**64) at this output position."""
-        self._key[0] = seed % 2**64
-        self._counter[0] = position
-        self._generator.state = self._state
-        return (int(self._generator.random_raw()) >> 11) * 2.0**-53
+            token, count, listed = row.target, params.prompt_logprobs or 0, None
+        if count is None or index in result.failed:
+            continue
+        try:
+            result.logprobs[index] = token_logprobs(logits[index], token, count, listed)
+        except ExecutionError as error:
+            result.token_ids[index], result.failed[index] = -1, error
 
 
 def token_logprobs(
@@ -120,8 +110,11 @@ def token_logprobs(
     Rank 1 is the likeliest; equal tokens rank in the order of their ids.
     """
     best = logits.max()
-    _check_peak(best)
-    normalizer = float(best) + math.log(float(np.exp(logits - best).sum()))
+    if not math.isfinite(best):
+        raise broken_row(best)
+    with np.errstate(over="ignore"):  # differences of extreme logits may become -inf, rightly
+        weights = logits - best
+    normalizer = float(best) + math.log(float(np.exp(weights, out=weights).sum()))
     own = float(logits[token]) - normalizer, _rank(logits, token)
     if listed is not None:
         entries = {i: (float(logits[i]) - normalizer, _rank(logits, i)) for i in listed}
@@ -144,27 +137,6 @@ def _rank(logits: Logits, token: int) -> int:
     return int(above) + 1
 
 
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    params = row.params
-    return (
-        params.greedy
-        and not params.edits_logits
-        and params.logprobs is None
-        and row.target is None
-        and row.position >= params.min_tokens
-    )
-
-
-def _argmax_rows(logits: Logits) -> StepResult:
-    tokens = logits.argmax(axis=1)
-    peaks = logits[np.arange(len(tokens)), tokens]
-    result = StepResult(tokens.tolist(), [None] * len(tokens))
-    finite = np.isfinite(peaks)
-    if not finite.all():
-        result.failed = {int(row): broken_row(peaks[row]) for row in np.flatnonzero(~finite)}
-    return result
-
-
 def broken_row(peak: object) -> ExecutionError:
     """What to say of a row of logits whose largest is ``peak``."""
     return ExecutionError(
@@ -173,18 +145,12 @@ def broken_row(peak: object) -> ExecutionError:
     )
 
 
-def _check_peak(peak: np.float32) -> None:
-    if not math.isfinite(peak):
-        raise broken_row(peak)
-
-
-def _least_forbidden(logits: Logits, row: SamplingRow) -> int:
+def _least_forbidden(logits: Logits, row: SamplingRow) -> tuple[int, float]:
     # Bad words and the minimum length can together forbid every token that allowed_token_ids
     # allows. A sequence must go on all the same: the allow list holds, the others give way.
-    if row.params.allowed_token_ids is None:
+    allowed = row.params.allowed_token_ids
+    if allowed is None:
         best = int(logits.argmax())
     else:
-        allowed = row.params.allowed_token_ids
         best = int(allowed[int(logits[list(allowed)].argmax())])
-    _check_peak(logits.max())
-    return best
+    return best, float(logits.max())

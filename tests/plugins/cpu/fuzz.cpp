@@ -323,6 +323,27 @@ Case expert_linear(Random& random) {
   return made;
 }
 
+Case draw_tokens(Random& random) {
+  Case made;
+  const int64_t rows = random.in(1, 3), vocab = random.one_in(8) ? 5000 : random.in(1, 200), draws = random.in(0, 6);
+  auto& inputs = made.context.inputs;
+  inputs.push_back(random.tensor(Type::float32, {rows, vocab}));
+  inputs.push_back(random.tensor(Type::int32, {draws}, rows));
+  inputs.push_back(random.tensor(Type::float32, {draws}));
+  inputs.push_back(random.tensor(Type::int32, {draws}, random.in(1, 2 * vocab)));
+  inputs.push_back(random.tensor(Type::float32, {draws}));
+  inputs.push_back(random.tensor(Type::float32, {draws}));
+  inputs.push_back(random.tensor(Type::int64, {draws}));
+  for (int64_t i = 0; i < draws; ++i) {
+    const float temperature = random.of({0.0f, 1e-5f, 0.7f, 30.0f}), min_p = random.of({0.0f, 0.1f, 1.0f});
+    std::memcpy(inputs[2]->data.get() + 4 * i, &temperature, 4);
+    std::memcpy(inputs[5]->data.get() + 4 * i, &min_p, 4);
+    const int64_t uniform = random.in(0, (int64_t(1) << 53) - 1);
+    std::memcpy(inputs[6]->data.get() + 8 * i, &uniform, 8);
+  }
+  return made;
+}
+
 Case paged_attention(Random& random) {
   Case made;
   const int64_t kv_heads = random.in(1, 3), heads = kv_heads * random.in(1, 4), dim = 8 * random.in(1, 9);
@@ -463,7 +484,7 @@ int main(int argc, char** argv) {
   const Api api(table(kApiVersion));
   const std::map<std::string, std::function<Case(Random&)>> cases{
       {"Linear", linear}, {"Embedding", embedding}, {"PagedAttention", paged_attention}, {"Router", router},
-      {"ExpertLinear", expert_linear}};
+      {"ExpertLinear", expert_linear}, {"DrawTokens", draw_tokens}};
   if (cases.size() != options.domain->operators.size()) {
     std::printf("an operator of the library has no cases here\n");
     return 1;

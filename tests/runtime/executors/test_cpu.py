@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,13 +15,15 @@ import pytest
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
+from slipstream.builder.contract import CacheSpec
 from slipstream.builder.engine import sha256
 from slipstream.builder.options import BuildOptions, KVCacheDtype
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cpu import CPUExecutor
+from slipstream.runtime.executors import cpu
+from slipstream.runtime.executors.cpu import CPUExecutor, useful_threads
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -301,6 +304,31 @@ def test_threads_do_not_change_the_tokens(tiny_engine: Path, expected: list[int]
         with LLM(tiny_engine, num_threads=threads) as llm:
             tokens = llm.generate(LONG, greedy(max_tokens=40))[0].outputs[0].token_ids
         assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "layers", "threads"),
+    [(0, 2, 1), (97, 30, 8), (600, 16, 64), (4600, 32, 64), (97, 0, 64)],
+)
+def test_a_small_model_takes_few_threads(
+    megabytes: int, layers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 64)
+    caches = [CacheSpec("kv", "paged", tuple(range(layers)), ())] if layers else []
+    assert useful_threads(megabytes * 10**6, caches) == threads
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 2)
+    assert useful_threads(megabytes * 10**6, caches) == min(threads, 2)
+
+
+def test_a_written_token_takes_no_huge_page_of_every_layer(harness: Callable[..., Harness]) -> None:
+    ((array, *_), *_) = harness().executor._arrays.values()
+    flags = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= array.ctypes.data < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line
+    assert " nh" in flags
 
 
 @pytest.mark.parametrize("num_bytes", [1 << 46, 1 << 62, 1 << 80])

@@ -14,8 +14,9 @@ from tests.runtime.sampling.rows import Floats, random_logits, row, sample_one
 
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow
+from slipstream.runtime.sampling.draws import UniformStream
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.sampling.sampler import Sampler, UniformStream, token_logprobs
+from slipstream.runtime.sampling.sampler import Sampler, token_logprobs
 
 
 class TestGreedy:
@@ -164,7 +165,7 @@ class TestReproducibility:
     def test_uniform_numbers_are_philox_at_a_counter(self, seed: int, position: int) -> None:
         key = np.array([seed, 0], np.uint64)
         counter = np.array([position, 0, 0, 0], np.uint64)
-        expected = (int(np.random.Philox(key=key, counter=counter).random_raw()) >> 11) / 2**53
+        expected = int(np.random.Philox(key=key, counter=counter).random_raw()) >> 11
         stream = UniformStream()
         stream.at(seed ^ 1, position + 5)
         assert stream.at(seed, position) == expected

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tests.runtime.structured.forms import TINY_VOCAB, tiny_tokenizer
 
 from slipstream.errors import ExecutionError
+from slipstream.plugins.draw_tokens.reference import draw_tokens
 from slipstream.plugins.sampling import Kind, reference
 from slipstream.runtime.engine.step import SamplingRow, StepResult
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample
-from slipstream.runtime.sampling.candidates import draw_token
 from slipstream.runtime.sampling.logits_processors import process_logits
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.sampling.sampler import Sampler, token_logprobs
@@ -427,7 +427,9 @@ def test_the_reference_has_the_cpus_distribution(arguments: dict[str, Any]) -> N
     params = SamplingParams(temperature=0.8, **arguments)
     kept = reference.survivors(logits, 0.8, params.top_k, params.top_p, params.min_p)
     weights = np.where(kept, np.exp((logits - logits.max()).astype(np.float64) / 0.8), 0)
-    uniforms = (np.arange(2000) + 0.5) / 2000
-    drawn = [draw_token(logits, logits.max(), params, u) for u in uniforms]
+    uniforms = ((np.arange(2000) + 0.5) / 2000 * 2.0**53).astype(np.int64)
+    asked = (np.float32(0.8), np.int32(params.top_k), params.top_p, params.min_p)
+    columns = [np.full(2000, value) for value in (np.int32(0), *asked)]
+    drawn, _ = draw_tokens(logits[None], *columns, uniforms)
     shares = np.bincount(drawn, minlength=60) / 2000
     assert np.abs(shares - weights / weights.sum()).max() <= 1.01 / 2000
