@@ -188,6 +188,13 @@ def test_matches_reference_on_a_large_vocabulary(
     same(logits, draws(uniforms, row=1, **asked), isa)
 
 
+def test_many_of_equal_and_enormous_logits(isa: str) -> None:
+    """A quarter less is the same number here, so a search by steps of that would never end."""
+    logits = np.full(200, -1e38, np.float32)
+    logits[::64] = 1e38
+    assert set(tokens_of(logits, isa, evenly(8), top_k=100)) == {0, 64, 128, 192}
+
+
 def test_a_nucleus_is_sorted_up_to_a_size(isa: str) -> None:
     logits = random_logits(3 * MOST_SORTED, scale=1e-3)
     few = tokens_of(logits, isa, evenly(100), top_p=(MOST_SORTED - 50) / len(logits))
