@@ -13,9 +13,9 @@ SPEC = OperatorSpec(
     doc="Temperature, then the top_k largest and what ties with the last of them, then of these "
     "the fewest and likeliest that have top_p of their probability, then those that have min_p of "
     "the likeliest's; of what is left the token at which the running sum of probabilities exceeds "
-    "uniform. Tokens are in the order of their ids, those that tie with the last of top_p after all "
-    "others; but from the likeliest down, equal ones by id, with top_k, and with top_p if 2,048 or "
-    "fewer reach it.",
+    "uniform. Tokens are in the order of their ids, those that tie with the last of top_p after "
+    "all others; but from the likeliest down, equal ones by id, with top_k, and with top_p if "
+    "2,048 or fewer reach it.",
     inputs=(
         TensorSpec("logits", ("float32",), ("rows", "vocab"), "of any number of rows"),
         TensorSpec("row", ("int32",), _EACH, "the row of each draw"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from slipstream.runtime.sampling.sampler import Sampler
 
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
+_CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
@@ -182,7 +182,11 @@ class CPUExecutor:
             for cache in specs:
                 for array in cache.arrays:
                     self._allocate(cache, array, slots if cache.kind == "state" else pages)
-        except (OSError, OverflowError) as error:
+        except (
+            MemoryError,
+            OverflowError,
+            ValueError,
+        ) as error:  # NumPy's for what no address space holds
             self.shutdown()
             raise CapacityError(
                 f"{num_bytes} bytes of KV cache cannot be had ({error}): lower --kv-cache-bytes"
@@ -221,7 +225,7 @@ class CPUExecutor:
         """Zeros for ``count`` pages or slots of all layers."""
         float8 = array.dtype == "float8_e4m3fn"
         shape = (len(cache.layers), count, *array.shape)
-        zeros = _zeros(shape, "uint8" if float8 else array.dtype)
+        zeros = _aligned_zeros(shape, "uint8" if float8 else array.dtype)
         self._arrays.setdefault(cache.name, []).append(zeros)
         self._caches[array.name] = (
             ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_FLOAT8)
@@ -339,14 +343,12 @@ def _alike(wanted: _Kind | None, known: _Kind | None) -> bool:
     )
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Zeros that take memory when they are written, 4 KiB at a time: of huge pages every layer,
-    whose pages lie in a region of their own, would hold some half filled."""
+def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+    buffer = np.zeros(size + _CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _available_memory() -> int:

@@ -15,7 +15,7 @@ from slipstream.plugins.operators import OPERATORS
 from slipstream.plugins.paged_attention import reference as attention_reference
 from slipstream.plugins.spec import AttributeSpec, OperatorSpec, TensorSpec
 
-DTYPES = {"float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int32", "uint8"}
+DTYPES = {"float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int32", "int64", "uint8"}
 
 
 def reference_of(spec: OperatorSpec) -> Callable[..., Any]:

@@ -197,7 +197,9 @@ int64_t largest(const Draw& draw, int64_t k) {
   float least = bound_of_largest(draw, std::min(k, (draw.blocks() + 1) / 2));
   int64_t count = gather(draw, Logits(), least, INFINITY, keys);
   while (count < k && least > kLowest) {
-    least = std::max(kLowest, least - std::max(0.25f * (draw.peak - least), 0.25f));
+    // The last term makes a step of numbers so large that a quarter is nothing to them.
+    const float step = std::max({0.25f * (draw.peak - least), 0.25f, 0x1p-20f * std::fabs(least)});
+    least = std::max(kLowest, least - step);
     count = gather(draw, Logits(), least, INFINITY, keys);
   }
   Key* end = keys + count;

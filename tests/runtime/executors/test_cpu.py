@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -318,17 +317,6 @@ def test_a_small_model_takes_few_threads(
     assert useful_threads(megabytes * 10**6, caches) == threads
     monkeypatch.setattr(cpu, "usable_cores", lambda: 2)
     assert useful_threads(megabytes * 10**6, caches) == min(threads, 2)
-
-
-def test_a_written_token_takes_no_huge_page_of_every_layer(harness: Callable[..., Harness]) -> None:
-    ((array, *_), *_) = harness().executor._arrays.values()
-    flags = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(bounds[1], 16) <= array.ctypes.data < int(bounds[2], 16)
-        elif inside and line.startswith("VmFlags"):
-            flags = line
-    assert " nh" in flags
 
 
 @pytest.mark.parametrize("num_bytes", [1 << 46, 1 << 62, 1 << 80])

@@ -428,8 +428,10 @@ def test_the_reference_has_the_cpus_distribution(arguments: dict[str, Any]) -> N
     kept = reference.survivors(logits, 0.8, params.top_k, params.top_p, params.min_p)
     weights = np.where(kept, np.exp((logits - logits.max()).astype(np.float64) / 0.8), 0)
     uniforms = ((np.arange(2000) + 0.5) / 2000 * 2.0**53).astype(np.int64)
-    asked = (np.float32(0.8), np.int32(params.top_k), params.top_p, params.min_p)
-    columns = [np.full(2000, value) for value in (np.int32(0), *asked)]
-    drawn, _ = draw_tokens(logits[None], *columns, uniforms)
+    row, top_k = (np.full(2000, value, np.int32) for value in (0, params.top_k))
+    temperature, top_p, min_p = (
+        np.full(2000, value, np.float32) for value in (0.8, params.top_p, params.min_p)
+    )
+    drawn, _ = draw_tokens(logits[None], row, temperature, top_k, top_p, min_p, uniforms)
     shares = np.bincount(drawn, minlength=60) / 2000
     assert np.abs(shares - weights / weights.sum()).max() <= 1.01 / 2000
