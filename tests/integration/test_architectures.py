@@ -468,7 +468,7 @@ def test_narrow_weights_are_read_as_they_are(name: str, dtype: torch.dtype, tmp_
     assert sizes[1] < 0.55 * sizes[0]
     prompts = np.random.default_rng(0).integers(0, TINY_SHAPE["vocab_size"], (2, PROMPT_TOKENS))
     with torch.no_grad():
-        expected = model.to(torch.float32)(torch.tensor(prompts)).logits.numpy()
+        expected = model.float()(torch.tensor(prompts)).logits.numpy()
     actual = run_in_chunks(tmp_path / "engine", prompts)
     assert np.abs(actual - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
 
