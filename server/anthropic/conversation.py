@@ -70,7 +70,7 @@ def _tool(tool: ClientTool, index: int) -> Tool:
     return Tool(tool.name, tool.description, tool.input_schema, strict=bool(tool.strict))
 
 
-def _choice(request: CountRequest) -> ToolChoice | NamedTool:
+def _choice(request: CountRequest) -> ToolChoice:
     choice = request.tool_choice
     if choice is None or choice.type == "auto":
         return "auto"

@@ -210,6 +210,7 @@ class Service:
         """A conversation as its dialect writes it, held to the form that this takes."""
         text = await self._rendered(conversation)
         tokens = await self._encoded(text, bool(job.add_special_tokens))
+        tokens = [*conversation.before, *tokens]
         options, wanted = conversation.options, job.params.structured
         structured = await self.llm.workers.run(
             len(text), self.dialect.structured, options, wanted, text
