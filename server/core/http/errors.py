@@ -14,6 +14,7 @@ from slipstream.errors import SlipstreamError
 from slipstream.server.core.http.api import STATUSES, Apis
 from slipstream.server.core.refusal import Kind, Refusal, refusal_of
 
+_PLACES = ("body", "path", "query")
 _KINDS: Mapping[int, Kind] = {status: kind for kind, status in STATUSES.items()}
 
 

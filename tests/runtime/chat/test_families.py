@@ -216,8 +216,9 @@ TAGGED = [
 def test_texts_in_tags_are_held_to_their_schema(
     family: Written, schema: dict[str, Any], good: tuple[str, ...], bad: tuple[str, ...]
 ) -> None:
-    properties = {**TOOLS[0].parameters["properties"], "city": {"type": "string", **schema}}
-    tool = replace(TOOLS[0], parameters={**TOOLS[0].parameters, "properties": properties})
+    given: dict[str, Any] = dict(TOOLS[0].parameters or {})
+    properties = {**given["properties"], "city": {"type": "string", **schema}}
+    tool = replace(TOOLS[0], parameters={**given, "properties": properties})
     options = ChatOptions(tools=[tool], tool_choice="required")
     form = family.dialect.structured(options, None, family.prompt)
     assert form is not None

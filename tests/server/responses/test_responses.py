@@ -272,7 +272,7 @@ def test_input_items_are_listed_page_by_page(server: Running, client: openai.Ope
     )
     result: Any = {"type": "function_call_output", "call_id": "call_0", "output": "5"}
     second = ask(server, previous_response_id=first.id, input=[result])
-    listed = list(client.responses.input_items.list(second.id, limit=3, order="asc"))
+    listed: list[Any] = list(client.responses.input_items.list(second.id, limit=3, order="asc"))
     assert [item.type for item in listed] == [
         "message", "message", *(item.type for item in first.output), "function_call_output",
     ]  # fmt: skip
@@ -323,6 +323,12 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
                             "properties": {"command": {"type": "array",
                                                        "items": {"type": "string"}},
                                            "timeout_ms": {"type": "number"}}}},
+            *({"type": "function", "name": name, "strict": False, "description": f"Does {name}.",
+               "parameters": {"type": "object", "additionalProperties": False,
+                              "properties": {"path": {"type": "string"}}}}
+              for name in ("update_plan", "apply_patch", "view_image", "read_file", "list_dir",
+                           "grep_files", "exec_command", "write_stdin", "spawn_agent",
+                           "wait_agent", "close_agent")),
         ],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
