@@ -55,7 +55,7 @@ def dialect() -> Hearing:
 @pytest.fixture(scope="module")
 def server(dialect: Hearing) -> Iterator[Running]:
     """A server whose model has that dialect."""
-    with serving(max_stored_responses=3) as running:
+    with serving(counting_engine(1100, max_seq_len=4096), max_stored_responses=3) as running:
         running.service.dialect = dialect
         yield running
 
@@ -400,7 +400,7 @@ def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.
         ({"input": [{"role": "user"}]}, "input", "content"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "call_id"),
         ({"input": []}, "input", "missing"),
-        ({"input": "x" * 300}, "input", "tokens"),
+        ({"input": "x" * 5000}, "input", "tokens"),
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"conversation": "c"}, "conversation", "previous_response_id"),
