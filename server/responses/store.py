@@ -11,15 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An answer as JSON, and the conversation up to and with it, without instructions."""
+    """An answer as JSON, and the items that it answers, those of earlier requests included."""
 
     body: bytes
-    messages: Sequence[dict[str, Any]]
+    items: Sequence[dict[str, Any]]
 
     @property
     def size(self) -> int:
         """Bytes, about."""
-        return len(self.body) + _size(self.messages)
+        return len(self.body) + _size(self.items)
 
 
 class Store:

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
 
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine
@@ -55,7 +55,7 @@ def dialect() -> Hearing:
 @pytest.fixture(scope="module")
 def server(dialect: Hearing) -> Iterator[Running]:
     """A server whose model has that dialect."""
-    with serving(max_stored_responses=3) as running:
+    with serving(counting_engine(1100, max_seq_len=4096), max_stored_responses=3) as running:
         running.service.dialect = dialect
         yield running
 
@@ -224,6 +224,77 @@ def test_the_dialect_hears_what_is_asked(server: Running, dialect: Hearing) -> N
     assert dialect.asked[1] is None
 
 
+SCORED: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+def test_texts_have_log_probabilities(server: Running) -> None:
+    """Those of what is said; the tokens of thoughts, calls and marks have none."""
+    answer = ask(server, **SCORED)
+    first, _, middle, _, last = answer.output
+    tokens = [[entry.token for entry in m.content[0].logprobs] for m in (first, middle, last)]
+    assert tokens == [[";"], ["\n", "<eos>", "a", "b"], ["i", "j"]] and answer.top_logprobs == 2
+    entry = middle.content[0].logprobs[2]
+    assert entry.bytes == [97] and entry.logprob <= 0
+    assert entry.top_logprobs[0].token == "a"
+    events = ask(server, stream=True, **SCORED)
+    known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    streamed: dict[int, list[Any]] = {}
+    for event in events:
+        known.validate_python(event.to_dict())
+        if event.type == "response.output_text.delta":
+            streamed.setdefault(event.output_index, []).extend(event.to_dict()["logprobs"])
+        if event.type == "response.output_text.done":
+            assert event.to_dict()["logprobs"] == streamed[event.output_index]
+    whole = [item.to_dict() for item in events[-1].response.output]
+    assert streamed == {i: whole[i]["content"][0]["logprobs"] for i in (0, 2, 4)}
+    assert without_ids(events[-1].response) == without_ids(answer)
+    assert [item.content[0].logprobs for item in ask(server).output if item.type == "message"] == (
+        [[], [], []]
+    )
+
+
+def test_tools_are_allowed_by_name(server: Running, dialect: Hearing) -> None:
+    tools: Any = [{**TOOL, "name": name} for name in "abc"]
+    allowed: Any = [{"type": "function", "name": name} for name in "ab"]
+    for mode in ("auto", "required"):
+        choice: Any = {"type": "allowed_tools", "mode": mode, "tools": allowed}
+        answer = ask(server, tools=tools, tool_choice=choice)
+        assert dialect.asked is not None
+        assert [tool.name for tool in dialect.asked[0].tools] == ["a", "b", "c"]
+        assert dialect.asked[0].tool_choice == AllowedTools(["a", "b"], required=mode == "required")
+        assert answer.tool_choice.to_dict() == choice
+
+
+def test_input_items_are_listed_page_by_page(server: Running, client: openai.OpenAI) -> None:
+    parts: Any = [{"type": "input_text", "text": "b"}]
+    first = ask(
+        server, input=[{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
+    )
+    result: Any = {"type": "function_call_output", "call_id": "call_0", "output": "5"}
+    second = ask(server, previous_response_id=first.id, input=[result])
+    listed: list[Any] = list(client.responses.input_items.list(second.id, limit=3, order="asc"))
+    assert [item.type for item in listed] == [
+        "message", "message", *(item.type for item in first.output), "function_call_output",
+    ]  # fmt: skip
+    known: TypeAdapter[Any] = TypeAdapter(ResponseItem)
+    for item in listed:
+        known.validate_python(item.to_dict())
+    assert [item.to_dict() for item in listed[2:-1]] == [item.to_dict() for item in first.output]
+    assert [item.content[0].text for item in listed[:2]] == ["a", "b"]
+    assert len({item.id for item in listed}) == len(listed)
+    backwards = client.responses.input_items.list(second.id)
+    assert [item.id for item in backwards.data] == [item.id for item in reversed(listed)]
+    assert not backwards.has_more
+    page = client.responses.input_items.list(second.id, limit=2, after=listed[4].id, order="desc")
+    assert [item.id for item in page.data] == [listed[3].id, listed[2].id] and page.has_more
+    with pytest.raises(openai.BadRequestError, match="no item"):
+        client.responses.input_items.list(second.id, after="msg_nowhere")
+    with pytest.raises(openai.BadRequestError, match="limit"):
+        client.responses.input_items.list(second.id, limit=101)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_nowhere")
+
+
 def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) -> None:
     """The shape that OpenAI's command line agent sends in the middle of its work."""
     request = {
@@ -252,6 +323,12 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
                             "properties": {"command": {"type": "array",
                                                        "items": {"type": "string"}},
                                            "timeout_ms": {"type": "number"}}}},
+            *({"type": "function", "name": name, "strict": False, "description": f"Does {name}.",
+               "parameters": {"type": "object", "additionalProperties": False,
+                              "properties": {"path": {"type": "string"}}}}
+              for name in ("update_plan", "apply_patch", "view_image", "read_file", "list_dir",
+                           "grep_files", "exec_command", "write_stdin", "spawn_agent",
+                           "wait_agent", "close_agent")),
         ],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
@@ -311,6 +388,11 @@ def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.
         ({"tools": [TOOL, {"type": "custom", "name": "x"}]}, "tools", r"tools\[1\].*custom"),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice", "file_search"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "mode"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}},
+         "tool_choice", "mcp"),
+        ({"top_logprobs": 2}, "top_logprobs", "include"),
+        ({**SCORED, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
          "input", "input_image"),
@@ -318,7 +400,7 @@ def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.
         ({"input": [{"role": "user"}]}, "input", "content"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "call_id"),
         ({"input": []}, "input", "missing"),
-        ({"input": "x" * 300}, "input", "tokens"),
+        ({"input": "x" * 5000}, "input", "tokens"),
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"conversation": "c"}, "conversation", "previous_response_id"),
@@ -368,7 +450,7 @@ def test_a_device_that_fails_is_told_by_the_response_that_failed() -> None:
 
 def test_a_stream_that_fails_before_its_first_event_begins_nevertheless() -> None:
     turns: Any = None
-    reply = ResponseReply({"id": "resp_1", "status": "in_progress"}, turns, lambda *_: None)
+    reply = ResponseReply({"id": "resp_1", "status": "in_progress"}, turns, turns, lambda _: None)
     events = reply.error(Refusal("failed", "a step failed")).decode().split("\n\n")[:-1]
     assert [json.loads(event.split("data: ")[1])["type"] for event in events] == [
         "response.created", "response.in_progress", "error", "response.failed",
