@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
-from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.dialect import Dialect
+from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
@@ -108,7 +108,7 @@ class Service:
 
     def __init__(
         self,
-        llm: AsyncLLM,
+        llm: EngineClient,
         options: ServerOptions,
         metrics: Metrics,
         dialect: Dialect | None = None,
@@ -155,7 +155,7 @@ class Service:
         """The outputs of all prompts as they come; closing or cancelling this aborts them.
 
         Raises ``Refusal`` if the server takes no more, or ends the request; and what
-        ``AsyncLLM.generate`` raises.
+        ``EngineClient.generate`` raises.
         """
         self._check(job)
         with naming(job.fields), self._admission(job), self._tracking(job) as tracks:

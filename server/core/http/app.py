@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,12 +26,27 @@ from slipstream.server.core.http.middleware import (
 )
 from slipstream.server.core.http.structure import StructureLimit
 from slipstream.server.core.limits import MAX_VALUES
-from slipstream.server.core.metrics import EngineMetrics, HttpMetrics, registry_of
+from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
 from slipstream.server.core.service import Service
 
+# Asks for what all processes of a server have counted.
+Gather = Callable[[], Awaitable[Gathered]]
 
-def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) -> FastAPI:
-    """The application of one service; the first of ``apis`` also words the server's own errors."""
+
+def create_app(
+    service: Service,
+    tally: Tally,
+    apis: Sequence[Api],
+    *,
+    answers: HttpTally | None = None,
+    gather: Gather | None = None,
+) -> FastAPI:
+    """The application of one service; the first of ``apis`` also words the server's own errors.
+
+    Requests are counted in ``tally`` and ``answers``, which are all there is to count, unless
+    ``gather`` knows of more.
+    """
+    answers = answers or HttpTally()
     app = FastAPI(
         title="Slipstream",
         summary="An OpenAI-compatible server",
@@ -39,16 +56,21 @@ def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) ->
         redirect_slashes=False,
     )
     app.state.service = service
-    requests = HttpMetrics(service.names[0])
-    app.state.registry = registry_of(metrics, requests)
+    app.state.gather = gather or partial(_gather, service, tally, answers)
     known = Apis(apis)
     for api in apis:
         app.include_router(api.router, responses=api.responses)
     app.include_router(status.router, responses=known.first.responses)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     install_handlers(app, known)
-    _surround(app, service, known, requests.count)
+    _surround(app, service, known, answers.count)
     return app
+
+
+async def _gather(service: Service, tally: Tally, answers: HttpTally) -> Gathered:
+    llm = service.llm
+    engine = EngineState(await llm.fetch_stats(), llm.config, llm.unhealthy, llm.closed)
+    return Gathered(engine, [(tally, answers)], os.getpid())
 
 
 def _surround(app: FastAPI, service: Service, apis: Apis, count: Count) -> None:

@@ -15,12 +15,12 @@ import uvicorn
 import uvloop
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine_client import EngineClient
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import create_app
 from slipstream.server.core.http.connection import Bounds, Connection, connection_limit
 from slipstream.server.core.logs import log_event
-from slipstream.server.core.metrics import EngineMetrics
+from slipstream.server.core.metrics import Tally
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 
@@ -60,12 +60,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
+def server_of(llm: EngineClient, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
     """A server that can be started, once, in the running event loop."""
-    metrics = EngineMetrics(options.served_model_name[0], llm)
-    service = Service(llm, options, metrics)
+    tally = Tally()
+    service = Service(llm, options, tally)
     config = uvicorn.Config(
-        create_app(service, metrics, apis),
+        create_app(service, tally, apis),
         http=cast(Any, partial(Connection, bounds=Bounds(connection_limit()))),
         ws="none",
         lifespan="off",
@@ -115,7 +115,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(
-    llm: AsyncLLM, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
+    llm: EngineClient, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
 ) -> str | None:
     """Serve until SIGTERM or SIGINT, or until the engine is unhealthy; then drain, then shut the
     engine down. Returns what ails the engine, None if nothing does.
