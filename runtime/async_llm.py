@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine_thread import EngineThread
 from slipstream.runtime.front_end import FrontEnd
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -87,11 +87,11 @@ class AsyncLLM(FrontEnd):
             threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         return self._loop.stats
 
-    async def fetch_stats(self) -> SchedulerStats:
+    async def fetch_stats(self) -> EngineStats:
         """The same, as every ``EngineClient`` gives it."""
         return self._loop.stats
 

@@ -7,8 +7,10 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from slipstream.builder.contract import Pooling
 from slipstream.builder.engine import Engine
+from slipstream.runtime.chat.composer import Composed, Composer
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.pooled_prompts import ScoredPairs
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
@@ -51,7 +53,7 @@ class EngineClient(Protocol):
         """Whether the engine works; if it is to be given up, end all requests and refuse more."""
         ...
 
-    async def fetch_stats(self) -> SchedulerStats:
+    async def fetch_stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         ...
 
@@ -98,6 +100,16 @@ class EngineClient(Protocol):
         max_tokens_per_doc: int | None = None,
     ) -> ScoredPairs:
         """What is to be pooled for the scores of documents."""
+        ...
+
+    async def compose(
+        self,
+        composer: Composer,
+        conversation: Conversation,
+        params: SamplingParams,
+        add_special_tokens: bool = False,
+    ) -> Composed:
+        """What ``composer`` makes of a conversation, in threads; raises what that raises."""
         ...
 
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

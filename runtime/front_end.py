@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from slipstream.errors import ExecutionError
 from slipstream.runtime.async_pooling import AsyncPooling
+from slipstream.runtime.chat.composer import Composed, Composer
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
@@ -110,15 +112,30 @@ class FrontEnd(AsyncPooling):
         ``options`` are fields of ``ChatOptions``, such as ``tools`` and ``thinking``, and variables
         of the template. Each completion's ``turn`` has its thoughts, text and calls so far.
         """
-        prompt, conversation = await self.render(
-            self._factory.conversation, messages, sampling_params, options
+        made = await self.compose(
+            self._factory.composer,
+            Conversation.of(messages, options),
+            sampling_params or self.generation_defaults,
         )
-        turns = conversation.turns(output_kind)
-        outputs = self.generate(prompt, conversation.params, request_id, output_kind=output_kind)
+        turns = made.output_turns(output_kind)
+        outputs = self.generate(made.tokens, made.params, request_id, output_kind=output_kind)
         async with aclosing(outputs):
             async for output in outputs:
-                turns.add(output.outputs)
+                turns.add(output)
                 yield output
+
+    async def compose(
+        self,
+        composer: Composer,
+        conversation: Conversation,
+        params: SamplingParams,
+        add_special_tokens: bool = False,
+    ) -> Composed:
+        """What ``composer`` makes of a conversation, in threads; raises what that raises."""
+        text = await self.render(composer.render, conversation)
+        return await self.workers.run(
+            len(text), composer.hold, conversation, text, params, add_special_tokens
+        )
 
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what renders a chat template, in a thread that nothing else waits for: a template

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.turns import OutputTurns
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooled_prompts import as_batch, as_texts, stacked
 from slipstream.runtime.pooling import PoolingParams
@@ -20,6 +22,7 @@ from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
 from slipstream.runtime.sampling.params import SamplingParams
 
+Outputs = Generator[RequestOutput, None, None]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -49,7 +52,7 @@ class LLM:
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         return self._loop.stats
 
@@ -91,12 +94,12 @@ class LLM:
         conversations = cast(Any, [messages] if one else messages)
         each = _params_for_each(sampling_params, len(conversations))
         made = [
-            self._factory.conversation(conversation, params, options)
+            self._factory.compose(conversation, params, options)
             for conversation, params in zip(conversations, each, strict=True)
         ]
-        outputs = self.generate([tokens for tokens, _ in made], [c.params for _, c in made])
-        for output, (_, conversation) in zip(outputs, made, strict=True):
-            conversation.turns("final").add(output.outputs)
+        outputs = self.generate([c.tokens for c in made], [c.params for c in made])
+        for output, composed in zip(outputs, made, strict=True):
+            composed.output_turns("final").add(output)
         return outputs
 
     def embed(
@@ -148,17 +151,25 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         output_kind: OutputKind = "cumulative",
+        **options: Any,  # noqa: ANN401 - fields of ChatOptions, and templates define their own
     ) -> Iterator[RequestOutput]:
-        """Complete one prompt or conversation, yielding after every token.
+        """Complete one prompt, or answer one conversation, yielding after every token.
 
-        Closing the iterator aborts the request. Several may be open at once; they share steps.
+        The ``options`` of a conversation are those of ``chat``, and each completion's ``turn`` has
+        its thoughts, text and calls so far. Closing the iterator aborts the request. Several may be
+        open at once; they share steps.
         """
+        make = self._factory.request
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt, _ = self._factory.conversation(cast(Any, prompt), None, {})
-        request = self._factory.request(
-            cast(Prompt, prompt), sampling_params, output_kind=output_kind
-        )
-        return self._run([request])
+            composed = self._factory.compose(cast(Any, prompt), sampling_params, options)
+            request = make(composed.tokens, composed.params, output_kind=output_kind)
+            return _turned(self._run([request]), composed.output_turns(output_kind))
+        if options:
+            raise InvalidRequestError(
+                f"{', '.join(options)} is for conversations; give messages in place of a prompt, "
+                "or leave it out"
+            )
+        return self._run([make(cast(Prompt, prompt), sampling_params, output_kind=output_kind)])
 
     def shutdown(self) -> None:
         """Free the device; the object is of no use afterwards."""
@@ -181,13 +192,13 @@ class LLM:
         outputs = {output.request_id: output for output in self._run(requests)}
         return [outputs[request.request_id] for request in requests]
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[Request]) -> Outputs:
         """Check all requests, then run them and yield their outputs as they come."""
         for request in requests:
             self._loop.validate(request)
         return self._outputs(requests)
 
-    def _outputs(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+    def _outputs(self, requests: Sequence[Request]) -> Outputs:
         inbox: deque[RequestOutput] = deque()
         unfinished = len(requests)
         try:
@@ -212,6 +223,13 @@ class LLM:
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:
                 inbox.append(output)
+
+
+def _turned(outputs: Outputs, turns: OutputTurns) -> Outputs:
+    with closing(outputs):
+        for output in outputs:
+            turns.add(output)
+            yield output
 
 
 def _params_for_each(params: Params, count: int) -> list[SamplingParams | None]:

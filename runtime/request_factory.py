@@ -9,14 +9,15 @@ from typing import Any
 
 from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.chat.turns import Conversation, Conversations
+from slipstream.runtime.chat.composer import Composed, Composer
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.compiler import GrammarCompiler
-from slipstream.runtime.text.length import check_length, texts_of
+from slipstream.runtime.text.length import check_length
 
 __all__ = ["Message", "Prompt", "RequestFactory"]
 
@@ -37,7 +38,7 @@ class RequestFactory:
         self._defaults = engine.generation_defaults
         self._max_seq_len = engine.config.max_seq_len
         self._numbers = itertools.count()
-        self._conversations = Conversations(engine.tokenizer, engine.generation_defaults)
+        self.composer = Composer(engine.tokenizer, max_seq_len=engine.config.max_seq_len)
         self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
         self._compiles = compiles
 
@@ -122,18 +123,15 @@ class RequestFactory:
             )
         return self._pooled_prompts
 
-    def conversation(
+    def compose(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None,
         options: Mapping[str, Any],
-    ) -> tuple[list[int], Conversation]:
-        """A conversation in the model's chat template, and its token ids."""
-        check_length(self._tokenizer, texts_of(messages), self._max_seq_len)
-        made = self._conversations.make(messages, params, options)
-        # With roles, names and variables.
-        check_length(self._tokenizer, [made.prompt], self._max_seq_len)
-        return self._tokenizer.encode(made.prompt, add_special_tokens=False), made
+    ) -> Composed:
+        """A conversation for the model, with what belongs to it by name (see
+        ``Conversation.of``)."""
+        return self.composer.compose(Conversation.of(messages, options), params or self._defaults)
 
     def _encoded(self, text: str) -> list[int]:
         check_length(self._tokenizer, [text], self._max_seq_len)

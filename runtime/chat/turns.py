@@ -1,94 +1,157 @@
-"""Conversations of the Python API: to a prompt, and from its completions to turns."""
+"""Completions of a conversation as turns of the assistant: thoughts, text and calls of tools."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Literal
 
-from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.dialect import Dialect
-from slipstream.runtime.chat.events import AssistantTurn, OutputParser
-from slipstream.runtime.chat.options import ChatOptions, split_options
-from slipstream.runtime.request import CompletionOutput, OutputKind
+from slipstream.runtime.chat.events import (
+    AssistantTurn,
+    CallArguments,
+    ContentText,
+    Event,
+    OutputParser,
+    ReasoningText,
+)
+from slipstream.runtime.chat.options import ChatOptions
+from slipstream.runtime.chat.turn_tokens import TurnTokens
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.request import CompletionOutput, FinishReason, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.offsets import TextOffsets
 from slipstream.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """A prompt, the parameters that hold its completions to their form, and who reads them."""
+class Part:
+    """What is new of a turn: its events, the scores of the tokens that are said, where they were
+    asked for, and how many tokens were thoughts."""
 
-    prompt: str
-    params: SamplingParams
-    dialect: Dialect
-    options: ChatOptions
+    events: list[Event]
+    logprobs: list[TokenLogprobs]
+    reasoning_tokens: int
 
-    def turns(self, output_kind: OutputKind) -> Turns:
-        """Reads the completions of a request for outputs of this kind."""
-        return Turns(self, cumulative=output_kind != "delta")
+
+class Turn:
+    """One completion: ``whole`` is what it has come to so far."""
+
+    __slots__ = ("_parser", "_tokens", "finish_reason", "whole")
+
+    def __init__(self, parser: OutputParser, offsets: TextOffsets) -> None:
+        self.whole = AssistantTurn()
+        self.finish_reason: FinishReason | Literal["tool_calls"] | None = None
+        self._parser = parser
+        self._tokens = TurnTokens(offsets)
+
+    def take(self, completion: CompletionOutput) -> Part:
+        """Take what is new of the completion (kind ``delta``), or all of it (``final``)."""
+        tokens, events, before = self._tokens, [], self._tokens.reasoning
+        tokens.add(completion)
+        for piece in tokens.cut(completion.text):
+            told = self._parser.push(piece)
+            tokens.parsed(piece, told)
+            events += told
+        if completion.finish_reason is not None:
+            told = self._parser.finish()
+            tokens.finish(told)
+            events += told
+        for event in events:
+            self.whole.add(event)
+        self.finish_reason = self._reason(completion.finish_reason)
+        logprobs, tokens.content = tokens.content, []
+        return Part(_joined(events), logprobs, tokens.reasoning - before)
+
+    def _reason(self, reason: FinishReason | None) -> FinishReason | Literal["tool_calls"] | None:
+        return "tool_calls" if reason == "stop" and self.whole.calls else reason
 
 
 class Turns:
-    """The turns of a request's completions, which grow as its outputs come."""
+    """The turns that answer one conversation, by the index of their completions."""
 
-    def __init__(self, conversation: Conversation, *, cumulative: bool) -> None:
-        """``cumulative``: an output has all text so far, not what is new."""
-        self._conversation = conversation
-        self._cumulative = cumulative
-        self._known: dict[int, tuple[OutputParser, AssistantTurn]] = {}
-        self._read: dict[int, int] = {}
-
-    def add(self, outputs: Sequence[CompletionOutput]) -> None:
-        """Give each output the turn so far: one object, which grows."""
-        for output in outputs:
-            if output.index not in self._known:
-                made = self._conversation
-                parser = made.dialect.parser(made.options, made.prompt)
-                self._known[output.index] = parser, AssistantTurn()
-            parser, turn = self._known[output.index]
-            start = self._read.get(output.index, 0) if self._cumulative else 0
-            self._read[output.index] = len(output.text)
-            events = parser.push(output.text[start:])
-            if output.finish_reason is not None:
-                events += parser.finish()
-            for event in events:
-                turn.add(event)
-            output.turn = turn
-
-
-class Conversations:
-    """Writes conversations in the dialect of a model."""
-
-    def __init__(self, tokenizer: Tokenizer, defaults: SamplingParams) -> None:
-        """``defaults`` are the sampling parameters where none are given."""
-        self._tokenizer = tokenizer
-        self._defaults = defaults
-
-    @cached_property
-    def dialect(self) -> Dialect:
-        """How the model writes thoughts and calls."""
-        return dialect_of(self._tokenizer)
-
-    def make(
+    def __init__(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        params: SamplingParams | None,
-        given: Mapping[str, Any],
-    ) -> Conversation:
-        """``given``: fields of ``ChatOptions``, and what else the template takes."""
-        options, variables = split_options(given)
-        dialect = self.dialect
-        prompt = self._tokenizer.apply_chat_template(
-            dialect.messages(messages),
-            tools=dialect.tools(options),
-            **{**dialect.variables(options), **variables},
+        dialect: Dialect,
+        tokenizer: Tokenizer,
+        options: ChatOptions,
+        params: SamplingParams,
+    ) -> None:
+        """``options`` and ``params`` are what was asked for."""
+        self._dialect = dialect
+        self._tokenizer = tokenizer
+        self._options = options
+        self._params = params
+        self._turns: dict[int, Turn] = {}
+
+    def __getitem__(self, index: int) -> Turn:
+        """The turn of a completion that has begun."""
+        return self._turns[index]
+
+    def take(self, output: RequestOutput, completion: CompletionOutput) -> Part:
+        """Take what is new of a completion, one of those of ``output``."""
+        if completion.index not in self._turns:
+            self._turns[completion.index] = self._begin(output)
+        return self._turns[completion.index].take(completion)
+
+    def _begin(self, output: RequestOutput) -> Turn:
+        params = self._params
+        stream = self._tokenizer.text_stream(
+            skip_special_tokens=params.skip_special_tokens,
+            shown_special_tokens=[*params.shown_special_tokens, *self._dialect.special_tokens],
+            prompt=output.prompt_token_ids,
         )
-        params = params or self._defaults
-        params = replace(
-            params,
-            structured=dialect.structured(options, params.structured, prompt),
-            shown_special_tokens=[*params.shown_special_tokens, *dialect.special_tokens],
+        parser = self._dialect.parser(self._options, output.prompt or "")
+        return Turn(parser, TextOffsets(stream))
+
+
+class OutputTurns:
+    """Gives the outputs of a request their turns, for callers in Python."""
+
+    def __init__(self, turns: Turns, text: str, *, cumulative: bool) -> None:
+        """``text`` is that of the prompt. ``cumulative``: an output repeats what the one before it
+        has."""
+        self._turns = turns
+        self._text = text
+        self._cumulative = cumulative
+        # Of each completion, the characters, tokens and scores that were taken.
+        self._taken: dict[int, tuple[int, int, int]] = {}
+
+    def add(self, output: RequestOutput) -> list[Part]:
+        """Give each completion its turn so far, one object which grows, and the output the text of
+        its prompt; returns what is new of each."""
+        output.prompt = self._text
+        parts = []
+        for completion in output.outputs:
+            new = self._new(completion) if self._cumulative else completion
+            parts.append(self._turns.take(output, new))
+            completion.turn = self._turns[completion.index].whole
+        return parts
+
+    def _new(self, completion: CompletionOutput) -> CompletionOutput:
+        """What a completion adds to those before it."""
+        text, tokens, scores = completion.text, completion.token_ids, completion.logprobs
+        begin = self._taken.get(completion.index, (0, 0, 0))
+        self._taken[completion.index] = len(text), len(tokens), len(scores or ())
+        return replace(
+            completion,
+            text=text[begin[0] :],
+            token_ids=tokens[begin[1] :],
+            logprobs=None if scores is None else scores[begin[2] :],
         )
-        return Conversation(prompt, params, dialect, options)
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    """The same with fewer events: neighbours of a kind are one."""
+    joined: list[Event] = []
+    for event in events:
+        match joined[-1] if joined else None, event:
+            case (ContentText(before), ContentText(text)):
+                joined[-1] = ContentText(before + text)
+            case (ReasoningText(before), ReasoningText(text)):
+                joined[-1] = ReasoningText(before + text)
+            case (CallArguments(of, before), CallArguments(index, text)) if of == index:
+                joined[-1] = CallArguments(index, before + text)
+            case _:
+                joined.append(event)
+    return joined

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict
 
 from slipstream.builder.contract import STATES, states
 from slipstream.errors import (
@@ -22,8 +22,9 @@ from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState, sequences_of
-from slipstream.runtime.engine.scheduler import Scheduler, SchedulerStats
+from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -101,10 +102,10 @@ class EngineLoop:
         return bool(self._changed or self._flight or self.scheduler.has_work)
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """A snapshot of the scheduler, and all steps; may be read from any thread."""
-        steps = self._steps
-        return replace(self.scheduler.stats, step_tokens=steps.tokens, step_seconds=steps.seconds)
+        steps, scheduled = self._steps, asdict(self.scheduler.stats)
+        return EngineStats(**scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds)
 
     @property
     def forked(self) -> str | None:

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import sys
-from bisect import insort
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.admission import Admission
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
-from slipstream.runtime.engine.histogram import Histogram
-from slipstream.runtime.engine.kv_cache import Allocation, Move
+from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import StepPlan
-from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
-from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
+from slipstream.runtime.engine.stats import SchedulerStats
 
-_ORDER = attrgetter("order")
 _LEFT = attrgetter("num_left")
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
-
-
-def _length(sequence: Sequence) -> int:
-    return len(sequence.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Gauges of now and counters since the start; prefix counters are in tokens.
-
-    Of those that wait, ``num_deferred`` leave the last rows to others; the rest lacks room.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-    num_deferred: int = 0
-    num_pages: int = 0
-    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
-    step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
 
 
 class Scheduler:
@@ -72,16 +45,15 @@ class Scheduler:
         window); the device guesses up to ``draft_tokens`` tokens a sequence and step. A step scores
         ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
-        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._admission = Admission(config, self.kv, self.running)
+        self.waiting = self._admission.waiting
         self._config = config
         self._draft_tokens = draft_tokens
         chunked, beside = config.enable_chunked_prefill, config.max_prefill_tokens
         self._max_scored = max_scored if chunked else sys.maxsize
         self._max_beside = beside if chunked and beside else sys.maxsize
-        self._reserve_all = config.scheduler_policy == "guaranteed_no_evict"
-        self._rows = list(range(config.max_batch_size - 1, -1, -1))
-        self._prefix_queries = self._prefix_hits = self._preemptions = 0
+        self._preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -95,16 +67,12 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             kv_cache_usage=self.kv.usage,
-            prefix_cache_queries=self._prefix_queries,
-            prefix_cache_hits=self._prefix_hits,
+            prefix_cache_queries=self._admission.prefix_queries,
+            prefix_cache_hits=self._admission.prefix_hits,
             num_preemptions=self._preemptions,
-            num_deferred=sum(each.index > 0 for each in self.waiting[:]) if self._defers else 0,
+            num_deferred=self._admission.num_deferred,
             num_pages=self.kv.num_pages,
         )
-
-    @property
-    def _defers(self) -> bool:
-        return 0 < len(self._rows) <= self._config.max_batch_size // 8
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
         """``max_tokens`` clamped to the room after the prompt, all of it for None; 1 if
@@ -137,7 +105,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose ``max_tokens`` has been clamped."""
-        insort(self.waiting, sequence, key=_ORDER)
+        self._admission.add(sequence)
 
     def schedule(self) -> StepPlan:
         """Plan the next step; an empty plan means that there is nothing to compute, or nothing
@@ -262,7 +230,7 @@ class Scheduler:
         return budget - left
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert not self._reserve_all and self.running, "pages promised at admission are missing"
+        assert self._admission.evicts and self.running, "pages promised at admission are missing"
         self._release(sequence)
         sequence.status = Status.WAITING
         self._preemptions += 1
@@ -272,21 +240,21 @@ class Scheduler:
         assert sequence.allocation is not None
         self.kv.release(sequence.allocation, spoiled=spoiled)
         sequence.allocation = None
-        self._rows.append(sequence.row)
+        self._admission.rows.append(sequence.row)
 
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:
         """Give the first prompt most of a budget, the shortest of the others up to a quarter of
         it, and what is left to the rest in their order."""
         if prefills:
             first, *others = prefills
-            short = min(others, key=_LEFT) if others else self._passing(first)
-            need = 0 if short is None else short.num_left if others else _length(short)
+            short = min(others, key=_LEFT) if others else self._admission.passing(first)
+            need = 0 if short is None else short.num_left if others else len(short.tokens)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
             for sequence in sorted(others, key=lambda each: each is not short):
                 budget -= self._compute(plan, sequence, budget)
-        while budget and (new := self._next()) is not None:
+        while budget and (new := self._admission.next()) is not None:
             count = self._admit_one(plan, new, budget)
             if not count:
                 return
@@ -299,50 +267,16 @@ class Scheduler:
             plan.add(sequence, count)
         return count
 
-    def _passing(self, first: Sequence) -> Sequence | None:
-        """The shortest that waits, if there is room for it beside the only running prefill and the
-        first that waits, and it is shorter and wants nothing that the prefill is about to share."""
-        waiting = self.waiting if self._rows else ()
-        short = min((s for s in waiting if not s.index), key=_length, default=None)
-        if short is None or short.pending or _length(short) >= first.num_left:
-            return None
-        head, size = self.waiting[0], self.kv.page_size
-        if short is not head:
-            pages = self.kv.pages_for(_length(head)) + self.kv.pages_for(_length(short))
-            exact = self._reserve_all or self.kv.windows  # where pages are not all it needs
-            if exact or len(self._rows) < 2 or pages > self.kv.num_available:
-                return None
-        prefix = self._match(short)
-        next_page = slice(size * prefix.depth, size * (prefix.depth + 1))
-        wanted, made = ((self._namespace(s), s.tokens[next_page]) for s in (short, first))
-        shares = len(wanted[1]) == size and wanted == made
-        return short if self._fits(short, prefix) and not shares else None
-
     def _admit_one(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Begin a sequence, if there is room for it, and return how many tokens are computed."""
-        # Of one that was preempted the host must know the tokens to compute them again.
-        if sequence.pending or not (self._rows and self.kv.num_available):
-            return 0
-        prefix = self._match(sequence)
-        copied = self._num_copied(sequence, prefix)
-        count = len(sequence.tokens) - prefix.depth * self.kv.page_size - copied
         room = self._room(plan, sequence, budget)
-        enough = count <= room or (room and self._config.enable_chunked_prefill)
-        if not (enough and self._fits(sequence, prefix)):
+        moves = self._admission.admit(sequence, room)
+        if moves is None:
             return 0
-        self.waiting.remove(sequence)
-        self._start(sequence, prefix)
-        plan.moves += self._fork(sequence, copied)
-        plan.add(sequence, count := min(count, room))
+        plan.moves += moves
+        plan.add(sequence, count := min(room, sequence.num_left))
         plan.admitted.append(sequence)
         return count
-
-    def _next(self) -> Sequence | None:
-        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
-        to other requests, which would else wait until they have ended."""
-        if len(self._rows) > self._config.max_batch_size // 8:
-            return self.waiting[0] if self.waiting else None
-        return next((each for each in self.waiting if each.index == 0), None)
 
     def _room(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """How many tokens of a sequence a step may still take within its budget: fewer where every
@@ -355,61 +289,3 @@ class Scheduler:
             if other.scores_prompt
         )
         return min(budget, max(0, self._max_scored - scored))
-
-    def _match(self, sequence: Sequence) -> Node:
-        if sequence.skips_none:
-            return self.kv.no_match()
-        return self.kv.match(sequence.tokens, self._namespace(sequence))
-
-    def _namespace(self, sequence: Sequence) -> Namespace:
-        """With whom a sequence shares pages: at least with its siblings, by their arrival."""
-        if self._config.enable_prefix_caching or sequence.request.params.n == 1:
-            return sequence.request.cache_namespace
-        return sequence.order[1]
-
-    def _num_copied(self, sequence: Sequence, prefix: Node) -> int:
-        """How many tokens after ``prefix`` can be had by copying the leader's last page of the
-        prompt; the prompt's last token is computed again, for its logits."""
-        leader, size = sequence.leader, self.kv.page_size
-        if leader is None or leader.allocation is None:
-            return 0
-        shared, rest = divmod(sequence.prompt_len, size)
-        ready = leader.num_computed >= sequence.prompt_len and prefix.depth == shared
-        return max(0, rest - 1) if ready and self.kv.holds(leader.allocation, shared) else 0
-
-    def _fork(self, sequence: Sequence, copied: int) -> list[Move]:
-        """The moves that give a new sequence ``copied`` tokens of its leader."""
-        leader, sequence.leader = sequence.leader, None
-        if not copied:
-            return []
-        assert leader is not None and leader.allocation is not None and sequence.allocation
-        sequence.num_scheduled += copied
-        sequence.num_computed += copied
-        index = sequence.allocation.prefix.depth
-        return self.kv.copy_page(leader.allocation, sequence.allocation, index)
-
-    def _fits(self, sequence: Sequence, prefix: Node) -> bool:
-        if not self._reserve_all:
-            tokens = len(sequence.tokens)
-            cost = self.kv.cost(prefix, self.kv.pages_for(tokens))
-            return cost <= self.kv.num_available and self.kv.windows_fit(prefix, tokens)
-        others = [(s.allocation, s.max_cached_tokens) for s in self.running if s.allocation]
-        promised = sum(self.kv.pages_for(end) - len(held.pages) for held, end in others)
-        own = sequence.max_cached_tokens
-        cost = self.kv.cost(prefix, self.kv.pages_for(own))
-        return cost + promised <= self.kv.num_available and self.kv.windows_fit_all(
-            [own, *(end for _, end in others)]
-        )
-
-    def _start(self, sequence: Sequence, prefix: Node) -> None:
-        tokens = len(sequence.tokens)
-        sequence.allocation = self.kv.allocate(prefix, tokens, self._namespace(sequence))
-        sequence.num_prefill = tokens
-        sequence.num_scheduled = sequence.num_computed = prefix.depth * self.kv.page_size
-        sequence.row = self._rows.pop()
-        sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=_ORDER)
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
-            self._prefix_queries += tokens
-            self._prefix_hits += sequence.num_cached

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, ToolChoice
 from slipstream.server.anthropic.protocol import (
     Block,
@@ -21,7 +22,6 @@ from slipstream.server.anthropic.protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from slipstream.server.core.conversation import Conversation
 
 # Claude Code's note to Anthropic's billing, in a block of its own: it changes with every request,
 # and the model's prefix with it.

@@ -18,10 +18,10 @@ from slipstream.runtime.chat.events import (
     Event,
     ReasoningText,
 )
+from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.server.anthropic.errors import error_body
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.turns import Turns
 from slipstream.server.core.usage import Usage
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

@@ -5,38 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from slipstream.errors import SlipstreamError
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.chat.events import (
-    AssistantTurn,
-    ContentText,
-    Event,
-    OutputParser,
-    ReasoningText,
-)
+from slipstream.runtime.chat.composer import Composed, Composer
+from slipstream.runtime.chat.conversation import Conversation as Written
+from slipstream.runtime.chat.events import AssistantTurn, ContentText, Event, ReasoningText
 from slipstream.runtime.chat.options import ChatOptions
-from slipstream.runtime.chat.turns import Conversation as Written
-from slipstream.runtime.chat.turns import Conversations
-from slipstream.runtime.request import CompletionOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.chat.commands import run_command
 from slipstream.server.chat.conversation import Conversation, Message
 from slipstream.server.chat.terminal import Terminal
 from slipstream.server.core.usage import Usage
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A conversation as the model reads it."""
-
-    tokens: list[int]
-    written: Written
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class ChatSession:
@@ -67,7 +49,7 @@ class ChatSession:
         self.ended = False
         self._llm = llm
         self._terminal = terminal
-        self._conversations = Conversations(llm.tokenizer, params)
+        self._composer = Composer(llm.tokenizer)
 
     def run(self) -> None:
         """Chat until the user leaves."""
@@ -115,7 +97,7 @@ class ChatSession:
         if turn.calls:
             self._terminal.notice("your next message is what the function returns")
 
-    def _prompt(self) -> _Prompt:
+    def _prompt(self) -> Composed:
         """The conversation, with room left for an answer."""
         quarter = self.max_seq_len // 4
         room = min(self.params.max_tokens or quarter, quarter)
@@ -127,21 +109,17 @@ class ChatSession:
             )
         return prompt
 
-    def _encode(self, messages: Sequence[Message]) -> _Prompt:
-        options = {field: getattr(self.options, field) for field in ChatOptions.__slots__}
-        written = self._conversations.make(messages, self.params, options)
-        tokens = self._llm.tokenizer.encode(written.prompt, add_special_tokens=False)
-        return _Prompt(tokens, written)
+    def _encode(self, messages: Sequence[Message]) -> Composed:
+        return self._composer.compose(Written(messages, options=self.options), self.params)
 
-    async def _stream(self, prompt: _Prompt, turn: AssistantTurn) -> None:
-        usage, written = Usage(), prompt.written
-        parser = written.dialect.parser(written.options, written.prompt)
-        outputs = self._llm.generate(prompt.tokens, written.params, output_kind="delta")
+    async def _stream(self, prompt: Composed, turn: AssistantTurn) -> None:
+        usage, turns = Usage(), prompt.output_turns("delta")
+        outputs = self._llm.generate(prompt.tokens, prompt.params, output_kind="delta")
         async with aclosing(outputs):
             async for output in outputs:
                 usage.add(output)
                 self.usage = usage
-                for event in _events(parser, output.outputs[0]):
+                for event in turns.add(output)[0].events:
                     turn.add(event)
                     self._show(event)
 
@@ -151,8 +129,3 @@ class ChatSession:
                 self._terminal.think(text)
             case ContentText(text):
                 self._terminal.write(text)
-
-
-def _events(parser: OutputParser, completion: CompletionOutput) -> list[Event]:
-    events = parser.push(completion.text)
-    return events if completion.finish_reason is None else events + parser.finish()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.options import Tool
 from slipstream.runtime.sampling.params import SamplingParams
 
@@ -32,6 +33,10 @@ MAX_NAME = 128
 # Of a schema, a grammar or an expression that an answer is held to.
 MAX_FORM_LENGTH = 1 << 18
 MAX_FORM_DEPTH = 64
+# What a template is given as fields of a request.
+_RESERVED = frozenset(
+    {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+)
 _TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_NAME}}}")
 
 _MOST: Mapping[str, int] = {
@@ -85,9 +90,19 @@ def check_limits(params: SamplingParams) -> None:
             )
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
-    """Raise ``InvalidRequestError`` for too many or too large tools, and for names that a model
-    could not be shown as they are."""
+def check_conversation(conversation: Conversation) -> None:
+    """Raise ``InvalidRequestError`` for variables of the template that are fields of a request, and
+    for tools that are too many, too large or badly named."""
+    reserved = sorted(_RESERVED & conversation.variables.keys())
+    if reserved:
+        raise InvalidRequestError(
+            f"chat_template_kwargs holds {', '.join(reserved)}; use the field of the request",
+            param="chat_template_kwargs",
+        )
+    _check_tools(conversation.options.tools)
+
+
+def _check_tools(tools: Sequence[Tool]) -> None:
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(
             f"tools has {len(tools)} entries; this server takes {MAX_TOOLS}", param="tools"

@@ -22,7 +22,7 @@ from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from slipstream.runtime.config import RuntimeConfig
-    from slipstream.runtime.engine.scheduler import SchedulerStats
+    from slipstream.runtime.engine.stats import EngineStats
     from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 
 PREFIX = "slipstream:"
@@ -109,7 +109,7 @@ class Engine(Protocol):
     """Whose gauges are read."""
 
     @property
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the scheduler is doing and has done."""
         ...
 
@@ -133,7 +133,7 @@ class Engine(Protocol):
 class EngineState:
     """What was read of an engine."""
 
-    stats: SchedulerStats
+    stats: EngineStats
     config: RuntimeConfig
     unhealthy: str | None
     closed: str | None
@@ -229,7 +229,7 @@ class EngineMetrics(Tally, Collector):
             metric.add_metric([self._model_name, label][: len(labels)], value)
         return metric
 
-    def _values(self, stats: SchedulerStats) -> dict[str, Mapping[str, float]]:
+    def _values(self, stats: EngineStats) -> dict[str, Mapping[str, float]]:
         """Values of gauges and counters by label; the label is of no meaning for most."""
         engine = self._engine
         single = {

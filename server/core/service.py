@@ -13,22 +13,23 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.runtime.chat.composer import Composer
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.dialect import Dialect
+from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.length import check_length
-from slipstream.server.core.conversation import Conversation, render
-from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES
+from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES, check_conversation
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.refusal import Refusal, naming
-from slipstream.server.core.turns import Turns
 
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
@@ -181,18 +182,18 @@ class Service:
         if isinstance(prompt, str):
             check_length(tokenizer, [prompt], max_seq_len)
             return await self._encoded(prompt, add_special_tokens is not False)
-        text = await self._rendered(prompt)
         with naming({"prompt": "messages"}):
+            text = await self.llm.render(self._composer.render, prompt)
             return await self._encoded(text, bool(add_special_tokens))
 
     def turns(self, conversation: Conversation, params: SamplingParams) -> Turns:
         """Where the outputs of a conversation, asked for with ``params``, become turns."""
-        return Turns(self.dialect, self.llm.tokenizer, conversation, params)
+        return self._composer.turns(conversation, params)
 
-    async def _rendered(self, conversation: Conversation) -> str:
+    @property
+    def _composer(self) -> Composer:
         tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
-        with naming({"prompt": "messages"}):
-            return await self.llm.render(render, tokenizer, self.dialect, conversation, max_seq_len)
+        return Composer(tokenizer, self.dialect, max_seq_len, check_conversation)
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         encode = self.llm.tokenizer.encode
@@ -208,16 +209,10 @@ class Service:
 
     async def _prepare_turn(self, job: Job, conversation: Conversation) -> _Prepared:
         """A conversation as its dialect writes it, held to the form that this takes."""
-        text = await self._rendered(conversation)
-        tokens = await self._encoded(text, bool(job.add_special_tokens))
-        options, wanted = conversation.options, job.params.structured
-        structured = await self.llm.workers.run(
-            len(text), self.dialect.structured, options, wanted, text
-        )
-        params = replace(
-            job.params, structured=structured, shown_special_tokens=self.dialect.special_tokens
-        )
-        return _Prepared(tokens, params, text)
+        special = bool(job.add_special_tokens)
+        with naming({"prompt": "messages"}):
+            made = await self.llm.compose(self._composer, conversation, job.params, special)
+        return _Prepared(made.tokens, made.params, made.text)
 
     def _generate(
         self, job: Job, prepared: _Prepared, track: _Track

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.dialect import Dialect
 from slipstream.runtime.chat.options import ChatOptions, Tool
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.dump import dump
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.ollama.protocol import (

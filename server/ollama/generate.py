@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.request import OutputKind
 from slipstream.runtime.request_factory import Prompt
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.http.respond import respond, service_of
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.service import Job, Service

@@ -15,13 +15,13 @@ from slipstream.runtime.chat.events import (
     ReasoningText,
     ToolCall,
 )
+from slipstream.runtime.chat.turns import Part, Turns
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import StreamForm
 from slipstream.server.core.logprobs import TokenTexts, finite
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.turns import Part, Turns
 from slipstream.server.core.usage import Usage
 from slipstream.server.ollama.errors import error_body
 

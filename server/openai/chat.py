@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -55,7 +55,7 @@ async def _answer(request: Request, body: ChatRequest, chats: Sequence[ChatReque
     return await respond(request, job_of(body, conversations, params, fields), reply)
 
 
-def _echoed(body: ChatRequest, last: Sequence[dict[str, object]]) -> str:
+def _echoed(body: ChatRequest, last: Sequence[Mapping[str, object]]) -> str:
     """What an answer begins with: the last message, if the assistant said that too."""
     said = body.echo and last and last[0]["role"] == "assistant"
     return str(last[0]["content"]) if said else ""

@@ -14,10 +14,10 @@ from slipstream.runtime.chat.events import (
     Event,
     ReasoningText,
 )
+from slipstream.runtime.chat.turns import Part, Turns
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.server.core.dump import dump
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.turns import Part, Turns
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from slipstream.server.openai.reply import GOES_ON, Frame, json_text, last_fields

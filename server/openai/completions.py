@@ -12,10 +12,10 @@ from fastapi.responses import Response
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.text.offsets import TextOffsets
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import respond, service_of
-from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.forms import form_field

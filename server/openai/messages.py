@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, ToolChoice
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.openai.protocol import (
     ChatMessage,
     ChatRequest,

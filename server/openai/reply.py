@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring as json_text
 from typing import Any, Self
 
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.request import OutputKind
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.error_object import error_body
 from slipstream.server.core.logprobs import TokenIds, TokenTexts

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slipstream.runtime.text.offsets import TextOffsets
 from slipstream.server.core.logprobs import TokenTexts
-from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.openai.logprobs import Scores, completion_logprobs
 
 

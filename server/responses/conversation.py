@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
 from slipstream.runtime.chat.options import ToolChoice as Choice
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.refusal import naming
 from slipstream.server.core.sampling import FIELDS, sampling_params
 from slipstream.server.responses.protocol import (

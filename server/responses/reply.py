@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slipstream.runtime.chat.events import AssistantTurn
+from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.request import RequestOutput
 from slipstream.server.core.dump import dump
 from slipstream.server.core.refusal import Kind, Refusal
-from slipstream.server.core.turns import Turns
 from slipstream.server.core.usage import Usage
 from slipstream.server.responses.output import Fields, Output, Status
 

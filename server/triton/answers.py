@@ -16,9 +16,9 @@ from slipstream.runtime.chat.events import (
     Event,
     ReasoningText,
 )
+from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.request import CompletionOutput, RequestOutput
 from slipstream.server.core.logprobs import TokenTexts, by_token_id
-from slipstream.server.core.turns import Turns
 from slipstream.server.triton.parameters import Query
 
 Outputs = Mapping[str, NDArray[Any]]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, ToolChoice
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.triton.interface import MESSAGES
 
 _MOST_BYTES = 4 << 20  # what a request over HTTP may have, too

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.limits import MAX_TEXTS
 from slipstream.server.core.sampling import DEFAULT_COMPLETION_TOKENS, FIELDS, sampling_params
 from slipstream.server.triton.chat import conversation_of

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from typing import Protocol
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.request import OutputKind
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Job, Service
 from slipstream.server.core.service import Metrics as ServiceMetrics

@@ -1,58 +1,111 @@
-"""Conversations of the Python API."""
+"""Completions as turns: streamed in whatever pieces, they come to what they are as a whole."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import pytest
-from tests.runtime.chat.families import BY_NAME
+from tests.server.openai.marked import MarkedParser
+from tests.server.small_tokenizers import byte_level
 
-from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, split_options
-from slipstream.runtime.chat.turns import Conversations
-from slipstream.runtime.llm import LLM
-from slipstream.runtime.request import CompletionOutput, FinishReason, OutputKind
+from slipstream.runtime.chat.turns import Turn
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.request import CompletionOutput, FinishReason
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.testing import counting_engine
-
-FAMILY = BY_NAME["deepseek-3.1"]
-SHAPE = {"type": "function", "function": {"name": "now", "description": "T", "strict": True}}
-
-
-def test_options_are_told_from_variables() -> None:
-    given = {"tools": [SHAPE, Tool("f")], "tool_choice": "now", "x": 1, "thinking": None}
-    options, rest = split_options(given)
-    assert options == ChatOptions([Tool("now", "T", strict=True), Tool("f")], NamedTool("now"))
-    assert rest == {"x": 1}
-    for bad in ("f", {"function": 3}, {"type": "function"}):
-        with pytest.raises(InvalidRequestError, match="a tool is"):
-            split_options({"tools": [bad]})
+from slipstream.runtime.testing import counting_tokenizer
+from slipstream.runtime.text.detokenizer import Detokenizer
+from slipstream.runtime.text.offsets import TextOffsets
 
 
-@pytest.mark.parametrize("kind", ["delta", "cumulative"])
-def test_turns_grow_with_the_outputs(kind: OutputKind) -> None:
-    made = Conversations(FAMILY.tokenizer, SamplingParams())
-    messages = [{"role": "user", "content": "Hi"}]
-    conversation = made.make(messages, None, {"tools": [SHAPE], "thinking": True})
-    assert conversation.prompt.endswith("<think>")
-    assert conversation.params.structured is not None  # one tool is strict
-    assert set(FAMILY.dialect.special_tokens) <= {*conversation.params.shown_special_tokens}
-    text, turns = f"hm</think>Yes{FAMILY.calls(FAMILY.second)}", conversation.turns(kind)
-    for end in range(1, len(text) + 1):
-        shown = text[end - 1 : end] if kind == "delta" else text[:end]
-        finished: FinishReason | None = "stop" if end == len(text) else None
-        output = CompletionOutput(0, shown, [], finish_reason=finished)
-        turns.add([output])
-    assert output.turn is not None
-    output.turn.calls[0].call_id = ""
-    assert output.turn == AssistantTurn("hm", "Yes", [ToolCall("", "now", "{}")])
+@dataclass
+class Told:
+    """What a turn came to."""
+
+    turn: AssistantTurn = field(default_factory=AssistantTurn)
+    tokens: list[int] = field(default_factory=list)
+    reasoning: int = 0
+    reason: str | None = None
 
 
-def test_chat_gives_turns() -> None:
-    with LLM.from_engine(counting_engine()) as llm:
-        (output,) = llm.chat([{"role": "user", "content": "a"}], SamplingParams(temperature=0))
-        completion = output.outputs[0]
-        assert completion.turn == AssistantTurn(content=completion.text)
-        with pytest.raises(InvalidRequestError, match="knows no tools"):
-            llm.chat([{"role": "user", "content": "a"}], tools=[SHAPE])
-        with pytest.raises(InvalidRequestError, match="expected a dict"):
-            llm.chat([[5]])  # type: ignore[arg-type]
+def outputs(
+    tokens: Sequence[int], sizes: Sequence[int], params: SamplingParams
+) -> list[CompletionOutput]:
+    """The outputs of kind ``delta`` for tokens that come so many at a time."""
+    detokenizer, made, at = Detokenizer(counting_tokenizer(), params), [], 0
+    for size in sizes:
+        new, at = list(tokens[at : at + size]), at + size
+        text = detokenizer.append(new)
+        last = at >= len(tokens) or detokenizer.stopped
+        reason: FinishReason | None = "stop" if last else None
+        text += detokenizer.finish() if last else ""
+        scores = [TokenLogprobs(token, -1.0, 1, {}) for token in new]
+        made.append(CompletionOutput(0, text, new, None, scores, reason))
+        if last:
+            return made
+    raise AssertionError("too few pieces")
+
+
+def told(completions: Sequence[CompletionOutput]) -> Told:
+    stream = counting_tokenizer().text_stream(skip_special_tokens=True)
+    turn, result = Turn(MarkedParser(), TextOffsets(stream)), Told()
+    for completion in completions:
+        part = turn.take(completion)
+        for event in part.events:
+            result.turn.add(event)
+        result.tokens += [entry.token_id for entry in part.logprobs]
+        result.reasoning += part.reasoning_tokens
+    assert result.turn == turn.whole
+    result.reason = turn.finish_reason
+    return result
+
+
+def text_tokens(text: str) -> list[int]:
+    return counting_tokenizer().encode(text, add_special_tokens=False)
+
+
+def test_a_turn_is_told_apart() -> None:
+    tokens = text_tokens("Ahm mB so sayC get:qD well")
+    result = told(outputs(tokens, [len(tokens)], SamplingParams()))
+    assert result.turn == AssistantTurn("hm m", " so say well", [ToolCall("call_0", " get", "q")])
+    assert result.reason == "tool_calls"
+    assert result.reasoning == len("hm m")
+    said = counting_tokenizer().decode(result.tokens)
+    assert said == " so say well"  # neither marks nor calls
+
+
+@pytest.mark.parametrize("stop", [(), ("well",), ("ay", "a:b"), ("B so",)])
+def test_pieces_of_any_size_come_to_the_same(stop: tuple[str, ...]) -> None:
+    random.seed(13)
+    params = SamplingParams(stop=stop)
+    for _ in range(150):
+        text = "".join(random.choice(["A", "B", "C", "D", " ", "a", "say", ":", "well", " so"])
+                       for _ in range(random.randrange(1, 25)))  # fmt: skip
+        tokens = text_tokens(text)
+        whole = outputs(tokens, [1] * len(tokens), params)
+        size = sum(len(c.token_ids) for c in whole)
+        once = CompletionOutput(
+            0, "".join(c.text for c in whole), tokens[:size], None,
+            [score for c in whole for score in c.logprobs or ()], "stop")  # fmt: skip
+        sizes = [random.randrange(1, 6) for _ in tokens]
+        streamed = told(whole)
+        assert streamed == told([once])
+        if not stop:  # more than the stop string may have come with it
+            assert streamed == told(outputs(tokens, sizes, params))
+
+
+def test_parts_of_a_character_are_said_with_it() -> None:
+    tokenizer = byte_level()
+    tokens = [0, 2, 3, 0]
+    stream = tokenizer.text_stream(skip_special_tokens=True)
+    detokenizer, turn = Detokenizer(tokenizer, SamplingParams()), None
+    turn = Turn(MarkedParser(), TextOffsets(stream))
+    counts = []
+    for index, token in enumerate(tokens):
+        text, reason = detokenizer.append([token]), "stop" if index == 3 else None
+        score = [TokenLogprobs(token, -1.0, 1, {})]
+        part = turn.take(CompletionOutput(0, text, [token], None, score, reason))  # type: ignore[arg-type]
+        counts.append(len(part.logprobs))
+    assert counts == [1, 0, 2, 1]

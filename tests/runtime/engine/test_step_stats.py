@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.request import Request
@@ -48,7 +48,7 @@ def test_every_step_of_a_loop_is_counted_once(runs_ahead: bool) -> None:
 def test_siblings_that_leave_room_to_others_are_deferred() -> None:
     loop = EngineLoop(counting_engine(64, max_batch_size=8))
 
-    def stats(n: int, name: str) -> SchedulerStats:
+    def stats(n: int, name: str) -> EngineStats:
         params = SamplingParams(n=n, temperature=0, max_tokens=20, ignore_eos=True)
         loop.add_request(Request(name, [0, 1, 2], params))
         for _ in range(4):

@@ -11,7 +11,7 @@ CALL = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": "ü"}}
 
 
 def converted(**body: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON
-    return list(conversation_of(CountRequest.model_validate(body)).messages)
+    return list(map(dict, conversation_of(CountRequest.model_validate(body)).messages))
 
 
 def text(words: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.server.openai.marked import MarkedDialect
 
-from slipstream.runtime.chat import turns
+from slipstream.runtime.chat import composer
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.cli import slipstream
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line: str, message: str) -> 
 def marked(monkeypatch: pytest.MonkeyPatch) -> MarkedDialect:
     """The dialect of the counting model: thoughts after ";", an answer after "?"."""
     dialect = MarkedDialect(";?xyz")
-    monkeypatch.setattr(turns, "dialect_of", lambda tokenizer: dialect)
+    monkeypatch.setattr(composer, "dialect_of", lambda tokenizer: dialect)
     return dialect
 
 

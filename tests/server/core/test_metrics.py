@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.histogram import Histogram
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
+from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.server.core.metrics import (
     FAMILIES,
@@ -21,7 +22,7 @@ from slipstream.server.core.metrics import (
 )
 
 CONFIG = RuntimeConfig()
-STATS = SchedulerStats(
+STATS = EngineStats(
     num_running=3,
     num_waiting=2,
     kv_cache_usage=0.25,
@@ -30,6 +31,8 @@ STATS = SchedulerStats(
     num_preemptions=1,
     num_deferred=1,
     num_pages=24,
+    step_tokens=Histogram(STEP_TOKENS),
+    step_seconds=Histogram(STEP_SECONDS),
 )
 
 
@@ -37,7 +40,7 @@ STATS = SchedulerStats(
 class Engine:
     """What metrics read of an engine."""
 
-    stats: SchedulerStats = STATS
+    stats: EngineStats = STATS
     config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None

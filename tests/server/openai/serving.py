@@ -15,7 +15,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.anthropic.api import ANTHROPIC
@@ -52,7 +52,7 @@ class Running:
         """A request as it is."""
         return httpx.post(self.url + path, json=body, timeout=60, **options)
 
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """What the engine does now."""
         return self.llm.stats
 

@@ -14,11 +14,11 @@ from tests.server.small_tokenizers import byte_level, sentencepiece_like
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.detokenizer import Detokenizer
+from slipstream.runtime.text.offsets import TextOffsets
 from slipstream.runtime.text.stream import byte_level_alphabet
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.runtime.text.tokenizer_settings import TokenizerSettings
 from slipstream.server.core.logprobs import TokenTexts
-from slipstream.server.core.offsets import TextOffsets
 from slipstream.server.openai.scored_tokens import ScoredTokens
 
 

@@ -12,11 +12,11 @@ from tests.server.openai.marked import MarkedDialect
 from tests.server.triton.test_serving import Bench, Client
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine, counting_tokenizer
-from slipstream.server.core.conversation import Conversation
 from slipstream.server.triton.parameters import Query, read_query
 
 DEFAULTS = SamplingParams(temperature=0)

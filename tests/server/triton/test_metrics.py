@@ -12,17 +12,23 @@ from typing import Any
 import pytest
 
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.scheduler import SchedulerStats
+from slipstream.runtime.engine.histogram import Histogram
+from slipstream.runtime.engine.stats import EngineStats
+from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 
 CONFIG = RuntimeConfig()
-BUSY = SchedulerStats(
+BUSY = EngineStats(
     num_running=1,
     num_waiting=2,
     kv_cache_usage=0.5,
     prefix_cache_queries=7,
     prefix_cache_hits=3,
     num_preemptions=0,
+    num_deferred=0,
+    num_pages=24,
+    step_tokens=Histogram(STEP_TOKENS),
+    step_seconds=Histogram(STEP_SECONDS),
 )
 IDLE = replace(BUSY, num_running=0, num_waiting=0, kv_cache_usage=0.0, prefix_cache_queries=0)
 ARGS = {"model_name": "m", "model_version": "1", "model_instance_name": "m_0_0"}
@@ -32,7 +38,7 @@ ARGS = {"model_name": "m", "model_version": "1", "model_instance_name": "m_0_0"}
 class Engine:
     """What metrics read of an engine."""
 
-    stats: SchedulerStats = BUSY
+    stats: EngineStats = BUSY
     config: RuntimeConfig = CONFIG
     unhealthy: str | None = None
     closed: str | None = None

@@ -10,7 +10,7 @@ from itertools import chain, repeat
 from slipstream.runtime.chat.events import ContentText, Event, ReasoningText
 from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput
-from slipstream.server.core.offsets import TextOffsets
+from slipstream.runtime.text.offsets import TextOffsets
 
 # Where a token begins in the text, and its score.
 _Token = tuple[int, TokenLogprobs | None]

@@ -1,0 +1,149 @@
+"""Who waits, who of them is to run next, and whether there is room."""
+
+from __future__ import annotations
+
+from bisect import insort
+from operator import attrgetter
+
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.kv_cache import KVCacheManager, Move
+from slipstream.runtime.engine.radix_tree import Namespace, Node
+from slipstream.runtime.engine.sequence import Sequence, Status
+
+_ORDER = attrgetter("order")
+
+
+def _length(sequence: Sequence) -> int:
+    return len(sequence.tokens)
+
+
+class Admission:
+    """The sequences that wait, and the way from there to those that run: a row of the page tables
+    and pages, as many of them as the prefix cache has not.
+
+    ``rows`` are free; whoever ends a sequence gives its row back.
+    """
+
+    def __init__(self, config: RuntimeConfig, kv: KVCacheManager, running: list[Sequence]) -> None:
+        """``running`` is the scheduler's, in order; what is admitted goes there."""
+        self.waiting: list[Sequence] = []
+        self.rows = list(range(config.max_batch_size - 1, -1, -1))
+        self.prefix_queries = self.prefix_hits = 0  # in tokens
+        self.evicts = config.scheduler_policy != "guaranteed_no_evict"
+        self._running = running
+        self._kv = kv
+        self._chunked = config.enable_chunked_prefill
+        self._caches_prefixes = config.enable_prefix_caching
+        self._last_rows = config.max_batch_size // 8
+
+    @property
+    def num_deferred(self) -> int:
+        """How many wait because they leave the last rows to others; may be read from another
+        thread."""
+        if not 0 < len(self.rows) <= self._last_rows:
+            return 0
+        return sum(each.index > 0 for each in self.waiting[:])
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait in its order."""
+        insort(self.waiting, sequence, key=_ORDER)
+
+    def next(self) -> Sequence | None:
+        """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
+        to other requests, which would else wait until they have ended."""
+        if len(self.rows) > self._last_rows:
+            return self.waiting[0] if self.waiting else None
+        return next((each for each in self.waiting if each.index == 0), None)
+
+    def passing(self, first: Sequence) -> Sequence | None:
+        """The shortest that waits, if there is room for it beside the only running prefill and the
+        first that waits, and it is shorter and wants nothing that the prefill is about to share."""
+        waiting = self.waiting if self.rows else ()
+        short = min((s for s in waiting if not s.index), key=_length, default=None)
+        if short is None or short.pending or _length(short) >= first.num_left:
+            return None
+        head, size = self.waiting[0], self._kv.page_size
+        if short is not head:
+            pages = self._kv.pages_for(_length(head)) + self._kv.pages_for(_length(short))
+            exact = not self.evicts or self._kv.windows  # where pages are not all it needs
+            if exact or len(self.rows) < 2 or pages > self._kv.num_available:
+                return None
+        prefix = self._match(short)
+        next_page = slice(size * prefix.depth, size * (prefix.depth + 1))
+        wanted, made = ((self._namespace(s), s.tokens[next_page]) for s in (short, first))
+        shares = len(wanted[1]) == size and wanted == made
+        return short if self._fits(short, prefix) and not shares else None
+
+    def admit(self, sequence: Sequence, room: int) -> list[Move] | None:
+        """Begin a sequence of which a step may compute ``room`` tokens, and return the moves that
+        are made before that; None if it must wait."""
+        # Of one that was preempted the host must know the tokens to compute them again.
+        if sequence.pending or not (self.rows and self._kv.num_available):
+            return None
+        prefix = self._match(sequence)
+        copied = self._num_copied(sequence, prefix)
+        count = len(sequence.tokens) - prefix.depth * self._kv.page_size - copied
+        enough = count <= room or (room and self._chunked)
+        if not (enough and self._fits(sequence, prefix)):
+            return None
+        self.waiting.remove(sequence)
+        self._start(sequence, prefix)
+        return self._fork(sequence, copied)
+
+    def _match(self, sequence: Sequence) -> Node:
+        if sequence.skips_none:
+            return self._kv.no_match()
+        return self._kv.match(sequence.tokens, self._namespace(sequence))
+
+    def _namespace(self, sequence: Sequence) -> Namespace:
+        """With whom a sequence shares pages: at least with its siblings, by their arrival."""
+        if self._caches_prefixes or sequence.request.params.n == 1:
+            return sequence.request.cache_namespace
+        return sequence.order[1]
+
+    def _num_copied(self, sequence: Sequence, prefix: Node) -> int:
+        """How many tokens after ``prefix`` can be had by copying the leader's last page of the
+        prompt; the prompt's last token is computed again, for its logits."""
+        leader, size = sequence.leader, self._kv.page_size
+        if leader is None or leader.allocation is None:
+            return 0
+        shared, rest = divmod(sequence.prompt_len, size)
+        ready = leader.num_computed >= sequence.prompt_len and prefix.depth == shared
+        return max(0, rest - 1) if ready and self._kv.holds(leader.allocation, shared) else 0
+
+    def _fork(self, sequence: Sequence, copied: int) -> list[Move]:
+        """The moves that give a new sequence ``copied`` tokens of its leader."""
+        leader, sequence.leader = sequence.leader, None
+        if not copied:
+            return []
+        assert leader is not None and leader.allocation is not None and sequence.allocation
+        sequence.num_scheduled += copied
+        sequence.num_computed += copied
+        index = sequence.allocation.prefix.depth
+        return self._kv.copy_page(leader.allocation, sequence.allocation, index)
+
+    def _fits(self, sequence: Sequence, prefix: Node) -> bool:
+        if self.evicts:
+            tokens = len(sequence.tokens)
+            cost = self._kv.cost(prefix, self._kv.pages_for(tokens))
+            return cost <= self._kv.num_available and self._kv.windows_fit(prefix, tokens)
+        others = [(s.allocation, s.max_cached_tokens) for s in self._running if s.allocation]
+        promised = sum(self._kv.pages_for(end) - len(held.pages) for held, end in others)
+        own = sequence.max_cached_tokens
+        cost = self._kv.cost(prefix, self._kv.pages_for(own))
+        return cost + promised <= self._kv.num_available and self._kv.windows_fit_all(
+            [own, *(end for _, end in others)]
+        )
+
+    def _start(self, sequence: Sequence, prefix: Node) -> None:
+        tokens = len(sequence.tokens)
+        sequence.allocation = self._kv.allocate(prefix, tokens, self._namespace(sequence))
+        sequence.num_prefill = tokens
+        sequence.num_scheduled = sequence.num_computed = prefix.depth * self._kv.page_size
+        sequence.row = self.rows.pop()
+        sequence.status = Status.RUNNING
+        insort(self._running, sequence, key=_ORDER)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.prefix_queries += tokens
+            self.prefix_hits += sequence.num_cached
