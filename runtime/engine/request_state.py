@@ -48,6 +48,7 @@ class CompletionState:
     detokenizer: Detokenizer | None
     logprobs: list[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0
+    told_end: bool = False  # to whoever makes text of the tokens
     _pieces: list[str] = field(default_factory=list)  # that were not told yet, or all text
     _closed: bool = False
     _decoded: int = 0
