@@ -328,6 +328,10 @@ class HttpTally:
         known = method if method in _METHODS else "other"
         self.counts[known, str(status), path or "none"] += 1
 
+    def add(self, other: HttpTally) -> None:
+        """Count what another has counted, too."""
+        self.counts.update(other.counts)
+
 
 class HttpMetrics(Collector):
     """The answers of a server, as one or several processes have counted them."""

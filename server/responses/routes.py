@@ -26,7 +26,7 @@ from slipstream.server.responses.conversation import (
 from slipstream.server.responses.output import Fields
 from slipstream.server.responses.protocol import FunctionTool, ResponseRequest
 from slipstream.server.responses.reply import ResponseReply
-from slipstream.server.responses.store import Store, Stored
+from slipstream.server.responses.store import Answers, LocalStore, Store, Stored
 
 router = APIRouter()
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     service, store = service_of(request), _store_of(request)
     model = service.model(body.model)
     params = params_of(body, service.defaults)
-    messages = [*_past(store, body.previous_response_id), *messages_of(body.input)]
+    messages = [*await _past(store, body.previous_response_id), *messages_of(body.input)]
     if not messages:
         raise Refusal("invalid", "input is missing; give a text or items", param="input")
     conversation = conversation_of(body, messages)
@@ -67,7 +67,7 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
     """An answer that was stored."""
     if stream:
         raise Refusal("invalid", "what is stored is not streamed; leave out stream", param="stream")
-    found = _store_of(request).get(response_id)
+    found = await _store_of(request).get(response_id)
     if found is None:
         raise _unknown(response_id)
     return Response(found.body, media_type="application/json")
@@ -76,18 +76,19 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     """Forget an answer; those that went on with it stay."""
-    if not _store_of(request).pop(response_id):
+    if not await _store_of(request).pop(response_id):
         raise _unknown(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _store_of(request: Request) -> Store:
+def _store_of(request: Request) -> Answers:
     """The store of the application that a request came to."""
     state = request.app.state
     if not hasattr(state, "responses"):
         options = service_of(request).options
-        state.responses = Store(options.max_stored_responses, options.max_stored_bytes)
-    return cast(Store, state.responses)
+        store = Store(options.max_stored_responses, options.max_stored_bytes)
+        state.responses = LocalStore(store)
+    return cast(Answers, state.responses)
 
 
 def _unknown(response_id: str) -> Refusal:
@@ -99,11 +100,11 @@ def _unknown(response_id: str) -> Refusal:
     )
 
 
-def _past(store: Store, response_id: str | None) -> Sequence[dict[str, Any]]:
+async def _past(store: Answers, response_id: str | None) -> Sequence[dict[str, Any]]:
     """The conversation that a request goes on with."""
     if response_id is None:
         return ()
-    found = store.get(response_id)
+    found = await store.get(response_id)
     if found is None:
         raise Refusal(
             "invalid",

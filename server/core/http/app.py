@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,24 +30,19 @@ from slipstream.server.core.limits import MAX_VALUES
 from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
 from slipstream.server.core.service import Service
 
-# Asks for what all processes of a server have counted.
-Gather = Callable[[], Awaitable[Gathered]]
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """Where a process counts, and how it learns what all of its server have counted; None: there is
+    no other."""
+
+    tally: Tally = field(default_factory=Tally)
+    answers: HttpTally = field(default_factory=HttpTally)
+    gather: Callable[[], Awaitable[Gathered]] | None = None
 
 
-def create_app(
-    service: Service,
-    tally: Tally,
-    apis: Sequence[Api],
-    *,
-    answers: HttpTally | None = None,
-    gather: Gather | None = None,
-) -> FastAPI:
-    """The application of one service; the first of ``apis`` also words the server's own errors.
-
-    Requests are counted in ``tally`` and ``answers``, which are all there is to count, unless
-    ``gather`` knows of more.
-    """
-    answers = answers or HttpTally()
+def create_app(service: Service, counting: Counting, apis: Sequence[Api]) -> FastAPI:
+    """The application of one service; the first of ``apis`` also words the server's own errors."""
     app = FastAPI(
         title="Slipstream",
         summary="An OpenAI-compatible server",
@@ -56,21 +52,21 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    app.state.gather = gather or partial(_gather, service, tally, answers)
+    app.state.gather = counting.gather or partial(_gather, service, counting)
     known = Apis(apis)
     for api in apis:
         app.include_router(api.router, responses=api.responses)
     app.include_router(status.router, responses=known.first.responses)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     install_handlers(app, known)
-    _surround(app, service, known, answers.count)
+    _surround(app, service, known, counting.answers.count)
     return app
 
 
-async def _gather(service: Service, tally: Tally, answers: HttpTally) -> Gathered:
+async def _gather(service: Service, counting: Counting) -> Gathered:
     llm = service.llm
     engine = EngineState(await llm.fetch_stats(), llm.config, llm.unhealthy, llm.closed)
-    return Gathered(engine, [(tally, answers)], os.getpid())
+    return Gathered(engine, [(counting.tally, counting.answers)], os.getpid())
 
 
 def _surround(app: FastAPI, service: Service, apis: Apis, count: Count) -> None:

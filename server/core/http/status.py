@@ -31,7 +31,7 @@ async def health(request: Request) -> dict[str, str]:
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
     """How many requests run or wait."""
-    return {"server_load": service_of(request).load}
+    return {"server_load": service_of(request).places.requests}
 
 
 @router.get(
