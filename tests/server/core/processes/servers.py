@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +53,12 @@ class Served:
     @property
     def members(self) -> list[psutil.Process]:
         """The processes that answer requests."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if any("api_process" in word for word in child.cmdline())
-        ]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):  # it has ended
+                if any("api_process" in word for word in child.cmdline()):
+                    found.append(child)
+        return found
 
     def owner(self, response: httpx.Response) -> psutil.Process:
         """Which of them has the other end of a response's connection."""
