@@ -41,6 +41,7 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
       slipstream serve engine --port 8000
       slipstream serve Qwen/Qwen3-0.6B --served-model-name qwen --api-key secret
       slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
+      slipstream serve engine --api-processes 4
     """
     # Imported here, with what it needs, so that bad usage is reported at once.
     from slipstream.server.core.http.process import bind
