@@ -1,11 +1,13 @@
-"""Minutes of unfriendly traffic against a server: random arrivals at twice what it can do, clients
-that leave, requests that are too long or malformed.
+"""Minutes of unfriendly traffic against a server: random arrivals at twice what it can do, answers
+that are held to forms, call tools and think, through every API, clients that leave, requests that
+are too long or malformed.
 
     python benchmarks/soak.py engines/smollm2 --minutes 10 --json benchmarks/results/soak.json
 
 Starts ``slipstream serve`` itself, measures its capacity, and fails (exit status 1) when an answer
-is an error that is no 4xx, when pages or requests are left behind, when the server's resident
-memory grows by more than 2 % after the first fifth, or when it does not end on SIGTERM.
+is an error that is no 4xx, or does not hold to its form, when pages or requests are left behind,
+when the server's resident memory grows by more than 2 % after the first fifth, or when it does not
+end on SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,10 +32,18 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+FORM = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["bright", "small"]}, "count": {"type": "integer"}},
+    "required": ["mood", "count"],
+    "additionalProperties": False,
+}
 WORDS = "the a river stone light under over small bright slowly sings waits turns and".split()  # noqa: SIM905
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 # So that all of it is in use: what is not yet touched takes no memory, and would look like a leak.
 TIGHT = ["--max-batch-size", "8", "--max-queued-requests", "16", "--kv-cache-bytes", "64M"]
+# The model knows neither, but what it may write does.
+PARSERS = ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 GROWTH = 1.02
 WARM_UP = 0.2  # of the time, after which memory must stay flat
 _SAMPLE_S = 0.5
@@ -140,6 +150,109 @@ async def hung_up(server: Server, rng: random.Random) -> str:
     return "connection reset"
 
 
+def forms(rng: random.Random) -> dict[str, Any]:
+    """A form of OpenAI's, of vLLM's, or of a kind that no cache has seen."""
+    schema = {"name": "mood", "strict": True, "schema": FORM}
+    fresh = {"type": "object", "properties": {prompt(rng, 3): {"const": rng.random()}}}
+    given: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+        {"guided_json": fresh},
+        {"guided_regex": rng.choice(["[a-z]{1,40}", "(ab|cd)+", "a(b(c)?)?"])},
+        {"guided_choice": rng.sample(WORDS, 4)},
+        {"guided_grammar": 'start: /[a-c]+/ " and so it goes on and on " /[x-z]+/'},
+        {"guided_regex": "(unclosed"},  # 400
+    ]
+    return rng.choice(given)
+
+
+async def formed(server: Server, rng: random.Random) -> str:
+    """A completion that is held to a form."""
+    response = await server.client.post("/v1/completions", json=body(rng, **forms(rng)))
+    return f"form {response.status_code}"
+
+
+def chat(rng: random.Random, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """What the bodies of all chats have."""
+    messages = [{"role": "user", "content": prompt(rng, rng.randint(1, 20))}]
+    return {"model": "soak", "messages": messages, **changes}
+
+
+def openai_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A chat with a tool that must be called, thoughts within a budget, or a form."""
+    function = {"name": "tell", "strict": True, "parameters": FORM}
+    most = rng.randint(1, 80)
+    wanted: list[dict[str, Any]] = [
+        {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+        {"reasoning_effort": "low", "thinking_token_budget": rng.randint(1, 20)},
+        {"n": 2, **forms(rng)},
+    ]
+    return "/v1/chat/completions", chat(rng, max_tokens=most, **rng.choice(wanted))
+
+
+def responses_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """The same through the Responses API, stored or not."""
+    form = {"type": "json_schema", "name": "mood", "schema": FORM}
+    tool = {"type": "function", "name": "tell", "strict": True, "parameters": FORM}
+    wanted: list[dict[str, Any]] = [
+        {"tools": [tool], "tool_choice": {"type": "function", "name": "tell"}},
+        {"text": {"format": form}, "reasoning": {"effort": "low"}},
+    ]
+    store, most = rng.random() < 0.5, rng.randint(16, 80)
+    given = {"model": "soak", "input": prompt(rng, 9), "store": store, "max_output_tokens": most}
+    return "/v1/responses", given | rng.choice(wanted)
+
+
+def anthropic_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """The same through Anthropic's."""
+    tool = {"name": "tell", "input_schema": FORM}
+    wanted: list[dict[str, Any]] = [
+        {"tools": [tool], "tool_choice": {"type": "any"}},
+        {"thinking": {"type": "enabled", "budget_tokens": rng.randint(1, 20)}},
+    ]
+    return "/v1/messages", chat(rng, max_tokens=rng.randint(1, 80)) | rng.choice(wanted)
+
+
+def ollama_turn(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """The same through Ollama's."""
+    wanted: list[dict[str, Any]] = [{"format": "json"}, {"format": FORM}, {"think": True}]
+    options = {"num_predict": rng.randint(1, 80)}
+    return "/api/chat", chat(rng, options=options) | rng.choice(wanted)
+
+
+TURNS = (openai_turn, responses_turn, anthropic_turn, ollama_turn)
+
+
+async def turn(server: Server, rng: random.Random) -> str:
+    """A conversation through one of the APIs, streamed or not; some leave in the middle."""
+    kind = rng.choice(TURNS)
+    path, given = kind(rng)
+    streams, leave, size = rng.random() < 0.6, rng.random() < 0.3, 0
+    async with server.client.stream("POST", path, json=given | {"stream": streams}) as response:
+        async for text in response.aiter_text():
+            size += len(text)
+            if 'data: {"error"' in text or '"type":"error"' in text:
+                return f"{kind.__name__} with data: {text[:200]}"
+            if leave and size > 400:
+                return f"{kind.__name__} left"
+    return f"{kind.__name__} {response.status_code}"
+
+
+async def held(server: Server, rng: random.Random) -> str:
+    """A form that is over within its tokens, which the answer must hold to."""
+    given = chat(rng, max_tokens=200, seed=rng.randint(0, 9), temperature=1)
+    schema = {"name": "mood", "schema": {**FORM, "x-guidance": {"whitespace_flexible": False}}}
+    given["response_format"] = {"type": "json_schema", "json_schema": schema}
+    response = await server.client.post("/v1/chat/completions", json=given)
+    if response.status_code == 200:
+        (choice,) = response.json()["choices"]
+        if choice["finish_reason"] == "stop":
+            answer = json.loads(choice["message"]["content"])
+            if answer.keys() != {"mood", "count"} or not isinstance(answer["count"], int):
+                return f"held with data: {answer}"
+    return f"held {response.status_code}"
+
+
 async def too_long(server: Server, rng: random.Random) -> str:
     """A prompt longer than the engine holds."""
     response = await server.client.post("/v1/completions", json=body(rng, prompt="word " * 20_000))
@@ -165,7 +278,8 @@ async def malformed(server: Server, rng: random.Random) -> str:
 
 
 TRAFFIC: dict[Traffic, float] = {
-    unary: 30, streamed: 35, impatient: 10, hung_up: 5, too_long: 5, malformed: 15,
+    unary: 20, streamed: 20, impatient: 10, hung_up: 5, too_long: 5, malformed: 10, formed: 10,
+    turn: 25, held: 5,
 }  # fmt: skip
 
 
@@ -289,7 +403,7 @@ async def _wait_until_healthy(client: httpx.AsyncClient, process: subprocess.Pop
 
 async def run(engine: str, minutes: float, seed: int) -> Report:
     """Serve an engine and soak it."""
-    async with serving(engine, TIGHT) as server:
+    async with serving(engine, [*TIGHT, *PARSERS]) as server:
         return await soak(server, minutes * 60, seed)
 
 

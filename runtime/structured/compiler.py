@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +64,10 @@ class GrammarCompiler:
         self._first = threading.Lock()
 
     def prepare(self) -> None:
-        """Make what all grammars need, which takes a second or two of the interpreter for a
-        vocabulary of 100,000 tokens; a tokenizer that cannot have grammars is no error yet."""
-        try:
-            with self._first:
-                _ = self._tokens
-        except EngineMismatchError:
-            return
-        self._guard.prepare()
+        """Make what all grammars need, while which nothing else of Python runs: a second or two for
+        a vocabulary of 100,000 tokens. A tokenizer that cannot have grammars is no error yet."""
+        with suppress(EngineMismatchError), self._first:
+            _ = self._tokens
 
     def compile(self, output: StructuredOutput) -> Grammar:
         """The grammar of a form.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +48,6 @@ class Guard:
         self._busy: set[_Process] = set()
         weakref.finalize(self, _end_all, self._idle)
 
-    def prepare(self) -> None:
-        """Start a process before one is needed."""
-        self._idle.append(self._start())
-
     def check(self, grammar: str) -> str:
         """What is wrong with a grammar; empty if nothing is."""
         process = self._idle.pop() if self._idle else self._start()
@@ -80,25 +79,49 @@ class Guard:
             timer.cancel()
 
     def _start(self) -> _Process:
+        failures = []
+        for interpreter in _interpreters():
+            try:
+                return self._start_with(interpreter)
+            except OSError as error:
+                failures.append(f"{interpreter}: {error}")
+        why = "; ".join(failures) or "there is no python3 on PATH"
+        raise ExecutionError(
+            f"no Python can be started to compile grammars ({why}); leave the structured output "
+            "out, or run the engine where processes can be started"
+        )
+
+    def _start_with(self, interpreter: str) -> _Process:
+        """A process that is ready; raises ``OSError`` where this Python makes none."""
+        command = [interpreter, str(_PROGRAM), *_library()]
         pipe = subprocess.PIPE
-        command = [sys.executable or "python3", str(_PROGRAM)]
-        try:
-            process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError as error:
-            raise _cannot_start(command[0], str(error)) from error
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
         if not self._ask(process, self._setup, _START_SECONDS):
             _end(process)
-            raise _cannot_start(command[0], "it ended or did not answer")
+            raise OSError("it ended or did not answer")
         return process
 
 
-def _cannot_start(program: str, why: str) -> ExecutionError:
-    return ExecutionError(
-        f"{program} cannot be started to compile grammars ({why}); leave the structured output "
-        "out, or run the engine where processes can be started"
-    )
+def _interpreters() -> Iterator[str]:
+    """Programs that are a Python, the likeliest first. Where one is embedded, as in Triton's stub,
+    ``sys.executable`` is empty or that program, which must not be started once more."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    names = [name, "python3", "python"]
+    folders = filter(None, (sysconfig.get_path("scripts"), sysconfig.get_config_var("BINDIR")))
+    places = [shutil.which(name, path=folder) for folder in folders for name in names]
+    found = [sys.executable, *places, *map(shutil.which, names)]
+    for program in dict.fromkeys(filter(None, found)):
+        if Path(program).name.lower().startswith("python"):
+            yield program
+
+
+def _library() -> Iterator[str]:
+    """Where llguidance is, which another Python may not know."""
+    found = importlib.util.find_spec("llguidance")
+    for folder in (found and found.submodule_search_locations) or ():
+        yield str(Path(folder).parent)
 
 
 def _end_all(processes: list[_Process]) -> None:

@@ -12,7 +12,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+sys.path += sys.argv[1:]  # where the engine's process found it
+
+from llguidance import (
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    TokenizerWrapper,
+)
 
 _MEMORY = 2 << 30
 # A quarter of what a thread of the engine's process has, on which the same is compiled afterwards.

@@ -14,20 +14,28 @@ from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.output import StructuredOutput
 
 PAGE = 4
 _arrivals = itertools.count()
 
 
 def sequence(
-    prompt: list[int], max_tokens: int = 4, priority: int = 0, stop_after: int | None = None
+    prompt: list[int],
+    max_tokens: int = 4,
+    priority: int = 0,
+    stop_after: int | None = None,
+    jumps: bool = False,
 ) -> Sequence:
+    """``jumps``: its form forces up to three tokens after one that is sampled."""
     arrival = next(_arrivals)
     params = SamplingParams(max_tokens=max_tokens)
     if stop_after is not None:  # the model says 0 for ever
         params = replace(params, min_tokens=min(stop_after, max_tokens), stop_token_ids=[0])
+    if jumps:
+        params = replace(params, structured=StructuredOutput(regex="0*"))
     request = Request(str(arrival), prompt, params)
-    return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0)
+    return Sequence(request, 0, (priority, arrival, 0), max_tokens, seed=0, jumps=jumps)
 
 
 def scheduler(
@@ -72,18 +80,27 @@ def land(scheduler: Scheduler, plan: StepPlan) -> None:
     scheduler.commit(plan)
     check(scheduler)
     for each, output, drafts in zip(plan.sequences, plan.outputs, plan.drafts, strict=True):
-        if output >= 0 and each.status is not Status.FINISHED:
+        known = each.jumps and output < len(each.output)  # it was forced meanwhile
+        if output >= 0 and each.status is not Status.FINISHED and not known:
             assert output == len(each.output) or (guessed and output < len(each.output))
             run = [0] * (1 + (each.order[1] + len(each.output)) % (drafts + 1))
             scheduler.accept(each, run)
             for token in run:
                 if not each.finish_reason:
                     each.append(token)
+            _force(each)
             if each.finish_reason:
                 scheduler.finish(each)
             else:
                 assert each.pending <= 1
     check(scheduler)
+
+
+def _force(sequence: Sequence) -> None:
+    count = (sequence.order[1] + len(sequence.output)) % 4 if sequence.jumps else 0
+    for _ in range(count):
+        if not sequence.finish_reason:
+            sequence.force(0)
 
 
 def step(scheduler: Scheduler) -> StepPlan:

@@ -8,18 +8,15 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from tests.runtime.engine.driving import drain, greedy
+from tests.runtime.engine.driving import GRAMMARS, drain, greedy
 from tests.runtime.engine.recording import Recorder, recorded
 from tests.runtime.engine.test_run_ahead_properties import Arrival, run, same
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.request import CompletionOutput, Request
 from slipstream.runtime.sampling.params import SamplingParams
-from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
-from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_tokenizer
-
-GRAMMARS = GrammarCompiler(counting_tokenizer(), VOCAB_SIZE)
+from slipstream.runtime.testing import EOS
 
 
 def request(form: dict[str, Any], name: str = "r", **params: Any) -> Request:  # noqa: ANN401

@@ -7,7 +7,7 @@ from dataclasses import replace
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tests.runtime.engine.driving import check, expected_output
+from tests.runtime.engine.driving import check, compiled, expected_output
 
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
@@ -15,8 +15,17 @@ from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import EOS, counting_engine
 
+# Most leave no choice for a while; some may never end by themselves, one is over at once.
+FORMS = [
+    StructuredOutput(regex="[a-f]{2,7}"),
+    StructuredOutput(choice=["bold fox", "box", "even"]),
+    StructuredOutput(grammar='start: (/[a-z]/ "hop")+'),
+    StructuredOutput(regex="(ab)*"),
+    StructuredOutput(regex="[b-d]"),
+]
 REQUESTS = st.builds(
     Request,
     request_id=st.just(""),
@@ -28,9 +37,10 @@ REQUESTS = st.builds(
         seed=st.integers(0, 3),
         max_tokens=st.integers(1, 9),
         ignore_eos=st.booleans(),
-        logprobs=st.none() | st.just(0),
+        logprobs=st.sampled_from([None, None, None, 0]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         bad_words_token_ids=st.sampled_from([(), (), (), [[3]], [[1, 2]]]),
+        structured=st.sampled_from([None] * len(FORMS) + FORMS),
     ),
     priority=st.integers(0, 1),
     output_kind=st.sampled_from(["cumulative", "delta", "final"]),
@@ -38,7 +48,8 @@ REQUESTS = st.builds(
 
 
 class EngineLoopMachine(RuleBasedStateMachine):
-    """Random arrivals, aborts and device failures in a cache of a few pages."""
+    """Random arrivals, held to a form or not, aborts and device failures in a cache of a few
+    pages."""
 
     @initialize(
         num_pages=st.integers(3, 10),
@@ -47,6 +58,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         budget=st.integers(3, 12),
         runs_ahead=st.booleans(),
         draft_tokens=st.sampled_from([0, 1, 3]),
+        jumps=st.booleans(),
     )
     def open(
         self,
@@ -56,6 +68,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         budget: int,
         runs_ahead: bool,
         draft_tokens: int,
+        jumps: bool,
     ) -> None:
         self.engine: LoadedEngine = counting_engine(
             num_pages,
@@ -67,6 +80,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
             max_num_tokens=budget,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            enable_jump_decoding=jumps,
         )
         self.loop = EngineLoop(self.engine)
         self.requests: dict[str, Request] = {}
@@ -76,7 +90,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
 
     @rule(request=REQUESTS)
     def add(self, request: Request) -> None:
-        request = replace(request, request_id=str(len(self.outputs)))
+        request = compiled(replace(request, request_id=str(len(self.outputs))))
         try:
             self.loop.add_request(request)
         except CapacityError:
@@ -140,7 +154,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         told = outputs if request.output_kind == "delta" else [last]
         for index, completion in enumerate(last.outputs):
             tokens = [token for each in told for token in each.outputs[index].token_ids]
-            expected = expected_output(request, index)
+            expected, reason = expected_output(request, index)
             if completion.finish_reason == "error":
                 assert self.failures and last.error is not None
                 assert "told to fail" in str(last.error) or "broke" in str(last.error)
@@ -149,9 +163,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
                 assert completion.finish_reason == "error" or request.request_id in self.aborted
             else:
                 assert tokens == expected
-                assert completion.finish_reason == (
-                    "stop" if tokens[-1] == EOS and not request.params.ignore_eos else "length"
-                )
+                assert completion.finish_reason == reason
         if last.prompt_logprobs is not None:
             scored = [each.token_id for each in last.prompt_logprobs if each is not None]
             assert scored == request.prompt_token_ids[1:]

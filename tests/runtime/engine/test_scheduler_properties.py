@@ -42,6 +42,7 @@ class Arrival:
     priority: int
     abort_after: int | None
     stop_after: int
+    jumps: bool
 
 
 _ARRIVALS = st.lists(
@@ -53,6 +54,7 @@ _ARRIVALS = st.lists(
         priority=st.integers(-1, 1),
         abort_after=st.none() | st.integers(0, 12),
         stop_after=st.integers(1, 20),
+        jumps=st.booleans(),
     ),
     min_size=1,
     max_size=10,
@@ -93,7 +95,7 @@ def test_every_sequence_ends_and_every_page_returns(
             limit = engine.clamp_max_tokens(len(arrival.prompt), arrival.max_tokens)
         except CapacityError:
             continue
-        new = sequence(arrival.prompt, limit, arrival.priority, arrival.stop_after)
+        new = sequence(arrival.prompt, limit, arrival.priority, arrival.stop_after, arrival.jumps)
         wanted[new], ages[new] = arrival.abort_after, 0
         engine.add(new)
         for _ in range(arrival.after_steps):

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 from tests.runtime.structured.forms import TINY_VOCAB, Driver, compiled, tiny_tokenizer
 
-from slipstream.errors import EngineMismatchError, InvalidRequestError
+from slipstream.errors import EngineMismatchError, ExecutionError, InvalidRequestError
 from slipstream.runtime.structured import compiler as module
+from slipstream.runtime.structured import guard
 from slipstream.runtime.structured.compiler import MAX_TEXT, GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -205,6 +208,48 @@ def test_others_go_on_while_a_form_takes_too_long(
             process.kill()
         hanging.join()
     compiled(compiler, regex="c")
+
+
+def test_what_all_grammars_need_is_prepared_without_a_process(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, TINY_VOCAB)
+    compiler.prepare()
+    assert "_tokens" in vars(compiler) and "_guard" not in vars(compiler)
+
+
+@pytest.mark.parametrize("executable", ["", "/no/such/python3", "stub", "python-that-ends"])
+def test_a_process_is_found_where_python_is_embedded(
+    executable: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Triton's stub, whose own program must not be started once more."""
+    if executable and not Path(executable).is_absolute():
+        program, started = tmp_path / executable, tmp_path / "started"
+        program.write_text(f"#!/bin/sh\ntouch {started}\n")
+        program.chmod(0o755)
+        executable = str(program)
+    monkeypatch.setattr(sys, "executable", executable)
+    compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
+    assert (tmp_path / "started").exists() == executable.endswith("ends")
+
+
+def test_another_python_is_told_where_the_library_is(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python3"  # which has no packages of its own
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(guard, "_interpreters", lambda: iter([str(bare)]))
+    compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
+
+
+def test_where_no_process_can_be_started_forms_are_refused(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_interpreters", lambda: iter(["/no/such/python"]))
+    with pytest.raises(ExecutionError, match=r"/no/such/python: .*leave the structured output out"):
+        compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
+    monkeypatch.setattr(guard, "_interpreters", lambda: iter([]))
+    with pytest.raises(ExecutionError, match="no python3 on PATH"):
+        compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
 
 
 def test_a_text_that_is_too_long_is_refused_unread(compiler: GrammarCompiler) -> None:
