@@ -26,7 +26,7 @@ from slipstream.server.responses.items import SILENCE, input_items
 from slipstream.server.responses.output import Fields
 from slipstream.server.responses.protocol import FunctionTool, Item, ResponseRequest
 from slipstream.server.responses.reply import ResponseReply
-from slipstream.server.responses.store import Store, Stored
+from slipstream.server.responses.store import Answers, LocalStore, Store, Stored
 
 router = APIRouter()
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     service, store = service_of(request), _store_of(request)
     model = service.model(body.model)
     params = params_of(body, service.defaults)
-    past = _past(store, body.previous_response_id)
+    past = await _past(store, body.previous_response_id)
     messages = [
         *messages_of([Item.model_validate(item) for item in past]),
         *messages_of(body.input),
@@ -70,7 +70,7 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
     """An answer that was stored."""
     if stream:
         raise Refusal("invalid", "what is stored is not streamed; leave out stream", param="stream")
-    return Response(_stored(request, response_id).body, media_type="application/json")
+    return Response((await _stored(request, response_id)).body, media_type="application/json")
 
 
 @router.get("/v1/responses/{response_id}/input_items")
@@ -82,7 +82,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> dict[str, Any]:
     """The items that a stored answer answers, those of earlier requests included."""
-    items = list(_stored(request, response_id).items)
+    items = list((await _stored(request, response_id)).items)
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -100,23 +100,24 @@ async def list_input_items(
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     """Forget an answer; those that went on with it stay."""
-    if not _store_of(request).pop(response_id):
+    if not await _store_of(request).pop(response_id):
         raise _unknown(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _store_of(request: Request) -> Store:
+def _store_of(request: Request) -> Answers:
     """The store of the application that a request came to."""
     state = request.app.state
     if not hasattr(state, "responses"):
         options = service_of(request).options
-        state.responses = Store(options.max_stored_responses, options.max_stored_bytes)
-    return cast(Store, state.responses)
+        store = Store(options.max_stored_responses, options.max_stored_bytes)
+        state.responses = LocalStore(store)
+    return cast(Answers, state.responses)
 
 
-def _stored(request: Request, response_id: str) -> Stored:
+async def _stored(request: Request, response_id: str) -> Stored:
     """A stored answer; raises ``Refusal``."""
-    found = _store_of(request).get(response_id)
+    found = await _store_of(request).get(response_id)
     if found is None:
         raise _unknown(response_id)
     return found
@@ -131,11 +132,11 @@ def _unknown(response_id: str) -> Refusal:
     )
 
 
-def _past(store: Store, response_id: str | None) -> Sequence[Fields]:
+async def _past(store: Answers, response_id: str | None) -> Sequence[Fields]:
     """The items of the conversation that a request goes on with."""
     if response_id is None:
         return ()
-    found = store.get(response_id)
+    found = await store.get(response_id)
     if found is None:
         raise Refusal(
             "invalid",

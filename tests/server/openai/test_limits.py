@@ -189,8 +189,8 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
 
 def wait_until_open(running: Running, count: int) -> None:
     deadline = time.monotonic() + 60
-    while running.service._open != count:
-        assert time.monotonic() < deadline, f"{running.service._open} open, expected {count}"
+    while running.service.places.own != count:
+        assert time.monotonic() < deadline, f"{running.service.places.own} open, expected {count}"
         time.sleep(0.002)
 
 
