@@ -24,7 +24,6 @@ from slipstream.weights.safetensors import ArraySpec, encode_header
 # Parts of one weight are made by all cores (``in_parallel``), so that a few weights at once are
 # enough to keep these busy while others are stacked and written.
 _WEIGHTS_AT_ONCE = 4
-_BYTES_AT_ONCE = 1 << 29
 ALIGNMENT = 64  # a cache line; kernels read weights where the file is mapped
 
 
@@ -34,16 +33,16 @@ def write_weights(
     """Write every weight and return the place of each part in the file: name -> (offset, bytes).
 
     ``progress`` is told the bytes of each part as it is written, one call at a time. Peak memory is
-    that of weights of 512 MiB, or of a single larger one.
+    that of the largest weight: others are made beside each other where they are no larger together.
     """
     ordered = sorted(weights, key=_alignment, reverse=True)
     specs = [part for weight in ordered for part in weight.parts]
     header, places = encode_header(specs, {"format": "slipstream"}, ALIGNMENT)
-    room = _Room(_BYTES_AT_ONCE)
+    room = _Room(max((_size(weight) for weight in weights), default=0))
     with path.open("wb", buffering=0) as file:
 
         def write(weight: StoredWeight) -> None:
-            with room.of(sum(part.nbytes for part in weight.parts)):
+            with room.of(_size(weight)):
                 for part, array in zip(weight.parts, weight.load(), strict=True):
                     _write_at(file.fileno(), _checked_bytes(part, array), places[part.name][0])
                     with room.changed:
@@ -61,8 +60,7 @@ def write_weights(
 
 
 class _Room:
-    """A number of bytes that several threads share; one that wants more than there are gets them
-    when it is alone."""
+    """A number of bytes that several threads share."""
 
     def __init__(self, size: int) -> None:
         self._size, self._used = size, 0
@@ -72,7 +70,7 @@ class _Room:
     def of(self, size: int) -> Iterator[None]:
         """Wait until there are so many, and hold them."""
         with self.changed:
-            self.changed.wait_for(lambda: not self._used or self._used + size <= self._size)
+            self.changed.wait_for(lambda: self._used + size <= self._size)
             self._used += size
         try:
             yield
@@ -86,6 +84,10 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
+
+
+def _size(weight: StoredWeight) -> int:
+    return sum(part.nbytes for part in weight.parts)
 
 
 def _alignment(weight: StoredWeight) -> int:

@@ -306,14 +306,14 @@ def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
 def dense_values(tensor: QuantTensor, dtype: str) -> NDArray[np.generic]:
     """What ``dequantize`` gives as numbers of ``dtype``, made a few rows at a time."""
     fmt = tensor.format
-    if not fmt.shape or fmt.shape[0] == 0:
-        return tensor.dequantize().astype(numpy_dtype(dtype))
+    plain = fmt.kind == "dense" and tensor.input is None
     values = np.empty(fmt.shape, numpy_dtype(dtype))
     columns = int(np.prod(fmt.shape[1:])) * fmt.rows
 
     def decode(blocks: slice) -> None:
         start, stop = blocks.start * fmt.rows, min(blocks.stop * fmt.rows, fmt.shape[0])
-        values[start:stop] = row_slice(tensor, start, stop).dequantize()
+        part = row_slice(tensor, start, stop)
+        values[start:stop] = part.codes if plain else part.dequantize()
 
     in_parallel(decode, row_chunks(-(-fmt.shape[0] // fmt.rows), columns, _CHUNK))
     return values
