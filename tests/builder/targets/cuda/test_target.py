@@ -156,7 +156,7 @@ def test_the_manifest_says_which_gpu_is_old_enough(
     build(checkpoint, tmp_path / "engine", BuildOptions(target="cuda", **options))
     manifest = open_engine(tmp_path / "engine").manifest
     assert (manifest.target, manifest.capability) == ("cuda", capability)
-    assert (manifest.limits.max_batch_size, manifest.limits.max_num_tokens) == (256, 8192)
+    assert (manifest.limits.max_batch_size, manifest.limits.max_num_tokens) == (1024, 8192)
     assert page_size_of(manifest.caches) == 64
 
 

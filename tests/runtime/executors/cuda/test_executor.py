@@ -27,7 +27,7 @@ from slipstream.runtime import executors
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.sequence import child_seed
-from slipstream.runtime.executors.cuda import buckets
+from slipstream.runtime.executors.cuda import buckets, runner
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import load
@@ -67,6 +67,7 @@ def llm(engine: Path) -> Iterator[LLM]:
     """One for all tests: capturing takes the interpreter seconds, and a GEMV one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "MIXED_TOKENS", (16,))
+        patch.setattr(runner, "PREPARED_SEQUENCES", 0)  # a step of one is captured on its way
         if interpreting():
             patch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
         with LLM(engine, enable_prefix_caching=False, **LIMITS) as llm:
