@@ -3,85 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
+from tests.server.responses.asking import (
+    SAID,
+    SCHEMA,
+    SCORED,
+    TOOL,
+    Hearing,
+    ask,
+    told,
+    without_ids,
+)
 
-from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool
+from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
 from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.responses.reply import ResponseReply
-
-SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
-TOOL: Any = {"type": "function", "name": "d", "parameters": SCHEMA, "strict": False}
-# What the model says after ":" and past its end.
-SAID = [
-    ("message", ";"),
-    ("reasoning", "?-"),
-    ("message", "\nab"),
-    ("function_call", "fg"),
-    ("message", "ij"),
-]
-
-
-@dataclass
-class Hearing(MarkedDialect):
-    """Remembers the messages too."""
-
-    heard: list[dict[str, Any]] = field(default_factory=list)
-
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """As they are."""
-        self.heard = super().messages(messages)
-        return self.heard
-
-
-@pytest.fixture(scope="module")
-def dialect() -> Hearing:
-    """Thoughts from ! to _, calls from c to h with a name up to e."""
-    return Hearing("!_che")
-
-
-@pytest.fixture(scope="module")
-def server(dialect: Hearing) -> Iterator[Running]:
-    """A server whose model has that dialect."""
-    with serving(counting_engine(1100, max_seq_len=4096), max_stored_responses=3) as running:
-        running.service.dialect = dialect
-        yield running
-
-
-def ask(running: Running, **changes: Any) -> Any:  # noqa: ANN401 - the client's types
-    extra = {"ignore_eos": True, **changes.pop("extra_body", {})}
-    given = {"model": "counting", "input": "hi", "max_output_tokens": 17, **changes}
-    with running.client() as client:
-        answer = client.responses.create(**given, extra_body=extra)
-        return list(answer) if given.get("stream") else answer
-
-
-def told(item: Any) -> tuple[str, str]:  # noqa: ANN401 - the client's types
-    if item.type == "function_call":
-        return item.type, item.arguments
-    assert len(item.content) == 1
-    return item.type, item.content[0].text
-
-
-def without_ids(response: Any) -> dict[str, Any]:  # noqa: ANN401 - the client's types
-    found = response.to_dict()
-    for name in ("id", "created_at", "completed_at"):
-        found.pop(name, None)
-    for item in found["output"]:
-        assert item.pop("id").startswith(("msg_", "rs_", "fc_"))
-    return dict(found)
 
 
 def test_thoughts_texts_and_calls_are_items(server: Running) -> None:
@@ -224,77 +170,6 @@ def test_the_dialect_hears_what_is_asked(server: Running, dialect: Hearing) -> N
     assert dialect.asked[1] is None
 
 
-SCORED: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-
-
-def test_texts_have_log_probabilities(server: Running) -> None:
-    """Those of what is said; the tokens of thoughts, calls and marks have none."""
-    answer = ask(server, **SCORED)
-    first, _, middle, _, last = answer.output
-    tokens = [[entry.token for entry in m.content[0].logprobs] for m in (first, middle, last)]
-    assert tokens == [[";"], ["\n", "<eos>", "a", "b"], ["i", "j"]] and answer.top_logprobs == 2
-    entry = middle.content[0].logprobs[2]
-    assert entry.bytes == [97] and entry.logprob <= 0
-    assert entry.top_logprobs[0].token == "a"
-    events = ask(server, stream=True, **SCORED)
-    known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-    streamed: dict[int, list[Any]] = {}
-    for event in events:
-        known.validate_python(event.to_dict())
-        if event.type == "response.output_text.delta":
-            streamed.setdefault(event.output_index, []).extend(event.to_dict()["logprobs"])
-        if event.type == "response.output_text.done":
-            assert event.to_dict()["logprobs"] == streamed[event.output_index]
-    whole = [item.to_dict() for item in events[-1].response.output]
-    assert streamed == {i: whole[i]["content"][0]["logprobs"] for i in (0, 2, 4)}
-    assert without_ids(events[-1].response) == without_ids(answer)
-    assert [item.content[0].logprobs for item in ask(server).output if item.type == "message"] == (
-        [[], [], []]
-    )
-
-
-def test_tools_are_allowed_by_name(server: Running, dialect: Hearing) -> None:
-    tools: Any = [{**TOOL, "name": name} for name in "abc"]
-    allowed: Any = [{"type": "function", "name": name} for name in "ab"]
-    for mode in ("auto", "required"):
-        choice: Any = {"type": "allowed_tools", "mode": mode, "tools": allowed}
-        answer = ask(server, tools=tools, tool_choice=choice)
-        assert dialect.asked is not None
-        assert [tool.name for tool in dialect.asked[0].tools] == ["a", "b", "c"]
-        assert dialect.asked[0].tool_choice == AllowedTools(["a", "b"], required=mode == "required")
-        assert answer.tool_choice.to_dict() == choice
-
-
-def test_input_items_are_listed_page_by_page(server: Running, client: openai.OpenAI) -> None:
-    parts: Any = [{"type": "input_text", "text": "b"}]
-    first = ask(
-        server, input=[{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
-    )
-    result: Any = {"type": "function_call_output", "call_id": "call_0", "output": "5"}
-    second = ask(server, previous_response_id=first.id, input=[result])
-    listed: list[Any] = list(client.responses.input_items.list(second.id, limit=3, order="asc"))
-    assert [item.type for item in listed] == [
-        "message", "message", *(item.type for item in first.output), "function_call_output",
-    ]  # fmt: skip
-    known: TypeAdapter[Any] = TypeAdapter(ResponseItem)
-    for item in listed:
-        known.validate_python(item.to_dict())
-    assert [item.to_dict() for item in listed[2:-1]] == [item.to_dict() for item in first.output]
-    assert [item.content[0].text for item in listed[:2]] == ["a", "b"]
-    assert len({item.id for item in listed}) == len(listed)
-    backwards = client.responses.input_items.list(second.id)
-    assert [item.id for item in backwards.data] == [item.id for item in reversed(listed)]
-    assert not backwards.has_more
-    page = client.responses.input_items.list(second.id, limit=2, after=listed[4].id, order="desc")
-    assert [item.id for item in page.data] == [listed[3].id, listed[2].id] and page.has_more
-    with pytest.raises(openai.BadRequestError, match="no item"):
-        client.responses.input_items.list(second.id, after="msg_nowhere")
-    with pytest.raises(openai.BadRequestError, match="limit"):
-        client.responses.input_items.list(second.id, limit=101)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.input_items.list("resp_nowhere")
-
-
 def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) -> None:
     """The shape that OpenAI's command line agent sends in the middle of its work."""
     request = {
@@ -353,13 +228,6 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
     assert dialect.heard[5]["content"] == "none"
     with server.client() as client, pytest.raises(openai.NotFoundError):
         client.responses.retrieve(data[-1]["response"]["id"])
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    """OpenAI's own client."""
-    with server.client() as client:
-        yield client
 
 
 def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.OpenAI) -> None:
