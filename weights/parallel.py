@@ -26,7 +26,7 @@ def in_parallel(work: Callable[[_Part], object], parts: Iterable[_Part]) -> None
         for part in shared:
             work(part)
 
-    helpers = min(usable_cores(), len(waiting)) - 1
+    helpers = min(_cores(), len(waiting)) - 1
     started = [_pool().submit(drain) for _ in range(helpers)]
     try:
         drain()
@@ -49,8 +49,13 @@ def row_chunks(rows: int, columns: int, elements: int) -> Iterator[slice]:
 
 
 @cache
+def _cores() -> int:
+    return usable_cores()  # which reads files: too dear for every call
+
+
+@cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(usable_cores(), "slipstream-weights")
+    return ThreadPoolExecutor(_cores(), "slipstream-weights")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay with the parent

@@ -51,7 +51,7 @@ def test_a_known_key_opens_and_probes_need_none(guarded: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         guarded.client(api_key="wrong").models.list()
     for path in ("/", "/health", "/metrics", "/version", "/openapi.json"):
-        assert httpx.get(guarded.url + path).status_code == 200
+        assert httpx.get(guarded.url + path, timeout=60).status_code == 200
 
 
 def test_cors(guarded: Running) -> None:

@@ -121,6 +121,7 @@ def test_prompt_scores_come_from_the_host(checkpoint: Path, llm: LLM) -> None:
     assert len(both[1].outputs[0].token_ids) == 2
 
 
+@pytest.mark.slow
 def test_a_seed_says_the_same_in_any_company(llm: LLM) -> None:
     params = SamplingParams(temperature=1.5, seed=11, max_tokens=4, ignore_eos=True, top_k=50)
     alone = llm.generate([PROMPTS[1]], params)[0].outputs[0].token_ids
