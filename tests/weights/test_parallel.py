@@ -13,7 +13,7 @@ from slipstream.weights.parallel import in_parallel, row_chunks
 
 @pytest.fixture(autouse=True)
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "usable_cores", lambda: 4)
+    monkeypatch.setattr(parallel, "_cores", lambda: 4)
     parallel._pool.cache_clear()
 
 

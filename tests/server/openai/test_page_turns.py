@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from tests.server.openai.serving import Running
 from tests.server.openai.test_page import ask, open_page
