@@ -1,5 +1,6 @@
 """Triton's interpreter with its defects mended: as it comes, it truncates bfloat16, loses a carry
-in float8, multiplies the bits of bfloat16 matrices, and cannot count to a tensor in NumPy 2.4."""
+in float8, multiplies the bits of bfloat16 matrices, cannot count to a tensor in NumPy 2.4, and looks
+through all its names at every call of every function of a kernel."""
 
 from __future__ import annotations
 
@@ -41,7 +42,13 @@ def repair() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    patch = interpreter._patch_lang_tensor
+    @cache
+    def patch_language_for_good(function: Any) -> Any:  # noqa: ANN401
+        patch_language(function)
+        return interpreter._LangPatchScope()  # of which nothing is to be restored
+
+    patch, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch_language_for_good
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
