@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.plugins.cpu.test_kernels import normal, run
+from tests.plugins.cpu.test_kernels import Inputs, normal, run
 
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins import library, native
@@ -17,7 +17,7 @@ from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.plugins.operators import OPERATORS
 
 SETS = library.isas()
-INPUTS = {"x": normal(3, 640), "weight": normal(640 * 16, seed=1).view(np.uint8)}
+INPUTS: Inputs = {"x": normal(3, 640), "weight": normal(640 * 16, seed=1).view(np.uint8)}
 ATTRIBUTES = {"in_features": 640, "out_features": 16, "weight_type": WEIGHT_TYPES["float32"]}
 
 
@@ -34,7 +34,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def natively(isa: str | None) -> NDArray[Any]:
     """A dense product, of which ``generic`` rounds what AVX does not."""
     y, spec = np.zeros((3, 16), np.float32), OPERATORS["Linear"]
-    native.run(spec, native.arguments(spec, INPUTS | ATTRIBUTES, {"y": y}), isa)
+    native.run(spec, native.arguments(spec, {**INPUTS, **ATTRIBUTES}, {"y": y}), isa)
     return y
 
 
@@ -46,7 +46,7 @@ def test_the_environment_names_what_sessions_and_native_calls_run(
     with caplog.at_level(logging.INFO, library.__name__):
         assert library.isas() == (isa, *(name for name in SETS if name != isa))
     assert caplog.messages == [f"slipstream.plugins._cpu runs {isa}"]
-    np.testing.assert_array_equal(run("Linear", {**INPUTS}, **ATTRIBUTES), natively(isa))
+    np.testing.assert_array_equal(run("Linear", INPUTS, **ATTRIBUTES), natively(isa))
     np.testing.assert_array_equal(natively(None), natively(isa))
 
 
