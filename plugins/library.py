@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 
-from slipstream.errors import MissingDependencyError
+from slipstream.errors import EngineMismatchError, MissingDependencyError
 from slipstream.plugins.operators import OPERATORS
 
 OURS = "slipstream.plugins._cpu"
+ISA = "SLIPSTREAM_CPU_ISA"
+_log = logging.getLogger(__name__)
 
 
 def modules(operators: Iterable[str]) -> tuple[str, ...]:
@@ -36,12 +40,28 @@ def path(module: str = OURS) -> str:
 
 @cache
 def load(module: str = OURS) -> ctypes.CDLL:
-    """A library with its C entry points (see the end of ``plugins/cpu/kernels.cpp``)."""
+    """A library with its C entry points (see the end of ``plugins/cpu/kernels.cpp``).
+
+    Its sessions run the instruction set that ``$SLIPSTREAM_CPU_ISA`` names, by default the best;
+    EngineMismatchError for one that this machine or the library does not have.
+    """
     library = ctypes.CDLL(path(module))
     library.slipstream_isas.restype = ctypes.c_char_p
+    wanted = os.environ.get(ISA)
+    if wanted and library.slipstream_prefer(wanted.encode()) != 0:
+        raise EngineMismatchError(
+            f"{ISA} is {wanted!r}, and {module} has no kernels of that name that this machine "
+            f"runs: set it to one of {', '.join(_names(library))}, or unset it for the best"
+        )
+    _log.info("%s runs %s", module, _names(library)[0])
     return library
 
 
 def isas(module: str = OURS) -> tuple[str, ...]:
-    """Instruction sets that this machine runs and the library holds, best first."""
-    return tuple(load(module).slipstream_isas().decode().split(","))
+    """Instruction sets that this machine runs and the library holds: the one that sessions run,
+    then the others, best first."""
+    return _names(load(module))
+
+
+def _names(library: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(library.slipstream_isas().decode().split(","))

@@ -54,7 +54,7 @@ def arguments(
 def run(
     spec: OperatorSpec, args: ctypes.Structure, isa: str | None = None, threads: int = 1
 ) -> None:
-    """The kernel of an instruction set, one of ``library.isas()``, None for the best of them;
+    """The kernel of an instruction set, one of ``library.isas()``, None for the first;
     ValueError for another. Threads beyond the caller's are made for the call."""
     if _entry(spec)(ctypes.byref(args), isa.encode() if isa else None, threads) != 0:
         raise ValueError(f"no kernels for {isa!r}; this machine has {', '.join(library.isas())}")

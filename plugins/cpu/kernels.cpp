@@ -2,6 +2,7 @@
 // and benchmarks.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -81,17 +82,28 @@ class ThreadParallel final : public Parallel {
 // How many threads sessions run on; a hint for splitting work.
 SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads < 1 ? 1 : threads; }
 
-// Comma-separated instruction sets this machine can run, best first.
+// Comma-separated instruction sets this machine can run, the preferred one first, then best first. The text is the
+// calling thread's until it asks again.
 SLIPSTREAM_EXPORT const char* slipstream_isas() {
-  static const std::string names = [] {
-    std::string text;
-    for (const auto& kernels : slipstream::all_kernels()) text += (text.empty() ? "" : ",") + std::string(kernels.isa);
-    return text;
-  }();
+  static thread_local std::string names;
+  names.clear();
+  for (const auto& kernels : slipstream::all_kernels()) names += (names.empty() ? "" : ",") + std::string(kernels.isa);
   return names.c_str();
 }
 
-// One a kernel: runs that of the named instruction set (null: the best) and returns 0, or 1 for an unknown name.
+// Makes sessions run the kernels of the named instruction set and returns 0, or 1 for an unknown name. To be called
+// before any kernel runs.
+SLIPSTREAM_EXPORT int slipstream_prefer(const char* isa) {
+  const auto* found = slipstream::find_kernels(isa);
+  if (found == nullptr) return 1;
+  const std::string name = found->isa;
+  auto& kernels = slipstream::all_kernels();
+  kernels = slipstream::usable_kernels();
+  std::stable_partition(kernels.begin(), kernels.end(), [&](const auto& each) { return each.isa == name; });
+  return 0;
+}
+
+// One a kernel: runs that of the named instruction set (null: the first) and returns 0, or 1 for an unknown name.
 #define SLIPSTREAM_ENTRY(Name, function)                                                                         \
   SLIPSTREAM_EXPORT int slipstream_##function(const slipstream::Name##Args* args, const char* isa, int threads) { \
     const auto* kernels = slipstream::find_kernels(isa);                                                         \

@@ -18,7 +18,7 @@ struct Kernels {
 #undef SLIPSTREAM_FIELD
 };
 
-// Those for this machine, best first; never empty. Sessions run the first, so whoever tries the others moves it.
+// Those for this machine, best first unless one is preferred; never empty. Sessions run the first.
 std::vector<Kernels>& all_kernels();
 
 // How many threads sessions run on; a hint for splitting work.

@@ -4,7 +4,7 @@
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-constexpr int kMaxTokens = 4;
+constexpr int kMaxTokens = 8;  // of which registers hold few, but a block is unpacked once for all of them
 
 // Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits;
 // four quads of float4, whose codes reach 24, at most 4*2*24*128 = 24576.
@@ -25,8 +25,8 @@ inline __m256i sum_nibbles(const __m256i* quad, int first, int last) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(sum, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
 }
 
-// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up; codes of 8 bits are kept as two nibbles, because
-// products of whole bytes would saturate the 16-bit lanes of vpmaddubsw.
+// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up; codes of 8 bits are kept
+// as two nibbles, because products of whole bytes would saturate the 16-bit lanes of vpmaddubsw.
 template <int bits, bool float4>
 struct Codes {
   __m256i low[8];
