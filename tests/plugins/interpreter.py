@@ -4,6 +4,7 @@ through all its names at every call of every function of a kernel."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -50,5 +51,8 @@ def repair() -> None:
     patch, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = patch_language_for_good
+    # Half of the time: whether integers overflow is computed and, without debugging, told to nobody.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
