@@ -1,6 +1,6 @@
 """Triton's interpreter with its defects mended: as it comes, it truncates bfloat16, loses a carry
-in float8, multiplies the bits of bfloat16 matrices, cannot count to a tensor in NumPy 2.4, and looks
-through all its names at every call of every function of a kernel."""
+in float8, multiplies the bits of bfloat16 matrices, cannot count to a tensor in NumPy 2.4, and
+looks through all its names at every call of every function of a kernel."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def repair() -> None:
     patch, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = patch_language_for_good
-    # Half of the time: whether integers overflow is computed and, without debugging, told to nobody.
+    # Half of the time: whether integers overflow is computed, and told only to who debugs.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._convert_float = convert

@@ -319,8 +319,8 @@ def made(
 
 
 def test_a_malformed_value_is_a_typed_error(made: tuple[Case, Path, bytes]) -> None:
-    """At every place every third value, each place beginning with another, so that each value
-    stands at a third of the places."""
+    """At every place one value of ``STRIDE``, each place beginning with another, so that each value
+    stands at as many of the places."""
     case, directory, original = made
     document = json.loads(original)
     keys = case.keys or document.keys()

@@ -1,5 +1,5 @@
-"""Builds the native library with sanitizers around ``fuzz.cpp`` and runs that: ``fuzz.py TURNS``, each
-of which calls every operator once, and ``SEED`` after that for the same calls again.
+"""Builds the native library with sanitizers around ``fuzz.cpp`` and runs that: ``fuzz.py TURNS``,
+each of which calls every operator once, and ``SEED`` after that for the same calls again.
 
 A standalone program: no sanitizer has to get on with an interpreter that knows nothing of it.
 """

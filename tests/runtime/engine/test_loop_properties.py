@@ -170,4 +170,4 @@ class EngineLoopMachine(RuleBasedStateMachine):
 
 
 TestEngineLoopMachine = EngineLoopMachine.TestCase
-TestEngineLoopMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEngineLoopMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

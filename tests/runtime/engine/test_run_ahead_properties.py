@@ -128,7 +128,7 @@ MORE_CACHES = [(windowed("near", 4),), (windowed("near", 2), windowed("far", 11)
     runs_ahead=st.booleans(),
     draft_tokens=st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_more_caches_change_no_answer(
     workload: list[Arrival],
     more: tuple[CacheSpec, ...],
@@ -167,7 +167,7 @@ def test_more_caches_change_no_answer(
     caching=st.booleans(),
     draft_tokens=st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_running_ahead_and_guessing_change_no_answer(
     workload: list[Arrival],
     num_pages: int,

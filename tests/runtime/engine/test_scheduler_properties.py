@@ -70,7 +70,7 @@ _ARRIVALS = st.lists(
     draft_tokens=st.sampled_from([0, 1, 3]),
     caches=st.sampled_from(CACHES),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_sequence_ends_and_every_page_returns(
     arrivals: list[Arrival],
     num_pages: int,

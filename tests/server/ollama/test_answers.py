@@ -229,10 +229,10 @@ def test_curl_sends_json_as_a_form_but_web_pages_may_not(server: Running) -> Non
         {"prompt": "abc", "raw": True, "stream": False, "options": {"num_predict": 1}}
     )
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    answer = httpx.post(f"{server.url}/api/generate", content=body, headers=form)
+    answer = httpx.post(f"{server.url}/api/generate", content=body, headers=form, timeout=60)
     assert answer.json()["response"] == "d"
     foreign = {**form, "Origin": "http://elsewhere.example"}
-    answer = httpx.post(f"{server.url}/api/generate", content=body, headers=foreign)
+    answer = httpx.post(f"{server.url}/api/generate", content=body, headers=foreign, timeout=60)
     assert answer.status_code == 400 and "Content-Type" in answer.json()["error"]
 
 
@@ -308,8 +308,8 @@ def test_models_are_listed_with_their_tags(server: Running, client: Connect) -> 
     running = client(server).ps().models
     assert [model.model for model in running] == names
     assert running[0].context_length == server.llm.config.max_seq_len
-    assert httpx.get(f"{server.url}/api/version").json() == {"version": __version__}
-    assert httpx.head(server.url).status_code == 200
+    assert httpx.get(f"{server.url}/api/version", timeout=60).json() == {"version": __version__}
+    assert httpx.head(server.url, timeout=60).status_code == 200
 
 
 def test_an_error_is_the_last_line_of_a_stream(server: Running) -> None:

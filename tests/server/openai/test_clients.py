@@ -107,7 +107,7 @@ def test_an_error_of_a_prompt_names_its_field(
 ) -> None:
     content = json.dumps(body)
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(server.url + path, content=content, headers=headers)
+    answer = httpx.post(server.url + path, content=content, headers=headers, timeout=60)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
@@ -131,7 +131,7 @@ def documented(module: Any) -> set[str]:  # noqa: ANN401 - a module of types
 
 
 def test_null_is_taken_for_every_documented_field(server: Running) -> None:
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         for name in documented(completion_types):
             body = {"prompt": "a", "max_tokens": 2, name: None}
             assert client.post(COMPLETIONS, json=body).status_code == 200, name
@@ -145,7 +145,7 @@ def test_null_is_taken_for_every_documented_field(server: Running) -> None:
 def test_a_documented_field_is_taken_or_not_supported_but_never_unknown(server: Running) -> None:
     values: tuple[Any, ...] = (1, "low", [], {}, {"type": "x"})
     names = documented(chat_types) - {"stream", "stream_options", "model", "messages"}
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         for name, value in itertools.product(names, values):
             body = {"messages": HI, "max_tokens": 2, name: value}
             assert "unknown" not in client.post(CHAT, json=body).text, (name, value)
@@ -237,7 +237,7 @@ def test_every_object_has_the_fingerprint_of_the_engine(server: Running) -> None
 
 @pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/version", "/"])
 def test_head_is_get_without_a_body(server: Running, path: str) -> None:
-    head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+    head, get = httpx.head(server.url + path, timeout=60), httpx.get(server.url + path, timeout=60)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-type"] == get.headers["content-type"]
 

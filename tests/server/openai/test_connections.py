@@ -102,7 +102,7 @@ def test_where_there_are_too_many_the_idle_make_room(monkeypatch: pytest.MonkeyP
             stack.enter_context(connect(running))
         for _ in range(3):
             assert running.post("/v1/completions", BRIEF).status_code == 200
-            assert httpx.get(f"{running.url}/health").status_code == 200
+            assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
         running.wait(lambda: len(running.server.server_state.connections) <= 4)
 
 

@@ -147,7 +147,7 @@ def test_a_text_that_is_too_long_can_be_cut(vectors: Running) -> None:
 def test_bad_requests(vectors: Running, fields: dict[str, Any], param: str, message: str) -> None:
     content = json.dumps({"input": "a", **fields})
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(vectors.url + EMBEDDINGS, content=content, headers=headers)
+    answer = httpx.post(vectors.url + EMBEDDINGS, content=content, headers=headers, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
     assert message in error["message"]

@@ -182,12 +182,12 @@ def test_health_is_also_a_ping_and_answers_are_counted(server: Running) -> None:
     counted = "slipstream:http_requests_total {2} {0} {1}"
     before = server.samples()
     for method, path in (("GET", "/ping"), ("POST", "/ping"), ("HEAD", "/health")):
-        response = httpx.request(method, server.url + path)
+        response = httpx.request(method, server.url + path, timeout=60)
         assert response.status_code == 200
         name = counted.format(method, 200, path)
         wanted = before.get(name, 0) + 1
         server.wait(lambda name=name, wanted=wanted: server.samples().get(name) == wanted)  # type: ignore[misc]
-    assert httpx.get(f"{server.url}/nowhere/{id(before)}").status_code == 404
+    assert httpx.get(f"{server.url}/nowhere/{id(before)}", timeout=60).status_code == 404
     assert server.post(COMPLETIONS, {"prompt": ""}).status_code == 400
     for name in (counted.format("POST", 400, COMPLETIONS), counted.format("GET", 404, "none")):
         server.wait(lambda name=name: name in server.samples())  # type: ignore[misc]
@@ -197,7 +197,7 @@ def test_health_is_also_a_ping_and_answers_are_counted(server: Running) -> None:
 
 def test_the_load_is_the_requests_that_run_or_wait() -> None:
     def load() -> int:
-        count: int = httpx.get(f"{running.url}/load").json()["server_load"]
+        count: int = httpx.get(f"{running.url}/load", timeout=60).json()["server_load"]
         return count
 
     device = GatedDevice()

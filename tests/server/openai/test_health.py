@@ -72,7 +72,7 @@ def test_a_device_that_hangs_ends_its_requests_and_the_server() -> None:
     ):
         answer = clients.submit(running.post, COMPLETIONS, request)
         assert device.waiting.wait(60)
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
         clock.now = running.llm.config.step_timeout + 1
         error = answer.result(10).json()["error"]
         assert answer.result().status_code == 503
@@ -100,7 +100,9 @@ def test_a_row_that_fails_ends_its_request_alone(prompt: str, stream: bool, sent
     neighbour = {"prompt": "A", "max_tokens": 30, "stream": True}
     with serving(engine_on(device)) as running, device, ThreadPoolExecutor() as clients:
         device.permits.release()
-        with httpx.stream("POST", running.url + COMPLETIONS, json=neighbour) as response:
+        with httpx.stream(
+            "POST", running.url + COMPLETIONS, json=neighbour, timeout=60
+        ) as response:
             events = response.iter_lines()
             first = next(events)
             # The device is at the neighbour's second step: the two share those that follow.
@@ -122,7 +124,7 @@ def test_a_row_that_fails_ends_its_request_alone(prompt: str, stream: bool, sent
             "param": None,
             "code": None,
         }
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
         samples = running.samples()
         assert samples["slipstream:request_success_total error"] == 1
         assert samples["slipstream:request_success_total length"] == 1

@@ -37,7 +37,7 @@ def guarded() -> Iterator[Running]:
 def test_without_a_known_key_everything_is_401(guarded: Running, header: str | None) -> None:
     headers = {} if header is None else {b"Authorization": header.encode()}
     for path in ("/v1/completions", "/tokenize", "/v1/models", "/nothing"):
-        response = httpx.post(guarded.url + path, json={"prompt": "a"}, headers=headers)
+        response = httpx.post(guarded.url + path, json={"prompt": "a"}, headers=headers, timeout=60)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
@@ -59,15 +59,19 @@ def test_cors(guarded: Running) -> None:
     preflight = httpx.options(f"{guarded.url}/v1/completions", headers=asked)
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
-    refused = httpx.post(f"{guarded.url}/v1/completions", headers={"Origin": "https://a.example"})
+    refused = httpx.post(
+        f"{guarded.url}/v1/completions", headers={"Origin": "https://a.example"}, timeout=60
+    )
     assert refused.status_code == 401, "a page must be able to read why"
     assert refused.headers["access-control-allow-origin"] == "https://a.example"
-    other = httpx.get(f"{guarded.url}/health", headers={"Origin": "https://b.example"})
+    other = httpx.get(f"{guarded.url}/health", headers={"Origin": "https://b.example"}, timeout=60)
     assert "access-control-allow-origin" not in other.headers
 
 
 def test_no_origin_is_allowed_by_default(server: Running) -> None:
-    response = httpx.get(f"{server.url}/health", headers={"Origin": "https://a.example"})
+    response = httpx.get(
+        f"{server.url}/health", headers={"Origin": "https://a.example"}, timeout=60
+    )
     assert "access-control-allow-origin" not in response.headers
 
 
@@ -81,7 +85,7 @@ def test_a_large_body_is_413_whether_its_size_is_told_or_not() -> None:
     with serving(max_request_bytes=10_000) as running:
         url, headers = f"{running.url}/v1/completions", {"Content-Type": "application/json"}
         for content in (b"".join(pieces()), pieces()):
-            response = httpx.post(url, content=content, headers=headers)
+            response = httpx.post(url, content=content, headers=headers, timeout=60)
             assert response.status_code == 413
             assert "larger than 10000 bytes" in response.json()["error"]["message"]
         assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
@@ -124,7 +128,7 @@ def test_a_server_on_a_loopback_address_answers_to_its_own_names(
     local: Running, host: str, status: int
 ) -> None:
     for path in ("/health", "/", "/v1/models"):
-        response = httpx.get(local.url + path, headers={"Host": host})
+        response = httpx.get(local.url + path, headers={"Host": host}, timeout=60)
         assert response.status_code == status
     if status == 403:
         assert response.json()["error"]["code"] == "unknown_host"
@@ -139,7 +143,7 @@ def local() -> Iterator[Running]:
 
 def test_every_name_may_be_allowed_and_others_bind_where_many_may_ask() -> None:
     with serving(allowed_hosts=("*",)) as running:
-        response = httpx.get(f"{running.url}/health", headers={"Host": "evil.example"})
+        response = httpx.get(f"{running.url}/health", headers={"Host": "evil.example"}, timeout=60)
         assert response.status_code == 200
     for host, is_local in (
         ("127.0.0.1", True),
@@ -205,5 +209,5 @@ def test_a_request_id_is_honoured_and_returned(server: Running) -> None:
     assert len({returned({}) for _ in range(3)}) == 3
     same = {"X-Request-Id": "twice"}
     assert [returned(same), returned(same)] == ["twice", "twice"]
-    missing = httpx.get(f"{server.url}/nothing", headers=same)
+    missing = httpx.get(f"{server.url}/nothing", headers=same, timeout=60)
     assert missing.headers["x-request-id"] == "twice"

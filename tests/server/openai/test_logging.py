@@ -50,7 +50,7 @@ def ask(running: Running) -> None:
 def test_a_line_a_request_without_prompts() -> None:
     with logged() as (running, lines):
         ask(running)
-        httpx.get(f"{running.url}/health")
+        httpx.get(f"{running.url}/health", timeout=60)
     assert lines[0]["message"] == "serving" and lines[0]["model"] == "counting"
     requests = [line for line in lines if line["message"] == "request"]
     assert len(requests) == 9, "probes that succeed are left out"
@@ -74,7 +74,7 @@ def test_a_client_that_leaves_is_told_in_the_log() -> None:
     body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
     with logged(engine=None) as (running, lines):
         with httpx.stream(
-            "POST", f"{running.url}/v1/completions", json={**body, "stream": True}
+            "POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60
         ) as stream:
             next(stream.iter_lines())
         running.wait_idle()

@@ -380,13 +380,13 @@ def test_a_long_name_of_a_model_fits_a_phone(browser: Browser) -> None:
 def test_its_parts_need_no_key_and_nothing_else_is_given(server: Running) -> None:
     with serving(api_key=("secret",)) as guarded:
         for path in ("/", "/page/page.css", "/page/chat.js", "/page/markdown.js"):
-            answer = httpx.get(guarded.url + path)
+            answer = httpx.get(guarded.url + path, timeout=60)
             assert answer.status_code == 200
             assert "script-src 'self'" in answer.headers["content-security-policy"]
             assert answer.headers["x-content-type-options"] == "nosniff"
-        assert httpx.get(guarded.url + "/page/settings").status_code == 401
+        assert httpx.get(guarded.url + "/page/settings", timeout=60).status_code == 401
     for name in ("routes.py", "__init__.py", "..%2Fapi.py", "%2e%2e%2fapi.py"):
-        assert httpx.get(f"{server.url}/page/{name}").status_code == 404
+        assert httpx.get(f"{server.url}/page/{name}", timeout=60).status_code == 404
 
 
 def test_its_picture_for_the_readme_can_be_taken(browser: Browser, server: Running) -> None:

@@ -219,7 +219,7 @@ def test_what_has_no_effect_or_is_vllms_is_taken(server: Running, changes: dict[
 def test_a_malformed_body_is_400(
     server: Running, content: bytes, headers: dict[str, str], words: str
 ) -> None:
-    response = httpx.post(server.url + COMPLETIONS, content=content, headers=headers)
+    response = httpx.post(server.url + COMPLETIONS, content=content, headers=headers, timeout=60)
     assert response.status_code == 400 and words in error_of(response)["message"]
 
 
@@ -234,7 +234,7 @@ def test_a_malformed_body_is_400(
     ],
 )
 def test_other_paths_and_methods(server: Running, method: str, path: str, status: int) -> None:
-    response = httpx.request(method, server.url + path)
+    response = httpx.request(method, server.url + path, timeout=60)
     assert response.status_code == status and error_of(response)["message"]
 
 
@@ -277,15 +277,18 @@ def test_tokens_and_back(server: Running) -> None:
         assert response.status_code == 400 and error_of(response)
     for body in ({}, {"prompt": "a", "messages": []}):
         assert server.post("/tokenize", body).status_code == 400
-    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    info = httpx.get(f"{server.url}/tokenizer_info", timeout=60).json()
     assert info["eos_token"] == "<eos>" and "messages" not in info and info["chat_template"]
 
 
 def test_what_the_server_says_of_itself(server: Running) -> None:
-    get = {path: httpx.get(server.url + path) for path in ("/health", "/version", "/", "/metrics")}
+    get = {
+        path: httpx.get(server.url + path, timeout=60)
+        for path in ("/health", "/version", "/", "/metrics")
+    }
     assert {response.status_code for response in get.values()} == {200}
     assert list(get["/version"].json()) == ["version"]
     assert get["/"].headers["content-type"].startswith("text/html")
-    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=60).json()["paths"]
     assert {COMPLETIONS, CHAT, "/tokenize", "/metrics"} <= set(paths)
     assert "422" not in paths[CHAT]["post"]["responses"]

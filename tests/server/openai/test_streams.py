@@ -23,7 +23,9 @@ DELAY = 0.02
 def test_a_stream_that_is_left_is_aborted(body: dict[str, Any]) -> None:
     with serving(counting_engine(256, delay=DELAY)) as running:
         request = {**ENDLESS, **body, "stream": True}
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=request) as stream:
+        with httpx.stream(
+            "POST", f"{running.url}/v1/completions", json=request, timeout=60
+        ) as stream:
             lines = stream.iter_lines()
             for _ in range(5):
                 next(lines)
@@ -100,7 +102,9 @@ def test_an_error_event_is_the_last_of_a_stream() -> None:
     assert isinstance(executor, CountingExecutor)
     with serving(engine) as running:
         body = {**ENDLESS, "stream": True}
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as response:
+        with httpx.stream(
+            "POST", f"{running.url}/v1/completions", json=body, timeout=60
+        ) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             executor.fail_next = True

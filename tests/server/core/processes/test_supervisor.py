@@ -117,7 +117,7 @@ def test_metrics_are_those_of_all_whoever_is_asked(server: Served) -> None:
     before = metrics(server)
     for _ in range(8):
         httpx.post(
-            server.url + COMPLETIONS, json={"prompt": "ab", "max_tokens": 3}
+            server.url + COMPLETIONS, json={"prompt": "ab", "max_tokens": 3}, timeout=60
         ).raise_for_status()
     for _ in range(6):  # each is asked, but for one time in 32
         samples = metrics(server)
@@ -134,13 +134,17 @@ def test_metrics_are_those_of_all_whoever_is_asked(server: Served) -> None:
 def test_an_answer_is_stored_for_whoever_is_asked(server: Served) -> None:
     for _ in range(4):
         body: dict[str, Any] = {"input": "hi", "max_output_tokens": 3}
-        made = httpx.post(f"{server.url}/v1/responses", json=body).json()
+        made = httpx.post(f"{server.url}/v1/responses", json=body, timeout=60).json()
         where = f"{server.url}/v1/responses/{made['id']}"
-        assert httpx.get(where).json() == made
+        assert httpx.get(where, timeout=60).json() == made
         more = {"input": "on", "previous_response_id": made["id"], "max_output_tokens": 3}
-        assert httpx.post(f"{server.url}/v1/responses", json=more).status_code == 200
-        assert httpx.delete(where).status_code == 200
-        assert httpx.get(where).status_code == httpx.delete(where).status_code == 404
+        assert httpx.post(f"{server.url}/v1/responses", json=more, timeout=60).status_code == 200
+        assert httpx.delete(where, timeout=60).status_code == 200
+        assert (
+            httpx.get(where, timeout=60).status_code
+            == httpx.delete(where, timeout=60).status_code
+            == 404
+        )
 
 
 def begin(stack: ExitStack, server: Served, tokens: int = 60) -> httpx.Response:
@@ -179,16 +183,18 @@ def test_places_are_those_of_the_whole_server(server: Served) -> None:
     with ExitStack() as stack, server.held():
         streams = begun_on_both(stack, server)
         for free in range(8 - len(streams), 0, -1):
-            full = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "n": free + 1})
+            full = httpx.post(
+                server.url + COMPLETIONS, json={"prompt": "a", "n": free + 1}, timeout=60
+            )
             assert full.status_code == 429, full.text
             assert f"{8 - free} completions run" in full.json()["error"]["message"]
             begin(stack, server)
-        assert httpx.get(f"{server.url}/load").json() == {"server_load": 8}
+        assert httpx.get(f"{server.url}/load", timeout=60).json() == {"server_load": 8}
     idle(server)
 
 
 def idle(server: Served) -> None:
-    wait(lambda: httpx.get(f"{server.url}/load").json() == {"server_load": 0})
+    wait(lambda: httpx.get(f"{server.url}/load", timeout=60).json() == {"server_load": 0})
     wait(lambda: metrics(server)["slipstream:kv_cache_usage_perc"] == 0)
 
 
@@ -223,8 +229,8 @@ def test_sigterm_drains_all(server: Served) -> None:
             streams = begun_on_both(stack, server)
             server.process.send_signal(signal.SIGTERM)
             for _ in range(4):
-                wait(lambda: httpx.get(f"{server.url}/health").status_code == 503)
-            refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"})
+                wait(lambda: httpx.get(f"{server.url}/health", timeout=60).status_code == 503)
+            refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"}, timeout=60)
             assert refused.status_code == 503 and "shutting down" in refused.text
         assert {len(rest(response)) for response, _ in streams} == {60}
     assert server.process.wait(60) == 0
@@ -251,7 +257,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
             begin(stack, server)
             (member,) = server.members
             server.process.send_signal(signal.SIGINT)
-            wait(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+            wait(lambda: httpx.get(f"{server.url}/health", timeout=60).status_code == 503)
             server.process.send_signal(signal.SIGINT)
             wait(lambda: not server.members)  # though the stream has not come to its end
         assert server.process.wait(60) == 0 and not member.is_running()
