@@ -109,7 +109,7 @@ def test_weights_of_more_bytes_than_the_largest_come_one_at_a_time(
 
 def test_a_few_weights_are_made_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_file, "usable_cores", lambda: 16)
-    meeting = threading.Barrier(4, timeout=10)
+    meeting = threading.Barrier(4, timeout=60)
     arrays = {f"w{i}": sample(ir.DataType.UINT8, 65 + i) for i in range(4)}
     weights = [lazy(stored(**{name: arrays[name]}), meeting.wait) for name in arrays]
     arrays["largest"] = sample(ir.DataType.UINT8, 1001)

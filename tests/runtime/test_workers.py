@@ -17,7 +17,7 @@ def test_small_work_is_done_while_large_work_takes_turns() -> None:
 
     def large(name: int) -> int:
         running.append(name)
-        assert release.wait(20)
+        assert release.wait(60)
         return name
 
     async def run() -> None:

@@ -18,7 +18,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_as_many_threads_work_as_there_are_cores() -> None:
-    meeting = threading.Barrier(4, timeout=10)
+    meeting = threading.Barrier(4, timeout=60)
     threads = set[str]()
 
     def work(part: int) -> None:

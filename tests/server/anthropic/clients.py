@@ -14,7 +14,7 @@ _OPEN: list[anthropic.Anthropic] = []
 
 def client(running: Running, **options: Any) -> anthropic.Anthropic:  # noqa: ANN401
     """The client, which is open to the end of the test; it does not repeat what fails."""
-    given = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+    given = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
     made = anthropic.Anthropic(base_url=running.url, **given)
     _OPEN.append(made)
     return made

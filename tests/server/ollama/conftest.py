@@ -16,7 +16,7 @@ def client() -> Iterator[Callable[[Running], ollama.Client]]:
     with ExitStack() as stack:
 
         def connect(running: Running) -> ollama.Client:
-            made = ollama.Client(host=running.url, timeout=20)
+            made = ollama.Client(host=running.url, timeout=60)
             stack.callback(made.close)
             return made
 

@@ -39,7 +39,7 @@ class Running:
 
     def client(self, **options: Any) -> openai.OpenAI:  # noqa: ANN401 - those of the client
         """OpenAI's own client; it does not repeat what fails."""
-        given = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        given = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)
 
     def async_client(self) -> openai.AsyncOpenAI:
@@ -125,7 +125,7 @@ def serving(
         running.wait_idle()
     finally:
         box[0].should_exit = True
-        thread.join(15)
+        thread.join(60)
         llm.shutdown()
         listener.close()
     assert not thread.is_alive()

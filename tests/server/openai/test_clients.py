@@ -245,7 +245,7 @@ def test_head_is_get_without_a_body(server: Running, path: str) -> None:
 def sent(server: Running, path: str, body: bytes) -> socket.socket:
     """A connection whose client has sent a request and closed its side."""
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection = socket.create_connection((host, int(port)), timeout=60)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
     connection.shutdown(socket.SHUT_WR)

@@ -23,7 +23,7 @@ BRIEF = {"prompt": "a", "max_tokens": 1}
 
 def connect(running: Running) -> socket.socket:
     host, port = running.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def answer_of(client: socket.socket) -> bytes:

@@ -23,18 +23,21 @@ from slipstream.server.core.logs import structured_logs
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.http.process import bind, run
 from slipstream.server.openai.api import OPENAI
+from tests.server.devices import HeldDevice, engine_on
 
 options = ServerOptions(served_model_name=("counting",), drain_timeout={timeout})
 with bind("127.0.0.1", 0) as listener, structured_logs("text"):
-    run(AsyncLLM.from_engine(counting_engine(delay={delay})), options, listener, [OPENAI])
+    run(AsyncLLM.from_engine({engine}), options, listener, [OPENAI])
 """
 _URL = re.compile(r"\burl=(http://\S+)")
 
 
 @contextmanager
-def process(timeout: float, delay: float) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def process(
+    timeout: float, engine: str = "counting_engine()"
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A server process, its URL, and its log, which grows."""
-    program = _PROGRAM.format(timeout=timeout, delay=delay)
+    program = _PROGRAM.format(timeout=timeout, engine=engine)
     with subprocess.Popen(
         [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as child:
@@ -72,14 +75,22 @@ def wait_for_503(url: str) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_lets_a_stream_end_and_takes_no_more() -> None:
-    with process(timeout=60, delay=0.02) as (child, url, log):
-        with stream(url, tokens=200) as lines:
+def test_sigterm_lets_a_stream_end_and_takes_no_more(tmp_path: Path) -> None:
+    gate, permit = tmp_path / "gate", tmp_path / "permit"
+    gate.touch()
+    permit.touch()
+    with process(timeout=60, engine=f"engine_on(HeldDevice({str(tmp_path)!r}))") as (
+        child,
+        url,
+        log,
+    ):
+        with stream(url, tokens=30) as lines:
             child.send_signal(signal.SIGTERM)
             wait_for_503(url)
             refused: Any = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60)
             assert refused.status_code == 503
             assert "shutting down" in refused.json()["error"]["message"]
+            gate.unlink()
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
         assert child.wait(60) == 0
@@ -88,7 +99,7 @@ def test_sigterm_lets_a_stream_end_and_takes_no_more() -> None:
 
 
 def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error() -> None:
-    with process(timeout=0.3, delay=0.05) as (child, url, log):
+    with process(timeout=0.3, engine="counting_engine(delay=0.05)") as (child, url, log):
         with stream(url, tokens=200) as lines:
             child.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
@@ -98,7 +109,10 @@ def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error() -> No
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with process(timeout=600, delay=1) as (child, url, _), stream(url, tokens=200):
+    with (
+        process(timeout=600, engine="counting_engine(delay=1)") as (child, url, _),
+        stream(url, tokens=200),
+    ):
         child.send_signal(signal.SIGINT)
         wait_for_503(url)
         child.send_signal(signal.SIGINT)
@@ -106,6 +120,6 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 def test_an_idle_server_ends_at_once() -> None:
-    with process(timeout=60, delay=0) as (child, _, _):
+    with process(timeout=60) as (child, _, _):
         child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0

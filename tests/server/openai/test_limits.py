@@ -99,7 +99,7 @@ def test_a_client_that_sends_all_before_it_reads_sees_why_it_is_refused(told: bo
     with serving(max_request_bytes=1000, api_key=("secret",)) as running:
         host, port = running.url.removeprefix("http://").split(":")
         for key, status in (("secret", 413), ("wrong", 401)):
-            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            connection = http.client.HTTPConnection(host, int(port), timeout=60)
             headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
             connection.request("POST", "/v1/completions", body=body, headers=headers)
             response = connection.getresponse()
