@@ -38,6 +38,12 @@ class RuntimeConfig:
                              are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
+    speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up
+                             in the text of the sequence itself; ``off``; or the name of an
+                             installed proposer.
+    num_speculative_tokens   how many are verified for a sequence and step at most; ``auto`` takes
+                             what gives the most tokens a second, by how often guesses were right
+                             and what steps have cost, or none.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -57,6 +63,8 @@ class RuntimeConfig:
     enable_chunked_prefill: bool = True
     max_prefill_tokens: int | None = None
     enable_jump_decoding: bool = True
+    speculative: str = "off"
+    num_speculative_tokens: int | Literal["auto"] = "auto"
     chat_template: str | None = None
     step_timeout: float = 600.0
 
@@ -69,6 +77,12 @@ class RuntimeConfig:
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
             raise InvalidRequestError(
                 f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1"
+            )
+        count = self.num_speculative_tokens
+        if count != "auto" and (not isinstance(count, int) or count < 1):
+            raise InvalidRequestError(
+                f"num_speculative_tokens is {count!r}; it must be auto or at least 1. To have none,"
+                " leave speculative off"
             )
         fraction = self.kv_cache_free_gpu_memory_fraction
         if not 0 < fraction <= 1:

@@ -59,7 +59,10 @@ class RequestFactory:
         text = prompt if isinstance(prompt, str) else None
         tokens = self._encoded(text) if text is not None else token_ids(prompt)
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
-        params = (params or self._defaults).resolve(self._vocab_size, encode)
+        params = params or self._defaults
+        if params.prediction:
+            check_length(self._tokenizer, [params.prediction], self._max_seq_len)
+        params = params.resolve(self._vocab_size, encode)
         form = params.structured
         return Request(
             request_id=str(next(self._numbers)) if request_id is None else request_id,

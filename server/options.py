@@ -49,6 +49,15 @@ class Option:
 
 _ENGINES = "the engine's"
 _MODELS = {name: f"the model's, or {value}" for name, value in INTERACTIVE.items()}
+
+
+def drafts(text: str) -> int | str:
+    """Parse a number of drafts, or ``auto``."""
+    if text == "auto" or (text.isdecimal() and int(text)):
+        return text if text == "auto" else int(text)
+    raise click.BadParameter(f"{text} is neither auto nor a number from 1 on")
+
+
 RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
@@ -74,6 +83,13 @@ RUNTIME = {
         least=1,
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
+    "speculative": Option(
+        "What guesses tokens for a step to verify, so that several come at a time: ngram looks "
+        "them up in the text so far; off; or an installed proposer."
+    ),
+    "num_speculative_tokens": Option(
+        "Most of them for a sequence and step; auto takes as many as pay.", parse=drafts
+    ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }

@@ -806,7 +806,9 @@ def logprobs_kernel(
     source = logits + row.to(tl.int64) * stride
     out = logprobs + row * LOGPROB_COLUMNS
     tl.store(out + RANK_COLUMN, tl.sum(above) + 1)
-    tl.store(out + LOGPROB_COLUMN, (tl.load(source + token) - normalizer).to(tl.int32, bitcast=True))
+    tl.store(
+        out + LOGPROB_COLUMN, (tl.load(source + token) - normalizer).to(tl.int32, bitcast=True)
+    )
     count = _int(settings, settings_stride, NUM_LOGPROBS, row)
     group = tl.arange(0, GROUPS)
     peaks = tl.load(raw_group_max + row * num_groups + group, mask=group < num_groups, other=-INF)

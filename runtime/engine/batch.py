@@ -15,6 +15,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.engine.window_group import WindowPages
 
+Tokens = list[int] | tuple[()]
 _ON_DEVICE = -1
 
 
@@ -129,7 +130,7 @@ class _Wanted:
             begins,
             strict=False,  # there is one more of begins, the end
         )
-        for sequence, start, count, drafts, output, begin in chunks:
+        for index, (sequence, start, count, drafts, output, begin) in enumerate(chunks):
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     row = _new_row(sequence, sequence.tokens[position + 1])
@@ -142,15 +143,17 @@ class _Wanted:
                     self._add(begin + position - start, row, sequence, -1)
             elif output >= 0:
                 at = begin + count - 1 - drafts
-                self._add_run(sequence, at, output, drafts)
+                self._add_run(sequence, at, output, drafts, plan.guesses.get(index, ()))
 
-    def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
+    def _add_run(
+        self, sequence: Sequence, at: int, output: int, drafts: int, guess: Tokens
+    ) -> None:
         """The rows from ``at`` on that sample the output from ``output`` on."""
-        rows = sequence.sampling_rows
+        rows, first = sequence.sampling_rows, output
         while len(rows) <= drafts:
             rows.append(_new_row(sequence, None))
         for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
-            row.position = output
+            row.position, row.drafts = output, guess[: output - first]
             self.rows.append(at)
             self.sampling.append(row)
             self.owners.append(sequence)
@@ -171,10 +174,11 @@ def _outputs(plan: StepPlan) -> tuple[str, ...]:
 def _tokens(plan: StepPlan) -> list[int]:
     """The tokens of a step; only a decode has some that the host does not know."""
     tokens: list[int] = []
-    for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
+    chunks = zip(plan.sequences, plan.starts, plan.counts, strict=True)
+    for index, (sequence, start, count) in enumerate(chunks):
         known = sequence.tokens
         if count > 1:
-            chunk = known[start : start + count]
+            chunk = known[start : start + count] + plan.guesses.get(index, [])
             tokens += chunk
             tokens += [_ON_DEVICE] * (count - len(chunk))
         else:

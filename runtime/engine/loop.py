@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
-from slipstream.builder.contract import STATES, states
+from slipstream.builder.contract import STATES
 from slipstream.errors import (
     CapacityError,
-    EngineMismatchError,
     ExecutionError,
     InvalidRequestError,
     SlipstreamError,
@@ -30,6 +29,7 @@ from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.speculation.speculator import speculator_of
 from slipstream.runtime.text.detokenizer import Detokenizer
 
 # Logits of prompt tokens that one step scores.
@@ -53,11 +53,7 @@ class EngineLoop:
     def __init__(
         self, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        if engine.executor.draft_tokens and states(engine.caches):
-            raise EngineMismatchError(
-                f"the device guesses {engine.executor.draft_tokens} tokens ahead, and of states, "
-                "which this engine keeps, none can be taken back: load it where nothing is guessed"
-            )
+        self._speculator = speculator_of(engine)
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
             raise CapacityError(
@@ -69,6 +65,7 @@ class EngineLoop:
             engine.caches,
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
+            speculator=self._speculator,
         )
         self._engine = engine
         # Files may name tokens that the model has no logits for.
@@ -76,7 +73,7 @@ class EngineLoop:
             token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
         )
         self._process = os.getpid()
-        self._drafts = engine.executor.draft_tokens > 0
+        self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
         self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
@@ -99,7 +96,10 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler, and all steps; may be read from any thread."""
         steps, scheduled = self._steps, asdict(self.scheduler.stats)
-        return EngineStats(**scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds)
+        drafts = None if self._speculator is None else self._speculator.stats
+        return EngineStats(
+            **scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds, speculation=drafts
+        )
 
     @property
     def forked(self) -> str | None:
@@ -268,7 +268,7 @@ class EngineLoop:
             self._fail(flight.plan, error)
             return
         finally:
-            self._steps.landed(sum(flight.plan.counts))
+            seconds = self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):
@@ -277,7 +277,7 @@ class EngineLoop:
             self._fail_rows(flight.owners, result.failed)
         self.scheduler.commit(flight.plan)
         if self._drafts:
-            self._accept(flight, result)
+            self._accept(flight, flight.runs(result), seconds)
         if STATES in result.outputs:
             for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
                 state = self._requests[sequence.request.request_id]
@@ -286,15 +286,13 @@ class EngineLoop:
         else:
             self._take(flight, result)
 
-    def _accept(self, flight: Flight, result: StepResult) -> None:
-        """Tell the scheduler of runs of more than one token."""
-        runs: dict[Sequence, list[int]] = {}
-        for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
-            if row.target is None and token != REJECTED:
-                runs.setdefault(sequence, []).append(token)
+    def _accept(self, flight: Flight, runs: dict[Sequence, list[int]], seconds: float) -> None:
+        """Tell scheduler and speculator of runs of more than one token."""
         for sequence, run in runs.items():
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
+        if self._speculator is not None:
+            self._speculator.landed(flight.plan, runs, seconds)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

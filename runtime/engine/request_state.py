@@ -124,6 +124,7 @@ class RequestState:
         except ExecutionError as error:  # of the tokenizer
             self.fail(error)
         request, leader = self.request, self.completions[0].sequence
+        drafted = [c.sequence.speculation for c in self.completions if c.sequence.speculation]
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -135,4 +136,6 @@ class RequestState:
             num_cached_tokens=leader.num_cached or 0,
             pooled=None if leader.pool is None else leader.pool.value,
             error=self.error,
+            accepted_prediction_tokens=sum(each.accepted for each in drafted),
+            rejected_prediction_tokens=sum(each.rejected for each in drafted),
         )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
     from slipstream.runtime.pooling import Pool
     from slipstream.runtime.request import FinishReason, Request
+    from slipstream.runtime.speculation.speculator import Tracked
     from slipstream.runtime.structured.grammar import Constraint
 
 _2_64 = 2**64
@@ -58,7 +59,7 @@ class Sequence:
 
     ``constraint`` is where it is in the form that its request asks for; tokens which that forces
     are computed without being sampled first, where it ``jumps``. ``ends_in_stop_token`` tells
-    whether the last token is none of the text.
+    whether the last token is none of the text. ``speculation`` is what is known of its drafts.
     """
 
     request: Request
@@ -87,6 +88,7 @@ class Sequence:
     status: Status = Status.WAITING
     jumps: bool = False
     constraint: Constraint | None = None
+    speculation: Tracked | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     ends_in_stop_token: bool = False
@@ -143,7 +145,7 @@ class Sequence:
     def force(self, token: int) -> None:
         """The same for a token that the form leaves no choice about. If a step on its way samples
         one for its place, that is not awaited."""
-        self.pending = 0
+        self.pending = max(0, self.pending - 1)
         self._extend(token)
 
     def constrained(self) -> Constraint | None:
