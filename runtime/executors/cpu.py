@@ -30,6 +30,7 @@ from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
+from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
 
@@ -216,6 +217,7 @@ class CPUExecutor:
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
         self._move_pages(batch.moves)
+        batch = single_queries(batch)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import hypothesis.strategies as st
 from hypothesis import given, settings
 from tests.runtime.engine.recording import Recorder, recorded
+from tests.runtime.speculation.hostile import NAME
 
 from slipstream.builder.contract import CacheArray, CacheSpec
 from slipstream.errors import CapacityError
@@ -127,6 +128,7 @@ MORE_CACHES = [(windowed("near", 4),), (windowed("near", 2), windowed("far", 11)
     caching=st.booleans(),
     runs_ahead=st.booleans(),
     draft_tokens=st.sampled_from([0, 1, 3]),
+    guesses=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_more_caches_change_no_answer(
@@ -136,8 +138,10 @@ def test_more_caches_change_no_answer(
     caching: bool,
     runs_ahead: bool,
     draft_tokens: int,
+    guesses: bool,
 ) -> None:
     results = []
+    host = guesses and not (runs_ahead or draft_tokens or STATES in more)
     for caches in ((), more):
         loop, _ = recorded(
             12,
@@ -150,6 +154,8 @@ def test_more_caches_change_no_answer(
             max_num_tokens=8,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            speculative=NAME if host and caches else "off",
+            num_speculative_tokens=4,
         )
         results.append(run(loop, workload))
     plain, other = results
@@ -177,7 +183,8 @@ def test_running_ahead_and_guessing_change_no_answer(
     draft_tokens: int,
 ) -> None:
     results = []
-    for runs_ahead, drafts in ((False, 0), (False, draft_tokens), (True, draft_tokens)):
+    kinds = ((False, 0, "off"), (False, draft_tokens, "off"), (True, draft_tokens, "off"))
+    for runs_ahead, drafts, speculative in (*kinds, (False, 0, NAME)):
         loop, executor = recorded(
             num_pages,
             runs_ahead=runs_ahead,
@@ -188,9 +195,11 @@ def test_running_ahead_and_guessing_change_no_answer(
             max_num_tokens=budget,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            speculative=speculative,
+            num_speculative_tokens=4,
         )
         results.append(run(loop, workload))
-        if not drafts:
+        if not drafts and speculative == "off":
             check_waste(executor, results[-1])
     plain, *others = results
     for other in others:

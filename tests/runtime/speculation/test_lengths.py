@@ -1,0 +1,113 @@
+"""How many drafts are verified, on devices whose steps cost what the tests say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from slipstream.runtime.speculation.lengths import Lengths, StepCosts, bucket
+
+Cost = Callable[[int], float]
+
+
+def compute_bound(rows: int) -> float:
+    return 1.0 * rows
+
+
+def memory_bound(rows: int) -> float:
+    return 1.0 + 0.02 * rows
+
+
+def drive(
+    cost: Cost,
+    chance: float,
+    *,
+    sequences: int = 1,
+    steps: int = 400,
+    lengths: Lengths | None = None,
+) -> tuple[list[int], float]:
+    """The rows of every step and the tokens a second that are to be expected of them."""
+    lengths, rows, tokens, seconds = lengths or Lengths(), [], 0.0, 0.0
+    for _ in range(steps):
+        counts = lengths.choose(sequences, [chance] * sequences, [7] * sequences, 512)
+        rows.append(sequences + sum(counts))
+        tokens += sum(sum(chance**i for i in range(count + 1)) for count in counts)
+        seconds += cost(rows[-1])
+        lengths.landed(sequences, rows[-1], cost(rows[-1]))
+    return rows, tokens / seconds
+
+
+def test_all_are_verified_where_rows_cost_little() -> None:
+    rows, rate = drive(memory_bound, 0.95)
+    assert rows.count(8) > 0.9 * len(rows)
+    assert rate > 4 * 1 / memory_bound(1)
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 64])
+def test_none_are_where_a_row_costs_a_step(sequences: int) -> None:
+    rows, rate = drive(compute_bound, 0.6, sequences=sequences)
+    assert rows.count(sequences) > 0.9 * len(rows)
+    assert rate > 0.95 * sequences / compute_bound(sequences)
+
+
+def test_none_are_where_guesses_are_wrong_and_probes_cost_a_bounded_part() -> None:
+    rows, rate = drive(compute_bound, 0.01, steps=2000)
+    assert 0 < sum(each > 1 for each in rows) < 60
+    assert rate > 0.97
+
+
+def test_the_length_follows_the_chance() -> None:
+    def cost(rows: int) -> float:
+        return 1 + 0.2 * (rows - 1)
+
+    means = []
+    for chance in (0.3, 0.6, 0.9):
+        rows, _ = drive(cost, chance)
+        means.append(sum(rows) / len(rows))
+    assert means[0] < means[1] < means[2]
+
+
+def test_a_length_that_becomes_dear_is_left_and_found_again() -> None:
+    lengths = Lengths()
+    drive(memory_bound, 0.8, lengths=lengths)
+    rows, _ = drive(compute_bound, 0.8, lengths=lengths)
+    assert rows[-1] == 1
+    rows, _ = drive(memory_bound, 0.8, lengths=lengths, steps=3000)
+    assert rows[-1] > 4
+
+
+def test_drafts_go_where_they_are_most_likely_right() -> None:
+    lengths = Lengths()
+    drive(lambda rows: 1 + 0.1 * rows, 0.9, sequences=2, lengths=lengths)
+    counts = lengths.choose(2, [0.95, 0.05], [7, 7], 512)
+    assert counts[0] > 3 and counts[1] == 0
+
+
+def test_a_budget_holds() -> None:
+    lengths = Lengths()
+    drive(memory_bound, 0.9, sequences=2, lengths=lengths)
+    assert sum(lengths.choose(2, [0.9, 0.9], [7, 7], 5)) <= 5
+    assert lengths.choose(2, [0.9, 0.9], [0, 0], 5) == [0, 0]
+
+
+def test_nothing_is_verified_before_a_step_was_measured() -> None:
+    assert Lengths().choose(1, [0.9], [7], 512) == [0]
+
+
+def test_costs_between_two_that_are_known() -> None:
+    costs = StepCosts()
+    costs.add(1, 1.0)
+    assert costs.seconds(8) == 1.0  # what is not known is tried
+    costs.add(8, 8.0)
+    assert costs.seconds(4) == pytest.approx(4.0)
+    assert costs.seconds(16) == 8.0
+    costs.add(8, 1e9)  # something else kept the machine busy
+    assert costs.seconds(8) <= 10.0
+
+
+def test_buckets_tell_an_eighth_apart() -> None:
+    assert [bucket(rows) for rows in (1, 7, 16)] == [1, 7, 16]
+    for rows in range(17, 600):
+        assert bucket(rows) <= rows < 1.15 * bucket(rows)
+        assert bucket(bucket(rows)) == bucket(rows)
