@@ -2,54 +2,67 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
 _SMOOTHING = 0.25  # the weight of the newest step
 _OUTLIER = 2.0  # times what was expected: what is more than that is not of the step's doing
-_EXACT = 16  # so many rows are told apart; of more, an eighth
+_CLOSE = 8  # a number of rows is known where one is that differs by an eighth
 _MARGIN = 1.03  # of expected tokens a second, below which nothing is gained for sure
-_REFRESH = 64  # drafting steps between two without drafts, which say what those would cost
-_PROBE_SHARE = 0.02  # of the time, for drafts that are not expected to pay
-_LEAST_PROBE = 0.1  # of a step: what a probe takes at least, as far as anyone knows
+_REMEMBERED = 256  # steps after which a cost is measured again
 
 
 class StepCosts:
-    """Seconds of a step of decodes by its number of rows, as they were measured of late."""
+    """Seconds of a step of decodes by its number of rows, as they were measured of late.
+
+    A number of rows that no step had for a while is forgotten, and so tried again where it may pay:
+    machines get other work, and contexts grow.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._known: list[int] = []
+        self._measured: dict[int, tuple[float, int]] = {}  # and in which step
+        self._steps = 0
+        self._places: list[int] = []
+        self._seconds: list[float] = []
 
     def add(self, rows: int, seconds: float) -> None:
         """Take a step into account."""
-        place = bucket(rows)
-        if place not in self._seconds:
-            insort(self._known, place)
-            self._seconds[place] = seconds
-            return
-        known = self._seconds[place]
-        self._seconds[place] += _SMOOTHING * (min(seconds, _OUTLIER * known) - known)
+        self._steps += 1
+        if rows in self._measured:
+            known, _ = self._measured[rows]
+            seconds = known + _SMOOTHING * (min(seconds, _OUTLIER * known) - known)
+        self._measured[rows] = seconds, self._steps
+        oldest = self._steps - _REMEMBERED
+        kept = {rows: each for rows, each in self._measured.items() if each[1] > oldest}
+        self._measured, self._places = kept, sorted(kept)
+        # More rows cost no less: what says otherwise was disturbed.
+        falling = accumulate((kept[place][0] for place in reversed(self._places)), min)
+        self._seconds = list(falling)[::-1]
 
     def knows(self, rows: int) -> bool:
         """Whether a step of about so many rows was measured."""
-        return bucket(rows) in self._seconds
+        index = bisect_left(self._places, rows - rows // _CLOSE)
+        return index < len(self._places) and self._places[index] <= rows + rows // _CLOSE
+
+    @property
+    def most(self) -> int:
+        """The most rows whose cost can be told: twice what was measured."""
+        return 2 * self._places[-1] if self._places else 0
 
     def seconds(self, rows: int) -> float:
-        """Between two numbers of rows that are known, in proportion; beyond, as the nearest: what
-        costs nothing is tried, and then known."""
-        place, known = bucket(rows), self._known
-        index = bisect_left(known, place)
-        if index == len(known):
-            return self._seconds[known[-1]]
-        high = known[index]
-        if high == place or index == 0:
-            return self._seconds[high]
-        low = known[index - 1]
-        part = (place - low) / (high - low)
-        return (1 - part) * self._seconds[low] + part * self._seconds[high]
+        """Between two numbers of rows that are known, in proportion; beyond, as from the first to
+        the last. More rows than the only number that is known cost nothing, so that it is tried."""
+        places, seconds = self._places, self._seconds
+        index = bisect_left(places, rows)
+        if index == len(places):
+            slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
+            return seconds[-1] + slope * (rows - places[-1])
+        if index == 0 or places[index] == rows:
+            return seconds[index]
+        low, high = places[index - 1], places[index]
+        part = (rows - low) / (high - low)
+        return (1 - part) * seconds[index - 1] + part * seconds[index]
 
 
 class Lengths:
@@ -57,54 +70,28 @@ class Lengths:
 
     def __init__(self) -> None:
         self._costs = StepCosts()
-        self._since: Counter[int] = Counter()  # drafting steps since one without, by sequences
-        self._credit = 0.0
 
     def choose(
         self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
     ) -> list[int]:
         """How many of the ``offered`` drafts of some of a step's sequences to verify, ``most`` in
         all; each is right with the chance of its sequence if those before it are."""
-        lengths = [0] * len(offered)
-        if not self._costs.knows(num_sequences) or not any(offered):
+        lengths, costs = [0] * len(offered), self._costs
+        if not any(offered) or not costs.knows(num_sequences):  # what none cost is measured first
             return lengths
-        ranked = _ranked(chances, offered)[:most]
-        for _, index in ranked[: self._count(num_sequences, [gain for gain, _ in ranked])]:
+        ranked = _ranked(chances, offered)[: min(most, costs.most - num_sequences)]
+        best, count = _MARGIN * num_sequences / costs.seconds(num_sequences), 0
+        for size, gain in enumerate(accumulate(gain for gain, _ in ranked), start=1):
+            rate = (num_sequences + gain) / costs.seconds(num_sequences + size)
+            if rate > best:
+                best, count = rate, size
+        for _, index in ranked[:count]:
             lengths[index] += 1
         return lengths
 
-    def landed(self, num_sequences: int, rows: int, seconds: float) -> None:
+    def landed(self, rows: int, seconds: float) -> None:
         """Take a step of nothing but decodes into account."""
-        place = bucket(num_sequences)
-        self._since[place] = self._since[place] + 1 if rows > num_sequences else 0
         self._costs.add(rows, seconds)
-        limit = _PROBE_SHARE * _REFRESH * seconds
-        self._credit = min(self._credit + _PROBE_SHARE * seconds, limit)
-
-    def _count(self, num_sequences: int, gains: Sequence[float]) -> int:
-        plain = self._costs.seconds(num_sequences)
-        rates = [
-            (num_sequences + gain) / self._costs.seconds(num_sequences + count)
-            for count, gain in enumerate(accumulate(gains), start=1)
-        ]
-        if not rates:
-            return 0
-        best = max(rates)
-        count = 1 + rates.index(best)
-        if best > _MARGIN * num_sequences / plain:
-            return count if self._since[bucket(num_sequences)] < _REFRESH else 0
-        more = self._costs.seconds(num_sequences + count) - plain
-        price = max(more, _LEAST_PROBE * plain)
-        if price > self._credit:
-            return 0
-        self._credit -= price
-        return count
-
-
-def bucket(rows: int) -> int:
-    """The number that stands for ``rows`` and those close to it."""
-    shift = max(0, rows.bit_length() - _EXACT.bit_length() + 1) if rows > _EXACT else 0
-    return rows >> shift << shift
 
 
 def _ranked(chances: Sequence[float], offered: Sequence[int]) -> list[tuple[float, int]]:

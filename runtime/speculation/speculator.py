@@ -103,7 +103,7 @@ class Speculator:
                 tracked.accepted += right
                 tracked.rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
-            self._lengths.landed(len(plan.sequences), sum(plan.counts), seconds)
+            self._lengths.landed(sum(plan.counts), seconds)
 
     def _follow(self, sequence: Running) -> Tracked:
         """What is kept of a sequence, with the last guess compared with what came."""

@@ -234,7 +234,7 @@ class EngineMetrics(Collector):
             **{name: {"": value} for name, value in single.items()},
             "request_success": dict(self.finished),
             "spec_decode_num_accepted_tokens_per_pos": {
-                str(place): count for place, count in enumerate(drafts.accepted_per_position)
+                str(place): count for place, count in enumerate(drafts.accepted_per_position or [0])
             },
             "num_requests_waiting_by_reason": {
                 "capacity": stats.num_waiting - stats.num_deferred,

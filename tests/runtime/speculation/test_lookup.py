@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -69,7 +70,7 @@ def test_what_is_tried_at_a_place_is_bounded() -> None:
 
 
 class TestPrediction:
-    TEXT = [10, 11, 12, 13, 14, 15, 16, 17, 18, 10, 11, 30]
+    TEXT: ClassVar = [10, 11, 12, 13, 14, 15, 16, 17, 18, 10, 11, 30]
 
     def test_is_followed_from_its_beginning(self) -> None:
         text = OtherText(self.TEXT)
