@@ -10,11 +10,13 @@ itself). Streams run greedily, all at once:
     loop   through ``LLM.generate``: one thread, nothing in between
     async  through ``AsyncLLM``, one task a stream, text as it is made
     http   from a real server in a process of its own, over one connection a stream
+    split  from one whose requests are answered by ``--processes`` before the one with the engine
 
 Every figure comes from a fresh process that runs once to warm up. In every round all trees, layers
 and numbers of streams take turns; reported are the medians over rounds, in microseconds a token:
-``cpu``, the processor time of all threads of the process that has the engine (Linux only), and
-``wall``, from the first request to the last token.
+``cpu``, the processor time of all threads of the processes (Linux only), ``most``, that of the
+busiest of them, which bounds what they can do with a core each, and ``wall``, from the first
+request to the last token.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -43,8 +46,8 @@ from slipstream import LLM, AsyncLLM, SamplingParams
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
 
-LAYERS = ("loop", "async", "http")
-STREAMS = (1, 64, 256)
+LAYERS = ("loop", "async", "http", "split")
+STREAMS = (1, 64, 256, 1024)
 TOKENS = 200  # a stream
 LEAST_TOKENS = 10_000  # a figure
 _PROMPT_TOKENS = 16
@@ -55,7 +58,7 @@ import slipstream.server.commands.serve as command
 from host_cost import engine_of
 
 command.load_model = lambda model, runtime: engine_of({streams})
-command.serve.main(["counting", "--port", "0"])
+command.serve.main(["counting", "--port", "0", *{options}])
 """
 Figure = dict[str, float]
 Run = Callable[[list[list[int]]], None]
@@ -64,7 +67,10 @@ Run = Callable[[list[list[int]]], None]
 def engine_of(streams: int) -> LoadedEngine:
     """A counting model that runs so many streams at once."""
     pages = streams * (-(-(_PROMPT_TOKENS + TOKENS) // _PAGE_SIZE) + 1)
-    return counting_engine(pages, page_size=_PAGE_SIZE, max_batch_size=streams)
+    tokens = max(512, streams)
+    return counting_engine(
+        pages, page_size=_PAGE_SIZE, max_batch_size=streams, max_num_tokens=tokens
+    )
 
 
 def params() -> SamplingParams:
@@ -103,9 +109,10 @@ def through_async(streams: int) -> Iterator[tuple[Run, int]]:
 
 
 @contextmanager
-def through_http(streams: int) -> Iterator[tuple[Run, int]]:
-    """A server in another process."""
-    command = [sys.executable, "-c", _SERVER.format(streams=streams)]
+def through_http(streams: int, processes: int = 0) -> Iterator[tuple[Run, int]]:
+    """A server in another process, or in that and so many more."""
+    options = ["--api-processes", str(processes)] if processes else []
+    command = [sys.executable, "-c", _SERVER.format(streams=streams, options=options)]
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -127,45 +134,59 @@ def through_http(streams: int) -> Iterator[tuple[Run, int]]:
             process.send_signal(signal.SIGTERM)
 
 
-def cpu_us(pid: int) -> float:
-    """Processor time of all threads of a process."""
+def cpu_us(pid: int) -> dict[int, float]:
+    """Processor time of all threads of a process, and of each of its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {each: _cpu_us(each) for each in (pid, *map(int, children))}
+
+
+def _cpu_us(pid: int) -> float:
     threads = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((t / "schedstat").read_text().split()[0]) for t in threads) / 1000
 
 
-def measure(layer: str, streams: int) -> Figure:
+def measure(layer: str, streams: int, processes: int) -> Figure:
     """Microseconds a token, in this process and its children."""
-    opened = {"loop": loop, "async": through_async, "http": through_http}[layer]
+    layers: dict[str, Callable[[int], AbstractContextManager[tuple[Run, int]]]] = {
+        "loop": loop,
+        "async": through_async,
+        "http": through_http,
+        "split": partial(through_http, processes=processes),
+    }
     rng = random.Random(0)
     prompts = [[rng.randrange(60) for _ in range(_PROMPT_TOKENS)] for _ in range(streams)]
     repeats = max(1, LEAST_TOKENS // (streams * TOKENS))
-    with opened(streams) as (run, pid):
+    with layers[layer](streams) as (run, pid):
         run(prompts)
-        cpu, wall = cpu_us(pid), time.perf_counter()
+        before, wall = cpu_us(pid), time.perf_counter()
         for _ in range(repeats):
             run(prompts)
-        wall, cpu = (time.perf_counter() - wall) * 1e6, cpu_us(pid) - cpu
+        wall, after = (time.perf_counter() - wall) * 1e6, cpu_us(pid)
     total = repeats * streams * TOKENS
-    return {"cpu_us": cpu / total, "wall_us": wall / total}
+    used = [(after[each] - before.get(each, 0)) / total for each in after]
+    return {"cpu_us": sum(used), "most_us": max(used), "wall_us": wall / total}
 
 
-def measure_tree(source: str | None, layer: str, streams: int) -> Figure:
+def measure_tree(source: str | None, layer: str, streams: int, processes: int) -> Figure:
     """The same in a fresh process, with the package of a tree (None: the one of this process)."""
     environment = dict(os.environ)
     if source is not None:
         environment["PYTHONPATH"] = str(Path(source).resolve())
     command = [sys.executable, __file__, "--measure", layer, str(streams)]
+    command += ["--processes", str(processes)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     figure: Figure = json.loads(done.stdout)
     return figure
 
 
-def measure_all(trees: dict[str, str | None], rounds: int) -> dict[str, list[Figure]]:
+def measure_all(
+    trees: dict[str, str | None], options: argparse.Namespace
+) -> dict[str, list[Figure]]:
     """The figures of every round, by ``tree layer streams``."""
     figures: dict[str, list[Figure]] = {}
-    for number in range(rounds):
-        for layer, streams, tree in itertools.product(LAYERS, STREAMS, trees):
-            figure = measure_tree(trees[tree], layer, streams)
+    for number in range(options.rounds):
+        for layer, streams, tree in itertools.product(options.layer, options.streams, trees):
+            figure = measure_tree(trees[tree], layer, streams, options.processes)
             figures.setdefault(f"{tree} {layer} {streams}", []).append(figure)
             shown = ", ".join(f"{name} {value:.1f}" for name, value in figure.items())
             print(f"round {number + 1}: {tree} {layer} {streams}: {shown}", flush=True)
@@ -179,21 +200,24 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tree", action="append", default=[], metavar="NAME=SRC")
+    parser.add_argument("--layer", nargs="+", choices=LAYERS, default=LAYERS)
+    parser.add_argument("--streams", nargs="+", type=int, default=STREAMS)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", nargs=2, metavar=("LAYER", "STREAMS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure[0], int(options.measure[1]))))
+        print(json.dumps(measure(options.measure[0], int(options.measure[1]), options.processes)))
         return
     trees = dict(tree.split("=", 1) for tree in options.tree) or {"here": None}
-    figures = measure_all(trees, options.rounds)
+    figures = measure_all(trees, options)
     medians = {
         key: {name: statistics.median(f[name] for f in rounds) for name in rounds[0]}
         for key, rounds in figures.items()
     }
-    print(f"\n{'microseconds a token':24}{'cpu':>8}{'wall':>8}")
+    print(f"\n{'microseconds a token':24}{'cpu':>8}{'most':>8}{'wall':>8}")
     for key, median in medians.items():
-        print(f"{key:24}{median['cpu_us']:8.1f}{median['wall_us']:8.1f}")
+        print(f"{key:24}{median['cpu_us']:8.1f}{median['most_us']:8.1f}{median['wall_us']:8.1f}")
     if options.json:
         report = {"cpu": cpu_name(), "tokens": TOKENS, "medians": medians, "rounds": figures}
         options.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -25,9 +25,9 @@ from slipstream.builder.engine import (
     WEIGHTS,
     EngineLimits,
     Manifest,
+    digest,
     engine_contents,
     is_engine,
-    sha256,
 )
 from slipstream.builder.graph.describe import count_formats
 from slipstream.builder.graph.ops import Ops
@@ -326,7 +326,7 @@ def _write(
                 base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
-    files = {file.name: sha256(file) for file in sorted(staging.iterdir())}
+    files = {file.name: digest(file) for file in sorted(staging.iterdir())}
     manifest = manifest_of(planned, files, source, output)
     (staging / MANIFEST).write_text(manifest.to_json())
     return manifest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.operators import OPERATORS
 from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
+from slipstream.weights.parallel import in_parallel
 
 FORMAT_VERSION = 4
 MANIFEST = "engine.json"
@@ -40,7 +42,8 @@ _TEXT_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-_CHUNK = 1 << 22
+_PIECE = 1 << 24  # bytes of a file that are hashed by themselves
+_READ = 1 << 22
 _LARGEST = 2**31 - 1
 _LONG = 10_000  # characters of a command
 
@@ -67,7 +70,7 @@ class Manifest:
     counts the matrices of the checkpoint by what they hold there. ``pooling`` says what is made of
     the output of an engine that does not generate, None for one that does. ``source`` is the
     checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
-    ``files`` holds the SHA-256 of every other file.
+    ``files`` holds the ``digest`` of every other file.
     """
 
     target: str
@@ -147,7 +150,7 @@ class Engine:
             file = self.path / name
             if not file.is_file():
                 raise self._mismatch(f"{name} is missing from the engine {self.path}")
-            if sha256(file) != expected:
+            if digest(file) != expected:
                 raise self._mismatch(
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
@@ -164,7 +167,7 @@ class Engine:
     def write_file(self, name: str, text: str) -> None:
         """Add or replace a file, and its hash in the manifest."""
         self._replace(name, text)
-        files = {**self.manifest.files, name: sha256(self.path / name)}
+        files = {**self.manifest.files, name: digest(self.path / name)}
         self._replace(MANIFEST, replace(self.manifest, files=files).to_json())
 
     def _replace(self, name: str, text: str) -> None:
@@ -176,13 +179,26 @@ class Engine:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
 
 
-def sha256(file: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
+def digest(file: Path) -> str:
+    """The hash of a file: the SHA-256, in hex, of the SHA-256 of each of its pieces of 16 MiB one
+    after another, so that several cores can share a large file."""
     with file.open("rb") as stream:
-        while piece := stream.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+        pieces = range(0, os.fstat(stream.fileno()).st_size, _PIECE)
+        found = dict.fromkeys(pieces, b"")
+
+        def hash_piece(start: int) -> None:
+            found[start] = _piece_hash(stream.fileno(), start)
+
+        in_parallel(hash_piece, pieces)
+    return hashlib.sha256(b"".join(found.values())).hexdigest()
+
+
+def _piece_hash(descriptor: int, start: int) -> bytes:
+    state, end = hashlib.sha256(), start + _PIECE
+    while piece := os.pread(descriptor, min(_READ, end - start), start):
+        state.update(piece)
+        start += len(piece)
+    return state.digest()
 
 
 def is_engine(path: Path) -> bool:

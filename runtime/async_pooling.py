@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import Pooling
-from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.pooled_prompts import ScoredPairs, as_batch, as_texts, stacked
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import Request, RequestOutput
@@ -28,7 +27,6 @@ class AsyncPooling(ABC):
 
     workers: Workers
     _factory: RequestFactory
-    _loop: EngineLoop
 
     @abstractmethod
     async def render(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -37,6 +35,10 @@ class AsyncPooling(ABC):
     @abstractmethod
     def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """What the engine tells of a request."""
+
+    @abstractmethod
+    def _validate(self, request: Request) -> None:
+        """Raise the typed error of a request that can never run."""
 
     @abstractmethod
     def _refuse_if_closed(self) -> None:
@@ -135,5 +137,5 @@ class AsyncPooling(ABC):
     def _pooled(self, *arguments: Any, **options: Any) -> Request:  # noqa: ANN401
         """The same to be pooled."""
         request = self._factory.pooled(*arguments, **options)
-        self._loop.validate(request)
+        self._validate(request)
         return request

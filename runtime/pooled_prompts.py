@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.pooling import PoolingParams, similarity
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.text.length import check_length
@@ -50,7 +50,7 @@ class ScoredPairs:
 class PooledPrompts:
     """Encodes what an engine pools; safe to use from several threads."""
 
-    def __init__(self, engine: LoadedEngine, pooling: Pooling) -> None:
+    def __init__(self, engine: Model, pooling: Pooling) -> None:
         self.pooling = pooling
         self._tokenizer = engine.tokenizer
         self._max_seq_len = engine.config.max_seq_len

@@ -11,7 +11,7 @@ from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.composer import Composed, Composer
 from slipstream.runtime.chat.conversation import Conversation
-from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
@@ -29,7 +29,8 @@ class RequestFactory:
     """Encodes prompts, resolves sampling parameters and compiles grammars; safe to use from several
     threads."""
 
-    def __init__(self, engine: LoadedEngine) -> None:
+    def __init__(self, engine: Model, *, compiles: bool = True) -> None:
+        """``compiles``: else grammars are left to whoever runs the requests."""
         self._pooling = engine.pooling
         self._pooled_prompts = PooledPrompts(engine, engine.pooling) if engine.pooling else None
         self._tokenizer = engine.tokenizer
@@ -39,6 +40,7 @@ class RequestFactory:
         self._numbers = itertools.count()
         self.composer = Composer(engine.tokenizer, max_seq_len=engine.config.max_seq_len)
         self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
+        self._compiles = compiles
 
     def request(
         self,
@@ -72,7 +74,7 @@ class RequestFactory:
             priority=priority,
             output_kind=output_kind,
             cache_namespace=cache_salt,
-            grammar=None if form is None else self.grammars.compile(form),
+            grammar=self.grammars.compile(form) if form and self._compiles else None,
         )
 
     def pooled(

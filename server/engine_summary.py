@@ -17,7 +17,7 @@ from slipstream.builder.contract import (
     page_size_of,
     paged,
 )
-from slipstream.builder.engine import WEIGHTS, Engine, sha256
+from slipstream.builder.engine import WEIGHTS, Engine, digest
 from slipstream.errors import EngineMismatchError, SlipstreamError
 from slipstream.plugins.linear import WEIGHT_TYPES
 from slipstream.server.text import format_bytes, format_count
@@ -127,7 +127,7 @@ def _file_entry(file: Path, expected: str | None) -> FileEntry:
         return FileEntry(file.name, None, "missing")
     status: HashStatus = "not checked"
     if expected is not None:
-        status = "ok" if sha256(file) == expected else "changed"
+        status = "ok" if digest(file) == expected else "changed"
     return FileEntry(file.name, file.stat().st_size, status)
 
 

@@ -31,6 +31,15 @@ def size(text: str) -> int:
         raise click.BadParameter(str(error)) from error
 
 
+def process_count(text: str) -> int | None:
+    """A number, or None for ``auto``."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or len(text) > 4:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number")
+    return int(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """What the command line adds to a field: help, and where they differ, flag, parser and default.
@@ -204,6 +213,11 @@ _QUANTIZE = {
 _SERVER = {
     "host": Option("Address to listen on; 0.0.0.0 is all of this machine's."),
     "port": Option("Port to listen on; 0 takes a free one."),
+    "api_processes": Option(
+        "Processes that answer requests, before the one that has the engine; 0: that one does.",
+        "auto: 0 for an engine of a CPU, else one for every four cores, at most 4",
+        parse=process_count,
+    ),
     "api_key": Option(
         "Key that requests must carry as Authorization: Bearer or x-api-key; may be repeated. "
         "SLIPSTREAM_API_KEY holds one or several, separated by spaces.",

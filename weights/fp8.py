@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import CheckpointError
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat
 
 Floats = NDArray[np.float32]
 FP8_MAX = 448.0  # the largest e4m3fn number
-_CHUNK = 1 << 20  # elements worked on at once
+_CHUNK = 1 << 18  # elements worked on at once: they stay in the cache of a core
 # Scales that are tried, as multiples of max|row| / 448: after an octave the grid is the same again.
 _OCTAVE = np.exp2(np.arange(8, dtype=np.float32) / 8)
 
@@ -32,9 +33,8 @@ def quantize_fp8(weight: LazyTensor, *, search: bool = False) -> QuantTensor:
     n, k = weight.format.shape
     codes = np.empty((n, k), ml_dtypes.float8_e4m3fn)
     scales = np.empty((n, 1), np.float32)
-    step = max(1, _CHUNK // k)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
+
+    def quantize(rows: slice) -> None:
         chunk = values[rows].astype(np.float32)
         largest = np.abs(chunk).max(axis=1, keepdims=True)
         if not np.isfinite(largest).all():
@@ -45,6 +45,8 @@ def quantize_fp8(weight: LazyTensor, *, search: bool = False) -> QuantTensor:
         scale = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
         scales[rows] = _best_scales(chunk, scale) if search else scale
         codes[rows] = _saturated(chunk / scales[rows])
+
+    in_parallel(quantize, row_chunks(n, k, _CHUNK))
     return QuantTensor(weight.name, fp8_format((n, k)), codes, scales)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import BuildError, CheckpointError
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, pack_nibbles
 
 Bits = Literal[4, 8]
@@ -55,7 +55,8 @@ def quantize_rtn(
     codes = np.empty((n, k * bits // 8), np.uint8)
     scales = np.empty((n, groups), scale_dtype)
     zeros = None if symmetric else np.empty((n, groups), np.uint8)
-    for rows in _row_chunks(n, k):
+
+    def quantize(rows: slice) -> None:
         chunk = values[rows].astype(np.float32).reshape(-1, groups, group_size)
         low, high = chunk.min(axis=-1), chunk.max(axis=-1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -69,6 +70,8 @@ def quantize_rtn(
         codes[rows] = pack_nibbles(packed) if bits == 4 else packed
         if zeros is not None:
             zeros[rows] = zero
+
+    in_parallel(quantize, row_chunks(n, k, _CHUNK))
     kind: Literal["midpoint", "zero"] = "midpoint" if symmetric else "zero"
     form = WeightFormat((n, k), "int", scale_dtype, bits, group_size, kind)
     return QuantTensor(name, form, codes, scales, zeros)
@@ -95,12 +98,6 @@ def _check(values: NDArray[np.generic], name: str, bits: int, group_size: int) -
             f"group size {group_size} does not divide the {k} columns of tensor {name}; use "
             f"{largest_group(k, GROUP_SIZES[0]) or 'no quantization for it'}"
         )
-
-
-def _row_chunks(n: int, k: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(k, 1))
-    for start in range(0, n, step):
-        yield slice(start, start + step)
 
 
 def _symmetric(low: Floats, high: Floats, bits: int) -> tuple[Floats, Floats]:

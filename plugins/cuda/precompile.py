@@ -1,4 +1,4 @@
-"""Compiles Triton kernels in processes of their own, before they are launched.
+"""Compiles Triton kernels and their launchers in processes of their own, before they are launched.
 
 Compiling holds the interpreter's lock, so threads would take turns. ``record`` finds out which
 kernels some work launches, without launching any; ``compile_kernels`` puts them into Triton's
@@ -22,6 +22,7 @@ import torch
 import triton
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource
 
 from slipstream.cores import usable_cores
@@ -122,7 +123,9 @@ def _compile(kernel: Specialization, architecture: int) -> None:
     function = getattr(import_module(kernel.module), kernel.name)
     source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
     target = GPUTarget("cuda", architecture, _WARP)
-    triton.compile(source, target=target, options=kernel.options)
+    compiled = triton.compile(source, target=target, options=kernel.options)
+    # What passes the arguments is C, which the first launch would wait for.
+    CudaLauncher(source, compiled.metadata)
 
 
 def main() -> None:

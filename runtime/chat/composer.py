@@ -91,6 +91,7 @@ class Composer:
         Raises ``InvalidRequestError`` for what the model cannot be asked for.
         """
         tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        tokens = [*conversation.before, *tokens]
         held = replace(
             params,
             structured=self.dialect.structured(conversation.options, params.structured, text),

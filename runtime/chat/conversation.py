@@ -18,7 +18,7 @@ class Conversation:
 
     ``generating``: the assistant's turn is begun; None: unless the last message is gone on with.
     ``going_on``: the last message is not ended, and the model goes on with it. ``variables`` are
-    the template's own.
+    the template's own. ``before``: tokens of an earlier conversation, which this one follows.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -26,6 +26,7 @@ class Conversation:
     going_on: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
     options: ChatOptions = field(default_factory=ChatOptions)
+    before: Sequence[int] = ()
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> Self:

@@ -11,7 +11,7 @@ from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.calls import CallFormat, Calls, openai_id
 from slipstream.runtime.chat.events import ContentText, OutputParser
 from slipstream.runtime.chat.grammar import Grammar, alternatives
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool, ToolChoice
 from slipstream.runtime.chat.tape import Markers, StepParser, Steps, Tape
 from slipstream.runtime.chat.template_needs import TemplateNeeds
 from slipstream.runtime.chat.thoughts import Thoughts
@@ -91,14 +91,13 @@ class Family:
         form = None if wanted is None else grammar.wanted(wanted)
         if self.calls is None or not tools:
             return form
-        many = options.parallel_tool_calls
-        if isinstance(options.tool_choice, NamedTool):
-            return self.calls.group(grammar, tools, many=False)
-        if options.tool_choice == "required":
+        many = options.parallel_tool_calls and not isinstance(options.tool_choice, NamedTool)
+        if options.must_call:
             return self.calls.group(grammar, tools, many=many)
         if form is not None:
             return alternatives([self.calls.group(grammar, tools, many=many), form])
-        if many and not any(tool.strict for tool in tools):
+        limited = len(tools) < len(options.tools)
+        if many and not limited and not any(tool.strict for tool in tools):
             return None
         return self.calls.free(grammar, tools, many=many)
 
@@ -136,16 +135,27 @@ def check_choice(options: ChatOptions) -> None:
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise InvalidRequestError(f"two tools are named {twice!r:.80}; rename one", param="tools")
-    if isinstance(choice, NamedTool) and choice.name not in names:
+    unknown = next((name for name in _named(choice) if name not in names), None)
+    if unknown is not None:
         raise InvalidRequestError(
-            f"tool_choice names {choice.name!r:.80}, which is none of the tools; they are "
+            f"tool_choice names {unknown!r:.80}, which is none of the tools; they are "
             f"{', '.join(names[:20]) or 'none'}",
             param="tool_choice",
+        )
+    if isinstance(choice, AllowedTools) and not choice.names:
+        raise InvalidRequestError(
+            "tool_choice allows no tools; name some, or send 'none'", param="tool_choice"
         )
     if choice == "required" and not names:
         raise InvalidRequestError(
             "tool_choice is 'required', but there are no tools; give some", param="tool_choice"
         )
+
+
+def _named(choice: ToolChoice) -> Sequence[str]:
+    if isinstance(choice, AllowedTools):
+        return choice.names
+    return [choice.name] if isinstance(choice, NamedTool) else ()
 
 
 def held(tool: Tool) -> Tool:
@@ -157,7 +167,6 @@ def held(tool: Tool) -> Tool:
 
 def callable_tools(options: ChatOptions) -> Sequence[Tool]:
     """Those that may be called."""
-    if isinstance(options.tool_choice, NamedTool):
-        name = options.tool_choice.name
-        return [tool for tool in options.tools if tool.name == name]
+    if named := _named(options.tool_choice):
+        return [tool for tool in options.tools if tool.name in named]
     return () if options.tool_choice == "none" else options.tools

@@ -74,8 +74,11 @@ class Grammar:
             self.terminal(_ANY + "".join(f" & ~/(?s:.*{_regex(m)}.*)/" for m in written))
         )
 
-    def until(self, mark: str, most_tokens: int | None = None) -> str:
-        """Any text and ``mark``, which comes after ``most_tokens`` at the latest."""
+    def until(self, mark: str, most_tokens: int | None = None, held: Sequence[str] = ()) -> str:
+        """Any text and ``mark``, which comes after ``most_tokens`` at the latest; or a text that
+        matches all of ``held``."""
+        if held:
+            return self._held_until(mark, held)
         bound = "" if most_tokens is None else f"max_tokens={most_tokens}"
         if self.is_token(mark):
             body = self.rule(self.terminal(_ANY), f"[{bound}]" if bound else "")
@@ -86,6 +89,17 @@ class Grammar:
         # Where the bound ends both, the first goes on; so the mark is written.
         within = self.terminal(f"{_ANY} & ~/(?s:.*){_regex(mark)}(?s:.*)/")
         return f"({self.rule(within, f'[{bound}]')} {self.literal(mark)} | {ends})"
+
+    def _held_until(self, mark: str, held: Sequence[str]) -> str:
+        """As one lexeme, up to the token in the mark: what may be text could be its beginning."""
+        parts = [mark] if self._split is None else self._split.split(mark, maxsplit=1)
+        text = " & ".join(f"/{_slashed(each)}/" for each in held)
+        end = next(part for part in parts[::-1] if part).strip()
+        text += f" & ~/(?s:.*){_regex(end)}(?s:.*)/"
+        body = f"({text}) {quoted(parts[0])}" if parts[0] else text
+        if len(parts) == 1:
+            return self.rule(self.terminal(body), "[lazy]")
+        return f"{self.rule(self.terminal(body))} {self.literal(mark[len(parts[0]) :])}"
 
     def wanted(self, wanted: StructuredOutput) -> str:
         """The form that a caller asks for."""

@@ -13,7 +13,7 @@ from slipstream.runtime.chat.calls import MOST_NAME, Calls, stream_value
 from slipstream.runtime.chat.events import ContentText, OutputParser, ReasoningText
 from slipstream.runtime.chat.family import callable_tools, check_choice, held
 from slipstream.runtime.chat.grammar import Grammar, alternatives, quoted
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
+from slipstream.runtime.chat.options import ChatOptions, Tool
 from slipstream.runtime.chat.tape import Markers, StepParser, Steps, Tape
 from slipstream.runtime.chat.template_needs import TemplateNeeds
 from slipstream.runtime.structured.output import StructuredOutput
@@ -80,9 +80,10 @@ class Harmony:
         """Thoughts, then an answer on its channel or calls: as ``<|call|>`` ends a turn, one."""
         check_choice(options)
         tools = [held(tool) for tool in callable_tools(options)]
-        must = isinstance(options.tool_choice, NamedTool) or options.tool_choice == "required"
-        strict = any(tool.strict for tool in tools)
-        if wanted is None and options.thinking_budget is None and not must and not strict:
+        must = options.must_call
+        limited = 0 < len(tools) < len(options.tools)
+        free = not limited and not any(tool.strict for tool in tools)
+        if wanted is None and options.thinking_budget is None and not must and free:
             return None
         if not all(mark in self.tokens for mark in (_START, _CHANNEL, _MESSAGE, _END)):
             raise InvalidRequestError(

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from slipstream.errors import InvalidRequestError
 
-ToolChoice = Literal["auto", "none", "required"]
-
 
 @dataclass(frozen=True, slots=True)
 class Tool:
@@ -32,6 +30,18 @@ class NamedTool:
 
 
 @dataclass(frozen=True, slots=True)
+class AllowedTools:
+    """Those of the tools that may be called, while the model is shown all: its prompt, and what is
+    remembered of it, stays the same. ``required``: one must be called."""
+
+    names: Sequence[str]
+    required: bool = False
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool | AllowedTools
+
+
+@dataclass(frozen=True, slots=True)
 class ChatOptions:
     """Tools and thinking of one turn.
 
@@ -41,11 +51,19 @@ class ChatOptions:
     """
 
     tools: Sequence[Tool] = ()
-    tool_choice: ToolChoice | NamedTool = "auto"
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     thinking: bool | None = None
     reasoning_effort: str | None = None
     thinking_budget: int | None = None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is a call."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.required
+        return isinstance(choice, NamedTool) or choice == "required"
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[ChatOptions, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 from slipstream.runtime.chat.calls import MOST_NAME, Calls, openai_id, to_json
 from slipstream.runtime.chat.events import ContentText
 from slipstream.runtime.chat.grammar import Grammar, alternatives, quoted
+from slipstream.runtime.chat.held_text import conditions
 from slipstream.runtime.chat.json_calls import free_calls
 from slipstream.runtime.chat.options import Tool
 from slipstream.runtime.chat.tape import Markers, Steps, Tape
@@ -163,7 +164,8 @@ class TaggedCalls:
         if options:
             return f"{lead} {grammar.rule(alternatives([quoted(each) for each in options]))} {end}"
         tail = grammar.literal(after)
-        return f"{lead} {grammar.until(frame + self.value_end)} {tail}"
+        held = conditions(schema, strict=tool.strict)
+        return f"{lead} {grammar.until(frame + self.value_end, held=held)} {tail}"
 
 
 def schema_of(tool: Tool, schema: Any) -> Any:  # noqa: ANN401 - JSON

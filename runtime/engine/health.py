@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,19 @@ def probe(pooling: PoolingParams | None) -> Request:
     """
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     return Request(PROBE, [0], params, priority=-sys.maxsize, output_kind="final", pooling=pooling)
+
+
+def forked_from(process: int) -> str | None:
+    """Why nothing can run here of an engine that ``process`` loaded, None if that is this one:
+    threads and devices are not there in a process that was forked afterwards."""
+    here = os.getpid()
+    if here == process:
+        return None
+    return (
+        f"the engine was loaded by process {process}, and this is process {here}, which was forked"
+        " from it and has neither its threads nor its device. Load the engine after the fork, or"
+        " start the process by spawn"
+    )
 
 
 class Health:

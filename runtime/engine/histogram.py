@@ -29,6 +29,11 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
+    def add(self, other: Histogram) -> None:
+        """Add the values of another, of the same bounds."""
+        self._counts = [mine + its for mine, its in zip(self._counts, other._counts, strict=True)]
+        self.sum += other.sum
+
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bounds as text, and how many values are at most that."""
         names = [*map(str, map(float, self._bounds)), "+Inf"]

@@ -18,19 +18,18 @@ from slipstream.errors import (
 )
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused
-from slipstream.runtime.engine.health import PROBE, Health, probe
+from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
 from slipstream.runtime.engine.plan import StepPlan
-from slipstream.runtime.engine.request_state import CompletionState, RequestState
+from slipstream.runtime.engine.request_state import CompletionState, RequestState, sequences_of
 from slipstream.runtime.engine.scheduler import Scheduler
-from slipstream.runtime.engine.sequence import Sequence, child_seed
+from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.pooling import Pool, PoolingParams, broken_states, pooled
+from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
 from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
 from slipstream.runtime.speculation.speculator import speculator_of
-from slipstream.runtime.text.detokenizer import Detokenizer
 
 # Logits of prompt tokens that one step scores.
 _SCORED_BYTES = 256 << 20
@@ -51,8 +50,14 @@ class EngineLoop:
     """
 
     def __init__(
-        self, engine: LoadedEngine, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: LoadedEngine,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        detokenizes: bool = True,
     ) -> None:
+        """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
+        told, who says ``stop``."""
         self._speculator = speculator_of(engine)
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
@@ -68,6 +73,7 @@ class EngineLoop:
             speculator=self._speculator,
         )
         self._engine = engine
+        self._detokenizes = detokenizes
         # Files may name tokens that the model has no logits for.
         self._eos_token_ids = frozenset(
             token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
@@ -105,14 +111,7 @@ class EngineLoop:
     def forked(self) -> str | None:
         """Why nothing can run here, None where the engine was loaded: threads and devices are not
         there in a process that was forked afterwards."""
-        here = os.getpid()
-        if here == self._process:
-            return None
-        return (
-            f"the engine was loaded by process {self._process}, and this is process {here}, which"
-            " was forked from it and has neither its threads nor its device. Load the engine after"
-            " the fork, or start the process by spawn"
-        )
+        return forked_from(self._process)
 
     @property
     def unhealthy(self) -> str | None:
@@ -165,9 +164,27 @@ class EngineLoop:
         self._engine.executor.shutdown()
         self._health.ended()
 
+    def stop(self, request_id: str, index: int) -> None:
+        """End one completion whose text has come to a stop string; unknown ones are ignored."""
+        state = self._requests.get(request_id)
+        sequence = None if state is None else state.completions[index].sequence
+        if sequence is not None and not sequence.finish_reason:
+            sequence.finish_reason = "stop"
+            self._note_change(sequence, self._clock())
+
     def step(self) -> list[RequestOutput]:
+        """The same as ``advance``; returns what callers are to hear, with what is new as text."""
+        outputs = []
+        for state in self.advance():
+            output = state.output()
+            self._settle(state)  # its text may be what cannot be told
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def advance(self) -> list[RequestState]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
-        return what the finished one changed."""
+        return the requests that the finished one changed."""
         if (reason := self.forked) is not None:
             raise ExecutionError(reason)
         self._health.began()
@@ -175,7 +192,10 @@ class EngineLoop:
             self._advance()
         finally:
             self._health.ended()
-        return self._tell()
+        changed, self._changed = self._changed, {}
+        for state in changed:
+            self._settle(state)
+        return [state for state in changed if state.request.request_id != PROBE]
 
     def _advance(self) -> None:
         """Land the step on its way, with the next started before or after that."""
@@ -196,39 +216,23 @@ class EngineLoop:
         assert (request.grammar is None) == (params.structured is None), "it is compiled before"
         jumps = request.grammar is not None and params.logprobs is None and self._jumps
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
-        arrival = next(self._arrivals)
-        sequences = [
-            Sequence(
-                request=request,
-                index=index,
-                order=(request.priority, arrival, index),
-                max_tokens=self._clamp(request),
-                seed=child_seed(seed, index),
-                eos_token_ids=self._eos_token_ids,
-                jumps=jumps,
-            )
-            for index in range(params.n)
-        ]
-        sequences[0].followers = sequences[1:]
-        if params.prompt_logprobs is not None:
-            sequences[0].prompt_logprobs = [None]
-        if request.pooling is not None:
-            assert self._engine.pooling is not None, "only an engine that pools is asked to"
-            length = len(request.prompt_token_ids)
-            sequences[0].pool = Pool(self._engine.pooling, request.pooling, length)
-        return sequences
+        return sequences_of(
+            request,
+            next(self._arrivals),
+            self._clamp(request),
+            seed,
+            self._eos_token_ids,
+            jumps=jumps,
+            pooling=self._engine.pooling,
+        )
 
     def _clamp(self, request: Request) -> int:
         length, pools = len(request.prompt_token_ids), request.pooling is not None
         return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pools)
 
     def _completion(self, sequence: Sequence) -> CompletionState:
-        params = sequence.request.params
-        return CompletionState(
-            sequence,
-            Detokenizer(self._engine.tokenizer, params, sequence.request.prompt_token_ids),
-            logprobs=None if params.logprobs is None else [],
-        )
+        tokenizer = self._engine.tokenizer if self._detokenizes else None
+        return CompletionState.of(sequence, tokenizer)
 
     def _launch(self) -> Flight | None:
         plan = self.scheduler.schedule()
@@ -380,17 +384,10 @@ class EngineLoop:
         del self._requests[state.request.request_id]
         self._need_output.discard(state)
 
-    def _tell(self) -> list[RequestOutput]:
-        """Detokenize what changed and return what callers are to hear."""
-        changed, self._changed = self._changed, {}
-        outputs = []
-        for state in changed:
-            output = state.output()
-            if state.error is not None and not state.finished:  # its text cannot be told
-                self._end(state, "error")
-                del self._changed[state]
-            if state.finished:
-                state.metrics.finished_time = self._clock()
-            if output is not None and output.request_id != PROBE:
-                outputs.append(output)
-        return outputs
+    def _settle(self, state: RequestState) -> None:
+        """End a request that is to fail, and note when one has ended."""
+        if state.error is not None and not state.finished:
+            self._end(state, "error")
+            del self._changed[state]
+        if state.finished and state.metrics.finished_time is None:
+            state.metrics.finished_time = self._clock()

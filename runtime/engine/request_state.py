@@ -3,37 +3,106 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
+from slipstream.builder.contract import Pooling
 from slipstream.errors import ExecutionError, SlipstreamError
-from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.sequence import Sequence, child_seed
 from slipstream.runtime.engine.step import TokenLogprobs
-from slipstream.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.pooling import Pool
+from slipstream.runtime.request import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+)
 from slipstream.runtime.text.detokenizer import Detokenizer
+from slipstream.runtime.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sequence ended, with its last token or without one."""
+
+    reason: FinishReason
+    stop_reason: int | str | None
+    in_stop_token: bool
+
+    def of(self, sequence: Sequence) -> None:
+        """Make it that of a sequence."""
+        sequence.finish_reason, sequence.stop_reason = self.reason, self.stop_reason
+        sequence.ends_in_stop_token = self.in_stop_token
 
 
 @dataclass(slots=True, eq=False)
 class CompletionState:
-    """Text and log probabilities of one sequence, and how much of them was told."""
+    """Text and log probabilities of one sequence, and how much of them was told.
+
+    Without a ``detokenizer`` there is no text, and no stop string is looked for: that is done where
+    the tokens are told.
+    """
 
     sequence: Sequence
-    detokenizer: Detokenizer
+    detokenizer: Detokenizer | None
     logprobs: list[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0
+    told_end: bool = False  # to whoever makes text of the tokens
     _pieces: list[str] = field(default_factory=list)  # that were not told yet, or all text
     _closed: bool = False
     _decoded: int = 0
     _told_tokens: int = 0
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokenizer: Tokenizer | None) -> CompletionState:
+        """That of a sequence without output; text is made with ``tokenizer``, if any."""
+        params, prompt = sequence.request.params, sequence.request.prompt_token_ids
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params, prompt)
+        return cls(sequence, detokenizer, None if params.logprobs is None else [])
 
     def take(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Append a sampled token; a stop string ends the sequence at once. Raises what
         ``Sequence.append`` raises, and ``ExecutionError`` of the tokenizer."""
         sequence = self.sequence
         sequence.append(token)
-        if logprobs is not None and self.logprobs is not None:
-            self.logprobs.append(logprobs)
-            self.cumulative_logprob += logprobs.logprob
+        if logprobs is not None:
+            self._score((logprobs,))
         self._find_stop()
+
+    def follow(
+        self, tokens: list[int], logprobs: Sequence_[TokenLogprobs], ending: Ending | None
+    ) -> None:
+        """Append the tokens of a sequence that runs elsewhere, where it may have ended in the way
+        of ``ending``; a stop string ends it before that. Raises ``ExecutionError`` of the
+        tokenizer."""
+        sequence = self.sequence
+        if sequence.finish_reason:
+            return
+        if not sequence.request.params.stop:
+            sequence.output += tokens
+            self._score(logprobs)
+        for index, token in enumerate(tokens if sequence.request.params.stop else ()):
+            sequence.output.append(token)
+            self._score(logprobs[index : index + 1])
+            if ending is not None and index == len(tokens) - 1:
+                ending.of(sequence)
+            self._find_stop()
+            if sequence.finish_reason:
+                return
+        if ending is not None:
+            ending.of(sequence)
+
+    def news(self) -> tuple[list[int], list[TokenLogprobs]]:
+        """The tokens that are new since the last call or output, and their log probabilities."""
+        start, self._told_tokens = self._told_tokens, len(self.sequence.output)
+        return self.sequence.output[start:], [] if self.logprobs is None else self.logprobs[start:]
+
+    def _score(self, logprobs: Sequence_[TokenLogprobs]) -> None:
+        if self.logprobs is not None:
+            for each in logprobs:
+                self.logprobs.append(each)
+                self.cumulative_logprob += each.logprob
 
     def jump(self) -> None:
         """Append the tokens that the form forces next, up to one that ends the sequence; raises as
@@ -49,7 +118,7 @@ class CompletionState:
 
     def _find_stop(self) -> None:
         sequence = self.sequence
-        if sequence.request.params.stop:
+        if self.detokenizer is not None and sequence.request.params.stop:
             self.decode()
             if self.detokenizer.stopped:
                 sequence.finish_reason = "stop"
@@ -58,6 +127,8 @@ class CompletionState:
     def decode(self) -> None:
         """Turn the tokens that came since the last call into text."""
         sequence = self.sequence
+        if self.detokenizer is None:
+            return
         end = len(sequence.output)
         if sequence.ends_in_stop_token:  # which is not part of the text
             end -= not sequence.request.params.include_stop_str_in_output
@@ -139,3 +210,36 @@ class RequestState:
             accepted_prediction_tokens=sum(each.accepted for each in drafted),
             rejected_prediction_tokens=sum(each.rejected for each in drafted),
         )
+
+
+def sequences_of(
+    request: Request,
+    arrival: int,
+    max_tokens: int,
+    seed: int,
+    eos_token_ids: frozenset[int] = frozenset(),
+    *,
+    jumps: bool = False,
+    pooling: Pooling | None = None,
+) -> list[Sequence]:
+    """The ``n`` sequences of a request, of which the first releases the others; the last arguments
+    are those of ``Sequence``, and how the engine pools, if it does."""
+    sequences = [
+        Sequence(
+            request=request,
+            index=index,
+            order=(request.priority, arrival, index),
+            max_tokens=max_tokens,
+            seed=child_seed(seed, index),
+            eos_token_ids=eos_token_ids,
+            jumps=jumps,
+        )
+        for index in range(request.params.n)
+    ]
+    sequences[0].followers = sequences[1:]
+    if request.params.prompt_logprobs is not None:
+        sequences[0].prompt_logprobs = [None]
+    if request.pooling is not None:
+        assert pooling is not None, "only an engine that pools is asked to"
+        sequences[0].pool = Pool(pooling, request.pooling, len(request.prompt_token_ids))
+    return sequences

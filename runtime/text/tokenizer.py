@@ -48,6 +48,7 @@ class Tokenizer:
         _add_tokens(backend, settings, vocab_size)
         self._backend = backend
         self._settings = settings
+        self._vocab_size = vocab_size
         self._templates: dict[str, ChatTemplate] = {}
         self._bytes: dict[int, bytes] = {}
         self._byte_level = _is_byte_level(backend)
@@ -58,6 +59,10 @@ class Tokenizer:
         self.eos_token_id = self._special_id("eos_token")
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids = settings.eos_token_ids | frozenset(eos)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[object, ...]]:
+        """It is the same in another process."""
+        return Tokenizer, (self._backend, self._settings, self._vocab_size)
 
     @classmethod
     def from_directory(

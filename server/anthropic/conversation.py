@@ -58,10 +58,13 @@ def _options(request: CountRequest) -> ChatOptions:
 
 def _tool(tool: ClientTool, index: int) -> Tool:
     if tool.type not in (None, "custom"):
+        called = f", {tool.name!r:.80}," if tool.name else ""
         raise InvalidRequestError(
-            f"tools[{index}], {tool.name!r:.80}, is of type {tool.type!r:.80}, which is not "
-            "supported by this server; give tools with an input_schema, which the client runs"
+            f"tools[{index}]{called} is of type {tool.type!r:.80}, which is not supported by this "
+            "server; give tools with an input_schema, which the client runs"
         )
+    if tool.name is None:
+        raise InvalidRequestError(f"tools[{index}].name is missing", param="tools")
     if tool.input_schema is None:
         raise InvalidRequestError(
             f"tools[{index}], {tool.name!r:.80}, has no input_schema; give the JSON schema of its "
@@ -70,7 +73,7 @@ def _tool(tool: ClientTool, index: int) -> Tool:
     return Tool(tool.name, tool.description, tool.input_schema, strict=bool(tool.strict))
 
 
-def _choice(request: CountRequest) -> ToolChoice | NamedTool:
+def _choice(request: CountRequest) -> ToolChoice:
     choice = request.tool_choice
     if choice is None or choice.type == "auto":
         return "auto"

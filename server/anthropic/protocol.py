@@ -120,7 +120,7 @@ class ClientTool(BaseModel):
     """A tool that the client runs; those with a type of their own would be the server's to know."""
 
     type: str | None = None
-    name: str
+    name: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = Field(None, description="JSON schema of its input.")
     strict: Flag = None
@@ -187,6 +187,8 @@ class CountRequest(Strict):
     cache_control: Ignored = None
     context_management: Ignored = None
     speed: Ignored = None
+    user_profile_id: Ignored = None
+    workspace_id: Ignored = None
     mcp_servers: Unsupported = None
 
     @property
@@ -211,5 +213,4 @@ class MessagesRequest(CountRequest):
     service_tier: Ignored = None
     inference_geo: Ignored = None
     diagnostics: Ignored = None
-    user_profile_id: Ignored = None
     container: Unsupported = None

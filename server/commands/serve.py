@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slipstream.builder.engine import open_engine
+from slipstream.cores import usable_cores
 from slipstream.server.command import UNHEALTHY, Command
 from slipstream.server.core.logs import structured_logs
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.models import load_model
+from slipstream.server.models import engine_path, load_model
 from slipstream.server.options import runtime_options, server_options
+
+_CORES_FOR_ONE = 4
+_MOST = 4
 
 
 @click.command(cls=Command)
@@ -33,25 +41,66 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
       slipstream serve engine --port 8000
       slipstream serve Qwen/Qwen3-0.6B --served-model-name qwen --api-key secret
       slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
+      slipstream serve engine --api-processes 4
     """
     # Imported here, with what it needs, so that bad usage is reported at once.
-    from slipstream.server.anthropic.api import ANTHROPIC
-    from slipstream.server.core.http.process import bind, run
-    from slipstream.server.ollama.api import OLLAMA
-    from slipstream.server.openai.api import OPENAI
-    from slipstream.server.responses.api import RESPONSES
+    from slipstream.server.core.http.process import bind
 
     listener = bind(server.host, server.port)
     with listener, structured_logs(server.log_format):
-        engine = load_model(model, runtime)
-        from slipstream.runtime.async_llm import AsyncLLM
-
         names = server.served_model_name or (default_name(model),)
         options = replace(server, served_model_name=names)
-        apis = [OPENAI, RESPONSES, ANTHROPIC, OLLAMA]
-        unhealthy = run(AsyncLLM.from_engine(engine), options, listener, apis)
+        count = options.api_processes
+        if count is None:
+            count = _api_processes(model, runtime)
+        serve_in = _serve_before_others if count else _serve_here
+        unhealthy = serve_in(model, runtime, replace(options, api_processes=count), listener)
     if unhealthy is not None:  # the log has said so
         click.get_current_context().exit(UNHEALTHY)
+
+
+def _serve_here(
+    model: str, runtime: dict[str, Any], options: ServerOptions, listener: socket.socket
+) -> str | None:
+    """Serve with one process, to the end; returns what ails the engine."""
+    from slipstream.server.commands.api_process import APIS
+    from slipstream.server.core.http.process import run
+
+    engine = load_model(model, runtime)
+    from slipstream.runtime.async_llm import AsyncLLM
+
+    return run(AsyncLLM.from_engine(engine), options, listener, APIS)
+
+
+def _serve_before_others(
+    model: str, runtime: dict[str, Any], options: ServerOptions, listener: socket.socket
+) -> str | None:
+    """The same with processes that answer the requests."""
+    from slipstream.server.core.processes.supervisor import Supervisor
+    from slipstream.server.responses.store import Store, answers_of
+
+    def shared(options: ServerOptions, settled: Callable[[], Awaitable[object]]) -> Any:  # noqa: ANN401
+        store = Store(options.max_stored_responses, options.max_stored_bytes)
+        return answers_of(store, settled)
+
+    command = [sys.executable, "-m", "slipstream.server.commands.api_process"]
+    assert options.api_processes is not None
+    with Supervisor(command, options, listener, options.api_processes, shared) as supervisor:
+        return supervisor.run(load_model(model, runtime))
+
+
+def _api_processes(model: str, runtime: dict[str, Any]) -> int:
+    """How many processes are to answer requests where nobody says.
+
+    None beside an engine of a CPU: it makes fewer tokens than one process passes on, on cores that
+    others would take from it. Before a GPU, whose process must not wait for the interpreter, as
+    many as keep up with the fastest engines we know.
+    """
+    cores = usable_cores()
+    if cores < _CORES_FOR_ONE:
+        return 0
+    engine = open_engine(engine_path(model, runtime))
+    return min(cores // _CORES_FOR_ONE, _MOST) if engine.manifest.target == "cuda" else 0
 
 
 def default_name(model: str) -> str:

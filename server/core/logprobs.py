@@ -47,6 +47,20 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
+def scored_token(entry: TokenLogprobs, texts: TokenTexts) -> dict[str, Any]:
+    """OpenAI's entry for one token, which others took over: itself and the likeliest ones."""
+
+    def described(token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": texts.text(token_id),
+            "logprob": finite(logprob),
+            "bytes": texts.bytes(token_id),
+        }
+
+    top = [described(token_id, logprob) for token_id, (logprob, _) in entry.top.items()]
+    return {**described(entry.token_id, entry.logprob), "top_logprobs": top}
+
+
 def by_token_id(entry: TokenLogprobs, texts: TokenTexts) -> dict[str, dict[str, Any]]:
     """vLLM's entry for one token: itself and the likeliest ones, by token id."""
     tokens = {entry.token_id: (entry.logprob, entry.rank), **entry.top}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -136,13 +136,20 @@ class Engine(Protocol):
         ...
 
 
-class EngineMetrics(Collector):
-    """The metrics of one engine: gauges are read when asked for, the rest is told by ``watch``.
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What was read of an engine."""
 
-    Watches belong to one thread; ``collect`` may be called from any.
-    """
+    stats: EngineStats
+    config: RuntimeConfig
+    unhealthy: str | None
+    closed: str | None
 
-    def __init__(self, model_name: str, engine: Engine) -> None:
+
+class Tally:
+    """What one process counts of requests, as its watches tell; they belong to one thread."""
+
+    def __init__(self) -> None:
         self.histograms = {
             name: Histogram(family.buckets)
             for name, family in FAMILIES.items()
@@ -152,8 +159,6 @@ class EngineMetrics(Collector):
         self.finished: Counter[str] = Counter(
             dict.fromkeys(("stop", "length", "abort", "error"), 0)
         )
-        self._model_name = model_name
-        self._engine = engine
 
     @property
     def mean_latency(self) -> float:
@@ -168,6 +173,24 @@ class EngineMetrics(Collector):
     def observe(self, name: str, value: float, times: int = 1) -> None:
         """Add a value to a histogram."""
         self.histograms[name].observe(value, times)
+
+    def add(self, other: Tally) -> None:
+        """Count what another has counted, too."""
+        for name, histogram in other.histograms.items():
+            self.histograms[name].add(histogram)
+        self.prompt_tokens += other.prompt_tokens
+        self.generation_tokens += other.generation_tokens
+        self.finished.update(other.finished)
+
+
+class EngineMetrics(Tally, Collector):
+    """A tally with the metrics of its engine, which are read when asked for; ``collect`` may be
+    called from any thread."""
+
+    def __init__(self, model_name: str, engine: Engine) -> None:
+        super().__init__()
+        self._model_name = model_name
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """Every family of ``FAMILIES`` and ``STEPS`` in the form of prometheus-client, and how the
@@ -248,7 +271,7 @@ class RequestWatch:
 
     __slots__ = ("_counts", "_ended", "_last", "_max_tokens", "_metrics")
 
-    def __init__(self, metrics: EngineMetrics, max_tokens: int | None) -> None:
+    def __init__(self, metrics: Tally, max_tokens: int | None) -> None:
         self._metrics = metrics
         self._max_tokens = max_tokens
         self._last: dict[int, float] = {}  # when a completion had its last token, by its index
@@ -304,12 +327,11 @@ class RequestWatch:
             self._metrics.observe(name, stop - start)
 
 
-class HttpMetrics(Collector):
-    """The answers of one server; ``collect`` may be called from any thread."""
+class HttpTally:
+    """The answers of one process."""
 
-    def __init__(self, model_name: str) -> None:
-        self._model_name = model_name
-        self._counts: Counter[tuple[str, str, str]] = Counter()
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str, str]] = Counter()
 
     def count(self, method: str, path: str | None, status: int) -> None:
         """Count an answer by its method, the path of its route (None: it has none) and its status.
@@ -317,23 +339,56 @@ class HttpMetrics(Collector):
         What a client makes up is not told, lest there be a series for each.
         """
         known = method if method in _METHODS else "other"
-        self._counts[known, str(status), path or "none"] += 1
+        self.counts[known, str(status), path or "none"] += 1
+
+    def add(self, other: HttpTally) -> None:
+        """Count what another has counted, too."""
+        self.counts.update(other.counts)
+
+
+class HttpMetrics(Collector):
+    """The answers of a server, as one or several processes have counted them."""
+
+    def __init__(self, model_name: str, *tallies: HttpTally) -> None:
+        self._model_name = model_name
+        self._tallies = tallies
 
     def collect(self) -> Iterator[Metric]:
         """One family, in the form of prometheus-client."""
         labels = ["model_name", "method", "status", "handler"]
         metric = CounterMetricFamily(PREFIX + "http_requests", "HTTP answers.", labels=labels)
-        for key, value in dict(self._counts).items():
+        total: Counter[tuple[str, str, str]] = Counter()
+        for tally in self._tallies:
+            total.update(tally.counts.copy())
+        for key, value in total.items():
             metric.add_metric([self._model_name, *key], value)
         yield metric
 
 
-def registry_of(*collectors: Collector) -> CollectorRegistry:
-    """A registry of its own for one server, with the metrics of the process."""
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a server has counted: its engine in the process ``pid``, and every process that answers
+    requests."""
+
+    engine: EngineState
+    tallies: Sequence[tuple[Tally, HttpTally]]
+    pid: int
+
+    def text(self, model_name: str) -> bytes:
+        """All of it in Prometheus' text format."""
+        metrics = EngineMetrics(model_name, self.engine)
+        for tally, _ in self.tallies:
+            metrics.add(tally)
+        requests = HttpMetrics(model_name, *(answers for _, answers in self.tallies))
+        return render(registry_of(metrics, requests, pid=self.pid))
+
+
+def registry_of(*collectors: Collector, pid: int | None = None) -> CollectorRegistry:
+    """A registry of its own for one server, with the metrics of a process (None: of this one)."""
     registry = CollectorRegistry(auto_describe=False)
     for collector in collectors:
         registry.register(collector)
-    ProcessCollector(registry=registry)
+    ProcessCollector(pid=lambda: "self" if pid is None else pid, registry=registry)
     return registry
 
 

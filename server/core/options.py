@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from slipstream.errors import InvalidRequestError
 from slipstream.server.core.logs import LogFormat
 
+MAX_PROCESSES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """The options of one server.
 
     host, port            where to listen; port 0 takes a free one.
+    api_processes         processes that answer requests, before the one that has the engine; 0:
+                          that one does. None: as many as help.
     api_key               keys of which every request must carry one as ``Authorization: Bearer``
                           or ``x-api-key``; none: everybody may ask.
     served_model_name     names that requests may give; the first is the one that is answered with.
@@ -44,6 +48,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    api_processes: int | None = None
     api_key: Sequence[str] = ()
     served_model_name: Sequence[str] = ()
     max_queued_requests: int = 1024
@@ -77,6 +82,10 @@ class ServerOptions:
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise InvalidRequestError(
                 f"default_max_tokens is {self.default_max_tokens}; it must be at least 1"
+            )
+        if self.api_processes is not None and not 0 <= self.api_processes <= MAX_PROCESSES:
+            raise InvalidRequestError(
+                f"api_processes is {self.api_processes}; it must be from 0 to {MAX_PROCESSES}"
             )
         if self.port > 65535:
             raise InvalidRequestError(f"port is {self.port}; it must be at most 65535")

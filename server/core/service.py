@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from slipstream.errors import CapacityError, InvalidRequestError
-from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.chat.composer import Composer
 from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.detection import dialect_of
-from slipstream.runtime.chat.dialect import Dialect
 from slipstream.runtime.chat.turns import Turns
+from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import OutputKind, RequestOutput
 from slipstream.runtime.request_factory import Prompt
@@ -29,6 +28,7 @@ from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.merge import merge
 from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.places import Places
 from slipstream.server.core.refusal import Refusal, naming
 
 _LOG = logging.getLogger(__name__)
@@ -109,13 +109,15 @@ class Service:
 
     def __init__(
         self,
-        llm: AsyncLLM,
+        llm: EngineClient,
         options: ServerOptions,
         metrics: Metrics,
-        dialect: Dialect | None = None,
+        places: Places | None = None,
     ) -> None:
+        """``places`` are shared with other processes of the server, if there are any."""
         self.llm = llm
-        self.dialect = dialect or dialect_of(
+        self.places = places or Places()
+        self.dialect = dialect_of(
             llm.tokenizer,
             tool_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
@@ -129,8 +131,6 @@ class Service:
         self.metrics = metrics
         self.texts = TokenTexts(llm.tokenizer)
         self.draining = False
-        self.load = 0  # requests that run or wait
-        self._open = 0  # completions that run or wait, those on their way to the engine included
         self._running: set[str] = set()
         self._idle = asyncio.Event()
 
@@ -156,7 +156,7 @@ class Service:
         """The outputs of all prompts as they come; closing or cancelling this aborts them.
 
         Raises ``Refusal`` if the server takes no more, or ends the request; and what
-        ``AsyncLLM.generate`` raises.
+        ``EngineClient.generate`` raises.
         """
         self._check(job)
         with naming(job.fields), self._admission(job), self._tracking(job) as tracks:
@@ -262,13 +262,13 @@ class Service:
         self.draining = True
         self.llm.stop_rendering()  # what still waits for its prompt would be refused then
         timeout = self.options.drain_timeout
-        log_event(_LOG, "draining", {"requests": self._open, "timeout": timeout})
-        if self._open:
+        log_event(_LOG, "draining", {"requests": self.places.own, "timeout": timeout})
+        if self.places.own:
             self._idle.clear()
             try:
                 await asyncio.wait_for(self._idle.wait(), timeout)
             except TimeoutError:
-                log_event(_LOG, "aborting", {"requests": self._open}, logging.WARNING)
+                log_event(_LOG, "aborting", {"requests": self.places.own}, logging.WARNING)
                 for request_id in list(self._running):
                     await self.llm.abort(request_id)
 
@@ -318,22 +318,19 @@ class Service:
         if self.unavailable is not None:
             raise Refusal("unavailable", self.unavailable)
         count = len(job.prompts) * job.params.n
-        if self._open + count > self._capacity:
+        if not self.places.take(count, self._capacity):
             raise Refusal(
                 "busy",
-                f"{self._open} completions run or wait already, and with these {count} there were "
-                f"more than {self._capacity}; send this request again later",
+                f"{self.places.taken} completions run or wait already, and with these {count} "
+                f"there were more than {self._capacity}; send this request again later",
                 code="queue_full",
                 retry_after=self._wait_estimate(),
             )
-        self._open += count
-        self.load += 1
         try:
             yield
         finally:
-            self._open -= count
-            self.load -= 1
-            if not self._open:
+            self.places.give_back(count)
+            if not self.places.own:
                 self._idle.set()
 
     def _wait_estimate(self) -> int:

@@ -34,12 +34,13 @@ def conversation_of(request: OllamaChatRequest, dialect: Dialect) -> Conversatio
 
 
 def question_of(request: GenerateRequest, dialect: Dialect) -> Conversation:
-    """A prompt as the one question of a conversation."""
+    """A prompt as the one question of a conversation, or as the next of the request's context."""
     messages: list[dict[str, Any]] = []
     if request.system:
         messages.append({"role": "system", "content": request.system})
     messages.append({"role": "user", "content": request.prompt})
-    return Conversation(messages, options=_options(request.think, dialect))
+    options = _options(request.think, dialect)
+    return Conversation(messages, options=options, before=request.context or ())
 
 
 def _options(think: Think, dialect: Dialect, tools: Sequence[Tool] = ()) -> ChatOptions:

@@ -1,4 +1,4 @@
-"""``POST /api/embed``."""
+"""``POST /api/embed``, and ``/api/embeddings``, its older form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slipstream.server.core.service import Job
 from slipstream.server.core.usage import Usage
 from slipstream.server.core.vectors import check_numbers, vector_json
 from slipstream.server.ollama.names import served
-from slipstream.server.ollama.protocol import EmbedRequest
+from slipstream.server.ollama.protocol import EmbeddingsRequest, EmbedRequest
 from slipstream.server.ollama.reply import durations
 from slipstream.server.ollama.route import JsonRoute
 
@@ -65,3 +65,30 @@ async def embed(body: EmbedRequest, request: Request) -> Response:
     fields = {"prompt": "input"}
     job = Job(texts, _NO_OUTPUT, "final", fields=fields, pooling=[params] * len(texts))
     return await respond_whole(request, job, reply)
+
+
+@dataclass(slots=True)
+class EmbeddingReply:
+    """The answer to ``/api/embeddings``."""
+
+    usage: Usage = field(default_factory=Usage)
+
+    def body(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """The one vector."""
+        (output,) = outputs
+        self.usage.add(output)
+        return f'{{"embedding":{vector_json(cast(Any, output.pooled))}}}'.encode()
+
+
+@router.post("/api/embeddings", responses={200: {"content": {"application/json": {}}}})
+async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
+    """The vector of a prompt as the model leaves it, whatever its length; none asks whether the
+    model is loaded."""
+    service = service_of(request)
+    served(service, body.model)
+    params = PoolingParams(normalize=False, truncate_prompt_tokens=-1)
+    service.llm.vectors_of(params)
+    if not body.prompt:
+        return Response(dump({"embedding": []}), media_type="application/json")
+    job = Job([body.prompt], _NO_OUTPUT, "final", pooling=[params])
+    return await respond_whole(request, job, EmbeddingReply())

@@ -38,20 +38,30 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     params = params_of(body, service.defaults)
     prompt = _prompt(body, body.prompt, service)
     turns = service.turns(prompt, params) if isinstance(prompt, Conversation) else None
-    reply = OllamaReply(model, service.texts, as_response, turns)
+    context: list[int] | None = None if body.raw else []
+    reply = OllamaReply(model, service.texts, as_response, turns, context)
     kind: OutputKind = "final" if body.stream is False else "delta"
     fields = {"messages": "prompt", **FIELDS}
+    if body.context:
+        fields["prompt"] = "context"
     return await respond(request, Job([prompt], params, kind, fields=fields), reply, LINES)
 
 
 def _prompt(body: GenerateRequest, text: str, service: Service) -> Prompt | Conversation:
     """As it is, if it is raw or the model has no template, and nothing else is said."""
-    if body.raw and (body.system or body.think):
-        name = "system" if body.system else "think"
+    name = next((n for n in ("system", "think", "context") if getattr(body, n)), None)
+    if body.raw and name is not None:
         raise Refusal(
             "invalid",
             f"a raw prompt is given to the model as it is, without {name}; leave one of them out",
             param=name,
         )
-    plain = body.raw or not (service.llm.tokenizer.has_chat_template or body.system)
+    if body.context and body.system:
+        raise Refusal(
+            "invalid",
+            "context begins with its system message already; leave out system, or context",
+            param="system",
+        )
+    shaped = service.llm.tokenizer.has_chat_template or body.system or body.context
+    plain = body.raw or not shaped
     return text if plain else question_of(body, service.dialect)

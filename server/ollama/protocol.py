@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from slipstream.server.core.fields import Flag, Float, Int, Several, Strict, only
-from slipstream.server.core.limits import MAX_LOGPROBS, MAX_TEXT_LENGTH, MAX_TEXTS
+from slipstream.server.core.limits import MAX_LOGPROBS, MAX_TEXT_LENGTH, MAX_TEXTS, MAX_VALUES
 
 # What a server of one model, which is loaded with options of its own, has no use for.
 Ignored = Annotated[Any, Field(description="Accepted for Ollama's clients; has no effect.")]
@@ -89,9 +89,9 @@ class GenerateRequest(AnswerRequest):
     template: Annotated[
         str | None, only("", remedy="give a template with --chat-template FILE; leave it out")
     ] = None
-    context: Annotated[
-        list[Any] | None, only([], remedy="send the conversation to /api/chat; leave it out")
-    ] = None
+    context: Annotated[list[Int], Field(max_length=MAX_VALUES, fail_fast=True)] | None = Field(
+        None, description="Of an earlier answer, which this prompt goes on with."
+    )
     images: Annotated[list[Any] | None, _NO_IMAGES] = None
     width: Annotated[Any, only(0)] = None
     height: Annotated[Any, only(0)] = None
@@ -152,6 +152,12 @@ class EmbedRequest(ModelRequest):
     input: str | Several[str] = Field(examples=["Why is the sky blue?"])
     truncate: Flag = Field(None, description="Unless false, longer texts are cut.")
     dimensions: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+
+class EmbeddingsRequest(ModelRequest):
+    """The body of ``/api/embeddings``."""
+
+    prompt: str | None = Field(None, examples=["Why is the sky blue?"])
 
 
 class NamedRequest(BaseModel):

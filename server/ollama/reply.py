@@ -20,7 +20,7 @@ from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import StreamForm
-from slipstream.server.core.logprobs import TokenTexts, finite
+from slipstream.server.core.logprobs import TokenTexts, scored_token
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.ollama.errors import error_body
@@ -69,13 +69,15 @@ def loaded(model: str, fields: Mapping[str, Any]) -> bytes:
 class OllamaReply:
     """The answer of a model; ``shape`` makes the fields of a line.
 
-    ``turns``: where text becomes thoughts and calls; None: it is told as it is.
+    ``turns``: where text becomes thoughts and calls; None: it is told as it is. ``context``: where
+    all tokens are gathered, which the next prompt may go on with; None: they are not told.
     """
 
     model: str
     texts: TokenTexts
     shape: Callable[[Said], dict[str, Any]]
     turns: Turns | None = None
+    context: list[int] | None = None
     usage: Usage = field(default_factory=Usage)
     _begun: int = 0  # calls
     _told: int = 0
@@ -119,6 +121,9 @@ class OllamaReply:
         return dump(answer)
 
     def _take(self, output: RequestOutput, completion: CompletionOutput) -> Part:
+        if self.context is not None:
+            self.context += [] if self.context else output.prompt_token_ids
+            self.context += completion.token_ids
         if self.turns is not None:
             return self.turns.take(output, completion)
         events = [ContentText(completion.text)] if completion.text else []
@@ -147,24 +152,13 @@ class OllamaReply:
             self._told += 1
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-        def described(token_id: int, logprob: float) -> dict[str, Any]:
-            texts = self.texts
-            return {
-                "token": texts.text(token_id),
-                "logprob": finite(logprob),
-                "bytes": texts.bytes(token_id),
-            }
-
-        return [
-            described(entry.token_id, entry.logprob)
-            | {"top_logprobs": [described(i, value) for i, (value, _) in entry.top.items()]}
-            for entry in entries
-        ]
+        return [scored_token(entry, self.texts) for entry in entries]
 
     def _end(self, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "done": True,
             "done_reason": completion.finish_reason,
+            **({} if self.context is None else {"context": self.context}),
             **durations(self.usage.metrics),
             "prompt_eval_count": self.usage.prompt,
             "eval_count": self.usage.generated,

@@ -6,27 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slipstream.runtime.engine.step import TokenLogprobs
-from slipstream.server.core.logprobs import LEAST_LOGPROB, TokenTexts, by_token_id, finite
+from slipstream.server.core.logprobs import (
+    LEAST_LOGPROB,
+    TokenTexts,
+    by_token_id,
+    finite,
+    scored_token,
+)
 
 Scores = Sequence[TokenLogprobs | None]
 
 
 def chat_logprobs(entries: Iterable[TokenLogprobs], texts: TokenTexts) -> dict[str, Any]:
     """The ``logprobs`` of a choice of ``/v1/chat/completions``."""
-
-    def described(token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": texts.text(token_id),
-            "logprob": finite(logprob),
-            "bytes": texts.bytes(token_id),
-        }
-
-    content = [
-        described(entry.token_id, entry.logprob)
-        | {"top_logprobs": [described(i, value) for i, (value, _) in entry.top.items()]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": [scored_token(entry, texts) for entry in entries], "refusal": None}
 
 
 def completion_logprobs(

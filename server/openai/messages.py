@@ -7,8 +7,9 @@ from typing import Any
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.conversation import Conversation
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool, ToolChoice
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool, ToolChoice
 from slipstream.server.openai.protocol import (
+    AllowedChoice,
     ChatMessage,
     ChatRequest,
     ChatTool,
@@ -55,8 +56,12 @@ def _tool(tool: ChatTool) -> Tool:
     )
 
 
-def _choice(request: Templated) -> ToolChoice | NamedTool:
+def _choice(request: Templated) -> ToolChoice:
     choice = request.tool_choice
+    if isinstance(choice, AllowedChoice):
+        allowed = choice.allowed_tools
+        names = [tool.function.name for tool in allowed.tools]
+        return AllowedTools(names, required=allowed.mode == "required")
     return NamedTool(choice.function.name) if isinstance(choice, NamedChoice) else choice or "auto"
 
 

@@ -281,6 +281,27 @@ class NamedChoice(Strict):
     function: NamedFunction
 
 
+class AllowedFunction(BaseModel):
+    """One of the tools, by its name; what else is told of it is not looked at."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class AllowedFunctions(Strict):
+    """The tools that may be called, or of which one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Several[AllowedFunction]
+
+
+class AllowedChoice(Strict):
+    """The model is shown all tools, and calls none but these."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 class Templated(ModelRequest):
     """Messages and how a chat template turns them into a prompt."""
 
@@ -291,7 +312,7 @@ class Templated(ModelRequest):
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )

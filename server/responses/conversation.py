@@ -8,13 +8,13 @@ from typing import Any
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
-from slipstream.runtime.chat.options import ToolChoice as Choice
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool, ToolChoice
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.server.core.refusal import naming
 from slipstream.server.core.sampling import FIELDS, sampling_params
 from slipstream.server.responses.protocol import (
+    AllowedTool,
     FunctionTool,
     Item,
     Part,
@@ -23,7 +23,12 @@ from slipstream.server.responses.protocol import (
 )
 
 # What is told of parameters, which the API calls otherwise.
-NAMES = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
+NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+}
 _ROLES = {"user": "user", "system": "system", "developer": "system"}
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
@@ -42,9 +47,18 @@ def params_of(request: ResponseRequest, defaults: SamplingParams) -> SamplingPar
     """How tokens are chosen; raises ``InvalidRequestError``."""
     given = {name: getattr(request, name, None) for name in FIELDS}
     given["max_tokens"] = request.max_output_tokens
+    given["logprobs"] = _logprobs(request)
     with naming({**NAMES, "structured": "text"}):
         given["structured"] = _form(request.text.format if request.text else None)
         return sampling_params(defaults, {k: v for k, v in given.items() if v is not None})
+
+
+def _logprobs(request: ResponseRequest) -> int | None:
+    if request.top_logprobs and not request.scored:
+        raise _refused(
+            "top_logprobs needs 'message.output_text.logprobs' among include", "top_logprobs"
+        )
+    return (request.top_logprobs or 0) if request.scored else None
 
 
 def messages_of(given: str | Sequence[Item] | None) -> list[dict[str, Any]]:
@@ -60,15 +74,15 @@ def messages_of(given: str | Sequence[Item] | None) -> list[dict[str, Any]]:
             turn = said if turn is None else _joined(turn, said)
             continue
         if turn is not None:
-            messages.append(message_of(turn))
+            messages.append(_message_of(turn))
             turn = None
         messages.append(_told(item, index))
     if turn is not None:
-        messages.append(message_of(turn))
+        messages.append(_message_of(turn))
     return messages
 
 
-def message_of(turn: AssistantTurn) -> dict[str, Any]:
+def _message_of(turn: AssistantTurn) -> dict[str, Any]:
     """A turn of the assistant in the shape of chats."""
     message: dict[str, Any] = {"role": "assistant", "content": turn.content}
     if turn.reasoning:
@@ -183,17 +197,31 @@ def _tool(tool: FunctionTool, index: int) -> Tool:
     return Tool(tool.name, tool.description, tool.parameters, strict=bool(tool.strict))
 
 
-def _choice(request: ResponseRequest) -> Choice | NamedTool:
+def _choice(request: ResponseRequest) -> ToolChoice:
     choice = request.tool_choice
     if choice is None or isinstance(choice, str):
         return choice or "auto"
-    if choice.type != "function" or choice.name is None:
+    if choice.type == "function" and choice.name is not None:
+        return NamedTool(choice.name)
+    if choice.type == "allowed_tools" and choice.mode and choice.tools is not None:
+        names = [_allowed(tool, index) for index, tool in enumerate(choice.tools)]
+        return AllowedTools(names, required=choice.mode == "required")
+    raise _refused(
+        f"tool_choice is of type {choice.type!r:.40}; use auto, none, required, "
+        "{'type': 'function', 'name': '...'}, or {'type': 'allowed_tools', 'mode': 'auto', "
+        "'tools': [{'type': 'function', 'name': '...'}]}",
+        "tool_choice",
+    )
+
+
+def _allowed(tool: AllowedTool, index: int) -> str:
+    if tool.type != "function" or tool.name is None:
         raise _refused(
-            f"tool_choice is of type {choice.type!r:.40}; use auto, none, required, or "
-            "{'type': 'function', 'name': '...'}",
+            f"tool_choice.tools[{index}] is of type {tool.type!r:.40}; give functions by name, "
+            "like {'type': 'function', 'name': '...'}",
             "tool_choice",
         )
-    return NamedTool(choice.name)
+    return tool.name
 
 
 def _form(form: TextFormat | None) -> StructuredOutput | None:

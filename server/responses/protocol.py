@@ -11,10 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slipstream.server.core.fields import Flag, Float, Ignored, Int, Several, Strict, only
-from slipstream.server.core.limits import MAX_NAME, MAX_TEXT_LENGTH, MAX_TEXTS, MAX_TOOLS
+from slipstream.server.core.limits import (
+    MAX_LOGPROBS,
+    MAX_NAME,
+    MAX_TEXT_LENGTH,
+    MAX_TEXTS,
+    MAX_TOOLS,
+)
 
 _Stop = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 _Value = Annotated[str, Field(max_length=512)]
+_Included = Literal["reasoning.encrypted_content", "message.output_text.logprobs"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -55,11 +62,18 @@ class FunctionTool(BaseModel):
     strict: Flag = None
 
 
-class ToolChoice(BaseModel):
-    """The tool that must be called; functions are the only kind."""
+class AllowedTool(BaseModel):
+    """One of the tools; what else is told of it is not looked at."""
 
     type: str = Field(examples=["function"])
     name: str | None = None
+
+
+class ToolChoice(AllowedTool):
+    """The tool that must be called, or the ``tools`` that may be; functions are the only kind."""
+
+    mode: Literal["auto", "required"] | None = None
+    tools: Several[AllowedTool] | None = None
 
 
 class TextFormat(Strict):
@@ -104,7 +118,8 @@ class ResponseRequest(Strict):
     store: Flag = Field(None, description="Keep the answer for later requests, unless false.")
     stream: Flag = None
     stream_options: StreamOptions | None = None
-    include: Several[Literal["reasoning.encrypted_content"]] | None = None
+    include: Several[_Included] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], _Value] | None = Field(None, max_length=16)
 
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -122,7 +137,6 @@ class ResponseRequest(Strict):
     prompt: Annotated[Any, only(remedy="send input")] = None
     context_management: Annotated[Any, only([])] = None
     moderation: Annotated[Any, only()] = None
-    top_logprobs: Annotated[Any, only(0)] = None
 
     # Beside OpenAI's, with the names that they have in chats.
     seed: Int | None = None
@@ -147,3 +161,8 @@ class ResponseRequest(Strict):
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     client_metadata: Ignored = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether log probabilities of texts are told."""
+        return "message.output_text.logprobs" in (self.include or ())

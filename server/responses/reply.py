@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slipstream.runtime.chat.events import AssistantTurn
+from slipstream.runtime.chat.events import ContentText, Event
 from slipstream.runtime.chat.turns import Turns
+from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import RequestOutput
 from slipstream.server.core.dump import dump
+from slipstream.server.core.logprobs import TokenTexts, scored_token
 from slipstream.server.core.refusal import Kind, Refusal
 from slipstream.server.core.usage import Usage
 from slipstream.server.responses.output import Fields, Output, Status
@@ -22,12 +25,13 @@ _CODES: dict[Kind, str] = {"busy": "rate_limit_exceeded", "invalid": "invalid_pr
 class ResponseReply:
     """The answer; ``frame`` is what is known of it before.
 
-    ``keep`` is given the object, as JSON, and the turn when it is whole.
+    ``keep`` is given the object, as JSON, when it is whole.
     """
 
     frame: Fields
     turns: Turns
-    keep: Callable[[bytes, AssistantTurn], None]
+    texts: TokenTexts
+    keep: Callable[[bytes], None]
     usage: Usage = field(default_factory=Usage)
     _output: Output = field(default_factory=Output)
     _told: int = 0
@@ -65,8 +69,21 @@ class ResponseReply:
             part = self.turns.take(output, completion)
             self.usage.generated += len(completion.token_ids)
             self.usage.reasoning += part.reasoning_tokens
+            scores = deque(part.logprobs)
             for event in part.events:
-                yield from self._output.take(event)
+                yield from self._output.take(event, self._scores(event, scores))
+            yield from self._output.score([scored_token(entry, self.texts) for entry in scores])
+
+    def _scores(self, event: Event, ahead: deque[TokenLogprobs]) -> list[Fields]:
+        """Those of a text's tokens, the first of ``ahead``: a token that two texts share goes with
+        the former."""
+        taken: list[Fields] = []
+        text = event.text.encode() if isinstance(event, ContentText) else b""
+        while ahead and text:
+            entry = ahead.popleft()
+            text = _after(text, bytes(self.texts.bytes(entry.token_id)))
+            taken.append(scored_token(entry, self.texts))
+        return taken
 
     def _status(self) -> Status:
         return "incomplete" if self.turns[0].finish_reason == "length" else "completed"
@@ -78,7 +95,7 @@ class ResponseReply:
         else:
             ended["incomplete_details"] = {"reason": "max_output_tokens"}
         whole = dump(self._object(ended))
-        self.keep(whole, self.turns[0].whole)
+        self.keep(whole)
         return whole
 
     def _object(self, changed: Fields) -> Fields:
@@ -104,6 +121,16 @@ class ResponseReply:
     def _number(self) -> int:
         self._told += 1
         return self._told - 1
+
+
+def _after(text: bytes, token: bytes) -> bytes:
+    """What follows a token in a text that begins with it, or with the end of it; a special token
+    has no text."""
+    for start in range(len(token)):
+        part = token[start:]
+        if text.startswith(part) or part.startswith(text):
+            return text[len(part) :]
+    return text
 
 
 def _exhaust(events: Iterable[Fields]) -> None:

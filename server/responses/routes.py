@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from slipstream.runtime.chat.events import AssistantTurn
 from slipstream.runtime.request import OutputKind
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.http.respond import respond, service_of
@@ -19,14 +19,14 @@ from slipstream.server.core.service import Job
 from slipstream.server.responses.conversation import (
     NAMES,
     conversation_of,
-    message_of,
     messages_of,
     params_of,
 )
+from slipstream.server.responses.items import SILENCE, input_items
 from slipstream.server.responses.output import Fields
-from slipstream.server.responses.protocol import FunctionTool, ResponseRequest
+from slipstream.server.responses.protocol import FunctionTool, Item, ResponseRequest
 from slipstream.server.responses.reply import ResponseReply
-from slipstream.server.responses.store import Store, Stored
+from slipstream.server.responses.store import Answers, LocalStore, Store, Stored
 
 router = APIRouter()
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -43,23 +43,26 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     service, store = service_of(request), _store_of(request)
     model = service.model(body.model)
     params = params_of(body, service.defaults)
-    messages = [*_past(store, body.previous_response_id), *messages_of(body.input)]
+    past = await _past(store, body.previous_response_id)
+    messages = [
+        *messages_of([Item.model_validate(item) for item in past]),
+        *messages_of(body.input),
+    ]
     if not messages:
         raise Refusal("invalid", "input is missing; give a text or items", param="input")
     conversation = conversation_of(body, messages)
     frame = _frame(body, model, params)
 
-    def keep(whole: bytes, turn: AssistantTurn) -> None:
+    def keep(whole: bytes) -> None:
         if body.store is not False:
-            store.put(frame["id"], Stored(whole, [*messages, message_of(turn)]))
+            store.put(frame["id"], Stored(whole, [*past, *input_items(body.input)]))
 
     form = body.text and body.text.format and body.text.format.type != "text"
     fields = {**NAMES, "structured": "text" if form else "tools"}
     kind: OutputKind = "delta" if body.stream else "final"
     job = Job([conversation], params, kind, body.priority or 0, fields=fields)
-    return await respond(
-        request, job, ResponseReply(frame, service.turns(conversation, params), keep)
-    )
+    turns = service.turns(conversation, params)
+    return await respond(request, job, ResponseReply(frame, turns, service.texts, keep))
 
 
 @router.get("/v1/responses/{response_id}", responses={200: {"content": {"application/json": {}}}})
@@ -67,27 +70,57 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
     """An answer that was stored."""
     if stream:
         raise Refusal("invalid", "what is stored is not streamed; leave out stream", param="stream")
-    found = _store_of(request).get(response_id)
-    if found is None:
-        raise _unknown(response_id)
-    return Response(found.body, media_type="application/json")
+    return Response((await _stored(request, response_id)).body, media_type="application/json")
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(
+    response_id: str,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> dict[str, Any]:
+    """The items that a stored answer answers, those of earlier requests included."""
+    items = list((await _stored(request, response_id)).items)
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        place = next((i for i, item in enumerate(items) if item["id"] == after), None)
+        if place is None:
+            raise Refusal("invalid", f"after is {after!r:.100}, which is no item of this response; "
+                          "give the id of one", param="after")  # fmt: skip
+        items = items[place + 1 :]
+    told = items[:limit]
+    first, last = (told[0]["id"], told[-1]["id"]) if told else (None, None)
+    more = len(items) > limit
+    return {"object": "list", "data": told, "first_id": first, "last_id": last, "has_more": more}
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     """Forget an answer; those that went on with it stay."""
-    if not _store_of(request).pop(response_id):
+    if not await _store_of(request).pop(response_id):
         raise _unknown(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _store_of(request: Request) -> Store:
+def _store_of(request: Request) -> Answers:
     """The store of the application that a request came to."""
     state = request.app.state
     if not hasattr(state, "responses"):
         options = service_of(request).options
-        state.responses = Store(options.max_stored_responses, options.max_stored_bytes)
-    return cast(Store, state.responses)
+        store = Store(options.max_stored_responses, options.max_stored_bytes)
+        state.responses = LocalStore(store)
+    return cast(Answers, state.responses)
+
+
+async def _stored(request: Request, response_id: str) -> Stored:
+    """A stored answer; raises ``Refusal``."""
+    found = await _store_of(request).get(response_id)
+    if found is None:
+        raise _unknown(response_id)
+    return found
 
 
 def _unknown(response_id: str) -> Refusal:
@@ -99,11 +132,11 @@ def _unknown(response_id: str) -> Refusal:
     )
 
 
-def _past(store: Store, response_id: str | None) -> Sequence[dict[str, Any]]:
-    """The conversation that a request goes on with."""
+async def _past(store: Answers, response_id: str | None) -> Sequence[Fields]:
+    """The items of the conversation that a request goes on with."""
     if response_id is None:
         return ()
-    found = store.get(response_id)
+    found = await store.get(response_id)
     if found is None:
         raise Refusal(
             "invalid",
@@ -112,7 +145,7 @@ def _past(store: Store, response_id: str | None) -> Sequence[dict[str, Any]]:
             param="previous_response_id",
             code="previous_response_not_found",
         )
-    return found.messages
+    return [*found.items, *(json.loads(found.body)["output"] or [SILENCE])]
 
 
 def _frame(request: ResponseRequest, model: str, params: SamplingParams) -> Fields:
@@ -139,8 +172,9 @@ def _frame(request: ResponseRequest, model: str, params: SamplingParams) -> Fiel
         "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
         "store": request.store is not False,
         "temperature": params.temperature,
+        "top_logprobs": request.top_logprobs or 0,
         "text": {"format": form},
-        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(exclude_none=True),
         "tools": [_tool(tool) for tool in request.tools or ()],
         "top_p": params.top_p,
         "truncation": "disabled",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+_PUT, _GET, _POP = "responses.put", "responses.get", "responses.pop"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An answer as JSON, and the conversation up to and with it, without instructions."""
+    """An answer as JSON, and the items that it answers, those of earlier requests included."""
 
     body: bytes
-    messages: Sequence[dict[str, Any]]
+    items: Sequence[dict[str, Any]]
 
     @property
     def size(self) -> int:
         """Bytes, about."""
-        return len(self.body) + _size(self.messages)
+        return len(self.body) + _size(self.items)
 
 
 class Store:
@@ -61,6 +64,84 @@ class Store:
             found = self._entries.pop(response_id, None)
             self._bytes -= found[1] if found else 0
             return found is not None
+
+
+class Answers(Protocol):
+    """Where a server keeps answers, whichever of its processes they come from."""
+
+    def put(self, response_id: str, stored: Stored) -> None:
+        """Keep an answer; from any thread."""
+        ...
+
+    async def get(self, response_id: str) -> Stored | None:
+        """An answer that is still kept."""
+        ...
+
+    async def pop(self, response_id: str) -> bool:
+        """Forget an answer; whether it was kept."""
+        ...
+
+
+class LocalStore:
+    """``Answers`` of a server of one process."""
+
+    def __init__(self, store: Store) -> None:
+        self.put = store.put
+        self._store = store
+
+    async def get(self, response_id: str) -> Stored | None:
+        """An answer that is still kept."""
+        return self._store.get(response_id)
+
+    async def pop(self, response_id: str) -> bool:
+        """Forget an answer; whether it was kept."""
+        return self._store.pop(response_id)
+
+
+class RemoteStore:
+    """``Answers`` that another process keeps, which answers questions with ``answers_of``."""
+
+    def __init__(self, ask: Callable[[str, Any], Coroutine[Any, Any, Any]]) -> None:
+        """``ask`` belongs to the running event loop."""
+        self._ask = ask
+        self._event_loop = asyncio.get_running_loop()
+
+    def put(self, response_id: str, stored: Stored) -> None:
+        """Keep an answer; from any thread."""
+        asking = self._ask(_PUT, (response_id, stored))
+        asyncio.run_coroutine_threadsafe(asking, self._event_loop)
+
+    async def get(self, response_id: str) -> Stored | None:
+        """An answer that is still kept."""
+        found: Stored | None = await self._ask(_GET, response_id)
+        return found
+
+    async def pop(self, response_id: str) -> bool:
+        """Forget an answer; whether it was kept."""
+        found: bool = await self._ask(_POP, response_id)
+        return found
+
+
+def answers_of(
+    store: Store, settled: Callable[[], Awaitable[object]]
+) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+    """The questions that a ``RemoteStore`` asks, and who answers them; ``settled`` returns once
+    all that processes have said before has been heard."""
+
+    async def put(entry: tuple[str, Stored]) -> None:
+        store.put(*entry)
+
+    async def get(response_id: str) -> Stored | None:
+        found = store.get(response_id)
+        if found is None:  # it may be on its way from the process that made it
+            await settled()
+            found = store.get(response_id)
+        return found
+
+    async def pop(response_id: str) -> bool:
+        return await get(response_id) is not None and store.pop(response_id)
+
+    return {_PUT: put, _GET: get, _POP: pop}
 
 
 def _size(value: object) -> int:

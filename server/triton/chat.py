@@ -119,7 +119,7 @@ def _tool(given: object, index: int) -> Tool:
     raise InvalidRequestError(f"tools[{index}]={given!r:.80} is no function; write e.g. {_TOOL}")
 
 
-def _choice(given: object) -> ToolChoice | NamedTool:
+def _choice(given: object) -> ToolChoice:
     choice = _decoded("tool_choice", given) if isinstance(given, str) else given
     if choice in ("auto", "none", "required"):
         return choice

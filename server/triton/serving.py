@@ -10,8 +10,8 @@ from contextlib import aclosing
 from typing import Protocol
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
-from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.chat.conversation import Conversation
+from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.request import OutputKind
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Job, Service
@@ -40,9 +40,9 @@ class Metrics(ServiceMetrics, Protocol):
 
 
 class Serving:
-    """Answers any number of requests at a time with one ``AsyncLLM``, which it owns."""
+    """Answers any number of requests at a time with one engine, which it owns."""
 
-    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
+    def __init__(self, llm: EngineClient, metrics: Metrics) -> None:
         self._service = Service(llm, _OPTIONS, metrics)
         self._metrics = metrics
         self._outbox = Outbox(metrics.publish)

@@ -13,6 +13,11 @@
 A message says what was given, what was expected, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 
 class SlipstreamError(Exception):
     """Base of all errors raised by Slipstream.
@@ -24,6 +29,18 @@ class SlipstreamError(Exception):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """An error is the same in another process, whatever its class is made of."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[SlipstreamError], arguments: tuple[Any, ...], fields: dict[str, Any]
+) -> SlipstreamError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error
 
 
 class CheckpointError(SlipstreamError):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import deserialize
 
+from slipstream.builder import weight_file
 from slipstream.builder.graph.program import StoredWeight
 from slipstream.builder.weight_file import ALIGNMENT, write_weights
 from slipstream.errors import BuildError
@@ -77,24 +81,55 @@ def test_parts_of_a_weight_stay_together_and_progress_tells_every_byte(tmp_path:
     told: list[int] = []
     places = write_weights(tmp_path / "w", [first, second], told.append)
     assert places["scale"][0] == sum(places["codes"])
-    assert told == [64, 64, 12]
+    assert sorted(told) == [12, 64, 64]
 
 
-def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
+def lazy(weight: StoredWeight, before: Callable[[], object]) -> StoredWeight:
+    """The weight, whose data comes after something else."""
+
+    def load() -> tuple[NDArray[np.generic], ...]:
+        before()
+        return weight.load()
+
+    return StoredWeight(weight.parts, load)
+
+
+def test_weights_of_more_bytes_than_the_largest_come_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_file, "usable_cores", lambda: 4)
+    told: list[str] = []
+    weights = [
+        lazy(stored(**{name: sample(ir.DataType.FLOAT, 16)}), partial(told.append, "load"))
+        for name in "abcd"
+    ]
+    write_weights(tmp_path / "w", weights, lambda _: told.append("wrote"))
+    assert told == ["load", "wrote"] * 4
+
+
+def test_a_few_weights_are_made_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_file, "usable_cores", lambda: 16)
+    meeting = threading.Barrier(4, timeout=10)
+    arrays = {f"w{i}": sample(ir.DataType.UINT8, 65 + i) for i in range(4)}
+    weights = [lazy(stored(**{name: arrays[name]}), meeting.wait) for name in arrays]
+    arrays["largest"] = sample(ir.DataType.UINT8, 1001)
+    places = write(tmp_path / "w", *weights, stored(largest=arrays["largest"]))
+    content = (tmp_path / "w").read_bytes()
+    for name, (offset, size) in places.items():
+        assert content[offset : offset + size] == arrays[name].tobytes()
+
+
+def test_an_error_of_one_weight_keeps_the_others_from_being_made(tmp_path: Path) -> None:
     loads: list[str] = []
 
-    def lazy(name: str) -> StoredWeight:
-        weight = stored(**{name: sample(ir.DataType.FLOAT, 16)})
+    def broken() -> None:
+        loads.append("load")
+        raise ValueError("damaged")
 
-        def load() -> tuple[NDArray[np.generic], ...]:
-            loads.append(f"load {name}")
-            return weight.load()
-
-        return StoredWeight(weight.parts, load)
-
-    weights = [lazy("a"), lazy("b")]
-    write_weights(tmp_path / "w", weights, lambda _: loads.append("wrote"))
-    assert loads == ["load a", "wrote", "load b", "wrote"]
+    weights = [lazy(stored(**{f"w{i}": sample(ir.DataType.UINT8, 64)}), broken) for i in range(50)]
+    with pytest.raises(ValueError, match="damaged"):
+        write(tmp_path / "w", *weights)
+    assert len(loads) < 50
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_it_runs_on_a_cpu(package: Path) -> None:
     run(package, "-c", USE)
 
 
-@pytest.mark.slow
 @pytest.mark.kernel
 def test_it_runs_on_a_gpu(package: Path) -> None:
     run(package, "-c", ON_CUDA, TRITON_INTERPRET="1")

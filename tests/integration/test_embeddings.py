@@ -183,7 +183,6 @@ def as_embedding_model(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lasttoken", "mean"])
 def test_vectors_are_those_of_sentence_transformers(mode: str, tmp_path: Path) -> None:
     """From the files that it writes, with their prompts; the last number of dimensions is cut."""
@@ -213,7 +212,6 @@ def test_vectors_are_those_of_sentence_transformers(mode: str, tmp_path: Path) -
         close(llm.score(TEXTS[0], TEXTS), alike[0], atol=1e-4)
 
 
-@pytest.mark.slow
 def test_scores_are_those_of_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     modules = pytest.importorskip("sentence_transformers.cross_encoder.modules")
@@ -254,7 +252,6 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
 
 
-@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
 @pytest.mark.usefixtures("by_kernel")

@@ -170,7 +170,6 @@ def test_logits_equal_transformers(checkpoint: Path, engine: Path) -> None:
     assert_equal(run_in_chunks(engine, PROMPTS), reference_logits(checkpoint, PROMPTS, "float32"))
 
 
-@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about padding
 @pytest.mark.usefixtures("uncaptured")
@@ -192,7 +191,6 @@ def test_quantization_runs_the_same_model(checkpoint: Path) -> None:
     assert_equal(logits.reshape(expected.shape), expected)
 
 
-@pytest.mark.slow
 def test_it_is_quantized_and_built_again(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     options = QuantizeOptions(

@@ -21,7 +21,7 @@ from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
 
-pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+pytestmark = pytest.mark.real_model
 OUTPUT_TOKENS = 32
 GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 SHARED = "The history of computing begins long before the electronic machines of today. " * 4
@@ -137,11 +137,13 @@ def test_batch_of_16_with_staggered_arrivals(
     assert_greedy(reference, outputs)
 
 
+@pytest.mark.slow
 def test_prefill_in_chunks_of_16(reference: PreTrainedModel, dense_engine: Path) -> None:
     outputs, _ = run(dense_engine, PROMPTS, max_num_tokens=16, max_batch_size=4)
     assert_greedy(reference, outputs)
 
 
+@pytest.mark.slow
 def test_prefix_hits(reference: PreTrainedModel, dense_engine: Path) -> None:
     outputs, _ = run(dense_engine, PROMPTS, stagger=6, max_batch_size=2)
     shared = [

@@ -159,10 +159,10 @@ def test_an_engine_of_another_target(engine: Path) -> None:
 
 def rehash(engine: Path, name: str) -> None:
     """Make a manifest agree with an edited file."""
-    from slipstream.builder.engine import sha256
+    from slipstream.builder.engine import digest
 
     raw = json.loads((engine / "engine.json").read_text())
-    raw["files"][name] = sha256(engine / name)
+    raw["files"][name] = digest(engine / name)
     (engine / "engine.json").write_text(json.dumps(raw))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from slipstream.runtime.engine.step import StepBatch
@@ -56,6 +59,23 @@ class GatedDevice(Device):
     def land(self, step: CountingStep) -> None:
         self.waiting.set()
         self.permits.acquire()
+        super().land(step)
+
+
+class HeldDevice(Device):
+    """Answers no step while there is a file ``gate`` in a directory, but one for every ``permit``
+    that it finds there: for tests of other processes."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._directory = Path(directory)
+
+    def land(self, step: CountingStep) -> None:
+        while (self._directory / "gate").exists():
+            with suppress(FileNotFoundError):
+                (self._directory / "permit").unlink()
+                break
+            time.sleep(0.001)
         super().land(step)
 
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.gguf.codes import BLOCKS, BlockType
 from slipstream.errors import CheckpointError
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import QuantTensor, WeightFormat, reordered
 
 Bytes = NDArray[np.uint8]
 
-_CHUNK = 1 << 22  # bytes decoded at once: temporaries stay small beside the weight
+_CHUNK = 1 << 18  # bytes decoded at once: temporaries stay in the cache of a core
 
 _DENSE: Mapping[Type, type[np.generic]] = MappingProxyType(
     {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: ml_dtypes.bfloat16}
@@ -65,19 +66,22 @@ def decode(name: str, kind: Type, shape: tuple[int, ...], data: Bytes) -> QuantT
 
 def _decoded(blocks: Bytes, block: BlockType) -> dict[str, Any]:
     """Codes, scale and, where there is one, offset, as ``QuantTensor`` holds them."""
-    found: dict[str, Any] = {}
+    names = ("codes", "scale", "offset")
     count = len(blocks)
-    step = max(1, _CHUNK // max(1, blocks[0].nbytes if count else 1))
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        parts = zip(("codes", "scale", "offset"), block.decode(blocks[rows]), strict=True)
-        for name, part in parts:
-            if part is None:
-                continue
-            flat = part.reshape(rows.stop - start, -1)
-            if start == 0:
-                found[name] = np.empty((count, flat.shape[1]), flat.dtype)
-            found[name][rows] = flat
+    # Of one row, to know what there is.
+    sample = zip(names, block.decode(blocks[:1]), strict=True)
+    found = {
+        name: np.empty((count, part.size // max(1, len(part))), part.dtype)
+        for name, part in sample
+        if part is not None
+    }
+
+    def decode_rows(rows: slice) -> None:
+        for name, part in zip(names, block.decode(blocks[rows]), strict=True):
+            if part is not None:
+                found[name][rows] = part.reshape(rows.stop - rows.start, -1)
+
+    in_parallel(decode_rows, row_chunks(count, blocks[:1].nbytes, _CHUNK))
     return found
 
 

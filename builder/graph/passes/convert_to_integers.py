@@ -22,11 +22,12 @@ from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.passes.rewrite import Holds
 from slipstream.builder.graph.program import Program
 from slipstream.errors import CheckpointError
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import E2M1, Kind, LazyTensor, QuantTensor, WeightFormat
 
 _GROUP = 32
 _MIDPOINT = 128
-_CHUNK = 1 << 20  # elements worked on at once
+_CHUNK = 1 << 18  # elements worked on at once: they stay in the cache of a core
 
 Convert = Callable[[QuantTensor, WeightFormat], QuantTensor]
 
@@ -106,12 +107,14 @@ def _from_e4m3(tensor: QuantTensor, fmt: WeightFormat) -> QuantTensor:
     groups = np.arange(k // _GROUP) * _GROUP // old.group
     codes = np.empty((n, k), np.uint8)
     scale = np.empty((n, k // _GROUP), np.float32)
-    step = max(1, _CHUNK // k)
-    for start in range(0, n, step):
-        rows = np.arange(start, min(start + step, n))
-        whole, unit = _grid(tensor.codes[rows].astype(np.float32), tensor.name)
-        codes[rows] = (whole + _MIDPOINT).astype(np.uint8).reshape(-1, k)
-        scale[rows] = scales[np.ix_(rows // old.rows, groups)] * unit
+
+    def convert(part: slice) -> None:
+        rows = np.arange(part.start, part.stop)
+        whole, unit = _grid(tensor.codes[part].astype(np.float32), tensor.name)
+        codes[part] = (whole + _MIDPOINT).astype(np.uint8).reshape(-1, k)
+        scale[part] = scales[np.ix_(rows // old.rows, groups)] * unit
+
+    in_parallel(convert, row_chunks(n, k, _CHUNK))
     return QuantTensor(tensor.name, fmt, codes, scale)
 
 

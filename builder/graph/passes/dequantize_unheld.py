@@ -9,7 +9,7 @@ from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.graph.passes.matrices import rewrite_matrices
 from slipstream.builder.graph.passes.rewrite import Holds
 from slipstream.builder.graph.program import Program
-from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, dense_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ def as_dense(tensor: LazyTensor, dtype: str) -> LazyTensor:
 
     def load() -> QuantTensor:
         weight = tensor.load()
-        plain = weight.format.kind == "dense" and weight.input is None
-        values = weight.codes if plain else weight.dequantize()
-        return QuantTensor(tensor.name, fmt, values.astype(numpy_dtype(dtype), copy=False))
+        same = weight.format == fmt and weight.input is None
+        return QuantTensor(tensor.name, fmt, weight.codes if same else dense_values(weight, dtype))
 
     return LazyTensor(tensor.name, fmt, load)

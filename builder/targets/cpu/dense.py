@@ -15,7 +15,7 @@ from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.safetensors import ArraySpec
-from slipstream.weights.tensor import LazyTensor, WeightFormat
+from slipstream.weights.tensor import LazyTensor, WeightFormat, dense_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ def store_dense_weights(program: Program) -> int:
 def store_float32(program: Program, tensor: LazyTensor) -> ir.Value:
     """The graph value of a weight as float32, made on first use."""
     part = ArraySpec(f"{tensor.name}.float32", np.dtype(np.float32), tensor.format.shape)
-    return program.store(
-        StoredWeight((part,), lambda: (np.ascontiguousarray(tensor.load().dequantize()),))
-    )[0]
+    return program.store(StoredWeight((part,), lambda: (dense_values(tensor.load(), "float32"),)))[
+        0
+    ]
 
 
 def _gathers(fmt: WeightFormat) -> bool:

@@ -70,9 +70,9 @@ void place_expert(const Plan& plan, int64_t expert) {
   const int64_t end = plan.starts[expert + 1];
   for (int64_t place = plan.starts[expert]; place < end;) {
     const int count = dense_tokens(end - place);
-    for (int i = 0; i < count; ++i) {
-      place_token(plan.row(plan.order[place + i]), plan.args.in_features, count, i, plan.floats(place));
-    }
+    const float* rows[kDenseTokens];
+    for (int i = 0; i < count; ++i) rows[i] = plan.row(plan.order[place + i]);
+    place_tokens(rows, plan.args.in_features, count, plan.floats(place));
     place += count;
   }
 }

@@ -30,14 +30,17 @@ inline int dense_tokens(int64_t left) {
   return tokens;
 }
 
-// x of a token as one of a block of `count`.
-inline void place_token(const float* x, int64_t features, int count, int index, float* block) {
-  if (count == 1) {
-    __builtin_memcpy(block, x, sizeof(float) * features);
-  } else {
-    for (int64_t k = 0; k < features; ++k) block[k * count + index] = x[k];
+// A block of `count` tokens from a row of x each.
+inline void place_tokens(const float* const* rows, int64_t features, int count, float* block) {
+  constexpr int64_t step = 64;  // so that what is written by columns stays in the first-level cache
+  for (int64_t first = 0; first < features; first += step) {
+    const int64_t last = first + step < features ? first + step : features;
+    for (int t = 0; t < count; ++t) {
+      const float* x = rows[t];
+      for (int64_t k = first; k < last; ++k) block[k * count + t] = x[k];
+    }
   }
-  if (features % 2 != 0) block[features * count + index] = 0.0f;
+  for (int t = 0; features % 2 != 0 && t < count; ++t) block[features * count + t] = 0.0f;
 }
 
 // Two elements along K of kLanes rows from `lane`.

@@ -112,15 +112,17 @@ void place_all(const LinearArgs& args, int64_t depth, float* out, Parallel& para
   const int64_t columns = args.in_features;
   parallel.for_each((args.tokens + kDenseTokens - 1) / kDenseTokens, [&](int64_t task) {
     static thread_local Scratch scratch;
-    float* normal = args.norm_weight ? scratch.reserve<float>(columns) : nullptr;
+    float* normal = args.norm_weight ? scratch.reserve<float>(columns * kDenseTokens) : nullptr;
+    const float* rows[kDenseTokens];
     const int64_t end = (task + 1) * kDenseTokens < args.tokens ? (task + 1) * kDenseTokens : args.tokens;
     for (int64_t token = task * kDenseTokens; token < end;) {
       const int count = dense_tokens(end - token);
       for (int i = 0; i < count; ++i) {
         const float* x = args.x + (token + i) * columns;
-        if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal);
-        place_token(normal ? normal : x, columns, count, i, out + token * depth);
+        rows[i] = normal ? normal + i * columns : x;
+        if (normal) normalise(x, args.norm_weight, args.norm_eps, columns, normal + i * columns);
       }
+      place_tokens(rows, columns, count, out + token * depth);
       token += count;
     }
   });

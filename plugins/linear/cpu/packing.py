@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.weights.parallel import in_parallel
 from slipstream.weights.tensor import QuantTensor, WeightFormat, numpy_dtype
 
 TILE = 16
@@ -105,8 +106,8 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
     number = np.float16 if scale_bytes(fmt) == 2 else np.float32
     zeros = tensor.zero if fmt.zero == "zero" else tensor.offset if fmt.zero == "offset" else None
     out = np.zeros((layout.tiles, layout.stride), np.uint8)
-    for first, last in _chunks(layout):
-        tiles = slice(first, last)
+
+    def pack_tiles(tiles: slice) -> None:
         _pack_codes(_rows_of(tensor.codes, gated, tiles), fmt.bits, out[tiles, : layout.codes])
         scales = _tile_numbers(multipliers, layout, gated, tiles, np.dtype(number))
         out[tiles, layout.codes : layout.codes + layout.scales] = scales
@@ -114,6 +115,8 @@ def pack(tensor: QuantTensor, gated: bool = False) -> Bytes:
             kind = np.dtype(np.uint8 if fmt.zero == "zero" else number)
             end = layout.codes + layout.scales + layout.zeros
             out[tiles, end - layout.zeros : end] = _tile_numbers(zeros, layout, gated, tiles, kind)
+
+    in_parallel(pack_tiles, _chunks(layout))
     return out.reshape(-1)
 
 
@@ -153,10 +156,13 @@ def _pack_dense(tensor: QuantTensor, gated: bool) -> Bytes:
     if values.shape[1] % 2:
         values = np.pad(values, ((0, 0), (0, 1)))
     out = np.empty((layout.tiles, layout.stride), np.uint8)
-    for first, last in _chunks(layout):
-        words = _rows_of(values, gated, slice(first, last)).view(word)
-        tiles = out[first:last].view(word).reshape(last - first, -1, TILE)
-        tiles[:] = words.transpose(0, 2, 1)
+
+    def pack_tiles(tiles: slice) -> None:
+        words = _rows_of(values, gated, tiles).view(word)
+        packed = out[tiles].view(word)
+        packed.reshape(len(packed), -1, TILE)[:] = words.transpose(0, 2, 1)
+
+    in_parallel(pack_tiles, _chunks(layout))
     return out.reshape(-1)
 
 
@@ -174,9 +180,9 @@ def _scales(tensor: QuantTensor) -> NDArray[np.generic]:
     return np.asarray(tensor.multipliers() * np.float32(0.5), np.float32)
 
 
-def _chunks(layout: _Layout) -> list[tuple[int, int]]:
+def _chunks(layout: _Layout) -> list[slice]:
     step = max(2, _CHUNK_BYTES // layout.codes // 2 * 2)  # even: gated tiles come in pairs
-    return [(i, min(i + step, layout.tiles)) for i in range(0, layout.tiles, step)]
+    return [slice(i, min(i + step, layout.tiles)) for i in range(0, layout.tiles, step)]
 
 
 def _rows_of(array: NDArray[np.generic], gated: bool, tiles: slice) -> NDArray[np.generic]:

@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 
 from slipstream.errors import CheckpointError
 from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES, ZERO_KINDS
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat, numpy_dtype
 
 ALIGNMENT = 256
+_CHUNK = 1 << 18  # codes packed at once: they stay in the cache of a core
 WORDS = 32  # of a chunk
 DENSE_DTYPES = ("bfloat16", "float16")
 GROUPS = (32, 64, 128)
@@ -175,21 +177,31 @@ def _exponents(tensor: QuantTensor) -> NDArray[np.uint8]:
 
 def pack_codes(codes: NDArray[np.generic], fmt: WeightFormat) -> NDArray[np.int32]:
     """Codes as in ``QuantTensor`` to words ``[N, padded K * bits / 32]``."""
-    n, k = fmt.shape
-    per_word = 32 // fmt.bits
-    width = padded_k(fmt)
+    n, width = fmt.shape[0], padded_k(fmt)
+    words = np.empty((n, width * fmt.bits // 32), np.uint32)
     bytes_in = codes.astype(np.uint8, copy=False)
-    single = np.zeros((n, width), np.uint8)
+
+    def pack_rows(rows: slice) -> None:
+        words[rows] = _words(bytes_in[rows], fmt)
+
+    in_parallel(pack_rows, row_chunks(n, width, _CHUNK))
+    return words.view(np.int32)
+
+
+def _words(codes: Bytes, fmt: WeightFormat) -> NDArray[np.uint32]:
+    n, k = len(codes), fmt.shape[1]
+    per_word = 32 // fmt.bits
+    single = np.zeros((n, padded_k(fmt)), np.uint8)
     if fmt.bits == 8:
-        single[:, :k] = bytes_in
+        single[:, :k] = codes
     else:
-        single[:, 0:k:2] = bytes_in & 15
-        single[:, 1:k:2] = bytes_in[:, : k // 2] >> 4
+        single[:, 0:k:2] = codes & 15
+        single[:, 1:k:2] = codes[:, : k // 2] >> 4
     chunks = single.reshape(n, -1, per_word, WORDS)
     words = np.zeros((n, chunks.shape[1], WORDS), np.uint32)
     for i in range(per_word):
         words |= chunks[:, :, i].astype(np.uint32) << np.uint32(i * fmt.bits)
-    return words.reshape(n, -1).view(np.int32)
+    return words.reshape(n, -1)
 
 
 def unpack_codes(words: NDArray[np.generic], fmt: WeightFormat) -> NDArray[np.uint8]:

@@ -24,7 +24,10 @@ from slipstream.runtime.executors.cuda.inputs import (
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 
-# Kinds of sampling that are captured at the start; the others are, when they are first asked for.
+# What the first answers need is captured at the start, up to these sizes, for these kinds of
+# sampling; the rest is when it is first asked for.
+PREPARED_SEQUENCES = 16
+PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
 
@@ -94,6 +97,8 @@ class StepRunner:
             shape = self._buckets.mixed(bucket(tokens, mixed))
             self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
             hidden = self._hidden
+        if shape not in self._layers:
+            self._layers[shape] = self._device.capture(self._layers_work(shape))
         self._layers[shape]()
         return hidden[:tokens]
 
@@ -122,25 +127,28 @@ class StepRunner:
 
     def compile(self) -> None:
         """Compile every kernel that steps of padding launch."""
-        layers, heads = self._works(tuple(Kind))
-        self._device.compile([*layers.values(), *heads.values(), self.largest_step])
+        layers = map(self._layers_work, self._shapes)
+        heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
+        self._device.compile([*layers, *heads, self.largest_step])
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""
-        buckets = self._buckets
-        largest = buckets.max_batch_size
-        layers = [self._mixed_work(buckets.mixed_tokens[-1]), self._decode_work(largest)]
-        return layers if self.pools else [*layers, self._head_work(largest, Kind.SAMPLE)]
+        layers = [self._layers_work(shape) for shape in self._largest_shapes]
+        heads = [self._head_work(size, Kind.SAMPLE) for size in self._head_sizes[-1:]]
+        return [*layers, *heads]
 
     def capture(self) -> None:
-        """Capture the layers of all buckets, and the usual kinds of sampling."""
-        layers, heads = self._works(PREPARED_KINDS)
+        """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
+        then the smallest, with the usual kinds of sampling."""
+        small = [s for s in self._shapes if s.tokens <= _prepared(s)]
+        sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES]
         with self._device.work():
             self._inputs.clear()
-        for shape, work in layers.items():
-            self._layers[shape] = self._device.capture(work)
-        for key, work in heads.items():
-            self._heads[key] = self._device.capture(work)
+        for shape in dict.fromkeys([*self._largest_shapes, *small]):
+            self._layers[shape] = self._device.capture(self._layers_work(shape))
+        for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
+            for kind in PREPARED_KINDS:
+                self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
         self._device.synchronize()
 
     def largest_step(self) -> None:
@@ -162,15 +170,25 @@ class StepRunner:
             torch.index_select(hidden, 0, wanted, out=self.rows[: len(rows)])
         return hidden
 
-    def _works(
-        self, kinds: Sequence[Kind]
-    ) -> tuple[dict[Shape, Work], dict[tuple[int, Kind], Work]]:
+    @property
+    def _shapes(self) -> list[Shape]:
+        """Those of layers that are captured, decodes before mixed steps."""
         buckets = self._buckets
-        layers = {buckets.decode(n): self._decode_work(n) for n in buckets.batch_sizes}
-        layers |= {buckets.mixed(n): self._mixed_work(n) for n in buckets.mixed_tokens}
-        sizes = () if self.pools else buckets.batch_sizes
-        keys = [(size, kind) for size in sizes for kind in kinds]
-        return layers, {key: self._head_work(*key) for key in keys}
+        decodes = [buckets.decode(size) for size in buckets.batch_sizes]
+        return [*decodes, *map(buckets.mixed, buckets.mixed_tokens)]
+
+    @property
+    def _largest_shapes(self) -> list[Shape]:
+        """The largest mixed step and the largest decode."""
+        buckets = self._buckets
+        return [buckets.mixed(buckets.mixed_tokens[-1]), buckets.decode(buckets.max_batch_size)]
+
+    @property
+    def _head_sizes(self) -> Sequence[int]:
+        return () if self.pools else self._buckets.batch_sizes
+
+    def _layers_work(self, shape: Shape) -> Work:
+        return self._mixed_work(shape.tokens) if shape.blocks else self._decode_work(shape.tokens)
 
     def _decode_work(self, sequences: int) -> Work:
         shape, memory = self._buckets.decode(sequences), self.memory
@@ -204,6 +222,11 @@ class StepRunner:
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
+
+
+def _prepared(shape: Shape) -> int:
+    """Up to how many tokens a step of this sort is captured at the start."""
+    return PREPARED_TOKENS if shape.blocks else PREPARED_SEQUENCES
 
 
 def _num_decodes(batch: StepBatch) -> int:

@@ -265,7 +265,7 @@ def _pack(row: SamplingRow, slot: int, banned: frozenset[int], vocab_size: int) 
     column[Field.FLAGS] = _flags(params, bool(banned))
     column[Field.NUM_BIASES] = 0 if stuck else len(params.logit_bias or ())
     column[Field.PROMPT_LEN] = len(row.prompt)
-    column[Field.NUM_LOGPROBS] = params.logprobs if lists_logprobs(params) else 0
+    column[Field.NUM_LOGPROBS] = params.logprobs or 0
     floats[Field.TEMPERATURE] = 0 if stuck or params.greedy else params.temperature
     floats[Field.TOP_P] = params.top_p
     floats[Field.MIN_P] = params.min_p

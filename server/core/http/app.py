@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,11 +27,21 @@ from slipstream.server.core.http.middleware import (
 )
 from slipstream.server.core.http.structure import StructureLimit
 from slipstream.server.core.limits import MAX_VALUES
-from slipstream.server.core.metrics import EngineMetrics, HttpMetrics, registry_of
+from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
 from slipstream.server.core.service import Service
 
 
-def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """Where a process counts, and how it learns what all of its server have counted; None: there is
+    no other."""
+
+    tally: Tally = field(default_factory=Tally)
+    answers: HttpTally = field(default_factory=HttpTally)
+    gather: Callable[[], Awaitable[Gathered]] | None = None
+
+
+def create_app(service: Service, counting: Counting, apis: Sequence[Api]) -> FastAPI:
     """The application of one service; the first of ``apis`` also words the server's own errors."""
     app = FastAPI(
         title="Slipstream",
@@ -39,16 +52,21 @@ def create_app(service: Service, metrics: EngineMetrics, apis: Sequence[Api]) ->
         redirect_slashes=False,
     )
     app.state.service = service
-    requests = HttpMetrics(service.names[0])
-    app.state.registry = registry_of(metrics, requests)
+    app.state.gather = counting.gather or partial(_gather, service, counting)
     known = Apis(apis)
     for api in apis:
         app.include_router(api.router, responses=api.responses)
     app.include_router(status.router, responses=known.first.responses)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     install_handlers(app, known)
-    _surround(app, service, known, requests.count)
+    _surround(app, service, known, counting.answers.count)
     return app
+
+
+async def _gather(service: Service, counting: Counting) -> Gathered:
+    llm = service.llm
+    engine = EngineState(await llm.fetch_stats(), llm.config, llm.unhealthy, llm.closed)
+    return Gathered(engine, [(counting.tally, counting.answers)], os.getpid())
 
 
 def _surround(app: FastAPI, service: Service, apis: Apis, count: Count) -> None:

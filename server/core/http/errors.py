@@ -14,6 +14,7 @@ from slipstream.errors import SlipstreamError
 from slipstream.server.core.http.api import STATUSES, Apis
 from slipstream.server.core.refusal import Kind, Refusal, refusal_of
 
+_PLACES = ("body", "path", "query")
 _KINDS: Mapping[int, Kind] = {status: kind for kind, status in STATUSES.items()}
 
 
@@ -56,7 +57,9 @@ def _unroutable(request: Request, error: HTTPException) -> Refusal:
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """One refusal for what pydantic found: of the first wrong field, what it may be."""
     first = errors[0]
-    kind, path = first["type"], [part for part in first["loc"] if part not in ("body", "path")]
+    kind, path = first["type"], list(first["loc"])
+    if path and path[0] in _PLACES:
+        del path[0]
     if kind == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return Refusal("invalid", f"the body is no valid JSON: {detail} at character {path[0]}")

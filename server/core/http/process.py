@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -13,14 +14,15 @@ from typing import Any, cast
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine_client import EngineClient
 from slipstream.server.core.http.api import Api
-from slipstream.server.core.http.app import create_app
+from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.http.connection import Bounds, Connection, connection_limit
 from slipstream.server.core.logs import log_event
-from slipstream.server.core.metrics import EngineMetrics
+from slipstream.server.core.metrics import HttpTally, Tally
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 
@@ -54,18 +56,41 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def share(listener: socket.socket, count: int) -> list[socket.socket]:
+    """So many sockets on the address of a bound one, which is closed: the system divides
+    connections among them.
+
+    Until then nobody else could take that address; and whoever asks for it alone will not get it.
+    """
+    family, kind, address = listener.family, listener.type, listener.getsockname()
+    listener.close()
+    sockets = []
+    for _ in range(count):
+        each = socket.socket(family, kind)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.bind(address)
+        sockets.append(each)
+    return sockets
+
+
 def url_of(listener: socket.socket) -> str:
     """Where a bound socket can be reached."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
+def server_of(llm: EngineClient, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
     """A server that can be started, once, in the running event loop."""
-    metrics = EngineMetrics(options.served_model_name[0], llm)
-    service = Service(llm, options, metrics)
-    config = uvicorn.Config(
-        create_app(service, metrics, apis),
+    counts = Counting(Tally(), HttpTally())
+    service = Service(llm, options, counts.tally)
+    return DrainingServer(uvicorn_config(create_app(service, counts, apis)), service)
+
+
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """How an application is served."""
+    return uvicorn.Config(
+        app,
         http=cast(Any, partial(Connection, bounds=Bounds(connection_limit()))),
         ws="none",
         lifespan="off",
@@ -75,7 +100,20 @@ def server_of(llm: AsyncLLM, options: ServerOptions, apis: Sequence[Api]) -> Dra
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-    return DrainingServer(config, service)
+
+
+def settle() -> None:
+    """Set up a process that serves, once all is imported."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # Its own lines about start and end are told by ours.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def freeze() -> None:
+    """Spare the collector of garbage what has been made until now, and stays: hundreds of thousands
+    of objects, which take it a tenth of a second to look at."""
+    gc.collect()
+    gc.freeze()
 
 
 class DrainingServer(uvicorn.Server):
@@ -115,7 +153,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(
-    llm: AsyncLLM, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
+    llm: EngineClient, options: ServerOptions, listener: socket.socket, apis: Sequence[Api]
 ) -> str | None:
     """Serve until SIGTERM or SIGINT, or until the engine is unhealthy; then drain, then shut the
     engine down. Returns what ails the engine, None if nothing does.
@@ -124,11 +162,11 @@ def run(
     """
 
     async def main() -> None:
-        await server_of(llm, options, apis).serve([listener])
+        server = server_of(llm, options, apis)
+        freeze()
+        await server.serve([listener])
 
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    # Its own lines about start and end are told by this module.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    settle()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from slipstream import __version__
 from slipstream.server.core.http.respond import service_of
-from slipstream.server.core.metrics import render
+from slipstream.server.core.metrics import Gathered
 from slipstream.server.core.refusal import Refusal
 
 router = APIRouter()
@@ -29,15 +31,17 @@ async def health(request: Request) -> dict[str, str]:
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
     """How many requests run or wait."""
-    return {"server_load": service_of(request).load}
+    return {"server_load": service_of(request).places.requests}
 
 
 @router.get(
     "/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}}
 )
-def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format."""
-    return Response(render(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request) -> Response:
+    """Metrics of all processes of the server in Prometheus' text format."""
+    gathered: Gathered = await request.app.state.gather()
+    text = await asyncio.to_thread(gathered.text, service_of(request).names[0])
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version")

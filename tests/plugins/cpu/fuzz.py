@@ -1,4 +1,5 @@
-"""Builds the native library with sanitizers around ``fuzz.cpp`` and runs that: ``fuzz.py SECONDS``.
+"""Builds the native library with sanitizers around ``fuzz.cpp`` and runs that: ``fuzz.py SECONDS``,
+and ``SEED`` after that for the same calls again.
 
 A standalone program: no sanitizer has to get on with an interpreter that knows nothing of it.
 """
@@ -25,11 +26,11 @@ FLAGS = [
 ]
 
 
-def main(seconds: str) -> int:
+def main(*arguments: str) -> int:
     """Compile what is new and run the program; its exit status."""
     program = build()
     environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([program, seconds], env=environment, check=False).returncode
+    return subprocess.run([program, *arguments], env=environment, check=False).returncode
 
 
 def build() -> Path:

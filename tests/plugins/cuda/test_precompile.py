@@ -40,8 +40,15 @@ compile_kernels([specialization(128), broken, specialization(256), broken], (9, 
 def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
+    # Launchers are linked with the driver, which is not here.
+    empty, driver = tmp_path / "empty.c", tmp_path / "libcuda.so.1"
+    empty.touch()
+    subprocess.run(["cc", "-shared", "-o", driver, empty], check=True)
+    environment["TRITON_LIBCUDA_PATH"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
     assert len(list(tmp_path.rglob("gated_kernel.cubin"))) == 2
+    # Both take the same arguments.
+    assert len(list(tmp_path.rglob("__triton_launcher*.so"))) == 1
 
 
 @pytest.mark.kernel

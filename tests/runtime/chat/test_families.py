@@ -9,8 +9,10 @@ import pytest
 from tests.runtime.chat.families import ARGUMENTS, FAMILIES, Written
 from tests.runtime.chat.reading import TOOLS, WITH_TOOLS, allows, read
 
+from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.events import AssistantTurn, ToolCall
-from slipstream.runtime.chat.options import ChatOptions, NamedTool
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool
+from slipstream.runtime.chat.tagged_calls import TaggedCalls
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
 
@@ -164,3 +166,75 @@ def test_small_models_find_no_endless_space(family: Written) -> None:
     text = family.thoughts + family.calls(family.call)
     if "{" in family.call:
         assert not allows(family.tokenizer, form, text.replace('{"city', "{" + " " * 99 + '"city'))
+
+
+@every_family
+def test_none_but_allowed_tools_are_called(family: Written) -> None:
+    def held(text: str, *names: str, required: bool = False) -> bool:
+        options = ChatOptions(tools=TOOLS, tool_choice=AllowedTools(names, required=required))
+        form = family.dialect.structured(options, None, family.prompt)
+        assert form is not None
+        assert family.dialect.tools(options) == family.dialect.tools(ChatOptions(tools=TOOLS))
+        return allows(family.tokenizer, form, family.thoughts + text)
+
+    first, second = family.calls(family.call), family.calls(family.second)
+    final = "<|channel|>final<|message|>" if family.name == "harmony" else ""
+    for required in (False, True):
+        assert held(first, "get_weather", required=required)
+        assert held(second, "now", required=required)
+        assert not held(first, "now", required=required)
+        assert held(f"{final}No.", "now", required=required) != required
+    with pytest.raises(InvalidRequestError, match="then"):
+        held(first, "get_weather", "then")
+    with pytest.raises(InvalidRequestError, match="allows no tools"):
+        held(first)
+
+
+TAGGED = [
+    each for each in FAMILIES if isinstance(getattr(each.dialect, "calls", None), TaggedCalls)
+]
+
+
+@pytest.mark.parametrize("family", TAGGED, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"maxLength": 5}, ("Paris", "", "a\nb"), ("Berlin",)),
+        ({"minLength": 2}, ("Oslo",), ("O",)),
+        ({"pattern": "^[a-z]+$"}, ("paris",), ("Paris", "a b", "")),
+        ({"pattern": "a|^b|c$"}, ("xax", "bx", "xc"), ("xb", "cx")),
+        ({"pattern": "[$^|]\\d"}, ("x|1",), ("x|",)),
+        ({"pattern": "i", "maxLength": 3}, ("xix",), ("xxi4", "abc")),
+        ({"format": "date"}, ("2026-02-03",), ("2026-13-03", "today")),
+        ({"format": "date-time"}, ("2026-02-03T04:05:06Z",), ("2026-02-03",)),
+        ({"format": "email"}, ("a.b@c.org",), ("a@", "a")),
+        ({"format": "uuid"}, ("01234567-89ab-cdef-0123-456789abcdef",), ("0123",)),
+        ({"format": "ipv4"}, ("10.0.0.255",), ("10.0.0.256",)),
+    ],
+    ids=str,
+)
+def test_texts_in_tags_are_held_to_their_schema(
+    family: Written, schema: dict[str, Any], good: tuple[str, ...], bad: tuple[str, ...]
+) -> None:
+    given: dict[str, Any] = dict(TOOLS[0].parameters or {})
+    properties = {**given["properties"], "city": {"type": "string", **schema}}
+    tool = replace(TOOLS[0], parameters={**given, "properties": properties})
+    options = ChatOptions(tools=[tool], tool_choice="required")
+    form = family.dialect.structured(options, None, family.prompt)
+    assert form is not None
+    for text in (*good, *bad):
+        written = family.thoughts + family.calls(family.call.replace("Paris", text))
+        assert allows(family.tokenizer, form, written) == (text in good), text
+
+
+@pytest.mark.parametrize("family", TAGGED, ids=lambda family: family.name)
+def test_what_cannot_be_held_in_tags_is_refused_of_strict_tools_only(family: Written) -> None:
+    for odd in ({"pattern": "(?=a)b"}, {"pattern": "(^a)b"}, {"format": "tea"}):
+        properties = {"city": {"type": "string", **odd}}
+        parameters = {"type": "object", "properties": properties}
+        tool = replace(TOOLS[0], parameters=parameters, strict=True)
+        options = ChatOptions(tools=[tool], tool_choice="required")
+        with pytest.raises(InvalidRequestError, match="cannot be held"):
+            family.dialect.structured(options, None, family.prompt)
+        free = replace(options, tools=[replace(tool, strict=False)])
+        assert family.dialect.structured(free, None, family.prompt) is not None

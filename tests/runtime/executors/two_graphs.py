@@ -23,7 +23,7 @@ from slipstream.builder.contract import (
     Source,
     attention_cache,
 )
-from slipstream.builder.engine import MANIFEST, EngineLimits, Manifest, sha256
+from slipstream.builder.engine import MANIFEST, EngineLimits, Manifest, digest
 from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.program import new_program
 from slipstream.builder.graph.verifier import verify
@@ -131,7 +131,7 @@ def save_engine(directory: Path) -> Manifest:
         plugins={"PagedAttention": 1},
         source="tests",
         command="slipstream build tests -o engine",
-        files={file.name: sha256(file) for file in directory.glob("*.onnx")},
+        files={file.name: digest(file) for file in directory.glob("*.onnx")},
     )
     (directory / MANIFEST).write_text(manifest.to_json())
     return manifest

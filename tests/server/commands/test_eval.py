@@ -152,7 +152,6 @@ def test_another_model_is_no_reference(tiny_engine: Path, text: Path, tmp_path: 
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_smollm2_stays_near_its_checkpoint(
     smollm2_engine: Path, smollm2_gguf: Path, tmp_path: Path
 ) -> None:

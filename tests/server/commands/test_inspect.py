@@ -17,7 +17,7 @@ from tests.tiny_models import LLAMA, save_llama
 
 from slipstream.builder.build import build
 from slipstream.builder.contract import KV, TARGET_GRAPH, bytes_per_token, page_size_of
-from slipstream.builder.engine import open_engine, sha256
+from slipstream.builder.engine import digest, open_engine
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
@@ -54,7 +54,7 @@ def test_json_is_the_manifest_and_what_the_files_hold(tiny_engine: Path) -> None
     assert report["limits"]["max_seq_len"] == 512
     for file in report["files"]:
         path = tiny_engine / file["name"]
-        assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256(path))
+        assert (file["size"], file["sha256"]) == (path.stat().st_size, digest(path))
         assert file["status"] == "ok"
     with safe_open(tiny_engine / "weights.safetensors", "numpy") as weights:
         arrays = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
@@ -135,7 +135,7 @@ def rewritten(engine: Path, edit: Callable[[ir.Graph], None]) -> Path:
     edit(model.graph)
     ir.save(model, engine / "edited.onnx")
     (engine / "edited.onnx").rename(engine / "graph.onnx")
-    files = {**opened.manifest.files, "graph.onnx": sha256(engine / "graph.onnx")}
+    files = {**opened.manifest.files, "graph.onnx": digest(engine / "graph.onnx")}
     manifest = replace(opened.manifest, files=files)
     (engine / "engine.json").write_text(manifest.to_json())
     return engine

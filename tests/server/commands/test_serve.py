@@ -112,6 +112,8 @@ def test_an_address_in_use_is_one_error_before_anything_is_loaded() -> None:
     [
         (["--port", "70000"], "port is 70000; it must be at most 65535"),
         (["--max-queued-requests", "-1"], "max_queued_requests is -1; it must be at least 0"),
+        (["--api-processes", "some"], "'some' is neither auto nor a number"),
+        (["--api-processes", "65"], "api_processes is 65; it must be from 0 to 64"),
         (["--drain-timeout", "-1"], "drain_timeout is -1.0; it must be at least 0"),
         (["--api-key", ""], "api_key is empty"),
         (["--log-format", "xml"], "'xml' is not one of"),

@@ -16,6 +16,7 @@ from slipstream.server.core.metrics import (
     STEPS,
     EngineMetrics,
     HttpMetrics,
+    HttpTally,
     registry_of,
     render,
 )
@@ -138,10 +139,11 @@ def test_steps_are_those_of_the_engine() -> None:
 
 
 def test_answers_are_counted_and_what_clients_make_up_is_not_told() -> None:
-    requests = HttpMetrics("m")
-    requests.count("GET", "/health", 200)
-    requests.count("GET", "/health", 200)
-    requests.count("BREW", None, 405)
+    answers = HttpTally()
+    requests = HttpMetrics("m", answers)
+    answers.count("GET", "/health", 200)
+    answers.count("GET", "/health", 200)
+    answers.count("BREW", None, 405)
     (family,) = requests.collect()
     assert {tuple(s.labels.values()): s.value for s in family.samples} == {
         ("m", "GET", "200", "/health"): 2,

@@ -130,6 +130,22 @@ def test_a_prompt_is_a_question_in_the_template(server: Running, client: Connect
     assert asked.prompt_eval_count == said.prompt_eval_count
 
 
+def test_a_context_is_given_back_and_taken(server: Running, client: Connect) -> None:
+    """The tokens of all that was asked and said: the model sees a conversation of one more turn."""
+    asked: Any = {"options": {"num_predict": 2}}
+    first = client(server).generate("counting", "hi", **asked)
+    encode = server.llm.tokenizer.encode
+    assert first.context == encode("u:hi;a:;!", False)
+    second = client(server).generate("counting", "yo", context=first.context, **asked)
+    assert second.context == encode("u:hi;a:;!u:yo;a:;!", False)
+    assert second.prompt_eval_count == len(second.context) - 2
+    lines = list(
+        client(server).generate("counting", "yo", context=first.context, stream=True, **asked)
+    )
+    assert lines[-1].context == second.context and lines[0].context is None
+    assert client(server).generate("counting", "hi", raw=True, **asked).context is None
+
+
 def test_an_answer_is_gone_on_with(server: Running, client: Connect) -> None:
     answer = client(server).chat(
         "counting", GOING_ON, options={"num_predict": 3, "seed": -1, "num_ctx": 64}
@@ -228,7 +244,13 @@ def test_curl_sends_json_as_a_form_but_web_pages_may_not(server: Running) -> Non
         ("generate", {"prompt": "a", "suffix": "b"}, 400, "suffix: not supported"),
         ("generate", {"prompt": "a", "images": ["aa"]}, 400, "images"),
         ("generate", {"prompt": "a", "template": "{{.}}"}, 400, "--chat-template"),
-        ("generate", {"prompt": "a", "context": [1]}, 400, "/api/chat"),
+        ("generate", {"prompt": "a", "context": [1], "raw": True}, 400, "without context"),
+        ("generate", {"prompt": "a", "context": [1], "system": "s"}, 400, "leave out system"),
+        ("generate", {"prompt": "a", "context": [1 << 40]}, 400, "context"),
+        ("generate", {"prompt": "a", "context": [-1]}, 400, "context"),
+        ("generate", {"prompt": "a", "width": 64}, 400, "width"),
+        ("generate", {"prompt": "a", "think": "deep"}, 400, "think"),
+        ("embeddings", {"prompt": "a"}, 400, "vectors"),
         ("generate", {"prompt": "a", "raw": True, "system": "s"}, 400, "without system"),
         ("generate", {"prompt": "a", "options": {"nonsense": 1}}, 400, "options.nonsense"),
         ("generate", {"prompt": "a", "options": {"mirostat": 2}}, 400, "not supported"),

@@ -111,6 +111,10 @@ def test_texts_become_vectors(
         (short,) = client(running).embed("counting", texts[0], dimensions=4).embeddings
         assert len(short) == 4 and abs(np.linalg.norm(short) - 1) < 1e-5
         assert client(running).embed("counting", []).embeddings == []
+        older = np.array(client(running).embeddings("counting", texts[0]).embedding)
+        assert abs(np.linalg.norm(older) - 1) > 1e-2, "it is as the model leaves it"
+        np.testing.assert_allclose(older / np.linalg.norm(older), want[0], rtol=1e-5, atol=1e-6)
+        assert client(running).embeddings("counting", "").embedding == []
         assert client(running).show("counting").capabilities == ["embedding"]
         long = "the cat " * running.llm.config.max_seq_len
         assert len(client(running).embed("counting", long).embeddings) == 1

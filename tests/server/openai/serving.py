@@ -73,7 +73,7 @@ class Running:
 
     def _idle(self) -> bool:
         stats = self.stats()
-        left = (stats.num_running, stats.num_waiting, stats.kv_cache_usage, self.service._open)
+        left = (stats.num_running, stats.num_waiting, stats.kv_cache_usage, self.service.places.own)
         return left == (0, 0, 0, 0)
 
 

@@ -205,7 +205,7 @@ def test_the_load_is_the_requests_that_run_or_wait() -> None:
         assert load() == 0
         body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 1}
         asked = [clients.submit(running.post, COMPLETIONS, body) for _ in range(2)]
-        running.wait(lambda: running.service.load == 2)
+        running.wait(lambda: running.service.places.requests == 2)
         assert load() == 2, "requests are counted, not their completions"
         device.permits.release(100)
         assert all(each.result(60).status_code == 200 for each in asked)

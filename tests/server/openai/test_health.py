@@ -16,7 +16,7 @@ from tests.server.openai.serving import Running, samples_of, serving
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.runtime.testing import ALPHABET
-from slipstream.server.core.http.app import create_app
+from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.metrics import EngineMetrics
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
@@ -31,7 +31,7 @@ def application(llm: AsyncLLM) -> Iterator[TestClient]:
     """A client of the application alone: there is no server around it that would end."""
     metrics = EngineMetrics("counting", llm)
     service = Service(llm, ServerOptions(served_model_name=("counting",)), metrics)
-    with TestClient(create_app(service, metrics, [OPENAI])) as client:
+    with TestClient(create_app(service, Counting(metrics), [OPENAI])) as client:
         yield client
     llm.shutdown()
 

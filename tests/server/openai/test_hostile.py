@@ -131,13 +131,13 @@ def test_admission_counts_completions_before_it_adds_them() -> None:
         assert running.post(COMPLETIONS, {"prompt": ["a"] * 2, "n": 2}).status_code == 200
         never = running.post(COMPLETIONS, {"prompt": "a", "n": 5})
         assert never.status_code == 400 and never.json()["error"]["param"] == "n"
-        running.service._open = 2  # as if others ran
+        running.service.places.take(2, 2)  # as if others ran
         try:
             busy = running.post(COMPLETIONS, {"prompt": "a", "n": 3})
-            assert busy.status_code == 429 and running.service._open == 2
+            assert busy.status_code == 429 and running.service.places.own == 2
             assert running.post(COMPLETIONS, {"prompt": "a", "n": 2}).status_code == 200
         finally:
-            running.service._open = 0
+            running.service.places.give_back(2)
 
 
 def test_an_account_of_log_probabilities_comes_first() -> None:
@@ -223,7 +223,7 @@ def test_a_stream_that_is_left_while_it_waits_is_forgotten(monkeypatch: pytest.M
             with client.stream("POST", url, json=first) as waiting:
                 assert next(events := waiting.iter_lines()) == ": waiting"
             assert events
-            running.wait(lambda: running.service._open == 1)
+            running.wait(lambda: running.service.places.own == 1)
         running.wait_idle()
 
 

@@ -51,7 +51,7 @@ def test_a_known_key_opens_and_probes_need_none(guarded: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         guarded.client(api_key="wrong").models.list()
     for path in ("/", "/health", "/metrics", "/version", "/openapi.json"):
-        assert httpx.get(guarded.url + path).status_code == 200
+        assert httpx.get(guarded.url + path, timeout=60).status_code == 200
 
 
 def test_cors(guarded: Running) -> None:
@@ -189,8 +189,8 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
 
 def wait_until_open(running: Running, count: int) -> None:
     deadline = time.monotonic() + 60
-    while running.service._open != count:
-        assert time.monotonic() < deadline, f"{running.service._open} open, expected {count}"
+    while running.service.places.own != count:
+        assert time.monotonic() < deadline, f"{running.service.places.own} open, expected {count}"
         time.sleep(0.002)
 
 

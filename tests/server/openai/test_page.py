@@ -19,7 +19,6 @@ from tests.server.openai.serving import Running, serving
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
 from slipstream.runtime.testing import counting_engine
 
-pytestmark = pytest.mark.slow
 DESKTOP = {"width": 1000, "height": 800}
 PHONE = {"width": 360, "height": 640}
 ANSWER = """Three **rivers**:

@@ -9,7 +9,6 @@ import pytest
 from playwright.sync_api import Browser, Page
 from tests.server.openai.serving import Running
 
-pytestmark = pytest.mark.slow
 SHOW = """async (texts) => {
     const {MarkdownView} = await import("/page/markdown.js");
     const target = document.createElement("div"), view = new MarkdownView(target);

@@ -6,12 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from tests.server.openai.serving import Running
 from tests.server.openai.test_page import ask, open_page
 
-pytestmark = pytest.mark.slow
 HOSTILE = "<img src=/ran.png onerror='window.ran = 1'> [a](javascript:window.ran=1)"
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 

@@ -10,7 +10,7 @@ from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
 from tests.server.openai.test_requests import tool
 
-from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
+from slipstream.runtime.chat.options import AllowedTools, ChatOptions, NamedTool, Tool
 from slipstream.runtime.structured.output import StructuredOutput
 
 # The model says ";!?-_\n" after a prompt that ends in ":", and "fghijklmn..." after "e".
@@ -144,6 +144,17 @@ def test_an_echo_begins_with_what_the_assistant_said(chat: Running) -> None:
         extra_body={"echo": True, "continue_final_message": False},
     )
     assert asked.choices[0].message.content == ";!?"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_tools_are_allowed_by_name(chat: Running, dialect: MarkedDialect, mode: str) -> None:
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "g"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    ask(chat, tools=[tool("f"), tool("g")], tool_choice=choice)
+    assert dialect.asked is not None
+    options = dialect.asked[0]
+    assert [given.name for given in options.tools] == ["f", "g"]
+    assert options.tool_choice == AllowedTools(["g"], required=mode == "required")
 
 
 def test_the_dialect_hears_what_is_asked(chat: Running, dialect: MarkedDialect) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -12,8 +10,17 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
+from tests.server.responses.asking import (
+    SAID,
+    SCHEMA,
+    SCORED,
+    TOOL,
+    Hearing,
+    ask,
+    told,
+    without_ids,
+)
 
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
 from slipstream.runtime.executors.counting import CountingExecutor
@@ -21,67 +28,6 @@ from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.responses.reply import ResponseReply
-
-SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
-TOOL: Any = {"type": "function", "name": "d", "parameters": SCHEMA, "strict": False}
-# What the model says after ":" and past its end.
-SAID = [
-    ("message", ";"),
-    ("reasoning", "?-"),
-    ("message", "\nab"),
-    ("function_call", "fg"),
-    ("message", "ij"),
-]
-
-
-@dataclass
-class Hearing(MarkedDialect):
-    """Remembers the messages too."""
-
-    heard: list[dict[str, Any]] = field(default_factory=list)
-
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """As they are."""
-        self.heard = super().messages(messages)
-        return self.heard
-
-
-@pytest.fixture(scope="module")
-def dialect() -> Hearing:
-    """Thoughts from ! to _, calls from c to h with a name up to e."""
-    return Hearing("!_che")
-
-
-@pytest.fixture(scope="module")
-def server(dialect: Hearing) -> Iterator[Running]:
-    """A server whose model has that dialect."""
-    with serving(max_stored_responses=3) as running:
-        running.service.dialect = dialect
-        yield running
-
-
-def ask(running: Running, **changes: Any) -> Any:  # noqa: ANN401 - the client's types
-    extra = {"ignore_eos": True, **changes.pop("extra_body", {})}
-    given = {"model": "counting", "input": "hi", "max_output_tokens": 17, **changes}
-    with running.client() as client:
-        answer = client.responses.create(**given, extra_body=extra)
-        return list(answer) if given.get("stream") else answer
-
-
-def told(item: Any) -> tuple[str, str]:  # noqa: ANN401 - the client's types
-    if item.type == "function_call":
-        return item.type, item.arguments
-    assert len(item.content) == 1
-    return item.type, item.content[0].text
-
-
-def without_ids(response: Any) -> dict[str, Any]:  # noqa: ANN401 - the client's types
-    found = response.to_dict()
-    for name in ("id", "created_at", "completed_at"):
-        found.pop(name, None)
-    for item in found["output"]:
-        assert item.pop("id").startswith(("msg_", "rs_", "fc_"))
-    return dict(found)
 
 
 def test_thoughts_texts_and_calls_are_items(server: Running) -> None:
@@ -252,6 +198,12 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
                             "properties": {"command": {"type": "array",
                                                        "items": {"type": "string"}},
                                            "timeout_ms": {"type": "number"}}}},
+            *({"type": "function", "name": name, "strict": False, "description": f"Does {name}.",
+               "parameters": {"type": "object", "additionalProperties": False,
+                              "properties": {"path": {"type": "string"}}}}
+              for name in ("update_plan", "apply_patch", "view_image", "read_file", "list_dir",
+                           "grep_files", "exec_command", "write_stdin", "spawn_agent",
+                           "wait_agent", "close_agent")),
         ],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
@@ -276,13 +228,6 @@ def test_a_coding_agents_request_is_streamed(server: Running, dialect: Hearing) 
     assert dialect.heard[5]["content"] == "none"
     with server.client() as client, pytest.raises(openai.NotFoundError):
         client.responses.retrieve(data[-1]["response"]["id"])
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    """OpenAI's own client."""
-    with server.client() as client:
-        yield client
 
 
 def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.OpenAI) -> None:
@@ -311,6 +256,11 @@ def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.
         ({"tools": [TOOL, {"type": "custom", "name": "x"}]}, "tools", r"tools\[1\].*custom"),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice", "file_search"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "mode"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}},
+         "tool_choice", "mcp"),
+        ({"top_logprobs": 2}, "top_logprobs", "include"),
+        ({**SCORED, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
          "input", "input_image"),
@@ -318,7 +268,7 @@ def test_stored_answers_are_found_and_forgotten(server: Running, client: openai.
         ({"input": [{"role": "user"}]}, "input", "content"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "call_id"),
         ({"input": []}, "input", "missing"),
-        ({"input": "x" * 300}, "input", "tokens"),
+        ({"input": "x" * 5000}, "input", "tokens"),
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"conversation": "c"}, "conversation", "previous_response_id"),
@@ -368,7 +318,7 @@ def test_a_device_that_fails_is_told_by_the_response_that_failed() -> None:
 
 def test_a_stream_that_fails_before_its_first_event_begins_nevertheless() -> None:
     turns: Any = None
-    reply = ResponseReply({"id": "resp_1", "status": "in_progress"}, turns, lambda *_: None)
+    reply = ResponseReply({"id": "resp_1", "status": "in_progress"}, turns, turns, lambda _: None)
     events = reply.error(Refusal("failed", "a step failed")).decode().split("\n\n")[:-1]
     assert [json.loads(event.split("data: ")[1])["type"] for event in events] == [
         "response.created", "response.in_progress", "error", "response.failed",

@@ -12,7 +12,7 @@ import pytest
 from tests.server.devices import Clock, GatedDevice, engine_on
 
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
-from slipstream.runtime import async_llm
+from slipstream.runtime import engine_thread
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.runtime.executors.counting import CountingExecutor
@@ -233,7 +233,7 @@ def test_a_device_that_fails_step_after_step_is_unavailable_and_says_why(fast: B
 
 
 def test_a_device_that_hangs_is_unavailable_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_llm, "_PATIENCE", 0.02)
+    monkeypatch.setattr(engine_thread, "_PATIENCE", 0.02)
     device, clock = GatedDevice(), Clock()
     bench = Bench(engine_on(device), clock)
     with device:

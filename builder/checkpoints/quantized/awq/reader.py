@@ -27,10 +27,12 @@ from slipstream.builder.checkpoints.quantized.stored import (
 from slipstream.builder.models.config import ModelConfig
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields
+from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.safetensors import StoredTensor
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind, pack_nibbles
 
 Codes = NDArray[np.uint8]
+_CHUNK = 1 << 18  # words decoded at once: they stay in the cache of a core
 Decoded = tuple[Codes, NDArray[np.generic], NDArray[np.generic] | None]
 
 # Which of eight neighbouring columns each nibble of a gemm word is of.
@@ -212,9 +214,16 @@ def _padded_groups(groups: int, group: int) -> int:
 def _gemm(module: _Module) -> Decoded:
     words: NDArray[Any] = module.codes.map()
     codes = np.empty((module.n, len(words) // 2), np.uint8)
-    for place, column in enumerate(_GEMM_ORDER):
-        even, odd = words[0::2] >> (4 * place), words[1::2] >> (4 * place)
-        codes[column::8] = ((even & 15) | (odd & 15) << 4).astype(np.uint8).T
+
+    def decode(part: slice) -> None:
+        block = codes[part.start * 8 : part.stop * 8]
+        # Their lowest bytes are copied first, because a column of words is far from the next.
+        stored = np.ascontiguousarray(words[:, part].T)
+        for place, column in enumerate(_GEMM_ORDER):
+            nibbles = ((stored >> (4 * place)) & 15).astype(np.uint8)
+            block[column::8] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+    in_parallel(decode, row_chunks(words.shape[1], len(words), _CHUNK))
     return codes, _transposed(module.scales), _gemm_zeros(module)
 
 

@@ -181,7 +181,6 @@ def test_lists_of_modules_follow_the_names() -> None:
     }
 
 
-@pytest.mark.slow
 def test_what_is_quantized_of_it_is_a_text_model(tmp_path: Path) -> None:
     checkpoint = save("gemma3", tmp_path / "checkpoint")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)

@@ -127,6 +127,7 @@ def test_tiles_of_every_size(name: str, device: str) -> None:
     assert_close(*run(name, 21, device, TACTICS[name], **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16"])
 def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str) -> None:
     tactic = Tactic("gemv", 8, 64 if name == "bf16" else 256, 2)

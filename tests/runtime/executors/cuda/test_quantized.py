@@ -101,6 +101,7 @@ def exact(checkpoint: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory
         return test_architectures.run_in_chunks(directory / "engine", PROMPTS)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_effective_weights(
     engine: Path, exact: Logits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_logits_are_those_of_the_effective_weights(
     assert test_cuda_models.distance(got, exact) < 0.015
 
 
+@pytest.mark.slow
 def test_captured_steps_say_the_same(engine: Path, exact: Logits) -> None:
     """A prefill and a decode; the decode's prompt is what the prefill said."""
     limits = {"max_batch_size": 1, "max_num_tokens": 16, "max_seq_len": 64}

@@ -13,7 +13,7 @@ from slipstream.errors import ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http.api import Api
-from slipstream.server.core.http.app import create_app
+from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.metrics import EngineMetrics
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.refusal import Refusal
@@ -49,7 +49,7 @@ def client() -> Iterator[TestClient]:
     llm = AsyncLLM.from_engine(counting_engine())
     metrics = EngineMetrics("counting", llm)
     options = ServerOptions(api_key=["key"], served_model_name=["counting"], max_request_bytes=99)
-    app = create_app(Service(llm, options, metrics), metrics, [api("one"), api("other")])
+    app = create_app(Service(llm, options, metrics), Counting(metrics), [api("one"), api("other")])
     headers = {"Authorization": "Bearer key"}
     yield TestClient(app, headers=headers, raise_server_exceptions=False)
     llm.shutdown()

@@ -1,0 +1,1 @@
+"""A server of several processes: one has the engine, the others answer requests."""

@@ -1,0 +1,91 @@
+"""Which steps are captured, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slipstream.plugins.sampling import Kind
+from slipstream.runtime.executors.cuda.buckets import Buckets
+from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.inputs import Shape
+from slipstream.runtime.executors.cuda.runner import StepRunner
+
+BUCKETS = Buckets(1024, 8192, 64)
+
+
+class Runner(StepRunner):
+    """Its work is what it is made for, captured by being noted."""
+
+    def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._device, self._buckets = Device(), BUCKETS
+        self._layers, self._heads = {}, {}
+        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None)
+        self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
+        self._program: Any = SimpleNamespace(pools=False)
+
+        def capture(work: Callable[[], Any]) -> Callable[[], Any]:
+            captured.append(work())
+            return work
+
+        monkeypatch.setattr(self._device, "capture", capture)
+
+    def _layers_work(self, shape: Shape) -> Any:  # noqa: ANN401
+        return lambda: shape
+
+    def _head_work(self, padded: int, kind: Kind) -> Any:  # noqa: ANN401
+        return lambda: (padded, kind)
+
+
+@pytest.fixture
+def captured() -> list[Any]:
+    return []
+
+
+@pytest.fixture
+def runner(captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return Runner(captured, monkeypatch)
+
+
+def test_the_largest_steps_come_first_then_those_of_the_first_answers(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    sizes = [1, 2, 4, 8, 16]
+    layers = [
+        BUCKETS.mixed(2048),
+        BUCKETS.decode(1024),
+        *map(BUCKETS.decode, sizes),
+        *map(BUCKETS.mixed, (16, 32, 64, 128, 256)),
+    ]
+    heads = [(size, kind) for size in (1024, *sizes) for kind in (Kind.GREEDY, Kind.SAMPLE)]
+    assert captured == [*layers, *heads]
+
+
+def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: list[Any]) -> None:
+    runner.capture()
+    captured.clear()
+    many = SimpleNamespace(
+        token_ids=np.zeros(100), query_start=np.arange(101), context_len=np.ones(100)
+    )
+    few = SimpleNamespace(token_ids=np.zeros(3), query_start=np.arange(4), context_len=np.ones(3))
+    for batch in (many, few, many):
+        rows = np.arange(len(batch.token_ids), dtype=np.int32)
+        runner.layers(batch, rows)  # type: ignore[arg-type]
+    assert captured == [BUCKETS.decode(112)]
+
+
+def test_all_that_can_be_captured_is_compiled(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works: list[Any] = []
+    monkeypatch.setattr(runner._device, "compile", works.extend)
+    runner.compile()
+    found = [work() for work in works[:-1]]
+    shapes = [*map(BUCKETS.decode, BUCKETS.batch_sizes), *map(BUCKETS.mixed, BUCKETS.mixed_tokens)]
+    assert found == [*shapes, *((n, kind) for n in BUCKETS.batch_sizes for kind in Kind)]
