@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -11,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine_thread import EngineThread
 from slipstream.runtime.front_end import FrontEnd
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.request import Request, RequestOutput
+from slipstream.runtime.request import Request, RequestOutput, id_in_use
 from slipstream.runtime.request_factory import RequestFactory
 from slipstream.runtime.structured.output import StructuredOutput
 
@@ -82,9 +81,7 @@ class AsyncLLM(FrontEnd):
         self._thread = EngineThread(self._loop, self._step, self._end, self.config.step_timeout)
         self._thread.start()
         if engine.pooling is None:  # what pools writes nothing that could be held to a form
-            # It keeps the interpreter for a while, so not when others wait for their tokens.
-            prepare = self._factory.grammars.prepare
-            threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
+            self._factory.grammars.prepare_aside()
 
     @property
     def stats(self) -> EngineStats:
@@ -146,9 +143,7 @@ class AsyncLLM(FrontEnd):
     def _submit(self, request: Request) -> _Stream:
         stream = _Stream(asyncio.get_running_loop())
         if self._streams.setdefault(request.request_id, stream) is not stream:
-            raise InvalidRequestError(
-                f"request id {request.request_id!r:.80} is in use; give every request its own"
-            )
+            raise id_in_use(request.request_id)
         try:  # after the stream is there: whoever closes now ends it
             self._refuse_if_closed()
         except ExecutionError:

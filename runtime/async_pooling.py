@@ -56,9 +56,8 @@ class AsyncPooling(ABC):
         """Pool one prompt: yields one output, whose ``pooled`` is the vector, or the score of a
         prompt that ``score_prompts`` made. Ends and raises as ``generate`` does."""
         self._refuse_if_closed()
-        request = await self.workers.run(
-            len(prompt) if isinstance(prompt, Sized) else 0,
-            self._pooled,
+        request = await self._made(
+            self._factory.pooled,
             prompt,
             pooling_params or PoolingParams(),
             request_id=request_id,
@@ -134,8 +133,20 @@ class AsyncPooling(ABC):
         async with aclosing(self.pool(prompt, params)) as outputs:
             return await anext(outputs)
 
-    def _pooled(self, *arguments: Any, **options: Any) -> Request:  # noqa: ANN401
-        """The same to be pooled."""
-        request = self._factory.pooled(*arguments, **options)
-        self._validate(request)
-        return request
+    async def _made(
+        self,
+        make: Callable[..., Request],
+        prompt: Prompt,
+        *arguments: Any,  # noqa: ANN401 - those of `make`
+        **options: Any,  # noqa: ANN401
+    ) -> Request:
+        """A request that the engine can run. A long text takes milliseconds to encode; the event
+        loop must not wait for it."""
+
+        def checked() -> Request:
+            request = make(prompt, *arguments, **options)
+            self._validate(request)
+            return request
+
+        size = len(prompt) if isinstance(prompt, Sized) else 0  # what else it is, is told there
+        return await self.workers.run(size, checked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -83,10 +83,8 @@ class FrontEnd(AsyncPooling):
         self._refuse_if_closed()
         if sampling_params is not None and sampling_params.structured is not None:
             await self._compile(sampling_params.structured)
-        # A long text takes milliseconds to encode; the event loop must not wait for it.
-        request = await self.workers.run(
-            len(prompt) if isinstance(prompt, Sized) else 0,  # what else it is, is told there
-            self._request,
+        request = await self._made(
+            self._factory.request,
             prompt,
             sampling_params,
             request_id=request_id,
@@ -164,9 +162,3 @@ class FrontEnd(AsyncPooling):
     def _refuse_if_closed(self) -> None:
         if (reason := self.closed) is not None:
             raise ExecutionError(reason)
-
-    def _request(self, prompt: Prompt, *arguments: Any, **options: Any) -> Request:  # noqa: ANN401
-        """A request that the engine can run."""
-        request = self._factory.request(prompt, *arguments, **options)
-        self._validate(request)
-        return request

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from slipstream.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -40,6 +42,13 @@ class Request:
     cache_namespace: str = ""
     pooling: PoolingParams | None = None
     grammar: Grammar | None = None
+
+
+def id_in_use(request_id: str) -> InvalidRequestError:
+    """What to raise for a request whose id another one has."""
+    return InvalidRequestError(
+        f"request id {request_id!r:.80} is in use; give every request its own"
+    )
 
 
 @dataclass(slots=True)

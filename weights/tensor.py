@@ -258,26 +258,19 @@ def reorder_rows(tensor: LazyTensor, order: NDArray[np.intp]) -> LazyTensor:
 
 
 def reordered(tensor: QuantTensor, order: NDArray[np.intp]) -> QuantTensor:
-    """Row ``order[i]`` of a weight as row i.
+    """Row ``order[i]`` of a weight as row i; rows may be left out, or come several times.
 
     Where rows leave their block of rows, every row gets the scale of the block that it was in.
     """
-    form, scale = _ordered(tensor.format, order), tensor.scale
-    if scale is not None and form.rows == 1:
-        scale = scale[order // tensor.format.rows]
-    return replace(
-        tensor,
-        format=form,
-        codes=tensor.codes[order],
-        scale=scale,
-        zero=None if tensor.zero is None else tensor.zero[order],
-        offset=None if tensor.offset is None else tensor.offset[order],
-    )
+    form, rows = _ordered(tensor.format, order), tensor.format.rows
+    blocks = order // rows if form.rows == 1 else slice(-(-len(order) // rows))
+    return _taken(tensor, form, order, blocks)
 
 
 def _ordered(form: WeightFormat, order: NDArray[np.intp]) -> WeightFormat:
     kept = np.array_equal(order // form.rows, np.arange(len(order)) // form.rows)
-    return form if kept else replace(form, rows=1)
+    shape = (len(order), *form.shape[1:])
+    return replace(form, shape=shape, rows=form.rows if kept else 1)
 
 
 def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
@@ -285,21 +278,31 @@ def row_slice(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
     fmt = tensor.format
     assert start % fmt.rows == 0 and (stop % fmt.rows == 0 or stop == fmt.shape[0]), fmt
     blocks = slice(start // fmt.rows, -(-stop // fmt.rows))
+    form = replace(fmt, shape=(stop - start, *fmt.shape[1:]))
+    return _taken(tensor, form, slice(start, stop), blocks)
 
-    def part(numbers: NDArray[Any] | None, rows: slice) -> NDArray[Any] | None:
-        return None if numbers is None else numbers[rows]
 
-    whole = slice(start, stop)
+def _taken(
+    tensor: QuantTensor,
+    form: WeightFormat,
+    rows: NDArray[np.intp] | slice,
+    blocks: NDArray[np.intp] | slice,
+) -> QuantTensor:
+    """Some rows of a weight, and the numbers of their blocks of rows."""
+
+    def part(numbers: NDArray[Any] | None, which: NDArray[np.intp] | slice) -> NDArray[Any] | None:
+        return None if numbers is None else numbers[which]
+
     scale2, codebook = tensor.scale2, tensor.codebook
     return replace(
         tensor,
-        format=replace(fmt, shape=(stop - start, *fmt.shape[1:])),
-        codes=tensor.codes[whole],
+        format=form,
+        codes=tensor.codes[rows],
         scale=part(tensor.scale, blocks),
-        zero=part(tensor.zero, whole),
-        offset=part(tensor.offset, whole),
+        zero=part(tensor.zero, rows),
+        offset=part(tensor.offset, rows),
         scale2=part(scale2, blocks) if scale2 is not None and scale2.ndim == 2 else scale2,
-        codebook=part(codebook, whole) if codebook is not None and codebook.ndim == 2 else codebook,
+        codebook=part(codebook, rows) if codebook is not None and codebook.ndim == 2 else codebook,
     )
 
 

@@ -28,7 +28,13 @@ from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
-from slipstream.runtime.request import FinishReason, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.request import (
+    FinishReason,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    id_in_use,
+)
 from slipstream.runtime.speculation.speculator import speculator_of
 
 # Logits of prompt tokens that one step scores.
@@ -139,9 +145,7 @@ class EngineLoop:
         """
         self.validate(request)
         if request.request_id in self._requests:
-            raise InvalidRequestError(
-                f"request id {request.request_id!r:.80} is in use; give every request its own"
-            )
+            raise id_in_use(request.request_id)
         completions = [self._completion(s) for s in self._sequences(request)]
         state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))
         self._requests[request.request_id] = state

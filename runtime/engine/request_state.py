@@ -77,12 +77,11 @@ class CompletionState:
         of ``ending``; a stop string ends it before that. Raises ``ExecutionError`` of the
         tokenizer."""
         sequence = self.sequence
-        if sequence.finish_reason:
-            return
         if not sequence.request.params.stop:
             sequence.output += tokens
             self._score(logprobs)
-        for index, token in enumerate(tokens if sequence.request.params.stop else ()):
+            tokens = []
+        for index, token in enumerate(tokens):
             sequence.output.append(token)
             self._score(logprobs[index : index + 1])
             if ending is not None and index == len(tokens) - 1:

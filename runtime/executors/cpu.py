@@ -284,8 +284,8 @@ class CPUExecutor:
 def useful_threads(weight_bytes: int, caches: Sequence[CacheSpec]) -> int:
     """The cores that this process may use, or fewer where a layer's ``weight_bytes`` are few.
 
-    To hand a thread its share of a product and wait for it takes some microseconds, in which it
-    reads 50 KB; a share of less than twice that costs more than it saves.
+    An estimate, measured on few cores only: a thread's share of a product is to take twice as long
+    as handing it over, 5 microseconds, in which it would read 50 KB.
     """
     products = _PRODUCTS * max(1, sum(len(cache.layers) for cache in caches))
     return max(1, min(usable_cores(), weight_bytes // (products * _LEAST_SHARE)))

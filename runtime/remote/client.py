@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
-from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.request_state import (
     CompletionState,
     Ending,
@@ -30,7 +30,7 @@ from slipstream.runtime.remote.messages import (
     Stop,
     Told,
 )
-from slipstream.runtime.request import OutputKind, Request, RequestMetrics, RequestOutput
+from slipstream.runtime.request import OutputKind, Request, RequestMetrics, RequestOutput, id_in_use
 from slipstream.runtime.request_factory import RequestFactory
 from slipstream.runtime.structured.output import StructuredOutput
 
@@ -176,9 +176,7 @@ class RemoteLLM(FrontEnd):
     def _open_stream(self, request: Request) -> _Stream:
         self._refuse_if_closed()
         if request.request_id in self._streams:
-            raise InvalidRequestError(
-                f"request id {request.request_id!r:.80} is in use; give every request its own"
-            )
+            raise id_in_use(request.request_id)
         sequences = sequences_of(request, 0, 0, 0, pooling=self._model.pooling)
         states = [CompletionState.of(each, self.tokenizer) for each in sequences]
         state = RequestState(request, states, RequestMetrics(arrival_time=time.monotonic()))

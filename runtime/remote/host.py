@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -120,8 +119,7 @@ class EngineHost:
         self._routes: dict[str, _Route] = {}
         self.thread.start()
         if engine.pooling is None:
-            prepare = self.grammars.prepare
-            threading.Thread(target=prepare, name="slipstream-grammars", daemon=True).start()
+            self.grammars.prepare_aside()
 
     @property
     def stats(self) -> EngineStats:

@@ -69,6 +69,10 @@ class GrammarCompiler:
         with suppress(EngineMismatchError), self._first:
             _ = self._tokens
 
+    def prepare_aside(self) -> None:
+        """Do so in a thread: at the start, and not when others wait for their tokens."""
+        threading.Thread(target=self.prepare, name="slipstream-grammars", daemon=True).start()
+
     def compile(self, output: StructuredOutput) -> Grammar:
         """The grammar of a form.
 

@@ -21,6 +21,7 @@ from slipstream.weights.tensor import (
     is_finite,
     pack_nibbles,
     reorder_rows,
+    reordered,
     stack_rows,
 )
 
@@ -106,6 +107,8 @@ def test_stacked_weights_decode_as_each_did(kind: str, alike: bool) -> None:
     stacked = stack_rows(parts).load()
     want = np.concatenate([part.load().dequantize() for part in parts])
     np.testing.assert_array_equal(stacked.dequantize(), want)
+    few = np.array([4, 4, 0, 11])
+    np.testing.assert_array_equal(reordered(stacked, few).dequantize(), want[few])
     shared = getattr(stacked, name)
     assert shared.shape == (values[0].shape if alike else (12, len(values[0])))
 
@@ -118,9 +121,11 @@ def test_a_stacked_weight_without_a_second_scale_has_one_of_one() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
-@pytest.mark.parametrize("order", [[1, 0, 3, 2, 5, 4, 7, 6], [7, 0, 3, 2, 5, 4, 1, 6]])
+@pytest.mark.parametrize(
+    "order", [[1, 0, 3, 2, 5, 4, 7, 6], [7, 0, 3, 2, 5, 4, 1, 6], [1, 0, 2], [5, 5, 3]]
+)
 def test_rows_in_another_order_decode_as_they_did(block: int, order: list[int]) -> None:
-    """The second order leaves every block of rows, so that rows get scales of their own."""
+    """The second and the last leave their blocks of rows, so that rows get scales of their own."""
     form = WeightFormat((8, 64), "int", "float32", 4, 16, rows=block)
     tensor = _random(0, 8, form).load()
     assert tensor.scale is not None

@@ -27,11 +27,6 @@ TYPES = {name.name: np.dtype(name.dtypes[0]) for name in SPEC.inputs}
 NEAR = int(1e-5 * 2**53)
 
 
-@pytest.fixture(params=library.isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def draws(uniforms: Ints, **asked: float) -> dict[str, NDArray[Any]]:
     """Inputs of one draw a uniform number, all alike."""
     each = {**ALL, **asked}

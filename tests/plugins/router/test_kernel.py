@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from tests.plugins.router.cases import CASES
 
-from slipstream.plugins import library, native
+from slipstream.plugins import native
 from slipstream.plugins.router import SPEC, reference
-
-
-@pytest.fixture(params=library.isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.mark.parametrize("corrected", [False, True])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tests.plugins.linear.weights import random_weight
 
 from slipstream.builder.targets.cpu.experts import expert_attributes, pack_experts
-from slipstream.plugins import library, native
+from slipstream.plugins import native
 from slipstream.plugins.expert_linear import SPEC, reference
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
@@ -28,11 +28,6 @@ FORMATS = {
     "int8 in halves": WeightFormat((EXPERTS * N, K), "int", "float32", 8, 16, "midpoint"),
 }
 TOKENS = (1, 2, 7, 40)
-
-
-@pytest.fixture(params=library.isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def normal(*shape: int, seed: int = 1) -> Floats:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from tests.plugins.linear import native
 from tests.plugins.linear.weights import random_weight
 
-from slipstream.plugins import library
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear import reference
 from slipstream.plugins.linear.cpu.packing import pack
@@ -30,11 +29,6 @@ class Options(TypedDict, total=False):
     residual: Floats
     norm_weight: Floats
     norm_eps: float
-
-
-@pytest.fixture(params=library.isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def normal(*shape: int, seed: int = 1) -> Floats:

@@ -24,11 +24,6 @@ LAYERS = 2
 Sequence = tuple[int, int]  # (query tokens, tokens in the cache after the step)
 
 
-@pytest.fixture(params=library.isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @dataclass(frozen=True)
 class Case:
     heads: int = 6
