@@ -15,7 +15,6 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.engine.window_group import WindowPages
 
-Tokens = list[int] | tuple[()]
 _ON_DEVICE = -1
 
 
@@ -46,9 +45,11 @@ class BatchBuilder:
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
             pages |= table.inputs(slots, held, owners, positions)
-        wanted = _Wanted(plan, query_start.tolist())
+        token_ids, begins = np.array(_tokens(plan), np.int32), query_start.tolist()
+        wanted = _Wanted(plan, begins)
+        _put_guesses(plan, begins, token_ids)
         batch = StepBatch(
-            token_ids=np.array(_tokens(plan), np.int32),
+            token_ids=token_ids,
             positions=positions,
             query_start=query_start,
             context_len=context,
@@ -130,7 +131,7 @@ class _Wanted:
             begins,
             strict=False,  # there is one more of begins, the end
         )
-        for index, (sequence, start, count, drafts, output, begin) in enumerate(chunks):
+        for sequence, start, count, drafts, output, begin in chunks:
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     row = _new_row(sequence, sequence.tokens[position + 1])
@@ -143,17 +144,15 @@ class _Wanted:
                     self._add(begin + position - start, row, sequence, -1)
             elif output >= 0:
                 at = begin + count - 1 - drafts
-                self._add_run(sequence, at, output, drafts, plan.guesses.get(index, ()))
+                self._add_run(sequence, at, output, drafts)
 
-    def _add_run(
-        self, sequence: Sequence, at: int, output: int, drafts: int, guess: Tokens
-    ) -> None:
+    def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
         """The rows from ``at`` on that sample the output from ``output`` on."""
-        rows, first = sequence.sampling_rows, output
+        rows = sequence.sampling_rows
         while len(rows) <= drafts:
             rows.append(_new_row(sequence, None))
         for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
-            row.position, row.drafts = output, guess[: output - first]
+            row.position = output
             self.rows.append(at)
             self.sampling.append(row)
             self.owners.append(sequence)
@@ -174,16 +173,24 @@ def _outputs(plan: StepPlan) -> tuple[str, ...]:
 def _tokens(plan: StepPlan) -> list[int]:
     """The tokens of a step; only a decode has some that the host does not know."""
     tokens: list[int] = []
-    chunks = zip(plan.sequences, plan.starts, plan.counts, strict=True)
-    for index, (sequence, start, count) in enumerate(chunks):
+    for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
         known = sequence.tokens
         if count > 1:
-            chunk = known[start : start + count] + plan.guesses.get(index, [])
+            chunk = known[start : start + count]
             tokens += chunk
             tokens += [_ON_DEVICE] * (count - len(chunk))
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
     return tokens
+
+
+def _put_guesses(plan: StepPlan, begins: list[int], token_ids: IntArray) -> None:
+    """Write what the host guesses over the last tokens of its sequences, and into their rows."""
+    for index, guess in plan.guesses.items():
+        end = begins[index + 1]
+        token_ids[end - len(guess) : end] = guess
+        for size, row in enumerate(plan.sequences[index].sampling_rows[: len(guess) + 1]):
+            row.drafts = guess[:size]
 
 
 def _unscored(sequence: Sequence, start: int, end: int) -> range:

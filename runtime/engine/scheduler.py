@@ -168,7 +168,7 @@ class Scheduler:
 
     def accept(self, sequence: Sequence, run: list[int]) -> None:
         """Note that a committed step ended in a ``run`` of tokens, before they are taken: all but
-        the last of them are in the KV cache."""
+        the last of them are in the KV cache. Pages that wrong guesses of the host took are free."""
         more = len(run) - 1
         sequence.pending += more
         sequence.num_scheduled += more
@@ -177,6 +177,8 @@ class Scheduler:
             sequence.num_computed += more
             if sequence.num_computed >= allocation.due:
                 self.kv.commit(allocation, sequence.tokens + run, sequence.num_computed)
+            if self._speculator is not None:  # nothing else is on its way
+                self.kv.shrink(allocation, sequence.num_computed)
 
     def finish(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """Drop a sequence at any stage and give its pages back; nobody is to read ``spoiled`` ones
@@ -253,10 +255,14 @@ class Scheduler:
         return sum(plan.drafts)
 
     def _holds(self, sequence: Sequence, start: int, drafts: int) -> bool:
-        """Whether there are pages for drafts after what a step computes from ``start`` on."""
+        """Whether there are pages for drafts after what a step computes from ``start`` on, which it
+        then has."""
         allocation, tokens = sequence.allocation, sequence.num_scheduled + drafts
         assert allocation is not None
-        return self.kv.grow_windows(allocation, start, tokens) and self.kv.grow(allocation, tokens)
+        held = self.kv.grow_windows(allocation, start, tokens) and self.kv.grow(allocation, tokens)
+        if not held:  # some groups may have had them
+            self.kv.shrink(allocation, sequence.num_scheduled)
+        return held
 
     def _preempt(self, sequence: Sequence) -> None:
         assert self._admission.evicts and self.running, "pages promised at admission are missing"

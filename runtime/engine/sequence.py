@@ -59,7 +59,8 @@ class Sequence:
 
     ``constraint`` is where it is in the form that its request asks for; tokens which that forces
     are computed without being sampled first, where it ``jumps``. ``ends_in_stop_token`` tells
-    whether the last token is none of the text. ``speculation`` is what is known of its drafts.
+    whether the last token is none of the text. ``speculation`` is what is known of its drafts; of
+    those from its request's prediction, ``num_accepted`` were right and ``num_rejected`` wrong.
     """
 
     request: Request
@@ -89,10 +90,12 @@ class Sequence:
     jumps: bool = False
     constraint: Constraint | None = None
     speculation: Tracked | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     ends_in_stop_token: bool = False
-    _stop_token_ids: frozenset[int] = field(init=False, repr=False)
+    stop_token_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.request.params
@@ -100,7 +103,7 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.max_len = self.prompt_len + self.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        self._stop_token_ids = eos | frozenset(params.stop_token_ids)
+        self.stop_token_ids = eos | frozenset(params.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -160,7 +163,7 @@ class Sequence:
         constraint, count = self.constraint, len(self.output)
         if constraint is not None:
             constraint.take(token)
-        if token in self._stop_token_ids and count >= self.request.params.min_tokens:
+        if token in self.stop_token_ids and count >= self.request.params.min_tokens:
             self.finish_reason, self.ends_in_stop_token = "stop", True
             by_caller = token in self.request.params.stop_token_ids
             self.stop_reason = token if by_caller else None

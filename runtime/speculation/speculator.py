@@ -23,9 +23,8 @@ _SMOOTHING = 0.15  # the weight of the newest guess
 
 @dataclass(slots=True)
 class Tracked:
-    """What is kept of a sequence: the last guess and how many tokens came before it, how often
-    guesses were right of late, and of those from the client's prediction, how many were verified
-    and right, or wrong."""
+    """What is kept of a sequence: the last guess, how many tokens came before it and whether it is
+    the client's prediction, and how often guesses were right of late."""
 
     context: Context
     chance: float
@@ -33,8 +32,6 @@ class Tracked:
     guess: Sequence[int] = ()
     guessed_at: int = 0
     of_prediction: bool = False
-    accepted: int = 0
-    rejected: int = 0
 
 
 class Speculator:
@@ -100,8 +97,8 @@ class Speculator:
             for position in range(right):
                 self._accepted[position] += 1
             if tracked.of_prediction:
-                tracked.accepted += right
-                tracked.rejected += count - right
+                sequence.num_accepted += right
+                sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             self._lengths.landed(sum(plan.counts), seconds)
 
@@ -148,10 +145,12 @@ class Speculator:
             return ()
 
     def _allowed(self, sequence: Running, guess: Sequence[int]) -> list[int]:
-        """A guess up to the first token that there is none of, or that the form forbids; what
-        comes after the end of a form is none of it."""
+        """A guess up to the first token that there is none of, that ends the sequence, or that the
+        form forbids."""
         constraint = sequence.constrained()
-        ends = sequence.eos_token_ids if constraint is not None else ()
+        ends = sequence.stop_token_ids
+        if constraint is not None:
+            ends |= sequence.eos_token_ids
         tokens: list[int] = []
         for token in guess:
             if not 0 <= token < self._vocab_size or token in ends:

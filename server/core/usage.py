@@ -38,7 +38,8 @@ class Usage:
             self.cached += output.num_cached_tokens
         self.metrics = output.metrics
         verified = output.accepted_prediction_tokens, output.rejected_prediction_tokens
-        self._predicted[position] = verified
+        if any(verified):
+            self._predicted[position] = verified
 
     @property
     def accepted(self) -> int:

@@ -224,8 +224,8 @@ def test_jumping_running_ahead_and_preemption_change_no_answer(
         workload, num_pages=num_pages, runs_ahead=False, **shared, enable_jump_decoding=False
     )
     device: dict[str, Any] = {"runs_ahead": runs_ahead, "draft_tokens": draft_tokens}
-    if guesses and not (runs_ahead or draft_tokens):
-        device |= {"speculative": NAME, "num_speculative_tokens": 4}
+    if guesses:
+        device = {"runs_ahead": False, "speculative": NAME, "num_speculative_tokens": 4}
     other = made(workload, num_pages=num_pages, **device, **shared)
     assert plain.keys() == other.keys()
     for request_id, output in other.items():

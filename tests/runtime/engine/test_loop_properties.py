@@ -73,11 +73,10 @@ class EngineLoopMachine(RuleBasedStateMachine):
         jumps: bool,
         guesses: bool,
     ) -> None:
-        host = guesses and not (runs_ahead or draft_tokens)
         self.engine: LoadedEngine = counting_engine(
             num_pages,
-            runs_ahead=runs_ahead,
-            draft_tokens=draft_tokens,
+            runs_ahead=runs_ahead and not guesses,
+            draft_tokens=0 if guesses else draft_tokens,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
@@ -85,7 +84,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
             scheduler_policy=policy,
             enable_prefix_caching=caching,
             enable_jump_decoding=jumps,
-            speculative=NAME if host else "off",
+            speculative=NAME if guesses else "off",
             num_speculative_tokens=3,
         )
         with hostile():

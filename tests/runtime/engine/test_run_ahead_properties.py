@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
+from tests.runtime.engine.driving import check
 from tests.runtime.engine.recording import Recorder, recorded
 from tests.runtime.speculation.hostile import NAME
 
@@ -69,8 +70,7 @@ def run(
         if request_id := aborts.pop(steps, None):
             loop.abort(request_id)
         outputs.update((output.request_id, output) for output in loop.step())
-        running = loop.scheduler.running
-        loop.scheduler.kv.check_invariants([s.allocation for s in running if s.allocation])
+        check(loop)
         steps += 1
 
     for index, arrival in enumerate(workload):
@@ -141,13 +141,15 @@ def test_more_caches_change_no_answer(
     guesses: bool,
 ) -> None:
     results = []
-    host = guesses and not (runs_ahead or draft_tokens or STATES in more)
+    host = guesses and STATES not in more  # which cannot be taken back
+    if host:
+        runs_ahead, draft_tokens = False, 0
     for caches in ((), more):
         loop, _ = recorded(
             12,
             more=caches,
             runs_ahead=runs_ahead,
-            draft_tokens=0 if STATES in more else draft_tokens,  # states cannot be taken back
+            draft_tokens=0 if STATES in more else draft_tokens,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,

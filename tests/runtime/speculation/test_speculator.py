@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.base import StartedStep
 from slipstream.runtime.request import Request, RequestOutput
+from slipstream.runtime.request_factory import RequestFactory
 from slipstream.runtime.speculation import proposer
+from slipstream.runtime.speculation.proposer import Context
 from slipstream.runtime.testing import counting_engine
 
 ALPHABET = list(range(26))
@@ -131,3 +134,75 @@ def test_states_are_refused() -> None:
     engine = counting_engine(speculative="ngram")
     with pytest.raises(EngineMismatchError, match="states"):
         EngineLoop(replace(engine, caches=(*engine.caches, STATES)))
+
+
+class Wrong(HostileProposer):
+    """The counting model never says the same token twice."""
+
+    def propose(self, contexts: Sequence[Context], most: int) -> list[list[int]]:
+        return [[context.tokens[-1]] * most for context in contexts]
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(proposer, "entry_points", lambda group: {"wrong": f"{__name__}:Wrong"})
+    return "wrong"
+
+
+def test_nobody_is_preempted_for_a_guess(wrong: str) -> None:
+    loop, _ = recorded(
+        3, runs_ahead=False, page_size=3, speculative=wrong, num_speculative_tokens=4
+    )
+    # The guesses after the first want the page that the second needs a step later.
+    loop.add_request(Request("first", [1], greedy(max_tokens=8)))
+    loop.add_request(Request("second", [1, 2], greedy(max_tokens=3)))
+    outputs = drain(loop)
+    assert tokens_of(outputs["first"]) == list(range(2, 10))
+    assert tokens_of(outputs["second"]) == [3, 4, 5]
+    stats = loop.stats
+    assert stats.num_preemptions == 0
+    assert stats.speculation is not None and stats.speculation.num_draft_tokens > 8
+
+
+@pytest.mark.parametrize(
+    ("params", "last", "drafts"),
+    [
+        ({"max_tokens": 5}, 7, 3),
+        ({"stop_token_ids": [6]}, 6, 2),  # guesses end before what ends the sequence
+        ({"stop": ["fg"]}, 6, 7),
+    ],
+)
+def test_a_run_ends_where_the_sequence_does(params: dict[str, Any], last: int, drafts: int) -> None:
+    loop, _ = recorded(runs_ahead=False, speculative="ngram", num_speculative_tokens=7)
+    output = answer(loop, **params)
+    assert tokens_of(output) == list(range(3, last + 1))
+    stats = loop.stats.speculation
+    assert stats is not None and stats.num_draft_tokens == drafts
+
+
+def test_a_request_is_aborted_while_its_drafts_are_on_their_way() -> None:
+    loop, _ = recorded(runs_ahead=False, speculative="ngram", num_speculative_tokens=7)
+    loop.add_request(Request("r", [*ALPHABET, 60, *ALPHABET[:3]], greedy(max_tokens=16)))
+    while not loop.scheduler.running or not loop.scheduler.running[0].num_drafted:
+        loop.step()
+    loop.abort("r")
+    assert drain(loop)["r"].outputs[0].finish_reason == "abort"
+
+
+@pytest.mark.parametrize(
+    ("config", "speculative", "kept"),
+    [("ngram", True, (1, 2, 3)), ("ngram", False, ()), ("off", True, ())],
+)
+def test_a_prediction_is_kept_where_somebody_looks_at_it(
+    config: str, speculative: bool, kept: tuple[int, ...]
+) -> None:
+    factory = RequestFactory(counting_engine(speculative=config, max_seq_len=8))
+    params = greedy(prediction="bcd", speculative=speculative)
+    request = factory.request("a", params, output_kind="final")
+    assert tuple(request.params.prediction_token_ids) == kept
+    params = replace(params, prediction="b" * 4000)
+    if kept:
+        with pytest.raises(InvalidRequestError, match="prediction has at least"):
+            factory.request("a", params, output_kind="final")
+    else:
+        factory.request("a", params, output_kind="final")
