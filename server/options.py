@@ -60,6 +60,13 @@ _ENGINES = "the engine's"
 _MODELS = {name: f"the model's, or {value}" for name, value in INTERACTIVE.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Runtime(RuntimeConfig):
+    """What loading takes in other words, too."""
+
+    speculative_config: str | None = None
+
+
 def drafts(text: str) -> int | str:
     """Parse a number of drafts, or ``auto``."""
     if text == "auto" or (text.isdecimal() and int(text)):
@@ -94,10 +101,17 @@ RUNTIME = {
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "speculative": Option(
         "What guesses tokens for a step to verify, so that several come at a time: ngram looks "
-        "them up in the text so far; off; or an installed proposer."
+        "them up in the text so far, suffix also in earlier outputs; off; or an installed proposer."
     ),
     "num_speculative_tokens": Option(
         "Most of them for a sequence and step; auto takes as many as pay.", parse=drafts
+    ),
+    "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
+    "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
+    "speculative_config": Option(
+        "The same options in vLLM's names, as an object in JSON: method, num_speculative_tokens, "
+        "prompt_lookup_min, prompt_lookup_max.",
+        "none",
     ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
@@ -288,13 +302,13 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of ``RuntimeConfig``; the command gets those given as ``runtime: dict``."""
-    return _collect(RuntimeConfig, RUNTIME, "runtime", lambda values: values)(function)
+    return _collect(_Runtime, RUNTIME, "runtime", lambda values: values)(function)
 
 
 def unwatched_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``runtime_options`` of a command that nobody serves: it waits for its device for ever."""
     table = {name: option for name, option in RUNTIME.items() if name != "step_timeout"}
-    return _collect(RuntimeConfig, table, "runtime", lambda values: values)(function)
+    return _collect(_Runtime, table, "runtime", lambda values: values)(function)
 
 
 def sampling_options(*names: str) -> Decorator:

@@ -190,6 +190,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
+        if self._speculator is not None:
+            self._speculator.finish(sequence)
 
     def _check_windows(self, num_tokens: int) -> None:
         for group in self.kv.windows:

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-# Places that are compared when a text is searched, and tokens of each.
+# Places that are compared when a text is searched.
 _MOST_PLACES = 16
-_MOST_COMPARED = 32
+# Tokens of a prediction that are compared, and of the shortest run that is looked up.
+_COMPARED = 32
+_PAIR = 2
 # How far behind the place where it was lost a single token is enough to find it again.
 _NEAR = 32
 
 
-class PairIndex:
-    """Where every pair of neighbours of a text stands; a token costs the same however long that is.
+class RunIndex:
+    """Where every run of ``size`` tokens of a text stands; a token costs the same however long that
+    is.
 
-    As a compressor's hash chains: the last place of each pair, and for each place the one before.
+    As a compressor's hash chains: the last place of each run, and for each place the one before.
     """
 
-    def __init__(self) -> None:
-        self._last: dict[int, int] = {}
+    def __init__(self, size: int = _PAIR) -> None:
+        self._size = size
+        self._last: dict[tuple[int, ...], int] = {}
         self._earlier = array("i")
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in what is new of a text that has grown."""
-        last, earlier = self._last, self._earlier
+        last, earlier, before = self._last, self._earlier, self._size - 1
         for end in range(len(earlier), len(tokens)):
-            pair = tokens[end - 1] << 32 | tokens[end] if end else -1
-            earlier.append(last.get(pair, -1))
-            last[pair] = end
+            if end < before:
+                earlier.append(-1)
+                continue
+            run = tuple(tokens[end - before : end + 1])
+            earlier.append(last.get(run, -1))
+            last[run] = end
 
     def before(self, end: int) -> Iterator[int]:
-        """Earlier places that end in the same pair as the place ``end``, the nearest first."""
+        """Earlier places that end in the same run as the place ``end``, the nearest first."""
         for _ in range(_MOST_PLACES):
             end = self._earlier[end]
-            if end < 1:
+            if end < 0:
                 return
             yield end
 
-    def places(self, first: int, second: int) -> Iterator[int]:
-        """Where a pair ends, the last place first."""
-        end = self._last.get(first << 32 | second)
+    def places(self, tokens: Sequence[int]) -> Iterator[int]:
+        """Where the last run of ``tokens`` ends, the last place first."""
+        end = self._last.get(tuple(tokens[-self._size :]))
         if end is not None:
             yield end
             yield from self.before(end)
@@ -48,10 +55,16 @@ class PairIndex:
 
 class OwnText:
     """Follows a sequence through what it said before: where it stands after the longest run of
-    tokens that are its last ones, and from there on for as long as it goes on in the same way."""
+    tokens that are its last ones, and from there on for as long as it goes on in the same way.
 
-    def __init__(self) -> None:
-        self._index = PairIndex()
+    A run has at least ``shortest`` tokens, and more than ``longest`` are not compared. ``agreed``
+    tells of how many the last guess was made.
+    """
+
+    def __init__(self, shortest: int = _PAIR, longest: int = _COMPARED) -> None:
+        self.agreed = 0
+        self._longest = longest
+        self._index = RunIndex(shortest)
         self._seen = 0
         self._next = -1
 
@@ -60,10 +73,11 @@ class OwnText:
         for token in tokens[self._seen :]:
             follows = self._next >= 0 and tokens[self._next] == token
             self._next = self._next + 1 if follows else -1
+            self.agreed = self.agreed + 1 if follows else 0
         self._seen = len(tokens)
         self._index.extend(tokens)
         if self._next < 0:
-            self._next = self._find(tokens)
+            self.agreed, self._next = self._find(tokens)
         if self._next < 0:
             return []
         found = list(tokens[self._next : self._next + most])
@@ -71,13 +85,8 @@ class OwnText:
             found.append(found[self._next + len(found) - len(tokens)])
         return found
 
-    def _find(self, tokens: Sequence[int]) -> int:
-        longest, found = 0, -1
-        for end in self._index.before(len(tokens) - 1):
-            agreed = _agreement(tokens, end, tokens)
-            if agreed > longest:
-                longest, found = agreed, end + 1
-        return found
+    def _find(self, tokens: Sequence[int]) -> tuple[int, int]:
+        return longest(tokens, self._index.before(len(tokens) - 1), tokens, self._longest)
 
 
 class OtherText:
@@ -85,7 +94,7 @@ class OtherText:
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text = text
-        self._index = PairIndex()
+        self._index = RunIndex()
         self._index.extend(text)
         self._seen = 0
         self._next = 0  # where the output is expected to go on, -1: unknown
@@ -108,8 +117,9 @@ class OtherText:
         """The place with the longest run that agrees, or else the nearest."""
         if len(output) > 1:
             best, found = (0, 0), -1
-            for end in self._index.places(output[-2], output[-1]):
-                score = _agreement(self._text, end, output), -abs(end - self._lost)
+            for end in self._index.places(output):
+                agreed = _agreement(self._text, end, output, _COMPARED)
+                score = agreed, -abs(end - self._lost)
                 if score > best or found < 0:
                     best, found = score, end + 1
             if found >= 0:
@@ -118,9 +128,22 @@ class OtherText:
         return self._lost + near.index(output[-1]) + 1 if output and output[-1] in near else -1
 
 
-def _agreement(text: Sequence[int], end: int, tokens: Sequence[int]) -> int:
+def longest(
+    text: Sequence[int], ends: Iterable[int], tokens: Sequence[int], most: int
+) -> tuple[int, int]:
+    """How many tokens, ``most`` at most, up to one of the ``ends`` in a text are the last ones of
+    ``tokens``, and the place after it: the first of those with the most; -1 where there is none."""
+    best, place = 0, -1
+    for end in ends:
+        agreed = _agreement(text, end, tokens, most)
+        if agreed > best:
+            best, place = agreed, end + 1
+    return best, place
+
+
+def _agreement(text: Sequence[int], end: int, tokens: Sequence[int], most: int) -> int:
     """How many tokens up to ``end`` of a text are the last ones of ``tokens``."""
-    most = min(_MOST_COMPARED, end + 1, len(tokens))
+    most = min(most, end + 1, len(tokens))
     for count in range(most):
         if text[end - count] != tokens[-1 - count]:
             return count

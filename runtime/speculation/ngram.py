@@ -19,15 +19,20 @@ class NgramProposer:
     """
 
     def __init__(self, engine: LoadedEngine) -> None:
-        """The same for any engine."""
+        """Runs have ``prompt_lookup_min`` tokens and more."""
+        self._shortest = engine.config.prompt_lookup_min
+        self._longest = engine.config.prompt_lookup_max
 
     def propose(self, contexts: Sequence[Context], most: int) -> list[list[int]]:
         """What followed the longest run of tokens that are the last ones, the latest of several."""
-        return [_text(context).propose(context.tokens, most) for context in contexts]
+        return [self.text(context).propose(context.tokens, most) for context in contexts]
 
+    def finish(self, context: Context) -> None:
+        """Nothing is kept."""
 
-def _text(context: Context) -> OwnText:
-    if context.state is None:
-        context.state = OwnText()
-    text: OwnText = context.state
-    return text
+    def text(self, context: Context) -> OwnText:
+        """What is known of the text of a sequence."""
+        if context.state is None:
+            context.state = OwnText(self._shortest, self._longest)
+        text: OwnText = context.state
+        return text

@@ -14,19 +14,24 @@ if TYPE_CHECKING:
 
 OFF = "off"
 GROUP = "slipstream.proposers"
-_PROPOSERS = {"ngram": "slipstream.runtime.speculation.ngram:NgramProposer"}
+_PROPOSERS = {
+    "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
+    "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
+}
 
 
 @dataclass(slots=True, eq=False)
 class Context:
     """A sequence as a proposer sees it: its ``tokens``, of which ``prompt_len`` are the prompt's.
 
-    The list is the live one: it only grows, and is not to be changed. ``state`` is the proposer's
+    The list is the live one: it only grows, and is not to be changed. Of other sequences only those
+    with the same ``namespace`` may be told from how fast this one is. ``state`` is the proposer's
     own, and goes with the sequence.
     """
 
     tokens: Sequence[int]
     prompt_len: int
+    namespace: str = ""
     state: Any = field(default=None, repr=False)
 
 
@@ -42,6 +47,10 @@ class Proposer(Protocol):
 
         One that raises is asked no more, and the engine goes on without.
         """
+        ...
+
+    def finish(self, context: Context) -> None:
+        """A sequence that guesses were made for has ended, in whatever way."""
         ...
 
 

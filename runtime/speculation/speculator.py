@@ -17,6 +17,7 @@ from slipstream.runtime.speculation.proposer import OFF, Context, Proposer, crea
 from slipstream.runtime.speculation.stats import SpeculationStats
 
 _logger = logging.getLogger(__name__)
+_FAILED = "the proposer failed; there will be no more drafts of it"
 _FIRST_CHANCE = 0.5
 _SMOOTHING = 0.15  # the weight of the newest guess
 
@@ -102,13 +103,22 @@ class Speculator:
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             self._lengths.landed(sum(plan.counts), seconds)
 
+    def finish(self, sequence: Running) -> None:
+        """A sequence has ended."""
+        if self._proposer is not None and sequence.speculation is not None:
+            try:
+                self._proposer.finish(sequence.speculation.context)
+            except Exception:  # the engine needs no guess
+                _logger.exception(_FAILED)
+                self._proposer = None
+
     def _follow(self, sequence: Running) -> Tracked:
         """What is kept of a sequence, with the last guess compared with what came."""
         tracked = sequence.speculation
         if tracked is None:
             predicted = sequence.request.params.prediction_token_ids
             tracked = sequence.speculation = Tracked(
-                Context(sequence.tokens, sequence.prompt_len),
+                Context(sequence.tokens, sequence.prompt_len, sequence.request.cache_namespace),
                 self._chance,
                 OtherText(predicted) if predicted else None,
             )
@@ -140,7 +150,7 @@ class Speculator:
             proposals = self._proposer.propose([each.context for each in asked], self._most)
             return [[int(token) for token in guess[: self._most]] for guess in proposals]
         except Exception:  # the engine needs no guess
-            _logger.exception("the proposer failed; there will be no more drafts of it")
+            _logger.exception(_FAILED)
             self._proposer = None
             return ()
 

@@ -81,7 +81,8 @@ def test_drafts_change_no_answer(
 def test_lengths_by_load_change_no_answer(
     tiny_engine: Path, plain: dict[str, list[list[CompletionOutput]]]
 ) -> None:
-    assert answers(tiny_engine, **ROOM, speculative="ngram") == plain["together"]
+    config = '{"method": "suffix"}'
+    assert answers(tiny_engine, **ROOM, speculative_config=config) == plain["together"]
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -30,6 +30,9 @@ class HostileProposer:
         # At times it forgets those at the end.
         return guesses[: -(sum(len(context.tokens) for context in contexts) % 7 == 0) or None]
 
+    def finish(self, context: Context) -> None:
+        assert 0 < context.prompt_len <= len(context.tokens)
+
     def _guess(self, tokens: Sequence[int], most: int) -> list[int]:
         size, kind = len(tokens), (len(tokens) * 7 + tokens[-1]) % 6
         known = next((t[size:] for t in self.texts if list(t[:size]) == list(tokens)), None)

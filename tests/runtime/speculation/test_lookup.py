@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from slipstream.runtime.speculation.lookup import OtherText, OwnText, PairIndex
+from slipstream.runtime.speculation.lookup import OtherText, OwnText, RunIndex
 from slipstream.runtime.speculation.ngram import NgramProposer
 from slipstream.runtime.speculation.proposer import Context
 from slipstream.runtime.testing import counting_engine
@@ -52,7 +52,7 @@ def test_a_repetition_goes_on_beyond_its_end() -> None:
 
 @given(tokens=TEXTS, cut=st.integers(0, 14))
 def test_a_text_that_grows_is_indexed_as_at_once(tokens: list[int], cut: int) -> None:
-    grown, whole = PairIndex(), PairIndex()
+    grown, whole = RunIndex(), RunIndex()
     grown.extend(tokens[:cut])
     grown.extend(tokens)
     whole.extend(tokens)
@@ -60,11 +60,11 @@ def test_a_text_that_grows_is_indexed_as_at_once(tokens: list[int], cut: int) ->
         assert list(grown.before(end)) == list(whole.before(end))
     for first in range(3):
         for second in range(3):
-            assert list(grown.places(first, second)) == list(whole.places(first, second))
+            assert list(grown.places([first, second])) == list(whole.places([first, second]))
 
 
 def test_what_is_tried_at_a_place_is_bounded() -> None:
-    index = PairIndex()
+    index = RunIndex()
     index.extend([7] * 10_000)
     assert len(list(index.before(9_999))) == 16
 
