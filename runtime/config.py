@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.speculation.proposer import OFF
 
 _LIMITS = EngineLimits()
 SchedulerPolicy = Literal["max_utilization", "guaranteed_no_evict"]
@@ -40,7 +41,9 @@ class RuntimeConfig:
                              step for each.
     speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up
                              in the text of the sequence itself, ``suffix`` also in earlier outputs;
-                             ``off``; or the name of an installed proposer.
+                             ``draft`` asks a smaller model; ``off``; or the name of an installed
+                             proposer.
+    speculative_model        the engine, or checkpoint, of that model.
     num_speculative_tokens   how many are verified for a sequence and step at most; ``auto`` takes
                              what gives the most tokens a second, by how often guesses were right
                              and what steps have cost, or none.
@@ -65,7 +68,8 @@ class RuntimeConfig:
     enable_chunked_prefill: bool = True
     max_prefill_tokens: int | None = None
     enable_jump_decoding: bool = True
-    speculative: str = "off"
+    speculative: str = OFF
+    speculative_model: str | None = None
     num_speculative_tokens: int | Literal["auto"] = "auto"
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 32
@@ -115,6 +119,11 @@ class RuntimeConfig:
             raise InvalidRequestError(
                 f"num_speculative_tokens is {count!r}; it must be auto or at least 1. To have none,"
                 " leave speculative off"
+            )
+        if self.speculative_model is not None and self.speculative in (OFF, "ngram", "suffix"):
+            raise InvalidRequestError(
+                f"speculative_model is {self.speculative_model}, which does nothing where"
+                f" speculative is {self.speculative!r}. Make that draft, or leave it out"
             )
         if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
             raise InvalidRequestError(

@@ -101,16 +101,18 @@ RUNTIME = {
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "speculative": Option(
         "What guesses tokens for a step to verify, so that several come at a time: ngram looks "
-        "them up in the text so far, suffix also in earlier outputs; off; or an installed proposer."
+        "them up in the text so far, suffix also in earlier outputs; draft asks a smaller model; "
+        "off; or an installed proposer."
     ),
+    "speculative_model": Option("Engine, or checkpoint, of the smaller model.", "none"),
     "num_speculative_tokens": Option(
         "Most of them for a sequence and step; auto takes as many as pay.", parse=drafts
     ),
     "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
     "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
     "speculative_config": Option(
-        "The same options in vLLM's names, as an object in JSON: method, num_speculative_tokens, "
-        "prompt_lookup_min, prompt_lookup_max.",
+        "The same options in vLLM's names, as an object in JSON: method, model, "
+        "num_speculative_tokens, prompt_lookup_min, prompt_lookup_max.",
         "none",
     ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),

@@ -10,6 +10,8 @@ from slipstream.weights.json import Fields, Origin, parse_fields
 
 NAME = "speculative_config"
 _ORIGIN = Origin(NAME, "see docs/speculation.md", InvalidRequestError)
+# Where ours has another name.
+_METHODS = {"draft_model": "draft"}
 _INTEGERS = ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
 
 
@@ -45,9 +47,12 @@ def _fields(config: object) -> Fields:
 
 
 def _read(config: Fields) -> dict[str, Any]:
-    known = ("method", *_INTEGERS)
+    known = ("method", "model", *_INTEGERS)
     unknown = sorted(set(config.values) - set(known))
     if unknown:
         raise config.refusal(unknown[0], f"none of it (known keys: {', '.join(known)})")
-    numbers = {name: config.integer(name, minimum=1) for name in _INTEGERS if config.has(name)}
-    return {"speculative": config.text("method"), **numbers}
+    method = config.text("method")
+    found: dict[str, Any] = {"speculative": _METHODS.get(method, method)}
+    if config.has("model"):
+        found["speculative_model"] = config.text("model")
+    return found | {each: config.integer(each, minimum=1) for each in _INTEGERS if config.has(each)}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 OFF = "off"
 GROUP = "slipstream.proposers"
 _PROPOSERS = {
+    "draft": "slipstream.runtime.speculation.draft:draft_proposer",
     "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
     "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
 }
@@ -38,8 +39,8 @@ class Context:
 class Proposer(Protocol):
     """Guesses tokens; used from the engine loop's thread, before steps in which they are verified.
 
-    A class that is called with the ``LoadedEngine`` it is to guess for. What it guesses, however
-    wrong, changes how fast answers come and nothing else.
+    Made by a class, or function, that is called with the ``LoadedEngine`` to guess for. What it
+    guesses, however wrong, changes how fast answers come and nothing else.
     """
 
     def propose(self, contexts: Sequence[Context], most: int) -> Sequence[Sequence[int]]:

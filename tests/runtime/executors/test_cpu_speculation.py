@@ -97,3 +97,18 @@ def test_long_contexts_are_cut_as_without_drafts(tiny_engine: Path, count: int) 
             drafts = llm.stats.speculation
     assert found[0] == found[1]
     assert drafts is not None and drafts.num_accepted_tokens > 0
+
+
+def test_a_draft_model_changes_no_answer(
+    tiny_engine: Path, plain: dict[str, list[list[CompletionOutput]]]
+) -> None:
+    """The same model, so that greedy guesses are right."""
+    options = {"speculative": "draft", "num_speculative_tokens": 3}
+    assert (
+        answers(tiny_engine, **ROOM, **options, speculative_model=str(tiny_engine))
+        == (plain["together"])
+    )
+    with LLM(tiny_engine, **ROOM, **options, speculative_model=str(tiny_engine)) as llm:
+        llm.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        drafts = llm.stats.speculation
+    assert drafts is not None and drafts.num_accepted_tokens >= 0.9 * drafts.num_draft_tokens > 20

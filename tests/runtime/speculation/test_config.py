@@ -49,6 +49,17 @@ def test_what_means_nothing_is_refused(options: dict[str, Any], complaint: str) 
         spelled_out(options)
 
 
+def test_a_draft_model_has_its_names() -> None:
+    config = {"method": "draft_model", "model": "small", "num_speculative_tokens": 3}
+    assert spelled_out({"speculative_config": config}) == {
+        "speculative": "draft",
+        "speculative_model": "small",
+        "num_speculative_tokens": 3,
+    }
+    with pytest.raises(InvalidRequestError, match="does nothing where"):
+        RuntimeConfig(speculative="ngram", speculative_model="small")
+
+
 @pytest.mark.parametrize("low, high", [(0, 3), (4, 3)])
 def test_bounds_of_runs_are_checked(low: int, high: int) -> None:
     with pytest.raises(InvalidRequestError, match="prompt_lookup_min"):
