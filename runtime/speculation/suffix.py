@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from slipstream.runtime.speculation.proposer import Context
 if TYPE_CHECKING:
     from slipstream.runtime.loaded_engine import LoadedEngine
 
-# Tokens that are kept of outputs; each takes some 200 bytes.
+# Tokens that are kept of outputs; each takes some 150 bytes.
 _KEPT = 1 << 18
 # Between outputs; no token is that.
 _END = -1
@@ -90,7 +89,7 @@ class EarlierOutputs:
 
 class _Texts:
     def __init__(self, shortest: int) -> None:
-        self._tokens = array("i")
+        self._tokens: list[int] = []
         self._index = RunIndex(shortest)
 
     def add(self, text: Sequence[int]) -> None:
@@ -100,5 +99,5 @@ class _Texts:
 
     def find(self, tokens: Sequence[int], most: int, compared: int) -> tuple[int, list[int]]:
         agreed, place = longest(self._tokens, self._index.places(tokens), tokens, compared)
-        guess = self._tokens[place : place + most].tolist() if place >= 0 else []
+        guess = self._tokens[place : place + most] if place >= 0 else []
         return agreed, guess[: guess.index(_END)] if _END in guess else guess
