@@ -64,7 +64,7 @@ class EngineLoop:
     ) -> None:
         """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
         told, who says ``stop``."""
-        self._speculator = speculator_of(engine)
+        self._speculator = speculator_of(engine, clock)
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
             raise CapacityError(

@@ -22,15 +22,14 @@ _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 def draft_proposer(engine: LoadedEngine) -> DraftProposer:
     """What the draft model of an engine's configuration says.
 
-    Raises ``InvalidRequestError`` where it names none, or not how many tokens it is to guess, and
-    ``EngineMismatchError`` for one that cannot guess for this engine.
+    Raises ``InvalidRequestError`` where it names none, and ``EngineMismatchError`` for one that
+    cannot guess for this engine.
     """
     config = engine.config
-    if config.speculative_model is None or config.num_speculative_tokens == "auto":
+    if config.speculative_model is None:
         raise InvalidRequestError(
-            "speculative is 'draft', which needs speculative_model, an engine, and "
-            "num_speculative_tokens, a number: how long that engine takes is not weighed",
-            param="speculative",
+            "speculative is 'draft', which needs speculative_model, a smaller model's engine",
+            param="speculative_model",
         )
     options = {"enable_prefix_caching": False, "num_threads": config.num_threads}
     return DraftProposer(engine, load(config.speculative_model, options))

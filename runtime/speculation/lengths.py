@@ -11,6 +11,7 @@ _OUTLIER = 2.0  # times what was expected: what is more than that is not of the 
 _CLOSE = 8  # a number of rows is known where one is that differs by an eighth
 _MARGIN = 1.03  # of expected tokens a second, below which nothing is gained for sure
 _REMEMBERED = 256  # steps after which a cost is measured again
+_FREE = 0.02  # of the time: what a proposer may take for nothing
 
 
 class StepCosts:
@@ -66,27 +67,67 @@ class StepCosts:
 
 
 class Lengths:
-    """Chooses what gives the most tokens a second, nothing included."""
+    """Chooses what gives the most tokens a second, nothing included, and for how many tokens a
+    proposer is asked.
 
-    def __init__(self) -> None:
+    One that takes no time worth speaking of is always asked for all it can say. Another is asked
+    for one token more than was verified the last time, and while that is none ever more rarely.
+    """
+
+    def __init__(self, most: int) -> None:
+        """``most`` tokens are asked for at most."""
         self._costs = StepCosts()
+        self._most = self._wanted = most
+        self._asking = 0.0  # seconds for a token of every sequence
+        self._pause = self._left = 0  # steps in which nobody is asked
+
+    def wanted(self) -> int:
+        """For how many tokens of each sequence the proposer is asked before this step."""
+        if self._left:
+            self._left -= 1
+            return 0
+        return self._wanted
+
+    def asked(self, wanted: int, seconds: float) -> None:
+        """Take into account how long the proposer took for so many tokens of each sequence."""
+        self._asking += _SMOOTHING * (seconds / wanted - self._asking)
 
     def choose(
         self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
     ) -> list[int]:
         """How many of the ``offered`` drafts of some of a step's sequences to verify, ``most`` in
         all; each is right with the chance of its sequence if those before it are."""
+        lengths = self._lengths(num_sequences, chances, offered, most)
+        if any(offered) and self._costs.knows(num_sequences):
+            self._ask_by(max(lengths), self._costs.seconds(num_sequences))
+        return lengths
+
+    def _ask_by(self, longest: int, seconds: float) -> None:
+        """Decide on the next question after drafts of up to ``longest`` in a step that took so many
+        ``seconds`` without."""
+        share = self._most * self._asking / (_FREE * seconds)
+        self._wanted = min(self._most, longest + 1) if share > 1 and longest else self._most
+        self._pause = 0 if longest else min(2 * self._pause + 1, int(share))
+        self._left = self._pause
+
+    def _lengths(
+        self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
+    ) -> list[int]:
         lengths, costs = [0] * len(offered), self._costs
         if not any(offered) or not costs.knows(num_sequences):  # what none cost is measured first
             return lengths
         ranked = _ranked(chances, offered)[: min(most, costs.most - num_sequences)]
         best, count = _MARGIN * num_sequences / costs.seconds(num_sequences), 0
-        for size, gain in enumerate(accumulate(gain for gain, _ in ranked), start=1):
-            rate = (num_sequences + gain) / costs.seconds(num_sequences + size)
-            if rate > best:
-                best, count = rate, size
-        for _, index in ranked[:count]:
+        tokens, longest = float(num_sequences), 0
+        for size, (gain, index) in enumerate(ranked, start=1):
+            tokens += gain
             lengths[index] += 1
+            longest = max(longest, lengths[index])
+            seconds = longest * self._asking + costs.seconds(num_sequences + size)
+            if tokens / seconds > best:
+                best, count = tokens / seconds, size
+        for _, index in ranked[count:]:
+            lengths[index] -= 1
         return lengths
 
     def landed(self, rows: int, seconds: float) -> None:

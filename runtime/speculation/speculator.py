@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slipstream.builder.contract import states
@@ -44,7 +44,12 @@ class Speculator:
     """
 
     def __init__(
-        self, proposer: Proposer, most: int, vocab_size: int, lengths: Lengths | None
+        self,
+        proposer: Proposer,
+        most: int,
+        vocab_size: int,
+        lengths: Lengths | None,
+        clock: Callable[[], float],
     ) -> None:
         """Up to ``most`` drafts a sequence, as many as are guessed where there are no
         ``lengths``."""
@@ -52,6 +57,7 @@ class Speculator:
         self._most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
+        self._clock = clock
         self._chance = _FIRST_CHANCE
         self._num_drafts = self._num_tokens = 0
         self._accepted = [0] * most
@@ -132,7 +138,7 @@ class Speculator:
         return tracked
 
     def _guess(self, sequences: Sequence[Running], tracked: Sequence[Tracked]) -> None:
-        asked = []
+        asked, known = [], all(each.guessed_at for each in tracked)
         for sequence, each in zip(sequences, tracked, strict=True):
             each.guess, each.guessed_at = (), len(sequence.tokens)
             if each.predicted is not None:
@@ -140,15 +146,21 @@ class Speculator:
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
-        for each, guess in zip(asked, self._proposals(asked), strict=False):
+        most = self._most if self._lengths is None else self._lengths.wanted()
+        if not asked or not most:
+            return
+        began = self._clock()
+        for each, guess in zip(asked, self._proposals(asked, most), strict=False):
             each.guess = guess
+        if known and self._lengths is not None:  # else it has read prompts, too
+            self._lengths.asked(most, self._clock() - began)
 
-    def _proposals(self, asked: Sequence[Tracked]) -> Iterable[Sequence[int]]:
-        if self._proposer is None or not asked:
+    def _proposals(self, asked: Sequence[Tracked], most: int) -> Iterable[Sequence[int]]:
+        if self._proposer is None:
             return ()
         try:
-            proposals = self._proposer.propose([each.context for each in asked], self._most)
-            return [[int(token) for token in guess[: self._most]] for guess in proposals]
+            proposals = self._proposer.propose([each.context for each in asked], most)
+            return [[int(token) for token in guess[:most]] for guess in proposals]
         except Exception:  # the engine needs no guess
             _logger.exception(_FAILED)
             self._proposer = None
@@ -169,8 +181,8 @@ class Speculator:
         return tokens if constraint is None else tokens[: constraint.num_valid(tokens)]
 
 
-def speculator_of(engine: LoadedEngine) -> Speculator | None:
-    """What the configuration of an engine asks for.
+def speculator_of(engine: LoadedEngine, clock: Callable[[], float]) -> Speculator | None:
+    """What the configuration of an engine asks for; ``clock`` tells seconds.
 
     Raises ``EngineMismatchError`` where nothing can be verified and ``InvalidRequestError`` for an
     unknown proposer or more drafts than the executor verifies.
@@ -201,4 +213,5 @@ def speculator_of(engine: LoadedEngine) -> Speculator | None:
             param="num_speculative_tokens",
         )
     proposer = create_proposer(config.speculative, engine)
-    return Speculator(proposer, most, engine.vocab_size, Lengths() if auto else None)
+    lengths = Lengths(most) if auto else None
+    return Speculator(proposer, most, engine.vocab_size, lengths, clock)

@@ -26,11 +26,16 @@ def drive(
     sequences: int = 1,
     steps: int = 400,
     lengths: Lengths | None = None,
+    asking: float = 0.0,
 ) -> tuple[list[int], float]:
     """The rows of every step and the tokens a second that are to be expected of them."""
-    lengths, rows, tokens, seconds = lengths or Lengths(), list[int](), 0.0, 0.0
+    lengths, rows, tokens, seconds = lengths or Lengths(7), list[int](), 0.0, 0.0
     for _ in range(steps):
-        counts = lengths.choose(sequences, [chance] * sequences, [7] * sequences, 512)
+        wanted = lengths.wanted()
+        if wanted:  # it takes as long for every token
+            lengths.asked(wanted, asking * wanted)
+            seconds += asking * wanted
+        counts = lengths.choose(sequences, [chance] * sequences, [wanted] * sequences, 512)
         rows.append(sequences + sum(counts))
         tokens += sum(sum(chance**i for i in range(count + 1)) for count in counts)
         seconds += cost(rows[-1])
@@ -68,7 +73,7 @@ def test_the_length_follows_the_chance() -> None:
 
 
 def test_a_length_that_becomes_dear_is_left_and_found_again() -> None:
-    lengths = Lengths()
+    lengths = Lengths(7)
     drive(memory_bound, 0.8, lengths=lengths)
     rows, _ = drive(compute_bound, 0.8, lengths=lengths, steps=600)
     assert rows[-100:].count(1) > 95
@@ -77,21 +82,21 @@ def test_a_length_that_becomes_dear_is_left_and_found_again() -> None:
 
 
 def test_drafts_go_where_they_are_most_likely_right() -> None:
-    lengths = Lengths()
+    lengths = Lengths(7)
     drive(lambda rows: 1 + 0.1 * rows, 0.9, sequences=2, lengths=lengths)
     counts = lengths.choose(2, [0.95, 0.05], [7, 7], 512)
     assert counts[0] > 3 and counts[1] == 0
 
 
 def test_a_budget_holds() -> None:
-    lengths = Lengths()
+    lengths = Lengths(7)
     drive(memory_bound, 0.9, sequences=2, lengths=lengths)
     assert sum(lengths.choose(2, [0.9, 0.9], [7, 7], 5)) <= 5
     assert lengths.choose(2, [0.9, 0.9], [0, 0], 5) == [0, 0]
 
 
 def test_nothing_is_verified_before_a_step_was_measured() -> None:
-    assert Lengths().choose(1, [0.9], [7], 512) == [0]
+    assert Lengths(7).choose(1, [0.9], [7], 512) == [0]
 
 
 def test_costs_between_two_that_are_known() -> None:
@@ -126,3 +131,28 @@ def test_costs_are_forgotten() -> None:
         assert costs.knows(8)
         costs.add(1, 1.0)
     assert not costs.knows(8) and costs.knows(1)
+
+
+def test_a_proposer_that_takes_as_long_as_a_step_is_rarely_asked() -> None:
+    rows, rate = drive(memory_bound, 0.9, asking=memory_bound(1), steps=3000)
+    assert rows[100:].count(1) > 0.97 * len(rows[100:])
+    assert rate > 0.95 / memory_bound(1)
+
+
+def test_a_proposer_that_takes_a_part_of_a_step_is_asked_for_what_pays() -> None:
+    rows, rate = drive(memory_bound, 0.7, asking=0.1 * memory_bound(1))
+    assert rate > 1.65 / memory_bound(1)
+    assert 3 <= max(set(rows), key=rows.count) <= 7
+
+
+def test_a_proposer_is_asked_again_when_it_pays() -> None:
+    lengths = Lengths(7)
+    drive(memory_bound, 0.05, asking=0.1, lengths=lengths)
+    rows, _ = drive(memory_bound, 0.95, asking=0.1, lengths=lengths)
+    assert rows[-100:].count(1) < 5
+
+
+def test_what_takes_no_time_is_always_asked_for_all() -> None:
+    lengths = Lengths(7)
+    drive(compute_bound, 0.1, lengths=lengths, asking=0.001)
+    assert [lengths.wanted() for _ in range(100)] == [7] * 100
