@@ -50,7 +50,7 @@ def _read(config: Fields) -> dict[str, Any]:
     known = ("method", "model", *_INTEGERS)
     unknown = sorted(set(config.values) - set(known))
     if unknown:
-        raise config.refusal(unknown[0], f"none of it (known keys: {', '.join(known)})")
+        raise _ORIGIN.refusal(f"has {unknown[0]!r}; known keys are {', '.join(known)}")
     method = config.text("method")
     found: dict[str, Any] = {"speculative": _METHODS.get(method, method)}
     if config.has("model"):

@@ -90,7 +90,8 @@ class Lengths:
 
     def asked(self, wanted: int, seconds: float) -> None:
         """Take into account how long the proposer took for so many tokens of each sequence."""
-        self._asking += _SMOOTHING * (seconds / wanted - self._asking)
+        known = self._asking or seconds / wanted
+        self._asking = known + _SMOOTHING * (seconds / wanted - known)
 
     def choose(
         self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int

@@ -37,7 +37,10 @@ def test_other_options_are_left_as_they_are() -> None:
     ("options", "complaint"),
     [
         ({"speculative_config": {"num_speculative_tokens": 4}}, "method is None"),
-        ({"speculative_config": {**WHOLE, "draft_tensor_parallel_size": 1}}, "known keys: method"),
+        (
+            {"speculative_config": {**WHOLE, "draft_tensor_parallel_size": 1}},
+            "known keys are method",
+        ),
         ({"speculative_config": {**WHOLE, "prompt_lookup_max": 0}}, "an integer of at least 1"),
         ({"speculative_config": "{"}, "speculative_config"),
         ({"speculative_config": 3}, "is a int; it must be an object"),
