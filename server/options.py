@@ -69,9 +69,9 @@ class _Runtime(RuntimeConfig):
 
 def drafts(text: str) -> int | str:
     """Parse a number of drafts, or ``auto``."""
-    if text == "auto" or (text.isdecimal() and int(text)):
-        return text if text == "auto" else int(text)
-    raise click.BadParameter(f"{text} is neither auto nor a number from 1 on")
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise click.BadParameter(f"{text} is neither auto nor a number from 1 on")
+    return text if text == "auto" else int(text)
 
 
 RUNTIME = {
@@ -100,21 +100,14 @@ RUNTIME = {
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "speculative": Option(
-        "What guesses tokens for a step to verify, so that several come at a time: ngram looks "
-        "them up in the text so far, suffix also in earlier outputs; draft asks a smaller model; "
-        "off; or an installed proposer."
+        "What guesses tokens, so that a step verifies several: ngram (the text so far), suffix "
+        "(earlier outputs too), draft (a smaller model), off, or an installed proposer."
     ),
     "speculative_model": Option("Engine, or checkpoint, of the smaller model.", "none"),
-    "num_speculative_tokens": Option(
-        "Most of them for a sequence and step; auto takes as many as pay.", parse=drafts
-    ),
+    "num_speculative_tokens": Option("Most of them a step; auto: what pays.", parse=drafts),
     "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
     "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
-    "speculative_config": Option(
-        "The same options in vLLM's names, as an object in JSON: method, model, "
-        "num_speculative_tokens, prompt_lookup_min, prompt_lookup_max.",
-        "none",
-    ),
+    "speculative_config": Option("The same as an object in JSON, with vLLM's names.", "none"),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
