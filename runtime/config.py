@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.speculation.proposer import OFF
 
 _LIMITS = EngineLimits()
 SchedulerPolicy = Literal["max_utilization", "guaranteed_no_evict"]
@@ -38,6 +39,16 @@ class RuntimeConfig:
                              are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
+    speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up
+                             in the text of the sequence itself, ``suffix`` also in earlier outputs;
+                             ``draft`` asks a smaller model; ``off``; or the name of an installed
+                             proposer.
+    speculative_model        the engine, or checkpoint, of that model.
+    num_speculative_tokens   how many are verified for a sequence and step at most; ``auto`` takes
+                             what gives the most tokens a second, by how often guesses were right
+                             and what steps have cost, or none.
+    prompt_lookup_min        tokens of the shortest run that is looked up.
+    prompt_lookup_max        tokens of a run that are compared to find the longest.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -57,6 +68,11 @@ class RuntimeConfig:
     enable_chunked_prefill: bool = True
     max_prefill_tokens: int | None = None
     enable_jump_decoding: bool = True
+    speculative: str = OFF
+    speculative_model: str | None = None
+    num_speculative_tokens: int | Literal["auto"] = "auto"
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 32
     chat_template: str | None = None
     step_timeout: float = 600.0
 
@@ -70,6 +86,7 @@ class RuntimeConfig:
             raise InvalidRequestError(
                 f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1"
             )
+        self._check_speculation()
         fraction = self.kv_cache_free_gpu_memory_fraction
         if not 0 < fraction <= 1:
             raise InvalidRequestError(
@@ -94,6 +111,24 @@ class RuntimeConfig:
             raise InvalidRequestError(
                 f"without chunked prefill max_num_tokens ({self.max_num_tokens}) must be at least"
                 f" max_seq_len ({self.max_seq_len}). Raise it or enable chunked prefill"
+            )
+
+    def _check_speculation(self) -> None:
+        count = self.num_speculative_tokens
+        if count != "auto" and (not isinstance(count, int) or count < 1):
+            raise InvalidRequestError(
+                f"num_speculative_tokens is {count!r}; it must be auto or at least 1. To have none,"
+                " leave speculative off"
+            )
+        if self.speculative_model is not None and self.speculative in (OFF, "ngram", "suffix"):
+            raise InvalidRequestError(
+                f"speculative_model is {self.speculative_model}, which does nothing where"
+                f" speculative is {self.speculative!r}. Make that draft, or leave it out"
+            )
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise InvalidRequestError(
+                f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max"
+                f" {self.prompt_lookup_max}; the first must be at least 1, and at most the second"
             )
 
     def override(self, values: Mapping[str, Any]) -> RuntimeConfig:

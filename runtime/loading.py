@@ -17,6 +17,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
+from slipstream.runtime.speculation.config import spelled_out
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
 
@@ -35,11 +36,11 @@ _UNUSED = {
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     """Load an engine, after building it into the cache if ``model`` is a checkpoint.
 
-    ``options`` are, where not None, fields of ``RuntimeConfig`` and, with a checkpoint, of
-    ``BuildOptions``. Raises CheckpointError, BuildError, EngineMismatchError or
-    InvalidRequestError.
+    ``options`` are, where not None, fields of ``RuntimeConfig``, ``speculative_config`` (see
+    ``spelled_out``) and, with a checkpoint, fields of ``BuildOptions``. Raises CheckpointError,
+    BuildError, EngineMismatchError or InvalidRequestError.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in spelled_out(options).items() if value is not None}
     runtime = {
         name: value for name, value in options.items() if name in RuntimeConfig.__dataclass_fields__
     }

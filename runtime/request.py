@@ -87,7 +87,8 @@ class RequestOutput:
 
     ``prompt_logprobs`` has one entry a prompt token, None for the first. ``num_cached_tokens`` is
     how many prompt tokens came from the prefix cache. ``pooled`` is the vector, or the one score,
-    of a prompt that was pooled. ``error`` is set when ``finish_reason`` is
+    of a prompt that was pooled. Of ``params.prediction``, so many tokens were verified so far and
+    ``accepted``, or ``rejected``. ``error`` is set when ``finish_reason`` is
     ``"error"``; the Python front ends raise it.
     """
 
@@ -101,3 +102,5 @@ class RequestOutput:
     num_cached_tokens: int = 0
     pooled: NDArray[np.float32] | None = None
     error: SlipstreamError | None = field(default=None, repr=False)
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0

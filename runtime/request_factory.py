@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.speculation.proposer import OFF
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.text.length import check_length
 
@@ -37,6 +39,7 @@ class RequestFactory:
         self._vocab_size = engine.vocab_size
         self._defaults = engine.generation_defaults
         self._max_seq_len = engine.config.max_seq_len
+        self._guesses = engine.config.speculative != OFF
         self._numbers = itertools.count()
         self.composer = Composer(engine.tokenizer, max_seq_len=engine.config.max_seq_len)
         self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
@@ -61,7 +64,7 @@ class RequestFactory:
         text = prompt if isinstance(prompt, str) else None
         tokens = self._encoded(text) if text is not None else token_ids(prompt)
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
-        params = (params or self._defaults).resolve(self._vocab_size, encode)
+        params = self._predicted(params or self._defaults).resolve(self._vocab_size, encode)
         form = params.structured
         return Request(
             request_id=str(next(self._numbers)) if request_id is None else request_id,
@@ -132,6 +135,21 @@ class RequestFactory:
         """A conversation for the model, with what belongs to it by name (see
         ``Conversation.of``)."""
         return self.composer.compose(Conversation.of(messages, options), params or self._defaults)
+
+    def _predicted(self, params: SamplingParams) -> SamplingParams:
+        """Without a prediction that nobody would look at."""
+        if not params.prediction:
+            return params
+        if not (self._guesses and params.speculative):
+            return replace(params, prediction="")
+        least = self._tokenizer.least_tokens(params.prediction)
+        if least > self._max_seq_len:
+            raise InvalidRequestError(
+                f"prediction has at least {least} tokens; prompt and answer together have up to "
+                f"{self._max_seq_len}. Send the part that is expected",
+                param="prediction",
+            )
+        return params
 
     def _encoded(self, text: str) -> list[int]:
         check_length(self._tokenizer, [text], self._max_seq_len)

@@ -58,6 +58,22 @@ class Option:
 
 _ENGINES = "the engine's"
 _MODELS = {name: f"the model's, or {value}" for name, value in INTERACTIVE.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Runtime(RuntimeConfig):
+    """What loading takes in other words, too."""
+
+    speculative_config: str | None = None
+
+
+def drafts(text: str) -> int | str:
+    """Parse a number of drafts, or ``auto``."""
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise click.BadParameter(f"{text} is neither auto nor a number from 1 on")
+    return text if text == "auto" else int(text)
+
+
 RUNTIME = {
     "max_batch_size": Option("Sequences in one step.", _ENGINES, least=1),
     "max_num_tokens": Option("Tokens in one step, prompts included.", _ENGINES, least=1),
@@ -83,6 +99,15 @@ RUNTIME = {
         least=1,
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
+    "speculative": Option(
+        "What guesses tokens, so that a step verifies several: ngram (the text so far), suffix "
+        "(earlier outputs too), draft (a smaller model), off, or an installed proposer."
+    ),
+    "speculative_model": Option("Engine, or checkpoint, of the smaller model.", "none"),
+    "num_speculative_tokens": Option("Most of them a step; auto: what pays.", parse=drafts),
+    "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
+    "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
+    "speculative_config": Option("The same as an object in JSON, with vLLM's names.", "none"),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
@@ -272,13 +297,13 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of ``RuntimeConfig``; the command gets those given as ``runtime: dict``."""
-    return _collect(RuntimeConfig, RUNTIME, "runtime", lambda values: values)(function)
+    return _collect(_Runtime, RUNTIME, "runtime", lambda values: values)(function)
 
 
 def unwatched_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``runtime_options`` of a command that nobody serves: it waits for its device for ever."""
     table = {name: option for name, option in RUNTIME.items() if name != "step_timeout"}
-    return _collect(RuntimeConfig, table, "runtime", lambda values: values)(function)
+    return _collect(_Runtime, table, "runtime", lambda values: values)(function)
 
 
 def sampling_options(*names: str) -> Decorator:

@@ -45,9 +45,11 @@ class BatchBuilder:
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
             pages |= table.inputs(slots, held, owners, positions)
-        wanted = _Wanted(plan, query_start.tolist())
+        token_ids, begins = np.array(_tokens(plan), np.int32), query_start.tolist()
+        wanted = _Wanted(plan, begins)
+        _put_guesses(plan, begins, token_ids)
         batch = StepBatch(
-            token_ids=np.array(_tokens(plan), np.int32),
+            token_ids=token_ids,
             positions=positions,
             query_start=query_start,
             context_len=context,
@@ -180,6 +182,15 @@ def _tokens(plan: StepPlan) -> list[int]:
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
     return tokens
+
+
+def _put_guesses(plan: StepPlan, begins: list[int], token_ids: IntArray) -> None:
+    """Write what the host guesses over the last tokens of its sequences, and into their rows."""
+    for index, guess in plan.guesses.items():
+        end = begins[index + 1]
+        token_ids[end - len(guess) : end] = guess
+        for size, row in enumerate(plan.sequences[index].sampling_rows[: len(guess) + 1]):
+            row.drafts = guess[:size]
 
 
 def _unscored(sequence: Sequence, start: int, end: int) -> range:

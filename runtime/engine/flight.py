@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import SamplingRow, StepResult
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 
 
@@ -26,6 +26,14 @@ class Flight:
     started: StartedStep
     pending: PendingStep | None = None
     refused: bool = False
+
+    def runs(self, result: StepResult) -> dict[Sequence, list[int]]:
+        """The tokens in which each sequence has ended the step."""
+        runs: dict[Sequence, list[int]] = {}
+        for sequence, row, token in zip(self.owners, self.rows, result.token_ids, strict=True):
+            if row.target is None and token != REJECTED:
+                runs.setdefault(sequence, []).append(token)
+        return runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,16 @@ class KVCacheManager:
                 return False
         return True
 
+    def shrink(self, allocation: Allocation, num_tokens: int) -> None:
+        """Give back the pages that hold none of the first ``num_tokens`` tokens."""
+        count = self.pages_for(num_tokens)
+        if count < len(allocation.pages):
+            self._free.extend(reversed(allocation.pages[count:]))
+            del allocation.pages[count:]
+            allocation.synced = min(allocation.synced, count)
+        for group, held in zip(self.windows, allocation.windows, strict=True):
+            group.shrink(held, count)
+
     def commit(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
         """Offer the pages filled by the first ``num_computed`` of ``tokens`` to later sequences.
 

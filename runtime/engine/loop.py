@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
-from slipstream.builder.contract import STATES, states
+from slipstream.builder.contract import STATES
 from slipstream.errors import (
     CapacityError,
-    EngineMismatchError,
     ExecutionError,
     InvalidRequestError,
     SlipstreamError,
@@ -36,6 +35,7 @@ from slipstream.runtime.request import (
     RequestOutput,
     id_in_use,
 )
+from slipstream.runtime.speculation.speculator import speculator_of
 
 # Logits of prompt tokens that one step scores.
 _SCORED_BYTES = 256 << 20
@@ -64,11 +64,7 @@ class EngineLoop:
     ) -> None:
         """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
         told, who says ``stop``."""
-        if engine.executor.draft_tokens and states(engine.caches):
-            raise EngineMismatchError(
-                f"the device guesses {engine.executor.draft_tokens} tokens ahead, and of states, "
-                "which this engine keeps, none can be taken back: load it where nothing is guessed"
-            )
+        self._speculator = speculator_of(engine, clock)
         num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
         if num_pages < 1:
             raise CapacityError(
@@ -80,6 +76,7 @@ class EngineLoop:
             engine.caches,
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
+            speculator=self._speculator,
         )
         self._engine = engine
         self._detokenizes = detokenizes
@@ -88,7 +85,7 @@ class EngineLoop:
             token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
         )
         self._process = os.getpid()
-        self._drafts = engine.executor.draft_tokens > 0
+        self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
         self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
@@ -111,7 +108,10 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler, and all steps; may be read from any thread."""
         steps, scheduled = self._steps, asdict(self.scheduler.stats)
-        return EngineStats(**scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds)
+        drafts = None if self._speculator is None else self._speculator.stats
+        return EngineStats(
+            **scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds, speculation=drafts
+        )
 
     @property
     def forked(self) -> str | None:
@@ -276,7 +276,7 @@ class EngineLoop:
             self._fail(flight.plan, error)
             return
         finally:
-            self._steps.landed(sum(flight.plan.counts))
+            seconds = self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
         if len(result.failed) < max(len(flight.rows), 1):
@@ -285,7 +285,7 @@ class EngineLoop:
             self._fail_rows(flight.owners, result.failed)
         self.scheduler.commit(flight.plan)
         if self._drafts:
-            self._accept(flight, result)
+            self._accept(flight, flight.runs(result), seconds)
         if STATES in result.outputs:
             for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
                 state = self._requests[sequence.request.request_id]
@@ -294,15 +294,13 @@ class EngineLoop:
         else:
             self._take(flight, result)
 
-    def _accept(self, flight: Flight, result: StepResult) -> None:
-        """Tell the scheduler of runs of more than one token."""
-        runs: dict[Sequence, list[int]] = {}
-        for sequence, row, token in zip(flight.owners, flight.rows, result.token_ids, strict=True):
-            if row.target is None and token != REJECTED:
-                runs.setdefault(sequence, []).append(token)
+    def _accept(self, flight: Flight, runs: dict[Sequence, list[int]], seconds: float) -> None:
+        """Tell scheduler and speculator of runs of more than one token."""
         for sequence, run in runs.items():
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
+        if self._speculator is not None:
+            self._speculator.landed(flight.plan, runs, seconds)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

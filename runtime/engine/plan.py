@@ -13,9 +13,11 @@ class StepPlan:
     """Sequences of one step and how many tokens of each: decodes first, then prefill chunks.
 
     Of every sequence ``counts`` tokens from ``starts`` on are computed, in the pages that were its
-    ``allocations`` then; the last ``drafts`` of them are guesses of the device. ``outputs`` is the
-    position in its output of the first token that is sampled (one after the last token that is no
-    guess, and one after each that is), -1 if there is more to compute first.
+    ``allocations`` then; the last ``drafts`` of them are guesses, of the device or, by the place of
+    the sequence, the ``guesses`` of the host. The first ``num_decodes`` sequences compute no
+    prompt. ``outputs`` is the position in its output of the first token that is sampled (one after
+    the last token that is no guess, and one after each that is), -1 if there is more to compute
+    first.
 
     Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
     token; the device adds the rest. ``moves`` are made before anything is computed.
@@ -26,6 +28,8 @@ class StepPlan:
     starts: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
+    guesses: dict[int, list[int]] = field(default_factory=dict)
+    num_decodes: int = 0
     allocations: list[Allocation] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
@@ -45,9 +49,12 @@ class StepPlan:
         else:
             self.outputs.append(-1)
 
-    def draft(self, count: int) -> None:
-        """Have the device guess ``count`` tokens after those of the next sequence of the plan."""
+    def draft(self, count: int, guess: list[int] | None = None) -> None:
+        """Verify ``count`` tokens after those of the next sequence of the plan: the ``guess``, or
+        what the device guesses."""
         index = len(self.drafts)
+        if guess:
+            self.guesses[index] = guess
         self.counts[index] += count
         self.drafts.append(count)
         self.sequences[index].num_drafted += count

@@ -24,16 +24,20 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a sequence ended, with its last token or without one."""
+    """How a sequence ended, with its last token or without one, and how many tokens of a prediction
+    were right and wrong."""
 
     reason: FinishReason
     stop_reason: int | str | None
     in_stop_token: bool
+    num_accepted: int = 0
+    num_rejected: int = 0
 
     def of(self, sequence: Sequence) -> None:
         """Make it that of a sequence."""
         sequence.finish_reason, sequence.stop_reason = self.reason, self.stop_reason
         sequence.ends_in_stop_token = self.in_stop_token
+        sequence.num_accepted, sequence.num_rejected = self.num_accepted, self.num_rejected
 
 
 @dataclass(slots=True, eq=False)
@@ -194,7 +198,7 @@ class RequestState:
         except ExecutionError as error:  # of the tokenizer
             self.fail(error)
         request, leader = self.request, self.completions[0].sequence
-        return RequestOutput(
+        output = RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
@@ -206,6 +210,11 @@ class RequestState:
             pooled=None if leader.pool is None else leader.pool.value,
             error=self.error,
         )
+        if request.params.prediction_token_ids:
+            sequences = [completion.sequence for completion in self.completions]
+            output.accepted_prediction_tokens = sum(each.num_accepted for each in sequences)
+            output.rejected_prediction_tokens = sum(each.num_rejected for each in sequences)
+        return output
 
 
 def sequences_of(

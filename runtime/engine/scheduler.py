@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestError
@@ -14,6 +15,9 @@ from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.engine.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from slipstream.runtime.speculation.speculator import Speculator
 
 _LEFT = attrgetter("num_left")
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
@@ -40,9 +44,11 @@ class Scheduler:
         caches: tuple[CacheSpec, ...] = (),
         draft_tokens: int = 0,
         max_scored: int = sys.maxsize,
+        speculator: Speculator | None = None,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
-        window); the device guesses up to ``draft_tokens`` tokens a sequence and step. A step scores
+        window); the device guesses up to ``draft_tokens`` tokens a sequence and step, or else the
+        ``speculator`` does, on the host, which then knows all tokens. A step scores
         ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
         self.running: list[Sequence] = []
@@ -50,6 +56,7 @@ class Scheduler:
         self.waiting = self._admission.waiting
         self._config = config
         self._draft_tokens = draft_tokens
+        self._speculator = speculator
         chunked, beside = config.enable_chunked_prefill, config.max_prefill_tokens
         self._max_scored = max_scored if chunked else sys.maxsize
         self._max_beside = beside if chunked and beside else sys.maxsize
@@ -125,6 +132,11 @@ class Scheduler:
         budget = self._config.max_num_tokens - sum(plan.counts)
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
+        elif self._speculator is not None and plan.sequences:
+            busy = prefills or self.waiting  # with prompts, which most of a step is for
+            limit = budget // _SHARE if busy else budget
+            budget -= self._guess(plan, self._speculator, limit)
+        plan.num_decodes = len(plan.sequences)
         if plan.sequences:  # which wait for all of this step
             budget = min(budget, self._max_beside)
         self._prefill(plan, prefills, budget)
@@ -156,7 +168,7 @@ class Scheduler:
 
     def accept(self, sequence: Sequence, run: list[int]) -> None:
         """Note that a committed step ended in a ``run`` of tokens, before they are taken: all but
-        the last of them are in the KV cache."""
+        the last of them are in the KV cache. Pages that wrong guesses of the host took are free."""
         more = len(run) - 1
         sequence.pending += more
         sequence.num_scheduled += more
@@ -165,6 +177,8 @@ class Scheduler:
             sequence.num_computed += more
             if sequence.num_computed >= allocation.due:
                 self.kv.commit(allocation, sequence.tokens + run, sequence.num_computed)
+            if self._speculator is not None:  # nothing else is on its way
+                self.kv.shrink(allocation, sequence.num_computed)
 
     def finish(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """Drop a sequence at any stage and give its pages back; nobody is to read ``spoiled`` ones
@@ -176,6 +190,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
+        if self._speculator is not None:
+            self._speculator.finish(sequence)
 
     def _check_windows(self, num_tokens: int) -> None:
         for group in self.kv.windows:
@@ -228,6 +244,27 @@ class Scheduler:
             plan.draft(count)
             left -= count
         return budget - left
+
+    def _guess(self, plan: StepPlan, speculator: Speculator, budget: int) -> int:
+        """Give the decodes of a plan what the host guesses, within a budget and in pages that are
+        to be had, and return how many tokens that are."""
+        sequences = list(plan.sequences)
+        room = list(map(_draft_room, sequences, plan.outputs))
+        drafts = speculator.draft(sequences, room, budget)
+        for sequence, start, guess in zip(sequences, plan.starts, drafts, strict=True):
+            kept = guess if guess and self._holds(sequence, start, len(guess)) else []
+            plan.draft(len(kept), kept)
+        return sum(plan.drafts)
+
+    def _holds(self, sequence: Sequence, start: int, drafts: int) -> bool:
+        """Whether there are pages for drafts after what a step computes from ``start`` on, which it
+        then has."""
+        allocation, tokens = sequence.allocation, sequence.num_scheduled + drafts
+        assert allocation is not None
+        held = self.kv.grow_windows(allocation, start, tokens) and self.kv.grow(allocation, tokens)
+        if not held:  # some groups may have had them
+            self.kv.shrink(allocation, sequence.num_scheduled)
+        return held
 
     def _preempt(self, sequence: Sequence) -> None:
         assert self._admission.evicts and self.running, "pages promised at admission are missing"
@@ -289,3 +326,10 @@ class Scheduler:
             if other.scores_prompt
         )
         return min(budget, max(0, self._max_scored - scored))
+
+
+def _draft_room(sequence: Sequence, output: int) -> int:
+    """How many drafts may follow what a step computes of a decode: none where it samples nothing,
+    and none beyond the end."""
+    drafts = output >= 0 and sequence.request.params.speculative
+    return sequence.max_len - sequence.num_tokens if drafts else 0

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
     from slipstream.runtime.pooling import Pool
     from slipstream.runtime.request import FinishReason, Request
+    from slipstream.runtime.speculation.speculator import Tracked
     from slipstream.runtime.structured.grammar import Constraint
 
 _2_64 = 2**64
@@ -58,7 +59,8 @@ class Sequence:
 
     ``constraint`` is where it is in the form that its request asks for; tokens which that forces
     are computed without being sampled first, where it ``jumps``. ``ends_in_stop_token`` tells
-    whether the last token is none of the text.
+    whether the last token is none of the text. ``speculation`` is what is known of its drafts; of
+    those from its request's prediction, ``num_accepted`` were right and ``num_rejected`` wrong.
     """
 
     request: Request
@@ -87,10 +89,13 @@ class Sequence:
     status: Status = Status.WAITING
     jumps: bool = False
     constraint: Constraint | None = None
+    speculation: Tracked | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     ends_in_stop_token: bool = False
-    _stop_token_ids: frozenset[int] = field(init=False, repr=False)
+    stop_token_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.request.params
@@ -98,7 +103,7 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.max_len = self.prompt_len + self.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        self._stop_token_ids = eos | frozenset(params.stop_token_ids)
+        self.stop_token_ids = eos | frozenset(params.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -143,7 +148,7 @@ class Sequence:
     def force(self, token: int) -> None:
         """The same for a token that the form leaves no choice about. If a step on its way samples
         one for its place, that is not awaited."""
-        self.pending = 0
+        self.pending = max(0, self.pending - 1)
         self._extend(token)
 
     def constrained(self) -> Constraint | None:
@@ -158,7 +163,7 @@ class Sequence:
         constraint, count = self.constraint, len(self.output)
         if constraint is not None:
             constraint.take(token)
-        if token in self._stop_token_ids and count >= self.request.params.min_tokens:
+        if token in self.stop_token_ids and count >= self.request.params.min_tokens:
             self.finish_reason, self.ends_in_stop_token = "stop", True
             by_caller = token in self.request.params.stop_token_ids
             self.stop_reason = token if by_caller else None

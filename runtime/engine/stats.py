@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slipstream.runtime.engine.histogram import Histogram
+from slipstream.runtime.speculation.stats import SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,9 @@ class SchedulerStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats(SchedulerStats):
-    """Those of the scheduler, and of all steps: how many tokens they had, and seconds."""
+    """Those of the scheduler, and of all steps: how many tokens they had, and seconds; and of
+    drafts, where the host makes some."""
 
     step_tokens: Histogram
     step_seconds: Histogram
+    speculation: SpeculationStats | None = None

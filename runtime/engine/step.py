@@ -38,8 +38,9 @@ class SamplingRow:
     states are pooled, which a sequence shares: those from the prompt token at ``position`` on.
     ``edits`` are those of its logits, as whoever makes them remembers them. ``constraint`` says
     which tokens may come next after ``output``, and ``mask`` has that for a step, once asked: int32
-    words of bits. A row whose ``position`` is less than ``len(output)`` samples what is known
-    already; nobody reads it.
+    words of bits. ``drafts`` are tokens that the host has guessed to come after ``output`` and
+    before the one to be sampled: the row counts if the rows before it sample them. A row whose
+    ``position`` is less than ``len(output)`` samples what is known already; nobody reads it.
     """
 
     params: SamplingParams
@@ -53,6 +54,14 @@ class SamplingRow:
     pooled: bool = False
     constraint: Constraint | None = None
     mask: IntArray | None = None
+    drafts: Sequence[int] = ()
+
+    @property
+    def form(self) -> Constraint | None:
+        """Where the form of the row is after its drafts."""
+        if self.constraint is None or not self.drafts:
+            return self.constraint
+        return self.constraint.after(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +90,9 @@ class StepBatch:
     where a row's token goes (-1 for a row that only scores a prompt token), and a token id of -1
     stands for the token that the step before put into the slot of its sequence.
 
-    The last ``drafts[s]`` tokens of a sequence are guesses that only the device knows, -1 too, and
-    its logits rows are the last ``1 + drafts[s]``: a guess is accepted if the row before it, which
-    was accepted, samples the same. If the device knows, by a first token of -1, that the step
+    The last ``drafts[s]`` tokens of a sequence are guesses, -1 too if only the device knows them,
+    and its logits rows are the last ``1 + drafts[s]``: a guess is accepted if the row before it,
+    which was accepted, samples the same. If the device knows, by a first token of -1, that the step
     before ended in a run of more than one token, it adds what exceeds one to the positions of the
     sequence, here and in its sampling rows; its pages have room for that.
 
@@ -147,3 +156,13 @@ class StepResult:
     logprobs: list[TokenLogprobs | None]
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     failed: dict[int, ExecutionError] = field(default_factory=dict)
+
+
+def reject(rows: Sequence[SamplingRow], result: StepResult) -> None:
+    """Mark the rows whose drafts, guessed by the host, are not what the rows before them sampled:
+    nothing is told of them."""
+    tokens = result.token_ids
+    for index, row in enumerate(rows):
+        if row.drafts and tokens[index - 1] != row.drafts[-1]:
+            tokens[index], result.logprobs[index] = REJECTED, None
+            result.failed.pop(index, None)

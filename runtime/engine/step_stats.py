@@ -29,9 +29,12 @@ class StepStats:
         """A step was started."""
         self._starts.append(self._clock())
 
-    def landed(self, tokens: int) -> None:
-        """The first of those on their way is over; it had so many ``tokens``."""
+    def landed(self, tokens: int) -> float:
+        """The first of those on their way is over; it had so many ``tokens``. Returns the seconds
+        that it took."""
         now = self._clock()
+        seconds = now - max(self._starts.popleft(), self._landed)
         self.tokens.observe(tokens)
-        self.seconds.observe(now - max(self._starts.popleft(), self._landed))
+        self.seconds.observe(seconds)
         self._landed = now
+        return seconds

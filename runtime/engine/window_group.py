@@ -102,6 +102,12 @@ class WindowGroup:
         held.pages.extend(self._take() for _ in range(missing))
         return True
 
+    def shrink(self, held: WindowPages, count: int) -> None:
+        """Give back all pages of a sequence but the first ``count``."""
+        while len(held.pages) > count:
+            self._drop(held.pages.pop())
+        held.synced = min(held.synced, count)
+
     def offer(self, held: WindowPages, index: int, node: Node) -> None:
         """Keep page ``index`` of a sequence for ``node``, if it is still held and has no other."""
         if index >= held.first and node not in self._page_of:

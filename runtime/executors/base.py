@@ -49,6 +49,12 @@ class Executor(Protocol):
         """How many tokens the device guesses for a sequence and verifies in one step, at most."""
         ...
 
+    @property
+    def max_drafts(self) -> int:
+        """How many tokens guessed by the host it verifies for a sequence in one step, at most: a
+        row after a wrong one is ``REJECTED`` (see ``step.reject``). None where it runs ahead."""
+        ...
+
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate KV pages within ``num_bytes`` (None: the executor's own default) and return how
         many."""

@@ -30,6 +30,7 @@ from slipstream.runtime.engine.step import (
     StepBatch,
     StepResult,
     TokenLogprobs,
+    reject,
 )
 from slipstream.runtime.executors.counting_caches import (
     GARBAGE,
@@ -93,6 +94,7 @@ class CountingExecutor:
         delay: float = 0.0,
         runs_ahead: bool = False,
         draft_tokens: int = 0,
+        max_drafts: int = 7,
     ) -> None:
         """``graphs`` and ``caches`` are an engine's; every graph reads a paged cache without a
         window."""
@@ -103,6 +105,7 @@ class CountingExecutor:
         self.closed = False
         self._runs_ahead = runs_ahead
         self._draft_tokens = draft_tokens
+        self._max_drafts = max_drafts
         self._num_pages = num_pages
         self._graphs = graphs
         self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
@@ -123,6 +126,11 @@ class CountingExecutor:
     def draft_tokens(self) -> int:
         """As given at construction."""
         return self._draft_tokens
+
+    @property
+    def max_drafts(self) -> int:
+        """As given at construction; none where it runs ahead or guesses itself."""
+        return 0 if self._runs_ahead or self._draft_tokens else self._max_drafts
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """The number of pages given at construction; a page has no bytes."""
@@ -153,7 +161,7 @@ class CountingExecutor:
         if not held or result is None:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
-        self._filler.fill([constraint for _, constraint in held], masks)
+        self._filler.fill([form for i, _ in held if (form := step.rows[i].form)], masks)
         for (index, _), mask in zip(held, masks, strict=True):
             token = result.token_ids[index]
             if token != GARBAGE and not mask[token >> 5] >> (token & 31) & 1:
@@ -208,7 +216,7 @@ class CountingExecutor:
                 _check_row(context, row, int(is_ahead) * (1 + more) + guesses, more)
             slot = -1 if row.target is not None else int(batch.slots[owner])
             assert batch.sampling_slots[index] == slot, "a token for another slot"
-            if guesses and last_runs[slot] != (int(context[-1]), guesses):
+            if guesses and not row.drafts and last_runs[slot] != (int(context[-1]), guesses):
                 result.token_ids.append(REJECTED)
                 result.logprobs.append(None)
                 continue
@@ -228,12 +236,13 @@ class CountingExecutor:
         for index, slot in enumerate(batch.slots.tolist()):
             begin, end = batch.query_start[index : index + 2].tolist()
             drafts = _num_drafts(batch, index)
-            assert 0 <= drafts <= min(self._draft_tokens, end - begin - 1), "too many guesses"
+            most = min(self._draft_tokens or self.max_drafts, end - begin - 1)
+            assert 0 <= drafts <= most, "too many guesses"
             if tokens[begin] < 0:
                 assert self._on_their_way, "the host knows this token"
                 tokens[begin], run = self._last_runs[slot]
                 surplus[index] = run - 1
-            if drafts:
+            if drafts and self._draft_tokens:
                 row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
                 position = int(batch.positions[begin] + surplus[index])
                 tokens[end - drafts : end] = self._guess(int(tokens[begin]), position, drafts, row)
@@ -319,6 +328,8 @@ class CountingStep:
         assert not self.sampled, "sampled twice"
         self._executor.check_head(self)
         self._executor.constrain(self)
+        if self.landed is not None:
+            reject(self.rows, self.landed)
         self.sampled = True
         return self
 
@@ -366,6 +377,7 @@ def _check_row(context: IntArray, row: SamplingRow, num_unknown: int, surplus: i
     known = [*row.prompt, *row.output]
     size = min(len(context), len(known))
     assert context[:size].tolist() == known[:size], "pages hold another sequence"
+    assert context[size:].tolist()[: len(row.drafts)] == list(row.drafts), "other drafts"
     if row.target is None:
         assert len(context) == len(known) + num_unknown, "sampled too early"
         position = row.position + surplus

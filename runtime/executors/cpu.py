@@ -30,13 +30,16 @@ from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
+from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
+from slipstream.runtime.speculation.proposer import OFF
 
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
+_MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
 # Element types as ONNX Runtime spells them.
@@ -145,7 +148,10 @@ class CPUExecutor:
         # What the values above are views of, by cache.
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._bindings: dict[tuple[object, ...], _Binding] = {}
-        self._logits = np.empty((config.max_batch_size, manifest.vocab_size), np.float32)
+        rows = config.max_batch_size
+        if config.speculative != OFF:
+            rows = min(rows * (1 + _MAX_DRAFTS), config.max_num_tokens)
+        self._logits = np.empty((rows, manifest.vocab_size), np.float32)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.
         self._weights = _map_weights(engine)
@@ -203,9 +209,15 @@ class CPUExecutor:
         """None."""
         return 0
 
+    @property
+    def max_drafts(self) -> int:
+        """As many as ``auto`` may choose from; a step has room for more."""
+        return _MAX_DRAFTS
+
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
         self._move_pages(batch.moves)
+        batch = single_queries(batch)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
@@ -249,7 +261,7 @@ class CPUExecutor:
             graph = self._graphs[batch.graph]
             outputs = {output.name: self._output(output, batch) for output in graph.wanted(batch)}
             binding = _Binding(graph, batch, self._caches, outputs)
-            # More rows than sequences are prompt logprobs: rare and large, so not kept.
+            # More rows than these are prompt logprobs: rare and large, so not kept.
             if rows <= len(self._logits):
                 if len(self._bindings) >= _CACHED_BINDINGS:
                     self._bindings.pop(next(iter(self._bindings)))

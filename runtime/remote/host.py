@@ -223,7 +223,13 @@ def _tell_completion(number: int, completion: CompletionState, parcel: Parcel) -
     ending = None
     if sequence.finish_reason is not None:
         completion.told_end = True
-        ending = Ending(sequence.finish_reason, sequence.stop_reason, sequence.ends_in_stop_token)
+        ending = Ending(
+            sequence.finish_reason,
+            sequence.stop_reason,
+            sequence.ends_in_stop_token,
+            sequence.num_accepted,
+            sequence.num_rejected,
+        )
     if ending is None and not logprobs and len(token_ids) == 1:
         parcel.numbers.append(number)
         parcel.token_ids.append(token_ids[0])

@@ -40,16 +40,23 @@ class Edits:
         self._meet(new)
         np.add.at(self._counts, [self._places[token] for token in new], 1)
         self._counted += len(new)
-        values = edited[self._tokens]
+        tokens, counts = self._with(row.drafts) if row.drafts else (self._tokens, self._counts)
+        values = edited[tokens]
         if params.repetition_penalty != 1:
             values = np.where(
                 values > 0, values / params.repetition_penalty, values * params.repetition_penalty
             )
         if params.frequency_penalty or params.presence_penalty:
-            values -= params.frequency_penalty * self._counts + params.presence_penalty * (
-                self._counts > 0
-            )
-        edited[self._tokens] = values
+            values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        edited[tokens] = values
+
+    def _with(self, drafts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens and counts as they are if ``drafts`` are output, too."""
+        unknown = [token for token in dict.fromkeys(drafts) if token not in self._places]
+        more = {token: len(self._places) + i for i, token in enumerate(unknown)}
+        counts = np.append(self._counts, np.zeros(len(unknown), np.int64))
+        np.add.at(counts, [more.get(t, self._places.get(t, 0)) for t in drafts], 1)
+        return np.append(self._tokens, np.array(unknown, np.int64)), counts
 
     def _meet(self, tokens: Sequence[int]) -> None:
         """Give tokens that are new a place."""
@@ -79,7 +86,8 @@ def process_logits(logits: Logits, row: SamplingRow) -> Logits:
         row.edits = Edits(row)
     edits = row.edits
     edited = _only_allowed(logits, edits.allowed)
-    for token in completed_bad_words(params, row.output):
+    output = [*row.output, *row.drafts] if row.drafts else row.output
+    for token in completed_bad_words(params, output):
         edited[token] = -np.inf
     if row.position < params.min_tokens:
         edited[ending_tokens(row)] = -np.inf

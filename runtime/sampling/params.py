@@ -62,7 +62,7 @@ _TOKEN_ID = re.compile(r"\d{1,10}")  # Python reads no number of thousands of di
 # What ``chat``, ``generate`` and the page use where neither request nor model says anything: the
 # raw distribution, which OpenAI's interface has by default, lets small models lose the thread.
 INTERACTIVE: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
-_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "speculative")
 _FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -116,6 +116,11 @@ class SamplingParams:
     structured: the form that the completion must have; it ends when the form is complete. Where
         the form leaves nothing that ``min_tokens``, ``bad_words`` and ``allowed_token_ids`` permit,
         it is the form that holds, and its end is one with ``ignore_eos`` too.
+    speculative: whether tokens may be guessed and verified, where the engine does so; that changes
+        how fast they come and nothing else.
+    prediction: a text that the completion is expected to resemble, to guess from; ``resolve`` turns
+        it into ``prediction_token_ids``.
+    prediction_token_ids: the same as tokens.
     """
 
     n: int = 1
@@ -143,6 +148,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     shown_special_tokens: Sequence[str] = ()
     structured: StructuredOutput | None = None
+    speculative: bool = True
+    prediction: str = ""
+    prediction_token_ids: Sequence[int] = ()
 
     # Derived once, because the sampler asks for every row of every step.
     greedy: bool = field(init=False, repr=False, compare=False)
@@ -158,6 +166,11 @@ class SamplingParams:
         check_numbers(self, NUMBERS)
         if self.seed is not None and self.seed < 0:
             self._set(seed=None if self.seed == RANDOM_SEED else self.seed % 2**64)
+        if not isinstance(self.prediction, str):
+            raise InvalidRequestError(
+                f"prediction is a {type(self.prediction).__name__}; it must be a text",
+                param="prediction",
+            )
         for name in _FLAGS:
             check_flag(name, getattr(self, name))
         self._set(
@@ -165,6 +178,7 @@ class SamplingParams:
             bad_words=check_strings("bad_words", self.bad_words),
             shown_special_tokens=check_strings("shown_special_tokens", self.shown_special_tokens),
             stop_token_ids=check_token_ids("stop_token_ids", self.stop_token_ids),
+            prediction_token_ids=check_token_ids("prediction_token_ids", self.prediction_token_ids),
             bad_words_token_ids=check_token_sequences(
                 "bad_words_token_ids", self.bad_words_token_ids
             ),
@@ -263,20 +277,28 @@ class SamplingParams:
         start of a text and after a space. Raises ``InvalidRequestError``.
         """
         self._check_vocabulary(vocab_size)
-        if not self.bad_words:
+        text_fields = [name for name in ("bad_words", "prediction") if getattr(self, name)]
+        if not text_fields:
             return self
         if encode is None:
             raise InvalidRequestError(
-                "bad_words need a tokenizer, and this engine has none; "
-                "send bad_words_token_ids instead",
-                param="bad_words",
+                f"{text_fields[0]} need a tokenizer, and this engine has none; "
+                f"send {text_fields[0]}_token_ids instead",
+                param=text_fields[0],
             )
+        predicted = tuple(encode(self.prediction)) if self.prediction else self.prediction_token_ids
         sequences = dict.fromkeys(tuple(ids) for ids in self.bad_words_token_ids)
         for word in self.bad_words:
             for text in (word, " " + word.lstrip()):
                 if ids := tuple(encode(text)):
                     sequences[ids] = None
-        resolved = dataclasses.replace(self, bad_words=(), bad_words_token_ids=tuple(sequences))
+        resolved = dataclasses.replace(
+            self,
+            bad_words=(),
+            bad_words_token_ids=tuple(sequences),
+            prediction="",
+            prediction_token_ids=predicted,
+        )
         resolved._check_vocabulary(vocab_size)
         return resolved
 
@@ -286,6 +308,7 @@ class SamplingParams:
             "allowed_token_ids": self.allowed_token_ids or (),
             "logprob_token_ids": self.logprob_token_ids or (),
             "logit_bias": tuple(self.logit_bias or ()),
+            "prediction_token_ids": self.prediction_token_ids,
             "bad_words_token_ids": [i for ids in self.bad_words_token_ids for i in ids],
         }
         for name, ids in groups.items():

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from slipstream.cores import usable_cores
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import (
+    REJECTED,
+    SamplingRow,
+    StepResult,
+    TokenLogprobs,
+    reject,
+)
 from slipstream.runtime.sampling.candidates import largest
 from slipstream.runtime.sampling.draws import Drawer
 from slipstream.runtime.sampling.logits_processors import edits_logits, process_logits
@@ -41,14 +47,15 @@ class Sampler:
         if not held:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
-        self._filler.fill([row.constraint for row in held if row.constraint], masks)
+        self._filler.fill([form for row in held if (form := row.form) is not None], masks)
         for row, mask in zip(held, masks, strict=True):
             row.mask = mask
 
     def sample(self, logits: Logits, rows: Sequence[SamplingRow]) -> StepResult:
         """Sample ``logits`` (float32 [L, V], not changed) with one row of parameters each.
 
-        Log probabilities are those of the model's own logits, before any processing. A row that
+        Log probabilities are those of the model's own logits, before any processing. A row after
+        a draft is rejected if the row before it has sampled another token. A row that
         holds NaN, +inf or nothing but -inf has failed.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
@@ -68,6 +75,7 @@ class Sampler:
             tokens, peaks = self._drawer.draw(logits, plain, [rows[index] for index in plain])
             for index, token, peak in zip(plain, tokens, peaks, strict=True):
                 _put(result, index, token, peak)
+        reject(rows, result)
         _score(logits, rows, result)
         return result
 
@@ -96,7 +104,7 @@ def _score(logits: Logits, rows: Sequence[SamplingRow], result: StepResult) -> N
         listed = params.logprob_token_ids
         if row.target is not None:
             token, count, listed = row.target, params.prompt_logprobs or 0, None
-        if count is None or index in result.failed:
+        if count is None or token == REJECTED or index in result.failed:
             continue
         try:
             result.logprobs[index] = token_logprobs(logits[index], token, count, listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,16 @@ class Constraint:
                 f"{short(self.matcher.get_error())}; use a simpler schema or grammar",
                 param="structured",
             )
+
+    def num_valid(self, tokens: list[int]) -> int:
+        """How many of ``tokens``, none of which ends a sequence, may come next one by one."""
+        return self.matcher.validate_tokens(tokens)
+
+    def after(self, tokens: Sequence[int]) -> Constraint:
+        """Where it would be after valid tokens; it does not move itself."""
+        matcher = self.matcher.deep_copy()
+        matcher.consume_tokens(list(tokens))
+        return Constraint(matcher)
 
     @property
     def complete(self) -> bool:

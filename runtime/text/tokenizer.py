@@ -196,6 +196,12 @@ class Tokenizer:
         # Composing characters (NFC) makes a text up to three times as short.
         return longest if self._backend.normalizer is None else 3 * longest
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as its file spells it, and its id."""
+        vocabulary: dict[str, int] = self._backend.get_vocab()
+        return vocabulary
+
     def to_json(self) -> str:
         """All of it as the text of a ``tokenizer.json``."""
         return self._backend.to_str()

@@ -84,6 +84,11 @@ class TimedExecutor:
         """As the inner executor."""
         return self._inner.draft_tokens
 
+    @property
+    def max_drafts(self) -> int:
+        """As the inner executor."""
+        return self._inner.max_drafts
+
     def reserve_kv(self, num_bytes: int | None) -> int:
         """As the inner executor."""
         return self._inner.reserve_kv(num_bytes)

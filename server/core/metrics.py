@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
+from slipstream.runtime.speculation.stats import SpeculationStats
 
 if TYPE_CHECKING:
     from slipstream.runtime.config import RuntimeConfig
@@ -57,6 +58,12 @@ FAMILIES: Mapping[str, Family] = {
     "prefix_cache_queries": Family("counter", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": Family("counter", "Prompt tokens found in the prefix cache."),
     "num_preemptions": Family("counter", "Sequences that gave their pages to others."),
+    "spec_decode_num_drafts": Family("counter", "Times that a sequence had drafts in a step."),
+    "spec_decode_num_draft_tokens": Family("counter", "Drafts that were verified."),
+    "spec_decode_num_accepted_tokens": Family("counter", "Drafts that were right."),
+    "spec_decode_num_accepted_tokens_per_pos": Family(
+        "counter", "Drafts that were right, by their place in a run.", label="position"
+    ),
     "prompt_tokens": Family("counter", "Prompt tokens of requests that were answered."),
     "generation_tokens": Family("counter", "Tokens generated."),
     "request_success": Family("counter", "Completions that ended.", label="finished_reason"),
@@ -231,7 +238,7 @@ class EngineMetrics(Tally, Collector):
 
     def _values(self, stats: EngineStats) -> dict[str, Mapping[str, float]]:
         """Values of gauges and counters by label; the label is of no meaning for most."""
-        engine = self._engine
+        engine, drafts = self._engine, stats.speculation or SpeculationStats()
         single = {
             "engine_healthy": float(engine.unhealthy is None and engine.closed is None),
             "num_requests_running": stats.num_running,
@@ -240,12 +247,18 @@ class EngineMetrics(Tally, Collector):
             "prefix_cache_queries": stats.prefix_cache_queries,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "num_preemptions": stats.num_preemptions,
+            "spec_decode_num_drafts": drafts.num_drafts,
+            "spec_decode_num_draft_tokens": drafts.num_draft_tokens,
+            "spec_decode_num_accepted_tokens": drafts.num_accepted_tokens,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
         }
         return {
             **{name: {"": value} for name, value in single.items()},
             "request_success": dict(self.finished),
+            "spec_decode_num_accepted_tokens_per_pos": {
+                str(place): count for place, count in enumerate(drafts.accepted_per_position or [0])
+            },
             "num_requests_waiting_by_reason": {
                 "capacity": stats.num_waiting - stats.num_deferred,
                 "deferred": stats.num_deferred,

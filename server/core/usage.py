@@ -20,6 +20,8 @@ class Usage:
     reasoning: int = 0  # of those generated
     metrics: RequestMetrics | None = None
     _seen: set[int] = field(default_factory=set)
+    # Tokens of predictions that were verified, right and wrong, by the position of the prompt.
+    _predicted: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, output: RequestOutput, position: int = 0) -> Self:
         """Take an output of the prompt at ``position`` into account."""
@@ -35,6 +37,19 @@ class Usage:
             self.prompt += len(output.prompt_token_ids)
             self.cached += output.num_cached_tokens
         self.metrics = output.metrics
+        verified = output.accepted_prediction_tokens, output.rejected_prediction_tokens
+        if any(verified):
+            self._predicted[position] = verified
+
+    @property
+    def accepted(self) -> int:
+        """Tokens of the client's prediction that were verified and right."""
+        return sum(right for right, _ in self._predicted.values())
+
+    @property
+    def rejected(self) -> int:
+        """Tokens of the client's prediction that were verified and wrong."""
+        return sum(wrong for _, wrong in self._predicted.values())
 
     def tokens(self) -> dict[str, int]:
         """Token counts, with OpenAI's names."""

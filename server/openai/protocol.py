@@ -150,6 +150,9 @@ class GenerationRequest(ModelRequest):
     min_tokens: OptionalInt = None
     stop_token_ids: Tokens = None
     ignore_eos: Flag = None
+    speculative: Flag = Field(
+        None, description="False: guess no tokens. Answers are the same, and may come slower."
+    )
     include_stop_str_in_output: Flag = None
     skip_special_tokens: Flag = None
     allowed_token_ids: (
@@ -207,6 +210,20 @@ class ContentPart(BaseModel):
     type: str
     text: str | None = None
     refusal: str | None = None
+
+
+class Prediction(Strict):
+    """A text that the answer is expected to resemble, such as a file that is to be edited."""
+
+    type: Literal["content"]
+    content: str | Several[ContentPart]
+
+    @property
+    def text(self) -> str:
+        """The text, without parts of other kinds."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content)
 
 
 class CalledFunction(BaseModel):
@@ -324,7 +341,7 @@ class ChatRequest(Templated, GenerationRequest):
     moderation: Annotated[Any, only()] = None
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Annotated[Any, only()] = None
-    prediction: Ignored = None
+    prediction: Prediction | None = None
     prompt_cache_options: Ignored = None
 
 

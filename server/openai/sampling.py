@@ -77,6 +77,7 @@ def chat_params(
         max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
         logprobs=logprobs,
         structured=form_of(request, tokenizer),
+        prediction="" if request.prediction is None else request.prediction.text,
     )
 
 

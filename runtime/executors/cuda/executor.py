@@ -62,6 +62,7 @@ class CUDAExecutor:
 
     runs_ahead = True
     draft_tokens = 0
+    max_drafts = 0
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.

@@ -59,8 +59,14 @@ def next_allowed(constraint: Constraint, token: int) -> int:
 
 
 def check(loop: EngineLoop) -> None:
-    running = loop.scheduler.running
-    loop.scheduler.kv.check_invariants([s.allocation for s in running if s.allocation])
+    """Every page has its owner, and none is held for guesses of the host that are not on their
+    way."""
+    kv, running = loop.scheduler.kv, loop.scheduler.running
+    kv.check_invariants([s.allocation for s in running if s.allocation])
+    for each in running if loop.stats.speculation else ():
+        most = kv.pages_for(max(each.num_tokens, each.num_scheduled + each.num_drafted))
+        assert each.allocation is not None and len(each.allocation.pages) <= most
+        assert all(len(held.pages) <= most for held in each.allocation.windows)
 
 
 def drain(loop: EngineLoop) -> dict[str, RequestOutput]:

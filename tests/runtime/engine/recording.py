@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tests.runtime.speculation.hostile import hostile
+
 from slipstream.builder.contract import CacheSpec, GraphSpec, ports_of
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
@@ -74,4 +76,5 @@ def recorded(
     caches += more
     graphs = {name: replace(spec, inputs=tuple(ports_of(caches))) for name, spec in graphs.items()}
     executor = Recorder(num_pages, graphs, caches, runs_ahead=runs_ahead, draft_tokens=draft_tokens)
-    return EngineLoop(replace(engine, executor=executor, caches=caches)), executor
+    with hostile():
+        return EngineLoop(replace(engine, executor=executor, caches=caches)), executor

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from tests.runtime.engine.driving import GRAMMARS, drain, greedy
 from tests.runtime.engine.recording import Recorder, recorded
 from tests.runtime.engine.test_run_ahead_properties import Arrival, run, same
+from tests.runtime.speculation.hostile import NAME
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.request import CompletionOutput, Request
@@ -201,6 +202,7 @@ def made(workload: list[Arrival], **options: Any) -> dict[str, Any]:  # noqa: AN
     caching=st.booleans(),
     runs_ahead=st.booleans(),
     draft_tokens=st.sampled_from([0, 0, 2]),
+    guesses=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
 def test_jumping_running_ahead_and_preemption_change_no_answer(
@@ -211,6 +213,7 @@ def test_jumping_running_ahead_and_preemption_change_no_answer(
     caching: bool,
     runs_ahead: bool,
     draft_tokens: int,
+    guesses: bool,
 ) -> None:
     shared: dict[str, Any] = {
         "max_num_tokens": budget,
@@ -220,7 +223,9 @@ def test_jumping_running_ahead_and_preemption_change_no_answer(
     plain = made(
         workload, num_pages=num_pages, runs_ahead=False, **shared, enable_jump_decoding=False
     )
-    device = {"runs_ahead": runs_ahead, "draft_tokens": draft_tokens}
+    device: dict[str, Any] = {"runs_ahead": runs_ahead, "draft_tokens": draft_tokens}
+    if guesses:
+        device = {"runs_ahead": False, "speculative": NAME, "num_speculative_tokens": 4}
     other = made(workload, num_pages=num_pages, **device, **shared)
     assert plain.keys() == other.keys()
     for request_id, output in other.items():

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tests.runtime.engine.driving import check, compiled, expected_output
+from tests.runtime.speculation.hostile import NAME, hostile
 
 from slipstream.errors import CapacityError
 from slipstream.runtime.engine.loop import EngineLoop
@@ -59,6 +60,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         runs_ahead=st.booleans(),
         draft_tokens=st.sampled_from([0, 1, 3]),
         jumps=st.booleans(),
+        guesses=st.booleans(),
     )
     def open(
         self,
@@ -69,11 +71,12 @@ class EngineLoopMachine(RuleBasedStateMachine):
         runs_ahead: bool,
         draft_tokens: int,
         jumps: bool,
+        guesses: bool,
     ) -> None:
         self.engine: LoadedEngine = counting_engine(
             num_pages,
-            runs_ahead=runs_ahead,
-            draft_tokens=draft_tokens,
+            runs_ahead=runs_ahead and not guesses,
+            draft_tokens=0 if guesses else draft_tokens,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
@@ -81,8 +84,11 @@ class EngineLoopMachine(RuleBasedStateMachine):
             scheduler_policy=policy,
             enable_prefix_caching=caching,
             enable_jump_decoding=jumps,
+            speculative=NAME if guesses else "off",
+            num_speculative_tokens=3,
         )
-        self.loop = EngineLoop(self.engine)
+        with hostile():
+            self.loop = EngineLoop(self.engine)
         self.requests: dict[str, Request] = {}
         self.aborted: set[str] = set()
         self.failures = 0

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
+from tests.runtime.engine.driving import check
 from tests.runtime.engine.recording import Recorder, recorded
+from tests.runtime.speculation.hostile import NAME
 
 from slipstream.builder.contract import CacheArray, CacheSpec
 from slipstream.errors import CapacityError
@@ -68,8 +70,7 @@ def run(
         if request_id := aborts.pop(steps, None):
             loop.abort(request_id)
         outputs.update((output.request_id, output) for output in loop.step())
-        running = loop.scheduler.running
-        loop.scheduler.kv.check_invariants([s.allocation for s in running if s.allocation])
+        check(loop)
         steps += 1
 
     for index, arrival in enumerate(workload):
@@ -127,6 +128,7 @@ MORE_CACHES = [(windowed("near", 4),), (windowed("near", 2), windowed("far", 11)
     caching=st.booleans(),
     runs_ahead=st.booleans(),
     draft_tokens=st.sampled_from([0, 1, 3]),
+    guesses=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
 def test_more_caches_change_no_answer(
@@ -136,20 +138,26 @@ def test_more_caches_change_no_answer(
     caching: bool,
     runs_ahead: bool,
     draft_tokens: int,
+    guesses: bool,
 ) -> None:
     results = []
+    host = guesses and STATES not in more  # which cannot be taken back
+    if host:
+        runs_ahead, draft_tokens = False, 0
     for caches in ((), more):
         loop, _ = recorded(
             12,
             more=caches,
             runs_ahead=runs_ahead,
-            draft_tokens=0 if STATES in more else draft_tokens,  # states cannot be taken back
+            draft_tokens=0 if STATES in more else draft_tokens,
             page_size=3,
             max_seq_len=24,
             max_batch_size=3,
             max_num_tokens=8,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            speculative=NAME if host and caches else "off",
+            num_speculative_tokens=4,
         )
         results.append(run(loop, workload))
     plain, other = results
@@ -177,7 +185,8 @@ def test_running_ahead_and_guessing_change_no_answer(
     draft_tokens: int,
 ) -> None:
     results = []
-    for runs_ahead, drafts in ((False, 0), (False, draft_tokens), (True, draft_tokens)):
+    kinds = ((False, 0, "off"), (False, draft_tokens, "off"), (True, draft_tokens, "off"))
+    for runs_ahead, drafts, speculative in (*kinds, (False, 0, NAME)):
         loop, executor = recorded(
             num_pages,
             runs_ahead=runs_ahead,
@@ -188,9 +197,11 @@ def test_running_ahead_and_guessing_change_no_answer(
             max_num_tokens=budget,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            speculative=speculative,
+            num_speculative_tokens=4,
         )
         results.append(run(loop, workload))
-        if not drafts:
+        if not drafts and speculative == "off":
             check_waste(executor, results[-1])
     plain, *others = results
     for other in others:

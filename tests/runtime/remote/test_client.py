@@ -200,3 +200,16 @@ def test_gauges_come_from_the_engine() -> None:
             await outputs.aclose()
 
     asyncio.run(main())
+
+
+def test_what_became_of_a_prediction_is_told() -> None:
+    async def main() -> None:
+        engine = counting_engine(speculative="ngram", num_speculative_tokens=3)
+        async with hosted(engine) as (_, remote):
+            params = greedy(prediction="bcQQfgh", max_tokens=8)
+            outputs = [o async for o in remote.generate("a", params, "id", output_kind="delta")]
+        assert "".join(each.outputs[0].text for each in outputs) == "bcdefghi"
+        assert outputs[-1].accepted_prediction_tokens > 0
+        assert outputs[-1].rejected_prediction_tokens > 0
+
+    asyncio.run(main())

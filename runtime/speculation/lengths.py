@@ -1,0 +1,149 @@
+"""How many drafts of a step pay, by how often they were right and what steps have cost."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
+_SMOOTHING = 0.25  # the weight of the newest step
+_OUTLIER = 2.0  # times what was expected: what is more than that is not of the step's doing
+_CLOSE = 8  # a number of rows is known where one is that differs by an eighth
+_MARGIN = 1.03  # of expected tokens a second, below which nothing is gained for sure
+_REMEMBERED = 256  # steps after which a cost is measured again
+_FREE = 0.02  # of the time: what a proposer may take for nothing
+
+
+class StepCosts:
+    """Seconds of a step of decodes by its number of rows, as they were measured of late.
+
+    A number of rows that no step had for a while is forgotten, and so tried again where it may pay:
+    machines get other work, and contexts grow.
+    """
+
+    def __init__(self) -> None:
+        self._measured: dict[int, tuple[float, int]] = {}  # and in which step
+        self._steps = 0
+        self._places: list[int] = []
+        self._seconds: list[float] = []
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Take a step into account."""
+        self._steps += 1
+        if rows in self._measured:
+            known, _ = self._measured[rows]
+            seconds = known + _SMOOTHING * (min(seconds, _OUTLIER * known) - known)
+        self._measured[rows] = seconds, self._steps
+        oldest = self._steps - _REMEMBERED
+        kept = {rows: each for rows, each in self._measured.items() if each[1] > oldest}
+        self._measured, self._places = kept, sorted(kept)
+        # More rows cost no less: what says otherwise was disturbed.
+        falling = accumulate((kept[place][0] for place in reversed(self._places)), min)
+        self._seconds = list(falling)[::-1]
+
+    def knows(self, rows: int) -> bool:
+        """Whether a step of about so many rows was measured."""
+        index = bisect_left(self._places, rows - rows // _CLOSE)
+        return index < len(self._places) and self._places[index] <= rows + rows // _CLOSE
+
+    @property
+    def most(self) -> int:
+        """The most rows whose cost can be told: twice what was measured."""
+        return 2 * self._places[-1] if self._places else 0
+
+    def seconds(self, rows: int) -> float:
+        """Between two numbers of rows that are known, in proportion; beyond, as from the first to
+        the last. More rows than the only number that is known cost nothing, so that it is tried."""
+        places, seconds = self._places, self._seconds
+        index = bisect_left(places, rows)
+        if index == len(places):
+            slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
+            return seconds[-1] + slope * (rows - places[-1])
+        if index == 0 or places[index] == rows:
+            return seconds[index]
+        low, high = places[index - 1], places[index]
+        part = (rows - low) / (high - low)
+        return (1 - part) * seconds[index - 1] + part * seconds[index]
+
+
+class Lengths:
+    """Chooses what gives the most tokens a second, nothing included, and for how many tokens a
+    proposer is asked.
+
+    One that takes no time worth speaking of is always asked for all it can say. Another is asked
+    for one token more than was verified the last time, and while that is none ever more rarely.
+    """
+
+    def __init__(self, most: int) -> None:
+        """``most`` tokens are asked for at most."""
+        self._costs = StepCosts()
+        self._most = self._wanted = most
+        self._asking = 0.0  # seconds for a token of every sequence
+        self._pause = self._left = 0  # steps in which nobody is asked
+
+    def wanted(self) -> int:
+        """For how many tokens of each sequence the proposer is asked before this step."""
+        if self._left:
+            self._left -= 1
+            return 0
+        return self._wanted
+
+    def asked(self, wanted: int, seconds: float) -> None:
+        """Take into account how long the proposer took for so many tokens of each sequence."""
+        known = self._asking or seconds / wanted
+        self._asking = known + _SMOOTHING * (seconds / wanted - known)
+
+    def choose(
+        self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
+    ) -> list[int]:
+        """How many of the ``offered`` drafts of some of a step's sequences to verify, ``most`` in
+        all; each is right with the chance of its sequence if those before it are."""
+        lengths = self._lengths(num_sequences, chances, offered, most)
+        if any(offered) and self._costs.knows(num_sequences):
+            self._ask_by(max(lengths), self._costs.seconds(num_sequences))
+        return lengths
+
+    def _ask_by(self, longest: int, seconds: float) -> None:
+        """Decide on the next question after drafts of up to ``longest`` in a step that took so many
+        ``seconds`` without."""
+        share = self._most * self._asking / (_FREE * seconds)
+        self._wanted = min(self._most, longest + 1) if share > 1 and longest else self._most
+        self._pause = 0 if longest else min(2 * self._pause + 1, int(share))
+        self._left = self._pause
+
+    def _lengths(
+        self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
+    ) -> list[int]:
+        lengths, costs = [0] * len(offered), self._costs
+        if not any(offered) or not costs.knows(num_sequences):  # what none cost is measured first
+            return lengths
+        ranked = _ranked(chances, offered)[: min(most, costs.most - num_sequences)]
+        best, count = _MARGIN * num_sequences / costs.seconds(num_sequences), 0
+        tokens, longest = float(num_sequences), 0
+        for size, (gain, index) in enumerate(ranked, start=1):
+            tokens += gain
+            lengths[index] += 1
+            longest = max(longest, lengths[index])
+            seconds = longest * self._asking + costs.seconds(num_sequences + size)
+            if tokens / seconds > best:
+                best, count = tokens / seconds, size
+        for _, index in ranked[count:]:
+            lengths[index] -= 1
+        return lengths
+
+    def landed(self, rows: int, seconds: float) -> None:
+        """Take a step of nothing but decodes into account."""
+        self._costs.add(rows, seconds)
+
+
+def _ranked(chances: Sequence[float], offered: Sequence[int]) -> list[tuple[float, int]]:
+    """How much every draft adds to the tokens that are expected, and whose it is, the most first;
+    those of a sequence in their order."""
+    ranked = []
+    for index, (chance, count) in enumerate(zip(chances, offered, strict=True)):
+        gain = 1.0
+        for _ in range(count):
+            gain *= chance
+            ranked.append((gain, index))
+    ranked.sort(key=lambda each: -each[0])
+    return ranked

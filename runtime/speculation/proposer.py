@@ -1,0 +1,68 @@
+"""What guesses the next tokens of sequences, and how one is found by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slipstream.errors import InvalidRequestError
+from slipstream.extensions import entry_points, load
+
+if TYPE_CHECKING:
+    from slipstream.runtime.loaded_engine import LoadedEngine
+
+OFF = "off"
+GROUP = "slipstream.proposers"
+_PROPOSERS = {
+    "draft": "slipstream.runtime.speculation.draft:draft_proposer",
+    "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
+    "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """A sequence as a proposer sees it: its ``tokens``, of which ``prompt_len`` are the prompt's.
+
+    The list is the live one: it only grows, and is not to be changed. Of other sequences only those
+    with the same ``namespace`` may be told from how fast this one is. ``state`` is the proposer's
+    own, and goes with the sequence.
+    """
+
+    tokens: Sequence[int]
+    prompt_len: int
+    namespace: str = ""
+    state: Any = field(default=None, repr=False)
+
+
+class Proposer(Protocol):
+    """Guesses tokens; used from the engine loop's thread, before steps in which they are verified.
+
+    Made by a class, or function, that is called with the ``LoadedEngine`` to guess for. What it
+    guesses, however wrong, changes how fast answers come and nothing else.
+    """
+
+    def propose(self, contexts: Sequence[Context], most: int) -> Sequence[Sequence[int]]:
+        """Up to ``most`` tokens that may follow each of ``contexts``, none where there is no guess.
+
+        One that raises is asked no more, and the engine goes on without.
+        """
+        ...
+
+    def finish(self, context: Context) -> None:
+        """A sequence that guesses were made for has ended, in whatever way."""
+        ...
+
+
+def create_proposer(name: str, engine: LoadedEngine) -> Proposer:
+    """The proposer of a name; raises ``InvalidRequestError`` for one that nobody brings."""
+    places = {**entry_points(GROUP), **_PROPOSERS}
+    if name not in places:
+        raise InvalidRequestError(
+            f"speculative is {name!r}; known are {OFF}, {', '.join(sorted(places))}. Packages add "
+            f"proposers by entry points of the group {GROUP}",
+            param="speculative",
+        )
+    proposer: Proposer = load(places[name], "PROPOSER", GROUP)(engine)
+    return proposer

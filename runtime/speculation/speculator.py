@@ -1,0 +1,217 @@
+"""Drafts for the sequences of a step: whose guess, how many of them, and what became of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from slipstream.builder.contract import states
+from slipstream.errors import EngineMismatchError, InvalidRequestError
+from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.speculation.lengths import Lengths
+from slipstream.runtime.speculation.lookup import OtherText
+from slipstream.runtime.speculation.proposer import OFF, Context, Proposer, create_proposer
+from slipstream.runtime.speculation.stats import SpeculationStats
+
+_logger = logging.getLogger(__name__)
+_FAILED = "the proposer failed; there will be no more drafts of it"
+_FIRST_CHANCE = 0.5
+_SMOOTHING = 0.15  # the weight of the newest guess
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What is kept of a sequence: the last guess, how many tokens came before it and whether it is
+    the client's prediction, and how often guesses were right of late."""
+
+    context: Context
+    chance: float
+    predicted: OtherText | None = None
+    guess: Sequence[int] = ()
+    guessed_at: int = 0
+    of_prediction: bool = False
+
+
+class Speculator:
+    """Asks a proposer what comes next in sequences whose tokens the host knows, and decides how
+    much of that a step verifies.
+
+    Every guess is compared with the tokens that came, whether or not it was verified: where none
+    pay, it still shows when that changes.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        most: int,
+        vocab_size: int,
+        lengths: Lengths | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """Up to ``most`` drafts a sequence, as many as are guessed where there are no
+        ``lengths``."""
+        self._proposer: Proposer | None = proposer
+        self._most = most
+        self._vocab_size = vocab_size
+        self._lengths = lengths
+        self._clock = clock
+        self._chance = _FIRST_CHANCE
+        self._num_drafts = self._num_tokens = 0
+        self._accepted = [0] * most
+
+    @property
+    def stats(self) -> SpeculationStats:
+        """A snapshot; may be read from another thread."""
+        accepted = tuple(self._accepted)
+        return SpeculationStats(self._num_drafts, self._num_tokens, sum(accepted), accepted)
+
+    def draft(
+        self, sequences: Sequence[Running], room: Sequence[int], budget: int
+    ) -> list[list[int]]:
+        """Tokens to verify after each of the decoding ``sequences`` of a step, no more than there
+        is ``room`` for, and than a ``budget`` in all."""
+        drafts: list[list[int]] = [[] for _ in sequences]
+        places = [place for place, free in enumerate(room) if free > 0]
+        if not places or budget <= 0:
+            return drafts
+        tracked = [self._follow(sequences[place]) for place in places]
+        self._guess([sequences[place] for place in places], tracked)
+        offered = [
+            self._allowed(sequences[place], each.guess[: min(room[place], self._most)])
+            for place, each in zip(places, tracked, strict=True)
+        ]
+        counts = [len(guess) for guess in offered]
+        if self._lengths is not None:
+            chances = [each.chance for each in tracked]
+            counts = self._lengths.choose(len(sequences), chances, counts, budget)
+        for place, guess, count in zip(places, offered, counts, strict=True):
+            drafts[place] = guess[: min(count, budget)]
+            budget -= len(drafts[place])
+        return drafts
+
+    def landed(self, plan: StepPlan, runs: Mapping[Running, list[int]], seconds: float) -> None:
+        """Take into account in which runs a step ended, and how long it took."""
+        for sequence, count in zip(plan.sequences, plan.drafts, strict=True):
+            tracked = sequence.speculation
+            if not count or tracked is None or sequence not in runs:
+                continue
+            right = len(runs[sequence]) - 1
+            self._num_drafts += 1
+            self._num_tokens += count
+            for position in range(right):
+                self._accepted[position] += 1
+            if tracked.of_prediction:
+                sequence.num_accepted += right
+                sequence.num_rejected += count - right
+        if self._lengths is not None and plan.num_decodes == len(plan.sequences):
+            self._lengths.landed(sum(plan.counts), seconds)
+
+    def finish(self, sequence: Running) -> None:
+        """A sequence has ended."""
+        if self._proposer is not None and sequence.speculation is not None:
+            try:
+                self._proposer.finish(sequence.speculation.context)
+            except Exception:  # the engine needs no guess
+                _logger.exception(_FAILED)
+                self._proposer = None
+
+    def _follow(self, sequence: Running) -> Tracked:
+        """What is kept of a sequence, with the last guess compared with what came."""
+        tracked = sequence.speculation
+        if tracked is None:
+            predicted = sequence.request.params.prediction_token_ids
+            tracked = sequence.speculation = Tracked(
+                Context(sequence.tokens, sequence.prompt_len, sequence.request.cache_namespace),
+                self._chance,
+                OtherText(predicted) if predicted else None,
+            )
+        came = sequence.tokens[tracked.guessed_at : tracked.guessed_at + len(tracked.guess)]
+        for guessed, token in zip(tracked.guess, came, strict=False):
+            right = guessed == token
+            tracked.chance += _SMOOTHING * (right - tracked.chance)
+            self._chance += _SMOOTHING * (right - self._chance) / 4
+            if not right:
+                break
+        return tracked
+
+    def _guess(self, sequences: Sequence[Running], tracked: Sequence[Tracked]) -> None:
+        asked, known = [], all(each.guessed_at for each in tracked)
+        for sequence, each in zip(sequences, tracked, strict=True):
+            each.guess, each.guessed_at = (), len(sequence.tokens)
+            if each.predicted is not None:
+                each.guess = each.predicted.propose(sequence.output, self._most)
+            each.of_prediction = bool(each.guess)
+            if not each.guess:
+                asked.append(each)
+        most = self._most if self._lengths is None else self._lengths.wanted()
+        if not asked or not most:
+            return
+        began = self._clock()
+        for each, guess in zip(asked, self._proposals(asked, most), strict=False):
+            each.guess = guess
+        if known and self._lengths is not None:  # else it has read prompts, too
+            self._lengths.asked(most, self._clock() - began)
+
+    def _proposals(self, asked: Sequence[Tracked], most: int) -> Iterable[Sequence[int]]:
+        if self._proposer is None:
+            return ()
+        try:
+            proposals = self._proposer.propose([each.context for each in asked], most)
+            return [[int(token) for token in guess[:most]] for guess in proposals]
+        except Exception:  # the engine needs no guess
+            _logger.exception(_FAILED)
+            self._proposer = None
+            return ()
+
+    def _allowed(self, sequence: Running, guess: Sequence[int]) -> list[int]:
+        """A guess up to the first token that there is none of, that ends the sequence, or that the
+        form forbids."""
+        constraint = sequence.constrained()
+        ends = sequence.stop_token_ids
+        if constraint is not None:
+            ends |= sequence.eos_token_ids
+        tokens: list[int] = []
+        for token in guess:
+            if not 0 <= token < self._vocab_size or token in ends:
+                break
+            tokens.append(token)
+        return tokens if constraint is None else tokens[: constraint.num_valid(tokens)]
+
+
+def speculator_of(engine: LoadedEngine, clock: Callable[[], float]) -> Speculator | None:
+    """What the configuration of an engine asks for; ``clock`` tells seconds.
+
+    Raises ``EngineMismatchError`` where nothing can be verified and ``InvalidRequestError`` for an
+    unknown proposer or more drafts than the executor verifies.
+    """
+    config, limit = engine.config, engine.executor.max_drafts
+    if engine.executor.draft_tokens and states(engine.caches):
+        raise EngineMismatchError(
+            f"the device guesses {engine.executor.draft_tokens} tokens ahead, and of states, "
+            "which this engine keeps, none can be taken back: load it where nothing is guessed"
+        )
+    if config.speculative == OFF or engine.pooling is not None:
+        return None
+    if states(engine.caches):
+        raise EngineMismatchError(
+            f"speculative is {config.speculative!r}, and of states, which this engine keeps, none "
+            f"can be taken back; leave it {OFF}"
+        )
+    if not limit:
+        raise EngineMismatchError(
+            f"speculative is {config.speculative!r}, and the executor of this engine's target "
+            f"verifies no drafts; leave it {OFF}"
+        )
+    auto = config.num_speculative_tokens == "auto"
+    most = limit if config.num_speculative_tokens == "auto" else config.num_speculative_tokens
+    if most > limit:
+        raise InvalidRequestError(
+            f"num_speculative_tokens is {most}; this engine's executor verifies up to {limit}",
+            param="num_speculative_tokens",
+        )
+    proposer = create_proposer(config.speculative, engine)
+    lengths = Lengths(most) if auto else None
+    return Speculator(proposer, most, engine.vocab_size, lengths, clock)
