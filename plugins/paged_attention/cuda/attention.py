@@ -148,7 +148,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         (qkv.shape[0], a.num_heads * a.head_dim), dtype=qkv.dtype, device=qkv.device
     )
     if step.num_decodes:
-        decode = _hopper_decode if _suits_hopper(a, pages) else _decode
+        decode = _hopper_decode if _suits_hopper_decode(a, pages) else _decode
         decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
@@ -235,7 +235,7 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
     )
 
 
-def _suits_hopper(a: Attributes, pages: torch.Tensor) -> bool:
+def _suits_hopper_decode(a: Attributes, pages: torch.Tensor) -> bool:
     """Whether the kernel for Hopper knows such a layer."""
     return (
         _capability(pages.device)[0] == 9
