@@ -260,7 +260,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     pdl: bool,
 ) -> None:
     by = _scalars(a, pages)
-    programs, min_pages = _hopper_programs(step.num_decodes, a.num_kv_heads)
+    programs, slots = _hopper_programs(step.num_decodes * a.num_kv_heads)
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
@@ -277,7 +277,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        min_pages,
+        slots,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -297,9 +297,12 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     )
 
 
-def _hopper_programs(sequences: int, num_kv_heads: int) -> tuple[int, int]:
-    heads = sequences * num_kv_heads
-    return min(max(1024 // heads, 2), _MAX_SPLITS), min(max(heads // 32, 1), 16)
+def _hopper_programs(heads: int) -> tuple[int, int]:
+    """Programs that may share a head of a sequence, and how many in all share a step evenly.
+
+    Those without work end at once, but a few thousand take their time.
+    """
+    return min(max(4096 // heads, 2), _MAX_SPLITS), 264
 
 
 def _hopper_stages(a: Attributes, bytes_each: int) -> int:

@@ -133,15 +133,40 @@ def copy_pages(
 
 
 @gluon.jit
-def decoded(page, end, limit, to):
-    """Puts a page of float8 codes into ``to`` as what the tensor cores multiply; rows from ``end``
-    on are zero if that is below ``limit``."""
-    layout: gl.constexpr = _rows_layout(to.shape[1])
-    x = page.load(layout).to(to.dtype)
-    if end < limit:
-        row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
-        x = gl.where((row < end)[:, None], x, gl.zeros_like(x))
-    to.store(x)
+def decoded(page, to):
+    """Puts a page of float8 codes into ``to``, in the type that the tensor cores multiply.
+
+    Triton converts to bfloat16 one by one. Here the bits of four codes move to where bfloat16 has
+    them, which is the value times 2 ** -120.
+    """
+    codes = page.load(_rows_layout(to.shape[1]))
+    if to.dtype == gl.bfloat16:
+        to.store(
+            gl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 high, low, unit;
+                shr.u32 high, $2, 4;
+                and.b32 high, high, 0x07070707;
+                lop3.b32 high, $2, 0x80808080, high, 0xEA;
+                shl.b32 low, $2, 4;
+                and.b32 low, low, 0xF0F0F0F0;
+                mov.b32 unit, 0x7B807B80;
+                prmt.b32 $0, low, high, 0x5140;
+                prmt.b32 $1, low, high, 0x7362;
+                mul.rn.bf16x2 $0, $0, unit;
+                mul.rn.bf16x2 $1, $1, unit;
+                }
+                """,
+                "=&r,=&r,r",
+                [codes],
+                dtype=gl.bfloat16,
+                is_pure=True,
+                pack=4,
+            )
+        )
+    else:
+        to.store(codes.to(to.dtype))
 
 
 @gluon.jit
@@ -278,19 +303,20 @@ def attend(
         k = k_ring.index(slot)
         v = v_ring.index(slot)
         if CODED:
-            decoded(k, PAGE, PAGE, k_operand)
+            decoded(k, k_operand)
             fence_async_shared()
             gl.thread_barrier()
             s = warpgroup_mma(
                 k_operand, q_shared.permute((1, 0)), zero, use_acc=False, is_async=True
             )
-            decoded(v, behind, PAGE, v_operand)
-            s = warpgroup_mma_wait(0, [s])
+            decoded(v, v_operand)
+            if behind < PAGE:
+                without_rest(v_operand, behind)
         else:
             s = warpgroup_mma(k, q_shared.permute((1, 0)), zero, use_acc=False, is_async=True)
             if behind < PAGE:
                 without_rest(v, behind)
-            s = warpgroup_mma_wait(0, [s])
+        s = warpgroup_mma_wait(0, [s])
         s = gl.where((key_row < behind)[:, None], s * scale, float("-inf"))
         top = gl.maximum(m, gl.max(s, 0))
         shrink = gl.exp2(m - top)
@@ -402,7 +428,20 @@ def add_splits(
     gl.store(output + to, y.to(output.dtype.element_ty), wide)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "min_pages"])
+@gluon.jit
+def pages_of_step(context_len, PAGE: gl.constexpr):
+    """The pages of all sequences together."""
+    CHUNK: gl.constexpr = 1024
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    index = gl.arange(0, CHUNK, layout)
+    pages = gl.zeros([CHUNK], gl.int32, layout)
+    for start in range(0, gl.num_programs(1), CHUNK):
+        here = start + index < gl.num_programs(1)
+        pages += gl.cdiv(gl.load(context_len + start + index, here, 0), PAGE)
+    return gl.sum(pages, 0)
+
+
+@gluon.jit(do_not_specialize=["table_stride", "slots"])
 def hopper_decode_kernel(
     qkv,
     cos,
@@ -420,7 +459,7 @@ def hopper_decode_kernel(
     statistics,
     arrivals,
     table_stride,
-    min_pages,
+    slots,
     scale,
     eps,
     k_scale,
@@ -440,8 +479,9 @@ def hopper_decode_kernel(
 
     ``pages`` is a descriptor of ``cells``, the layer's pages, as rows of HEAD_DIM in tiles of PAGE.
     The keys of a sequence are cut into at most MAX_SPLITS splits of whole pages, whose size follows
-    from its context alone; how many programs share them changes no bit of the result. The last
-    program to arrive adds up all.
+    from its context alone; how many programs share them changes no bit of the result: as many as
+    give each an even share of the step, of which ``slots`` programs run at a time. The last program
+    to arrive adds up all.
     """
     if PDL:
         gdc_launch_dependents()
@@ -459,7 +499,8 @@ def hopper_decode_kernel(
     num_pages = gl.maximum(gl.cdiv(cached, PAGE), 1)
     split_pages = gl.cdiv(num_pages, MAX_SPLITS)
     splits = gl.cdiv(num_pages, split_pages)
-    share = gl.maximum(gl.cdiv(splits, gl.num_programs(2)), gl.cdiv(min_pages, split_pages))
+    even = gl.cdiv(pages_of_step(context_len, PAGE) * NUM_KV_HEADS, slots)
+    share = gl.maximum(gl.cdiv(splits, gl.num_programs(2)), gl.cdiv(even, split_pages))
     split = part * share
     if split >= splits:
         return
@@ -470,18 +511,20 @@ def hopper_decode_kernel(
     dtype: gl.constexpr = pages.dtype
     CODED: gl.constexpr = dtype == gl.float8e4nv
     operand: gl.constexpr = qkv.dtype.element_ty if CODED else dtype
+    # Weights of the softmax and values of fp8 pages are exact enough, or exact, in float16.
+    weight: gl.constexpr = gl.float16 if CODED else dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, HEAD_DIM], operand)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, PAGE, HEAD_DIM], pages.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, PAGE, HEAD_DIM], pages.layout)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, HEAD_DIM], operand)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, PAGE], operand)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, PAGE], weight)
     q_shared = gl.allocate_shared_memory(operand, [N, HEAD_DIM], q_layout)
-    p_shared = gl.allocate_shared_memory(operand, [N, PAGE], p_layout)
+    p_shared = gl.allocate_shared_memory(weight, [N, PAGE], p_layout)
     k_operand = q_shared
     v_operand = q_shared
     if CODED:
         k_operand = gl.allocate_shared_memory(operand, [PAGE, HEAD_DIM], tile)
-        v_operand = gl.allocate_shared_memory(operand, [PAGE, HEAD_DIM], tile)
+        v_operand = gl.allocate_shared_memory(weight, [PAGE, HEAD_DIM], tile)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(STAGES):
