@@ -266,7 +266,9 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         qkv,
         cos,
         sin,
-        TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), tile, page_layout(tile, pages)),
+        TensorDescriptor.from_tensor(
+            pages.view(-1, a.head_dim), tile, page_layout(tile, pages.dtype)
+        ),
         pages,
         step.context_len,
         step.page_table,
@@ -288,7 +290,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         ROTARY=cos.shape[1],
         PAGE=a.page_size,
         KV_PARTS=a.kv_parts,
-        N=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 8),
+        COLUMNS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 8),
         STAGES=_hopper_stages(a, pages.element_size()),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
