@@ -31,8 +31,7 @@ _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
-# Of a program of the decode kernel for Hopper, so that two are on a multiprocessor.
-_HOPPER_SHARED, _HOPPER_REGISTERS = 104 << 10, 128
+_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,7 +259,10 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     pdl: bool,
 ) -> None:
     by = _scalars(a, pages)
-    programs, slots = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
+    coded = pages.element_size() == 1
+    together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)  # noqa: PLR2004
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
@@ -279,7 +281,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        slots,
+        together * _multiprocessors(pages.device),
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -291,27 +293,25 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         PAGE=a.page_size,
         KV_PARTS=a.kv_parts,
         COLUMNS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 8),
-        STAGES=_hopper_stages(a, pages.element_size()),
+        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
-        maxnreg=_HOPPER_REGISTERS,
+        maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
 
 
-def _hopper_programs(heads: int) -> tuple[int, int]:
-    """Programs that may share a head of a sequence, and how many in all share a step evenly.
-
-    Those without work end at once, but a few thousand take their time.
-    """
-    return min(max(4096 // heads, 2), _MAX_SPLITS), 264
+def _hopper_programs(heads: int) -> int:
+    """Programs that may share a head of a sequence. Those without work end at once, but a few
+    thousand take their time."""
+    return min(max(2048 // heads, 1), _MAX_SPLITS)
 
 
-def _hopper_stages(a: Attributes, bytes_each: int) -> int:
-    """Pages in the ring of a program, of which a multiprocessor should hold two."""
-    page = 2 * a.page_size * a.head_dim
-    decoded = 0 if bytes_each == 2 else 2 * page
-    return max((_HOPPER_SHARED - decoded) // (page * bytes_each), 2)
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _write(

@@ -494,8 +494,10 @@ def work_of(context, context_len, slots, shape):
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
     split_pages = gl.cdiv(num_pages, shape.max_splits)
     splits = gl.cdiv(num_pages, split_pages)
-    even = gl.cdiv(pages_of_step(context_len, shape.page) * shape.num_kv_heads, slots)
-    share = gl.maximum(gl.cdiv(splits, gl.num_programs(2)), gl.cdiv(even, split_pages))
+    share = gl.cdiv(splits, gl.num_programs(2))
+    if gl.num_programs(2) > 1:
+        even = gl.cdiv(pages_of_step(context_len, shape.page) * shape.num_kv_heads, slots)
+        share = gl.maximum(share, gl.cdiv(even, split_pages))
     split = part * share
     end_split = gl.minimum(split + share, splits)
     first = split * split_pages
