@@ -262,7 +262,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
     coded = pages.element_size() == 1
-    together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)  # noqa: PLR2004
+    together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
