@@ -40,6 +40,7 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
     names = {line[0] for line in lines}
     assert len(names) == len(lines) >= LEAST_KERNELS
     assert {"normed_router_kernel", "router_kernel", "expert_gemv_float"} <= names
+    assert {"decode_kernel", "hopper_decode_kernel"} <= names
     check(lines, 90)
 
 

@@ -12,9 +12,11 @@ from functools import cache
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.cuda.launch import interpreting, launch_options
+from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.kernels import (
     decode_kernel,
     prefill_kernel,
@@ -29,6 +31,7 @@ _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
+_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +147,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         (qkv.shape[0], a.num_heads * a.head_dim), dtype=qkv.dtype, device=qkv.device
     )
     if step.num_decodes:
-        _decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        decode = _hopper_decode if _suits_hopper_decode(a, pages) else _decode
+        decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         _prefill(qkv, pages, step, a, sinks, output, pdl)
@@ -228,6 +232,86 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         PDL=pdl,
         **launch_options(num_warps=warps, pdl=pdl),
     )
+
+
+def _suits_hopper_decode(a: Attributes, pages: torch.Tensor) -> bool:
+    """Whether the kernel for Hopper knows such a layer."""
+    return (
+        _capability(pages.device)[0] == 9
+        and not interpreting()
+        and a.head_dim in (64, 128, 256)
+        and a.page_size == 64
+        and a.kv_parts != 1
+        and not (a.sliding_window or a.soft_cap or a.v_norm)
+    )
+
+
+def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    weights: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    workspace: DecodeWorkspace,
+    output: torch.Tensor,
+    pdl: bool,
+) -> None:
+    by = _scalars(a, pages)
+    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
+    coded = pages.element_size() == 1
+    together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
+    tile = [a.page_size, a.head_dim]
+    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
+        qkv,
+        cos,
+        sin,
+        TensorDescriptor.from_tensor(
+            pages.view(-1, a.head_dim), tile, page_layout(tile, pages.dtype)
+        ),
+        pages,
+        step.context_len,
+        step.page_table,
+        step.slot_mapping,
+        *weights,
+        output,
+        workspace.partials,
+        workspace.statistics,
+        workspace.arrivals,
+        step.page_table.stride(0),
+        together * _multiprocessors(pages.device),
+        by.scale,
+        a.norm_eps,
+        a.k_scale,
+        by.v_scale,
+        NUM_HEADS=a.num_heads,
+        NUM_KV_HEADS=a.num_kv_heads,
+        HEAD_DIM=a.head_dim,
+        ROTARY=cos.shape[1],
+        PAGE=a.page_size,
+        KV_PARTS=a.kv_parts,
+        COLUMNS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 8),
+        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
+        MAX_SPLITS=workspace.partials.shape[2],
+        PDL=pdl,
+        maxnreg=registers,
+        **launch_options(num_warps=4, pdl=pdl),
+    )
+
+
+def _hopper_programs(heads: int) -> int:
+    """Programs that may share a head of a sequence. Those without work end at once, but a few
+    thousand take their time."""
+    return min(max(2048 // heads, 1), _MAX_SPLITS)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _write(

@@ -255,12 +255,37 @@ CASES = {
         sinks=True,
     ),
 }
+# Layers that a kernel for Hopper knows, in every shape of it; Gluon has no interpreter.
+HOPPER = {
+    "decode_llama_float8": Case(
+        (*DECODES, (1, 300)), 6, heads=8, head_dim=128, dtype="bfloat16", pages="float8_e4m3fn"
+    ),
+    "decode_llama_everything": Case(
+        ((1, 1), (1, 129), (1, 2309)),
+        3,
+        heads=8,
+        head_dim=128,
+        dtype="bfloat16",
+        norm=True,
+        sinks=True,
+        rotary=16,
+        padding=2,
+    ),
+    "decode_heads_of_64": Case(DECODES, 5, heads=20, kv_heads=1, head_dim=64),
+    "decode_heads_of_256": Case(((1, 129), (1, 64)), 2, heads=2, kv_heads=1, head_dim=256),
+    "decode_heads_of_256_float8": Case(
+        ((1, 129), (1, 64)), 2, kv_heads=1, head_dim=256, pages="float8_e4m3fn"
+    ),
+    "decode_llama_keys_of_another": Case(DECODES[3:], 2, head_dim=128, kv_parts=0),
+}
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in HOPPER)]
+)
 def test_matches_the_reference(name: str, device: str) -> None:
-    case = CASES[name]
+    case = (CASES | HOPPER)[name]
     inputs = case.inputs()
     output, pages = run(case, deepcopy(inputs), device)
     queries = reference.write_pages(inputs, case.attributes())
@@ -268,6 +293,15 @@ def test_matches_the_reference(name: str, device: str) -> None:
     want = reference.attend_pages(replace(inputs, kv_cache=pages), case.attributes(), queries)
     tolerance = TOLERANCE[case.dtype] * float(np.abs(want).max())
     np.testing.assert_allclose(output, want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*HOPPER, "decode_llama", "prefill_llama"])
+def test_matches_the_reference_without_the_kernels_for_hopper(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_suits_hopper_decode", lambda *_: False)
+    test_matches_the_reference(name, device)
 
 
 def test_what_no_window_reaches_is_not_read(device: str) -> None:
@@ -288,11 +322,19 @@ def alone(inputs: Inputs, sequence: int) -> Inputs:
     return replace(deepcopy(inputs), **cut, query_start=np.array([0, 1], np.int32))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "pages"),
+    [
+        (16, ""),
+        pytest.param(128, "", marks=pytest.mark.gpu),
+        pytest.param(128, "float8_e4m3fn", marks=pytest.mark.gpu),
+    ],
+)
 def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, pages: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = ((1, 700), (1, 30), (1, 2309), (1, 129))  # the third has splits of two pages
-    case = Case(batch, 4, heads=2, kv_heads=1, head_dim=16, sinks=True)
+    case = Case(batch, 4, heads=2, kv_heads=1, head_dim=head_dim, pages=pages, sinks=True)
     inputs = case.inputs()
     together, _ = run(case, deepcopy(inputs), device)
     for s in range(len(batch)):
@@ -301,6 +343,8 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         np.testing.assert_array_equal(output[0], together[s])
     for programs in ((1, 1), (3, 1), (16, 8)):  # one for all splits; several each
         monkeypatch.setattr(cuda, "_programs", lambda *_, chosen=programs: chosen)
+        monkeypatch.setattr(cuda, "_hopper_programs", lambda _, chosen=programs[0]: chosen)
+        monkeypatch.setattr(cuda, "_multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
         output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
 
