@@ -12,9 +12,14 @@ from functools import cache
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.cuda.launch import interpreting, launch_options
+from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
+    hopper_prefill_kernel,
+    part_of_page,
+)
 from slipstream.plugins.paged_attention.cuda.kernels import (
     decode_kernel,
     prefill_kernel,
@@ -29,6 +34,9 @@ _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
+# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory.
+_HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
+_HOPPER_REGISTERS = 168  # of each of 384 threads; those that multiply take from the others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +155,10 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         _decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
-        _prefill(qkv, pages, step, a, sinks, output, pdl)
+        if _suits_hopper_prefill(qkv, pages, a):
+            _hopper_prefill(qkv, pages, step, a, sinks, output)
+        else:
+            _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
 
 
@@ -294,6 +305,66 @@ def _prefill(
         PDL=pdl,
         **launch_options(num_warps=warps, num_stages=stages, pdl=pdl),
     )
+
+
+def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes) -> bool:
+    """Whether there is the GPU, and this is a layer, that the prefill kernel for Hopper is for."""
+    keys, _ = _HOPPER_TILES.get(a.head_dim, (0, 0))
+    return (
+        _capability(qkv.device) == (9, 0)
+        and not interpreting()
+        and qkv.dtype == pages.dtype
+        and qkv.element_size() == 2
+        and a.page_size in (32, 64, 128)
+        and a.page_size <= keys
+        and a.num_heads // a.num_kv_heads <= _BLOCK_ROWS
+        and not (a.sliding_window or a.soft_cap)
+    )
+
+
+def _hopper_prefill(
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """``_prefill``, by programs that work on one block after the other."""
+    keys, stages = _HOPPER_TILES[a.head_dim]
+    blocks = len(step.block_sequence)
+    part, layout = part_of_page(a.page_size, pages.dtype)
+    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, _multiprocessors(qkv.device)),)](
+        qkv,
+        TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
+        step.query_start,
+        step.context_len,
+        step.page_table,
+        step.block_sequence,
+        step.block_start,
+        sinks,
+        output,
+        blocks,
+        step.page_table.stride(0),
+        _scalars(a, pages).scale,
+        NUM_HEADS=a.num_heads,
+        NUM_KV_HEADS=a.num_kv_heads,
+        HEAD_DIM=a.head_dim,
+        PAGE=a.page_size,
+        KV_PARTS=a.kv_parts,
+        BLOCK_Q=query_block(a) // step.query_block * step.query_block,
+        BLOCK_N=keys,
+        STAGES=stages,
+        maxnreg=_HOPPER_REGISTERS,
+        **launch_options(num_warps=4),
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
