@@ -34,9 +34,12 @@ _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
-# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory.
-_HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
-_HOPPER_REGISTERS = 168  # of each of 384 threads; those that multiply take from the others
+# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
+# and tiles of float8 codes beside them.
+_HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
+# Of each of its 384 threads, or 512 where codes are decoded; those that multiply take from the
+# others.
+_HOPPER_REGISTERS, _HOPPER_CODED_REGISTERS = 168, 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,12 +312,13 @@ def _prefill(
 
 def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes) -> bool:
     """Whether there is the GPU, and this is a layer, that the prefill kernel for Hopper is for."""
-    keys, _ = _HOPPER_TILES.get(a.head_dim, (0, 0))
+    keys, _, codes = _HOPPER_TILES.get(a.head_dim, (0, 0, 0))
+    coded = pages.dtype == torch.float8_e4m3fn
     return (
         _capability(qkv.device) == (9, 0)
         and not interpreting()
-        and qkv.dtype == pages.dtype
         and qkv.element_size() == 2
+        and (codes > 0 if coded else qkv.dtype == pages.dtype)
         and a.page_size in (32, 64, 128)
         and a.page_size <= keys
         and a.num_heads // a.num_kv_heads <= _BLOCK_ROWS
@@ -331,9 +335,11 @@ def _hopper_prefill(
     output: torch.Tensor,
 ) -> None:
     """``_prefill``, by programs that work on one block after the other."""
-    keys, stages = _HOPPER_TILES[a.head_dim]
+    by = _scalars(a, pages)
+    keys, stages, codes = _HOPPER_TILES[a.head_dim]
+    coded = pages.dtype == torch.float8_e4m3fn
     blocks = len(step.block_sequence)
-    part, layout = part_of_page(a.page_size, pages.dtype)
+    part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
     hopper_prefill_kernel[(min(blocks * a.num_kv_heads, _multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
@@ -346,7 +352,8 @@ def _hopper_prefill(
         output,
         blocks,
         step.page_table.stride(0),
-        _scalars(a, pages).scale,
+        by.scale,
+        by.v_scale,
         NUM_HEADS=a.num_heads,
         NUM_KV_HEADS=a.num_kv_heads,
         HEAD_DIM=a.head_dim,
@@ -355,7 +362,8 @@ def _hopper_prefill(
         BLOCK_Q=query_block(a) // step.query_block * step.query_block,
         BLOCK_N=keys,
         STAGES=stages,
-        maxnreg=_HOPPER_REGISTERS,
+        CODES=codes if coded else 0,
+        maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )
 

@@ -1,9 +1,11 @@
-"""Attention of prompts over a paged KV cache for Hopper GPUs, in Gluon.
+"""Attention of prompts over a paged KV cache for Hopper GPUs, in Gluon: ``prefill_kernel`` of
+kernels.py where there is neither a window nor a soft cap.
 
 A program works on one block of queries after the other: one warp copies pages into shared memory
 by TMA, and two warpgroups of 64 rows each multiply. While a warpgroup's tensor cores add the values
-of one tile of keys, it makes softmax weights of the scores of the next one. Scores are kept in
-units of log 2, so that ``exp2`` is the softmax's exponential.
+of one tile of keys, it makes softmax weights of the scores of the next one. Where pages hold float8
+codes, a third warpgroup decodes them into tiles of float16, in which queries are then, too. Scores
+are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
 """
 
 from typing import NamedTuple
@@ -23,15 +25,21 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = gl.constexpr(-1e30)
 ROWS = gl.constexpr(64)  # queries times heads of a warpgroup
-COLUMNS = gl.constexpr(64)  # of a head in one copy: 128 bytes, across which shared memory swizzles
+SWIZZLE = gl.constexpr(128)  # bytes of a row in shared memory, hence of one copy
 EIGHT = gl.constexpr(8)  # keys, after which the swizzle repeats
 NO_ROW = gl.constexpr(-(1 << 20))  # where a copy finds zeros
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_TYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
-def part_of_page(page: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+def part_of_page(
+    page: int, head_dim: int, dtype: torch.dtype
+) -> tuple[list[int], gl.NVMMASharedLayout]:
     """What one copy takes of ``page`` keys or values, and how it lies in shared memory."""
-    part = [page, COLUMNS.value]
+    part = [page, min(SWIZZLE.value // dtype.itemsize, head_dim)]
     return part, gl.NVMMASharedLayout.get_default_for(part, _TYPES[dtype])
 
 
@@ -198,12 +206,13 @@ def load_queries(half: gl.constexpr, block, qkv, q, shape):
     query, head, valid = rows_of(half, block, layout, shape)
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     at = (block.first_token + query).to(gl.int64) * shape.width + head * HEAD_DIM
-    q.store(gl.load(qkv + at[:, None] + d[None, :], mask=valid[:, None], other=0.0))
+    values = gl.load(qkv + at[:, None] + d[None, :], mask=valid[:, None], other=0.0)
+    q.store(values.to(q.dtype))
     fence_async_shared()
 
 
 @gluon.jit
-def store_output(half: gl.constexpr, block, m, total, acc, sinks, output, shape):
+def store_output(half: gl.constexpr, block, m, total, acc, sinks, v_scale, output, shape):
     """The rows of a warpgroup, their sums divided."""
     HEAD_DIM: gl.constexpr = shape.head_dim
     layout: gl.constexpr = acc.type.layout
@@ -216,7 +225,7 @@ def store_output(half: gl.constexpr, block, m, total, acc, sinks, output, shape)
         shrink = gl.exp2(m - top)
         total = total * shrink + gl.exp2(sink - top)
         acc = acc * shrink[:, None]
-    acc = acc * (1.0 / total)[:, None]
+    acc = acc * (v_scale / total)[:, None]
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     at = ((block.first_token + query).to(gl.int64) * shape.num_heads + head) * HEAD_DIM
     to = output + at[:, None] + d[None, :]
@@ -224,7 +233,9 @@ def store_output(half: gl.constexpr, block, m, total, acc, sinks, output, shape)
 
 
 @gluon.jit
-def attend(half: gl.constexpr, n, block, qkv, q, keys, values, sinks, scale, output, shape):
+def attend(
+    half: gl.constexpr, n, block, qkv, q, keys, values, sinks, scale, v_scale, output, shape
+):
     """A warpgroup's rows of a block; ``n`` tiles were before it."""
     dtype: gl.constexpr = keys.tiles.dtype
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.block_n, 16])
@@ -261,17 +272,17 @@ def attend(half: gl.constexpr, n, block, qkv, q, keys, values, sinks, scale, out
     acc = warpgroup_mma(weights, values.tiles.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(values.free.index(slot), count=1)
-    store_output(half, block, m, total, acc, sinks, output, shape)
+    store_output(half, block, m, total, acc, sinks, v_scale, output, shape)
 
 
 @gluon.jit
-def multiply(half: gl.constexpr, step, qkv, q, keys, values, sinks, scale, output, shape):
+def multiply(half: gl.constexpr, step, qkv, q, keys, values, sinks, scale, v_scale, output, shape):
     """What a warpgroup does."""
     n = 0
     for wave in range(waves(step, shape)):
         block = block_of(wave, step, shape)
         if block.tiles > 0:
-            attend(half, n, block, qkv, q, keys, values, sinks, scale, output, shape)
+            attend(half, n, block, qkv, q, keys, values, sinks, scale, v_scale, output, shape)
         n += block.tiles
 
 
@@ -289,10 +300,11 @@ def rows_of_pages(table, context, first_page, kv_head, shape):
 
 @gluon.jit
 def copy_pages(pages, rows, offset, ring, slot, barrier, pred, shape):
-    """A tile, page by page and COLUMNS by COLUMNS, as the swizzle has it in shared memory."""
+    """A tile, page by page and part by part, as the swizzle has it in shared memory."""
     PAGES: gl.constexpr = shape.block_n // shape.page
+    COLUMNS: gl.constexpr = pages.block_shape[1]
     PARTS: gl.constexpr = shape.head_dim // COLUMNS
-    count: gl.constexpr = shape.stages * PARTS * PAGES
+    count: gl.constexpr = ring.tiles.shape[0] * PARTS * PAGES
     parts = ring.tiles._reinterpret(pages.dtype, [count, shape.page, COLUMNS], pages.layout)
     for j in gl.static_range(PAGES):
         for c in gl.static_range(PARTS):
@@ -306,6 +318,7 @@ def clear_rest(pages, ring, slot, stored, shape):
     """Zeros in place of the values from ``stored`` on: nobody wrote them, and they may be NaN,
     which no weight of zero makes up for."""
     EIGHTS: gl.constexpr = shape.block_n // EIGHT
+    COLUMNS: gl.constexpr = pages.block_shape[1]
     PARTS: gl.constexpr = shape.head_dim // COLUMNS
     count: gl.constexpr = shape.stages * PARTS * EIGHTS
     parts = ring.tiles._reinterpret(pages.dtype, [count, EIGHT, COLUMNS], pages.layout)
@@ -359,34 +372,114 @@ def copy(step, pages, keys, values, landed, shape):
 
 
 @gluon.jit
-def first_half(step, qkv, pages, q, keys, values, landed, sinks, scale, output, shape):
+def copy_codes(step, pages, codes, shape):
+    """What the copying warp does with pages of float8: k and v of a tile in turns."""
+    TILE: gl.constexpr = shape.block_n * shape.head_dim  # bytes
+    CODES: gl.constexpr = codes.tiles.shape[0]
+    PAGES: gl.constexpr = shape.block_n // shape.page
+    PLANE: gl.constexpr = shape.num_kv_heads * shape.page  # rows from k to v
+    n = 0
+    for wave in range(waves(step, shape)):
+        block = block_of(wave, step, shape)
+        context = block.past + block.queries
+        table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
+        rows = rows_of_pages(table, context, 0, block.kv_head, shape)
+        for i in range(block.tiles):
+            now = rows  # a tile ahead, so that no copy waits for the number of its page
+            rows = rows_of_pages(table, context, (i + 1) * PAGES, block.kv_head, shape)
+            for which in gl.static_range(2):
+                slot = n % CODES
+                mbarrier.wait(codes.free.index(slot), (n // CODES & 1) ^ 1)
+                ready = codes.ready.index(slot)
+                mbarrier.expect(ready, TILE)
+                copy_pages(pages, now, which * PLANE, codes, slot, ready, True, shape)
+                n += 1
+
+
+@gluon.jit
+def decode_tile(n, codes, number, ring, stored, shape):
+    """The program's tile ``n`` of k or v, of the codes that came as tile ``number``; zeros from
+    row ``stored`` on, which nobody wrote: NaN there is what no weight of zero makes up for."""
+    CODES: gl.constexpr = codes.tiles.shape[0]
+    ROWS_AT_ONCE: gl.constexpr = 32
+    ACROSS: gl.constexpr = shape.head_dim // 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS_AT_ONCE, gl.SliceLayout(1, layout))
+    slot = n % shape.stages
+    at = number % CODES
+    mbarrier.wait(codes.ready.index(at), number // CODES & 1)
+    mbarrier.wait(ring.free.index(slot), (n // shape.stages & 1) ^ 1)
+    for start in gl.static_range(0, shape.block_n, ROWS_AT_ONCE):
+        part = codes.tiles.index(at).slice(start, ROWS_AT_ONCE, dim=0).load(layout)
+        value = part.to(ring.tiles.dtype)
+        value = gl.where((start + row < stored)[:, None], value, gl.zeros_like(value))
+        ring.tiles.index(slot).slice(start, ROWS_AT_ONCE, dim=0).store(value)
+    fence_async_shared()
+    mbarrier.arrive(ring.ready.index(slot), count=1)
+    mbarrier.arrive(codes.free.index(at), count=1)
+
+
+@gluon.jit
+def decode_codes(step, keys, values, codes, shape):
+    """What the warpgroup does that turns codes into what the others multiply."""
+    n = 0
+    for wave in range(waves(step, shape)):
+        block = block_of(wave, step, shape)
+        context = block.past + block.queries
+        for i in range(block.tiles):
+            stored = context - i * shape.block_n
+            decode_tile(n, codes, 2 * n, keys, stored, shape)
+            decode_tile(n, codes, 2 * n + 1, values, stored, shape)
+            n += 1
+
+
+@gluon.jit
+def first_half(
+    step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
+):
     """The first warpgroup."""
-    multiply(0, step, qkv, q.index(0), keys, values, sinks, scale, output, shape)
+    multiply(0, step, qkv, q.index(0), keys, values, sinks, scale, v_scale, output, shape)
 
 
 @gluon.jit
-def second_half(step, qkv, pages, q, keys, values, landed, sinks, scale, output, shape):
+def second_half(
+    step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
+):
     """The second warpgroup."""
-    multiply(1, step, qkv, q.index(1), keys, values, sinks, scale, output, shape)
+    multiply(1, step, qkv, q.index(1), keys, values, sinks, scale, v_scale, output, shape)
 
 
 @gluon.jit
-def copier(step, qkv, pages, q, keys, values, landed, sinks, scale, output, shape):
+def copier(step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape):
     """The warp beside them."""
     copy(step, pages, keys, values, landed, shape)
 
 
 @gluon.jit
-def new_ring(dtype: gl.constexpr, shape):
-    """A ring whose tiles are all free."""
+def code_copier(
+    step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
+):
+    """The warp beside them where pages are float8."""
+    copy_codes(step, pages, codes, shape)
+
+
+@gluon.jit
+def decoder(step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape):
+    """The warpgroup beside them where pages are float8."""
+    decode_codes(step, keys, values, codes, shape)
+
+
+@gluon.jit
+def new_ring(dtype: gl.constexpr, stages: gl.constexpr, readers: gl.constexpr, shape):
+    """A ring whose tiles are all free; so many warpgroups read each."""
     block: gl.constexpr = [shape.block_n, shape.head_dim]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    tiles = gl.allocate_shared_memory(dtype, [shape.stages, shape.block_n, shape.head_dim], layout)
-    ready = gl.allocate_shared_memory(gl.int64, [shape.stages, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [shape.stages, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(shape.stages):
+    tiles = gl.allocate_shared_memory(dtype, [stages, shape.block_n, shape.head_dim], layout)
+    ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(stages):
         mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=2)
+        mbarrier.init(free.index(slot), count=readers)
     return Ring(tiles, ready, free)
 
 
@@ -404,6 +497,7 @@ def hopper_prefill_kernel(
     blocks,
     table_stride,
     scale,
+    v_scale,
     NUM_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -412,10 +506,12 @@ def hopper_prefill_kernel(
     BLOCK_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CODES: gl.constexpr,
 ):
     """Blocks of BLOCK_Q queries, whose k and v are in the pages, for a group of heads together.
 
-    ``pages`` describes rows of one key or value of a head, of which a copy takes ``[PAGE, 64]``.
+    ``pages`` describes rows of one key or value of a head, of which a copy takes
+    PAGE, and of each at most SWIZZLE bytes.
     Grid: at most blocks * NUM_KV_HEADS, best as many as there are multiprocessors. The blocks with
     the most keys should be the first. Where the step's blocks are smaller, the first of those in
     one of ours does it all.
@@ -427,17 +523,36 @@ def hopper_prefill_kernel(
     step = Step(
         query_start, context_len, page_table, table_stride, block_sequence, block_start, blocks
     )
-    dtype: gl.constexpr = qkv.dtype.element_ty
+    CODED: gl.constexpr = pages.dtype == gl.float8e4nv
+    # float16 holds every code, and takes one instruction for two of them.
+    dtype: gl.constexpr = gl.float16 if CODED else qkv.dtype.element_ty
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
     q = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], half)
-    keys = new_ring(dtype, shape)
-    values = new_ring(dtype, shape)
+    keys = new_ring(dtype, STAGES, 2, shape)
+    values = new_ring(dtype, STAGES, 2, shape)
+    codes = keys
+    if CODED:
+        codes = new_ring(pages.dtype, CODES, 1, shape)
     landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(landed, count=1)
     fence_async_shared()
     arguments = (
-        step, qkv, pages, q, keys, values, landed, sinks, scale, output, shape
+        step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
     )  # fmt: skip
-    gl.warp_specialize(
-        [(first_half, arguments), (second_half, arguments), (copier, arguments)], [4, 1], [240, 24]
-    )
+    if CODED:
+        gl.warp_specialize(
+            [
+                (first_half, arguments),
+                (second_half, arguments),
+                (decoder, arguments),
+                (code_copier, arguments),
+            ],
+            [4, 4, 1],
+            [208, 72, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [(first_half, arguments), (second_half, arguments), (copier, arguments)],
+            [4, 1],
+            [240, 24],
+        )

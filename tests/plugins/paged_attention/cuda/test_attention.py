@@ -261,6 +261,10 @@ CHUNKS = ((1, 6), (31, 331), (200, 277), (64, 1064), (100, 100), (5, 5), (129, 1
 HOPPER_PREFILLS = {
     "llama": Case(CHUNKS, 0, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", padding=3),
     "float16": Case(CHUNKS, 0, heads=8, kv_heads=2, head_dim=128),
+    "float8": Case(
+        CHUNKS, 0, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", pages="float8_e4m3fn"
+    ),
+    "float8_heads_of_64": Case(CHUNKS, 0, head_dim=64, pages="float8_e4m3fn", sinks=True),
     "sinks_and_norms": Case(CHUNKS, 0, head_dim=64, dtype="bfloat16", sinks=True, norm=True),
     "groups_of_7": Case(CHUNKS, 0, heads=14, kv_heads=2, head_dim=128, dtype="bfloat16"),
     "groups_of_20": Case(CHUNKS, 0, heads=20, kv_heads=1, head_dim=64, sinks=True),
@@ -301,19 +305,21 @@ def test_prefills_match_the_reference_with_and_without_the_kernel_for_hopper(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "float8"])
 @pytest.mark.parametrize("programs", [1, 3, 50])
 def test_a_prefill_is_bit_equal_for_any_number_of_programs(
-    programs: int, device: str, monkeypatch: pytest.MonkeyPatch
+    programs: int, name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = HOPPER_PREFILLS["llama"]
+    case = HOPPER_PREFILLS[name]
     output, _ = run(case, case.inputs(), device)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda _: programs)
     np.testing.assert_array_equal(run(case, case.inputs(), device)[0], output)
 
 
 @pytest.mark.gpu
-def test_a_prefill_is_bit_equal_whatever_else_is_in_the_step(device: str) -> None:
-    case = HOPPER_PREFILLS["llama"]
+@pytest.mark.parametrize("name", ["llama", "float8"])
+def test_a_prefill_is_bit_equal_whatever_else_is_in_the_step(name: str, device: str) -> None:
+    case = HOPPER_PREFILLS[name]
     inputs = case.inputs()
     together, _ = run(case, deepcopy(inputs), device)
     for s in range(len(CHUNKS)):
