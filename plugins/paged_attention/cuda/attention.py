@@ -17,6 +17,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
+from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
+    hopper_prefill_kernel,
+    part_of_page,
+)
 from slipstream.plugins.paged_attention.cuda.kernels import (
     decode_kernel,
     prefill_kernel,
@@ -32,6 +36,12 @@ _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
 _HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
+# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
+# and tiles of float8 codes beside them.
+_HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
+# Of each of its 384 threads, or 512 where codes are decoded; those that multiply take from the
+# others.
+_HOPPER_REGISTERS, _HOPPER_CODED_REGISTERS = 168, 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +161,10 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
-        _prefill(qkv, pages, step, a, sinks, output, pdl)
+        if _suits_hopper_prefill(qkv, pages, a):
+            _hopper_prefill(qkv, pages, step, a, sinks, output)
+        else:
+            _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
 
 
@@ -377,6 +390,64 @@ def _prefill(
         WINDOW=by.window,
         PDL=pdl,
         **launch_options(num_warps=warps, num_stages=stages, pdl=pdl),
+    )
+
+
+def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes) -> bool:
+    """Whether there is the GPU, and this is a layer, that the prefill kernel for Hopper is for."""
+    keys, _, codes = _HOPPER_TILES.get(a.head_dim, (0, 0, 0))
+    coded = pages.dtype == torch.float8_e4m3fn
+    return (
+        _capability(qkv.device) == (9, 0)
+        and not interpreting()
+        and qkv.element_size() == 2
+        and (codes > 0 if coded else qkv.dtype == pages.dtype)
+        and a.page_size in (32, 64, 128)
+        and a.page_size <= keys
+        and a.num_heads // a.num_kv_heads <= _BLOCK_ROWS
+        and not (a.sliding_window or a.soft_cap)
+    )
+
+
+def _hopper_prefill(
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """``_prefill``, by programs that work on one block after the other."""
+    by = _scalars(a, pages)
+    keys, stages, codes = _HOPPER_TILES[a.head_dim]
+    coded = pages.dtype == torch.float8_e4m3fn
+    blocks = len(step.block_sequence)
+    part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
+    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, _multiprocessors(qkv.device)),)](
+        qkv,
+        TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
+        step.query_start,
+        step.context_len,
+        step.page_table,
+        step.block_sequence,
+        step.block_start,
+        sinks,
+        output,
+        blocks,
+        step.page_table.stride(0),
+        by.scale,
+        by.v_scale,
+        NUM_HEADS=a.num_heads,
+        NUM_KV_HEADS=a.num_kv_heads,
+        HEAD_DIM=a.head_dim,
+        PAGE=a.page_size,
+        KV_PARTS=a.kv_parts,
+        BLOCK_Q=query_block(a) // step.query_block * step.query_block,
+        BLOCK_N=keys,
+        STAGES=stages,
+        CODES=codes if coded else 0,
+        maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
+        **launch_options(num_warps=4),
     )
 
 

@@ -278,6 +278,26 @@ HOPPER = {
     ),
     "decode_llama_keys_of_another": Case(DECODES[3:], 2, head_dim=128, kv_parts=0),
 }
+# What the prefill kernel for Hopper takes where there is one: blocks of every size, behind what
+# was there before and on their own, with pages of whole and of part tiles.
+CHUNKS = ((1, 6), (31, 331), (200, 277), (64, 1064), (100, 100), (5, 5), (129, 193))
+HOPPER_PREFILLS = {
+    "llama": Case(CHUNKS, 0, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", padding=3),
+    "float16": Case(CHUNKS, 0, heads=8, kv_heads=2, head_dim=128),
+    "float8": Case(
+        CHUNKS, 0, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", pages="float8_e4m3fn"
+    ),
+    "float8_heads_of_64": Case(CHUNKS, 0, head_dim=64, pages="float8_e4m3fn", sinks=True),
+    "sinks_and_norms": Case(CHUNKS, 0, head_dim=64, dtype="bfloat16", sinks=True, norm=True),
+    "groups_of_7": Case(CHUNKS, 0, heads=14, kv_heads=2, head_dim=128, dtype="bfloat16"),
+    "groups_of_20": Case(CHUNKS, 0, heads=20, kv_heads=1, head_dim=64, sinks=True),
+    "no_groups": Case(CHUNKS, 0, heads=3, kv_heads=3, head_dim=128),
+    "heads_of_256": Case(CHUNKS, 0, kv_heads=1, head_dim=256, dtype="bfloat16", rotary=16),
+    "keys_are_values": Case(CHUNKS, 0, head_dim=256, kv_parts=1, v_norm=1, norm=True),
+    "keys_of_another": Case(CHUNKS, 0, head_dim=128, kv_parts=0, norm=True),
+    "in_blocks_of_another_layer": Case(CHUNKS, 0, head_dim=64, query_block=20),
+    "behind_decodes": Case(((1, 33), (1, 200), *CHUNKS), 2, head_dim=128, dtype="bfloat16"),
+}
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 
 
@@ -285,7 +305,11 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in HOPPER)]
 )
 def test_matches_the_reference(name: str, device: str) -> None:
-    case = (CASES | HOPPER)[name]
+    check((CASES | HOPPER)[name], device)
+
+
+def check(case: Case, device: str) -> None:
+    """Pages and output against the reference."""
     inputs = case.inputs()
     output, pages = run(case, deepcopy(inputs), device)
     queries = reference.write_pages(inputs, case.attributes())
@@ -301,7 +325,52 @@ def test_matches_the_reference_without_the_kernels_for_hopper(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_suits_hopper_decode", lambda *_: False)
+    monkeypatch.setattr(cuda, "_suits_hopper_prefill", lambda *_: False)
     test_matches_the_reference(name, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HOPPER_PREFILLS)
+def test_prefills_match_the_reference_with_and_without_the_kernel_for_hopper(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(HOPPER_PREFILLS[name], device)
+    monkeypatch.setattr(cuda, "_suits_hopper_prefill", lambda *_: False)
+    check(HOPPER_PREFILLS[name], device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "float8"])
+@pytest.mark.parametrize("programs", [1, 3, 50])
+def test_a_prefill_is_bit_equal_for_any_number_of_programs(
+    programs: int, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = HOPPER_PREFILLS[name]
+    output, _ = run(case, case.inputs(), device)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: programs)
+    np.testing.assert_array_equal(run(case, case.inputs(), device)[0], output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "float8"])
+def test_a_prefill_is_bit_equal_whatever_else_is_in_the_step(name: str, device: str) -> None:
+    case = HOPPER_PREFILLS[name]
+    inputs = case.inputs()
+    together, _ = run(case, deepcopy(inputs), device)
+    for s in range(len(CHUNKS)):
+        rows = slice(*inputs.query_start[s : s + 2])
+        cut = {name: getattr(inputs, name)[rows] for name in ("qkv", "cos", "sin", "slot_mapping")}
+        of_sequence = {
+            name: getattr(inputs, name)[s : s + 1] for name in ("context_len", "page_table")
+        }
+        one = replace(
+            deepcopy(inputs),
+            **cut,
+            **of_sequence,
+            query_start=np.array([0, CHUNKS[s][0]], np.int32),
+        )
+        output, _ = run(replace(case, batch=CHUNKS[s : s + 1]), one, device)
+        np.testing.assert_array_equal(output, together[rows])
 
 
 def test_what_no_window_reaches_is_not_read(device: str) -> None:
@@ -349,8 +418,9 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         np.testing.assert_array_equal(output, together)
 
 
-def test_a_prefill_is_bit_equal_in_any_chunks(device: str) -> None:
-    case = Case(((100, 100),), 0, kv_heads=1)
+@pytest.mark.parametrize("head_dim", [32, pytest.param(128, marks=pytest.mark.gpu)])
+def test_a_prefill_is_bit_equal_in_any_chunks(head_dim: int, device: str) -> None:
+    case = Case(((100, 100),), 0, kv_heads=1, head_dim=head_dim)
     inputs = case.inputs()
     whole, _ = run(case, deepcopy(inputs), device)
     pages = inputs.kv_cache
