@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.cuda.launch import capability_of, launch_options
 from slipstream.plugins.paged_attention.cuda.kernels import (
     decode_kernel,
     prefill_kernel,
@@ -270,7 +269,7 @@ def _prefill(
     pdl: bool,
 ) -> None:
     by = _scalars(a, pages)
-    keys, warps, stages = _prefill_tile(_capability(qkv.device), a, pages.element_size())
+    keys, warps, stages = _prefill_tile(capability_of(qkv.device), a, pages.element_size())
     rows = max(_block_rows(a), triton.next_power_of_2(a.num_heads // a.num_kv_heads))
     prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
         qkv,
@@ -294,13 +293,6 @@ def _prefill(
         PDL=pdl,
         **launch_options(num_warps=warps, num_stages=stages, pdl=pdl),
     )
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 9, 0
-    return torch.cuda.get_device_capability(device)
 
 
 def _prefill_tile(

@@ -7,6 +7,7 @@ happens at once on the CPU and a captured graph is the function itself.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
-from slipstream.plugins.cuda.launch import has_pdl, interpreting
+from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, record
 
 Work = Callable[[], None]
@@ -42,20 +43,26 @@ class Event:
 class Device:
     """One GPU, one stream of work, and one pool of memory for all captured graphs.
 
-    Graphs may share the pool because they never run at the same time.
+    Graphs may share the pool because they never run at the same time. One that is only ``planned``,
+    of this compute capability, need not be there: its tensors hold nothing and nothing runs, for
+    kernels that are compiled before there is a GPU.
     """
 
-    def __init__(self) -> None:
-        self.is_cuda = not interpreting()
-        self.torch = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
-        self.capability = torch.cuda.get_device_capability(0) if self.is_cuda else (9, 0)
+    def __init__(self, planned: tuple[int, int] | None = None) -> None:
+        self.is_planned = planned is not None
+        self.is_cuda = not self.is_planned and not interpreting()
+        kind = "meta" if self.is_planned else "cuda" if self.is_cuda else "cpu"
+        self.torch = torch.device(kind, 0 if self.is_cuda else None)
+        self.capability = planned or capability_of(self.torch)
         self.has_pdl = has_pdl(self.torch)
         self._stream = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     @property
     def name(self) -> str:
-        """As the driver calls it."""
+        """As the driver calls it; nothing for one that is only planned."""
+        if self.is_planned:
+            return ""
         return torch.cuda.get_device_name(0) if self.is_cuda else "Triton interpreter"
 
     @contextmanager
@@ -110,7 +117,7 @@ class Device:
     def free_memory(self) -> int:
         """Bytes that can still be allocated, those that torch keeps for reuse included."""
         if not self.is_cuda:
-            return 1 << 30
+            return sys.maxsize if self.is_planned else 1 << 30
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(0)
         return int(free)
