@@ -25,11 +25,10 @@ from typing import Any
 import torch
 import triton
 from torch.overrides import TorchFunctionMode
-from triton.backends.compiler import GPUTarget
 from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource, make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
 from slipstream.cores import usable_cores
@@ -60,7 +59,10 @@ class Specialization:
     def source(self) -> ASTSource:
         """What Triton compiles."""
         function = getattr(import_module(self.module), self.name)
-        kind = GluonASTSource if function.is_gluon() else ASTSource
+        kind = ASTSource
+        if function.is_gluon():
+            # Imported late: not every engine has such kernels.
+            from triton.experimental.gluon._runtime import GluonASTSource as kind
         return kind(function, self.signature, self.constants, self.attributes)
 
 
@@ -169,7 +171,7 @@ def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, in
     """Compile ``kernels`` for a GPU into Triton's cache, and what launches them, on several cores;
     whatever fails here is left to the launch, which reports it."""
     target = _target(capability)
-    missing, there = [], []
+    there, missing = list[Specialization](), list[Specialization]()
     for kernel in kernels:
         (there if _is_compiled(kernel, target) else missing).append(kernel)
     processes = _start(missing, capability)
@@ -199,7 +201,9 @@ def _is_compiled(kernel: Specialization, target: GPUTarget) -> bool:
     options = backend.parse_options({**kernel.options, **source.parse_options()})
     key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
     name = f"{source.name[:150]}.json"
-    return name in (get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or ())
+    return name in (
+        get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or ()
+    )
 
 
 def _start(

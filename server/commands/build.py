@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Interpreter, onnxruntime and tokenizer: 170 to 260 MiB were measured with SmolLM2-135M.
 _PROGRAM_BYTES = 200 << 20
+_SM = re.compile(r"sm_(\d+)(\d)")
 
 
 @click.command(cls=Command)
@@ -40,8 +42,22 @@ _PROGRAM_BYTES = 200 << 20
     help="After building for an NVIDIA GPU: time every kernel's variants on the one that is here "
     "and keep the quickest in tactics.json (a few minutes).",
 )
+@click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|sm_NN",
+    help="For an NVIDIA GPU: compile all kernels and keep them in the engine, so that it starts "
+    "quickly on a new machine: for the GPU that is here, if there is one (auto), or for one that "
+    "is not (such as sm_90).",
+)
 def build(
-    checkpoint: str, output: Path | None, options: BuildOptions, estimate: bool, tune: bool
+    checkpoint: str,
+    output: Path | None,
+    options: BuildOptions,
+    estimate: bool,
+    tune: bool,
+    kernels: str,
 ) -> None:
     """Compile a checkpoint into an engine.
 
@@ -61,9 +77,11 @@ def build(
     elif output is None:
         raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
     else:
+        _check_kernels(kernels, options)
         _build(checkpoint, output, options)
         if tune:
             _tune(output)
+        _keep_kernels(output, kernels)
 
 
 def _check_tunable(options: BuildOptions, estimate: bool) -> None:
@@ -74,6 +92,41 @@ def _check_tunable(options: BuildOptions, estimate: bool) -> None:
         raise click.UsageError(f"--tune is for NVIDIA GPUs and the target is {target}")
     if estimate:
         raise click.UsageError("--tune needs an engine and --estimate makes none; leave one out")
+
+
+def _check_kernels(kernels: str, options: BuildOptions) -> None:
+    from slipstream.builder.targets.base import create_target
+
+    if kernels in ("auto", "none"):
+        return
+    if not _SM.fullmatch(kernels):
+        raise click.UsageError(f"--kernels is {kernels!r}; use auto, none or a GPU such as sm_90")
+    if (target := create_target(options.target).name) != "cuda":
+        raise click.UsageError(f"--kernels is for NVIDIA GPUs and the target is {target}")
+
+
+def _keep_kernels(output: Path, kernels: str) -> None:
+    """Compile for the GPU that was named, or is here and takes the engine."""
+    from slipstream.builder.engine import open_engine
+    from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
+    from slipstream.runtime.executors import keep_kernels
+    from slipstream.runtime.loading import runtime_config
+
+    engine = open_engine(output)
+    if engine.manifest.target != "cuda" or kernels == "none":
+        return
+    named = _SM.fullmatch(kernels)
+    if named is None and not gpu_works():
+        return
+    capability = (int(named[1]), int(named[2])) if named else gpu_capability()
+    assert capability is not None
+    if int(sm(capability)[3:]) < int(engine.manifest.capability[3:]):
+        click.echo(f"no kernels kept: {sm(capability)} is older than {engine.manifest.capability}")
+        return
+    started = time.monotonic()
+    count = keep_kernels(engine, runtime_config(engine, {}), capability)
+    seconds = time.monotonic() - started
+    click.echo(f"compiled {count} kernels for {sm(capability)} in {seconds:.1f} s")
 
 
 def _tune(output: Path) -> None:

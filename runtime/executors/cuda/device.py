@@ -51,8 +51,8 @@ class Device:
     def __init__(self, planned: tuple[int, int] | None = None) -> None:
         self.is_planned = planned is not None
         self.is_cuda = not self.is_planned and not interpreting()
-        kind = "meta" if self.is_planned else "cuda" if self.is_cuda else "cpu"
-        self.torch = torch.device(kind, 0 if self.is_cuda else None)
+        here = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
+        self.torch = torch.device("meta") if self.is_planned else here
         self.capability = planned or capability_of(self.torch)
         self.has_pdl = has_pdl(self.torch)
         self._stream = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
@@ -91,13 +91,13 @@ class Device:
             return work
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.no_grad(),
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            work()
+        with self.work():
+            # Not by ``torch.cuda.graph``, which gives all free memory back and takes it again.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay
 
     def synchronize(self) -> None:

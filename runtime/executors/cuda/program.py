@@ -27,7 +27,6 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
 
-
 _ALIGNED = 16  # bytes: a pointer to such a place has a kernel of its own
 
 
@@ -139,7 +138,7 @@ def _form(node: ir.Node, constants: Mapping[str, Tensor]) -> str:
         else:
             inputs.append((weight.dtype, weight.shape, weight.data_ptr() % _ALIGNED))
     outputs = [(value.type, value.shape) for value in node.outputs]
-    attributes = sorted((a.name, str(a.value)) for a in node.attributes.values())  # type: ignore[union-attr]
+    attributes = sorted((a.name, str(a.value)) for a in node.attributes.values())
     return f"{node.domain} {node.op_type} {inputs} {outputs} {attributes}"
 
 
