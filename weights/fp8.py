@@ -14,8 +14,8 @@ Floats = NDArray[np.float32]
 FP8_MAX = 448.0  # the largest e4m3fn number
 _CHUNK = 1 << 16  # elements worked on at once: they stay in the cache of a core
 _LEAST_NORMAL, _LAST_BITS = np.array([2.0**-6, 2.0**14], np.float32).view(np.uint32)
-# Half of the last bit that stays is added, less one unit where the result must be even; exponents of
-# float32 are 120 greater.
+# Half of the last bit that stays is added, less one unit where the result must be even.
+# Exponents of float32 are 120 greater.
 _TO_ROUND = np.uint32((0x7FFFF - (120 << 23)) % 2**32)
 # Scales that are tried, as multiples of max|row| / 448: after an octave the grid is the same again.
 _OCTAVE = np.exp2(np.arange(8, dtype=np.float32) / 8)

@@ -8,8 +8,11 @@ from click.testing import CliRunner, Result
 
 from slipstream.builder.build import plan
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
-from slipstream.builder.engine import open_engine
+from slipstream.builder.engine import Engine, open_engine
 from slipstream.builder.options import BuildOptions
+from slipstream.plugins.cuda import detect
+from slipstream.runtime import executors
+from slipstream.runtime.config import RuntimeConfig
 from slipstream.server.cli import slipstream
 from slipstream.server.text import format_bytes
 
@@ -125,3 +128,53 @@ def test_tuning_is_refused_before_anything_is_built(
     result = run(tiny_checkpoint, "-o", tmp_path / "engine", "--tune", *arguments)
     assert result.exit_code == 2 and message in result.stderr
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "cpu", "--kernels", "sm_90"], "is for NVIDIA GPUs and the target is cpu"),
+        (["--target", "cuda", "--kernels", "hopper"], "--kernels is 'hopper'; use auto, none or"),
+    ],
+)
+def test_kernels_are_refused_before_anything_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", *arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "here", "kept"),
+    [
+        (["--kernels", "sm_100"], None, [(10, 0)]),
+        (["--kernels", "sm_80"], None, [(8, 0)]),
+        (["--kernels", "none"], (9, 0), []),
+        ([], None, []),
+        ([], (9, 0), [(9, 0)]),
+        (["--quantization", "fp8"], (8, 0), []),
+    ],
+)
+def test_kernels_are_kept_for_the_gpu_that_is_named_or_here(
+    arguments: list[str],
+    here: tuple[int, int] | None,
+    kept: list[tuple[int, int]],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def keep(_engine: Engine, _config: RuntimeConfig, capability: tuple[int, int]) -> int:
+        found.append(capability)
+        return 7
+
+    monkeypatch.setattr(executors, "keep_kernels", keep)
+    monkeypatch.setattr(detect, "gpu_capability", lambda: here)
+    monkeypatch.setattr(detect, "gpu_works", lambda: here is not None)
+    output = tmp_path / "engine"
+    result = run(tiny_checkpoint, "-o", output, "--target", "cuda", *arguments)
+    assert result.exit_code == 0, result.output
+    assert found == kept
+    assert ("compiled 7 kernels for sm_" in result.stdout) == bool(kept)
