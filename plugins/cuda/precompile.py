@@ -29,7 +29,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.cache import get_cache_key, get_cache_manager
+from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
 
 from slipstream.cores import usable_cores
 
@@ -165,6 +165,13 @@ class _Zeros(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - what it returns
         made = func(*args, **(kwargs or {}))
         return made.zero_() if func in _UNWRITTEN else made
+
+
+def prepare() -> None:
+    """Do what Triton does before the first kernel of a process: hash all of itself, and compile
+    and load what loads kernels. Not for two threads at once."""
+    triton_key()
+    triton.runtime.driver.active.get_current_target()
 
 
 def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
-from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
 
 Work = Callable[[], None]
 
@@ -74,6 +76,12 @@ class Device:
             else:
                 with torch.cuda.stream(self._stream):
                     yield
+
+    def prepare(self, kernels: Path) -> None:
+        """Get ready to compile, or to take what a file of kernels has; while other threads work."""
+        if self.is_cuda:
+            offer(read_kernels(kernels))
+            prepare()
 
     def compile(self, works: Sequence[Work]) -> None:
         """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""

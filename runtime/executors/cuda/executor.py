@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from slipstream.builder.contract import (
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Memory
-from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
@@ -71,9 +71,11 @@ class CUDAExecutor:
         buffers do not fit.
         """
         self._device = Device()
-        offer(read_kernels(engine.path / KERNELS))
-        graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-        weights = load_weights(engine.path / WEIGHTS, self._device)
+        with ThreadPoolExecutor(1) as pool:  # while weights are copied
+            prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
+            graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+            weights = load_weights(engine.path / WEIGHTS, self._device)
+            prepared.result()
         self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
 
     @classmethod

@@ -42,8 +42,8 @@ assert KERNELS in open_engine(engine.path).manifest.files
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     shape = {**TINY_SHAPE, "num_hidden_layers": 3}
     checkpoint = save_tiny(LlamaConfig(**shape), tmp_path_factory.mktemp("tiny"))
-    limits = {"max_batch_size": 4, "max_num_tokens": 64, "max_seq_len": 96}
-    build(checkpoint, checkpoint / "engine", BuildOptions(target="cuda", **limits))
+    options = BuildOptions(target="cuda", max_batch_size=4, max_num_tokens=64, max_seq_len=96)
+    build(checkpoint, checkpoint / "engine", options)
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", SCRIPT, str(checkpoint / "engine")]
