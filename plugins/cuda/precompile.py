@@ -59,11 +59,15 @@ class Specialization:
     def source(self) -> ASTSource:
         """What Triton compiles."""
         function = getattr(import_module(self.module), self.name)
-        kind = ASTSource
-        if function.is_gluon():
-            # Imported late: not every engine has such kernels.
-            from triton.experimental.gluon._runtime import GluonASTSource as kind
+        kind = _gluon_source() if function.is_gluon() else ASTSource
         return kind(function, self.signature, self.constants, self.attributes)
+
+
+def _gluon_source() -> type[ASTSource]:
+    # Imported late: not every engine has such kernels.
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ _EXECUTORS = {
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
 }
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
-_KEEPERS = {"cuda": "slipstream.runtime.executors.cuda.kernels:keep_kernels"}
 _CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {"cuda": ("torch", "triton")}
@@ -57,17 +56,6 @@ def tune(engine: Engine) -> Sequence[object]:
     """
     report: Sequence[object] = _load(_TUNERS, engine)(engine)
     return report
-
-
-def keep_kernels(engine: Engine, config: RuntimeConfig, capability: tuple[int, int]) -> int:
-    """Compile what an engine launches on a device of this capability, with this configuration, and
-    keep it in the engine.
-
-    Returns how many kernels those are. Raises ``EngineMismatchError`` for a target that compiles
-    none.
-    """
-    kept: int = _load(_KEEPERS, engine)(engine, config, capability)
-    return kept
 
 
 def _load(table: Mapping[str, str], engine: Engine) -> Callable[..., Any]:

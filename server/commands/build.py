@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import click
 
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.server.command import Command
+from slipstream.server.engine_kernels import compile_again, compile_plan, kernel_capability
 from slipstream.server.options import build_options, output_option
 from slipstream.server.progress import byte_progress
 from slipstream.server.text import format_bytes, format_columns
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # Interpreter, onnxruntime and tokenizer: 170 to 260 MiB were measured with SmolLM2-135M.
 _PROGRAM_BYTES = 200 << 20
-_SM = re.compile(r"sm_(\d+)(\d)")
 
 
 @click.command(cls=Command)
@@ -77,11 +77,10 @@ def build(
     elif output is None:
         raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
     else:
-        _check_kernels(kernels, options)
-        _build(checkpoint, output, options)
+        capability = kernel_capability(kernels, options)
+        _build(checkpoint, output, options, capability)
         if tune:
-            _tune(output)
-        _keep_kernels(output, kernels)
+            _tune(output, capability)
 
 
 def _check_tunable(options: BuildOptions, estimate: bool) -> None:
@@ -94,47 +93,14 @@ def _check_tunable(options: BuildOptions, estimate: bool) -> None:
         raise click.UsageError("--tune needs an engine and --estimate makes none; leave one out")
 
 
-def _check_kernels(kernels: str, options: BuildOptions) -> None:
-    from slipstream.builder.targets.base import create_target
-
-    if kernels in ("auto", "none"):
-        return
-    if not _SM.fullmatch(kernels):
-        raise click.UsageError(f"--kernels is {kernels!r}; use auto, none or a GPU such as sm_90")
-    if (target := create_target(options.target).name) != "cuda":
-        raise click.UsageError(f"--kernels is for NVIDIA GPUs and the target is {target}")
-
-
-def _keep_kernels(output: Path, kernels: str) -> None:
-    """Compile for the GPU that was named, or is here and takes the engine."""
-    from slipstream.builder.engine import open_engine
-    from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
-    from slipstream.runtime.executors import keep_kernels
-    from slipstream.runtime.loading import runtime_config
-
-    engine = open_engine(output)
-    if engine.manifest.target != "cuda" or kernels == "none":
-        return
-    named = _SM.fullmatch(kernels)
-    if named is None and not gpu_works():
-        return
-    capability = (int(named[1]), int(named[2])) if named else gpu_capability()
-    assert capability is not None
-    if int(sm(capability)[3:]) < int(engine.manifest.capability[3:]):
-        click.echo(f"no kernels kept: {sm(capability)} is older than {engine.manifest.capability}")
-        return
-    started = time.monotonic()
-    count = keep_kernels(engine, runtime_config(engine, {}), capability)
-    seconds = time.monotonic() - started
-    click.echo(f"compiled {count} kernels for {sm(capability)} in {seconds:.1f} s")
-
-
-def _tune(output: Path) -> None:
+def _tune(output: Path, capability: tuple[int, int] | None) -> None:
     from slipstream.builder.engine import open_engine
     from slipstream.runtime.executors import tune as tune_engine
 
     started = time.monotonic()
     report = tune_engine(open_engine(output))
+    if capability is not None:
+        compile_again(open_engine(output), capability)
     click.echo(f"tuned {len(report)} shapes in {time.monotonic() - started:.0f} s")
 
 
@@ -178,15 +144,18 @@ def _needs(planned: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _build(checkpoint: str, output: Path, options: BuildOptions) -> None:
+def _build(
+    checkpoint: str, output: Path, options: BuildOptions, capability: tuple[int, int] | None
+) -> None:
     from slipstream.builder.build import build as build_engine
 
     if not sys.stderr.isatty():  # a terminal shows a bar instead
         click.echo(f"building {output} from {checkpoint}", err=True)
     started = time.monotonic()
+    compiler = None if capability is None else partial(compile_plan, capability=capability)
     with byte_progress(f"building {output.name}") as report:
         report(0, None)
-        manifest = build_engine(checkpoint, output, options, report)
+        manifest = build_engine(checkpoint, output, options, report, compiler)
     _summarize(output, manifest, time.monotonic() - started)
 
 

@@ -7,7 +7,6 @@ happens at once on the CPU and a captured graph is the function itself.
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +124,7 @@ class Device:
     def free_memory(self) -> int:
         """Bytes that can still be allocated, those that torch keeps for reuse included."""
         if not self.is_cuda:
-            return sys.maxsize if self.is_planned else 1 << 30
+            return 1 << 30
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(0)
         return int(free)

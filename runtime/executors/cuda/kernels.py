@@ -1,13 +1,18 @@
-"""Compiles the kernels of an engine before there is anything to run, and keeps them in it."""
+"""Compiles the kernels of an engine before there is anything to run, for its file of kernels."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from slipstream.builder.contract import TARGET_GRAPH
-from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine
+from slipstream.builder.contract import page_size_of
+from slipstream.builder.engine import Manifest
 from slipstream.plugins.cuda.kernel_store import pack_kernels
 from slipstream.plugins.cuda.precompile import (
     Specialization,
@@ -19,37 +24,49 @@ from slipstream.plugins.cuda.precompile import (
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
-from slipstream.runtime.executors.cuda.weights import load_weights
+from slipstream.weights.safetensors import ArraySpec
 
 log = logging.getLogger(__name__)
 
 
-def keep_kernels(engine: Engine, config: RuntimeConfig, capability: tuple[int, int]) -> int:
-    """Compile every kernel that steps of an engine launch on a GPU of this compute capability,
-    which need not be there, into the engine's file of kernels.
+def kernel_file(
+    manifest: Manifest,
+    graph: ir.Graph,
+    weights: Iterable[ArraySpec],
+    capability: tuple[int, int],
+    tactics: Path | None = None,
+) -> bytes:
+    """Every kernel that steps of an engine launch on a GPU of this compute capability, which need
+    not be there, compiled, as the content of its file of kernels.
 
-    Returns how many those are. Raises EngineMismatchError for a graph that no GPU runs.
+    Raises EngineMismatchError for a graph that no GPU runs.
     """
-    kernels = _launched(engine, config, capability)
+    kernels = launched_kernels(manifest, graph, weights, capability, tactics)
     compile_kernels(kernels, capability)
-    compiled = list(compiled_kernels(kernels, capability))
-    engine.write_file(KERNELS, pack_kernels(compiled))
-    return len(compiled)
+    return pack_kernels(compiled_kernels(kernels, capability))
 
 
-def _launched(
-    engine: Engine, config: RuntimeConfig, capability: tuple[int, int]
+def launched_kernels(
+    manifest: Manifest,
+    graph: ir.Graph,
+    weights: Iterable[ArraySpec],
+    capability: tuple[int, int],
+    tactics: Path | None = None,
 ) -> list[Specialization]:
-    manifest = engine.manifest
-    graph = ir.load(engine.path / manifest.graphs[TARGET_GRAPH].file).graph
+    """Those kernels, not yet compiled."""
+    limits = asdict(manifest.limits)
+    config = RuntimeConfig(**limits, page_size=page_size_of(manifest.caches))
     with standing_in(capability):
         device = Device(capability)
-        weights = load_weights(engine.path / WEIGHTS, device)
-        executor = CUDAExecutor.from_weights(
-            manifest, config, graph, weights, engine.path / TACTICS, device
-        )
+        planned = {part.name: _planned(part, device) for part in weights}
+        executor = CUDAExecutor.from_weights(manifest, config, graph, planned, tactics, device)
         with device.work():
             return record([_as_far_as_it_goes(work) for work in executor.works()])
+
+
+def _planned(part: ArraySpec, device: Device) -> Tensor:
+    dtype: torch.dtype = getattr(torch, part.dtype.name)
+    return torch.empty(part.shape, dtype=dtype, device=device.torch)
 
 
 def _as_far_as_it_goes(work: Work) -> Work:

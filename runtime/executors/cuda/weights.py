@@ -26,8 +26,7 @@ _DTYPES = {
 
 
 def load_weights(file: Path, device: Device) -> dict[str, torch.Tensor]:
-    """Every tensor of a safetensors file, as views of one allocation on the device; nothing is read
-    for one that is only planned.
+    """Every tensor of a safetensors file, as views of one allocation on the device.
 
     Raises CapacityError when the device has no room for it, EngineMismatchError for a damaged file.
     """
@@ -42,8 +41,7 @@ def load_weights(file: Path, device: Device) -> dict[str, torch.Tensor]:
             "else uses it, or quantize: --quantization int4_wo"
         )
     data = torch.empty(size, dtype=torch.uint8, device=device.torch)
-    if not device.is_planned:
-        _copy(file, start, data, device)
+    _copy(file, start, data, device)
     return {
         tensor.name: data[tensor.offset - start : tensor.offset - start + tensor.size]
         .view(_DTYPES[tensor.dtype])

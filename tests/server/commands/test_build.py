@@ -8,11 +8,10 @@ from click.testing import CliRunner, Result
 
 from slipstream.builder.build import plan
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
-from slipstream.builder.engine import Engine, open_engine
+from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda import detect
-from slipstream.runtime import executors
-from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors.cuda import kernels
 from slipstream.server.cli import slipstream
 from slipstream.server.text import format_bytes
 
@@ -166,15 +165,29 @@ def test_kernels_are_kept_for_the_gpu_that_is_named_or_here(
 ) -> None:
     found: list[tuple[int, int]] = []
 
-    def keep(_engine: Engine, _config: RuntimeConfig, capability: tuple[int, int]) -> int:
-        found.append(capability)
-        return 7
+    def compiled(*given: Any) -> bytes:  # noqa: ANN401 - see kernel_file
+        found.append(given[3])
+        return b"kernels"
 
-    monkeypatch.setattr(executors, "keep_kernels", keep)
+    monkeypatch.setattr(kernels, "kernel_file", compiled)
     monkeypatch.setattr(detect, "gpu_capability", lambda: here)
-    monkeypatch.setattr(detect, "gpu_works", lambda: here is not None)
     output = tmp_path / "engine"
     result = run(tiny_checkpoint, "-o", output, "--target", "cuda", *arguments)
     assert result.exit_code == 0, result.output
     assert found == kept
-    assert ("compiled 7 kernels for sm_" in result.stdout) == bool(kept)
+    engine = open_engine(output)
+    engine.verify_files()
+    assert ("kernels.zip" in engine.manifest.files) == bool(kept)
+
+
+def test_an_engine_whose_kernels_do_not_compile_is_whole(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("no assembler")
+
+    monkeypatch.setattr(kernels, "kernel_file", broken)
+    arguments = ("--target", "cuda", "--kernels", "sm_90")
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", *arguments)
+    assert result.exit_code == 0 and "keeps no kernels: no assembler" in result.stderr
+    assert "kernels.zip" not in open_engine(tmp_path / "engine").manifest.files

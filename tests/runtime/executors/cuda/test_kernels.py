@@ -19,22 +19,22 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from slipstream.builder.engine import KERNELS, open_engine
-from slipstream.runtime.executors.cuda import kernels, program
-from slipstream.runtime.loading import runtime_config
+from slipstream.runtime.executors.cuda import program
+from slipstream.runtime.executors.cuda.kernels import launched_kernels
+from slipstream.server.engine_summary import read_graph
+from slipstream.weights.safetensors import ArraySpec, read_header
 
 engine = open_engine(Path(sys.argv[1]))
-config = runtime_config(engine, {})
-launched = [kernels._launched(engine, config, (9, 0)) for _ in range(2)]
-program._once = lambda call, run, made: call.kernel(run)
-launched.append(kernels._launched(engine, config, (9, 0)))
-launched.append(kernels._launched(engine, config, (8, 0)))
-print(json.dumps([sorted(map(repr, found)) for found in launched]))
+tensors = read_header(engine.path / "weights.safetensors").values()
+parts = [ArraySpec(tensor.name, tensor.numpy_dtype(), tensor.shape) for tensor in tensors]
 
-kernels.compile_kernels = lambda *_: None
-kernels.compiled_kernels = lambda *_: []
-assert kernels.keep_kernels(engine, config, (9, 0)) == 0
-open_engine(engine.path).verify_files()
-assert KERNELS in open_engine(engine.path).manifest.files
+def launched(capability):
+    found = launched_kernels(engine.manifest, read_graph(engine), parts, capability)
+    return sorted(map(repr, found))
+
+found = [launched((9, 0)), launched((9, 0))]
+program._once = lambda call, run, made: call.kernel(run)
+print(json.dumps([*found, launched((9, 0)), launched((8, 0))]))
 """
 
 
