@@ -34,18 +34,16 @@ _offered: dict[str, bytes] = {}
 
 
 class KernelCache(FileCacheManager):  # type: ignore[misc]
-    """Triton's cache on disk, and where it has no kernel of a key, what was offered."""
+    """What was offered, and beside it Triton's cache on disk."""
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         """The files of a kernel, by name, of which ``filename`` is the metadata."""
-        found: dict[str, str] | None = super().get_group(filename)
-        if found is not None and filename in found:
-            return found
-        return _unpacked(self.key, filename)
+        found: dict[str, str] | None = _unpacked(self.key, filename) or super().get_group(filename)
+        return found
 
 
 def offer(kernels: Kernels) -> None:
-    """Let Triton take these kernels from now on, wherever its cache lacks them."""
+    """Let Triton take these kernels from now on, and all others from its cache."""
     if not kernels:
         return
     if triton.knobs.cache.manager_class not in (None, KernelCache):

@@ -76,7 +76,7 @@ def test_an_engine_spares_the_compiler_what_it_brings_and_nothing_else(tmp_path:
     assert len(list((tmp_path / "other").rglob("*.cubin"))) == 1
 
 
-def test_what_was_offered_is_found_where_the_cache_lacks_it(tmp_path: Path) -> None:
+def test_what_was_offered_is_found_beside_what_the_cache_has(tmp_path: Path) -> None:
     offer(entries())
     assert triton.knobs.cache.manager_class is KernelCache
     found = KernelCache("KEY").get_group("kernel.json")
@@ -84,9 +84,9 @@ def test_what_was_offered_is_found_where_the_cache_lacks_it(tmp_path: Path) -> N
     assert json.loads(Path(found["kernel.json"]).read_text()) == METADATA
     assert not list((tmp_path / "cache").rglob("*.*"))
     assert KernelCache("OTHER").get_group("kernel.json") is None
-    own = {"kernel.json": FileCacheManager("KEY").put("{}", "kernel.json")}
-    FileCacheManager("KEY").put_group("kernel.json", own)
-    assert KernelCache("KEY").get_group("kernel.json") == own
+    own = {"kernel.json": FileCacheManager("OTHER").put("{}", "kernel.json")}
+    FileCacheManager("OTHER").put_group("kernel.json", own)
+    assert KernelCache("OTHER").get_group("kernel.json") == own
 
 
 def test_code_for_the_host_is_never_taken() -> None:
