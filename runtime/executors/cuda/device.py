@@ -22,6 +22,7 @@ from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
 
 Work = Callable[[], None]
+_LITTLE_MEMORY = 1 << 30  # bytes
 
 
 class Event:
@@ -98,8 +99,11 @@ class Device:
             return work
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # Memory that torch keeps for reuse is no use to a capture, and cannot be given back in one.
+        # Given back before each, as ``torch.cuda.graph`` does it, it is taken again after each.
+        if torch.cuda.mem_get_info(0)[0] < _LITTLE_MEMORY:
+            torch.cuda.empty_cache()
         with self.work():
-            # Not by ``torch.cuda.graph``, which gives all free memory back and takes it again.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
