@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from slipstream.builder.contract import (
 )
 from slipstream.builder.engine import (
     GRAPH,
+    KERNELS,
     MANIFEST,
     WEIGHTS,
     EngineLimits,
@@ -50,6 +52,8 @@ from slipstream.weights.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+# Makes an engine's file of kernels, or none.
+Compiler = Callable[["Plan"], bytes | None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -136,11 +140,16 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
 
 
 def build(
-    source: str | Path, output: Path, options: BuildOptions, progress: Progress | None = None
+    source: str | Path,
+    output: Path,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    compiler: Compiler | None = None,
 ) -> Manifest:
     """Write the engine of a checkpoint to ``output``, replacing an engine that stands there.
 
-    ``progress`` is told the bytes written and the bytes in all. Nothing is left behind when the
+    ``progress`` is told the bytes written and the bytes in all. ``compiler`` works in a thread
+    while weights are written. Nothing is left behind when the
     build fails, and until it has succeeded the old engine stays. Raises CheckpointError, and
     BuildError, also for an ``output`` that holds anything but an engine.
     """
@@ -148,7 +157,7 @@ def build(
         check_output(output, "engine", engine_contents, *_local(source))
     planned = plan(source, options)
     with _write_errors(output), scratch(output) as staging:
-        return _make(planned, staging, source, output, progress)
+        return _make(planned, staging, source, output, progress, compiler)
 
 
 def build_once(
@@ -164,11 +173,16 @@ def build_once(
 
 
 def _make(
-    planned: Plan, staging: Path, source: str | Path, output: Path, progress: Progress | None
+    planned: Plan,
+    staging: Path,
+    source: str | Path,
+    output: Path,
+    progress: Progress | None,
+    compiler: Compiler | None = None,
 ) -> Manifest:
     # Whoever has to build it again may be in another directory.
     origin = next((str(path.absolute()) for path in _local(source)), str(source))
-    manifest = _write(planned, staging, origin, str(output), progress)
+    manifest = _write(planned, staging, origin, str(output), progress, compiler)
     check_output(output, "engine", engine_contents)
     publish(staging, output)
     return manifest
@@ -296,7 +310,12 @@ def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
 
 
 def _write(
-    planned: Plan, staging: Path, source: str, output: str, progress: Progress | None
+    planned: Plan,
+    staging: Path,
+    source: str,
+    output: str,
+    progress: Progress | None,
+    compiler: Compiler | None,
 ) -> Manifest:
     total, done = planned.weight_bytes, 0
 
@@ -311,7 +330,11 @@ def _write(
     read_tokenizer(staging / "tokenizer.json")
     if planned.pooling is not None and planned.pooling.task == "score":
         write_score_template(staging)
-    places = write_weights(staging / WEIGHTS, planned.weights, wrote)
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compiler, planned) if compiler is not None else None
+        places = write_weights(staging / WEIGHTS, planned.weights, wrote)
+    if compiled is not None and (kernels := compiled.result()) is not None:
+        (staging / KERNELS).write_bytes(kernels)
     for value in planned.program.graph.initializers.values():
         if value.name in places:
             offset, length = places[value.name]

@@ -33,6 +33,7 @@ MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
 TACTICS = "tactics.json"
+KERNELS = "kernels.zip"
 # What the tokenizer is made of.
 _TEXT_FILES = (
     "tokenizer.json",
@@ -159,20 +160,20 @@ class Engine:
         """Files that running the engine reads and that are there, but of which the manifest has no
         hash."""
         graphs = [graph.file for graph in self.manifest.graphs.values()]
-        read = (*graphs, WEIGHTS, TACTICS, *_TEXT_FILES)
+        read = (*graphs, WEIGHTS, TACTICS, KERNELS, *_TEXT_FILES)
         return [
             name for name in read if name not in self.manifest.files and (self.path / name).exists()
         ]
 
-    def write_file(self, name: str, text: str) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Add or replace a file, and its hash in the manifest."""
-        self._replace(name, text)
+        self._replace(name, data)
         files = {**self.manifest.files, name: digest(self.path / name)}
-        self._replace(MANIFEST, replace(self.manifest, files=files).to_json())
+        self._replace(MANIFEST, replace(self.manifest, files=files).to_json().encode())
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, data: bytes) -> None:
         new = self.path / f".{name}.new"
-        new.write_text(text)
+        new.write_bytes(data)
         new.replace(self.path / name)
 
     def _mismatch(self, found: str) -> EngineMismatchError:

@@ -27,8 +27,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device; in the interpreter that of a Hopper."""
+    if interpreting():
+        return 9, 0
+    return torch.cuda.get_device_capability(device)
+
+
 def has_pdl(device: torch.device) -> bool:
     """Whether a device can overlap the start of a kernel with the end of the one before it."""
-    if interpreting() or device.type != "cuda":
+    if interpreting() or device.type == "cpu":
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability_of(device) >= (9, 0)

@@ -1,19 +1,23 @@
 """Compiles Triton kernels and their launchers in processes of their own, before they are launched.
 
 Compiling holds the interpreter's lock, so threads would take turns. ``record`` finds out which
-kernels some work launches, without launching any; ``compile_kernels`` puts them into Triton's
-cache on disk, from where the launch takes them. Run as a module, this file is such a process: it
-reads its share from stdin.
+kernels some work launches, without launching any, also for a GPU that is not there
+(``standing_in``); ``compile_kernels`` puts them into Triton's cache on disk, from where the launch
+takes them. Run as a module, this file is such a process: it reads its share from stdin.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -21,18 +25,24 @@ from typing import Any
 import torch
 import triton
 from torch.overrides import TorchFunctionMode
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
 
 from slipstream.cores import usable_cores
 
+log = logging.getLogger(__name__)
 # Options that a launch gives; Triton derives the others from them and from the GPU.
-_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "debug", "instrumentation_mode")
+_OPTIONS = (
+    "num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid",
+    "debug", "instrumentation_mode",
+)  # fmt: skip
 _WARP = 32
 _UNWRITTEN = (torch.empty, torch.empty_like)
 _MOST_WORKERS = 16  # each is an interpreter with Triton in it
+_recording = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,58 @@ class Specialization:
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        function = getattr(import_module(self.module), self.name)
+        kind = _gluon_source() if function.is_gluon() else ASTSource
+        return kind(function, self.signature, self.constants, self.attributes)
+
+
+def _gluon_source() -> type[ASTSource]:
+    # Imported late: not every engine has such kernels.
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """What Triton asks a driver for before a launch."""
+
+    target: GPUTarget
+
+    def get_current_device(self) -> GPUTarget:
+        """The key under which Triton keeps what it compiles in this process."""
+        return self.target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        """The default one."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """For what to compile."""
+        return self.target
+
+
+@contextmanager
+def standing_in(capability: tuple[int, int]) -> Iterator[None]:
+    """Triton and torch take the machine for one with a GPU of this compute capability, for work
+    on tensors without data (device ``meta``) that is recorded."""
+    driver, tell = triton.runtime.driver, torch.cuda.get_device_capability
+    before = driver._active
+    driver.set_active(_StandIn(_target(capability)))
+    torch.cuda.get_device_capability = lambda *_: capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = tell
+        driver.set_active(before)
+
+
+def recording() -> bool:
+    """Whether what is launched is recorded and does not run: a call like another adds nothing."""
+    return _recording
+
 
 def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
     """The kernels that ``works`` launch and that this process has not compiled.
@@ -55,9 +117,14 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
     range.
     """
     found: dict[str, Specialization] = {}
+    noted: list[tuple[dict[str, object], str]] = []
     run = triton.JITFunction.run
 
     def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: ANN401
+        # Compiled, as far as its next launch in another layer is concerned.
+        forms = fn.jit_function.device_caches[compile["device"]][0]
+        forms[key] = object()
+        noted.append((forms, key))
         options = json.loads(compile["specialization_data"])["options"]
         found[f"{fn.module}.{fn.name} {key}"] = Specialization(
             fn.module,
@@ -72,16 +139,21 @@ def record(works: Sequence[Callable[[], object]]) -> list[Specialization]:
     def compile_only(kernel: Any, *args: Any, **options: Any) -> object:  # noqa: ANN401
         return run(kernel, *args, **{**options, "warmup": True})
 
+    global _recording
     before = triton.knobs.runtime.jit_cache_hook
     triton.knobs.runtime.jit_cache_hook = hook
     triton.JITFunction.run = compile_only
+    _recording = True
     try:
         with _Zeros():
             for work in works:
                 work()
     finally:
+        _recording = False
         triton.JITFunction.run = run
         triton.knobs.runtime.jit_cache_hook = before
+        for forms, key in noted:
+            del forms[key]
     return list(found.values())
 
 
@@ -99,43 +171,94 @@ class _Zeros(TorchFunctionMode):
         return made.zero_() if func in _UNWRITTEN else made
 
 
+def prepare() -> None:
+    """Do what Triton does before the first kernel of a process: hash all of itself, and compile
+    and load what loads kernels. Not for two threads at once."""
+    triton_key()
+    triton.runtime.driver.active.get_current_target()
+
+
 def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:
-    """Compile ``kernels`` for a GPU into Triton's cache, on several cores; whatever fails here is
-    left to the launch, which reports it."""
+    """Compile ``kernels`` for a GPU into Triton's cache, and what launches them, on several cores;
+    whatever fails here is left to the launch, which reports it."""
+    target = _target(capability)
+    there, missing = list[Specialization](), list[Specialization]()
+    for kernel in kernels:
+        (there if _is_compiled(kernel, target) else missing).append(kernel)
+    processes = _start(missing, capability)
+    _compile_launchers(there, target)
+    for process in processes:
+        process.wait()
+
+
+def compiled_kernels(
+    kernels: Sequence[Specialization], capability: tuple[int, int]
+) -> Iterator[Any]:
+    """Triton's compiled form of each of ``kernels`` that compiles."""
+    for kernel in kernels:
+        try:
+            yield _compiled(kernel, _target(capability))
+        except Exception as error:  # noqa: BLE001 - the launch will meet and report it
+            log.info("%s does not compile: %s", kernel.name, str(error)[:200])
+
+
+def _target(capability: tuple[int, int]) -> GPUTarget:
+    return GPUTarget("cuda", capability[0] * 10 + capability[1], _WARP)
+
+
+def _is_compiled(kernel: Specialization, target: GPUTarget) -> bool:
+    """Whether Triton will find a kernel when it is launched."""
+    backend, source = make_backend(target), kernel.source()
+    options = backend.parse_options({**kernel.options, **source.parse_options()})
+    key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
+    name = f"{source.name[:150]}.json"
+    return name in (
+        get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or ()
+    )
+
+
+def _start(
+    kernels: Sequence[Specialization], capability: tuple[int, int]
+) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile a share of ``kernels`` each."""
+    processes: list[subprocess.Popen[bytes]] = []
     workers = min(usable_cores(), len(kernels), _MOST_WORKERS)
-    if workers < 2:
-        return
-    architecture = capability[0] * 10 + capability[1]
-    processes = []
-    for worker in range(workers):
+    for worker in range(workers if workers > 1 else 0):
         with tempfile.TemporaryFile() as share:  # a pipe would hold us up until it is read
-            share.write(pickle.dumps((architecture, kernels[worker::workers])))
+            share.write(pickle.dumps((capability, kernels[worker::workers])))
             share.seek(0)
             try:
                 command = [sys.executable, "-m", __name__]
                 processes.append(subprocess.Popen(command, stdin=share, stderr=subprocess.DEVNULL))
             except OSError:  # no interpreter to start, or no room for one
                 break
-    for process in processes:
-        process.wait()
+    return processes
 
 
-def _compile(kernel: Specialization, architecture: int) -> None:
-    function = getattr(import_module(kernel.module), kernel.name)
-    language = GluonASTSource if function.is_gluon() else ASTSource
-    source = language(function, kernel.signature, kernel.constants, kernel.attributes)
-    target = GPUTarget("cuda", architecture, _WARP)
-    compiled = triton.compile(source, target=target, options=kernel.options)
+def _compile_launchers(kernels: Sequence[Specialization], target: GPUTarget) -> None:
+    """Compile the C that passes arguments, on all cores: a compiler of its own holds no lock."""
+    alike = {tuple(kernel.signature.values()): kernel for kernel in kernels}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for kernel in alike.values():
+            pool.submit(_compile, kernel, target)
+
+
+def _compile(kernel: Specialization, target: GPUTarget) -> None:
+    compiled = _compiled(kernel, target)
     # What passes the arguments is C, which the first launch would wait for.
-    CudaLauncher(source, compiled.metadata)
+    CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _compiled(kernel: Specialization, target: GPUTarget) -> Any:  # noqa: ANN401
+    return triton.compile(kernel.source(), target=target, options=kernel.options)
 
 
 def main() -> None:
     """Compile the share of the process that started this one."""
-    architecture, kernels = pickle.load(sys.stdin.buffer)
+    capability, kernels = pickle.load(sys.stdin.buffer)
     for kernel in kernels:
         try:
-            _compile(kernel, architecture)
+            _compile(kernel, _target(capability))
         except Exception:  # noqa: BLE001 - the launch will meet and report it
             continue
 

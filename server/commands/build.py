@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import click
 
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.server.command import Command
+from slipstream.server.engine_kernels import compile_again, compile_plan, kernel_capability
 from slipstream.server.options import build_options, output_option
 from slipstream.server.progress import byte_progress
 from slipstream.server.text import format_bytes, format_columns
@@ -40,8 +42,22 @@ _PROGRAM_BYTES = 200 << 20
     help="After building for an NVIDIA GPU: time every kernel's variants on the one that is here "
     "and keep the quickest in tactics.json (a few minutes).",
 )
+@click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|sm_NN",
+    help="For an NVIDIA GPU: compile all kernels and keep them in the engine, so that it starts "
+    "quickly on a new machine: for the GPU that is here, if there is one (auto), or for one that "
+    "is not (such as sm_90).",
+)
 def build(
-    checkpoint: str, output: Path | None, options: BuildOptions, estimate: bool, tune: bool
+    checkpoint: str,
+    output: Path | None,
+    options: BuildOptions,
+    estimate: bool,
+    tune: bool,
+    kernels: str,
 ) -> None:
     """Compile a checkpoint into an engine.
 
@@ -61,9 +77,10 @@ def build(
     elif output is None:
         raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
     else:
-        _build(checkpoint, output, options)
+        capability = kernel_capability(kernels, options)
+        _build(checkpoint, output, options, capability)
         if tune:
-            _tune(output)
+            _tune(output, capability)
 
 
 def _check_tunable(options: BuildOptions, estimate: bool) -> None:
@@ -76,12 +93,14 @@ def _check_tunable(options: BuildOptions, estimate: bool) -> None:
         raise click.UsageError("--tune needs an engine and --estimate makes none; leave one out")
 
 
-def _tune(output: Path) -> None:
+def _tune(output: Path, capability: tuple[int, int] | None) -> None:
     from slipstream.builder.engine import open_engine
     from slipstream.runtime.executors import tune as tune_engine
 
     started = time.monotonic()
     report = tune_engine(open_engine(output))
+    if capability is not None:
+        compile_again(open_engine(output), capability)
     click.echo(f"tuned {len(report)} shapes in {time.monotonic() - started:.0f} s")
 
 
@@ -125,15 +144,18 @@ def _needs(planned: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _build(checkpoint: str, output: Path, options: BuildOptions) -> None:
+def _build(
+    checkpoint: str, output: Path, options: BuildOptions, capability: tuple[int, int] | None
+) -> None:
     from slipstream.builder.build import build as build_engine
 
     if not sys.stderr.isatty():  # a terminal shows a bar instead
         click.echo(f"building {output} from {checkpoint}", err=True)
     started = time.monotonic()
+    compiler = None if capability is None else partial(compile_plan, capability=capability)
     with byte_progress(f"building {output.name}") as report:
         report(0, None)
-        manifest = build_engine(checkpoint, output, options, report)
+        manifest = build_engine(checkpoint, output, options, report, compiler)
     _summarize(output, manifest, time.monotonic() - started)
 
 

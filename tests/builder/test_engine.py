@@ -454,7 +454,7 @@ def test_a_truncated_file(engine: Path) -> None:
 def test_a_file_that_comes_later_is_in_the_manifest(tiny_engine: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
     for text in ("{}", '{"other": 1}'):
-        open_engine(copy).write_file("tactics.json", text)
+        open_engine(copy).write_file("tactics.json", text.encode())
         engine = open_engine(copy)
         assert (copy / "tactics.json").read_text() == text
         assert set(engine.manifest.files) == {*FILES, "tactics.json"}

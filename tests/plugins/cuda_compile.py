@@ -32,7 +32,6 @@ from slipstream.plugins.linear.cuda.packing import packed_size
 from slipstream.plugins.linear.cuda.tactics import Tactics, default_tactic
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.plugins.normed_router.cuda import NormedRouter, Routing, normed_router
-from slipstream.plugins.paged_attention.cuda import attention as attention_on_cuda
 from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
@@ -273,7 +272,6 @@ def main() -> None:
     compiler = Compiler(int(architecture), first=first == ["first"])
     JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)
     torch.cuda.get_device_capability = lambda *_: capability
-    attention_on_cuda._capability = lambda _: capability  # type: ignore[assignment]
     for call in CALLS:
         call(capability, capability >= (9, 0))
 

@@ -36,6 +36,17 @@ def test_each_row_is_scaled_to_448_and_rounded_to_the_nearest(dtype: str) -> Non
     np.testing.assert_allclose(got.dequantize(), values, atol=np.abs(values).max() / 16)
 
 
+def test_codes_are_those_of_ml_dtypes() -> None:
+    """At every number, halfway between every two, and beside that."""
+    numbers = np.sort(NUMBERS).astype(np.float32)
+    halves = (numbers[1:] + numbers[:-1]) / np.float32(2)
+    beside = [np.nextafter(halves, np.float32(far)) for far in (-1000, 1000)]
+    # The first is the largest, so that the scale is 1.
+    row = np.concatenate([[448], numbers, halves, *beside, [1e-30, -0.0]]).astype(np.float32)
+    got = quantize_fp8(lazy(row[None])).codes[0]
+    assert got.tobytes() == row.astype(ml_dtypes.float8_e4m3fn).tobytes()
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-20])
 def test_a_searched_scale_is_the_best_of_its_octave(size: float) -> None:
     values = (np.random.default_rng(3).normal(0, size, (16, 256))).astype(np.float32)

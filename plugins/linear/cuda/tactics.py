@@ -308,14 +308,14 @@ class Tactics:
     @classmethod
     def load(cls, file: Path | None, capability: tuple[int, int], device: str) -> Tactics:
         """The table that ships for GPUs of this capability, and over it the one in ``file``, if
-        that was timed on this very device."""
+        that was timed on this very device, or on any if that has no name."""
         table = cls(capability, device)
         shipped = Path(__file__).with_name(f"tactics_sm{capability[0]}{capability[1]}.json")
         if shipped.exists():
             table.entries |= cls.from_json(shipped.read_text()).entries
         if file is not None and file.exists():
             timed = cls.from_json(file.read_text())
-            if timed.device == device and timed.capability == capability:
+            if timed.device == (device or timed.device) and timed.capability == capability:
                 table.entries |= timed.entries
             else:
                 log.info("tactics.json was timed on %s, this is %s: not used", timed.device, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.cuda.launch import capability_of, interpreting
 from slipstream.plugins.linear.cuda.packing import FLOAT4, sections
 from slipstream.plugins.linear.cuda.tactics import whole_rows
 from slipstream.weights.tensor import WeightFormat
@@ -97,4 +97,4 @@ class DeviceWeight:
 
 def converts_float8(device: torch.device) -> bool:
     """Whether a device has instructions for float8; the interpreter has none."""
-    return not interpreting() and torch.cuda.get_device_capability(device) >= (8, 9)
+    return not interpreting() and capability_of(device) >= (8, 9)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import interpreting, launch_options
+from slipstream.plugins.cuda.launch import capability_of, interpreting, launch_options
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
     hopper_prefill_kernel,
@@ -250,7 +249,7 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
 def _suits_hopper_decode(a: Attributes, pages: torch.Tensor) -> bool:
     """Whether the kernel for Hopper knows such a layer."""
     return (
-        _capability(pages.device)[0] == 9
+        capability_of(pages.device)[0] == 9
         and not interpreting()
         and a.head_dim in (64, 128, 256)
         and a.page_size == 64
@@ -367,7 +366,7 @@ def _prefill(
     pdl: bool,
 ) -> None:
     by = _scalars(a, pages)
-    keys, warps, stages = _prefill_tile(_capability(qkv.device), a, pages.element_size())
+    keys, warps, stages = _prefill_tile(capability_of(qkv.device), a, pages.element_size())
     rows = max(_block_rows(a), triton.next_power_of_2(a.num_heads // a.num_kv_heads))
     prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
         qkv,
@@ -398,7 +397,7 @@ def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes)
     keys, _, codes = _HOPPER_TILES.get(a.head_dim, (0, 0, 0))
     coded = pages.dtype == torch.float8_e4m3fn
     return (
-        _capability(qkv.device) == (9, 0)
+        capability_of(qkv.device) == (9, 0)
         and not interpreting()
         and qkv.element_size() == 2
         and (codes > 0 if coded else qkv.dtype == pages.dtype)
@@ -449,13 +448,6 @@ def _hopper_prefill(
         maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 9, 0
-    return torch.cuda.get_device_capability(device)
 
 
 def _prefill_tile(

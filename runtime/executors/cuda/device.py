@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
-from slipstream.plugins.cuda.launch import has_pdl, interpreting
-from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.cuda.kernel_store import offer, read_kernels
+from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
+from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
 
 Work = Callable[[], None]
+_LITTLE_MEMORY = 1 << 30  # bytes
 
 
 class Event:
@@ -42,20 +45,26 @@ class Event:
 class Device:
     """One GPU, one stream of work, and one pool of memory for all captured graphs.
 
-    Graphs may share the pool because they never run at the same time.
+    Graphs may share the pool because they never run at the same time. One that is only ``planned``,
+    of this compute capability, need not be there: its tensors hold nothing and nothing runs, for
+    kernels that are compiled before there is a GPU.
     """
 
-    def __init__(self) -> None:
-        self.is_cuda = not interpreting()
-        self.torch = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
-        self.capability = torch.cuda.get_device_capability(0) if self.is_cuda else (9, 0)
+    def __init__(self, planned: tuple[int, int] | None = None) -> None:
+        self.is_planned = planned is not None
+        self.is_cuda = not self.is_planned and not interpreting()
+        here = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
+        self.torch = torch.device("meta") if self.is_planned else here
+        self.capability = planned or capability_of(self.torch)
         self.has_pdl = has_pdl(self.torch)
         self._stream = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     @property
     def name(self) -> str:
-        """As the driver calls it."""
+        """As the driver calls it; nothing for one that is only planned."""
+        if self.is_planned:
+            return ""
         return torch.cuda.get_device_name(0) if self.is_cuda else "Triton interpreter"
 
     @contextmanager
@@ -67,6 +76,12 @@ class Device:
             else:
                 with torch.cuda.stream(self._stream):
                     yield
+
+    def prepare(self, kernels: Path) -> None:
+        """Get ready to compile, or to take what a file of kernels has; while other threads work."""
+        if self.is_cuda:
+            offer(read_kernels(kernels))
+            prepare()
 
     def compile(self, works: Sequence[Work]) -> None:
         """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
@@ -84,13 +99,16 @@ class Device:
             return work
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.no_grad(),
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            work()
+        # Memory that torch keeps for reuse is no use to a capture, and cannot be given back in one.
+        # Given back before each, as ``torch.cuda.graph`` does it, it is taken again after each.
+        if torch.cuda.mem_get_info(0)[0] < _LITTLE_MEMORY:
+            torch.cuda.empty_cache()
+        with self.work():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay
 
     def synchronize(self) -> None:

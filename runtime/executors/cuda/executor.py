@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -71,8 +72,11 @@ class CUDAExecutor:
         buffers do not fit.
         """
         self._device = Device()
-        graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-        weights = load_weights(engine.path / WEIGHTS, self._device)
+        with ThreadPoolExecutor(1) as pool:  # while weights are copied
+            prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
+            graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+            weights = load_weights(engine.path / WEIGHTS, self._device)
+            prepared.result()
         self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
 
     @classmethod
@@ -83,10 +87,11 @@ class CUDAExecutor:
         graph: ir.Graph,
         weights: Mapping[str, Tensor],
         tactics: Path | None = None,
+        device: Device | None = None,
     ) -> CUDAExecutor:
         """An executor of a graph whose weights are on the device already."""
         executor = cls.__new__(cls)
-        executor._device = Device()
+        executor._device = device or Device()
         executor._start(manifest, config, graph, weights, tactics)
         return executor
 
@@ -150,6 +155,11 @@ class CUDAExecutor:
                 "raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the GPU"
             )
         return pages
+
+    def works(self) -> list[Work]:
+        """What launches every kernel that steps of this engine take, on a page of padding."""
+        self._allocate(1)
+        return self.runner.works()
 
     def submit(self, batch: StepBatch) -> StartedCUDAStep:
         """Enqueue a step's layers and return at once."""
@@ -220,7 +230,7 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        self.runner.compile()
+        device.compile(self.runner.works())
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES

@@ -22,9 +22,12 @@ from slipstream.plugins.cuda.binding import (
     dtype_of,
     name_of,
 )
+from slipstream.plugins.cuda.precompile import recording
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
+
+_ALIGNED = 16  # bytes: a pointer to such a place has a kernel of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class _Call:
     kernel: Kernel
     outputs: tuple[str, ...]
     dead: tuple[str, ...]
+    form: str  # that of calls of the same kernels, in other layers
 
 
 class CUDAProgram:
@@ -106,13 +110,36 @@ def _check(graph: ir.Graph, spec: GraphSpec) -> None:
 def _execute(calls: Sequence[_Call], run: Run, out: Tensor | None) -> Tensor:
     """The first output of the last call, which goes to ``out``."""
     *others, last = calls
+    made: dict[str, Sequence[Tensor]] | None = {} if recording() else None
     for call in others:
-        run.values.update(zip(call.outputs, call.kernel(run), strict=True))
+        results = call.kernel(run) if made is None else _once(call, run, made)
+        run.values.update(zip(call.outputs, results, strict=True))
         for name in call.dead:  # so that a long prefill holds one layer's tensors, not all
             del run.values[name]
     result = last.kernel(replace(run, out=out))[0]
     # A Linear fills a given output; where another operator comes last, a copy does.
     return result if out is None or result is out else out.copy_(result)
+
+
+def _once(call: _Call, run: Run, made: dict[str, Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What a call of this form has made in the step already, whose kernels are recorded."""
+    if call.form not in made:
+        made[call.form] = call.kernel(run)
+    return made[call.form]
+
+
+def _form(node: ir.Node, constants: Mapping[str, Tensor]) -> str:
+    """All that kernels of a node are chosen and compiled by, but the number of tokens."""
+    inputs: list[object] = []
+    for value in node.inputs:
+        weight = None if value is None else constants.get(name_of(value))
+        if weight is None:
+            inputs.append(None if value is None else (value.type, value.shape))
+        else:
+            inputs.append((weight.dtype, weight.shape, weight.data_ptr() % _ALIGNED))
+    outputs = [(value.type, value.shape) for value in node.outputs]
+    attributes = sorted((a.name, str(a.value)) for a in node.attributes.values())
+    return f"{node.domain} {node.op_type} {inputs} {outputs} {attributes}"
 
 
 def _compile(nodes: Sequence[ir.Node], context: Context, kept: set[str]) -> list[_Call]:
@@ -127,6 +154,7 @@ def _compile(nodes: Sequence[ir.Node], context: Context, kept: set[str]) -> list
             bind(node, context),
             tuple(name_of(value) for value in node.outputs),
             tuple(dead.get(index, ())),
+            _form(node, context.constants),
         )
         for index, node in enumerate(nodes)
     ]

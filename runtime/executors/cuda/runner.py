@@ -125,11 +125,11 @@ class StepRunner:
         self._program.logits(hidden, out)
         return out
 
-    def compile(self) -> None:
-        """Compile every kernel that steps of padding launch."""
+    def works(self) -> list[Work]:
+        """Steps of padding that together launch every kernel there is."""
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
-        self._device.compile([*layers, *heads, self.largest_step])
+        return [*layers, *heads, self.largest_step]
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""

@@ -41,7 +41,9 @@ def tune_engine(engine: Engine) -> list[Tuned]:
     most = next((size for size in sizes if size >= manifest.limits.max_num_tokens), sizes[-1])
     report = []
     for tuned in tune(found, [size for size in sizes if size <= most], table):
-        engine.write_file(TACTICS, table.to_json())  # what is cut short keeps what it timed
+        engine.write_file(
+            TACTICS, table.to_json().encode()
+        )  # what is cut short keeps what it timed
         report.append(tuned)
     return report
 

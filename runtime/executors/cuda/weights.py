@@ -14,8 +14,8 @@ from slipstream.runtime.executors.cuda.device import Device
 from slipstream.weights.json import Origin
 from slipstream.weights.safetensors import read_header
 
-_CHUNK = 64 << 20
-_READERS = 4
+_CHUNK = 16 << 20
+_READERS = 8
 _DTYPES = {
     "U8": torch.uint8,
     "I32": torch.int32,

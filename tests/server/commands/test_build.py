@@ -10,6 +10,8 @@ from slipstream.builder.build import plan
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
+from slipstream.plugins.cuda import detect
+from slipstream.runtime.executors.cuda import kernels
 from slipstream.server.cli import slipstream
 from slipstream.server.text import format_bytes
 
@@ -125,3 +127,67 @@ def test_tuning_is_refused_before_anything_is_built(
     result = run(tiny_checkpoint, "-o", tmp_path / "engine", "--tune", *arguments)
     assert result.exit_code == 2 and message in result.stderr
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "cpu", "--kernels", "sm_90"], "is for NVIDIA GPUs and the target is cpu"),
+        (["--target", "cuda", "--kernels", "hopper"], "--kernels is 'hopper'; use auto, none or"),
+    ],
+)
+def test_kernels_are_refused_before_anything_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", *arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "here", "kept"),
+    [
+        (["--kernels", "sm_100"], None, [(10, 0)]),
+        (["--kernels", "sm_80"], None, [(8, 0)]),
+        (["--kernels", "none"], (9, 0), []),
+        ([], None, []),
+        ([], (9, 0), [(9, 0)]),
+        (["--quantization", "fp8"], (8, 0), []),
+    ],
+)
+def test_kernels_are_kept_for_the_gpu_that_is_named_or_here(
+    arguments: list[str],
+    here: tuple[int, int] | None,
+    kept: list[tuple[int, int]],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def compiled(*given: Any) -> bytes:  # noqa: ANN401 - see kernel_file
+        found.append(given[3])
+        return b"kernels"
+
+    monkeypatch.setattr(kernels, "kernel_file", compiled)
+    monkeypatch.setattr(detect, "gpu_capability", lambda: here)
+    output = tmp_path / "engine"
+    result = run(tiny_checkpoint, "-o", output, "--target", "cuda", *arguments)
+    assert result.exit_code == 0, result.output
+    assert found == kept
+    engine = open_engine(output)
+    engine.verify_files()
+    assert ("kernels.zip" in engine.manifest.files) == bool(kept)
+
+
+def test_an_engine_whose_kernels_do_not_compile_is_whole(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("no assembler")
+
+    monkeypatch.setattr(kernels, "kernel_file", broken)
+    arguments = ("--target", "cuda", "--kernels", "sm_90")
+    result = run(tiny_checkpoint, "-o", tmp_path / "engine", *arguments)
+    assert result.exit_code == 0 and "keeps no kernels: no assembler" in result.stderr
+    assert "kernels.zip" not in open_engine(tmp_path / "engine").manifest.files

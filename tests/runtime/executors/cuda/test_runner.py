@@ -80,12 +80,7 @@ def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: 
     assert captured == [BUCKETS.decode(112)]
 
 
-def test_all_that_can_be_captured_is_compiled(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    works: list[Any] = []
-    monkeypatch.setattr(runner._device, "compile", works.extend)
-    runner.compile()
-    found = [work() for work in works[:-1]]
+def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
+    found: list[Any] = [work() for work in runner.works()[:-1]]
     shapes = [*map(BUCKETS.decode, BUCKETS.batch_sizes), *map(BUCKETS.mixed, BUCKETS.mixed_tokens)]
     assert found == [*shapes, *((n, kind) for n in BUCKETS.batch_sizes for kind in Kind)]

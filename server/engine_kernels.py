@@ -1,0 +1,86 @@
+"""The compiled kernels that ``slipstream build`` keeps in an engine for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.builder.targets.base import create_target
+from slipstream.plugins.cuda import detect
+from slipstream.server.engine_summary import read_graph
+from slipstream.weights.safetensors import ArraySpec, read_header
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from slipstream.builder.build import Plan
+    from slipstream.builder.options import BuildOptions
+
+log = logging.getLogger(__name__)
+_SM = re.compile(r"sm_(\d+)(\d)")
+
+
+def kernel_capability(kernels: str, options: BuildOptions) -> tuple[int, int] | None:
+    """The compute capability of the GPU that the option ``--kernels`` names; None for no kernels.
+
+    Raises click.UsageError for one that nothing can be compiled for.
+    """
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if kernels in ("auto", "none"):
+        return detect.gpu_capability() if kernels == "auto" and not missing else None
+    if (named := _SM.fullmatch(kernels)) is None:
+        raise click.UsageError(f"--kernels is {kernels!r}; use auto, none or a GPU such as sm_90")
+    if (target := create_target(options.target).name) != "cuda":
+        raise click.UsageError(f"--kernels is for NVIDIA GPUs and the target is {target}")
+    if missing:
+        raise click.UsageError(f"--kernels needs {missing[0]}: pip install 'slipstream[cuda]'")
+    return int(named[1]), int(named[2])
+
+
+def compile_plan(plan: Plan, capability: tuple[int, int]) -> bytes | None:
+    """The file of kernels of an engine that is being built; None if no such GPU runs it."""
+    from slipstream.builder.build import manifest_of
+
+    parts = [part for weight in plan.weights for part in weight.parts]
+    return _compile(manifest_of(plan, {}, "", ""), plan.program.graph, parts, capability)
+
+
+def compile_again(engine: Engine, capability: tuple[int, int]) -> None:
+    """Replace the kernels of an engine by those that its tactics now choose."""
+    tensors = read_header(engine.path / WEIGHTS).values()
+    parts = [ArraySpec(tensor.name, tensor.numpy_dtype(), tensor.shape) for tensor in tensors]
+    tactics = engine.path / TACTICS
+    kernels = _compile(engine.manifest, read_graph(engine), parts, capability, tactics)
+    if kernels is not None:
+        engine.write_file(KERNELS, kernels)
+
+
+def _compile(
+    manifest: Manifest,
+    graph: ir.Graph,
+    parts: Sequence[ArraySpec],
+    capability: tuple[int, int],
+    tactics: Path | None = None,
+) -> bytes | None:
+    if manifest.target != "cuda" or capability < _oldest(manifest):
+        return None
+    from slipstream.runtime.executors.cuda.kernels import kernel_file
+
+    try:
+        return kernel_file(manifest, graph, parts, capability, tactics)
+    except Exception as error:  # noqa: BLE001 - the engine is whole without
+        log.warning("the engine keeps no kernels: %s", error)
+        return None
+
+
+def _oldest(manifest: Manifest) -> tuple[int, int]:
+    named = _SM.fullmatch(manifest.capability)
+    assert named is not None, manifest.capability
+    return int(named[1]), int(named[2])
