@@ -18,7 +18,7 @@ from slipstream.weights.tensor import WeightFormat
 
 log = logging.getLogger(__name__)
 
-Kernel = Literal["gemv", "dot", "blas"]
+Kernel = Literal["gemv", "dot", "wide", "blas"]
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GEMV_TOKENS = 4
 DOT_TOKENS = 256
@@ -34,11 +34,11 @@ class Tactic:
 
     block_n      rows of the result a program computes (gated: pairs of rows).
     block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
-    num_stages   gemv: vectors in flight a row; dot: steps in flight.
+    num_stages   gemv: vectors in flight a row; dot: steps in flight; wide: tiles of x in flight.
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
-    split_k      dot: programs that share the K of a tile.
+    split_k      dot, wide: programs that share the K of a tile.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
-    block_m      dot of experts: rows of x of a tile; a Linear's are those of ``block_m``.
+    block_m      wide, dot of experts: rows of x of a tile; a dot of a Linear has ``block_m``.
     """
 
     kernel: Kernel
@@ -83,6 +83,11 @@ def whole_rows(fmt: WeightFormat) -> bool:
 def can_stream(fmt: WeightFormat) -> bool:
     """Whether gemv and dot can read the rows of a weight in whole vectors."""
     return fmt.shape[1] % (4 if in_words(fmt) else vector_size(fmt)) == 0
+
+
+def can_widen(fmt: WeightFormat, capability: tuple[int, int]) -> bool:
+    """Whether wide reads a weight: integers in whole chunks, on a Hopper GPU."""
+    return fmt.kind == "int" and fmt.shape[1] % (1024 // fmt.bits) == 0 and capability == (9, 0)
 
 
 def multiplies_in(fmt: WeightFormat) -> str:
