@@ -24,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from slipstream.cores import usable_cores
 
 # Options that a launch gives; Triton derives the others from them and from the GPU.
-_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "instrumentation_mode")
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "debug", "instrumentation_mode")
 _WARP = 32
 _UNWRITTEN = (torch.empty, torch.empty_like)
 _MOST_WORKERS = 16  # each is an interpreter with Triton in it
@@ -121,7 +122,8 @@ def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, in
 
 def _compile(kernel: Specialization, architecture: int) -> None:
     function = getattr(import_module(kernel.module), kernel.name)
-    source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(function, kernel.signature, kernel.constants, kernel.attributes)
     target = GPUTarget("cuda", architecture, _WARP)
     compiled = triton.compile(source, target=target, options=kernel.options)
     # What passes the arguments is C, which the first launch would wait for.

@@ -18,6 +18,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
@@ -55,7 +57,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 class Compiler:
@@ -88,7 +90,8 @@ class Compiler:
         if key in self.done:
             return
         self.done.add(key)
-        source = ASTSource(fn, signature, constants, attributes)
+        language = GluonASTSource if fn.is_gluon() else ASTSource
+        source = language(fn, signature, constants, attributes)
         compiled = triton.compile(source, target=self.target, options=options)
         sys.stdout.write(f"{fn.__name__} {compiled.metadata.shared} bytes shared {options}\n")
 
@@ -100,6 +103,9 @@ def _default(fn: Any, name: str) -> Any:  # noqa: ANN401
 def _type(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        dtype = _TYPES[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>"
     if isinstance(value, bool):
         return "i1"
     return "fp32" if isinstance(value, float) else "i32"

@@ -19,12 +19,18 @@ from slipstream.weights.tensor import WeightFormat
 log = logging.getLogger(__name__)
 
 Kernel = Literal["gemv", "dot", "wide", "blas"]
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GEMV_TOKENS = 4
 DOT_TOKENS = 256
+WIDE_TOKENS = 2048  # of more, the library makes up for the time of writing a dense weight
 # Up to this many tokens gemv is the better guess: its arithmetic grows with them.
 _GUESS_GEMV_TOKENS = 2
+_LEAST_WIDE_TOKENS = 48
 _PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
+_ENOUGH = 0.7  # times as many programs as processors
+WIDE_AHEAD = 3  # chunks of words in flight
+# Rows of the weight and of x, the larger tiles first: they read x less often.
+WIDE_TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))
 _SPARE_BYTES = 3 << 10  # of shared memory, for what Triton adds to the tiles
 
 
@@ -132,6 +138,8 @@ def default_tactic(
         return Tactic("blas")
     if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
+    if _LEAST_WIDE_TOKENS <= tokens <= WIDE_TOKENS and can_widen(fmt, capability):
+        return _default_wide(fmt.shape[0] // (2 if gated else 1), gated, tokens)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
     return Tactic("blas")
@@ -186,6 +194,36 @@ def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
     return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
 
 
+def _default_wide(width: int, gated: bool, tokens: int) -> Tactic:
+    """The largest tile of which there are enough, or else the smallest one and a split of K."""
+    usual = [(rows, tile) for rows, tile in WIDE_TILES if tile <= max(tokens, 64)]
+    pairs = 2 if gated else 1
+    for rows, tile in usual:
+        programs = -(-width * pairs // rows) * -(-tokens // tile)
+        if programs >= _ENOUGH * _PROCESSORS:
+            return wide_tactic(rows // pairs, tile, gated, 1)
+    split = 1
+    while split < 4 and programs * split < _ENOUGH * _PROCESSORS:
+        split *= 2
+    return wide_tactic(rows // pairs, tile, gated, split)
+
+
+def wide_tactic(block_n: int, tile: int, gated: bool, split: int) -> Tactic:
+    """A wide with as many tiles of x in flight as shared memory holds beside the words."""
+    rows = block_n * (2 if gated else 1)
+    room = ((227 << 10) // wide_programs(rows, tile) - _SPARE_BYTES) - rows * WIDE_AHEAD * 128
+    return Tactic(
+        "wide", block_n, num_stages=min(room // (tile * 128), 8), split_k=split, block_m=tile
+    )
+
+
+def wide_programs(rows: int, tile: int) -> int:
+    """Programs of wide that an SM holds: those of one warpgroup are to take turns with others."""
+    if rows > 64:
+        return 1
+    return 3 if tile <= 64 else 2
+
+
 def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
     """By how many programs the K of a tile is shared, so that there are ``programs`` or more."""
     split = 1
@@ -221,6 +259,8 @@ def candidate_tactics(
         found += [replace(found[0], fuse_norm=False)]
     if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
         found += _dot_candidates(fmt, gated, tokens, capability)
+    if _LEAST_WIDE_TOKENS <= tokens <= WIDE_TOKENS and can_widen(fmt, capability):
+        found += _wide_candidates(fmt, gated, tokens)
     return list(dict.fromkeys([*found, Tactic("blas")]))
 
 
@@ -270,6 +310,20 @@ def _dot_candidates(
     return found
 
 
+def _wide_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic]:
+    """Tiles with and without a split of K; not one whose programs would be far too many."""
+    found = []
+    for rows, tile in WIDE_TILES:
+        tiles = -(-fmt.shape[0] // rows) * -(-tokens // tile)
+        room = 2 * _PROCESSORS * wide_programs(rows, tile)
+        found += [
+            wide_tactic(rows // (2 if gated else 1), tile, gated, split)
+            for split in (1, 2, 4)
+            if tile <= max(tokens, 64) <= 8 * tile and (split == 1 or tiles * split <= room)
+        ]
+    return found
+
+
 @dataclass(slots=True)
 class Tactics:
     """The tactics that were timed on a GPU, by ``entry_key``."""
@@ -281,9 +335,7 @@ class Tactics:
     def find(self, fmt: WeightFormat, gated: bool, tokens: int) -> Tactic:
         """The tactic that was timed for this shape and bucket of tokens, or the default."""
         bucket = next((size for size in BUCKETS if size >= tokens), None)
-        if bucket is None:
-            return Tactic("blas")
-        found = self.entries.get(entry_key(fmt, gated, bucket))
+        found = self.entries.get(entry_key(fmt, gated, bucket)) if bucket else None
         return found or default_tactic(fmt, gated, tokens, self.capability)
 
     def to_json(self) -> str:

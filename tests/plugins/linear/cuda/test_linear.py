@@ -24,6 +24,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     candidate_tactics,
     multiplies_in,
     vector_size,
+    wide_tactic,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
@@ -167,9 +168,8 @@ def test_dot(name: str, swap: bool, device: str) -> None:
         assert_close(case.run(tactic), case.want, 2e-2)
 
 
-def wide(block_m: int, *, pairs: bool, split: int = 1, warpgroups: int = 2) -> Tactic:
-    rows = (32 if pairs else 64) * warpgroups
-    return Tactic("wide", rows, block_m=block_m, num_stages=3, split_k=split)
+def wide(rows: int, tile: int, case: Case, split: int = 1) -> Tactic:
+    return wide_tactic(rows // 2 if case.gated else rows, tile, case.gated, split)
 
 
 # Triton's interpreter does not know Gluon.
@@ -184,13 +184,11 @@ hopper = pytest.mark.skipif(
 def test_wide(name: str, device: str) -> None:
     """Every format with each tile, and the epilogues in turn."""
     index = list(WIDE).index(name)
-    for at, (block_m, tokens, split, warpgroups) in enumerate(
-        ((32, 20, 1, 1), (64, 64, 2, 1), (64, 100, 1, 2), (128, 130, 3, 2), (256, 300, 2, 2))
-    ):
+    tiles = ((64, 64, 64, 2), (128, 64, 100, 1), (256, 128, 130, 3), (128, 256, 300, 2))
+    for at, (rows, tile, tokens, split) in enumerate((*tiles, (64, 128, 128, 1))):
         extras = EXTRAS[(index + at) % len(EXTRAS)]
         case = Case(name, tokens, extras, device)
-        tactic = wide(block_m, pairs=case.gated, split=split, warpgroups=warpgroups)
-        assert_close(case.run(tactic), case.want, 2e-2)
+        assert_close(case.run(wide(rows, tile, case, split)), case.want, 2e-2)
         assert not case.device_weight.counters.any()
 
 
@@ -200,7 +198,7 @@ def test_wide_epilogues(extras: str, device: str) -> None:
     """With and without a split of K, in the type of x; two runs give the same bits."""
     for split in (1, 2):
         case = Case("wide int4g64z", 70, extras, device)
-        tactic = wide(128, pairs=case.gated, split=split)
+        tactic = wide(128, 128, case, split)
         got = case.run(tactic, case.dtype)
         assert_close(got, case.want, 2e-2)
         np.testing.assert_array_equal(case.run(tactic, case.dtype), got)
@@ -209,7 +207,7 @@ def test_wide_epilogues(extras: str, device: str) -> None:
 @hopper
 def test_a_row_of_wide_does_not_feel_the_others(device: str) -> None:
     case = Case("wide int4g128m", 100, "residual norm", device)
-    tactic = wide(64, pairs=False, split=2)
+    tactic = wide(128, 64, case, 2)
     whole = case.run(tactic)
     case.x[1:] = torch.nan
     case.inputs["residual"][1:] = torch.nan
