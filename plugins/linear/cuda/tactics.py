@@ -139,7 +139,7 @@ def default_tactic(
     if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
     if _LEAST_WIDE_TOKENS <= tokens <= WIDE_TOKENS and can_widen(fmt, capability):
-        return _default_wide(fmt.shape[0] // (2 if gated else 1), gated, tokens)
+        return _default_wide(fmt.shape[0], gated, tokens)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
     return Tactic("blas")
@@ -194,18 +194,23 @@ def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
     return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
 
 
-def _default_wide(width: int, gated: bool, tokens: int) -> Tactic:
+def _default_wide(n: int, gated: bool, tokens: int) -> Tactic:
     """The largest tile of which there are enough, or else the smallest one and a split of K."""
-    usual = [(rows, tile) for rows, tile in WIDE_TILES if tile <= max(tokens, 64)]
     pairs = 2 if gated else 1
-    for rows, tile in usual:
-        programs = -(-width * pairs // rows) * -(-tokens // tile)
-        if programs >= _ENOUGH * _PROCESSORS:
-            return wide_tactic(rows // pairs, tile, gated, 1)
+    rows, tile, tiles = 0, 0, 0
+    for rows, tile in WIDE_TILES:
+        tiles = -(-n // rows) * -(-tokens // tile)
+        if tile <= max(tokens, 64) and tiles >= _ENOUGH * _PROCESSORS:
+            break
     split = 1
-    while split < 4 and programs * split < _ENOUGH * _PROCESSORS:
+    while split < 4 and tiles * split < _ENOUGH * _PROCESSORS and _can_split(n, rows, tiles):
         split *= 2
     return wide_tactic(rows // pairs, tile, gated, split)
+
+
+def _can_split(n: int, rows: int, tiles: int) -> bool:
+    """Whether a weight of n rows has a counter for every 64 of each tile of wide."""
+    return tiles * rows // 64 <= n // 8
 
 
 def wide_tactic(block_n: int, tile: int, gated: bool, split: int) -> Tactic:
@@ -312,14 +317,15 @@ def _dot_candidates(
 
 def _wide_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic]:
     """Tiles with and without a split of K; not one whose programs would be far too many."""
+    n = fmt.shape[0]
     found = []
     for rows, tile in WIDE_TILES:
-        tiles = -(-fmt.shape[0] // rows) * -(-tokens // tile)
-        room = 2 * _PROCESSORS * wide_programs(rows, tile)
+        tiles = -(-n // rows) * -(-tokens // tile)
+        most = 2 * _PROCESSORS * wide_programs(rows, tile) if _can_split(n, rows, tiles) else 0
         found += [
             wide_tactic(rows // (2 if gated else 1), tile, gated, split)
             for split in (1, 2, 4)
-            if tile <= max(tokens, 64) <= 8 * tile and (split == 1 or tiles * split <= room)
+            if tile <= max(tokens, 64) <= 8 * tile and (split == 1 or tiles * split <= most)
         ]
     return found
 
