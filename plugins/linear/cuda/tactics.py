@@ -130,6 +130,12 @@ def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
     return 64 if fmt.kind == "dense" else 128
 
 
+def _most_wide(fmt: WeightFormat) -> int:
+    """Tokens up to which wide is the better guess than the library, which multiplies int8 twice as
+    fast."""
+    return WIDE_TOKENS if multiplies_in(fmt) == "dense" else 128
+
+
 def default_tactic(
     fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
 ) -> Tactic:
@@ -138,7 +144,7 @@ def default_tactic(
         return Tactic("blas")
     if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
-    if _LEAST_WIDE_TOKENS <= tokens <= WIDE_TOKENS and can_widen(fmt, capability):
+    if _LEAST_WIDE_TOKENS <= tokens <= _most_wide(fmt) and can_widen(fmt, capability):
         return _default_wide(fmt.shape[0], gated, tokens)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
