@@ -21,7 +21,6 @@ from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
     DOT_TOKENS,
     GEMV_TOKENS,
-    WIDE_AHEAD,
     Tactic,
     block_m,
     can_stream,
@@ -195,11 +194,11 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     fmt, x = weight.format, inputs.x
     tokens, width = y.shape
     rows, tile = tactic.block_n * (2 if inputs.gated else 1), tactic.block_m
-    warpgroups = min(rows // 64, 2)
-    grid = (-(-tokens // tile), -(-width // tactic.block_n), tactic.split_k)
+    warpgroups = rows // 64
+    grid = (-(-width // tactic.block_n), -(-tokens // tile), tactic.split_k)
     partial = None
     if tactic.split_k > 1:
-        assert grid[0] * grid[1] * (rows // 64) <= weight.counters.shape[0]
+        assert grid[0] * grid[1] * warpgroups <= weight.counters.shape[0]
         partial = _partial(grid, rows * tile, x)
     threads = 128 * (warpgroups + 1) * wide_programs(rows, tile)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
@@ -207,10 +206,10 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     wide_int[grid](
         TensorDescriptor.from_tensor(x, [tile, 64], layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
-        fmt.shape[0], K=fmt.shape[1], T=tile, WARPGROUPS=warpgroups, TILES=rows // 64 // warpgroups,
-        SPLIT=tactic.split_k, STAGES=tactic.num_stages, AHEAD=WIDE_AHEAD, BITS=fmt.bits,
-        GROUP=weight.group, ZERO=weight.zero_kind, GATED=inputs.gate_kind,
-        BIAS=inputs.bias is not None, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
+        fmt.shape[0], K=fmt.shape[1], T=tile, WARPGROUPS=warpgroups, SPLIT=tactic.split_k,
+        STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+        GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
+        RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
         maxnreg=_REGISTERS // threads // 8 * 8, **launch_options(num_warps=4, pdl=inputs.pdl),
     )  # fmt: skip
 

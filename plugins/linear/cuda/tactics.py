@@ -28,9 +28,8 @@ _GUESS_GEMV_TOKENS = 2
 _LEAST_WIDE_TOKENS = 48
 _PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
 _ENOUGH = 0.7  # times as many programs as processors
-WIDE_AHEAD = 3  # chunks of words in flight
-# Rows of the weight and of x, the larger tiles first: they read x less often.
-WIDE_TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))
+# Rows of the weight and of x, the larger tiles first: they decode and read x less often.
+WIDE_TILES = ((128, 256), (128, 128), (64, 128), (128, 64), (64, 64))
 _SPARE_BYTES = 3 << 10  # of shared memory, for what Triton adds to the tiles
 
 
@@ -201,17 +200,16 @@ def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
 
 
 def _default_wide(n: int, gated: bool, tokens: int) -> Tactic:
-    """The largest tile of which there are enough, or else the smallest one and a split of K."""
-    pairs = 2 if gated else 1
+    """The largest tile of which there are enough; a split of K pays for few tokens."""
     rows, tile, tiles = 0, 0, 0
     for rows, tile in WIDE_TILES:
         tiles = -(-n // rows) * -(-tokens // tile)
         if tile <= max(tokens, 64) and tiles >= _ENOUGH * _PROCESSORS:
             break
     split = 1
-    while split < 4 and tiles * split < _ENOUGH * _PROCESSORS and _can_split(n, rows, tiles):
+    while tile == 64 and split < 4 and tiles * split < 1.2 * _PROCESSORS:
         split *= 2
-    return wide_tactic(rows // pairs, tile, gated, split)
+    return wide_tactic(rows, tile, gated, split if _can_split(n, rows, tiles) else 1)
 
 
 def _can_split(n: int, rows: int, tiles: int) -> bool:
@@ -219,12 +217,12 @@ def _can_split(n: int, rows: int, tiles: int) -> bool:
     return tiles * rows // 64 <= n // 8
 
 
-def wide_tactic(block_n: int, tile: int, gated: bool, split: int) -> Tactic:
-    """A wide with as many tiles of x in flight as shared memory holds beside the words."""
-    rows = block_n * (2 if gated else 1)
-    room = ((227 << 10) // wide_programs(rows, tile) - _SPARE_BYTES) - rows * WIDE_AHEAD * 128
+def wide_tactic(rows: int, tile: int, gated: bool, split: int) -> Tactic:
+    """A wide with as many tiles of x in flight as shared memory holds."""
+    room = (227 << 10) // wide_programs(rows, tile) - _SPARE_BYTES
+    stages = min(room // (tile * 128), 8)
     return Tactic(
-        "wide", block_n, num_stages=min(room // (tile * 128), 8), split_k=split, block_m=tile
+        "wide", rows // (2 if gated else 1), num_stages=stages, split_k=split, block_m=tile
     )
 
 
@@ -329,9 +327,9 @@ def _wide_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic
         tiles = -(-n // rows) * -(-tokens // tile)
         most = 2 * _PROCESSORS * wide_programs(rows, tile) if _can_split(n, rows, tiles) else 0
         found += [
-            wide_tactic(rows // (2 if gated else 1), tile, gated, split)
+            wide_tactic(rows, tile, gated, split)
             for split in (1, 2, 4)
-            if tile <= max(tokens, 64) <= 8 * tile and (split == 1 or tiles * split <= most)
+            if tile <= max(tokens, 64) <= 16 * tile and (split == 1 or tiles * split <= most)
         ]
     return found
 

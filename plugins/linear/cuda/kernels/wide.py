@@ -1,8 +1,8 @@
 """Matrix products of Linear with integer weights for many tokens on a Hopper GPU.
 
 The weight is the left operand, y^T = w x^T, and goes through registers into wgmma: while the tensor
-cores multiply what one warpgroup has decoded, the other decodes. Each copies its words ahead of
-their use, and a warp of its own keeps a ring of tiles of x full with the bulk copies of that GPU.
+cores multiply what one warpgroup has decoded, the other decodes, and each loads its words a chunk
+ahead. A warp of its own keeps a ring of tiles of x full with the bulk copies of that GPU.
 SPLIT programs share the K of a tile as in ``dot``.
 """
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -103,25 +102,6 @@ def _row(first, width, GATED: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _rows(first, width, TILES: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr):
-    """``_row`` of TILES times 64."""
-    found = ()
-    for m in gl.static_range(TILES):
-        found = found + (_row(first + m * (32 if GATED else 64), width, GATED, LAYOUT),)
-    return found
-
-
-@gluon.jit
-def _fetch(weight, n, chunk, store, first, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Begins to copy the words of a chunk, of each of the rows n, into shared memory."""
-    j = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
-    for m in gl.static_range(len(n)):
-        at = n[m].to(gl.int64)[:, None] * (CHUNKS * 32) + chunk * 32 + j[None, :]
-        async_copy.async_copy_global_to_shared(store.index(first + m), weight + at)
-    async_copy.commit_group()
-
-
-@gluon.jit
 def _loaded(pointers, COUNT: gl.constexpr):
     """What is stored at pointers, and behind them: COUNT in all."""
     found = ()
@@ -131,18 +111,16 @@ def _loaded(pointers, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _groups(scale, shift, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: gl.constexpr):
-    """Scales, and zero points or offsets, of COUNT groups of a chunk, for each of the rows n."""
-    factors = ()
+def _chunk(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: gl.constexpr):
+    """Words [64, 32] of a chunk in rows n; scales, and zero points or offsets, of its groups."""
+    weight, scale, shift = weights
+    j = gl.arange(0, 32, gl.SliceLayout(0, n.type.layout.parent))
+    at = n.to(gl.int64)[:, None] * (CHUNKS * 32) + chunk * 32 + j[None, :]
+    place = n * (CHUNKS * COUNT) + chunk * COUNT
     shifts = ()
-    for m in gl.static_range(len(n)):
-        place = n[m] * (CHUNKS * COUNT) + chunk * COUNT
-        factors = factors + (_loaded(scale + place, COUNT),)
-        found = ()
-        if ZERO != "midpoint":
-            found = _loaded(shift + place, COUNT)
-        shifts = shifts + (found,)
-    return factors, shifts
+    if ZERO != "midpoint":
+        shifts = _loaded(shift + place, COUNT)
+    return gl.load(weight + at), _loaded(scale + place, COUNT), shifts
 
 
 @gluon.jit
@@ -187,11 +165,11 @@ def _slices(acc):
 
 @gluon.jit
 def _end(
-    acc, tile, place, ends, common, TILES: gl.constexpr, SPLIT: gl.constexpr, GATED: gl.constexpr,
-    GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    acc, tile, place, ends, common, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Finishes 64 rows, if this program is the last of those that share their K."""
-    along, _, part = place
+    _, along, part = place
     counters, partial = common
     T: gl.constexpr = acc.shape[1]
     first = tile * (32 if GATED else 64)
@@ -204,9 +182,9 @@ def _end(
         r = gl.arange(0, 64, gl.SliceLayout(1, layout))
         t = gl.arange(0, 32, gl.SliceLayout(0, layout))
         local = r[:, None] * 32 + t[None, :]
-        line = gl.num_programs(1) * TILES
+        line = gl.num_programs(0) * WARPGROUPS
         number = along * line + tile
-        size = gl.num_programs(0) * line * (64 * T)
+        size = gl.num_programs(1) * line * (64 * T)
         sums = partial + number * (64 * T)
         for i in gl.static_range(T // 32):
             gl.store(sums + part * size + i * 2048 + local, slices[i])
@@ -222,73 +200,51 @@ def _end(
 
 @gluon.jit
 def _multiply(
-    number: gl.constexpr, ring, ready, free, store, weights, place, width, ends, common,
-    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, TILES: gl.constexpr,
-    SPLIT: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr,
-    GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    number: gl.constexpr, ring, ready, free, weights, place, width, ends, common, K: gl.constexpr,
+    T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
+    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What the warpgroup of a number does."""
     CODES: gl.constexpr = 32 // BITS
     CHUNKS: gl.constexpr = K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    ROWS: gl.constexpr = 32 if GATED else 64
+    # The next weights are decoded while these are multiplied, or, with so many sums that registers
+    # are short, only while the other warpgroup's are.
+    LATE: gl.constexpr = T < 256
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    copying: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    _, across, part = place
-    weight, scale, shift = weights
-    tile = (across * WARPGROUPS + number) * TILES
-    n = _rows(tile * ROWS, width, TILES, GATED, gl.SliceLayout(1, operand))
-    copied = _rows(tile * ROWS, width, TILES, GATED, gl.SliceLayout(1, copying))
+    across, _, part = place
+    tile = across * WARPGROUPS + number
+    n = _row(tile * (32 if GATED else 64), width, GATED, gl.SliceLayout(1, operand))
     chunk = part * STEPS
     last = gl.minimum(chunk + STEPS, CHUNKS) - 1
-    for step in gl.static_range(AHEAD - 1):
-        _fetch(
-            weight, copied, gl.minimum(chunk + step, last), store, (number * AHEAD + step) * TILES,
-            CHUNKS, copying,
-        )  # fmt: skip
-    factors, shifts = _groups(scale, shift, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
-    acc = ()
-    for _ in gl.static_range(TILES):
-        acc = acc + (gl.zeros([64, T], gl.float32, sums),)
+    words, factors, shifts = _chunk(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
+    acc = gl.zeros([64, T], gl.float32, sums)
     for step in range(0, last - chunk + 1):
         following = gl.minimum(chunk + step + 1, last)
-        next_factors, next_shifts = _groups(scale, shift, n, following, CHUNKS, COUNT, ZERO)
-        async_copy.wait_group(AHEAD - 2)
-        gl.thread_barrier()  # all have copied this chunk, and read the one before
-        _fetch(
-            weight, copied, gl.minimum(chunk + step + AHEAD - 1, last), store,
-            (number * AHEAD + (step + AHEAD - 1) % AHEAD) * TILES, CHUNKS, copying,
+        next_words, next_factors, next_shifts = _chunk(
+            weights, n, following, CHUNKS, COUNT, ZERO
         )  # fmt: skip
         for i in gl.static_range(0, CODES, 2):
             count = (step * CODES + i) // 2
             slot = count % STAGES
-            added = ()
-            for m in gl.static_range(TILES):
-                words = store.index((number * AHEAD + step % AHEAD) * TILES + m).load(operand)
-                w = _operand(
-                    words, i, factors[m], shifts[m], operand, ring.dtype, BITS, GROUP, ZERO
-                )
-                if m == 0:
-                    mbarrier.wait(ready.index(slot), count // STAGES & 1)
-                x = ring.index(slot).permute((1, 0))
-                added = added + (warpgroup_mma(w, x, acc[m], is_async=True),)
-            acc = ()
-            for m in gl.static_range(TILES):
-                acc = acc + (warpgroup_mma_wait(0, [added[m]]),)
-            mbarrier.arrive(free.index(slot), count=1)
+            w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
+            mbarrier.wait(ready.index(slot), count // STAGES & 1)
+            if LATE and i > 0:
+                acc = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+            acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
+            if not LATE or i == CODES - 2:
+                acc = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(free.index(slot), count=1)
+        words = next_words
         factors = next_factors
         shifts = next_shifts
-    async_copy.wait_group(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for m in gl.static_range(TILES):
-        _end(
-            acc[m], tile + m, place, ends, common, WARPGROUPS * TILES, SPLIT, GATED, GROUP, BIAS,
-            RESIDUAL,
-        )  # fmt: skip
+    _end(acc, tile, place, ends, common, WARPGROUPS, SPLIT, GATED, GROUP, BIAS, RESIDUAL)
 
 
 @gluon.jit
@@ -299,7 +255,7 @@ def _copy(
     """What the warp does that copies x."""
     CHUNKS: gl.constexpr = K * BITS // 1024
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    along, _, part = place
+    _, along, part = place
     first = part * STEPS * (16 // BITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -315,18 +271,15 @@ def _copy(
 @gluon.jit(do_not_specialize=["tokens"])
 def wide_int(
     x, weight, scale, shift, bias, residual, y, counters, partial, tokens, N,
-    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, TILES: gl.constexpr,
-    SPLIT: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr,
-    GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
+    GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of tokens, tiles of N, SPLIT): programs that run together share rows of the weight.
-    A tile has 64 rows times TILES times WARPGROUPS, of which there are one or two. GROUP 0 is a
-    scale a row; ZERO as in ``gemv_int``. STAGES tiles of x and AHEAD chunks of words have room in
-    shared memory.
-    Unless SPLIT is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
+    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one or two WARPGROUPS.
+    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
+    is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
     """
     if PDL:
@@ -337,9 +290,6 @@ def wide_int(
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
         mbarrier.init(free.index(s), count=WARPGROUPS)
-    store = gl.allocate_shared_memory(
-        gl.int32, [WARPGROUPS * AHEAD * TILES, 64, 32], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    )
     place = (gl.program_id(0), gl.program_id(1), gl.program_id(2))
     width = N // 2 if GATED else N
     weights = (weight, scale, shift)
@@ -349,8 +299,8 @@ def wide_int(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, ring, ready, free, store, weights, place, width, ends, common, K, T, 1,
-                    TILES, SPLIT, STAGES, AHEAD, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    0, ring, ready, free, weights, place, width, ends, common, K, T, 1, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
             ],
@@ -361,12 +311,12 @@ def wide_int(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, ring, ready, free, store, weights, place, width, ends, common, K, T, 2,
-                    TILES, SPLIT, STAGES, AHEAD, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    0, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
-                    1, ring, ready, free, store, weights, place, width, ends, common, K, T, 2,
-                    TILES, SPLIT, STAGES, AHEAD, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    1, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
             ],

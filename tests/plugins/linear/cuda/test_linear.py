@@ -169,7 +169,7 @@ def test_dot(name: str, swap: bool, device: str) -> None:
 
 
 def wide(rows: int, tile: int, case: Case, split: int = 1) -> Tactic:
-    return wide_tactic(rows // 2 if case.gated else rows, tile, case.gated, split)
+    return wide_tactic(rows, tile, case.gated, split)
 
 
 # Triton's interpreter does not know Gluon.
@@ -184,7 +184,7 @@ hopper = pytest.mark.skipif(
 def test_wide(name: str, device: str) -> None:
     """Every format with each tile, and the epilogues in turn."""
     index = list(WIDE).index(name)
-    tiles = ((64, 64, 64, 2), (128, 64, 100, 1), (256, 128, 130, 3), (128, 256, 300, 2))
+    tiles = ((64, 64, 64, 2), (128, 64, 100, 1), (128, 128, 130, 3), (128, 256, 300, 2))
     for at, (rows, tile, tokens, split) in enumerate((*tiles, (64, 128, 128, 1))):
         extras = EXTRAS[(index + at) % len(EXTRAS)]
         case = Case(name, tokens, extras, device)
