@@ -24,9 +24,8 @@ from gpu_models import random_plan, random_weights
 
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.tuning import Problem, Tuned, tune
-from slipstream.plugins.expert_linear.cuda.tactics import BUCKETS
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
-from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactic, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.tuning import problems

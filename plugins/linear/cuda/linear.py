@@ -25,12 +25,10 @@ from slipstream.plugins.linear.cuda.tactics import (
     block_m,
     can_stream,
     vector_size,
-    wide_programs,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
-
-_REGISTERS = 1 << 16  # of an SM of a Hopper GPU
 
 
 def linear(  # noqa: PLR0913 - what is fused
@@ -193,24 +191,23 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
 def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
     fmt, x = weight.format, inputs.x
     tokens, width = y.shape
-    rows, tile = tactic.block_n * (2 if inputs.gated else 1), tactic.block_m
-    warpgroups = rows // 64
-    grid = (-(-width // tactic.block_n), -(-tokens // tile), tactic.split_k)
+    tile = Tile(tactic.block_n * (2 if inputs.gated else 1), tactic.block_m, tactic.split_k)
+    warpgroups, block = tile.rows // 64, [tile.tokens, 64]
+    grid = (-(-width // tactic.block_n), -(-tokens // tile.tokens), tile.split)
     partial = None
-    if tactic.split_k > 1:
+    if tile.split > 1:
         assert grid[0] * grid[1] * warpgroups <= weight.counters.shape[0]
-        partial = _partial(grid, rows * tile, x)
-    threads = 128 * (warpgroups + 1) * wide_programs(rows, tile)
+        partial = _partial(grid, tile.rows * tile.tokens, x)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([tile, 64], kind)
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     wide_int[grid](
-        TensorDescriptor.from_tensor(x, [tile, 64], layout), weight.codes, weight.scale,
+        TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
-        fmt.shape[0], K=fmt.shape[1], T=tile, WARPGROUPS=warpgroups, SPLIT=tactic.split_k,
+        fmt.shape[0], K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups, SPLIT=tile.split,
         STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
         GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
         RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
-        maxnreg=_REGISTERS // threads // 8 * 8, **launch_options(num_warps=4, pdl=inputs.pdl),
+        maxnreg=tile.registers, **launch_options(num_warps=4, pdl=inputs.pdl),
     )  # fmt: skip
 
 

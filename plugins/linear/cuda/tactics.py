@@ -14,6 +14,13 @@ from typing import Any, Literal, get_args
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words
+from slipstream.plugins.linear.cuda.wide import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    Tile,
+    tiles_to_time,
+    usual_tile,
+)
 from slipstream.weights.tensor import WeightFormat
 
 log = logging.getLogger(__name__)
@@ -22,14 +29,9 @@ Kernel = Literal["gemv", "dot", "wide", "blas"]
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GEMV_TOKENS = 4
 DOT_TOKENS = 256
-WIDE_TOKENS = 2048  # of more, the library makes up for the time of writing a dense weight
 # Up to this many tokens gemv is the better guess: its arithmetic grows with them.
 _GUESS_GEMV_TOKENS = 2
-_LEAST_WIDE_TOKENS = 48
 _PROCESSORS = 132  # of an H100; other GPUs differ by less than a factor of two
-_ENOUGH = 0.7  # times as many programs as processors
-# Rows of the weight and of x, the larger tiles first: they decode and read x less often.
-WIDE_TILES = ((128, 256), (128, 128), (64, 128), (128, 64), (64, 64))
 _SPARE_BYTES = 3 << 10  # of shared memory, for what Triton adds to the tiles
 
 
@@ -90,9 +92,10 @@ def can_stream(fmt: WeightFormat) -> bool:
     return fmt.shape[1] % (4 if in_words(fmt) else vector_size(fmt)) == 0
 
 
-def can_widen(fmt: WeightFormat, capability: tuple[int, int]) -> bool:
-    """Whether wide reads a weight: integers in whole chunks, on a Hopper GPU."""
-    return fmt.kind == "int" and fmt.shape[1] % (1024 // fmt.bits) == 0 and capability == (9, 0)
+def can_widen(fmt: WeightFormat, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether wide is for a product: integers in whole chunks, on a Hopper GPU."""
+    whole = fmt.kind == "int" and fmt.shape[1] % (1024 // fmt.bits) == 0
+    return whole and LEAST_TOKENS <= tokens <= MOST_TOKENS and capability == (9, 0)
 
 
 def multiplies_in(fmt: WeightFormat) -> str:
@@ -129,12 +132,6 @@ def largest_dot(fmt: WeightFormat, capability: tuple[int, int]) -> int:
     return 64 if fmt.kind == "dense" else 128
 
 
-def _most_wide(fmt: WeightFormat) -> int:
-    """Tokens up to which wide is the better guess than the library, which multiplies int8 twice as
-    fast."""
-    return WIDE_TOKENS if multiplies_in(fmt) == "dense" else 128
-
-
 def default_tactic(
     fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
 ) -> Tactic:
@@ -143,8 +140,8 @@ def default_tactic(
         return Tactic("blas")
     if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
-    if _LEAST_WIDE_TOKENS <= tokens <= _most_wide(fmt) and can_widen(fmt, capability):
-        return _default_wide(fmt.shape[0], gated, tokens)
+    if can_widen(fmt, tokens, capability) and multiplies_in(fmt) != "int8":
+        return wide_tactic(usual_tile(fmt.shape[0], tokens), gated)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
     return Tactic("blas")
@@ -199,38 +196,10 @@ def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
     return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
 
 
-def _default_wide(n: int, gated: bool, tokens: int) -> Tactic:
-    """The largest tile of which there are enough; a split of K pays for few tokens."""
-    rows, tile, tiles = 0, 0, 0
-    for rows, tile in WIDE_TILES:
-        tiles = -(-n // rows) * -(-tokens // tile)
-        if tile <= max(tokens, 64) and tiles >= _ENOUGH * _PROCESSORS:
-            break
-    split = 1
-    while tile == 64 and split < 4 and tiles * split < 1.2 * _PROCESSORS:
-        split *= 2
-    return wide_tactic(rows, tile, gated, split if _can_split(n, rows, tiles) else 1)
-
-
-def _can_split(n: int, rows: int, tiles: int) -> bool:
-    """Whether a weight of n rows has a counter for every 64 of each tile of wide."""
-    return tiles * rows // 64 <= n // 8
-
-
-def wide_tactic(rows: int, tile: int, gated: bool, split: int) -> Tactic:
-    """A wide with as many tiles of x in flight as shared memory holds."""
-    room = (227 << 10) // wide_programs(rows, tile) - _SPARE_BYTES
-    stages = min(room // (tile * 128), 8)
-    return Tactic(
-        "wide", rows // (2 if gated else 1), num_stages=stages, split_k=split, block_m=tile
-    )
-
-
-def wide_programs(rows: int, tile: int) -> int:
-    """Programs of wide that an SM holds: those of one warpgroup are to take turns with others."""
-    if rows > 64:
-        return 1
-    return 3 if tile <= 64 else 2
+def wide_tactic(tile: Tile, gated: bool) -> Tactic:
+    """The tactic of a tile of wide."""
+    block_n = tile.rows // (2 if gated else 1)
+    return Tactic("wide", block_n, num_stages=tile.stages, split_k=tile.split, block_m=tile.tokens)
 
 
 def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
@@ -268,8 +237,8 @@ def candidate_tactics(
         found += [replace(found[0], fuse_norm=False)]
     if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
         found += _dot_candidates(fmt, gated, tokens, capability)
-    if _LEAST_WIDE_TOKENS <= tokens <= WIDE_TOKENS and can_widen(fmt, capability):
-        found += _wide_candidates(fmt, gated, tokens)
+    if can_widen(fmt, tokens, capability):
+        found += [wide_tactic(tile, gated) for tile in tiles_to_time(fmt.shape[0], tokens)]
     return list(dict.fromkeys([*found, Tactic("blas")]))
 
 
@@ -316,21 +285,6 @@ def _dot_candidates(
             columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
             tactic = Tactic("dot", rows, columns, warps, 6, False, split, swap)
             found.append(fit_stages(tactic, fmt, gated, block_m(tokens), capability))
-    return found
-
-
-def _wide_candidates(fmt: WeightFormat, gated: bool, tokens: int) -> list[Tactic]:
-    """Tiles with and without a split of K; not one whose programs would be far too many."""
-    n = fmt.shape[0]
-    found = []
-    for rows, tile in WIDE_TILES:
-        tiles = -(-n // rows) * -(-tokens // tile)
-        most = 2 * _PROCESSORS * wide_programs(rows, tile) if _can_split(n, rows, tiles) else 0
-        found += [
-            wide_tactic(rows, tile, gated, split)
-            for split in (1, 2, 4)
-            if tile <= max(tokens, 64) <= 16 * tile and (split == 1 or tiles * split <= most)
-        ]
     return found
 
 

@@ -27,6 +27,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     wide_tactic,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
 
 pytestmark = pytest.mark.kernel
@@ -169,7 +170,7 @@ def test_dot(name: str, swap: bool, device: str) -> None:
 
 
 def wide(rows: int, tile: int, case: Case, split: int = 1) -> Tactic:
-    return wide_tactic(rows, tile, case.gated, split)
+    return wide_tactic(Tile(rows, tile, split), case.gated)
 
 
 # Triton's interpreter does not know Gluon.

@@ -21,8 +21,8 @@ from slipstream.plugins.linear.cuda.tactics import (
     describe,
     entry_key,
     weight_key,
-    wide_programs,
 )
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 HOPPER = (9, 0)
@@ -93,13 +93,14 @@ def test_a_wide_fits_an_sm(shape: tuple[int, int], gated: bool) -> None:
         found = [t for t in candidate_tactics(fmt, gated, tokens, HOPPER) if t.kernel == "wide"]
         assert found
         for tactic in found:
-            rows = tactic.block_n * (2 if gated else 1)
-            shared = tactic.num_stages * tactic.block_m * 128
+            tile = Tile(tactic.block_n * (2 if gated else 1), tactic.block_m, tactic.split_k)
+            shared = tactic.num_stages * tile.tokens * 128
             assert tactic.num_stages >= 3
-            assert (shared + 2048) * wide_programs(rows, tactic.block_m) <= 228 << 10
-            if tactic.split_k > 1:
-                tiles = -(-shape[0] // rows) * -(-tokens // tactic.block_m)
-                assert tiles * rows // 64 <= 2 * -(-shape[0] // 16)
+            assert (shared + 2048) * tile.programs <= 228 << 10
+            assert tile.registers * 128 * (tile.rows // 64 + 1) * tile.programs <= 1 << 16
+            if tile.split > 1:
+                tiles = -(-shape[0] // tile.rows) * -(-tokens // tile.tokens)
+                assert tiles * tile.rows // 64 <= 2 * -(-shape[0] // 16)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
