@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 LEAST_TOKENS = 48
 MOST_TOKENS = 2048  # of more, the library makes up for the time of writing a dense weight
@@ -12,7 +12,8 @@ _ENOUGH = 0.7  # times as many tiles as processors
 _SHARED_BYTES = (227 << 10) - (3 << 10)  # of an SM, but for what Triton adds
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tile:
     """Rows of the weight and of x that a program multiplies, and how many share their K."""
 
     rows: int
@@ -59,7 +60,7 @@ def usual_tile(n: int, tokens: int) -> Tile:
     if tile.tokens == 64 and tile.can_split(n, tokens):
         while split < 4 and tile.count(n, tokens) * split < 1.2 * _PROCESSORS:
             split *= 2
-    return tile._replace(split=split)
+    return replace(tile, split=split)
 
 
 def tiles_to_time(n: int, tokens: int) -> Iterator[Tile]:
@@ -70,4 +71,4 @@ def tiles_to_time(n: int, tokens: int) -> Iterator[Tile]:
         yield tile
         for split in (2, 4) if tile.can_split(n, tokens) else ():
             if tile.count(n, tokens) * split <= 2 * _PROCESSORS * tile.programs:
-                yield tile._replace(split=split)
+                yield replace(tile, split=split)
