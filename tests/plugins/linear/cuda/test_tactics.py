@@ -162,8 +162,8 @@ def test_kernels_are_described() -> None:
     odd = WeightFormat((40, 570), "float8_e4m3", "float32", 8, 570, activation="token")
     assert [describe(fmt) for fmt in (*FORMATS[:2], FORMATS[3], FORMATS[4], odd)] == [
         "bfloat16: GEMV, dot, cuBLAS",
-        "int4g128z: GEMV, dot, dense fallback (dequantize, cuBLAS)",
-        "int8row: GEMV, dot, cuBLASLt int8",
+        "int4g128z: GEMV, dot, wide on sm_90, dense fallback (dequantize, cuBLAS)",
+        "int8row: GEMV, dot, wide on sm_90, cuBLASLt int8",
         "fp8: GEMV, dot, cuBLASLt float8",
         "fp8: dense fallback (dequantize, cuBLAS)",
     ]
