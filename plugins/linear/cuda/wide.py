@@ -9,7 +9,8 @@ LEAST_TOKENS = 48
 MOST_TOKENS = 2048  # of more, the library makes up for the time of writing a dense weight
 _PROCESSORS = 132  # of an H100
 _ENOUGH = 0.7  # times as many tiles as processors
-_SHARED_BYTES = (227 << 10) - (3 << 10)  # of an SM, but for what Triton adds
+_SHARED_BYTES = 227 << 10  # of an SM
+_SPARE_BYTES = 3 << 10  # of a program, for what Triton adds and what it takes for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Tile:
     @property
     def stages(self) -> int:
         """Tiles of x, of 64 elements of K, in flight: as many as shared memory holds."""
-        room = _SHARED_BYTES // self.programs - (1 << 10)  # each program takes 1 KiB for itself
+        room = _SHARED_BYTES // self.programs - _SPARE_BYTES
         return min(room // (self.tokens * 128), 8)
 
     @property
