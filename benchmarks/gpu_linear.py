@@ -4,7 +4,8 @@
     python benchmarks/gpu_linear.py --models qwen3-30b-a3b gpt-oss-20b --only experts
 
 Weights are cold, launches are replayed from a graph, and each line shows the quickest tactic, the
-default one and cuBLAS beside the floor: the bytes of the weight over the read bandwidth. Of experts
+default one and the quickest of each kernel beside the floor: the bytes of the weight over the read
+bandwidth, or the operations over those that cuBLAS does on large 16-bit matrices. Of experts
 those count that the tokens choose, by random logits: "of 128" says how many, and how many rows each
 has; cuBLAS has no product by expert. ``--seconds`` ends a model in a format early; the tactics of
 what was timed by then are stored all the same.
@@ -23,13 +24,13 @@ from gpu_models import random_plan, random_weights
 
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.tuning import Problem, Tuned, tune
-from slipstream.plugins.expert_linear.cuda.tactics import BUCKETS
 from slipstream.plugins.expert_linear.cuda.tuning import ExpertProblem
-from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics
+from slipstream.plugins.linear.cuda.tactics import BUCKETS, Tactic, Tactics
 from slipstream.plugins.linear.cuda.tuning import LinearProblem
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.tuning import problems
 
+_OPERATIONS = 8e14  # a second, of an H100
 _LAYERS = 3  # enough distinct weights; smaller ones are copied
 _KINDS: dict[str, type[Problem]] = {"linears": LinearProblem, "experts": ExpertProblem}
 
@@ -38,16 +39,23 @@ def line(form: str, tuned: Tuned, rate: float) -> str:
     """The quickest tactic of one problem beside the default and cuBLAS."""
     problem, tokens = tuned.problem, tuned.tokens
     times = {timing.tactic: timing.seconds * 1e6 for timing in tuned.timings}
-    best, nan = tuned.timings[0], float("nan")
-    blas = next((us for tactic, us in times.items() if tactic.kernel == "blas"), nan)
+    best = tuned.timings[0]
+    kernels = {t.kernel: us for t, us in reversed(times.items())}  # the quickest of each is last
     nbytes = problem.nbytes(tokens)
+    floor = max(nbytes / rate, _operations(problem, tokens) / _OPERATIONS)
     return (
         f"{form} {problem.key(tokens):44} best {best.seconds * 1e6:7.1f} "
-        f"default {times.get(tuned.usual, nan):7.1f} cublas {blas:7.1f} "
-        f"floor {nbytes / rate * 1e6:7.1f} us "
+        f"default {times.get(tuned.usual, float('nan')):7.1f} "
+        f"{' '.join(f'{kernel} {us:7.1f}' for kernel, us in sorted(kernels.items()))} "
+        f"floor {floor * 1e6:7.1f} us "
         f"{nbytes / best.seconds / 1e12:5.2f} TB/s "
         f"{_choice(problem, tokens)}{_short(best.tactic)}"
     )
+
+
+def _operations(problem: Problem, tokens: int) -> float:
+    n, k = problem.weights[0].format.shape
+    return 0.0 if isinstance(problem, ExpertProblem) else 2.0 * n * k * tokens
 
 
 def _choice(problem: Problem, tokens: int) -> str:

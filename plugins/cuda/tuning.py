@@ -89,6 +89,7 @@ def tune(problems: Sequence[Problem], buckets: Sequence[int], table: Tactics) ->
         for index, problem in enumerate(problems)
         if tokens in problem.buckets
     }
+    choices = {key: tactics for key, tactics in choices.items() if len(tactics) > 1}
 
     def launch_all(key: tuple[int, int]) -> None:
         for call in problems[key[0]].calls(key[1], choices[key]):

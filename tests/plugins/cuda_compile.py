@@ -115,7 +115,8 @@ def blob(fmt: WeightFormat) -> DeviceWeight:
 
 
 def linears(capability: tuple[int, int], pdl: bool) -> None:
-    """Every format at one token and at sixteen, between a norm and a residual, and gated."""
+    """Every format at one token and at sixteen, integers at more, between a norm and a residual,
+    and gated."""
     n, k = 512, 1024
     for fmt in (
         WeightFormat((n, k), "dense", "bfloat16"),
@@ -127,7 +128,7 @@ def linears(capability: tuple[int, int], pdl: bool) -> None:
     ):
         if fmt.kind == "float8_e4m3" and capability < (8, 9):
             continue  # such engines ask for sm_89
-        for tokens in (1, 16):
+        for tokens in (1, 16, 128) if fmt.kind == "int" else (1, 16):
             x = torch.zeros(tokens, k, dtype=torch.bfloat16)
             tactic = default_tactic(fmt, False, tokens, capability)
             norm = torch.ones(k, dtype=torch.bfloat16)

@@ -17,8 +17,8 @@ from slipstream.plugins.linear.cuda.tactics import (
 )
 from slipstream.weights.tensor import WeightFormat
 
-# No library multiplies by expert, so prefills have buckets too; larger steps are as the last.
-BUCKETS = (*linear.BUCKETS, 512, 2048)
+# Those of 1,024 tokens are as those of 2,048, and larger steps too.
+BUCKETS = tuple(size for size in linear.BUCKETS if size != 1024)
 # Up to so many tokens gemv, in which every pair of a token and an expert reads the weight for
 # itself, is worth timing. It is the guess up to so many whose pairs nearly all have experts of
 # their own.

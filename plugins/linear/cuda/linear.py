@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
+from slipstream.plugins.linear.cuda.kernels.wide import wide_int
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
     DOT_TOKENS,
@@ -23,6 +27,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     vector_size,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 
@@ -61,8 +66,7 @@ def linear(  # noqa: PLR0913 - what is fused
     assert can_stream(weight.format), weight.format
     if norm_weight is not None and not tactic.fuse_norm:
         inputs = replace(inputs, x=normed(inputs), norm_weight=None)
-    run = _gemv if tactic.kernel == "gemv" else _dot
-    run(weight, inputs, y, tactic)
+    {"gemv": _gemv, "dot": _dot, "wide": _wide}[tactic.kernel](weight, inputs, y, tactic)
     return y
 
 
@@ -151,11 +155,8 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
     assert tactic.split_k == 1 or inputs.norm_weight is None
     partial = None
     if tactic.split_k > 1:
-        size = rows * tactic.block_n * (2 if inputs.gated else 1)
-        partial = torch.empty(
-            grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device
-        )
         assert grid[0] * grid[1] <= weight.counters.shape[0]
+        partial = _partial(grid, rows * tactic.block_n * (2 if inputs.gated else 1), x)
     constants = {
         "K": k,
         "BM": rows,
@@ -185,6 +186,34 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         BK=tactic.block_k, SCALE=scale_kind(fmt),
         EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
     )  # fmt: skip
+
+
+def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
+    fmt, x = weight.format, inputs.x
+    tokens, width = y.shape
+    tile = Tile(tactic.block_n * (2 if inputs.gated else 1), tactic.block_m, tactic.split_k)
+    warpgroups, block = tile.rows // 64, [tile.tokens, 64]
+    grid = (-(-width // tactic.block_n), -(-tokens // tile.tokens), tile.split)
+    partial = None
+    if tile.split > 1:
+        assert grid[0] * grid[1] * warpgroups <= weight.counters.shape[0]
+        partial = _partial(grid, tile.rows * tile.tokens, x)
+    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    wide_int[grid](
+        TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
+        weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
+        fmt.shape[0], K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups, SPLIT=tile.split,
+        STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+        GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
+        RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
+        maxnreg=tile.registers, **launch_options(num_warps=4, pdl=inputs.pdl),
+    )  # fmt: skip
+
+
+def _partial(grid: tuple[int, int, int], size: int, x: Tensor) -> Tensor:
+    """Room for the sums, ``size`` each, of the programs that share tiles."""
+    return torch.empty(math.prod(grid) * size, dtype=torch.float32, device=x.device)
 
 
 def _epilogue(inputs: Operands) -> dict[str, object]:

@@ -14,12 +14,19 @@ from typing import Any, Literal, get_args
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words
+from slipstream.plugins.linear.cuda.wide import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    Tile,
+    tiles_to_time,
+    usual_tile,
+)
 from slipstream.weights.tensor import WeightFormat
 
 log = logging.getLogger(__name__)
 
-Kernel = Literal["gemv", "dot", "blas"]
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+Kernel = Literal["gemv", "dot", "wide", "blas"]
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GEMV_TOKENS = 4
 DOT_TOKENS = 256
 # Up to this many tokens gemv is the better guess: its arithmetic grows with them.
@@ -34,11 +41,11 @@ class Tactic:
 
     block_n      rows of the result a program computes (gated: pairs of rows).
     block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
-    num_stages   gemv: vectors in flight a row; dot: steps in flight.
+    num_stages   gemv: vectors in flight a row; dot: steps in flight; wide: tiles of x in flight.
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
-    split_k      dot: programs that share the K of a tile.
+    split_k      dot, wide: programs that share the K of a tile.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
-    block_m      dot of experts: rows of x of a tile; a Linear's are those of ``block_m``.
+    block_m      wide, dot of experts: rows of x of a tile; a dot of a Linear has ``block_m``.
     """
 
     kernel: Kernel
@@ -85,6 +92,16 @@ def can_stream(fmt: WeightFormat) -> bool:
     return fmt.shape[1] % (4 if in_words(fmt) else vector_size(fmt)) == 0
 
 
+def can_widen(fmt: WeightFormat, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether wide is for a product: integers in whole chunks, on a Hopper GPU."""
+    return capability == (9, 0) and LEAST_TOKENS <= tokens <= MOST_TOKENS and _whole_chunks(fmt)
+
+
+def _whole_chunks(fmt: WeightFormat) -> bool:
+    """Whether the words of an integer weight hold no padding."""
+    return fmt.kind == "int" and fmt.shape[1] % (1024 // fmt.bits) == 0
+
+
 def multiplies_in(fmt: WeightFormat) -> str:
     """The type in which many tokens are multiplied: "float8", "int8" or "dense"."""
     n, k = fmt.shape
@@ -100,6 +117,7 @@ def multiplies_in(fmt: WeightFormat) -> str:
 def describe(fmt: WeightFormat) -> str:
     """The kernels of a weight, for people: ``fp8: GEMV, dot, cuBLASLt float8``."""
     few = ["GEMV", "dot"] if can_stream(fmt) else []
+    few += ["wide on sm_90"] if _whole_chunks(fmt) else []
     many = f"cuBLASLt {multiplies_in(fmt)}"
     if fmt.kind == "dense":
         many = "cuBLAS"
@@ -127,6 +145,8 @@ def default_tactic(
         return Tactic("blas")
     if tokens <= _GUESS_GEMV_TOKENS:
         return _default_gemv(fmt, gated)
+    if can_widen(fmt, tokens, capability) and multiplies_in(fmt) != "int8":
+        return wide_tactic(usual_tile(fmt.shape[0], tokens), gated)
     if tokens <= largest_dot(fmt, capability):
         return _default_dot(fmt, gated, tokens, capability)
     return Tactic("blas")
@@ -181,6 +201,12 @@ def _hopper_dot(fmt: WeightFormat, width: int, tokens: int) -> Tactic:
     return Tactic("dot", block_n, 128, warps, 6, split_k=split, swap=True)
 
 
+def wide_tactic(tile: Tile, gated: bool) -> Tactic:
+    """The tactic of a tile of wide."""
+    block_n = tile.rows // (2 if gated else 1)
+    return Tactic("wide", block_n, num_stages=tile.stages, split_k=tile.split, block_m=tile.tokens)
+
+
 def _split(width: int, block_n: int, tokens: int, programs: int) -> int:
     """By how many programs the K of a tile is shared, so that there are ``programs`` or more."""
     split = 1
@@ -216,6 +242,8 @@ def candidate_tactics(
         found += [replace(found[0], fuse_norm=False)]
     if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
         found += _dot_candidates(fmt, gated, tokens, capability)
+    if can_widen(fmt, tokens, capability):
+        found += [wide_tactic(tile, gated) for tile in tiles_to_time(fmt.shape[0], tokens)]
     return list(dict.fromkeys([*found, Tactic("blas")]))
 
 
@@ -276,9 +304,7 @@ class Tactics:
     def find(self, fmt: WeightFormat, gated: bool, tokens: int) -> Tactic:
         """The tactic that was timed for this shape and bucket of tokens, or the default."""
         bucket = next((size for size in BUCKETS if size >= tokens), None)
-        if bucket is None:
-            return Tactic("blas")
-        found = self.entries.get(entry_key(fmt, gated, bucket))
+        found = self.entries.get(entry_key(fmt, gated, bucket)) if bucket else None
         return found or default_tactic(fmt, gated, tokens, self.capability)
 
     def to_json(self) -> str:

@@ -24,8 +24,10 @@ from slipstream.plugins.linear.cuda.tactics import (
     candidate_tactics,
     multiplies_in,
     vector_size,
+    wide_tactic,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
 
 pytestmark = pytest.mark.kernel
@@ -45,6 +47,15 @@ FORMATS = {
     "int8g64z": WeightFormat((N, K), "int", "float16", 8, 64, "zero"),
     "int8row": WeightFormat((N, K), "int", "float32", 8, K, "midpoint", activation="token"),
 }
+# Whole chunks of words, as wide wants them; the last tile has rows of its own alone.
+WIDE = {
+    "wide int4g128m": WeightFormat((200, 1024), "int", "float32", 4, 128, "midpoint"),
+    "wide int4g64z": WeightFormat((200, 768), "int", "float16", 4, 64, "zero"),
+    "wide int4g32o": WeightFormat((200, 1024), "int", "float16", 4, 32, "offset"),
+    "wide int8g128o": WeightFormat((200, 1152), "int", "float16", 8, 128, "offset"),
+    "wide int8g64z": WeightFormat((200, 640), "int", "float32", 8, 64, "zero"),
+    "wide int8row": WeightFormat((200, 640), "int", "float32", 8, 640, "midpoint"),
+}
 # Whose kernels are those of integers but for the decoding; the last chunk is not whole.
 MXFP4 = WeightFormat((24, 288), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 EXTRAS = (
@@ -62,7 +73,7 @@ class Case:
     """A weight, and random inputs of a Linear as torch tensors and as the reference takes them."""
 
     def __init__(self, name: str, tokens: int, extras: str, device: str, seed: int = 0) -> None:
-        fmt = MXFP4 if name == "mxfp4" else FORMATS[name]
+        fmt = {**FORMATS, **WIDE, "mxfp4": MXFP4}[name]
         n, k = fmt.shape
         self.dtype = torch.float16 if fmt.dtype == "float16" else torch.bfloat16
         self.weight = random_weight(fmt, seed)
@@ -156,6 +167,52 @@ def test_dot(name: str, swap: bool, device: str) -> None:
         case = Case(name, tokens, extras, device)
         tactic = Tactic("dot", 32, 64, 4, 2, split == 1 and index % 2 == 0, split, swap)
         assert_close(case.run(tactic), case.want, 2e-2)
+
+
+def wide(rows: int, tile: int, case: Case, split: int = 1) -> Tactic:
+    return wide_tactic(Tile(rows, tile, split), case.gated)
+
+
+# Triton's interpreter does not know Gluon.
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+@hopper
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name: str, device: str) -> None:
+    """Every format with each tile, and the epilogues in turn."""
+    index = list(WIDE).index(name)
+    tiles = ((64, 64, 64, 2), (128, 64, 100, 1), (128, 128, 130, 3), (128, 256, 300, 2))
+    for at, (rows, tile, tokens, split) in enumerate((*tiles, (64, 128, 128, 1))):
+        extras = EXTRAS[(index + at) % len(EXTRAS)]
+        case = Case(name, tokens, extras, device)
+        assert_close(case.run(wide(rows, tile, case, split)), case.want, 2e-2)
+        assert not case.device_weight.counters.any()
+
+
+@hopper
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_wide_epilogues(extras: str, device: str) -> None:
+    """With and without a split of K, in the type of x; two runs give the same bits."""
+    for split in (1, 2):
+        case = Case("wide int4g64z", 70, extras, device)
+        tactic = wide(128, 128, case, split)
+        got = case.run(tactic, case.dtype)
+        assert_close(got, case.want, 2e-2)
+        np.testing.assert_array_equal(case.run(tactic, case.dtype), got)
+
+
+@hopper
+def test_a_row_of_wide_does_not_feel_the_others(device: str) -> None:
+    case = Case("wide int4g128m", 100, "residual norm", device)
+    tactic = wide(128, 64, case, 2)
+    whole = case.run(tactic)
+    case.x[1:] = torch.nan
+    case.inputs["residual"][1:] = torch.nan
+    np.testing.assert_array_equal(case.run(tactic)[0], whole[0])
 
 
 @pytest.mark.parametrize(

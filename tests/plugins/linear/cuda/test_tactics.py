@@ -22,6 +22,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     entry_key,
     weight_key,
 )
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 HOPPER = (9, 0)
@@ -70,7 +71,36 @@ def test_a_timed_tactic_serves_its_bucket() -> None:
     assert table.find(INT4, False, 5) == table.find(INT4, False, 8) == timed
     assert table.find(INT4, False, 9) == default_tactic(INT4, False, 9, HOPPER)
     assert table.find(INT4, True, 8) == default_tactic(INT4, True, 8, HOPPER)
-    assert table.find(INT4, False, 257) == Tactic("blas")
+    assert table.find(INT4, False, 2049) == Tactic("blas")
+
+
+def test_integers_of_many_tokens_are_wide_on_hopper() -> None:
+    """Where no chunk of K is cut; another GPU, format or K has the kernels that it had."""
+    cut = replace(INT4, shape=(6144, 4096 + 128))
+    for tokens in (64, 200, 2048):
+        assert default_tactic(INT4, False, tokens, HOPPER).kernel == "wide"
+        for fmt, capability in ((INT4, (10, 0)), (cut, HOPPER), (FORMATS[0], HOPPER)):
+            kernels = {t.kernel for t in candidate_tactics(fmt, False, tokens, capability)}
+            assert "wide" not in kernels and "blas" in kernels
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(28672, 4096), (4096, 14336), (200, 1024), (64, 256)])
+def test_a_wide_fits_an_sm(shape: tuple[int, int], gated: bool) -> None:
+    """With as many others as its registers leave room for, and a counter for every 64 rows."""
+    fmt = replace(INT4, shape=shape)
+    for tokens in (64, 128, 256, 512, 1024, 2048):
+        found = [t for t in candidate_tactics(fmt, gated, tokens, HOPPER) if t.kernel == "wide"]
+        assert found
+        for tactic in found:
+            tile = Tile(tactic.block_n * (2 if gated else 1), tactic.block_m, tactic.split_k)
+            shared = tactic.num_stages * tile.tokens * 128
+            assert tactic.num_stages >= 3
+            assert (shared + 2048) * tile.programs <= 228 << 10
+            assert tile.registers * 128 * (tile.rows // 64 + 1) * tile.programs <= 1 << 16
+            if tile.split > 1:
+                tiles = -(-shape[0] // tile.rows) * -(-tokens // tile.tokens)
+                assert tiles * tile.rows // 64 <= 2 * -(-shape[0] // 16)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -132,8 +162,8 @@ def test_kernels_are_described() -> None:
     odd = WeightFormat((40, 570), "float8_e4m3", "float32", 8, 570, activation="token")
     assert [describe(fmt) for fmt in (*FORMATS[:2], FORMATS[3], FORMATS[4], odd)] == [
         "bfloat16: GEMV, dot, cuBLAS",
-        "int4g128z: GEMV, dot, dense fallback (dequantize, cuBLAS)",
-        "int8row: GEMV, dot, cuBLASLt int8",
+        "int4g128z: GEMV, dot, wide on sm_90, dense fallback (dequantize, cuBLAS)",
+        "int8row: GEMV, dot, wide on sm_90, cuBLASLt int8",
         "fp8: GEMV, dot, cuBLASLt float8",
         "fp8: dense fallback (dequantize, cuBLAS)",
     ]
