@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
-from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
+from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
@@ -40,6 +40,8 @@ def linear(  # noqa: PLR0913 - what is fused
     tactic: Tactic,
     out: Tensor | None = None,
     pdl: bool = False,
+    rounded: Rounding | None = None,
+    reader: Rounding | None = None,
 ) -> Tensor:
     """``act(norm(x) @ weight.T + bias) + residual``.
 
@@ -47,14 +49,23 @@ def linear(  # noqa: PLR0913 - what is fused
     x's type asks for an RMS norm; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]``
     when gated: then act is the gate of kind ``gate`` of the first and second N/2 rows. The result
     is of ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
+
+    Only for the tactic "blas": ``rounded`` has what stands for x, where the weight is multiplied in
+    the type of its codes, and ``reader`` is filled with what stands for the result where that is
+    read by such a Linear: without a norm its codes are the result itself; one with a norm reads a
+    sum with a residual.
     """
     n, _ = weight.format.shape
-    width = n // 2 if gated else n
+    width, dtype = n // 2 if gated else n, out_dtype or x.dtype
     y = out
-    if y is None:
-        y = torch.empty(x.shape[0], width, dtype=out_dtype or x.dtype, device=x.device)
+    if reader is not None and reader.norm_weight is None:
+        y = reader.codes
+    elif y is None:
+        y = torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
     assert y.shape == (x.shape[0], width) and y.is_contiguous() and x.is_contiguous()
-    inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, gate, pdl)
+    inputs = Operands(
+        x, bias, residual, norm_weight, norm_eps, gated, gate, dtype, pdl, rounded, reader
+    )
     if tactic.kernel == "blas":
         linear_blas(weight, inputs, y)
         return y
