@@ -46,7 +46,8 @@ class _Reader:
         """Room for its x of so many tokens, if it takes that in the type of its codes."""
         fmt, device = self.weight.format, self.weight.codes.device
         dtype = rounds_to(fmt, tokens, device, self.dtype)
-        if dtype is None or tactics.find(fmt, self.gated, tokens).kernel != "blas":
+        tactic = tactics.find(fmt, self.gated, tokens)
+        if dtype is None or not (tactic.rounds or tactic.kernel == "blas"):
             return None
         codes, scales = empty_codes(tokens, fmt.shape[1], dtype, device)
         return Rounding(codes, scales, self.weight.input_scale, run.get(self.norm), self.eps)

@@ -140,14 +140,14 @@ def _has_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
 def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
-    codes, scale = _rounded(weight, inputs, torch.float8_e4m3fn)
+    codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
     product = y if _is_plain(inputs) else _empty(weight, inputs)
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
     if product is not y:
         _finish(product, None, None, inputs, y)
 
 
-def _rounded(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded_x(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes ``[T, K]`` and scales ``[T, 1]`` of the input, after its norm."""
     x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
     if inputs.rounded is not None:
@@ -171,7 +171,7 @@ def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tens
 
 def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to int8 by a scale a token."""
-    codes, scale = _rounded(weight, inputs, torch.int8)
+    codes, scale = rounded_x(weight, inputs, torch.int8)
     plain = dequantize(weight, torch.int8, pdl=inputs.pdl)
     product = torch._int_mm(codes, plain.t())
     _finish(product, scale, weight.scale, inputs, y)

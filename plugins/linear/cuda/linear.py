@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
-from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed
+from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed, rounded_x
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
@@ -70,7 +70,7 @@ def linear(  # noqa: PLR0913 - what is fused
         linear_blas(weight, inputs, y)
         return y
     assert can_stream(weight.format), weight.format
-    if norm_weight is not None and not tactic.fuse_norm:
+    if norm_weight is not None and not (tactic.fuse_norm or tactic.rounds):
         inputs = replace(inputs, x=normed(inputs), norm_weight=None)
     run = _gemv if tactic.kernel == "gemv" else _dot
     run(weight, inputs, y, tactic)
@@ -152,11 +152,15 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
 
 
 def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
-    fmt, x = weight.format, inputs.x
+    fmt, x, x_scale = weight.format, inputs.x, None
+    if tactic.rounds:
+        x, x_scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
+        inputs = replace(inputs, norm_weight=None)
+        x = x if converts_float8(x.device) else x.view(torch.uint8)
     n, k = fmt.shape
     tokens = x.shape[0]
     assert tokens <= DOT_TOKENS, tokens
-    rows = block_m(tokens)
+    rows = tactic.block_m or block_m(tokens)
     grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), tactic.split_k)
     # The sum of squares of a row is of its whole K, which no program of a split one sees.
     assert tactic.split_k == 1 or inputs.norm_weight is None
@@ -194,7 +198,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
     dot_float[grid](
         x, weight.typed_codes, weight.scale, *ends,
         BK=tactic.block_k, SCALE=scale_kind(fmt),
-        EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
+        EVEN=k % (tactic.block_k * tactic.split_k) == 0, x_scale=x_scale, **constants,
     )  # fmt: skip
 
 

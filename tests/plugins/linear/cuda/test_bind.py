@@ -87,13 +87,12 @@ def test_codes_are_made_with_what_they_are_codes_of(
     tokens = 2 if device == "cpu" else 17
     mlp = MLP(tuple(make(n, k) for n, k in shapes), device, tokens)  # type: ignore[arg-type]
     asked: list[str] = []
+
+    def noted(name: str, made: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given, **more: asked.append(name) or made(*given, **more)
+
     for name in ("quantize_rows", "rms_norm_quantized"):
-        made = getattr(blas, name)
-        monkeypatch.setattr(
-            blas,
-            name,
-            lambda *a, _made=made, _name=name, **k: asked.append(_name) or _made(*a, **k),
-        )
+        monkeypatch.setattr(blas, name, noted(name, getattr(blas, name)))
     (codes, stream, y), run = mlp.run()
     # Of int8, whose products have no scale yet, the sum is made first.
     assert asked == ["rms_norm_quantized"] * (2 if kind == "int8" else 1)
