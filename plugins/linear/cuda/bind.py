@@ -25,6 +25,8 @@ from slipstream.plugins.linear.cuda.tactics import Tactics, multiplies_in
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.plugins.rms_norm.cuda import empty_codes
 
+_MAKERS = ("Linear", "Embedding")
+
 
 def weight_of(node: ir.Node, weights: Mapping[str, Tensor]) -> DeviceWeight:
     """The weight of a Linear or an Embedding, in its blob."""
@@ -74,6 +76,18 @@ def _reader_of(node: ir.Node, context: Context) -> _Reader | None:
     return None
 
 
+def _ends_residual(node: ir.Node) -> bool:
+    """Whether a Linear is the last to read its residual, which is the result of a Linear or the
+    rows of an Embedding, and no part of anything else: the sum may then take its place."""
+    residual = node.inputs[3] if len(node.inputs) > 3 else None
+    maker = None if residual is None else residual.producer()
+    if residual is None or maker is None or residual.is_graph_output() or node.graph is None:
+        return False
+    readers = [use.node for use in residual.uses()]
+    whole = maker.op_type in _MAKERS and all(reader.op_type in _MAKERS for reader in readers)
+    return whole and node is next(n for n in reversed(node.graph) if n in readers)
+
+
 def linear(node: ir.Node, context: Context) -> Kernel:
     """The kernel of a step is that of the tactic for its tokens."""
     _, _, bias, residual, norm = input_names(node, 5)
@@ -82,7 +96,7 @@ def linear(node: ir.Node, context: Context) -> Kernel:
     attributes = attributes_of(node)
     gated, gate, eps = bool(attributes["gated"]), attributes["gate"], attributes["norm_eps"]
     dtype, result = dtype_of(node), name_of(node.outputs[0])
-    next_linear = _reader_of(node, context)
+    next_linear, in_place = _reader_of(node, context), _ends_residual(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
         tokens = run.values[x]
@@ -90,6 +104,10 @@ def linear(node: ir.Node, context: Context) -> Kernel:
         reader = None
         if next_linear is not None and tactic.kernel == "blas":
             reader = next_linear.rounding(tokens.shape[0], run, context.tactics)
+        out = run.out
+        if in_place and tactic.kernel == "blas" and out is None:
+            old = run.get(residual)
+            out = old if old is not None and old.dtype == dtype else None
         y = kernels.linear(
             tokens,
             weight,
@@ -101,7 +119,7 @@ def linear(node: ir.Node, context: Context) -> Kernel:
             gate=gate,
             out_dtype=dtype,
             tactic=tactic,
-            out=run.out,
+            out=out,
             pdl=run.pdl,
             rounded=run.shared.pop(f"x of {result}", None),
             reader=reader,

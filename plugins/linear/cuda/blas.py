@@ -7,7 +7,7 @@ quantized weights are written out in x's type first: the dense fallback.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,6 +31,7 @@ from slipstream.plugins.rms_norm.cuda import (
 )
 from slipstream.weights.tensor import WeightFormat
 
+_ROWS = 2048  # of a dense product
 _INT8_TOKENS = 17  # fewer are refused by torch._int_mm
 
 
@@ -69,6 +70,13 @@ class Operands:
     def gate_kind(self) -> int:
         """0 for no gate, or one more than its kind of ``GATES``: what kernels call GATED."""
         return 1 + self.gate if self.gated else 0
+
+    def of(self, rows: slice) -> Operands:
+        """What ends the product of some rows of x, without x."""
+        reader, residual = self.reader, self.residual
+        if reader is not None:
+            reader = replace(reader, codes=reader.codes[rows], scales=reader.scales[rows])
+        return replace(self, residual=None if residual is None else residual[rows], reader=reader)
 
 
 def linear_blas(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
@@ -141,7 +149,7 @@ def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
     codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
-    product = y if _is_plain(inputs) else _empty(weight, inputs)
+    product = y if _is_plain(inputs) else _empty(len(codes), weight.format.shape[0], inputs)
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
     if product is not y:
         _finish(product, None, None, inputs, y)
@@ -178,25 +186,33 @@ def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
 
 
 def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
+    """Some rows at a time: with more, the library is slower, and what is finished leaves the
+    cache."""
     x = normed(inputs)
     w = dequantize(weight, x.dtype, pdl=inputs.pdl).t()
+    for start in range(0, x.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        _dense_rows(x[rows], w, inputs.of(rows), y[rows])
+
+
+def _dense_rows(x: Tensor, w: Tensor, inputs: Operands, y: Tensor) -> None:
+    addend = _only_addend(inputs)
     if x.device.type == "cpu":
         product = (x.float() @ w.float()).to(x.dtype if inputs.gated else inputs.dtype)
         _finish(product, None, None, inputs, y)
     elif _is_plain(inputs):
         _mm(x, w, y)
-    elif (addend := _only_addend(inputs)) is not None and addend.dtype == x.dtype == y.dtype:
-        torch.addmm(addend, x, w, out=y)
+    elif addend is not None and addend.dtype == x.dtype == y.dtype:
+        torch.addmm(addend, x, w, out=y)  # where y is the addend, without a copy of it before
     else:
-        product = _empty(weight, inputs)
+        product = _empty(x.shape[0], w.shape[1], inputs)
         _mm(x, w, product)
         _finish(product, None, None, inputs, y)
 
 
-def _empty(weight: DeviceWeight, inputs: Operands) -> Tensor:
+def _empty(tokens: int, rows: int, inputs: Operands) -> Tensor:
     """Room for the product with all rows of a weight."""
-    rows, x = weight.format.shape[0], inputs.x
-    return torch.empty(x.shape[0], rows, dtype=inputs.dtype, device=x.device)
+    return torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.x.device)
 
 
 def _only_addend(inputs: Operands) -> Tensor | None:

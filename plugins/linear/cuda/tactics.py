@@ -281,7 +281,7 @@ def _rounding_candidates(
         choices += [(64, 256, 4, 3, True)]
     else:
         choices = [(64, 128, 4, 4, True), (64, 128, 8, 4, True), (64, 128, 8, 4, False)]
-    width, tile = fmt.shape[0] // (2 if gated else 1), min(max(tokens, 16), 256)
+    width, tile = fmt.shape[0] // (2 if gated else 1), 256 if tokens > 128 else block_m(tokens)
     found = []
     for rows, columns, warps, stages, swap in choices:
         programs = -(-width // rows)

@@ -41,9 +41,11 @@ class MLP:
     tokens: int = 2
 
     def __post_init__(self) -> None:
-        make = lambda *shape: torch.randn(*shape).to(self.device, torch.bfloat16)  # noqa: E731
         torch.manual_seed(0)
-        self.values = {"x": make(self.tokens, HIDDEN), "norm": make(HIDDEN)}
+        self.values = {
+            name: torch.randn(shape).to(self.device, torch.bfloat16)
+            for name, shape in (("x", (self.tokens, HIDDEN)), ("norm", (HIDDEN,)))
+        }
         first, *others = (ir.Value(name=name) for name in ("x", "norm"))
         self.values |= {
             f"w{i}": torch.from_numpy(pack(random_weight(fmt, i))).to(self.device)
@@ -68,7 +70,9 @@ class MLP:
         tactics = Tactics((9, 0), "")
         for fmt in self.formats:  # the kernels of many tokens, whatever their number
             gated = fmt is self.formats[0]
-            tactics.entries[entry_key(fmt, gated, 32 if self.tokens > 16 else 2)] = Tactic("blas")
+            tactics.entries[entry_key(fmt, gated, {2: 2, 5: 8, 17: 32}[self.tokens])] = Tactic(
+                "blas"
+            )
         run = Run(dict(self.values), pdl=False)
         for node in self.nodes:
             (y,) = bind(node, Context(self.values, tactics))(run)
@@ -88,8 +92,12 @@ def test_codes_are_made_with_what_they_are_codes_of(
     mlp = MLP(tuple(make(n, k) for n, k in shapes), device, tokens)  # type: ignore[arg-type]
     asked: list[str] = []
 
-    def noted(name: str, made: Callable[..., object]) -> Callable[..., object]:
-        return lambda *given, **more: asked.append(name) or made(*given, **more)
+    def noted(name: str, make: Callable[..., object]) -> Callable[..., object]:
+        def made(*given: object, **more: object) -> object:
+            asked.append(name)
+            return make(*given, **more)
+
+        return made
 
     for name in ("quantize_rows", "rms_norm_quantized"):
         monkeypatch.setattr(blas, name, noted(name, getattr(blas, name)))
@@ -120,3 +128,37 @@ def test_who_reads_them() -> None:
     ir.node("Sigmoid", [mlp.nodes[0].outputs[0]])
     (gate, _, _), _ = mlp.run()
     assert gate.dtype == torch.bfloat16
+
+
+def graph(*more: str, output: bool = False) -> ir.Node:
+    """The sum of a layer, whose residual is what an Embedding makes; and who reads that later."""
+    weight, ids = ir.Value(name="w"), ir.Value(name="ids")
+    embedding = ir.node("Embedding", [ids, weight], domain=DOMAIN)
+    stream = embedding.outputs[0]
+    inner = ir.node("Linear", [stream, weight], domain=DOMAIN)
+    total = ir.node("Linear", [inner.outputs[0], weight, None, stream], domain=DOMAIN)
+    readers = [ir.node(op_type, [stream, weight], domain=DOMAIN) for op_type in more]
+    outputs = [total.outputs[0], *([stream] if output else [])]
+    ir.Graph([ids, weight], outputs, nodes=[embedding, inner, total, *readers])
+    return total
+
+
+def test_a_sum_takes_the_place_of_a_residual_that_nobody_reads_again() -> None:
+    assert module._ends_residual(graph())
+    assert not module._ends_residual(graph("Linear"))
+    assert not module._ends_residual(graph("Reshape")), "a view of it is read who knows when"
+    assert not module._ends_residual(graph(output=True))
+
+
+def test_dense_rows_are_multiplied_some_at_a_time(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = (fp8(2 * INNER, HIDDEN), fp8(HIDDEN, INNER), fp8(16, HIDDEN))
+    dense = tuple(WeightFormat(fmt.shape, "dense", "bfloat16") for fmt in formats)
+    for kinds in (dense, (dense[0], *formats[1:])):  # with codes made from rows of dense products
+        monkeypatch.setattr(blas, "_ROWS", 2048)
+        want, _ = MLP(kinds, device, 5).run()  # type: ignore[arg-type]
+        monkeypatch.setattr(blas, "_ROWS", 2)
+        got, _ = MLP(kinds, device, 5).run()  # type: ignore[arg-type]
+        for mine, other in zip(got, want, strict=True):
+            torch.testing.assert_close(mine.float(), other.float(), rtol=0.02, atol=0.02)
