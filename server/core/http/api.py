@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from slipstream.server.core.refusal import Kind, Refusal
@@ -82,7 +83,17 @@ class Apis:
         for api in self.apis:
             if any(route.matches(scope)[0] is not Match.NONE for route in api.router.routes):
                 return api
-        return self.first
+        return self._owner_of(scope["path"]) or self.first
+
+    def _owner_of(self, path: str) -> Api | None:
+        """Whose route leads to a path that is no route: /v1/messages to /v1/messages/batches."""
+        leading = [
+            (len(route.path), api)
+            for api in self.apis
+            for route in api.router.routes
+            if isinstance(route, Route) and path.startswith(route.path + "/")
+        ]
+        return max(leading, key=itemgetter(0), default=(0, None))[1]
 
 
 def _headers(refusal: Refusal) -> dict[str, str]:

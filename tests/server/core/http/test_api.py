@@ -88,3 +88,8 @@ def test_what_stands_around_the_apis_speaks_as_they_do(client: TestClient) -> No
 def test_the_first_speaks_for_paths_that_are_nobodys(client: TestClient) -> None:
     assert client.get("/nothing").text.startswith("one: not_found: there is no /nothing here")
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_paths_below_a_route_are_answered_by_its_api(client: TestClient) -> None:
+    answer = client.get("/other/fail/nothing")
+    assert answer.status_code == 404 and answer.text.startswith("other: not_found: there is no ")
