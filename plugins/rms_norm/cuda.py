@@ -27,7 +27,7 @@ def rms_norm(
     """
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    _norm(x, weight, eps, residual, y, total, None, None, pdl)
+    norm_rows(x, weight, eps, residual, y, total, None, None, pdl)
     return y if total is None else (y, total)
 
 
@@ -48,7 +48,7 @@ def rms_norm_quantized(
     """
     codes, scales = empty_codes(x.shape[0], x.shape[1], dtype, x.device)
     total = None if residual is None else torch.empty_like(x)
-    _norm(x, weight, eps, residual, codes, total, scales, input_scale, pdl)
+    norm_rows(x, weight, eps, residual, codes, total, scales, input_scale, pdl)
     return (codes, scales) if total is None else (codes, scales, total)
 
 
@@ -92,7 +92,7 @@ def row_warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-def _norm(  # noqa: PLR0913 - the kernel's inputs
+def norm_rows(  # noqa: PLR0913 - the kernel's inputs
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
@@ -103,6 +103,8 @@ def _norm(  # noqa: PLR0913 - the kernel's inputs
     input_scale: torch.Tensor | None,
     pdl: bool,
 ) -> None:
+    """Fill y ``[T, H]``, the sum ``total`` if there is a residual, and the ``scales`` ``[T, 1]`` of
+    y if that is to be codes; see ``rms_norm`` and ``rms_norm_quantized``."""
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     block = triton.next_power_of_2(x.shape[1])
     if len(x):

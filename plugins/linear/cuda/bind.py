@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.binding import (
@@ -17,13 +19,73 @@ from slipstream.plugins.cuda.binding import (
     name_of,
 )
 from slipstream.plugins.linear.cuda import linear as kernels
+from slipstream.plugins.linear.cuda.blas import Rounding, rounds_to
 from slipstream.plugins.linear.cuda.packing import format_of
+from slipstream.plugins.linear.cuda.tactics import Tactics, multiplies_in
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.rms_norm.cuda import empty_codes
+
+_MAKERS = ("Linear", "Embedding")
 
 
 def weight_of(node: ir.Node, weights: Mapping[str, Tensor]) -> DeviceWeight:
     """The weight of a Linear or an Embedding, in its blob."""
     return DeviceWeight.from_blob(weights[name_of(node.inputs[1])], format_of(attributes_of(node)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A Linear that reads what another one makes; ``name`` is that of its own result."""
+
+    name: str
+    weight: DeviceWeight
+    gated: bool
+    norm: str | None
+    eps: float
+    dtype: torch.dtype
+
+    def rounding(self, tokens: int, run: Run, tactics: Tactics) -> Rounding | None:
+        """Room for its x of so many tokens, if it takes that in the type of its codes."""
+        fmt, device = self.weight.format, self.weight.codes.device
+        dtype = rounds_to(fmt, tokens, device, self.dtype)
+        tactic = tactics.find(fmt, self.gated, tokens)
+        if dtype is None or not (tactic.rounds or tactic.kernel == "blas"):
+            return None
+        codes, scales = empty_codes(tokens, fmt.shape[1], dtype, device)
+        return Rounding(codes, scales, self.weight.input_scale, run.get(self.norm), self.eps)
+
+
+def _reader_of(node: ir.Node, context: Context) -> _Reader | None:
+    """Who may read the result of a Linear rounded: that of a gate without a norm, and alone; the
+    sum of a float8 product and a residual after its norm."""
+    value = node.outputs[0]
+    uses = [use.node for use in value.uses()]
+    _, _, bias, residual, _ = input_names(node, 5)
+    gated = attributes_of(node)["gated"]
+    sums = residual and not bias and not gated
+    if multiplies_in(weight_of(node, context.constants).format) != "float8":
+        sums = False
+    for reader in uses:
+        if reader.op_type != "Linear" or reader.inputs[0] is not value:
+            continue
+        norm = input_names(reader, 5)[4]
+        if (sums and norm) or (gated and not residual and not norm and len(uses) == 1):
+            own, weight = attributes_of(reader), weight_of(reader, context.constants)
+            name, dtype = name_of(reader.outputs[0]), dtype_of(reader)
+            return _Reader(name, weight, bool(own["gated"]), norm, own["norm_eps"], dtype)
+    return None
+
+
+def _ends_residual(node: ir.Node) -> bool:
+    """Whether a Linear is the last to read its residual, which is the result of a Linear or the
+    rows of an Embedding, and no part of anything else: the sum may then take its place."""
+    residual = node.inputs[3] if len(node.inputs) > 3 else None
+    maker = None if residual is None else residual.producer()
+    if residual is None or maker is None or residual.is_graph_output() or node.graph is None:
+        return False
+    readers = [use.node for use in residual.uses()]
+    whole = maker.op_type in _MAKERS and all(reader.op_type in _MAKERS for reader in readers)
+    return whole and node is next(n for n in reversed(node.graph) if n in readers)
 
 
 def linear(node: ir.Node, context: Context) -> Kernel:
@@ -33,10 +95,19 @@ def linear(node: ir.Node, context: Context) -> Kernel:
     weight = weight_of(node, context.constants)
     attributes = attributes_of(node)
     gated, gate, eps = bool(attributes["gated"]), attributes["gate"], attributes["norm_eps"]
-    dtype = dtype_of(node)
+    dtype, result = dtype_of(node), name_of(node.outputs[0])
+    next_linear, in_place = _reader_of(node, context), _ends_residual(node)
 
     def kernel(run: Run) -> Sequence[Tensor]:
         tokens = run.values[x]
+        tactic = context.tactics.find(weight.format, gated, tokens.shape[0])
+        reader = None
+        if next_linear is not None and tactic.kernel == "blas":
+            reader = next_linear.rounding(tokens.shape[0], run, context.tactics)
+        out = run.out
+        if in_place and tactic.kernel == "blas" and out is None:
+            old = run.get(residual)
+            out = old if old is not None and old.dtype == dtype else None
         y = kernels.linear(
             tokens,
             weight,
@@ -47,10 +118,14 @@ def linear(node: ir.Node, context: Context) -> Kernel:
             gated=gated,
             gate=gate,
             out_dtype=dtype,
-            tactic=context.tactics.find(weight.format, gated, tokens.shape[0]),
-            out=run.out,
+            tactic=tactic,
+            out=out,
             pdl=run.pdl,
+            rounded=run.shared.pop(f"x of {result}", None),
+            reader=reader,
         )
+        if next_linear is not None and reader is not None:
+            run.shared[f"x of {next_linear.name}"] = reader
         return (y,)
 
     return kernel

@@ -7,10 +7,11 @@ quantized weights are written out in x's type first: the dense fallback.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import launch_options
@@ -21,9 +22,32 @@ from slipstream.plugins.linear.cuda.kernels.rows import (
 )
 from slipstream.plugins.linear.cuda.tactics import multiplies_in
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
-from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
+from slipstream.plugins.rms_norm.cuda import (
+    norm_rows,
+    quantize_rows,
+    rms_norm,
+    rms_norm_quantized,
+    row_warps,
+)
+from slipstream.weights.tensor import WeightFormat
 
+_ROWS = 2048  # of a dense product
 _INT8_TOKENS = 17  # fewer are refused by torch._int_mm
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a Linear that multiplies in the type of its codes takes for x: codes ``[T, K]`` and
+    float32 scales ``[T, 1]``, of x after the norm of that Linear, if it has one.
+
+    ``input_scale`` float32 ``[1]`` is the one of all rows, where each is not to have its own.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    input_scale: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +61,44 @@ class Operands:
     norm_eps: float
     gated: bool
     gate: int
+    dtype: torch.dtype
     pdl: bool
+    rounded: Rounding | None
+    reader: Rounding | None
 
     @property
     def gate_kind(self) -> int:
         """0 for no gate, or one more than its kind of ``GATES``: what kernels call GATED."""
         return 1 + self.gate if self.gated else 0
 
+    def of(self, rows: slice) -> Operands:
+        """What ends the product of some rows of x, without x."""
+        reader, residual = self.reader, self.residual
+        if reader is not None:
+            reader = replace(reader, codes=reader.codes[rows], scales=reader.scales[rows])
+        return replace(self, residual=None if residual is None else residual[rows], reader=reader)
+
 
 def linear_blas(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
-    """Fill y ``[T, N]`` or, gated, ``[T, N/2]``."""
-    kind = multiplies_in(weight.format)
-    if kind == "float8" and _has_float8(inputs.x, y.dtype):
+    """Fill y ``[T, N]`` or, gated, ``[T, N/2]``, and what its reader takes."""
+    x = inputs.x
+    dtype = rounds_to(weight.format, x.shape[0], x.device, inputs.dtype)
+    if dtype == torch.float8_e4m3fn:
         _float8(weight, inputs, y)
-    elif kind == "int8" and inputs.x.shape[0] >= _INT8_TOKENS:
+    elif dtype == torch.int8:
         _int8(weight, inputs, y)
     else:
         _dense(weight, inputs, y)
+
+
+def rounds_to(
+    fmt: WeightFormat, tokens: int, device: torch.device, out_dtype: torch.dtype
+) -> torch.dtype | None:
+    """The type of codes to which ``linear_blas`` rounds x; None if it leaves x as it is."""
+    kind = multiplies_in(fmt)
+    if kind == "float8" and _has_float8(device, out_dtype):
+        return torch.float8_e4m3fn
+    return torch.int8 if kind == "int8" and tokens >= _INT8_TOKENS else None
 
 
 def dequantize(weight: DeviceWeight, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
@@ -82,14 +127,12 @@ def dequantize(weight: DeviceWeight, dtype: torch.dtype, *, pdl: bool = False) -
     return out
 
 
-def _has_float8(x: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether the GPU and this torch multiply float8 with a scale a row into this type."""
-    return x.device.type != "cuda" or _multiplies_float8(x.device, out_dtype)
-
-
 @cache
-def _multiplies_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
+def _has_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
+    """Whether the GPU and this torch multiply float8 with a scale a row into this type."""
     # It depends on the GPU, on the version of cuBLAS and on the type, so it is tried.
+    if device.type != "cuda":
+        return True
     if torch.cuda.get_device_capability(device) < (8, 9):
         return False
     x, w = (torch.zeros(n, 64, dtype=torch.float8_e4m3fn, device=device) for n in (32, 64))
@@ -105,17 +148,18 @@ def _multiplies_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
 def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
-    codes, scale = _rounded(weight, inputs, torch.float8_e4m3fn)
-    x = inputs.x
-    product = y if _is_plain(inputs) else y.new_empty(x.shape[0], weight.format.shape[0])
+    codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
+    product = y if _is_plain(inputs) else _empty(len(codes), weight.format.shape[0], inputs)
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
     if product is not y:
         _finish(product, None, None, inputs, y)
 
 
-def _rounded(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded_x(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes ``[T, K]`` and scales ``[T, 1]`` of the input, after its norm."""
     x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
+    if inputs.rounded is not None:
+        return inputs.rounded.codes, inputs.rounded.scales
     if inputs.norm_weight is None:
         return quantize_rows(x, dtype, input_scale=static, pdl=pdl)
     codes, scale, *_ = rms_norm_quantized(
@@ -135,26 +179,40 @@ def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tens
 
 def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to int8 by a scale a token."""
-    codes, scale = _rounded(weight, inputs, torch.int8)
+    codes, scale = rounded_x(weight, inputs, torch.int8)
     plain = dequantize(weight, torch.int8, pdl=inputs.pdl)
     product = torch._int_mm(codes, plain.t())
     _finish(product, scale, weight.scale, inputs, y)
 
 
 def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
+    """Some rows at a time: with more, the library is slower, and what is finished leaves the
+    cache."""
     x = normed(inputs)
     w = dequantize(weight, x.dtype, pdl=inputs.pdl).t()
+    for start in range(0, x.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        _dense_rows(x[rows], w, inputs.of(rows), y[rows])
+
+
+def _dense_rows(x: Tensor, w: Tensor, inputs: Operands, y: Tensor) -> None:
+    addend = _only_addend(inputs)
     if x.device.type == "cpu":
-        product = (x.float() @ w.float()).to(x.dtype if inputs.gated else y.dtype)
+        product = (x.float() @ w.float()).to(x.dtype if inputs.gated else inputs.dtype)
         _finish(product, None, None, inputs, y)
     elif _is_plain(inputs):
         _mm(x, w, y)
-    elif (addend := _only_addend(inputs)) is not None and addend.dtype == x.dtype == y.dtype:
-        torch.addmm(addend, x, w, out=y)
+    elif addend is not None and addend.dtype == x.dtype == y.dtype:
+        torch.addmm(addend, x, w, out=y)  # where y is the addend, without a copy of it before
     else:
-        product = y.new_empty(x.shape[0], w.shape[1])
+        product = _empty(x.shape[0], w.shape[1], inputs)
         _mm(x, w, product)
         _finish(product, None, None, inputs, y)
+
+
+def _empty(tokens: int, rows: int, inputs: Operands) -> Tensor:
+    """Room for the product with all rows of a weight."""
+    return torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.x.device)
 
 
 def _only_addend(inputs: Operands) -> Tensor | None:
@@ -188,10 +246,24 @@ def _finish(
     product: Tensor, token_scale: Tensor | None, row_scale: Tensor | None, inputs: Operands,
     y: Tensor,
 ) -> None:  # fmt: skip
+    reader, residual, pdl = inputs.reader, inputs.residual, inputs.pdl
+    if reader is not None and reader.norm_weight is not None:
+        assert residual is not None and inputs.bias is token_scale is None
+        norm_rows(
+            product, reader.norm_weight, reader.norm_eps, residual, reader.codes, y,
+            reader.scales, reader.input_scale, pdl,
+        )  # fmt: skip
+        return
     tokens, width = y.shape
-    finish_product[(tokens, -(-width // 1024))](
-        product, token_scale, row_scale, inputs.bias, inputs.residual, y, product.shape[1],
-        BLOCK=1024, GATED=inputs.gate_kind, SCALE=token_scale is not None,
-        BIAS=inputs.bias is not None, RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
-        **launch_options(num_warps=4, pdl=inputs.pdl),
+    block, warps = 1024, 4
+    if reader is not None:
+        block = triton.next_power_of_2(width)
+        warps = row_warps(block)
+    finish_product[(tokens, -(-width // block))](
+        product, token_scale, row_scale, inputs.bias, residual, y,
+        None if reader is None else reader.scales,
+        None if reader is None else reader.input_scale, product.shape[1],
+        BLOCK=block, GATED=inputs.gate_kind, SCALE=token_scale is not None,
+        BIAS=inputs.bias is not None, RESIDUAL=residual is not None, PDL=pdl,
+        **launch_options(num_warps=warps, pdl=pdl),
     )  # fmt: skip

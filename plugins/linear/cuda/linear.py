@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
-from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
+from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed, rounded_x
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
@@ -45,6 +45,8 @@ def linear(  # noqa: PLR0913 - what is fused
     tactic: Tactic,
     out: Tensor | None = None,
     pdl: bool = False,
+    rounded: Rounding | None = None,
+    reader: Rounding | None = None,
 ) -> Tensor:
     """``act(norm(x) @ weight.T + bias) + residual``.
 
@@ -52,19 +54,28 @@ def linear(  # noqa: PLR0913 - what is fused
     x's type asks for an RMS norm; bias ``[N]``; residual and the result ``[T, N]``, or ``[T, N/2]``
     when gated: then act is the gate of kind ``gate`` of the first and second N/2 rows. The result
     is of ``out_dtype`` (x's, or float32), and in ``out`` if that is given.
+
+    Only for the tactic "blas": ``rounded`` has what stands for x, where the weight is multiplied in
+    the type of its codes, and ``reader`` is filled with what stands for the result where that is
+    read by such a Linear: without a norm its codes are the result itself; one with a norm reads a
+    sum with a residual.
     """
     n, _ = weight.format.shape
-    width = n // 2 if gated else n
+    width, dtype = n // 2 if gated else n, out_dtype or x.dtype
     y = out
-    if y is None:
-        y = torch.empty(x.shape[0], width, dtype=out_dtype or x.dtype, device=x.device)
+    if reader is not None and reader.norm_weight is None:
+        y = reader.codes
+    elif y is None:
+        y = torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
     assert y.shape == (x.shape[0], width) and y.is_contiguous() and x.is_contiguous()
-    inputs = Operands(x, bias, residual, norm_weight, norm_eps, gated, gate, pdl)
+    inputs = Operands(
+        x, bias, residual, norm_weight, norm_eps, gated, gate, dtype, pdl, rounded, reader
+    )
     if tactic.kernel == "blas":
         linear_blas(weight, inputs, y)
         return y
     assert can_stream(weight.format), weight.format
-    if norm_weight is not None and not tactic.fuse_norm:
+    if norm_weight is not None and not (tactic.fuse_norm or tactic.rounds):
         inputs = replace(inputs, x=normed(inputs), norm_weight=None)
     {"gemv": _gemv, "dot": _dot, "wide": _wide}[tactic.kernel](weight, inputs, y, tactic)
     return y
@@ -145,11 +156,15 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
 
 
 def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
-    fmt, x = weight.format, inputs.x
+    fmt, x, x_scale = weight.format, inputs.x, None
+    if tactic.rounds:
+        x, x_scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
+        inputs = replace(inputs, norm_weight=None)
+        x = x if converts_float8(x.device) else x.view(torch.uint8)
     n, k = fmt.shape
     tokens = x.shape[0]
     assert tokens <= DOT_TOKENS, tokens
-    rows = block_m(tokens)
+    rows = tactic.block_m or block_m(tokens)
     grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), tactic.split_k)
     # The sum of squares of a row is of its whole K, which no program of a split one sees.
     assert tactic.split_k == 1 or inputs.norm_weight is None
@@ -184,7 +199,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
     dot_float[grid](
         x, weight.typed_codes, weight.scale, *ends,
         BK=tactic.block_k, SCALE=scale_kind(fmt),
-        EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
+        EVEN=k % (tactic.block_k * tactic.split_k) == 0, x_scale=x_scale, **constants,
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ class Tactic:
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
     split_k      dot, wide: programs that share the K of a tile.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
-    block_m      wide, dot of experts: rows of x of a tile; a dot of a Linear has ``block_m``.
+    block_m      rows of x of a tile of wide, of experts, and of a dot; 0 there for those of ``block_m``.
+    rounds       dot of float8: x is rounded to it too, and the weight not widened to x's type.
     """
 
     kernel: Kernel
@@ -57,6 +58,7 @@ class Tactic:
     split_k: int = 1
     swap: bool = False
     block_m: int = 0
+    rounds: bool = False
 
 
 def vector_size(fmt: WeightFormat) -> int:
@@ -222,7 +224,7 @@ def fit_stages(
     elements = 1024 // fmt.bits if in_words(fmt) else tactic.block_k
     bits = fmt.bits or 16
     rows = tactic.block_n * (2 if gated else 1)
-    stage = elements * (2 * tile + rows * bits // 8)
+    stage = elements * ((1 if tactic.rounds else 2) * tile + rows * bits // 8)
     room = min(shared_memory(capability) - _SPARE_BYTES, 200 << 10)
     return replace(tactic, num_stages=max(2, min(tactic.num_stages, room // stage)))
 
@@ -242,6 +244,8 @@ def candidate_tactics(
         found += [replace(found[0], fuse_norm=False)]
     if can_stream(fmt) and 2 <= tokens <= DOT_TOKENS:
         found += _dot_candidates(fmt, gated, tokens, capability)
+        if capability[0] == 9 and multiplies_in(fmt) == "float8":
+            found += _rounding_candidates(fmt, gated, tokens, capability)
     if can_widen(fmt, tokens, capability):
         found += [wide_tactic(tile, gated) for tile in tiles_to_time(fmt.shape[0], tokens)]
     return list(dict.fromkeys([*found, Tactic("blas")]))
@@ -290,6 +294,31 @@ def _dot_candidates(
             columns = whole or min(columns, 128 if fmt.rows > 1 else columns)
             tactic = Tactic("dot", rows, columns, warps, 6, False, split, swap)
             found.append(fit_stages(tactic, fmt, gated, block_m(tokens), capability))
+    return found
+
+
+def _rounding_candidates(
+    fmt: WeightFormat, gated: bool, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """Products of float8 with float8, whose tiles have all tokens, so that a weight is read once:
+    rows and elements of K of a tile, warps, stages, and whether the weight is on the left."""
+    if tokens <= 32:
+        choices = [(64, 128, 4, 6, True), (64, 256, 4, 4, True), (32, 256, 4, 4, False)]
+    elif tokens <= 128:
+        choices = [(64, 128, 4, 6, True), (128, 128, 8, 4, True), (64, 128, 4, 6, False)]
+        choices += [(64, 256, 4, 3, True)]
+    else:
+        choices = [(64, 128, 4, 4, True), (64, 128, 8, 4, True), (64, 128, 8, 4, False)]
+    width, tile = fmt.shape[0] // (2 if gated else 1), 256 if tokens > 128 else block_m(tokens)
+    found = []
+    for rows, columns, warps, stages, swap in choices:
+        programs = -(-width // rows)
+        for split in (1, 2, 4):
+            if programs * split <= 4 * _PROCESSORS and (programs * split >= 64 or split == 4):
+                tactic = Tactic(
+                    "dot", rows, columns, warps, stages, False, split, swap, tile, rounds=True
+                )
+                found.append(fit_stages(tactic, fmt, gated, tile, capability))
     return found
 
 

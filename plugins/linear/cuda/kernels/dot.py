@@ -28,7 +28,10 @@ def _prefetch(pointers):
 @triton.jit
 def product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + the product of w [BN, k] and x [BM, k]: [BN, BM] with SWAP, or [BM, BN]."""
-    if WIDEN:  # Triton's interpreter cannot multiply bfloat16
+    if WIDEN:  # Triton's interpreter cannot multiply bfloat16, and knows no float8
+        if x.dtype == tl.uint8:
+            w = float8_bits(w)
+            x = float8_bits(x)
         w = w.to(tl.float32)
         x = x.to(tl.float32)
     return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
@@ -46,13 +49,15 @@ def float8_bits(codes):
 @triton.jit
 def narrow(w, x):
     """w in x's type; float8 by way of float16, which GPUs convert fastest."""
-    if w.dtype == tl.uint8:
-        w = float8_bits(w)
-    elif w.dtype == tl.float8e4nv:
-        w = w.to(tl.float16)
     if w.dtype != x.dtype:
-        w = w.to(tl.float32)
-    return w.to(x.dtype)
+        if w.dtype == tl.uint8:
+            w = float8_bits(w)
+        elif w.dtype == tl.float8e4nv:
+            w = w.to(tl.float16)
+        if w.dtype != x.dtype:
+            w = w.to(tl.float32)
+        w = w.to(x.dtype)
+    return w
 
 
 @triton.jit
@@ -144,14 +149,15 @@ def dot_float(
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, SWAP: tl.constexpr,
     SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, x_scale=None,
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; grid (tiles of N, tiles of tokens, SPLIT).
 
     SCALE is "none", "row" or "block" (of 128 x 128: then BK divides 128, and BN or 128 the other).
     EVEN: K is SPLIT whole ranges
     of whole steps. Unless SPLIT is 1: counters int32, a zero a tile, and left so; partial
-    float32 [SPLIT, tiles, 1 or with GATED 2, BM, BN].
+    float32 [SPLIT, tiles, 1 or with GATED 2, BM, BN]. With ``x_scale`` float32 [tokens], x is
+    float8 codes, and the weight is multiplied as it is.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -208,9 +214,12 @@ def dot_float(
             if GATED:
                 up = product(w_up, xs, up, SWAP, WIDEN)
     inverse = tl.rsqrt(squares / K + eps) if NORM else squares
+    ROUNDED: tl.constexpr = x_scale is not None
+    if ROUNDED:
+        inverse = tl.load(x_scale + m, mask=m < tokens, other=0.0)
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
-        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL, NORM,
+        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL, NORM or ROUNDED,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from slipstream.plugins.cuda.kernels import begin
+from slipstream.plugins.cuda.kernels import begin, store_quantized
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
 from slipstream.plugins.linear.cuda.kernels.dot import float4, float8_bits, power
 
@@ -138,13 +138,15 @@ def dequantize_words(
 
 @triton.jit
 def finish_product(
-    product, token_scale, row_scale, bias, residual, y, N,
+    product, token_scale, row_scale, bias, residual, y, scales, input_scale, N,
     BLOCK: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act(product * scales + bias) + residual`` of a product [T, N]; grid (T, blocks of width).
 
-    SCALE: token_scale [T] and row_scale [N], both float32, for products of int8.
+    SCALE: token_scale [T] and row_scale [N], both float32, for products of int8. With ``scales``
+    [T], y is the codes of the result, and a block is a whole row; ``input_scale`` as in
+    ``store_quantized``.
     """
     begin(PDL)
     t = tl.program_id(0).to(tl.int64)
@@ -160,11 +162,14 @@ def finish_product(
     if GATED:
         up = tl.load(product + t * N + width + n, mask=inside, other=0).to(tl.float32)
         if SCALE:
-            scales = tl.load(row_scale + width + n, mask=inside, other=0.0).to(tl.float32)
-            up = up * factor * scales
+            up_scale = tl.load(row_scale + width + n, mask=inside, other=0.0).to(tl.float32)
+            up = up * factor * up_scale
         if BIAS:
             up += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
         value = gate_up_of(value, up, GATED)
     if RESIDUAL:
         value += tl.load(residual + t * width + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=inside)
+    if scales is not None:
+        store_quantized(y + t * width, scales, t, value, n, inside, input_scale)
+    else:
+        tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=inside)

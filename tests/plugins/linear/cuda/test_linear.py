@@ -250,6 +250,20 @@ def test_blas(name: str, extras: str, device: str) -> None:
     assert_close_as_blas(case.run(Tactic("blas")), case, name, extras)
 
 
+@pytest.mark.parametrize("extras", ["", "residual norm", "bias residual norm gated clamped"])
+@pytest.mark.parametrize("activation", ["token", "static"])
+def test_dot_of_rounded_x(
+    activation: Activation, extras: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "rows", replace(FORMATS["fp8static"], activation=activation))
+    case = Case("rows", 18, extras, device)
+    split, swap = (2, True) if extras else (1, False)
+    tactic = Tactic("dot", 32, 64, num_stages=2, split_k=split, swap=swap, rounds=True)
+    got, blas = case.run(tactic), case.run(Tactic("blas"))
+    assert_close_as_blas(got, case, "rows", extras)
+    assert_close(got, blas, 0.01)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_blas_in_the_type_of_x(name: str, device: str) -> None:
     for extras in ("residual", "bias"):
