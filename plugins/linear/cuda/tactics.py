@@ -45,7 +45,7 @@ class Tactic:
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
     split_k      dot, wide: programs that share the K of a tile.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
-    block_m      rows of x of a tile of wide, of experts, and of a dot; 0 there for those of ``block_m``.
+    block_m      rows of x of a tile; 0 for those of ``block_m`` in a Linear's dot.
     rounds       dot of float8: x is rounded to it too, and the weight not widened to x's type.
     """
 
