@@ -308,6 +308,9 @@ class Tactics:
         if bucket is None:
             return Tactic("blas")
         found = self.entries.get(entry_key(fmt, gated, bucket))
+        # A key does not say whether x may be rounded.
+        if found is not None and found.rounds and multiplies_in(fmt) != "float8":
+            found = None
         return found or default_tactic(fmt, gated, tokens, self.capability)
 
     def to_json(self) -> str:
