@@ -7,11 +7,12 @@ quantized weights are written out in x's type first: the dense fallback.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import launch_options
@@ -31,7 +32,7 @@ from slipstream.plugins.rms_norm.cuda import (
 )
 from slipstream.weights.tensor import WeightFormat
 
-_ROWS = 2048  # of a dense product
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INT8_TOKENS = 17  # fewer are refused by torch._int_mm
 
 
@@ -70,13 +71,6 @@ class Operands:
     def gate_kind(self) -> int:
         """0 for no gate, or one more than its kind of ``GATES``: what kernels call GATED."""
         return 1 + self.gate if self.gated else 0
-
-    def of(self, rows: slice) -> Operands:
-        """What ends the product of some rows of x, without x."""
-        reader, residual = self.reader, self.residual
-        if reader is not None:
-            reader = replace(reader, codes=reader.codes[rows], scales=reader.scales[rows])
-        return replace(self, residual=None if residual is None else residual[rows], reader=reader)
 
 
 def linear_blas(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
@@ -149,7 +143,7 @@ def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
     codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
-    product = y if _is_plain(inputs) else _empty(len(codes), weight.format.shape[0], inputs)
+    product = y if _is_plain(inputs) else _empty(weight, inputs)
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
     if product is not y:
         _finish(product, None, None, inputs, y)
@@ -186,16 +180,8 @@ def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
 
 
 def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
-    """Some rows at a time: with more, the library is slower, and what is finished leaves the
-    cache."""
     x = normed(inputs)
     w = dequantize(weight, x.dtype, pdl=inputs.pdl).t()
-    for start in range(0, x.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        _dense_rows(x[rows], w, inputs.of(rows), y[rows])
-
-
-def _dense_rows(x: Tensor, w: Tensor, inputs: Operands, y: Tensor) -> None:
     addend = _only_addend(inputs)
     if x.device.type == "cpu":
         product = (x.float() @ w.float()).to(x.dtype if inputs.gated else inputs.dtype)
@@ -205,14 +191,15 @@ def _dense_rows(x: Tensor, w: Tensor, inputs: Operands, y: Tensor) -> None:
     elif addend is not None and addend.dtype == x.dtype == y.dtype:
         torch.addmm(addend, x, w, out=y)  # where y is the addend, without a copy of it before
     else:
-        product = _empty(x.shape[0], w.shape[1], inputs)
+        product = _empty(weight, inputs)
         _mm(x, w, product)
         _finish(product, None, None, inputs, y)
 
 
-def _empty(tokens: int, rows: int, inputs: Operands) -> Tensor:
+def _empty(weight: DeviceWeight, inputs: Operands) -> Tensor:
     """Room for the product with all rows of a weight."""
-    return torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.x.device)
+    rows, x = weight.format.shape[0], inputs.x
+    return torch.empty(x.shape[0], rows, dtype=inputs.dtype, device=x.device)
 
 
 def _only_addend(inputs: Operands) -> Tensor | None:
@@ -264,6 +251,6 @@ def _finish(
         None if reader is None else reader.scales,
         None if reader is None else reader.input_scale, product.shape[1],
         BLOCK=block, GATED=inputs.gate_kind, SCALE=token_scale is not None,
-        BIAS=inputs.bias is not None, RESIDUAL=residual is not None, PDL=pdl,
-        **launch_options(num_warps=warps, pdl=pdl),
+        BIAS=inputs.bias is not None, RESIDUAL=residual is not None, DTYPE=_TYPES[inputs.dtype],
+        PDL=pdl, **launch_options(num_warps=warps, pdl=pdl),
     )  # fmt: skip

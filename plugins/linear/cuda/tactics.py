@@ -334,6 +334,9 @@ class Tactics:
         """The tactic that was timed for this shape and bucket of tokens, or the default."""
         bucket = next((size for size in BUCKETS if size >= tokens), None)
         found = self.entries.get(entry_key(fmt, gated, bucket)) if bucket else None
+        # A key does not say whether x may be rounded.
+        if found is not None and found.rounds and multiplies_in(fmt) != "float8":
+            found = None
         return found or default_tactic(fmt, gated, tokens, self.capability)
 
     def to_json(self) -> str:

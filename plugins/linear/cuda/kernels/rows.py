@@ -140,13 +140,14 @@ def dequantize_words(
 def finish_product(
     product, token_scale, row_scale, bias, residual, y, scales, input_scale, N,
     BLOCK: tl.constexpr, GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``act(product * scales + bias) + residual`` of a product [T, N]; grid (T, blocks of width).
+    """``act(product * scales + bias) + residual`` of a product [T, N], in DTYPE; grid (T, blocks of
+    width).
 
     SCALE: token_scale [T] and row_scale [N], both float32, for products of int8. With ``scales``
-    [T], y is the codes of the result, and a block is a whole row; ``input_scale`` as in
-    ``store_quantized``.
+    [T], y is the codes of the result, the same as if that was stored before, and a block is a whole
+    row; ``input_scale`` as in ``store_quantized``.
     """
     begin(PDL)
     t = tl.program_id(0).to(tl.int64)
@@ -169,7 +170,9 @@ def finish_product(
         value = gate_up_of(value, up, GATED)
     if RESIDUAL:
         value += tl.load(residual + t * width + n, mask=inside, other=0.0).to(tl.float32)
+    value = value.to(DTYPE)
     if scales is not None:
+        value = value.to(tl.float32)
         store_quantized(y + t * width, scales, t, value, n, inside, input_scale)
     else:
-        tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + t * width + n, value, mask=inside)

@@ -70,9 +70,7 @@ class MLP:
         tactics = Tactics((9, 0), "")
         for fmt in self.formats:  # the kernels of many tokens, whatever their number
             gated = fmt is self.formats[0]
-            tactics.entries[entry_key(fmt, gated, {2: 2, 5: 8, 17: 32}[self.tokens])] = Tactic(
-                "blas"
-            )
+            tactics.entries[entry_key(fmt, gated, 32 if self.tokens > 16 else 2)] = Tactic("blas")
         run = Run(dict(self.values), pdl=False)
         for node in self.nodes:
             (y,) = bind(node, Context(self.values, tactics))(run)
@@ -111,10 +109,7 @@ def test_codes_are_made_with_what_they_are_codes_of(
     (gate, want_stream, want), _ = mlp.run()
     assert asked == ["rms_norm_quantized", "quantize_rows", "rms_norm_quantized"]
     assert gate.dtype == torch.bfloat16
-    for got, other in ((stream, want_stream), (y, want)):
-        largest = float(other.float().abs().max())
-        difference = (got.float() - other.float()).abs().max()
-        assert float(difference) < 0.03 * largest
+    assert torch.equal(stream, want_stream) and torch.equal(y, want)
 
 
 def test_who_reads_them() -> None:
@@ -148,17 +143,3 @@ def test_a_sum_takes_the_place_of_a_residual_that_nobody_reads_again() -> None:
     assert not module._ends_residual(graph("Linear"))
     assert not module._ends_residual(graph("Reshape")), "a view of it is read who knows when"
     assert not module._ends_residual(graph(output=True))
-
-
-def test_dense_rows_are_multiplied_some_at_a_time(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    formats = (fp8(2 * INNER, HIDDEN), fp8(HIDDEN, INNER), fp8(16, HIDDEN))
-    dense = tuple(WeightFormat(fmt.shape, "dense", "bfloat16") for fmt in formats)
-    for kinds in (dense, (dense[0], *formats[1:])):  # with codes made from rows of dense products
-        monkeypatch.setattr(blas, "_ROWS", 2048)
-        want, _ = MLP(kinds, device, 5).run()  # type: ignore[arg-type]
-        monkeypatch.setattr(blas, "_ROWS", 2)
-        got, _ = MLP(kinds, device, 5).run()  # type: ignore[arg-type]
-        for mine, other in zip(got, want, strict=True):
-            torch.testing.assert_close(mine.float(), other.float(), rtol=0.02, atol=0.02)

@@ -55,6 +55,20 @@ def test_tactics_are_ones_that_the_kernels_take(
                 assert fmt.rows == 1 or 128 % tactic.block_k == 0
 
 
+def test_x_is_rounded_only_where_the_format_says_so() -> None:
+    fmt = FORMATS[4]
+    rounding = Tactic("dot", 64, 128, num_stages=6, block_m=64, rounds=True)
+    table = Tactics(HOPPER, "", {entry_key(fmt, False, 64): rounding})
+    assert table.find(fmt, False, 50) == rounding
+    exact = replace(fmt, activation="none")
+    assert entry_key(exact, False, 64) == entry_key(fmt, False, 64)
+    assert not table.find(exact, False, 50).rounds
+    for tokens in BUCKETS:
+        assert not any(t.rounds for t in candidate_tactics(exact, False, tokens, HOPPER))
+        assert any(t.rounds for t in candidate_tactics(fmt, False, tokens, HOPPER)) == (tokens > 1)
+        assert not any(t.rounds for t in candidate_tactics(fmt, False, tokens, (8, 9)))
+
+
 def test_odd_rows_go_to_the_library() -> None:
     odd = WeightFormat((40, 570), "float8_e4m3", "float32", 8, 570, activation="token")
     assert candidate_tactics(odd, False, 1, HOPPER) == [Tactic("blas")]
