@@ -56,7 +56,8 @@ def offer(kernels: Kernels) -> None:
 def read_kernels(file: Path) -> Kernels:
     """What is in a file of kernels; nothing of one that is not there, damaged or too large."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        # Read at once: every read lets go of the interpreter, which others want at a start.
+        with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _MOST_BYTES:
                 raise ValueError(f"it holds more than {_MOST_BYTES >> 20} MiB")
             return {entry.filename: archive.read(entry) for entry in archive.infolist()}

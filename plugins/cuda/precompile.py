@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
+from triton.runtime.jit import JITCallable
 
 from slipstream.cores import usable_cores
 
@@ -59,8 +60,22 @@ class Specialization:
     def source(self) -> ASTSource:
         """What Triton compiles."""
         function = getattr(import_module(self.module), self.name)
+        settle_key(function)
         kind = _gluon_source() if function.is_gluon() else ASTSource
         return kind(function, self.signature, self.constants, self.attributes)
+
+
+def settle_key(function: Any) -> None:  # noqa: ANN401
+    """Give a kernel its key in Triton's cache, after the functions that it calls.
+
+    Triton counts the constants of those only if it has seen them before the kernel: a key would
+    depend on what else a process has compiled, and other processes would not find it.
+    """
+    for name in function.fn.__code__.co_names:
+        called = function.fn.__globals__.get(name)
+        if isinstance(called, JITCallable) and called.hash is None:
+            settle_key(called)
+    function.cache_key  # noqa: B018 - computed where it is read first
 
 
 def _gluon_source() -> type[ASTSource]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.binding import Context, Run
-from slipstream.plugins.cuda.precompile import compile_kernels, record
+from slipstream.plugins.cuda.precompile import compile_kernels, record, settle_key
 from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -74,6 +75,34 @@ def test_what_nothing_has_written_yet_is_in_range_as_an_index() -> None:
 
 def named(name: str) -> ir.Value:
     return ir.Value(name=name)
+
+
+def test_a_key_does_not_depend_on_what_was_compiled_before(tmp_path: Path) -> None:
+    file = tmp_path / "kernels_with_constants.py"
+    file.write_text(
+        "import triton.language as tl\n"
+        "from triton.runtime.jit import JITFunction\n"
+        "A = tl.constexpr(1)\n\n"
+        "def inner(x):\n    return x + A\n\n"
+        "inner = JITFunction(inner)\n\n"
+        "def outer(x):\n    inner(x)\n\n"
+        "outer = JITFunction(outer)\n"
+    )
+
+    def key(*, inner_first: bool, settle: bool = True) -> str:
+        spec = importlib.util.spec_from_file_location("kernels_with_constants", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if inner_first:
+            assert module.inner.cache_key
+        if settle:
+            settle_key(module.outer)
+        return str(module.outer.cache_key)
+
+    assert key(inner_first=True) == key(inner_first=False)
+    # What it is for; where this fails, Triton has mended it and ``settle_key`` can go.
+    assert key(inner_first=True, settle=False) != key(inner_first=False, settle=False)
 
 
 @pytest.mark.gpu
