@@ -38,6 +38,8 @@ class RuntimeConfig:
                              are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
+    deterministic            the bits of a request's logits depend on nothing but the request: not on
+                             what else runs, nor on chunks, shared prefixes or preemption.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -57,6 +59,7 @@ class RuntimeConfig:
     enable_chunked_prefill: bool = True
     max_prefill_tokens: int | None = None
     enable_jump_decoding: bool = True
+    deterministic: bool = False
     chat_template: str | None = None
     step_timeout: float = 600.0
 

@@ -15,7 +15,6 @@ from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
-    DOT_TOKENS,
     GEMV_TOKENS,
     Tactic,
     block_m,
@@ -144,13 +143,13 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
     fmt, x = weight.format, inputs.x
     n, k = fmt.shape
     tokens = x.shape[0]
-    assert tokens <= DOT_TOKENS, tokens
     rows = block_m(tokens)
-    grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), tactic.split_k)
-    # The sum of squares of a row is of its whole K, which no program of a split one sees.
+    serial, programs = (tactic.split_k, 1) if tactic.serial else (1, tactic.split_k)
+    grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), programs)
+    # The sum of squares of a row is of its whole K, which no split one sees.
     assert tactic.split_k == 1 or inputs.norm_weight is None
     partial = None
-    if tactic.split_k > 1:
+    if programs > 1:
         size = rows * tactic.block_n * (2 if inputs.gated else 1)
         partial = torch.empty(
             grid[0] * grid[1] * grid[2] * size, dtype=torch.float32, device=x.device
@@ -160,7 +159,8 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         "K": k,
         "BM": rows,
         "BN": tactic.block_n,
-        "SPLIT": tactic.split_k,
+        "SPLIT": programs,
+        "SERIAL": serial,
         "SWAP": tactic.swap,
         "WIDEN": interpreting(),
         **_epilogue(inputs),

@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.detect import shared_memory
@@ -36,9 +36,10 @@ class Tactic:
     block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
     num_stages   gemv: vectors in flight a row; dot: steps in flight.
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
-    split_k      dot: programs that share the K of a tile.
+    split_k      dot: parts of K whose sums are added up in order, by the last of as many programs.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
     block_m      dot of experts: rows of x of a tile; a Linear's are those of ``block_m``.
+    serial       dot: one program computes all parts of K, one after the other, to the same bits.
     """
 
     kernel: Kernel
@@ -50,6 +51,7 @@ class Tactic:
     split_k: int = 1
     swap: bool = False
     block_m: int = 0
+    serial: bool = False
 
 
 def vector_size(fmt: WeightFormat) -> int:
@@ -267,7 +269,13 @@ def _dot_candidates(
 
 @dataclass(slots=True)
 class Tactics:
-    """The tactics that were timed on a GPU, by ``entry_key``."""
+    """The tactics that were timed on a GPU, by ``entry_key``.
+
+    ``deterministic`` asks all operators for bits that no other row of the step changes; see
+    ``fixed.FixedTactics``.
+    """
+
+    deterministic: ClassVar[bool] = False
 
     capability: tuple[int, int]
     device: str = ""

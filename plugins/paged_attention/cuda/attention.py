@@ -26,6 +26,7 @@ _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
 _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
+_SINGLE_ROWS = 64  # of a block of a single query: what fills an instruction of Hopper
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
@@ -40,7 +41,10 @@ class StepTensors:
     query each, token rows 0 to num_decodes - 1. The queries of the others are cut into blocks of
     ``query_block`` tokens: block_sequence ``[NB]`` names a block's sequence, -1 where there is no
     block, and block_start ``[NB]`` its first query, counted from the sequence's first one. The
-    ``query_block`` of a layer is at least that of the step.
+    ``query_block`` of a layer is at least that of the step; 1 says that every block is one query.
+
+    In the deterministic mode ``num_decodes`` is 0: what a decode computes is then, bit for bit, what
+    it would be as part of a chunk.
 
     Padding has a context_len of 0 or a slot of -1; its output is undefined.
     """
@@ -271,7 +275,11 @@ def _prefill(
 ) -> None:
     by = _scalars(a, pages)
     keys, warps, stages = _prefill_tile(_capability(qkv.device), a, pages.element_size())
-    rows = max(_block_rows(a), triton.next_power_of_2(a.num_heads // a.num_kv_heads))
+    group = a.num_heads // a.num_kv_heads
+    rows, block = max(_block_rows(a), triton.next_power_of_2(group)), query_block(a)
+    if step.query_block == 1 and group <= _SINGLE_ROWS < rows:
+        # As many rows a warp, and the same keys a tile: the bits of a row are those of a chunk.
+        warps, rows, block = warps * _SINGLE_ROWS // rows, _SINGLE_ROWS, 1
     prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
         qkv,
         pages,
@@ -287,7 +295,7 @@ def _prefill(
         by.soft_cap,
         by.v_scale,
         **_shape(a),
-        BLOCK_Q=query_block(a) // step.query_block * step.query_block,
+        BLOCK_Q=block // step.query_block * step.query_block,
         BLOCK_M=rows,
         BLOCK_N=keys,
         WINDOW=by.window,
