@@ -28,7 +28,8 @@ _INT8_TOKENS = 17  # fewer are refused by torch._int_mm
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The inputs of a Linear beside its weight; see ``cuda.linear``."""
+    """The inputs of a Linear beside its weight; see ``cuda.linear``. With ``x_scale`` float32
+    ``[T, 1]`` x has been rounded."""
 
     x: Tensor
     bias: Tensor | None
@@ -38,6 +39,7 @@ class Operands:
     gated: bool
     gate: int
     pdl: bool
+    x_scale: Tensor | None = None
 
     @property
     def gate_kind(self) -> int:
@@ -105,7 +107,7 @@ def _multiplies_float8(device: torch.device, out_dtype: torch.dtype) -> bool:
 def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to float8 by a scale a token, or by the weight's own."""
     assert weight.scale is not None
-    codes, scale = _rounded(weight, inputs, torch.float8_e4m3fn)
+    codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
     x = inputs.x
     product = y if _is_plain(inputs) else y.new_empty(x.shape[0], weight.format.shape[0])
     _scaled_mm(codes, weight.codes, scale, weight.scale.view(1, -1), product)
@@ -113,7 +115,7 @@ def _float8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
         _finish(product, None, None, inputs, y)
 
 
-def _rounded(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded_x(weight: DeviceWeight, inputs: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes ``[T, K]`` and scales ``[T, 1]`` of the input, after its norm."""
     x, static, pdl = inputs.x, weight.input_scale, inputs.pdl
     if inputs.norm_weight is None:
@@ -135,7 +137,7 @@ def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tens
 
 def _int8(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     """x is rounded to int8 by a scale a token."""
-    codes, scale = _rounded(weight, inputs, torch.int8)
+    codes, scale = rounded_x(weight, inputs, torch.int8)
     plain = dequantize(weight, torch.int8, pdl=inputs.pdl)
     product = torch._int_mm(codes, plain.t())
     _finish(product, scale, weight.scale, inputs, y)

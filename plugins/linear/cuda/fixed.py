@@ -1,10 +1,11 @@
 """The tactics of the deterministic mode: the bits of a row do not depend on the rows beside it.
 
 Tensor cores add up an element of a product along K in steps of one instruction, in order, so tiles
-may follow the number of tokens, and shares of programs too. What decides bits follows from the
-weight alone: which operand the weight is, into how many parts K is cut, and over how many elements
-a scale of a block is applied. The norm is a kernel before the product, x is never rounded, and
-neither GEMVs, whose sums are of another order, nor a library take part.
+may follow the number of tokens. What decides bits follows from the weight alone: which operand it
+is, into how many parts K is cut, over how many elements a scale of a block is applied, and whether
+x is rounded, which it is where the checkpoint says so and the product of float8 is then quick at
+every number of tokens. The norm is always a kernel before the product. GEMVs, whose sums are of
+another order, and libraries take no part.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from slipstream.plugins.linear.cuda.tactics import (
     block_m,
     can_stream,
     fit_stages,
+    multiplies_in,
     weight_key,
 )
 from slipstream.weights.tensor import WeightFormat
 
 _FEW_TOKENS = 64
-_BLOCK_SCALE = 128  # elements of K of a scale of a block
+_STEP = 128  # elements of K: what every step divides, and those of a scale of a block
 # Programs that fill a GPU where few tokens wait for the weight: decoding in registers takes more.
-_PROGRAMS_16_BIT, _PROGRAMS = 128, 192
+_PROGRAMS, _DECODING_PROGRAMS = 96, 192
 _MOST_PARTS = 4
 
 
@@ -52,21 +54,19 @@ def fixed_tactic(
             f"deterministic mode multiplies rows of whole vectors of 16 bytes, and a weight "
             f"{weight_key(fmt)} has rows of {fmt.shape[1]} elements; run without --deterministic"
         )
-    swap = weight_is_left(capability)
-    parts = 1 if gated else parts_of_k(fmt)
-    few = tokens <= _FEW_TOKENS
-    block_n, warps = (64, 4) if few or not swap else (128, 8)
-    if not swap and gated and tokens > 32:  # two sums of a tile do not fit the registers
-        block_n = 32
+    swap, rounds = weight_is_left(capability), multiplies_in(fmt) == "float8"
+    parts = 1 if gated else _parts_of_k(fmt, rounds)
+    block_n, warps = _rows(fmt, gated, tokens, swap)
     found = Tactic(
         "dot",
         block_n,
-        128 if few or fmt.rows > 1 else 64,
+        64 if tokens > _FEW_TOKENS and fmt.rows == 1 and not rounds else _STEP,
         warps,
-        6,
+        4 if tokens > _FEW_TOKENS or (gated and in_words(fmt)) else 6,
         split_k=parts,
         swap=swap,
         serial=parts > 1 and tokens > DOT_TOKENS,
+        rounds_x=rounds,
     )
     return fit_stages(found, fmt, gated, block_m(tokens), capability)
 
@@ -77,13 +77,20 @@ def weight_is_left(capability: tuple[int, int]) -> bool:
     return capability[0] in (9, 10)
 
 
-def parts_of_k(fmt: WeightFormat) -> int:
+def _rows(fmt: WeightFormat, gated: bool, tokens: int, swap: bool) -> tuple[int, int]:
+    """Rows of the weight of a tile, and warps; two sums of a tile need twice the registers."""
+    if not swap:
+        return (32 if gated and tokens > 32 else 64), 4
+    decodes = fmt.kind != "dense" and tokens > 32
+    return (128, 8) if decodes or tokens > _FEW_TOKENS else (64, 4)
+
+
+def _parts_of_k(fmt: WeightFormat, rounds: bool) -> int:
     """Into how many parts K is cut, so that few tokens get enough programs."""
-    programs = _PROGRAMS_16_BIT if fmt.kind == "dense" else _PROGRAMS
-    whole = 1024 // fmt.bits if in_words(fmt) else _BLOCK_SCALE
+    programs = _PROGRAMS if fmt.kind == "dense" or rounds else _DECODING_PROGRAMS
+    step = 1024 // fmt.bits if in_words(fmt) else _STEP
     tiles, k = -(-fmt.shape[0] // 64), fmt.shape[1]
     parts = 1
-    # Steps are of 64 elements or of a whole: parts are the same only where both divide them.
-    while parts < _MOST_PARTS and tiles * parts < programs and k % (2 * parts * whole) == 0:
+    while parts < _MOST_PARTS and tiles * parts < programs and k % (2 * parts * step) == 0:
         parts *= 2
     return parts

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
-from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed
+from slipstream.plugins.linear.cuda.blas import Operands, linear_blas, normed, rounded_x
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
 from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
@@ -58,7 +58,9 @@ def linear(  # noqa: PLR0913 - what is fused
         linear_blas(weight, inputs, y)
         return y
     assert can_stream(weight.format), weight.format
-    if norm_weight is not None and not tactic.fuse_norm:
+    if tactic.rounds_x:
+        inputs = _rounded(weight, inputs)
+    elif norm_weight is not None and not tactic.fuse_norm:
         inputs = replace(inputs, x=normed(inputs), norm_weight=None)
     run = _gemv if tactic.kernel == "gemv" else _dot
     run(weight, inputs, y, tactic)
@@ -94,6 +96,14 @@ def embedding(
         **launch_options(num_warps=4, pdl=pdl),
     )  # fmt: skip
     return y
+
+
+def _rounded(weight: DeviceWeight, inputs: Operands) -> Operands:
+    """The inputs of a product in float8, after the norm if there is one."""
+    codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
+    if not converts_float8(codes.device):
+        codes = codes.to(inputs.x.dtype)  # which is exact
+    return replace(inputs, x=codes, x_scale=scale, norm_weight=None)
 
 
 def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
@@ -167,13 +177,12 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
     }
     ends = (
-        inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial, tokens, n,
-        inputs.norm_eps,
+        inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial,
     )  # fmt: skip
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         dot_int[grid](
-            x, weight.codes, weight.scale, weight.shift, *ends,
+            x, weight.codes, weight.scale, weight.shift, *ends, tokens, n, inputs.norm_eps,
             BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             CHUNKS=chunks,
             EVEN=chunks * 1024 == k * fmt.bits and chunks % tactic.split_k == 0, **constants,
@@ -181,7 +190,7 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
     dot_float[grid](
-        x, weight.typed_codes, weight.scale, *ends,
+        x, weight.typed_codes, weight.scale, *ends, inputs.x_scale, tokens, n, inputs.norm_eps,
         BK=tactic.block_k, SCALE=scale_kind(fmt),
         EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
     )  # fmt: skip

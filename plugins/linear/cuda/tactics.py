@@ -40,6 +40,7 @@ class Tactic:
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
     block_m      dot of experts: rows of x of a tile; a Linear's are those of ``block_m``.
     serial       dot: one program computes all parts of K, one after the other, to the same bits.
+    rounds_x     dot of float8: x is rounded to it, by a scale a token or the weight's own.
     """
 
     kernel: Kernel
@@ -52,6 +53,7 @@ class Tactic:
     swap: bool = False
     block_m: int = 0
     serial: bool = False
+    rounds_x: bool = False
 
 
 def vector_size(fmt: WeightFormat) -> int:

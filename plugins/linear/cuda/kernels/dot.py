@@ -209,7 +209,7 @@ def _sums_float(
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_float(
-    x, weight, scale, bias, residual, gain, y, counters, partial, tokens, N, eps,
+    x, weight, scale, bias, residual, gain, y, counters, partial, x_scale, tokens, N, eps,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, SERIAL: tl.constexpr, SWAP: tl.constexpr,
     SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -217,6 +217,7 @@ def dot_float(
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; grid (tiles of N, tiles of tokens, SPLIT).
 
+    x is of 16-bit floats, or with x_scale float32 [tokens] of float8, as the weight is.
     SCALE is "none", "row" or "block" (of 128 x 128: then BK divides 128, and BN or 128 the other).
     EVEN: K is SPLIT * SERIAL whole ranges of whole steps. A program adds up SERIAL of them, one of
     which is 1. Unless SPLIT is 1: counters int32, a zero a tile, and left so; partial
@@ -252,10 +253,15 @@ def dot_float(
             )  # fmt: skip
             acc += more
             up += more_up
-    inverse = tl.rsqrt(squares / K + eps) if NORM else squares
+    inverse = squares
+    if NORM:
+        inverse = tl.rsqrt(squares / K + eps)
+    if x_scale is not None:
+        inverse = tl.load(x_scale + m, mask=m < tokens, other=0.0)
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
-        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL, NORM,
+        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL,
+        NORM or x_scale is not None,
     )  # fmt: skip
 
 
