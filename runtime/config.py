@@ -38,8 +38,8 @@ class RuntimeConfig:
                              are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
-    deterministic            the bits of a request's logits depend on nothing but the request: not on
-                             what else runs, nor on chunks, shared prefixes or preemption.
+    deterministic            the bits of a request's logits depend on nothing but the request, not
+                             on what else runs, chunks, shared prefixes or preemption.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.

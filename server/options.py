@@ -83,6 +83,9 @@ RUNTIME = {
         least=1,
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
+    "deterministic": Option(
+        "Bits of an answer depend on nothing but its request, its seed included."
+    ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }

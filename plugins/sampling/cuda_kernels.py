@@ -197,6 +197,22 @@ def _write_token(token, broken, row, slot, tokens, last_tokens):
 
 
 @triton.jit
+def normalizer_kernel(logits, stride, vocab, normalizers, BLOCK: tl.constexpr):
+    """The log of the sum of the exponentials of a row; grid (rows). Not finite if a logit is NaN or
+    +inf."""
+    source = logits + tl.program_id(0).to(tl.int64) * stride
+    ids = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], -INF, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        largest = tl.maximum(largest, _load(source, start + ids, vocab))
+    peak = tl.max(largest)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        total += tl.exp(_load(source, start + ids, vocab) - peak)
+    tl.store(normalizers + tl.program_id(0), peak + tl.log(tl.sum(total)))
+
+
+@triton.jit
 def argmax_kernel(
     logits,
     stride,

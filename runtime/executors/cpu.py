@@ -39,6 +39,8 @@ _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
+# Kernels of onnxruntime that add up in an order which depends on the number of rows.
+_BY_ROWS = {"Gemm", "MatMul", "MatMulNBits"}
 # Element types as ONNX Runtime spells them.
 _ORT_TYPES = {
     "float32": "float",
@@ -153,6 +155,8 @@ class CPUExecutor:
         threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
         self._sampler = Sampler(manifest.vocab_size, threads)
         library.load().slipstream_set_threads(threads)
+        if config.deterministic:
+            _check_products(engine)
         self._graphs = {
             name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
@@ -313,6 +317,22 @@ def _create_session(
         ) from error
     _check_ports(engine, spec, session)
     return session
+
+
+def _check_products(engine: Engine) -> None:
+    """Raise EngineMismatchError where bits of a row depend on the rows beside it: all kernels of
+    ours add up in one order, and onnxruntime's products do not."""
+    import onnx_ir as ir  # which nothing else needs of those who run an engine
+
+    for spec in engine.manifest.graphs.values():
+        found = _BY_ROWS & {node.op_type for node in ir.load(engine.path / spec.file).graph}
+        if found:
+            raise EngineMismatchError(
+                f"the engine in {engine.path} multiplies with onnxruntime's "
+                f"{', '.join(sorted(found))}, whose bits depend on the number of tokens in a step: "
+                "for --deterministic build it again with --gemm-plugin auto, and weights in groups "
+                f"of 32 or more; it was built by {engine.manifest.command}"
+            )
 
 
 def _check_ports(engine: Engine, spec: GraphSpec, session: ort.InferenceSession) -> None:

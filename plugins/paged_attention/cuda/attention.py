@@ -43,8 +43,8 @@ class StepTensors:
     block, and block_start ``[NB]`` its first query, counted from the sequence's first one. The
     ``query_block`` of a layer is at least that of the step; 1 says that every block is one query.
 
-    In the deterministic mode ``num_decodes`` is 0: what a decode computes is then, bit for bit, what
-    it would be as part of a chunk.
+    In the deterministic mode ``num_decodes`` is 0: what a decode computes is then, bit for bit,
+    what it would be as part of a chunk.
 
     Padding has a context_len of 0 or a slot of -1; its output is undefined.
     """

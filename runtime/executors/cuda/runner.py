@@ -11,6 +11,7 @@ from torch import Tensor
 from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
+from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
@@ -131,7 +132,10 @@ class StepRunner:
         """Compile every kernel that steps of padding launch."""
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
-        self._device.compile([*layers, *heads, self.largest_step])
+        self._device.compile([*layers, *heads, self.largest_step, self._scores])
+
+    def _scores(self) -> None:
+        normalizers(self.logits)
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""
