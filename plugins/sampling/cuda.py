@@ -133,7 +133,7 @@ class SamplerBuffers:
 
 def normalizers(logits: torch.Tensor) -> torch.Tensor:
     """The log ``[R, 1]`` of the sum of the exponentials of each row of float32 ``[R, V]``, the same
-    bits whatever R is; not finite where a logit is NaN or +inf."""
+    bits whatever R is; NaN where the largest logit is not finite."""
     assert logits.stride(1) == 1, logits.stride()
     found = torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device)
     if len(logits):
