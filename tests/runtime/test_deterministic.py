@@ -56,7 +56,9 @@ def test_in_chunks(tiny_engine: Path, alone: list[object], size: int) -> None:
         assert bits(llm) == alone
 
 
-def test_when_its_pages_are_taken_and_computed_again(tiny_engine: Path, alone: list[object]) -> None:
+def test_when_its_pages_are_taken_and_computed_again(
+    tiny_engine: Path, alone: list[object]
+) -> None:
     memory = {"kv_cache_bytes": 17 * PAGE_BYTES, "enable_prefix_caching": False}
     with open_llm(tiny_engine, **memory) as llm:
         assert bits(llm, others=4) == alone

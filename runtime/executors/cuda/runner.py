@@ -132,10 +132,7 @@ class StepRunner:
         """Compile every kernel that steps of padding launch."""
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
-        self._device.compile([*layers, *heads, self.largest_step, self._scores])
-
-    def _scores(self) -> None:
-        normalizers(self.logits)
+        self._device.compile([*layers, *heads, self.largest_step])
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""
@@ -163,6 +160,7 @@ class StepRunner:
         step = self._inputs.step(self._buckets.largest, 0, pdl=False)
         self._program.hidden(step, self.memory)
         self._program.logits(self.rows, self.logits)
+        normalizers(self.logits)  # of which scores of prompts are made
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
         decodes = 0 if self._buckets.deterministic else decodes
