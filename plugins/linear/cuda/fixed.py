@@ -28,9 +28,9 @@ from slipstream.plugins.linear.cuda.tactics import (
 from slipstream.weights.tensor import WeightFormat
 
 _FEW_TOKENS = 64
-_STEP = 128  # elements of K: what every step divides, and those of a scale of a block
-# Programs that fill a GPU where few tokens wait for the weight: decoding in registers takes more.
-_PROGRAMS, _DECODING_PROGRAMS = 96, 192
+_STEP = 128  # elements of K, as many as a scale of a block has
+# Programs that fill a GPU where few tokens wait for the weight, of 16 bits or of less.
+_PROGRAMS, _CODED_PROGRAMS = 96, 192
 _MOST_PARTS = 4
 
 
@@ -55,14 +55,15 @@ def fixed_tactic(
             f"{weight_key(fmt)} has rows of {fmt.shape[1]} elements; run without --deterministic"
         )
     swap, rounds = weight_is_left(capability), multiplies_in(fmt) == "float8"
-    parts = 1 if gated else _parts_of_k(fmt, rounds)
+    few, step = tokens <= _FEW_TOKENS, _step(fmt, rounds)
+    parts = 1 if gated else _parts_of_k(fmt, step)
     block_n, warps = _rows(fmt, gated, tokens, swap)
     found = Tactic(
         "dot",
         block_n,
-        64 if tokens > _FEW_TOKENS and fmt.rows == 1 and not rounds else _STEP,
+        step if few else _STEP if rounds or fmt.rows > 1 else 64,
         warps,
-        4 if tokens > _FEW_TOKENS or (gated and in_words(fmt)) else 6,
+        6 if few and not (gated and in_words(fmt)) and not rounds else 4,
         split_k=parts,
         swap=swap,
         serial=parts > 1 and tokens > DOT_TOKENS,
@@ -81,16 +82,23 @@ def _rows(fmt: WeightFormat, gated: bool, tokens: int, swap: bool) -> tuple[int,
     """Rows of the weight of a tile, and warps; two sums of a tile need twice the registers."""
     if not swap:
         return (32 if gated and tokens > 32 else 64), 4
-    decodes = fmt.kind != "dense" and tokens > 32
+    decodes = in_words(fmt) and tokens > 32
     return (128, 8) if decodes or tokens > _FEW_TOKENS else (64, 4)
 
 
-def _parts_of_k(fmt: WeightFormat, rounds: bool) -> int:
+def _step(fmt: WeightFormat, rounds: bool) -> int:
+    """Elements of K of the longest step."""
+    if in_words(fmt):
+        return 1024 // fmt.bits
+    return 2 * _STEP if rounds else _STEP
+
+
+def _parts_of_k(fmt: WeightFormat, step: int) -> int:
     """Into how many parts K is cut, so that few tokens get enough programs."""
-    programs = _PROGRAMS if fmt.kind == "dense" or rounds else _DECODING_PROGRAMS
-    step = 1024 // fmt.bits if in_words(fmt) else _STEP
+    programs = _PROGRAMS if fmt.kind == "dense" else _CODED_PROGRAMS
     tiles, k = -(-fmt.shape[0] // 64), fmt.shape[1]
     parts = 1
+    # Shorter steps divide the longest: where that divides the parts, all cut K at the same places.
     while parts < _MOST_PARTS and tiles * parts < programs and k % (2 * parts * step) == 0:
         parts *= 2
     return parts

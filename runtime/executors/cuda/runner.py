@@ -130,6 +130,8 @@ class StepRunner:
 
     def compile(self) -> None:
         """Compile every kernel that steps of padding launch."""
+        with self._device.work():
+            self._inputs.clear()  # operators of torch run, and steps before may have left rows
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
         self._device.compile([*layers, *heads, self.largest_step])
