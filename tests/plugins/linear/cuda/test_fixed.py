@@ -17,7 +17,7 @@ from slipstream.plugins.linear.cuda.linear import linear
 from slipstream.plugins.linear.cuda.packing import in_words, pack
 from slipstream.plugins.linear.cuda.tactics import Tactic, block_m, weight_key
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
-from slipstream.weights.tensor import QuantTensor, WeightFormat
+from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat
 
 HOPPER = (9, 0)
 TOKENS = (1, 2, 16, 17, 33, 64, 65, 128, 256, 257, 2048, 8192)
@@ -90,10 +90,8 @@ def test_parts_of_k_are_added_up_alike_by_one_program_and_by_several(
         for serial in (False, True)
     )
     assert torch.equal(together, serial)
-    activation = "token" if tactic.rounds_x else "none"
-    want = reference.linear(
-        weight=weight, activation=activation, x=x.float().numpy(), gated=gated, gate=0
-    )
+    activation: Activation = "token" if tactic.rounds_x else "none"
+    want = reference.linear(x.float().numpy(), weight, activation=activation, gated=gated)
     error = np.abs(together.float().cpu().numpy() - want).max() / np.abs(want).max()
     assert error < 0.02
 
