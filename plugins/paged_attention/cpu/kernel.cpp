@@ -25,7 +25,7 @@ constexpr float kLog2E = 1.44269504f;
 // So many rows take less time for a page than memory does.
 constexpr int64_t kFewRows = 12;
 // Keys between two updates of the running maximum, from the same places for all queries.
-constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileKeys = 128;
 // Multiply-adds (first phase: elements) below which waking another thread costs more than it saves.
 constexpr int64_t kParallelWork = 100000;
 
