@@ -132,14 +132,17 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace,
     pdl: bool = False,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
     Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
-    its own sequence.
+    its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
+    there must be no decodes and one kernel.
     """
     a = attributes
+    assert not (deterministic and step.num_decodes), step.num_decodes
     assert a.k_row_major and a.scale > 0, "CUDA pages hold row-major keys"
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     pages = kv_cache[a.layer]
