@@ -49,6 +49,8 @@ class RuntimeConfig:
                              and what steps have cost, or none.
     prompt_lookup_min        tokens of the shortest run that is looked up.
     prompt_lookup_max        tokens of a run that are compared to find the longest.
+    deterministic            the bits of a request's logits depend on nothing but the request, not
+                             on what else runs, chunks, shared prefixes or preemption.
     chat_template            a file with the chat template to use in place of the model's.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
@@ -73,6 +75,7 @@ class RuntimeConfig:
     num_speculative_tokens: int | Literal["auto"] = "auto"
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 32
+    deterministic: bool = False
     chat_template: str | None = None
     step_timeout: float = 600.0
 

@@ -108,6 +108,9 @@ RUNTIME = {
     "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
     "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
     "speculative_config": Option("The same as an object in JSON, with vLLM's names.", "none"),
+    "deterministic": Option(
+        "Bits of an answer depend on nothing but its request, its seed included."
+    ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }

@@ -131,6 +131,19 @@ class SamplerBuffers:
         return self.full
 
 
+def normalizers(logits: torch.Tensor) -> torch.Tensor:
+    """The log ``[R, 1]`` of the sum of the exponentials of each row of float32 ``[R, V]``, the same
+    bits whatever R is; NaN where the largest logit is not finite."""
+    assert logits.stride(1) == 1, logits.stride()
+    found = torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        kernels.normalizer_kernel[(len(logits),)](
+            logits, logits.stride(0), logits.shape[1], found, BLOCK=_TILE,
+            **launch_options(num_warps=8),
+        )  # fmt: skip
+    return found
+
+
 def sample(
     logits: torch.Tensor, buffers: SamplerBuffers, rows: int, kind: Kind, pdl: bool = False
 ) -> None:

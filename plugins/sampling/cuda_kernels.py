@@ -197,6 +197,26 @@ def _write_token(token, broken, row, slot, tokens, last_tokens):
 
 
 @triton.jit
+def normalizer_kernel(logits, stride, vocab, normalizers, BLOCK: tl.constexpr):
+    """The log of the sum of the exponentials of a row, NaN if the largest is not finite; grid
+    (rows)."""
+    source = logits + tl.program_id(0).to(tl.int64) * stride
+    ids = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], -INF, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        largest = tl.maximum(largest, _load(source, start + ids, vocab))
+    peak = tl.max(largest)
+    finite = _is_finite(peak)
+    peak = tl.where(finite, peak, 0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        total += tl.exp(_load(source, start + ids, vocab) - peak)
+    total = tl.where(finite, tl.sum(total), 1.0)
+    normalizer = tl.where(finite, peak + tl.log(total), float("nan"))
+    tl.store(normalizers + tl.program_id(0), normalizer)
+
+
+@triton.jit
 def argmax_kernel(
     logits,
     stride,

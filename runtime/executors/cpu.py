@@ -42,6 +42,8 @@ _CACHED_BINDINGS = 64
 _MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
+# Kernels of onnxruntime that add up in an order which depends on the number of rows.
+_BY_ROWS = ("Gemm", "MatMul", "MatMulNBits")
 # Element types as ONNX Runtime spells them.
 _ORT_TYPES = {
     "float32": "float",
@@ -159,6 +161,8 @@ class CPUExecutor:
         threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
         self._sampler = Sampler(manifest.vocab_size, threads)
         library.load().slipstream_set_threads(threads)
+        if config.deterministic:
+            _check_products(engine)
         self._graphs = {
             name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
@@ -325,6 +329,22 @@ def _create_session(
         ) from error
     _check_ports(engine, spec, session)
     return session
+
+
+def _check_products(engine: Engine) -> None:
+    """Raise EngineMismatchError where bits of a row depend on the rows beside it: all kernels of
+    ours add up in one order, and onnxruntime's products do not."""
+    for spec in engine.manifest.graphs.values():
+        graph = (engine.path / spec.file).read_bytes()
+        # How protobuf writes the fourth field of a node, its operator: nothing here reads ONNX.
+        found = [name for name in _BY_ROWS if bytes((0x22, len(name))) + name.encode() in graph]
+        if found:
+            raise EngineMismatchError(
+                f"the engine in {engine.path} multiplies with onnxruntime's {', '.join(found)}, "
+                "whose bits depend on the number of tokens in a step: for --deterministic build it "
+                "again with --gemm-plugin auto, and weights in groups of 32 or more; it was built "
+                f"by {engine.manifest.command}"
+            )
 
 
 def _check_ports(engine: Engine, spec: GraphSpec, session: ort.InferenceSession) -> None:

@@ -17,6 +17,7 @@ from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3M
 
 from slipstream.builder.build import build
 from slipstream.builder.contract import KV
+from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
@@ -262,6 +263,41 @@ def serve(engine: Path, prompts: list[list[int]], **limits: int) -> list[Request
     assert loop.scheduler.kv.num_available == loop.scheduler.kv.num_pages
     loop.shutdown()
     return [done[str(i)] for i in range(len(prompts))]
+
+
+def test_the_deterministic_mode_says_the_same_bits_however_they_are_computed(engine: Path) -> None:
+    prompt = [3 + i * i % 300 for i in range(150)]
+    own = SamplingParams(temperature=0.9, seed=5, max_tokens=60, ignore_eos=True, logprobs=4)
+    other = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    page = sum(cache.bytes_per_page for cache in open_engine(engine).manifest.caches)
+
+    def bits(llm: LLM, others: int = 0) -> tuple[object, object]:
+        prompts = [*[[7 + i] * 40 for i in range(others)], prompt]
+        said = llm.generate(prompts, [*[other] * others, own])[-1].outputs[0]
+        return said.token_ids, said.logprobs
+
+    def scores(llm: LLM) -> object:
+        return llm.generate([prompt], scored)[0].prompt_logprobs
+
+    limits: dict[str, Any] = {
+        "deterministic": True,
+        "max_batch_size": 64,
+        "max_num_tokens": 512,
+        "max_seq_len": PAGE * COLUMNS,
+        "kv_cache_bytes": 64 << 20,
+    }
+    with LLM(engine, **limits) as llm:
+        alone, whole = bits(llm), scores(llm)
+        assert bits(llm) == alone  # behind its own prefix
+        assert bits(llm, others=15) == bits(llm, others=63) == alone
+    for size in (7, 64):
+        with LLM(engine, **limits | {"max_num_tokens": size, "max_batch_size": 1}) as llm:
+            assert (bits(llm), scores(llm)) == (alone, whole)
+    tight = {"kv_cache_bytes": 12 * page, "enable_prefix_caching": False}
+    with LLM(engine, **limits | tight) as llm:
+        assert bits(llm, others=6) == alone
+        assert llm.stats.num_preemptions > 0
 
 
 @pytest.mark.parametrize("jumps", [True, False])

@@ -27,6 +27,7 @@ from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.gated_mlp.cuda import gated_activation
 from slipstream.plugins.linear.cuda.blas import dequantize
+from slipstream.plugins.linear.cuda.fixed import fixed_tactic
 from slipstream.plugins.linear.cuda.linear import embedding, linear
 from slipstream.plugins.linear.cuda.packing import packed_size
 from slipstream.plugins.linear.cuda.tactics import Tactics, default_tactic
@@ -145,6 +146,10 @@ def linears(capability: tuple[int, int], pdl: bool) -> None:
             )
             gate = default_tactic(fmt, True, tokens, capability)
             linear(x, weight, norm_weight=norm, gated=True, tactic=gate, pdl=pdl)
+        for tokens in (1, 300):  # the latter adds up the parts of K in one program
+            x = torch.zeros(tokens, k, dtype=torch.bfloat16)
+            tactic = fixed_tactic(fmt, False, tokens, capability)
+            linear(x, weight, tactic=tactic, pdl=pdl and tokens == 1)
         embedding(torch.zeros(4, dtype=torch.int32), blob(fmt), torch.bfloat16, pdl=pdl)
         dequantize(blob(fmt), torch.bfloat16, pdl=pdl)
 

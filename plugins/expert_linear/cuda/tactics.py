@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slipstream.plugins.linear.cuda import tactics as linear
+from slipstream.plugins.linear.cuda.fixed import weight_is_left
 from slipstream.plugins.linear.cuda.packing import in_words, padded_k
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
@@ -60,9 +61,22 @@ class ExpertShape:
 
 def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
     """The tactic that was timed for this shape and bucket of tokens, or the default."""
+    if table.deterministic:
+        return fixed_tactic(shape, tokens, table.capability)
     bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
     found = table.entries.get(shape.key(bucket))
     return found or default_tactic(shape, tokens, table.capability)
+
+
+def fixed_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> Tactic:
+    """The tactic of the deterministic mode: a dot whose tile alone depends on ``tokens``; see
+    ``linear/cuda/fixed.py``."""
+    tile = _tile(shape.rows(tokens))
+    if not weight_is_left(capability):
+        return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
+    rows, columns, warps = (64, 128, 4) if tile <= 32 else (128, 64, 8)
+    columns = 128 if shape.format.rows > 1 else columns
+    return _dot(shape, tile, rows, columns, warps, 4, True, capability)
 
 
 def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> Tactic:
@@ -72,8 +86,7 @@ def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int])
     if alone and can_stream(shape.format):
         lanes, stages = _even_steps(shape)[0]
         return _gemv(shape, 4, lanes, 2, stages)
-    # Counts of rows differ: a tile that holds one and a half of the mean holds most experts.
-    tile = next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
+    tile = _tile(rows)
     if capability[0] != 9:
         return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
     if tile <= 32:  # the rows of the weight fill wgmma, which takes few of x as they are
@@ -157,6 +170,11 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
         for rows, columns, warps, stages, swap in choices
         if tile * rows * sums <= _SUMS_A_THREAD * 32 * warps
     ]
+
+
+def _tile(rows: float) -> int:
+    """Counts of rows differ: a tile that holds one and a half of the mean holds most experts."""
+    return next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
 
 
 def _tiles(rows: float) -> list[int]:

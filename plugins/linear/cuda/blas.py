@@ -53,7 +53,8 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The inputs of a Linear beside its weight; see ``cuda.linear``."""
+    """The inputs of a Linear beside its weight; see ``cuda.linear``. With ``x_scale`` float32
+    ``[T, 1]`` x has been rounded."""
 
     x: Tensor
     bias: Tensor | None
@@ -66,6 +67,7 @@ class Operands:
     pdl: bool
     rounded: Rounding | None
     reader: Rounding | None
+    x_scale: Tensor | None = None
 
     @property
     def gate_kind(self) -> int:

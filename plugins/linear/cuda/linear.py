@@ -19,7 +19,6 @@ from slipstream.plugins.linear.cuda.kernels.rows import embedding_rows
 from slipstream.plugins.linear.cuda.kernels.wide import wide_int
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
-    DOT_TOKENS,
     GEMV_TOKENS,
     Tactic,
     block_m,
@@ -75,7 +74,9 @@ def linear(  # noqa: PLR0913 - what is fused
         linear_blas(weight, inputs, y)
         return y
     assert can_stream(weight.format), weight.format
-    if norm_weight is not None and not (tactic.fuse_norm or tactic.rounds):
+    if tactic.rounds:
+        inputs = _rounded(weight, inputs)
+    elif norm_weight is not None and not tactic.fuse_norm:
         inputs = replace(inputs, x=normed(inputs), norm_weight=None)
     {"gemv": _gemv, "dot": _dot, "wide": _wide}[tactic.kernel](weight, inputs, y, tactic)
     return y
@@ -110,6 +111,14 @@ def embedding(
         **launch_options(num_warps=4, pdl=pdl),
     )  # fmt: skip
     return y
+
+
+def _rounded(weight: DeviceWeight, inputs: Operands) -> Operands:
+    """The inputs of a product in float8, after the norm if there is one."""
+    codes, scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
+    if not converts_float8(codes.device):
+        codes = codes.to(inputs.x.dtype)  # which is exact
+    return replace(inputs, x=codes, x_scale=scale, norm_weight=None)
 
 
 def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
@@ -156,40 +165,36 @@ def _gemv(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
 
 
 def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> None:
-    fmt, x, x_scale = weight.format, inputs.x, None
-    if tactic.rounds:
-        x, x_scale = rounded_x(weight, inputs, torch.float8_e4m3fn)
-        inputs = replace(inputs, norm_weight=None)
-        x = x if converts_float8(x.device) else x.view(torch.uint8)
+    fmt, x = weight.format, inputs.x
     n, k = fmt.shape
     tokens = x.shape[0]
-    assert tokens <= DOT_TOKENS, tokens
     rows = tactic.block_m or block_m(tokens)
-    grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), tactic.split_k)
-    # The sum of squares of a row is of its whole K, which no program of a split one sees.
+    serial, programs = (tactic.split_k, 1) if tactic.serial else (1, tactic.split_k)
+    grid = (-(-y.shape[1] // tactic.block_n), -(-tokens // rows), programs)
+    # The sum of squares of a row is of its whole K, which no split one sees.
     assert tactic.split_k == 1 or inputs.norm_weight is None
     partial = None
-    if tactic.split_k > 1:
+    if programs > 1:
         assert grid[0] * grid[1] <= weight.counters.shape[0]
         partial = _partial(grid, rows * tactic.block_n * (2 if inputs.gated else 1), x)
     constants = {
         "K": k,
         "BM": rows,
         "BN": tactic.block_n,
-        "SPLIT": tactic.split_k,
+        "SPLIT": programs,
+        "SERIAL": serial,
         "SWAP": tactic.swap,
         "WIDEN": interpreting(),
         **_epilogue(inputs),
         **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
     }
     ends = (
-        inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial, tokens, n,
-        inputs.norm_eps,
+        inputs.bias, inputs.residual, inputs.norm_weight, y, weight.counters, partial,
     )  # fmt: skip
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         dot_int[grid](
-            x, weight.codes, weight.scale, weight.shift, *ends,
+            x, weight.codes, weight.scale, weight.shift, *ends, tokens, n, inputs.norm_eps,
             BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             CHUNKS=chunks,
             EVEN=chunks * 1024 == k * fmt.bits and chunks % tactic.split_k == 0, **constants,
@@ -197,9 +202,9 @@ def _dot(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> N
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
     dot_float[grid](
-        x, weight.typed_codes, weight.scale, *ends,
+        x, weight.typed_codes, weight.scale, *ends, inputs.x_scale, tokens, n, inputs.norm_eps,
         BK=tactic.block_k, SCALE=scale_kind(fmt),
-        EVEN=k % (tactic.block_k * tactic.split_k) == 0, x_scale=x_scale, **constants,
+        EVEN=k % (tactic.block_k * tactic.split_k) == 0, **constants,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.detect import shared_memory
@@ -43,10 +43,12 @@ class Tactic:
     block_k      gemv, dot of floats: elements of K a step; dot of integers: always one chunk.
     num_stages   gemv: vectors in flight a row; dot: steps in flight; wide: tiles of x in flight.
     fuse_norm    the RMS norm of x inside the kernel, and not by one before it.
-    split_k      dot, wide: programs that share the K of a tile.
+    split_k      dot, wide: parts of K whose sums are added up in order, by as many programs.
     swap         dot: the weight is the left operand, as wgmma wants few tokens.
     block_m      rows of x of a tile; 0 for those of ``block_m`` in a Linear's dot.
-    rounds       dot of float8: x is rounded to it too, and the weight not widened to x's type.
+    serial       dot: one program computes all parts of K, one after the other, to the same bits.
+    rounds       dot of float8: x is rounded to it, by a scale a token or the weight's own, and the
+                 weight not widened to x's type.
     """
 
     kernel: Kernel
@@ -58,6 +60,7 @@ class Tactic:
     split_k: int = 1
     swap: bool = False
     block_m: int = 0
+    serial: bool = False
     rounds: bool = False
 
 
@@ -324,7 +327,13 @@ def _rounding_candidates(
 
 @dataclass(slots=True)
 class Tactics:
-    """The tactics that were timed on a GPU, by ``entry_key``."""
+    """The tactics that were timed on a GPU, by ``entry_key``.
+
+    ``deterministic`` asks all operators for bits that no other row of the step changes; see
+    ``fixed.FixedTactics``.
+    """
+
+    deterministic: ClassVar[bool] = False
 
     capability: tuple[int, int]
     device: str = ""

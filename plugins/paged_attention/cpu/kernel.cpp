@@ -24,8 +24,8 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 // So many rows take less time for a page than memory does.
 constexpr int64_t kFewRows = 12;
-// Keys between two updates of the running maximum: fewer where a task waits for its first tile.
-constexpr int64_t kTileKeys = 128, kFewRowsTileKeys = 64;
+// Keys between two updates of the running maximum, from the same places for all queries.
+constexpr int64_t kTileKeys = 128;
 // Multiply-adds (first phase: elements) below which waking another thread costs more than it saves.
 constexpr int64_t kParallelWork = 100000;
 
@@ -127,16 +127,18 @@ struct TaskMemory {
   Tile<T> tile;
   Tile<float> floats;
   float* copies;
+  Sums* joined;  // over the parts so far
+  float* joined_out;
 
   TaskMemory(const Call& call, const Chunk& chunk) {
     const PagedAttentionArgs& args = call.args;
     const bool scaled = args.kv_cache_type == ElementType::int8;
     const int64_t count = chunk.count * call.group, all = chunk.heads * count;
-    const int64_t keys = count <= kFewRows ? kFewRowsTileKeys : kTileKeys;
-    const int64_t width = std::max<int64_t>(1, keys / args.page_size) * args.page_size;
+    const int64_t width = std::max<int64_t>(1, kTileKeys / args.page_size) * args.page_size;
     const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
     const int64_t pages = chunk.heads * width / args.page_size, elements = width * args.head_dim;
-    task_scratch.reset(Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
+    task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
+                       Scratch::room<Sums>(all) +
                        Scratch::room<float>(score_rows * width) + 6 * Scratch::room<T*>(pages) +
                        2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(2 * elements));
     rows = {call.queries + (chunk.head * args.tokens + chunk.token) * call.group * args.head_dim,
@@ -155,6 +157,8 @@ struct TaskMemory {
     floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages),
               task_scratch.take<const float*>(pages), key_scales, value_scales};
     copies = task_scratch.take<float>(2 * elements);
+    joined = task_scratch.take<Sums>(all);
+    joined_out = task_scratch.take<float>(all * call.out_width);
   }
 };
 
@@ -179,26 +183,45 @@ void open_tile(const PagedAttentionArgs& args, const Chunk& chunk, int64_t width
     }
 }
 
+// The sums over keys [begin, end), a part or what a task has of it.
 template <class T>
-void attend_keys(const Call& call, const Chunk& chunk, TaskMemory<T>& memory) {
+void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t end, TaskMemory<T>& memory) {
   const PagedAttentionArgs& args = call.args;
-  const int64_t elements = args.page_size * args.head_dim, width = memory.rows.tile;
-  for (int64_t start = chunk.begin / args.page_size * args.page_size; start < chunk.end; start += width) {
-    const int64_t end = std::min(start + width, chunk.end);
-    open_tile(args, chunk, width, start, end, memory.tile);
-    if (sizeof(T) == sizeof(float) || memory.rows.count <= kFewRows) {
-      attend_tile(call, chunk, memory.rows, memory.tile, start, end);
+  const Rows& rows = memory.rows;
+  const int64_t elements = args.page_size * args.head_dim, width = rows.tile, all = rows.heads * rows.count;
+  std::fill_n(rows.max, all, kNoScore);
+  std::fill_n(rows.sum, all, 0.0f);
+  std::fill_n(rows.out, all * call.out_width, 0.0f);
+  int64_t stop;
+  for (int64_t start = begin / args.page_size * args.page_size; start < end; start = stop) {
+    stop = std::min((start / width + 1) * width, end);
+    open_tile(args, chunk, width, start, stop, memory.tile);
+    if (sizeof(T) == sizeof(float) || rows.count <= kFewRows) {
+      attend_tile(call, chunk, rows, memory.tile, start, stop);
       continue;
     }
     // So many rows read a page several times: convert it once.
     float* copy = memory.copies;
-    for (int64_t i = 0; start + i * args.page_size < end; ++i, copy += 2 * elements) {
+    for (int64_t i = 0; start + i * args.page_size < stop; ++i, copy += 2 * elements) {
       memory.floats.keys[i] = as_floats(memory.tile.keys[i], elements, copy);
       memory.floats.values[i] = as_floats(memory.tile.values[i], elements, copy + elements);
       memory.floats.next_keys[i] = memory.floats.values[i];
     }
-    attend_tile(call, chunk, memory.rows, memory.floats, start, end);
+    attend_tile(call, chunk, rows, memory.floats, start, stop);
   }
+}
+
+// The sums of a query head before its first key, in zeroed `out`.
+inline Sums before_keys(const PagedAttentionArgs& args, int64_t query_head, float* out) {
+  if (args.sinks == nullptr) return {out, kNoScore, 0.0f};
+  return {out, args.sinks[query_head] * kLog2E, 1.0f};
+}
+
+inline void store_output(const Call& call, const Sums& sums, int64_t token, int64_t query_head) {
+  const PagedAttentionArgs& args = call.args;
+  float* __restrict out = args.output + (token * args.num_heads + query_head) * args.head_dim;
+  const float inverse = args.v_scale / sums.sum;
+  for (int64_t i = 0; i < args.head_dim; ++i) out[i] = sums.out[i] * inverse;
 }
 
 template <class T>
@@ -206,50 +229,40 @@ void attend(const Call& call, const Chunk& chunk) {
   const PagedAttentionArgs& args = call.args;
   TaskMemory<T> memory(call, chunk);
   Rows& rows = memory.rows;
-  const int64_t all = rows.heads * rows.count;
+  const int64_t all = rows.heads * rows.count, part = Plan::part_keys(args.page_size);
   if (chunk.partial >= 0) {
     const int64_t at = chunk.partial + chunk.head * rows.count;
     rows.out = call.partial_out + at * call.out_width;
     rows.max = call.partial_max + at;
     rows.sum = call.partial_sum + at;
+    return attend_keys(call, chunk, chunk.begin, chunk.end, memory);
   }
   const auto query_head = [&](int64_t row) { return (chunk.head + row / rows.count) * call.group + row % call.group; };
-  const bool sinks = chunk.sinks && args.sinks != nullptr;
-  for (int64_t r = 0; r < all; ++r) {
-    rows.max[r] = sinks ? args.sinks[query_head(r)] * kLog2E : kNoScore;
-    rows.sum[r] = sinks ? 1.0f : 0.0f;
+  std::fill_n(memory.joined_out, all * call.out_width, 0.0f);
+  for (int64_t r = 0; r < all; ++r)
+    memory.joined[r] = before_keys(args, query_head(r), memory.joined_out + r * call.out_width);
+  int64_t end;
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin = end) {
+    end = std::min((begin / part + 1) * part, chunk.end);
+    attend_keys(call, chunk, begin, end, memory);
+    for (int64_t r = 0; r < all; ++r)
+      join(memory.joined[r], rows.out + r * call.out_width, rows.max[r], rows.sum[r], call.out_width);
   }
-  std::memset(rows.out, 0, static_cast<size_t>(all * call.out_width) * sizeof(float));
-  attend_keys(call, chunk, memory);
-  if (chunk.partial >= 0) return;
-  for (int64_t r = 0; r < all; ++r) {
-    const int64_t token = chunk.token + r % rows.count / call.group;
-    float* out = args.output + (token * args.num_heads + query_head(r)) * args.head_dim;
-    const float inverse = args.v_scale / rows.sum[r];
-    for (int64_t i = 0; i < args.head_dim; ++i) out[i] = rows.out[r * call.out_width + i] * inverse;
-  }
+  for (int64_t r = 0; r < all; ++r)
+    store_output(call, memory.joined[r], chunk.token + r % rows.count / call.group, query_head(r));
 }
 
-// Joins the partial results of one row, in the order of the keys.
+// Joins the partial results of one row.
 void reduce_row(const Call& call, const Reduction& reduction, int64_t head, int64_t row) {
-  const PagedAttentionArgs& args = call.args;
-  const int64_t step = reduction.count * args.num_heads;
+  const int64_t step = reduction.count * call.args.num_heads, query_head = head * call.group + row % call.group;
   const int64_t first = reduction.partial + head * reduction.count * call.group + row;
-  float max = kNoScore, sum = 0.0f;
-  for (int64_t p = 0; p < reduction.parts; ++p) max = std::max(max, call.partial_max[first + p * step]);
-  const int64_t token = reduction.token + row / call.group, query_head = head * call.group + row % call.group;
-  float* __restrict out = args.output + (token * args.num_heads + query_head) * args.head_dim;
-  std::memset(out, 0, static_cast<size_t>(args.head_dim) * sizeof(float));
+  alignas(64) float out[kMaxHeadDim] = {};
+  Sums sums = before_keys(call.args, query_head, out);
   for (int64_t p = 0; p < reduction.parts; ++p) {
     const int64_t at = first + p * step;
-    if (call.partial_sum[at] == 0.0f) continue;
-    const float weight = std::exp2(call.partial_max[at] - max);
-    const float* __restrict part = call.partial_out + at * call.out_width;
-    sum += weight * call.partial_sum[at];
-    for (int64_t i = 0; i < args.head_dim; ++i) out[i] += weight * part[i];
+    join(sums, call.partial_out + at * call.out_width, call.partial_max[at], call.partial_sum[at], call.out_width);
   }
-  const float inverse = args.v_scale / sum;
-  for (int64_t i = 0; i < args.head_dim; ++i) out[i] *= inverse;
+  store_output(call, sums, reduction.token + row / call.group, query_head);
 }
 
 template <class F>

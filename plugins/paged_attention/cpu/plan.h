@@ -1,7 +1,8 @@
 // Cuts a batch into tasks: which queries attend to which keys together.
 //
-// The cut of a sequence depends on its own lengths only, never on the batch or the number of threads, so its result
-// is the same in any company.
+// Keys are cut into parts at the same places for every query, and a query's sums over its parts are joined in their
+// order, by one task or after several. So its result is the same in any company, and whether it comes alone, in a
+// chunk of whatever size, or again after its pages were lost.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +18,8 @@ namespace attention {
 
 constexpr int64_t kBlockRows = 96;  // query rows (tokens times heads of a group) of one task
 constexpr int64_t kHeadRows = 16;   // rows of one task that covers several kv heads, at most
-// Where a sequence has too few queries for many tasks, its keys are split: about kSplits tasks of at least and at most
-// so many keys, but never more tasks than kMaxSplits.
-constexpr int64_t kSplits = 16, kMaxSplits = 64;
-constexpr int64_t kMinSplitKeys = 128, kMaxSplitKeys = 512;
+// About so many keys are a part, in whole pages. Where a sequence has too few queries for many tasks, each part is one.
+constexpr int64_t kPartKeys = 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -32,8 +31,7 @@ struct Chunk {
   int64_t position;  // of the first token in its sequence
   int64_t begin;     // first key
   int64_t end;       // last key + 1
-  int64_t partial;   // first row of partial results, or -1: these are all the keys
-  bool sinks;        // whether sinks join here
+  int64_t partial;   // first row of partial results of a part, or -1: these are all the keys
   int64_t head;      // first kv head
   int64_t heads;     // kv heads
   int64_t turn;      // tasks of the same cost and sequence run in this order
@@ -54,10 +52,7 @@ struct Plan {
   int64_t cost = 0;
   int64_t threads = 1;  // a hint for the order of tasks
 
-  static int64_t split_keys(int64_t context, int64_t page_size) {
-    const int64_t keys = std::clamp(divide_up(context, kSplits), kMinSplitKeys, kMaxSplitKeys);
-    return divide_up(std::max(keys, divide_up(context, kMaxSplits)), page_size) * page_size;
-  }
+  static int64_t part_keys(int64_t page_size) { return divide_up(kPartKeys, page_size) * page_size; }
 
   static int64_t block_tokens(const PagedAttentionArgs& args) {
     return std::max<int64_t>(1, kBlockRows / (args.num_heads / args.num_kv_heads));
@@ -68,7 +63,7 @@ struct Plan {
     int64_t n = 0;
     for (int64_t s = 0; s < args.sequences; ++s)
       n += std::max(divide_up(args.query_start[s + 1] - args.query_start[s], block_tokens(args)),
-                    divide_up(args.context_len[s], split_keys(args.context_len[s], args.page_size)));
+                    divide_up(args.context_len[s], part_keys(args.page_size)));
     return n * args.num_kv_heads;
   }
 
@@ -95,10 +90,10 @@ struct Plan {
     const int64_t context = args.context_len[s], position = context - count, block = block_tokens(args);
     if (count == 0) return;
     if (count <= block)
-      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, true, 0, 0, 0});
+      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, 0, 0, 0});
     for (int64_t done = 0; done < count; done += block) {
       const int64_t tokens = std::min(block, count - done), at = position + done;
-      add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, true, 0, 0, 0});
+      add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, 0, 0, 0});
     }
   }
 
@@ -114,7 +109,7 @@ struct Plan {
   }
 
   void add_splits(const PagedAttentionArgs& args, Chunk chunk) {
-    const int64_t keys = split_keys(chunk.end, args.page_size);
+    const int64_t keys = part_keys(args.page_size);
     const int64_t first = chunk.begin / keys, parts = divide_up(chunk.end, keys) - first;
     if (parts == 1) return add_heads(args, chunk);
     reductions[reduction_count++] = {chunk.token, chunk.count, partial_rows, parts};
@@ -125,7 +120,6 @@ struct Plan {
         piece.begin = std::max(chunk.begin, (first + part) * keys);
         piece.end = std::min(chunk.end, (first + part + 1) * keys);
         piece.partial = row + part * chunk.count * args.num_heads;
-        piece.sinks = part == 0;
         piece.turn = turn;
         add_heads(args, piece);
       }

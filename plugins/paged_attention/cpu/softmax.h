@@ -54,6 +54,24 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
   return factor;
 }
 
+// The running softmax of a row: its sums are in units of 2^max.
+struct Sums {
+  float* out;  // whole vectors
+  float max;
+  float sum;
+};
+
+// Adds the sums over the next part of the keys.
+inline void join(Sums& row, const float* out, float max, float sum, int64_t width) {
+  if (sum == 0.0f) return;  // a window begins behind this part
+  const float now = std::max(row.max, max), before = std::exp2(row.max - now), factor = std::exp2(max - now);
+  row.sum = std::fma(row.sum, before, sum * factor);
+  row.max = now;
+  for (int64_t i = 0; i < width; i += kLanes)
+    simd::store(row.out + i,
+                simd::fma(simd::load(row.out + i), simd::splat(before), simd::load(out + i) * simd::splat(factor)));
+}
+
 }  // namespace attention
 }  // namespace SLIPSTREAM_ISA
 }  // namespace slipstream

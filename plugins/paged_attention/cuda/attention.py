@@ -32,6 +32,7 @@ _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
 _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
+_SINGLE_ROWS = 64  # of a block of a single query: what fills an instruction of Hopper
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
@@ -53,7 +54,10 @@ class StepTensors:
     query each, token rows 0 to num_decodes - 1. The queries of the others are cut into blocks of
     ``query_block`` tokens: block_sequence ``[NB]`` names a block's sequence, -1 where there is no
     block, and block_start ``[NB]`` its first query, counted from the sequence's first one. The
-    ``query_block`` of a layer is at least that of the step.
+    ``query_block`` of a layer is at least that of the step; 1 says that every block is one query.
+
+    In the deterministic mode ``num_decodes`` is 0: what a decode computes is then, bit for bit,
+    what it would be as part of a chunk.
 
     Padding has a context_len of 0 or a slot of -1; its output is undefined.
     """
@@ -141,14 +145,17 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace,
     pdl: bool = False,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
     Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
-    its own sequence.
+    its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
+    there must be no decodes and one kernel.
     """
     a = attributes
+    assert not (deterministic and step.num_decodes), step.num_decodes
     assert a.k_row_major and a.scale > 0, "CUDA pages hold row-major keys"
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     pages = kv_cache[a.layer]
@@ -161,7 +168,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
-        if _suits_hopper_prefill(qkv, pages, a):
+        if not deterministic and _suits_hopper_prefill(qkv, pages, a):
             _hopper_prefill(qkv, pages, step, a, sinks, output)
         else:
             _prefill(qkv, pages, step, a, sinks, output, pdl)
@@ -368,7 +375,11 @@ def _prefill(
 ) -> None:
     by = _scalars(a, pages)
     keys, warps, stages = _prefill_tile(capability_of(qkv.device), a, pages.element_size())
-    rows = max(_block_rows(a), triton.next_power_of_2(a.num_heads // a.num_kv_heads))
+    group = a.num_heads // a.num_kv_heads
+    rows, block = max(_block_rows(a), triton.next_power_of_2(group)), query_block(a)
+    if step.query_block == 1 and group <= _SINGLE_ROWS < rows:
+        # As many rows a warp, and the same keys a tile: the bits of a row are those of a chunk.
+        warps, rows, block = warps * _SINGLE_ROWS // rows, _SINGLE_ROWS, 1
     prefill_kernel[(len(step.block_sequence) * a.num_kv_heads,)](
         qkv,
         pages,
@@ -384,7 +395,7 @@ def _prefill(
         by.soft_cap,
         by.v_scale,
         **_shape(a),
-        BLOCK_Q=query_block(a) // step.query_block * step.query_block,
+        BLOCK_Q=block // step.query_block * step.query_block,
         BLOCK_M=rows,
         BLOCK_N=keys,
         WINDOW=by.window,

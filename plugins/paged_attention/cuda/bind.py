@@ -45,6 +45,7 @@ def paged_attention(node: ir.Node, context: Context) -> Kernel:
             sinks=run.get(sinks),
             workspace=memory.workspace,
             pdl=run.pdl,
+            deterministic=context.tactics.deterministic,
         )
         return (attended,)
 

@@ -131,9 +131,14 @@ def page_tile(
 def log2_scores(products, scale, soft_cap):
     """Scores from products q·k: ``scale``, and the soft cap if there is one, in units of log 2."""
     if soft_cap is not None:
-        tanh = 1.0 - 2.0 / (tl.exp2(products * (2.0 * scale / soft_cap)) + 1.0)
-        return tanh * (soft_cap * LOG2_E)
+        return tanh(products * (2.0 * scale / soft_cap)) * (soft_cap * LOG2_E)
     return products * scale
+
+
+@triton.jit
+def tanh(twice):
+    """tanh(log(2) / 2 * ``twice``)."""
+    return 1.0 - 2.0 / (tl.exp2(twice) + 1.0)
 
 
 @triton.jit
@@ -512,6 +517,9 @@ def attended(
     """The softmax sums after the keys [begin, end) too; ``begin`` is a multiple of BLOCK_N. What
     lies before the key ``first``, which no window reaches, may be anything."""
     PLANE: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
+    unit = scale
+    if soft_cap is not None:
+        unit = soft_cap * LOG2_E
     keys = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     number, second = page_numbers(page_table, begin, end, context, PAGE, BLOCK_N)
@@ -539,18 +547,16 @@ def attended(
             v = tl.load(at + PLANE)
         scores = tl.dot(q, tl.trans(k).to(q.dtype))
         if soft_cap is not None:
-            scores = log2_scores(scores, scale, soft_cap)
+            scores = tanh(scores * (2.0 * scale / soft_cap))
         if MASKED:
             visible = (start + keys)[None, :] <= position[:, None]
             if WINDOW > 0:
                 visible = visible & ((start + keys)[None, :] > position[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        if soft_cap is not None:
-            top = tl.maximum(m, tl.max(scores, axis=1))
-            p = tl.exp2(scores - top[:, None])
-        else:  # the scale joins the subtraction as one multiply-add
-            top = tl.maximum(m, tl.max(scores, axis=1) * scale)
-            p = tl.exp2(scores * scale - top[:, None])
+        # The unit joins the subtraction as one multiply-add, spelled out: a score is the same bits
+        # whether its tile is masked or not.
+        top = tl.maximum(m, tl.max(scores, axis=1) * unit)
+        p = tl.exp2(tl.fma(scores, unit, -top[:, None]))
         shrink = tl.exp2(m - top)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])

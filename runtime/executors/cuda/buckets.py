@@ -29,12 +29,14 @@ def bucket(count: int, sizes: Sequence[int]) -> int:
 class Buckets:
     """Shapes of padded steps within the limits of an engine.
 
-    ``query_block`` is the number of query tokens of a block of the prefill kernel.
+    ``query_block`` is the number of query tokens of a block of the prefill kernel, which takes
+    decodes too where ``deterministic``, each as a block.
     """
 
     max_batch_size: int
     max_num_tokens: int
     query_block: int
+    deterministic: bool = False
 
     @cached_property
     def batch_sizes(self) -> list[int]:
@@ -49,7 +51,7 @@ class Buckets:
 
     def decode(self, sequences: int) -> Shape:
         """A step of one token a sequence, whose rows are all wanted."""
-        return Shape(sequences, sequences)
+        return Shape(sequences, sequences, blocks=sequences if self.deterministic else 0)
 
     def mixed(self, tokens: int) -> Shape:
         """A step of up to ``tokens`` tokens, of as many sequences as can be in it."""

@@ -27,6 +27,7 @@ from slipstream.builder.contract import (
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Memory
+from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
@@ -106,13 +107,15 @@ class CUDAExecutor:
         spec, self._caches = _one_graph(manifest)
         self._config, device = config, self._device
         table = Tactics.load(tactics, device.capability, device.name)
+        if config.deterministic:
+            table = FixedTactics(device.capability, device.name)
         rows = config.max_batch_size
         self._columns = -(-config.max_seq_len // page_size_of(self._caches))
         with device.work(), self._fitting():
             program = CUDAProgram(graph, spec, weights, table, device.torch)
             self._attention = program.attention
             block = min(query_block(layer) for layer in self._attention)
-            buckets = Buckets(rows, config.max_num_tokens, block)
+            buckets = Buckets(rows, config.max_num_tokens, block, config.deterministic)
             self._sampler = CUDASampler(
                 rows, rows, program.vocab_size, config.max_seq_len, device.torch
             )

@@ -22,7 +22,10 @@ _IN_FLIGHT = 3  # two steps on the device and one being written
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes to which a step is padded: tokens, sequences, blocks of queries and rows of logits."""
+    """Sizes to which a step is padded: tokens, sequences, blocks of queries and rows of logits.
+
+    Without rows it is a step of decodes, whose logits are all wanted.
+    """
 
     tokens: int
     sequences: int
@@ -173,8 +176,11 @@ class StepInputs:
         """
         self._block.zero_()
 
-    def step(self, shape: Shape, num_decodes: int, *, pdl: bool) -> Step:
-        """The arrays of a step of this shape, as views of the block."""
+    def step(
+        self, shape: Shape, num_decodes: int, *, pdl: bool, query_block: int | None = None
+    ) -> Step:
+        """The arrays of a step of this shape, as views of the block; ``query_block`` where blocks
+        of queries are smaller than usual."""
         layout, places = self._layout, self._layout.places(shape)
         views = {name: self._block[start:end] for name, (start, end) in places.spans.items()}
         of = {key: views[name] for key, name in layout.names.items()}
@@ -187,7 +193,7 @@ class StepInputs:
                 block_sequence=views[_BLOCK_SEQUENCE.name],
                 block_start=views[_BLOCK_START.name],
                 num_decodes=num_decodes,
-                query_block=layout.query_block,
+                query_block=query_block or layout.query_block,
             )
             for name, span in places.tables.items()
         }

@@ -11,6 +11,7 @@ from torch import Tensor
 from slipstream.plugins.cuda.binding import Memory
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
+from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
@@ -30,6 +31,7 @@ PREPARED_SEQUENCES = 16
 PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
+_SINGLE = 1  # query a block
 
 
 class StepRunner:
@@ -91,7 +93,8 @@ class StepRunner:
             return self._by_kernel(batch, rows, decodes)
         if decodes == tokens == len(rows):
             shape = self._buckets.decode(bucket(tokens, self._buckets.batch_sizes))
-            self._inputs.load(batch, shape, _NO_BLOCKS, rows[:0])
+            blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
+            self._inputs.load(batch, shape, blocks, rows[:0])
             hidden = self.rows
         else:
             shape = self._buckets.mixed(bucket(tokens, mixed))
@@ -127,6 +130,8 @@ class StepRunner:
 
     def works(self) -> list[Work]:
         """Steps of padding that together launch every kernel there is."""
+        with self._device.work():
+            self._inputs.clear()  # operators of torch run, and steps before may have left rows
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
         return [*layers, *heads, self.largest_step]
@@ -157,8 +162,10 @@ class StepRunner:
         step = self._inputs.step(self._buckets.largest, 0, pdl=False)
         self._program.hidden(step, self.memory)
         self._program.logits(self.rows, self.logits)
+        normalizers(self.logits)  # of which scores of prompts are made
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
+        decodes = 0 if self._buckets.deterministic else decodes
         blocks = query_blocks(batch, decodes, self._buckets.query_block)
         tokens, sequences = len(batch.token_ids), len(batch.context_len)
         shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
@@ -188,11 +195,13 @@ class StepRunner:
         return () if self.pools else self._buckets.batch_sizes
 
     def _layers_work(self, shape: Shape) -> Work:
-        return self._mixed_work(shape.tokens) if shape.blocks else self._decode_work(shape.tokens)
+        return self._mixed_work(shape.tokens) if shape.rows else self._decode_work(shape.tokens)
 
     def _decode_work(self, sequences: int) -> Work:
         shape, memory = self._buckets.decode(sequences), self.memory
-        step = self._inputs.step(shape, sequences, pdl=self._overlaps(sequences))
+        decodes, block = (0, _SINGLE) if self._buckets.deterministic else (sequences, None)
+        pdl = self._overlaps(sequences)
+        step = self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
 
         def work() -> None:
             self._program.hidden(step, memory, out=self.rows[:sequences])
@@ -226,7 +235,7 @@ class StepRunner:
 
 def _prepared(shape: Shape) -> int:
     """Up to how many tokens a step of this sort is captured at the start."""
-    return PREPARED_TOKENS if shape.blocks else PREPARED_SEQUENCES
+    return PREPARED_TOKENS if shape.rows else PREPARED_SEQUENCES
 
 
 def _num_decodes(batch: StepBatch) -> int:

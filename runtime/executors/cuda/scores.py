@@ -1,7 +1,7 @@
 """Log probabilities of given tokens, on the device that has the logits.
 
 For the tokens of prompts, and for longer lists than the kernels of sampling make: rare, so they are
-operators of torch, launched after the head.
+operators of torch, but for the sum, launched after the head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import TokenLogprobs
 
 # Of the largest intermediate result, an int64 for each logit.
@@ -66,9 +67,7 @@ def score(
     ids = torch.arange(size, device=logits.device)
     own = logits.gather(1, tokens[:, None])
     ranks = _ranks(logits, tokens, ids)
-    # The sum of a row with NaN or +inf is not finite, and the difference is NaN.
-    peak = logits.amax(1, keepdim=True)
-    normalizer = peak + (logits - peak).exp().sum(1, keepdim=True).log()
+    normalizer = normalizers(logits)  # torch's sums depend on the number of rows
     best, places = ids[:0].expand(len(logits), 0), None
     if listed is not None:
         best = listed

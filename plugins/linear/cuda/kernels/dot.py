@@ -28,10 +28,7 @@ def _prefetch(pointers):
 @triton.jit
 def product(w, x, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + the product of w [BN, k] and x [BM, k]: [BN, BM] with SWAP, or [BM, BN]."""
-    if WIDEN:  # Triton's interpreter cannot multiply bfloat16, and knows no float8
-        if x.dtype == tl.uint8:
-            w = float8_bits(w)
-            x = float8_bits(x)
+    if WIDEN:  # Triton's interpreter cannot multiply bfloat16
         w = w.to(tl.float32)
         x = x.to(tl.float32)
     return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
@@ -143,46 +140,42 @@ def _normed(tile, gain, k, squares, K: tl.constexpr):
     return (values * gains.to(tl.float32)[None, :]).to(tile.dtype), squares
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def dot_float(
-    x, weight, scale, bias, residual, gain, y, counters, partial, tokens, N, eps,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, SWAP: tl.constexpr,
-    SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, x_scale=None,
-):  # fmt: skip
-    """A 16-bit or float8 weight [N, K]; grid (tiles of N, tiles of tokens, SPLIT).
+@triton.jit
+def _tile(BM: tl.constexpr):
+    """The tile of rows of the weight, and of tokens, that a program computes.
 
-    SCALE is "none", "row" or "block" (of 128 x 128: then BK divides 128, and BN or 128 the other).
-    EVEN: K is SPLIT whole ranges
-    of whole steps. Unless SPLIT is 1: counters int32, a zero a tile, and left so; partial
-    float32 [SPLIT, tiles, 1 or with GATED 2, BM, BN]. With ``x_scale`` float32 [tokens], x is
-    float8 codes, and the weight is multiplied as it is.
+    Of many tokens, programs that run together share eight tiles of tokens, so that weights are read
+    from memory once for all of them.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    width = N // 2 if GATED else N
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    row, column = tl.program_id(0), tl.program_id(1)
+    if BM == 128:
+        rows = tl.num_programs(0)
+        place = column * rows + row
+        first = place // (8 * rows) * 8
+        wide = tl.minimum(tl.num_programs(1) - first, 8)
+        row = place % (8 * rows) // wide
+        column = first + place % (8 * rows) % wide
+    return row, column
+
+
+@triton.jit
+def _sums_float(
+    w_at, up_at, x_at, scale, gain, row, width, m, tokens, split,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    SWAP: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Products over a split of K: of gates (or all), of ups, and the sums of squares of x.
+
+    BLOCKS: blocks of a scale along K, 0 where none lies in the loop.
+    """
     k = tl.arange(0, BK)
-    row = tl.minimum(n, width - 1)
-    STEPS: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
-    start = tl.program_id(2) * (STEPS * BK)
-    w_at = weight + row.to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + m[:, None] * K + k[None, :]
-    up_at = w_at + width.to(tl.int64) * K
-    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    if PDL:
-        ahead = start + tl.arange(0, 4) * LINE
-        _prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
-        tl.extra.cuda.gdc_wait()
     shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
     acc = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
     squares = tl.zeros([BM], tl.float32)
-    BLOCKS: tl.constexpr = (K + 127) // 128
     for step in range(0, STEPS):
-        base = start + step * BK
+        base = (split * STEPS + step) * BK
         inside = (base + k < K)[None, :]
         if EVEN:
             xs = tl.load(x_at + base, mask=(m < tokens)[:, None], other=0.0)
@@ -199,7 +192,7 @@ def dot_float(
         w = narrow(w, xs)
         if GATED:
             w_up = narrow(w_up, xs)
-        if SCALE == "block":
+        if BLOCKS:
             factor = tl.load(scale + (row // 128) * BLOCKS + tl.minimum(base // 128, BLOCKS - 1))
             acc += product(w, xs, tl.zeros(shape, tl.float32), SWAP, WIDEN) * along(factor, SWAP)
             if GATED:
@@ -213,13 +206,64 @@ def dot_float(
             acc = product(w, xs, acc, SWAP, WIDEN)
             if GATED:
                 up = product(w_up, xs, up, SWAP, WIDEN)
-    inverse = tl.rsqrt(squares / K + eps) if NORM else squares
-    ROUNDED: tl.constexpr = x_scale is not None
-    if ROUNDED:
+    return acc, up, squares
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def dot_float(
+    x, weight, scale, bias, residual, gain, y, counters, partial, x_scale, tokens, N, eps,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SERIAL: tl.constexpr, SWAP: tl.constexpr,
+    SCALE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A 16-bit or float8 weight [N, K]; grid (tiles of N, tiles of tokens, SPLIT).
+
+    x is of 16-bit floats, or with x_scale float32 [tokens] of float8, as the weight is.
+    SCALE is "none", "row" or "block" (of 128 x 128: then BK divides 128, and BN or 128 the other).
+    EVEN: K is SPLIT * SERIAL whole ranges of whole steps. A program adds up SERIAL of them, one of
+    which is 1. Unless SPLIT is 1: counters int32, a zero a tile, and left so; partial
+    float32 [SPLIT, tiles, 1 or with GATED 2, BM, BN].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    width = N // 2 if GATED else N
+    row_tile, tile = _tile(BM)
+    n = row_tile * BN + tl.arange(0, BN)
+    m = tile * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    row = tl.minimum(n, width - 1)
+    STEPS: tl.constexpr = ((K + BK - 1) // BK + SPLIT * SERIAL - 1) // (SPLIT * SERIAL)
+    BLOCKS: tl.constexpr = (K + 127) // 128 if SCALE == "block" else 0
+    w_at = weight + row.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + m[:, None] * K + k[None, :]
+    up_at = w_at + width.to(tl.int64) * K
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    if PDL:
+        ahead = tl.program_id(2) * (STEPS * BK) + tl.arange(0, 4) * LINE
+        _prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
+    acc, up, squares = _sums_float(
+        w_at, up_at, x_at, scale, gain, row, width, m, tokens, tl.program_id(2),
+        K, BM, BN, BK, STEPS, SWAP, BLOCKS, GATED, NORM, EVEN, WIDEN,
+    )  # fmt: skip
+    if SERIAL > 1:
+        for split in range(1, SERIAL):
+            more, more_up, _ = _sums_float(
+                w_at, up_at, x_at, scale, gain, row, width, m, tokens, split,
+                K, BM, BN, BK, STEPS, SWAP, BLOCKS, GATED, NORM, EVEN, WIDEN,
+            )  # fmt: skip
+            acc += more
+            up += more_up
+    inverse = squares
+    if NORM:
+        inverse = tl.rsqrt(squares / K + eps)
+    if x_scale is not None:
         inverse = tl.load(x_scale + m, mask=m < tokens, other=0.0)
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,
-        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL, NORM or ROUNDED,
+        BM, BN, SPLIT, SWAP, GATED, SCALE == "row", BIAS, RESIDUAL,
+        NORM or x_scale is not None,
     )  # fmt: skip
 
 
@@ -318,47 +362,25 @@ def groups_of(K: int, CHUNKS: int, GROUP: int, ZERO: str) -> int:
     return K // GROUP if GROUP else 1
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def dot_int(
-    x, weight, scale, shift, bias, residual, gain, y, counters, partial, tokens, N, eps,
-    K: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _sums_int(
+    w_at, up_at, x_at, scale, shift, gain, row, width, m, tokens, split,
+    K: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    DTYPE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
-
-    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; EVEN: no chunk is padded and SPLIT divides
-    CHUNKS. Grid, counters and partial as in ``dot_float``.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """As ``_sums_float``, of chunks of codes."""
     CODES: tl.constexpr = 32 // BITS
     COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    width = N // 2 if GATED else N
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    j = tl.arange(0, 32)
-    row = tl.minimum(n, width - 1)
     GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
-    STEPS: tl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    start = tl.program_id(2) * STEPS
-    w_at = weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + j[None, :]
-    up_at = w_at + width.to(tl.int64) * (CHUNKS * 32)
-    x_at = x + m[:, None] * K + j[None, :]
-    if PDL:
-        lines = tl.minimum(start + tl.arange(0, 4), CHUNKS - 1) * 32
-        _prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
-        if GROUP:
-            _prefetch(scale + row * GROUPS + start * COUNT)
-        tl.extra.cuda.gdc_wait()
+    j = tl.arange(0, 32)
     shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
     acc = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
     squares = tl.zeros([BM], tl.float32)
     for step in range(0, STEPS):
-        chunk = start + step
+        chunk = split * STEPS + step
         stored = chunk if EVEN else tl.minimum(chunk, CHUNKS - 1)
         words = tl.load(w_at + stored * 32)
         if GATED:
@@ -382,6 +404,56 @@ def dot_int(
                     DTYPE, BITS, GROUP, ZERO, not WIDEN,
                 )  # fmt: skip
                 up = product(w, xs, up, SWAP, WIDEN)
+    return acc, up, squares
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def dot_int(
+    x, weight, scale, shift, bias, residual, gain, y, counters, partial, tokens, N, eps,
+    K: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, SERIAL: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A weight [N, chunks * 32 words], a chunk a step, a product a code of its words.
+
+    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; EVEN: no chunk is padded and SPLIT * SERIAL
+    divides CHUNKS. Grid, SERIAL, counters and partial as in ``dot_float``.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    COUNT: tl.constexpr = 32 // BITS * 32 // GROUP if GROUP else 1
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    width = N // 2 if GATED else N
+    row_tile, tile = _tile(BM)
+    n = row_tile * BN + tl.arange(0, BN)
+    m = tile * BM + tl.arange(0, BM)
+    j = tl.arange(0, 32)
+    row = tl.minimum(n, width - 1)
+    STEPS: tl.constexpr = (CHUNKS + SPLIT * SERIAL - 1) // (SPLIT * SERIAL)
+    w_at = weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + j[None, :]
+    up_at = w_at + width.to(tl.int64) * (CHUNKS * 32)
+    x_at = x + m[:, None] * K + j[None, :]
+    if PDL:
+        start = tl.program_id(2) * STEPS
+        lines = tl.minimum(start + tl.arange(0, 4), CHUNKS - 1) * 32
+        _prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
+        if GROUP:
+            _prefetch(scale + row * groups_of(K, CHUNKS, GROUP, ZERO) + start * COUNT)
+        tl.extra.cuda.gdc_wait()
+    acc, up, squares = _sums_int(
+        w_at, up_at, x_at, scale, shift, gain, row, width, m, tokens, tl.program_id(2),
+        K, CHUNKS, BM, BN, STEPS, SWAP, BITS, GROUP, ZERO, DTYPE, GATED, NORM, EVEN, WIDEN,
+    )  # fmt: skip
+    if SERIAL > 1:
+        for split in range(1, SERIAL):
+            more, more_up, _ = _sums_int(
+                w_at, up_at, x_at, scale, shift, gain, row, width, m, tokens, split,
+                K, CHUNKS, BM, BN, STEPS, SWAP, BITS, GROUP, ZERO, DTYPE, GATED, NORM, EVEN, WIDEN,
+            )  # fmt: skip
+            acc += more
+            up += more_up
     inverse = tl.rsqrt(squares / K + eps) if NORM else squares
     _finish(
         acc, up, inverse, y, scale, bias, residual, counters, partial, m, n, tokens, width,

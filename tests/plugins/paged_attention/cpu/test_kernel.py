@@ -225,15 +225,20 @@ def test_sequence_is_bit_equal_alone_and_on_one_thread(dtype: str, isa: str) -> 
         np.testing.assert_array_equal(output, together[begin:end])
 
 
-def test_chunks_of_a_prefill_equal_the_whole(isa: str) -> None:
-    case = Case(heads=9, kv_heads=3, head_dim=64, batch=((150, 150),))
-    inputs = case.inputs("float32")
-    whole = attention(copy(inputs), case.attributes(), isa)
-    for begin in range(0, 150, 16):
-        end = min(begin + 16, 150)
-        chunk = rows_of(inputs, begin, end, 0, context=end)
-        output = attention(chunk, case.attributes(), isa)
-        np.testing.assert_allclose(output, whole[begin:end], rtol=1e-5, atol=5e-6)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("form", [{}, {"window": 300, "sinks": True}, {"page_size": 48}])
+def test_chunks_of_a_prefill_equal_the_whole_bit_for_bit(
+    form: dict[str, Any], dtype: str, isa: str
+) -> None:
+    """A token's result is the same as a decode, in a chunk of any size, and over splits of keys."""
+    case = Case(heads=6, kv_heads=2, head_dim=24, batch=((600, 600),), soft_cap=30.0, **form)
+    inputs = case.inputs(dtype)
+    whole = attention(inputs, case.attributes(), isa, threads=2)
+    for size in (1, 7, 64):
+        for begin in range(0, 600, 43):
+            end = min(begin + size, 600)
+            output = attention(rows_of(copy(inputs), begin, end, 0, end), case.attributes(), isa)
+            np.testing.assert_array_equal(output, whole[begin:end], f"{size} from {begin} on")
 
 
 def test_every_half_survives_its_page(isa: str) -> None:

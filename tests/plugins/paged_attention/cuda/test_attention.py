@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -421,11 +422,36 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
 @pytest.mark.parametrize("head_dim", [32, pytest.param(128, marks=pytest.mark.gpu)])
 def test_a_prefill_is_bit_equal_in_any_chunks(head_dim: int, device: str) -> None:
     case = Case(((100, 100),), 0, kv_heads=1, head_dim=head_dim)
+    check_chunks(case, device, (50, 64, 100))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"soft_cap": 5.0, "sinks": True, "window": 100},
+        *(
+            pytest.param(form, marks=pytest.mark.gpu)
+            for form in ({"soft_cap": 5.0}, {"pages": "float8_e4m3fn"}, {"head_dim": 512})
+        ),
+    ],
+)
+def test_a_token_is_bit_equal_in_any_chunk_and_as_one_of_its_own(
+    form: dict[str, Any], device: str
+) -> None:
+    """As the deterministic mode computes it: a decode is a block of one query."""
+    case = Case(((150, 150),), 0, **{"kv_heads": 1, "head_dim": 16, **form})
+    check_chunks(case, device, (64, 65, 140, 150))
+
+
+def check_chunks(case: Case, device: str, ends: tuple[int, ...]) -> None:
+    """A prompt in chunks that end there has the bits of the whole; one of one token is a block of
+    its own."""
     inputs = case.inputs()
     whole, _ = run(case, deepcopy(inputs), device)
     pages = inputs.kv_cache
-    for begin, end in ((0, 50), (50, 64), (64, 100)):
-        chunk = replace(case, batch=((end - begin, end),))
+    for begin, end in pairwise((0, *ends)):
+        block = 1 if end - begin == 1 else 0
+        chunk = replace(case, batch=((end - begin, end),), query_block=block)
         cut = {name: getattr(inputs, name)[begin:end] for name in ("qkv", "cos", "sin")}
         part = replace(
             inputs,

@@ -122,6 +122,23 @@ def test_prompt_scores_come_from_the_host(checkpoint: Path, llm: LLM) -> None:
 
 
 @pytest.mark.slow
+def test_the_deterministic_mode_says_the_same_bits_alone_beside_others_and_in_chunks(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the interpreter can tell: its products of other tiles are other sums."""
+    monkeypatch.setattr(buckets, "MIXED_TOKENS", (16,))
+    monkeypatch.setattr(runner, "PREPARED_SEQUENCES", 0)
+    params, found = greedy(logprobs=2, max_tokens=3), []
+    for size in (16, 5):
+        limits = LIMITS | {"max_num_tokens": size}
+        with LLM(engine, deterministic=True, **limits) as llm:
+            found += [llm.generate([PROMPTS[2]], params)[0], llm.generate([PROMPTS[2]], params)[0]]
+            found.append(llm.generate([PROMPTS[1], PROMPTS[2]], params)[1])
+    said = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in found]
+    assert all(each == said[0] for each in said)
+
+
+@pytest.mark.slow
 def test_a_seed_says_the_same_in_any_company(llm: LLM) -> None:
     params = SamplingParams(temperature=1.5, seed=11, max_tokens=4, ignore_eos=True, top_k=50)
     alone = llm.generate([PROMPTS[1]], params)[0].outputs[0].token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,28 @@ def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: 
         rows = np.arange(len(batch.token_ids), dtype=np.int32)
         runner.layers(batch, rows)  # type: ignore[arg-type]
     assert captured == [BUCKETS.decode(112)]
+
+
+def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner._buckets = replace(BUCKETS, deterministic=True)
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, blocks, _rows: loaded.append((shape, blocks))
+    starts = np.arange(4)
+    batch: Any = SimpleNamespace(
+        token_ids=np.zeros(3), query_start=starts, context_len=np.array([5, 90, 7])
+    )
+    runner.layers(batch, np.arange(3, dtype=np.int32))
+    ((shape, blocks),) = loaded
+    assert shape == Shape(4, 4, blocks=4) and captured == [shape]
+    assert blocks.sequence.tolist() == [1, 2, 0] and not blocks.start.any()
+    steps: list[Any] = []
+    runner.inputs.step = lambda _shape, decodes, **options: steps.append((decodes, options))
+    runner._device.has_pdl = False
+    runner._memory = SimpleNamespace()  # type: ignore[assignment]
+    StepRunner._layers_work(runner, shape)
+    assert steps == [(0, {"pdl": False, "query_block": 1})]
 
 
 def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
