@@ -12,6 +12,7 @@ from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear.cuda.tactics import (
     BUCKETS,
     DOT_TOKENS,
+    DOT_TOKENS,
     GEMV_TOKENS,
     Tactic,
     Tactics,
@@ -65,7 +66,9 @@ def test_x_is_rounded_only_where_the_format_says_so() -> None:
     assert not table.find(exact, False, 50).rounds
     for tokens in BUCKETS:
         assert not any(t.rounds for t in candidate_tactics(exact, False, tokens, HOPPER))
-        assert any(t.rounds for t in candidate_tactics(fmt, False, tokens, HOPPER)) == (tokens > 1)
+        assert any(t.rounds for t in candidate_tactics(fmt, False, tokens, HOPPER)) == (
+            1 < tokens <= DOT_TOKENS
+        )
         assert not any(t.rounds for t in candidate_tactics(fmt, False, tokens, (8, 9)))
 
 
