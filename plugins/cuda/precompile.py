@@ -71,10 +71,16 @@ def settle_key(function: Any) -> None:  # noqa: ANN401
     Triton counts the constants of those only if it has seen them before the kernel: a key would
     depend on what else a process has compiled, and other processes would not find it.
     """
+    _settle(function, set())
+
+
+def _settle(function: Any, begun: set[int]) -> None:  # noqa: ANN401
+    # A name in the code may be an attribute's, even one that is called like the function itself.
+    begun.add(id(function))
     for name in function.fn.__code__.co_names:
         called = function.fn.__globals__.get(name)
-        if isinstance(called, JITCallable) and called.hash is None:
-            settle_key(called)
+        if isinstance(called, JITCallable) and called.hash is None and id(called) not in begun:
+            _settle(called, begun)
     function.cache_key  # noqa: B018 - computed where it is read first
 
 

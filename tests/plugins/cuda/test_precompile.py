@@ -17,6 +17,7 @@ from slipstream.plugins.cuda.binding import Context, Run
 from slipstream.plugins.cuda.precompile import compile_kernels, record, settle_key
 from slipstream.plugins.cuda.standard import BINDINGS
 from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel
+from slipstream.plugins.linear.cuda.kernels.wide import wide_int
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
@@ -130,3 +131,8 @@ def test_nor_does_recording_what_is_compiled() -> None:
     y.zero_()
     assert record([work]) == []
     assert not y.any()
+
+
+def test_keys_of_kernels_whose_attributes_are_named_like_functions() -> None:
+    settle_key(wide_int)  # which calls what has its own name for an attribute
+    assert wide_int.hash

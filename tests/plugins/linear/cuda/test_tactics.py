@@ -12,7 +12,6 @@ from slipstream.errors import EngineMismatchError
 from slipstream.plugins.linear.cuda.tactics import (
     BUCKETS,
     DOT_TOKENS,
-    DOT_TOKENS,
     GEMV_TOKENS,
     Tactic,
     Tactics,
