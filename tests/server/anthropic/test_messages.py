@@ -196,6 +196,7 @@ def test_errors_have_anthropics_statuses(chat: Running) -> None:
     with pytest.raises(anthropic.NotFoundError) as unknown:
         ask(chat, model="claude")
     assert unknown.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+    assert chat.post("/v1/messages/nothing", {}).status_code == 404
     with pytest.raises(anthropic.NotFoundError, match="batches") as batches:
         client(chat).messages.batches.list()
     assert batches.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
