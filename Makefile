@@ -14,7 +14,7 @@ QUESTION ?= Explain in two sentences why the sky is blue.
 # Tests start hundreds of processes, each of which would compile all modules that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint fuzz format clean
+.PHONY: demo test lint fuzz format wheel clean
 
 demo: $(ENGINE)/engine.json
 	$(BIN)/slipstream generate $(ENGINE) "$(QUESTION)" --temperature 0 --max-tokens 128 --stats
@@ -39,6 +39,15 @@ format: $(VENV)/test-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# dist/: an sdist and, made from it, one wheel for every Python, on any Linux of glibc 2.28 or newer. What would not load
+# there is refused by auditwheel, with the names of the symbols.
+wheel: $(VENV)/test-installed
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --outdir build/wheel
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --only-plat --plat manylinux_2_28_$$(uname -m) \
+	    --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+
 $(VENV)/installed: pyproject.toml setup.py $(wildcard plugins/*.py plugins/cpu/*.py) $(shell find plugins -name "*.cpp" -o -name "*.h" -o -name "__init__.py")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
@@ -50,4 +59,4 @@ $(VENV)/test-installed: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build engines src/slipstream.egg-info plugins/*.so
+	rm -rf $(VENV) build dist engines src/slipstream.egg-info plugins/*.so

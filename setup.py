@@ -6,13 +6,13 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
-from slipstream.plugins.build import BuildNative, NativeExtension
+from slipstream.plugins.build import BuildNative, NativeExtension, NativeWheel
 from slipstream.plugins.operators import OPERATORS, OURS
 
 LIBRARY = "slipstream.plugins._cpu"
 operators = [OPERATORS[name] for name in OURS if OPERATORS[name].native == LIBRARY]
-folders = sorted(path.parent for path in Path("plugins").glob("*/cpu/kernel.cpp"))
+folders = sorted(path.parent for path in Path("src/slipstream/plugins").glob("*/cpu/kernel.cpp"))
 setup(
     ext_modules=[NativeExtension(LIBRARY, operators, folders)],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
 )

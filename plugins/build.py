@@ -4,8 +4,11 @@ A package with an operator of its own builds it as this one builds its own:
 
     setup(
         ext_modules=[NativeExtension("my_package._cpu", [SPEC], ["my_package/soft_cap/cpu"])],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
     )
+
+The library knows nothing of Python: it is found by its path (``library.py``), and one wheel serves
+every version.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 from slipstream.plugins.cpu.codegen import generate, generate_signatures
+from slipstream.plugins.library import SUFFIX
 from slipstream.plugins.spec import OperatorSpec
 
 KERNEL = "kernel.cpp"  # compiled once an instruction set; other files once
@@ -60,6 +65,10 @@ class NativeExtension(Extension):  # type: ignore[misc]
 class BuildNative(build_ext):  # type: ignore[misc]
     """Compiles every kernel once an instruction set; ``cpu/kernels.cpp`` chooses at run time."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library's file: without the version of Python, of which it knows nothing."""
+        return str(Path(*fullname.split("."))) + SUFFIX
+
     def build_extension(self, ext: Extension) -> None:
         """Generate the headers of the extension's operators, compile and link."""
         assert isinstance(ext, NativeExtension), ext
@@ -92,6 +101,14 @@ class BuildNative(build_ext):  # type: ignore[misc]
             output_dir=str(temp / (isa or "common")),
             macros=[("SLIPSTREAM_ISA", isa)] if isa else [],
             include_dirs=[str(temp), str(_PLUGINS)],
-            extra_postargs=_FLAGS + flags,
+            extra_postargs=[*_FLAGS, "-include", str(_PLUGINS / "cpu" / "old_libm.h"), *flags],
         )
         return objects
+
+
+class NativeWheel(bdist_wheel):  # type: ignore[misc]
+    """A wheel of a package whose native code is such a library: one for every version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """``py3-none`` and the platform."""
+        return "py3", "none", super().get_tag()[2]

@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 from slipstream.errors import EngineMismatchError, MissingDependencyError
 from slipstream.plugins.operators import OPERATORS
 
 OURS = "slipstream.plugins._cpu"
+SUFFIX = ".so"
 ISA = "SLIPSTREAM_CPU_ISA"
 _log = logging.getLogger(__name__)
 
@@ -26,16 +28,19 @@ def modules(operators: Iterable[str]) -> tuple[str, ...]:
 @cache
 def path(module: str = OURS) -> str:
     """File of a shared library; MissingDependencyError when it was never compiled."""
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        package = module.partition(".")[0]
+    package, _, name = module.rpartition(".")
+    spec = find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [Path(folder, name + SUFFIX) for folder in folders or ()]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        distribution = module.partition(".")[0]
         raise MissingDependencyError(
             f"The native CPU plugins {module} are not compiled: install a C++17 compiler (g++ or "
-            f"clang++) and run "
-            f"'pip install --force-reinstall --no-deps {package}' (or 'pip install -e .' in a "
-            f"checkout)."
+            f"clang++) and run 'pip install --force-reinstall --no-deps {distribution}' (or "
+            f"'pip install -e .' in a checkout)."
         )
-    return spec.origin
+    return str(found)
 
 
 @cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-from slipstream.plugins.build import BuildNative, NativeExtension
+from slipstream.plugins.build import BuildNative, NativeExtension, NativeWheel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from slipstream_arcee.squared_relu import SPEC
@@ -14,5 +14,5 @@ setup(
     ext_modules=[
         NativeExtension("slipstream_arcee._cpu", [SPEC], ["slipstream_arcee/squared_relu/cpu"])
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
 )
