@@ -44,7 +44,7 @@ format: $(VENV)/test-installed
 wheel: $(VENV)/test-installed
 	rm -rf build/wheel dist
 	$(BIN)/python -m build --outdir build/wheel
-	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --only-plat --plat manylinux_2_28_$$(uname -m) \
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --strip --only-plat --plat manylinux_2_28_$$(uname -m) \
 	    --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
 
