@@ -68,6 +68,10 @@ slipstream = LazyGroup(
             f"{_COMMANDS}.doctor:doctor",
             "Show what this machine has, what it can build and run, and how to mend what it lacks.",
         ),
+        "completion": (
+            f"{_COMMANDS}.completion:completion",
+            "Print what completes commands, options and their values in a shell.",
+        ),
         "eval": (f"{_COMMANDS}.eval:evaluate", "Measure what an engine predicts."),
     },
 )

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from slipstream.errors import SlipstreamError
 from slipstream.server.text import printable
@@ -20,6 +21,7 @@ from slipstream.server.text import printable
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 UNHEALTHY = 70  # EX_SOFTWARE of sysexits.h: the engine does not work any more; start it again
+_MODELS = ("model", "checkpoint", "engine")  # arguments that may be a path
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -29,6 +31,16 @@ class CommandError(click.ClickException):
     def show(self, file: Any = None) -> None:  # noqa: ANN401 - as declared by click
         """Print the line."""
         click.echo(f"error: {printable(self.message)}", err=True, file=file)
+
+
+class _ModelType(click.types.StringParamType):
+    """A text that is a path or a hub id: of those, a shell knows the paths."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Let the shell complete a path."""
+        return [CompletionItem(incomplete, type="file")]
 
 
 class Command(click.Command):
@@ -41,6 +53,9 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of click.Command
         kwargs.setdefault("context_settings", SETTINGS)
         super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if parameter.name in _MODELS and parameter.type is click.STRING:
+                parameter.type = _ModelType()
         self.params += [
             click.Option(
                 ["--verbose"], is_flag=True, help="Log what is done, such as the compiler's passes."
@@ -98,6 +113,15 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command."""
         return resolve(self.table[cmd_name][0]) if cmd_name in self.table else None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and options that begin so, again without importing a command."""
+        commands = [
+            CompletionItem(name, help=line)
+            for name, (_, line) in self.table.items()
+            if name.startswith(incomplete)
+        ]
+        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands."""
