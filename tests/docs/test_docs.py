@@ -15,9 +15,9 @@ from slipstream.server.command import resolve
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
-ROOT_FILES = {"setup.py", "pyproject.toml", "README.md", "Makefile"}
+ROOT_FILES = {"setup.py", "pyproject.toml", "README.md", "Makefile", "Dockerfile"}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import pytest
 from click.testing import CliRunner
 
+from slipstream.builder.targets.base import known_targets
 from slipstream.errors import BuildError
 from slipstream.plugins import demands, library
 from slipstream.plugins.cuda.detect import GPU, Driver
-from slipstream.runtime import executors
+from slipstream.runtime.executors import known_executors
 from slipstream.server.cli import slipstream
 from slipstream.server.commands import doctor as module
 from slipstream.server.doctor import machine, packages
@@ -105,7 +106,7 @@ def test_two_packages_of_one_target_are_no_failure(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_target_of_ours_has_an_executor_and_the_other_way_round() -> None:
-    assert set(module.known_targets()) == set(executors.known_executors())
+    assert set(known_targets()) == set(known_executors())
 
 
 def test_a_library_that_was_not_compiled_is_what_the_cpu_lacks(
