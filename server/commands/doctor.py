@@ -73,8 +73,12 @@ def _examine(load: bool) -> Findings:
         for name, answer in libraries.items()
         if "error" in answer
     ]
-    lacks = [*packages.lacks(installed), *broken]
-    return Findings(look(), installed, libraries, list(_targets(load)), lacks)
+    missing = packages.missing(installed)
+    targets = [
+        Target(each.name, (*missing, *each.build), (*missing, *each.run)) for each in _targets(load)
+    ]
+    lacks = [*missing, *packages.clashes(installed), *broken]
+    return Findings(look(), installed, libraries, targets, lacks)
 
 
 def _targets(load: bool) -> Iterator[Target]:
@@ -179,5 +183,6 @@ def _verdict(lacks: Sequence[str]) -> str:
 def _sentences(found: Findings) -> Iterator[str]:
     yield from found.lacks
     for target in found.targets:
-        yield from (f"to build for {target.name}: {sentence}" for sentence in target.build)
-        yield from (f"to run {target.name}: {sentence}" for sentence in target.run)
+        for deed, lacks in (("build for", target.build), ("run", target.run)):
+            own = (sentence for sentence in lacks if sentence not in found.lacks)
+            yield from (f"to {deed} {target.name}: {sentence}" for sentence in own)

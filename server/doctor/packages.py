@@ -25,6 +25,7 @@ _MODULES = {
     ),
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt-rtx-cu13-bindings": "tensorrt_rtx_bindings",
     "torch": "torch",
     "triton": "triton",
 }
@@ -35,6 +36,7 @@ _QUESTIONS = {
     "triton": "{'version': m.__version__}",
     "tensorrt": "{'version': m.__version__}",
     "tensorrt_rtx": "{'version': m.__version__}",
+    "tensorrt_rtx_bindings": "{'version': m.__version__}",
 }
 _SECONDS = 180
 
@@ -58,31 +60,38 @@ def find() -> list[Package]:
     return [wanted[name] for name in sorted(wanted)]
 
 
-def lacks(packages: Iterable[Package]) -> list[str]:
-    """A sentence for what no engine does without, and for packages that are in each other's way."""
+def missing(packages: Iterable[Package]) -> list[str]:
+    """A sentence for each that no target does without."""
     packages = list(packages)
+    modules = _by_module(packages)
+    names = [p.name for p in packages if p.extra is None and p.version is None]
+    absent = [name for name in names if _MODULES.get(name) not in modules]
+    return [f"{name} is not installed: pip install {name}" for name in absent]
+
+
+def clashes(packages: Iterable[Package]) -> list[str]:
+    """A sentence for those that are in each other's way."""
+    return [
+        f"{' and '.join(names)} overwrite each other's files: pip uninstall -y {' '.join(names)}, "
+        "then install one of them"
+        for names in _by_module(packages).values()
+        if len(names) > 1
+    ]
+
+
+def _by_module(packages: Iterable[Package]) -> dict[str, list[str]]:
+    """Installed distributions whose library can be asked, by its module."""
     modules: dict[str, list[str]] = {}
     for package in packages:
         if package.version is not None and package.name in _MODULES:
             modules.setdefault(_MODULES[package.name], []).append(package.name)
-    missing = [p.name for p in packages if p.extra is None and p.version is None]
-    needed = [name for name in missing if _MODULES.get(name) not in modules]
-    found = [f"{name} is not installed: pip install {name}" for name in needed]
-    for names in modules.values():
-        if len(names) > 1:
-            found.append(
-                f"{' and '.join(names)} overwrite each other's files: pip uninstall -y "
-                f"{' '.join(names)}, then install one of them"
-            )
-    return found
+    return modules
 
 
 def load(packages: Iterable[Package]) -> dict[str, Mapping[str, object]]:
     """What installed libraries say once they are imported, by module, each in a process of its own;
     ``error`` where one cannot be."""
-    installed = [package.name for package in packages if package.version is not None]
-    modules = {_MODULES[name] for name in installed if name in _MODULES}
-    return {module: _answer(module) for module in sorted(modules)}
+    return {module: _answer(module) for module in sorted(_by_module(packages))}
 
 
 def _answer(module: str) -> Mapping[str, object]:

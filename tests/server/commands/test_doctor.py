@@ -117,3 +117,14 @@ def test_a_library_that_was_not_compiled_is_what_the_cpu_lacks(
         function.cache_clear()
     text = run()
     assert "to run cpu: The native CPU plugins" in text and "pip install" in text
+
+
+def test_what_every_target_needs_is_in_the_way_of_each_and_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packages, "find", lambda: [Package("numpy", None)])
+    sentence = "numpy is not installed: pip install numpy"
+    report = json.loads(run("--json"))
+    assert report["lacks"] == [sentence]
+    assert all(target["build"][0] == sentence == target["run"][0] for target in report["targets"])
+    assert run().count(sentence) == 1

@@ -48,9 +48,9 @@ def test_needs_extras_and_what_runs_engines_are_found(monkeypatch: pytest.Monkey
 
 def test_what_is_missing_or_twice_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, numpy="2.0", onnxruntime_gpu="1.31", uvloop="1")
-    assert packages.lacks(packages.find()) == []
+    assert packages.missing(packages.find()) == packages.clashes(packages.find()) == []
     installed(monkeypatch, onnxruntime="1.32", onnxruntime_gpu="1.31", uvloop="1")
-    missing, twice = packages.lacks(packages.find())
+    (missing,), (twice,) = packages.missing(packages.find()), packages.clashes(packages.find())
     assert missing == "numpy is not installed: pip install numpy"
     assert twice.startswith("onnxruntime and onnxruntime-gpu overwrite each other's files: pip un")
 
