@@ -72,7 +72,8 @@ class Manifest:
     counts the matrices of the checkpoint by what they hold there. ``ranks`` run the graphs
     together, each with its own ``weight_file`` and with caches of the sizes said here. ``pooling``
     says what is made of the output of an engine that does not generate, None for one that does.
-    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
+    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch
+    can be mended.
     ``files`` holds the ``digest`` of every other file.
     """
 

@@ -29,7 +29,9 @@ def leave() -> None:
 
 def turns(memory: mmap.mmap, ranks: int) -> list[int]:
     """How often each rank has met the others, modulo 2^32; any process may ask."""
-    return [int.from_bytes(memory[rank * _LINE : rank * _LINE + 4], "little") for rank in range(ranks)]
+    return [
+        int.from_bytes(memory[rank * _LINE : rank * _LINE + 4], "little") for rank in range(ranks)
+    ]
 
 
 def _join(memory: ctypes.c_void_p | None, size: int, rank: int, ranks: int) -> None:

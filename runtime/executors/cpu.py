@@ -39,7 +39,7 @@ DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
-_MAX_DRAFTS = 7
+MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
 # Kernels of onnxruntime that add up in an order which depends on the number of rows.
@@ -116,14 +116,7 @@ class _Pending:
         return self
 
     def result(self) -> StepResult:
-        outputs = self.outputs()
-        batch, rows = self.batch, len(self.batch.sampling)
-        result = StepResult([-1] * rows, [None] * rows)
-        if LOGITS in outputs:
-            result = self.sampler.sample(outputs[LOGITS], batch.sampling)
-        # The next step of this shape overwrites the arrays.
-        result.outputs = {name: outputs[name].copy() for name in batch.outputs}
-        return result
+        return self.sampler.result(self.outputs(), self.batch)
 
     def outputs(self) -> Arrays:
         try:
@@ -153,7 +146,7 @@ class CPUExecutor:
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         rows = config.max_batch_size
         if config.speculative != OFF:
-            rows = min(rows * (1 + _MAX_DRAFTS), config.max_num_tokens)
+            rows = min(rows * (1 + MAX_DRAFTS), config.max_num_tokens)
         self._logits = np.empty((rows, manifest.vocab_size), np.float32)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.
@@ -171,8 +164,8 @@ class CPUExecutor:
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate states for every sequence and, within what they leave of ``num_bytes``, pages,
-        as many in every paged cache; None takes ``default_kv_bytes``. Pages cost memory when they are first written. CapacityError when not even
-        one page fits, or there is no such memory."""
+        as many in every paged cache; None takes ``default_kv_bytes``. Pages cost memory when they
+        are first written. CapacityError when not even one page fits, or there is no such memory."""
         specs, config = self._cache_specs, self._config
         slots = config.max_batch_size
         taken = slots * sum(cache.bytes_per_page for cache in states(specs))
@@ -215,7 +208,7 @@ class CPUExecutor:
     @property
     def max_drafts(self) -> int:
         """As many as ``auto`` may choose from; a step has room for more."""
-        return _MAX_DRAFTS
+        return MAX_DRAFTS
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
