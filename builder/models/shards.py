@@ -106,7 +106,10 @@ class Shards:
         """The rows of a rank, part by part."""
         if module.shard == "vocabulary":
             first = rank * self.vocabulary
-            return np.minimum(np.arange(first, first + self.vocabulary), self.model.vocab_size - 1)
+            rows: Rows = np.minimum(
+                np.arange(first, first + self.vocabulary), self.model.vocab_size - 1
+            )
+            return rows
         config = self.architecture.layer_of(module, self.model, _place(name))
         start, chosen = 0, list[Rows]()
         for measure in module.rows:

@@ -43,3 +43,7 @@ Ranks* joined_ranks();
 const char* check_ranks(int64_t count);
 
 }  // namespace slipstream
+
+// Makes the calling thread a rank of `count`, whose common memory of that size began as zeros; returns 0, or 1 where it
+// holds no slots. A count of 0 makes it none again.
+extern "C" int slipstream_join_ranks(void* memory, int64_t bytes, int64_t rank, int64_t count);

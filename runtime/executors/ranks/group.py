@@ -53,13 +53,14 @@ class RankGroup:
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._members: list[_Member] = []
-        weakref.finalize(self, _end, self._members)
+        regions = (self.steps, self.results, self._exchange)
+        self._finish = weakref.finalize(self, _finish, self._members, regions)
         try:
             for rank in range(self._ranks):
                 self._members.append(self._start(engine.path, config, rank))
             self._collect()
         except BaseException:
-            _end(self._members)
+            self._finish()
             raise
         self.processes = tuple(member.process.pid for member in self._members)
         threading.Thread(
@@ -101,7 +102,7 @@ class RankGroup:
     def close(self) -> None:
         """End the processes."""
         self._lost = self._lost or "the engine was shut down"
-        _end(self._members)
+        self._finish()
 
     def _start(self, engine: Path, config: RuntimeConfig, rank: int) -> _Member:
         here, there = socketpair()
@@ -247,6 +248,12 @@ def _end(members: list[_Member]) -> None:
         member.link.close()
         if member.process.stdin is not None:
             member.process.stdin.close()
+
+
+def _finish(members: list[_Member], regions: Sequence[Region]) -> None:
+    _end(members)
+    for region in regions:
+        region.close()
 
 
 def _taken(members: list[_Member]) -> Iterator[_Member]:

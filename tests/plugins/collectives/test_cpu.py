@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def by_ranks(ranks: int, work: Callable[[int], Any], memory: mmap.mmap) -> list[
         return list(pool.map(run, range(ranks)))
 
 
+def _called(spec: OperatorSpec, x: Matrix, isa: str, rank: int) -> Matrix:
+    (y,) = native.call(spec, {"x": x[rank], "ranks": len(x)}, isa, 2)
+    return y
+
+
 @pytest.mark.parametrize("isa", library.isas())
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
@@ -49,11 +55,7 @@ def test_matches_reference(
     for shape in ((1, 1), (3, 64), (1, 4097), (7, 3001), (40, 700)):
         x = rng.normal(0, 3, (ranks, *shape)).astype(np.float32)
         with mmap.mmap(-1, memory_size(ranks, SLOT)) as memory:
-            made = by_ranks(
-                ranks,
-                lambda rank, x=x: native.call(spec, {"x": x[rank], "ranks": ranks}, isa, 2)[0],
-                memory,
-            )
+            made = by_ranks(ranks, partial(_called, spec, x, isa), memory)
         for y in made:
             np.testing.assert_array_equal(y, expected(x))
 

@@ -21,6 +21,7 @@ from slipstream.errors import CapacityError, ExecutionError
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.executors.ranks.executor import RankExecutor
 from slipstream.runtime.loading import load
+from slipstream.runtime.structured.output import StructuredOutput
 
 PROMPTS = ["the quick brown fox", "the cat sat on the mat " * 8, "jumps"]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -58,7 +59,7 @@ def test_answers_are_those_of_one_device(engines: Callable[[int], Path]) -> None
     asked = (
         SamplingParams(temperature=0, max_tokens=24),
         SamplingParams(temperature=0.9, seed=7, n=2, max_tokens=12),
-        SamplingParams(temperature=0, max_tokens=12, structured={"regex": "[a-z ]+"}),
+        SamplingParams(temperature=0, max_tokens=12, structured=StructuredOutput(regex="[a-z ]+")),
     )
     one = answers(engines(1), *asked)
     assert answers(engines(2), *asked) == one
@@ -142,7 +143,8 @@ def test_pages_that_no_rank_has_are_refused(engines: Callable[[int], Path]) -> N
 _PROGRAM = """
 import sys
 from slipstream.runtime.loading import load
-print(*load(sys.argv[1], {}).executor.group.processes, flush=True)
+engine = load(sys.argv[1], {})
+print(*engine.executor.group.processes, flush=True)
 sys.stdin.read()
 """
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 from tests.rank_threads import chunk_of
-from tests.runtime.executors.two_graphs import CACHES, GRAPHS
+from tests.runtime.executors.two_graphs import CACHES, save_engine
 
 from slipstream.builder.contract import paged
 from slipstream.runtime.engine.kv_cache import Move
@@ -30,15 +31,16 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def test_a_step_is_read_as_it_was_written() -> None:
+def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
     """With every graph, outputs and moves, in memory that has to grow for the larger ones, seen by
     who has mapped it when it was small."""
-    codec, region = StepCodec(GRAPHS, CACHES), Region.make()
+    graphs = save_engine(tmp_path).graphs
+    codec, region = StepCodec(graphs, CACHES), Region.make()
     reader = Region(region.descriptor)
     reader.map(1)
     told = ("token_ids", "positions", "query_start", "context_len", "logits_rows", "slots")
     for size in (1, 60, 3):
-        for graph, spec in GRAPHS.items():
+        for graph, spec in graphs.items():
             batch: StepBatch = chunk_of(TOKENS, 0, size, paged(CACHES))
             batch.graph = graph
             batch.outputs = tuple(output.name for output in spec.outputs[1:])
