@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -51,10 +52,11 @@ class RankGroup:
         self._turns = self._exchange.map(memory_size(self._ranks, SLOT_BYTES))
         self._silence = min(SILENCE, config.step_timeout)
         self._lost: str | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self._members: list[_Member] = []
         regions = (self.steps, self.results, self._exchange)
-        self._finish = weakref.finalize(self, _finish, self._members, regions)
+        self._finish = weakref.finalize(self, _finish, os.getpid(), self._members, regions)
         try:
             for rank in range(self._ranks):
                 self._members.append(self._start(engine.path, config, rank))
@@ -63,9 +65,7 @@ class RankGroup:
             self._finish()
             raise
         self.processes = tuple(member.process.pid for member in self._members)
-        threading.Thread(
-            target=_watch, args=(weakref.ref(self), [m.process for m in self._members]), daemon=True
-        ).start()
+        threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     @property
     def lost(self) -> str | None:
@@ -84,8 +84,8 @@ class RankGroup:
 
         Raises ExecutionError where one is lost.
         """
-        if self._lost is not None:
-            raise ExecutionError(self._lost)
+        if self._lost is not None or self._closed:
+            raise ExecutionError(self._lost or "the engine was shut down")
         try:
             for member in self._members:
                 member.link.send(question)
@@ -101,7 +101,7 @@ class RankGroup:
 
     def close(self) -> None:
         """End the processes."""
-        self._lost = self._lost or "the engine was shut down"
+        self._closed = True
         self._finish()
 
     def _start(self, engine: Path, config: RuntimeConfig, rank: int) -> _Member:
@@ -189,8 +189,8 @@ class RankGroup:
     def watch(self) -> bool:
         """Whether all ranks run; if one does not, the others are ended."""
         why = self._ended()
-        if why is None or self._lost is not None:
-            return self._lost is None
+        if self._lost is not None or self._closed or why is None:
+            return self._lost is None and not self._closed
         with self._lock:
             self._lost = self._lost or why
         _kill(self._members)
@@ -229,7 +229,7 @@ def _asleep_after(process: int) -> int | None:
     return None if state in "RD" else int(fields[10]) + int(fields[11])
 
 
-def _watch(group: weakref.ref[RankGroup], processes: Sequence[_Process]) -> None:
+def _watch(group: weakref.ref[RankGroup]) -> None:
     """Notice a rank that ends while nothing is asked of it."""
     while (found := group()) is not None and found.watch():
         del found
@@ -250,7 +250,9 @@ def _end(members: list[_Member]) -> None:
             member.process.stdin.close()
 
 
-def _finish(members: list[_Member], regions: Sequence[Region]) -> None:
+def _finish(process: int, members: list[_Member], regions: Sequence[Region]) -> None:
+    if os.getpid() != process:  # it was forked from the one whose ranks they are
+        return
     _end(members)
     for region in regions:
         region.close()

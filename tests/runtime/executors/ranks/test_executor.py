@@ -45,13 +45,18 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
 
 
 def answers(engine: Path, *params: SamplingParams) -> list[object]:
-    with LLM(engine, **OPTIONS, speculative="ngram") as llm:
-        return [
+    loaded = load(engine, {**OPTIONS, "speculative": "ngram"})
+    with LLM.from_engine(loaded) as llm:
+        made = [
             (completion.token_ids, completion.text)
             for each in params
             for output in llm.generate(PROMPTS, each)
             for completion in output.outputs
         ]
+    if isinstance(loaded.executor, RankExecutor):
+        until_ended(loaded.executor.group.processes)
+        assert loaded.executor.lost is None, "they were asked to end"
+    return made
 
 
 def test_answers_are_those_of_one_device(engines: Callable[[int], Path]) -> None:
