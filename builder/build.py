@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from slipstream.builder.contract import (
     Pooling,
     bytes_per_token,
 )
+from slipstream.builder.declare import declare
 from slipstream.builder.engine import (
     GRAPH,
     KERNELS,
@@ -30,31 +31,28 @@ from slipstream.builder.engine import (
     digest,
     engine_contents,
     is_engine,
+    weight_file,
 )
 from slipstream.builder.graph.describe import count_formats
-from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
-from slipstream.builder.graph.program import Program, StoredWeight, new_program
-from slipstream.builder.models import architecture_of
+from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.builder.models.config import ModelConfig
-from slipstream.builder.models.decoder import Decoder
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
-from slipstream.builder.pooling import StatedPooling, pooling_of, stated_pooling
-from slipstream.builder.score import answers_of, write_score_template
+from slipstream.builder.pooling import pooling_of, stated_pooling
+from slipstream.builder.score import write_score_template
 from slipstream.builder.targets.base import check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
-from slipstream.errors import BuildError, CheckpointError
+from slipstream.errors import BuildError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
-from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat, is_finite
+from slipstream.weights.tensor import KVScales, WeightFormat
 from slipstream.weights.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 # Makes an engine's file of kernels, or none.
 Compiler = Callable[["Plan"], bytes | None]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,8 @@ class Plan:
     Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
     come quantized and are kept. ``formats`` counts the checkpoint's matrices by what they hold.
     ``kv_scales`` are those that float8 pages use; None is 1. ``pooling`` is None for an engine that
-    generates.
+    generates. ``others`` are the programs of the ranks after the first, if the engine has several:
+    the same graph, and weights of the same sizes. Sizes are those of one rank.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +77,7 @@ class Plan:
     formats: dict[str, int]
     kv_scales: KVScales | None = None
     pooling: Pooling | None = None
+    others: tuple[Program, ...] = ()
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:
@@ -96,8 +96,13 @@ class Plan:
         return list(self.program.stored.values())
 
     @property
+    def ranks(self) -> int:
+        """How many processes run the engine together."""
+        return 1 + len(self.others)
+
+    @property
     def weight_bytes(self) -> int:
-        """Size of the weight file's data."""
+        """Size of a weight file's data."""
         return sum(part.nbytes for weight in self.weights for part in weight.parts)
 
     @property
@@ -126,16 +131,22 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     )
     check_read(checkpoint)
     stated = stated_pooling(checkpoint.pooling, options)
-    program = _declare(checkpoint, stated, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
-    run_passes(program, [*scaling, *target.pipeline(options)])
+
+    def compiled(rank: int) -> Program:
+        place, length = (rank, options.tp_size), limits.max_seq_len
+        program = declare(checkpoint, stated, place, kv_dtype, target.page_size, length)
+        run_passes(program, [*scaling, *target.pipeline(options)])
+        return program
+
+    program, *others = _alike([compiled(rank) for rank in range(options.tp_size)])
     capability = target.capability(program, kv_dtype)
     check_runs_here(options.target, capability)
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
-        None if stated is None else pooling_of(stated, config),
+        None if stated is None else pooling_of(stated, config), tuple(others),
     )  # fmt: skip
 
 
@@ -238,75 +249,17 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
     )
 
 
-def _declare(
-    checkpoint: Checkpoint,
-    stated: StatedPooling | None,
-    kv_dtype: str,
-    page_size: int,
-    max_seq_len: int,
-) -> Program:
-    """The canonical program of a checkpoint."""
-    config, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
-    expected = architecture.shapes(config)
-    if stated is not None and stated.task == "embed":
-        heads = [f"{m.name}.weight" for m in architecture.modules if m.tied]
-        expected = {name: shape for name, shape in expected.items() if name not in heads}
-    program = new_program(config.architecture)
-    used: set[str] = set()
-
-    def tensor(name: str) -> LazyTensor:
-        used.add(name)
-        return _checked(checkpoint, name, expected)
-
-    decoder = architecture.decoder
-    ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
-    _build(decoder(ops, config, architecture, tensor, max_seq_len), checkpoint, stated)
-    program.contract, program.caches = ops.contract(GRAPH), ops.caches
-    differing = used ^ set(expected)
-    if differing:
-        raise BuildError(
-            f"the graph of {config.architecture} and its table of modules differ in "
-            f"{len(differing)} tensors, such as {min(differing)}; correct the architecture's file"
+def _alike(programs: list[Program]) -> list[Program]:
+    """The programs of all ranks, which differ in what their weights hold and in nothing else."""
+    first, *others = [
+        (
+            [(node.name, *(value and value.name for value in node.inputs)) for node in each.graph],
+            [weight.parts for weight in each.stored.values()],
         )
-    return program
-
-
-def _build(decoder: Decoder, checkpoint: Checkpoint, stated: StatedPooling | None) -> None:
-    if stated is None:
-        decoder.build()
-    elif stated.task == "embed":
-        decoder.build_states()
-    else:
-        decoder.build_answers(answers_of(checkpoint, stated))
-
-
-def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
-    """A weight that has the shape its configuration says."""
-    tensor = checkpoint.tensor(name)
-    expected = shapes.get(name, tensor.format.shape)
-    if expected != tensor.format.shape:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name} has shape {list(tensor.format.shape)}, but by the "
-            f"configuration it is {list(expected)}; config and weights are of different "
-            "models: download both again"
-        )
-    return _finite(tensor, checkpoint.path)
-
-
-def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
-    """The weight, with a CheckpointError when it is loaded with numbers that are none."""
-
-    def load() -> QuantTensor:
-        loaded = tensor.load()
-        for part, numbers in loaded.numbers().items():
-            if not is_finite(numbers):
-                raise CheckpointError(
-                    f"{path}: tensor {tensor.name} holds infinite or undefined numbers among its "
-                    f"{part}; the checkpoint is damaged: download it again"
-                )
-        return loaded
-
-    return replace(tensor, load=load)
+        for each in programs
+    ]
+    assert all(other == first for other in others), "ranks have graphs of their own"
+    return programs
 
 
 def _write(
@@ -317,7 +270,7 @@ def _write(
     progress: Progress | None,
     compiler: Compiler | None,
 ) -> Manifest:
-    total, done = planned.weight_bytes, 0
+    total, done = planned.weight_bytes * planned.ranks, 0
 
     def wrote(size: int) -> None:
         nonlocal done
@@ -333,6 +286,9 @@ def _write(
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(compiler, planned) if compiler is not None else None
         places = write_weights(staging / WEIGHTS, planned.weights, wrote)
+        for rank, other in enumerate(planned.others, start=1):
+            same = write_weights(staging / weight_file(rank), [*other.stored.values()], wrote)
+            assert same == places, "the graph has one place for a weight of all ranks"
     if compiled is not None and (kernels := compiled.result()) is not None:
         (staging / KERNELS).write_bytes(kernels)
     for value in planned.program.graph.initializers.values():
@@ -368,6 +324,7 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         quantization=planned.quantization,
         pooling=planned.pooling,
         formats=planned.formats,
+        ranks=planned.ranks,
         plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},
         source=source,
         command=planned.options.command(source, output),

@@ -32,6 +32,7 @@ FORMAT_VERSION = 4
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
+RANKS = (1, 2, 4, 8)
 TACTICS = "tactics.json"
 KERNELS = "kernels.zip"
 # What the tokenizer is made of.
@@ -68,9 +69,11 @@ class Manifest:
     """The content of engine.json.
 
     ``graphs``, by name, and the ``caches`` that they share are the contract of a step. ``formats``
-    counts the matrices of the checkpoint by what they hold there. ``pooling`` says what is made of
-    the output of an engine that does not generate, None for one that does. ``source`` is the
-    checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
+    counts the matrices of the checkpoint by what they hold there. ``ranks`` run the graphs
+    together, each with its own ``weight_file`` and with caches of the sizes said here. ``pooling``
+    says what is made of the output of an engine that does not generate, None for one that does.
+    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch
+    can be mended.
     ``files`` holds the ``digest`` of every other file.
     """
 
@@ -87,6 +90,7 @@ class Manifest:
     pooling: Pooling | None = None
     capability: str = "any"
     formats: dict[str, int] = field(default_factory=dict)
+    ranks: int = 1
     slipstream_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -103,6 +107,8 @@ class Manifest:
         for name, limit in asdict(manifest.limits).items():
             if not 1 <= limit <= _LARGEST:
                 raise ValueError(f"limits.{name} is {limit}, not from 1 to {_LARGEST}")
+        if manifest.ranks not in RANKS:
+            raise ValueError(f"ranks is {manifest.ranks}, not one of {RANKS}")
         for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
             if not is_file_name(name):
                 raise ValueError(f"files has {shortened(name)}, which is no file of the engine")
@@ -160,7 +166,8 @@ class Engine:
         """Files that running the engine reads and that are there, but of which the manifest has no
         hash."""
         graphs = [graph.file for graph in self.manifest.graphs.values()]
-        read = (*graphs, WEIGHTS, TACTICS, KERNELS, *_TEXT_FILES)
+        weights = map(weight_file, range(self.manifest.ranks))
+        read = (*graphs, *weights, TACTICS, KERNELS, *_TEXT_FILES)
         return [
             name for name in read if name not in self.manifest.files and (self.path / name).exists()
         ]
@@ -178,6 +185,12 @@ class Engine:
 
     def _mismatch(self, found: str) -> EngineMismatchError:
         return EngineMismatchError(f"{found}; build it again: {self.manifest.command}")
+
+
+def weight_file(rank: int) -> str:
+    """The file of a rank's weights, in each of which they lie at the same places: the graph names
+    that of the first."""
+    return WEIGHTS if rank == 0 else f"weights.rank{rank}.safetensors"
 
 
 def digest(file: Path) -> str:

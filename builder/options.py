@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from slipstream.builder.engine import RANKS
 from slipstream.errors import BuildError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,6 +42,8 @@ class BuildOptions:
                     what the checkpoint says, else last
     gemm_plugin     auto: linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits and Gemm
+    tp_size         ranks that share every layer (tensor parallelism), each a process with a part
+                    of every matrix: heads, the width of the MLP or of experts, the vocabulary
     """
 
     target: str = "auto"
@@ -53,6 +56,7 @@ class BuildOptions:
     pooling: PoolingType = "auto"
     gemm_plugin: GemmPlugin = "auto"
     strict_tensors: bool = False
+    tp_size: int = 1
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
     max_seq_len: int | None = None
@@ -65,6 +69,7 @@ class BuildOptions:
         _choice("task", self.task, get_args(Task))
         _choice("pooling", self.pooling, get_args(PoolingType))
         _choice("gemm_plugin", self.gemm_plugin, get_args(GemmPlugin))
+        _choice("tp_size", self.tp_size, RANKS)
         if self.group_size is not None:
             _choice("group_size", self.group_size, (32, 64, 128))
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):

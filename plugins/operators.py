@@ -28,6 +28,8 @@ OURS = {
     "SoftCap": "slipstream.plugins.soft_cap:SPEC",
     "FusedAddRMSNorm": "slipstream.plugins.rms_norm:SPEC",
     "RotaryAngles": "slipstream.plugins.rotary:SPEC",
+    "AllReduce": "slipstream.plugins.collectives:SPEC",
+    "AllGather": "slipstream.plugins.collectives:GATHER_SPEC",
 }
 
 

@@ -263,12 +263,12 @@ def reordered(tensor: QuantTensor, order: NDArray[np.intp]) -> QuantTensor:
     Where rows leave their block of rows, every row gets the scale of the block that it was in.
     """
     form, rows = _ordered(tensor.format, order), tensor.format.rows
-    blocks = order // rows if form.rows == 1 else slice(-(-len(order) // rows))
-    return _taken(tensor, form, order, blocks)
+    return _taken(tensor, form, order, (order // rows)[:: form.rows])
 
 
 def _ordered(form: WeightFormat, order: NDArray[np.intp]) -> WeightFormat:
-    kept = np.array_equal(order // form.rows, np.arange(len(order)) // form.rows)
+    blocks = order // form.rows
+    kept = np.array_equal(blocks, np.repeat(blocks[:: form.rows], form.rows)[: len(order)])
     shape = (len(order), *form.shape[1:])
     return replace(form, shape=shape, rows=form.rows if kept else 1)
 

@@ -59,6 +59,7 @@ class Architecture:
     transformers, where they differ from those of every decoder. ``write`` gives the keys of
     config.json that ``read`` takes beyond what is common to decoders. ``in_layer`` gives the
     configuration as a layer has it, where layers differ in the size of their heads and the like.
+    ``kv_head_counts`` are keys of ``extras`` that count heads of keys, as ``num_kv_heads`` does.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Architecture:
     write: Callable[[ModelConfig], Mapping[str, Any]] = _nothing_more
     gguf: GGUFFamily | None = None
     in_layer: Callable[[ModelConfig, int], ModelConfig] = _alike
+    kv_head_counts: tuple[str, ...] = ()
 
     def module(self, name: str) -> Module | None:
         """The row of a module, by its name in a checkpoint; None for one that is not in the
@@ -96,10 +98,13 @@ class Architecture:
         shape = self._shape(module, config, tensor if module.bare else name)
         return shape[:1] if part == "bias" else shape
 
-    def _shape(self, module: Module, config: ModelConfig, name: str) -> tuple[int, ...]:
-        """Of a module's weight in the layer that its name says."""
+    def layer_of(self, module: Module, config: ModelConfig, name: str) -> ModelConfig:
+        """The configuration of the layer that a module's name in a checkpoint says."""
         layer = _layer(module, name)
-        return module.shape(config if layer is None else self.in_layer(config, layer))
+        return config if layer is None else self.in_layer(config, layer)
+
+    def _shape(self, module: Module, config: ModelConfig, name: str) -> tuple[int, ...]:
+        return module.shape(self.layer_of(module, config, name))
 
     def is_redundant(self, config: ModelConfig, tensor: str) -> bool:
         """Whether a checkpoint may hold a tensor that nothing reads: the embedding again, with

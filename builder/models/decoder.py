@@ -12,7 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import LOGITS, STATES, CacheSpec, Source, attention_cache
-from slipstream.builder.graph.ops import Attributes, Ops
+from slipstream.builder.graph.ops import Attributes
+from slipstream.builder.graph.rank_ops import RankOps
 from slipstream.builder.models.architecture import Architecture
 from slipstream.builder.models.config import ModelConfig, Rope
 from slipstream.builder.models.module import (
@@ -27,6 +28,7 @@ from slipstream.builder.models.module import (
 )
 from slipstream.builder.models.norms import LayerNorms
 from slipstream.builder.models.rope import halves_of_neighbours, rotary_frequencies
+from slipstream.builder.models.shards import Shards, TensorSource
 from slipstream.weights.tensor import (
     LazyTensor,
     QuantTensor,
@@ -35,7 +37,6 @@ from slipstream.weights.tensor import (
     row_slice,
 )
 
-TensorSource = Callable[[str], LazyTensor]
 Rotary = tuple[ir.Value, ir.Value]
 Floats = NDArray[np.float32]
 # Gates by the names that configurations have for them.
@@ -137,15 +138,18 @@ class Decoder:
     ``tensor`` gives a weight by its Hugging Face name; no sequence has more than ``max_seq_len``
     tokens. What an architecture gives beside logits,
     such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
+    On one of several ranks ``tensor`` gives this rank's ``shards`` and ``config`` has its heads;
+    what linears make that share their columns is added up (``linear``).
     """
 
     norms: ClassVar[LayerNorms] = LayerNorms()
 
-    ops: Ops
+    ops: RankOps
     config: ModelConfig
     architecture: Architecture
     tensor: TensorSource
     max_seq_len: int
+    shards: Shards
 
     @classmethod
     def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
@@ -157,7 +161,7 @@ class Decoder:
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
         x = self.last_norm(self.ops.pick_rows(self.layers()))
-        logits = self.ops.linear(x, self.head())
+        logits = self.whole_rows(self.ops.linear(x, self.head()))
         self.ops.output(self.capped(logits), LOGITS)
 
     def build_states(self) -> None:
@@ -168,8 +172,9 @@ class Decoder:
     def build_answers(self, tokens: Sequence[int]) -> None:
         """As ``build``, with the logits of these tokens alone, which make a score, as states."""
         x = self.last_norm(self.ops.pick_rows(self.layers()))
-        answers = self.ops.linear(x, dense_rows(self.head(), tokens))
-        self.ops.output(self.capped(answers), STATES)
+        own = [token - self.shards.first_token for token in tokens]
+        answers = self.ops.linear(x, dense_rows(self.head(), own))
+        self.ops.output(self.capped(self.ops.all_reduce(answers)), STATES)
 
     def layers(self) -> ir.Value:
         """The residual stream after the last layer."""
@@ -185,6 +190,13 @@ class Decoder:
         tied = self.config.tie_word_embeddings
         return self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
 
+    def whole_rows(self, logits: ir.Value) -> ir.Value:
+        """The logits of all tokens, of those of each rank."""
+        gathered, ranks = self.ops.all_gather(logits), self.shards.ranks
+        if ranks * self.shards.vocabulary == self.config.vocab_size:
+            return gathered
+        return self.ops.columns(gathered, 0, self.config.vocab_size)
+
     def capped(self, logits: ir.Value) -> ir.Value:
         """Logits, soft-capped where the architecture does that."""
         cap = self.architecture.logits_cap(self.config)
@@ -193,7 +205,12 @@ class Decoder:
     def embed(self) -> ir.Value:
         """The rows of the tokens."""
         weight = self.tensor("model.embed_tokens.weight")
-        rows = self.ops.embedding(self.ops.input(Source.TOKEN_IDS), weight)
+        tokens, shards = self.ops.input(Source.TOKEN_IDS), self.shards
+        rows = (
+            self.ops.embedding(tokens, weight)
+            if shards.ranks == 1
+            else self.ops.embedding_shard(tokens, weight, shards.first_token)
+        )
         # After the lookup: a table of scaled rows would be a second one beside that of a tied head.
         scale = self.embedding_scale()
         return rows if scale == 1 else self.ops.scale(rows, scale)
@@ -287,10 +304,20 @@ class Decoder:
         return self.ops.concat([self.linear(x, prefix + part) for part in parts])
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """A projection of the table, with its bias if it has one."""
+        """A projection of the table, with its bias if it has one; whole, where ranks share its
+        columns."""
         parts = ("weight", "bias") if self.architecture.has_bias(self.config, name) else ("weight",)
         with self.ops.scope(name.rsplit(".", 1)[-1]):
-            return self.ops.linear(x, *(self._rows(name, part) for part in parts))
+            order = self.shards.order(name)
+            if order is not None:
+                x = self.ops.pick_columns(self.ops.all_gather(x), order, f"{name}.own_columns")
+            y = self.ops.linear(x, *(self._rows(name, part) for part in parts))
+            return self.reduced(y, name)
+
+    def reduced(self, y: ir.Value, name: str) -> ir.Value:
+        """What a module of the table made, of all ranks if they share its columns."""
+        module = self.architecture.module(name)
+        return y if module is None or module.shard != "row" else self.ops.all_reduce(y)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """A norm of the table."""
@@ -328,14 +355,17 @@ def changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTenso
 
 
 def dense_rows(weight: LazyTensor, rows: Sequence[int]) -> LazyTensor:
-    """Some rows of a weight, in float32."""
+    """Some rows of a weight, in float32; zeros for those that it does not have."""
     block, name = weight.format.rows, f"{weight.name}.{'+'.join(map(str, rows))}"
     form = WeightFormat((len(rows), weight.format.shape[1]))
 
     def load() -> QuantTensor:
         whole = weight.load()
-        found = [_block_of(whole, row).dequantize()[row % block] for row in rows]
-        return QuantTensor(name, form, np.stack(found))
+        values = np.zeros(form.shape, np.float32)
+        for place, row in enumerate(rows):
+            if 0 <= row < weight.format.shape[0]:
+                values[place] = _block_of(whole, row).dequantize()[row % block]
+        return QuantTensor(name, form, values)
 
     return LazyTensor(name, form, load)
 

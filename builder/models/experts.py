@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from slipstream.builder.graph.ops import Attributes, Routes
+from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.models.architecture import differing
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import GATE_OF, Decoder
@@ -200,7 +201,8 @@ class ExpertDecoder(Decoder):
         gate: Attributes = {"gated": 1, "gate": GATES[self.gate()]}
         with self.ops.scope("experts"):
             opened = self.experts(x, block, opening, routes, gate)
-            return self.experts(opened, block, [closing], routes, {"reduce": 1})
+            closed = self.experts(opened, block, [closing], routes, {"reduce": 1})
+            return self.reduced(closed, f"{block}experts.0.{closing}")
 
     def routes(self, x: ir.Value, router: str) -> Routes:
         """The experts of each token, by the router of this name."""
@@ -256,10 +258,13 @@ class ExpertDecoder(Decoder):
         are made in that order, so that none has to be chosen again.
         """
         expert, _, name = place.rpartition(".")
-        tensor, closing = self.tensor(f"{place}.{part}"), self.parts[2]
-        order = order_of(self.tensor(f"{expert}.{closing}.weight"))
-        if order is None:
-            return tensor
-        if name != closing:
-            return reorder_rows(tensor, order.astype(np.intp))
-        return with_input(tensor, None) if part == "weight" else tensor
+        shards, closing = self.shards, self.parts[2]
+        tensor = shards.whole(f"{place}.{part}")
+        order = order_of(shards.whole(f"{expert}.{closing}.weight"))
+        if order is not None and name != closing:
+            tensor = reorder_rows(tensor, order.astype(np.intp))
+        elif order is not None and part == "weight":
+            tensor = with_input(tensor, None)
+        elif shards.ranks > 1 and name == closing and tensor.input is not None:
+            tensor = as_dense(tensor, "float32")  # its columns may apply to x of other ranks
+        return shards.of(f"{place}.{part}", tensor)

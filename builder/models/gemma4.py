@@ -339,4 +339,5 @@ ARCHITECTURE = Architecture(
     write=_write,
     gguf=FAMILY,
     in_layer=in_layer,
+    kv_head_counts=(GLOBAL_KV_HEADS,),
 )

@@ -93,7 +93,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _shared_inner(config: ModelConfig) -> Extent:
-    return Extent(config.extras[_SHARED_COUNT], config.extras[WIDTH])
+    return Extent(config.extras[_SHARED_COUNT] * config.extras[WIDTH])
 
 
 ARCHITECTURE = Architecture(

@@ -105,6 +105,7 @@ _SINKS = Module(
     "vector",
     (one_a_head,),
     bare=True,
+    shard="column",
     gguf="blk.{i}.attn_sinks.weight",
 )
 ARCHITECTURE = Architecture(

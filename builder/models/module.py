@@ -127,7 +127,7 @@ class Module:
     the module whose input is the residual stream with this one's output in it (for normed outputs,
     the output alone), or the layer, for its end.
 
-    ``shard`` is the axis that tensor parallelism splits: rows (``column`` parallel, after x·Wᵀ),
+    ``shard`` is the axis that ranks share: rows (``column`` parallel, after x·Wᵀ),
     columns (``row`` parallel), rows by token (``vocabulary``). ``adapter`` says that a low-rank
     adapter fits. ``gguf`` is its name in GGUF files, or those of the parts of its rows, which are
     apart there; ``gguf_permuted`` that its rows, head by head, are in llama.cpp's order there.

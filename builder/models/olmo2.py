@@ -23,7 +23,10 @@ class WholeNormsDecoder(Decoder):
     def qkv(self, x: ir.Value, prefix: str) -> ir.Value:
         """norm(q_proj(x)) | norm(k_proj(x)) | v_proj(x)."""
         q, k, v = (self.linear(x, f"{prefix}{name}_proj") for name in "qkv")
-        normed = self.norm(q, f"{prefix}q_norm"), self.norm(k, f"{prefix}k_norm")
+        normed = (
+            self.ops.rms_norm_of_all(x, self.norm_weight(f"{prefix}{name}_norm"), self.eps())
+            for name, x in (("q", q), ("k", k))
+        )
         return self.ops.concat([*normed, v])
 
 
@@ -48,8 +51,8 @@ def whole_norms(modules: tuple[Module, ...]) -> tuple[Module, ...]:
     """A table whose norms of q and k are as wide as those."""
     return differing(
         modules,
-        q_norm={"rows": (heads,), "present": everywhere},
-        k_norm={"rows": (kv_heads,), "present": everywhere},
+        q_norm={"rows": (heads,), "present": everywhere, "shard": "column"},
+        k_norm={"rows": (kv_heads,), "present": everywhere, "shard": "column"},
     )
 
 

@@ -72,13 +72,14 @@ def check_heads(target: str, config: ModelConfig, most: int) -> None:
 
 
 def check_choices(
-    target: str, options: BuildOptions, choices: Mapping[str, Collection[str]]
+    target: str, options: BuildOptions, choices: Mapping[str, Collection[object]]
 ) -> None:
     """Raise BuildError for an option whose value is not among those of ``target``."""
     for name, known in choices.items():
         if (value := getattr(options, name)) not in known:
             raise BuildError(
-                f"{name} {value} does not run on target {target}; use one of {', '.join(known)}"
+                f"{name} {value} does not run on target {target}; use one of "
+                f"{', '.join(map(str, known))}"
             )
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from slipstream.runtime.executors.base import WatchedExecutor
 from slipstream.runtime.pooling import PoolingParams
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
@@ -47,8 +48,12 @@ class Health:
     a step that never ends is noticed.
     """
 
-    def __init__(self, step_timeout: float, clock: Callable[[], float]) -> None:
-        """A device may take ``step_timeout`` seconds of ``clock`` to answer."""
+    def __init__(
+        self, step_timeout: float, clock: Callable[[], float], executor: object = None
+    ) -> None:
+        """A device may take ``step_timeout`` seconds of ``clock`` to answer; an ``executor`` that
+        is watched says by itself when it is gone."""
+        self._watched = executor if isinstance(executor, WatchedExecutor) else None
         self._timeout = step_timeout
         self._clock = clock
         self._waiting_since: float | None = None
@@ -58,6 +63,8 @@ class Health:
     @property
     def reason(self) -> str | None:
         """Why the device is given up; None: it is healthy."""
+        if self._reason is None and self._watched is not None:
+            self._reason = self._watched.lost
         since = self._waiting_since
         if self._reason is None and since is not None:
             waited = self._clock() - since

@@ -89,7 +89,7 @@ class EngineLoop:
         self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
         self._clock = clock
-        self._health = Health(engine.config.step_timeout, clock)
+        self._health = Health(engine.config.step_timeout, clock, engine.executor)
         self._steps = StepStats(clock)
         self._arrivals = itertools.count()
         self._seeds = random.Random()  # the module's own belongs to the program

@@ -22,6 +22,8 @@ _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
 }
+# The same for engines of several ranks.
+_RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 _CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
 # Packages that installing Slipstream alone does not bring.
@@ -42,7 +44,8 @@ def create_executor(engine: Engine, config: RuntimeConfig) -> Executor:
     Raises ``EngineMismatchError`` for a target that this version cannot run and
     ``MissingDependencyError`` for a package that it needs.
     """
-    executor: Executor = _load(known_executors(), engine)(engine, config)
+    table = known_executors() if engine.manifest.ranks == 1 else _RANK_EXECUTORS
+    executor: Executor = _load(table, engine)(engine, config)
     return executor
 
 

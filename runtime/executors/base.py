@@ -73,6 +73,16 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class WatchedExecutor(Protocol):
+    """An executor whose device may be gone while nothing is asked of it."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why no step can run any more, None while they can; may be read from any thread."""
+        ...
+
+
+@runtime_checkable
 class ScoringExecutor(Protocol):
     """An executor that also shows the logits it computes, for measuring a model."""
 

@@ -23,7 +23,7 @@ from slipstream.builder.contract import (
     paged,
     states,
 )
-from slipstream.builder.engine import WEIGHTS, Engine
+from slipstream.builder.engine import WEIGHTS, Engine, weight_file
 from slipstream.cores import usable_cores
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
@@ -39,7 +39,7 @@ DEFAULT_KV_BYTES = 4 << 30
 _CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
-_MAX_DRAFTS = 7
+MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
 # Kernels of onnxruntime that add up in an order which depends on the number of rows.
@@ -116,14 +116,7 @@ class _Pending:
         return self
 
     def result(self) -> StepResult:
-        outputs = self.outputs()
-        batch, rows = self.batch, len(self.batch.sampling)
-        result = StepResult([-1] * rows, [None] * rows)
-        if LOGITS in outputs:
-            result = self.sampler.sample(outputs[LOGITS], batch.sampling)
-        # The next step of this shape overwrites the arrays.
-        result.outputs = {name: outputs[name].copy() for name in batch.outputs}
-        return result
+        return self.sampler.result(self.outputs(), self.batch)
 
     def outputs(self) -> Arrays:
         try:
@@ -136,13 +129,14 @@ class _Pending:
 class CPUExecutor:
     """The ``Executor`` of the CPU.
 
-    ``config.num_threads`` None takes ``useful_threads``. The session runs in the
+    ``rank`` is whose weights it runs, of an engine of several ranks, which the thread that runs it
+    has joined. ``config.num_threads`` None takes ``useful_threads``. The session runs in the
     caller's thread: the device is made of the cores that would do the bookkeeping meanwhile, and
     handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
     switch interval of 5 ms when other threads were busy).
     """
 
-    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+    def __init__(self, engine: Engine, config: RuntimeConfig, rank: int = 0) -> None:
         manifest = engine.manifest
         self._config = config
         self._cache_specs = manifest.caches
@@ -152,11 +146,11 @@ class CPUExecutor:
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         rows = config.max_batch_size
         if config.speculative != OFF:
-            rows = min(rows * (1 + _MAX_DRAFTS), config.max_num_tokens)
+            rows = min(rows * (1 + MAX_DRAFTS), config.max_num_tokens)
         self._logits = np.empty((rows, manifest.vocab_size), np.float32)
         # Mapped here, and for as long as sessions read it, because onnxruntime follows no link out
         # of the engine's directory.
-        self._weights = _map_weights(engine)
+        self._weights = _map_weights(engine, rank)
         weight_bytes = sum(file.nbytes for file in self._weights.values())
         threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
         self._sampler = Sampler(manifest.vocab_size, threads)
@@ -170,15 +164,13 @@ class CPUExecutor:
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate states for every sequence and, within what they leave of ``num_bytes``, pages,
-        as many in every paged cache; None takes what the limits can use, at most 4 GiB and half of
-        what is free. Pages cost memory when they are first written. CapacityError when not even
-        one page fits, or there is no such memory."""
+        as many in every paged cache; None takes ``default_kv_bytes``. Pages cost memory when they
+        are first written. CapacityError when not even one page fits, or there is no such memory."""
         specs, config = self._cache_specs, self._config
         slots = config.max_batch_size
         taken = slots * sum(cache.bytes_per_page for cache in states(specs))
         if num_bytes is None:
-            full = taken + bytes_per_token(specs) * config.max_seq_len * slots
-            num_bytes = min(full, DEFAULT_KV_BYTES, _available_memory() // 2)
+            num_bytes = default_kv_bytes(specs, config)
         page_bytes = sum(cache.bytes_per_page for cache in paged(specs))
         pages = (num_bytes - taken) // page_bytes
         if pages < 1:
@@ -216,7 +208,7 @@ class CPUExecutor:
     @property
     def max_drafts(self) -> int:
         """As many as ``auto`` may choose from; a step has room for more."""
-        return _MAX_DRAFTS
+        return MAX_DRAFTS
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
@@ -228,8 +220,12 @@ class CPUExecutor:
 
     def logits(self, batch: StepBatch) -> NDArray[np.float32]:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
-        logits: NDArray[np.float32] = self.submit(batch).outputs()[LOGITS].copy()
+        logits: NDArray[np.float32] = self.run(batch)[LOGITS].copy()
         return logits
+
+    def run(self, batch: StepBatch) -> Arrays:
+        """Run a step and return what it gives, in arrays that later steps overwrite."""
+        return self.submit(batch).outputs()
 
     def shutdown(self) -> None:
         """Let go of the pages."""
@@ -285,6 +281,15 @@ class CPUExecutor:
         return np.empty(shape, output.dtype)
 
 
+def default_kv_bytes(caches: Sequence[CacheSpec], config: RuntimeConfig, ranks: int = 1) -> int:
+    """What states and pages of a rank take when nobody says: as much as the limits can use, of all
+    ranks together at most 4 GiB and half of what is free."""
+    slots = config.max_batch_size
+    full = slots * sum(cache.bytes_per_page for cache in states(caches))
+    full += slots * bytes_per_token(caches) * config.max_seq_len
+    return min(full, DEFAULT_KV_BYTES // ranks, _available_memory() // 2 // ranks)
+
+
 def useful_threads(weight_bytes: int, caches: Sequence[CacheSpec]) -> int:
     """The cores that this process may use, or fewer where a layer's ``weight_bytes`` are few.
 
@@ -295,10 +300,12 @@ def useful_threads(weight_bytes: int, caches: Sequence[CacheSpec]) -> int:
     return max(1, min(usable_cores(), weight_bytes // (products * _LEAST_SHARE)))
 
 
-def _map_weights(engine: Engine) -> dict[str, NDArray[np.uint8]]:
-    """The file of the weights, if the engine has one, by its name."""
-    files = [WEIGHTS] if WEIGHTS in engine.manifest.files else []
-    return {name: np.memmap(engine.path / name, np.uint8, "r").view(np.ndarray) for name in files}
+def _map_weights(engine: Engine, rank: int) -> dict[str, NDArray[np.uint8]]:
+    """A rank's file of weights, if the engine has one, by the name that graphs have for it."""
+    file = weight_file(rank)
+    if file not in engine.manifest.files:
+        return {}
+    return {WEIGHTS: np.memmap(engine.path / file, np.uint8, "r").view(np.ndarray)}
 
 
 def _create_session(

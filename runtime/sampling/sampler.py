@@ -8,16 +8,19 @@ batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import LOGITS
 from slipstream.cores import usable_cores
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import (
     REJECTED,
     SamplingRow,
+    StepBatch,
     StepResult,
     TokenLogprobs,
     reject,
@@ -50,6 +53,15 @@ class Sampler:
         self._filler.fill([form for row in held if (form := row.form) is not None], masks)
         for row, mask in zip(held, masks, strict=True):
             row.mask = mask
+
+    def result(self, outputs: Mapping[str, NDArray[Any]], batch: StepBatch) -> StepResult:
+        """What a step has made, of its outputs, which the next step may overwrite."""
+        rows = len(batch.sampling)
+        result = StepResult([-1] * rows, [None] * rows)
+        if LOGITS in outputs:
+            result = self.sample(outputs[LOGITS], batch.sampling)
+        result.outputs = {name: outputs[name].copy() for name in batch.outputs}
+        return result
 
     def sample(self, logits: Logits, rows: Sequence[SamplingRow]) -> StepResult:
         """Sample ``logits`` (float32 [L, V], not changed) with one row of parameters each.

@@ -123,8 +123,10 @@ def _needs(planned: Plan) -> list[tuple[str, str]]:
     limits, per_token = planned.limits, bytes_per_token(planned.caches)
     fixed = planned.weight_bytes + _PROGRAM_BYTES
     full_batch = fixed + limits.max_batch_size * planned.sequence_kv_bytes
+    ranks = [] if planned.ranks == 1 else [("ranks", f"{planned.ranks}; sizes are of one of them")]
     return [
         ("task", describe_task(planned.pooling)),
+        *ranks,
         ("parameters", describe_parameters(count_parameters(planned.checkpoint.config))),
         ("weights", format_bytes(planned.weight_bytes)),
         *step_weights(planned.program.graph).describe(),
@@ -141,7 +143,7 @@ def _needs(planned: Plan) -> list[tuple[str, str]]:
         (
             "for a full batch",
             f"{format_bytes(full_batch)} ({limits.max_batch_size} sequences of full length; "
-            "--kv-cache-bytes sets how much of it is used)",
+            f"--kv-cache-bytes sets how much of it is used{' by all ranks' if ranks else ''})",
         ),
     ]
 

@@ -156,6 +156,7 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
         ("path", str(engine.path)),
         ("task", describe_task(manifest.pooling)),
         ("target", f"{manifest.target} ({manifest.capability})"),
+        *([("ranks", f"{manifest.ranks}; sizes are of one of them")] if manifest.ranks > 1 else []),
         ("made by", f"slipstream {manifest.slipstream_version}, format {manifest.format_version}"),
         ("command", manifest.command),
         ("quantization", manifest.quantization),

@@ -23,6 +23,7 @@ EVERYTHING = BuildOptions(
     pooling="mean",
     gemm_plugin="disable",
     strict_tensors=True,
+    tp_size=2,
     max_batch_size=3,
     max_num_tokens=17,
     max_seq_len=99,

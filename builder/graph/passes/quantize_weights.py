@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from slipstream.builder.graph.passes.matrices import readers, routing, weight_index
+from slipstream.builder.graph.passes.rewrite import sole_consumer
 from slipstream.builder.graph.program import Program
 from slipstream.errors import BuildError
 from slipstream.weights.rtn import Bits, largest_group, quantize_rtn
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
 log = logging.getLogger(__name__)
+_AFTER_LOGITS = ("AllGather", "Slice", "SoftCap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class QuantizeWeights:
         heads = {
             value
             for node, value in readers(program)
-            if weight_index(node, "rows") is not None or node.outputs[0].is_graph_output()
+            if weight_index(node, "rows") is not None or _makes_logits(node)
         }
         kept = routing(program)
         values = dict.fromkeys(value for _, value in readers(program) if value not in kept)
@@ -88,6 +90,15 @@ def nothing_quantized() -> BuildError:
         "no weight can be quantized: each is quantized in the checkpoint already, or has a width "
         "that no group divides; leave --quantization out"
     )
+
+
+def _makes_logits(node: ir.Node) -> bool:
+    """Whether what a node makes leaves the graph, perhaps gathered from ranks or capped."""
+    value = node.outputs[0]
+    reader = sole_consumer(value)
+    if reader is None:
+        return value.is_graph_output()
+    return reader.op_type in _AFTER_LOGITS and _makes_logits(reader)
 
 
 def _weight(program: Program, value: ir.Value) -> LazyTensor:

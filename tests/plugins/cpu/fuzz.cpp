@@ -15,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "collectives/cpu/ranks.h"
 #include "cpu/kernels.h"
 #include "cpu/ort_abi.h"
 #include "linear/cpu/weight.h"
@@ -298,6 +299,22 @@ Case router(Random& random) {
   return made;
 }
 
+constexpr int64_t kRanks = 2;
+alignas(64) char rank_memory[kRanks * (64 + 2 * 256)];
+
+// The first of two ranks; the other one is always there before it, and gives zeros.
+bool join_ranks() {
+  reinterpret_cast<slipstream::RankLine*>(rank_memory)[1].turn = INT32_MAX;
+  return slipstream_join_ranks(rank_memory, sizeof(rank_memory), 0, kRanks) == 0;
+}
+
+Case collective(Random& random) {
+  Case made;
+  made.info.attributes = {{"ranks", kRanks}};
+  made.context.inputs.push_back(random.tensor(Type::float32, {random.in(0, 20), random.in(1, 200)}));
+  return made;
+}
+
 Case expert_linear(Random& random) {
   Case made;
   int64_t n = 0, k = 0, bytes = 0;
@@ -479,11 +496,12 @@ int main(int argc, char** argv) {
   std::fflush(stdout);
   const ApiBase base{table, nullptr};
   SessionOptions options{};
-  if (RegisterCustomOps(&options, &base) != nullptr) return 1;
+  if (RegisterCustomOps(&options, &base) != nullptr || !join_ranks()) return 1;
   const Api api(table(kApiVersion));
   const std::map<std::string, std::function<Case(Random&)>> cases{
       {"Linear", linear}, {"Embedding", embedding}, {"PagedAttention", paged_attention}, {"Router", router},
-      {"ExpertLinear", expert_linear}, {"DrawTokens", draw_tokens}};
+      {"ExpertLinear", expert_linear}, {"DrawTokens", draw_tokens}, {"AllReduce", collective},
+      {"AllGather", collective}};
   if (cases.size() != options.domain->operators.size()) {
     std::printf("an operator of the library has no cases here\n");
     return 1;

@@ -40,7 +40,8 @@ def build() -> Path:
     (FOLDER / "operators.h").write_text(generate(operators))
     (FOLDER / "signatures.h").write_text(generate_signatures(operators))
     kernels = sorted(PLUGINS.glob(f"*/cpu/{KERNEL}"))
-    others = [*sorted(PLUGINS.glob("cpu/*.cpp")), *sorted(PLUGINS.glob("*/cpu/check.cpp"))]
+    sources = [*sorted(PLUGINS.glob("cpu/*.cpp")), *sorted(PLUGINS.glob("*/cpu/*.cpp"))]
+    others = [source for source in sources if source.name != KERNEL]
     jobs: list[tuple[list[str], str, Path]]
     jobs = [([], "common", source) for source in (*others, Path(__file__).with_suffix(".cpp"))]
     for isa, flags in BuildNative.instruction_sets().items():

@@ -12,7 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
+from tests.tiny_models import llama_tensors, save_llama
 
+from slipstream.builder.build import build
+from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.health import MAX_FAILURES
 from slipstream.server.cli import slipstream
 from slipstream.server.commands.serve import default_name
@@ -97,6 +100,27 @@ def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
         log += child.stderr.read()
     for words in (" serving ", f' unhealthy reason="{reason}', " draining ", " stopped"):
         assert words in log
+
+
+def test_a_lost_rank_ends_the_server_and_the_other_ranks(tmp_path: Path) -> None:
+    """With the status of an engine that does not work any more; nobody has asked for anything."""
+    save_llama(tmp_path / "model", llama_tensors())
+    build(tmp_path / "model", tmp_path / "engine", BuildOptions("cpu", tp_size=2))
+    command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(tmp_path / "engine")]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as child:
+        try:
+            _started(child)
+            tasks = Path(f"/proc/{child.pid}/task").glob("*/children")
+            ranks = [int(rank) for task in tasks for rank in task.read_text().split()]
+            assert len(ranks) == 2
+            os.kill(ranks[0], signal.SIGKILL)
+            assert child.wait(120) == 70
+        finally:
+            child.kill()
+        assert child.stderr is not None
+        log = child.stderr.read()
+    assert re.search("rank [01] of 2 was killed by signal 9", log)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def test_an_address_in_use_is_one_error_before_anything_is_loaded() -> None:
