@@ -112,6 +112,7 @@ RUNTIME = {
         "Bits of an answer depend on nothing but its request, its seed included."
     ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
+    "kv_events_config": Option("Tell of cached prefixes, by vLLM's JSON.", "none", parse=str),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
 SAMPLING = {
