@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine.step import TokenLogprobs
+from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
+from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.testing import counting_tokenizer
+from slipstream.server.dynamo.requests import Translator, cache_salt
+
+DEFAULTS = SamplingParams(temperature=0.3, top_k=7)
+TRANSLATOR = Translator(DEFAULTS, counting_tokenizer())
+# As Dynamo 1.6 sends it: what a client left out is null, or not there.
+REQUEST: dict[str, Any] = {
+    "token_ids": [0, 1, 2],
+    "sampling_options": {"n": None, "temperature": 0.5, "top_p": None, "seed": 3},
+    "stop_conditions": {
+        "max_tokens": 9,
+        "stop": ["x"],
+        "stop_token_ids_hidden": [5],
+        "min_tokens": None,
+        "ignore_eos": True,
+    },
+    "output_options": {"logprobs": 2, "skip_special_tokens": True},
+}
+
+
+def test_what_is_left_out_is_the_models_own() -> None:
+    assert TRANSLATOR.params({"token_ids": [0]}) == DEFAULTS
+    params = TRANSLATOR.params(REQUEST)
+    assert (params.temperature, params.top_k, params.seed) == (0.5, 7, 3)
+    assert (params.max_tokens, params.ignore_eos, params.logprobs) == (9, True, 2)
+    assert params.stop_token_ids == (5,)
+    assert params.stop == (), "the frontend looks for texts"
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        ({"json": {"type": "object"}, "regex": None}, "json"),
+        ({"choice": ["a", "b"]}, "choice"),
+        ({"structural_tag": {"triggers": ["<f"], "structures": []}}, "grammar"),
+    ],
+)
+def test_forms_of_answers(form: dict[str, Any], kind: str) -> None:
+    params = TRANSLATOR.params({"sampling_options": {"guided_decoding": form}})
+    assert params.structured is not None and params.structured.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "named"),
+    [
+        ("output_options", {"logprobs": 21}, "logprobs is 21"),
+        ("sampling_options", {"temperature": -1}, "temperature"),
+        ("sampling_options", {"guided_decoding": {"regex": "a", "choice": ["a"]}}, "one of"),
+    ],
+)
+def test_what_is_impossible_is_refused(part: str, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        TRANSLATOR.params({part: values})
+
+
+@pytest.mark.parametrize(
+    "request_", [{"nvext": {"cache_salt": "a"}}, {"extra_args": {"nvext": {"cache_salt": "a"}}}]
+)
+def test_a_salt_is_told_as_routers_know_it(request_: dict[str, Any]) -> None:
+    assert cache_salt(request_) == "dynamo-cache-salt:a"
+    assert cache_salt({"extra_args": None}) == ""
+
+
+def delta(*completions: CompletionOutput) -> RequestOutput:
+    return RequestOutput(
+        "x", None, [0, 1, 2], list(completions), False, RequestMetrics(0), num_cached_tokens=2
+    )
+
+
+def test_chunks_have_what_is_new_and_the_last_one_has_counts() -> None:
+    counts: dict[int, int] = {}
+    scored = TokenLogprobs(3, -0.5, 1, {3: (-0.5, 1), 4: (float("-inf"), 2)})
+    first = delta(CompletionOutput(0, "d", [3], logprobs=[scored]), CompletionOutput(1, "", []))
+    (chunk,) = TRANSLATOR.chunks(first, counts)
+    assert chunk["token_ids"] == [3] and chunk["index"] == 0 and "finish_reason" not in chunk
+    assert chunk["log_probs"] == [-0.5]
+    assert [
+        (t["rank"], t["token_id"], t["token"], t["logprob"]) for t in chunk["top_logprobs"][0]
+    ] == [
+        (1, 3, "d", -0.5),
+        (2, 4, "e", -9999.0),
+    ]
+
+    second = delta(
+        CompletionOutput(0, "e", [4], finish_reason="length"),
+        CompletionOutput(1, "", [], finish_reason="abort"),
+    )
+    ended, aborted = TRANSLATOR.chunks(second, counts)
+    assert ended["finish_reason"] == "length"
+    assert ended["completion_usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert (aborted["index"], aborted["finish_reason"]) == (1, "cancelled")
+    assert not list(TRANSLATOR.chunks(second, counts)), "an end is told once"
