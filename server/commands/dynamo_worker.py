@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slipstream.errors import MissingDependencyError
-from slipstream.runtime.kv_events.config import NAME, KvEventsConfig, with_kv_events
+from slipstream.runtime.kv_events.config import NAME, KvEventsConfig
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.server.command import UNHEALTHY, Command
 from slipstream.server.commands.serve import default_name
@@ -42,11 +42,11 @@ def dynamo_worker(model: str, dynamo: DynamoOptions, runtime: dict[str, Any]) ->
             "docs/distributed.md names"
         ) from error
     options = replace(dynamo, served_model_name=dynamo.served_model_name or default_name(model))
-    given: KvEventsConfig | None = with_kv_events(runtime).get(NAME)
 
-    def load(events: KvEventsConfig) -> LoadedEngine:
-        return load_model(model, {**runtime, NAME: events})
+    def load(own: KvEventsConfig) -> LoadedEngine:
+        """With events of the cache as the options say, or else in a way of the worker's own."""
+        tells = runtime.get("enable_prefix_caching", True)
+        return load_model(model, {**({NAME: own} if tells else {}), **runtime})
 
-    unhealthy = run(load, options, given)
-    if unhealthy is not None:
-        raise SystemExit(UNHEALTHY)
+    if run(load, options) is not None:
+        click.get_current_context().exit(UNHEALTHY)

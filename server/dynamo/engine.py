@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.kv_events.config import KvEventsConfig
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.server.core.metrics import PREFIX, EngineMetrics
-from slipstream.server.dynamo.model_files import write_model_files
 from slipstream.server.dynamo.options import DynamoOptions
 from slipstream.server.dynamo.requests import Translator, cache_salt
 
@@ -41,22 +39,12 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
     Dynamo registers the worker, watches it, cancels requests and lets them end on SIGTERM.
     """
 
-    def __init__(
-        self,
-        load: Callable[[KvEventsConfig], LoadedEngine],
-        options: DynamoOptions,
-        events: KvEventsConfig | None = None,
-    ) -> None:
-        """``load`` gets where events of the cache are to be told: as ``events`` says, or where only
-        this process finds them."""
-        self._load = load
+    def __init__(self, engine: LoadedEngine, files: Path, options: DynamoOptions) -> None:
+        """``files`` is what frontends read of the model."""
+        self._engine = engine
+        self._files = str(files)
         self._options = options
-        # A socket's path must be short, whatever TMPDIR is.
-        self._directory = tempfile.TemporaryDirectory(prefix="slipstream-dynamo-", dir="/tmp")
-        own = KvEventsConfig(
-            enable_kv_cache_events=True, endpoint=f"ipc://{self._directory.name}/events"
-        )
-        self._events = own if events is None else events
+        self._events = engine.config.kv_events_config or KvEventsConfig()
         self._llm: AsyncLLM | None = None
         self._publisher: Any = None
         self._watching: asyncio.Task[None] | None = None
@@ -76,7 +64,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
             namespace=options.namespace,
             component=options.component,
             endpoint=options.endpoint,
-            model_name=self._directory.name,
+            model_name=self._files,
             served_model_name=options.served_model_name,
             discovery_backend=options.discovery_backend,
             request_plane=options.request_plane,
@@ -87,16 +75,14 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         )
 
     async def start(self, worker_id: int) -> Any:  # noqa: ANN401 - of Dynamo
-        """Load the engine and say what it is."""
-        engine = await asyncio.to_thread(self._load, self._events)
-        write_model_files(engine, Path(self._directory.name))
-        self._llm = llm = AsyncLLM.from_engine(engine)
+        """Start the engine and say what it is."""
+        self._llm = llm = AsyncLLM.from_engine(self._engine)
         self._watching = asyncio.create_task(self._watch(llm))
         self._metrics = EngineMetrics(self._options.served_model_name or "", llm)
         self._translator = Translator(llm.generation_defaults, llm.tokenizer)
-        config = engine.config
+        config = self._engine.config
         return EngineConfig(
-            model=self._directory.name,
+            model=self._files,
             served_model_name=self._options.served_model_name,
             llm=LlmRegistration(
                 context_length=config.max_seq_len,
@@ -173,7 +159,6 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
             await asyncio.to_thread(llm.shutdown)
         if self._watching is not None:
             await self._watching
-        self._directory.cleanup()
 
     async def kv_event_sources(self) -> list[Any]:
         """Where the events of the prefix cache are heard."""

@@ -69,6 +69,7 @@ def spawn(
         **variables,
         "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
         "DYN_FILE_KV": str(directory / "kv"),
+        "XDG_CACHE_HOME": str(directory / "cache"),
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "1",
     }
     with log.open("wb") as file:
@@ -167,7 +168,7 @@ class Stream:
             self.error = line if "error" in data else self.error
             return
         self.text += data["choices"][0]["text"] or ""
-        self.reason = data["choices"][0]["finish_reason"] or self.reason
+        self.reason = data["choices"][0].get("finish_reason") or self.reason
 
 
 @dataclass(slots=True)

@@ -23,10 +23,7 @@ PAGES = "The quick brown fox jumps over the lazy"  # of four tokens, one a chara
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     # A socket's path must be short.
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp") as directory,
-        running_fleet(Path(directory)) as made,
-    ):
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, running_fleet(Path(name)) as made:
         yield made
 
 
@@ -53,22 +50,27 @@ def advance(workers: list[Running], streams: list[Stream], count: int) -> None:
 
 def test_a_shared_prefix_goes_to_the_worker_that_has_it(fleet: Fleet) -> None:
     workers = fleet.of(2)
-    owners: dict[int, str] = {}
-    for letter in "abcdefghijklmnopqrst":  # until each has a prefix of its own
-        prefix = letter + PAGES
-        owner, _ = served_by(fleet, workers, prefix + "x")
-        owners.setdefault(workers.index(owner), prefix)
-        if len(owners) == 2:
-            break
-    assert len(owners) == 2, "all prefixes went to one worker"
-    for index, prefix in owners.items():  # until the router has heard of it
-        wait(lambda prefix=prefix: served_by(fleet, workers, prefix + "y")[1] >= 36)  # type: ignore[misc]
-        assert workers[index].alive
+    for worker in workers:
+        worker.hold()
+    prefixes = ["a" + PAGES, "b" + PAGES]
+    streams = [Stream(fleet, prefix + "v", 8) for prefix in prefixes]
+    advance(workers, streams, 1)
+    assert [worker.metric("slipstream:num_requests_running") for worker in workers] == [1, 1]
+    for worker in workers:
+        worker.go_on()
+    for stream in streams:
+        stream.check()
 
+    owners = []
+    for prefix in prefixes:
+        while (found := served_by(fleet, workers, prefix + "w"))[1] < len(prefix) // 4 * 4:
+            pass  # until the router has heard of it
+        owners.append(found[0])
+    assert owners[0] is not owners[1]
     for number in range(8):
-        index = number % 2
-        by, cached = served_by(fleet, workers, owners[index] + "z" + str(number))
-        assert by is workers[index] and cached >= 36
+        prefix, owner = prefixes[number % 2], owners[number % 2]
+        by, cached = served_by(fleet, workers, f"{prefix}x{number}")
+        assert by is owner and cached == len(prefix) // 4 * 4
 
 
 def test_a_client_that_leaves_ends_its_request(fleet: Fleet) -> None:
