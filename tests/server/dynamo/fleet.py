@@ -183,6 +183,7 @@ class Fleet:
     def add(self) -> Running:
         """Start one more worker and wait until the frontend knows it."""
         self._number += 1
+        before = self.instances()  # one that was killed may be known for a while
         directory, port = self.directory / f"w{self._number}", free_port()
         directory.mkdir()
         arguments = ["dynamo-worker", "counting", *PLANES, "--served-model-name", "counting"]
@@ -193,9 +194,8 @@ class Fleet:
             DYN_SYSTEM_PORT=str(port),
         )
         self.workers.append(running := Running(process, directory, port))
-        before = len(self.instances())
         wait(running.ready)
-        wait(lambda: len(self.instances()) > before and self._serves())
+        wait(lambda: bool(self.instances() - before) and self._serves())
         return running
 
     def of(self, count: int) -> list[Running]:
@@ -206,10 +206,10 @@ class Fleet:
         assert not any(worker.metric("slipstream:num_requests_running") for worker in self.workers)
         return self.workers
 
-    def instances(self) -> list[Any]:
+    def instances(self) -> set[int]:
         """Workers that the frontend knows."""
-        health = httpx.get(f"{self.url}/health", timeout=60).json()
-        return [each for each in health.get("instances", ()) if each["endpoint"] == "generate"]
+        found = httpx.get(f"{self.url}/health", timeout=60).json().get("instances", ())
+        return {each["instance_id"] for each in found if each["endpoint"] == "generate"}
 
     def _serves(self) -> bool:
         models = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]

@@ -114,7 +114,7 @@ def test_no_stream_is_lost_with_a_worker_that_is_killed(fleet: Fleet) -> None:
 
 
 def test_a_worker_that_is_added_under_load_gets_traffic(fleet: Fleet) -> None:
-    workers = fleet.of(1)
+    workers = [*fleet.of(1)]
     for worker in workers:
         worker.hold()
     held = [Stream(fleet, f"held {letter}", 40) for letter in "abcd"]
@@ -136,11 +136,11 @@ def test_sigterm_lets_running_requests_end(fleet: Fleet) -> None:
     advance(workers, streams, 3)
     ending = max(workers, key=lambda worker: worker.metric("slipstream:num_requests_running"))
     (other,) = (worker for worker in workers if worker is not ending)
-    running = ending.metric("slipstream:num_requests_running")
-    others = other.metric("slipstream:num_requests_running")
+    prompts = other.prompts
 
+    known = len(fleet.instances())
     ending.process.send_signal(signal.SIGTERM)
-    wait(lambda: len(fleet.instances()) == 1)
+    wait(lambda: len(fleet.instances()) < known)
     other.go_on()
     fleet.ask("new a", 5)  # goes to the other
     with pytest.raises(AssertionError, match="not within"):
@@ -149,8 +149,6 @@ def test_sigterm_lets_running_requests_end(fleet: Fleet) -> None:
     for stream in streams:
         stream.check()
     wait(lambda: not ending.alive)
-    assert ending.process.returncode == 0 and running >= 1
-    # What ran on it was not begun again.
-    wait(lambda: other.metric("slipstream:num_requests_running") == 0)
-    prompts = (others + 1) * len("draining a")
-    assert other.prompts <= prompts + 1000
+    assert ending.process.returncode == 0
+    # What ran on it was not begun again, with what had been said until then as a prompt.
+    assert other.prompts == prompts + len("new a")
