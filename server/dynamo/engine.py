@@ -118,15 +118,16 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
     ) -> AsyncGenerator[dict[str, Any], None]:
         params = self._translator.params(request)
         tokens = token_ids_to_list(request["token_ids"])
-        watch, counts = self._metrics.watch(params.max_tokens), dict[int, int]()
+        watch, told = self._metrics.watch(params.max_tokens), 0
         outputs = llm.generate(
             tokens, params, request_id, output_kind="delta", cache_salt=cache_salt(request)
         )
         async with aclosing(outputs):
             async for output in outputs:
                 watch.see(output)
-                for chunk in self._translator.chunks(output, counts):
-                    yield chunk
+                chunk = self._translator.chunk(output, told)
+                told += len(chunk["token_ids"])
+                yield chunk
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.request import CompletionOutput, RequestOutput
+from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
@@ -64,18 +64,9 @@ class Translator:
         values["stop_token_ids"] = [*(stop.get("stop_token_ids") or ()), *hidden]
         if (form := self._form(request)) is not None:
             values["structured"] = form
-        _check_logprobs(values.get("logprobs"))
+        _check(values)
         given = SamplingParams.from_dict(values)
         return replace(self._defaults, **{name: getattr(given, name) for name in values})
-
-    def chunks(self, output: RequestOutput, counts: dict[int, int]) -> Iterator[dict[str, Any]]:
-        """What is new of each completion; ``counts`` has how many tokens each had before, and is
-        updated."""
-        for completion in output.outputs:
-            if completion.index in counts and counts[completion.index] < 0:  # has ended
-                continue
-            if completion.token_ids or completion.finish_reason:
-                yield self._chunk(completion, output, counts)
 
     def _form(self, request: Request) -> StructuredOutput | None:
         guided = (request.get("sampling_options") or {}).get("guided_decoding") or {}
@@ -86,12 +77,10 @@ class Translator:
             return StructuredOutput.from_dict(given)
         return structural_tag(json.loads(tag) if isinstance(tag, str) else tag, self._tokenizer)
 
-    def _chunk(
-        self, completion: CompletionOutput, output: RequestOutput, counts: dict[int, int]
-    ) -> dict[str, Any]:
-        index = completion.index
-        counts[index] = count = counts.get(index, 0) + len(completion.token_ids)
-        chunk: dict[str, Any] = {"token_ids": completion.token_ids, "index": index}
+    def chunk(self, output: RequestOutput, told: int) -> dict[str, Any]:
+        """What is new of the completion, of which so many tokens were told before."""
+        (completion,) = output.outputs
+        chunk: dict[str, Any] = {"token_ids": completion.token_ids, "index": 0}
         if completion.logprobs:
             chunk["log_probs"] = [finite(entry.logprob) for entry in completion.logprobs]
             chunk["top_logprobs"] = [
@@ -99,8 +88,7 @@ class Translator:
                 for entry in completion.logprobs
             ]
         if completion.finish_reason is not None:
-            counts[index] = -1
-            prompt = len(output.prompt_token_ids)
+            prompt, count = len(output.prompt_token_ids), told + len(completion.token_ids)
             chunk["finish_reason"] = _REASONS[completion.finish_reason]
             chunk["completion_usage"] = {
                 "prompt_tokens": prompt,
@@ -130,7 +118,14 @@ def cache_salt(request: Request) -> str:
     return ""
 
 
-def _check_logprobs(count: int | None) -> None:
+def _check(values: Mapping[str, Any]) -> None:
+    if values.get("n", 1) != 1:
+        raise InvalidRequestError(
+            f"n is {values['n']}; Dynamo ends a request with its first completion, so ask for one "
+            "at a time",
+            param="n",
+        )
+    count = values.get("logprobs")
     if count is not None and count > _MOST_LOGPROBS:
         raise InvalidRequestError(
             f"logprobs is {count}; at most {_MOST_LOGPROBS} are told of a token", param="logprobs"

@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[3]
 PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
 _PROGRAM = """
 import sys
-from tests.server.devices import HeldDevice, engine_on
+from tests.server.devices import BrokenDevice, HeldDevice, engine_on
 import slipstream.server.commands.dynamo_worker as module
 from slipstream.server.cli import main
 directory = sys.argv.pop()
-module.load_model = lambda model, runtime: engine_on(HeldDevice(directory), **runtime)
+module.load_model = lambda model, runtime: engine_on({device}, **runtime)
 main()
 """
 
@@ -180,7 +180,7 @@ class Fleet:
     workers: list[Running] = field(default_factory=list)
     _number: int = 0
 
-    def add(self) -> Running:
+    def add(self, device: str = "HeldDevice(directory)") -> Running:
         """Start one more worker and wait until the frontend knows it."""
         self._number += 1
         before = self.instances()  # one that was killed may be known for a while
@@ -188,7 +188,7 @@ class Fleet:
         directory.mkdir()
         arguments = ["dynamo-worker", "counting", *PLANES, "--served-model-name", "counting"]
         process = spawn(
-            [sys.executable, "-c", _PROGRAM, *arguments, str(directory)],
+            [sys.executable, "-c", _PROGRAM.format(device=device), *arguments, str(directory)],
             self.directory,
             directory.with_suffix(".log"),
             DYN_SYSTEM_PORT=str(port),

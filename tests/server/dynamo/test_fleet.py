@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.server.dynamo.fleet import Fleet, Running, Stream, running_fleet, wait
 
@@ -25,6 +27,19 @@ def fleet() -> Iterator[Fleet]:
     # A socket's path must be short.
     with tempfile.TemporaryDirectory(dir="/tmp") as name, running_fleet(Path(name)) as made:
         yield made
+
+
+def test_a_worker_whose_device_is_broken_ends_with_status_70() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, running_fleet(Path(name)) as fleet:
+        worker = fleet.add("BrokenDevice()")
+
+        def ended() -> bool:
+            with suppress(AssertionError, httpx.HTTPError):  # every step fails
+                fleet.ask("abc")
+            return not worker.alive
+
+        wait(ended)
+        assert worker.process.returncode == 70
 
 
 def served_by(fleet: Fleet, workers: list[Running], prompt: str) -> tuple[Running, int]:

@@ -56,6 +56,7 @@ def test_forms_of_answers(form: dict[str, Any], kind: str) -> None:
     ("part", "values", "named"),
     [
         ("output_options", {"logprobs": 21}, "logprobs is 21"),
+        ("sampling_options", {"n": 2}, "n is 2"),
         ("sampling_options", {"temperature": -1}, "temperature"),
         ("sampling_options", {"guided_decoding": {"regex": "a", "choice": ["a"]}}, "one of"),
     ],
@@ -71,29 +72,22 @@ def test_a_salt_is_told_as_routers_know_it() -> None:
     assert cache_salt({"extra_args": None}) == ""
 
 
-def delta(*completions: CompletionOutput) -> RequestOutput:
+def delta(completion: CompletionOutput) -> RequestOutput:
     return RequestOutput(
-        "x", None, [0, 1, 2], list(completions), False, RequestMetrics(0), num_cached_tokens=2
+        "x", None, [0, 1, 2], [completion], False, RequestMetrics(0), num_cached_tokens=2
     )
 
 
-def test_chunks_have_what_is_new_and_the_last_one_has_counts() -> None:
-    counts: dict[int, int] = {}
+def test_a_chunk_has_what_is_new_and_the_last_one_counts() -> None:
     scored = TokenLogprobs(3, -0.5, 1, {3: (-0.5, 1), 4: (float("-inf"), 2)})
-    first = delta(CompletionOutput(0, "d", [3], logprobs=[scored]), CompletionOutput(1, "", []))
-    (chunk,) = TRANSLATOR.chunks(first, counts)
+    chunk = TRANSLATOR.chunk(delta(CompletionOutput(0, "d", [3], logprobs=[scored])), 0)
     assert chunk["token_ids"] == [3] and chunk["index"] == 0 and "finish_reason" not in chunk
     assert chunk["log_probs"] == [-0.5]
-    ranked = [
-        (t["rank"], t["token_id"], t["token"], t["logprob"]) for t in chunk["top_logprobs"][0]
-    ]
+    (top,) = chunk["top_logprobs"]
+    ranked = [(each["rank"], each["token_id"], each["token"], each["logprob"]) for each in top]
     assert ranked == [(1, 3, "d", -0.5), (2, 4, "e", -9999.0)]
 
-    second = delta(
-        CompletionOutput(0, "e", [4], finish_reason="length"),
-        CompletionOutput(1, "", [], finish_reason="abort"),
-    )
-    ended, aborted = TRANSLATOR.chunks(second, counts)
+    ended = TRANSLATOR.chunk(delta(CompletionOutput(0, "e", [4], finish_reason="length")), 1)
     assert ended["finish_reason"] == "length"
     assert ended["completion_usage"] == {
         "prompt_tokens": 3,
@@ -101,5 +95,8 @@ def test_chunks_have_what_is_new_and_the_last_one_has_counts() -> None:
         "total_tokens": 5,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
-    assert (aborted["index"], aborted["finish_reason"]) == (1, "cancelled")
-    assert not list(TRANSLATOR.chunks(second, counts)), "an end is told once"
+
+
+def test_an_aborted_request_is_cancelled() -> None:
+    aborted = TRANSLATOR.chunk(delta(CompletionOutput(0, "", [], finish_reason="abort")), 0)
+    assert aborted["finish_reason"] == "cancelled" and aborted["token_ids"] == []
