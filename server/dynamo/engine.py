@@ -50,6 +50,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         self._watching: asyncio.Task[None] | None = None
         self._open = 0  # requests
         self._idle = asyncio.Event()
+        self._draining = False
         self.unhealthy: str | None = None
 
     @classmethod
@@ -100,12 +101,13 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one request; raises Dynamo's errors."""
         llm = self._llm
-        if llm is None:
-            raise EngineShutdown("the worker has ended; another one goes on")
+        if llm is None or self._draining:
+            raise EngineShutdown("the worker is ending; another one goes on")
         with self._counted():
             try:
-                async for chunk in self._chunks(llm, request, context.id()):
-                    yield chunk
+                async with aclosing(self._chunks(llm, request, context.id())) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
             except (InvalidRequestError, CapacityError) as error:
                 raise InvalidArgument(str(error)) from error
             except ExecutionError as error:
@@ -122,12 +124,19 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         outputs = llm.generate(
             tokens, params, request_id, output_kind="delta", cache_salt=cache_salt(request)
         )
-        async with aclosing(outputs):
-            async for output in outputs:
-                watch.see(output)
-                chunk = self._translator.chunk(output, told)
-                told += len(chunk["token_ids"])
-                yield chunk
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    watch.see(output)
+                    chunk = self._translator.chunk(output, told)
+                    told += len(chunk["token_ids"])
+                    yield chunk
+        except (asyncio.CancelledError, GeneratorExit):
+            watch.close("abort")
+            raise
+        except ExecutionError:
+            watch.close("error")
+            raise
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -150,12 +159,13 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         Dynamo has told frontends before that they send no more; those whose requests are still open
         then go on elsewhere.
         """
+        self._draining = True
+        if self._open and self._llm is not None and self._llm.unhealthy is None:
+            self._idle.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._options.drain_timeout)
         llm, self._llm = self._llm, None
         if llm is not None:
-            if self._open and llm.unhealthy is None:
-                self._idle.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._idle.wait(), self._options.drain_timeout)
             self.unhealthy = llm.unhealthy
             await asyncio.to_thread(llm.shutdown)
         if self._watching is not None:
