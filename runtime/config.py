@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from slipstream.builder.engine import EngineLimits
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.kv_events.config import KvEventsConfig
 from slipstream.runtime.speculation.proposer import OFF
 
 _LIMITS = EngineLimits()
@@ -52,6 +53,8 @@ class RuntimeConfig:
     deterministic            the bits of a request's logits depend on nothing but the request, not
                              on what else runs, chunks, shared prefixes or preemption.
     chat_template            a file with the chat template to use in place of the model's.
+    kv_events_config         whether and where it is told what enters and leaves the prefix cache,
+                             for routers of several replicas.
     step_timeout             seconds after which a device that does not answer is given up. Kernels
                              that are compiled when they are first needed take minutes.
 
@@ -77,6 +80,7 @@ class RuntimeConfig:
     prompt_lookup_max: int = 32
     deterministic: bool = False
     chat_template: str | None = None
+    kv_events_config: KvEventsConfig | None = None
     step_timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -90,6 +94,12 @@ class RuntimeConfig:
                 f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1"
             )
         self._check_speculation()
+        events = self.kv_events_config
+        if events is not None and events.publishes and not self.enable_prefix_caching:
+            raise InvalidRequestError(
+                "kv_events_config tells of the prefix cache, and enable_prefix_caching is off; "
+                "leave one of them out"
+            )
         fraction = self.kv_cache_free_gpu_memory_fraction
         if not 0 < fraction <= 1:
             raise InvalidRequestError(

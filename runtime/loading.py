@@ -15,6 +15,7 @@ from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors import check_device, create_executor
+from slipstream.runtime.kv_events.config import with_kv_events
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
 from slipstream.runtime.speculation.config import spelled_out
@@ -126,7 +127,7 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
     limits["max_batch_size"] = min(
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
-    return RuntimeConfig(**{**limits, "page_size": page_size, **runtime})
+    return RuntimeConfig(**{**limits, "page_size": page_size, **with_kv_events(runtime)})
 
 
 def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:

@@ -61,6 +61,10 @@ slipstream = LazyGroup(
             f"{_COMMANDS}.triton_repo:triton_repo",
             "Write a model repository for the Triton Inference Server.",
         ),
+        "dynamo-worker": (
+            f"{_COMMANDS}.dynamo_worker:dynamo_worker",
+            "Answer requests of NVIDIA Dynamo's frontends.",
+        ),
         "bench": (f"{__name__}:bench", "Measure an engine on this machine."),
         "inspect": (f"{_COMMANDS}.inspect:inspect", "Show what is inside an engine."),
         "cache": (f"{__name__}:cache", "List and remove engines that were compiled on the way."),

@@ -112,6 +112,7 @@ RUNTIME = {
         "Bits of an answer depend on nothing but its request, its seed included."
     ),
     "chat_template": Option("File of a chat template, in Jinja.", "the model's"),
+    "kv_events_config": Option("Tell of cached prefixes, by vLLM's JSON.", "none", parse=str),
     "step_timeout": Option("Seconds after which a device that does not answer is given up."),
 }
 SAMPLING = {
@@ -286,17 +287,17 @@ def output_option(help: str, *, required: bool = False) -> Decorator:
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``ServerOptions``; the command gets ``server: ServerOptions``."""
-    return _all_of(ServerOptions, _SERVER, "server")(function)
+    return all_of(ServerOptions, _SERVER, "server")(function)
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``BuildOptions``; the command gets ``options: BuildOptions``."""
-    return _all_of(BuildOptions, _BUILD, "options")(function)
+    return all_of(BuildOptions, _BUILD, "options")(function)
 
 
 def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add every field of ``QuantizeOptions``; the command gets ``options: QuantizeOptions``."""
-    return _all_of(QuantizeOptions, _QUANTIZE, "options")(function)
+    return all_of(QuantizeOptions, _QUANTIZE, "options")(function)
 
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,7 +321,7 @@ def sampling_options(*names: str) -> Decorator:
     return _collect(SamplingParams, {name: SAMPLING[name] for name in names}, "sampling", checked)
 
 
-def _all_of(cls: type, table: Mapping[str, Option], parameter: str) -> Decorator:
+def all_of(cls: type, table: Mapping[str, Option], parameter: str) -> Decorator:
     """Every field of a dataclass; the command gets an instance as ``parameter``."""
     return _collect(cls, table, parameter, functools.partial(_checked, cls))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from slipstream.runtime.engine.radix_tree import Namespace, Node, RadixTree
+from slipstream.runtime.engine.radix_tree import Namespace, Node, RadixTree, TreeObserver
 from slipstream.runtime.engine.window_group import WindowGroup, WindowPages
 
 _NEVER = sys.maxsize
@@ -77,6 +77,10 @@ class KVCacheManager:
         """Fraction of all pages that running sequences hold, in the group that is fullest."""
         left = self.num_available / self.num_pages
         return 1 - min([left, *(g.num_available / g.num_pages for g in self.windows)])
+
+    def observe(self, observer: TreeObserver) -> None:
+        """Tell of pages that can be shared from now on, and of those that no longer can."""
+        self._tree.observer = observer
 
     def shares(self, namespace: Namespace) -> bool:
         """Whether pages computed in ``namespace`` can serve another sequence."""

@@ -10,12 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
-from slipstream.errors import (
-    CapacityError,
-    ExecutionError,
-    InvalidRequestError,
-    SlipstreamError,
-)
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
@@ -26,6 +21,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
+from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
 from slipstream.runtime.request import (
@@ -78,6 +74,7 @@ class EngineLoop:
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
         )
+        self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
         self._detokenizes = detokenizes
         # Files may name tokens that the model has no logits for.
@@ -166,6 +163,7 @@ class EngineLoop:
         if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
             self._land(flight)
         self._engine.executor.shutdown()
+        self.kv_events.close()
         self._health.ended()
 
     def stop(self, request_id: str, index: int) -> None:
@@ -213,6 +211,7 @@ class EngineLoop:
             self._flight = self._launch()
         if self._flight and self._flight.pending is None:
             self._sample(self._flight)
+        self.kv_events.flush()
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""

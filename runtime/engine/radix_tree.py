@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 # A caller's namespace is a text, "" if it names none; a request that shares with nobody but its own
 # siblings has a number.
@@ -28,10 +29,23 @@ class Node:
     children: dict[Key, Node] = field(default_factory=dict)
 
 
+class TreeObserver(Protocol):
+    """Who hears which pages can be shared."""
+
+    def stored(self, node: Node) -> None:
+        """Hear of a page that has entered the tree, after its parent."""
+        ...
+
+    def removed(self, node: Node) -> None:
+        """Hear of a page that has left it, before its parent."""
+        ...
+
+
 class RadixTree:
     """Finds, shares and forgets pages by their namespace and the tokens they hold."""
 
     def __init__(self, page_size: int) -> None:
+        self.observer: TreeObserver | None = None
         self._page_size = page_size
         self.root = Node(parent=None, key=(), page=-1, depth=0)
         # Unreferenced nodes, least recently used first. A path is released from its deep end, so a
@@ -87,6 +101,8 @@ class RadixTree:
         if child is None:
             child = Node(parent=node, key=key, page=page, depth=node.depth + 1, references=1)
             node.children[key] = child
+            if self.observer is not None:
+                self.observer.stored(child)
         else:
             self._reference(child)
         return child
@@ -96,6 +112,7 @@ class RadixTree:
         node, _ = self._idle.popitem(last=False)
         assert node.parent is not None and not node.children, "an idle child follows its parent"
         del node.parent.children[node.key]
+        self._tell_removed([node])
         return node
 
     def forget(self, node: Node) -> list[Node]:
@@ -105,6 +122,7 @@ class RadixTree:
         forgotten = [node, *self._below(node)]
         for each in forgotten:
             del self._idle[each]
+        self._tell_removed(forgotten)
         return forgotten
 
     def nodes(self) -> Iterator[Node]:
@@ -117,6 +135,12 @@ class RadixTree:
             node = stack.pop()
             stack.extend(node.children.values())
             yield node
+
+    def _tell_removed(self, nodes: Sequence[Node]) -> None:
+        """Tell of nodes of which each follows its parent."""
+        if self.observer is not None:
+            for node in reversed(nodes):
+                self.observer.removed(node)
 
     def _reference(self, node: Node) -> None:
         if node.references == 0:

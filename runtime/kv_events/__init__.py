@@ -1,0 +1,1 @@
+"""What happens in the prefix tree, as events that routers of several replicas read."""

@@ -1,0 +1,52 @@
+"""``slipstream dynamo-worker``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from slipstream.errors import MissingDependencyError
+from slipstream.runtime.kv_events.config import NAME, KvEventsConfig
+from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.server.command import UNHEALTHY, Command
+from slipstream.server.commands.serve import default_name
+from slipstream.server.dynamo.options import DynamoOptions, dynamo_options
+from slipstream.server.models import load_model
+from slipstream.server.options import runtime_options
+
+
+@click.command("dynamo-worker", cls=Command)
+@click.argument("model")
+@dynamo_options
+@runtime_options
+def dynamo_worker(model: str, dynamo: DynamoOptions, runtime: dict[str, Any]) -> None:
+    """Answer the requests of NVIDIA Dynamo's frontends.
+
+    MODEL is an engine, or a checkpoint, which is compiled on first use. Frontends find the worker,
+    send requests to the one that has their beginning in its cache, and with --migration-limit go on
+    elsewhere with those of a worker that dies. SIGTERM and Ctrl-C let running requests end.
+    DYN_SYSTEM_PORT is where /health and /metrics are.
+
+    \b
+    Examples:
+      slipstream dynamo-worker engine --served-model-name smollm2
+      slipstream dynamo-worker engine --discovery-backend file --kv-cache-bytes 2G
+    """
+    try:
+        from slipstream.server.dynamo.worker import run
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a worker of Dynamo needs {error.name}, which is not installed; install what "
+            "docs/distributed.md names"
+        ) from error
+    options = replace(dynamo, served_model_name=dynamo.served_model_name or default_name(model))
+
+    def load(own: KvEventsConfig) -> LoadedEngine:
+        """With events of the cache as the options say, or else in a way of the worker's own."""
+        tells = runtime.get("enable_prefix_caching", True)
+        return load_model(model, {**({NAME: own} if tells else {}), **runtime})
+
+    if run(load, options) is not None:
+        click.get_current_context().exit(UNHEALTHY)
