@@ -10,12 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
-from slipstream.errors import (
-    CapacityError,
-    ExecutionError,
-    InvalidRequestError,
-    SlipstreamError,
-)
+from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
@@ -26,6 +21,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
+from slipstream.runtime.host_memory import reserve_host, spill, traffic
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
 from slipstream.runtime.request import (
@@ -77,6 +73,7 @@ class EngineLoop:
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
+            host=reserve_host(engine),
         )
         self._engine = engine
         self._detokenizes = detokenizes
@@ -107,7 +104,8 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler, and all steps; may be read from any thread."""
-        steps, scheduled = self._steps, asdict(self.scheduler.stats)
+        steps = self._steps
+        scheduled = asdict(self.scheduler.stats) | traffic(self._engine.executor)
         drafts = None if self._speculator is None else self._speculator.stats
         return EngineStats(
             **scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds, speculation=drafts
@@ -165,6 +163,8 @@ class EngineLoop:
         self._health.began()
         if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
             self._land(flight)
+        if self.unhealthy is None:
+            spill(self._engine, self.scheduler.kv)
         self._engine.executor.shutdown()
         self._health.ended()
 
@@ -273,6 +273,7 @@ class EngineLoop:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
             self._health.failed(error)
+            self.scheduler.kv.failed(flight.plan.stored)
             self._fail(flight.plan, error)
             return
         finally:

@@ -61,6 +61,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         draft_tokens=st.sampled_from([0, 1, 3]),
         jumps=st.booleans(),
         guesses=st.booleans(),
+        host_pages=st.sampled_from([0, 1, 4]),
     )
     def open(
         self,
@@ -72,6 +73,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         draft_tokens: int,
         jumps: bool,
         guesses: bool,
+        host_pages: int,
     ) -> None:
         self.engine: LoadedEngine = counting_engine(
             num_pages,
@@ -83,6 +85,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
             max_num_tokens=budget,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            kv_offload_gib=host_pages / (1 << 30) if caching else 0,
             enable_jump_decoding=jumps,
             speculative=NAME if guesses else "off",
             num_speculative_tokens=3,
