@@ -1,4 +1,4 @@
-"""Names of pages that agree between processes and restarts: a hash of all tokens up to their end."""
+"""Names of pages that agree between processes and restarts: a hash of all tokens to their end."""
 
 from __future__ import annotations
 
