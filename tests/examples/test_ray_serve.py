@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ import pytest
 
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[2]
-# Ray's own warnings are none of ours, so it runs in a process of its own.
+# Ray's own warnings are none of ours, so it runs in processes of its own.
 PROGRAM = """
-import sys, ray
+import sys, time, ray
 from ray import serve
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+for _ in range(600):
+    try:
+        ray.init(sys.argv[1], log_to_driver=False)
+        break
+    except Exception as error:
+        print(error, file=sys.stderr)
+        time.sleep(0.5)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 from examples.ray_serve.deployment import Slipstream
 options = {"num_threads": 1, "max_batch_size": 8}
-serve.run(Slipstream.bind(sys.argv[2], "tiny", options), name="slipstream", route_prefix="/")
+serve.run(Slipstream.bind(sys.argv[3], "tiny", options), name="slipstream", route_prefix="/")
 print("ready", flush=True)
 sys.stdin.readline()
 serve.shutdown()
@@ -35,27 +42,51 @@ ray.shutdown()
 """
 
 
+def free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+
+
 @pytest.fixture
 def url(tiny_engine: Path, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port, head, *agents = free_ports(6)
+    names = (
+        "dashboard-agent-grpc",
+        "dashboard-agent-listen",
+        "runtime-env-agent",
+        "metrics-export",
+    )
+    # Where agents have ports that are known, Ray's start does not depend on how fast they are.
+    given = [f"--{name}-port={each}" for name, each in zip(names, agents, strict=True)]
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-c", PROGRAM, str(port), str(tiny_engine)]
-    with (tmp_path / "log").open("w+") as log:
-        program = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
-        )
-        assert program.stdin is not None and program.stdout is not None
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_agent_register_timeout_ms": "300000",
+    }
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    ray += [f"--port={head}", "--node-ip-address=127.0.0.1", "--num-cpus=4", *given]
+    program = [sys.executable, "-c", PROGRAM, f"127.0.0.1:{head}", port, str(tiny_engine)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        (tmp_path / "log").open("w+") as log,
+        subprocess.Popen(ray, stdout=log, stderr=log, env=environment) as node,
+        subprocess.Popen(program, **pipes, stderr=log, env=environment) as driver,
+    ):
+        assert driver.stdin is not None and driver.stdout is not None
         try:
-            line = program.stdout.readline()
+            line = driver.stdout.readline()
             assert line == b"ready\n", (tmp_path / "log").read_text()[-4000:]
             yield f"http://127.0.0.1:{port}"
         finally:
-            program.stdin.close()
-            program.wait(120)
-            program.stdout.close()
+            driver.stdin.close()
+            driver.wait(120)
+            node.terminate()
 
 
 def replicas(url: str, seen: int = 40) -> set[int]:
