@@ -30,6 +30,10 @@ class RuntimeConfig:
     kv_cache_free_gpu_memory_fraction
                              how much of a GPU's memory that weights and the largest step leave free
                              KV pages take when kv_cache_bytes is None.
+    kv_offload_gib           GiB of the host's memory for pages that the KV cache has no room for;
+                             they come back where that saves computing them again. 0: none are kept.
+    kv_offload_path          file that is that memory, for a CPU engine: what it holds survives the
+                             process.
     scheduler_policy         ``max_utilization`` admits early and preempts by recomputing when pages
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
@@ -68,6 +72,8 @@ class RuntimeConfig:
     num_threads: int | None = None
     kv_cache_bytes: int | None = None
     kv_cache_free_gpu_memory_fraction: float = 0.9
+    kv_offload_gib: float = 0.0
+    kv_offload_path: str | None = None
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -100,6 +106,7 @@ class RuntimeConfig:
                 "kv_events_config tells of the prefix cache, and enable_prefix_caching is off; "
                 "leave one of them out"
             )
+        self._check_offload()
         fraction = self.kv_cache_free_gpu_memory_fraction
         if not 0 < fraction <= 1:
             raise InvalidRequestError(
@@ -124,6 +131,22 @@ class RuntimeConfig:
             raise InvalidRequestError(
                 f"without chunked prefill max_num_tokens ({self.max_num_tokens}) must be at least"
                 f" max_seq_len ({self.max_seq_len}). Raise it or enable chunked prefill"
+            )
+
+    def _check_offload(self) -> None:
+        if not (0 <= self.kv_offload_gib < float("inf")):
+            raise InvalidRequestError(
+                f"kv_offload_gib is {self.kv_offload_gib}; it must be at least 0 GiB"
+            )
+        if self.kv_offload_gib and not self.enable_prefix_caching:
+            raise InvalidRequestError(
+                f"kv_offload_gib is {self.kv_offload_gib}, which does nothing without prefix"
+                " caching: pages are only kept for others to share. Leave one of them out"
+            )
+        if self.kv_offload_path is not None and not self.kv_offload_gib:
+            raise InvalidRequestError(
+                f"kv_offload_path is {self.kv_offload_path}, but kv_offload_gib is 0; say how large"
+                " the file may be"
             )
 
     def _check_speculation(self) -> None:

@@ -30,7 +30,10 @@ _UNUSED = {
         "kv_cache_free_gpu_memory_fraction": "it is for a CPU, where kv_cache_bytes sets the size "
         "of the KV cache"
     },
-    "cuda": {"num_threads": "it is for a GPU; leave it out"},
+    "cuda": {
+        "num_threads": "it is for a GPU; leave it out",
+        "kv_offload_path": "a GPU copies pages to memory, not to a file; leave it out",
+    },
 }
 
 

@@ -87,6 +87,10 @@ RUNTIME = {
     "kv_cache_free_gpu_memory_fraction": Option(
         "On a GPU: the part of the memory left free that the KV cache takes."
     ),
+    "kv_offload_gib": Option(
+        "GiB of the host's memory for pages that the KV cache has no room for."
+    ),
+    "kv_offload_path": Option("On a CPU: file that is this memory and outlives a server.", "none"),
     "scheduler_policy": Option(
         "max_utilization admits early and recomputes when memory runs out; guaranteed_no_evict "
         "admits only what can run to its end."

@@ -6,6 +6,7 @@ from bisect import insort
 from operator import attrgetter
 
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.host_pages import HostPage
 from slipstream.runtime.engine.kv_cache import KVCacheManager, Move
 from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
@@ -29,6 +30,7 @@ class Admission:
         self.waiting: list[Sequence] = []
         self.rows = list(range(config.max_batch_size - 1, -1, -1))
         self.prefix_queries = self.prefix_hits = 0  # in tokens
+        self.host_queries = self.host_hits = 0  # of those that were no hits
         self.evicts = config.scheduler_policy != "guaranteed_no_evict"
         self._running = running
         self._kv = kv
@@ -87,13 +89,19 @@ class Admission:
         if not (enough and self._fits(sequence, prefix)):
             return None
         self.waiting.remove(sequence)
-        self._start(sequence, prefix)
+        found = [] if copied else self._find(sequence, prefix)
+        self._start(sequence, prefix, found)
         return self._fork(sequence, copied)
 
     def _match(self, sequence: Sequence) -> Node:
         if sequence.skips_none:
             return self._kv.no_match()
         return self._kv.match(sequence.tokens, self._namespace(sequence))
+
+    def _find(self, sequence: Sequence, prefix: Node) -> list[HostPage]:
+        if sequence.skips_none:
+            return []
+        return self._kv.find(sequence.tokens, prefix, self._namespace(sequence))
 
     def _namespace(self, sequence: Sequence) -> Namespace:
         """With whom a sequence shares pages: at least with its siblings, by their arrival."""
@@ -135,15 +143,18 @@ class Admission:
             [own, *(end for _, end in others)]
         )
 
-    def _start(self, sequence: Sequence, prefix: Node) -> None:
-        tokens = len(sequence.tokens)
-        sequence.allocation = self._kv.allocate(prefix, tokens, self._namespace(sequence))
+    def _start(self, sequence: Sequence, prefix: Node, found: list[HostPage]) -> None:
+        tokens, shared = len(sequence.tokens), prefix.depth * self._kv.page_size
+        sequence.allocation = self._kv.allocate(prefix, tokens, self._namespace(sequence), found)
         sequence.num_prefill = tokens
-        sequence.num_scheduled = sequence.num_computed = prefix.depth * self._kv.page_size
+        sequence.num_scheduled = shared + len(found) * self._kv.page_size
+        sequence.num_computed = sequence.num_scheduled
         sequence.row = self.rows.pop()
         sequence.status = Status.RUNNING
         insort(self._running, sequence, key=_ORDER)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
             self.prefix_queries += tokens
-            self.prefix_hits += sequence.num_cached
+            self.prefix_hits += shared
+            self.host_queries += tokens - shared
+            self.host_hits += sequence.num_cached - shared

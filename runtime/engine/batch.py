@@ -61,6 +61,7 @@ class BatchBuilder:
             outputs=_outputs(plan),
             drafts=plan.drafts,
             moves=plan.moves,
+            transfers=plan.transfers,
         )
         return batch, wanted.owners
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from slipstream.builder.contract import CacheSpec, paged, states
 from slipstream.errors import EngineMismatchError
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.host_pages import HostSpace
 from slipstream.runtime.engine.kv_cache import KVCacheManager
 from slipstream.runtime.engine.window_group import WindowGroup
 
@@ -38,8 +39,10 @@ def kv_cache_manager(
     num_pages: int,
     caches: tuple[CacheSpec, ...],
     draft_tokens: int = 0,
+    host: HostSpace | None = None,
 ) -> KVCacheManager:
-    """The pages of ``caches``: one group of all that remember every token, one for each window.
+    """The pages of ``caches``: one group of all that remember every token, one for each window;
+    what they have no room for goes to the ``host``.
 
     Where all caches have a window, the first group has page numbers that no device holds, so that
     the prefix tree has an order and an end. Raises ``EngineMismatchError`` for caches with
@@ -65,6 +68,7 @@ def kv_cache_manager(
         caches=groups.full,
         windows=windows,
         has_states=bool(states(caches)),
+        host=host,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from slipstream.runtime.engine.host_pages import HostPage, HostSpace, Transfer
+from slipstream.runtime.engine.offload import Offload
 from slipstream.runtime.engine.radix_tree import Namespace, Node, RadixTree, TreeObserver
 from slipstream.runtime.engine.window_group import WindowGroup, WindowPages
 
@@ -29,7 +31,8 @@ class Allocation:
     The first ``prefix.depth`` pages are in the tree and may be shared; the sequence writes only to
     the others. ``synced`` is how many leading pages the page table of the step builder already
     shows. ``due`` is how many tokens fill the next page that is to be offered to others.
-    ``windows`` are its pages in each group that has a window.
+    ``windows`` are its pages in each group that has a window. ``loaded`` has come back from the
+    host.
     """
 
     pages: list[int]
@@ -38,6 +41,7 @@ class Allocation:
     namespace: Namespace = ""
     due: int = _NEVER
     windows: list[WindowPages] = field(default_factory=list)
+    loaded: Sequence[HostPage] = ()
 
 
 class KVCacheManager:
@@ -57,7 +61,9 @@ class KVCacheManager:
         caches: tuple[str, ...] = (),
         windows: tuple[WindowGroup, ...] = (),
         has_states: bool = False,
+        host: HostSpace | None = None,
     ) -> None:
+        """``host`` is where pages go that leave the tree; None: nowhere."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.caches = caches
@@ -66,6 +72,7 @@ class KVCacheManager:
         self._has_states = has_states
         self._free = list(range(num_pages - 1, -1, -1))
         self._tree = RadixTree(page_size)
+        self.offload = None if host is None else Offload(host, page_size, caches, windows)
 
     @property
     def num_available(self) -> int:
@@ -114,7 +121,8 @@ class KVCacheManager:
     def windows_fit(self, prefix: Node, num_tokens: int) -> bool:
         """Whether each group with a window has room for the first step of a sequence."""
         path = self._path(prefix)
-        return all(g.first_cost(path, num_tokens) <= g.num_available for g in self.windows)
+        costs = (group.first_cost(path, num_tokens, len(path)) for group in self.windows)
+        return all(c <= g.num_available for c, g in zip(costs, self.windows, strict=True))
 
     def windows_fit_all(self, ends: Sequence[int]) -> bool:
         """Whether each group with a window can hold sequences of so many tokens to their ends.
@@ -123,17 +131,56 @@ class KVCacheManager:
         """
         return all(sum(map(group.most_pages, ends)) <= group.num_pages for group in self.windows)
 
-    def allocate(self, prefix: Node, num_tokens: int, namespace: Namespace = "") -> Allocation:
-        """Pages for ``num_tokens`` that begin with ``prefix``; the caller has checked ``cost``."""
+    def find(self, tokens: Sequence[int], prefix: Node, namespace: Namespace) -> list[HostPage]:
+        """The pages of ``tokens`` after ``prefix`` that the host has."""
+        if self.offload is None or not isinstance(namespace, str) or not self.shares(namespace):
+            return []
+        return self.offload.find(tokens, prefix, self._path(prefix), namespace)
+
+    def allocate(
+        self,
+        prefix: Node,
+        num_tokens: int,
+        namespace: Namespace = "",
+        found: Sequence[HostPage] = (),
+    ) -> Allocation:
+        """Pages for ``num_tokens`` that begin with ``prefix`` and what was ``found`` on the host
+        after it; the caller has checked ``cost``."""
+        if self.offload is not None:
+            self.offload.host.hold(found)
         self._tree.acquire(prefix)
-        path = self._path(prefix)
+        path, depth = self._path(prefix), prefix.depth + len(found)
         pages = [node.page for node in path]
         pages.extend(self._take() for _ in range(self.pages_for(num_tokens) - prefix.depth))
         due = (prefix.depth + 1) * self.page_size if self.shares(namespace) else _NEVER
-        windows = [group.allocate(path) for group in self.windows]
-        allocation = Allocation(pages, prefix, namespace=namespace, due=due, windows=windows)
-        self.grow_windows(allocation, prefix.depth * self.page_size, num_tokens)
+        windows = [group.allocate(path, depth) for group in self.windows]
+        allocation = Allocation(
+            pages, prefix, namespace=namespace, due=due, windows=windows, loaded=found
+        )
+        if self.offload is not None:
+            self.offload.load(found, pages[:depth], windows)
+            self.offload.host.let_go(found)
+        self.grow_windows(allocation, depth * self.page_size, num_tokens)
         return allocation
+
+    def take_transfers(self) -> tuple[list[Transfer], list[HostPage]]:
+        """What a step is to bring to the host and back before its moves, and what it stores."""
+        return ([], []) if self.offload is None else self.offload.take()
+
+    def landed(self, stored: Sequence[HostPage]) -> None:
+        """Note that a step has ended well which has stored these."""
+        if self.offload is not None:
+            self.offload.host.land(stored)
+
+    def failed(self, stored: Sequence[HostPage]) -> None:
+        """Note that a step has failed which was to store these."""
+        if self.offload is not None:
+            self.offload.host.drop(stored)
+
+    def spill(self) -> None:
+        """Bring all pages that nothing references to the host."""
+        while self._tree.num_idle:
+            self._evict()
 
     def grow(self, allocation: Allocation, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens; False, and nothing is taken, if pages are short."""
@@ -208,7 +255,7 @@ class KVCacheManager:
         for group, held in zip(self.windows, allocation.windows, strict=True):
             group.release(held)
         if spoiled:
-            self._forget(allocation.prefix)
+            self._forget(allocation)
 
     def check_invariants(self, allocations: Iterable[Allocation]) -> None:
         """Assert that each page has one owner and each reference count its holders (for tests)."""
@@ -231,21 +278,31 @@ class KVCacheManager:
         assert sorted(pages) == list(range(self.num_pages)), "a page is lost or has two owners"
         for i, group in enumerate(self.windows):
             group.check_invariants(allocation.windows[i] for allocation in allocations)
+        if self.offload is not None:
+            self.offload.host.check_invariants()
 
     def _path(self, node: Node) -> list[Node]:
         """The nodes from the root, which is left out, to ``node``."""
         return list(self._tree.path(node))[::-1]
 
-    def _forget(self, prefix: Node) -> None:
-        idle = [node for node in self._tree.path(prefix) if not node.references]
-        if idle:
-            for node in self._tree.forget(idle[-1]):
-                self._freed(node)
+    def _forget(self, allocation: Allocation) -> None:
+        idle = [node for node in self._tree.path(allocation.prefix) if not node.references]
+        nodes = self._tree.forget(idle[-1]) if idle else []
+        for node in nodes:
+            self._freed(node)
+        if self.offload is not None:
+            self.offload.forget(nodes, allocation.loaded)
 
     def _take(self) -> int:
         if not self._free:
-            self._freed(self._tree.evict())
+            self._evict()
         return self._free.pop()
+
+    def _evict(self) -> None:
+        node = self._tree.evict()
+        if self.offload is not None:
+            self.offload.evicted(node)
+        self._freed(node)
 
     def _freed(self, node: Node) -> None:
         """Take back the pages of a node that has left the tree."""

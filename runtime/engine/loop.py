@@ -21,6 +21,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
+from slipstream.runtime.host_memory import reserve_host, spill, traffic
 from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
@@ -73,6 +74,7 @@ class EngineLoop:
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
+            host=reserve_host(engine),
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
@@ -104,7 +106,8 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler, and all steps; may be read from any thread."""
-        steps, scheduled = self._steps, asdict(self.scheduler.stats)
+        steps = self._steps
+        scheduled = asdict(self.scheduler.stats) | traffic(self._engine.executor)
         drafts = None if self._speculator is None else self._speculator.stats
         return EngineStats(
             **scheduled, step_tokens=steps.tokens, step_seconds=steps.seconds, speculation=drafts
@@ -162,6 +165,8 @@ class EngineLoop:
         self._health.began()
         if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
             self._land(flight)
+        if self.unhealthy is None:
+            spill(self._engine, self.scheduler.kv)
         self._engine.executor.shutdown()
         self.kv_events.close()
         self._health.ended()
@@ -272,6 +277,7 @@ class EngineLoop:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
             self._health.failed(error)
+            self.scheduler.kv.failed(flight.plan.stored)
             self._fail(flight.plan, error)
             return
         finally:

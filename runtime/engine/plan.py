@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from slipstream.runtime.engine.host_pages import HostPage, Transfer
 from slipstream.runtime.engine.kv_cache import Allocation, Move
 from slipstream.runtime.engine.sequence import Sequence
 
@@ -20,7 +21,8 @@ class StepPlan:
     first.
 
     Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
-    token; the device adds the rest. ``moves`` are made before anything is computed.
+    token; the device adds the rest. ``transfers``, in their order, and then ``moves`` are made
+    before anything is computed; ``stored`` is what the former bring to the host.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -32,6 +34,8 @@ class StepPlan:
     num_decodes: int = 0
     allocations: list[Allocation] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    stored: list[HostPage] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
 
     def add(self, sequence: Sequence, count: int) -> None:

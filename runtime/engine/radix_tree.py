@@ -18,7 +18,8 @@ class Node:
     """One page of computed tokens; the path from the root spells the prefix it belongs to.
 
     ``depth`` counts the pages on that path. ``references`` counts the sequences whose prefix passes
-    through here, so it never grows from parent to child.
+    through here, so it never grows from parent to child. ``digest`` is its name outside of the
+    tree, once asked for (``page_hash``).
     """
 
     parent: Node | None
@@ -27,6 +28,7 @@ class Node:
     depth: int
     references: int = 0
     children: dict[Key, Node] = field(default_factory=dict)
+    digest: bytes | None = None
 
 
 class TreeObserver(Protocol):

@@ -11,6 +11,7 @@ from slipstream.errors import CapacityError, ContextLengthError, InvalidRequestE
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.admission import Admission
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
+from slipstream.runtime.engine.host_pages import HostSpace
 from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence, Status
@@ -45,12 +46,14 @@ class Scheduler:
         draft_tokens: int = 0,
         max_scored: int = sys.maxsize,
         speculator: Speculator | None = None,
+        host: HostSpace | None = None,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
         window); the device guesses up to ``draft_tokens`` tokens a sequence and step, or else the
         ``speculator`` does, on the host, which then knows all tokens. A step scores
-        ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked."""
-        self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens)
+        ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked. Pages
+        that have to go are kept on the ``host``."""
+        self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens, host)
         self.running: list[Sequence] = []
         self._admission = Admission(config, self.kv, self.running)
         self.waiting = self._admission.waiting
@@ -79,6 +82,8 @@ class Scheduler:
             num_preemptions=self._preemptions,
             num_deferred=self._admission.num_deferred,
             num_pages=self.kv.num_pages,
+            host_queries=self._admission.host_queries,
+            host_hits=self._admission.host_hits,
         )
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
@@ -141,6 +146,8 @@ class Scheduler:
             budget = min(budget, self._max_beside)
         self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
+        if plan.sequences:
+            plan.transfers, plan.stored = self.kv.take_transfers()
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -152,6 +159,7 @@ class Scheduler:
         chunks = zip(
             plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
         )
+        self.kv.landed(plan.stored)
         for sequence, start, count, drafts, allocation in chunks:
             if drafts:
                 count -= drafts

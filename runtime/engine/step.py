@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.contract import TARGET_GRAPH, Port
 from slipstream.errors import ExecutionError
+from slipstream.runtime.engine.host_pages import Transfer
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.sampling.params import SamplingParams
 
@@ -96,8 +97,8 @@ class StepBatch:
     before ended in a run of more than one token, it adds what exceeds one to the positions of the
     sequence, here and in its sampling rows; its pages have room for that.
 
-    Before its layers run, a step makes ``moves``, whose pages are read as the step before left
-    them.
+    Before its layers run, a step makes ``transfers`` from and to the host, one after the other, and
+    then ``moves``, whose pages are read as the step before left them.
     """
 
     token_ids: IntArray
@@ -113,6 +114,7 @@ class StepBatch:
     outputs: tuple[str, ...] = ()
     drafts: Sequence[int] = ()
     moves: Sequence[Move] = ()
+    transfers: Sequence[Transfer] = ()
 
 
 def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:

@@ -60,29 +60,34 @@ class WindowGroup:
 
     def serves(self, path: Sequence[Node]) -> bool:
         """Whether the page of every node that the window after ``path`` reaches is still here."""
-        first = self._first_page(len(path) * self._page_size)
-        return all(node in self._page_of for node in path[first:])
+        return all(node in self._page_of for node in path[self.first_page(len(path)) :])
 
-    def cost(self, path: Sequence[Node], num_pages: int) -> int:
-        """How many available pages it takes to hold ``num_pages`` at a time, beginning after
-        ``path``."""
-        shared = path[self._first_page(len(path) * self._page_size) :]
-        idle = sum(not self._holders[self._page_of[node]] for node in shared)
-        return num_pages - len(shared) + idle
+    def first_page(self, depth: int) -> int:
+        """The first page that the window after ``depth`` pages reaches."""
+        return self._first_page(depth * self._page_size)
 
-    def first_cost(self, path: Sequence[Node], num_tokens: int) -> int:
-        """How many available pages the first step of a sequence takes."""
-        start = len(path) * self._page_size
+    def page_of(self, node: Node) -> int | None:
+        """The page of a node, if it is still here."""
+        return self._page_of.get(node)
+
+    def first_cost(self, path: Sequence[Node], num_tokens: int, depth: int) -> int:
+        """How many available pages the first step of a sequence takes that begins after ``depth``
+        pages, of which ``path`` are shared."""
+        start = depth * self._page_size
         end = min(num_tokens, start + self._max_step)
-        return self.cost(path, self._pages_for(end) - self._first_page(start))
+        shared = path[self.first_page(depth) :]
+        idle = sum(not self._holders[self._page_of[node]] for node in shared)
+        return self._pages_for(end) - self.first_page(depth) - len(shared) + idle
 
-    def allocate(self, path: Sequence[Node]) -> WindowPages:
-        """What the window after ``path`` reaches; room for more is made by ``grow``."""
-        first = self._first_page(len(path) * self._page_size)
+    def allocate(self, path: Sequence[Node], depth: int) -> WindowPages:
+        """What the window after ``depth`` pages reaches: shared where ``path`` has it, else its
+        own; room for more is made by ``grow``."""
+        first = self.first_page(depth)
         pages = [self._page_of[node] for node in path[first:]]
         for page in pages:
             self._idle.pop(page, None)
             self._holders[page] += 1
+        pages.extend(self._take() for _ in range(depth - max(first, len(path))))
         return WindowPages([0] * first + pages, first)
 
     def trim(self, held: WindowPages, position: int) -> None:

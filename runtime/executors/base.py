@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.runtime.engine.host_pages import HostSpace, Transfer
+from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch, StepResult
 
 
@@ -79,6 +82,31 @@ class WatchedExecutor(Protocol):
     @property
     def lost(self) -> str | None:
         """Why no step can run any more, None while they can; may be read from any thread."""
+        ...
+
+
+@runtime_checkable
+class OffloadingExecutor(Protocol):
+    """An executor that also keeps pages on the host: it makes the ``transfers`` of a step."""
+
+    @property
+    def stored(self) -> Traffic:
+        """What went to the host; may be read from any thread."""
+        ...
+
+    @property
+    def loaded(self) -> Traffic:
+        """What came back; may be read from any thread."""
+        ...
+
+    def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
+        """Make room within ``num_bytes``, after ``reserve_kv``; in a ``file`` that survives the
+        process, if it is named. CapacityError when no page fits or there is no such memory,
+        EngineMismatchError for a file of another engine."""
+        ...
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Make transfers outside of a step; nothing is on its way."""
         ...
 
 

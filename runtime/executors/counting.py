@@ -35,6 +35,7 @@ from slipstream.runtime.engine.step import (
 from slipstream.runtime.executors.counting_caches import (
     GARBAGE,
     CountingCache,
+    CountingHost,
     HashedState,
     PagedTokens,
 )
@@ -67,7 +68,7 @@ def logprob_of(token: int) -> float:
     return -(1 + token % 8) / 8
 
 
-class CountingExecutor:
+class CountingExecutor(CountingHost):
     """Runs steps of the counting model and verifies that they were scheduled and paged correctly.
 
     Every step writes its token ids to the caches of its graph and reads each whole context back;
@@ -111,6 +112,7 @@ class CountingExecutor:
         self._vocab_size = _vocab_size(graphs[TARGET_GRAPH])
         self._filler = MaskFiller(self._vocab_size)
         self._caches = _caches_of_graphs(graphs, caches, num_pages)
+        super().__init__(self._caches.values())
         self._page_sizes = {cache.name: cache.page_size for cache in caches}
         self._free_at = 0.0  # when the device has done what it was given
         # The last token of what the step before sampled and the length of the run, by slot.
@@ -203,6 +205,7 @@ class CountingExecutor:
         """Compute a step; only what ``excused`` sequences read may be garbage."""
         assert len(np.unique(planned.slots)) == len(planned.slots), "two sequences in a slot"
         batch, surplus = self._placed(planned)
+        self.transfer(planned.transfers)
         contexts = self._contexts(batch, batch.token_ids, excused)
         result = StepResult([], [], self._outputs(batch, batch.token_ids))
         last_runs: dict[int, tuple[int, int]] = {}

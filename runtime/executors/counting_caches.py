@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from slipstream.builder.contract import CacheSpec
+from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
+from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import IntArray, StepBatch
 
 GARBAGE = -1
@@ -17,12 +19,18 @@ GARBAGE = -1
 class CountingCache(Protocol):
     """A cache that a step writes and whose content is verified."""
 
+    name: str
+
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
         """Keep the ``tokens`` of a step."""
         ...
 
     def move(self, moves: Sequence[Move]) -> None:
         """Make those of a step's moves that are in this cache."""
+        ...
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Make transfers of this cache, from and to the host."""
         ...
 
     def spoil(self, batch: StepBatch) -> None:
@@ -38,18 +46,19 @@ class PagedTokens:
     """The tokens of every sequence in its pages, as far back as the cache's window."""
 
     def __init__(self, spec: CacheSpec, num_pages: int) -> None:
-        self._name, self._window, self._page_size = spec.name, spec.window, spec.page_size
+        self.name, self._window, self._page_size = spec.name, spec.window, spec.page_size
         self._memory = np.full(num_pages * spec.page_size, GARBAGE, np.int32)
+        self._host: dict[int, IntArray] = {}
 
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
         """Every token to its slot."""
-        slots = batch.pages[self._name].slot_mapping
+        slots = batch.pages[self.name].slot_mapping
         assert len(np.unique(slots)) == len(tokens), "a slot written twice"
         self._memory[slots] = tokens
 
     def move(self, moves: Sequence[Move]) -> None:
         """Copy pages as the step before left them."""
-        own = [move for move in moves if move.cache == self._name]
+        own = [move for move in moves if move.cache == self.name]
         targets = {move.destination for move in own}
         assert len(targets) == len(own), "a page moved over another"
         assert not targets & {move.source for move in own}, "a page moved on"
@@ -57,13 +66,23 @@ class PagedTokens:
         for move in own:
             pages[move.destination] = pages[move.source]
 
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy pages one after the other."""
+        pages = self._memory.reshape(-1, self._page_size)
+        for each in transfers:
+            if each.stores:
+                self._host[each.slot] = pages[each.page].copy()
+                assert GARBAGE not in self._host[each.slot], "a page that nobody has computed"
+            else:
+                pages[each.page] = self._host[each.slot]
+
     def spoil(self, batch: StepBatch) -> None:
         """Garbage in every slot."""
-        self._memory[batch.pages[self._name].slot_mapping] = GARBAGE
+        self._memory[batch.pages[self.name].slot_mapping] = GARBAGE
 
     def read(self, batch: StepBatch, index: int) -> IntArray:
         """One sequence's tokens, through its page table, from the first that a query sees."""
-        paged, size = batch.pages[self._name], self._page_size
+        paged, size = batch.pages[self.name], self._page_size
         begin, end = batch.query_start[index : index + 2]
         length = int(batch.context_len[index])
         positions = np.arange(length - (end - begin), length)
@@ -80,14 +99,14 @@ class PagedTokens:
         """The tokens that the window shows are the last of the context."""
         seen = self.read(batch, index)
         same = np.array_equal(seen, context[len(context) - len(seen) :])
-        assert same, f"pages of {self._name} hold another sequence"
+        assert same, f"pages of {self.name} hold another sequence"
 
 
 class HashedState:
     """A hash of all tokens of a sequence in its slot, made anew where a sequence begins."""
 
     def __init__(self, spec: CacheSpec) -> None:
-        self._name = spec.name
+        self.name = spec.name
         self._states: dict[int, int] = {}
 
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
@@ -101,8 +120,12 @@ class HashedState:
     def move(self, moves: Sequence[Move]) -> None:
         """Copy states."""
         for move in moves:
-            if move.cache == self._name:
+            if move.cache == self.name:
                 self._states[move.destination] = self._states[move.source]
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """There are none: what follows a state cannot be shared."""
+        assert not transfers
 
     def spoil(self, batch: StepBatch) -> None:
         """Garbage in every slot."""
@@ -111,7 +134,39 @@ class HashedState:
     def check(self, batch: StepBatch, index: int, context: IntArray) -> None:
         """The state is that of the whole context."""
         same = self._states[int(batch.slots[index])] == _hash(context, 0)
-        assert same, f"the state of {self._name} is of another sequence"
+        assert same, f"the state of {self.name} is of another sequence"
+
+
+class CountingHost:
+    """The part of a counting device that keeps pages on the host; a page has a byte."""
+
+    def __init__(self, graphs: Iterable[tuple[PagedTokens, Sequence[CountingCache]]]) -> None:
+        """The caches of every graph."""
+        caches = [cache for whole, others in graphs for cache in (whole, *others)]
+        self._all = list(dict.fromkeys(caches))
+        self._stored = self._loaded = Traffic()
+
+    @property
+    def stored(self) -> Traffic:
+        """Pages that went to the host."""
+        return self._stored
+
+    @property
+    def loaded(self) -> Traffic:
+        """Pages that came back."""
+        return self._loaded
+
+    def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
+        """A slot for every byte."""
+        return HostSpace(num_bytes)
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Make transfers in all caches."""
+        for cache in self._all:
+            cache.transfer([each for each in transfers if each.cache == cache.name])
+        stored = sum(each.stores for each in transfers)
+        self._stored += Traffic(stored)
+        self._loaded += Traffic(len(transfers) - stored)
 
 
 def _hash(tokens: IntArray, state: int) -> int:

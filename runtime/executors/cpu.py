@@ -30,6 +30,7 @@ from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
+from slipstream.runtime.executors.host_slots import CPUHost
 from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
@@ -126,7 +127,7 @@ class _Pending:
         return self.binding.outputs
 
 
-class CPUExecutor:
+class CPUExecutor(CPUHost):
     """The ``Executor`` of the CPU.
 
     ``rank`` is whose weights it runs, of an engine of several ranks, which the thread that runs it
@@ -143,6 +144,7 @@ class CPUExecutor:
         self._caches: dict[str, ort.OrtValue] = {}
         # What the values above are views of, by cache.
         self._arrays: dict[str, list[NDArray[Any]]] = {}
+        super().__init__(manifest.caches, self._arrays, engine.fingerprint)
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         rows = config.max_batch_size
         if config.speculative != OFF:
@@ -212,6 +214,7 @@ class CPUExecutor:
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
+        self.transfer(batch.transfers)
         self._move_pages(batch.moves)
         batch = single_queries(batch)
         binding = self._binding(batch)
@@ -229,6 +232,7 @@ class CPUExecutor:
 
     def shutdown(self) -> None:
         """Let go of the pages."""
+        self.close_host()
         self._bindings.clear()
         self._caches.clear()
         self._arrays.clear()

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 from slipstream.runtime.speculation.stats import SpeculationStats
+from slipstream.server.core.offload_metrics import OffloadMetrics
 from slipstream.server.core.pickers import PickerMetrics
 
 if TYPE_CHECKING:
@@ -382,7 +383,8 @@ class Gathered:
             metrics.add(tally)
         requests = HttpMetrics(model_name, *(answers for _, answers in self.tallies))
         pickers = PickerMetrics(metrics, PREFIX)
-        return render(registry_of(metrics, pickers, requests, pid=self.pid))
+        offload = OffloadMetrics(model_name, self.engine, PREFIX)
+        return render(registry_of(metrics, offload, pickers, requests, pid=self.pid))
 
 
 def registry_of(*collectors: Collector, pid: int | None = None) -> CollectorRegistry:

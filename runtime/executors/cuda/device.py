@@ -6,7 +6,9 @@ happens at once on the CPU and a captured graph is the function itself.
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
-from slipstream.errors import EngineMismatchError
+from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
@@ -26,13 +28,16 @@ _LITTLE_MEMORY = 1 << 30  # bytes
 
 
 class Event:
-    """A point in the device's work that the host can wait for."""
+    """A point in the device's work that the host can wait for; one that is ``timed`` can be asked
+    when it was."""
 
-    def __init__(self, device: Device) -> None:
-        self._event = torch.cuda.Event() if device.is_cuda else None  # type: ignore[no-untyped-call]
+    def __init__(self, device: Device, *, timed: bool = False) -> None:
+        self._event = torch.cuda.Event(enable_timing=timed) if device.is_cuda else None  # type: ignore[no-untyped-call]
+        self._time = 0.0
 
     def record(self) -> None:
         """Put the point behind everything enqueued so far."""
+        self._time = time.perf_counter()
         if self._event is not None:
             self._event.record()
 
@@ -40,6 +45,40 @@ class Event:
         """Let the host wait until the device is there."""
         if self._event is not None:
             self._event.synchronize()
+
+    def is_over(self) -> bool:
+        """Whether the device is there."""
+        return self._event is None or self._event.query()
+
+    def seconds_since(self, other: Event) -> float:
+        """How long after another it was; both are timed, and over."""
+        if self._event is None or other._event is None:
+            return self._time - other._time
+        return float(other._event.elapsed_time(self._event)) / 1e3
+
+
+class CopyStream:
+    """A second stream of a device, for copies beside its work."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream() if device.is_cuda else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Enqueue what is done inside here."""
+        with torch.no_grad(), torch.cuda.stream(self._stream):  # None changes nothing
+            yield
+
+    def wait_for_work(self) -> None:
+        """Let what is enqueued here from now on wait for all work so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(self._device.stream)
+
+    def let_work_wait(self) -> None:
+        """Let work that is enqueued from now on wait for all that was enqueued here."""
+        if self._stream is not None:
+            self._device.stream.wait_stream(self._stream)
 
 
 class Device:
@@ -120,6 +159,30 @@ class Device:
         """Host memory that the device copies from and to by itself."""
         return torch.zeros(shape, dtype=dtype, pin_memory=self.is_cuda)
 
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """Where all work is enqueued; of a GPU."""
+        assert self._stream is not None
+        return self._stream
+
+    def locked(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Much of the host's memory, in bytes, pinned until ``unlock``; CapacityError if there is
+        not so much. What ``pinned`` gives is rounded up to a power of two."""
+        try:
+            memory = torch.zeros(shape, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise _no_host_memory(shape, str(error)) from error
+        if self.is_cuda:
+            status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            if status != torch.cuda.cudart().cudaError.success:
+                raise _no_host_memory(shape, f"cudaHostRegister: {status}")
+        return memory
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        """Undo ``locked``."""
+        if self.is_cuda:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
     def index(self, rows: NDArray[np.int32]) -> torch.Tensor:
         """Numbers of rows on the device, int64."""
         wide = torch.from_numpy(rows.astype(np.int64))
@@ -132,6 +195,13 @@ class Device:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(0)
         return int(free)
+
+
+def _no_host_memory(shape: tuple[int, ...], reason: str) -> CapacityError:
+    size = math.prod(shape)
+    return CapacityError(
+        f"{size} bytes of pinned memory for pages cannot be had ({reason}): lower --kv-offload-gib"
+    )
 
 
 def require(manifest: Manifest) -> None:

@@ -32,10 +32,13 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import window_pages
+from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
+from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets
 from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
@@ -106,6 +109,7 @@ class CUDAExecutor:
     ) -> None:
         spec, self._caches = _one_graph(manifest)
         self._config, device = config, self._device
+        self._host: CUDAHost | None = None
         table = Tactics.load(tactics, device.capability, device.name)
         if config.deterministic:
             table = FixedTactics(device.capability, device.name)
@@ -159,6 +163,29 @@ class CUDAExecutor:
             )
         return pages
 
+    def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
+        """Pin memory; a GPU has no use for a ``file``."""
+        assert file is None, "refused when the engine is loaded"
+        self._host = CUDAHost(self._device, self._caches, num_bytes)
+        return self._host.space
+
+    @property
+    def stored(self) -> Traffic:
+        """Copies that were over when the last step with some was submitted."""
+        return Traffic() if self._host is None else self._host.stored
+
+    @property
+    def loaded(self) -> Traffic:
+        """The same of those to the device."""
+        return Traffic() if self._host is None else self._host.loaded
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Enqueue copies of pages, which what is enqueued after them waits for."""
+        if self._host is not None:
+            pages = self.runner.memory.pages
+            of = {cache.name: pages[cache.arrays[0].name] for cache in self._caches}
+            self._host.transfer(transfers, of)
+
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""
         self._allocate(1)
@@ -166,6 +193,7 @@ class CUDAExecutor:
 
     def submit(self, batch: StepBatch) -> StartedCUDAStep:
         """Enqueue a step's layers and return at once."""
+        self.transfer(batch.transfers)
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)
@@ -177,6 +205,9 @@ class CUDAExecutor:
         """Let go of the graphs and the pages."""
         self._device.synchronize()
         self.runner.bind(None)
+        if self._host is not None:
+            self._host.close()
+        self._host = None
 
     def logits(self, batch: StepBatch) -> NDArray[np.float32]:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""

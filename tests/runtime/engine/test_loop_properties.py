@@ -55,24 +55,25 @@ class EngineLoopMachine(RuleBasedStateMachine):
     @initialize(
         num_pages=st.integers(3, 10),
         policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
-        caching=st.booleans(),
         budget=st.integers(3, 12),
         runs_ahead=st.booleans(),
         draft_tokens=st.sampled_from([0, 1, 3]),
         jumps=st.booleans(),
         guesses=st.booleans(),
+        host_pages=st.sampled_from([None, 0, 1, 4]),
     )
     def open(
         self,
         num_pages: int,
         policy: str,
-        caching: bool,
         budget: int,
         runs_ahead: bool,
         draft_tokens: int,
         jumps: bool,
         guesses: bool,
+        host_pages: int | None,
     ) -> None:
+        caching = host_pages is not None
         self.engine: LoadedEngine = counting_engine(
             num_pages,
             runs_ahead=runs_ahead and not guesses,
@@ -83,6 +84,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
             max_num_tokens=budget,
             scheduler_policy=policy,
             enable_prefix_caching=caching,
+            kv_offload_gib=(host_pages or 0) / (1 << 30),
             enable_jump_decoding=jumps,
             speculative=NAME if guesses else "off",
             num_speculative_tokens=3,
