@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -129,7 +129,8 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     program = _declare(checkpoint, stated, kv_dtype, target.page_size, limits.max_seq_len)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
-    run_passes(program, [*scaling, *target.pipeline(options)])
+    limited = replace(options, **asdict(limits))
+    run_passes(program, [*scaling, *target.pipeline(limited)])
     capability = target.capability(program, kv_dtype)
     check_runs_here(options.target, capability)
     return Plan(

@@ -114,6 +114,12 @@ class StepBatch:
     drafts: Sequence[int] = ()
     moves: Sequence[Move] = ()
 
+    @property
+    def longest_context(self) -> IntArray:
+        """The largest of ``context_len [1]``."""
+        longest: IntArray = self.context_len.max(keepdims=True)
+        return longest
+
 
 def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
     """How to take what a step puts into an input, found once for many steps."""

@@ -19,9 +19,13 @@ _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
+    "onnxruntime": "slipstream.runtime.executors.onnxruntime.executor:ONNXRuntimeExecutor",
 }
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
-_CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
+_CHECKS = {
+    "cuda": "slipstream.runtime.executors.cuda.device:require",
+    "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
+}
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {"cuda": ("torch", "triton")}
 

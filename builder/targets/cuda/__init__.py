@@ -31,7 +31,11 @@ from slipstream.weights.tensor import WeightFormat
 _LARGEST_HEAD = 512  # elements
 _LIMITS = EngineLimits(max_batch_size=1024, max_num_tokens=8192)
 _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8": "float8_e4m3fn"}
-_CHOICES = {"kv_cache_dtype": tuple(_KV_DTYPES), "dtype": ("auto", "bfloat16", "float16")}
+_CHOICES = {
+    "kv_cache_dtype": tuple(_KV_DTYPES),
+    "dtype": ("auto", "bfloat16", "float16"),
+    "ort_attention": ("auto",),
+}
 
 
 @dataclass(frozen=True, slots=True)
