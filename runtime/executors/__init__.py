@@ -27,7 +27,9 @@ _CHECKS = {
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
 }
 # Packages that installing Slipstream alone does not bring.
-_NEEDS = {"cuda": ("torch", "triton")}
+_NEEDS = {"cuda": ("torch", "triton"), "onnxruntime": ("onnxruntime",)}
+# What installs them, where it is no extra of ours of the target's name.
+_INSTALLED_BY = {"onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU"}
 
 
 def check_device(engine: Engine) -> None:
@@ -80,6 +82,7 @@ def _find(table: Mapping[str, str], engine: Engine) -> str:
         if find_spec(package) is None:
             raise MissingDependencyError(
                 f"the engine in {engine.path} runs on {target} and needs {package}, which is not "
-                f"installed; install it: pip install 'slipstream[{target}]'"
+                f"installed; install it: pip install "
+                + _INSTALLED_BY.get(target, f"'slipstream[{target}]'")
             )
     return table[target]

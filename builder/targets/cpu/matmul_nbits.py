@@ -136,8 +136,8 @@ def _arrays(weight: QuantTensor, codes_shape: tuple[int, ...]) -> tuple[NDArray[
         if weight.zero.max(initial=0) >= 2**weight.format.bits:
             raise BuildError(
                 f"{weight.name} has the zero point {weight.zero.max()}, which {weight.format.bits} "
-                "bits of MatMulNBits cannot hold (some GPTQ files do); build for target cpu or cuda, "
-                "without --gemm-plugin disable"
+                "bits of MatMulNBits cannot hold (some GPTQ files do); build for target cpu or "
+                "cuda, without --gemm-plugin disable"
             )
         arrays.append(weight.zero if weight.format.bits == 8 else pack_nibbles(weight.zero))
     elif weight.offset is not None:

@@ -118,10 +118,10 @@ class ONNXRuntimeTarget:
             partial(lower_gated_activation, portable=True),
             widen_output,
             lower_soft_cap,
+            refuse_unlowered,
             store_dense_weights,
             add_top_tokens,
             SetPrecision(self.dtype(options)),
-            refuse_unlowered,
         )
 
 
