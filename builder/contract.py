@@ -242,7 +242,7 @@ def layer_port(array: CacheArray, cache: CacheSpec, layer: int) -> Port:
 def ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
     """Every input that a graph on these caches can have, their arrays whole."""
     for source in STEP_SHAPES:
-        if source not in PAGED_SOURCES:
+        if source not in (*PAGED_SOURCES, Source.LONGEST_CONTEXT):
             yield step_port(source)
     for cache in caches:
         if cache.kind == "paged":
@@ -251,7 +251,8 @@ def ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
 
 
 def layer_ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
-    """Every input that is one layer of an array of these caches."""
+    """Every further input of a graph that takes the arrays of these caches a layer at a time."""
+    yield step_port(Source.LONGEST_CONTEXT)
     for cache in paged(caches):
         for array in cache.arrays:
             for layer in range(len(cache.layers)):

@@ -72,9 +72,11 @@ def run_in_chunks(engine: Path, prompts: NDArray[np.int64] = PROMPTS) -> Logits:
     executor.reserve_kv(None)
     slots = config.page_size > prompts.shape[1]
     table = np.array([[2], [0]] if slots else [[7, 5, 3], [6, 4, 2]], np.int32)
-    start, out = 0, []
+    start = 0
+    out: list[Logits] = []
     while start < prompts.shape[1]:
-        chunk = prompts[:, start : start + CHUNKS[len(out)]].astype(np.int32)
+        end = start + CHUNKS[len(out)]
+        chunk = prompts[:, start:end].astype(np.int32)
         size = chunk.shape[1]
         positions = np.tile(np.arange(start, start + size, dtype=np.int32), 2)
         page, offset = np.divmod(positions, np.int32(config.page_size))

@@ -80,8 +80,11 @@ class SlotRuns:
         slots = batch.pages[self._cache].page_table[:, 0]
         counts = np.diff(batch.query_start)
         self._lengths[slots] = batch.context_len
-        owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right") - 1
-        decodes = np.flatnonzero(counts == 1)
+        owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right").astype(
+            np.int32
+        )
+        owners -= 1
+        decodes = np.flatnonzero(counts == 1).astype(np.int32)
         runs = [self._decodes(batch, slots, decodes, owners)] if len(decodes) else []
         chunks = np.flatnonzero(counts > 1)
         return runs + [self._chunk(batch, int(slots[s]), int(s), owners) for s in chunks]

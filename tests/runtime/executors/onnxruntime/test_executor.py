@@ -69,7 +69,7 @@ def test_log_probabilities_and_prompts_longer_than_a_batch(engine: Path, tiny_en
             (output,) = llm.generate([PROMPTS[4]], params)
         assert output.prompt_logprobs is not None
         found.append([entry.logprob for entry in output.prompt_logprobs if entry is not None])
-    np.testing.assert_allclose(*found, atol=1e-4)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
 def test_best_tokens_of_the_graph_are_those_of_its_logits(
@@ -103,5 +103,5 @@ def test_a_cache_without_a_slot_is_refused(engine: Path) -> None:
 
 
 def test_deterministic_is_refused(engine: Path) -> None:
-    with pytest.raises(EngineMismatchError, match=r"depend on the number of tokens.*another target"):
+    with pytest.raises(EngineMismatchError, match=r"number of tokens.*another target"):
         LLM(engine, deterministic=True)

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,9 +82,8 @@ def test_the_package_for_cpus_where_the_one_for_gpus_is_needed(
 
 
 def test_no_package_at_all(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = executors.find_spec
     monkeypatch.setattr(
-        executors, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
+        executors, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
     )
     with pytest.raises(MissingDependencyError, match=r"needs onnxruntime.*pip install onnxruntime"):
         check_device(open_engine(engine))
@@ -96,10 +96,10 @@ def test_a_provider_that_did_not_load(
     package("onnxruntime-gpu", "1.31.1", CUDA, CPU)
     session = SimpleNamespace(get_providers=lambda: [CPU])
     with caplog.at_level(logging.WARNING):
-        assert provider.check_loaded(manifest, CUDA, session) == CPU  # type: ignore[arg-type]
+        assert provider.check_loaded(manifest, CUDA, session) == CPU
     assert "did not load (" in caplog.text and "CUDA 13.0" in caplog.text
     with pytest.raises(EngineMismatchError, match=r"libonnxruntime_providers_cuda.so.*nvidia-smi"):
-        provider.check_loaded(replace(manifest, capability=CUDA), CUDA, session)  # type: ignore[arg-type]
+        provider.check_loaded(replace(manifest, capability=CUDA), CUDA, session)
 
 
 def test_cuda_is_taken_where_both_run_it(manifest: Manifest, package: Package) -> None:
