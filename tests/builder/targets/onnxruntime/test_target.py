@@ -13,7 +13,7 @@ import pytest
 from slipstream.builder.build import Plan, build, plan
 from slipstream.builder.contract import Source
 from slipstream.builder.engine import open_engine
-from slipstream.builder.options import BuildOptions
+from slipstream.builder.options import BuildOptions, Dtype, OrtAttention
 from slipstream.errors import BuildError
 
 
@@ -104,8 +104,8 @@ def test_lengths_before_a_step_over_pages(tiny_checkpoint: Path) -> None:
     ],
 )
 def test_the_provider_that_has_all_kernels(
-    dtype: Any,
-    attention: Any,
+    dtype: Dtype,
+    attention: OrtAttention,
     capability: str,
     tiny_checkpoint: Path,
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
-from slipstream.builder.options import BuildOptions
+from slipstream.builder.options import BuildOptions, Dtype, OrtAttention, Quantization
 from slipstream.runtime.loading import load
 from slipstream.runtime.scoring import window_logits
 
@@ -31,7 +31,7 @@ MODELS: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=128),
 }
 # What rounding to a type costs, relative to the size of the logits.
-LOSS = {"float16": 0.01, "bfloat16": 0.08}
+LOSS: dict[Dtype, float] = {"float16": 0.01, "bfloat16": 0.08}
 WINDOW = np.random.default_rng(0).integers(2, 320, 300).astype(np.int32)
 PROMPTS = [[3 + (7 * i + j) % 300 for j in range(n)] for i, n in enumerate((1, 300, 5, 17, 90, 2))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -48,9 +48,9 @@ def logits(engine: Path) -> NDArray[np.float32]:
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_are_those_of_float32_but_for_rounding(
     model: str,
-    dtype: Any,
-    quantization: Any,
-    attention: Any,
+    dtype: Dtype,
+    quantization: Quantization,
+    attention: OrtAttention,
     tmp_path: Path,
 ) -> None:
     checkpoint = save_tiny(MODELS[model], tmp_path / "checkpoint")
@@ -66,7 +66,7 @@ def test_logits_are_those_of_float32_but_for_rounding(
 
 
 @pytest.mark.parametrize("attention", ["slots", "pages"])
-def test_company_changes_no_token(attention: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_company_changes_no_token(attention: OrtAttention, tmp_path: Path) -> None:
     """Captured graphs of padded slots, chunks beside decodes, siblings, slots taken again."""
     checkpoint = save_tiny(MODELS["llama"], tmp_path / "checkpoint")
     build(
@@ -75,7 +75,10 @@ def test_company_changes_no_token(attention: Any, tmp_path: Path) -> None:  # no
         BuildOptions(target="onnxruntime", dtype="float16", ort_attention=attention),
     )
     found = []
-    for options in ({"max_batch_size": 1}, {"max_batch_size": 4, "max_num_tokens": 64}):
+    choices: list[dict[str, Any]] = [
+        {"max_batch_size": 1}, {"max_batch_size": 4, "max_num_tokens": 64},
+    ]  # fmt: skip
+    for options in choices:
         with LLM(tmp_path / "engine", **options) as llm:
             outputs = llm.generate(PROMPTS, GREEDY)
             found.append([list(output.outputs[0].token_ids) for output in outputs])
