@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -133,11 +133,12 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     stated = stated_pooling(checkpoint.pooling, options)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
+    limited = replace(options, **asdict(limits))
 
     def compiled(rank: int) -> Program:
         place, length = (rank, options.tp_size), limits.max_seq_len
         program = declare(checkpoint, stated, place, kv_dtype, target.page_size, length)
-        run_passes(program, [*scaling, *target.pipeline(options)])
+        run_passes(program, [*scaling, *target.pipeline(limited)])
         return program
 
     program, *others = _alike([compiled(rank) for rank in range(options.tp_size)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -31,9 +31,10 @@ class Source(StrEnum):
 
     T tokens, S sequences, L rows of logits and P columns of a page table. All but ``CACHE`` are
     int32: ``TOKEN_IDS [T]``, ``POSITIONS [T]``, ``QUERY_START [S+1]``, ``CONTEXT_LEN [S]``,
-    ``LOGITS_ROWS [L]`` and ``SLOTS [S]`` (the row of each sequence in a cache of states) are those
-    of the step; ``PAGE_TABLE [S, P]`` and ``SLOT_MAPPING [T]`` those of one paged cache. ``CACHE``
-    is an array of a cache, bound once.
+    ``LOGITS_ROWS [L]``, ``SLOTS [S]`` (the row of each sequence in a cache of states) and
+    ``LONGEST_CONTEXT [1]`` (no less than any of ``CONTEXT_LEN``, and in the host's memory) are
+    those of the step; ``PAGE_TABLE [S, P]`` and ``SLOT_MAPPING [T]`` those of one paged cache.
+    ``CACHE`` is an array of a cache, bound once; ``LAYER`` what one layer has of it.
     """
 
     TOKEN_IDS = "token_ids"
@@ -42,27 +43,35 @@ class Source(StrEnum):
     CONTEXT_LEN = "context_len"
     LOGITS_ROWS = "logits_rows"
     SLOTS = "slots"
+    LONGEST_CONTEXT = "longest_context"
     PAGE_TABLE = "page_table"
     SLOT_MAPPING = "slot_mapping"
     CACHE = "cache"
+    LAYER = "layer"
 
 
-STEP_SHAPES: Mapping[Source, tuple[str, ...]] = {
+STEP_SHAPES: Mapping[Source, tuple[Dim, ...]] = {
     Source.TOKEN_IDS: ("T",),
     Source.POSITIONS: ("T",),
     Source.QUERY_START: ("S+1",),
     Source.CONTEXT_LEN: ("S",),
     Source.LOGITS_ROWS: ("L",),
     Source.SLOTS: ("S",),
+    Source.LONGEST_CONTEXT: (1,),
     Source.PAGE_TABLE: ("S", "P"),
     Source.SLOT_MAPPING: ("T",),
 }
 PAGED_SOURCES = (Source.PAGE_TABLE, Source.SLOT_MAPPING)
+# What is bound once, whatever the step.
+BOUND_SOURCES = (Source.CACHE, Source.LAYER)
 # The graph that the engine loop runs; the output that it samples from, or in its place the one that
 # is pooled.
 TARGET_GRAPH = "target"
 LOGITS = "logits"
 STATES = "states"
+# Beside logits, where a graph gives them: the best token of each row, and its logit.
+TOP_TOKEN = "top_token"
+TOP_LOGIT = "top_logit"
 # The cache of an engine that has one; names of what belongs to another carry that one's name.
 KV = "kv"
 
@@ -109,7 +118,8 @@ class CacheSpec:
 class Port:
     """An input of a graph: its name there, what is put in, and of which cache that speaks.
 
-    A port of an array of a cache has the array's name.
+    A port of an array of a cache has the array's name, and one of a layer of it the array's name, a
+    point and the place of the layer on the array's first axis.
     """
 
     name: str
@@ -123,8 +133,9 @@ class Port:
 class Output:
     """An output of a graph; rows are those of ``logits_rows`` (L) or all tokens (T).
 
-    ``updates`` names the array of a cache that the output is the next content of: whole, in the
-    same memory. Whatever reads the array must come before what makes the output.
+    ``updates`` names the port of an array of a cache, or of a layer of one, that the output is the
+    next content of: whole, in the same memory. Whatever reads the port must come before what makes
+    the output.
     """
 
     name: str
@@ -197,6 +208,13 @@ def attention_cache(
     return CacheSpec(name, "paged", tuple(layers), tuple(arrays), page_size, window)
 
 
+def key_value_cache(cache: CacheSpec, dtype: str, page: tuple[int, ...]) -> CacheSpec:
+    """What the layers of a cache of attention keep as two arrays, keys and values, each of ``page``
+    a page."""
+    names = (_scoped(name, cache.name) for name in ("key_cache", "value_cache"))
+    return replace(cache, arrays=tuple(CacheArray(name, dtype, page) for name in names))
+
+
 def step_port(source: Source) -> Port:
     """The input that takes an array of the step."""
     return Port(source.value, source, "int32", STEP_SHAPES[source])
@@ -215,15 +233,30 @@ def array_port(array: CacheArray, cache: CacheSpec) -> Port:
     return Port(array.name, Source.CACHE, array.dtype, shape, cache.name)
 
 
+def layer_port(array: CacheArray, cache: CacheSpec, layer: int) -> Port:
+    """The input that is what the layer at this place of a paged cache has of an array."""
+    shape: tuple[Dim, ...] = (_scoped("pages", cache.name), *array.shape)
+    return Port(f"{array.name}.{layer}", Source.LAYER, array.dtype, shape, cache.name)
+
+
 def ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
-    """Every input that a graph on these caches can have."""
+    """Every input that a graph on these caches can have, their arrays whole."""
     for source in STEP_SHAPES:
-        if source not in PAGED_SOURCES:
+        if source not in (*PAGED_SOURCES, Source.LONGEST_CONTEXT):
             yield step_port(source)
     for cache in caches:
         if cache.kind == "paged":
             yield from (paged_port(source, cache) for source in PAGED_SOURCES)
         yield from (array_port(array, cache) for array in cache.arrays)
+
+
+def layer_ports_of(caches: Sequence[CacheSpec]) -> Iterator[Port]:
+    """Every further input of a graph that takes the arrays of these caches a layer at a time."""
+    yield step_port(Source.LONGEST_CONTEXT)
+    for cache in paged(caches):
+        for array in cache.arrays:
+            for layer in range(len(cache.layers)):
+                yield layer_port(array, cache, layer)
 
 
 def paged(caches: Iterable[CacheSpec]) -> tuple[CacheSpec, ...]:
@@ -293,12 +326,12 @@ def _cache_problem(cache: CacheSpec) -> str | None:
 def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> None:
     _unique([port.name for port in graph.inputs], f"inputs of {place}")
     _unique([output.name for output in graph.outputs], f"outputs of {place}")
-    known = {port.name: port for port in ports_of(caches)}
+    known = {port.name: port for port in (*ports_of(caches), *layer_ports_of(caches))}
     for port in graph.inputs:
         fits = port == known.get(port.name)
         _require(fits, f"input {port.name} of {place} is none that these caches and a step have")
     arrays = [
-        (port.name, port.dtype, port.shape) for port in graph.inputs if port.source is Source.CACHE
+        (port.name, port.dtype, port.shape) for port in graph.inputs if port.source in BOUND_SOURCES
     ]
     for output in graph.outputs:
         told = f"output {output.name} of {place}"

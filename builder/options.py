@@ -13,6 +13,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 GemmPlugin = Literal["auto", "disable"]
+OrtAttention = Literal["auto", "slots", "pages"]
 Task = Literal["auto", "generate", "embed", "score"]
 PoolingType = Literal["auto", "last", "mean"]
 # Layouts of quantized checkpoints that can be written.
@@ -44,6 +45,9 @@ class BuildOptions:
                     MatMulNBits and Gemm
     tp_size         ranks that share every layer (tensor parallelism), each a process with a part
                     of every matrix: heads, the width of the MLP or of experts, the vocabulary
+    ort_attention   what attention of an engine for onnxruntime reads: a slot for each sequence
+                    (slots, GroupQueryAttention), or pages, which sequences share (pages,
+                    PagedAttention, on its CUDA provider only); auto: slots
     """
 
     target: str = "auto"
@@ -55,6 +59,7 @@ class BuildOptions:
     task: Task = "auto"
     pooling: PoolingType = "auto"
     gemm_plugin: GemmPlugin = "auto"
+    ort_attention: OrtAttention = "auto"
     strict_tensors: bool = False
     tp_size: int = 1
     max_batch_size: int | None = None
@@ -70,6 +75,7 @@ class BuildOptions:
         _choice("pooling", self.pooling, get_args(PoolingType))
         _choice("gemm_plugin", self.gemm_plugin, get_args(GemmPlugin))
         _choice("tp_size", self.tp_size, RANKS)
+        _choice("ort_attention", self.ort_attention, get_args(OrtAttention))
         if self.group_size is not None:
             _choice("group_size", self.group_size, (32, 64, 128))
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):

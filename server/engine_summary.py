@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HashStatus = Literal["ok", "changed", "missing", "not listed", "not checked"]
 _DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
+_TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 # Operators that read rows of a weight, not all of it.
 _ROWS = ("Embedding", "Gather")
 # Sequences of a step for which reports say what it reads, where that depends on them.
@@ -280,7 +281,9 @@ def describe_parameters(parameters: Parameters) -> str:
 
 def _kernel(node: ir.Node) -> str | None:
     if (node.domain, node.op_type) == ("", "Gemm"):
-        return "onnxruntime Gemm float32"
+        weight = node.inputs[1]
+        dtype = None if weight is None else weight.dtype
+        return f"onnxruntime Gemm {'float32' if dtype is None else _TYPES[dtype.name]}"
     known = _LINEARS.get((node.domain, node.op_type))
     if known is None:
         return None

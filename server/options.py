@@ -173,6 +173,10 @@ _BUILD = {
     ),
     "pooling": Option("Which tokens' states make a vector; auto is what the checkpoint says."),
     "gemm_plugin": Option("auto runs linears on Slipstream's kernels; disable, on ONNX Runtime's."),
+    "ort_attention": Option(
+        "Memory of attention of target onnxruntime: a slot for each sequence, or pages that "
+        "sequences share, on its CUDA provider; auto is slots."
+    ),
     "strict_tensors": Option(
         "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),

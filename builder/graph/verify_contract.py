@@ -6,9 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from slipstream.builder.contract import PAGED_SOURCES, CacheSpec, GraphSpec, Output, Port, Source
+from slipstream.builder.contract import (
+    BOUND_SOURCES,
+    PAGED_SOURCES,
+    CacheSpec,
+    GraphSpec,
+    Output,
+    Port,
+)
 from slipstream.builder.graph.program import dtype_name
-from slipstream.plugins.operators import OPERATORS
+from slipstream.plugins.operators import DOMAIN, OPERATORS
 
 
 def contract_problem(
@@ -43,7 +50,7 @@ def _attention_problem(
     specs = {cache.name: cache for cache in caches}
     inputs = OPERATORS["PagedAttention"].inputs
     for node in graph:
-        if node.op_type != "PagedAttention":
+        if (node.domain, node.op_type) != (DOMAIN, "PagedAttention"):
             continue
         found = {
             owners.get(value.name or "")
@@ -68,7 +75,7 @@ def _update_problem(graph: ir.Graph, contract: GraphSpec) -> str | None:
     """An output that takes the place of an array is made of, or after, all that reads it."""
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
-    arrays = {port.name for port in contract.inputs if port.source is Source.CACHE}
+    arrays = {port.name for port in contract.inputs if port.source in BOUND_SOURCES}
     for output in contract.outputs:
         if output.updates is None:
             continue

@@ -18,7 +18,11 @@ if TYPE_CHECKING:  # the table of kinds is also asked by those who build nothing
 
 # Packages add to it by entry points of this group, whose names and values are of the same form.
 GROUP, ATTRIBUTE = "slipstream.targets", "TARGET"
-TARGETS = {"cpu": "slipstream.builder.targets.cpu", "cuda": "slipstream.builder.targets.cuda"}
+TARGETS = {
+    "cpu": "slipstream.builder.targets.cpu",
+    "cuda": "slipstream.builder.targets.cuda",
+    "onnxruntime": "slipstream.builder.targets.onnxruntime",
+}
 
 
 class Target(Protocol):
@@ -53,7 +57,8 @@ class Target(Protocol):
         ...
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
-        """Passes from the canonical program to one whose every weight is stored."""
+        """Passes from the canonical program to one whose every weight is stored; the limits of
+        ``options`` are those of the engine."""
         ...
 
 

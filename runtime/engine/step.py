@@ -116,6 +116,12 @@ class StepBatch:
     moves: Sequence[Move] = ()
     transfers: Sequence[Transfer] = ()
 
+    @property
+    def longest_context(self) -> IntArray:
+        """The largest of ``context_len [1]``."""
+        longest: IntArray = self.context_len.max(keepdims=True)
+        return longest
+
 
 def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
     """How to take what a step puts into an input, found once for many steps."""

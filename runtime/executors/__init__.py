@@ -21,13 +21,19 @@ _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
+    "onnxruntime": "slipstream.runtime.executors.onnxruntime.executor:ONNXRuntimeExecutor",
 }
 # The same for engines of several ranks.
 _RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
-_CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
+_CHECKS = {
+    "cuda": "slipstream.runtime.executors.cuda.device:require",
+    "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
+}
 # Packages that installing Slipstream alone does not bring.
-_NEEDS = {"cuda": ("torch", "triton")}
+_NEEDS = {"cuda": ("torch", "triton"), "onnxruntime": ("onnxruntime",)}
+# What installs them, where it is no extra of ours of the target's name.
+_INSTALLED_BY = {"onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU"}
 
 
 def check_device(engine: Engine) -> None:
@@ -82,6 +88,7 @@ def _find(table: Mapping[str, str], engine: Engine) -> str:
         if find_spec(package) is None:
             raise MissingDependencyError(
                 f"the engine in {engine.path} runs on {target} and needs {package}, which is not "
-                f"installed; install it: pip install 'slipstream[{target}]'"
+                f"installed; install it: pip install "
+                + _INSTALLED_BY.get(target, f"'slipstream[{target}]'")
             )
     return table[target]

@@ -22,6 +22,7 @@ EVERYTHING = BuildOptions(
     task="embed",
     pooling="mean",
     gemm_plugin="disable",
+    ort_attention="pages",
     strict_tensors=True,
     tp_size=2,
     max_batch_size=3,

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.passes.matrices import rewrite_matrices
-from slipstream.builder.graph.passes.rewrite import replace
+from slipstream.builder.graph.passes.rewrite import Holds, replace
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.safetensors import ArraySpec
@@ -50,13 +50,13 @@ def lower_dense_linear(program: Program) -> int:
     return len(nodes)
 
 
-def lower_dense_embedding(program: Program) -> int:
-    """Embedding of a dense weight becomes Gather; formats that our kernel does not hold are
+def lower_dense_embedding(program: Program, held: Holds = can_pack) -> int:
+    """Embedding of a dense weight becomes Gather; formats that no kernel of ours is to hold are
     dequantized."""
     nodes = [
         node
         for node in program.nodes("Embedding")
-        if _is_unlowered(program, node) and _gathers(program.weight_of(node).format)
+        if _is_unlowered(program, node) and _gathers(program.weight_of(node).format, held)
     ]
     for node in nodes:
         inputs = [store_float32(program, program.weight_of(node)), node.inputs[0]]
@@ -83,8 +83,8 @@ def store_float32(program: Program, tensor: LazyTensor) -> ir.Value:
     ]
 
 
-def _gathers(fmt: WeightFormat) -> bool:
-    return fmt.kind == "dense" or not can_pack(fmt)
+def _gathers(fmt: WeightFormat, held: Holds) -> bool:
+    return fmt.kind == "dense" or not held(fmt)
 
 
 def _is_unlowered(program: Program, node: ir.Node) -> bool:

@@ -50,11 +50,12 @@ def lower_add_rms_norm(program: Program) -> int:
     return len(nodes)
 
 
-def lower_gated_activation(program: Program) -> int:
-    """A gated activation as Split, what its gate is of ONNX Runtime's operators, and Mul."""
+def lower_gated_activation(program: Program, portable: bool = False) -> int:
+    """A gated activation as Split, what its gate is of ONNX Runtime's operators, and Mul;
+    ``portable`` takes only those that its CUDA provider has for every type, too."""
     nodes = program.nodes("GatedActivation")
     for node in nodes:
-        _lower_gate(program, node)
+        _lower_gate(program, node, portable)
     return len(nodes)
 
 
@@ -74,26 +75,31 @@ def lower_soft_cap(program: Program) -> int:
     return len(nodes)
 
 
-def _lower_gate(program: Program, node: ir.Node) -> None:
+def _lower_gate(program: Program, node: ir.Node, portable: bool) -> None:
     (gate_up,) = node.inputs
     made = [ir.node("Split", [gate_up], {"axis": -1, "num_outputs": 2}, num_outputs=2)]
 
     def make(op: str, *inputs: ir.Value, **attributes: float | str) -> ir.Value:
-        domain = _CONTRIB if op == "QuickGelu" else ""
+        domain = _CONTRIB if op in ("QuickGelu", "FastGelu") else ""
         made.append(ir.node(op, inputs, attributes, domain=domain, num_outputs=1))
         return made[-1].outputs[0]
 
     def number(value: float) -> ir.Value:
         return program.constant("number", np.array(value, np.float32))
 
+    def swish(x: ir.Value, alpha: float) -> ir.Value:
+        if not portable:
+            return make("QuickGelu", x, alpha=alpha)
+        return make("Mul", x, make("Sigmoid", x if alpha == 1 else make("Mul", x, number(alpha))))
+
     gate, up = made[0].outputs
     kind = node.attributes["gate"].as_int() if "gate" in node.attributes else GATES["silu"]
     if kind == GATES["silu"]:
-        gate = make("QuickGelu", gate, alpha=1.0)
+        gate = swish(gate, 1.0)
     elif kind == GATES["gelu_tanh"]:
-        gate = make("Gelu", gate, approximate="tanh")
+        gate = make("FastGelu", gate) if portable else make("Gelu", gate, approximate="tanh")
     else:
-        gate = make("QuickGelu", make("Min", gate, number(7.0)), alpha=1.702)
+        gate = swish(make("Min", gate, number(7.0)), 1.702)
         up = make("Add", make("Clip", up, number(-7.0), number(7.0)), number(1.0))
     product = make("Mul", gate, up)
     for number_of, part in enumerate(made):

@@ -1,4 +1,4 @@
-"""Integer groups on ONNX Runtime's MatMulNBits, at accuracy level 4 (int8 dot products).
+"""Integer groups on ONNX Runtime's MatMulNBits; on a CPU at accuracy level 4 (int8 dot products).
 
 A format with float offsets, w = q·s + m, would run 100 times slower there, so it is computed as
 the symmetric product plus a product 1/group the size:
@@ -26,11 +26,12 @@ BLOCKS = (16, 32, 64, 128, 256)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
-def lower_matmul_nbits(program: Program) -> int:
-    """Lower every Linear that is still unlowered and holds integer groups."""
+def lower_matmul_nbits(program: Program, accuracy_level: int = ACCURACY_LEVEL) -> int:
+    """Lower every Linear that is still unlowered and holds integer groups; ``accuracy_level`` 0
+    multiplies in the type of x."""
     nodes = [node for node in program.nodes("Linear") if _is_integer(program, node)]
     for node in nodes:
-        _lower(program, node)
+        _lower(program, node, accuracy_level)
     return len(nodes)
 
 
@@ -46,7 +47,7 @@ def _is_integer(program: Program, node: ir.Node) -> bool:
     return tensor is not None and can_lower(tensor.format)
 
 
-def _lower(program: Program, node: ir.Node) -> None:
+def _lower(program: Program, node: ir.Node, accuracy_level: int) -> None:
     tensor = program.weight_of(node)
     x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
     assert x is not None
@@ -58,7 +59,7 @@ def _lower(program: Program, node: ir.Node) -> None:
         "N": n,
         "bits": tensor.format.bits,
         "block_size": tensor.format.group,
-        "accuracy_level": ACCURACY_LEVEL,
+        "accuracy_level": accuracy_level,
     }
     inputs: list[ir.Value | None] = [x, codes, scale, zero, None, bias]
     while inputs[-1] is None:
@@ -135,7 +136,8 @@ def _arrays(weight: QuantTensor, codes_shape: tuple[int, ...]) -> tuple[NDArray[
         if weight.zero.max(initial=0) >= 2**weight.format.bits:
             raise BuildError(
                 f"{weight.name} has the zero point {weight.zero.max()}, which {weight.format.bits} "
-                "bits cannot hold (some GPTQ files do); leave out --gemm-plugin disable"
+                "bits of MatMulNBits cannot hold (some GPTQ files do); build for target cpu or "
+                "cuda, without --gemm-plugin disable"
             )
         arrays.append(weight.zero if weight.format.bits == 8 else pack_nibbles(weight.zero))
     elif weight.offset is not None:

@@ -35,6 +35,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype": tuple(_KV_DTYPES),
     "dtype": ("auto", "bfloat16", "float16"),
     "tp_size": (1,),
+    "ort_attention": ("auto",),
 }
 
 

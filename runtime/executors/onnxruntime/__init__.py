@@ -1,0 +1,1 @@
+"""Runs engines of the ``onnxruntime`` target on a provider of ONNX Runtime."""

@@ -1,0 +1,213 @@
+"""A session of an engine's graph, and its arrays at fixed addresses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from slipstream.builder.contract import GraphSpec, Output, Source
+from slipstream.builder.engine import WEIGHTS, Engine, Manifest
+from slipstream.errors import EngineMismatchError, ExecutionError
+from slipstream.runtime.executors.onnxruntime.memory import ONNX_TYPES, Buffer, Memory
+from slipstream.runtime.executors.onnxruntime.provider import (
+    CPU,
+    CUDA,
+    check_loaded,
+    load_libraries,
+    provider_options,
+    wanted_provider,
+)
+from slipstream.runtime.executors.onnxruntime.runs import Run, in_host_memory, step_ports
+
+_CACHED_BINDINGS = 64
+_NOT_CAPTURED = "-1"
+# What a session says that was asked to capture graphs that it cannot.
+_CANNOT_CAPTURE = "graph capture"
+
+
+def create_session(
+    engine: Engine, spec: GraphSpec, threads: int, *, capture: bool
+) -> tuple[ort.InferenceSession, str, bool]:
+    """A session, the provider it runs on, and whether that captures graphs.
+
+    Raises EngineMismatchError for a provider that does not load, and a graph that is refused.
+    """
+    provider = wanted_provider(engine.manifest)
+    load_libraries(provider)
+    capture = capture and provider == CUDA
+    try:
+        session = _session(engine, spec, provider, threads, capture)
+    except EngineMismatchError as error:
+        if not capture or _CANNOT_CAPTURE not in str(error):
+            raise
+        capture = False
+        session = _session(engine, spec, provider, threads, capture)
+    loaded = check_loaded(engine.manifest, provider, session)
+    return session, loaded, capture and loaded == CUDA
+
+
+def _session(
+    engine: Engine, spec: GraphSpec, provider: str, threads: int, capture: bool
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # The builder has fused what there is to fuse, and every step may have another shape.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3 if provider == CPU else 2
+    weights = _mapped(engine)
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
+    )
+    providers = provider_options(provider, capture=capture)
+    try:
+        return ort.InferenceSession(str(engine.path / spec.file), options, providers=providers)
+    except Exception as error:
+        raise EngineMismatchError(
+            f"onnxruntime {ort.__version__} refuses the graph of {engine.path} on {provider} "
+            f"({error}); build it again: {engine.manifest.command}"
+        ) from error
+
+
+def _mapped(engine: Engine) -> dict[str, NDArray[np.uint8]]:
+    """The file of the weights, because onnxruntime follows no link out of the engine's
+    directory; it is copied while the session is made."""
+    if WEIGHTS not in engine.manifest.files:
+        return {}
+    return {WEIGHTS: np.memmap(engine.path / WEIGHTS, np.uint8, "r").view(np.ndarray)}
+
+
+class StepSession:
+    """Runs of a graph, whose inputs are written to, and outputs read from, arrays of the
+    device that stay where they are."""
+
+    def __init__(
+        self, session: ort.InferenceSession, spec: GraphSpec, memory: Memory, tokens: int, rows: int
+    ) -> None:
+        """``tokens`` of a step and ``rows`` of its logits, at most; larger ones are rare and get
+        arrays of their own."""
+        self._session, self._spec, self._memory = session, spec, memory
+        self._rows = rows
+        self._host = {p.name for p in step_ports(spec) if in_host_memory(p)}
+        self._inputs: dict[str, Buffer] = {}
+        self._outputs = {o.name: self._output(o, rows) for o in spec.outputs if o.updates is None}
+        self._caches: dict[str, Buffer] = {}
+        self._bindings: dict[tuple[object, ...], tuple[ort.IOBinding, object]] = {}
+        self._options: dict[int, ort.RunOptions] = {}
+        self._tokens = tokens
+
+    def bind(self, caches: Mapping[str, Buffer]) -> None:
+        """Run on these arrays of caches, by the names of their ports, from now on."""
+        self._bindings.clear()
+        self._caches = dict(caches)
+
+    def run(self, run: Run) -> dict[str, Buffer]:
+        """The outputs of a run, each with at least its rows, until the next. Raises
+        ExecutionError if the device fails."""
+        outputs = self._outputs
+        if run.num_rows > self._rows:
+            spec = [output for output in self._spec.outputs if output.updates is None]
+            outputs = {output.name: self._output(output, run.num_rows) for output in spec}
+        for name in (port.name for port in step_ports(self._spec)):
+            self._write(name, run.values[name])
+        binding = self._binding(run, outputs)
+        try:
+            self._session.run_with_iobinding(binding, self._run_options(run))
+        except Exception as error:
+            raise ExecutionError(f"the step failed in onnxruntime: {error}") from error
+        return outputs
+
+    def read(self, buffer: Buffer, rows: int) -> NDArray[Any]:
+        """The first rows of an output."""
+        return self._memory.read(buffer, rows)
+
+    def _write(self, name: str, values: NDArray[np.int32]) -> None:
+        known = self._inputs.get(name)
+        if known is None or math.prod(known.shape) < values.size:
+            size = max(values.size, self._tokens + 1)
+            known = self._inputs[name] = self._zeros(name, (size,))
+            self._bindings.clear()  # they have the old address
+        if name in self._host:
+            owner = known.owner
+            assert isinstance(owner, np.ndarray)
+            owner.view(np.int32)[: values.size] = values
+        else:
+            self._memory.write(known, values)
+
+    def _zeros(self, name: str, shape: Sequence[int]) -> Buffer:
+        if name not in self._host:
+            return self._memory.zeros(shape, "int32")
+        owner = np.zeros(4 * math.prod(shape), np.uint8)
+        return Buffer(owner.ctypes.data, "int32", tuple(shape), owner)
+
+    def _output(self, output: Output, rows: int) -> Buffer:
+        shape = [size if isinstance(size, int) else rows for size in output.shape]
+        return self._memory.zeros(shape, output.dtype)
+
+    def _binding(self, run: Run, outputs: Mapping[str, Buffer]) -> ort.IOBinding:
+        """What a run reads and writes, which runs of the same shape in the same place share."""
+        shapes = [run.values[port.name].shape for port in step_ports(self._spec)]
+        key = (run.first, run.count, *shapes)
+        known = self._bindings.get(key)
+        if known is not None and known[1] is outputs:
+            return known[0]
+        binding = self._session.io_binding()
+        for port in step_ports(self._spec):
+            values, buffer = run.values[port.name], self._inputs[port.name]
+            device = "cpu" if port.name in self._host else self._memory.device
+            binding.bind_input(
+                port.name, device, 0, ONNX_TYPES[port.dtype], values.shape, buffer.address
+            )
+        for port in self._spec.inputs:
+            if port.source is Source.LAYER:
+                binding.bind_input(port.name, *self._part(port.name, run))
+        for output in self._spec.outputs:
+            if output.updates is not None:
+                binding.bind_output(output.name, *self._part(output.updates, run))
+            else:
+                buffer = outputs[output.name]
+                shape = (run.num_rows, *buffer.shape[1:])
+                where = self._memory.device, 0, ONNX_TYPES[buffer.dtype], shape, buffer.address
+                binding.bind_output(output.name, *where)
+        if outputs is self._outputs:
+            if len(self._bindings) >= _CACHED_BINDINGS:
+                self._bindings.pop(next(iter(self._bindings)))
+            self._bindings[key] = binding, outputs
+        return binding
+
+    def _part(self, name: str, run: Run) -> tuple[str, int, int, tuple[int, ...], int]:
+        """The slots of a run, or all pages, of a layer's array."""
+        buffer = self._caches[name]
+        shape = (run.count or buffer.shape[0], *buffer.shape[1:])
+        address = buffer.address + run.first * buffer.row_bytes
+        return self._memory.device, 0, ONNX_TYPES[buffer.dtype], shape, address
+
+    def _run_options(self, run: Run) -> ort.RunOptions:
+        """A captured run is known by the slots it is as wide as."""
+        number = run.count if run.captured else 0
+        if number not in self._options:
+            options = self._options[number] = ort.RunOptions()
+            identity = str(number) if number else _NOT_CAPTURED
+            options.add_run_config_entry("gpu_graph_id", identity)
+        return self._options[number]
+
+
+def check_ports(engine: Engine, spec: GraphSpec, session: ort.InferenceSession) -> None:
+    """Raise EngineMismatchError unless a graph takes and gives what the manifest says."""
+    found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
+    told = {port.name for port in spec.inputs} | {output.name for output in spec.outputs}
+    if found != told:
+        raise _differs(engine.manifest, sorted(found ^ told))
+
+
+def _differs(manifest: Manifest, names: Sequence[str]) -> EngineMismatchError:
+    return EngineMismatchError(
+        f"the graph and the manifest differ in {', '.join(names)}; build the engine again: "
+        f"{manifest.command}"
+    )
