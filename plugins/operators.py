@@ -12,10 +12,13 @@ from slipstream.errors import BuildError
 from slipstream.extensions import entry_points, load
 from slipstream.plugins.spec import DOMAIN, OperatorSpec
 
-__all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "STANDARD_DOMAINS", "OperatorTable"]
+__all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "SEGMENTS", "STANDARD_DOMAINS", "OperatorTable"]
 
 GROUP = "slipstream.operators"
-STANDARD_DOMAINS = ("", "com.microsoft")  # of ONNX and of ONNX Runtime: not in this table
+# Functions that a graph has itself (``builder/targets/tensorrt/segments.py``).
+SEGMENTS = "slipstream.segments"
+# Not in this table: of ONNX, of ONNX Runtime, of a graph.
+STANDARD_DOMAINS = ("", "com.microsoft", SEGMENTS)
 OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",

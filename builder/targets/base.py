@@ -17,7 +17,11 @@ from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
 
 # Packages add to it by entry points of this group, whose names and values are of the same form.
 GROUP, ATTRIBUTE = "slipstream.targets", "TARGET"
-TARGETS = {"cpu": "slipstream.builder.targets.cpu", "cuda": "slipstream.builder.targets.cuda"}
+TARGETS = {
+    "cpu": "slipstream.builder.targets.cpu",
+    "cuda": "slipstream.builder.targets.cuda",
+    "tensorrt": "slipstream.builder.targets.tensorrt",
+}
 
 
 class Target(Protocol):
