@@ -30,6 +30,7 @@ _UNUSED = {
         "of the KV cache"
     },
     "cuda": {"num_threads": "it is for a GPU; leave it out"},
+    "tensorrt": {"num_threads": "it is for a GPU; leave it out"},
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from slipstream.builder.engine import EngineLimits
+from slipstream.builder.engine import EngineLimits, Plans
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models import architecture_of
@@ -57,6 +58,18 @@ class Target(Protocol):
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Passes from the canonical program to one whose every weight is stored."""
+        ...
+
+
+@runtime_checkable
+class PlanningTarget(Protocol):
+    """A target on which another compiler makes the code of what a graph calls."""
+
+    def plans(self, program: Program, limits: EngineLimits, directory: Path) -> Plans:
+        """Write the plans of a program whose graph and weights lie in a directory.
+
+        BuildError for what that compiler refuses, MissingDependencyError where there is none.
+        """
         ...
 
 

@@ -19,11 +19,15 @@ _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
+    "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
-_CHECKS = {"cuda": "slipstream.runtime.executors.cuda.device:require"}
+_CHECKS = {
+    "cuda": "slipstream.runtime.executors.cuda.device:require",
+    "tensorrt": "slipstream.runtime.executors.tensorrt.require:require",
+}
 # Packages that installing Slipstream alone does not bring.
-_NEEDS = {"cuda": ("torch", "triton")}
+_NEEDS = {"cuda": ("torch", "triton"), "tensorrt": ("torch", "triton")}
 
 
 def check_device(engine: Engine) -> None:

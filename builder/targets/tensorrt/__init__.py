@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import onnx_ir as ir
 
-from slipstream.builder.engine import EngineLimits
+from slipstream.builder.engine import EngineLimits, Plans
 from slipstream.builder.graph.describe import describe_format
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
@@ -28,6 +29,7 @@ from slipstream.builder.targets.tensorrt.linear import (
     holds,
     rounds,
 )
+from slipstream.builder.targets.tensorrt.plans import make_plans
 from slipstream.builder.targets.tensorrt.quantize import QuantizeProducts
 from slipstream.builder.targets.tensorrt.segments import cut_segments
 from slipstream.errors import BuildError
@@ -68,6 +70,12 @@ class TensorRTTarget:
         types = {value.dtype for value in program.graph.initializers.values()}
         fp8 = kv_dtype == "float8_e4m3fn" or ir.DataType.FLOAT8E4M3FN in types
         return "sm_89" if fp8 else "sm_80"
+
+    def plans(self, program: Program, limits: EngineLimits, directory: Path) -> Plans:
+        """Make the plans of every function of the graph."""
+        dtypes = {value.dtype for value in program.graph.initializers.values()}
+        oldest = "sm_89" if ir.DataType.FLOAT8E4M3FN in dtypes else "sm_80"
+        return make_plans(program.model, limits, oldest, directory)
 
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Prepare the weights, lower to standard operators of one type, cut at attention."""

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from slipstream.builder.engine import CONSTANT
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.passes.rewrite import replace
 from slipstream.builder.graph.program import Program, StoredWeight, ir_dtype
@@ -26,8 +27,6 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, num
 
 # Blocks of int4 that TensorRT's fused kernels were seen to take.
 GROUPS = (16, 32, 64, 96, 128, 256)
-# Ends the names of values that are no arguments of a plan, but constants of it.
-CONSTANT = ".constant"
 _INT8 = np.dtype(np.int8)
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SCALE = np.dtype(np.float32)
@@ -151,7 +150,11 @@ class _Maker:
         return weight
 
     def _node(
-        self, op: str, *inputs: ir.Value, like: ir.Value | None = None, **attributes: Any
+        self,
+        op: str,
+        *inputs: ir.Value,
+        like: ir.Value | None = None,
+        **attributes: int | list[int],
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes, num_outputs=1)
         self.made.append(node)
