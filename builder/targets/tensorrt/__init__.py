@@ -49,7 +49,7 @@ class TensorRTTarget:
 
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """Raise BuildError for heads or options that neither plans nor kernels take."""
-        CUDA.check(config, options)
+        replace(CUDA, name=self.name).check(config, options)
         if options.symmetric is False:
             raise BuildError(
                 "target tensorrt has kernels for integers without zero points only; leave "

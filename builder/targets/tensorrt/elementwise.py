@@ -66,7 +66,15 @@ class SetTypes:
                 if value.dtype == _FLOAT:
                     value.type = ir.TensorType(ir_dtype(self.dtype))
                     changed += 1
+        self._drop_unread(program)
         return changed
+
+    def _drop_unread(self, program: Program) -> None:
+        """Forget what was stored in another type."""
+        values = program.graph.initializers
+        for name, stored in list(program.stored.items()):
+            if not any(values[part.name].uses() for part in stored.parts):
+                del program.stored[name]
 
     def _numbers(self, program: Program, node: ir.Node) -> None:
         """Small arrays of the graph, and what was stored for x before its type was known."""

@@ -8,14 +8,16 @@ what a function is, so a graph that is cut still says all that it computes.
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from slipstream.builder.graph.program import OPSET, Program
-from slipstream.plugins.operators import SEGMENTS
+from slipstream.builder.graph.program import OPSET, Program, dtype_name
+from slipstream.plugins.operators import LOOKED_UP, PRODUCTS, SEGMENTS
 
 _LAYER = re.compile(r"\blayers\.\d+[./]")
 
@@ -155,6 +157,10 @@ def _call(program: Program, segment: _Segment, function: ir.Function) -> None:
     outputs = [ir.Value(shape=value.shape, type=value.type) for value in segment.outputs]
     name = f"{function.name}.{sum(n.domain == SEGMENTS for n in graph)}"
     call = ir.node(function.name, segment.inputs, domain=SEGMENTS, outputs=outputs, name=name)
+    products = dict(Counter(_product(node) for node in segment.nodes if node.op_type == "MatMul"))
+    tables = [str(n.inputs[0].name) for n in segment.nodes if n.op_type == "Gather" and n.inputs[0]]
+    call.metadata_props[PRODUCTS] = json.dumps(products)
+    call.metadata_props[LOOKED_UP] = json.dumps(tables)
     graph.insert_before(first, [call])
     for before, after in zip(segment.outputs, outputs, strict=True):
         told = before.name
@@ -162,3 +168,22 @@ def _call(program: Program, segment: _Segment, function: ir.Function) -> None:
         before.name, after.name = None, told
     for node in reversed(segment.nodes):
         graph.remove(node, safe=True)
+
+
+def _product(node: ir.Node) -> str:
+    """What the weight of a product holds, for people: ``int4, groups of 32``."""
+    weight = node.inputs[1]
+    maker = weight.producer() if weight is not None else None
+    if maker is not None and maker.op_type == "Transpose":
+        weight = maker.inputs[0]
+        maker = weight.producer() if weight is not None else None
+    assert weight is not None and weight.dtype is not None
+    if maker is None:
+        return dtype_name(weight.dtype)
+    codes, x = maker.inputs[0], node.inputs[0]
+    assert codes is not None and codes.dtype is not None and x is not None
+    group = maker.attributes.get_int("block_size", 0)
+    scales = f"groups of {group}" if group else "a scale a row"
+    rounder = x.producer()
+    rounded = rounder is not None and rounder.op_type == "DequantizeLinear"
+    return f"{dtype_name(codes.dtype)}, {scales}{', x rounded by a fixed scale' * rounded}"
