@@ -34,12 +34,8 @@ def make(job: dict[str, Any]) -> dict[str, Any]:
     Path(job["plan"]).write_bytes(plan)
     return {
         "version": trt.__version__,
-        "inputs": {
-            t.name: _described(t) for t in map(network.get_input, range(network.num_inputs))
-        },
-        "outputs": {
-            t.name: _described(t) for t in map(network.get_output, range(network.num_outputs))
-        },
+        "inputs": _described(map(network.get_input, range(network.num_inputs))),
+        "outputs": _described(map(network.get_output, range(network.num_outputs))),
         "unread": _unread(network),
         "table": log.table,
     }
