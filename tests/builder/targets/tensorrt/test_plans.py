@@ -17,7 +17,7 @@ from slipstream.builder.build import Plan, build, compile_checkpoint, plan
 from slipstream.builder.engine import PLANS, WEIGHTS, EngineLimits, open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.tensorrt import plans
-from slipstream.builder.targets.tensorrt.layers import Layer, read_layers, unpackers
+from slipstream.builder.targets.tensorrt.layers import Layer, count_products, read_layers, unpackers
 from slipstream.builder.targets.tensorrt.plans import PlanSource, make_plans, plan_sources
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError
@@ -56,7 +56,7 @@ def lay_out(planned: Plan, directory: Path) -> dict[str, PlanSource]:
     places = write_weights(directory / WEIGHTS, planned.weights, lambda _: None)
     for name, (offset, length) in places.items():
         value = planned.program.graph.initializers[name]
-        assert value.dtype is not None
+        assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor(
             WEIGHTS, offset, length, value.dtype, shape=value.shape, name=name, base_dir=directory,
         )  # fmt: skip
@@ -77,7 +77,7 @@ def test_every_product_of_a_layer_is_one_kernel(tmp_path: Path, name: str) -> No
     source = lay_out(planned, tmp_path)["layer.1"]
     report = make(source, tmp_path)
     layers = layers_of(report)
-    assert plans.count_products(layers) == FORMATS[name][2]
+    assert count_products(layers) == FORMATS[name][2]
     assert not unpackers(layers)
     if name == "int4":
         assert all("Int4" in layer.constants for layer in layers if layer.is_product)

@@ -17,6 +17,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.tensorrt import plans
 from slipstream.errors import BuildError, EngineMismatchError, MissingDependencyError
 from slipstream.runtime.executors import check_device
+from slipstream.runtime.executors.cuda import device
 from slipstream.runtime.executors.tensorrt import require as tensorrt_require
 
 
@@ -36,7 +37,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *flavours: str, version: str = VE
         "import_flavour": lambda _: module,
     }.items():
         monkeypatch.setattr(tensorrt_require, name, value)
-    monkeypatch.setattr(tensorrt_require.device, "require", lambda _: None)
+    monkeypatch.setattr(device, "require", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
 
