@@ -28,6 +28,7 @@ from slipstream.builder.engine import (
     WEIGHTS,
     EngineLimits,
     Manifest,
+    Plans,
     digest,
     engine_contents,
     is_engine,
@@ -42,7 +43,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
 from slipstream.builder.pooling import pooling_of, stated_pooling
 from slipstream.builder.score import write_score_template
-from slipstream.builder.targets.base import check_runs_here, create_target
+from slipstream.builder.targets.base import PlanningTarget, check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
@@ -306,13 +307,21 @@ def _write(
                 base_dir=staging,
             )
     ir.save(planned.program.model, staging / GRAPH)
+    target = create_target(planned.target)
+    plans = (
+        target.plans(planned.program, planned.limits, staging)
+        if isinstance(target, PlanningTarget)
+        else None
+    )
     files = {file.name: digest(file) for file in sorted(staging.iterdir())}
-    manifest = manifest_of(planned, files, source, output)
+    manifest = manifest_of(planned, files, source, output, plans)
     (staging / MANIFEST).write_text(manifest.to_json())
     return manifest
 
 
-def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
+def manifest_of(
+    planned: Plan, files: dict[str, str], source: str, output: str, plans: Plans | None = None
+) -> Manifest:
     """The manifest of a compiled program whose files have these hashes."""
     used = {node.op_type for node in planned.program.graph if node.domain not in STANDARD_DOMAINS}
     return Manifest(
@@ -324,6 +333,7 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         caches=planned.caches,
         quantization=planned.quantization,
         pooling=planned.pooling,
+        plans=plans,
         formats=planned.formats,
         ranks=planned.ranks,
         plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},

@@ -28,13 +28,16 @@ from slipstream.plugins.operators import OPERATORS
 from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 from slipstream.weights.parallel import in_parallel
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
 WEIGHTS = "weights.safetensors"
 RANKS = (1, 2, 4, 8)
 TACTICS = "tactics.json"
 KERNELS = "kernels.zip"
+PLANS = "plans.json"
+# Ends the names of weights that plans hold themselves.
+CONSTANT = ".constant"
 # What the tokenizer is made of.
 _TEXT_FILES = (
     "tokenizer.json",
@@ -65,15 +68,31 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Plans:
+    """What TensorRT made of the functions that a graph calls.
+
+    The package ``flavour`` of ``version`` made the plans, and nothing else loads them; ``gpus`` are
+    those that they run on, such as ``sm_89``. ``calls`` has the file of each call by the name of
+    its node. ``unverified`` says what nobody has seen of them.
+    """
+
+    flavour: str
+    version: str
+    gpus: tuple[str, ...]
+    calls: dict[str, str]
+    unverified: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of engine.json.
 
     ``graphs``, by name, and the ``caches`` that they share are the contract of a step. ``formats``
     counts the matrices of the checkpoint by what they hold there. ``ranks`` run the graphs
     together, each with its own ``weight_file`` and with caches of the sizes said here. ``pooling``
-    says what is made of the output of an engine that does not generate, None for one that does.
-    ``source`` is the checkpoint and ``command`` the build that made the engine, so that a mismatch
-    can be mended.
+    says what is made of the output of an engine that does not generate, None for one that does,
+    ``plans`` who runs the functions that a graph calls, None where it calls none. ``source`` is the
+    checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
     ``files`` holds the ``digest`` of every other file.
     """
 
@@ -88,6 +107,7 @@ class Manifest:
     command: str
     files: dict[str, str]
     pooling: Pooling | None = None
+    plans: Plans | None = None
     capability: str = "any"
     formats: dict[str, int] = field(default_factory=dict)
     ranks: int = 1
@@ -109,7 +129,9 @@ class Manifest:
                 raise ValueError(f"limits.{name} is {limit}, not from 1 to {_LARGEST}")
         if manifest.ranks not in RANKS:
             raise ValueError(f"ranks is {manifest.ranks}, not one of {RANKS}")
-        for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
+        plans = () if manifest.plans is None else manifest.plans.calls.values()
+        graphs = [graph.file for graph in manifest.graphs.values()]
+        for name in (*manifest.files, *graphs, *plans):
             if not is_file_name(name):
                 raise ValueError(f"files has {shortened(name)}, which is no file of the engine")
         pools = manifest.graphs[TARGET_GRAPH].output(LOGITS) is None
@@ -120,6 +142,11 @@ class Manifest:
         if not isinstance(manifest.model.get("architecture"), str):
             raise ValueError("model.architecture is no text")
         return manifest
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether an NVIDIA GPU runs the engine."""
+        return self.capability.startswith("sm_")
 
     @property
     def vocab_size(self) -> int:
@@ -167,7 +194,8 @@ class Engine:
         hash."""
         graphs = [graph.file for graph in self.manifest.graphs.values()]
         weights = map(weight_file, range(self.manifest.ranks))
-        read = (*graphs, *weights, TACTICS, KERNELS, *_TEXT_FILES)
+        plans = () if self.manifest.plans is None else self.manifest.plans.calls.values()
+        read = dict.fromkeys((*graphs, *weights, TACTICS, KERNELS, *plans, *_TEXT_FILES))
         return [
             name for name in read if name not in self.manifest.files and (self.path / name).exists()
         ]

@@ -12,10 +12,26 @@ from slipstream.errors import BuildError
 from slipstream.extensions import entry_points, load
 from slipstream.plugins.spec import DOMAIN, OperatorSpec
 
-__all__ = ["DOMAIN", "GROUP", "OPERATORS", "OURS", "STANDARD_DOMAINS", "OperatorTable"]
+__all__ = [
+    "DOMAIN",
+    "GROUP",
+    "LOOKED_UP",
+    "OPERATORS",
+    "OURS",
+    "PRODUCTS",
+    "SEGMENTS",
+    "STANDARD_DOMAINS",
+    "OperatorTable",
+]
 
 GROUP = "slipstream.operators"
-STANDARD_DOMAINS = ("", "com.microsoft")  # of ONNX and of ONNX Runtime: not in this table
+# Functions that a graph has itself (``builder/targets/tensorrt/segments.py``).
+SEGMENTS = "slipstream.segments"
+# What the metadata of their calls say, as JSON: how many products there are of each kind, and of
+# which arguments only some rows are read.
+PRODUCTS, LOOKED_UP = "slipstream.products", "slipstream.looked_up"
+# Not in this table: of ONNX, of ONNX Runtime, of a graph.
+STANDARD_DOMAINS = ("", "com.microsoft", SEGMENTS)
 OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",

@@ -34,6 +34,7 @@ _UNUSED = {
         "num_threads": "it is for a GPU; leave it out",
         "kv_offload_path": "a GPU copies pages to memory, not to a file; leave it out",
     },
+    "tensorrt": {"num_threads": "it is for a GPU; leave it out"},
 }
 
 

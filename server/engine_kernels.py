@@ -38,7 +38,7 @@ def kernel_capability(kernels: str, options: BuildOptions) -> tuple[int, int] | 
     if (named := _SM.fullmatch(kernels)) is None:
         raise click.UsageError(f"--kernels is {kernels!r}; use auto, none or a GPU such as sm_90")
     if (target := create_target(options.target).name) != "cuda":
-        raise click.UsageError(f"--kernels is for NVIDIA GPUs and the target is {target}")
+        raise click.UsageError(f"--kernels is for target cuda and the target is {target}")
     if missing:
         raise click.UsageError(f"--kernels needs {missing[0]}: pip install 'slipstream[cuda]'")
     return int(named[1]), int(named[2])

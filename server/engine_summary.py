@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from slipstream.builder.contract import (
     TARGET_GRAPH,
@@ -18,8 +19,10 @@ from slipstream.builder.contract import (
     paged,
 )
 from slipstream.builder.engine import WEIGHTS, Engine, digest
+from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError, SlipstreamError
 from slipstream.plugins.linear import WEIGHT_TYPES
+from slipstream.plugins.operators import LOOKED_UP, PRODUCTS
 from slipstream.server.text import format_bytes, format_count
 from slipstream.weights.json import Origin
 from slipstream.weights.safetensors import read_header
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from slipstream.builder.parameters import Parameters
 
+T = TypeVar("T")
 HashStatus = Literal["ok", "changed", "missing", "not listed", "not checked"]
 _DENSE = {number: name for name, number in WEIGHT_TYPES.items() if name != "int"}
 _TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
@@ -237,6 +241,9 @@ def count_operators(graph: Iterable[ir.Node]) -> dict[str, int]:
 def count_kernels(graph: Iterable[ir.Node]) -> dict[str, int]:
     """How many linear layers run on every kernel, most frequent first."""
     counts = Counter(kernel for node in graph if (kernel := _kernel(node)))
+    for node in graph:
+        found = _told(node, PRODUCTS, dict[str, int])
+        counts.update({f"TensorRT {kind}": count for kind, count in found.items()})
     return dict(counts.most_common())
 
 
@@ -249,7 +256,12 @@ def step_weights(graph: ir.Graph) -> StepWeights:
     sizes, layers = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     for node in graph:
         stored = [value.const_value for value in node.inputs if value is not None]
-        found = {w.name: w.nbytes for w in stored if isinstance(w, ir.ExternalTensor) and w.name}
+        rows = _told(node, LOOKED_UP, tuple[str, ...])
+        found = {
+            w.name: w.nbytes
+            for w in stored
+            if isinstance(w, ir.ExternalTensor) and w.name and w.name not in rows
+        }
         if node.op_type == "ExpertLinear":
             kind = node.attributes["experts"].as_int(), node.attributes["top_k"].as_int()
             sizes[kind] += sum(found.values())
@@ -277,6 +289,17 @@ def describe_parameters(parameters: Parameters) -> str:
     """``30.5 billion, 3.3 billion for a token``."""
     active = f", {format_count(parameters.active)} for a token"
     return format_count(parameters.total) + active * (parameters.active < parameters.total)
+
+
+def _told(node: ir.Node, key: str, kind: type[T]) -> T:
+    """What a call of a function says of it; EngineMismatchError for what no build writes."""
+    try:
+        told = node.metadata_props.get(key)
+        return kind() if told is None else from_json(kind, json.loads(told))
+    except ValueError as error:
+        raise EngineMismatchError(
+            f"{node.name} of the graph has no readable {key} ({error}); build the engine again"
+        ) from error
 
 
 def _kernel(node: ir.Node) -> str | None:

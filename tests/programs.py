@@ -20,6 +20,7 @@ from slipstream.plugins import library
 from slipstream.plugins.linear import ACTIVATIONS, WEIGHT_TYPES, ZERO_KINDS
 from slipstream.plugins.linear.cpu.packing import unpack
 from slipstream.plugins.operators import DOMAIN, OPERATORS
+from slipstream.plugins.paged_attention import reference as attention
 from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, ZeroKind
 
 Arrays = dict[str, NDArray[Any]]
@@ -212,6 +213,14 @@ def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Embedding")(given[0], _weight(given[1], _attributes(node)))]
 
 
+def _paged_attention(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    names = [tensor.name for tensor in OPERATORS["PagedAttention"].inputs]
+    found = {name: _plain(value) for name, value in zip(names, given, strict=False)}
+    found["qkv"] = np.asarray(found["qkv"], np.float32)
+    attributes = attention.Attributes(**_attributes(node))
+    return [attention.paged_attention(attention.Inputs(**found), attributes)]
+
+
 def _elementwise(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     result = _reference(node.op_type)(*map(_plain, given), **_attributes(node))
     return list(result) if isinstance(result, tuple) else [result]
@@ -221,6 +230,7 @@ _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "Linear": _linear,
     "ExpertLinear": _expert_linear,
     "Embedding": _embedding,
+    "PagedAttention": _paged_attention,
     "GatedActivation": _elementwise,
     "FusedAddRMSNorm": _elementwise,
     "SoftCap": _elementwise,

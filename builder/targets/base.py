@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from slipstream.errors import BuildError
 from slipstream.extensions import entry_points, load
 from slipstream.plugins.cuda.detect import gpu_capability, gpu_works, sm
 
 if TYPE_CHECKING:  # the table of kinds is also asked by those who build nothing
-    from slipstream.builder.engine import EngineLimits
+    from slipstream.builder.engine import EngineLimits, Plans
     from slipstream.builder.graph.passes import Pass
     from slipstream.builder.graph.program import Program
     from slipstream.builder.models.config import ModelConfig
@@ -22,6 +23,7 @@ TARGETS = {
     "cpu": "slipstream.builder.targets.cpu",
     "cuda": "slipstream.builder.targets.cuda",
     "onnxruntime": "slipstream.builder.targets.onnxruntime",
+    "tensorrt": "slipstream.builder.targets.tensorrt",
 }
 
 
@@ -59,6 +61,18 @@ class Target(Protocol):
     def pipeline(self, options: BuildOptions) -> Sequence[Pass]:
         """Passes from the canonical program to one whose every weight is stored; the limits of
         ``options`` are those of the engine."""
+        ...
+
+
+@runtime_checkable
+class PlanningTarget(Protocol):
+    """A target on which another compiler makes the code of what a graph calls."""
+
+    def plans(self, program: Program, limits: EngineLimits, directory: Path) -> Plans:
+        """Write the plans of a program whose graph and weights lie in a directory.
+
+        BuildError for what that compiler refuses, MissingDependencyError where there is none.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from slipstream.errors import EngineMismatchError
 from slipstream.extensions import load
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.operators import GROUP, OPERATORS
+from slipstream.plugins.operators import GROUP, OPERATORS, SEGMENTS
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, StepTensors
 
 Environment = dict[str, Tensor]
@@ -76,10 +76,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What is known when a graph is loaded: weights and small arrays by name, and the tactics."""
+    """What is known when a graph is loaded: weights and small arrays by name, the tactics, and how
+    calls of the graph's functions are run, by the name of the node."""
 
     constants: Mapping[str, Tensor]
     tactics: Tactics
+    calls: Mapping[str, Binding] = field(default_factory=dict)
 
 
 Kernel = Callable[[Run], Sequence[Tensor]]
@@ -88,7 +90,10 @@ Binding = Callable[[ir.Node, Context], Kernel]
 
 def bind(node: ir.Node, context: Context) -> Kernel:
     """The call that a node is; EngineMismatchError where its operator has no GPU kernel."""
-    target = _standard(node.op_type) if node.domain == "" else _custom(node.op_type)
+    if node.domain == SEGMENTS:
+        target = context.calls.get(node.name or "")
+    else:
+        target = _standard(node.op_type) if node.domain == "" else _custom(node.op_type)
     if target is None:
         raise EngineMismatchError(f"operator {node.domain}.{node.op_type} has no kernel for a GPU")
     return target(node, context)
@@ -143,6 +148,10 @@ def name_of(value: ir.Value | None) -> str:
 
 def dtype_of(node: ir.Node) -> torch.dtype:
     """The type of what a node makes."""
-    dtype = node.outputs[0].dtype
-    assert dtype is not None
-    return _TORCH[dtype]
+    return dtype_of_value(node.outputs[0])
+
+
+def dtype_of_value(value: ir.Value) -> torch.dtype:
+    """The type of a value."""
+    assert value.dtype is not None
+    return _TORCH[value.dtype]

@@ -22,6 +22,7 @@ _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
     "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.executor:ONNXRuntimeExecutor",
+    "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
 # The same for engines of several ranks.
 _RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
@@ -29,9 +30,14 @@ _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 _CHECKS = {
     "cuda": "slipstream.runtime.executors.cuda.device:require",
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
+    "tensorrt": "slipstream.runtime.executors.tensorrt.require:require",
 }
 # Packages that installing Slipstream alone does not bring.
-_NEEDS = {"cuda": ("torch", "triton"), "onnxruntime": ("onnxruntime",)}
+_NEEDS = {
+    "cuda": ("torch", "triton"),
+    "onnxruntime": ("onnxruntime",),
+    "tensorrt": ("torch", "triton"),
+}
 # What installs them, where it is no extra of ours of the target's name.
 _INSTALLED_BY = {"onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU"}
 

@@ -89,7 +89,7 @@ def _check_tunable(options: BuildOptions, estimate: bool) -> None:
 
     target = create_target(options.target).name
     if target != "cuda":
-        raise click.UsageError(f"--tune is for NVIDIA GPUs and the target is {target}")
+        raise click.UsageError(f"--tune is for target cuda and the target is {target}")
     if estimate:
         raise click.UsageError("--tune needs an engine and --estimate makes none; leave one out")
 
@@ -175,6 +175,8 @@ def _summarize(output: Path, manifest: Manifest, seconds: float) -> None:
     )
     click.echo()
     _echo_kernels(count_kernels(read_graph(Engine(output, manifest))))
+    if manifest.plans is not None:
+        click.echo(f"\nnote: {manifest.plans.unverified}")
     click.echo()
     path = shlex.quote(str(output))
     asked = (

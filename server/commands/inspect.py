@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from slipstream.builder.engine import Engine, open_engine
+from slipstream.builder.engine import Engine, Plans, open_engine
 from slipstream.server.command import Command, CommandError
 from slipstream.server.engine_summary import (
     FileEntry,
@@ -162,11 +162,20 @@ def _manifest_rows(engine: Engine) -> list[tuple[object, ...]]:
         ("quantization", manifest.quantization),
         ("checkpoint", "; ".join(f"{n} {name}" for name, n in manifest.formats.items())),
         ("plugins", ", ".join(f"{name} {v}" for name, v in manifest.plugins.items())),
+        *_plan_rows(manifest.plans),
         *((name, str(value)) for name, value in asdict(manifest.limits).items()),
         ("KV cache", f"{kv['dtype']}, pages of {kv['page_size']} tokens"),
         ("KV per token", format_bytes(per_token)),
         ("KV of one sequence", format_bytes(per_token * manifest.limits.max_seq_len)),
     ]
+
+
+def _plan_rows(plans: Plans | None) -> list[tuple[object, ...]]:
+    if plans is None:
+        return []
+    files, gpus = len(set(plans.calls.values())), ", ".join(plans.gpus)
+    made = f"{files} for {len(plans.calls)} calls, by {plans.flavour} {plans.version}, for {gpus}"
+    return [("plans", made), ("unverified", plans.unverified)]
 
 
 def _model_rows(engine: Engine) -> list[tuple[object, ...]]:

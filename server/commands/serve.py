@@ -100,7 +100,7 @@ def _api_processes(model: str, runtime: dict[str, Any]) -> int:
     if cores < _CORES_FOR_ONE:
         return 0
     engine = open_engine(engine_path(model, runtime))
-    return min(cores // _CORES_FOR_ONE, _MOST) if engine.manifest.target == "cuda" else 0
+    return min(cores // _CORES_FOR_ONE, _MOST) if engine.manifest.on_gpu else 0
 
 
 def default_name(model: str) -> str:

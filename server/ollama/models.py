@@ -34,7 +34,7 @@ async def list_running(request: Request) -> dict[str, Any]:
     """The same: what is served is loaded, and stays."""
     service = service_of(request)
     engine = service.llm.engine
-    on_gpu = engine is not None and engine.manifest.target == "cuda"
+    on_gpu = engine is not None and engine.manifest.on_gpu
     running = {"expires_at": _NEVER, "context_length": service.llm.config.max_seq_len}
     listed = [_listed(service, name) for name in service.names]
     return {"models": [{**m, **running, "size_vram": m["size"] * on_gpu} for m in listed]}

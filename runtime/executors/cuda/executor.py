@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from slipstream.builder.contract import (
 )
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
-from slipstream.plugins.cuda.binding import Memory
+from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
@@ -68,6 +69,8 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = 0
+    # How calls of the graph's own functions are run, by the name of the node: there are none.
+    _calls: Mapping[str, Binding] = MappingProxyType({})
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.
@@ -116,7 +119,7 @@ class CUDAExecutor:
         rows = config.max_batch_size
         self._columns = -(-config.max_seq_len // page_size_of(self._caches))
         with device.work(), self._fitting():
-            program = CUDAProgram(graph, spec, weights, table, device.torch)
+            program = CUDAProgram(graph, spec, weights, table, device.torch, self._calls)
             self._attention = program.attention
             block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(rows, config.max_num_tokens, block, config.deterministic)

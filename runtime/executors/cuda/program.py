@@ -12,6 +12,7 @@ from torch import Tensor
 from slipstream.builder.contract import STATES, GraphSpec
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.binding import (
+    Binding,
     Context,
     Environment,
     Kernel,
@@ -44,6 +45,7 @@ class CUDAProgram:
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
+    ``calls`` says how calls of the graph's own functions are run.
     EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
@@ -54,6 +56,7 @@ class CUDAProgram:
         weights: Mapping[str, Tensor],
         tactics: Tactics,
         device: torch.device,
+        calls: Mapping[str, Binding],
     ) -> None:
         nodes = list(graph)
         _check(graph, spec)
@@ -71,7 +74,7 @@ class CUDAProgram:
         self.attention = [
             attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
         ]
-        context = Context(self._constants, tactics)
+        context = Context(self._constants, tactics, calls)
         kept = {*self._constants, hidden}
         self._body = _compile(nodes[:split], context, kept)
         self._tail = _compile(nodes[split + 1 :], context, kept)

@@ -117,7 +117,7 @@ def test_what_is_no_engine_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "cpu"], "--tune is for NVIDIA GPUs and the target is cpu"),
+        (["--target", "cpu"], "--tune is for target cuda and the target is cpu"),
         (["--target", "cuda", "--estimate"], "--tune needs an engine and --estimate makes none"),
     ],
 )
@@ -132,7 +132,7 @@ def test_tuning_is_refused_before_anything_is_built(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "cpu", "--kernels", "sm_90"], "is for NVIDIA GPUs and the target is cpu"),
+        (["--target", "cpu", "--kernels", "sm_90"], "is for target cuda and the target is cpu"),
         (["--target", "cuda", "--kernels", "hopper"], "--kernels is 'hopper'; use auto, none or"),
     ],
 )

@@ -1,0 +1,34 @@
+"""The packages of TensorRT that may be installed: two flavours with one API.
+
+``tensorrt_rtx`` makes plans without a GPU, for several at once, and ``tensorrt`` only for the GPU
+that is there. Neither loads what the other, or another version of itself, has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType, ModuleType
+
+# The modules that a flavour may be installed as.
+FLAVOURS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        "tensorrt": ("tensorrt", "tensorrt_bindings"),
+    }
+)
+# The GPUs that tensorrt_rtx makes plans for, H100 and B200 not among them.
+RTX_GPUS = (80, 86, 89, 120, 121)
+
+
+def module_of(flavour: str) -> str | None:
+    """The name of the module of a flavour that is installed; None if it is not."""
+    return next((name for name in FLAVOURS[flavour] if find_spec(name) is not None), None)
+
+
+def import_flavour(flavour: str) -> ModuleType | None:
+    """The module of a flavour; None if it is not installed. ImportError if its libraries do not
+    load."""
+    name = module_of(flavour)
+    return None if name is None else import_module(name)
