@@ -11,12 +11,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from slipstream.builder.checked import checked
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.contract import (
+    HEAD_GRAPH,
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Head,
     Pooling,
     bytes_per_token,
 )
@@ -36,6 +39,7 @@ from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
+from slipstream.builder.head import HeadModel, compile_head, head_for
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.decoder import Decoder
@@ -45,16 +49,15 @@ from slipstream.builder.pooling import StatedPooling, pooling_of, stated_pooling
 from slipstream.builder.score import answers_of, write_score_template
 from slipstream.builder.targets.base import check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
-from slipstream.errors import BuildError, CheckpointError
+from slipstream.errors import BuildError
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
-from slipstream.weights.tensor import KVScales, LazyTensor, QuantTensor, WeightFormat, is_finite
+from slipstream.weights.tensor import KVScales, LazyTensor, WeightFormat
 from slipstream.weights.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 # Makes an engine's file of kernels, or none.
 Compiler = Callable[["Plan"], bytes | None]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Plan:
     Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
     come quantized and are kept. ``formats`` counts the checkpoint's matrices by what they hold.
     ``kv_scales`` are those that float8 pages use; None is 1. ``pooling`` is None for an engine that
-    generates.
+    generates, ``head`` for one without a head, whose program is the ``head_program``.
     """
 
     checkpoint: Checkpoint
@@ -78,22 +81,31 @@ class Plan:
     formats: dict[str, int]
     kv_scales: KVScales | None = None
     pooling: Pooling | None = None
+    head: Head | None = None
+    head_program: Program | None = None
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """That of every graph."""
+        head = {} if self.head_program is None else {HEAD_GRAPH: self.head_program}
+        return {TARGET_GRAPH: self.program, **head}
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:
         """The contract of every graph."""
-        assert self.program.contract is not None
-        return {TARGET_GRAPH: self.program.contract}
+        contracts = {name: program.contract for name, program in self.programs.items()}
+        return {name: each for name, each in contracts.items() if each is not None}
 
     @property
     def caches(self) -> tuple[CacheSpec, ...]:
         """What the graphs remember."""
-        return self.program.caches
+        return tuple(cache for program in self.programs.values() for cache in program.caches)
 
     @property
     def weights(self) -> list[StoredWeight]:
-        """Every weight of the engine."""
-        return list(self.program.stored.values())
+        """Every weight of the engine; graphs share those of one name."""
+        stored = [program.stored for program in self.programs.values()]
+        return list({name: weight for each in stored for name, weight in each.items()}.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -118,6 +130,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     """``plan`` for a checkpoint that is open."""
     config, target = checkpoint.config, create_target(options.target)
     target.check(config, options)
+    head = head_for(checkpoint, options, target)
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
@@ -126,16 +139,22 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     )
     check_read(checkpoint)
     stated = stated_pooling(checkpoint.pooling, options)
-    program = _declare(checkpoint, stated, kv_dtype, target.page_size, limits.max_seq_len)
+    pages = kv_dtype, target.page_size, limits.max_seq_len
+    program = _declare(checkpoint, stated, head, *pages)
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
     run_passes(program, [*scaling, *target.pipeline(options)])
+    beside = None
+    if head is not None:
+        embedding = checkpoint.tensor("model.embed_tokens.weight")
+        beside = compile_head(head, embedding, target.pipeline(options), *pages, program.stored)
     capability = target.capability(program, kv_dtype)
     check_runs_here(options.target, capability)
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
         None if stated is None else pooling_of(stated, config),
+        None if head is None else head.described, beside,
     )  # fmt: skip
 
 
@@ -241,6 +260,7 @@ def _limits(config: ModelConfig, options: BuildOptions, default: EngineLimits) -
 def _declare(
     checkpoint: Checkpoint,
     stated: StatedPooling | None,
+    head: HeadModel | None,
     kv_dtype: str,
     page_size: int,
     max_seq_len: int,
@@ -256,11 +276,12 @@ def _declare(
 
     def tensor(name: str) -> LazyTensor:
         used.add(name)
-        return _checked(checkpoint, name, expected)
+        return checked(checkpoint.tensor(name), expected.get(name), checkpoint.path)
 
     decoder = architecture.decoder
     ops = Ops(program, decoder.caches(config, kv_dtype, page_size))
-    _build(decoder(ops, config, architecture, tensor, max_seq_len), checkpoint, stated)
+    tap = None if head is None else head.tap(ops)
+    _build(decoder(ops, config, architecture, tensor, max_seq_len, tap), checkpoint, stated)
     program.contract, program.caches = ops.contract(GRAPH), ops.caches
     differing = used ^ set(expected)
     if differing:
@@ -278,35 +299,6 @@ def _build(decoder: Decoder, checkpoint: Checkpoint, stated: StatedPooling | Non
         decoder.build_states()
     else:
         decoder.build_answers(answers_of(checkpoint, stated))
-
-
-def _checked(checkpoint: Checkpoint, name: str, shapes: Shapes) -> LazyTensor:
-    """A weight that has the shape its configuration says."""
-    tensor = checkpoint.tensor(name)
-    expected = shapes.get(name, tensor.format.shape)
-    if expected != tensor.format.shape:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name} has shape {list(tensor.format.shape)}, but by the "
-            f"configuration it is {list(expected)}; config and weights are of different "
-            "models: download both again"
-        )
-    return _finite(tensor, checkpoint.path)
-
-
-def _finite(tensor: LazyTensor, path: Path) -> LazyTensor:
-    """The weight, with a CheckpointError when it is loaded with numbers that are none."""
-
-    def load() -> QuantTensor:
-        loaded = tensor.load()
-        for part, numbers in loaded.numbers().items():
-            if not is_finite(numbers):
-                raise CheckpointError(
-                    f"{path}: tensor {tensor.name} holds infinite or undefined numbers among its "
-                    f"{part}; the checkpoint is damaged: download it again"
-                )
-        return loaded
-
-    return replace(tensor, load=load)
 
 
 def _write(
@@ -335,8 +327,20 @@ def _write(
         places = write_weights(staging / WEIGHTS, planned.weights, wrote)
     if compiled is not None and (kernels := compiled.result()) is not None:
         (staging / KERNELS).write_bytes(kernels)
-    for value in planned.program.graph.initializers.values():
-        if value.name in places:
+    for program in planned.programs.values():
+        assert program.contract is not None
+        _place_weights(program, places, staging)
+        ir.save(program.model, staging / program.contract.file)
+    files = {file.name: digest(file) for file in sorted(staging.iterdir())}
+    manifest = manifest_of(planned, files, source, output)
+    (staging / MANIFEST).write_text(manifest.to_json())
+    return manifest
+
+
+def _place_weights(program: Program, places: Mapping[str, tuple[int, int]], staging: Path) -> None:
+    """Tell a graph where in the file its weights are."""
+    for value in program.graph.initializers.values():
+        if value.name is not None and value.name in places:
             offset, length = places[value.name]
             assert value.dtype is not None and value.shape is not None
             value.const_value = ir.ExternalTensor(
@@ -348,16 +352,12 @@ def _write(
                 name=value.name,
                 base_dir=staging,
             )
-    ir.save(planned.program.model, staging / GRAPH)
-    files = {file.name: digest(file) for file in sorted(staging.iterdir())}
-    manifest = manifest_of(planned, files, source, output)
-    (staging / MANIFEST).write_text(manifest.to_json())
-    return manifest
 
 
 def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) -> Manifest:
     """The manifest of a compiled program whose files have these hashes."""
-    used = {node.op_type for node in planned.program.graph if node.domain not in STANDARD_DOMAINS}
+    nodes = [node for program in planned.programs.values() for node in program.graph]
+    used = {node.op_type for node in nodes if node.domain not in STANDARD_DOMAINS}
     return Manifest(
         target=planned.target,
         capability=planned.capability,
@@ -367,9 +367,17 @@ def manifest_of(planned: Plan, files: dict[str, str], source: str, output: str) 
         caches=planned.caches,
         quantization=planned.quantization,
         pooling=planned.pooling,
+        head=planned.head,
         formats=planned.formats,
         plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},
         source=source,
-        command=planned.options.command(source, output),
+        command=_recipe(planned).command(source, output),
         files=files,
     )
+
+
+def _recipe(planned: Plan) -> BuildOptions:
+    """The options, for whoever builds again from another directory."""
+    if planned.head is None:
+        return planned.options
+    return replace(planned.options, speculative_model=planned.head.source)

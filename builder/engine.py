@@ -15,10 +15,12 @@ from typing import Any
 
 from slipstream import __version__
 from slipstream.builder.contract import (
+    HEAD_GRAPH,
     LOGITS,
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Head,
     Pooling,
     check_contract,
 )
@@ -28,9 +30,10 @@ from slipstream.plugins.operators import OPERATORS
 from slipstream.weights.json import Origin, is_file_name, read_fields, shortened
 from slipstream.weights.parallel import in_parallel
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
+HEAD = "head.onnx"
 WEIGHTS = "weights.safetensors"
 TACTICS = "tactics.json"
 KERNELS = "kernels.zip"
@@ -69,7 +72,8 @@ class Manifest:
 
     ``graphs``, by name, and the ``caches`` that they share are the contract of a step. ``formats``
     counts the matrices of the checkpoint by what they hold there. ``pooling`` says what is made of
-    the output of an engine that does not generate, None for one that does. ``source`` is the
+    the output of an engine that does not generate, None for one that does; ``head`` what guesses
+    tokens in a graph beside the target's, None where nothing does. ``source`` is the
     checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
     ``files`` holds the ``digest`` of every other file.
     """
@@ -85,6 +89,7 @@ class Manifest:
     command: str
     files: dict[str, str]
     pooling: Pooling | None = None
+    head: Head | None = None
     capability: str = "any"
     formats: dict[str, int] = field(default_factory=dict)
     slipstream_version: str = __version__
@@ -109,6 +114,8 @@ class Manifest:
         pools = manifest.graphs[TARGET_GRAPH].output(LOGITS) is None
         if pools != (manifest.pooling is not None):
             raise ValueError("pooling does not say what is made of the output of the target graph")
+        if (manifest.head is None) == (HEAD_GRAPH in manifest.graphs):
+            raise ValueError(f"head does not say what the graph {HEAD_GRAPH} is")
         if manifest.pooling and not 1 <= manifest.pooling.vocab_size <= _LARGEST:
             raise ValueError(f"pooling.vocab_size is {manifest.pooling.vocab_size}")
         if not isinstance(manifest.model.get("architecture"), str):

@@ -97,7 +97,7 @@ class StepBatch:
     sequence, here and in its sampling rows; its pages have room for that.
 
     Before its layers run, a step makes ``moves``, whose pages are read as the step before left
-    them.
+    them. ``hidden[T, width]``, float32, is what a head takes of each token; None in other graphs.
     """
 
     token_ids: IntArray
@@ -113,11 +113,12 @@ class StepBatch:
     outputs: tuple[str, ...] = ()
     drafts: Sequence[int] = ()
     moves: Sequence[Move] = ()
+    hidden: NDArray[np.float32] | None = None
 
 
-def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
+def reader_of(port: Port) -> Callable[[StepBatch], NDArray[Any]]:
     """How to take what a step puts into an input, found once for many steps."""
-    read: Callable[[object], IntArray] = attrgetter(port.source.value)
+    read: Callable[[object], NDArray[Any]] = attrgetter(port.source.value)
     if port.cache is None:
         return read
     cache = port.cache

@@ -21,6 +21,7 @@ EVERYTHING = BuildOptions(
     kv_cache_dtype="int8",
     task="embed",
     pooling="mean",
+    speculative_model="a head",
     gemm_plugin="disable",
     strict_tensors=True,
     max_batch_size=3,
