@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,21 @@ HEADS: dict[str, tuple[dict[str, Any], bool]] = {
 }  # fmt: skip
 
 
-def states(checkpoint: Path, order: list[int], tokens: list[int]) -> list[NDArray[Any]]:
-    """Those of the tiny model after some of its layers."""
+@cache
+def _model(checkpoint: Path) -> Any:  # noqa: ANN401 - of a library without types
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    found: list[NDArray[Any]] = []
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def states(checkpoint: Path, order: list[int], tokens: list[int]) -> list[NDArray[Any]]:
+    """Those of the tiny model after some of its layers."""
+    model, found = _model(checkpoint), list[NDArray[Any]]()
     # After the last layer, transformers give the states behind the norm.
-    model.model.layers[-1].register_forward_hook(lambda *of: found.append(of[2].detach().numpy()))
-    with torch.no_grad():
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda *of: found.append(of[2].detach().numpy())
+    )
+    with hook, torch.no_grad():
         seen = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
     last = found[0].reshape(-1, 64)
     return [last if number == 3 else seen[number][0].numpy() for number in order]

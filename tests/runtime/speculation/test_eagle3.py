@@ -109,7 +109,7 @@ def test_guesses_are_those_of_the_whole_text(
     assert (preempted > 0) == (schedule == "preempted")
     found = [each for each in guesses + more if each[1]]
     assert len(found) > 0.9 * len(guesses + more)
-    sample = found[:: len(found) // 24]
+    sample = found[:: len(found) // 16]
     right = [guess == reference.guess(tokens, len(guess)) for tokens, guess in sample]
     # The head of a page's last token may have read another's next one; and there are near-ties.
     assert sum(right) >= 0.85 * len(right)
@@ -178,7 +178,7 @@ def test_right_guesses_save_steps(knowing: Path, schedule: str) -> None:
 def test_other_ways_of_sampling_say_the_same(knowing: Path) -> None:
     kinds: list[dict[str, Any]] = [
         {"temperature": 5.0, "seed": 5, "n": 2},
-        {"temperature": 0, "frequency_penalty": 30.0},
+        {"temperature": 0, "frequency_penalty": 2.0},
         {"temperature": 0, "bad_words_token_ids": [[8], [15, 22]]},
         {"temperature": 0, "structured": StructuredOutput(regex="[a-f]{5,30}"), "logprobs": 0},
         {"temperature": 0, "speculative": False},
@@ -205,12 +205,13 @@ def test_a_head_guesses_several_tokens_in_one_run(tiny_checkpoint: Path, tmp_pat
         return run(proposer, rows)
 
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    with patch.object(Eagle3Proposer, "_run", count), LLM(made, **ROOM) as llm:
+    options = {**ROOM, "num_speculative_tokens": 5}
+    with patch.object(Eagle3Proposer, "_run", count), LLM(made, **options) as llm:
         with_drafts, guesses = recorded(llm, [[3, 4, 5]], params)
         assert llm.stats.speculation is not None and llm.stats.speculation.num_draft_tokens
     with LLM(made, **{**ROOM, "speculative": "off"}) as llm:
         assert recorded(llm, [[3, 4, 5]], params)[0] == with_drafts
-    assert max(len(guess) for _, guess in guesses) == 7
+    assert max(len(guess) for _, guess in guesses) == 5
     assert len(runs) == 1 + len([guess for _, guess in guesses if guess])  # and the prompt
 
 
