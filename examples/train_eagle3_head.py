@@ -110,11 +110,13 @@ class Attention(nn.Module):
         out = weights[..., :length] @ values
         for i, (_, value) in enumerate(own):
             out = out + weights[..., length + i, None] * value
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        attended: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return attended
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """``[N, heads, T, size]``."""
-        return x.unflatten(-1, (heads, self.size)).transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.reshape(batch, length, heads, self.size).transpose(1, 2)
 
     def angles(self, length: int, step: int) -> Tensor:
         """Of the places of a step."""
@@ -208,7 +210,7 @@ def train(
             )  # fmt: skip
             right.append((logits.argmax(-1) == wanted.argmax(-1)).float().mean().item())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         batch += 1
