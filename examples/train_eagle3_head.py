@@ -62,17 +62,18 @@ def written(checkpoint: str, count: int, length: int) -> Tensor:
 def studied(checkpoint: Checkpoint, tokens: Tensor) -> Lesson:
     """What the target computes of them, after layers 2, L // 2 and L - 3, and at the end."""
     model, layers = CheckpointModel(checkpoint), checkpoint.config.num_layers
+    wanted = 2, layers // 2, layers - 3
     with torch.no_grad():
         states = model.embed([np.array(window, np.int32) for window in tokens.tolist()])
-        kept = []
-        for layer in range(layers):
-            states = model.run_layer(layer, states)
-            if layer + 1 in (2, layers // 2, layers - 3):
-                kept.append(torch.cat([each.hidden for each in states]))
         last = torch.cat([each.hidden for each in states])
+        seen = {0: last}
+        for layer in range(1, layers + 1):
+            states = model.run_layer(layer - 1, states)
+            last = torch.cat([each.hidden for each in states])
+            seen |= {layer: last} if layer in wanted else {}
         norm = model.weight("model.norm.weight")
         last = functional.rms_norm(last, norm.shape, norm, checkpoint.config.rms_norm_eps)
-    return Lesson(tokens, torch.cat(kept, dim=-1), last)
+    return Lesson(tokens, torch.cat([seen[layer] for layer in wanted], dim=-1), last)
 
 
 class Attention(nn.Module):
