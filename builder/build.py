@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +14,16 @@ import onnx_ir as ir
 from slipstream.builder.checkpoints import open_checkpoint
 from slipstream.builder.checkpoints.base import Checkpoint, check_read
 from slipstream.builder.contract import (
+    HEAD_GRAPH,
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Head,
     Pooling,
     bytes_per_token,
 )
 from slipstream.builder.declare import declare
 from slipstream.builder.engine import (
-    GRAPH,
     KERNELS,
     MANIFEST,
     WEIGHTS,
@@ -38,6 +39,7 @@ from slipstream.builder.graph.describe import count_formats
 from slipstream.builder.graph.passes import run_passes
 from slipstream.builder.graph.passes.set_kv_scales import SetKVScales
 from slipstream.builder.graph.program import Program, StoredWeight
+from slipstream.builder.head import compile_head, head_for
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import check_output, publish, scratch
@@ -64,8 +66,9 @@ class Plan:
     Sizes are in bytes. ``quantization`` is what the build applies, or ``checkpoint`` when weights
     come quantized and are kept. ``formats`` counts the checkpoint's matrices by what they hold.
     ``kv_scales`` are those that float8 pages use; None is 1. ``pooling`` is None for an engine that
-    generates. ``others`` are the programs of the ranks after the first, if the engine has several:
-    the same graph, and weights of the same sizes. Sizes are those of one rank.
+    generates, ``head`` for one without a head, whose program is the ``head_program``. ``others``
+    are the programs of the ranks after the first, if the engine has several: the same graph, and
+    weights of the same sizes. Sizes are those of one rank.
     """
 
     checkpoint: Checkpoint
@@ -78,23 +81,32 @@ class Plan:
     formats: dict[str, int]
     kv_scales: KVScales | None = None
     pooling: Pooling | None = None
+    head: Head | None = None
+    head_program: Program | None = None
     others: tuple[Program, ...] = ()
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """That of every graph."""
+        head = {} if self.head_program is None else {HEAD_GRAPH: self.head_program}
+        return {TARGET_GRAPH: self.program, **head}
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:
         """The contract of every graph."""
-        assert self.program.contract is not None
-        return {TARGET_GRAPH: self.program.contract}
+        contracts = {name: program.contract for name, program in self.programs.items()}
+        return {name: each for name, each in contracts.items() if each is not None}
 
     @property
     def caches(self) -> tuple[CacheSpec, ...]:
         """What the graphs remember."""
-        return self.program.caches
+        return tuple(cache for program in self.programs.values() for cache in program.caches)
 
     @property
     def weights(self) -> list[StoredWeight]:
-        """Every weight of the engine."""
-        return list(self.program.stored.values())
+        """Every weight of the engine; graphs share those of one name."""
+        stored = [program.stored for program in self.programs.values()]
+        return list({name: weight for each in stored for name, weight in each.items()}.values())
 
     @property
     def ranks(self) -> int:
@@ -124,6 +136,7 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     """``plan`` for a checkpoint that is open."""
     config, target = checkpoint.config, create_target(options.target)
     target.check(config, options)
+    head = head_for(checkpoint, options, target)
     limits = _limits(config, options, target.limits)
     formats = [checkpoint.tensor(name).format for name in checkpoint.names()]
     quantization = _quantization(formats, options)
@@ -132,23 +145,29 @@ def compile_checkpoint(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     )
     check_read(checkpoint)
     stated = stated_pooling(checkpoint.pooling, options)
+    pages = kv_dtype, target.page_size, limits.max_seq_len
     scales = _kv_scales(checkpoint.kv_scales, kv_dtype)
     scaling = [] if scales is None else [SetKVScales(scales)]
     limited = replace(options, **asdict(limits))
 
     def compiled(rank: int) -> Program:
-        place, length = (rank, options.tp_size), limits.max_seq_len
-        program = declare(checkpoint, stated, place, kv_dtype, target.page_size, length)
+        program = declare(checkpoint, stated, head, (rank, options.tp_size), *pages)
         run_passes(program, [*scaling, *target.pipeline(limited)])
         return program
 
     program, *others = _alike([compiled(rank) for rank in range(options.tp_size)])
+    beside = None
+    if head is not None:
+        embedding = checkpoint.tensor("model.embed_tokens.weight")
+        lowering = target.pipeline(limited)
+        beside = compile_head(head, embedding, lowering, *pages, program.stored)
     capability = target.capability(program, kv_dtype)
     check_runs_here(options.target, capability)
     return Plan(
         checkpoint, options, program, target.name, capability, limits, quantization,
         count_formats(formats), scales,
-        None if stated is None else pooling_of(stated, config), tuple(others),
+        None if stated is None else pooling_of(stated, config),
+        None if head is None else head.described, beside, tuple(others),
     )  # fmt: skip
 
 
@@ -293,20 +312,10 @@ def _write(
             assert same == places, "the graph has one place for a weight of all ranks"
     if compiled is not None and (kernels := compiled.result()) is not None:
         (staging / KERNELS).write_bytes(kernels)
-    for value in planned.program.graph.initializers.values():
-        if value.name in places:
-            offset, length = places[value.name]
-            assert value.dtype is not None and value.shape is not None
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                offset,
-                length,
-                value.dtype,
-                shape=value.shape,
-                name=value.name,
-                base_dir=staging,
-            )
-    ir.save(planned.program.model, staging / GRAPH)
+    for program in planned.programs.values():
+        assert program.contract is not None
+        _place_weights(program, places, staging)
+        ir.save(program.model, staging / program.contract.file)
     target = create_target(planned.target)
     plans = (
         target.plans(planned.program, planned.limits, staging)
@@ -319,11 +328,29 @@ def _write(
     return manifest
 
 
+def _place_weights(program: Program, places: Mapping[str, tuple[int, int]], staging: Path) -> None:
+    """Tell a graph where in the file its weights are."""
+    for value in program.graph.initializers.values():
+        if value.name is not None and value.name in places:
+            offset, length = places[value.name]
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS,
+                offset,
+                length,
+                value.dtype,
+                shape=value.shape,
+                name=value.name,
+                base_dir=staging,
+            )
+
+
 def manifest_of(
     planned: Plan, files: dict[str, str], source: str, output: str, plans: Plans | None = None
 ) -> Manifest:
     """The manifest of a compiled program whose files have these hashes."""
-    used = {node.op_type for node in planned.program.graph if node.domain not in STANDARD_DOMAINS}
+    nodes = [node for program in planned.programs.values() for node in program.graph]
+    used = {node.op_type for node in nodes if node.domain not in STANDARD_DOMAINS}
     return Manifest(
         target=planned.target,
         capability=planned.capability,
@@ -334,10 +361,18 @@ def manifest_of(
         quantization=planned.quantization,
         pooling=planned.pooling,
         plans=plans,
+        head=planned.head,
         formats=planned.formats,
         ranks=planned.ranks,
         plugins={name: OPERATORS[name].version for name in OPERATORS if name in used},
         source=source,
-        command=planned.options.command(source, output),
+        command=_recipe(planned).command(source, output),
         files=files,
     )
+
+
+def _recipe(planned: Plan) -> BuildOptions:
+    """The options, for whoever builds again from another directory."""
+    if planned.head is None:
+        return planned.options
+    return replace(planned.options, speculative_model=planned.head.source)

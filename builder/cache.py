@@ -16,6 +16,7 @@ from typing import Any
 from slipstream import __version__
 from slipstream.builder.build import Progress, build_once
 from slipstream.builder.checkpoints import files_of, on_disk
+from slipstream.builder.contract import EAGLE3
 from slipstream.builder.engine import FORMAT_VERSION, MANIFEST, is_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.output import discard, scratch, unfinished
@@ -39,7 +40,10 @@ def cached_engine(
     """
     limit = size_limit()
     known = BuildOptions.__dataclass_fields__
-    recipe = BuildOptions(**{name: value for name, value in options.items() if name in known})
+    given = {name: value for name, value in options.items() if name in known}
+    if options.get("speculative") != EAGLE3:  # another's model is no part of the engine
+        given.pop("speculative_model", None)
+    recipe = BuildOptions(**given)
     checkpoint = on_disk(source).absolute()
     label = checkpoint.resolve().name.removesuffix(".gguf")
     engine = cache_directory() / f"{label}-{_key(checkpoint, recipe)}"
@@ -130,13 +134,20 @@ def _key(checkpoint: Path, recipe: BuildOptions) -> str:
     # What auto meant when this machine had another device is another engine.
     recipe = replace(recipe, target=create_target(recipe.target).name)
     content = {
-        "files": list(_fingerprint(checkpoint)),
+        "files": [each for path in _read(checkpoint, recipe) for each in _fingerprint(path)],
         "recipe": asdict(recipe),
         "version": __version__,
         "format": FORMAT_VERSION,
         "machine": platform.machine(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(checkpoint: Path, recipe: BuildOptions) -> Iterator[Path]:
+    """What a build reads: the checkpoint, and that of a head beside it."""
+    yield checkpoint
+    if recipe.speculative_model is not None:
+        yield on_disk(recipe.speculative_model).absolute()
 
 
 def _fingerprint(checkpoint: Path) -> Iterator[tuple[str, int, int]]:

@@ -29,12 +29,13 @@ _LARGEST = 2**31 - 1
 class Source(StrEnum):
     """Where the values of an input come from.
 
-    T tokens, S sequences, L rows of logits and P columns of a page table. All but ``CACHE`` are
+    T tokens, S sequences, L rows of logits and P columns of a page table. All but the last two are
     int32: ``TOKEN_IDS [T]``, ``POSITIONS [T]``, ``QUERY_START [S+1]``, ``CONTEXT_LEN [S]``,
     ``LOGITS_ROWS [L]``, ``SLOTS [S]`` (the row of each sequence in a cache of states) and
     ``LONGEST_CONTEXT [1]`` (no less than any of ``CONTEXT_LEN``, and in the host's memory) are
     those of the step; ``PAGE_TABLE [S, P]`` and ``SLOT_MAPPING [T]`` those of one paged cache.
-    ``CACHE`` is an array of a cache, bound once; ``LAYER`` what one layer has of it.
+    ``CACHE`` is an array of a cache, bound once; ``LAYER`` what one layer has of it. ``HIDDEN``,
+    float32 ``[T, width]``, is what a head takes of each token beside the next one.
     """
 
     TOKEN_IDS = "token_ids"
@@ -48,6 +49,7 @@ class Source(StrEnum):
     SLOT_MAPPING = "slot_mapping"
     CACHE = "cache"
     LAYER = "layer"
+    HIDDEN = "hidden"
 
 
 STEP_SHAPES: Mapping[Source, tuple[Dim, ...]] = {
@@ -72,6 +74,14 @@ STATES = "states"
 # Beside logits, where a graph gives them: the best token of each row, and its logit.
 TOP_TOKEN = "top_token"
 TOP_LOGIT = "top_logit"
+# What asks such a head, by the name of ``--speculative``.
+EAGLE3 = "eagle3"
+# The graph of a head that guesses tokens, the output of the target graph that it takes, and what it
+# gives for each of ``logits_rows``: its likeliest token, and what it takes with that one.
+HEAD_GRAPH = "head"
+HIDDEN = "hidden"
+DRAFTS = "drafts"
+NEXT_HIDDEN = "next_hidden"
 # The cache of an engine that has one; names of what belongs to another carry that one's name.
 KV = "kv"
 
@@ -189,6 +199,24 @@ class Pooling:
     default_prompt: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What guesses tokens in the graph ``head``, whose cache has the same name.
+
+    kind        ``eagle3``: a token by each run of the graph, which takes what the last one gave;
+                ``p-eagle``: several by one run, with ``mask_token`` for those not yet known.
+    layers      how many layers of the target the hidden states have gone through that it takes.
+    vocab_size  tokens that it knows, of those of the target.
+    source      the checkpoint that it is of.
+    """
+
+    kind: Literal["eagle3", "p-eagle"]
+    layers: tuple[int, ...]
+    vocab_size: int
+    mask_token: int | None
+    source: str
+
+
 def attention_cache(
     dtype: str,
     layers: Sequence[int],
@@ -218,6 +246,11 @@ def key_value_cache(cache: CacheSpec, dtype: str, page: tuple[int, ...]) -> Cach
 def step_port(source: Source) -> Port:
     """The input that takes an array of the step."""
     return Port(source.value, source, "int32", STEP_SHAPES[source])
+
+
+def hidden_port(width: int) -> Port:
+    """The input that takes ``width`` numbers of each token."""
+    return Port(Source.HIDDEN.value, Source.HIDDEN, "float32", ("T", width))
 
 
 def paged_port(source: Source, cache: CacheSpec) -> Port:
@@ -302,10 +335,23 @@ def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec])
     _require(
         len(found) == 1, f"graphs has no {TARGET_GRAPH} with one of the outputs {LOGITS}, {STATES}"
     )
+    _check_head(graphs)
     rows, *columns = found[0].shape or ("",)
     fits = rows == "L" and len(columns) == 1 and isinstance(columns[0], int)
     fits = fits and 0 < int(columns[0]) <= _LARGEST
     _require(fits, f"output {found[0].name} has shape {list(found[0].shape)}, not [L, columns]")
+
+
+def _check_head(graphs: Mapping[str, GraphSpec]) -> None:
+    """What a head takes is what the target graph, and itself, gives."""
+    if HEAD_GRAPH not in graphs:
+        return
+    head = graphs[HEAD_GRAPH]
+    given = graphs[TARGET_GRAPH].output(HIDDEN), head.output(NEXT_HIDDEN), head.output(DRAFTS)
+    width = next((p.shape[1] for p in head.inputs if p.source is Source.HIDDEN), None)
+    told = [(each.dtype, each.shape) for each in given if each is not None]
+    wanted = [("float32", ("T", width)), ("float32", ("L", width)), ("int32", ("L",))]
+    _require(told == wanted, f"graph {HEAD_GRAPH} takes {width} numbers of a token, not as given")
 
 
 def _cache_problem(cache: CacheSpec) -> str | None:
@@ -328,7 +374,7 @@ def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> N
     _unique([output.name for output in graph.outputs], f"outputs of {place}")
     known = {port.name: port for port in (*ports_of(caches), *layer_ports_of(caches))}
     for port in graph.inputs:
-        fits = port == known.get(port.name)
+        fits = port == known.get(port.name) or _is_hidden(port)
         _require(fits, f"input {port.name} of {place} is none that these caches and a step have")
     arrays = [
         (port.name, port.dtype, port.shape) for port in graph.inputs if port.source in BOUND_SOURCES
@@ -342,6 +388,11 @@ def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> N
         else:
             shapes = (output.updates, output.dtype, output.shape)
             _require(shapes in arrays, f"{told} updates {output.updates}, which is no such input")
+
+
+def _is_hidden(port: Port) -> bool:
+    width = port.shape[-1] if len(port.shape) == 2 else 0
+    return isinstance(width, int) and 0 < width <= _LARGEST and port == hidden_port(width)
 
 
 def _unique(names: Sequence[str], of: str) -> None:

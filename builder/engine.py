@@ -15,10 +15,12 @@ from typing import Any
 
 from slipstream import __version__
 from slipstream.builder.contract import (
+    HEAD_GRAPH,
     LOGITS,
     TARGET_GRAPH,
     CacheSpec,
     GraphSpec,
+    Head,
     Pooling,
     check_contract,
 )
@@ -31,6 +33,7 @@ from slipstream.weights.parallel import in_parallel
 FORMAT_VERSION = 5
 MANIFEST = "engine.json"
 GRAPH = "graph.onnx"
+HEAD = "head.onnx"
 WEIGHTS = "weights.safetensors"
 RANKS = (1, 2, 4, 8)
 TACTICS = "tactics.json"
@@ -91,6 +94,7 @@ class Manifest:
     counts the matrices of the checkpoint by what they hold there. ``ranks`` run the graphs
     together, each with its own ``weight_file`` and with caches of the sizes said here. ``pooling``
     says what is made of the output of an engine that does not generate, None for one that does,
+    ``head`` what guesses tokens in a graph beside the target's, None where nothing does, and
     ``plans`` who runs the functions that a graph calls, None where it calls none. ``source`` is the
     checkpoint and ``command`` the build that made the engine, so that a mismatch can be mended.
     ``files`` holds the ``digest`` of every other file.
@@ -108,6 +112,7 @@ class Manifest:
     files: dict[str, str]
     pooling: Pooling | None = None
     plans: Plans | None = None
+    head: Head | None = None
     capability: str = "any"
     formats: dict[str, int] = field(default_factory=dict)
     ranks: int = 1
@@ -137,6 +142,8 @@ class Manifest:
         pools = manifest.graphs[TARGET_GRAPH].output(LOGITS) is None
         if pools != (manifest.pooling is not None):
             raise ValueError("pooling does not say what is made of the output of the target graph")
+        if (manifest.head is None) == (HEAD_GRAPH in manifest.graphs):
+            raise ValueError(f"head does not say what the graph {HEAD_GRAPH} is")
         if manifest.pooling and not 1 <= manifest.pooling.vocab_size <= _LARGEST:
             raise ValueError(f"pooling.vocab_size is {manifest.pooling.vocab_size}")
         if not isinstance(manifest.model.get("architecture"), str):

@@ -41,6 +41,9 @@ class BuildOptions:
                     metadata or its architecture say, else generate
     pooling         which tokens' states make a vector: the last one's, or the mean of all; auto:
                     what the checkpoint says, else last
+    speculative_model
+                    a head that guesses the model's tokens (EAGLE-3), which goes into the same
+                    engine
     gemm_plugin     auto: linears run on Slipstream's kernels; disable: on ONNX Runtime's
                     MatMulNBits and Gemm
     tp_size         ranks that share every layer (tensor parallelism), each a process with a part
@@ -58,6 +61,7 @@ class BuildOptions:
     kv_cache_dtype: KVCacheDtype = "auto"
     task: Task = "auto"
     pooling: PoolingType = "auto"
+    speculative_model: str | None = None
     gemm_plugin: GemmPlugin = "auto"
     ort_attention: OrtAttention = "auto"
     strict_tensors: bool = False

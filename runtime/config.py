@@ -46,9 +46,10 @@ class RuntimeConfig:
                              step for each.
     speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up
                              in the text of the sequence itself, ``suffix`` also in earlier outputs;
-                             ``draft`` asks a smaller model; ``off``; or the name of an installed
-                             proposer.
-    speculative_model        the engine, or checkpoint, of that model.
+                             ``draft`` asks a smaller model; ``eagle3`` the head inside of the
+                             engine; ``off``; or the name of an installed proposer.
+    speculative_model        the engine, or checkpoint, of that model; with a checkpoint, the head
+                             to build in.
     num_speculative_tokens   how many are verified for a sequence and step at most; ``auto`` takes
                              what gives the most tokens a second, by how often guesses were right
                              and what steps have cost, or none.

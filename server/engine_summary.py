@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from slipstream.builder.contract import (
     TARGET_GRAPH,
     CacheSpec,
+    Head,
     Pooling,
     bytes_per_token,
     kv_dtype_of,
@@ -145,6 +146,13 @@ def describe_task(pooling: Pooling | None) -> str:
     by = {"last": "by the last token", "mean": "by the mean of all tokens"}[pooling.mode]
     length = ", of length 1" if pooling.normalize else ""
     return f"embed: vectors of {pooling.dimensions} numbers{length}, {by}"
+
+
+def describe_head(head: Head) -> str:
+    """What guesses tokens: ``eagle3 of /heads/own, after layers 2, 15 and 27, 4096 tokens``."""
+    *first, last = map(str, head.layers)
+    layers = f"{', '.join(first)} and {last}" if first else last
+    return f"{head.kind} of {head.source}, after layers {layers}, {head.vocab_size} tokens"
 
 
 def list_weights(engine: Engine) -> list[WeightEntry]:

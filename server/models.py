@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slipstream.builder.engine import is_engine
+from slipstream.runtime.speculation.config import spelled_out
 from slipstream.server.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def engine_path(model: str, runtime: Mapping[str, Any]) -> Path:
     path = Path(model)
     if is_engine(path):
         return path
+    options = spelled_out(runtime)
     # Imported here because running an engine needs none of the compiler's libraries.
     from slipstream.builder.cache import cached_engine
 
@@ -48,4 +50,4 @@ def engine_path(model: str, runtime: Mapping[str, Any]) -> Path:
             bar(done, total)
 
         announced: list[bool] = []
-        return cached_engine(model, runtime, report)
+        return cached_engine(model, options, report)

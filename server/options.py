@@ -105,9 +105,12 @@ RUNTIME = {
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "speculative": Option(
         "What guesses tokens, so that a step verifies several: ngram (the text so far), suffix "
-        "(earlier outputs too), draft (a smaller model), off, or an installed proposer."
+        "(earlier outputs too), draft (a smaller model), eagle3 (a head inside of the engine), "
+        "off, or an installed proposer."
     ),
-    "speculative_model": Option("Engine, or checkpoint, of the smaller model.", "none"),
+    "speculative_model": Option(
+        "Engine, or checkpoint, of the smaller model; or the head of a checkpoint.", "none"
+    ),
     "num_speculative_tokens": Option("Most of them a step; auto: what pays.", parse=drafts),
     "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
     "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
@@ -172,6 +175,10 @@ _BUILD = {
         "checkpoint says."
     ),
     "pooling": Option("Which tokens' states make a vector; auto is what the checkpoint says."),
+    "speculative_model": Option(
+        "An EAGLE-3 head of SpecForge or speculators for this model, to go into the same engine.",
+        "none",
+    ),
     "gemm_plugin": Option("auto runs linears on Slipstream's kernels; disable, on ONNX Runtime's."),
     "ort_attention": Option(
         "Memory of attention of target onnxruntime: a slot for each sequence, or pages that "

@@ -19,6 +19,7 @@ from slipstream.builder.contract import (
     Port,
     Source,
     array_port,
+    hidden_port,
     paged,
     paged_port,
     step_port,
@@ -76,6 +77,10 @@ class Ops:
     def input(self, source: Source) -> ir.Value:
         """An array of the step."""
         return self._input(step_port(source))
+
+    def hidden(self, width: int) -> ir.Value:
+        """What a head takes of each token ``[T, width]``."""
+        return self._input(hidden_port(width))
 
     def arrays(self, cache: CacheSpec) -> list[ir.Value]:
         """The arrays of a cache, ``[layers, pages or slots, ...]`` each."""
@@ -267,6 +272,27 @@ class Ops:
         total = sum(width for width in widths if isinstance(width, int))
         return self._node("Concat", list(values), (_rows(values[0]), total), {"axis": -1})
 
+    def replace_rows(
+        self, x: ir.Value, token_ids: ir.Value, token: int, row: LazyTensor
+    ) -> ir.Value:
+        """x ``[T, K]`` with ``row [K]`` for every such token."""
+        wanted = self.program.constant("token", np.array(token, np.int32))
+        shape, boolean = (_rows(x),), ir.DataType.BOOL
+        found = self._node("Equal", [token_ids, wanted], shape, dtype=boolean)
+        axis = self.program.constant("axis_1", np.array([1]))
+        column = self._node("Unsqueeze", [found, axis], (_rows(x), 1), dtype=boolean)
+        return self._node("Where", [column, self.program.add_weight(row), x], _shape(x))
+
+    def likeliest(self, logits: ir.Value, tokens: NDArray[np.int32] | None) -> ir.Value:
+        """The place of the largest of each row, int32 ``[L]``, or what ``tokens`` has there."""
+        shape, int64 = (_rows(logits),), ir.DataType.INT64
+        places = self._node("ArgMax", [logits], shape, {"axis": -1, "keepdims": 0}, dtype=int64)
+        if tokens is None:
+            to: Attributes = {"to": int(ir.DataType.INT32)}
+            return self._node("Cast", [places], shape, to, dtype=ir.DataType.INT32)
+        table = self.program.constant("tokens", tokens)
+        return self._node("Gather", [table, places], shape, dtype=ir.DataType.INT32)
+
     def columns(self, x: ir.Value, first: int, count: int) -> ir.Value:
         """``x[:, first : first + count]``."""
         bounds = [
@@ -339,12 +365,13 @@ class Ops:
         shape: tuple[Dim, ...],
         attributes: Attributes | None = None,
         domain: str = "",
+        dtype: ir.DataType = FLOAT,
     ) -> ir.Value:
         if domain:
             attributes = {**OPERATORS[op_type].typed(attributes or {})}
             self.program.model.opset_imports.setdefault(domain, 1)
         name = self._unique("/".join([*self._path, op_type]))
-        output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
+        output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         node = ir.node(
             op_type, inputs, attributes or {}, domain=domain, outputs=[output], name=name
         )

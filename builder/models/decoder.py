@@ -38,6 +38,8 @@ from slipstream.weights.tensor import (
 )
 
 Rotary = tuple[ir.Value, ir.Value]
+# Makes something of the residual stream before the first layer and after each.
+Tap = Callable[[Sequence[ir.Value]], None]
 Floats = NDArray[np.float32]
 # Gates by the names that configurations have for them.
 GATE_OF = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -137,7 +139,8 @@ class Decoder:
 
     ``tensor`` gives a weight by its Hugging Face name; no sequence has more than ``max_seq_len``
     tokens. What an architecture gives beside logits,
-    such as the hidden states of some layers, it says with ``ops.output`` where it makes them.
+    such as the hidden states of some layers, it says with ``ops.output`` where it makes them; a
+    ``tap`` does so for any architecture.
     On one of several ranks ``tensor`` gives this rank's ``shards`` and ``config`` has its heads;
     what linears make that share their columns is added up (``linear``).
     """
@@ -150,6 +153,7 @@ class Decoder:
     tensor: TensorSource
     max_seq_len: int
     shards: Shards
+    tap: Tap | None = None
 
     @classmethod
     def caches(cls, config: ModelConfig, kv_dtype: str, page_size: int) -> tuple[CacheSpec, ...]:
@@ -179,11 +183,13 @@ class Decoder:
     def layers(self) -> ir.Value:
         """The residual stream after the last layer."""
         rotaries = self.rotaries()
-        x = self.embed()
+        streams = [self.embed()]
         for layer in range(self.config.num_layers):
             with self.ops.scope(f"layers.{layer}"):
-                x = self.layer(x, rotaries[self.rope(layer)], layer)
-        return x
+                streams.append(self.layer(streams[-1], rotaries[self.rope(layer)], layer))
+        if self.tap is not None:
+            self.tap(streams)
+        return streams[-1]
 
     def head(self) -> LazyTensor:
         """The matrix that makes logits."""

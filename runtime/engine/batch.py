@@ -27,10 +27,13 @@ class BatchBuilder:
         self._windows = [_PageTable(config, names) for names in groups.windows.values()]
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
 
-    def build(self, plan: StepPlan) -> tuple[StepBatch, list[Sequence]]:
+    def build(
+        self, plan: StepPlan, outputs: tuple[str, ...] = ()
+    ) -> tuple[StepBatch, list[Sequence]]:
         """The packed step, and for each of its logits rows the sequence it belongs to.
 
-        ``plan`` is the scheduler's latest.
+        ``plan`` is the scheduler's latest; ``outputs`` are wanted of the graph beside what it needs
+        of it.
         """
         rows = [sequence.row for sequence in plan.sequences]
         slots = np.array(rows, np.int32)
@@ -58,7 +61,7 @@ class BatchBuilder:
             slots=slots,
             sampling_slots=np.array(wanted.slots, np.int32),
             pages=pages,
-            outputs=_outputs(plan),
+            outputs=(*_outputs(plan), *outputs),
             drafts=plan.drafts,
             moves=plan.moves,
             transfers=plan.transfers,

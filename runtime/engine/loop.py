@@ -247,7 +247,8 @@ class EngineLoop:
         if not plan.sequences:
             return None
         self._note_admitted(plan.admitted)
-        batch, owners = self._builder.build(plan)
+        outputs = () if self._speculator is None else self._speculator.outputs
+        batch, owners = self._builder.build(plan, outputs)
         positions = [row.position for row in batch.sampling]
         self._steps.began()
         try:
@@ -290,7 +291,7 @@ class EngineLoop:
             self._fail_rows(flight.owners, result.failed)
         self.scheduler.commit(flight.plan)
         if self._drafts:
-            self._accept(flight, flight.runs(result), seconds)
+            self._accept(flight, result, seconds)
         if STATES in result.outputs:
             for sequence in pooled(flight.owners, flight.rows, result.outputs[STATES]):
                 state = self._requests[sequence.request.request_id]
@@ -299,13 +300,15 @@ class EngineLoop:
         else:
             self._take(flight, result)
 
-    def _accept(self, flight: Flight, runs: dict[Sequence, list[int]], seconds: float) -> None:
+    def _accept(self, flight: Flight, result: StepResult, seconds: float) -> None:
         """Tell scheduler and speculator of runs of more than one token."""
+        runs = flight.runs(result)
         for sequence, run in runs.items():
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds)
+            self._speculator.computed(flight.plan, runs, result.outputs)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

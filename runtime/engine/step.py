@@ -99,6 +99,7 @@ class StepBatch:
 
     Before its layers run, a step makes ``transfers`` from and to the host, one after the other, and
     then ``moves``, whose pages are read as the step before left them.
+    ``hidden[T, width]``, float32, is what a head takes of each token; None in other graphs.
     """
 
     token_ids: IntArray
@@ -115,6 +116,7 @@ class StepBatch:
     drafts: Sequence[int] = ()
     moves: Sequence[Move] = ()
     transfers: Sequence[Transfer] = ()
+    hidden: NDArray[np.float32] | None = None
 
     @property
     def longest_context(self) -> IntArray:
@@ -123,9 +125,9 @@ class StepBatch:
         return longest
 
 
-def reader_of(port: Port) -> Callable[[StepBatch], IntArray]:
+def reader_of(port: Port) -> Callable[[StepBatch], NDArray[Any]]:
     """How to take what a step puts into an input, found once for many steps."""
-    read: Callable[[object], IntArray] = attrgetter(port.source.value)
+    read: Callable[[object], NDArray[Any]] = attrgetter(port.source.value)
     if port.cache is None:
         return read
     cache = port.cache

@@ -29,7 +29,7 @@ from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
-from slipstream.runtime.engine.step import IntArray, StepBatch, StepResult, reader_of
+from slipstream.runtime.engine.step import StepBatch, StepResult, reader_of
 from slipstream.runtime.executors.host_slots import CPUHost
 from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
@@ -85,7 +85,7 @@ class _Binding:
         self.io = graph.session.io_binding()
         self.run: Callable[[Any], None] = graph.session.run_with_iobinding
         self.outputs = outputs
-        self._inputs: list[tuple[NDArray[np.int32], Callable[[StepBatch], IntArray]]] = []
+        self._inputs: list[tuple[NDArray[Any], Callable[[StepBatch], NDArray[Any]]]] = []
         for name, read in graph.readers:
             array = np.empty_like(read(batch))
             self._inputs.append((array, read))

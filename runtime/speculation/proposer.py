@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.builder.contract import EAGLE3
 from slipstream.errors import InvalidRequestError
 from slipstream.extensions import entry_points, load
 
 if TYPE_CHECKING:
+    from slipstream.runtime.engine.kv_cache import Allocation
     from slipstream.runtime.loaded_engine import LoadedEngine
 
 OFF = "off"
 GROUP = "slipstream.proposers"
 _PROPOSERS = {
+    EAGLE3: "slipstream.runtime.speculation.eagle3:Eagle3Proposer",
     "draft": "slipstream.runtime.speculation.draft:draft_proposer",
     "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
     "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
@@ -52,6 +58,31 @@ class Proposer(Protocol):
 
     def finish(self, context: Context) -> None:
         """A sequence that guesses were made for has ended, in whatever way."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Rows of the target's ``outputs`` for tokens of a context from ``start`` on, all of which are
+    its own now, in the pages of its ``allocation``."""
+
+    context: Context
+    allocation: Allocation
+    start: int
+    outputs: Mapping[str, NDArray[np.float32]]
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A proposer that is shown what every step computes."""
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Those of the target's graph that it reads, a row a token."""
+        ...
+
+    def computed(self, parts: Sequence[Computed]) -> None:
+        """A step has landed; the tokens that it sampled are not among a context's yet."""
         ...
 
 

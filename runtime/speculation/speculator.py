@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from slipstream.builder.contract import states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
@@ -13,7 +17,14 @@ from slipstream.runtime.engine.sequence import Sequence as Running
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation.lengths import Lengths
 from slipstream.runtime.speculation.lookup import OtherText
-from slipstream.runtime.speculation.proposer import OFF, Context, Proposer, create_proposer
+from slipstream.runtime.speculation.proposer import (
+    OFF,
+    Computed,
+    Context,
+    Follower,
+    Proposer,
+    create_proposer,
+)
 from slipstream.runtime.speculation.stats import SpeculationStats
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +103,23 @@ class Speculator:
             budget -= len(drafts[place])
         return drafts
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the proposer reads of the target's outputs."""
+        return tuple(self._proposer.outputs) if isinstance(self._proposer, Follower) else ()
+
+    def computed(
+        self,
+        plan: StepPlan,
+        runs: Mapping[Running, list[int]],
+        outputs: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Show the proposer what a step computed of those that go on, if it wants to know."""
+        follower = self._proposer
+        if isinstance(follower, Follower) and outputs.keys() >= set(follower.outputs):
+            with self._unless_it_fails():
+                follower.computed(list(self._parts(plan, runs, outputs)))
+
     def landed(self, plan: StepPlan, runs: Mapping[Running, list[int]], seconds: float) -> None:
         """Take into account in which runs a step ended, and how long it took."""
         for sequence, count in zip(plan.sequences, plan.drafts, strict=True):
@@ -112,14 +140,38 @@ class Speculator:
     def finish(self, sequence: Running) -> None:
         """A sequence has ended."""
         if self._proposer is not None and sequence.speculation is not None:
-            try:
+            with self._unless_it_fails():
                 self._proposer.finish(sequence.speculation.context)
-            except Exception:  # the engine needs no guess
-                _logger.exception(_FAILED)
-                self._proposer = None
 
-    def _follow(self, sequence: Running) -> Tracked:
-        """What is kept of a sequence, with the last guess compared with what came."""
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # the engine needs no guess
+            _logger.exception(_FAILED)
+            self._proposer = None
+
+    def _parts(
+        self,
+        plan: StepPlan,
+        runs: Mapping[Running, list[int]],
+        outputs: Mapping[str, NDArray[Any]],
+    ) -> Iterator[Computed]:
+        end = 0
+        parts = zip(
+            plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
+        )
+        for sequence, start, count, drafts, allocation in parts:
+            begin, end = end, end + count
+            right = max(0, len(runs.get(sequence, ())) - 1)
+            goes_on = not sequence.finish_reason and sequence.allocation is allocation
+            if goes_on and sequence.request.params.speculative:
+                rows = slice(begin, end - drafts + right)
+                shown = {name: output[rows] for name, output in outputs.items()}
+                yield Computed(self._known(sequence).context, allocation, start, shown)
+
+    def _known(self, sequence: Running) -> Tracked:
+        """What is kept of a sequence."""
         tracked = sequence.speculation
         if tracked is None:
             predicted = sequence.request.params.prediction_token_ids
@@ -128,6 +180,11 @@ class Speculator:
                 self._chance,
                 OtherText(predicted) if predicted else None,
             )
+        return tracked
+
+    def _follow(self, sequence: Running) -> Tracked:
+        """What is kept of a sequence, with the last guess compared with what came."""
+        tracked = self._known(sequence)
         came = sequence.tokens[tracked.guessed_at : tracked.guessed_at + len(tracked.guess)]
         for guessed, token in zip(tracked.guess, came, strict=False):
             right = guessed == token
@@ -158,13 +215,10 @@ class Speculator:
     def _proposals(self, asked: Sequence[Tracked], most: int) -> Iterable[Sequence[int]]:
         if self._proposer is None:
             return ()
-        try:
+        with self._unless_it_fails():
             proposals = self._proposer.propose([each.context for each in asked], most)
             return [[int(token) for token in guess[:most]] for guess in proposals]
-        except Exception:  # the engine needs no guess
-            _logger.exception(_FAILED)
-            self._proposer = None
-            return ()
+        return ()
 
     def _allowed(self, sequence: Running, guess: Sequence[int]) -> list[int]:
         """A guess up to the first token that there is none of, that ends the sequence, or that the

@@ -18,6 +18,9 @@ from slipstream.builder.engine import is_engine, open_engine
 from slipstream.errors import MissingDependencyError
 from slipstream.quantize.calibration_data import EVALUATION_WINDOW, evaluation_windows
 from slipstream.quantize.evaluate import Accuracy, Perplexity, accuracy, perplexity
+from slipstream.runtime.speculation.config import spelled_out
+from slipstream.runtime.speculation.proposer import OFF
+from slipstream.server.acceptance import measure_acceptance
 from slipstream.server.command import Command
 from slipstream.server.models import engine_path
 from slipstream.server.options import unwatched_options
@@ -79,12 +82,25 @@ def evaluate(
     reference, the KL divergence (in nats) tells more than the perplexity, and errors are paired:
     both models see the same tokens. A checkpoint as the reference needs torch.
 
+    With --speculative it continues the text instead, 64 tokens after each window of 128, and tells
+    how many guesses (--num-speculative-tokens, 4) were right, by their position.
+
     \b
     Examples:
       slipstream eval engine
       slipstream eval engine --reference Qwen/Qwen3-0.6B --json | jq .accuracy.kl_mean
       slipstream eval engine-int4 --reference engine-bf16 --text report.txt
+      slipstream eval engine --speculative eagle3 --num-speculative-tokens 5
     """
+    options = {name: value for name, value in spelled_out(runtime).items() if value is not None}
+    if options.get("speculative", OFF) != OFF:
+        if reference is not None:
+            raise click.UsageError("--speculative has no reference; leave one of the two out")
+        found = measure_acceptance(engine_path(engine, options), text, window, options)
+        rows = [("engine", engine), *found.describe()]
+        told = json.dumps({"engine": engine, **found.as_dict()}, indent=2)
+        click.echo(told if as_json else format_columns(rows, indent=""))
+        return
     measured = _measure(engine, reference, text, window, runtime)
     click.echo(json.dumps(_as_json(measured), indent=2) if as_json else _as_text(measured))
 

@@ -21,6 +21,7 @@ EVERYTHING = BuildOptions(
     kv_cache_dtype="int8",
     task="embed",
     pooling="mean",
+    speculative_model="a head",
     gemm_plugin="disable",
     ort_attention="pages",
     strict_tensors=True,

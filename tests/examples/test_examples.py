@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from slipstream.builder.build import plan
+from slipstream.builder.options import BuildOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +28,17 @@ def test_example(example: str, expected: str, tiny_engine: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+def test_a_trained_head_is_one_that_a_build_takes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    head, script = tmp_path / "head", ROOT / "examples" / "train_eagle3_head.py"
+    sizes = ["--minutes", "0.02", "--windows", "8", "--length", "48", "--vocabulary", "64"]
+    command = [sys.executable, str(script), str(tiny_checkpoint), str(head), *sizes]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    planned = plan(tiny_checkpoint, BuildOptions(target="cpu", speculative_model=str(head)))
+    assert planned.head is not None and planned.head.vocab_size == 64
 
 
 def test_readme_python(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def open_checkpoint(
     Of a model that sees or hears, too, the text model is opened; with ``strict`` it is refused.
     """
     path = Path(source)
-    raw, stored = _config(path), _weights(path)
+    raw, stored = read_config(path), stored_weights(path)
     quantization, pooling = quantization_config(path, raw), _pooling(path, raw)
     text = _text_config(raw, stored)
     if text is not None:
@@ -215,7 +215,8 @@ def _dense(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, LazyTens
     return {name: tensor.dense() for name, tensor in stored.items()}
 
 
-def _config(path: Path) -> Fields:
+def read_config(path: Path) -> Fields:
+    """config.json; CheckpointError where there is none."""
     if (path / "config.json").is_file():
         return read_fields(path / "config.json", Origin(path / "config.json", _CONFIG_AGAIN))
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
@@ -235,9 +236,12 @@ def _with_embedding(
     return {**stored, embedding: replace(heads[0], name=embedding)}
 
 
-def _weights(path: Path) -> dict[str, StoredTensor]:
-    """As transformers does, one whole file is read before shards: what index lies beside it is of
-    another download, unless it counts that file among its shards."""
+def stored_weights(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory.
+
+    As transformers does, one whole file is read before shards: what index lies beside it is of
+    another download, unless it counts that file among its shards.
+    """
     whole = (path / _WEIGHTS).is_file()
     if (path / _INDEX).is_file():
         shard_of = _shards(path)
@@ -291,7 +295,7 @@ def _sharded_weights(path: Path, shard_of: Mapping[str, str]) -> dict[str, Store
 
 def _complete_generation_config(file: Path, checkpoint: HuggingFaceCheckpoint) -> None:
     """Ends of a completion that only config.json names go into the file as well."""
-    config, raw = checkpoint.config, _config(checkpoint.path)
+    config, raw = checkpoint.config, read_config(checkpoint.path)
     known = generation_config(config.bos_token_id, config.eos_token_ids)
     if not file.is_file():
         write_json(file, known)

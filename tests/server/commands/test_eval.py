@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from tests.eagle3_heads import random_tensors, save_head, specforge
 
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
@@ -164,3 +165,24 @@ def test_smollm2_stays_near_its_checkpoint(
     assert compared["top1_agreement"] > 0.95
     assert abs(compared["perplexity_increase"]) < 0.02
     assert compared["perplexity_increase_standard_error"] < 0.01
+
+
+def test_acceptance_of_a_head(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    config = specforge()
+    head = save_head(tmp_path / "head", config, random_tensors(config))
+    engine = tmp_path / "engine"
+    build(tiny_checkpoint, engine, BuildOptions(speculative_model=str(head)))
+    given = (engine, "--text", text, "--num-threads", 1, "--speculative", "eagle3")
+    found = measured(*given, "--num-speculative-tokens", 2)
+    prompts, shares = found["prompts"], found["acceptance_by_position"]
+    assert prompts > 1 and found["window"] == 128
+    assert len(shares) == 2 and 0 <= shares[1] <= shares[0] <= 1
+    assert found["acceptance_length"] == pytest.approx(1 + sum(shares))
+    assert found["num_draft_tokens"] <= 2 * found["num_drafts"] <= 2 * 64 * prompts
+    # Where n-grams agree, the text repeats itself, and guesses are right.
+    ngram = run(engine, "--text", text, "--num-threads", 1, "--speculative", "ngram")
+    assert "accepted by position" in ngram.output and "drafts             " in ngram.output
+    refused = run(*given, "--reference", engine)
+    assert refused.exit_code == 2 and "--speculative has no reference" in refused.output
+    shown = CliRunner().invoke(slipstream, ["inspect", "--verify", str(engine)])
+    assert f"eagle3 of {head}, after layers 2, 3 and 1, 100 tokens" in shown.output
