@@ -176,8 +176,7 @@ class Decoder:
     def build_answers(self, tokens: Sequence[int]) -> None:
         """As ``build``, with the logits of these tokens alone, which make a score, as states."""
         x = self.last_norm(self.ops.pick_rows(self.layers()))
-        own = [token - self.shards.first_token for token in tokens]
-        answers = self.ops.linear(x, dense_rows(self.head(), own))
+        answers = self.ops.linear(x, dense_rows(self.head(), tokens, self.shards.first_token))
         self.ops.output(self.capped(self.ops.all_reduce(answers)), STATES)
 
     def layers(self) -> ir.Value:
@@ -360,15 +359,16 @@ def changed(weight: LazyTensor, change: Callable[[Floats], Floats]) -> LazyTenso
     return LazyTensor(weight.name, form, load)
 
 
-def dense_rows(weight: LazyTensor, rows: Sequence[int]) -> LazyTensor:
-    """Some rows of a weight, in float32; zeros for those that it does not have."""
+def dense_rows(weight: LazyTensor, rows: Sequence[int], first: int) -> LazyTensor:
+    """Some rows, in float32, of a weight that begins with row ``first``; zeros for those that it
+    does not have."""
     block, name = weight.format.rows, f"{weight.name}.{'+'.join(map(str, rows))}"
     form = WeightFormat((len(rows), weight.format.shape[1]))
 
     def load() -> QuantTensor:
         whole = weight.load()
         values = np.zeros(form.shape, np.float32)
-        for place, row in enumerate(rows):
+        for place, row in enumerate(row - first for row in rows):
             if 0 <= row < weight.format.shape[0]:
                 values[place] = _block_of(whole, row).dequantize()[row % block]
         return QuantTensor(name, form, values)

@@ -31,6 +31,7 @@ DIFFERING = (
     "granitemoeshared", "glm4-moe", "gpt-oss", "gemma2", "gemma4-shared-wide-cap", "gemma4-experts",
 )  # fmt: skip
 OTHERS = tuple(name for name in CONFIGS if name not in DIFFERING)
+SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
 # Heads of keys that 4 ranks have twice each.
 BY_FOUR = ("llama-tied", "gpt-oss-full")
 
@@ -126,8 +127,11 @@ def test_vectors_and_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_attention_heads": 6, "num_key_value_heads": 3}, "6 heads of attention"),
-        ({"intermediate_size": 330}, "330 columns of model.layers.0.mlp.down_proj.weight"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16},
+            "6 heads of attention",
+        ),
+        ({"intermediate_size": 330}, "330 rows of model.layers.0.mlp.gate_proj.weight"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(

@@ -87,8 +87,9 @@ def test_columns_in_an_order_of_their_own_are_picked_from_those_of_all_ranks() -
 def test_heads_of_keys_go_with_the_queries_that_read_them(
     heads: int, kv_heads: int, ranks: int, dealt: list[list[int]]
 ) -> None:
-    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
-    checkpoint, name = quantized_llama({}, **shape), f"{LAYER}self_attn.k_proj.weight"
+    shape: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    checkpoint = quantized_llama({}, **shape, head_dim=8)
+    name = f"{LAYER}self_attn.k_proj.weight"
     rows = checkpoint.tensor(name).load().dequantize().reshape(kv_heads, 8, -1)
     for each, wanted in zip(shards(checkpoint, ranks), dealt, strict=True):
         assert (each.config.num_heads, each.config.num_kv_heads) == (heads // ranks, len(wanted))

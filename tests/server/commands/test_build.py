@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,27 @@ def test_estimate_reads_the_plan_and_writes_nothing(tiny_checkpoint: Path, tmp_p
     assert rows["memory needed"].strip().startswith(format_bytes(needed))
     assert "slipstream float32" in result.stdout
     assert not (tmp_path / "e").exists()
+
+
+def test_sizes_of_an_engine_of_ranks_are_of_one_of_them(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In estimates and reports; each has half of what ranks share."""
+    options = ("--max-seq-len", 64, "--target", "cpu")
+    one, two = (
+        plan(tiny_checkpoint, BuildOptions("cpu", max_seq_len=64, tp_size=n)) for n in (1, 2)
+    )
+    assert two.weight_bytes < 0.6 * one.weight_bytes
+    assert two.sequence_kv_bytes == one.sequence_kv_bytes // 2
+    estimate = run(tiny_checkpoint, "--estimate", *options, "--tp-size", 2)
+    assert re.search(r"^ranks +2; sizes are of one of them$", estimate.stdout, re.M)
+    assert f"  {format_bytes(two.weight_bytes)}\n" in estimate.stdout
+    made = run(tiny_checkpoint, "-o", tmp_path / "engine", *options, "--tp-size", 2)
+    assert made.exit_code == 0, made.output
+    files = {file.name: file.stat().st_size for file in (tmp_path / "engine").iterdir()}
+    assert files["weights.safetensors"] == files["weights.rank1.safetensors"]
+    report = CliRunner().invoke(slipstream, ["inspect", str(tmp_path / "engine"), "--verify"])
+    assert report.exit_code == 0 and "2; sizes are of one of them" in report.output
 
 
 def test_verbose_logs_the_passes(tiny_checkpoint: Path) -> None:

@@ -44,7 +44,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
     yield engine
 
 
-def answers(engine: Path, *params: SamplingParams) -> list[object]:
+def answers(engine: Path, *params: SamplingParams) -> list[tuple[list[int], str]]:
     loaded = load(engine, {**OPTIONS, "speculative": "ngram"})
     with LLM.from_engine(loaded) as llm:
         made = [
