@@ -7,6 +7,7 @@ happens at once on the CPU and a captured graph is the function itself.
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,17 @@ class Device:
             finally:
                 graph.capture_end()
         return graph.replay
+
+    def seconds(self, work: Work, times: int) -> float:
+        """How long some work takes, on average of so many times."""
+        with self.work():
+            work()
+            self.synchronize()
+            began = time.perf_counter()
+            for _ in range(times):
+                work()
+        self.synchronize()
+        return (time.perf_counter() - began) / times
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""

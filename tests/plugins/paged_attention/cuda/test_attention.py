@@ -267,8 +267,8 @@ CASES = {
         sinks=True,
     ),
 }
-# Layers that a kernel for Hopper knows, in every shape of it; Gluon has no interpreter. Of those with
-# drafts others too, that are slow in Triton's.
+# Layers that a kernel for Hopper knows, in every shape of it; Gluon has no interpreter. With drafts
+# others too, which are slow in Triton's.
 HOPPER = {
     "decode_llama_float8": Case(
         (*DECODES, (1, 300)), 6, heads=8, head_dim=128, dtype="bfloat16", pages="float8_e4m3fn"
