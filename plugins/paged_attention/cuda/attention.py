@@ -278,7 +278,7 @@ def _suits_hopper_decode(a: Attributes, pages: torch.Tensor, queries: int) -> bo
 
 
 def _hopper_columns(a: Attributes, queries: int) -> int:
-    return max(triton.next_power_of_2(a.num_heads // a.num_kv_heads * queries), 8)
+    return max(int(triton.next_power_of_2(a.num_heads // a.num_kv_heads * queries)), 8)
 
 
 def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
