@@ -46,7 +46,7 @@ def quick() -> Iterator[None]:
         yield
 
 
-def answers(engine: Path, count: int = 8, **options: Any) -> tuple[list[list[int]], LLM]:  # noqa: ANN401
+def answers(engine: Path, count: int = 5, **options: Any) -> tuple[list[list[int]], LLM]:  # noqa: ANN401
     params = [SamplingParams(max_tokens=count, ignore_eos=True, **kind) for kind in KINDS]
     with LLM(engine, enable_prefix_caching=False, **LIMITS, **options) as llm:
         outputs = llm.generate(PROMPTS, params)
@@ -56,7 +56,7 @@ def answers(engine: Path, count: int = 8, **options: Any) -> tuple[list[list[int
         return [output.outputs[0].token_ids for output in outputs], llm
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_drafts_change_no_answer(engine: Path, deterministic: bool) -> None:
     """Those that are right, wrong, of no token, too many and none, for two sequences at once."""
     plain, _ = answers(engine, deterministic=deterministic)
