@@ -91,12 +91,12 @@ class Buckets:
             for size in few
             for times in (2, *QUERIES)
         ]
-        sizes = self.row_sizes if len(few) < len(self.batch_sizes) else ()
+        more = self.max_batch_size > _COARSE
         shapes += [
-            self.verification(tokens, max(-(-tokens // longest), _COARSE + 1), longest)
-            for tokens in sizes
+            self.verification(tokens, self.max_batch_size, longest)
+            for tokens in self.row_sizes
             for longest in QUERIES
-            if tokens > _COARSE
+            if more and tokens > _COARSE
         ]
         return list(dict.fromkeys(shapes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tests.runtime.engine.driving import drain, greedy
@@ -191,12 +192,17 @@ class TestGuesses:
     def test_what_the_host_takes_meanwhile_is_part_of_the_cost(self) -> None:
         """A second passes whenever anyone looks at the clock."""
         loop, _ = recorded(speculative="ngram")
-        seconds, clock = list[float](), iter(range(1000))
+        taken, clock = list[float](), iter(range(1000))
         loop._clock = loop._steps._clock = lambda: float(next(clock))
         speculator = loop._speculator
         assert speculator is not None and speculator._lengths is not None
-        speculator._lengths.landed = lambda rows, each: seconds.append(each)  # type: ignore[method-assign]
-        speculator._lengths.choose = lambda count, chances, offered, most: list(offered)  # type: ignore[method-assign]
+        costs = patch.object(
+            speculator._lengths, "landed", lambda rows, seconds: taken.append(seconds)
+        )
+        chosen = patch.object(
+            speculator._lengths, "choose", lambda count, chances, offered, most: list(offered)
+        )
         loop.add_request(Request("a", [*range(5, 15), *range(5, 8)], greedy(max_tokens=9)))
-        drain(loop)
-        assert seconds[0] < seconds[-1]
+        with costs, chosen:
+            drain(loop)
+        assert taken[0] < taken[-1]
