@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Protocol
 from unittest.mock import patch
 
-from slipstream.runtime.engine.step import MAX_STEP_DRAFTS, REJECTED, SamplingRow, StepResult
+from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
 from slipstream.runtime.executors.cuda import pending
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation import proposer

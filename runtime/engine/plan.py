@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from slipstream.runtime.engine.kv_cache import Allocation, Move
 from slipstream.runtime.engine.sequence import Sequence
 
+# Drafts of the host in one step, of all sequences together: devices have room for their rows, and
+# more would cost what they gain.
+MAX_STEP_DRAFTS = 192
+
 
 @dataclass(slots=True)
 class StepPlan:

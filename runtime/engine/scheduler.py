@@ -12,10 +12,9 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.admission import Admission
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.kv_cache import Allocation
-from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS, StepPlan
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.engine.stats import SchedulerStats
-from slipstream.runtime.engine.step import MAX_STEP_DRAFTS
 
 if TYPE_CHECKING:
     from slipstream.runtime.speculation.speculator import Speculator

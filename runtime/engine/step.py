@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int32]
 # The token of a logits row whose guess, or one before it, was not accepted.
 REJECTED = -2
-# Drafts of the host in one step, of all sequences together: devices have room for their rows, and
-# more would cost what they gain.
-MAX_STEP_DRAFTS = 192
 
 
 @dataclass(slots=True)

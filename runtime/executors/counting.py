@@ -129,7 +129,7 @@ class CountingExecutor:
 
     @property
     def max_drafts(self) -> int:
-        """As given at construction; none where it runs ahead or guesses itself."""
+        """As given at construction; none where it guesses itself."""
         return 0 if self._draft_tokens else self._max_drafts
 
     def reserve_kv(self, num_bytes: int | None) -> int:

@@ -33,7 +33,8 @@ from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, q
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.kv_cache import Move
-from slipstream.runtime.engine.step import MAX_STEP_DRAFTS, StepBatch
+from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
+from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
