@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
+    python benchmarks/gpu.py --measures speculation
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
@@ -44,6 +45,9 @@ from gpu_models import (
     random_engine,
     random_plan,
 )
+from gpu_speculation import OPTIONS as SYNTHETIC
+from gpu_speculation import by_load
+from gpu_speculation import speculation as fixed_lengths
 
 from slipstream.builder.build import Plan
 from slipstream.builder.options import BuildOptions
@@ -262,6 +266,11 @@ def forms(runner: Runner) -> Figures:
     return figures
 
 
+def speculation(runner: Runner) -> Figures:
+    """ms of steps with drafts, and how much faster drafts make a batch that are right by draw."""
+    return {**fixed_lengths(runner), **by_load(runner, runner.loop)}
+
+
 def profile(runner: Runner) -> Figures:
     """µs of every kernel in a step of one decode, and how long the GPU idles between two."""
     from torch.profiler import ProfilerActivity
@@ -297,8 +306,13 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "throughput_256": throughput_256,
     "company": company,
     "forms": forms,
+    "speculation": speculation,
     "profile": profile,
 }
+
+
+# The rows of drafts take memory, and whoever could guess the host a little time.
+USUAL = [name for name in MEASURES if name != "speculation"]
 
 
 def floors(plan: Plan, form: str, read_rate: float) -> Figures:
@@ -373,10 +387,9 @@ def measure(cell: Cell, report: Connection) -> None:
     rate, plan = read_bandwidth(), cell.plan()
     floor, peer = floors(plan, cell.form, rate), VLLM.get(f"{cell.model} {cell.form}", {})
     routes = Routes(plan.checkpoint.config.num_layers)
-    jumps = cell.tokenizer is None
-    engine = random_engine(
-        plan, cell.tactics, enable_prefix_caching=False, enable_jump_decoding=jumps
-    )
+    options: dict[str, Any] = dict(SYNTHETIC) if "speculation" in cell.measures else {}
+    options |= {"enable_prefix_caching": False, "enable_jump_decoding": cell.tokenizer is None}
+    engine = random_engine(plan, cell.tactics, **options)
     if cell.tokenizer is not None:
         tokenizer = Tokenizer.from_directory(cell.tokenizer, engine.vocab_size)
         engine = replace(engine, tokenizer=tokenizer)
@@ -430,7 +443,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b"])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, help="Default: the model's usual.")
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=USUAL)
     parser.add_argument("--tactics", type=Path, help="What gpu_linear.py stored.")
     parser.add_argument("--tokenizer", type=Path, help="Directory of one, for forms.")
     parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")

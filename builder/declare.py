@@ -27,7 +27,7 @@ def declare(
     page_size: int,
     max_seq_len: int,
 ) -> Program:
-    """The canonical program of a checkpoint, for a rank of so many. It gives what a ``head`` takes."""
+    """The canonical program of a checkpoint, for a rank of so many; it gives what a head takes."""
     model, architecture = checkpoint.config, architecture_of(checkpoint.config.architecture)
     expected = architecture.shapes(model)
     if stated is not None and stated.task == "embed":

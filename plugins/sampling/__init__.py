@@ -56,6 +56,7 @@ class Field(IntEnum):
     PRESENCE_PENALTY = 12  # F
     FREQUENCY_PENALTY = 13  # F
     NUM_LOGPROBS = 14  # how many of the likeliest tokens are listed, where FLAGS say so
+    MASK = 15  # the row of the bitmask that says what is allowed, where FLAGS say so
 
 
 # Bits of Field.FLAGS.

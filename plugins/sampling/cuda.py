@@ -25,10 +25,11 @@ class FullBuffers:
     """What only steps of kind ``FULL`` use. R rows, S slots, V tokens in the vocabulary.
 
     Kept from step to step, by slot: ``history`` [S, max_seq_len] int32, the tokens of sequences
-    with penalties; ``bitmask`` [S, ceil(V / 32)] int32, bit ``id % 32`` of word ``id // 32`` set
-    for an allowed token; ``biases`` [S] int64, the address of each row's logit bias: int32 [2, n],
-    distinct token ids over the bits of float32 values. ``logprobs`` [R, LOGPROB_COLUMNS] int32 is a
-    result. The others are scratch.
+    with penalties; ``bitmask`` [max(R, S), ceil(V / 32)] int32, bit ``id % 32`` of word
+    ``id // 32`` set for an allowed token, those of slots before those of rows after drafts;
+    ``biases`` [S] int64, the address of each row's logit bias: int32 [2, n], distinct token ids
+    over the bits of float32 values. ``logprobs`` [R, LOGPROB_COLUMNS] int32 is a result. The others
+    are scratch.
     """
 
     history: torch.Tensor
@@ -118,7 +119,7 @@ class SamplerBuffers:
 
         self.full = FullBuffers(
             history=new(torch.int32, slots, self.max_seq_len),
-            bitmask=new(torch.int32, slots, triton.cdiv(vocab, 32)),
+            bitmask=new(torch.int32, max(rows, slots), triton.cdiv(vocab, 32)),
             biases=new(torch.int64, slots),
             logprobs=new(torch.int32, rows, LOGPROB_COLUMNS),
             edited=new(torch.float32, rows, vocab),

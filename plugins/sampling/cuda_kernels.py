@@ -31,6 +31,7 @@ MIN_P = tl.constexpr(int(sampling.Field.MIN_P))
 FLAGS = tl.constexpr(int(sampling.Field.FLAGS))
 NUM_BIASES = tl.constexpr(int(sampling.Field.NUM_BIASES))
 NUM_LOGPROBS = tl.constexpr(int(sampling.Field.NUM_LOGPROBS))
+MASK = tl.constexpr(int(sampling.Field.MASK))
 PROMPT_LEN = tl.constexpr(int(sampling.Field.PROMPT_LEN))
 REPETITION_PENALTY = tl.constexpr(int(sampling.Field.REPETITION_PENALTY))
 PRESENCE_PENALTY = tl.constexpr(int(sampling.Field.PRESENCE_PENALTY))
@@ -683,7 +684,8 @@ def mask_kernel(
     if edits:
         start = row.to(tl.int64) * vocab
         if (flags & MASKED) != 0:
-            word = bitmask + slot.to(tl.int64) * bitmask_stride + (ids >> 5)
+            mask = _int(settings, settings_stride, MASK, row).to(tl.int64)
+            word = bitmask + mask * bitmask_stride + (ids >> 5)
             bits = tl.load(word, mask=inside, other=0)
             x = tl.where(((bits >> (ids & 31)) & 1) != 0, x, -INF)
         tl.store(edited + start + ids, x, mask=inside)

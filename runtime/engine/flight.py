@@ -16,7 +16,8 @@ class Flight:
 
     ``positions`` are those of its rows, which change with the next step. It is ``started`` until
     its rows are sampled, ``pending`` from then on. ``refused``: there is nothing on its way, and
-    nothing may follow before that is told.
+    nothing may follow before that is told. ``idle`` tells for how many seconds a device that could
+    have run ahead waited for it.
     """
 
     plan: StepPlan
@@ -26,6 +27,7 @@ class Flight:
     started: StartedStep
     pending: PendingStep | None = None
     refused: bool = False
+    idle: float = 0.0
 
     def runs(self, result: StepResult) -> dict[Sequence, list[int]]:
         """The tokens in which each sequence has ended the step."""

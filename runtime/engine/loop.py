@@ -43,9 +43,10 @@ class EngineLoop:
 
     Between two calls of ``step`` one step may be on its way: the caller reads and passes on the
     outputs of a step while the device computes the next. A device that runs ahead gets yet another
-    step before that one has landed, so that it is never idle; what a sequence has there beyond its
-    end is ignored. Where edits of a row need the token before (``SamplingParams.needs_output``),
-    the layers of the next step are started all the same, and its head when the last has landed.
+    step before that one has landed, unless the host guesses tokens (``Speculator.waits_for``), so
+    that it is never idle; what a sequence has there beyond its end is ignored. Where edits of a row
+    need the token before (``SamplingParams.needs_output``), the layers of the next step are started
+    all the same, and its head when the last has landed.
 
     A step that fails ends the requests in it, a row that fails its own; a request of the loop's own
     then tells whether the device still computes. An engine that is ``unhealthy`` goes on trying;
@@ -67,6 +68,8 @@ class EngineLoop:
             raise CapacityError(
                 f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
             )
+        if self._speculator is not None:
+            self._speculator.learn(engine.executor)
         self.scheduler = Scheduler(
             engine.config,
             num_pages,
@@ -207,13 +210,17 @@ class EngineLoop:
     def _advance(self) -> None:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
-        if flight and self._engine.executor.runs_ahead and not flight.refused:
+        runs_ahead, guesses = self._engine.executor.runs_ahead, self._speculator
+        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan)))
+        if flight and runs_ahead and not waits:
             self._flight = self._launch()
             if self._flight and not self._need_output:
                 self._sample(self._flight)
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
+            if self._flight and flight and runs_ahead:
+                self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
             self._sample(self._flight)
         self.kv_events.flush()
@@ -307,21 +314,15 @@ class EngineLoop:
             if not sequence.finish_reason:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
-            self._speculator.landed(flight.plan, runs, seconds)
+            self._speculator.landed(flight.plan, runs, seconds + flight.idle)
             self._speculator.computed(flight.plan, runs, result.outputs)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
         now = self._clock()
-        rows = zip(
-            flight.owners,
-            flight.rows,
-            flight.positions,
-            result.token_ids,
-            result.logprobs,
-            strict=True,
-        )
-        for sequence, row, position, token, logprobs in rows:
+        answers = zip(result.token_ids, result.logprobs, strict=True)
+        rows = zip(flight.owners, flight.rows, flight.positions, answers, strict=True)
+        for sequence, row, position, (token, logprobs) in rows:
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue

@@ -8,6 +8,10 @@ from slipstream.runtime.engine.host_pages import HostPage, Transfer
 from slipstream.runtime.engine.kv_cache import Allocation, Move
 from slipstream.runtime.engine.sequence import Sequence
 
+# Drafts of the host in one step, of all sequences together: devices have room for their rows, and
+# more would cost what they gain.
+MAX_STEP_DRAFTS = 192
+
 
 @dataclass(slots=True)
 class StepPlan:

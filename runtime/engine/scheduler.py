@@ -13,7 +13,7 @@ from slipstream.runtime.engine.admission import Admission
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.host_pages import HostSpace
 from slipstream.runtime.engine.kv_cache import Allocation
-from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS, StepPlan
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.engine.stats import SchedulerStats
 
@@ -139,7 +139,7 @@ class Scheduler:
             budget -= self._draft(plan, budget)
         elif self._speculator is not None and plan.sequences:
             busy = prefills or self.waiting  # with prompts, which most of a step is for
-            limit = budget // _SHARE if busy else budget
+            limit = min(budget // _SHARE if busy else budget, MAX_STEP_DRAFTS)
             budget -= self._guess(plan, self._speculator, limit)
         plan.num_decodes = len(plan.sequences)
         if plan.sequences:  # which wait for all of this step
@@ -185,8 +185,8 @@ class Scheduler:
             sequence.num_computed += more
             if sequence.num_computed >= allocation.due:
                 self.kv.commit(allocation, sequence.tokens + run, sequence.num_computed)
-            if self._speculator is not None:  # nothing else is on its way
-                self.kv.shrink(allocation, sequence.num_computed)
+            if self._speculator is not None:
+                self.kv.shrink(allocation, sequence.num_scheduled)
 
     def finish(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """Drop a sequence at any stage and give its pages back; nobody is to read ``spoiled`` ones
@@ -255,7 +255,8 @@ class Scheduler:
 
     def _guess(self, plan: StepPlan, speculator: Speculator, budget: int) -> int:
         """Give the decodes of a plan what the host guesses, within a budget and in pages that are
-        to be had, and return how many tokens that are."""
+        to be had, and return how many tokens that are; none where it does not know the tokens
+        before."""
         sequences = list(plan.sequences)
         room = list(map(_draft_room, sequences, plan.outputs))
         drafts = speculator.draft(sequences, room, budget)

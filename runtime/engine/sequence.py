@@ -116,6 +116,12 @@ class Sequence:
         return self.num_tokens - self.num_scheduled
 
     @property
+    def awaits_token(self) -> bool:
+        """Whether the host does not know all tokens before the one that a step, of which it is part
+        already, samples."""
+        return self.pending > 1
+
+    @property
     def awaits_last(self) -> bool:
         """Whether the last token that it may have is, or may be, on its way: there is nothing to
         compute before that has landed."""

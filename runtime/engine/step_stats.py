@@ -29,6 +29,11 @@ class StepStats:
         """A step was started."""
         self._starts.append(self._clock())
 
+    @property
+    def since_landing(self) -> float:
+        """Seconds since a step landed."""
+        return self._clock() - self._landed
+
     def landed(self, tokens: int) -> float:
         """The first of those on their way is over; it had so many ``tokens``. Returns the seconds
         that it took."""

@@ -55,7 +55,8 @@ class Executor(Protocol):
     @property
     def max_drafts(self) -> int:
         """How many tokens guessed by the host it verifies for a sequence in one step, at most: a
-        row after a wrong one is ``REJECTED`` (see ``step.reject``). None where it runs ahead."""
+        row after a wrong one is ``REJECTED`` (see ``step.reject``). Where it runs ahead, nothing is
+        submitted before the result of such a step was asked for."""
         ...
 
     def reserve_kv(self, num_bytes: int | None) -> int:
@@ -107,6 +108,15 @@ class OffloadingExecutor(Protocol):
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
         """Make transfers outside of a step; nothing is on its way."""
+        ...
+
+
+@runtime_checkable
+class TimedExecutor(Protocol):
+    """An executor that can tell what its steps will cost before there are any."""
+
+    def step_seconds(self) -> dict[int, float]:
+        """Seconds of a step of decodes by its rows, measured when pages have been reserved."""
         ...
 
 

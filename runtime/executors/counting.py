@@ -131,8 +131,8 @@ class CountingExecutor(CountingHost):
 
     @property
     def max_drafts(self) -> int:
-        """As given at construction; none where it runs ahead or guesses itself."""
-        return 0 if self._runs_ahead or self._draft_tokens else self._max_drafts
+        """As given at construction; none where it guesses itself."""
+        return 0 if self._draft_tokens else self._max_drafts
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """The number of pages given at construction; a page has no bytes."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from slipstream.builder.contract import states
+from slipstream.builder.engine import is_engine, open_engine
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.executors.base import PendingStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.speculation.proposer import Context
 
+# Of the memory that both models leave free on a GPU: a token takes less of a smaller one.
+_GPU_SHARE = 0.2
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
@@ -31,8 +38,21 @@ def draft_proposer(engine: LoadedEngine) -> DraftProposer:
             "speculative is 'draft', which needs speculative_model, a smaller model's engine",
             param="speculative_model",
         )
-    options = {"enable_prefix_caching": False, "num_threads": config.num_threads}
-    return DraftProposer(engine, load(config.speculative_model, options))
+    return DraftProposer(engine, load(config.speculative_model, _options(engine)))
+
+
+def _options(engine: LoadedEngine) -> dict[str, Any]:
+    """With which the draft model of an engine is loaded, or built for the same target."""
+    config, model = engine.config, Path(engine.config.speculative_model or "")
+    options: dict[str, Any] = {"enable_prefix_caching": False, "num_threads": config.num_threads}
+    target = None if engine.engine is None else engine.engine.manifest.target
+    if is_engine(model):
+        target = open_engine(model).manifest.target
+    elif target is not None:
+        options["target"] = target
+    if target == "cuda":
+        options["kv_cache_free_gpu_memory_fraction"] = _GPU_SHARE
+    return options
 
 
 class DraftProposer:
@@ -61,9 +81,14 @@ class DraftProposer:
         followed = [self._follow(context, most, contexts) for context in contexts]
         asked = [sequence for sequence in followed if sequence is not None]
         ends = {sequence: len(sequence.tokens) + most for sequence in asked}
+        started: deque[tuple[PendingStep, list[Running]]] = deque()
         while asked:
-            self._step(asked)
-            asked = [each for each in asked if len(each.tokens) < ends[each]]
+            started.append(self._start(asked))
+            if len(started) > self._executor.runs_ahead:
+                _land(*started.popleft())
+            asked = [each for each in asked if each.num_tokens < ends[each]]
+        for step in started:
+            _land(*step)
         return [[] if each is None else each.tokens[-most:] for each in followed]
 
     def finish(self, context: Context) -> None:
@@ -114,8 +139,9 @@ class DraftProposer:
             self.finish(victim)
         return victim is not None
 
-    def _step(self, sequences: Sequence[Running]) -> None:
-        """Compute what is left of each, and the next token of those that are complete then."""
+    def _start(self, sequences: Sequence[Running]) -> tuple[PendingStep, list[Running]]:
+        """Compute what is left of each, and the next token of those that are complete then, to
+        which the answers will belong."""
         plan, budget = StepPlan(), self._config.max_num_tokens
         for sequence in sequences:
             if count := min(sequence.num_left, budget):
@@ -123,9 +149,12 @@ class DraftProposer:
                 budget -= count
         plan.drafts = [0] * len(plan.sequences)
         batch, owners = self._builder.build(plan)
-        result = self._executor.submit(batch).sample().result()
-        for sequence, token in zip(owners, result.token_ids, strict=True):
-            sequence.append(token)
+        return self._executor.submit(batch).sample(), owners
+
+
+def _land(step: PendingStep, owners: Sequence[Running]) -> None:
+    for sequence, token in zip(owners, step.result().token_ids, strict=True):
+        sequence.append(token)
 
 
 def _go_back(sequence: Running, tokens: Sequence[int], known: int) -> None:
@@ -146,8 +175,8 @@ def _check(engine: LoadedEngine, draft: LoadedEngine) -> None:
         reason = "its tokenizer is another one"
     elif draft.pooling is not None:
         reason = "it makes no text"
-    elif draft.executor.runs_ahead:
-        reason = "it is not for a CPU"
+    elif draft.executor.runs_ahead != engine.executor.runs_ahead:
+        reason = "it is for another device"
     elif states(draft.caches) or any(cache.window for cache in draft.caches):
         reason = "it keeps states, or windows of tokens, of which none can be taken back"
     if reason is not None:

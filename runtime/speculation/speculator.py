@@ -14,6 +14,7 @@ from slipstream.builder.contract import states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.executors.base import Executor, TimedExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation.lengths import Lengths
 from slipstream.runtime.speculation.lookup import OtherText
@@ -51,7 +52,8 @@ class Speculator:
     much of that a step verifies.
 
     Every guess is compared with the tokens that came, whether or not it was verified: where none
-    pay, it still shows when that changes.
+    pay, it still shows when that changes. While none do, a device may run ahead; guesses are then
+    made of the tokens that are known, for the comparison.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Speculator:
         self._vocab_size = vocab_size
         self._lengths = lengths
         self._clock = clock
+        self._pays = False  # to guess before the next step
         self._chance = _FIRST_CHANCE
         self._num_drafts = self._num_tokens = 0
         self._accepted = [0] * most
@@ -83,9 +86,10 @@ class Speculator:
         self, sequences: Sequence[Running], room: Sequence[int], budget: int
     ) -> list[list[int]]:
         """Tokens to verify after each of the decoding ``sequences`` of a step, no more than there
-        is ``room`` for, and than a ``budget`` in all."""
+        is ``room`` for, and than a ``budget`` in all; none where tokens before are on their way."""
         drafts: list[list[int]] = [[] for _ in sequences]
         places = [place for place, free in enumerate(room) if free > 0]
+        self._pays = False
         if not places or budget <= 0:
             return drafts
         tracked = [self._follow(sequences[place]) for place in places]
@@ -98,6 +102,9 @@ class Speculator:
         if self._lengths is not None:
             chances = [each.chance for each in tracked]
             counts = self._lengths.choose(len(sequences), chances, counts, budget)
+        self._pays = any(counts)
+        if any(sequence.awaits_token for sequence in sequences):
+            return drafts
         for place, guess, count in zip(places, offered, counts, strict=True):
             drafts[place] = guess[: min(count, budget)]
             budget -= len(drafts[place])
@@ -136,6 +143,18 @@ class Speculator:
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             self._lengths.landed(sum(plan.counts), seconds)
+
+    def waits_for(self, plan: StepPlan) -> bool:
+        """Whether the host must know the tokens of a step before it plans the next: it has guessed
+        some of them, or it pays to guess what comes after them."""
+        return bool(plan.guesses) or self._pays
+
+    def learn(self, executor: Executor) -> None:
+        """Take into account what steps of decodes cost, where a device can tell before there were
+        any."""
+        if self._lengths is not None and isinstance(executor, TimedExecutor):
+            for rows, seconds in sorted(executor.step_seconds().items()):
+                self._lengths.landed(rows, seconds)
 
     def finish(self, sequence: Running) -> None:
         """A sequence has ended."""

@@ -213,17 +213,19 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
 
 
 def attention(capability: tuple[int, int], pdl: bool) -> None:
-    """A decode and a prefill in one step, over pages of both kinds, of heads of a usual size and
-    of the largest."""
+    """A decode and a prefill in one step, and decodes of drafts, over pages of both kinds, of heads
+    of a usual size and of the largest."""
     usual = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
     largest = Attributes(0, 8, 1, 512, 64, 1.0, kv_parts=1, v_norm=1, k_row_major=1)
     for a in (usual, largest):
-        attention_of(a, capability, pdl)
+        for queries in (1, 4, 8):
+            attention_of(a, queries, capability, pdl)
 
 
-def attention_of(a: Attributes, capability: tuple[int, int], pdl: bool) -> None:
+def attention_of(a: Attributes, queries: int, capability: tuple[int, int], pdl: bool) -> None:
     row, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 8, dtype=torch.int32)
-    step = StepTensors(row, row, table, row, row, row, num_decodes=4, query_block=1)
+    blocks = row if queries == 1 else row[:0]
+    step = StepTensors(row, row, table, row, blocks, blocks, 4, query_block=1, queries=queries)
     width, kv_heads = a.head_dim, a.num_kv_heads
     qkv = torch.zeros(8, (a.num_heads + a.kv_parts * kv_heads) * width, dtype=torch.bfloat16)
     angles = torch.zeros(8, width // 2)

@@ -36,6 +36,9 @@ _SINGLE_ROWS = 64  # of a block of a single query: what fills an instruction of 
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
 _NO_WINDOW = 1 << 30
+# Sums that its registers hold beside those of the splits before, and how many leave room for more
+# than one program.
+_HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 _HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
 # and tiles of float8 codes beside them.
@@ -51,7 +54,8 @@ class StepTensors:
 
     query_start ``[S+1]``, context_len ``[S]``, page_table ``[S, P]`` (rows may lie further apart)
     and slot_mapping ``[T]`` are the operator's inputs. The first ``num_decodes`` sequences have one
-    query each, token rows 0 to num_decodes - 1. The queries of the others are cut into blocks of
+    query each, token rows 0 to num_decodes - 1; where ``queries`` is more than 1 all sequences are
+    decodes, of up to so many tokens. The queries of the others are cut into blocks of
     ``query_block`` tokens: block_sequence ``[NB]`` names a block's sequence, -1 where there is no
     block, and block_start ``[NB]`` its first query, counted from the sequence's first one. The
     ``query_block`` of a layer is at least that of the step; 1 says that every block is one query.
@@ -70,6 +74,7 @@ class StepTensors:
     block_start: torch.Tensor
     num_decodes: int
     query_block: int
+    queries: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,9 +82,9 @@ class DecodeWorkspace:
     """What the programs of a decode hand to each other; calls on one stream may share it, those
     with fewer or smaller heads, too.
 
-    partials ``[S, num_heads, splits, head_dim]`` and statistics ``[S, num_heads, splits, 2]`` are
+    partials ``[T, num_heads, splits, head_dim]`` and statistics ``[T, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
-    arrivals, int32 ``[S, num_kv_heads <= num_heads]``, is zero between calls.
+    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls.
     """
 
     partials: torch.Tensor
@@ -89,23 +94,23 @@ class DecodeWorkspace:
     @classmethod
     def allocate(
         cls,
-        max_sequences: int,
+        max_tokens: int,
         num_heads: int,
         head_dim: int,
         max_seq_len: int,
         device: torch.device | str,
     ) -> DecodeWorkspace:
-        """Space for steps of up to ``max_sequences`` decodes.
+        """Space for steps of decodes of up to ``max_tokens`` tokens.
 
         A sequence has at most 32 splits, fewer where ``max_seq_len`` is below 2048; longer
         sequences are no error.
         """
         splits = min(triton.cdiv(max_seq_len, _LEAST_SPLIT), _MAX_SPLITS)
-        rows = (max_sequences, num_heads, splits)
+        rows = (max_tokens, num_heads, splits)
         return cls(
             torch.empty((*rows, head_dim), dtype=torch.float32, device=device),
             torch.empty((*rows, 2), dtype=torch.float32, device=device),
-            torch.zeros((max_sequences, num_heads), dtype=torch.int32, device=device),
+            torch.zeros((max_tokens, num_heads), dtype=torch.int32, device=device),
         )
 
 
@@ -163,8 +168,10 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     output = torch.empty(
         (qkv.shape[0], a.num_heads * a.head_dim), dtype=qkv.dtype, device=qkv.device
     )
+    if step.queries > 1:
+        _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
-        decode = _hopper_decode if _suits_hopper_decode(a, pages) else _decode
+        decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
         decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
@@ -221,12 +228,14 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
     by = _scalars(a, pages)
     programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
     keys = min(a.page_size, _DECODE_TILE // _width(a))
-    warps = 4 if keys * _width(a) <= 8192 else 8
+    rows = max(triton.next_power_of_2(a.num_heads // a.num_kv_heads * step.queries), 16)
+    warps = 4 if max(keys, 2 * rows) * _width(a) <= 8192 else 8
     decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
         cos,
         sin,
         pages,
+        step.query_start,
         step.context_len,
         step.page_table,
         step.slot_mapping,
@@ -247,15 +256,16 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         V_NORM=a.v_norm,
         ROTARY=cos.shape[1],
         BLOCK_N=keys,
-        ROWS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 16),
+        QUERIES=step.queries,
+        ROWS=rows,
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
         **launch_options(num_warps=warps, pdl=pdl),
     )
 
 
-def _suits_hopper_decode(a: Attributes, pages: torch.Tensor) -> bool:
-    """Whether the kernel for Hopper knows such a layer."""
+def _suits_hopper_decode(a: Attributes, pages: torch.Tensor, queries: int) -> bool:
+    """Whether the kernel for Hopper knows such a layer, and holds the sums of so many queries."""
     return (
         capability_of(pages.device)[0] == 9
         and not interpreting()
@@ -263,7 +273,12 @@ def _suits_hopper_decode(a: Attributes, pages: torch.Tensor) -> bool:
         and a.page_size == 64
         and a.kv_parts != 1
         and not (a.sliding_window or a.soft_cap or a.v_norm)
+        and (queries == 1 or _hopper_columns(a, queries) * a.head_dim <= _HOPPER_SUMS)
     )
+
+
+def _hopper_columns(a: Attributes, queries: int) -> int:
+    return max(int(triton.next_power_of_2(a.num_heads // a.num_kv_heads * queries)), 8)
 
 
 def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
@@ -281,8 +296,10 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     by = _scalars(a, pages)
     programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
-    coded = pages.element_size() == 1
+    coded, columns = pages.element_size() == 1, _hopper_columns(a, step.queries)
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
+    if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
+        together, registers = 1, 224
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
@@ -292,6 +309,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
             pages.view(-1, a.head_dim), tile, page_layout(tile, pages.dtype)
         ),
         pages,
+        step.query_start,
         step.context_len,
         step.page_table,
         step.slot_mapping,
@@ -312,7 +330,8 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         ROTARY=cos.shape[1],
         PAGE=a.page_size,
         KV_PARTS=a.kv_parts,
-        COLUMNS=max(triton.next_power_of_2(a.num_heads // a.num_kv_heads), 8),
+        QUERIES=step.queries,
+        COLUMNS=columns,
         STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
@@ -345,14 +364,15 @@ def _write(
     pdl: bool,
 ) -> None:
     heads = triton.next_power_of_2(a.num_heads // a.num_kv_heads)
-    write_kernel[(qkv.shape[0] - step.num_decodes, a.num_kv_heads)](
+    first = step.num_decodes if step.queries == 1 else 0
+    write_kernel[(qkv.shape[0] - first, a.num_kv_heads)](
         qkv,
         cos,
         sin,
         pages,
         step.slot_mapping,
         *norms,
-        step.num_decodes,
+        first,
         a.norm_eps,
         a.k_scale,
         a.v_scale,

@@ -1,10 +1,11 @@
-"""Attention of sequences of one new token over a paged KV cache for Hopper GPUs, in Gluon.
+"""Attention of sequences of one new token, or a few, over a paged KV cache for Hopper, in Gluon.
 
 It is what ``decode_kernel`` is elsewhere. One warp copies a head's pages into a ring in shared
 memory by TMA, so that many are on their way at any time, and a warpgroup multiplies them with the
-queries of a group of heads: keys first, since the tensor cores take as few as 8 columns. The new
-token's key comes through no page: its score and value are what the sums of the last split begin
-with. Scores are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
+queries of a group of heads: keys first, since the tensor cores take as few as 8 columns. The key of
+a single new token comes through no page: its score and value are what the sums of the last split
+begin with. Of several, ``write_kernel`` has stored the keys and turned the queries before. Scores
+are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
 """
 
 from typing import NamedTuple
@@ -56,7 +57,8 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 class Shape(NamedTuple):
-    """What the kernel is compiled for; ``columns`` are the heads of a group, padded."""
+    """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
+    ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -64,6 +66,8 @@ class Shape(NamedTuple):
     rotary: gl.constexpr
     page: gl.constexpr
     kv_parts: gl.constexpr
+    joins: gl.constexpr
+    queries: gl.constexpr
     columns: gl.constexpr
     stages: gl.constexpr
     max_splits: gl.constexpr
@@ -96,11 +100,13 @@ class Output(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A program's splits [split, end_split) of a sequence's ``splits``, ``cached`` keys before the
-    new one; in pages, ``count`` from ``first_page`` on."""
+    """A program's splits [split, end_split) of a sequence's ``splits``, ``cached`` keys in pages;
+    in pages, ``count`` from ``first_page`` on. Its ``queries`` begin with ``token``."""
 
     kv_head: gl.tensor
     sequence: gl.tensor
+    token: gl.tensor
+    queries: gl.tensor
     cached: gl.tensor
     split_pages: gl.tensor
     splits: gl.tensor
@@ -211,24 +217,51 @@ def new_key_value(row, token, work, dtype: gl.constexpr, shape):
 
 
 @gluon.jit
+def query_of(column, shape):
+    """Which query of a sequence a column is of."""
+    GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
+    if shape.queries == 1:
+        return column * 0
+    return column // GROUP
+
+
+@gluon.jit
+def head_of(column, work, shape):
+    """The head of a column, its place in what has one for every token and head, and whether there
+    is one."""
+    GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
+    if shape.queries == 1:
+        head = work.kv_head * GROUP + column
+        return head, work.sequence * shape.num_heads + head, column < GROUP
+    head = work.kv_head * GROUP + column % GROUP
+    place = (work.token + column // GROUP) * shape.num_heads + head
+    return head, place, column // GROUP < work.queries
+
+
+@gluon.jit
 def prepared(token, work, scale, operands, dtype: gl.constexpr, shape):
     """Stores q for the tensor cores, and returns the sums of the new key alone, or of none."""
-    GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
     WIDTH: gl.constexpr = (shape.num_heads + shape.kv_parts * shape.num_kv_heads) * shape.head_dim
     rows: gl.constexpr = rows_layout(shape.head_dim)
     layout: gl.constexpr = sums_layout(shape.columns)
     row = token.qkv + work.sequence.to(gl.int64) * WIDTH
-    head = gl.arange(0, shape.columns, gl.SliceLayout(1, rows))
-    at = row + (work.kv_head * GROUP + head)[:, None] * shape.head_dim
-    cos = token.cos + work.sequence * shape.rotary
-    sin = token.sin + work.sequence * shape.rotary
-    q = turned(at, (head < GROUP)[:, None], token.q_norm, cos, sin, token.eps, shape)
+    column = gl.arange(0, shape.columns, gl.SliceLayout(1, rows))
+    head, _, valid = head_of(column, work, shape)
+    if shape.queries > 1:
+        d = gl.arange(0, shape.head_dim, gl.SliceLayout(0, rows))
+        at = (work.token + query_of(column, shape)).to(gl.int64) * WIDTH + head * shape.head_dim
+        q = gl.load(token.qkv + at[:, None] + d[None, :], valid[:, None], 0.0)
+    else:
+        at = row + head[:, None] * shape.head_dim
+        cos = token.cos + work.sequence * shape.rotary
+        sin = token.sin + work.sequence * shape.rotary
+        q = turned(at, valid[:, None], token.q_norm, cos, sin, token.eps, shape)
     q = q.to(operands.q.dtype)
     operands.q.store(q)
     fence_async_shared()
     gl.thread_barrier()
     m, total, acc = no_sums(shape)
-    if shape.kv_parts > 0:
+    if shape.joins:
         key, value = new_key_value(row, token, work, dtype, shape)
         score = gl.sum(q.to(gl.float32) * key.to(gl.float32)[None, :], 1) * scale
         m = gl.convert_layout(score, gl.SliceLayout(0, layout))
@@ -274,16 +307,15 @@ def finished(sums, sinks, v_scale, heads, valid, axis: gl.constexpr):
 @gluon.jit
 def store_split(to, split, sums, work, shape):
     """Leaves the sums of a split for ``add_splits``."""
-    GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
     layout: gl.constexpr = sums.acc.type.layout
-    head = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
+    column = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
     d = gl.arange(0, shape.head_dim, gl.SliceLayout(1, layout))
-    row = work.sequence * shape.num_heads + work.kv_head * GROUP + head
+    _, row, valid = head_of(column, work, shape)
     place = row * shape.max_splits + split
-    gl.store(to.statistics + 2 * place, sums.m, head < GROUP)
-    gl.store(to.statistics + 2 * place + 1, sums.total, head < GROUP)
+    gl.store(to.statistics + 2 * place, sums.m, valid)
+    gl.store(to.statistics + 2 * place + 1, sums.total, valid)
     at = place.to(gl.int64)[None, :] * shape.head_dim + d[:, None]
-    gl.store(to.partials + at, sums.acc, (head < GROUP)[None, :])
+    gl.store(to.partials + at, sums.acc, valid[None, :])
 
 
 @gluon.jit
@@ -294,43 +326,40 @@ def add_splits(to, work, shape):
     splits are in flight together.
     """
     GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
-    ROWS: gl.constexpr = triton.next_power_of_2(GROUP)
+    ROWS: gl.constexpr = triton.next_power_of_2(GROUP * shape.queries)
     UNROLL: gl.constexpr = 8
     ACROSS: gl.constexpr = min(shape.head_dim // 4, 32)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
-    head = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     d = gl.arange(0, shape.head_dim, gl.SliceLayout(0, layout))
     m = gl.full([ROWS], NO_KEY, gl.float32, gl.SliceLayout(1, layout))
     acc = gl.zeros([ROWS, shape.head_dim], gl.float32, layout)
     sums = Sums(m, gl.zeros_like(m), acc)
-    first = work.kv_head * GROUP
-    row = work.sequence * shape.num_heads + first + head
+    head, row, valid = head_of(column, work, shape)
     for base in range(0, work.splits, UNROLL):
         for j in gl.static_range(UNROLL):
-            here = (head < GROUP) & (base + j < work.splits)
+            here = valid & (base + j < work.splits)
             place = row * shape.max_splits + base + j
             m = gl.load(to.statistics + 2 * place, here, NO_KEY, cache_modifier=".cg")
             total = gl.load(to.statistics + 2 * place + 1, here, 0.0, cache_modifier=".cg")
             at = place.to(gl.int64)[:, None] * shape.head_dim + d[None, :]
             acc = gl.load(to.partials + at, here[:, None], 0.0, cache_modifier=".cg")
             sums = joined(sums, Sums(m, total, acc), 1)
-    y = finished(sums, to.sinks, to.v_scale, first + head, head < GROUP, 1)
+    y = finished(sums, to.sinks, to.v_scale, head, valid, 1)
     at = row.to(gl.int64)[:, None] * shape.head_dim + d[None, :]
-    gl.store(to.output + at, y.to(to.output.dtype.element_ty), (head < GROUP)[:, None])
+    gl.store(to.output + at, y.to(to.output.dtype.element_ty), valid[:, None])
 
 
 @gluon.jit
 def store_output(to, sums, work, shape):
     """The output of a program that has every key."""
-    GROUP: gl.constexpr = shape.num_heads // shape.num_kv_heads
     layout: gl.constexpr = sums.acc.type.layout
-    head = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
+    column = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
     d = gl.arange(0, shape.head_dim, gl.SliceLayout(1, layout))
-    heads = work.kv_head * GROUP + head
-    y = finished(sums, to.sinks, to.v_scale, heads, head < GROUP, 0)
-    row = work.sequence * shape.num_heads + heads
+    head, row, valid = head_of(column, work, shape)
+    y = finished(sums, to.sinks, to.v_scale, head, valid, 0)
     at = row.to(gl.int64)[None, :] * shape.head_dim + d[:, None]
-    gl.store(to.output + at, y.to(to.output.dtype.element_ty), (head < GROUP)[None, :])
+    gl.store(to.output + at, y.to(to.output.dtype.element_ty), valid[None, :])
 
 
 @gluon.jit
@@ -379,6 +408,8 @@ def attend(token, to, work, scale, ring, operands, shape):
     CODED: gl.constexpr = ring.k.dtype == gl.float8e4nv
     layout: gl.constexpr = sums_layout(shape.columns)
     key_row = gl.arange(0, shape.page, gl.SliceLayout(1, layout))
+    column = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
+    fewer = work.queries - 1 - query_of(column, shape)  # keys than the last query sees
     zero = gl.zeros([shape.page, shape.columns], gl.float32, layout)
     new = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
@@ -407,7 +438,11 @@ def attend(token, to, work, scale, ring, operands, shape):
         if stored < shape.page:
             clear_rest(v, stored)
         scores = warpgroup_mma_wait(0, [scores])
-        scores = gl.where((key_row < stored)[:, None], scores * scale, float("-inf"))
+        if shape.queries > 1:
+            visible = key_row[:, None] < (stored - fewer)[None, :]
+            scores = gl.where(visible, scores * scale, float("-inf"))
+        else:
+            scores = gl.where((key_row < stored)[:, None], scores * scale, float("-inf"))
         top = gl.maximum(m, gl.max(scores, 0))
         shrink = gl.exp2(m - top)
         p = gl.exp2(scores - top[None, :])
@@ -484,11 +519,11 @@ def pages_of_step(context_len, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def work_of(context, context_len, slots, shape):
+def work_of(context, query_start, context_len, slots, shape):
     """This program's part of the step; a ``split`` of ``splits`` or more is none."""
     part = gl.program_id(2)
     cached = context
-    if shape.kv_parts > 0:
+    if shape.joins:
         cached = context - 1
     # The page of a first token has no keys, and is read all the same.
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
@@ -503,7 +538,12 @@ def work_of(context, context_len, slots, shape):
     first = split * split_pages
     count = gl.minimum(end_split * split_pages, num_pages) - first
     kv_head, sequence = gl.program_id(0), gl.program_id(1)
-    return Work(kv_head, sequence, cached, split_pages, splits, split, end_split, first, count)
+    token, queries = sequence, sequence * 0 + 1
+    if shape.queries > 1:
+        token = gl.load(query_start + sequence)
+        queries = gl.load(query_start + sequence + 1) - token
+    place = (kv_head, sequence, token, queries)
+    return Work(*place, cached, split_pages, splits, split, end_split, first, count)
 
 
 @gluon.jit
@@ -548,6 +588,7 @@ def hopper_decode_kernel(
     sin,
     pages,
     cells,
+    query_start,
     context_len,
     page_table,
     slot_mapping,
@@ -570,12 +611,14 @@ def hopper_decode_kernel(
     ROTARY: gl.constexpr,
     PAGE: gl.constexpr,
     KV_PARTS: gl.constexpr,
+    QUERIES: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
     MAX_SPLITS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One new token of each sequence. Grid: (NUM_KV_HEADS, sequences, programs a head).
+    """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
+    is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
 
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
@@ -585,13 +628,24 @@ def hopper_decode_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    JOINS: gl.constexpr = KV_PARTS > 0 and QUERIES == 1
     shape: gl.constexpr = Shape(
-        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY, PAGE, KV_PARTS, COLUMNS, STAGES, MAX_SPLITS
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        ROTARY,
+        PAGE,
+        KV_PARTS,
+        JOINS,
+        QUERIES,
+        COLUMNS,
+        STAGES,
+        MAX_SPLITS,
     )
     context = gl.load(context_len + gl.program_id(1))
     if context <= 0:
         return
-    work = work_of(context, context_len, slots, shape)
+    work = work_of(context, query_start, context_len, slots, shape)
     if work.split >= work.splits:
         return
     table = page_table + work.sequence.to(gl.int64) * table_stride

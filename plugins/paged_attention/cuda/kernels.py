@@ -1,10 +1,11 @@
 """Attention over a paged KV cache in Triton.
 
-``decode_kernel`` is the whole operator for sequences of one new token; ``write_kernel`` and
-``prefill_kernel`` are its two phases for the others. In a page and head k and v are both
-``[PAGE, HEAD_DIM]``. Scores are kept in units of log 2, so that ``exp2`` is the softmax's
-exponential. A head's columns are padded to ``BLOCK_D``, a power of two. ``KV_PARTS`` is what qkv
-has beside q: 2 k and v, 1 k, which is v too, 0 none, as a kernel before this one has stored them.
+``decode_kernel`` is the whole operator for sequences of one new token, and the second of two
+phases, after ``write_kernel``, for those of a few; ``write_kernel`` and ``prefill_kernel`` are the
+two for the others. In a page and head k and v are both ``[PAGE, HEAD_DIM]``. Scores are kept in
+units of log 2, so that ``exp2`` is the softmax's exponential. A head's columns are padded to
+``BLOCK_D``, a power of two. ``KV_PARTS`` is what qkv has beside q: 2 k and v, 1 k, which is v too,
+0 none, as a kernel before this one has stored them.
 """
 
 import triton
@@ -153,15 +154,34 @@ def joined(m, total, acc, m_next, total_next, acc_next):
 
 
 @triton.jit
-def store_split(
-    partials, statistics, place, m, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+def group_rows(
+    sequence,
+    token,
+    queries,
+    kv_head,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
+    """Of the rows of a group, the heads of one query after those of another: the query of each, its
+    head, its place in what has one for every token and head, and whether there is one."""
+    rows = tl.arange(0, ROWS)
+    if QUERIES == 1:
+        heads = kv_head * GROUP + rows
+        return rows * 0, heads, sequence * NUM_HEADS + heads, rows < GROUP
+    query = rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    return query, heads, (token + query) * NUM_HEADS + heads, query < queries
+
+
+@triton.jit
+def store_split(partials, statistics, place, valid, m, total, acc, HEAD_DIM: tl.constexpr):
     """Leaves the sums of a split for ``add_splits``; ``place`` counts splits, a row of each."""
-    rows = tl.arange(0, acc.shape[0])
     d = tl.arange(0, acc.shape[1])
-    wide = (rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(statistics + 2 * place, m, rows < GROUP)
-    tl.store(statistics + 2 * place + 1, total, rows < GROUP)
+    wide = valid[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(statistics + 2 * place, m, valid)
+    tl.store(statistics + 2 * place + 1, total, valid)
     tl.store(partials + place[:, None] * HEAD_DIM + d[None, :], acc, wide)
 
 
@@ -184,6 +204,7 @@ def decode_kernel(
     cos,
     sin,
     pages,
+    query_start,
     context_len,
     page_table,
     slot_mapping,
@@ -210,15 +231,17 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     KV_PARTS: tl.constexpr,
     V_NORM: tl.constexpr,
+    QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One new token of each sequence. Grid: (NUM_KV_HEADS, sequences, programs a head).
+    """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
+    is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
 
     The keys of a sequence are cut into at most MAX_SPLITS splits of whole pages, whose size follows
-    from its context alone; how many programs share them changes no bit of the result. The new
+    from its context alone; how many programs share them changes no bit of the result. A single new
     token's k and v join the last tile from registers. The last program to arrive adds up all.
     """
     begin(PDL)
@@ -235,10 +258,16 @@ def decode_kernel(
     if context <= 0:
         return
 
+    JOINS: tl.constexpr = KV_PARTS > 0 and QUERIES == 1
     cached = context
-    if KV_PARTS > 0:
+    if JOINS:
         cached = context - 1
-    first = tl.maximum(context - window, 0)
+    token = sequence
+    queries = 1
+    if QUERIES > 1:
+        token = tl.load(query_start + sequence)
+        queries = tl.load(query_start + sequence + 1) - token
+    first = tl.maximum(context - queries + 1 - window, 0)  # of the first query's keys
     first_page = first // PAGE
     num_pages = tl.cdiv(context, PAGE) - first_page
     split_pages = tl.cdiv(num_pages, MAX_SPLITS)
@@ -262,16 +291,22 @@ def decode_kernel(
         head_pages, number, tile, first, cached, PLANE, HEAD_DIM, PAGE, BLOCK_D, BLOCK_N
     )
 
-    rows = tl.arange(0, ROWS)
-    heads = kv_head * GROUP + rows
-    grouped = (rows < GROUP)[:, None]
+    query, heads, place, valid = group_rows(
+        sequence, token, queries, kv_head, NUM_HEADS, GROUP, QUERIES, ROWS
+    )
+    grouped = valid[:, None]
+    seen = context - queries + 1 + query  # keys of each row
     row = qkv + sequence.to(tl.int64) * WIDTH
-    starts = row + heads[:, None] * HEAD_DIM
-    cos += sequence * ROTARY
-    sin += sequence * ROTARY
-    q = turned_heads(starts, grouped, q_norm, cos, sin, eps, HEAD_DIM, ROTARY, BLOCK_D)
-    q = q.to(operand)
-    if KV_PARTS > 0:
+    if QUERIES > 1:
+        starts = qkv + ((token + query).to(tl.int64) * WIDTH + heads * HEAD_DIM)[:, None]
+        q = tl.load(starts + d[None, :], grouped & (d < HEAD_DIM)[None, :], 0.0).to(operand)
+    else:
+        starts = row + heads[:, None] * HEAD_DIM
+        cos += sequence * ROTARY
+        sin += sequence * ROTARY
+        q = turned_heads(starts, grouped, q_norm, cos, sin, eps, HEAD_DIM, ROTARY, BLOCK_D)
+        q = q.to(operand)
+    if JOINS:
         key, value = new_key_value(
             row,
             kv_head,
@@ -304,7 +339,8 @@ def decode_kernel(
     all_m = tl.full([ROWS], NO_KEY, tl.float32)
     all_total = tl.zeros([ROWS], tl.float32)
     all_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    place = (sequence * NUM_HEADS + heads) * MAX_SPLITS
+    to = output + place.to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
+    place *= MAX_SPLITS
     left = split_pages * TILES
     for i in tl.range(tile, end_tile):
         limit = tl.where(i + 1 < end_tile, cached, 0)
@@ -313,14 +349,19 @@ def decode_kernel(
         )
         next_number = tl.load(pages_of + (i + 2) // TILES, i + 2 < end_tile, 0)
         position = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        if KV_PARTS > 0:  # noqa: SIM102 - only this is known before a kernel runs
+        if JOINS:  # noqa: SIM102 - only this is known before a kernel runs
             if i == cached // BLOCK_N:
                 new = (position == cached)[:, None]
                 k = tl.where(new, key, k)
                 v = tl.where(new, value, v)
-        visible = (position >= first) & (position < context)
         scores = log2_scores(tl.dot(q, tl.trans(k.to(operand))), scale, soft_cap)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+        if QUERIES > 1:
+            visible = position[None, :] < seen[:, None]
+            visible = visible & (position[None, :] >= seen[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        else:
+            visible = (position >= first) & (position < context)
+            scores = tl.where(visible[None, :], scores, float("-inf"))
         top = tl.maximum(m, tl.max(scores, axis=1))
         shrink = tl.exp2(m - top)
         p = tl.exp2(scores - top[:, None])
@@ -334,21 +375,19 @@ def decode_kernel(
             if own == splits:
                 all_m, all_total, all_acc = joined(all_m, all_total, all_acc, m, total, acc)
             else:
-                store_split(partials, statistics, place + split, m, total, acc, GROUP, HEAD_DIM)
+                store_split(partials, statistics, place + split, valid, m, total, acc, HEAD_DIM)
             split += 1
             left = split_pages * TILES
             m = tl.full([ROWS], NO_KEY, tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
 
-    output += sequence.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
     if own == splits:
         all_m, all_total, all_acc = joined(all_m, all_total, all_acc, m, total, acc)
-        y = finish(all_m, all_total, all_acc, sinks, v_scale, heads, rows < GROUP)
-        at = output + heads[:, None] * HEAD_DIM + d[None, :]
-        tl.store(at, y.to(output.dtype.element_ty), grouped & (d < HEAD_DIM)[None, :])
+        y = finish(all_m, all_total, all_acc, sinks, v_scale, heads, valid)
+        tl.store(to, y.to(output.dtype.element_ty), grouped & (d < HEAD_DIM)[None, :])
     else:
-        store_split(partials, statistics, place + split, m, total, acc, GROUP, HEAD_DIM)
+        store_split(partials, statistics, place + split, valid, m, total, acc, HEAD_DIM)
         arrival = arrivals + sequence * NUM_KV_HEADS + kv_head
         tl.debug_barrier()  # every thread's stores come before the arrival
         if tl.atomic_add(arrival, own, sem="acq_rel") + own == splits:
@@ -357,11 +396,15 @@ def decode_kernel(
                 statistics,
                 sinks,
                 output,
-                sequence * NUM_HEADS + kv_head * GROUP,
-                kv_head * GROUP,
+                sequence,
+                token,
+                queries,
+                kv_head,
                 splits,
                 v_scale,
+                NUM_HEADS,
                 GROUP,
+                QUERIES,
                 HEAD_DIM,
                 BLOCK_D,
                 MAX_SPLITS,
@@ -375,11 +418,15 @@ def add_splits(
     statistics,
     sinks,
     output,
-    first_row,
-    first_head,
+    sequence,
+    token,
+    queries,
+    kv_head,
     splits,
     v_scale,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -389,11 +436,12 @@ def add_splits(
     Other programs wrote the sums, so they are read past the first-level cache. Loads of eight
     splits are in flight together.
     """
-    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP * QUERIES)
     UNROLL: tl.constexpr = 8
-    rows = tl.arange(0, ROWS)
+    _, heads, place, grouped = group_rows(
+        sequence, token, queries, kv_head, NUM_HEADS, GROUP, QUERIES, ROWS
+    )
     d = tl.arange(0, BLOCK_D)
-    grouped = rows < GROUP
     wide = grouped[:, None] & (d < HEAD_DIM)[None, :]
     m = tl.full([ROWS], NO_KEY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -402,14 +450,14 @@ def add_splits(
         for j in tl.static_range(UNROLL):
             split = base + j
             here = split < splits
-            at = (first_row + rows) * MAX_SPLITS + split
+            at = place * MAX_SPLITS + split
             m_next = tl.load(statistics + 2 * at, grouped & here, NO_KEY, cache_modifier=".cg")
             total_next = tl.load(statistics + 2 * at + 1, grouped & here, 0.0, cache_modifier=".cg")
             acc_at = partials + at[:, None] * HEAD_DIM + d[None, :]
             acc_next = tl.load(acc_at, wide & here, 0.0, cache_modifier=".cg")
             m, total, acc = joined(m, total, acc, m_next, total_next, acc_next)
-    y = finish(m, total, acc, sinks, v_scale, first_head + rows, grouped)
-    to = output + (first_head + rows)[:, None] * HEAD_DIM + d[None, :]
+    y = finish(m, total, acc, sinks, v_scale, heads, grouped)
+    to = output + place[:, None] * HEAD_DIM + d[None, :]
     tl.store(to, y.to(output.dtype.element_ty), wide)
 
 

@@ -12,6 +12,11 @@ from slipstream.runtime.executors.cuda.inputs import Shape
 # takes the GPU longer than it takes Python to launch its kernels one by one.
 MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 
+# Tokens of a sequence of which the last are drafts: what kernels are compiled for.
+QUERIES = (4, 8)
+# Up to so many sequences verify twice, four or eight times as many tokens.
+_COARSE = 16
+
 
 def decode_buckets(limit: int) -> list[int]:
     """Batch sizes of captured decode steps: powers of two to 16, then steps of 8 to 64."""
@@ -30,18 +35,30 @@ class Buckets:
     """Shapes of padded steps within the limits of an engine.
 
     ``query_block`` is the number of query tokens of a block of the prefill kernel, which takes
-    decodes too where ``deterministic``, each as a block.
+    decodes too where ``deterministic``, each as a block. ``drafts`` is how many tokens of a step
+    may be drafts.
     """
 
     max_batch_size: int
     max_num_tokens: int
     query_block: int
     deterministic: bool = False
+    drafts: int = 0
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of logits that a step samples, at most."""
+        return self.max_batch_size + self.drafts
 
     @cached_property
     def batch_sizes(self) -> list[int]:
-        """Sequences of decode steps, and rows of logits."""
+        """Sequences of decode steps."""
         return decode_buckets(self.max_batch_size)
+
+    @cached_property
+    def row_sizes(self) -> list[int]:
+        """Rows of logits."""
+        return decode_buckets(self.max_rows)
 
     @cached_property
     def mixed_tokens(self) -> list[int]:
@@ -53,15 +70,46 @@ class Buckets:
         """A step of one token a sequence, whose rows are all wanted."""
         return Shape(sequences, sequences, blocks=sequences if self.deterministic else 0)
 
+    def verification(self, tokens: int, sequences: int, longest: int) -> Shape:
+        """A step of decodes with drafts, of up to ``longest`` tokens each, whose rows are all
+        wanted."""
+        count = bucket(sequences, self.batch_sizes)
+        times = [min(count * each, self.max_rows) for each in (2, *QUERIES)]
+        size = bucket(tokens, times if count <= _COARSE else self.row_sizes)
+        if self.deterministic:
+            return Shape(size, count, blocks=size)
+        return Shape(size, count, queries=bucket(longest, QUERIES))
+
+    @cached_property
+    def verifications(self) -> list[Shape]:
+        """Those of few sequences, and more that together launch every kernel there is."""
+        if not self.drafts:
+            return []
+        few = [size for size in self.batch_sizes if size <= _COARSE]
+        shapes = [
+            self.verification(min(size * times, self.max_rows), size, times)
+            for size in few
+            for times in (2, *QUERIES)
+        ]
+        more = self.max_batch_size > _COARSE
+        shapes += [
+            self.verification(tokens, self.max_batch_size, longest)
+            for tokens in self.row_sizes
+            for longest in QUERIES
+            if more and tokens > _COARSE
+        ]
+        return list(dict.fromkeys(shapes))
+
     def mixed(self, tokens: int) -> Shape:
         """A step of up to ``tokens`` tokens, of as many sequences as can be in it."""
         sequences = min(tokens, self.max_batch_size)
         # Every sequence may end in a block that is not full.
         blocks = tokens // self.query_block + sequences
-        return Shape(tokens, sequences, blocks, sequences)
+        return Shape(tokens, sequences, blocks, min(tokens, self.max_rows))
 
     @property
     def largest(self) -> Shape:
         """The largest step there can be."""
-        tokens, rows = max(self.max_num_tokens, MIXED_TOKENS[0]), self.max_batch_size
-        return Shape(tokens, rows, tokens // self.query_block + rows, rows)
+        tokens = max(self.max_num_tokens, MIXED_TOKENS[0], self.max_rows)
+        blocks = tokens // self.query_block + self.max_rows
+        return Shape(tokens, self.max_batch_size, blocks, self.max_rows)

@@ -150,6 +150,17 @@ class Device:
                 graph.capture_end()
         return graph.replay
 
+    def seconds(self, work: Work, times: int) -> float:
+        """How long some work takes, on average of so many times."""
+        with self.work():
+            work()
+            self.synchronize()
+            began = time.perf_counter()
+            for _ in range(times):
+                work()
+        self.synchronize()
+        return (time.perf_counter() - began) / times
+
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
         if self._stream is not None:

@@ -35,9 +35,10 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
+from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import Buckets
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
@@ -45,6 +46,7 @@ from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.executors.cuda.weights import load_weights
+from slipstream.runtime.speculation.proposer import OFF
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
@@ -68,7 +70,7 @@ class CUDAExecutor:
 
     runs_ahead = True
     draft_tokens = 0
-    max_drafts = 0
+    max_drafts = max(QUERIES) - 1
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
 
@@ -116,15 +118,18 @@ class CUDAExecutor:
         table = Tactics.load(tactics, device.capability, device.name)
         if config.deterministic:
             table = FixedTactics(device.capability, device.name)
-        rows = config.max_batch_size
+        drafts = self._drafts_of_step()
+        rows = config.max_batch_size + drafts
         self._columns = -(-config.max_seq_len // page_size_of(self._caches))
         with device.work(), self._fitting():
             program = CUDAProgram(graph, spec, weights, table, device.torch, self._calls)
             self._attention = program.attention
             block = min(query_block(layer) for layer in self._attention)
-            buckets = Buckets(rows, config.max_num_tokens, block, config.deterministic)
+            buckets = Buckets(
+                config.max_batch_size, config.max_num_tokens, block, config.deterministic, drafts
+            )
             self._sampler = CUDASampler(
-                rows, rows, program.vocab_size, config.max_seq_len, device.torch
+                rows, config.max_batch_size, program.vocab_size, config.max_seq_len, device.torch
             )
             self._sampler.buffers.enable_full()  # before pages take what is free
             self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
@@ -189,6 +194,11 @@ class CUDAExecutor:
             of = {cache.name: pages[cache.arrays[0].name] for cache in self._caches}
             self._host.transfer(transfers, of)
 
+    def step_seconds(self) -> dict[int, float]:
+        """Of the steps that are captured at the start, as the GPU takes them one after the other;
+        what the host adds is seen when there are requests."""
+        return self.runner.step_seconds() if self._device.is_cuda else {}
+
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""
         self._allocate(1)
@@ -222,6 +232,12 @@ class CUDAExecutor:
             rows = [self.runner.logits_of(part).to("cpu", copy=True).numpy() for part in parts]
             return np.concatenate(rows)
 
+    def _drafts_of_step(self) -> int:
+        """For how many drafts there is room beside a token of every sequence."""
+        if self._config.speculative == OFF:
+            return 0
+        return min(self._config.max_batch_size * self.max_drafts, MAX_STEP_DRAFTS)
+
     def _count(self, cache: CacheSpec, pages: int) -> int:
         """How many pages a cache has where those that remember every token have ``pages``."""
         return window_pages(cache.window, pages, self._config) if cache.window else pages
@@ -251,7 +267,7 @@ class CUDAExecutor:
                 for array in cache.arrays
             }
             workspace = DecodeWorkspace.allocate(
-                config.max_batch_size,
+                config.max_batch_size + self._drafts_of_step(),
                 max(layer.num_heads for layer in layers),
                 max(layer.head_dim for layer in layers),
                 config.max_seq_len,

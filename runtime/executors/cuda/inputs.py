@@ -24,13 +24,15 @@ _IN_FLIGHT = 3  # two steps on the device and one being written
 class Shape:
     """Sizes to which a step is padded: tokens, sequences, blocks of queries and rows of logits.
 
-    Without rows it is a step of decodes, whose logits are all wanted.
+    Without rows it is a step of decodes, whose logits are all wanted, of up to ``queries`` tokens
+    each.
     """
 
     tokens: int
     sequences: int
     blocks: int = 0
     rows: int = 0
+    queries: int = 1
 
     @property
     def sizes(self) -> dict[Dim, int]:
@@ -194,6 +196,7 @@ class StepInputs:
                 block_start=views[_BLOCK_START.name],
                 num_decodes=num_decodes,
                 query_block=query_block or layout.query_block,
+                queries=shape.queries,
             )
             for name, span in places.tables.items()
         }

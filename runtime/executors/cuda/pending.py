@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult
+from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
 from slipstream.runtime.executors.cuda.device import Device, Event
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
@@ -125,6 +125,7 @@ class PendingCUDAStep:
                 result.outputs[STATES] = self.states.numpy()
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
+        reject(self.rows, result)
         return result
 
     def _take_sampled(self, result: StepResult, sampled: PendingSample) -> None:

@@ -13,7 +13,7 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import Buckets, bucket
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
@@ -32,14 +32,15 @@ PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
 _SINGLE = 1  # query a block
+_TIMES = 3  # that a step is timed
 
 
 class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
-    Between them stand ``rows [max_batch_size, hidden]``, the rows whose logits are wanted; what
-    the head makes of them is in ``logits [max_batch_size, vocab]``. Captured steps of more than
-    decodes leave what the last layer makes of every token too.
+    Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
+    makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
+    the last layer makes of every token too.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class StepRunner:
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
-        count = buckets.max_batch_size
+        count = buckets.max_rows
         with device.work():
             layout = Layout(program.inputs, page_columns, buckets.query_block)
             self._inputs = StepInputs(device, layout, buckets.largest)
@@ -91,8 +92,8 @@ class StepRunner:
         mixed = self._buckets.mixed_tokens
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
-        if decodes == tokens == len(rows):
-            shape = self._buckets.decode(bucket(tokens, self._buckets.batch_sizes))
+        if tokens == len(rows):  # decodes, where some have drafts
+            shape = self._decode_shape(batch, decodes)
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
             self._inputs.load(batch, shape, blocks, rows[:0])
             hidden = self.rows
@@ -105,6 +106,13 @@ class StepRunner:
         self._layers[shape]()
         return hidden[:tokens]
 
+    def _decode_shape(self, batch: StepBatch, decodes: int) -> Shape:
+        tokens, buckets = len(batch.token_ids), self._buckets
+        if decodes == tokens:
+            return buckets.decode(bucket(tokens, buckets.batch_sizes))
+        counts = np.diff(batch.query_start)
+        return buckets.verification(tokens, len(counts), int(counts.max()))
+
     @property
     def pools(self) -> bool:
         """Whether rows become states, none of which is sampled."""
@@ -112,7 +120,7 @@ class StepRunner:
 
     def padded_rows(self, count: int) -> int:
         """For how many rows the head is captured that ``count`` rows take."""
-        return bucket(count, self._buckets.batch_sizes)
+        return bucket(count, self._buckets.row_sizes)
 
     def head(self, padded: int, kind: Kind) -> None:
         """Enqueue norm, head and sampling of the first ``padded`` rows."""
@@ -122,8 +130,8 @@ class StepRunner:
         self._heads[key]()
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[L, vocab]``, or states, of up to ``max_batch_size`` rows, valid until
-        the next."""
+        """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` rows, valid until the
+        next."""
         out = self.logits[: len(hidden)]
         self._program.logits(hidden, out)
         return out
@@ -145,8 +153,9 @@ class StepRunner:
     def capture(self) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
         then the smallest, with the usual kinds of sampling."""
-        small = [s for s in self._shapes if s.tokens <= _prepared(s)]
-        sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES]
+        small = list(filter(_prepared, self._shapes))
+        times = max(QUERIES) if self._buckets.drafts else 1
+        sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
         with self._device.work():
             self._inputs.clear()
         for shape in dict.fromkeys([*self._largest_shapes, *small]):
@@ -155,6 +164,18 @@ class StepRunner:
             for kind in PREPARED_KINDS:
                 self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
         self._device.synchronize()
+
+    def step_seconds(self) -> dict[int, float]:
+        """Of steps of decodes whose layers and head have been captured, by their rows: without
+        contexts, which is what they have in common."""
+        with self._device.work():
+            self._inputs.clear()
+        found = {}
+        for shape, layers in self._layers.items():
+            head = self._heads.get((shape.tokens, Kind.GREEDY))
+            if not shape.rows and head is not None and shape.tokens not in found:
+                found[shape.tokens] = self._device.seconds(_after(layers, head), _TIMES)
+        return found
 
     def largest_step(self) -> None:
         """Enqueue the step that takes the most memory, made of padding."""
@@ -182,29 +203,30 @@ class StepRunner:
         """Those of layers that are captured, decodes before mixed steps."""
         buckets = self._buckets
         decodes = [buckets.decode(size) for size in buckets.batch_sizes]
-        return [*decodes, *map(buckets.mixed, buckets.mixed_tokens)]
+        return [*decodes, *buckets.verifications, *map(buckets.mixed, buckets.mixed_tokens)]
 
     @property
     def _largest_shapes(self) -> list[Shape]:
-        """The largest mixed step and the largest decode."""
+        """The largest mixed step, the largest decode, and that with the most drafts."""
         buckets = self._buckets
-        return [buckets.mixed(buckets.mixed_tokens[-1]), buckets.decode(buckets.max_batch_size)]
+        mixed, decode = buckets.mixed_tokens[-1], buckets.max_batch_size
+        return [buckets.mixed(mixed), buckets.decode(decode), *buckets.verifications[-1:]]
 
     @property
     def _head_sizes(self) -> Sequence[int]:
-        return () if self.pools else self._buckets.batch_sizes
+        return () if self.pools else self._buckets.row_sizes
 
     def _layers_work(self, shape: Shape) -> Work:
-        return self._mixed_work(shape.tokens) if shape.rows else self._decode_work(shape.tokens)
+        return self._mixed_work(shape.tokens) if shape.rows else self._decode_work(shape)
 
-    def _decode_work(self, sequences: int) -> Work:
-        shape, memory = self._buckets.decode(sequences), self.memory
-        decodes, block = (0, _SINGLE) if self._buckets.deterministic else (sequences, None)
-        pdl = self._overlaps(sequences)
+    def _decode_work(self, shape: Shape) -> Work:
+        memory, deterministic = self.memory, self._buckets.deterministic
+        decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
+        pdl = self._overlaps(shape.tokens)
         step = self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
 
         def work() -> None:
-            self._program.hidden(step, memory, out=self.rows[:sequences])
+            self._program.hidden(step, memory, out=self.rows[: shape.tokens])
 
         return work
 
@@ -233,9 +255,19 @@ class StepRunner:
         return self._device.has_pdl and tokens <= PDL_TOKENS
 
 
-def _prepared(shape: Shape) -> int:
-    """Up to how many tokens a step of this sort is captured at the start."""
-    return PREPARED_TOKENS if shape.rows else PREPARED_SEQUENCES
+def _after(layers: Work, head: Work) -> Work:
+    def work() -> None:
+        layers()
+        head()
+
+    return work
+
+
+def _prepared(shape: Shape) -> bool:
+    """Whether a step of this shape is captured at the start."""
+    if shape.rows:
+        return shape.tokens <= PREPARED_TOKENS
+    return shape.sequences <= PREPARED_SEQUENCES and shape.tokens <= PREPARED_TOKENS
 
 
 def _num_decodes(batch: StepBatch) -> int:

@@ -43,6 +43,17 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class _Held:
+    """A row, the slot of its sequence, and the place of the bits that hold it; ``own`` is what its
+    parameters allow where that is not what is kept for the slot."""
+
+    row: SamplingRow
+    slot: int
+    place: int
+    own: IntArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Results:
     """Host memory that a step's results are copied into."""
 
@@ -85,7 +96,8 @@ class CUDASampler:
         max_seq_len: int,
         device: torch.device | str,
     ) -> None:
-        """Room for steps of ``max_rows`` logits rows of width ``vocab_size``."""
+        """Room for steps of ``max_rows`` logits rows of width ``vocab_size``; those beyond one of
+        each slot come after drafts."""
         self.buffers = SamplerBuffers.allocate(max_rows, num_slots, vocab_size, max_seq_len, device)
         self._pins = torch.device(device).type == "cuda"
         self._seen: list[_Seen | None] = [None] * num_slots
@@ -96,6 +108,7 @@ class CUDASampler:
             for _ in range(_STEPS_IN_FLIGHT)
         ]
         self._filler = MaskFiller(vocab_size)
+        self._max_masks = max(max_rows, num_slots)
         self._masks: list[torch.Tensor] = []  # made when a form is first asked for
         self._step = 0
 
@@ -122,7 +135,8 @@ class CUDASampler:
         if kind is Kind.FULL:
             self.buffers.enable_full()
         for row, slot in zip(rows, slots, strict=True):
-            self._notice(row, slot, kind)
+            if not row.drafts:
+                self._notice(row, slot, kind)
         self._step += 1
         host = self._params[self._step % _STEPS_IN_FLIGHT]
         block: IntArray = host.numpy()
@@ -130,8 +144,13 @@ class CUDASampler:
         if count:
             block[:, :count] = self._columns.take(slots, axis=1)
             block[Field.POSITION, :count] = [row.position for row in rows]
+        held = [
+            _Held(row, slot, slot)
+            for row, slot in zip(rows, slots, strict=True)
+            if row.constraint and not row.drafts
+        ]
+        held += self._follow_drafts(rows, slots, block)
         self.buffers.params.copy_(host, non_blocking=True)
-        held = [(row, slot) for row, slot in zip(rows, slots, strict=True) if row.constraint]
         if held:
             self._constrain(held)
 
@@ -175,24 +194,52 @@ class CUDASampler:
             self._upload_biases(seen, slot)
         if row.params.penalizes:
             if not 0 <= row.position <= seen.next_position:
-                self._upload_history(row, slot)
+                self._upload_history(row, slot, max(seen.next_position, 0))
             # A token that is known already is not the one that the device puts there.
             seen.next_position = row.position + 1 if row.position >= len(row.output) else -1
 
-    def _constrain(self, held: Sequence[tuple[SamplingRow, int]]) -> None:
-        """Upload what forms allow next, within what the parameters allow if anything is left."""
+    def _follow_drafts(
+        self, rows: Sequence[SamplingRow], slots: Sequence[int], block: IntArray
+    ) -> list[_Held]:
+        """What holds the rows that come after drafts, each in a place of its own, where that is not
+        what is kept for their slots. The parameters of such rows change, and the tokens that are
+        penalized."""
+        held: list[_Held] = []
+        for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            if not row.drafts:
+                continue
+            seen, own = self._seen[slot], None
+            assert seen is not None, "the row before its drafts comes first"
+            if row.params.bans_change and (banned := _banned(row)) != seen.banned:
+                block[:, index] = _pack(row, slot, banned, self.buffers.vocab_size)
+                block[Field.POSITION, index] = row.position
+                own = _bitmask(row.params, banned, self.buffers.vocab_size)
+            if row.constraint or own is not None:
+                block[Field.MASK, index] = place = len(self._seen) + len(held)
+                held.append(_Held(row, slot, place, own))
+            if row.params.penalizes:
+                self._upload_draft(row, slot)
+        return held
+
+    def _constrain(self, held: Sequence[_Held]) -> None:
+        """Upload what forms allow next, within what the parameters allow if anything is left, and
+        what these allow of rows without a form."""
         if not self._masks:
-            shape = (len(self._seen), self._filler.words)
+            shape = (self._max_masks, self._filler.words)
             self._masks = [self._host(*shape) for _ in range(_STEPS_IN_FLIGHT)]
         host = self._masks[self._step % _STEPS_IN_FLIGHT][: len(held)]
         masks: IntArray = host.numpy()
-        self._filler.fill([row.constraint for row, _ in held if row.constraint], masks)
-        for mask, (_, slot) in zip(masks, held, strict=True):
-            if (own := self._own_mask(slot)) is not None and (both := mask & own).any():
+        held = sorted(held, key=lambda each: each.row.constraint is None)
+        self._filler.fill([form for each in held if (form := each.row.form)], masks)
+        for mask, each in zip(masks, held, strict=True):
+            own = self._own_mask(each.slot) if each.own is None else each.own
+            if each.row.constraint is None:
+                mask[:] = own
+            elif own is not None and (both := mask & own).any():
                 mask[:] = both
-        slots = self._device(np.array([slot for _, slot in held]))
+        places = self._device(np.array([each.place for each in held]))
         bitmask = self.buffers.enable_full().bitmask
-        bitmask.index_copy_(0, slots, host.to(bitmask.device, non_blocking=True))
+        bitmask.index_copy_(0, places, host.to(bitmask.device, non_blocking=True))
 
     def _own_mask(self, slot: int) -> IntArray | None:
         seen = self._seen[slot]
@@ -216,15 +263,23 @@ class CUDASampler:
         seen.biases = self._device(packed)
         self.buffers.enable_full().biases[slot] = seen.biases.data_ptr()
 
-    def _upload_history(self, row: SamplingRow, slot: int) -> None:
+    def _upload_history(self, row: SamplingRow, slot: int, known: int) -> None:
+        """Upload the prompt and the output, or only what comes after the first ``known`` tokens of
+        that."""
         full = self.buffers.enable_full()
-        known = np.array([*row.prompt, *row.output], np.int32)
-        wanted = len(row.prompt) + row.position
-        known = known[:wanted]
-        full.history[slot, : len(known)] = self._device(known)
-        if len(known) < wanted:  # the last token is known to the device only
-            assert len(known) == wanted - 1, (len(known), wanted)
-            full.history[slot, wanted - 1] = self.buffers.last_tokens[slot]
+        tokens = row.output[known : row.position] if known else [*row.prompt, *row.output]
+        start, wanted = len(row.prompt) + known if known else 0, len(row.prompt) + row.position
+        tokens = tokens[: wanted - start]
+        end = start + len(tokens)
+        full.history[slot, start:end] = self._device(np.array(tokens, np.int32))
+        if end < wanted:  # the last token is known to the device only
+            assert end == wanted - 1, (end, wanted)
+            full.history[slot, end] = self.buffers.last_tokens[slot]
+
+    def _upload_draft(self, row: SamplingRow, slot: int) -> None:
+        """Put the draft before a row where the token that it may be will stand."""
+        place = len(row.prompt) + row.position - 1
+        self.buffers.enable_full().history[slot, place] = row.drafts[-1]
 
 
 def _kind(row: SamplingRow) -> Kind:
@@ -259,7 +314,7 @@ def _pack(row: SamplingRow, slot: int, banned: frozenset[int], vocab_size: int) 
     # With every token forbidden, the likeliest of those the allow list names is taken, unedited.
     stuck = _bans_all(banned, params, vocab_size)
     seed = np.array([row.seed % 2**64], np.uint64).view(np.int32)  # low, high
-    column[Field.SLOT] = slot
+    column[Field.SLOT] = column[Field.MASK] = slot
     column[Field.SEED_LOW], column[Field.SEED_HIGH] = seed
     column[Field.TOP_K] = params.top_k if 0 < params.top_k < vocab_size else 0
     column[Field.FLAGS] = _flags(params, bool(banned))
@@ -286,7 +341,8 @@ def _flags(params: SamplingParams, bans: bool) -> int:
 
 def _banned(row: SamplingRow) -> frozenset[int]:
     """What may not come next: ends of bad words, and of an output that is still too short."""
-    banned = completed_bad_words(row.params, row.output)
+    output = [*row.output, *row.drafts] if row.drafts else row.output
+    banned = completed_bad_words(row.params, output)
     if row.position < row.params.min_tokens:
         banned += ending_tokens(row)
     return frozenset(banned)

@@ -76,7 +76,7 @@ class EngineLoopMachine(RuleBasedStateMachine):
         caching = host_pages is not None
         self.engine: LoadedEngine = counting_engine(
             num_pages,
-            runs_ahead=runs_ahead and not guesses,
+            runs_ahead=runs_ahead,
             draft_tokens=0 if guesses else draft_tokens,
             page_size=3,
             max_seq_len=24,

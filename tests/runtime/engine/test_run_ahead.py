@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tests.runtime.engine.driving import drain, greedy
@@ -164,3 +165,44 @@ def test_a_device_that_guesses_takes_no_engine_with_states() -> None:
     states = CacheSpec("states", "state", (2,), (CacheArray("states", "int32", (1,)),))
     with pytest.raises(EngineMismatchError, match="guesses 3 tokens ahead, and of states"):
         recorded(more=(states,), draft_tokens=3)
+
+
+class TestGuesses:
+    """Of the host, which must know the tokens before."""
+
+    def test_a_step_with_drafts_lands_before_the_next_starts(self) -> None:
+        """The second step runs ahead; what it shows to pay begins in the third."""
+        loop, executor = recorded(num_speculative_tokens=3, speculative="ngram")
+        prompt = [*range(5, 15), *range(5, 8)]  # goes on to 14
+        loop.add_request(Request("a", prompt, greedy(max_tokens=9)))
+        output = drain(loop)["a"].outputs[0]
+        assert output.token_ids == list(range(8, 17))
+        landing = executor.events[3:]
+        assert executor.events[:3] == ["start", "start", "land"]
+        assert landing[:4] == ["land", "start", "land", "start"]
+        drafts = loop.stats.speculation
+        assert drafts is not None and drafts.num_accepted_tokens >= 4
+
+    def test_a_device_is_never_idle_while_nothing_is_guessed(self) -> None:
+        loop, executor = recorded(num_speculative_tokens=3, speculative="ngram")
+        loop.add_request(Request("a", [0], greedy()))
+        drain(loop)
+        assert executor.events == ["start", *["start", "land"] * 3, "land"]
+
+    def test_what_the_host_takes_meanwhile_is_part_of_the_cost(self) -> None:
+        """A second passes whenever anyone looks at the clock."""
+        loop, _ = recorded(speculative="ngram")
+        taken, clock = list[float](), iter(range(1000))
+        loop._clock = loop._steps._clock = lambda: float(next(clock))
+        speculator = loop._speculator
+        assert speculator is not None and speculator._lengths is not None
+        costs = patch.object(
+            speculator._lengths, "landed", lambda rows, seconds: taken.append(seconds)
+        )
+        chosen = patch.object(
+            speculator._lengths, "choose", lambda count, chances, offered, most: list(offered)
+        )
+        loop.add_request(Request("a", [*range(5, 15), *range(5, 8)], greedy(max_tokens=9)))
+        with costs, chosen:
+            drain(loop)
+        assert taken[0] < taken[-1]

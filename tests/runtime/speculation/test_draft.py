@@ -32,8 +32,9 @@ DRAFT: dict[str, Any] = {
 }
 
 
-def proposer(num_pages: int = 64, **options: Any) -> DraftProposer:  # noqa: ANN401
-    return DraftProposer(counting_engine(), counting_engine(num_pages, **options))
+def proposer(num_pages: int = 64, runs_ahead: bool = False, **options: Any) -> DraftProposer:  # noqa: ANN401
+    small = counting_engine(num_pages, runs_ahead=runs_ahead, **options)
+    return DraftProposer(counting_engine(runs_ahead=runs_ahead), small)
 
 
 def counted(context: Context, most: int) -> list[int]:
@@ -58,12 +59,18 @@ CALLS = st.lists(
 )
 
 
-@given(calls=CALLS, num_pages=st.integers(3, 20), budget=st.integers(3, 12))
+@given(
+    calls=CALLS, num_pages=st.integers(3, 20), budget=st.integers(3, 12), runs_ahead=st.booleans()
+)
 @settings(max_examples=60, deadline=None)
 def test_it_says_what_the_model_says_whatever_came(
-    calls: list[tuple[list[int], list[int], int, int | None]], num_pages: int, budget: int
+    calls: list[tuple[list[int], list[int], int, int | None]],
+    num_pages: int,
+    budget: int,
+    runs_ahead: bool,
 ) -> None:
-    made = proposer(num_pages, page_size=3, max_seq_len=30, max_batch_size=3, max_num_tokens=budget)
+    limits = {"max_seq_len": 30, "max_batch_size": 3, "max_num_tokens": budget}
+    made = proposer(num_pages, runs_ahead, page_size=3, **limits)
     contexts = [Context(list(range(i, 2 * i + 1)), i + 1) for i in range(5)]
     for asked, right, most, ended in calls:
         given = [contexts[i] for i in asked]
@@ -153,7 +160,7 @@ def test_an_engine_that_cannot_guess_is_refused() -> None:
             replace(small, pooling=Pooling("embed", "last", True, 4, 9, "cosine", {}, None)),
             "makes no text",
         ),
-        (counting_engine(runs_ahead=True), "not for a CPU"),
+        (counting_engine(runs_ahead=True), "for another device"),
         (replace(small, caches=(*small.caches, STATES)), "states, or windows"),
         (replace(small, caches=(*small.caches, windowed("near", 4))), "states, or windows"),
     ):

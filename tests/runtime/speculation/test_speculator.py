@@ -127,7 +127,7 @@ def test_a_number_of_drafts_is_checked(count: Any) -> None:  # noqa: ANN401
 
 def test_a_device_that_verifies_nothing_is_refused() -> None:
     with pytest.raises(EngineMismatchError, match="verifies no drafts"):
-        EngineLoop(counting_engine(speculative="ngram", runs_ahead=True))
+        EngineLoop(counting_engine(speculative="ngram", draft_tokens=1))
 
 
 def test_states_are_refused() -> None:

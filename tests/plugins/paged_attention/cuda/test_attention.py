@@ -36,7 +36,8 @@ Sequence = tuple[int, int]  # (query tokens, tokens in the cache after the step)
 
 @dataclass(frozen=True)
 class Case:
-    """A step whose first ``decodes`` sequences have one query; ``padding`` adds rows to it."""
+    """A step whose first ``decodes`` sequences have one query, or all up to ``queries``;
+    ``padding`` adds rows to it."""
 
     batch: tuple[Sequence, ...]
     decodes: int
@@ -54,6 +55,7 @@ class Case:
     kv_parts: int = 2
     v_norm: int = 0
     query_block: int = 0  # that of the step; 0: of the layer
+    queries: int = 1
 
     def attributes(self) -> Attributes:
         return Attributes(
@@ -148,6 +150,7 @@ class Case:
             block_start=tensor([start for _, start in blocks]),
             num_decodes=decodes,
             query_block=block,
+            queries=self.queries,
         )
 
 
@@ -167,7 +170,7 @@ def run(case: Case, inputs: Inputs, device: str) -> tuple[NDArray[np.float32], N
         for w in (inputs.q_norm, inputs.k_norm)
     ]
     step = case.step(inputs, device)
-    shape = (len(step.context_len), case.heads, case.head_dim)
+    shape = (len(step.slot_mapping), case.heads, case.head_dim)
     workspace = DecodeWorkspace.allocate(*shape, 4096, device)
     workspace.partials.fill_(torch.nan)
     workspace.statistics.fill_(torch.nan)
@@ -200,6 +203,7 @@ def check_pages(got: NDArray[Any], want: NDArray[Any]) -> None:
 
 DECODES = ((1, 1), (1, 33), (1, 64), (1, 65), (1, 200))
 PREFILLS = ((3, 64), (17, 81))
+DRAFTS = ((4, 4), (3, 66), (1, 64), (4, 200), (2, 130))
 CASES = {
     "decode": Case(DECODES, 5),
     "decode_groups_of_3": Case(((1, 130), (1, 70)), 2, heads=9, kv_heads=3, head_dim=64),
@@ -218,6 +222,13 @@ CASES = {
     "decode_padding": Case(DECODES[:2], 2, padding=2),
     # Splits of two pages, the last one half full.
     "decode_long": Case(((1, 64 * 40 + 9),), 1, heads=2, kv_heads=1, head_dim=16, sinks=True),
+    # Drafts after a token: at the beginning of a sequence, over the end of a page, in a page.
+    "drafts": Case(((4, 4), (3, 66), (1, 64)), 3, queries=4, norm=True, padding=1),
+    "drafts_of_every_number": Case(((8, 130), (5, 69)), 2, 3, 1, 24, "bfloat16", queries=8),
+    "drafts_window": Case(((4, 200), (4, 66)), 2, queries=4, window=64, pages="float8_e4m3fn"),
+    "drafts_long": Case(
+        ((4, 64 * 40 + 9),), 1, 2, 1, 16, queries=4, sinks=True, soft_cap=5.0, kv_parts=0
+    ),
     "prefill": Case(((3, 64), (68, 68), (17, 81)), 0),  # the second one is two blocks
     "prefill_groups_of_3": Case(((45, 130),), 0, heads=3, kv_heads=1, head_dim=64),
     "prefill_no_groups": Case(((50, 200),), 0, heads=3, kv_heads=3, head_dim=24),
@@ -256,7 +267,8 @@ CASES = {
         sinks=True,
     ),
 }
-# Layers that a kernel for Hopper knows, in every shape of it; Gluon has no interpreter.
+# Layers that a kernel for Hopper knows, in every shape of it; Gluon has no interpreter. With drafts
+# others too, which are slow in Triton's.
 HOPPER = {
     "decode_llama_float8": Case(
         (*DECODES, (1, 300)), 6, heads=8, head_dim=128, dtype="bfloat16", pages="float8_e4m3fn"
@@ -277,6 +289,22 @@ HOPPER = {
     "decode_heads_of_256_float8": Case(
         ((1, 129), (1, 64)), 2, kv_heads=1, head_dim=256, pages="float8_e4m3fn"
     ),
+    "drafts_llama": Case(DRAFTS, 5, queries=4, heads=8, head_dim=128, dtype="bfloat16", norm=True),
+    "drafts_llama_of_every_number": Case(
+        ((8, 8), (5, 69), (1, 65), (8, 2309)),
+        4,
+        queries=8,
+        heads=8,
+        head_dim=128,
+        dtype="bfloat16",
+        pages="float8_e4m3fn",
+        padding=2,
+    ),
+    "drafts_heads_of_64": Case(DRAFTS, 5, queries=4, heads=20, kv_heads=4, head_dim=64, sinks=True),
+    "drafts_heads_of_256": Case(DRAFTS, 5, queries=4, heads=4, kv_heads=1, head_dim=256),
+    "drafts_llama_keys_of_another": Case(DRAFTS, 5, queries=4, head_dim=128, kv_parts=0),
+    "drafts_window_of_one": Case(DRAFTS, 5, queries=4, window=1),
+    "drafts_keys_are_values": Case(DRAFTS, 5, queries=4, kv_parts=1, v_norm=1, norm=True, rotary=4),
     "decode_llama_keys_of_another": Case(DECODES[3:], 2, head_dim=128, kv_parts=0),
 }
 # What the prefill kernel for Hopper takes where there is one: blocks of every size, behind what

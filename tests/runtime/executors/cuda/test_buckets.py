@@ -29,3 +29,30 @@ def test_a_mixed_step_has_room_for_any_sequences(batch: int, tokens: int, query_
         largest = buckets.largest
         for name in ("tokens", "sequences", "blocks", "rows"):
             assert getattr(shape, name) <= getattr(largest, name)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 40, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_has_room_for_the_drafts_of_any_sequences(batch: int, deterministic: bool) -> None:
+    buckets = Buckets(batch, 512, 32, deterministic, drafts=min(7 * batch, 192))
+    known = {(shape.tokens, shape.queries) for shape in buckets.verifications}
+    for sequences in range(1, batch + 1):
+        for longest in (2, 3, 5, 8):
+            most = min(sequences * longest, sequences + buckets.drafts)
+            for tokens in {sequences + longest - 1, most}:
+                if tokens > most:
+                    continue
+                shape = buckets.verification(tokens, sequences, longest)
+                assert shape.tokens >= tokens and shape.sequences >= sequences
+                assert deterministic or shape.queries >= longest
+                assert shape.blocks == (shape.tokens if deterministic else 0)
+                assert shape.tokens < 4 * tokens, "mostly padding"
+                for name in ("tokens", "sequences", "blocks", "rows"):
+                    assert getattr(shape, name) <= getattr(buckets.largest, name)
+                kernels = {tokens for tokens, _ in known} | set(buckets.batch_sizes)
+                assert shape.tokens in kernels, "its products are compiled before"
+
+
+def test_without_drafts_there_are_no_steps_for_them() -> None:
+    buckets = Buckets(16, 512, 32)
+    assert buckets.verifications == [] and buckets.row_sizes == buckets.batch_sizes

@@ -107,3 +107,34 @@ def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
     found: list[Any] = [work() for work in runner.works()[:-1]]
     shapes = [*map(BUCKETS.decode, BUCKETS.batch_sizes), *map(BUCKETS.mixed, BUCKETS.mixed_tokens)]
     assert found == [*shapes, *((n, kind) for n in BUCKETS.batch_sizes for kind in Kind)]
+
+
+def test_decodes_with_drafts_are_steps_of_their_own(runner: Runner, captured: list[Any]) -> None:
+    """By the sequences, the tokens and the longest run; a prompt beside them makes it a mixed
+    step."""
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    starts = np.array([0, 4, 5, 8])
+    batch: Any = SimpleNamespace(token_ids=np.zeros(8), query_start=starts, context_len=np.ones(3))
+    runner.layers(batch, np.arange(8, dtype=np.int32))
+    runner.layers(batch, np.arange(7, dtype=np.int32))
+    assert captured == [Shape(8, 4, queries=4), buckets.mixed(16)]
+    steps: list[Any] = []
+    runner.inputs.step = lambda shape, decodes, **_: steps.append((shape, decodes))
+    runner._device.has_pdl = False
+    runner._memory = SimpleNamespace()  # type: ignore[assignment]
+    StepRunner._layers_work(runner, captured[0])
+    assert steps == [(Shape(8, 4, queries=4), 4)]
+
+
+def test_steps_with_drafts_of_the_first_answers_are_captured_at_the_start_and_timed(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    runner.capture()
+    for sequences in (1, 2, 4, 8, 16):
+        for times in (2, 4, 8):
+            shape = buckets.verification(sequences * times, sequences, times)
+            assert shape in captured and (shape.tokens, Kind.GREEDY) in captured
+    assert buckets.verifications[-1] in captured, "the one that takes the most memory"
+    runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
+    assert sorted(runner.step_seconds()) == [1, 2, 4, 8, 16, 32, 64, 128, buckets.max_rows]
