@@ -24,6 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+KINDS: tuple[tuple[str, OrtAttention], ...] = (
+    ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
+)  # fmt: skip
 INPUT, OUTPUT, BATCHES = 128, 256, (1, 16, 64)
 Figures = dict[int, float]
 
@@ -66,9 +69,7 @@ def _contenders(
     found: dict[str, tuple[Callable[[str], Figures], str]] = {}
     limits: dict[str, Any] = {"max_batch_size": max(BATCHES), "max_seq_len": INPUT + OUTPUT}
     for dtype in args.dtypes:
-        for target, attention in (
-            ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
-        ):  # fmt: skip
+        for target, attention in KINDS:
             name = f"{target} {attention} {dtype}"
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,

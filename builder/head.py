@@ -15,6 +15,7 @@ from slipstream.builder.engine import HEAD
 from slipstream.builder.graph.ops import Ops
 from slipstream.builder.graph.passes import Pass, run_passes
 from slipstream.builder.graph.program import Program, StoredWeight, new_program
+from slipstream.builder.graph.rank_ops import RankOps
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.models.eagle3 import (
     ARCHITECTURE,
@@ -154,7 +155,7 @@ def _declare(
         return embedding if shared else model.tensor(name)
 
     program = new_program("head")
-    ops = Ops(program, HeadDecoder.caches(checkpoint.config, kv_dtype, page_size))
+    ops = RankOps(program, HeadDecoder.caches(checkpoint.config, kv_dtype, page_size))
     source: TensorSource = tensor
     HeadDecoder(
         ops, checkpoint.config, ARCHITECTURE, source, max_seq_len,

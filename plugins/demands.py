@@ -16,6 +16,7 @@ _GROUP, _ATTRIBUTE = "slipstream.demands", "demands"
 _DEMANDS = {
     "cpu": "slipstream.plugins.library:demands",
     "cuda": "slipstream.plugins.cuda.detect:demands",
+    "tensorrt": "slipstream.plugins.cuda.tensorrt:demands",
 }
 
 

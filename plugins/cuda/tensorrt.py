@@ -11,6 +11,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType, ModuleType
 
+from slipstream.plugins.cuda import detect
+from slipstream.plugins.demands import Deed
+
 # The modules that a flavour may be installed as.
 FLAVOURS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -32,3 +35,18 @@ def import_flavour(flavour: str) -> ModuleType | None:
     load."""
     name = module_of(flavour)
     return None if name is None else import_module(name)
+
+
+def demands(deed: Deed, *, thorough: bool) -> tuple[str, ...]:
+    """As ``plugins.demands.Demands`` of target tensorrt; plans are made and run by the same
+    package."""
+    gpu = detect.demands(deed, thorough=thorough)
+    installed = [flavour for flavour in FLAVOURS if module_of(flavour) is not None]
+    if not installed:
+        return (*gpu, "no TensorRT is installed: pip install 'slipstream[tensorrt]'")
+    if deed == "build" and installed == ["tensorrt"] and detect.gpu_capability() is None:
+        return (
+            "the package tensorrt makes plans only for a GPU that is here: pip install "
+            "'slipstream[tensorrt]', which needs none",
+        )
+    return gpu

@@ -103,7 +103,7 @@ def _process(start: float) -> int:
     """The replica that was started then, of those that run on this machine."""
     import psutil
 
-    near = {
+    near: dict[int, float] = {
         each.pid: abs(each.create_time() - start)
         for each in psutil.process_iter()
         if "ServeReplica" in " ".join(each.cmdline()[:1])

@@ -32,7 +32,7 @@ class Event:
     when it was."""
 
     def __init__(self, device: Device, *, timed: bool = False) -> None:
-        self._event = torch.cuda.Event(enable_timing=timed) if device.is_cuda else None  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(enable_timing=timed) if device.is_cuda else None
         self._time = 0.0
 
     def record(self) -> None:
@@ -62,7 +62,7 @@ class CopyStream:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream() if device.is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream() if device.is_cuda else None
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Device:
         self.torch = torch.device("meta") if self.is_planned else here
         self.capability = planned or capability_of(self.torch)
         self.has_pdl = has_pdl(self.torch)
-        self._stream = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream() if self.is_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     @property
@@ -238,7 +238,7 @@ def _why_no_gpu() -> str:
     if torch.version.cuda is None:
         return "was built without CUDA: install torch from https://pytorch.org with CUDA"
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
         return f"cannot use one ({reason}): update the driver for CUDA {torch.version.cuda}"
