@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -18,6 +19,8 @@ from slipstream.server.dynamo.engine import SlipstreamEngine
 from slipstream.server.dynamo.model_files import write_model_files
 from slipstream.server.dynamo.options import DynamoOptions
 
+_FREEING_SECONDS = 30  # for a step that the device is in
+
 
 def run(load: Callable[[KvEventsConfig], LoadedEngine], options: DynamoOptions) -> str | None:
     """Work until SIGTERM or Ctrl-C and let running requests end; see ``SlipstreamEngine``. Returns
@@ -25,6 +28,9 @@ def run(load: Callable[[KvEventsConfig], LoadedEngine], options: DynamoOptions) 
 
     ``load`` is given where events of the cache are found by this process alone.
     """
+    # After which Dynamo kills a process that it has told to end.
+    patience = math.ceil(options.drain_timeout) + _FREEING_SECONDS
+    os.environ.setdefault("DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT", str(patience))
     # A socket's path must be short, whatever TMPDIR is.
     with tempfile.TemporaryDirectory(prefix="slipstream-", dir="/tmp") as directory:
         loaded = load(

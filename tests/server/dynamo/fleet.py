@@ -180,13 +180,14 @@ class Fleet:
     workers: list[Running] = field(default_factory=list)
     _number: int = 0
 
-    def add(self, device: str = "HeldDevice(directory)") -> Running:
+    def add(self, *options: str, device: str = "HeldDevice(directory)") -> Running:
         """Start one more worker and wait until the frontend knows it."""
         self._number += 1
         before = self.instances()  # one that was killed may be known for a while
         directory, port = self.directory / f"w{self._number}", free_port()
         directory.mkdir()
-        arguments = ["dynamo-worker", "counting", *PLANES, "--served-model-name", "counting"]
+        arguments = ["dynamo-worker", "counting", *PLANES, *options]
+        arguments += ["--served-model-name", "counting"]
         process = spawn(
             [sys.executable, "-c", _PROGRAM.format(device=device), *arguments, str(directory)],
             self.directory,

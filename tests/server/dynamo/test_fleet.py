@@ -31,7 +31,7 @@ def fleet() -> Iterator[Fleet]:
 
 def test_a_worker_whose_device_is_broken_ends_with_status_70() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name, running_fleet(Path(name)) as fleet:
-        worker = fleet.add("BrokenDevice()")
+        worker = fleet.add(device="BrokenDevice()")
 
         def ended() -> bool:
             with suppress(AssertionError, httpx.HTTPError):  # every step fails
@@ -40,6 +40,26 @@ def test_a_worker_whose_device_is_broken_ends_with_status_70() -> None:
 
         wait(ended)
         assert worker.process.returncode == 70
+
+
+def test_what_a_draining_worker_has_no_time_for_goes_on_elsewhere() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, running_fleet(Path(name)) as fleet:
+        ending = fleet.add("--drain-timeout", "0")
+        ending.hold()
+        stream = Stream(fleet, "moving a", 40)
+        advance([ending], [stream], 3)
+        other = fleet.add()
+        ending.process.send_signal(signal.SIGTERM)
+
+        def moved() -> bool:
+            ending.step()  # the one that its device is in must end
+            return other.prompts > 0
+
+        wait(moved)
+        ending.go_on()
+        stream.check()
+        wait(lambda: not ending.alive)
+        assert ending.process.returncode == 0
 
 
 def served_by(fleet: Fleet, workers: list[Running], prompt: str) -> tuple[Running, int]:
