@@ -60,7 +60,10 @@ def test_answers_are_those_of_a_cache_with_room_to_the_bit(engine: Path) -> None
 
 
 def test_a_file_survives_the_engine(tiny_engine: Path, tmp_path: Path) -> None:
-    options = {"kv_offload_gib": gib(64 * PAGE_BYTES), "kv_offload_path": str(tmp_path / "kv")}
+    options: dict[str, Any] = {
+        "kv_offload_gib": gib(64 * PAGE_BYTES),
+        "kv_offload_path": str(tmp_path / "kv"),
+    }
     before, _ = answers(tiny_engine, 16 * PAGE_BYTES, **options)
     after, stats = answers(tiny_engine, 16 * PAGE_BYTES, **options)
     assert after == before
