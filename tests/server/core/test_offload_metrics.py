@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.server.core.test_metrics import STATS, Engine, HttpTally
+from tests.server.core.test_metrics import STATS, Engine
 
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.stats import Traffic
-from slipstream.server.core.metrics import EngineState, Gathered, Tally
+from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
 
 
 def text(config: RuntimeConfig) -> str:
