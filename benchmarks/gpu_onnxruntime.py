@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-KINDS: tuple[tuple[str, OrtAttention], ...] = (
+KINDS = (
     ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
 )  # fmt: skip
 INPUT, OUTPUT, BATCHES = 128, 256, (1, 16, 64)
@@ -73,7 +73,7 @@ def _contenders(
             name = f"{target} {attention} {dtype}"
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,
-                ort_attention=attention, **limits,
+                **{"ort_attention": attention, **limits},
             )  # fmt: skip
             build(args.checkpoint, directory / name, options)
             found[name] = slipstream, str(directory / name)

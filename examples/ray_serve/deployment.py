@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from ray import serve
 
 from slipstream import AsyncLLM
-from slipstream.server.commands.api_process import APIS
 from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
@@ -41,6 +40,9 @@ class Slipstream:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, which Ray asks for once it has been made."""
+        # Imported here: Ray pickles this class with its globals, and routes hold locks.
+        from slipstream.server.commands.api_process import APIS
+
         counting = Counting()
         return create_app(Service(self.llm, self.options, counting.tally), counting, APIS)
 

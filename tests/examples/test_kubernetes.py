@@ -38,7 +38,7 @@ def test_a_field_that_is_none_is_found() -> None:
 
 def arguments() -> dict[str, Any]:
     """The command line of the container as the server reads it."""
-    words: list[str] = [*CONTAINER["command"], *CONTAINER["args"]]
+    words: list[str] = CONTAINER["command"] + CONTAINER["args"]
     program, command, *rest = words
     assert (program, command) == ("slipstream", "serve")
     with serve.make_context("serve", rest, token_normalize_func=None) as context:

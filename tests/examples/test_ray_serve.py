@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 pytest.importorskip("ray")
@@ -70,7 +71,8 @@ def url(tiny_engine: Path, tmp_path: Path) -> Iterator[str]:
         "RAY_agent_register_timeout_ms": "300000",
     }
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    ray += [f"--port={head}", "--node-ip-address=127.0.0.1", "--num-cpus=4", *given]
+    ray += [f"--port={head}", "--node-ip-address=127.0.0.1", "--num-cpus=4"]
+    ray += ["--include-dashboard=false", *given]
     program = [sys.executable, "-c", PROGRAM, f"127.0.0.1:{head}", port, str(tiny_engine)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
@@ -101,8 +103,6 @@ def replicas(url: str, seen: int = 40) -> set[int]:
 
 def _process(start: float) -> int:
     """The replica that was started then, of those that run on this machine."""
-    import psutil
-
     near: dict[int, float] = {
         each.pid: abs(each.create_time() - start)
         for each in psutil.process_iter()
