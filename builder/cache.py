@@ -18,7 +18,7 @@ from slipstream.builder.build import Progress, build_once
 from slipstream.builder.checkpoints import files_of, on_disk
 from slipstream.builder.engine import FORMAT_VERSION, MANIFEST, is_engine
 from slipstream.builder.options import BuildOptions
-from slipstream.builder.output import discard, unfinished
+from slipstream.builder.output import discard, scratch, unfinished
 from slipstream.builder.targets.base import create_target
 from slipstream.errors import BuildError
 from slipstream.sizes import parse_size
@@ -97,8 +97,9 @@ def prune(
     keep it.
     """
     for place in unfinished(cache_directory()):
-        with suppress(BuildError):  # it is being made
-            discard(place)
+        # An engine that stands there is whole: whoever waited for it has made the scratch anew.
+        with suppress(BuildError), scratch(place):  # unless it is being made
+            pass
     removed, taken = [], 0
     for engine in cached_engines():
         taken += engine.size

@@ -13,7 +13,6 @@ import click
 
 from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.server.command import Command
-from slipstream.server.engine_kernels import compile_again, compile_plan, kernel_capability
 from slipstream.server.options import build_options, output_option
 from slipstream.server.progress import byte_progress
 from slipstream.server.text import format_bytes, format_columns
@@ -77,6 +76,8 @@ def build(
     elif output is None:
         raise click.UsageError("say where to write the engine: -o DIRECTORY (or use --estimate)")
     else:
+        from slipstream.server.engine_kernels import kernel_capability
+
         capability = kernel_capability(kernels, options)
         _build(checkpoint, output, options, capability)
         if tune:
@@ -96,6 +97,7 @@ def _check_tunable(options: BuildOptions, estimate: bool) -> None:
 def _tune(output: Path, capability: tuple[int, int] | None) -> None:
     from slipstream.builder.engine import open_engine
     from slipstream.runtime.executors import tune as tune_engine
+    from slipstream.server.engine_kernels import compile_again
 
     started = time.monotonic()
     report = tune_engine(open_engine(output))
@@ -148,6 +150,7 @@ def _build(
     checkpoint: str, output: Path, options: BuildOptions, capability: tuple[int, int] | None
 ) -> None:
     from slipstream.builder.build import build as build_engine
+    from slipstream.server.engine_kernels import compile_plan
 
     if not sys.stderr.isatty():  # a terminal shows a bar instead
         click.echo(f"building {output} from {checkpoint}", err=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS, has_pdl
+from slipstream.plugins.linear.cuda.candidates import candidate_tactics
 from slipstream.plugins.linear.cuda.linear import linear
 from slipstream.plugins.linear.cuda.tactics import (
     BUCKETS,
     Tactic,
-    candidate_tactics,
     entry_key,
 )
 from slipstream.plugins.linear.cuda.weight import DeviceWeight

@@ -111,6 +111,7 @@ def test_every_sampling_parameter_can_be_given_as_json_and_as_a_request_paramete
         "ignore_eos": True, "logit_bias": {"5": -2.5}, "allowed_token_ids": [1, 2],
         "bad_words": ["z"], "bad_words_token_ids": [[1, 2]], "logprobs": 3,
         "skip_special_tokens": False, "structured": {"regex": "[0-9]+"}, "logprob_token_ids": [3],
+        "prediction": "ab", "prediction_token_ids": [1, 2], "speculative": False,
     }  # fmt: skip
     base = {name: getattr(UNSAID, name) for name in values}
     expected = SamplingParams.from_dict({**base, field: values[field]})

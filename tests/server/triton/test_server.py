@@ -267,7 +267,7 @@ def test_a_client_of_generate_that_has_gone_frees_its_pages_in_the_end(server: S
     with socket.create_connection(("127.0.0.1", server.http)) as connection:
         connection.sendall(head.encode() + body)
         wait_for(lambda: running_requests(server) == 1, "the request runs")
-    wait_until_idle(server, seconds=20)
+    wait_until_idle(server)
 
 
 def test_the_example_streams_an_answer(server: Server, llm: LLM) -> None:

@@ -17,11 +17,11 @@ from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear import reference
 from slipstream.plugins.linear.cuda.blas import dequantize
+from slipstream.plugins.linear.cuda.candidates import candidate_tactics
 from slipstream.plugins.linear.cuda.linear import embedding, linear
 from slipstream.plugins.linear.cuda.packing import pack
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
-    candidate_tactics,
     multiplies_in,
     vector_size,
     wide_tactic,

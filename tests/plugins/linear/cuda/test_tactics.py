@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.linear.cuda.candidates import candidate_tactics
 from slipstream.plugins.linear.cuda.tactics import (
     BUCKETS,
     DOT_TOKENS,
@@ -16,7 +17,6 @@ from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
     Tactics,
     block_m,
-    candidate_tactics,
     default_tactic,
     describe,
     entry_key,

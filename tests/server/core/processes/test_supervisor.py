@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from tests.server.core.processes.servers import Served, served, wait
 from tests.server.openai.serving import Running, samples_of, serving
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+LONG = 200  # tokens of a stream, for a step each
+CHARACTERS = LONG - 2  # the alphabet ends twice, in a token without text
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ASKED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": "abc", "max_tokens": 8}),
@@ -114,11 +116,13 @@ def complete(server: Served, body: dict[str, Any]) -> str:
 
 
 def test_metrics_are_those_of_all_whoever_is_asked(server: Served) -> None:
+    # A request is counted after its answer has gone: of a route that the test before did not use.
+    body = {"prompt": "ab", "raw": True, "stream": False, "options": {"num_predict": 3}}
+    counted = "slipstream:http_requests_total /api/generate POST 200"
     before = metrics(server)
     for _ in range(8):
-        httpx.post(
-            server.url + COMPLETIONS, json={"prompt": "ab", "max_tokens": 3}, timeout=60
-        ).raise_for_status()
+        httpx.post(server.url + "/api/generate", json=body, timeout=60).raise_for_status()
+    wait(lambda: metrics(server)[counted] - before[counted] == 8)
     for _ in range(6):  # each is asked, but for one time in 32
         samples = metrics(server)
         grown = {name: samples[name] - before.get(name, 0) for name in samples}
@@ -126,7 +130,7 @@ def test_metrics_are_those_of_all_whoever_is_asked(server: Served) -> None:
         assert grown["slipstream:prompt_tokens_total"] == 16
         assert grown["slipstream:time_to_first_token_seconds_count"] == 8
         assert grown["slipstream:request_success_total length"] == 8
-        assert grown["slipstream:http_requests_total /v1/completions POST 200"] == 8
+        assert grown[counted] == 8
         assert samples["slipstream:num_requests_running"] == 0
         assert samples["slipstream:engine_healthy"] == 1
 
@@ -147,16 +151,17 @@ def test_an_answer_is_stored_for_whoever_is_asked(server: Served) -> None:
         )
 
 
-def begin(stack: ExitStack, server: Served, tokens: int = 60) -> httpx.Response:
+def begin(stack: ExitStack, server: Served, tokens: int = LONG) -> httpx.Response:
     """A stream that has had its first token, on a device that is held."""
     body = {"prompt": "a", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     client = stack.enter_context(httpx.Client(timeout=60))
-    with ThreadPoolExecutor() as pool:
+    with futures.ThreadPoolExecutor() as pool:
         opened = pool.submit(
             lambda: stack.enter_context(client.stream("POST", server.url + COMPLETIONS, json=body))
         )
         while not opened.done():
             server.permit()
+            futures.wait([opened], timeout=0.2)  # no more steps than it needs
     return opened.result()
 
 
@@ -211,7 +216,7 @@ def test_the_death_of_one_ends_its_streams_only_and_another_takes_its_place(serv
                 with pytest.raises(httpx.TransportError):
                     rest(response)
             else:
-                assert len(rest(response)) == 60
+                assert len(rest(response)) == CHARACTERS
     for _ in range(8):  # those that the new one is to answer wait for it
         answer = httpx.post(
             server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 2}, timeout=60
@@ -232,7 +237,7 @@ def test_sigterm_drains_all(server: Served) -> None:
                 wait(lambda: httpx.get(f"{server.url}/health", timeout=60).status_code == 503)
             refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"}, timeout=60)
             assert refused.status_code == 503 and "shutting down" in refused.text
-        assert {len(rest(response)) for response, _ in streams} == {60}
+        assert {len(rest(response)) for response, _ in streams} == {CHARACTERS}
     assert server.process.wait(60) == 0
     assert not any(member.is_running() for member in members)
     server.reader.join(60)
