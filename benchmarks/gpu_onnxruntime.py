@@ -61,14 +61,15 @@ def _contenders(
 ) -> dict[str, tuple[Callable[[str], Figures], str]]:
     """What measures a model, and the model, by the name of each."""
     from slipstream.builder.build import build
-    from slipstream.builder.options import BuildOptions
+    from slipstream.builder.options import BuildOptions, OrtAttention
 
+    kinds: list[tuple[str, OrtAttention]] = [
+        ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
+    ]  # fmt: skip
     found: dict[str, tuple[Callable[[str], Figures], str]] = {}
     limits: dict[str, Any] = {"max_batch_size": max(BATCHES), "max_seq_len": INPUT + OUTPUT}
     for dtype in args.dtypes:
-        for target, attention in (
-            ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
-        ):  # fmt: skip
+        for target, attention in kinds:
             name = f"{target} {attention} {dtype}"
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,
