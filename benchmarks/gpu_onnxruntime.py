@@ -24,9 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-KINDS = (
-    ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
-)  # fmt: skip
 INPUT, OUTPUT, BATCHES = 128, 256, (1, 16, 64)
 Figures = dict[int, float]
 
@@ -64,16 +61,19 @@ def _contenders(
 ) -> dict[str, tuple[Callable[[str], Figures], str]]:
     """What measures a model, and the model, by the name of each."""
     from slipstream.builder.build import build
-    from slipstream.builder.options import BuildOptions
+    from slipstream.builder.options import BuildOptions, OrtAttention
 
+    kinds: list[tuple[str, OrtAttention]] = [
+        ("cuda", "auto"), ("onnxruntime", "slots"), ("onnxruntime", "pages"),
+    ]  # fmt: skip
     found: dict[str, tuple[Callable[[str], Figures], str]] = {}
     limits: dict[str, Any] = {"max_batch_size": max(BATCHES), "max_seq_len": INPUT + OUTPUT}
     for dtype in args.dtypes:
-        for target, attention in KINDS:
+        for target, attention in kinds:
             name = f"{target} {attention} {dtype}"
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,
-                **{"ort_attention": attention, **limits},
+                ort_attention=attention, **limits,
             )  # fmt: skip
             build(args.checkpoint, directory / name, options)
             found[name] = slipstream, str(directory / name)
