@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx.inliner import inline_local_functions
 from tests.quantized_models import Scheme, float8, integers, quantized_llama
 from tests.tiny_models import LLAMA, llama_tensors, save_llama
 
 from slipstream.builder.build import Plan, build, compile_checkpoint, plan
-from slipstream.builder.engine import PLANS, WEIGHTS, EngineLimits, open_engine
+from slipstream.builder.engine import GRAPH, PLANS, WEIGHTS, EngineLimits, open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.builder.targets.tensorrt import plans
 from slipstream.builder.targets.tensorrt.layers import Layer, count_products, read_layers, unpackers
@@ -115,6 +119,36 @@ def test_gpus_that_have_no_kernel_are_refused(
     make(source, tmp_path, (runs,))
     with pytest.raises(BuildError, match=r"TensorRT made no head.*HW-specific"):
         make(source, tmp_path, (refused,))
+
+
+# Which nodes of a model the parser takes, without being told where it was cut: on stdout.
+ORACLE = """
+import json, sys, tensorrt_rtx_bindings as trt
+log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+builder = trt.Builder(log)
+network = builder.create_network(typed)
+parser = trt.OnnxParser(network, log)
+parser.supports_model_v2(open(sys.argv[1], "rb").read(), sys.argv[1])
+print(json.dumps([parser.get_subgraph_nodes(i) for i in range(parser.num_subgraphs)]))
+"""
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4"])
+def test_the_parser_parts_the_graph_where_we_do(tmp_path: Path, name: str) -> None:
+    planned = compiled(tmp_path, name)
+    lay_out(planned, tmp_path)
+    file = tmp_path / GRAPH
+    ir.save(planned.program.model, file)
+    inlined = inline_local_functions(onnx.load(file, load_external_data=False))
+    onnx.save(inlined, file)
+    command = [sys.executable, "-c", ORACLE, str(file)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = json.loads(told[told.index("[[") :])
+    assert len(parts) == LLAMA["num_hidden_layers"] + 1
+    taken = {index for part in parts for index in part}
+    left = [n.op_type for i, n in enumerate(inlined.graph.node) if i not in taken]
+    assert left == ["PagedAttention"] * LLAMA["num_hidden_layers"]
 
 
 def test_what_the_parser_refuses_is_told(tmp_path: Path) -> None:
