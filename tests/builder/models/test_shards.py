@@ -31,7 +31,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4 offsets": integers(4, 32, "offset"),
     "int8 rows": integers(8, activation="static"),
     "float8 blocks": float8(128, 128),
-    "float8 tensors": float8(1 << 20, 0),
+    "float8 tensors": float8(320, 0),
     "nvfp4": float4,
     "nf4": nf4,
     "pre-scale": with_input(integers(8, 64), scale=3),
