@@ -112,5 +112,6 @@ def by_load(runner: Timed, loop: object) -> dict[str, float]:
             plain = step_ms(runner, batch)
         for length, chance in CHANCES.items():
             with patch.object(speculator, "_lengths", Lengths(7)), guessing(7, chance):
+                speculator.learn(loop._engine.executor)  # type: ignore[attr-defined]
                 figures[f"synthetic_auto_{batch}_at_{length}"] = plain / step_ms(runner, batch)
     return figures
