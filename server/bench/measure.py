@@ -9,9 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch, StepResult
-from slipstream.runtime.executors.base import Executor, PendingStep, StartedStep
+from slipstream.runtime.executors.base import (
+    Executor,
+    OffloadingExecutor,
+    PendingStep,
+    StartedStep,
+)
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.request_factory import RequestFactory
@@ -60,7 +67,7 @@ class Measurement:
     preemptions: int
 
 
-class TimedExecutor:
+class Stopwatch:
     """An executor that notes how long it was left idle between steps."""
 
     def __init__(self, inner: Executor) -> None:
@@ -114,9 +121,41 @@ class TimedExecutor:
         self._inner.shutdown()
 
 
+class _OffloadingStopwatch(Stopwatch):
+    """The same of an executor that keeps pages on the host."""
+
+    def __init__(self, inner: Executor) -> None:
+        super().__init__(inner)
+        assert isinstance(inner, OffloadingExecutor)
+        self._pages: OffloadingExecutor = inner
+
+    @property
+    def stored(self) -> Traffic:
+        """As the inner executor."""
+        return self._pages.stored
+
+    @property
+    def loaded(self) -> Traffic:
+        """As the inner executor."""
+        return self._pages.loaded
+
+    def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
+        """As the inner executor."""
+        return self._pages.reserve_host(num_bytes, file)
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """As the inner executor."""
+        self._pages.transfer(transfers)
+
+
+def _watched(executor: Executor) -> Stopwatch:
+    kind = _OffloadingStopwatch if isinstance(executor, OffloadingExecutor) else Stopwatch
+    return kind(executor)
+
+
 @dataclass(frozen=True, slots=True)
 class _TimedStart:
-    executor: TimedExecutor
+    executor: Stopwatch
     inner: StartedStep
 
     def sample(self) -> PendingStep:
@@ -125,7 +164,7 @@ class _TimedStart:
 
 @dataclass(frozen=True, slots=True)
 class _TimedStep:
-    executor: TimedExecutor
+    executor: Stopwatch
     inner: PendingStep
 
     def result(self) -> StepResult:
@@ -146,7 +185,7 @@ class Bench:
                 f"input-len {workload.input_len} and output-len {workload.output_len} are more than"
                 f" the engine's max_seq_len of {longest}; lower one of them"
             )
-        self._executor = TimedExecutor(engine.executor)
+        self._executor = _watched(engine.executor)
         self._loop = EngineLoop(replace(engine, executor=self._executor))
         self._factory = RequestFactory(engine)
         self._workload = workload

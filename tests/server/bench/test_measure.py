@@ -41,6 +41,12 @@ def test_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.seconds >= 0.08
 
 
+def test_pages_of_the_host_are_measured_too() -> None:
+    engine = counting_engine(kv_offload_gib=0.01)
+    with Bench(engine, Workload(input_len=5, output_len=4, seed=1)) as bench:
+        assert len(bench.measure(2, 1).traces) == 2
+
+
 def test_a_device_that_runs_ahead_waits_for_nobody() -> None:
     with Bench(counting_engine(runs_ahead=True), Workload(5, 4, 0)) as bench:
         measured = bench.measure(3, 3)
