@@ -48,15 +48,19 @@ wheel: $(VENV)/test-installed
 	    --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
 
-$(VENV)/installed: pyproject.toml setup.py $(wildcard plugins/*.py plugins/cpu/*.py) $(shell find plugins -name "*.cpp" -o -name "*.h" -o -name "__init__.py")
+SOURCES := pyproject.toml setup.py $(wildcard plugins/*.py plugins/cpu/*.py) $(shell find plugins -name "*.cpp" -o -name "*.h" -o -name "__init__.py")
+
+$(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/test-installed: $(VENV)/installed
+# Not after the other: that would compile the plugins twice.
+$(VENV)/test-installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) build dist engines src/slipstream.egg-info plugins/*.so

@@ -13,8 +13,10 @@ every version.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension
@@ -79,9 +81,18 @@ class BuildNative(build_ext):  # type: ignore[misc]
         common = [_PLUGINS / "cpu" / name for name in ("kernels.cpp", "registration.cpp")]
         kernels = [source for source in ext.sources if Path(source).name == KERNEL]
         others = [source for source in ext.sources if source not in kernels]
-        objects = self._compile([*map(str, common), *others], temp, [])
-        for isa, flags in self.instruction_sets().items():
-            objects += self._compile(kernels, temp, flags, isa)
+        jobs: list[tuple[str, Path, list[str], str | None]] = [
+            (source, temp, flags, isa)
+            for isa, flags in self.instruction_sets().items()
+            for source in kernels
+        ]
+        jobs += [(source, temp, [], None) for source in (*map(str, common), *others)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [
+                name
+                for names in pool.map(self._compile, *zip(*jobs, strict=True))
+                for name in names
+            ]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
@@ -93,11 +104,9 @@ class BuildNative(build_ext):  # type: ignore[misc]
         """The compiler's flags for each instruction set of this machine's architecture."""
         return _X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
 
-    def _compile(
-        self, sources: list[str], temp: Path, flags: list[str], isa: str | None = None
-    ) -> list[str]:
+    def _compile(self, source: str, temp: Path, flags: list[str], isa: str | None) -> list[str]:
         objects: list[str] = self.compiler.compile(
-            sources,
+            [source],
             output_dir=str(temp / (isa or "common")),
             macros=[("SLIPSTREAM_ISA", isa)] if isa else [],
             include_dirs=[str(temp), str(_PLUGINS)],
