@@ -25,16 +25,17 @@ from slipstream.weights.json import Origin, read_fields
 # Far above what the largest vocabularies and batches take.
 _MOST_TABLE_BYTES = 1 << 32
 # Options that a target's executor has no use for, and what to do instead.
+_GPU = {
+    "num_threads": "it is for a GPU; leave it out",
+    "kv_offload_path": "a GPU copies pages to memory, not to a file; leave it out",
+}
 _UNUSED = {
     "cpu": {
         "kv_cache_free_gpu_memory_fraction": "it is for a CPU, where kv_cache_bytes sets the size "
         "of the KV cache"
     },
-    "cuda": {
-        "num_threads": "it is for a GPU; leave it out",
-        "kv_offload_path": "a GPU copies pages to memory, not to a file; leave it out",
-    },
-    "tensorrt": {"num_threads": "it is for a GPU; leave it out"},
+    "cuda": _GPU,
+    "tensorrt": _GPU,
 }
 
 

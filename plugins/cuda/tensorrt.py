@@ -49,4 +49,15 @@ def demands(deed: Deed, *, thorough: bool) -> tuple[str, ...]:
             "the package tensorrt makes plans only for a GPU that is here: pip install "
             "'slipstream[tensorrt]', which needs none",
         )
+    if deed == "run" and installed == ["tensorrt_rtx"]:
+        return (*gpu, *_not_made_for(detect.gpu_capability()))
     return gpu
+
+
+def _not_made_for(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    if capability is None or 10 * capability[0] + capability[1] in RTX_GPUS:
+        return ()
+    return (
+        f"tensorrt_rtx makes plans for sm_{', sm_'.join(map(str, RTX_GPUS))}, and this GPU is "
+        f"{detect.sm(capability)}: use --target cuda, or pip install tensorrt and build here",
+    )

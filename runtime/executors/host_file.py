@@ -137,6 +137,7 @@ def _make(path: Path, header: bytes, size: int) -> None:
     """Make a file that others see only whole, with all the room it takes."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
+        new.touch(mode=0o600)  # from keys and values, text can be told
         with new.open("w+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, size)
             handle.write(header)

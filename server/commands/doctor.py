@@ -181,8 +181,13 @@ def _verdict(lacks: Sequence[str]) -> str:
 
 
 def _sentences(found: Findings) -> Iterator[str]:
+    """Each once, with all that it is in the way of."""
     yield from found.lacks
+    told: dict[tuple[str, str], list[str]] = {}
     for target in found.targets:
         for deed, lacks in (("build for", target.build), ("run", target.run)):
-            own = (sentence for sentence in lacks if sentence not in found.lacks)
-            yield from (f"to {deed} {target.name}: {sentence}" for sentence in own)
+            for sentence in lacks:
+                if sentence not in found.lacks:
+                    told.setdefault((deed, sentence), []).append(target.name)
+    for (deed, sentence), names in told.items():
+        yield f"to {deed} {' and '.join(names)}: {sentence}"

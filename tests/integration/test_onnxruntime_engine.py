@@ -4,6 +4,7 @@ that quantized checkpoints stand for."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ FAMILIES: dict[str, Any] = {
     "cohere2, layer norms": Cohere2Config(**SHAPE, sliding_window=20, pad_token_id=0),
     "smollm3, no angles": SmolLM3Config(**SHAPE, pad_token_id=0, no_rope_layers=[1, 0]),
 }  # fmt: skip
+# Those that are lowered in a way of their own.
+DAILY = (
+    *("llama", "qwen3, norms of heads", "gemma2, caps", "gemma3, two kinds of angles"),
+    *("cohere2, layer norms", "smollm3, no angles"),
+)
 
 
 def run_in_chunks(engine: Path, prompts: NDArray[np.int64] = PROMPTS) -> Logits:
@@ -119,7 +125,13 @@ def build(source: Path, engine: Path, **options: Any) -> Path:  # noqa: ANN401
     return engine
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def some(names: Collection[str], daily: Collection[str]) -> list[Any]:
+    """Parameters, of which only some are worth their time every day."""
+    assert set(daily) <= set(names)
+    return [pytest.param(n, marks=[] if n in daily else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, DAILY))
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     """Every position of a prompt computed in ragged chunks, beside a second sequence."""
     checkpoint = save_tiny(FAMILIES[name], tmp_path / "checkpoint")
@@ -161,7 +173,7 @@ def test_float16_is_float32_but_for_rounding(tmp_path: Path) -> None:
     assert 0 < distance(got, want) < 0.01
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_quantized_at_build_time_with_biases(bits: int, tmp_path: Path) -> None:
     checkpoint = save_tiny(FAMILIES["llama"], tmp_path / "checkpoint")
     options: dict[str, Any] = {"quantization": f"int{bits}_wo", "group_size": 32}
@@ -176,9 +188,14 @@ LOSS = {"float8 rows": 0.02, "float8 blocks": 0.02, "nf4": 0.02}
 
 @pytest.mark.parametrize(
     "name",
-    ["int4 ragged groups", "int4 zero points", "int4 offsets", "int8 rows", "float8 rows",
-     "float8 blocks", "nvfp4", "nf4", "act-order", "pre-scale"],
-)  # fmt: skip
+    some(
+        (
+            *("int4 ragged groups", "int4 zero points", "int4 offsets", "int8 rows", "float8 rows"),
+            *("float8 blocks", "nvfp4", "nf4", "act-order", "pre-scale"),
+        ),
+        ("int4 ragged groups", "int4 zero points", "float8 blocks", "act-order"),
+    ),
+)
 def test_a_quantized_checkpoint_computes_what_its_weights_say(name: str, tmp_path: Path) -> None:
     checkpoint = quantized_llama(SCHEMES[name])
     want = exact(checkpoint, tmp_path / "exact")
@@ -188,7 +205,7 @@ def test_a_quantized_checkpoint_computes_what_its_weights_say(name: str, tmp_pat
     assert distance(run_in_chunks(engine), want) < LOSS.get(name, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4_awq", "nvfp4", "mixed"])
+@pytest.mark.parametrize("name", some(("fp8", "int4_awq", "nvfp4", "mixed"), ("int4_awq", "mixed")))
 def test_exports_of_modelopt(name: str, tmp_path: Path) -> None:
     """FP8, INT4 AWQ and NVFP4 become the integers that they do on a CPU."""
     checkpoint, prompts = tmp_path / "export", PROMPTS[:, :60] % 32

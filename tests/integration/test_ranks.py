@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ from slipstream.errors import BuildError
 Logits = NDArray[np.float32]
 ROUNDING = 0.01  # what other sums cost where products round x to int8
 PROMPTS = np.random.default_rng(0).integers(0, 320, (2, 75))
-# What ranks have to share in one way or another; the other models are slow.
-DIFFERING = (
-    "llama-biases", "cohere2-untied-biases", "olmo2-tied-biases", "phi3", "ministral3", "qwen2-moe",
-    "granitemoeshared", "glm4-moe", "gpt-oss", "gemma2", "gemma4-shared-wide-cap", "gemma4-experts",
-)  # fmt: skip
-OTHERS = tuple(name for name in CONFIGS if name not in DIFFERING)
+# Every day, what ranks share in ways that differ most; the others are slow.
+FAMILIES = ("llama-biases", "olmo2-tied-biases", "ministral3", "qwen2-moe", "gpt-oss")
+DAILY_SCHEMES = ("int4 ragged groups", "int4 zero points", "int8 static", "float8 blocks",
+                 "act-order")  # fmt: skip
 SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
-# Heads of keys that 4 ranks have twice each.
-BY_FOUR = ("llama-tied", "gpt-oss-full")
+
+
+def some(names: Collection[str], daily: Collection[str], *more: int) -> list[Any]:
+    """Parameters of a test, of which those that are not for every day are slow."""
+    assert set(daily) <= set(names)
+    return [
+        pytest.param(name, *more, marks=[] if name in daily else pytest.mark.slow) for name in names
+    ]
 
 
 def logits(
@@ -60,9 +65,9 @@ def assert_alike(made: Logits, expected: Logits, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        *((name, 2) for name in DIFFERING),
-        *((name, 4) for name in BY_FOUR),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in OTHERS),
+        *some(CONFIGS, FAMILIES, 2),
+        # Heads of keys that ranks have twice each.
+        *some(("llama-tied", "gpt-oss-full"), ("llama-tied",), 4),
     ],
 )
 def test_families(name: str, ranks: int, tmp_path: Path) -> None:
@@ -71,7 +76,7 @@ def test_families(name: str, ranks: int, tmp_path: Path) -> None:
     assert_alike(logits(None, tmp_path, tp_size=ranks), one, 1e-4)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", some(SCHEMES, DAILY_SCHEMES))
 def test_formats(name: str, tmp_path: Path) -> None:
     """Widths of which a rank's part ends in the midst of groups and of blocks."""
     checkpoint, options = quantized_llama(SCHEMES[name]), {"kv_cache_dtype": "float32"}
@@ -79,7 +84,7 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert_alike(logits(checkpoint, tmp_path, tp_size=2, **options), one, ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["act-order", "float8 blocks"])
+@pytest.mark.parametrize("name", some(("act-order", "float8 blocks"), ("act-order",)))
 def test_kernels_of_onnxruntime(name: str, tmp_path: Path) -> None:
     """Which add up in another order on every width, so that tokens nearly tied may differ."""
     checkpoint, options = quantized_llama(SCHEMES[name]), {"gemm_plugin": "disable"}
@@ -87,7 +92,7 @@ def test_kernels_of_onnxruntime(name: str, tmp_path: Path) -> None:
     assert np.abs(two - one).max() < 0.02 * np.abs(one).max()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_weights_that_the_build_quantizes(tied: bool, tmp_path: Path) -> None:
     """The head keeps 8 bits, whether ranks gather its logits or not, in a vocabulary that they do
     not divide."""
@@ -101,13 +106,7 @@ def test_weights_that_the_build_quantizes(tied: bool, tmp_path: Path) -> None:
     assert_alike(two, one, ROUNDING)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("gptq act-order", "nf4") else pytest.mark.slow)
-        for name in FORMATS
-    ],
-)
+@pytest.mark.parametrize("name", some(FORMATS, ("gptq act-order",)))
 def test_formats_of_experts(name: str, tmp_path: Path) -> None:
     """Those of all experts of a layer, stacked; act-order of the last matrix among them."""
     quantized(tmp_path / "source", *FORMATS[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +82,22 @@ def dense_engine(
         checkpoint
     )
     build(checkpoint, checkpoint / "engine", BuildOptions())
-    portable = BuildOptions(target="onnxruntime", dtype="float32", max_seq_len=512)
-    build(checkpoint, checkpoint / "onnxruntime", portable)
     (checkpoint / "model.safetensors").unlink()
     return checkpoint / "engine"
 
 
 def run(
-    engine: Path, prompts: Sequence[str], stagger: int = 0, **options: object
+    engine: Path,
+    prompts: Sequence[str],
+    stagger: int = 0,
+    params: SamplingParams = GREEDY,
+    **options: object,
 ) -> tuple[list[RequestOutput], EngineLoop]:
     """Complete prompts; one more arrives every ``stagger`` steps (0: all at once)."""
     loaded = load(engine, options)
     loop, factory = EngineLoop(loaded), RequestFactory(loaded)
     waiting = [
-        factory.request(prompt, GREEDY, request_id=str(i), output_kind="final")
+        factory.request(prompt, params, request_id=str(i), output_kind="final")
         for i, prompt in enumerate(prompts)
     ]
     done: dict[str, RequestOutput] = {}
@@ -113,11 +116,13 @@ def run(
 _EXPECTED: dict[tuple[int, ...], list[int]] = {}
 
 
-def assert_greedy(reference: PreTrainedModel, outputs: Sequence[RequestOutput]) -> None:
+def assert_greedy(
+    reference: PreTrainedModel, outputs: Sequence[RequestOutput], length: int = OUTPUT_TOKENS
+) -> None:
     """Each token is the one transformers finds most likely after everything before it."""
     for output in outputs:
         prompt, tokens = output.prompt_token_ids, output.outputs[0].token_ids
-        assert len(tokens) == OUTPUT_TOKENS
+        assert len(tokens) == length
         key = (*prompt, *tokens)
         if key not in _EXPECTED:
             with torch.no_grad():
@@ -164,23 +169,16 @@ def test_preemption(reference: PreTrainedModel, dense_engine: Path) -> None:
     assert_greedy(reference, outputs)
 
 
-def test_onnxruntime_alone(reference: PreTrainedModel, dense_engine: Path) -> None:
-    """Target onnxruntime, without an operator of ours: chunks beside decodes, in slots."""
-    engine = dense_engine.parent / "onnxruntime"
-    outputs, _ = run(engine, PROMPTS[::8], stagger=2, max_batch_size=2, max_num_tokens=64)
-    assert_greedy(reference, outputs)
-
-
-def test_onnxruntime_alone_in_4_bits(
-    reference: PreTrainedModel, smollm2_gguf: Path, tmp_path: Path
-) -> None:
-    """The codes of the file stay codes, and x is not rounded: the tokens are those of its
-    weights."""
+def test_onnxruntime_alone(reference: PreTrainedModel, smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Target onnxruntime, without an operator of ours: chunks beside decodes, in slots. The codes
+    of the file stay codes, and x is not rounded: the tokens are those of its weights."""
     options = BuildOptions(target="onnxruntime", dtype="float32", max_seq_len=512)
     manifest = build(smollm2_gguf, tmp_path / "engine", options)
     assert manifest.quantization == "checkpoint"
-    outputs, _ = run(tmp_path / "engine", PROMPTS[:1])
-    assert_greedy(reference, outputs)
+    few = replace(GREEDY, max_tokens=8)
+    limits = {"max_batch_size": 2, "max_num_tokens": 32}
+    outputs, _ = run(tmp_path / "engine", PROMPTS[::16], stagger=2, params=few, **limits)
+    assert_greedy(reference, outputs, length=8)
 
 
 def test_logprobs_of_the_quantized_engine(reference: PreTrainedModel, smollm2_engine: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import open_engine
 from slipstream.errors import CapacityError, CheckpointError, EngineMismatchError
 from slipstream.errors import InvalidRequestError as Invalid
-from slipstream.runtime.loading import load
+from slipstream.runtime.loading import load, runtime_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -294,3 +295,12 @@ def test_options_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(Invalid, match=message):
         load(tiny_engine, options)
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("name", ["num_threads", "kv_offload_path"])
+def test_gpus_refuse_what_is_for_a_cpu(tiny_engine: Path, target: str, name: str) -> None:
+    engine = open_engine(tiny_engine)
+    on_a_gpu = replace(engine, manifest=replace(engine.manifest, target=target))
+    with pytest.raises(Invalid, match=f"{name} does nothing for .* GPU.*leave it out"):
+        runtime_config(on_a_gpu, {name: 1})

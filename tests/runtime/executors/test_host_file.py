@@ -46,6 +46,7 @@ def test_what_was_noted_is_found_least_recently_stored_first(tmp_path: Path) -> 
     assert [record.slot for record in file.found()] == [0, 1]
     file.close()
     assert sorted(os.listdir(tmp_path)) == ["kv"]
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("offset", [0, -SLOT * 3])  # of an entry, of a page

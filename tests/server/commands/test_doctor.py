@@ -97,6 +97,15 @@ def test_a_gpu_and_packages_are_described(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpus == [{"name": "NVIDIA H100", "capability": [9, 0], "memory": 80 << 30}]
 
 
+def test_what_two_targets_lack_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "known_targets", lambda: {"far": "", "near": ""})
+    monkeypatch.setattr(module, "known_executors", lambda: {"far": "", "near": ""})
+    monkeypatch.setattr(demands, "lacks", lambda *_, thorough: ("no dongle: plug it in",))
+    text = run()
+    assert "to run far and near: no dongle: plug it in" in text
+    assert text.count("no dongle") == 2  # to build, to run
+
+
 def test_two_packages_of_one_target_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def collide() -> dict[str, str]:
         raise BuildError("two packages bring far; uninstall one of them")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from slipstream.server.doctor import packages
 from slipstream.server.doctor.packages import Package
 
+ROOT = Path(__file__).parents[3]
 REQUIRES = [
     "numpy>=1.26",
     "onnxruntime>=1.24",
@@ -63,6 +66,30 @@ def test_a_checkout_that_was_not_installed_has_no_needs(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(metadata, "requires", requires)
     assert packages.find() == [Package("torch", "2.13")]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("torch", "cuda"), ("transformers", "quantize"), ("msgspec", "kv-events"), ("tqdm", "dynamo")],
+)
+def test_the_extra_that_is_named_is_the_one_for_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    """Metadata has the extras in the order of the project's file."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    told = [f'{each}; extra == "{key}"' for key, given in extras.items() for each in given]
+    monkeypatch.setattr(metadata, "requires", lambda _: told)
+    assert {p.name: p.extra for p in packages.find()}[name] == extra
+
+
+def test_every_extra_is_in_the_page() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    page = (ROOT / "docs" / "installing.md").read_text()
+    assert [extra for extra in extras if f"\n| `{extra}` |" not in page] == []
 
 
 @pytest.mark.parametrize(

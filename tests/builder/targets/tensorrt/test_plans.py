@@ -75,7 +75,13 @@ def layers_of(report: dict[str, Any]) -> list[Layer]:
     return read_layers(report["table"])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("int4", "fp8-w8a8") else pytest.mark.slow)
+        for name in FORMATS
+    ],
+)
 def test_every_product_of_a_layer_is_one_kernel(tmp_path: Path, name: str) -> None:
     planned = compiled(tmp_path, name)
     source = lay_out(planned, tmp_path)["layer.1"]
@@ -100,6 +106,7 @@ def test_every_product_of_a_layer_is_one_kernel(tmp_path: Path, name: str) -> No
     assert set(report["inputs"]) == weights
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
     source = lay_out(compiled(tmp_path, "bf16"), tmp_path)["tail.3"]
     written = []
@@ -110,7 +117,12 @@ def test_a_plan_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "runs", "refused"), [("bf16", 80, 75), ("int4", 121, 75), ("fp8", 120, 86)]
+    ("name", "runs", "refused"),
+    [
+        pytest.param("bf16", 80, 75, marks=pytest.mark.slow),
+        pytest.param("int4", 121, 75, marks=pytest.mark.slow),
+        ("fp8", 120, 86),
+    ],
 )
 def test_gpus_that_have_no_kernel_are_refused(
     tmp_path: Path, name: str, runs: int, refused: int
@@ -134,7 +146,7 @@ print(json.dumps([parser.get_subgraph_nodes(i) for i in range(parser.num_subgrap
 """
 
 
-@pytest.mark.parametrize("name", ["bf16", "int4"])
+@pytest.mark.parametrize("name", [pytest.param("bf16", marks=pytest.mark.slow), "int4"])
 def test_the_parser_parts_the_graph_where_we_do(tmp_path: Path, name: str) -> None:
     planned = compiled(tmp_path, name)
     lay_out(planned, tmp_path)
