@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import open_engine
 from slipstream.errors import CapacityError, CheckpointError, EngineMismatchError
 from slipstream.errors import InvalidRequestError as Invalid
-from slipstream.runtime.loading import load
+from slipstream.runtime.loading import load, runtime_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -294,3 +295,22 @@ def test_options_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(Invalid, match=message):
         load(tiny_engine, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"target": "onnxruntime"}, {}, "its executor keeps no pages on the host"),
+        ({"target": "tensorrt"}, {"kv_offload_path": "kv"}, "a GPU copies pages to memory"),
+        ({"ranks": 2}, {}, "its ranks keep no pages on the host.*tp_size 1"),
+    ],
+)
+def test_engines_that_keep_no_pages_on_the_host(
+    tiny_engine: Path, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    """They say so before anything is loaded."""
+    opened = open_engine(tiny_engine)
+    engine = replace(opened, manifest=replace(opened.manifest, **changes))
+    with pytest.raises(Invalid, match=f"does nothing for .*{message}"):
+        runtime_config(engine, {"kv_offload_gib": 1.0, **options})
+    assert runtime_config(engine, {"kv_offload_gib": 0.0}).kv_offload_gib == 0
