@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -40,10 +41,12 @@ class HostFile:
         size, cut off, no such file at all, or one in use; CapacityError where there is no room, or
         no file can be."""
         self._path = path
-        header = _HEADER.pack(_MAGIC, fingerprint.encode()[:32].ljust(32, b"\0"), count, slot_bytes)
-        header += _checksum(header)
         entries = -(-count * _ENTRY.itemsize // _BLOCK) * _BLOCK
         size = _BLOCK + entries + count * slot_bytes
+        if size > sys.maxsize:
+            raise _no_room(path, size, "no file is so large")
+        header = _HEADER.pack(_MAGIC, fingerprint.encode()[:32].ljust(32, b"\0"), count, slot_bytes)
+        header += _checksum(header)
         self._handle = _open(path, header, size)
         try:
             self._lock()
@@ -141,10 +144,14 @@ def _open(path: Path, header: bytes, size: int) -> BinaryIO:
             _make(path, header, size)
         return path.open("r+b")
     except OSError as error:
-        raise CapacityError(
-            f"kv_offload_path {path} of {size} bytes cannot be made or opened ({error}): lower"
-            " --kv-offload-gib, or give a file where there is room"
-        ) from error
+        raise _no_room(path, size, error) from error
+
+
+def _no_room(path: Path, size: int, reason: object) -> CapacityError:
+    return CapacityError(
+        f"kv_offload_path {path} of {size} bytes cannot be made or opened ({reason}): lower"
+        " --kv-offload-gib, or give a file where there is room"
+    )
 
 
 def _make(path: Path, header: bytes, size: int) -> None:

@@ -117,6 +117,8 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
             opened(impossible)
     with pytest.raises(CapacityError, match="lower --kv-offload-gib"):
         opened(tmp_path / "kv", count=1, slot_bytes=1 << 62)
+    with pytest.raises(CapacityError, match="no file is so large"):
+        opened(tmp_path / "kv", count=1 << 80)
     assert not list(tmp_path.iterdir())
 
 
