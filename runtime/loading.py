@@ -36,6 +36,13 @@ _UNUSED = {
     },
     "cuda": _GPU,
     "tensorrt": _GPU,
+    "onnxruntime": {
+        "kv_offload_gib": "its executor keeps no pages on the host; leave it out, or build for"
+        " target cpu or cuda"
+    },
+}
+_UNUSED_BY_RANKS = {
+    "kv_offload_gib": "its ranks keep no pages on the host; leave it out, or build with tp_size 1"
 }
 
 
@@ -115,8 +122,9 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    for name, reason in _UNUSED.get(engine.manifest.target, {}).items():
-        if name in runtime:
+    of_ranks = _UNUSED_BY_RANKS if engine.manifest.ranks > 1 else {}
+    for name, reason in {**_UNUSED.get(engine.manifest.target, {}), **of_ranks}.items():
+        if runtime.get(name):
             raise InvalidRequestError(f"{name} does nothing for {engine.path}: {reason}")
     if {"kv_cache_bytes", "kv_cache_free_gpu_memory_fraction"} <= runtime.keys():
         raise InvalidRequestError(

@@ -73,7 +73,7 @@ class RequestFactory:
             prompt=text,
             priority=priority,
             output_kind=output_kind,
-            cache_namespace=cache_salt,
+            cache_namespace=_unicode(cache_salt),
             grammar=self.grammars.compile(form) if form and self._compiles else None,
         )
 
@@ -95,7 +95,7 @@ class RequestFactory:
             prompt=prompt if isinstance(prompt, str) else None,
             priority=priority,
             output_kind="final",
-            cache_namespace=cache_salt,
+            cache_namespace=_unicode(cache_salt),
             pooling=params,
         )
 
@@ -154,3 +154,15 @@ class RequestFactory:
     def _encoded(self, text: str) -> list[int]:
         check_length(self._tokenizer, [text], self._max_seq_len)
         return self._tokenizer.encode(text)
+
+
+def _unicode(cache_salt: str) -> str:
+    """A salt that pages can be named by; raises ``InvalidRequestError`` for another."""
+    try:
+        cache_salt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"cache_salt {cache_salt!r:.80} is not valid Unicode; remove lone surrogates",
+            param="cache_salt",
+        ) from error
+    return cache_salt

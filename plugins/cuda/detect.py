@@ -156,7 +156,7 @@ def _missing_packages() -> list[str]:
 
 def _failed_trial() -> list[str]:
     # In a process of its own: a build needs neither torch in memory nor a context on the GPU.
-    command = [sys.executable, "-c", _TRIAL]
+    command = [sys.executable, "-P", "-c", _TRIAL]
     try:
         tried = subprocess.run(
             command, capture_output=True, text=True, timeout=_TRIAL_SECONDS, check=False

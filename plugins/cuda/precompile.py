@@ -249,7 +249,7 @@ def _start(
             share.write(pickle.dumps((capability, kernels[worker::workers])))
             share.seek(0)
             try:
-                command = [sys.executable, "-m", __name__]
+                command = [sys.executable, "-P", "-m", __name__]
                 processes.append(subprocess.Popen(command, stdin=share, stderr=subprocess.DEVNULL))
             except OSError:  # no interpreter to start, or no room for one
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
@@ -51,3 +52,13 @@ class Refused:
     def result(self) -> StepResult:
         """Raise what the device raised."""
         raise self.error
+
+
+def step_failed(cause: Exception) -> ExecutionError:
+    """What requests of a step are told that the device has failed."""
+    error = ExecutionError(
+        f"a step failed on the device: {cause}. The requests in it have ended and the engine goes"
+        " on; send them again, and restart the engine if it recurs"
+    )
+    error.__cause__ = cause
+    return error

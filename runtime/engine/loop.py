@@ -12,7 +12,7 @@ from dataclasses import asdict
 from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
-from slipstream.runtime.engine.flight import Flight, Refused
+from slipstream.runtime.engine.flight import Flight, Refused, step_failed
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.request_state import CompletionState, RequestState, sequences_of
@@ -76,7 +76,7 @@ class EngineLoop:
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
-        self._detokenizes = detokenizes
+        self._tokenizer = engine.tokenizer if detokenizes else None
         # Files may name tokens that the model has no logits for.
         self._eos_token_ids = frozenset(
             token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
@@ -143,7 +143,7 @@ class EngineLoop:
         self.validate(request)
         if request.request_id in self._requests:
             raise id_in_use(request.request_id)
-        completions = [self._completion(s) for s in self._sequences(request)]
+        completions = [CompletionState.of(s, self._tokenizer) for s in self._sequences(request)]
         state = RequestState(request, completions, RequestMetrics(arrival_time=self._clock()))
         self._requests[request.request_id] = state
         if request.params.needs_output:
@@ -165,6 +165,8 @@ class EngineLoop:
         if self.unhealthy is None:
             spill(self._engine, self.scheduler.kv)
         self._engine.executor.shutdown()
+        if self._speculator is not None:
+            self._speculator.shutdown()
         self.kv_events.close()
         self._health.ended()
 
@@ -238,10 +240,6 @@ class EngineLoop:
     def _clamp(self, request: Request) -> int:
         length, pools = len(request.prompt_token_ids), request.pooling is not None
         return self.scheduler.clamp_max_tokens(length, request.params.max_tokens, pools)
-
-    def _completion(self, sequence: Sequence) -> CompletionState:
-        tokenizer = self._engine.tokenizer if self._detokenizes else None
-        return CompletionState.of(sequence, tokenizer)
 
     def _launch(self) -> Flight | None:
         plan = self.scheduler.schedule()
@@ -371,11 +369,7 @@ class EngineLoop:
         for sequence in plan.sequences:
             if not sequence.finish_reason:
                 state = self._requests[sequence.request.request_id]
-                state.error = ExecutionError(
-                    f"a step failed on the device: {cause}. The requests in it have ended and the"
-                    " engine goes on; send them again, and restart the engine if it recurs"
-                )
-                state.error.__cause__ = cause
+                state.error = step_failed(cause)
                 self._end(state, "error")
 
     def _end(self, state: RequestState, reason: FinishReason, *, spoiled: bool = False) -> None:

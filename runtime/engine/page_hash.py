@@ -15,7 +15,7 @@ PRIVATE = b""
 @lru_cache(maxsize=64)
 def root_hash(namespace: str) -> bytes:
     """What the first page of a caller's namespace follows."""
-    return sha256(namespace.encode("utf-8", "surrogatepass")).digest()
+    return sha256(namespace.encode()).digest()
 
 
 def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -6,9 +6,12 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +38,16 @@ class HostFile:
 
     def __init__(self, path: Path, count: int, slot_bytes: int, fingerprint: str) -> None:
         """Open or make the file. EngineMismatchError where there is another: of another engine or
-        size, cut off, no such file at all, or one in use; CapacityError where there is no room."""
+        size, cut off, no such file at all, or one in use; CapacityError where there is no room, or
+        no file can be."""
         self._path = path
-        header = _HEADER.pack(_MAGIC, fingerprint.encode()[:32].ljust(32, b"\0"), count, slot_bytes)
-        header += _checksum(header)
         entries = -(-count * _ENTRY.itemsize // _BLOCK) * _BLOCK
         size = _BLOCK + entries + count * slot_bytes
-        if not path.exists():
-            _make(path, header, size)
-        self._handle = path.open("r+b")
+        if size > sys.maxsize:
+            raise _no_room(path, size, "no file is so large")
+        header = _HEADER.pack(_MAGIC, fingerprint.encode()[:32].ljust(32, b"\0"), count, slot_bytes)
+        header += _checksum(header)
+        self._handle = _open(path, header, size)
         try:
             self._lock()
             self._check(header, size)
@@ -133,18 +137,38 @@ def _text(engine: bytes) -> str:
     return engine.rstrip(b"\0").decode("ascii", "replace")
 
 
+def _open(path: Path, header: bytes, size: int) -> BinaryIO:
+    """The file, made if it is not there."""
+    try:
+        if not path.exists():
+            _make(path, header, size)
+        return path.open("r+b")
+    except OSError as error:
+        raise _no_room(path, size, error) from error
+
+
+def _no_room(path: Path, size: int, reason: object) -> CapacityError:
+    return CapacityError(
+        f"kv_offload_path {path} of {size} bytes cannot be made or opened ({reason}): lower"
+        " --kv-offload-gib, or give a file where there is room"
+    )
+
+
 def _make(path: Path, header: bytes, size: int) -> None:
-    """Make a file that others see only whole, with all the room it takes."""
+    """Make a file that others see only whole, with all the room it takes, and that nobody else may
+    read: what was asked can be told from its pages."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        new.touch(mode=0o600)  # from keys and values, text can be told
-        with new.open("w+b") as handle:
+        with open(new, "w+b", opener=_own) as handle:
             os.posix_fallocate(handle.fileno(), 0, size)
             handle.write(header)
         new.rename(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise CapacityError(
-            f"kv_offload_path {path} of {size} bytes cannot be made ({error}): lower"
-            " --kv-offload-gib, or give a file where there is room"
-        ) from error
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
+def _own(path: str, flags: int) -> int:
+    """Open a file that is its owner's alone."""
+    return os.open(path, flags, 0o600)

@@ -43,6 +43,12 @@ class KvEventsConfig:
         """Whether events leave the engine."""
         return self.enable_kv_cache_events and self.publisher != "null"
 
+    @property
+    def binds(self) -> bool:
+        """Whether the endpoint is this engine's own, and not that of whoever gathers events."""
+        endpoint = self.endpoint
+        return "*" in endpoint or "::" in endpoint or not endpoint.startswith("tcp://")
+
 
 def with_kv_events(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with ``kv_events_config``, which may be an object or its JSON, read.

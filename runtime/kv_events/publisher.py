@@ -65,7 +65,7 @@ class Publisher:
         self._outbox = self._socket(zmq.PUSH, config.max_queue_size)
         self._outbox.connect(_INBOX)
         self._events = self._socket(zmq.PUB, config.hwm)
-        if _is_bound(config.endpoint):
+        if config.binds:
             self._events.bind(config.endpoint)
         else:
             self._events.connect(config.endpoint)
@@ -124,8 +124,3 @@ class Publisher:
         for number, batch in [*self._kept, (_END, b"")]:
             if number >= first or not batch:
                 self._replay.send_multipart((client, b"", number, batch))
-
-
-def _is_bound(endpoint: str) -> bool:
-    """Whether an address is this engine's own, and not that of whoever gathers events."""
-    return "*" in endpoint or "::" in endpoint or not endpoint.startswith("tcp://")

@@ -99,6 +99,10 @@ class DraftProposer:
             self._kv.release(sequence.allocation)
             self._rows.append(sequence.row)
 
+    def shutdown(self) -> None:
+        """Free the model's device, or end its ranks."""
+        self._executor.shutdown()
+
     def _follow(self, context: Context, most: int, asked: Sequence[Context]) -> Running | None:
         """A sequence that has a context's tokens, and room for ``most`` more; None if there is
         none."""

@@ -86,6 +86,15 @@ class Follower(Protocol):
         ...
 
 
+@runtime_checkable
+class Owner(Protocol):
+    """A proposer that has a device, or processes, of its own."""
+
+    def shutdown(self) -> None:
+        """Free them; nothing is asked any more."""
+        ...
+
+
 def create_proposer(name: str, engine: LoadedEngine) -> Proposer:
     """The proposer of a name; raises ``InvalidRequestError`` for one that nobody brings."""
     places = {**entry_points(GROUP), **_PROPOSERS}

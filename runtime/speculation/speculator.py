@@ -23,6 +23,7 @@ from slipstream.runtime.speculation.proposer import (
     Computed,
     Context,
     Follower,
+    Owner,
     Proposer,
     create_proposer,
 )
@@ -67,6 +68,7 @@ class Speculator:
         """Up to ``most`` drafts a sequence, as many as are guessed where there are no
         ``lengths``."""
         self._proposer: Proposer | None = proposer
+        self._owner = proposer if isinstance(proposer, Owner) else None
         self._most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
@@ -81,6 +83,11 @@ class Speculator:
         """A snapshot; may be read from another thread."""
         accepted = tuple(self._accepted)
         return SpeculationStats(self._num_drafts, self._num_tokens, sum(accepted), accepted)
+
+    def shutdown(self) -> None:
+        """Free what the proposer has of its own, also of one that has failed."""
+        if self._owner is not None:
+            self._owner.shutdown()
 
     def draft(
         self, sequences: Sequence[Running], room: Sequence[int], budget: int

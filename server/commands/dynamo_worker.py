@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from slipstream.errors import MissingDependencyError
-from slipstream.runtime.kv_events.config import NAME, KvEventsConfig
+from slipstream.errors import InvalidRequestError, MissingDependencyError
+from slipstream.runtime.kv_events.config import NAME, KvEventsConfig, with_kv_events
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.server.command import UNHEALTHY, Command
 from slipstream.server.commands.serve import default_name
@@ -46,7 +46,19 @@ def dynamo_worker(model: str, dynamo: DynamoOptions, runtime: dict[str, Any]) ->
     def load(own: KvEventsConfig) -> LoadedEngine:
         """With events of the cache as the options say, or else in a way of the worker's own."""
         tells = runtime.get("enable_prefix_caching", True)
-        return load_model(model, {**({NAME: own} if tells else {}), **runtime})
+        given = with_kv_events({**({NAME: own} if tells else {}), **runtime})
+        _check_events(given.get(NAME))
+        return load_model(model, given)
 
     if run(load, options) is not None:
         click.get_current_context().exit(UNHEALTHY)
+
+
+def _check_events(events: KvEventsConfig | None) -> None:
+    """Raise ``InvalidRequestError`` where Dynamo could not hear the events that it is promised."""
+    if events is not None and events.publishes and not events.binds:
+        raise InvalidRequestError(
+            f"{NAME} has endpoint {events.endpoint}, which is connected to, and Dynamo listens at "
+            "the worker's own; give one that is bound, such as tcp://*:5557, or leave it out",
+            param=NAME,
+        )

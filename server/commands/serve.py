@@ -83,7 +83,7 @@ def _serve_before_others(
         store = Store(options.max_stored_responses, options.max_stored_bytes)
         return answers_of(store, settled)
 
-    command = [sys.executable, "-m", "slipstream.server.commands.api_process"]
+    command = [sys.executable, "-P", "-m", "slipstream.server.commands.api_process"]
     assert options.api_processes is not None
     with Supervisor(command, options, listener, options.api_processes, shared) as supervisor:
         return supervisor.run(load_model(model, runtime))

@@ -98,7 +98,7 @@ def _answer(module: str) -> Mapping[str, object]:
     code = f"import json, {module} as m; print('\\n' + json.dumps({_QUESTIONS[module]}))"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-P", "-c", code],
             capture_output=True,
             text=True,
             timeout=_SECONDS,

@@ -25,6 +25,7 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.kv_events.config import KvEventsConfig
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.server.core.metrics import PREFIX, EngineMetrics
+from slipstream.server.core.offload_metrics import OffloadMetrics
 from slipstream.server.dynamo.options import DynamoOptions
 from slipstream.server.dynamo.requests import Translator, cache_salt
 
@@ -79,7 +80,9 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         """Start the engine and say what it is."""
         self._llm = llm = AsyncLLM.from_engine(self._engine)
         self._watching = asyncio.create_task(self._watch(llm))
-        self._metrics = EngineMetrics(self._options.served_model_name or "", llm)
+        name = self._options.served_model_name or ""
+        self._metrics = EngineMetrics(name, llm)
+        self._offload = OffloadMetrics(name, llm, PREFIX)
         self._translator = Translator(llm.generation_defaults, llm.tokenizer)
         config = self._engine.config
         return EngineConfig(
@@ -187,6 +190,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         """Have the metrics of ``slipstream serve`` told beside Dynamo's."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._metrics)
+        registry.register(self._offload)
         register_engine_registry(metrics, registry, prefix_filters=[PREFIX])
 
     def component_metrics_dp_ranks(self) -> list[int]:

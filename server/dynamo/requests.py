@@ -75,7 +75,7 @@ class Translator:
             return None
         if (tag := given.pop("structural_tag", None)) is None or given:
             return StructuredOutput.from_dict(given)
-        return structural_tag(json.loads(tag) if isinstance(tag, str) else tag, self._tokenizer)
+        return structural_tag(_parsed(tag) if isinstance(tag, str) else tag, self._tokenizer)
 
     def chunk(self, output: RequestOutput, told: int) -> dict[str, Any]:
         """What is new of the completion, of which so many tokens were told before."""
@@ -106,6 +106,15 @@ class Translator:
             "logprob": finite(logprob),
             "bytes": self._texts.bytes(token),
         }
+
+
+def _parsed(tag: str) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(tag)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"structural_tag is no JSON ({error!s:.80}); give an object", param="structured"
+        ) from error
 
 
 def cache_salt(request: Request) -> str:

@@ -112,6 +112,8 @@ def test_one_bad_prompt_stops_the_call_before_anything_runs() -> None:
         llm.generate(["a"], [greedy(), greedy()])
     with pytest.raises(InvalidRequestError, match="stop_token_ids"):
         llm.generate(["a"], greedy(stop_token_ids=[9999]))
+    with pytest.raises(InvalidRequestError, match=r"cache_salt .* remove lone surrogates"):
+        llm.generate(["a"], greedy(), cache_salt="\ud800")
     assert executor.steps == 0
     assert_idle(llm)
 

@@ -304,3 +304,22 @@ def test_gpus_refuse_what_is_for_a_cpu(tiny_engine: Path, target: str, name: str
     on_a_gpu = replace(engine, manifest=replace(engine.manifest, target=target))
     with pytest.raises(Invalid, match=f"{name} does nothing for .* GPU.*leave it out"):
         runtime_config(on_a_gpu, {name: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"target": "onnxruntime"}, {}, "its executor keeps no pages on the host"),
+        ({"target": "tensorrt"}, {"kv_offload_path": "kv"}, "a GPU copies pages to memory"),
+        ({"ranks": 2}, {}, "its ranks keep no pages on the host.*tp_size 1"),
+    ],
+)
+def test_engines_that_keep_no_pages_on_the_host(
+    tiny_engine: Path, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    """They say so before anything is loaded."""
+    opened = open_engine(tiny_engine)
+    engine = replace(opened, manifest=replace(opened.manifest, **changes))
+    with pytest.raises(Invalid, match=f"does nothing for .*{message}"):
+        runtime_config(engine, {"kv_offload_gib": 1.0, **options})
+    assert runtime_config(engine, {"kv_offload_gib": 0.0}).kv_offload_gib == 0

@@ -47,6 +47,7 @@ _CHOICES = {
     "quantization": ("none", "int8_wo", "int4_wo"),
     "kv_cache_dtype": ("auto",),
     "gemm_plugin": ("auto",),
+    "tp_size": (1,),
 }
 _ROUNDING = "not rounded"
 

@@ -24,7 +24,8 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.ranks.protocol import SLOT_BYTES, Answer, Reserve, Setup, Step
 from slipstream.runtime.executors.ranks.region import Region
 
-_COMMAND = (sys.executable, "-m", "slipstream.runtime.executors.ranks.process")
+# With -P, lest files of the working directory, perhaps a stranger's engine, be taken for modules.
+_COMMAND = (sys.executable, "-P", "-m", "slipstream.runtime.executors.ranks.process")
 _PAUSE = 0.25  # seconds between two looks at ranks that have not answered
 # A rank that others wait for and that has computed nothing for so long is stopped or stuck.
 SILENCE = 10.0

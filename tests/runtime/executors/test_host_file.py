@@ -113,6 +113,16 @@ def test_a_file_has_one_engine_at_a_time(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="cannot be made"):
         opened(tmp_path / "nowhere" / "kv")
+    for impossible in (tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(CapacityError, match="cannot be made or opened"):
+            opened(impossible)
     with pytest.raises(CapacityError, match="lower --kv-offload-gib"):
         opened(tmp_path / "kv", count=1, slot_bytes=1 << 62)
+    with pytest.raises(CapacityError, match="no file is so large"):
+        opened(tmp_path / "kv", count=1 << 80)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_asked_is_its_owners_alone(tmp_path: Path) -> None:
+    opened(tmp_path / "kv").close()
+    assert (tmp_path / "kv").stat().st_mode & 0o077 == 0

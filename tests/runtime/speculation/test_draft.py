@@ -18,6 +18,7 @@ from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.base import StartedStep
+from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request
 from slipstream.runtime.speculation import draft
@@ -144,6 +145,9 @@ def test_right_guesses_save_steps() -> None:
     assert device.steps == 3
     made = loop._speculator._proposer  # type: ignore[union-attr]
     assert isinstance(made, DraftProposer) and not made._running
+    small = made._executor
+    loop.shutdown()
+    assert isinstance(small, CountingExecutor) and small.closed, "its device is free again"
 
 
 def test_a_model_must_be_named() -> None:

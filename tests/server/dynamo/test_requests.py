@@ -59,6 +59,7 @@ def test_forms_of_answers(form: dict[str, Any], kind: str) -> None:
         ("sampling_options", {"n": 2}, "n is 2"),
         ("sampling_options", {"temperature": -1}, "temperature"),
         ("sampling_options", {"guided_decoding": {"regex": "a", "choice": ["a"]}}, "one of"),
+        ("sampling_options", {"guided_decoding": {"structural_tag": "{"}}, "is no JSON"),
     ],
 )
 def test_what_is_impossible_is_refused(part: str, values: dict[str, Any], named: str) -> None:

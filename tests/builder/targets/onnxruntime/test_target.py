@@ -124,6 +124,7 @@ def test_the_provider_that_has_all_kernels(
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype int8 does not run on target onnxruntime"),
         ({"quantization": "fp8"}, "quantization fp8 does not run on target onnxruntime"),
         ({"gemm_plugin": "disable"}, "gemm_plugin disable does not run on target onnxruntime"),
+        ({"tp_size": 2}, "tp_size 2 does not run on target onnxruntime; use one of 1"),
     ],
 )
 def test_options_that_mean_nothing_here(

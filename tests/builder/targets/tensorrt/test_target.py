@@ -244,7 +244,7 @@ def test_what_no_kernel_holds_becomes_dense(caplog: pytest.LogCaptureFixture) ->
         ({"dtype": "float32"}, "does not run on target tensorrt"),
         ({"kv_cache_dtype": "int8"}, "does not run on target tensorrt"),
         ({"ort_attention": "pages"}, "does not run on target tensorrt"),
-        ({"tp_size": 2}, "does not run on target tensorrt"),
+        ({"tp_size": 2}, "tp_size 2 does not run on target tensorrt"),
     ],
 )
 def test_options_that_nothing_computes(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.tiny_models import llama_tensors, save_llama
 
+import slipstream
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
@@ -143,6 +144,17 @@ def test_a_rank_that_is_lost_while_nobody_asks_is_noticed(engines: Callable[[int
 def test_pages_that_no_rank_has_are_refused(engines: Callable[[int], Path]) -> None:
     with pytest.raises(CapacityError, match="hold no page"):
         LLM(engines(2), kv_cache_bytes=64)
+
+
+def test_ranks_take_no_module_from_the_working_directory(
+    engines: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a stranger's engine."""
+    engine = engines(2)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('this is not numpy')")
+    monkeypatch.setenv("PYTHONPATH", str(Path(slipstream.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    load(engine, OPTIONS).executor.shutdown()
 
 
 _PROGRAM = """
