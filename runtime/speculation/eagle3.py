@@ -92,7 +92,8 @@ class Eagle3Proposer:
         hidden, first = dict[Context, Floats](), list(self._taken(ready, most))
         places = iter(ready)
         for rows in self._within(first):
-            for context, (tokens, after) in zip(places, self._run(rows), strict=False):
+            # In this order, the next group begins with the next place.
+            for (tokens, after), context in zip(self._run(rows), places, strict=False):
                 guesses[context], hidden[context] = tokens, after
         if self._head.kind == "eagle3":
             self._go_on(guesses, hidden, most)
@@ -174,8 +175,9 @@ class Eagle3Proposer:
         started = self._executor.submit(self._batch(rows))
         outputs = started.sample().result().outputs
         ends = np.cumsum([each.wanted for each in rows])
+        hidden = outputs[NEXT_HIDDEN].copy()  # the next run may overwrite it
         return (
-            (outputs[DRAFTS][end - each.wanted : end].tolist(), outputs[NEXT_HIDDEN][end - 1 : end])
+            (outputs[DRAFTS][end - each.wanted : end].tolist(), hidden[end - 1 : end])
             for each, end in zip(rows, ends, strict=True)
         )
 
