@@ -175,9 +175,8 @@ class Eagle3Proposer:
         started = self._executor.submit(self._batch(rows))
         outputs = started.sample().result().outputs
         ends = np.cumsum([each.wanted for each in rows])
-        hidden = outputs[NEXT_HIDDEN].copy()  # the next run may overwrite it
         return (
-            (outputs[DRAFTS][end - each.wanted : end].tolist(), hidden[end - 1 : end])
+            (outputs[DRAFTS][end - each.wanted : end].tolist(), outputs[NEXT_HIDDEN][end - 1 : end])
             for each, end in zip(rows, ends, strict=True)
         )
 
