@@ -105,7 +105,7 @@ def test_guesses_are_those_of_the_whole_text(
 ) -> None:
     reference = Reference(tiny_checkpoint)
     prompts = [list(range(20, 90)), [*range(20, 90), 7, 8], [9, 8, 7] * 12]
-    params = SamplingParams(temperature=0.8, seed=3, max_tokens=20, n=2, ignore_eos=True)
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=32, n=2, ignore_eos=True)
     options = {**ROOM, **SCHEDULES[schedule], "num_speculative_tokens": 4}
     with LLM(engine, **options) as llm:
         answers, guesses = recorded(llm, prompts, params)
