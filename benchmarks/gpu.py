@@ -355,10 +355,7 @@ def product_rate(dtype: torch.dtype) -> float:
 def _seconds(call: Callable[[], object], repeats: int = 20) -> float:
     for _ in range(3):
         call()
-    start, end = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
         call()

@@ -97,7 +97,7 @@ class Batch:
 def seconds(call: Callable[[int], object], guess: float) -> float:
     """Of one call, the median of several replays of a graph of calls 0, 1, 2 and so on."""
     calls = min(max(round(_SECONDS / guess), 1), 100)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call(0)  # compiles
         with torch.cuda.graph(graph, stream=stream):
@@ -106,10 +106,7 @@ def seconds(call: Callable[[int], object], guess: float) -> float:
         graph.replay()
         times: list[float] = []
         for _ in range(5):
-            start, end = (
-                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            )
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()

@@ -2,13 +2,12 @@
 
 The builder writes it into ``engine.json``; the graph builder, the verifier, the batch builder and
 every executor read it from there. Only this module spells the names. It imports nothing heavy:
-beside ``builder/engine.py`` it is all that the runtime knows of the builder.
+beside ``engine.py`` and ``check_contract.py`` it is all that the runtime knows of the builder.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -19,11 +18,7 @@ CacheKind = Literal["paged", "state"]
 PoolingMode = Literal["last", "mean"]
 Similarity = Literal["cosine", "dot"]
 # Bytes of an element, by the names that graphs and manifests use.
-_ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
-
-# What no page or slot of a layer reaches.
-_MOST_BYTES, _MOST_AXES = 1 << 40, 8
-_LARGEST = 2**31 - 1
+ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 
 class Source(StrEnum):
@@ -98,7 +93,7 @@ class CacheArray:
     @property
     def nbytes(self) -> int:
         """Bytes of one page or slot in one layer."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,94 +310,6 @@ def bytes_per_token(caches: Sequence[CacheSpec]) -> int:
 def kv_dtype_of(caches: Sequence[CacheSpec]) -> str:
     """The dtype of pages, for people: that of the first paged cache."""
     return paged(caches)[0].arrays[0].dtype
-
-
-def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec]) -> None:
-    """Raise ValueError, naming the place, unless graphs and caches fit together."""
-    _unique([cache.name for cache in caches], "caches")
-    _unique([array.name for cache in caches for array in cache.arrays], "arrays of caches")
-    for cache in caches:
-        problem = _cache_problem(cache)
-        _require(not problem, f"cache {cache.name} has {problem}")
-    sizes = {cache.page_size for cache in paged(caches)}
-    _require(
-        len(sizes) == 1, f"caches have pages of {sorted(sizes) or 'no'} tokens, not all the same"
-    )
-    for name, graph in graphs.items():
-        _check_graph(f"graph {name}", graph, caches)
-    target = graphs.get(TARGET_GRAPH)
-    found = [] if target is None else [o for o in target.outputs if o.name in (LOGITS, STATES)]
-    _require(
-        len(found) == 1, f"graphs has no {TARGET_GRAPH} with one of the outputs {LOGITS}, {STATES}"
-    )
-    _check_head(graphs)
-    rows, *columns = found[0].shape or ("",)
-    fits = rows == "L" and len(columns) == 1 and isinstance(columns[0], int)
-    fits = fits and 0 < int(columns[0]) <= _LARGEST
-    _require(fits, f"output {found[0].name} has shape {list(found[0].shape)}, not [L, columns]")
-
-
-def _check_head(graphs: Mapping[str, GraphSpec]) -> None:
-    """What a head takes is what the target graph, and itself, gives."""
-    if HEAD_GRAPH not in graphs:
-        return
-    head = graphs[HEAD_GRAPH]
-    given = graphs[TARGET_GRAPH].output(HIDDEN), head.output(NEXT_HIDDEN), head.output(DRAFTS)
-    width = next((p.shape[1] for p in head.inputs if p.source is Source.HIDDEN), None)
-    told = [(each.dtype, each.shape) for each in given if each is not None]
-    wanted = [("float32", ("T", width)), ("float32", ("L", width)), ("int32", ("L",))]
-    _require(told == wanted, f"graph {HEAD_GRAPH} takes {width} numbers of a token, not as given")
-
-
-def _cache_problem(cache: CacheSpec) -> str | None:
-    layers = set(cache.layers)
-    if not layers or not cache.arrays or len(layers) < len(cache.layers) or min(layers) < 0:
-        return "no layers, a layer twice or below 0, or no arrays"
-    for array in cache.arrays:
-        sized = array.dtype in _ITEM_BYTES and all(size > 0 for size in array.shape)
-        if not sized or len(array.shape) > _MOST_AXES or array.nbytes > _MOST_BYTES:
-            return f"an array {array.name} of dtype {array.dtype} and shape {list(array.shape)}"
-    is_paged = cache.kind == "paged"
-    numbers = 0 <= cache.page_size <= _LARGEST and 0 <= cache.window <= _LARGEST
-    if (cache.page_size > 0) != is_paged or not numbers or (cache.window and not is_paged):
-        return f"page_size {cache.page_size} and window {cache.window}, but is {cache.kind}"
-    return None
-
-
-def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> None:
-    _unique([port.name for port in graph.inputs], f"inputs of {place}")
-    _unique([output.name for output in graph.outputs], f"outputs of {place}")
-    known = {port.name: port for port in (*ports_of(caches), *layer_ports_of(caches))}
-    for port in graph.inputs:
-        fits = port == known.get(port.name) or _is_hidden(port)
-        _require(fits, f"input {port.name} of {place} is none that these caches and a step have")
-    arrays = [
-        (port.name, port.dtype, port.shape) for port in graph.inputs if port.source in BOUND_SOURCES
-    ]
-    for output in graph.outputs:
-        told = f"output {output.name} of {place}"
-        _require(output.dtype in _ITEM_BYTES, f"{told} has dtype {output.dtype}")
-        if output.updates is None:
-            named = {size for size in output.shape if isinstance(size, str)}
-            _require(named <= {"T", "S", "L"}, f"{told} has shape {list(output.shape)}")
-        else:
-            shapes = (output.updates, output.dtype, output.shape)
-            _require(shapes in arrays, f"{told} updates {output.updates}, which is no such input")
-
-
-def _is_hidden(port: Port) -> bool:
-    width = port.shape[-1] if len(port.shape) == 2 else 0
-    return isinstance(width, int) and 0 < width <= _LARGEST and port == hidden_port(width)
-
-
-def _unique(names: Sequence[str], of: str) -> None:
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    _require(not twice, f"{of} has {', '.join(twice)} twice")
-
-
-def _require(fits: bool, problem: str) -> None:
-    if not fits:
-        raise ValueError(problem)
 
 
 def _scoped(name: str, cache: str) -> str:

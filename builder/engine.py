@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream import __version__
+from slipstream.builder.check_contract import check_contract
 from slipstream.builder.contract import (
     HEAD_GRAPH,
     LOGITS,
@@ -22,7 +23,6 @@ from slipstream.builder.contract import (
     GraphSpec,
     Head,
     Pooling,
-    check_contract,
 )
 from slipstream.builder.from_json import from_json
 from slipstream.errors import EngineMismatchError

@@ -211,7 +211,7 @@ def train(
             )  # fmt: skip
             right.append((logits.argmax(-1) == wanted.argmax(-1)).float().mean().item())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         batch += 1

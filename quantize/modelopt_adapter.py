@@ -100,7 +100,7 @@ def _model(checkpoint: Checkpoint) -> torch.nn.Module:
     """The model in bfloat16, its head apart from its embedding."""
     config = transformers_config(checkpoint.config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for module in model.modules():
         _restore(model, module)
     weights = {name: _bfloat16(checkpoint, name) for name in checkpoint.names()}

@@ -64,7 +64,7 @@ class Skeleton:
         self.dtype = dtype
         described = transformers_config(config)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(
                 described, attn_implementation=_ATTENTION, dtype=dtype
             )
         model.eval()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from slipstream.builder.contract import CacheSpec, Pooling
 from slipstream.builder.engine import Engine
+from slipstream.errors import CapacityError
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.base import Executor
 from slipstream.runtime.sampling.params import SamplingParams
@@ -43,3 +44,12 @@ class LoadedEngine(Model):
     def model(self) -> Model:
         """The engine without its device."""
         return Model(**{each.name: getattr(self, each.name) for each in fields(Model)})
+
+    def reserve_pages(self) -> int:
+        """How many KV pages the device has made room for; CapacityError where not one fits."""
+        pages = self.executor.reserve_kv(self.config.kv_cache_bytes)
+        if pages < 1:
+            raise CapacityError(
+                f"kv_cache_bytes {self.config.kv_cache_bytes} holds no KV page. Raise it"
+            )
+        return pages

@@ -117,7 +117,7 @@ def _runs(call: Callable[[int], Tensor]) -> bool:
 
 def _seconds(call: Callable[[int], Tensor], weights: int, best: float) -> float:
     launches = max(weights, _LAUNCHES // 4)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
@@ -126,10 +126,7 @@ def _seconds(call: Callable[[int], Tensor], weights: int, best: float) -> float:
     graph.replay()
 
     def seconds() -> float:
-        start, end = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
-from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
@@ -34,8 +34,7 @@ from slipstream.runtime.request import (
 )
 from slipstream.runtime.speculation.speculator import speculator_of
 
-# Logits of prompt tokens that one step scores.
-_SCORED_BYTES = 256 << 20
+_SCORED_BYTES = 256 << 20  # logits of prompt tokens that one step scores
 
 
 class EngineLoop:
@@ -63,11 +62,7 @@ class EngineLoop:
         """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
         told, who says ``stop``."""
         self._speculator = speculator_of(engine, clock)
-        num_pages = engine.executor.reserve_kv(engine.config.kv_cache_bytes)
-        if num_pages < 1:
-            raise CapacityError(
-                f"kv_cache_bytes {engine.config.kv_cache_bytes} holds no KV page. Raise it"
-            )
+        num_pages = engine.reserve_pages()
         if self._speculator is not None:
             self._speculator.learn(engine.executor)
         self.scheduler = Scheduler(
@@ -118,8 +113,7 @@ class EngineLoop:
 
     @property
     def forked(self) -> str | None:
-        """Why nothing can run here, None where the engine was loaded: threads and devices are not
-        there in a process that was forked afterwards."""
+        """Why nothing runs in a process that was forked from the engine's, None elsewhere."""
         return forked_from(self._process)
 
     @property

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from slipstream.builder.contract import EAGLE3
 from slipstream.errors import InvalidRequestError
 from slipstream.extensions import entry_points, load
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the names of proposers are also asked by those who run nothing
+    import numpy as np
+    from numpy.typing import NDArray
+
     from slipstream.runtime.engine.kv_cache import Allocation
     from slipstream.runtime.loaded_engine import LoadedEngine
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from slipstream.server.command import Command
-from slipstream.server.options import size
+from slipstream.server.option_tables import size
 from slipstream.server.text import format_bytes, format_columns
 
 

@@ -10,7 +10,8 @@ import click
 from slipstream.server.command import Command
 from slipstream.server.core.sampling import describe_sampling
 from slipstream.server.models import load_model
-from slipstream.server.options import SAMPLING, runtime_options, sampling_options
+from slipstream.server.option_tables import SAMPLING
+from slipstream.server.options import runtime_options, sampling_options
 
 _SETTABLE = tuple(name for name in SAMPLING if name not in ("n", "logprobs"))
 

@@ -13,7 +13,8 @@ from slipstream.server.command import Command
 from slipstream.server.core.sampling import describe_sampling
 from slipstream.server.core.usage import Usage
 from slipstream.server.models import load_model
-from slipstream.server.options import SAMPLING, sampling_options, unwatched_options
+from slipstream.server.option_tables import SAMPLING
+from slipstream.server.options import sampling_options, unwatched_options
 from slipstream.server.text import echo_answer
 
 if TYPE_CHECKING:

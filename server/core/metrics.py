@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 from slipstream.runtime.speculation.stats import SpeculationStats
+from slipstream.server.core.http_metrics import HttpMetrics, HttpTally
 from slipstream.server.core.offload_metrics import OffloadMetrics
 from slipstream.server.core.pickers import PickerMetrics
 
@@ -103,7 +104,6 @@ STEPS: Mapping[str, Family] = {
     "iteration_tokens_total": Family("histogram", "Tokens of a step.", STEP_TOKENS),
     "step_time_seconds": Family("histogram", "From one step to the next.", STEP_SECONDS),
 }
-_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 # Which two times of a request a histogram measures.
 _SPANS: Mapping[str, tuple[str, str]] = {
     "e2e_request_latency_seconds": ("arrival_time", "finished_time"),
@@ -329,44 +329,6 @@ class RequestWatch:
             self._metrics.observe(name, stop - start)
 
 
-class HttpTally:
-    """The answers of one process."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str, str]] = Counter()
-
-    def count(self, method: str, path: str | None, status: int) -> None:
-        """Count an answer by its method, the path of its route (None: it has none) and its status.
-
-        What a client makes up is not told, lest there be a series for each.
-        """
-        known = method if method in _METHODS else "other"
-        self.counts[known, str(status), path or "none"] += 1
-
-    def add(self, other: HttpTally) -> None:
-        """Count what another has counted, too."""
-        self.counts.update(other.counts)
-
-
-class HttpMetrics(Collector):
-    """The answers of a server, as one or several processes have counted them."""
-
-    def __init__(self, model_name: str, *tallies: HttpTally) -> None:
-        self._model_name = model_name
-        self._tallies = tallies
-
-    def collect(self) -> Iterator[Metric]:
-        """One family, in the form of prometheus-client."""
-        labels = ["model_name", "method", "status", "handler"]
-        metric = CounterMetricFamily(PREFIX + "http_requests", "HTTP answers.", labels=labels)
-        total: Counter[tuple[str, str, str]] = Counter()
-        for tally in self._tallies:
-            total.update(tally.counts.copy())
-        for key, value in total.items():
-            metric.add_metric([self._model_name, *key], value)
-        yield metric
-
-
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """What a server has counted: its engine in the process ``pid``, and every process that answers
@@ -381,7 +343,7 @@ class Gathered:
         metrics = EngineMetrics(model_name, self.engine)
         for tally, _ in self.tallies:
             metrics.add(tally)
-        requests = HttpMetrics(model_name, *(answers for _, answers in self.tallies))
+        requests = HttpMetrics(model_name, PREFIX, *(answers for _, answers in self.tallies))
         pickers = PickerMetrics(metrics, PREFIX)
         offload = OffloadMetrics(model_name, self.engine, PREFIX)
         return render(registry_of(metrics, offload, pickers, requests, pid=self.pid))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slipstream.errors import InvalidRequestError
-from slipstream.server.options import Option, all_of
+from slipstream.server.option_tables import Option
+from slipstream.server.options import all_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def test_a_width_without_groups_is_dense_and_the_log_says_so(
 
 def test_zero_points_beyond_the_bits_need_our_kernel(tmp_path: Path) -> None:
     checkpoint = quantized_llama(SCHEMES["int4 zero points of 16"])
-    with pytest.raises(BuildError, match=r"has the zero point \d+, which 4 bits cannot hold"):
+    with pytest.raises(BuildError, match=r"has the zero point \d+, which 4 bits of MatMulNBits cannot hold"):
         run(checkpoint, tmp_path / "engine", gemm_plugin="disable")
     assert not (tmp_path / "engine").exists()
 

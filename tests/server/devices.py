@@ -87,10 +87,10 @@ class HungGPU(Device):
         import torch
 
         self._cuda = torch.cuda
-        self._cuda.init()  # type: ignore[no-untyped-call]
+        self._cuda.init()
 
     def land(self, step: CountingStep) -> None:
-        self._cuda._sleep(10**12)  # type: ignore[no-untyped-call]
+        self._cuda._sleep(10**12)
         self._cuda.synchronize()
 
 

@@ -20,7 +20,8 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.server.cli import slipstream
 from slipstream.server.command import Command, LazyGroup
 from slipstream.server.commands.build import build
-from slipstream.server.options import RUNTIME, SAMPLING, sampling_options, size
+from slipstream.server.option_tables import RUNTIME, SAMPLING, size
+from slipstream.server.options import sampling_options
 
 HEAVY = {"numpy", "onnx", "onnxruntime", "onnx_ir", "rich", "tokenizers", "jinja2", "gguf"}
 RUNNING = ("generate", "chat", "bench latency", "bench throughput")

@@ -48,7 +48,7 @@ class Event:
 
     def is_over(self) -> bool:
         """Whether the device is there."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is None or bool(self._event.query())
 
     def seconds_since(self, other: Event) -> float:
         """How long after another it was; both are timed, and over."""
@@ -184,7 +184,7 @@ class Device:
         except RuntimeError as error:
             raise _no_host_memory(shape, str(error)) from error
         if self.is_cuda:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime = torch.cuda.cudart()
             status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
             if status != runtime.cudaError.success:
                 raise _no_host_memory(shape, f"cudaHostRegister: {status}")
@@ -193,7 +193,7 @@ class Device:
     def unlock(self, memory: torch.Tensor) -> None:
         """Undo ``locked``."""
         if self.is_cuda:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime = torch.cuda.cudart()
             runtime.cudaHostUnregister(memory.data_ptr())
 
     def index(self, rows: NDArray[np.int32]) -> torch.Tensor:

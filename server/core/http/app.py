@@ -26,8 +26,9 @@ from slipstream.server.core.http.middleware import (
     RequestLog,
 )
 from slipstream.server.core.http.structure import StructureLimit
+from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.limits import MAX_VALUES
-from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
+from slipstream.server.core.metrics import EngineState, Gathered, Tally
 from slipstream.server.core.service import Service
 
 

@@ -21,8 +21,9 @@ from slipstream.runtime.engine_client import EngineClient
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.http.connection import Bounds, Connection, connection_limit
+from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import log_event
-from slipstream.server.core.metrics import HttpTally, Tally
+from slipstream.server.core.metrics import Tally
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 

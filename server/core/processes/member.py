@@ -20,8 +20,9 @@ from slipstream.runtime.remote.link import Answerer, Link
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.http.process import DrainingServer, freeze, settle, uvicorn_config
+from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import structured_logs
-from slipstream.server.core.metrics import Gathered, HttpTally, Tally
+from slipstream.server.core.metrics import Gathered, Tally
 from slipstream.server.core.places import Places
 from slipstream.server.core.processes.messages import (
     COUNTED,

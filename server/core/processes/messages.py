@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slipstream.runtime.loaded_engine import Model
-from slipstream.server.core.metrics import HttpTally, Tally
+from slipstream.server.core.http_metrics import HttpTally
+from slipstream.server.core.metrics import Tally
 from slipstream.server.core.options import ServerOptions
 
 # Questions of a member: for its ``Setup``, and for ``Gathered`` metrics of all; and to it: for what

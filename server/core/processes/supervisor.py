@@ -23,8 +23,9 @@ from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.remote.host import Client, EngineHost
 from slipstream.runtime.remote.link import Answerer, Link
 from slipstream.server.core.http.process import freeze, settle, share, url_of
+from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import log_event
-from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
+from slipstream.server.core.metrics import EngineState, Gathered, Tally
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.places import Places
 from slipstream.server.core.processes.messages import (

@@ -107,7 +107,7 @@ def write(path: Path, **files: str | dict[str, Any]) -> Path:
 
 
 def reference(template: str) -> transformers.PreTrainedTokenizerFast:
-    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=byte_level_backend(),
         chat_template=template,
         bos_token="<s>",

@@ -11,12 +11,12 @@ from slipstream.runtime.engine.histogram import Histogram
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step_stats import STEP_SECONDS, STEP_TOKENS
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
+from slipstream.server.core.http_metrics import HttpMetrics, HttpTally
 from slipstream.server.core.metrics import (
     FAMILIES,
+    PREFIX,
     STEPS,
     EngineMetrics,
-    HttpMetrics,
-    HttpTally,
     registry_of,
     render,
 )
@@ -140,7 +140,7 @@ def test_steps_are_those_of_the_engine() -> None:
 
 def test_answers_are_counted_and_what_clients_make_up_is_not_told() -> None:
     answers = HttpTally()
-    requests = HttpMetrics("m", answers)
+    requests = HttpMetrics("m", PREFIX, answers)
     answers.count("GET", "/health", 200)
     answers.count("GET", "/health", 200)
     answers.count("BREW", None, 405)

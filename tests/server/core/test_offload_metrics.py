@@ -6,7 +6,8 @@ from tests.server.core.test_metrics import STATS, Engine
 
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.stats import Traffic
-from slipstream.server.core.metrics import EngineState, Gathered, HttpTally, Tally
+from slipstream.server.core.http_metrics import HttpTally
+from slipstream.server.core.metrics import EngineState, Gathered, Tally
 
 
 def text(config: RuntimeConfig) -> str:

@@ -197,7 +197,7 @@ def test_blocks_equal_what_transformers_makes_of_them(dtype: torch.dtype, tmp_pa
     for name in (name for name in _linears(checkpoint) if "attn" in name):
         tensor = checkpoint.tensor(name).load()
         assert (tensor.format.rows, tensor.format.group) == (64, 64)
-        decode = Fp8Dequantize(None)._dequantize_one  # type: ignore[no-untyped-call]
+        decode = Fp8Dequantize(None)._dequantize_one
         expected = decode(stored[name], stored[f"{name}_scale_inv"], output_dtype=torch.float32)
         np.testing.assert_array_equal(tensor.dequantize(), expected.numpy())
 

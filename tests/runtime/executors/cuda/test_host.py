@@ -120,7 +120,7 @@ def test_copies_and_work_wait_for_each_other() -> None:
     host.transfer([Transfer(FULL.name, 0, 0, True)], pages)
     with device.work():
         page[:, 0] = 0  # not before it is stored
-        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(100_000_000)
         page[:, 1] = 7  # by the step before: not after it is loaded
     host.transfer([Transfer(FULL.name, 1, 0, False)], pages)
     with device.work():
