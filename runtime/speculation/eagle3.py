@@ -92,7 +92,8 @@ class Eagle3Proposer:
         hidden, first = dict[Context, Floats](), list(self._taken(ready, most))
         places = iter(ready)
         for rows in self._within(first):
-            for context, (tokens, after) in zip(places, self._run(rows), strict=False):
+            # In this order, the next group begins with the next place.
+            for (tokens, after), context in zip(self._run(rows), places, strict=False):
                 guesses[context], hidden[context] = tokens, after
         if self._head.kind == "eagle3":
             self._go_on(guesses, hidden, most)

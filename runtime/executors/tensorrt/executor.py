@@ -33,8 +33,11 @@ class UncapturedDevice(Device):
 class TensorRTExecutor(CUDAExecutor):
     """The ``Executor`` of an NVIDIA GPU whose linears, norms and gates are plans.
 
-    Pages, attention, sampling and the order of steps are those of the CUDA executor.
+    Pages, attention, sampling and the order of steps are those of the CUDA executor. Plans of the
+    head take as many rows as there are sequences, so no drafts are verified.
     """
+
+    max_drafts = 0
 
     def __init__(self, engine: Engine, config: RuntimeConfig, load: Loader = load_plans) -> None:
         """Put an engine's weights and plans on the GPU; ``load`` is another for tests.

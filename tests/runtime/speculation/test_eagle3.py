@@ -34,12 +34,18 @@ from slipstream.runtime.structured.output import StructuredOutput
 
 CONFIG = specforge()
 ROOM: dict[str, Any] = {"kv_cache_bytes": 16 << 20, "num_threads": 1, "speculative": "eagle3"}
+PAGE_BYTES = 32 * 4 * 2 * 2 * 16 * 4  # tokens, layers with the head's, k and v, heads, float32
 SCHEDULES: dict[str, dict[str, Any]] = {
     "together": {},
     "alone": {"max_batch_size": 1},
     "chunked": {"max_num_tokens": 24, "max_batch_size": 8},
-    "preempted": {"kv_cache_bytes": 8 * 32 * 4 * 2 * 2 * 16 * 4, "max_seq_len": 128},
+    "preempted": {"kv_cache_bytes": 8 * PAGE_BYTES, "max_seq_len": 128},
 }
+# The others, which begin and end together or one after the other, are slow.
+EVERY_DAY = [
+    pytest.param(name, marks=[] if name in ("chunked", "preempted") else pytest.mark.slow)
+    for name in SCHEDULES
+]
 Guesses = list[tuple[list[int], list[int]]]
 
 
@@ -93,7 +99,7 @@ class Reference:
         return guess
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY_DAY)
 def test_guesses_are_those_of_the_whole_text(
     engine: Path, tiny_checkpoint: Path, schedule: str
 ) -> None:
@@ -114,6 +120,36 @@ def test_guesses_are_those_of_the_whole_text(
     # The head of a page's last token may have read another's next one; and there are near-ties.
     assert sum(right) >= 0.85 * len(right)
     assert {len(guess) for _, guess in sample} <= {1, 2, 3, 4}
+
+
+def test_more_than_a_step_has_room_for_is_read_in_groups(engine: Path) -> None:
+    """One sequence each, here."""
+    prompts, found = [[*range(20, 24), last] for last in (3, 4, 5)], []
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for most in (64, 1):
+        with LLM(engine, **ROOM, num_speculative_tokens=3) as llm:
+            assert llm._loop._speculator is not None
+            proposer = llm._loop._speculator._proposer
+            assert isinstance(proposer, Eagle3Proposer)
+            proposer._most = most
+            answers, guesses = recorded(llm, prompts, params)
+        found.append((answers, {tuple(tokens): guess for tokens, guess in guesses}))
+    assert found[0] == found[1]
+    assert all(found[0][1].values())
+
+
+def test_pages_come_back_from_the_host_with_those_of_the_head(engine: Path) -> None:
+    """So that answers and guesses are those of pages that never went there."""
+    prompts = [[first + i % 9 for i in range(80)] for first in (2, 20, 40)] * 2
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    options = {**ROOM, "max_batch_size": 1, "max_seq_len": 128, "num_speculative_tokens": 3}
+    found = []
+    for more in ({}, {"kv_cache_bytes": 5 * PAGE_BYTES, "kv_offload_gib": 0.01}):
+        with LLM(engine, **{**options, **more}) as llm:
+            found.append(recorded(llm, prompts, params))
+            stats = llm.stats
+    assert stats.host_hits
+    assert found[0] == found[1]
 
 
 def counting(directory: Path) -> tuple[Path, dict[str, Any], Arrays]:
@@ -158,7 +194,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(directory, *counting(directory))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY_DAY)
 def test_right_guesses_save_steps(knowing: Path, schedule: str) -> None:
     prompts = [[start] * 40 for start in (1, 2, 5)]
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tests.runtime.executors.cuda.test_executor import LIMITS, SHAPE
-from tests.runtime.speculation.hostile import NAME, hostile
+from tests.runtime.speculation.hostile import NAME, HostileProposer, hostile
 from tests.tiny_models import save_tiny
 from transformers import LlamaConfig
 
@@ -46,25 +47,25 @@ def quick() -> Iterator[None]:
         yield
 
 
-def answers(engine: Path, count: int = 5, **options: Any) -> tuple[list[list[int]], LLM]:  # noqa: ANN401
-    params = [SamplingParams(max_tokens=count, ignore_eos=True, **kind) for kind in KINDS]
-    with LLM(engine, enable_prefix_caching=False, **LIMITS, **options) as llm:
-        outputs = llm.generate(PROMPTS, params)
-        for output, kind in zip(outputs, KINDS, strict=True):
-            logprobs = output.outputs[0].logprobs
-            assert (logprobs is not None and len(logprobs) == count) == ("logprobs" in kind)
-        return [output.outputs[0].token_ids for output in outputs], llm
+def answers(llm: LLM, **more: Any) -> list[list[int]]:  # noqa: ANN401
+    params = [SamplingParams(max_tokens=5, ignore_eos=True, **kind, **more) for kind in KINDS]
+    outputs = llm.generate(PROMPTS, params)
+    for output, kind in zip(outputs, KINDS, strict=True):
+        logprobs = output.outputs[0].logprobs
+        assert (logprobs is not None and len(logprobs) == 5) == ("logprobs" in kind)
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_drafts_change_no_answer(engine: Path, deterministic: bool) -> None:
     """Those that are right, wrong, of no token, too many and none, for two sequences at once."""
-    plain, _ = answers(engine, deterministic=deterministic)
-    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, plain, strict=True)]
-    with hostile(texts):
-        found, llm = answers(
-            engine, deterministic=deterministic, speculative=NAME, num_speculative_tokens=3
-        )
-    assert found == plain
-    drafts = llm.stats.speculation
+    options: dict[str, Any] = {**LIMITS, "deterministic": deterministic, "speculative": NAME}
+    options |= {"enable_prefix_caching": False, "num_speculative_tokens": 3}
+    with hostile(), LLM(engine, **options) as llm:
+        plain = answers(llm, speculative=False)
+        assert llm.stats.speculation is not None and not llm.stats.speculation.num_drafts
+        texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, plain, strict=True)]
+        with patch.object(HostileProposer, "texts", texts):
+            assert answers(llm) == plain
+        drafts = llm.stats.speculation
     assert drafts is not None and 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tests.rank_threads import chunk_of
@@ -12,8 +14,11 @@ from tests.runtime.executors.two_graphs import CACHES, save_engine
 from slipstream.builder.contract import paged
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch
+from slipstream.runtime.executors.ranks.executor import RankExecutor
 from slipstream.runtime.executors.ranks.message import StepCodec
+from slipstream.runtime.executors.ranks.protocol import Step
 from slipstream.runtime.executors.ranks.region import Region
+from slipstream.runtime.sampling.sampler import Sampler
 
 TOKENS = np.arange(400).reshape(2, 200)
 
@@ -50,3 +55,19 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
                 assert same(getattr(batch, name), getattr(found, name)), name
             assert found.sampling == []
     reader.close()
+
+
+def test_ranks_are_told_of_drafts_as_sequences_of_their_own(tmp_path: Path) -> None:
+    """As one device computes them, so that answers have the same bits with and without."""
+    told, executor = list[Step](), RankExecutor.__new__(RankExecutor)
+    executor._codec = StepCodec(save_engine(tmp_path).graphs, CACHES)
+    executor._sampler = Sampler(9, 1)
+    group: Any = SimpleNamespace(steps=Region.make(), tell=told.append)
+    executor.group = group
+    batch: StepBatch = chunk_of(TOKENS, 0, 3, paged(CACHES))
+    batch.drafts = [2, 0]
+    executor.submit(batch)
+    found = executor._codec.read(group.steps, told[0].numbers)
+    assert np.diff(found.query_start).tolist() == [1, 1, 1, 3]
+    assert found.context_len.tolist() == [1, 2, 3, 3]
+    group.steps.close()

@@ -76,6 +76,8 @@ def test_functions_between_attention_give_the_tokens_of_a_cpu(
             loading, "create_executor", lambda e, config: TensorRTExecutor(e, config, evaluated)
         )
         found = tokens(engine, **LIMITS)
+        with pytest.raises(EngineMismatchError, match="verifies no drafts"):
+            tokens(engine, **LIMITS, speculative="ngram")
     build(checkpoint, tmp_path / "cpu", BuildOptions(target="cpu", **options))
     assert found == tokens(tmp_path / "cpu")
 
