@@ -339,7 +339,7 @@ def assert_follows(reference: PreTrainedModel, outputs: Sequence[RequestOutput])
 def test_smollm2_follows_transformers(
     reference: PreTrainedModel, smollm2_bf16: Path, stagger: int, options: dict[str, int]
 ) -> None:
-    limits = {"max_batch_size": 4, "max_num_tokens": 256, **options}
+    limits: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 256, **options}
     outputs, _ = run(smollm2_bf16, PROMPTS, stagger=stagger, **limits)
     total = sum(len(output.outputs[0].token_ids) for output in outputs)
     assert assert_follows(reference, outputs) <= 0.04 * total
