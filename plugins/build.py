@@ -13,7 +13,6 @@ every version.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+from slipstream.cores import usable_cores
 from slipstream.plugins.cpu.codegen import generate, generate_signatures
 from slipstream.plugins.library import SUFFIX
 from slipstream.plugins.spec import OperatorSpec
@@ -87,7 +87,7 @@ class BuildNative(build_ext):  # type: ignore[misc]
             for source in kernels
         ]
         jobs += [(source, temp, [], None) for source in (*map(str, common), *others)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             objects = [
                 name
                 for names in pool.map(self._compile, *zip(*jobs, strict=True))
