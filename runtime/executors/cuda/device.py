@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
@@ -125,7 +126,7 @@ class Device:
     def compile(self, works: Sequence[Work]) -> None:
         """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
         if self.is_cuda:
-            with self.work():
+            with self.work(), phase("finding the kernels"):
                 kernels = record(works)
             self.synchronize()
             compile_kernels(kernels, self.capability)
