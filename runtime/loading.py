@@ -16,7 +16,7 @@ from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.phases import phase
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors import check_device, create_executor
+from slipstream.runtime.executors import begin_loading, check_device, create_executor
 from slipstream.runtime.kv_events.config import with_kv_events
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
@@ -63,6 +63,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     engine = open_engine(_engine_path(model, runtime, others))
     config = runtime_config(engine, runtime)
     _check_tables(config, engine.manifest.vocab_size)
+    begin_loading(engine)
     # Hashing releases the interpreter and reads the files into memory, from where the device gets
     # them: it begins first, beside the import of what drives the device.
     in_vain = Event()

@@ -72,6 +72,7 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = max(QUERIES) - 1
+    _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
 
@@ -90,6 +91,8 @@ class CUDAExecutor:
             with phase("weights"):
                 weights = load_weights(engine.path / WEIGHTS, self._device)
             prepared.result()
+        # What tells the kernels of its steps from those of others.
+        self._steps = f"{engine.fingerprint} {config}"
         with phase("program and buffers"):
             self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
 
@@ -296,7 +299,7 @@ class CUDAExecutor:
         if not device.is_cuda:
             return device.free_memory()
         with phase("kernels"):
-            device.compile(self.runner.works())
+            device.compile(self.runner.works, self._steps)
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
