@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # the table is also asked by those who run nothing
     from slipstream.runtime.config import RuntimeConfig
     from slipstream.runtime.executors.base import Executor
 
-# target -> "module:class", or a function; called with (engine, configuration). Packages add executors
-# for targets of theirs by entry points of this group.
+# target -> "module:class", or a function; called with (engine, configuration). Packages add
+# executors for targets of theirs by entry points of this group.
 _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
