@@ -32,6 +32,11 @@ _CHECKS = {
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
     "tensorrt": "slipstream.runtime.executors.tensorrt.require:require",
 }
+# What begins, for an engine, all that takes long and needs no Python.
+_AHEAD = {
+    "cuda": "slipstream.runtime.executors.cuda.ahead:begin",
+    "tensorrt": "slipstream.runtime.executors.cuda.ahead:begin",
+}
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {
     "cuda": ("torch", "triton"),
@@ -40,6 +45,16 @@ _NEEDS = {
 }
 # What installs them, where it is no extra of ours of the target's name.
 _INSTALLED_BY = {"onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU"}
+
+
+def begin_loading(engine: Engine) -> None:
+    """Start, in threads, what else importing a device's libraries would wait for; returns at once.
+    The earlier this is called, the sooner ``create_executor`` returns; nobody has to.
+
+    Raises ``MissingDependencyError`` for a package that the target needs.
+    """
+    if engine.manifest.target in _AHEAD:
+        _load(_AHEAD, engine)(engine)
 
 
 def check_device(engine: Engine) -> None:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from slipstream.builder.engine import Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
 from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
+from slipstream.plugins.cuda.remembered import are_compiled, mark_of, remember
 
 Work = Callable[[], None]
 _LITTLE_MEMORY = 1 << 30  # bytes
@@ -123,13 +125,23 @@ class Device:
             offer(read_kernels(kernels))
             prepare()
 
-    def compile(self, works: Sequence[Work]) -> None:
-        """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
-        if self.is_cuda:
-            with self.work():
-                kernels = record(works)
-            self.synchronize()
-            compile_kernels(kernels, self.capability)
+    def compile(self, works: Callable[[], Sequence[Work]], engine: str | None) -> None:
+        """Compile every kernel that ``works`` launch, on all cores; nothing is launched.
+
+        They are not even looked at where this machine has compiled those of ``engine`` before, a
+        name that tells all apart that launch other kernels.
+        """
+        if not self.is_cuda:
+            return
+        mark = None if engine is None else mark_of(engine, self.name)
+        if mark is not None and are_compiled(mark):
+            return
+        with self.work(), phase("finding the kernels"):
+            kernels = record(works())
+        self.synchronize()
+        compile_kernels(kernels, self.capability)
+        if mark is not None:
+            remember(mark)
 
     def capture(self, work: Work) -> Work:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""

@@ -27,6 +27,7 @@ from slipstream.builder.contract import (
 )
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -71,6 +72,7 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = max(QUERIES) - 1
+    _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
 
@@ -80,13 +82,23 @@ class CUDAExecutor:
         The machine has been checked (``device.require``). Raises CapacityError when weights or
         buffers do not fit.
         """
-        self._device = Device()
+        with phase("device"):
+            self._device = Device()
         with ThreadPoolExecutor(1) as pool:  # while weights are copied
-            prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
-            graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-            weights = load_weights(engine.path / WEIGHTS, self._device)
+            prepared = pool.submit(self._prepare, engine.path / KERNELS)
+            with phase("graph"):
+                graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+            with phase("weights"):
+                weights = load_weights(engine.path / WEIGHTS, self._device)
             prepared.result()
-        self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+        # What tells the kernels of its steps from those of others.
+        self._steps = f"{engine.fingerprint} {config}"
+        with phase("program and buffers"):
+            self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+
+    def _prepare(self, kernels: Path) -> None:
+        with phase("file of kernels, and Triton's own start"):
+            self._device.prepare(kernels)
 
     @classmethod
     def from_weights(
@@ -142,9 +154,12 @@ class CUDAExecutor:
         A cache with a window has fewer pages where a full batch cannot use as many as it returns.
         """
         with self._fitting():
-            pages = self._affordable_pages(num_bytes)
-            self._allocate(pages)
-            self.runner.capture()
+            with phase("largest steps"):
+                pages = self._affordable_pages(num_bytes)
+            with phase("pages"):
+                self._allocate(pages)
+            with phase("graphs of the first steps"):
+                self.runner.capture()
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -283,7 +298,8 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works())
+        with phase("kernels"):
+            device.compile(self.runner.works, self._steps)
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
