@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
@@ -14,6 +17,7 @@ from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.runtime.executors.onnxruntime.executor import ONNXRuntimeExecutor
+from slipstream.runtime.executors.onnxruntime.memory import Buffer, HostMemory
 from slipstream.runtime.loading import runtime_config
 
 PROMPTS = [[3 + (7 * i + j) % 300 for j in range(n)] for i, n in enumerate((1, 40, 5, 17, 90, 2))]
@@ -92,6 +96,30 @@ def test_best_tokens_of_the_graph_are_those_of_its_logits(
     assert tokens(engine, greedy(), speculative="ngram", num_speculative_tokens=2) == want
     with pytest.raises((AssertionError, ExecutionError), match="logits left the device"):
         tokens(engine, greedy(temperature=1.0))
+
+
+def test_a_step_reads_what_was_written_and_copied_before_it(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a copy may still be on its way when the call for it returned."""
+    want = tokens(engine, greedy(n=2, temperature=1.0, seed=5))
+
+    class Late(HostMemory):
+        def __init__(self) -> None:
+            self.waiting: list[Callable[[], None]] = []
+
+        def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
+            self.waiting.append(partial(super().write, buffer, values.copy()))
+
+        def copy_row(self, buffer: Buffer, source: int, destination: int) -> None:
+            self.waiting.append(partial(super().copy_row, buffer, source, destination))
+
+        def settle(self) -> None:
+            while self.waiting:
+                self.waiting.pop(0)()
+
+    monkeypatch.setattr(f"{ONNXRuntimeExecutor.__module__}.HostMemory", Late)
+    assert tokens(engine, greedy(n=2, temperature=1.0, seed=5)) == want
 
 
 def test_a_cache_without_a_slot_is_refused(engine: Path) -> None:
