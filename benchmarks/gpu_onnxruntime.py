@@ -5,8 +5,9 @@
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token, at 1, 16 and
 64 requests. Greedy, prompts of random tokens, no prefix is shared. ``GENAI_DIR`` is a model that
 ``python -m onnxruntime_genai.models.builder -e cuda -p int4`` made of the same checkpoint, in
-groups of 32, as ours are; what fails, or is not given, is left out. Every engine runs in a process
-of its own, one after the other in each of ``--rounds``, and the median counts.
+groups of 32 without zero points, as ours are; what fails, or is not given, is left out. Every
+engine runs in a process of its own, one after the other in each of ``--rounds``, and the median
+counts.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def _contenders(
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,
                 group_size=_GROUP if args.quantization == "int4_wo" else None,
+                symmetric=True if args.quantization == "int4_wo" else None,
                 ort_attention=attention, **limits,
             )  # fmt: skip
             if not (directory / name).exists():

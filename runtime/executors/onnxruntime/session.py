@@ -20,6 +20,7 @@ from slipstream.runtime.executors.onnxruntime.provider import (
     check_loaded,
     load_libraries,
     provider_options,
+    session_entries,
     wanted_provider,
 )
 from slipstream.runtime.executors.onnxruntime.runs import Run, in_host_memory, step_ports
@@ -63,6 +64,8 @@ def _session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_mem_pattern = False
     options.log_severity_level = 3 if provider == CPU else 2
+    for name, value in session_entries(provider).items():
+        options.add_session_config_entry(name, value)
     weights = _mapped(engine)
     options.add_external_initializers_from_files_in_memory(
         list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
