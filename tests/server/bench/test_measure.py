@@ -78,9 +78,8 @@ def test_a_device_that_is_watched_can_do_what_it_could(timed: bool, offloads: bo
     if isinstance(device, OffloadingExecutor):
         done: Any = []
         device.transfer(done)
-        assert (device.stored, device.reserve_host(7, "f"), done) == (
-            Traffic(3, 0.5), (7, "f"), ["done"],
-        )  # fmt: skip
+        room: Any = device.reserve_host(7, "f")
+        assert (device.stored, room, done) == (Traffic(3, 0.5), (7, "f"), ["done"])
 
 
 def test_a_device_that_runs_ahead_waits_for_nobody() -> None:
