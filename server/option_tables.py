@@ -165,6 +165,10 @@ BUILD = {
         "Memory of attention of target onnxruntime: a slot for each sequence, or pages that "
         "sequences share, on its CUDA provider; auto is slots."
     ),
+    "ort_activations": Option(
+        "What quantized products of target onnxruntime multiply: exact activations, or int8 ones "
+        "on its CPU provider with float32, many times faster."
+    ),
     "strict_tensors": Option(
         "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),

@@ -36,6 +36,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("auto", "bfloat16", "float16"),
     "tp_size": (1,),
     "ort_attention": ("auto",),
+    "ort_activations": ("exact",),
 }
 
 

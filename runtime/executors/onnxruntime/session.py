@@ -20,12 +20,15 @@ from slipstream.runtime.executors.onnxruntime.provider import (
     check_loaded,
     load_libraries,
     provider_options,
+    session_entries,
     wanted_provider,
 )
 from slipstream.runtime.executors.onnxruntime.runs import Run, in_host_memory, step_ports
 
 _CACHED_BINDINGS = 64
 _NOT_CAPTURED = "-1"
+# Above those that count slots in the number of a captured graph.
+_EPOCH_BITS = 20
 # What a session says that was asked to capture graphs that it cannot.
 _CANNOT_CAPTURE = "graph capture"
 
@@ -61,6 +64,8 @@ def _session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_mem_pattern = False
     options.log_severity_level = 3 if provider == CPU else 2
+    for name, value in session_entries(provider).items():
+        options.add_session_config_entry(name, value)
     weights = _mapped(engine)
     options.add_external_initializers_from_files_in_memory(
         list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
@@ -100,11 +105,16 @@ class StepSession:
         self._caches: dict[str, Buffer] = {}
         self._bindings: dict[tuple[object, ...], tuple[ort.IOBinding, object]] = {}
         self._options: dict[int, ort.RunOptions] = {}
-        self._tokens = tokens
+        # The most that an input has elements, in steps and in rows of padding.
+        self._size = max(tokens, rows) + 1
+        self._epoch = 0
 
     def bind(self, caches: Mapping[str, Buffer]) -> None:
-        """Run on these arrays of caches, by the names of their ports, from now on."""
+        """Run on these arrays of caches, by the names of their ports, from now on. Graphs that were
+        captured before are not replayed any more."""
         self._bindings.clear()
+        self._options.clear()
+        self._epoch += 1
         self._caches = dict(caches)
 
     def run(self, run: Run) -> dict[str, Buffer]:
@@ -116,6 +126,7 @@ class StepSession:
             outputs = {output.name: self._output(output, run.num_rows) for output in spec}
         for name in (port.name for port in step_ports(self._spec)):
             self._write(name, run.values[name])
+        self._memory.settle()
         binding = self._binding(run, outputs)
         try:
             self._session.run_with_iobinding(binding, self._run_options(run))
@@ -130,7 +141,7 @@ class StepSession:
     def _write(self, name: str, values: NDArray[np.int32]) -> None:
         known = self._inputs.get(name)
         if known is None or math.prod(known.shape) < values.size:
-            size = max(values.size, self._tokens + 1)
+            size = max(values.size, self._size)
             known = self._inputs[name] = self._zeros(name, (size,))
             self._bindings.clear()  # they have the old address
         if name in self._host:
@@ -189,11 +200,11 @@ class StepSession:
         return self._memory.device, 0, ONNX_TYPES[buffer.dtype], shape, address
 
     def _run_options(self, run: Run) -> ort.RunOptions:
-        """A captured run is known by the slots it is as wide as."""
+        """A captured run is known by the slots it is as wide as, and by the arrays they are in."""
         number = run.count if run.captured else 0
         if number not in self._options:
             options = self._options[number] = ort.RunOptions()
-            identity = str(number) if number else _NOT_CAPTURED
+            identity = str(self._epoch << _EPOCH_BITS | number) if number else _NOT_CAPTURED
             options.add_run_config_entry("gpu_graph_id", identity)
         return self._options[number]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -19,13 +18,14 @@ from socket import socketpair
 
 from slipstream.builder.engine import Engine
 from slipstream.errors import ExecutionError, SlipstreamError
+from slipstream.interpreter import interpreter
 from slipstream.plugins.collectives.native import memory_size, turns
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.executors.ranks.protocol import SLOT_BYTES, Answer, Reserve, Setup, Step
 from slipstream.runtime.executors.ranks.region import Region
 
 # With -P, lest files of the working directory, perhaps a stranger's engine, be taken for modules.
-_COMMAND = (sys.executable, "-P", "-m", "slipstream.runtime.executors.ranks.process")
+_PROGRAM = ("-P", "-m", "slipstream.runtime.executors.ranks.process")
 _PAUSE = 0.25  # seconds between two looks at ranks that have not answered
 # A rank that others wait for and that has computed nothing for so long is stopped or stuck.
 SILENCE = 10.0
@@ -112,7 +112,7 @@ class RankGroup:
             setup = Setup(engine, config, rank, there.fileno(), *regions)
             # In a session of its own: a terminal's Ctrl-C is for the engine's process.
             process = subprocess.Popen(
-                _COMMAND,
+                (interpreter(), *_PROGRAM),
                 stdin=subprocess.PIPE,
                 pass_fds=(there.fileno(), *regions),
                 start_new_session=True,
