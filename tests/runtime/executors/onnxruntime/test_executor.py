@@ -168,6 +168,18 @@ def test_what_is_written_for_padding_hurts_no_sequence(
     np.testing.assert_allclose(last(*decodes), last(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_larger_than_any_before_moves_its_inputs(engine: Path) -> None:
+    opened = open_engine(engine)
+    found = []
+    for limits in ({"max_batch_size": 2, "max_num_tokens": 4}, {"max_batch_size": 2}):
+        executor = ONNXRuntimeExecutor(opened, runtime_config(opened, limits))
+        executor.reserve_kv(None)
+        steps = ({0: (0, [5])}, {1: (0, [3 + i for i in range(100)])}, {0: (1, [6])})
+        found.append([executor.logits(step(each)) for each in steps])
+    for small, large in zip(*found, strict=True):
+        np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_without_a_slot_is_refused(engine: Path) -> None:
     opened = open_engine(engine)
     executor = ONNXRuntimeExecutor(opened, runtime_config(opened, {}))
