@@ -55,9 +55,9 @@ class Communicator:
     def all_gather(self, x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tensor:
         """The columns of x ``[rows, width]`` (any dtype) of all ranks, side by side in their order:
         ``[rows, size * width]``, in ``out`` if given."""
-        parts = x.new_empty((self.size, *x.shape))
+        parts = x.new_empty((self.size * len(x), x.shape[1]))
         dist.all_gather_into_tensor(parts, x.contiguous(), group=self._group)
-        wide = parts.transpose(0, 1).reshape(len(x), -1)
+        wide = parts.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), -1)
         return wide if out is None else out.copy_(wide)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slipstream.builder.contract import STATES, GraphSpec
 from slipstream.errors import EngineMismatchError
+from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.plugins.cuda.binding import (
     Binding,
     Context,
@@ -45,7 +46,8 @@ class CUDAProgram:
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
-    ``calls`` says how calls of the graph's own functions are run.
+    ``calls`` says how calls of the graph's own functions are run, ``communicator`` speaks to other
+    ranks.
     EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
@@ -57,6 +59,7 @@ class CUDAProgram:
         tactics: Tactics,
         device: torch.device,
         calls: Mapping[str, Binding],
+        communicator: Communicator | None = None,
     ) -> None:
         nodes = list(graph)
         _check(graph, spec)
@@ -74,7 +77,7 @@ class CUDAProgram:
         self.attention = [
             attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
         ]
-        context = Context(self._constants, tactics, calls)
+        context = Context(self._constants, tactics, calls, communicator)
         kept = {*self._constants, hidden}
         self._body = _compile(nodes[:split], context, kept)
         self._tail = _compile(nodes[split + 1 :], context, kept)

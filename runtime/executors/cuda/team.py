@@ -1,0 +1,77 @@
+"""What the executor of one rank has of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from slipstream.errors import ExecutionError
+from slipstream.plugins.collectives.cuda.communicator import Communicator
+from slipstream.runtime.executors.cuda.device import Device
+
+# Of what goes through memory that all GPUs reach: steps of many tokens of wide models.
+MAX_BYTES = 64 << 20
+_PATIENCE = timedelta(minutes=5)  # until the slowest has come to where all meet
+_GLANCE = 1e-3  # seconds between two looks at what others say
+
+
+class Team:
+    """Ranks that have met: they make the same calls in the same order."""
+
+    def __init__(
+        self, rank: int, size: int, device: Device, meeting: Path, watch: Callable[[], None]
+    ) -> None:
+        """Meet the others at a file. ``watch`` is called while the host waits for them, and raises
+        why that is in vain.
+
+        Raises ExecutionError where this process has a process group of torch's already.
+        """
+        if dist.is_initialized():
+            raise ExecutionError(
+                "this process belongs to a torch.distributed group already, so that it cannot be a"
+                " rank of an engine: load one engine of several ranks, in a process of its own"
+            )
+        self._rank, self._size, self._watch = rank, size, watch
+        self._store, self._asked = dist.FileStore(str(meeting), size), 0
+        dist.init_process_group(
+            "nccl" if device.is_cuda else "gloo",
+            store=dist.PrefixStore("group", self._store),
+            rank=rank,
+            world_size=size,
+            timeout=_PATIENCE,
+        )
+        with device.work():
+            group = dist.group.WORLD
+            assert group is not None
+            self.communicator = Communicator(rank, size, device.torch, MAX_BYTES, group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that samples."""
+        return self._rank == 0
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers that ranks come with."""
+        self._asked += 1
+        self._store.set(f"{self._asked} of {self._rank}", str(number))
+        keys = [f"{self._asked} of {rank}" for rank in range(self._size)]
+        while not self._store.check(keys):
+            self._watch()
+            time.sleep(_GLANCE)
+        return min(int(self._store.get(key)) for key in keys)
+
+    def share(self, tokens: Tensor) -> None:
+        """Give all ranks the ``tokens [slots]`` (int32) of the first; capturable."""
+        (gathered,) = self.communicator.all_gather(tokens[None])
+        if not self.is_first:
+            tokens.copy_(gathered[: len(tokens)])
+
+    def close(self) -> None:
+        """Part, when no call is on its way on any rank."""
+        self.communicator.close()
+        dist.destroy_process_group()
