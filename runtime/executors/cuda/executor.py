@@ -171,23 +171,17 @@ class CUDAExecutor:
         A cache with a window has fewer pages where a full batch cannot use as many as it returns.
         """
         with self._fitting():
-            pages, usable = self._affordable_pages(num_bytes)
+            pages = self._affordable_pages(num_bytes)
             if self._team is not None:
                 pages = self._team.least(pages)
-            if pages < 1:
-                raise CapacityError(
-                    f"{usable} bytes of KV cache hold no page; one page takes {self._bytes_of(1)} "
-                    "bytes: raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the "
-                    "GPU"
-                )
             self._allocate(pages)
             self.runner.capture()
         return pages
 
-    def _affordable_pages(self, num_bytes: int | None) -> tuple[int, int]:
-        """How many pages fit, and into how many bytes."""
+    def _affordable_pages(self, num_bytes: int | None) -> int:
+        page_bytes = self._bytes_of(1)
         self._allocate(1)
-        free = max(self._free_after_largest_step() + self._bytes_of(1), 0)
+        free = max(self._free_after_largest_step() + page_bytes, 0)
         if num_bytes is None:
             usable = int(free * self._config.kv_cache_free_gpu_memory_fraction)
             most = self._columns * self._config.max_batch_size
@@ -201,7 +195,12 @@ class CUDAExecutor:
                 usable >> 20,
                 num_bytes >> 20,
             )
-        return pages, usable
+        if pages < 1:
+            raise CapacityError(
+                f"{usable} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
+                "raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the GPU"
+            )
+        return pages
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
         """Pin memory; a GPU has no use for a ``file``."""

@@ -72,8 +72,12 @@ class CUDARankExecutor(CUDAExecutor):
         """See ``CUDAExecutor.reserve_kv``; ``num_bytes`` are those of all ranks together."""
         own = None if num_bytes is None else num_bytes // self.followers.ranks
         self.followers.tell(Reserve(own))
-        pages = super().reserve_kv(own)
-        self.followers.await_answers()
+        try:
+            pages = super().reserve_kv(own)
+            self.followers.await_answers()
+        except BaseException:  # the others wait for what this rank would have given them
+            self.followers.close()
+            raise
         return pages
 
     def step_seconds(self) -> dict[int, float]:
