@@ -8,6 +8,9 @@ from torch import Tensor
 
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
+# By its newer name, where the older one warns.
+_gather_all = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class Communicator:
     """Sums and columns of all ranks, for one rank; every rank makes the same calls in one order.
@@ -56,7 +59,7 @@ class Communicator:
         """The columns of x ``[rows, width]`` (any dtype) of all ranks, side by side in their order:
         ``[rows, size * width]``, in ``out`` if given."""
         parts = x.new_empty((self.size * len(x), x.shape[1]))
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self._group)
+        _gather_all(parts, x.contiguous(), group=self._group)
         wide = parts.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), -1)
         return wide if out is None else out.copy_(wide)
 

@@ -4,16 +4,24 @@ processes of the CPU."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.integration.test_architectures import CONFIGS
 from tests.runtime.executors.ranks.test_executor import until_ended
-from tests.tiny_models import llama_tensors, save_llama
+from tests.tiny_models import llama_tensors, save_llama, save_tiny
 
 import slipstream
 from slipstream import LLM, SamplingParams
@@ -210,3 +218,88 @@ def test_too_few_gpus(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(EngineMismatchError, match=r"4 ranks, .* sees 3; .* --tp-size 2, or"):
         cuda_device.require(open_engine(engines(4)).manifest)
+
+
+@pytest.mark.gpu
+@needs(2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "int4_wo", "group_size": 32},
+        {"quantization": "int8_wo", "group_size": 32},
+        {"kv_cache_dtype": "fp8"},
+        {"dtype": "float16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=needs(4))])
+def test_formats_natively(ranks: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Captured, where other sums of products of 8 bits are further apart."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    save_llama(tmp_path / "model", llama_tensors(**shape), **shape)
+    made = []
+    for count in (1, ranks):
+        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96, **options)
+        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
+        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=16)))
+    assert_alike(made[1], made[0])
+
+
+@pytest.mark.gpu
+@needs(2)
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "olmo2-tied-biases", "gemma2"])
+def test_families_natively(name: str, tmp_path: Path) -> None:
+    save_tiny(CONFIGS[name], tmp_path / "model")
+    made = []
+    for count in (1, 2):
+        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96)
+        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
+        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=8)))
+    assert_alike(made[1], made[0])
+
+
+@pytest.mark.gpu
+@needs(2)
+def test_a_server_whose_rank_is_lost_ends(engines: Engines) -> None:
+    """While steps are on their way, so that a kernel of the first rank waits for ever."""
+    command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(engines(2))]
+    command += ["--port", "0", "--kv-cache-bytes", str(1 << 26)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = next(m[0] for line in server.stderr if (m := re.search(r"http://\S+", line)))
+        ended = threading.Event()
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
+
+        def ask() -> None:
+            body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 80, "ignore_eos": True}).encode()
+            while not ended.is_set():
+                request = urllib.request.Request(f"{address}/v1/completions", body)
+                request.add_header("Content-Type", "application/json")
+                try:
+                    urllib.request.urlopen(request, timeout=30).read()
+                except OSError:
+                    return
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        time.sleep(3)
+        (follower,) = children(server.pid)
+        os.kill(follower, signal.SIGKILL)
+        try:
+            assert server.wait(60) == 70
+        finally:
+            ended.set()
+            server.kill()
+        for client in clients:
+            client.join(30)
+        until_ended((follower, server.pid))
+
+
+def children(process: int) -> list[int]:
+    """Processes that one has started and that are Python's."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    found = [int(child) for task in tasks for child in task.read_text().split()]
+    return [c for c in found if "ranks.gpu.process" in Path(f"/proc/{c}/cmdline").read_text()]
