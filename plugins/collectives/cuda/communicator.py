@@ -6,10 +6,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slipstream.plugins.collectives.cuda.exchange import (
+    PROGRAMS,
+    Norm,
+    Room,
+    fits_one_shot,
+    fits_two_shots,
+    gather,
+    reduce_at_once,
+    reduce_in_parts,
+    reducible,
+)
+from slipstream.plugins.collectives.cuda.layout import Layout
+from slipstream.plugins.collectives.cuda.shared_memory import SharedMemory
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
 # By its newer name, where the older one warns.
 _gather_all = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+# The largest x, in bytes, that every rank sends whole to all others; by the number of ranks.
+ONE_SHOT_BYTES = {2: 256 << 10, 4: 64 << 10, 8: 32 << 10}
 
 
 class Communicator:
@@ -24,7 +39,8 @@ class Communicator:
     CUDA graphs, and graphs may be replayed in any order, the same on every rank. All calls must be
     on one stream, or on streams that wait for each other. Results are the same bits on all ranks.
 
-    On a device without symmetric memory everything goes through the group.
+    On a CPU everything goes through the group. On the device ``meta``, where kernels are recorded
+    before there is a GPU (``plugins/cuda/precompile.py``), there is none.
     """
 
     def __init__(
@@ -33,17 +49,30 @@ class Communicator:
         size: int,
         device: torch.device,
         max_bytes: int,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.rank, self.size, self.device, self.max_bytes = rank, size, device, max_bytes
         self._group = group
+        self._memory: SharedMemory | None = None
+        self._room: Room | None = None
+        layout = Layout(size, ONE_SHOT_BYTES[size], max_bytes, PROGRAMS)
+        if device.type == "cuda":
+            assert group is not None
+            self._memory = SharedMemory(rank, layout.bytes, device, group)
+            turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+            self._room = Room(rank, layout, self._memory.addresses, turns)
+        elif device.type == "meta":
+            addresses = torch.empty(size, dtype=torch.int64, device=device)
+            turns = torch.empty(PROGRAMS, dtype=torch.int32, device=device)
+            self._room = Room(rank, layout, addresses, turns)
 
     def all_reduce(self, x: Tensor, *, pdl: bool = False) -> Tensor:
         """The sum of x ``[rows, width]`` (bfloat16, float16 or float32) of all ranks, added up in
-        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is."""
-        total = x.contiguous().clone()
-        dist.all_reduce(total, group=self._group)
-        return total
+        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is.
+
+        Beyond ``max_bytes`` it is NCCL that adds up."""
+        summed = self._reduce(x, None, pdl)
+        return self._through_group(x) if summed is None else summed[0]
 
     def all_reduce_add_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, pdl: bool = False
@@ -51,17 +80,45 @@ class Communicator:
         """The RMS norm of ``total`` times ``weight [width]``, and ``total``, which is
         ``all_reduce(x) + residual``, both ``[rows, width]``: rounded to the dtype of x, bfloat16 or
         float16, after each of the three as where they are computed apart."""
-        both = rms_norm(self.all_reduce(x, pdl=pdl), weight, epsilon, residual=residual, pdl=pdl)
-        assert isinstance(both, tuple)
-        return both
+        summed = self._reduce(x, Norm(residual, weight, epsilon), pdl)
+        if summed is None:
+            whole = self.all_reduce(x, pdl=pdl)
+            summed = rms_norm(whole, weight, epsilon, residual=residual, pdl=pdl)
+        assert isinstance(summed, tuple) and summed[1] is not None
+        return summed[0], summed[1]
 
     def all_gather(self, x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tensor:
         """The columns of x ``[rows, width]`` (any dtype) of all ranks, side by side in their order:
         ``[rows, size * width]``, in ``out`` if given."""
+        wide = x.new_empty(len(x), self.size * x.shape[1]) if out is None else out
+        room, whole_words = self._room, x.shape[1] * x.element_size() % 4 == 0
+        if room is not None and whole_words and wide.is_contiguous() and fits_one_shot(room, x):
+            gather(room, x.contiguous(), wide, pdl=pdl)
+            return wide
         parts = x.new_empty((self.size * len(x), x.shape[1]))
-        _gather_all(parts, x.contiguous(), group=self._group)
-        wide = parts.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), -1)
-        return wide if out is None else out.copy_(wide)
+        if self._group is not None:
+            _gather_all(parts, x.contiguous(), group=self._group)
+        wide.view(len(x), self.size, -1).copy_(parts.view(self.size, *x.shape).transpose(0, 1))
+        return wide
 
     def close(self) -> None:
         """Give the memory back, when no call is on its way on any rank. The group stays open."""
+        self._room = self._memory = None
+
+    def _reduce(
+        self, x: Tensor, norm: Norm | None, pdl: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """By a kernel of ours; None for what is none's."""
+        if self._room is None or not reducible(x, norm):
+            return None
+        if fits_one_shot(self._room, x):
+            return reduce_at_once(self._room, x, norm, pdl=pdl)
+        if fits_two_shots(self._room, x, norm):
+            return reduce_in_parts(self._room, x, norm, pdl=pdl)
+        return None
+
+    def _through_group(self, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return total
