@@ -146,12 +146,15 @@ class Device:
             offer(read_kernels(kernels))
             prepare()
 
-    def compile(self, works: Sequence[Work]) -> None:
-        """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
+    def compile(self, works: Sequence[Work], ready: Callable[[], None] | None = None) -> None:
+        """Compile every kernel that ``works`` launch, on all cores, once ``ready`` returns; nothing
+        is launched."""
         if self.is_cuda:
             with self.work():
                 kernels = record(works)
             self.synchronize()
+            if ready is not None:
+                ready()
             compile_kernels(kernels, self.capability)
 
     def capture(self, work: Work) -> Work:
@@ -189,6 +192,15 @@ class Device:
         """Wait for everything that was enqueued."""
         if self._stream is not None and not self.until(self._stream.query):
             self._stream.synchronize()
+
+    def comes_to_rest(self, seconds: float) -> bool:
+        """Whether everything that was enqueued is done within so many seconds."""
+        ends = time.monotonic() + seconds
+        while self._stream is not None and not self._stream.query():
+            if time.monotonic() > ends:
+                return False
+            time.sleep(_GLANCE)
+        return True
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the device copies from and to by itself."""

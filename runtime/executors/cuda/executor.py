@@ -315,10 +315,20 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works())
+        self._compile()
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
+
+    def _compile(self) -> None:
+        """Of several ranks the first compiles for all, who find it on disk."""
+        works, team = self.runner.works(), self._team
+        if team is not None and not team.is_first:
+            self._device.compile(works, ready=team.meet)
+            return
+        self._device.compile(works)
+        if team is not None:
+            team.meet()
 
     def _peak(self, work: Work) -> int:
         """Bytes that some work takes while it runs."""

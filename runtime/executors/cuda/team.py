@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,8 @@ from slipstream.runtime.executors.cuda.device import Device
 # Of what goes through memory that all GPUs reach: steps of many tokens of wide models.
 MAX_BYTES = 64 << 20
 _PATIENCE = timedelta(minutes=5)  # until the slowest has come to where all meet
+# Who notices that a rank is lost is watching here; torch's own watch would end this process.
+_SWITCHES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 _GLANCE = 1e-3  # seconds between two looks at what others say
 
 
@@ -36,6 +39,8 @@ class Team:
                 "this process belongs to a torch.distributed group already, so that it cannot be a"
                 " rank of an engine: load one engine of several ranks, in a process of its own"
             )
+        for name, value in _SWITCHES.items():
+            os.environ.setdefault(name, value)
         self._rank, self._size, self._watch = rank, size, watch
         self._store, self._asked = dist.FileStore(str(meeting), size), 0
         dist.init_process_group(
@@ -65,11 +70,20 @@ class Team:
             time.sleep(_GLANCE)
         return min(int(self._store.get(key)) for key in keys)
 
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
+        self.least(0)
+
     def share(self, tokens: Tensor) -> None:
         """Give all ranks the ``tokens [slots]`` (int32) of the first; capturable."""
         (gathered,) = self.communicator.all_gather(tokens[None])
         if not self.is_first:
             tokens.copy_(gathered[: len(tokens)])
+
+    def abandon(self) -> None:
+        """Let what waits on this device for ranks that have ended come to an end. From any
+        thread."""
+        self.communicator.abandon()
 
     def close(self) -> None:
         """Part, when no call is on its way on any rank."""

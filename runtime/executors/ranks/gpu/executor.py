@@ -20,6 +20,8 @@ from slipstream.runtime.executors.cuda.team import Team
 from slipstream.runtime.executors.ranks.gpu.followers import Followers
 from slipstream.runtime.executors.ranks.gpu.protocol import Close, Head, Meet, Reserve, Rows, Time
 
+_PATIENCE = 5.0  # seconds until a GPU that still waits for a lost rank is left as it is
+
 
 class LeadingRunner(StepRunner):
     """Runs steps, and tells followers to run the same before it does."""
@@ -29,17 +31,20 @@ class LeadingRunner(StepRunner):
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
         """See ``StepRunner.layers``."""
         self.followers.tell_step(replace(batch, logits_rows=rows), eager)
-        return super().layers(batch, rows, eager=eager)
+        with self.followers.explaining():
+            return super().layers(batch, rows, eager=eager)
 
     def head(self, padded: int, kind: Kind) -> None:
         """See ``StepRunner.head``."""
         self.followers.tell(Head(padded, kind))
-        super().head(padded, kind)
+        with self.followers.explaining():
+            super().head(padded, kind)
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
         """See ``StepRunner.logits_of``."""
         self.followers.tell(Rows(rows))
-        return super().logits_of(hidden, rows)
+        with self.followers.explaining():
+            return super().logits_of(hidden, rows)
 
 
 class CUDARankExecutor(CUDAExecutor):
@@ -47,7 +52,8 @@ class CUDARankExecutor(CUDAExecutor):
 
     Steps run here as they do on one GPU, a step ahead, and in the processes of the other ranks,
     which are told what to enqueue and answer nothing: their GPUs and this one meet in the
-    collectives of a step. The first rank samples, and gives the others its tokens.
+    collectives of a step. The first rank samples, and gives the others its tokens. Where one is
+    lost, what waits for it here is let go.
     """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
@@ -86,15 +92,14 @@ class CUDARankExecutor(CUDAExecutor):
         return super().step_seconds()
 
     def shutdown(self) -> None:
-        """Let go of the GPUs. Where a rank is lost, a kernel may wait for it on this one, which
-        only the end of this process ends."""
-        told = self.lost is None and self._team is not None
-        if told:
-            self.followers.tell_last(Close())
+        """Let go of the GPUs."""
+        team, self._team = self._team, None
+        told = team is not None and self.followers.tell_last(Close())
+        if self.lost is not None:
+            self._device.watch = None  # it has told what there is to tell
+        if team is not None and self._device.comes_to_rest(_PATIENCE):
             super().shutdown()
-            assert self._team is not None
-            self._team.close()
-            self._team = None
+            team.close()
         self.followers.close(told=told)
 
     def _meet(self, device: Device) -> Team:
@@ -102,7 +107,7 @@ class CUDARankExecutor(CUDAExecutor):
         self.followers.tell(Meet())
         meeting, ranks = self.followers.meeting, self.followers.ranks
         team = Team(0, ranks, device, meeting, self.followers.check)
-        device.watch = self.followers.check
+        device.watch, self.followers.on_loss = self.followers.check, team.abandon
         return team
 
     def _runner(self, program: CUDAProgram, buckets: Buckets) -> StepRunner:

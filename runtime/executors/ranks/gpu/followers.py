@@ -11,8 +11,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -46,7 +46,8 @@ class Followers:
     A rank that ends, fails or hangs is not replaced: the others' GPUs wait for what it would have
     given them, so all followers are killed, and ``lost`` says why, for good. ``ranks`` is how many
     there are with the first, ``processes`` are the numbers of the others' processes. Ranks find
-    each other at the file ``meeting``.
+    each other at the file ``meeting``. ``on_loss`` is called, from any thread, when the others have
+    ended.
     """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
@@ -58,6 +59,7 @@ class Followers:
         self._done = self._progress.array(0, (self.ranks, LINE // 4), "int32")
         self._silence = min(SILENCE, config.step_timeout)
         self._told = self._steps = 0
+        self.on_loss: Callable[[], None] | None = None
         self._error: SlipstreamError | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -109,10 +111,26 @@ class Followers:
         self._steps += 1
         self.tell(Layers(region, self._codec.write(batch, self._regions[region]), eager))
 
-    def tell_last(self, what: Told) -> None:
-        """Have all followers end; that they do is no loss any more."""
-        self.tell(what)
+    def tell_last(self, what: Told) -> bool:
+        """Have all followers end; that they do is no loss any more. False where one is lost."""
+        try:
+            self.tell(what)
+        except SlipstreamError:
+            return False
         self._closed = True
+        return True
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Raise why no rank runs any more in place of what this has made of the work inside."""
+        try:
+            yield
+        except RuntimeError:
+            ends = time.monotonic() + 4 * PAUSE  # the end of a process is seen a little later
+            while self._error is None and time.monotonic() < ends:
+                time.sleep(PAUSE / 10)
+            self.check()
+            raise
 
     def await_answers(self) -> None:
         """Wait until all followers have done what they were told last; raises what one raised."""
@@ -151,9 +169,10 @@ class Followers:
     def watch(self, silence: Silence) -> bool:
         """Whether all followers run; if one does not, the others are ended."""
         why = self._ended()
-        if self._closed or self._error is not None:
-            if self._error is not None:
-                kill(self._members)
+        if self._closed:
+            return False
+        if self._error is not None:
+            self._lose(self._error)
             return False
         if why is not None:
             self._lose(self._last_word() or ExecutionError(why))
@@ -180,6 +199,9 @@ class Followers:
         with self._lock:
             self._error = self._error or error
         kill(self._members)
+        _await_ends(self._members)
+        if self.on_loss is not None:
+            self.on_loss()
 
     def silence(self) -> Silence:
         """Tells followers that hang."""

@@ -168,7 +168,7 @@ def test_a_seed_says_the_same_again(engines: Engines) -> None:
     first, second = (
         [c.token_ids for o in answers(engines(2), params) for c in o.outputs] for _ in range(2)
     )
-    assert first == second and len({tuple(ids) for ids in first}) > 3
+    assert first == second and len({tuple(ids) for ids in first}) > 1
 
 
 @needs(2)
