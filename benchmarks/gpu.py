@@ -31,7 +31,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ from gpu_speculation import by_load
 from gpu_speculation import speculation as fixed_lengths
 
 from slipstream.builder.build import Plan
+from slipstream.builder.engine import TACTICS, open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -65,7 +65,7 @@ from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
-from slipstream.server.engine_kernels import compile_plan
+from slipstream.server.engine_kernels import compile_again
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -414,7 +414,7 @@ def measure(cell: Cell, report: Connection) -> None:
         if cell.tp_size == 1:
             engine = random_engine(plan, cell.tactics, **options)
         else:
-            engine = written_engine(plan, Path(directory), options, figures)
+            engine = written_engine(plan, Path(directory), cell.tactics, options, figures)
     if cell.tokenizer is not None:
         tokenizer = Tokenizer.from_directory(cell.tokenizer, engine.vocab_size)
         engine = replace(engine, tokenizer=tokenizer)
@@ -437,11 +437,13 @@ def measure(cell: Cell, report: Connection) -> None:
 
 
 def written_engine(
-    plan: Plan, directory: Path, options: dict[str, Any], figures: Figures
+    plan: Plan, directory: Path, tactics: Path | None, options: dict[str, Any], figures: Figures
 ) -> LoadedEngine:
     """An engine of several ranks, from a directory; ``load_s`` is how long it took to load that."""
-    compiler = partial(compile_plan, capability=torch.cuda.get_device_capability())
-    write_random_engine(plan, directory, compiler)
+    write_random_engine(plan, directory)
+    if tactics is not None:
+        open_engine(directory).write_file(TACTICS, tactics.read_bytes())
+    compile_again(open_engine(directory), torch.cuda.get_device_capability())
     torch.cuda.empty_cache()
     begun = time.perf_counter()
     engine = load(directory, options)

@@ -231,7 +231,9 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
             weights[matrix.name] = _random_blob(matrix.format, device)
     for weight in plan.weights:
         for part in weight.parts:
-            if part.name not in weights:  # norms, biases and sinks
+            if str(part.dtype) == "int32":  # what a rank has of all
+                weights[part.name] = torch.zeros(part.shape, dtype=torch.int32, device=device)
+            elif part.name not in weights:  # norms, biases and sinks
                 norm = "norm" in part.name
                 vector = torch.ones(part.shape) if norm else 0.02 * torch.randn(part.shape)
                 weights[part.name] = vector.to(device, _DTYPES[str(part.dtype)])
