@@ -266,7 +266,7 @@ def require(manifest: Manifest) -> None:
             f"the engine is for an NVIDIA GPU, and torch {torch.__version__} {_why_no_gpu()}; or "
             f"build one for a CPU: {again} --target cpu"
         )
-    if (count := torch.cuda.device_count()) < manifest.ranks:
+    if 1 < manifest.ranks > (count := torch.cuda.device_count()):
         raise EngineMismatchError(
             f"the engine has {manifest.ranks} ranks, each of which takes a GPU, and torch sees"
             f" {count}; build it again with --tp-size {_largest(count)}, or see whether"
@@ -283,7 +283,7 @@ def require(manifest: Manifest) -> None:
 
 def _largest(count: int) -> int:
     """The most ranks that so many GPUs run."""
-    return max(ranks for ranks in RANKS if ranks <= count)
+    return max((ranks for ranks in RANKS if ranks <= count), default=1)
 
 
 def _why_no_gpu() -> str:
