@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +28,6 @@ from slipstream.builder.contract import (
 )
 from slipstream.builder.engine import KERNELS, TACTICS, Engine, Manifest, weight_file
 from slipstream.errors import CapacityError, EngineMismatchError
-from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -46,9 +46,12 @@ from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.executors.cuda.team import MAX_BYTES, Team
 from slipstream.runtime.executors.cuda.weights import load_weights
 from slipstream.runtime.speculation.proposer import OFF
+
+if TYPE_CHECKING:  # engines of one rank start without them
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
+    from slipstream.runtime.executors.cuda.team import Team
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
@@ -155,12 +158,14 @@ class CUDAExecutor:
 
     def _communicator(self, manifest: Manifest) -> Communicator | None:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
-        if self._team is not None:
-            return self._team.communicator
         if manifest.ranks == 1:
             return None
+        if self._team is not None:
+            return self._team.communicator
+        from slipstream.runtime.executors.cuda.team import planned_communicator
+
         assert self._device.is_planned, "ranks have met before they start"
-        return Communicator(0, manifest.ranks, self._device.torch, MAX_BYTES, None)
+        return planned_communicator(manifest.ranks, self._device)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from slipstream.builder.contract import STATES, GraphSpec
 from slipstream.errors import EngineMismatchError
-from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.plugins.cuda.binding import (
     Binding,
     Context,
@@ -28,6 +28,9 @@ from slipstream.plugins.cuda.precompile import recording
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
+
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
 
 _ALIGNED = 16  # bytes: a pointer to such a place has a kernel of its own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.executors.cuda.team import Team
+
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.runtime.executors.cuda.team import Team
 
 # What the first answers need is captured at the start, up to these sizes, for these kinds of
 # sampling; the rest is when it is first asked for.

@@ -16,7 +16,7 @@ from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.runtime.executors.cuda.device import Device
 
 # Of what goes through memory that all GPUs reach: steps of many tokens of wide models.
-MAX_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 _PATIENCE = timedelta(minutes=5)  # until the slowest has come to where all meet
 # Who notices that a rank is lost is watching here; torch's own watch would end this process.
 _SWITCHES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -42,10 +42,10 @@ class Team:
         for name, value in _SWITCHES.items():
             os.environ.setdefault(name, value)
         self._rank, self._size, self._watch = rank, size, watch
-        self._store, self._asked = dist.FileStore(str(meeting), size), 0
+        self._store, self._asked = dist.FileStore(str(meeting), size), 0  # type: ignore[attr-defined]
         dist.init_process_group(
             "nccl" if device.is_cuda else "gloo",
-            store=dist.PrefixStore("group", self._store),
+            store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
             timeout=_PATIENCE,
@@ -53,7 +53,7 @@ class Team:
         with device.work():
             group = dist.group.WORLD
             assert group is not None
-            self.communicator = Communicator(rank, size, device.torch, MAX_BYTES, group)
+            self.communicator = Communicator(rank, size, device.torch, _MAX_BYTES, group)
 
     @property
     def is_first(self) -> bool:
@@ -89,3 +89,8 @@ class Team:
         """Part, when no call is on its way on any rank."""
         self.communicator.close()
         dist.destroy_process_group()
+
+
+def planned_communicator(ranks: int, device: Device) -> Communicator:
+    """One for a device that is only planned: its kernels are recorded."""
+    return Communicator(0, ranks, device.torch, _MAX_BYTES, None)
