@@ -23,6 +23,8 @@ from slipstream.plugins.rms_norm.cuda import rms_norm
 
 # The largest x, in bytes, that every rank sends whole to all others; by the number of ranks.
 ONE_SHOT_BYTES = {2: 256 << 10, 4: 64 << 10, 8: 32 << 10}
+# Newer versions of torch have it under this name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Communicator:
@@ -93,11 +95,11 @@ class Communicator:
         if room is not None and whole_words and wide.is_contiguous() and fits_one_shot(room, x):
             gather(room, x.contiguous(), wide, pdl=pdl)
             return wide
-        parts = x.new_empty((self.size, *x.shape))
+        parts = x.new_empty((self.size * len(x), x.shape[1]))
         if self._group is not None:
-            dist.all_gather_into_tensor(parts, x.contiguous(), group=self._group)
-        wide.view(len(x), self.size, -1).copy_(parts.transpose(0, 1))
-        return wide
+            _all_gather(parts, x.contiguous(), group=self._group)
+        side_by_side = parts.view(self.size, *x.shape).transpose(0, 1)
+        return wide.copy_(side_by_side.reshape(wide.shape))
 
     def close(self) -> None:
         """Give the memory back, when no call is on its way on any rank. The group stays open."""
