@@ -275,6 +275,8 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
         for norm in (None, Norm(x, x[0], 1e-5)):
             reduce_at_once(room, x, norm, pdl=pdl)
             reduce_in_parts(room, x, norm, pdl=pdl)
+        reduce_at_once(room, x.float(), pdl=pdl)
+        reduce_in_parts(room, x.float(), pdl=pdl)
         gather(room, x, torch.zeros(4, ranks * 4096, dtype=torch.bfloat16), pdl=pdl)
 
 

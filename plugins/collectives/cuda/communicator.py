@@ -21,10 +21,10 @@ from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.collectives.cuda.shared_memory import SharedMemory
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
-# By its newer name, where the older one warns.
-_gather_all = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # The largest x, in bytes, that every rank sends whole to all others; by the number of ranks.
 ONE_SHOT_BYTES = {2: 256 << 10, 4: 64 << 10, 8: 32 << 10}
+# Newer versions of torch have it under this name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Communicator:
@@ -97,9 +97,9 @@ class Communicator:
             return wide
         parts = x.new_empty((self.size * len(x), x.shape[1]))
         if self._group is not None:
-            _gather_all(parts, x.contiguous(), group=self._group)
-        wide.view(len(x), self.size, -1).copy_(parts.view(self.size, *x.shape).transpose(0, 1))
-        return wide
+            _all_gather(parts, x.contiguous(), group=self._group)
+        side_by_side = parts.view(self.size, *x.shape).transpose(0, 1)
+        return wide.copy_(side_by_side.reshape(wide.shape))
 
     def abandon(self) -> None:
         """Let calls that wait for ranks which have ended end too; what they make, and all calls

@@ -56,25 +56,31 @@ def _end_turn(turns, turn):
 def _low(words, dtype: tl.constexpr):
     """The first number of each word, or the only one."""
     if dtype == tl.float32:
-        return words.to(tl.float32, bitcast=True)
-    return (words & _LOW).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        values = (words & _LOW).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit
 def _high(words, dtype: tl.constexpr):
     """The second number of each word; of words that are one, that again."""
     if dtype == tl.float32:
-        return words.to(tl.float32, bitcast=True)
-    return (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        values = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit
 def _pack(low, high, dtype: tl.constexpr):
     """Words of numbers that are rounded to ``dtype``."""
     if dtype == tl.float32:
-        return low.to(tl.int32, bitcast=True)
-    first = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & _LOW
-    return first | (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        words = low.to(tl.int32, bitcast=True)
+    else:
+        first = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & _LOW
+        words = first | (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
 
 
 @triton.jit
@@ -164,8 +170,10 @@ def _weights(weight, columns, within, DTYPE: tl.constexpr):
 def _inside(at, within, row, rows, count, weight):
     """Which of the words of a row are there: with a norm, all or none."""
     if weight is None:
-        return within & (at < count)
-    return within & (row < rows)
+        inside = within & (at < count)
+    else:
+        inside = within & (row < rows)
+    return inside
 
 
 @triton.jit(do_not_specialize=["rank", "rows"])
