@@ -102,6 +102,14 @@ class Communicator:
         side_by_side = parts.view(self.size, *x.shape).transpose(0, 1)
         return wide.copy_(side_by_side.reshape(wide.shape))
 
+    def abandon(self) -> None:
+        """Let calls that wait for ranks which have ended end too; what they make, and all calls
+        from now on, means nothing. From any thread."""
+        if self._memory is not None:
+            self._memory.abandon()
+        if self.device.type == "cuda" and self._group is not None:
+            self._group.abort()
+
     def close(self) -> None:
         """Give the memory back, when no call is on its way on any rank. The group stays open."""
         self._room = self._memory = None

@@ -16,6 +16,8 @@ import triton.language as tl
 # The most programs of a launch: as many counters of turns, and flags of a rank and phase.
 PROGRAMS = tl.constexpr(128)
 _LOW = tl.constexpr(0xFFFF)
+# A turn that none is: it stands everywhere when nobody comes any more (``SharedMemory.abandon``).
+_ABANDONED = tl.constexpr(-1)
 
 
 @triton.jit
@@ -116,10 +118,16 @@ def _push(words, turn, boxes, place, inside, SIZE: tl.constexpr, LINES: tl.const
 
 
 @triton.jit
+def _has_come(seen, turn):
+    """Whether what was to come in this turn is there, or never will be."""
+    return (seen == turn) | (seen == _ABANDONED)
+
+
+@triton.jit
 def _await_one(box, turn, inside):
     """The words of one rank, once they are there."""
     lines = tl.load(box, inside, 0, volatile=True)
-    while tl.min((((lines >> 32).to(tl.int32) == turn) | ~inside).to(tl.int32)) == 0:
+    while tl.min((_has_come((lines >> 32).to(tl.int32), turn) | ~inside).to(tl.int32)) == 0:
         lines = tl.load(box, inside, 0, volatile=True)
     return lines.to(tl.int32)
 
@@ -133,7 +141,7 @@ def _await_all(box, stride, turn, rank, inside, SIZE: tl.constexpr):
         for sender in tl.static_range(SIZE):
             wanted = inside & (sender != rank)
             lines = tl.load(box + sender * stride, wanted, 0, volatile=True)
-            here = here & (((lines >> 32).to(tl.int32) == turn) | ~wanted)
+            here = here & (_has_come((lines >> 32).to(tl.int32), turn) | ~wanted)
         ready = tl.min(here.to(tl.int32))
 
 
@@ -190,7 +198,7 @@ def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
     ready = 0
     while ready == 0:
         seen = tl.atomic_add(mine, tl.zeros_like(every), other, sem="acquire", scope="sys")
-        ready = tl.min(((seen == turn) | ~other).to(tl.int32))
+        ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
     tl.debug_barrier()
 
 
