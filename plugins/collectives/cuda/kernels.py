@@ -39,9 +39,10 @@ def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _begin_turn(turns):
-    """The turn of this launch; not 0, which is where nobody has written yet, and even after odd."""
+    """The turn of this launch, odd after even: neither that of who is gone nor 0, which is where
+    nobody has written yet."""
     turn = tl.load(turns + tl.program_id(0)) + 1
-    return tl.where(turn == 0, 2, turn)
+    return tl.where(turn == _ABANDONED, 1, turn)
 
 
 @triton.jit
