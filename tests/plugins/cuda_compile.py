@@ -22,14 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from slipstream.plugins.collectives.cuda.exchange import (
-    PROGRAMS,
-    Norm,
-    Room,
-    gather,
-    reduce_at_once,
-    reduce_in_parts,
-)
+from slipstream.plugins.collectives.cuda import exchange
 from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
@@ -265,19 +258,20 @@ def elementwise(capability: tuple[int, int], pdl: bool) -> None:
 def collectives(capability: tuple[int, int], pdl: bool) -> None:
     """Sums of two and of four ranks, with and without the norm after them."""
     for ranks in (2, 4):
-        room = Room(
+        room = exchange.Room(
             1,
-            Layout(ranks, 1 << 16, 1 << 20, PROGRAMS),
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS),
             torch.zeros(ranks, dtype=torch.int64),
-            torch.zeros(PROGRAMS, dtype=torch.int32),
+            torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
         )
         x = torch.zeros(4, 4096, dtype=torch.bfloat16)
-        for norm in (None, Norm(x, x[0], 1e-5)):
-            reduce_at_once(room, x, norm, pdl=pdl)
-            reduce_in_parts(room, x, norm, pdl=pdl)
-        reduce_at_once(room, x.float(), pdl=pdl)
-        reduce_in_parts(room, x.float(), pdl=pdl)
-        gather(room, x, torch.zeros(4, ranks * 4096, dtype=torch.bfloat16), pdl=pdl)
+        wide = torch.zeros(4, ranks * 4096, dtype=torch.bfloat16)
+        for way in exchange.Way:
+            for norm in (None, exchange.Norm(x, x[0], 1e-5)):
+                exchange.reduce(way, room, x, norm, pdl=pdl)
+            exchange.reduce(way, room, x.float(), pdl=pdl)
+            if way is not exchange.Way.PARTS:
+                exchange.gather(way, room, x, wide, pdl=pdl)
 
 
 def sampling(capability: tuple[int, int], pdl: bool) -> None:

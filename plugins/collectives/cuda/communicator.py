@@ -10,11 +10,10 @@ from slipstream.plugins.collectives.cuda.exchange import (
     PROGRAMS,
     Norm,
     Room,
-    fits_one_shot,
-    fits_two_shots,
+    Way,
+    fits,
     gather,
-    reduce_at_once,
-    reduce_in_parts,
+    reduce,
     reducible,
 )
 from slipstream.plugins.collectives.cuda.layout import Layout
@@ -92,9 +91,11 @@ class Communicator:
         ``[rows, size * width]``, in ``out`` if given."""
         wide = x.new_empty(len(x), self.size * x.shape[1]) if out is None else out
         room, whole_words = self._room, x.shape[1] * x.element_size() % 4 == 0
-        if room is not None and whole_words and wide.is_contiguous() and fits_one_shot(room, x):
-            gather(room, x.contiguous(), wide, pdl=pdl)
-            return wide
+        if room is not None and whole_words and wide.is_contiguous():
+            for way in (Way.LINES, Way.WORDS):
+                if fits(way, room, x):
+                    gather(way, room, x.contiguous(), wide, pdl=pdl)
+                    return wide
         parts = x.new_empty((self.size * len(x), x.shape[1]))
         if self._group is not None:
             _all_gather(parts, x.contiguous(), group=self._group)
@@ -119,10 +120,9 @@ class Communicator:
         """By a kernel of ours; None for what is none's."""
         if self._room is None or not reducible(x, norm):
             return None
-        if fits_one_shot(self._room, x):
-            return reduce_at_once(self._room, x, norm, pdl=pdl)
-        if fits_two_shots(self._room, x, norm):
-            return reduce_in_parts(self._room, x, norm, pdl=pdl)
+        for way in (Way.LINES, Way.PARTS):
+            if fits(way, self._room, x, norm):
+                return reduce(way, self._room, x, norm, pdl=pdl)
         return None
 
     def _through_group(self, x: Tensor) -> Tensor:

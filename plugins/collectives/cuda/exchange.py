@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
 
 import torch
 import triton
@@ -55,38 +57,35 @@ def reducible(x: Tensor, norm: Norm | None) -> bool:
     )
 
 
-def fits_one_shot(room: Room, x: Tensor) -> bool:
-    """Whether all of x fits beside its turns."""
-    return x.numel() * x.element_size() <= room.layout.small
+class Way(Enum):
+    """How x comes from every rank to every other.
 
-
-def fits_two_shots(room: Room, x: Tensor, norm: Norm | None) -> bool:
-    """Whether x fits without."""
-    rows, words, count = _shape(x, norm)
-    part = triton.cdiv(rows, room.layout.ranks) * words
-    return count <= room.layout.whole_room and part <= room.layout.part_stride
-
-
-def reduce_at_once(
-    room: Room, x: Tensor, norm: Norm | None = None, *, pdl: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of x ``[rows, width]`` of all ranks, or the norm of it and what it is the norm of.
-
-    Every rank sends all of x to each other.
+    As LINES all of it goes at once, each word beside its turn: twice the bytes, and nobody waits
+    but for them. As WORDS it goes at once, and then the ranks meet. In PARTS each rank adds up some
+    rows and sends the sums, with a meeting after both; what is sent grows least with the ranks.
+    Sums are the same to the bit.
     """
-    return _reduce(room, x, norm, pdl, two_shots=False)
+
+    LINES = auto()
+    WORDS = auto()
+    PARTS = auto()
 
 
-def reduce_in_parts(
-    room: Room, x: Tensor, norm: Norm | None = None, *, pdl: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """As ``reduce_at_once``, to the bit; every rank adds up a part, and sends it to each other."""
-    return _reduce(room, x, norm, pdl, two_shots=True)
+def fits(way: Way, room: Room, x: Tensor, norm: Norm | None = None) -> bool:
+    """Whether there is room for x of every rank."""
+    layout = room.layout
+    rows, words, count = _shape(x, norm)
+    if way is Way.LINES:
+        return count <= layout.line_stride
+    if way is Way.WORDS:
+        return count <= layout.word_stride
+    part = triton.cdiv(rows, layout.ranks) * words
+    return count <= layout.whole_room and part <= layout.part_stride
 
 
-def gather(room: Room, x: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+def gather(way: Way, room: Room, x: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     """Fill ``out [rows, ranks * width]`` with the columns of x ``[rows, width]`` of all ranks, in
-    their order. A row is whole words, and all of x fits beside its turns."""
+    their order, as LINES or WORDS. A row is whole words."""
     words, wide = _words(x), _words(out)
     layout = room.layout
     if len(words):
@@ -99,54 +98,68 @@ def gather(room: Room, x: Tensor, out: Tensor, *, pdl: bool = False) -> None:
             room.rank,
             len(x),
             len(words) // len(x),
-            layout.line_stride,
-            layout.inbox,
+            *_inbox(way, layout),
+            layout.flags,
             SIZE=layout.ranks,
             BLOCK=_CHUNK,
+            LINES=way is Way.LINES,
             PDL=pdl,
             **launch_options(num_warps=_warps(_CHUNK), pdl=pdl),
         )
 
 
-def _reduce(
-    room: Room, x: Tensor, norm: Norm | None, pdl: bool, *, two_shots: bool
+def reduce(
+    way: Way, room: Room, x: Tensor, norm: Norm | None = None, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor | None]:
+    """The sum of x ``[rows, width]`` of all ranks; with a norm, that of the sum and the residual,
+    and what it is the norm of."""
     layout = room.layout
     rows, words, count = _shape(x, norm)
     padded = _padded(x)
     y = torch.empty_like(padded)
     total = None if norm is None else torch.empty_like(padded)
-    if not count:
-        return y.view(x.shape), total
     block = triton.next_power_of_2(words)
-    kernel = kernels.two_shot_kernel if two_shots else kernels.one_shot_kernel
-    tensors = (
+    common = (
         _words(padded),
         None if norm is None else _words(norm.residual.contiguous()),
         None if norm is None else _words(norm.weight),
         _words(y),
         None if total is None else _words(total),
+        room.peers,
+        room.turns,
+        room.rank,
+        rows,
+        count,
     )
-    own = (room.peers, room.turns, room.rank, rows, count)
-    if two_shots:
-        place = (layout.part_stride, layout.whole_room, layout.parts, layout.whole, layout.flags)
-    else:
-        place = (layout.line_stride, layout.inbox)
-    items = triton.cdiv(rows, layout.ranks) if two_shots else rows
-    kernel[(min(items, room.programs),)](
-        *tensors,
-        *own,
-        *place,
-        0.0 if norm is None else norm.epsilon,
-        SIZE=layout.ranks,
-        WORDS=words,
-        BLOCK=block,
-        DTYPE=_DTYPES[x.dtype],
-        PDL=pdl,
+    options: dict[str, Any] = {
+        "SIZE": layout.ranks,
+        "WORDS": words,
+        "BLOCK": block,
+        "DTYPE": _DTYPES[x.dtype],
+        "PDL": pdl,
         **launch_options(num_warps=_warps(block), pdl=pdl),
-    )
+    }
+    epsilon = 0.0 if norm is None else norm.epsilon
+    if not count:
+        pass
+    elif way is Way.PARTS:
+        places = (layout.part_stride, layout.word_room, layout.words, layout.whole, layout.flags)
+        grid = min(triton.cdiv(rows, layout.ranks), room.programs)
+        kernels.two_shot_kernel[(grid,)](*common, *places, epsilon, **options)
+    else:
+        lines = way is Way.LINES
+        kernels.one_shot_kernel[(min(rows, room.programs),)](
+            *common, *_inbox(way, layout), layout.flags, epsilon, LINES=lines, **options
+        )
     whole = y if y.shape == x.shape else y[: x.numel()].view(x.shape)
     return whole, total
+
+
+def _inbox(way: Way, layout: Layout) -> tuple[int, int, int]:
+    """The room of a sender and of a slot, and where the first slot begins."""
+    if way is Way.LINES:
+        return layout.line_stride, layout.line_room, layout.lines
+    return layout.word_stride, layout.word_room, layout.words
 
 
 def _shape(x: Tensor, norm: Norm | None) -> tuple[int, int, int]:

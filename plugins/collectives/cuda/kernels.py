@@ -39,8 +39,10 @@ def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _begin_turn(turns):
-    """The turn of this launch."""
-    return tl.load(turns + tl.program_id(0)) + 1
+    """The turn of this launch, odd after even: neither that of who is gone nor 0, which is where
+    nobody has written yet."""
+    turn = tl.load(turns + tl.program_id(0)) + 1
+    return tl.where(turn == _ABANDONED, 1, turn)
 
 
 @triton.jit
@@ -106,10 +108,12 @@ def _finish(
 
 
 @triton.jit
-def _push(words, turn, boxes, place, inside, SIZE: tl.constexpr):
-    """Sends words to every other rank, each beside the turn in one store of 64 bits, so that
-    whoever finds the turn there has the word."""
-    line = (words.to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
+def _push(words, turn, boxes, place, inside, SIZE: tl.constexpr, LINES: tl.constexpr):
+    """Sends words to every other rank; as lines, each beside the turn in one store of 64 bits, so
+    that whoever finds the turn there has the word."""
+    line = words
+    if LINES:
+        line = (words.to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
     for step in tl.static_range(SIZE - 1):
         tl.store(boxes[step] + place, line, inside)
 
@@ -169,66 +173,19 @@ def _weights(weight, columns, within, DTYPE: tl.constexpr):
 @triton.jit
 def _inside(at, within, row, rows, count, weight):
     """Which of the words of a row are there: with a norm, all or none."""
-    if weight is None:
+    if weight is None:  # noqa: SIM108 - where a branch is compiled only if it is taken
         inside = within & (at < count)
     else:
         inside = within & (row < rows)
     return inside
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
-def one_shot_kernel(
-    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, inbox, eps,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Every rank sends its x to all others and adds up all. Grid: (programs,).
-
-    x of ``rows`` of WORDS, ``count`` in all; ``stride`` words is the room of a sender. With a
-    residual, y is the norm of ``total``, the sum of all x and the residual.
-    """
-    columns = tl.arange(0, BLOCK)
-    within = columns < WORDS
-    # What no kernel writes is read before everything in front has ended.
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
-    others = _others(peers, rank, inbox, tl.int64, SIZE)
-    own_box = _box(peers, rank, inbox, tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * SIZE * stride
-    first, programs = tl.program_id(0), tl.num_programs(0)
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        words = tl.load(x + at, inside, 0)
-        _push(words, turn, others, slot + rank.to(tl.int64) * stride + at, inside, SIZE)
-    box = own_box + slot
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        own = tl.load(x + at, inside, 0)
-        other = own
-        if residual is not None:
-            other = tl.load(residual + at, inside, 0)
-        if SIZE == 2:  # a + b is b + a
-            sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
-            words = _pack(
-                _low(own, DTYPE) + _low(sent, DTYPE), _high(own, DTYPE) + _high(sent, DTYPE), DTYPE
-            )
-        else:
-            _await_all(box + at, stride, turn, rank, inside, SIZE)
-            words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
-        _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
-    _end_turn(turns, turn)
-
-
 @triton.jit
 def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
     """What this program has written anywhere is seen by that of the same number of every other
     rank, which is as far as this one is; likewise theirs here."""
+    # Of two turns in a row, the later may be told before the earlier has been looked for.
+    phase += (turn & 1) * 2
     every = tl.arange(0, SIZE)
     other = every != rank
     program = tl.program_id(0)
@@ -247,6 +204,61 @@ def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rank", "rows"])
+def one_shot_kernel(
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every rank sends its x to all others and adds up all. Grid: (programs,).
+
+    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
+    of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
+    that of a slot. As LINES, words are there with their turn, which is quick; without, programs
+    meet, and half as much is sent.
+    """
+    columns = tl.arange(0, BLOCK)
+    within = columns < WORDS
+    kind: tl.constexpr = tl.int64 if LINES else tl.int32
+    # What no kernel writes is read before everything in front has ended.
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
+    others = _others(peers, rank, inbox, kind, SIZE)
+    box = _box(peers, rank, inbox, kind)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    turn = _begin_turn(turns)
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    for row in range(first, rows, programs):
+        at = row * WORDS + columns
+        inside = _inside(at, within, row, rows, count, weight)
+        words = tl.load(x + at, inside, 0)
+        _push(words, turn, others, slot + rank.to(tl.int64) * stride + at, inside, SIZE, LINES)
+    if not LINES:
+        _meet(peers, flags, 0, turn, rank, SIZE)
+    for row in range(first, rows, programs):
+        at = row * WORDS + columns
+        inside = _inside(at, within, row, rows, count, weight)
+        own = tl.load(x + at, inside, 0)
+        other = own
+        if residual is not None:
+            other = tl.load(residual + at, inside, 0)
+        if LINES and SIZE == 2:  # a + b is b + a
+            sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
+            words = _pack(
+                _low(own, DTYPE) + _low(sent, DTYPE), _high(own, DTYPE) + _high(sent, DTYPE), DTYPE
+            )
+        else:
+            if LINES:
+                _await_all(box + at, stride, turn, rank, inside, SIZE)
+            words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
+        _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    _end_turn(turns, turn)
+
+
+@triton.jit(do_not_specialize=["rank", "rows"])
 def two_shot_kernel(
     x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, parts, whole,
     flags, eps,
@@ -256,7 +268,8 @@ def two_shot_kernel(
     """As ``one_shot_kernel``, where a rank adds up every SIZE-th row and sends the sum to all
     others. Grid: (programs,).
 
-    ``stride`` words is the room for the rows of a sender, ``room`` that of all sums.
+    ``stride`` words is the room for the rows of a sender in ``parts``; sums are in ``whole``. Slots
+    of both are ``room`` words from each other.
     """
     columns = tl.arange(0, BLOCK)
     within = columns < WORDS
@@ -270,9 +283,11 @@ def two_shot_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64)
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
+    sums += slot
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
-    own_part = (slot * SIZE + rank) * stride
+    own_part = slot + rank.to(tl.int64) * stride
     for group in range(first, groups, programs):
         place = own_part + group * WORDS + columns
         for step in tl.static_range(1, SIZE):
@@ -283,7 +298,6 @@ def two_shot_kernel(
             words = tl.load(x + at, inside, 0)
             tl.store(other_parts[step - 1] + place, words, inside)
     _meet(peers, flags, 0, turn, rank, SIZE)
-    box += slot * SIZE * stride
     for group in range(first, groups, programs):
         row = group * SIZE + rank
         at = row * WORDS + columns
@@ -292,10 +306,9 @@ def two_shot_kernel(
         sent = box + group * WORDS + columns
         words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
         for step in tl.static_range(SIZE - 1):
-            tl.store(other_sums[step] + slot * room + at, words, inside)
-        tl.store(sums + slot * room + at, words, inside)
+            tl.store(other_sums[step] + slot + at, words, inside)
+        tl.store(sums + at, words, inside)
     _meet(peers, flags, 1, turn, rank, SIZE)
-    sums += slot * room
     for group in range(first, groups, programs):
         for step in tl.static_range(SIZE):
             row = group * SIZE + step
@@ -311,30 +324,38 @@ def two_shot_kernel(
 
 @triton.jit(do_not_specialize=["rank", "rows"])
 def gather_kernel(
-    x, y, peers, turns, rank, rows, width, stride, inbox,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, y, peers, turns, rank, rows, width, stride, room, inbox, flags,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y ``[rows, SIZE * width]`` words of x ``[rows, width]`` of every rank. Grid: (programs,)."""
+    """y ``[rows, SIZE * width]`` words of x ``[rows, width]`` of every rank, through an inbox as
+    that of ``one_shot_kernel``. Grid: (programs,)."""
+    kind: tl.constexpr = tl.int64 if LINES else tl.int32
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    others = _others(peers, rank, inbox, tl.int64, SIZE)
-    own_box = _box(peers, rank, inbox, tl.int64)
+    others = _others(peers, rank, inbox, kind, SIZE)
+    box = _box(peers, rank, inbox, kind)
     if PDL:
         tl.extra.cuda.gdc_wait()
     turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * SIZE * stride
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
     first, programs, count = tl.program_id(0), tl.num_programs(0), rows * width
     own = slot + rank.to(tl.int64) * stride
     for block in range(first, tl.cdiv(count, BLOCK), programs):
         at = block * BLOCK + tl.arange(0, BLOCK)
         words = tl.load(x + at, at < count, 0)
-        _push(words, turn, others, own + at, at < count, SIZE)
+        _push(words, turn, others, own + at, at < count, SIZE, LINES)
         tl.store(y + (at // width * SIZE + rank) * width + at % width, words, at < count)
-    box = own_box + slot
+    if not LINES:
+        _meet(peers, flags, 0, turn, rank, SIZE)
     for block in range(first, tl.cdiv(count, BLOCK), programs):
         at = block * BLOCK + tl.arange(0, BLOCK)
         for step in tl.static_range(1, SIZE):
             sender = (rank + step) % SIZE
-            words = _await_one(box + sender.to(tl.int64) * stride + at, turn, at < count)
+            sent = box + sender.to(tl.int64) * stride + at
+            if LINES:
+                words = _await_one(sent, turn, at < count)
+            else:
+                words = tl.load(sent, at < count, 0, volatile=True)
             tl.store(y + (at // width * SIZE + sender) * width + at % width, words, at < count)
     _end_turn(turns, turn)

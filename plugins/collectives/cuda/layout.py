@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WORD, _LINE = 4, 8  # bytes: what is exchanged, and with its turn beside it
-_PHASES = 2
+_SLOTS, _PHASES = 2, 2
 _ALIGNED = 256
-_MOST_ROW = 64 << 10  # bytes of a row that no other rank has as many as
+_MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Bytes of a rank's memory, for ``ranks``: room for x of up to ``small`` bytes with turns
-    beside its words, and of up to ``large`` without, both twice, and flags.
+    beside its words, and of up to ``large`` without, both twice, and flags of ``programs``.
 
-    ``inbox``, ``parts``, ``whole`` and ``flags`` are where the four begin, ``bytes`` is the end.
+        lines: [slots, ranks, line_stride]   what each rank sends, as lines
+        words: [slots, word_room]            what each rank sends; or parts and whole sums
+        flags: [slots, phases, ranks, programs]
+
+    ``lines``, ``words`` and ``flags`` are where the three begin, ``bytes`` is the end.
     """
 
     ranks: int
@@ -25,44 +29,59 @@ class Layout:
 
     @property
     def line_stride(self) -> int:
-        """Lines that a sender has in a slot of the inbox."""
+        """Lines that a sender has in a slot."""
         return _aligned(self.small // _WORD)
 
     @property
+    def line_room(self) -> int:
+        """Lines of a slot."""
+        return self.ranks * self.line_stride
+
+    @property
     def part_stride(self) -> int:
-        """Words that a sender has in a slot of the parts."""
+        """Words of the rows that a sender leaves to another rank to add up."""
         # Rows are dealt out, and the first ranks may have one more.
         return _aligned(self.large // self.ranks // _WORD + _MOST_ROW // _WORD)
 
     @property
     def whole_room(self) -> int:
-        """Words of a slot of whole sums."""
+        """Words of whole sums."""
         return _aligned(self.large // _WORD)
 
     @property
-    def inbox(self) -> int:
-        """From where ranks put lines, ``[2, ranks, line_stride]``."""
+    def word_room(self) -> int:
+        """Words of a slot."""
+        return self.ranks * self.part_stride + self.whole_room
+
+    @property
+    def word_stride(self) -> int:
+        """Words that a sender has in a slot if there is nothing else in it."""
+        return self.word_room // self.ranks // _ALIGNED * _ALIGNED
+
+    @property
+    def lines(self) -> int:
+        """From where there are lines."""
         return 0
 
     @property
-    def parts(self) -> int:
-        """From where ranks put the rows that this one adds up, ``[2, ranks, part_stride]``."""
-        return 2 * self.ranks * self.line_stride * _LINE
+    def words(self) -> int:
+        """From where there are words, and parts."""
+        return _SLOTS * self.line_room * _LINE
 
     @property
     def whole(self) -> int:
-        """From where ranks put the rows that they have added up, ``[2, whole_room]``."""
-        return self.parts + 2 * self.ranks * self.part_stride * _WORD
+        """From where there are whole sums."""
+        return self.words + self.ranks * self.part_stride * _WORD
 
     @property
     def flags(self) -> int:
-        """From where programs say how far they are, ``[phases, ranks, programs]`` words."""
-        return self.whole + 2 * self.whole_room * _WORD
+        """From where programs say how far they are."""
+        return self.words + _SLOTS * self.word_room * _WORD
 
     @property
     def bytes(self) -> int:
         """The size of it all."""
-        return self.flags + _aligned(_PHASES * self.ranks * self.programs * _WORD)
+        return self.flags + _aligned(_SLOTS * _PHASES * self.ranks * self.programs * _WORD)
 
 
 def _aligned(count: int) -> int:
