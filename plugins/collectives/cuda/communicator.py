@@ -20,8 +20,9 @@ from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.collectives.cuda.shared_memory import SharedMemory
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
-# The largest x, in bytes, that every rank sends whole to all others; by the number of ranks.
-ONE_SHOT_BYTES = {2: 256 << 10, 4: 64 << 10, 8: 32 << 10}
+# The largest x, in bytes, that goes as lines, and as words; by the number of ranks.
+LINES_BYTES = {2: 128 << 10, 4: 64 << 10, 8: 32 << 10}
+WORDS_BYTES = {2: 1 << 40, 4: 128 << 10, 8: 32 << 10}
 # Newer versions of torch have it under this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -54,7 +55,7 @@ class Communicator:
         self._group = group
         self._memory: SharedMemory | None = None
         self._room: Room | None = None
-        layout = Layout(size, ONE_SHOT_BYTES[size], max_bytes, PROGRAMS)
+        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS)
         if device.type == "cuda":
             assert group is not None
             self._memory = SharedMemory(rank, layout.bytes, device, group)
@@ -80,11 +81,14 @@ class Communicator:
         ``all_reduce(x) + residual``, both ``[rows, width]``: rounded to the dtype of x, bfloat16 or
         float16, after each of the three as where they are computed apart."""
         summed = self._reduce(x, Norm(residual, weight, epsilon), pdl)
-        if summed is None:
-            whole = self.all_reduce(x, pdl=pdl)
-            summed = rms_norm(whole, weight, epsilon, residual=residual, pdl=pdl)
-        assert isinstance(summed, tuple) and summed[1] is not None
-        return summed[0], summed[1]
+        if summed is not None:
+            y, total = summed
+            assert total is not None
+            return y, total
+        whole = self.all_reduce(x, pdl=pdl)
+        both = rms_norm(whole, weight, epsilon, residual=residual, pdl=pdl)
+        assert isinstance(both, tuple)
+        return both
 
     def all_gather(self, x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tensor:
         """The columns of x ``[rows, width]`` (any dtype) of all ranks, side by side in their order:
@@ -120,10 +124,15 @@ class Communicator:
         """By a kernel of ours; None for what is none's."""
         if self._room is None or not reducible(x, norm):
             return None
-        for way in (Way.LINES, Way.PARTS):
-            if fits(way, self._room, x, norm):
-                return reduce(way, self._room, x, norm, pdl=pdl)
-        return None
+        way = self._way(x)
+        return reduce(way, self._room, x, norm, pdl=pdl) if fits(way, self._room, x, norm) else None
+
+    def _way(self, x: Tensor) -> Way:
+        """The quickest for so many bytes."""
+        size = x.numel() * x.element_size()
+        if size <= LINES_BYTES[self.size]:
+            return Way.LINES
+        return Way.WORDS if size <= WORDS_BYTES[self.size] else Way.PARTS
 
     def _through_group(self, x: Tensor) -> Tensor:
         total = x.contiguous().clone()
