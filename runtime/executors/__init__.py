@@ -25,7 +25,10 @@ _EXECUTORS = {
     "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
 # The same for engines of several ranks.
-_RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
+_RANK_EXECUTORS = {
+    "cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor",
+    "cuda": "slipstream.runtime.executors.ranks.gpu.executor:CUDARankExecutor",
+}
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 _CHECKS = {
     "cuda": "slipstream.runtime.executors.cuda.device:require",
