@@ -14,8 +14,8 @@ from slipstream.server.anthropic.conversation import conversation_of
 from slipstream.server.anthropic.protocol import CountRequest, MessagesRequest
 from slipstream.server.anthropic.reply import MessageReply
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.job import Job
 from slipstream.server.core.sampling import sampling_params
-from slipstream.server.core.service import Job
 
 router = APIRouter()
 _GENERATED: dict[int | str, dict[str, Any]] = {
