@@ -1,11 +1,12 @@
 """What structured output costs beside a device, and what forced tokens save.
 
     python benchmarks/structured.py ENGINE --json benchmarks/results/structured.json
+    python benchmarks/structured.py ENGINE --rounds 1 --step-ms 0  # the device's steps
 
 The device is the counting model with steps of 8 ms, which takes its own time beside the host, once
 with and once without running ahead; it answers as a model would that writes a valid document of
 the schema, of those in ``--schemas``. The vocabulary is that of ``ENGINE``, an engine's directory.
-256 answers, 64 at once:
+512 answers, 64 at once:
 
     plain   without a form
     steps   held to the schema of its document, a step a token
@@ -42,8 +43,7 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 
 SCHEMAS = Path(__file__).parents[1] / "tests" / "fixtures" / "json_schemas" / "schemas.jsonl"
 STREAMS = 64
-ANSWERS = 256
-STEP_SECONDS = 0.008
+ANSWERS = 512
 _PAGE_SIZE = 16
 _MOST_TOKENS = 400
 Document = tuple[StructuredOutput, list[int]]
@@ -70,6 +70,7 @@ class Case:
 
     runs_ahead: bool
     kind: str
+    step_seconds: float
 
     @property
     def name(self) -> str:
@@ -110,7 +111,7 @@ def engine_of(case: Case, tokenizer: Tokenizer, vocab_size: int) -> LoadedEngine
         enable_jump_decoding=case.kind in ("jumps", "one way"),
     )
     graphs, caches = counting_contract(_PAGE_SIZE, vocab_size)
-    device = Writer(pages, graphs, caches, delay=STEP_SECONDS, runs_ahead=case.runs_ahead)
+    device = Writer(pages, graphs, caches, delay=case.step_seconds, runs_ahead=case.runs_ahead)
     return replace(
         engine, executor=device, caches=caches, tokenizer=tokenizer, vocab_size=vocab_size
     )
@@ -155,13 +156,14 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--schemas", type=Path, default=SCHEMAS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step-ms", type=float, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     vocab_size = open_engine(options.engine).manifest.vocab_size
     tokenizer = Tokenizer.from_directory(options.engine, vocab_size)
     texts = documents(tokenizer, vocab_size, options.schemas)
     kinds = ("plain", "steps", "jumps", "one way")
-    cases = [Case(ahead, kind) for ahead in (True, False) for kind in kinds]
+    cases = [Case(ahead, kind, options.step_ms / 1000) for ahead in (True, False) for kind in kinds]
     rounds: dict[str, list[float]] = {case.name: [] for case in cases}
     steps: dict[str, int] = {}
     for number in range(options.rounds):
@@ -170,7 +172,7 @@ def main() -> None:
             rounds[case.name].append(rate)
             print(f"round {number + 1}: {case.name}: {rate:.0f} tokens/s", flush=True)
     rates = {name: statistics.median(measured) for name, measured in rounds.items()}
-    report: dict[str, Any] = {"cpu": cpu_name(), "streams": STREAMS, "step_ms": 8}
+    report: dict[str, Any] = {"cpu": cpu_name(), "streams": STREAMS, "step_ms": options.step_ms}
     report |= {"tokens_per_second": rates, "device_steps": steps, "rounds": rounds}
     for ahead in ("ahead", "in turn"):
         plain, held, jumps, one_way = (rates[f"{kind} {ahead}"] for kind in kinds)
