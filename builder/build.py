@@ -216,7 +216,7 @@ def _make(
 ) -> Manifest:
     # Whoever has to build it again may be in another directory.
     origin = next((str(path.absolute()) for path in _local(source)), str(source))
-    manifest = _write(planned, staging, origin, str(output), progress, compiler)
+    manifest = write_engine(planned, staging, origin, str(output), progress, compiler)
     check_output(output, "engine", engine_contents)
     publish(staging, output)
     return manifest
@@ -285,14 +285,16 @@ def _alike(programs: list[Program]) -> list[Program]:
     return programs
 
 
-def _write(
+def write_engine(
     planned: Plan,
     staging: Path,
     source: str,
     output: str,
-    progress: Progress | None,
-    compiler: Compiler | None,
+    progress: Progress | None = None,
+    compiler: Compiler | None = None,
 ) -> Manifest:
+    """Write the files of an engine into a directory; ``source`` and ``output`` are what its
+    manifest says to build it again from, and to."""
     total, done = planned.weight_bytes * planned.ranks, 0
 
     def wrote(size: int) -> None:

@@ -140,8 +140,7 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    of_ranks = _UNUSED_BY_RANKS if engine.manifest.ranks > 1 else {}
-    for name, reason in {**_UNUSED.get(engine.manifest.target, {}), **of_ranks}.items():
+    for name, reason in _unused(engine).items():
         if runtime.get(name):
             raise InvalidRequestError(f"{name} does nothing for {engine.path}: {reason}")
     if {"kv_cache_bytes", "kv_cache_free_gpu_memory_fraction"} <= runtime.keys():
@@ -159,6 +158,20 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
     return RuntimeConfig(**{**limits, "page_size": page_size, **with_kv_events(runtime)})
+
+
+def _unused(engine: Engine) -> dict[str, str]:
+    """Options that an engine has no use for, and why."""
+    target = engine.manifest.target
+    unused = dict(_UNUSED.get(target, {}))
+    if engine.manifest.ranks > 1:
+        unused |= _UNUSED_BY_RANKS
+    if target == "onnxruntime":
+        # Loaded by name: engines of other targets must not need ONNX Runtime.
+        provider = import_module("slipstream.runtime.executors.onnxruntime.provider")
+        if provider.wanted_provider(engine.manifest) == provider.CPU:
+            unused |= _UNUSED["cpu"]
+    return unused
 
 
 def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:

@@ -36,6 +36,8 @@ from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
 from triton.runtime.jit import JITCallable
 
 from slipstream.cores import usable_cores
+from slipstream.errors import ExecutionError
+from slipstream.interpreter import interpreter
 
 log = logging.getLogger(__name__)
 # Options that a launch gives; Triton derives the others from them and from the GPU.
@@ -274,9 +276,9 @@ def _start(
             share.write(pickle.dumps((capability, kernels[worker::workers])))
             share.seek(0)
             try:
-                command = [sys.executable, "-P", "-m", __name__]
+                command = [interpreter(), "-P", "-m", __name__]
                 processes.append(subprocess.Popen(command, stdin=share, stderr=subprocess.DEVNULL))
-            except OSError:  # no interpreter to start, or no room for one
+            except (ExecutionError, OSError):  # no interpreter to start, or no room for one
                 break
     return processes
 

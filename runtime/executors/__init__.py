@@ -25,7 +25,10 @@ _EXECUTORS = {
     "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
 # The same for engines of several ranks.
-_RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
+_RANK_EXECUTORS = {
+    "cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor",
+    "cuda": "slipstream.runtime.executors.ranks.gpu.executor:CUDARankExecutor",
+}
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 _CHECKS = {
     "cuda": "slipstream.runtime.executors.cuda.device:require",
@@ -53,7 +56,8 @@ def begin_loading(engine: Engine) -> None:
 
     Raises ``MissingDependencyError`` for a package that the target needs.
     """
-    if engine.manifest.target in _AHEAD:
+    # Ranks do so in processes of their own.
+    if engine.manifest.target in _AHEAD and engine.manifest.ranks == 1:
         _load(_AHEAD, engine)(engine)
 
 

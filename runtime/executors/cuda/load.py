@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from slipstream.builder.engine import KERNELS, WEIGHTS, Engine
+from slipstream.builder.engine import KERNELS, Engine, weight_file
 from slipstream.phases import phase
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.weights import load_weights
@@ -28,12 +28,13 @@ class Loading:
     prepared: Future[None]
 
 
-def begin_loading(engine: Engine) -> Loading:
-    """Start both, in threads; what they raise comes from the results."""
+def begin_loading(engine: Engine, rank: int = 0) -> Loading:
+    """Start both, in threads, for a ``rank`` on its own GPU; what they raise comes from the
+    results."""
     with phase("device"):
-        device = Device()
-    pool = ThreadPoolExecutor(2, "slipstream-load")
-    weights = pool.submit(_weights, engine.path / WEIGHTS, device)
+        device = Device(index=rank)
+    pool = ThreadPoolExecutor(2, "slipstream-load", initializer=device.use)
+    weights = pool.submit(_weights, engine.path / weight_file(rank), device)
     prepared = pool.submit(_prepare, engine.path / KERNELS, device)
     pool.shutdown(wait=False)  # its threads end with these two
     return Loading(device, weights, prepared)
@@ -45,7 +46,7 @@ def load_executor(engine: Engine, config: RuntimeConfig) -> CUDAExecutor:
     with phase("import of the executor"):
         from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 
-    return CUDAExecutor(engine, config, loading)
+    return CUDAExecutor(engine, config, loading=loading)
 
 
 def _weights(file: Path, device: Device) -> dict[str, Tensor]:
