@@ -4,8 +4,7 @@
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token, at 1, 16, 32
 and 64 requests. Greedy, prompts of random tokens, no prefix is shared. ``GENAI_DIR`` is a model
-that
-``python -m onnxruntime_genai.models.builder -e cuda -p int4`` made of the same checkpoint, in
+that ``python -m onnxruntime_genai.models.builder -e cuda -p int4`` made of the same checkpoint, in
 groups of 32 without zero points, as ours are; what fails, or is not given, is left out. Every
 engine runs in a process of its own, one after the other in each of ``--rounds``, and the median
 counts.
