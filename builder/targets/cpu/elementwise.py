@@ -52,7 +52,7 @@ def lower_add_rms_norm(program: Program) -> int:
 
 def lower_gated_activation(program: Program, portable: bool = False) -> int:
     """A gated activation as Split, what its gate is of ONNX Runtime's operators, and Mul;
-    ``portable`` takes only those that its CUDA provider has for bfloat16 in every release."""
+    ``portable`` takes only those that its CUDA provider has for every type, too."""
     nodes = program.nodes("GatedActivation")
     for node in nodes:
         _lower_gate(program, node, portable)

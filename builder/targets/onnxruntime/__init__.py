@@ -123,7 +123,7 @@ class ONNXRuntimeTarget:
             UseSlots(options.max_seq_len) if slots else UsePages(options.max_seq_len),
             lower_add_rms_norm,
             lower_rms_norm,
-            partial(lower_gated_activation, portable=self.dtype(options) == "bfloat16"),
+            partial(lower_gated_activation, portable=True),
             widen_output,
             lower_soft_cap,
             refuse_unlowered,
