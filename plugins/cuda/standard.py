@@ -100,6 +100,23 @@ def _reshape(node: ir.Node, context: Context) -> Kernel:
     return lambda run: (run.values[x].reshape(-1, *sizes),)
 
 
+def _mean(node: ir.Node, context: Context) -> Kernel:
+    """The mean of every row, ``[T, 1]``, in float32."""
+    x = required_names(node)[0]
+    return lambda run: (run.values[x].mean(-1, keepdim=True, dtype=torch.float32),)
+
+
+def _root(node: ir.Node, context: Context) -> Kernel:
+    (x,) = required_names(node)
+    return lambda run: (torch.sqrt(run.values[x]),)
+
+
+def _quotient(node: ir.Node, context: Context) -> Kernel:
+    """Rows over a number each, in the type of the rows."""
+    x, divisor = required_names(node)
+    return lambda run: ((run.values[x] / run.values[divisor]).to(run.values[x].dtype),)
+
+
 BINDINGS: dict[str, Binding] = {
     "RMSNormalization": _norm,
     "LayerNormalization": _layer_norm,
@@ -111,4 +128,7 @@ BINDINGS: dict[str, Binding] = {
     "Gather": _gather,
     "Slice": _slice,
     "Reshape": _reshape,
+    "ReduceMean": _mean,
+    "Sqrt": _root,
+    "Div": _quotient,
 }

@@ -18,14 +18,16 @@ from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
 SUFFIX = ".cuda"
-_PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding")
+_PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding", "EmbeddingShard")
+# What these read is in what they make, as it is, summed up or in part.
+_HANDING_ON = ("AllGather", "AllReduce", "Slice")
 log = logging.getLogger(__name__)
 _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
 class PackWeights:
-    """Stores the weight of every Linear, NormedRouter, ExpertLinear and Embedding as one blob.
+    """Stores the weight of every product and every Embedding as one blob.
 
     ``dtype`` is that of dense weights; kernels hold every other one (``DequantizeUnheld``).
     """
@@ -98,8 +100,9 @@ class StoreVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
-    """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, what a router reads and says, and weights of experts."""
+    """Gives ``dtype`` to every value between operators but the logits, before and after their cap
+    and while ranks gather them, the rotary angles, what a router reads and says, weights of
+    experts, and roots."""
 
     dtype: str
 
@@ -110,8 +113,7 @@ class SetPrecision:
             for value in node.outputs:
                 if not self._gives(node, value):
                     continue
-                exact = any(_exact(reader, index) for reader, index in value.uses())
-                if not value.is_graph_output() and not exact:
+                if not _is_exact(value):
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed
@@ -122,6 +124,20 @@ class SetPrecision:
         return spec is None or self.dtype in spec.outputs[node.outputs.index(value)].dtypes
 
 
-def _exact(reader: ir.Node, index: int) -> bool:
+def _is_exact(value: ir.Value) -> bool:
+    """Whether a value stays float32: who reads it wants that, or hands it on."""
+    if value.is_graph_output():
+        return True
+    return any(
+        _wants_exact(reader, index)
+        or (reader.op_type in _HANDING_ON and _is_exact(reader.outputs[0]))
+        for reader, index in value.uses()
+    )
+
+
+def _wants_exact(reader: ir.Node, index: int) -> bool:
     """Whether an operator wants its input ``index`` in float32."""
-    return reader.op_type in ("SoftCap", "Router") or (reader.op_type, index) == ("ExpertLinear", 3)
+    return reader.op_type in ("SoftCap", "Router", "Sqrt") or (reader.op_type, index) in (
+        ("ExpertLinear", 3),
+        ("Div", 1),
+    )

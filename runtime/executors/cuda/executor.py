@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -25,8 +26,9 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.builder.engine import KERNELS, TACTICS, Engine, Manifest, weight_file
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -47,6 +49,10 @@ from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.executors.cuda.weights import load_weights
 from slipstream.runtime.speculation.proposer import OFF
+
+if TYPE_CHECKING:  # engines of one rank start without them
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
+    from slipstream.runtime.executors.cuda.team import Team
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
@@ -71,22 +77,45 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = max(QUERIES) - 1
+    _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
+    _team: Team | None = None  # of ranks
 
-    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
-        """Put an engine's weights on the GPU.
+    def __init__(
+        self,
+        engine: Engine,
+        config: RuntimeConfig,
+        rank: int = 0,
+        meet: Callable[[Device], Team] | None = None,
+    ) -> None:
+        """Put an engine's weights on the GPU, or those of one ``rank`` on its own, which then
+        ``meet`` the others.
 
         The machine has been checked (``device.require``). Raises CapacityError when weights or
         buffers do not fit.
         """
-        self._device = Device()
-        with ThreadPoolExecutor(1) as pool:  # while weights are copied
-            prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
-            graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-            weights = load_weights(engine.path / WEIGHTS, self._device)
+        with phase("device"):
+            self._device = Device(index=rank)
+        # While weights are copied.
+        with ThreadPoolExecutor(1, initializer=self._device.use) as pool:
+            prepared = pool.submit(self._prepare, engine.path / KERNELS)
+            with phase("graph"):
+                graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+            with phase("weights"):
+                weights = load_weights(engine.path / weight_file(rank), self._device)
             prepared.result()
-        self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+        if meet is not None:
+            with phase("other ranks"):
+                self._team = meet(self._device)
+        # What tells the kernels of its steps from those of others.
+        self._steps = f"{engine.fingerprint} {config}"
+        with phase("program and buffers"):
+            self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+
+    def _prepare(self, kernels: Path) -> None:
+        with phase("file of kernels, and Triton's own start"):
+            self._device.prepare(kernels)
 
     @classmethod
     def from_weights(
@@ -122,7 +151,9 @@ class CUDAExecutor:
         rows = config.max_batch_size + drafts
         self._columns = -(-config.max_seq_len // page_size_of(self._caches))
         with device.work(), self._fitting():
-            program = CUDAProgram(graph, spec, weights, table, device.torch, self._calls)
+            program = CUDAProgram(
+                graph, spec, weights, table, device.torch, self._calls, self._communicator(manifest)
+            )
             self._attention = program.attention
             block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(
@@ -132,19 +163,40 @@ class CUDAExecutor:
                 rows, config.max_batch_size, program.vocab_size, config.max_seq_len, device.torch
             )
             self._sampler.buffers.enable_full()  # before pages take what is free
-            self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
+            self.runner = self._runner(program, buckets)
+
+    def _runner(self, program: CUDAProgram, buckets: Buckets) -> StepRunner:
+        """What runs the steps."""
+        return StepRunner(program, self._sampler, self._device, buckets, self._columns, self._team)
+
+    def _communicator(self, manifest: Manifest) -> Communicator | None:
+        """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
+        if manifest.ranks == 1:
+            return None
+        if self._team is not None:
+            return self._team.communicator
+        from slipstream.runtime.executors.cuda.team import planned_communicator
+
+        assert self._device.is_planned, "ranks have met before they start"
+        return planned_communicator(manifest.ranks, self._device)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
 
         None takes ``kv_cache_free_gpu_memory_fraction`` of what weights and the largest step leave
         free, at most what the limits can use. More than is free shrinks to that, with a message.
+        Of several ranks all have as many pages as that which has room for the fewest.
         A cache with a window has fewer pages where a full batch cannot use as many as it returns.
         """
         with self._fitting():
-            pages = self._affordable_pages(num_bytes)
-            self._allocate(pages)
-            self.runner.capture()
+            with phase("largest steps"):
+                pages = self._affordable_pages(num_bytes)
+            if self._team is not None:
+                pages = self._team.least(pages)
+            with phase("pages"):
+                self._allocate(pages)
+            with phase("graphs of the first steps"):
+                self.runner.capture()
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -226,11 +278,12 @@ class CUDAExecutor:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
         with self._device.work():
             hidden = self.runner.layers(batch, batch.logits_rows[:0], eager=True)
-            wanted = hidden[self._device.index(batch.logits_rows)]
-            parts = torch.split(wanted, self._config.max_batch_size)
-            # The head writes to one place, which is on the host in the interpreter.
-            rows = [self.runner.logits_of(part).to("cpu", copy=True).numpy() for part in parts]
-            return np.concatenate(rows)
+            size, found = self._config.max_batch_size, []
+            for start in range(0, len(batch.logits_rows), size):
+                logits = self.runner.logits_of(hidden, batch.logits_rows[start : start + size])
+                # The head writes to one place, which is on the host in the interpreter.
+                found.append(logits.to("cpu", copy=True).numpy())
+            return np.concatenate(found)
 
     def _drafts_of_step(self) -> int:
         """For how many drafts there is room beside a token of every sequence."""
@@ -283,10 +336,21 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works())
+        with phase("kernels"):
+            self._compile()
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
+
+    def _compile(self) -> None:
+        """Of several ranks the first compiles for all, who find it on disk."""
+        works, team = self.runner.works, self._team
+        if team is not None and not team.is_first:
+            self._device.compile(works, self._steps, ready=team.meet)
+            return
+        self._device.compile(works, self._steps)
+        if team is not None:
+            team.meet()
 
     def _peak(self, work: Work) -> int:
         """Bytes that some work takes while it runs."""

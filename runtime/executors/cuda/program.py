@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -28,6 +29,9 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
 
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
+
 _ALIGNED = 16  # bytes: a pointer to such a place has a kernel of its own
 
 
@@ -45,7 +49,8 @@ class CUDAProgram:
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
-    ``calls`` says how calls of the graph's own functions are run.
+    ``calls`` says how calls of the graph's own functions are run, ``communicator`` speaks to other
+    ranks.
     EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
@@ -57,6 +62,7 @@ class CUDAProgram:
         tactics: Tactics,
         device: torch.device,
         calls: Mapping[str, Binding],
+        communicator: Communicator | None = None,
     ) -> None:
         nodes = list(graph)
         _check(graph, spec)
@@ -74,7 +80,7 @@ class CUDAProgram:
         self.attention = [
             attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
         ]
-        context = Context(self._constants, tactics, calls)
+        context = Context(self._constants, tactics, calls, communicator)
         kept = {*self._constants, hidden}
         self._body = _compile(nodes[:split], context, kept)
         self._tail = _compile(nodes[split + 1 :], context, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from slipstream.runtime.executors.cuda.inputs import (
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.runtime.executors.cuda.team import Team
+
 # What the first answers need is captured at the start, up to these sizes, for these kinds of
 # sampling; the rest is when it is first asked for.
 PREPARED_SEQUENCES = 16
@@ -40,7 +44,8 @@ class StepRunner:
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
     makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
-    the last layer makes of every token too.
+    the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
+    its tokens.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class StepRunner:
         device: Device,
         buckets: Buckets,
         page_columns: int,
+        team: Team | None = None,
     ) -> None:
         self._program, self._sampler, self._device = program, sampler, device
+        self._team = team
         self._buckets = buckets
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
@@ -129,11 +136,11 @@ class StepRunner:
             self._heads[key] = self._device.capture(self._head_work(padded, kind))
         self._heads[key]()
 
-    def logits_of(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` rows, valid until the
-        next."""
-        out = self.logits[: len(hidden)]
-        self._program.logits(hidden, out)
+    def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
+        """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` of the rows that
+        ``layers`` returned, valid until the next."""
+        out = self.logits[: len(rows)]
+        self._program.logits(hidden[self._device.index(rows)], out)
         return out
 
     def works(self) -> list[Work]:
@@ -247,7 +254,10 @@ class StepRunner:
 
         def work() -> None:
             self._program.logits(rows, logits, pdl)
-            self._sampler.launch(logits, padded, kind, pdl)
+            if self._team is None or self._team.is_first:
+                self._sampler.launch(logits, padded, kind, pdl)
+            if self._team is not None:
+                self._team.share(self._sampler.last_tokens)
 
         return work
 
