@@ -216,13 +216,14 @@ def server(engine: Path, options: list[str]) -> Iterator[Address]:
             process.send_signal(signal.SIGTERM)
 
 
-def offline(engine: Path, load: Load) -> dict[str, float]:
+def offline(engine: Path, load: Load, given: list[str]) -> dict[str, float]:
     """The same requests without a server."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.json")
         command = [*_CLI, "bench", "throughput", str(engine), "--json", str(report)]
         command += ["--num-prompts", str(load.requests), "--max-concurrency", str(load.streams)]
         command += ["--input-len", str(load.input_len), "--output-len", str(load.output_len)]
+        command += given
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rates = json.loads(report.read_text())
     return {"output_tokens_per_second": _find(rates, "output_tokens_per_second")}
@@ -252,7 +253,9 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=2000)
     parser.add_argument("--chats", type=float, default=64, help="A second; 0: none.")
     parser.add_argument("--no-offline", action="store_true")
-    parser.add_argument("--serve", nargs="*", default=[], help="Options of the server, without --.")
+    parser.add_argument(
+        "--runtime", nargs="*", default=[], help="Options of the engine, such as kv-cache-bytes 4G."
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     manifest = json.loads((options.engine / "engine.json").read_text())
@@ -261,10 +264,10 @@ def main() -> None:
         options.streams, options.requests, options.input_len, options.output_len, vocab_size
     )
     report: dict[str, dict[str, float]] = {}
+    given = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(options.runtime)]
     if not options.no_offline:
-        report["offline"] = offline(options.engine, load)
+        report["offline"] = offline(options.engine, load, given)
         print("offline", report["offline"], flush=True)
-    given = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(options.serve)]
     with server(options.engine, given) as address:
         measure(address, Load(options.streams, options.streams, 16, 16, vocab_size))  # warms up
         report["http"] = measure(address, load)
