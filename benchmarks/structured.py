@@ -173,17 +173,22 @@ def main() -> None:
     rates = {name: statistics.median(measured) for name, measured in rounds.items()}
     report: dict[str, Any] = {"cpu": cpu_name(), "streams": STREAMS, "step_ms": options.step_ms}
     report["answers"] = options.answers
-    report |= {"tokens_per_second": rates, "device_steps": steps, "rounds": rounds}
+    report["device_steps"] = steps
+    if options.step_ms:  # else they are those of the host
+        report |= {"tokens_per_second": rates, "rounds": rounds}
     for ahead in ("ahead", "in turn"):
         plain, held, jumps, one_way = (rates[f"{kind} {ahead}"] for kind in kinds)
         _, most, fewer, fewest = (steps[f"{kind} {ahead}"] for kind in kinds)
         report[ahead] = {
-            "loss": 1 - held / plain,
-            "gain_by_jumps": jumps / held - 1,
-            "gain_by_one_way": one_way / held - 1,
             "gain_by_jumps_in_steps": most / fewer - 1,
             "gain_by_one_way_in_steps": most / fewest - 1,
         }
+        if options.step_ms:
+            report[ahead] |= {
+                "loss": 1 - held / plain,
+                "gain_by_jumps": jumps / held - 1,
+                "gain_by_one_way": one_way / held - 1,
+            }
         figures = "  ".join(f"{name} {value:.1%}" for name, value in report[ahead].items())
         print(f"{ahead}: {figures}")
     if options.json:
