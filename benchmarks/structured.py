@@ -1,12 +1,12 @@
 """What structured output costs beside a device, and what forced tokens save.
 
     python benchmarks/structured.py ENGINE --json benchmarks/results/structured.json
-    python benchmarks/structured.py ENGINE --rounds 1 --step-ms 0  # the device's steps
+    python benchmarks/structured.py ENGINE --rounds 1 --step-ms 0 --answers 1024  # its steps
 
 The device is the counting model with steps of 8 ms, which takes its own time beside the host, once
 with and once without running ahead; it answers as a model would that writes a valid document of
 the schema, of those in ``--schemas``. The vocabulary is that of ``ENGINE``, an engine's directory.
-512 answers, 64 at once:
+So many answers, 64 at once:
 
     plain   without a form
     steps   held to the schema of its document, a step a token
@@ -43,7 +43,6 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 
 SCHEMAS = Path(__file__).parents[1] / "tests" / "fixtures" / "json_schemas" / "schemas.jsonl"
 STREAMS = 64
-ANSWERS = 512
 _PAGE_SIZE = 16
 _MOST_TOKENS = 400
 Document = tuple[StructuredOutput, list[int]]
@@ -77,9 +76,8 @@ class Case:
         return f"{self.kind} {'ahead' if self.runs_ahead else 'in turn'}"
 
 
-def documents(tokenizer: Tokenizer, vocab_size: int, schemas: Path) -> list[Document]:
-    """Valid documents of schemas that are held, as many as there are answers, each ending with the
-    end's token."""
+def documents(tokenizer: Tokenizer, vocab_size: int, schemas: Path, answers: int) -> list[Document]:
+    """Valid documents of schemas that are held, one an answer, each ending with the end's token."""
     compiler, found = GrammarCompiler(tokenizer, vocab_size), list[Document]()
     opener = gzip.open if schemas.suffix == ".gz" else open
     with opener(schemas, "rt", encoding="utf-8") as file:
@@ -96,8 +94,8 @@ def documents(tokenizer: Tokenizer, vocab_size: int, schemas: Path) -> list[Docu
             if test["valid"] and 20 <= len(tokens) < _MOST_TOKENS:
                 found.append((form, [*tokens, min(tokenizer.eos_token_ids)]))
     # The longest come first, so that all end at about the same time.
-    answers = [found[i % len(found)] for i in range(ANSWERS)]
-    return sorted(answers, key=lambda answer: -len(answer[1]))
+    chosen = [found[i % len(found)] for i in range(answers)]
+    return sorted(chosen, key=lambda answer: -len(answer[1]))
 
 
 def engine_of(case: Case, tokenizer: Tokenizer, vocab_size: int) -> LoadedEngine:
@@ -156,12 +154,13 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--schemas", type=Path, default=SCHEMAS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--answers", type=int, default=256)
     parser.add_argument("--step-ms", type=float, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     vocab_size = open_engine(options.engine).manifest.vocab_size
     tokenizer = Tokenizer.from_directory(options.engine, vocab_size)
-    texts = documents(tokenizer, vocab_size, options.schemas)
+    texts = documents(tokenizer, vocab_size, options.schemas, options.answers)
     kinds = ("plain", "steps", "jumps", "one way")
     cases = [Case(ahead, kind, options.step_ms / 1000) for ahead in (True, False) for kind in kinds]
     rounds: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -173,17 +172,23 @@ def main() -> None:
             print(f"round {number + 1}: {case.name}: {rate:.0f} tokens/s", flush=True)
     rates = {name: statistics.median(measured) for name, measured in rounds.items()}
     report: dict[str, Any] = {"cpu": cpu_name(), "streams": STREAMS, "step_ms": options.step_ms}
-    report |= {"tokens_per_second": rates, "device_steps": steps, "rounds": rounds}
+    report["answers"] = options.answers
+    report["device_steps"] = steps
+    if options.step_ms:  # else they are those of the host
+        report |= {"tokens_per_second": rates, "rounds": rounds}
     for ahead in ("ahead", "in turn"):
         plain, held, jumps, one_way = (rates[f"{kind} {ahead}"] for kind in kinds)
         _, most, fewer, fewest = (steps[f"{kind} {ahead}"] for kind in kinds)
         report[ahead] = {
-            "loss": 1 - held / plain,
-            "gain_by_jumps": jumps / held - 1,
-            "gain_by_one_way": one_way / held - 1,
             "gain_by_jumps_in_steps": most / fewer - 1,
             "gain_by_one_way_in_steps": most / fewest - 1,
         }
+        if options.step_ms:
+            report[ahead] |= {
+                "loss": 1 - held / plain,
+                "gain_by_jumps": jumps / held - 1,
+                "gain_by_one_way": one_way / held - 1,
+            }
         figures = "  ".join(f"{name} {value:.1%}" for name, value in report[ahead].items())
         print(f"{ahead}: {figures}")
     if options.json:

@@ -131,7 +131,7 @@ def _text_of(kind: Kind, value: Any) -> str:  # noqa: ANN401 - checked here
     return value
 
 
-def _check_unicode(kind: Kind, text: str) -> None:
+def _check_unicode(kind: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
