@@ -20,7 +20,7 @@ from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import runtime_config
 
-LIMITS: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 192}
+LIMITS: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 
 
 class Table:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # the table is also asked by those who run nothing
     from slipstream.runtime.config import RuntimeConfig
     from slipstream.runtime.executors.base import Executor
 
-# target -> "module:class"; a class is called with (engine, configuration). Packages add executors
-# for targets of theirs by entry points of this group.
+# target -> "module:class", or a function; called with (engine, configuration). Packages add
+# executors for targets of theirs by entry points of this group.
 _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
-    "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
+    "cuda": "slipstream.runtime.executors.cuda.load:load_executor",
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.executor:ONNXRuntimeExecutor",
     "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
@@ -56,7 +56,8 @@ def begin_loading(engine: Engine) -> None:
 
     Raises ``MissingDependencyError`` for a package that the target needs.
     """
-    if engine.manifest.target in _AHEAD:
+    # Ranks do so in processes of their own.
+    if engine.manifest.target in _AHEAD and engine.manifest.ranks == 1:
         _load(_AHEAD, engine)(engine)
 
 

@@ -49,7 +49,7 @@ def logits(source: MemoryCheckpoint | None, directory: Path, **options: Any) -> 
     with pytest.MonkeyPatch.context() as patch:
         if source is not None:
             patch.setattr(builder, "open_checkpoint", lambda _, strict: source)
-        chosen = BuildOptions("cuda", max_seq_len=192, **options)
+        chosen = BuildOptions("cuda", max_seq_len=128, **options)
         builder.build(str(directory / "source"), directory / "engine", chosen)
     return logits_of_ranks(directory / "engine", PROMPTS, CHUNKS)
 

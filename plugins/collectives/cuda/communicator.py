@@ -60,7 +60,10 @@ class Communicator:
             assert group is not None
             self._memory = SharedMemory(rank, layout.bytes, device, group)
             turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-            self._room = Room(rank, layout, self._memory.addresses, turns)
+            # Each finds a processor of its own, whatever else is on the device.
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            programs = min(PROGRAMS, processors)
+            self._room = Room(rank, layout, self._memory.addresses, turns, programs)
         elif device.type == "meta":
             addresses = torch.empty(size, dtype=torch.int64, device=device)
             turns = torch.empty(PROGRAMS, dtype=torch.int32, device=device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import KERNELS, TACTICS, Engine, Manifest, weight_file
+from slipstream.builder.engine import TACTICS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
@@ -43,11 +42,11 @@ from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.host import CUDAHost
+from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.executors.cuda.weights import load_weights
 from slipstream.runtime.speculation.proposer import OFF
 
 if TYPE_CHECKING:  # engines of one rank start without them
@@ -88,23 +87,21 @@ class CUDAExecutor:
         config: RuntimeConfig,
         rank: int = 0,
         meet: Callable[[Device], Team] | None = None,
+        loading: Loading | None = None,
     ) -> None:
         """Put an engine's weights on the GPU, or those of one ``rank`` on its own, which then
-        ``meet`` the others.
+        ``meet`` the others; their ``loading`` may have begun.
 
         The machine has been checked (``device.require``). Raises CapacityError when weights or
         buffers do not fit.
         """
-        with phase("device"):
-            self._device = Device(index=rank)
-        # While weights are copied.
-        with ThreadPoolExecutor(1, initializer=self._device.use) as pool:
-            prepared = pool.submit(self._prepare, engine.path / KERNELS)
-            with phase("graph"):
-                graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-            with phase("weights"):
-                weights = load_weights(engine.path / weight_file(rank), self._device)
-            prepared.result()
+        loading = loading or begin_loading(engine, rank)
+        self._device = loading.device
+        with phase("graph"):
+            graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+        with phase("wait for weights and kernels"):
+            weights = loading.weights.result()
+            loading.prepared.result()
         if meet is not None:
             with phase("other ranks"):
                 self._team = meet(self._device)
@@ -112,10 +109,6 @@ class CUDAExecutor:
         self._steps = f"{engine.fingerprint} {config}"
         with phase("program and buffers"):
             self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
-
-    def _prepare(self, kernels: Path) -> None:
-        with phase("file of kernels, and Triton's own start"):
-            self._device.prepare(kernels)
 
     @classmethod
     def from_weights(

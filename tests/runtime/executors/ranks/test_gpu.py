@@ -263,11 +263,17 @@ def test_families_natively(name: str, tmp_path: Path) -> None:
 @needs(2)
 def test_a_server_whose_rank_is_lost_ends(engines: Engines) -> None:
     """While steps are on their way, so that a kernel of the first rank waits for ever."""
+    pytest.importorskip("uvicorn")
     command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(engines(2))]
     command += ["--port", "0", "--kv-cache-bytes", str(1 << 26)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        address = next(m[0] for line in server.stderr if (m := re.search(r"http://\S+", line)))
+        log, address = "", None
+        while address is None:
+            line = server.stderr.readline()
+            assert line, log
+            log, address = log + line, re.search(r"http://\S+", line)
+        url = f"{address[0]}/v1/completions"
         ended = threading.Event()
         drain = threading.Thread(target=server.stderr.read, daemon=True)
         drain.start()
@@ -275,7 +281,7 @@ def test_a_server_whose_rank_is_lost_ends(engines: Engines) -> None:
         def ask() -> None:
             body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 80, "ignore_eos": True}).encode()
             while not ended.is_set():
-                request = urllib.request.Request(f"{address}/v1/completions", body)
+                request = urllib.request.Request(url, body)
                 request.add_header("Content-Type", "application/json")
                 try:
                     urllib.request.urlopen(request, timeout=30).read()
