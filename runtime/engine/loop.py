@@ -246,7 +246,9 @@ class EngineLoop:
         if not plan.sequences:
             return None
         self._note_admitted(plan.admitted)
-        outputs = () if self._speculator is None else self._speculator.outputs
+        outputs: tuple[str, ...] = ()
+        if self._speculator is not None:
+            outputs, plan.ahead = self._speculator.outputs, self._speculator.ahead(plan)
         batch, owners = self._builder.build(plan, outputs)
         positions = [row.position for row in batch.sampling]
         self._steps.began()

@@ -76,6 +76,17 @@ class PagedInputs:
     slot_mapping: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class Guessing:
+    """What a device that guesses by itself is to do after a step: ``count`` tokens of every
+    sequence. int32 ``next_tokens[S]``, the token after those of the step, -1 where that is sampled,
+    and ``capacity[S]``, how many tokens the pages of a sequence hold."""
+
+    count: int
+    next_tokens: IntArray
+    capacity: IntArray
+
+
 @dataclass(slots=True)
 class StepBatch:
     """One packed step of a ``graph``: prefill chunks and decodes side by side, no padding.
@@ -100,6 +111,7 @@ class StepBatch:
     Before its layers run, a step makes ``transfers`` from and to the host, one after the other, and
     then ``moves``, whose pages are read as the step before left them.
     ``hidden[T, width]``, float32, is what a head takes of each token; None in other graphs.
+    ``guessing`` is for a device that runs a head after the step (``GuessingExecutor``).
     """
 
     token_ids: IntArray
@@ -117,6 +129,7 @@ class StepBatch:
     moves: Sequence[Move] = ()
     transfers: Sequence[Transfer] = ()
     hidden: NDArray[np.float32] | None = None
+    guessing: Guessing | None = None
 
     @property
     def longest_context(self) -> IntArray:

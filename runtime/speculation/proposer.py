@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the names of proposers are also asked by those who run noth
 OFF = "off"
 GROUP = "slipstream.proposers"
 _PROPOSERS = {
-    EAGLE3: "slipstream.runtime.speculation.eagle3:Eagle3Proposer",
+    EAGLE3: "slipstream.runtime.speculation.eagle3:eagle3_proposer",
     "draft": "slipstream.runtime.speculation.draft:draft_proposer",
     "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
     "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
@@ -83,6 +83,28 @@ class Follower(Protocol):
 
     def computed(self, parts: Sequence[Computed]) -> None:
         """A step has landed; the tokens that it sampled are not among a context's yet."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Guessed:
+    """What the device guesses for a context, when it has ``num_tokens`` tokens."""
+
+    context: Context
+    num_tokens: int
+    tokens: Sequence[int]
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A proposer whose guesses the device makes, after every step and before anyone asks."""
+
+    def heard(self, guesses: Sequence[Guessed]) -> None:
+        """A step has landed; the tokens that it sampled are not among a context's yet."""
+        ...
+
+    def seconds(self, num_sequences: int, count: int) -> float:
+        """What ``count`` guesses for each of so many sequences take, as far as is known."""
         ...
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import states
+from slipstream.builder.contract import DRAFTS, states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
@@ -23,6 +23,8 @@ from slipstream.runtime.speculation.proposer import (
     Computed,
     Context,
     Follower,
+    Guessed,
+    Listener,
     Owner,
     Proposer,
     create_proposer,
@@ -119,8 +121,19 @@ class Speculator:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What the proposer reads of the target's outputs."""
+        """What the proposer reads of the target's outputs, or hears from the device."""
+        if isinstance(self._proposer, Listener):
+            return (DRAFTS,)
         return tuple(self._proposer.outputs) if isinstance(self._proposer, Follower) else ()
+
+    def ahead(self, plan: StepPlan) -> int:
+        """How many tokens of each sequence the device is to guess after a step."""
+        if not isinstance(self._proposer, Listener):
+            return 0
+        most = self._most if self._lengths is None else self._lengths.wanted()
+        if most and self._lengths is not None:
+            self._lengths.asked(most, self._proposer.seconds(len(plan.sequences), most))
+        return most
 
     def computed(
         self,
@@ -130,7 +143,11 @@ class Speculator:
     ) -> None:
         """Show the proposer what a step computed of those that go on, if it wants to know."""
         follower = self._proposer
-        if isinstance(follower, Follower) and outputs.keys() >= set(follower.outputs):
+        if isinstance(follower, Listener) and DRAFTS in outputs:
+            guesses = self._heard(plan, runs, outputs[DRAFTS].tolist())
+            with self._unless_it_fails():
+                follower.heard(list(guesses))
+        elif isinstance(follower, Follower) and outputs.keys() >= set(follower.outputs):
             with self._unless_it_fails():
                 follower.computed(list(self._parts(plan, runs, outputs)))
 
@@ -149,7 +166,10 @@ class Speculator:
                 sequence.num_accepted += right
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
-            self._lengths.landed(sum(plan.counts), seconds)
+            asked = 0.0
+            if plan.ahead and isinstance(self._proposer, Listener):
+                asked = self._proposer.seconds(len(plan.sequences), plan.ahead)
+            self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
 
     def waits_for(self, plan: StepPlan) -> bool:
         """Whether the host must know the tokens of a step before it plans the next: it has guessed
@@ -196,6 +216,15 @@ class Speculator:
                 shown = {name: output[rows] for name, output in outputs.items()}
                 yield Computed(self._known(sequence).context, allocation, start, shown)
 
+    def _heard(
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], guesses: Sequence[Sequence[int]]
+    ) -> Iterator[Guessed]:
+        for sequence, tokens in zip(plan.sequences, guesses, strict=True):
+            goes_on = sequence in runs and not sequence.finish_reason
+            if goes_on and sequence.request.params.speculative:
+                total = len(sequence.tokens) + len(runs[sequence])
+                yield Guessed(self._known(sequence).context, total, tokens)
+
     def _known(self, sequence: Running) -> Tracked:
         """What is kept of a sequence."""
         tracked = sequence.speculation
@@ -229,13 +258,14 @@ class Speculator:
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
-        most = self._most if self._lengths is None else self._lengths.wanted()
+        listens = isinstance(self._proposer, Listener)  # who has been asked with the step before
+        most = self._most if self._lengths is None or listens else self._lengths.wanted()
         if not asked or not most:
             return
         began = self._clock()
         for each, guess in zip(asked, self._proposals(asked, most), strict=False):
             each.guess = guess
-        if known and self._lengths is not None:  # else it has read prompts, too
+        if known and self._lengths is not None and not listens:  # else it has read prompts, too
             self._lengths.asked(most, self._clock() - began)
 
     def _proposals(self, asked: Sequence[Tracked], most: int) -> Iterable[Sequence[int]]:

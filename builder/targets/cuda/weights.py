@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
+from slipstream.builder.contract import HIDDEN, NEXT_HIDDEN, Output, Port
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
@@ -20,6 +22,8 @@ from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 SUFFIX = ".cuda"
 _PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding")
 log = logging.getLogger(__name__)
+_STATES = (HIDDEN, NEXT_HIDDEN)
+_Place = TypeVar("_Place", Port, Output)
 _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
@@ -99,7 +103,8 @@ class StoreVectors:
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, what a router reads and says, and weights of experts."""
+    the rotary angles, what a router reads and says, and weights of experts; and to what one graph
+    gives to another, the states that a head takes."""
 
     dtype: str
 
@@ -114,7 +119,20 @@ class SetPrecision:
                 if not value.is_graph_output() and not exact:
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
-        return changed
+        return changed + self._set_states(program)
+
+    def _set_states(self, program: Program) -> int:
+        """Those that pass from graph to graph, there and in the contract."""
+        contract, graph = program.contract, program.graph
+        assert contract is not None
+        found = [value for value in (*graph.inputs, *graph.outputs) if value.name in _STATES]
+        for value in found:
+            value.type = ir.TensorType(_IR_DTYPES[self.dtype])
+        program.contract = replace(
+            contract, inputs=_typed(contract.inputs, self.dtype),
+            outputs=_typed(contract.outputs, self.dtype),
+        )  # fmt: skip
+        return len(found)
 
     def _gives(self, node: ir.Node, value: ir.Value) -> bool:
         """Whether an operator can give a value in this type."""
@@ -122,6 +140,11 @@ class SetPrecision:
         return spec is None or self.dtype in spec.outputs[node.outputs.index(value)].dtypes
 
 
+def _typed(ports: tuple[_Place, ...], dtype: str) -> tuple[_Place, ...]:
+    return tuple(replace(p, dtype=dtype) if p.name in _STATES else p for p in ports)
+
+
 def _exact(reader: ir.Node, index: int) -> bool:
     """Whether an operator wants its input ``index`` in float32."""
-    return reader.op_type in ("SoftCap", "Router") or (reader.op_type, index) == ("ExpertLinear", 3)
+    exact = ("SoftCap", "Router", "ArgMax")
+    return reader.op_type in exact or (reader.op_type, index) == ("ExpertLinear", 3)

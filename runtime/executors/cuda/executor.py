@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.contract import (
+    DRAFTS,
+    EAGLE3,
+    HEAD_GRAPH,
+    HIDDEN,
     LOGITS,
     STATES,
     TARGET_GRAPH,
@@ -38,8 +43,9 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, guess_counts
 from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.drafter import Drafter, HeadPart
 from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
@@ -84,9 +90,12 @@ class CUDAExecutor:
         with ThreadPoolExecutor(1) as pool:  # while weights are copied
             prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
             graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
-            weights = load_weights(engine.path / WEIGHTS, self._device)
+            head = None
+            if engine.manifest.head is not None and config.speculative == EAGLE3:
+                head = ir.load(engine.path / engine.manifest.graphs[HEAD_GRAPH].file).graph
+            weights = load_weights(engine.path / WEIGHTS, self._device, _weights_of(graph, head))
             prepared.result()
-        self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+        self._start(engine.manifest, config, (graph, head), weights, engine.path / TACTICS)
 
     @classmethod
     def from_weights(
@@ -97,33 +106,44 @@ class CUDAExecutor:
         weights: Mapping[str, Tensor],
         tactics: Path | None = None,
         device: Device | None = None,
+        head: ir.Graph | None = None,
     ) -> CUDAExecutor:
-        """An executor of a graph whose weights are on the device already."""
+        """An executor of a graph, and of one of a ``head``, whose weights are on the device
+        already."""
         executor = cls.__new__(cls)
         executor._device = device or Device()
-        executor._start(manifest, config, graph, weights, tactics)
+        executor._start(manifest, config, (graph, head), weights, tactics)
         return executor
 
     def _start(
         self,
         manifest: Manifest,
         config: RuntimeConfig,
-        graph: ir.Graph,
+        graphs: tuple[ir.Graph, ir.Graph | None],
         weights: Mapping[str, Tensor],
         tactics: Path | None,
     ) -> None:
-        spec, self._caches = _one_graph(manifest)
+        graph, head = graphs
+        spec = _checked(manifest)
+        guesses = head is not None and config.speculative == EAGLE3
+        self._caches = tuple(c for c in manifest.caches if guesses or c.name != HEAD_GRAPH)
         self._config, device = config, self._device
         self._host: CUDAHost | None = None
-        table = Tactics.load(tactics, device.capability, device.name)
+        tuned = table = Tactics.load(tactics, device.capability, device.name)
         if config.deterministic:
             table = FixedTactics(device.capability, device.name)
         drafts = self._drafts_of_step()
         rows = config.max_batch_size + drafts
-        self._columns = -(-config.max_seq_len // page_size_of(self._caches))
+        page_size = page_size_of(self._caches)
+        self._columns = -(-config.max_seq_len // page_size)
         with device.work(), self._fitting():
-            program = CUDAProgram(graph, spec, weights, table, device.torch, self._calls)
-            self._attention = program.attention
+            program = CUDAProgram(
+                graph, spec, weights, table, device.torch, self._calls, gives_states=guesses
+            )
+            part = None
+            if head is not None and guesses:  # whatever is guessed, answers are deterministic
+                part = _head_part(manifest, head, weights, tuned, device)
+            self._attention = [*program.attention, *(part.program.attention if part else ())]
             block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(
                 config.max_batch_size, config.max_num_tokens, block, config.deterministic, drafts
@@ -132,7 +152,15 @@ class CUDAExecutor:
                 rows, config.max_batch_size, program.vocab_size, config.max_seq_len, device.torch
             )
             self._sampler.buffers.enable_full()  # before pages take what is free
-            self.runner = StepRunner(program, self._sampler, device, buckets, self._columns)
+            logits = torch.zeros((rows, program.vocab_size), device=device.torch)
+            drafter = None
+            if part is not None:
+                tokens = self._sampler.buffers.tokens
+                drafter = Drafter(part, tokens, logits, device, buckets, page_size)
+            self.runner = StepRunner(
+                program, self._sampler, device, buckets, self._columns, logits, drafter
+            )
+        self._counts = () if drafter is None else guess_counts(config.num_speculative_tokens)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
@@ -144,7 +172,7 @@ class CUDAExecutor:
         with self._fitting():
             pages = self._affordable_pages(num_bytes)
             self._allocate(pages)
-            self.runner.capture()
+            self.runner.capture(self._counts)
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -199,13 +227,26 @@ class CUDAExecutor:
         what the host adds is seen when there are requests."""
         return self.runner.step_seconds() if self._device.is_cuda else {}
 
+    @property
+    def guesses(self) -> int:
+        """How many tokens a head of the engine guesses after a step, at most."""
+        return max(self._counts, default=0)
+
+    def guess_seconds(self) -> dict[tuple[int, int], float]:
+        """What the head takes after the steps that are captured at the start."""
+        return self.runner.guess_seconds(self._counts) if self._device.is_cuda else {}
+
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""
         self._allocate(1)
-        return self.runner.works()
+        return self.runner.works(self._counts)
 
     def submit(self, batch: StepBatch) -> StartedCUDAStep:
         """Enqueue a step's layers and return at once."""
+        if batch.guessing is not None:  # of counts for which there are graphs
+            count = batch.guessing.count
+            count = next((each for each in self._counts if each >= count > 0), 0)
+            batch.guessing = replace(batch.guessing, count=count)
         self.transfer(batch.transfers)
         with self._device.work():
             self._move_pages(batch.moves)
@@ -283,7 +324,7 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works())
+        device.compile(self.runner.works(self._counts))
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
@@ -309,16 +350,41 @@ class CUDAExecutor:
             ) from error
 
 
-def _one_graph(manifest: Manifest) -> tuple[GraphSpec, tuple[CacheSpec, ...]]:
-    """The graph and the caches of an engine that has what this executor runs."""
+def _checked(manifest: Manifest) -> GraphSpec:
+    """The target's graph of an engine that has what this executor runs."""
     spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
-    outputs = [output.name for output in spec.outputs]
-    simple = len(manifest.graphs) == 1 and not states(caches) and outputs in ([LOGITS], [STATES])
+    outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
+    known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}
+    simple = known and not states(caches) and outputs in ([LOGITS], [STATES])
     if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
         raise EngineMismatchError(
             f"the engine has graphs {', '.join(manifest.graphs)}, caches "
             f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
-            f"{', '.join(outputs)}; a GPU runs one graph in two halves, on pages of one array, for "
-            "its logits or states: build it with --target cpu"
+            f"{', '.join(outputs)}; a GPU runs a graph in two halves, and one of a head, on pages "
+            "of one array, for its logits or states: build it with --target cpu"
         )
-    return spec, caches
+    return spec
+
+
+def _head_part(
+    manifest: Manifest,
+    graph: ir.Graph,
+    weights: Mapping[str, Tensor],
+    tactics: Tactics,
+    device: Device,
+) -> HeadPart:
+    """The head of an engine, on the device."""
+    assert manifest.head is not None
+    program = CUDAProgram(graph, manifest.graphs[HEAD_GRAPH], weights, tactics, device.torch, {})
+    drafts = next(value for value in graph.outputs if value.name == DRAFTS).producer()
+    known = None
+    if drafts is not None and drafts.op_type == "Gather":
+        table = drafts.inputs[0]
+        assert table is not None and table.const_value is not None
+        known = torch.from_numpy(table.const_value.numpy().copy()).to(device.torch)
+    return HeadPart(manifest.head, program, known)
+
+
+def _weights_of(graph: ir.Graph, head: ir.Graph | None) -> set[str]:
+    """The names of arrays that graphs read."""
+    return {name for each in (graph, head) if each is not None for name in each.initializers}

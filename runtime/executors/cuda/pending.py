@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import STATES
+from slipstream.builder.contract import DRAFTS, STATES
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
+from slipstream.runtime.engine.step import IntArray, SamplingRow, StepBatch, StepResult, reject
 from slipstream.runtime.executors.cuda.device import Device, Event
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
@@ -53,9 +53,20 @@ class StartedCUDAStep:
             states = self._states() if self.runner.pools else None
             if states is None and len(rows) < len(self.batch.sampling):
                 scored += self._prompts()
+            guesses = self._guessed()
             done = Event(self.device)
             done.record()
-        return PendingCUDAStep(done, self.batch.sampling, self.places, sampled, scored, states)
+        rows = self.batch.sampling
+        return PendingCUDAStep(done, rows, self.places, sampled, scored, states, guesses)
+
+    def _guessed(self) -> IntArray | None:
+        """What a head guesses after the step, on its way to the host; the head reads the step
+        whether or not anything is to be guessed."""
+        wanted = self.batch.guessing
+        if wanted is None:
+            return None
+        self.runner.guess(wanted.count)
+        return self.runner.fetch_guesses(len(self.batch.context_len), wanted.count)
 
     def _states(self) -> Tensor:
         """The states of all rows on their way to the host, as many at a time as the head takes."""
@@ -111,6 +122,7 @@ class PendingCUDAStep:
     sampled: PendingSample | None
     scored: Sequence[Scored]
     states: Tensor | None = None
+    guesses: IntArray | None = None
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
@@ -123,6 +135,8 @@ class PendingCUDAStep:
                 self._take_scored(result, scored)
             if self.states is not None:
                 result.outputs[STATES] = self.states.numpy()
+            if self.guesses is not None:
+                result.outputs[DRAFTS] = self.guesses
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         reject(self.rows, result)
