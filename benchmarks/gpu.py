@@ -46,8 +46,9 @@ from gpu_models import (
     random_plan,
 )
 from gpu_speculation import OPTIONS as SYNTHETIC
-from gpu_speculation import by_load
-from gpu_speculation import speculation as fixed_lengths
+from gpu_speculation import by_load, fixed_lengths, table
+from gpu_speculation import drafting as drafting_ms
+from gpu_speculation import verification as verification_ms
 
 from slipstream.builder.build import Plan
 from slipstream.builder.options import BuildOptions
@@ -138,7 +139,12 @@ class Cell:
         """Its compiled program."""
         longest = 8192 if self.model == "smollm2" else 8448
         options = BuildOptions(target="cuda", max_seq_len=longest, **FORMATS[self.form])
-        return random_plan(shape_of(self.model, self.form), options)
+        return random_plan(shape_of(self.model, self.form), options, head=self.has_head)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has an EAGLE-3 head, which takes memory and a little of every step."""
+        return bool({"speculation", "verification"} & set(self.measures))
 
 
 def shape_of(model: str, form: str) -> dict[str, Any]:
@@ -266,9 +272,17 @@ def forms(runner: Runner) -> Figures:
     return figures
 
 
+def verification(runner: Runner) -> Figures:
+    """ms of a step of 1, 2, 4 and 8 rows at batch 1, by the device alone and with the host, and of
+    what a head guesses after it."""
+    return {**verification_ms(runner, runner.loop), **drafting_ms(runner.loop)}
+
+
 def speculation(runner: Runner) -> Figures:
-    """ms of steps with drafts, and how much faster drafts make a batch that are right by draw."""
-    return {**fixed_lengths(runner), **by_load(runner, runner.loop)}
+    """ms of steps with drafts and of drafting, and how much faster drafts make a batch that are
+    right by draw."""
+    fixed = fixed_lengths(runner, runner.loop)
+    return {**verification(runner), **fixed, **by_load(runner, runner.loop)}
 
 
 def profile(runner: Runner) -> Figures:
@@ -307,12 +321,13 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "company": company,
     "forms": forms,
     "speculation": speculation,
+    "verification": verification,
     "profile": profile,
 }
 
 
 # The rows of drafts take memory, and whoever could guess the host a little time.
-USUAL = [name for name in MEASURES if name != "speculation"]
+USUAL = [name for name in MEASURES if name not in ("speculation", "verification")]
 
 
 def floors(plan: Plan, form: str, read_rate: float) -> Figures:
@@ -384,7 +399,7 @@ def measure(cell: Cell, report: Connection) -> None:
     rate, plan = read_bandwidth(), cell.plan()
     floor, peer = floors(plan, cell.form, rate), VLLM.get(f"{cell.model} {cell.form}", {})
     routes = Routes(plan.checkpoint.config.num_layers)
-    options: dict[str, Any] = dict(SYNTHETIC) if "speculation" in cell.measures else {}
+    options: dict[str, Any] = dict(SYNTHETIC) if cell.has_head else {}
     options |= {"enable_prefix_caching": False, "enable_jump_decoding": cell.tokenizer is None}
     engine = random_engine(plan, cell.tactics, **options)
     if cell.tokenizer is not None:
@@ -428,6 +443,8 @@ def entries(cell: Cell, seconds: float) -> Iterator[dict[str, Any]]:
 def show(cell: Cell, entry: dict[str, Any]) -> None:
     """Every figure of a cell beside its floor and vLLM's."""
     print(f"--- {cell.model} {cell.form}")
+    if cell.has_head:
+        print(table(entry["figures"]), flush=True)
     for name, value in entry["figures"].items():
         others = (("floor", entry["floors"].get(name)), ("vllm", entry["vllm"].get(name)))
         beside = [f"{label} {x:8.2f}" for label, x in others if x]

@@ -100,6 +100,22 @@ def _reshape(node: ir.Node, context: Context) -> Kernel:
     return lambda run: (run.values[x].reshape(-1, *sizes),)
 
 
+def _equal(node: ir.Node, context: Context) -> Kernel:
+    a, b = required_names(node)
+    return lambda run: (run.values[a] == run.values[b],)
+
+
+def _unsqueeze(node: ir.Node, context: Context) -> Kernel:
+    x, axes = required_names(node)
+    (axis,) = context.constants[axes].tolist()
+    return lambda run: (run.values[x].unsqueeze(axis),)
+
+
+def _where(node: ir.Node, context: Context) -> Kernel:
+    names = required_names(node)
+    return lambda run: (torch.where(*(run.values[name] for name in names)),)
+
+
 BINDINGS: dict[str, Binding] = {
     "RMSNormalization": _norm,
     "LayerNormalization": _layer_norm,
@@ -111,4 +127,7 @@ BINDINGS: dict[str, Binding] = {
     "Gather": _gather,
     "Slice": _slice,
     "Reshape": _reshape,
+    "Equal": _equal,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }

@@ -1,9 +1,9 @@
 """The kernels between the runs of a head.
 
-    follow_kernel   what follows every token of a step, and where each sequence has come to
-    best_kernel     the largest logits of blocks of the head's vocabulary
-    guess_kernel    the guess that they make, which the next run of the head reads
-    mask_kernel     places behind the first guess, for a head that makes the others at once
+follow_kernel   what follows every token of a step, and where each sequence has come to
+best_kernel     the largest logits of blocks of the head's vocabulary
+guess_kernel    the guess that they make, which the next run of the head reads
+mask_kernel     places behind the first guess, for a head that makes the others at once
 """
 
 import triton

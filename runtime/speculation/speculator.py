@@ -173,8 +173,10 @@ class Speculator:
 
     def waits_for(self, plan: StepPlan) -> bool:
         """Whether the host must know the tokens of a step before it plans the next: it has guessed
-        some of them, or it pays to guess what comes after them."""
-        return bool(plan.guesses) or self._pays
+        some of them, or it pays to guess what comes after them, as where drafts are always wanted
+        and the device says what it guesses with the tokens."""
+        heard = plan.ahead > 0 and self._lengths is None
+        return bool(plan.guesses) or self._pays or heard
 
     def learn(self, executor: Executor) -> None:
         """Take into account what steps of decodes cost, where a device can tell before there were

@@ -79,12 +79,8 @@ class Drafter:
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=here)
         self._starts = [starts * each for each in range(MOST)]  # made here: graphs read them
         self._slots = torch.zeros(rows, dtype=torch.int32, device=here)
-        self._table = next(
-            port.name for port in program.inputs if port.source is Source.PAGE_TABLE
-        )
-        self._hosts = [
-            device.pinned((sequences, COLUMNS), torch.int32) for _ in range(_IN_FLIGHT)
-        ]
+        self._table = next(port.name for port in program.inputs if port.source is Source.PAGE_TABLE)
+        self._hosts = [device.pinned((sequences, COLUMNS), torch.int32) for _ in range(_IN_FLIGHT)]
 
     @property
     def ports(self) -> list[Port]:
