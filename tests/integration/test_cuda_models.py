@@ -206,10 +206,10 @@ def reference_routers(
         ]
         ids = next(part for part in parts if part.dtype.kind == "i")
         logits = max((p for p in parts if p.dtype.kind == "f"), key=lambda part: part.shape[-1])
-        if logits.min() >= 0:  # these are probabilities
-            logits = np.log(logits)
         margins = np.zeros(prompts.shape, np.float32)
         if not corrected and ids.shape[-1] < logits.shape[-1]:
+            if logits.min() >= 0:  # these are probabilities
+                logits = np.log(logits)
             ordered, k = np.sort(logits)[..., ::-1], ids.shape[-1]
             margins = (ordered[..., k - 1] - ordered[..., k]) / logits.std()
         found.append(ReferenceRouter(ids, margins))

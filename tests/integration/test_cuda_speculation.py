@@ -30,7 +30,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "preempted": {"max_batch_size": 16, "pages": 16},
 }
 # Of the likeliest token's log probability over the next one's, below which they are nearly alike.
-NEAR = 0.1
+# Products of fp8 round x to 8 bits where there are many rows, as there are with drafts.
+NEAR, NEAR_FP8 = 0.1, 0.3
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp8", "int4", "experts", "two-caches"])
@@ -97,13 +98,14 @@ def test_otherwise_the_first_difference_is_between_tokens_nearly_alike(
         found = answers(
             engine, kinds, max_batch_size=16, speculative=NAME, num_speculative_tokens=length
         )
+    near = NEAR_FP8 if "fp8" in str(engine) else NEAR
     for (one,), (other,) in zip(plain, found, strict=True):
         pairs = zip(one.token_ids, other.token_ids, strict=True)
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if same < len(one.token_ids):
             assert one.logprobs is not None
             first, second = (value for value, _ in one.logprobs[same].top.values())
-            assert first - second < NEAR, (same, one.token_ids, other.token_ids)
+            assert first - second < near, (same, one.token_ids, other.token_ids)
 
 
 def test_what_a_step_costs_is_known_at_the_start(engine: Path) -> None:

@@ -491,7 +491,10 @@ def _prefill_tile(
     stages, most = (3, 128) if capability[0] >= 9 else (2, 64)
     if _width(a) > _WIDE:
         stages = 2
-    space = shared_memory(capability) - _block_rows(a) * _width(a) * 2
+    rows = _block_rows(a) * _width(a) * 2
+    if _width(a) > _WIDE and capability[0] >= 10:
+        rows *= 2  # such sums are brought to Blackwell's tensor memory by way of shared memory
+    space = shared_memory(capability) - rows
     keys = 2 * a.page_size
     while keys > 16 and (keys > most or keys * key * stages > space):
         keys //= 2

@@ -7,6 +7,7 @@ happens at once on the CPU and a captured graph is the function itself.
 from __future__ import annotations
 
 import math
+import mmap
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -178,11 +179,13 @@ class Device:
 
     def locked(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Much of the host's memory, in bytes, pinned until ``unlock``; CapacityError if there is
-        not so much. What ``pinned`` gives is rounded up to a power of two."""
+        not so much. What ``pinned`` gives is rounded up to a power of two. Whole pages of its own:
+        no page may be pinned twice."""
         try:
-            memory = torch.zeros(shape, dtype=torch.uint8)
-        except RuntimeError as error:
+            pages = mmap.mmap(-1, math.prod(shape))
+        except (OSError, OverflowError, ValueError) as error:
             raise _no_host_memory(shape, str(error)) from error
+        memory = torch.frombuffer(pages, dtype=torch.uint8).view(shape)
         if self.is_cuda:
             runtime = torch.cuda.cudart()
             status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)

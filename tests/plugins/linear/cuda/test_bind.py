@@ -112,14 +112,15 @@ def test_codes_are_made_with_what_they_are_codes_of(
     assert torch.equal(stream, want_stream) and torch.equal(y, want)
 
 
-def test_who_reads_them() -> None:
+def test_who_reads_them(device: str) -> None:
     """Not a format that is multiplied otherwise, nor where another node reads the same."""
+    tokens = 2 if device == "cpu" else 17
     wide = WeightFormat((HIDDEN, INNER), "dense", "bfloat16")
     shapes = ((2 * INNER, HIDDEN), (HIDDEN, INNER), (16, HIDDEN))
-    mlp = MLP((fp8(*shapes[0]), wide, fp8(*shapes[2])), "cpu")
+    mlp = MLP((fp8(*shapes[0]), wide, fp8(*shapes[2])), device, tokens)
     (gate, _, _), _ = mlp.run()
     assert gate.dtype == torch.bfloat16
-    mlp = MLP(tuple(fp8(*shape) for shape in shapes), "cpu")  # type: ignore[arg-type]
+    mlp = MLP(tuple(fp8(*shape) for shape in shapes), device, tokens)  # type: ignore[arg-type]
     ir.node("Sigmoid", [mlp.nodes[0].outputs[0]])
     (gate, _, _), _ = mlp.run()
     assert gate.dtype == torch.bfloat16

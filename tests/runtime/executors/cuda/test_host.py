@@ -102,6 +102,7 @@ def test_only_what_writes_to_the_device_waits_for_the_step_before(
     host.transfer([Transfer(FULL.name, 0, i, way) for i, way in enumerate(stores)], pages)
     stream: Any = host._stream
     assert stream.told == told
+    host.close()
 
 
 def test_no_room_is_an_error() -> None:
