@@ -172,7 +172,7 @@ def _unreadable() -> QuantTensor:
 
 
 def random_plan(shape: dict[str, Any], options: BuildOptions, *, head: bool = False) -> Plan:
-    """The compiled program of a model of this ``config.json``, with an EAGLE-3 ``head`` if asked."""
+    """The compiled program of a model of this ``config.json``, with an EAGLE-3 ``head`` or none."""
     config = ModelConfig.from_huggingface(shape)
     mxfp4 = "quantization_config" in shape
     made = random_head(config) if head else None

@@ -153,15 +153,16 @@ def test_pages_come_back_from_the_host_with_those_of_the_head(engine: Path) -> N
 
 
 def counting(
-    directory: Path, size: int = 64, layers: int = 3
+    directory: Path, size: int = 64, layers: int = 3, vocab: int | None = None
 ) -> tuple[Path, dict[str, Any], Arrays]:
     """A model in which token i + 7 comes after i, and a head that knows it: of 64 orthogonal
     embeddings each is one of its own; attention of the head sees nothing but its own token."""
-    heads = size // 16
+    heads, vocab = size // 16, vocab or size
     rows = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))[0].astype(np.float32)
+    rows = rows[:vocab]
     after = np.roll(rows, 7, axis=0)  # of j: the row of the token before it
-    shape = {**TINY_SHAPE, "vocab_size": size, "num_hidden_layers": layers,
-             "tie_word_embeddings": False, "eos_token_id": size - 1, "hidden_size": size,
+    shape = {**TINY_SHAPE, "vocab_size": vocab, "num_hidden_layers": layers,
+             "tie_word_embeddings": False, "eos_token_id": vocab - 1, "hidden_size": size,
              "intermediate_size": 2 * size, "num_attention_heads": heads,
              "num_key_value_heads": heads // 2}  # fmt: skip
     one, zeros = np.ones(size, np.float32), np.zeros
@@ -176,7 +177,7 @@ def counting(
         arrays |= {f"{name}{key}.weight": zeros(each, np.float32) for key, each in shapes.items()}
         arrays |= {f"{name}{x}_layernorm.weight": one for x in ("input", "post_attention")}
     checkpoint = save_llama(directory / "counting", arrays, **shape)
-    config = specforge(vocab_size=size, draft_vocab_size=size, hidden_size=size,
+    config = specforge(vocab_size=vocab, draft_vocab_size=vocab, hidden_size=size,
                        num_attention_heads=heads, num_key_value_heads=heads,
                        norm_output=True, layer_types=["sliding_attention"],
                        sliding_window=1)  # fmt: skip
