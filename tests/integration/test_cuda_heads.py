@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.eagle3_heads import MASK_TOKEN, random_tensors, save_head, specforge
-from tests.integration.test_cuda_speculation import LIMITS, SCHEDULES, answers, first_difference
+from tests.integration.test_cuda_speculation import (
+    LIMITS,
+    SCHEDULES,
+    answers,
+    check_first_difference,
+)
 from tests.runtime.executors.test_cpu_speculation import KINDS
 from tests.runtime.speculation.test_eagle3 import counting
 from tests.tiny_models import TINY_SHAPE, save_tiny
@@ -69,7 +74,7 @@ def test_otherwise_the_first_difference_is_between_tokens_nearly_alike(
     more: dict[str, Any] = {"speculative": "eagle3", "num_speculative_tokens": length}
     found = answers(engine, kinds, max_batch_size=16, **more)
     for (one,), (other,) in zip(plain, found, strict=True):
-        first_difference(one, other)
+        check_first_difference(engine, one, other)
 
 
 @pytest.fixture(scope="module")
