@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
-    python benchmarks/gpu.py --measures speculation
+    python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
@@ -144,7 +144,7 @@ class Cell:
     @property
     def has_head(self) -> bool:
         """Whether it has an EAGLE-3 head, which takes memory and a little of every step."""
-        return bool({"speculation", "verification"} & set(self.measures))
+        return bool(set(WITH_HEAD) & set(self.measures))
 
 
 def shape_of(model: str, form: str) -> dict[str, Any]:
@@ -279,10 +279,13 @@ def verification(runner: Runner) -> Figures:
 
 
 def speculation(runner: Runner) -> Figures:
-    """ms of steps with drafts and of drafting, and how much faster drafts make a batch that are
-    right by draw."""
-    fixed = fixed_lengths(runner, runner.loop)
-    return {**verification(runner), **fixed, **by_load(runner, runner.loop)}
+    """How much faster three drafts make a batch, of which are right that draws say so."""
+    return fixed_lengths(runner, runner.loop)
+
+
+def speculation_auto(runner: Runner) -> Figures:
+    """The same where load decides on their number."""
+    return by_load(runner, runner.loop)
 
 
 def profile(runner: Runner) -> Figures:
@@ -320,14 +323,16 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "throughput_256": throughput_256,
     "company": company,
     "forms": forms,
-    "speculation": speculation,
     "verification": verification,
+    "speculation": speculation,
+    "speculation_auto": speculation_auto,
     "profile": profile,
 }
 
 
 # The rows of drafts take memory, and whoever could guess the host a little time.
-USUAL = [name for name in MEASURES if name not in ("speculation", "verification")]
+WITH_HEAD = ("verification", "speculation", "speculation_auto")
+USUAL = [name for name in MEASURES if name not in WITH_HEAD]
 
 
 def floors(plan: Plan, form: str, read_rate: float) -> Figures:
