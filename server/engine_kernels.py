@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from slipstream.builder.contract import HEAD_GRAPH, TARGET_GRAPH
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.builder.targets.base import create_target
 from slipstream.plugins.cuda import detect
@@ -49,7 +50,8 @@ def compile_plan(plan: Plan, capability: tuple[int, int]) -> bytes | None:
     from slipstream.builder.build import manifest_of
 
     parts = [part for weight in plan.weights for part in weight.parts]
-    return _compile(manifest_of(plan, {}, "", ""), plan.program.graph, parts, capability)
+    graphs = {name: program.graph for name, program in plan.programs.items()}
+    return _compile(manifest_of(plan, {}, "", ""), graphs, parts, capability)
 
 
 def compile_again(engine: Engine, capability: tuple[int, int]) -> None:
@@ -57,14 +59,15 @@ def compile_again(engine: Engine, capability: tuple[int, int]) -> None:
     tensors = read_header(engine.path / WEIGHTS).values()
     parts = [ArraySpec(tensor.name, tensor.numpy_dtype(), tensor.shape) for tensor in tensors]
     tactics = engine.path / TACTICS
-    kernels = _compile(engine.manifest, read_graph(engine), parts, capability, tactics)
+    graphs = {name: read_graph(engine, name) for name in engine.manifest.graphs}
+    kernels = _compile(engine.manifest, graphs, parts, capability, tactics)
     if kernels is not None:
         engine.write_file(KERNELS, kernels)
 
 
 def _compile(
     manifest: Manifest,
-    graph: ir.Graph,
+    graphs: Mapping[str, ir.Graph],
     parts: Sequence[ArraySpec],
     capability: tuple[int, int],
     tactics: Path | None = None,
@@ -74,7 +77,8 @@ def _compile(
     from slipstream.runtime.executors.cuda.kernels import kernel_file
 
     try:
-        return kernel_file(manifest, graph, parts, capability, tactics)
+        graph, head = graphs[TARGET_GRAPH], graphs.get(HEAD_GRAPH)
+        return kernel_file(manifest, graph, parts, capability, tactics, head)
     except Exception as error:  # noqa: BLE001 - the engine is whole without
         log.warning("the engine keeps no kernels: %s", error)
         return None

@@ -167,7 +167,7 @@ def mask(
     mask_token: int, sequences: int, each: int, buffers: DraftBuffers, pages: Pages, pdl: bool
 ) -> None:
     """Let the head's next run be ``each`` places of every sequence that hold ``mask_token``."""
-    kernels.mask_kernel[(sequences,)](
+    kernels.places_kernel[(sequences,)](
         mask_token,
         buffers.position,
         pages.capacity,

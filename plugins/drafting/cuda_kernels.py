@@ -3,7 +3,7 @@
 follow_kernel   what follows every token of a step, and where each sequence has come to
 best_kernel     the largest logits of blocks of the head's vocabulary
 guess_kernel    the guess that they make, which the next run of the head reads
-mask_kernel     places behind the first guess, for a head that makes the others at once
+places_kernel     places behind the first guess, for a head that makes the others at once
 """
 
 import triton
@@ -17,7 +17,7 @@ INF = tl.constexpr(float("inf"))
 NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def follow_kernel(
     token_ids,
     positions,
@@ -75,7 +75,7 @@ def best_kernel(logits, vocab, block_max, block_id, BLOCK: tl.constexpr, PDL: tl
     tl.store(block_id + place, tl.min(tl.where(values == best, ids, NO_ID)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column", "table_stride"])
 def guess_kernel(
     block_max,
     block_id,
@@ -133,8 +133,8 @@ def guess_kernel(
         tl.store(slots + row, tl.where(fits, page * PAGE + place % PAGE, -1))
 
 
-@triton.jit
-def mask_kernel(
+@triton.jit(do_not_specialize=["mask_token", "table_stride"])
+def places_kernel(
     mask_token,
     position,
     capacity,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import page_size_of
+from slipstream.builder.contract import EAGLE3, page_size_of
 from slipstream.builder.engine import Manifest
 from slipstream.plugins.cuda.kernel_store import pack_kernels
 from slipstream.plugins.cuda.precompile import (
@@ -35,13 +35,14 @@ def kernel_file(
     weights: Iterable[ArraySpec],
     capability: tuple[int, int],
     tactics: Path | None = None,
+    head: ir.Graph | None = None,
 ) -> bytes:
     """Every kernel that steps of an engine launch on a GPU of this compute capability, which need
     not be there, compiled, as the content of its file of kernels.
 
     Raises EngineMismatchError for a graph that no GPU runs.
     """
-    kernels = launched_kernels(manifest, graph, weights, capability, tactics)
+    kernels = launched_kernels(manifest, graph, weights, capability, tactics, head)
     compile_kernels(kernels, capability)
     return pack_kernels(compiled_kernels(kernels, capability))
 
@@ -52,16 +53,25 @@ def launched_kernels(
     weights: Iterable[ArraySpec],
     capability: tuple[int, int],
     tactics: Path | None = None,
+    head: ir.Graph | None = None,
 ) -> list[Specialization]:
-    """Those kernels, not yet compiled."""
+    """Those kernels, not yet compiled: of steps without drafts, and with those of the ``head`` or
+    of anyone else."""
     limits = asdict(manifest.limits)
     config = RuntimeConfig(**limits, page_size=page_size_of(manifest.caches))
+    drafts = replace(config, speculative=EAGLE3 if head is not None else "ngram")
+    found: dict[str, Specialization] = {}
     with standing_in(capability):
         device = Device(capability)
         planned = {part.name: _planned(part, device) for part in weights}
-        executor = CUDAExecutor.from_weights(manifest, config, graph, planned, tactics, device)
-        with device.work():
-            return record([_as_far_as_it_goes(work) for work in executor.works()])
+        for each in (config, drafts) if manifest.pooling is None else (config,):
+            executor = CUDAExecutor.from_weights(
+                manifest, each, graph, planned, tactics, device, head
+            )
+            with device.work():
+                launched = record([_as_far_as_it_goes(work) for work in executor.works()])
+            found |= {repr(kernel): kernel for kernel in launched}
+    return list(found.values())
 
 
 def _planned(part: ArraySpec, device: Device) -> Tensor:
