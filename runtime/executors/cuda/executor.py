@@ -30,7 +30,7 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.builder.engine import COSTS, KERNELS, TACTICS, WEIGHTS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
@@ -44,6 +44,7 @@ from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, guess_counts
+from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, HeadPart
 from slipstream.runtime.executors.cuda.host import CUDAHost
@@ -79,6 +80,8 @@ class CUDAExecutor:
     max_drafts = max(QUERIES) - 1
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
+    # Of steps, measured when the engine was tuned; without, at the start.
+    _costs: StepCosts | None = None
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Put an engine's weights on the GPU.
@@ -96,6 +99,8 @@ class CUDAExecutor:
             weights = load_weights(engine.path / WEIGHTS, self._device, _weights_of(graph, head))
             prepared.result()
         self._start(engine.manifest, config, (graph, head), weights, engine.path / TACTICS)
+        if not config.deterministic:  # whose kernels are others
+            self._costs = StepCosts.load(engine.path / COSTS, self._device.name)
 
     @classmethod
     def from_weights(
@@ -223,8 +228,11 @@ class CUDAExecutor:
             self._host.transfer(transfers, of)
 
     def step_seconds(self) -> dict[int, float]:
-        """Of the steps that are captured at the start, as the GPU takes them one after the other;
-        what the host adds is seen when there are requests."""
+        """Of steps as the GPU takes them one after the other, as the engine's file of costs has
+        them, or of those that are captured at the start; what the host adds is seen when there are
+        requests."""
+        if self._costs is not None:
+            return dict(self._costs.rows)
         return self.runner.step_seconds() if self._device.is_cuda else {}
 
     @property
@@ -233,8 +241,16 @@ class CUDAExecutor:
         return max(self._counts, default=0)
 
     def guess_seconds(self) -> dict[tuple[int, int], float]:
-        """What the head takes after the steps that are captured at the start."""
+        """What the head takes after such steps."""
+        if self._costs is not None and self._costs.guesses:
+            return dict(self._costs.guesses)
         return self.runner.guess_seconds(self._counts) if self._device.is_cuda else {}
+
+    def measure(self) -> StepCosts:
+        """What all steps of decodes take that are captured some day, when pages are reserved."""
+        self.runner.capture_decodes(self._counts)
+        guesses = self.runner.guess_seconds(self._counts) if self._counts else {}
+        return StepCosts(self._device.name, self.runner.step_seconds(), guesses)
 
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""

@@ -227,6 +227,22 @@ class StepRunner:
                 self._guesses[shape, count] = self._device.capture(work)
         self._device.synchronize()
 
+    def capture_decodes(self, counts: Sequence[int]) -> None:
+        """Capture all steps of nothing but decodes, with greedy sampling and so many guesses."""
+        with self._device.work():
+            self._inputs.clear()
+        for shape in (shape for shape in self._shapes if not shape.rows):
+            head = self.padded_rows(shape.tokens), Kind.GREEDY
+            if head not in self._heads:
+                self._heads[head] = self._device.capture(self._head_work(*head))
+            if shape not in self._layers:
+                self._layers[shape] = self._device.capture(self._layers_work(shape))
+            for count in counts:
+                if (shape, count) not in self._guesses:
+                    work = self._guess_work(shape, self._step_of(shape), count)
+                    self._guesses[shape, count] = self._device.capture(work)
+        self._device.synchronize()
+
     def step_seconds(self) -> dict[int, float]:
         """Of steps of decodes whose layers and head have been captured, by their rows: without
         contexts, which is what they have in common."""
