@@ -87,9 +87,10 @@ def guessing(
         yield
 
 
-def step_ms(runner: Timed, batch: int, tokens: int = 96) -> float:
-    """ms in which each of a batch of requests gets a token."""
-    runner.seconds(batch, 128, 16)
+def step_ms(runner: Timed, batch: int, tokens: int = 64) -> float:
+    """ms in which each of a batch of requests gets a token, when all that is captured on the way
+    has been."""
+    runner.seconds(batch, 128, tokens + 1)
     pairs = [
         runner.seconds(batch, 128, tokens + 1) - runner.seconds(batch, 128, 1) for _ in range(2)
     ]

@@ -225,7 +225,8 @@ class CUDAExecutor:
         if self._host is not None:
             pages = self.runner.memory.pages
             of = {cache.name: pages[cache.arrays[0].name] for cache in self._caches}
-            self._host.transfer(transfers, of)
+            # A head that nobody asks has no pages.
+            self._host.transfer([each for each in transfers if each.cache in of], of)
 
     def step_seconds(self) -> dict[int, float]:
         """Of steps as the GPU takes them one after the other, as the engine's file of costs has
@@ -306,6 +307,8 @@ class CUDAExecutor:
         """Enqueue copies of pages, which the layers of the step may read, without memory beside."""
         arrays = {cache.name: cache.arrays[0].name for cache in self._caches}
         for move in moves:
+            if move.cache not in arrays:  # that of a head which nobody asks
+                continue
             pages = self.runner.memory.pages[arrays[move.cache]]
             pages = pages.view(torch.uint8)  # no copies of 8-bit floats
             pages[:, move.destination] = pages[:, move.source]

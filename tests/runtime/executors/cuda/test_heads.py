@@ -182,7 +182,7 @@ def test_guesses_change_no_answer(random_head: tuple[Path, Arrays], deterministi
     """Greedy, sampled, scored, and of a request that wants none."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0, "logprobs": 1, "frequency_penalty": 0.4},
-        {"temperature": 1.0, "seed": 5, "top_k": 30},
+        {"temperature": 1.0, "seed": 5, "top_k": 30, "n": 2},
         {"temperature": 0, "speculative": False},
     ]
     prompts = [TOKENS[:6], TOKENS[3:5], TOKENS]
@@ -192,6 +192,6 @@ def test_guesses_change_no_answer(random_head: tuple[Path, Arrays], deterministi
         with LLM(random_head[0], **{**LIMITS, **options, "deterministic": deterministic}) as llm:
             outputs = llm.generate(prompts, params)
             stats = llm.stats.speculation
-        found.append([output.outputs[0].token_ids for output in outputs])
+        found.append([[o.token_ids for o in output.outputs] for output in outputs])
     assert found[0] == found[1]
     assert stats is not None and stats.num_draft_tokens > 0
