@@ -309,7 +309,7 @@ class EngineLoop:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds + flight.idle)
-            self._speculator.computed(flight.plan, runs, result.outputs)
+            self._speculator.computed(flight.plan, runs, result)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

@@ -123,8 +123,8 @@ class TimedExecutor(Protocol):
 @runtime_checkable
 class GuessingExecutor(Protocol):
     """An executor with a head of the engine, which guesses tokens right after a step
-    (``StepBatch.guessing``): the result has them as ``drafts [S, count]``, int32, -1 from where
-    there are none, of sequences that sampled. The host decides which are verified."""
+    (``StepBatch.guessing``): the result has them as ``guesses``, of use for sequences that sampled.
+    The host decides which are verified."""
 
     @property
     def guesses(self) -> int:

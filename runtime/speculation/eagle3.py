@@ -84,8 +84,9 @@ class DeviceHeadProposer:
             each.context.state = each
 
     def propose(self, contexts: Sequence[Context], most: int) -> list[list[int]]:
-        """What came with the last token."""
-        return [_kept(context, most) for context in contexts]
+        """What came with the last token, in the same step for all most often."""
+        rows: dict[int, list[list[int]]] = {}
+        return [_kept(context, most, rows) for context in contexts]
 
     def finish(self, context: Context) -> None:
         """Nothing is needed."""
@@ -103,12 +104,15 @@ class DeviceHeadProposer:
         return self._seconds[sequences, counted] * count / counted
 
 
-def _kept(context: Context, most: int) -> list[int]:
-    """What was guessed of a context as it is now."""
+def _kept(context: Context, most: int, rows: dict[int, list[list[int]]]) -> list[int]:
+    """What was guessed of a context as it is now; ``rows`` of guesses have been waited for."""
     kept: Guessed | None = context.state
     if kept is None or kept.num_tokens != len(context.tokens):
         return []
-    return list(takewhile(lambda token: token >= 0, kept.tokens[:most]))
+    key = id(kept.guesses)
+    if key not in rows:
+        rows[key] = kept.guesses.rows()
+    return list(takewhile(lambda token: token >= 0, rows[key][kept.row][:most]))
 
 
 class Eagle3Proposer:

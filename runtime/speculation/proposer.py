@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the names of proposers are also asked by those who run noth
     from numpy.typing import NDArray
 
     from slipstream.runtime.engine.kv_cache import Allocation
+    from slipstream.runtime.engine.step import Guesses
     from slipstream.runtime.loaded_engine import LoadedEngine
 
 OFF = "off"
@@ -88,11 +89,18 @@ class Follower(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Guessed:
-    """What the device guesses for a context, when it has ``num_tokens`` tokens."""
+    """What the device guesses for a context, when it has ``num_tokens`` tokens: a row of the
+    guesses of a step."""
 
     context: Context
     num_tokens: int
-    tokens: Sequence[int]
+    guesses: Guesses
+    row: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Wait for them."""
+        return self.guesses.rows()[self.row]
 
 
 @runtime_checkable
@@ -100,7 +108,8 @@ class Listener(Protocol):
     """A proposer whose guesses the device makes, after every step and before anyone asks."""
 
     def heard(self, guesses: Sequence[Guessed]) -> None:
-        """A step has landed; the tokens that it sampled are not among a context's yet."""
+        """A step has landed; the tokens that it sampled are not among a context's yet, and the
+        device may still guess."""
         ...
 
     def seconds(self, num_sequences: int, count: int) -> float:

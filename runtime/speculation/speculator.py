@@ -14,6 +14,7 @@ from slipstream.builder.contract import DRAFTS, states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.engine.step import Guesses, StepResult
 from slipstream.runtime.executors.base import Executor, TimedExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation.lengths import Lengths
@@ -71,6 +72,8 @@ class Speculator:
         ``lengths``."""
         self._proposer: Proposer | None = proposer
         self._owner = proposer if isinstance(proposer, Owner) else None
+        self._listener = proposer if isinstance(proposer, Listener) else None
+        self._follower = proposer if isinstance(proposer, Follower) else None
         self._most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
@@ -122,34 +125,33 @@ class Speculator:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the proposer reads of the target's outputs, or hears from the device."""
-        if isinstance(self._proposer, Listener):
+        if self._proposer is None:
+            return ()
+        if self._listener is not None:
             return (DRAFTS,)
-        return tuple(self._proposer.outputs) if isinstance(self._proposer, Follower) else ()
+        return () if self._follower is None else tuple(self._follower.outputs)
 
     def ahead(self, plan: StepPlan) -> int:
         """How many tokens of each sequence the device is to guess after a step."""
-        if not isinstance(self._proposer, Listener):
+        if self._proposer is None or self._listener is None:
             return 0
         most = self._most if self._lengths is None else self._lengths.wanted()
         if most and self._lengths is not None:
-            self._lengths.asked(most, self._proposer.seconds(len(plan.sequences), most))
+            self._lengths.asked(most, self._listener.seconds(len(plan.sequences), most))
         return most
 
     def computed(
-        self,
-        plan: StepPlan,
-        runs: Mapping[Running, list[int]],
-        outputs: Mapping[str, NDArray[Any]],
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], result: StepResult
     ) -> None:
         """Show the proposer what a step computed of those that go on, if it wants to know."""
-        follower = self._proposer
-        if isinstance(follower, Listener) and DRAFTS in outputs:
-            guesses = self._heard(plan, runs, outputs[DRAFTS].tolist())
+        if self._proposer is None:
+            return
+        if self._listener is not None and result.guesses is not None:
             with self._unless_it_fails():
-                follower.heard(list(guesses))
-        elif isinstance(follower, Follower) and outputs.keys() >= set(follower.outputs):
+                self._listener.heard(list(self._heard(plan, runs, result.guesses)))
+        elif (follower := self._follower) and result.outputs.keys() >= set(follower.outputs):
             with self._unless_it_fails():
-                follower.computed(list(self._parts(plan, runs, outputs)))
+                follower.computed(list(self._parts(plan, runs, result.outputs)))
 
     def landed(self, plan: StepPlan, runs: Mapping[Running, list[int]], seconds: float) -> None:
         """Take into account in which runs a step ended, and how long it took."""
@@ -167,8 +169,8 @@ class Speculator:
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             asked = 0.0
-            if plan.ahead and isinstance(self._proposer, Listener):
-                asked = self._proposer.seconds(len(plan.sequences), plan.ahead)
+            if plan.ahead and self._listener is not None:
+                asked = self._listener.seconds(len(plan.sequences), plan.ahead)
             self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
 
     def waits_for(self, plan: StepPlan) -> bool:
@@ -219,13 +221,13 @@ class Speculator:
                 yield Computed(self._known(sequence).context, allocation, start, shown)
 
     def _heard(
-        self, plan: StepPlan, runs: Mapping[Running, list[int]], guesses: Sequence[Sequence[int]]
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], guesses: Guesses
     ) -> Iterator[Guessed]:
-        for sequence, tokens in zip(plan.sequences, guesses, strict=True):
+        for row, sequence in enumerate(plan.sequences):
             goes_on = sequence in runs and not sequence.finish_reason
             if goes_on and sequence.request.params.speculative:
                 total = len(sequence.tokens) + len(runs[sequence])
-                yield Guessed(self._known(sequence).context, total, tokens)
+                yield Guessed(self._known(sequence).context, total, guesses, row)
 
     def _known(self, sequence: Running) -> Tracked:
         """What is kept of a sequence."""
@@ -260,7 +262,7 @@ class Speculator:
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
-        listens = isinstance(self._proposer, Listener)  # who has been asked with the step before
+        listens = self._listener is not None  # who has been asked with the step before
         most = self._most if self._lengths is None or listens else self._lengths.wanted()
         if not asked or not most:
             return

@@ -27,7 +27,7 @@ def decode_buckets(limit: int) -> list[int]:
     return [*(size for size in sizes if size < limit), limit]
 
 
-def guess_counts(asked: int | str) -> tuple[int, ...]:
+def counts_of(asked: int | str) -> tuple[int, ...]:
     """How many guesses of a head are captured, where so many are asked for, or ``auto``."""
     return _GUESSES if isinstance(asked, str) else (asked,)
 

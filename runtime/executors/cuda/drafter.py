@@ -16,7 +16,7 @@ from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess,
 from slipstream.plugins.paged_attention.cuda.attention import StepTensors
 from slipstream.runtime.engine.step import IntArray
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
-from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.device import Device, Event, Work
 from slipstream.runtime.executors.cuda.inputs import (
     CAPACITY,
     FIRST_ROWS,
@@ -26,7 +26,21 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 
-_IN_FLIGHT = 2  # results that the host has not read
+_IN_FLIGHT = 3  # results that the host has not read, and one that is written
+
+
+@dataclass(frozen=True, slots=True)
+class PendingGuesses:
+    """Guesses on their way to the host: the ``Guesses`` of a step."""
+
+    array: IntArray
+    done: Event
+
+    def rows(self) -> list[list[int]]:
+        """Wait for them."""
+        self.done.wait()
+        rows: list[list[int]] = self.array.tolist()
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +123,14 @@ class Drafter:
 
         return work
 
-    def fetch(self, sequences: int, count: int) -> IntArray:
-        """Start copying guesses ``[S, count]`` to the host."""
+    def fetch(self, sequences: int, count: int) -> PendingGuesses:
+        """Start copying ``count`` guesses of each sequence to the host."""
         host = self._hosts[0]
         self._hosts = [*self._hosts[1:], host]
         host[:sequences].copy_(self._buffers.guesses[:sequences], non_blocking=True)
-        array: IntArray = host.numpy()[:sequences, :count]
-        return array
+        done = Event(self._device)
+        done.record()
+        return PendingGuesses(host.numpy()[:sequences, :count], done)
 
     def _follow(self, inputs: Mapping[str, Tensor], shape: Shape, pdl: bool) -> None:
         follow(

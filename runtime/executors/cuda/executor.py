@@ -43,7 +43,7 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, guess_counts
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of
 from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, HeadPart
@@ -80,6 +80,8 @@ class CUDAExecutor:
     max_drafts = max(QUERIES) - 1
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
+    # Of which counts guesses of a head are captured.
+    guess_counts: Sequence[int] = ()
     # Of steps, measured when the engine was tuned; without, at the start.
     _costs: StepCosts | None = None
 
@@ -165,7 +167,7 @@ class CUDAExecutor:
             self.runner = StepRunner(
                 program, self._sampler, device, buckets, self._columns, logits, drafter
             )
-        self._counts = () if drafter is None else guess_counts(config.num_speculative_tokens)
+        self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
@@ -177,7 +179,7 @@ class CUDAExecutor:
         with self._fitting():
             pages = self._affordable_pages(num_bytes)
             self._allocate(pages)
-            self.runner.capture(self._counts)
+            self.runner.capture(self.guess_counts)
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -239,30 +241,30 @@ class CUDAExecutor:
     @property
     def guesses(self) -> int:
         """How many tokens a head of the engine guesses after a step, at most."""
-        return max(self._counts, default=0)
+        return max(self.guess_counts, default=0)
 
     def guess_seconds(self) -> dict[tuple[int, int], float]:
         """What the head takes after such steps."""
         if self._costs is not None and self._costs.guesses:
             return dict(self._costs.guesses)
-        return self.runner.guess_seconds(self._counts) if self._device.is_cuda else {}
+        return self.runner.guess_seconds(self.guess_counts) if self._device.is_cuda else {}
 
     def measure(self) -> StepCosts:
         """What all steps of decodes take that are captured some day, when pages are reserved."""
-        self.runner.capture_decodes(self._counts)
-        guesses = self.runner.guess_seconds(self._counts) if self._counts else {}
+        self.runner.capture_decodes(self.guess_counts)
+        guesses = self.runner.guess_seconds(self.guess_counts) if self.guess_counts else {}
         return StepCosts(self._device.name, self.runner.step_seconds(), guesses)
 
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""
         self._allocate(1)
-        return self.runner.works(self._counts)
+        return self.runner.works(self.guess_counts)
 
     def submit(self, batch: StepBatch) -> StartedCUDAStep:
         """Enqueue a step's layers and return at once."""
         if batch.guessing is not None:  # of counts for which there are graphs
             count = batch.guessing.count
-            count = next((each for each in self._counts if each >= count > 0), 0)
+            count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
         self.transfer(batch.transfers)
         with self._device.work():
@@ -343,7 +345,7 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works(self._counts))
+        device.compile(self.runner.works(self.guess_counts))
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES

@@ -224,12 +224,20 @@ class StepInputs:
 
 def _for_heads(batch: StepBatch, rows: IntArray) -> dict[str, IntArray]:
     """What a head reads of a step that samples these rows."""
-    ends = batch.query_start[1:] - 1
-    counts = np.asarray(batch.drafts if len(batch.drafts) else ends * 0, np.int32)
-    following = np.append(batch.token_ids[1:], np.int32(0))
-    told = batch.guessing
+    ends, told = batch.query_start[1:] - 1, batch.guessing
+    counts = np.array(batch.drafts, np.int32) if len(batch.drafts) else ends * 0
+    following = np.empty_like(batch.token_ids)
+    sampled = -1 - np.arange(len(rows), dtype=np.int32)
+    if len(rows) == len(following):  # decodes
+        return {
+            NEXT_IDS: sampled,
+            FIRST_ROWS: ends - counts,
+            NUM_DRAFTS: counts,
+            CAPACITY: ends * 0 if told is None else told.capacity,
+        }
+    following[:-1] = batch.token_ids[1:]
     following[ends] = 0 if told is None else np.maximum(told.next_tokens, 0)
-    following[rows] = -1 - np.arange(len(rows), dtype=np.int32)
+    following[rows] = sampled
     firsts = ends - counts
     places = np.searchsorted(rows, firsts).astype(np.int32)
     found = np.append(rows, np.int32(-1))[np.minimum(places, len(rows))] == firsts

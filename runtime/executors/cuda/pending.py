@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import DRAFTS, STATES
+from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import IntArray, SamplingRow, StepBatch, StepResult, reject
+from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
 from slipstream.runtime.executors.cuda.device import Device, Event
+from slipstream.runtime.executors.cuda.drafter import PendingGuesses
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
 from slipstream.runtime.executors.cuda.scores import PendingScores, rows_at_once, score
@@ -53,13 +54,13 @@ class StartedCUDAStep:
             states = self._states() if self.runner.pools else None
             if states is None and len(rows) < len(self.batch.sampling):
                 scored += self._prompts()
-            guesses = self._guessed()
             done = Event(self.device)
             done.record()
+            guesses = self._guessed()  # while the host learns what was sampled
         rows = self.batch.sampling
         return PendingCUDAStep(done, rows, self.places, sampled, scored, states, guesses)
 
-    def _guessed(self) -> IntArray | None:
+    def _guessed(self) -> PendingGuesses | None:
         """What a head guesses after the step, on its way to the host; the head reads the step
         whether or not anything is to be guessed."""
         wanted = self.batch.guessing
@@ -122,7 +123,7 @@ class PendingCUDAStep:
     sampled: PendingSample | None
     scored: Sequence[Scored]
     states: Tensor | None = None
-    guesses: IntArray | None = None
+    guesses: PendingGuesses | None = None
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
@@ -135,8 +136,7 @@ class PendingCUDAStep:
                 self._take_scored(result, scored)
             if self.states is not None:
                 result.outputs[STATES] = self.states.numpy()
-            if self.guesses is not None:
-                result.outputs[DRAFTS] = self.guesses
+            result.guesses = self.guesses
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         reject(self.rows, result)

@@ -16,7 +16,7 @@ from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
-from slipstream.runtime.executors.cuda.drafter import Drafter
+from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
@@ -163,7 +163,7 @@ class StepRunner:
             self._guesses[shape, count] = self._device.capture(work)
         self._guesses[shape, count]()
 
-    def fetch_guesses(self, sequences: int, count: int) -> IntArray:
+    def fetch_guesses(self, sequences: int, count: int) -> PendingGuesses:
         """Start copying what was guessed to the host."""
         assert self._drafter is not None
         return self._drafter.fetch(sequences, count)
@@ -195,7 +195,7 @@ class StepRunner:
         guesses = [
             self._guess_work(shape, self._step_of(shape), count)
             for shape in (self._shapes if counts else ())
-            for count in dict.fromkeys((0, *counts))
+            for count in _with_none(counts)
         ]
         return [*layers, *heads, *guesses, self.largest_step]
 
@@ -221,23 +221,24 @@ class StepRunner:
         for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
             for kind in PREPARED_KINDS:
                 self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
-        for count in counts:
+        for count in _with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
                 self._guesses[shape, count] = self._device.capture(work)
         self._device.synchronize()
 
-    def capture_decodes(self, counts: Sequence[int]) -> None:
-        """Capture all steps of nothing but decodes, with greedy sampling and so many guesses."""
+    def capture_decodes(self, counts: Sequence[int], most: int = 1 << 30) -> None:
+        """Capture all steps of nothing but decodes, of up to ``most`` rows, with greedy sampling
+        and so many guesses."""
         with self._device.work():
             self._inputs.clear()
-        for shape in (shape for shape in self._shapes if not shape.rows):
+        for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
             head = self.padded_rows(shape.tokens), Kind.GREEDY
             if head not in self._heads:
                 self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
-            for count in counts:
+            for count in _with_none(counts):
                 if (shape, count) not in self._guesses:
                     work = self._guess_work(shape, self._step_of(shape), count)
                     self._guesses[shape, count] = self._device.capture(work)
@@ -341,6 +342,11 @@ class StepRunner:
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
+
+
+def _with_none(counts: Sequence[int]) -> tuple[int, ...]:
+    """After how many guesses a head is captured: where load decides, it may only read."""
+    return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
 def _after(layers: Work, head: Work) -> Work:

@@ -88,11 +88,11 @@ def test_a_head_that_knows_is_believed(knowing: Path, length: int | str) -> None
 
 def test_guesses_end_with_the_pages_of_a_sequence(knowing: Path) -> None:
     """And begin again when it has one more."""
-    found: list[Guessed] = []
+    found: list[tuple[int, list[int]]] = []
     heard = DeviceHeadProposer.heard
 
     def keep(proposer: DeviceHeadProposer, guesses: list[Guessed]) -> None:
-        found.extend(guesses)
+        found.extend((each.num_tokens, each.tokens) for each in guesses)
         heard(proposer, guesses)
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -102,7 +102,7 @@ def test_guesses_end_with_the_pages_of_a_sequence(knowing: Path) -> None:
     ):
         (output,) = llm.generate([[3] * 60], params)
     assert output.outputs[0].token_ids == [(3 + 7 * i) % 32 for i in range(1, 9)]
-    by_length = {each.num_tokens: list(each.tokens) for each in found}
+    by_length = dict(found)
     # At a length of n, the first guess is read at place n - 2 and the third at place n.
     assert -1 not in by_length[61] and by_length[65] == [(3 + 7 * 6) % 32, -1, -1]
     assert -1 not in by_length[max(by_length)]
@@ -119,13 +119,17 @@ def random_head(
 
 def guesses_after(engine: Path, tokens: list[int], count: int) -> list[int]:
     """What is guessed of a prompt and a token that is always the same."""
-    found: list[Guessed] = []
+    found: list[tuple[int, list[int]]] = []
+
+    def keep(_: DeviceHeadProposer, guesses: list[Guessed]) -> None:
+        found.extend((each.num_tokens, each.tokens) for each in guesses)
+
     with (
-        patch.object(DeviceHeadProposer, "heard", lambda _, guesses: found.extend(guesses)),
+        patch.object(DeviceHeadProposer, "heard", keep),
         LLM(engine, **LIMITS, num_speculative_tokens=count) as llm,
     ):
         llm.generate([tokens], SamplingParams(max_tokens=1, allowed_token_ids=[TOKENS[0]]))
-    return next(list(g.tokens) for g in found if g.num_tokens == len(tokens) + 1)
+    return dict(found)[len(tokens) + 1]
 
 
 def reference(
