@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from slipstream.builder.contract import DRAFTS, STATES, CacheSpec
+from slipstream.builder.contract import STATES, CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
@@ -66,7 +66,7 @@ class BatchBuilder:
             drafts=plan.drafts,
             moves=plan.moves,
             transfers=plan.transfers,
-            guessing=_guessing(plan, self._page_size) if DRAFTS in outputs else None,
+            guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
         )
         return batch, wanted.owners
 
@@ -176,7 +176,7 @@ def _outputs(plan: StepPlan) -> tuple[str, ...]:
     return (STATES,) if any(sequence.pool for sequence in plan.sequences) else ()
 
 
-def _guessing(plan: StepPlan, page_size: int) -> Guessing:
+def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
     """For a device that guesses after the step."""
     ends = zip(plan.sequences, plan.starts, plan.counts, plan.drafts, strict=True)
     following = [
@@ -184,7 +184,7 @@ def _guessing(plan: StepPlan, page_size: int) -> Guessing:
         for sequence, start, count, drafts in ends
     ]
     held = [len(allocation.pages) * page_size for allocation in plan.allocations]
-    return Guessing(plan.ahead, np.array(following, np.int32), np.array(held, np.int32))
+    return Guessing(count, np.array(following, np.int32), np.array(held, np.int32))
 
 
 def _tokens(plan: StepPlan) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import DRAFTS, states
+from slipstream.builder.contract import states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
@@ -124,17 +124,16 @@ class Speculator:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What the proposer reads of the target's outputs, or hears from the device."""
-        if self._proposer is None:
+        """What the proposer reads of the target's outputs."""
+        if self._proposer is None or self._follower is None:
             return ()
-        if self._listener is not None:
-            return (DRAFTS,)
-        return () if self._follower is None else tuple(self._follower.outputs)
+        return tuple(self._follower.outputs)
 
-    def ahead(self, plan: StepPlan) -> int:
-        """How many tokens of each sequence the device is to guess after a step."""
+    def ahead(self, plan: StepPlan) -> int | None:
+        """How many tokens of each sequence the device is to guess after a step, None if nobody
+        hears of them."""
         if self._proposer is None or self._listener is None:
-            return 0
+            return None
         most = self._most if self._lengths is None else self._lengths.wanted()
         if most and self._lengths is not None:
             self._lengths.asked(most, self._listener.seconds(len(plan.sequences), most))
@@ -177,7 +176,7 @@ class Speculator:
         """Whether the host must know the tokens of a step before it plans the next: it has guessed
         some of them, or it pays to guess what comes after them, as where drafts are always wanted
         and the device says what it guesses with the tokens."""
-        heard = plan.ahead > 0 and self._lengths is None
+        heard = bool(plan.ahead) and self._lengths is None
         return bool(plan.guesses) or self._pays or heard
 
     def learn(self, executor: Executor) -> None:
