@@ -121,8 +121,8 @@ def _unsqueeze(node: ir.Node, context: Context) -> Kernel:
 
 
 def _where(node: ir.Node, context: Context) -> Kernel:
-    names = required_names(node)
-    return lambda run: (torch.where(*(run.values[name] for name in names)),)
+    found, a, b = required_names(node)
+    return lambda run: (torch.where(run.values[found], run.values[a], run.values[b]),)
 
 
 BINDINGS: dict[str, Binding] = {

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slipstream.errors import EngineMismatchError
 from slipstream.weights.json import Origin, read_fields
@@ -45,11 +46,12 @@ class StepCosts:
                 "%s was timed on %s, this is %s: not used", file, fields.text("device"), device
             )
             return None
+        found: Any = fields.values
         try:
-            rows = {int(count): float(seconds) for count, seconds in fields.values["rows"]}
+            rows = {int(count): float(seconds) for count, seconds in found["rows"]}
             guesses = {
                 (int(sequences), int(count)): float(seconds)
-                for sequences, count, seconds in fields.values["guesses"]
+                for sequences, count, seconds in found["guesses"]
             }
         except (KeyError, TypeError, ValueError) as error:
             raise origin.refusal(f"holds no costs of steps ({error!s:.100})") from error

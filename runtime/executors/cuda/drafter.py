@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import HIDDEN, Head, Port, Source
+from slipstream.builder.contract import DRAFTS, HEAD_GRAPH, HIDDEN, Head, Port, Source
+from slipstream.builder.engine import Manifest
 from slipstream.plugins.cuda.binding import Memory, Step
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.drafting import COLUMNS, MOST
 from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
+from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import StepTensors
 from slipstream.runtime.engine.step import IntArray
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
@@ -202,3 +205,22 @@ class Drafter:
             HIDDEN: hidden,
         }
         return Step(inputs, self._slots[:rows], {self._table: attention}, pdl)
+
+
+def head_part(
+    manifest: Manifest,
+    graph: ir.Graph,
+    weights: Mapping[str, Tensor],
+    tactics: Tactics,
+    device: Device,
+) -> HeadPart:
+    """The head of an engine, on the device."""
+    assert manifest.head is not None
+    program = CUDAProgram(graph, manifest.graphs[HEAD_GRAPH], weights, tactics, device.torch, {})
+    drafts = next(value for value in graph.outputs if value.name == DRAFTS).producer()
+    known = None
+    if drafts is not None and drafts.op_type == "Gather":
+        table = drafts.inputs[0]
+        assert table is not None and table.const_value is not None
+        known = torch.from_numpy(table.const_value.numpy().copy()).to(device.torch)
+    return HeadPart(manifest.head, program, known)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.contract import (
-    DRAFTS,
     EAGLE3,
     HEAD_GRAPH,
     HIDDEN,
@@ -46,7 +45,7 @@ from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of
 from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
-from slipstream.runtime.executors.cuda.drafter import Drafter, HeadPart
+from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
 from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
@@ -149,7 +148,7 @@ class CUDAExecutor:
             )
             part = None
             if head is not None and guesses:  # whatever is guessed, answers are deterministic
-                part = _head_part(manifest, head, weights, tuned, device)
+                part = head_part(manifest, head, weights, tuned, device)
             self._attention = [*program.attention, *(part.program.attention if part else ())]
             block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(
@@ -385,25 +384,6 @@ def _checked(manifest: Manifest) -> GraphSpec:
             "of one array, for its logits or states: build it with --target cpu"
         )
     return spec
-
-
-def _head_part(
-    manifest: Manifest,
-    graph: ir.Graph,
-    weights: Mapping[str, Tensor],
-    tactics: Tactics,
-    device: Device,
-) -> HeadPart:
-    """The head of an engine, on the device."""
-    assert manifest.head is not None
-    program = CUDAProgram(graph, manifest.graphs[HEAD_GRAPH], weights, tactics, device.torch, {})
-    drafts = next(value for value in graph.outputs if value.name == DRAFTS).producer()
-    known = None
-    if drafts is not None and drafts.op_type == "Gather":
-        table = drafts.inputs[0]
-        assert table is not None and table.const_value is not None
-        known = torch.from_numpy(table.const_value.numpy().copy()).to(device.torch)
-    return HeadPart(manifest.head, program, known)
 
 
 def _weights_of(graph: ir.Graph, head: ir.Graph | None) -> set[str]:
