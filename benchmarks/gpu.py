@@ -4,15 +4,16 @@
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
     python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
+    python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
 prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
 tokens, prefixes are not shared, sampling is greedy; in "company" one request of 64 asks for more
-than that. The floor of a decode step is the bytes it must
-read over the measured read bandwidth, those of experts if every token chooses among all alike; that
-of a prefill, its products over the measured rate. Experts a layer: how many different ones the last
-step of a decode chose. Every model and format is measured in a process of its own: one that fails,
-or takes longer than ``--seconds``, ends no other, and what it had measured is kept.
+than that. The floor of a decode step is the bytes it must read over the measured read bandwidth,
+those of experts if every token chooses among all alike; that of a prefill, its products over the
+measured rate; of several ranks those of one. Experts a layer: how many different ones the last step
+of a decode chose. Every model and format is measured in a process of its own: one that fails, or
+takes longer than ``--seconds``, ends no other, and what it had measured is kept.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -36,6 +39,7 @@ import torch
 from gpu_models import (
     GPT_OSS_20B,
     LLAMA_8B,
+    LLAMA_70B,
     MIXTRAL_8X7B,
     MXFP4,
     QWEN3_30B_A3B,
@@ -44,6 +48,7 @@ from gpu_models import (
     matrices,
     random_engine,
     random_plan,
+    write_random_engine,
 )
 from gpu_speculation import OPTIONS as SYNTHETIC
 from gpu_speculation import by_load, fixed_lengths, table
@@ -51,14 +56,17 @@ from gpu_speculation import drafting as drafting_ms
 from gpu_speculation import verification as verification_ms
 
 from slipstream.builder.build import Plan
+from slipstream.builder.engine import TACTICS, open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.loading import load
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.text.tokenizer import Tokenizer
+from slipstream.server.engine_kernels import compile_again
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -68,6 +76,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 MODELS = {
     "llama-8b": LLAMA_8B,
+    "llama-70b": LLAMA_70B,
     "smollm2": SMOLLM2,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "mixtral-8x7b": MIXTRAL_8X7B,
@@ -86,6 +95,11 @@ VLLM: dict[str, dict[str, float]] = {
     "llama-8b int4": {
         "decode_1": 4.03, "decode_16": 4.24, "decode_64": 6.24, "prefill_2048": 53,
         "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
+    },
+    # Of two H200s, with TP2.
+    "llama-8b bf16 on 2": {
+        "decode_1": 3.50, "decode_16": 3.74, "decode_64": 4.21, "prefill_2048": 41.7,
+        "throughput_256_of_512_256": 16331,
     },
     "qwen3-30b-a3b bf16": {
         "decode_1": 4.74, "decode_16": 17.7, "decode_64": 23.9, "prefill_2048": 83,
@@ -134,17 +148,26 @@ class Cell:
     measures: list[str]
     tactics: Path | None
     tokenizer: Path | None = None
+    tp_size: int = 1
+
+    @property
+    def name(self) -> str:
+        """As a report calls it."""
+        ranks = "" if self.tp_size == 1 else f" on {self.tp_size}"
+        return f"{self.model} {self.form}{ranks}"
 
     def plan(self) -> Plan:
         """Its compiled program."""
         longest = 8192 if self.model == "smollm2" else 8448
-        options = BuildOptions(target="cuda", max_seq_len=longest, **FORMATS[self.form])
+        options = BuildOptions(
+            target="cuda", max_seq_len=longest, tp_size=self.tp_size, **FORMATS[self.form]
+        )
         return random_plan(shape_of(self.model, self.form), options, head=self.has_head)
 
     @property
     def has_head(self) -> bool:
         """Whether it has an EAGLE-3 head, which takes memory and a little of every step."""
-        return bool(set(WITH_HEAD) & set(self.measures))
+        return self.tp_size == 1 and bool(set(WITH_HEAD) & set(self.measures))
 
 
 def shape_of(model: str, form: str) -> dict[str, Any]:
@@ -402,28 +425,58 @@ def measure(cell: Cell, report: Connection) -> None:
     """Send all that is known of a cell, after each of its measures."""
     started = time.perf_counter()
     rate, plan = read_bandwidth(), cell.plan()
-    floor, peer = floors(plan, cell.form, rate), VLLM.get(f"{cell.model} {cell.form}", {})
+    floor, peer = floors(plan, cell.form, rate), VLLM.get(cell.name, {})
     routes = Routes(plan.checkpoint.config.num_layers)
     options: dict[str, Any] = dict(SYNTHETIC) if cell.has_head else {}
     options |= {"enable_prefix_caching": False, "enable_jump_decoding": cell.tokenizer is None}
-    engine = random_engine(plan, cell.tactics, **options)
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory(prefix="slipstream-", dir=scratch(plan)) as directory:
+        if cell.tp_size == 1:
+            engine = random_engine(plan, cell.tactics, **options)
+        else:
+            engine = written_engine(plan, Path(directory), cell.tactics, options, figures)
     if cell.tokenizer is not None:
         tokenizer = Tokenizer.from_directory(cell.tokenizer, engine.vocab_size)
         engine = replace(engine, tokenizer=tokenizer)
     torch.cuda.synchronize()
-    figures: Figures = {"make_weights_s": time.perf_counter() - started}
+    figures["make_weights_s"] = time.perf_counter() - started - figures.get("load_s", 0.0)
     runner = Runner(engine, routes)
     figures["compile_and_capture_s"] = runner.capture_seconds
+    if "load_s" in figures:
+        figures["start_s"] = figures["load_s"] + runner.capture_seconds
     rates = {"read_tb_per_s": rate / 1e12}
     for name in cell.measures:
         measured = time.perf_counter()
         try:
             figures |= MEASURES[name](runner)
         except Exception as error:  # noqa: BLE001 - the other figures are still wanted
-            print(f"{cell.model} {cell.form} {name} failed: {error!r}"[:2000], flush=True)
+            print(f"{cell.name} {name} failed: {error!r}"[:2000], flush=True)
         figures[f"{name}_took_s"] = time.perf_counter() - measured
         report.send({**rates, "figures": figures, "floors": floor, "vllm": peer})
     runner.loop.shutdown()
+
+
+def written_engine(
+    plan: Plan, directory: Path, tactics: Path | None, options: dict[str, Any], figures: Figures
+) -> LoadedEngine:
+    """An engine of several ranks, from a directory; ``load_s`` is how long it took to load that."""
+    write_random_engine(plan, directory)
+    if tactics is not None:
+        open_engine(directory).write_file(TACTICS, tactics.read_bytes())
+    compile_again(open_engine(directory), torch.cuda.get_device_capability())
+    torch.cuda.empty_cache()
+    begun = time.perf_counter()
+    engine = load(directory, options)
+    figures["load_s"] = time.perf_counter() - begun
+    return engine
+
+
+def scratch(plan: Plan) -> str | None:
+    """Where the files of an engine are quickly written: memory, if there is room."""
+    memory = Path("/dev/shm")
+    size = 1.2 * plan.weight_bytes * plan.ranks
+    room = memory.is_dir() and shutil.disk_usage(memory).free > size
+    return str(memory) if plan.ranks > 1 and room else None
 
 
 def entries(cell: Cell, seconds: float) -> Iterator[dict[str, Any]]:
@@ -436,18 +489,18 @@ def entries(cell: Cell, seconds: float) -> Iterator[dict[str, Any]]:
     try:
         while reader.poll(max(0.0, ends - time.monotonic())):
             yield reader.recv()
-        print(f"{cell.model} {cell.form} took more than {seconds:.0f} s", flush=True)
+        print(f"{cell.name} took more than {seconds:.0f} s", flush=True)
         process.kill()
     except EOFError:
         pass
     process.join()
     if process.exitcode:
-        print(f"{cell.model} {cell.form} ended with {process.exitcode}", flush=True)
+        print(f"{cell.name} ended with {process.exitcode}", flush=True)
 
 
 def show(cell: Cell, entry: dict[str, Any]) -> None:
     """Every figure of a cell beside its floor and vLLM's."""
-    print(f"--- {cell.model} {cell.form}")
+    print(f"--- {cell.name}")
     if cell.has_head:
         print(table(entry["figures"]), flush=True)
     for name, value in entry["figures"].items():
@@ -464,6 +517,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, help="Default: the model's usual.")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=USUAL)
     parser.add_argument("--tactics", type=Path, help="What gpu_linear.py stored.")
+    parser.add_argument("--tp-size", type=int, default=1, help="GPUs that share every layer.")
     parser.add_argument("--tokenizer", type=Path, help="Directory of one, for forms.")
     parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")
     parser.add_argument("--json", type=Path)
@@ -471,10 +525,8 @@ def main() -> None:
     report: dict[str, Any] = environment()
     for model in arguments.models:
         for form in arguments.formats or usual_formats(model):
-            cell, entry = (
-                Cell(model, form, arguments.measures, arguments.tactics, arguments.tokenizer),
-                None,
-            )
+            given = arguments.measures, arguments.tactics, arguments.tokenizer
+            cell, entry = Cell(model, form, *given, arguments.tp_size), None
             for entry in entries(cell, arguments.seconds):
                 report.setdefault(model, {})[form] = entry
                 if arguments.json:

@@ -80,7 +80,8 @@ def time_all(
     """Time the shapes of a model in a format, print them, and store what was quickest."""
     started = time.monotonic()
     shape = {**shape_of(model, form), "num_hidden_layers": _LAYERS}
-    plan = random_plan(shape, BuildOptions(target="cuda", **FORMATS[form]))
+    options = BuildOptions(target="cuda", tp_size=arguments.tp_size, **FORMATS[form])
+    plan = random_plan(shape, options)
     weights = random_weights(plan)
     kinds = tuple(_KINDS[kind] for kind in arguments.only)
     found = [p for p in problems(plan.program.graph, weights) if isinstance(p, kinds)]
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, help="Default: the model's usual.")
     parser.add_argument("--only", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
+    parser.add_argument("--tp-size", type=int, default=1, help="Those of one rank of so many.")
     parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")
     parser.add_argument("--tactics", type=Path, help="Where to store the quickest; added to.")
     arguments = parser.parse_args()

@@ -1,9 +1,11 @@
-"""Engines of real shapes with random weights, made on the GPU: nothing is read or written."""
+"""Engines of real shapes with random weights, made on the GPU: nothing is read or written, but for
+several ranks, each of which reads a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +13,17 @@ from unittest.mock import patch
 import numpy as np
 import tokenizers
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder import build as build_module
-from slipstream.builder.build import Plan, compile_checkpoint, manifest_of
+from slipstream.builder.build import (
+    Compiler,
+    Plan,
+    compile_checkpoint,
+    manifest_of,
+    write_engine,
+)
 from slipstream.builder.checkpoints.huggingface.head import HeadCheckpoint
 from slipstream.builder.contract import TARGET_GRAPH, page_size_of
 from slipstream.builder.head import HeadModel
@@ -77,6 +86,13 @@ SMOLLM2: dict[str, Any] = {
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
 }
+LLAMA_70B: dict[str, Any] = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -132,6 +148,8 @@ GPT_OSS_20B: dict[str, Any] = {
 MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}
 # With random codes, weights of a size of 0.02; of float4 an exponent, 2**-7.
 _SCALES = {"float8_e4m3": 1e-4, "int4": 0.004, "int8": 2e-4, "float4_e2m1": 120}
+_LOOKUPS = ("Embedding", "EmbeddingShard")
+_PRODUCTS = ("Linear", "NormedRouter", "ExpertLinear", *_LOOKUPS)
 _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
@@ -164,7 +182,8 @@ class RandomCheckpoint:
         return LazyTensor(name, fmt, _unreadable)
 
     def write_tokenizer(self, directory: Path) -> None:
-        """There is none."""
+        """Every token has a name."""
+        _vocabulary(self.config.vocab_size).save(str(directory / "tokenizer.json"))
 
 
 def _unreadable() -> QuantTensor:
@@ -215,19 +234,19 @@ class Matrix:
         """Bytes that a step of so many tokens must read if each chooses among all experts alike;
         the rows of an embedding do not count."""
         chosen = 1 - (1 - self.top_k / self.experts) ** tokens
-        return 0.0 if self.op_type == "Embedding" else packed_size(self.format) * chosen
+        return 0.0 if self.op_type in _LOOKUPS else packed_size(self.format) * chosen
 
     @property
     def products(self) -> int:
         """Multiplications for each token."""
         rows, columns = self.format.shape
-        return 0 if self.op_type == "Embedding" else rows // self.experts * self.top_k * columns
+        return 0 if self.op_type in _LOOKUPS else rows // self.experts * self.top_k * columns
 
 
 def matrices(plan: Plan, graphs: Sequence[str] = (TARGET_GRAPH,)) -> Iterator[Matrix]:
     """The weights of lowered programs, in the order of their use."""
     for node in [node for name in graphs for node in plan.programs[name].graph]:
-        if node.op_type in ("Linear", "NormedRouter", "Embedding", "ExpertLinear"):
+        if node.op_type in _PRODUCTS:
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
             values = {a.name: a.value for a in node.attributes.values()}
@@ -250,7 +269,9 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
             weights[matrix.name] = _random_blob(matrix.format, device)
     for weight in plan.weights:
         for part in weight.parts:
-            if part.name not in weights:  # norms, biases and sinks
+            if str(part.dtype) == "int32":  # what a rank has of all
+                weights[part.name] = torch.zeros(part.shape, dtype=torch.int32, device=device)
+            elif part.name not in weights:  # norms, biases and sinks
                 norm = "norm" in part.name
                 vector = torch.ones(part.shape) if norm else 0.02 * torch.randn(part.shape)
                 weights[part.name] = vector.to(device, _DTYPES[str(part.dtype)])
@@ -323,6 +344,31 @@ def random_engine(
     )
 
 
+def write_random_engine(plan: Plan, directory: Path, compiler: Compiler | None = None) -> None:
+    """Write an engine of random weights, one for all layers and ranks, into an empty directory."""
+    made: dict[WeightFormat, NDArray[np.uint8]] = {}
+    formats = {matrix.name: matrix.format for matrix in matrices(plan)}
+    for fmt in dict.fromkeys(formats.values()):
+        made[fmt] = _random_blob(fmt, "cuda").cpu().numpy()
+    for program in (plan.program, *plan.others):
+        for name, weight in program.stored.items():
+            (part, *_) = weight.parts
+            if part.name in formats:
+                array = made[formats[part.name]]
+            elif str(part.dtype) == "int32":  # what a rank has of all
+                continue
+            else:
+                norm, size = "norm" in part.name, part.shape
+                vector = torch.ones(size) if norm else 0.02 * torch.randn(size)
+                array = vector.numpy().astype(part.dtype)
+            program.stored[name] = replace(weight, load=partial(_same, array))
+    write_engine(plan, directory, "random", str(directory), compiler=compiler)
+
+
+def _same(array: NDArray[Any]) -> tuple[NDArray[Any]]:
+    return (array,)
+
+
 class Routes:
     """What the experts of captured decodes were told to multiply, read after a step has run."""
 
@@ -348,5 +394,9 @@ class Routes:
 
 def named_tokens(vocab_size: int) -> Tokenizer:
     """A tokenizer that calls token 17 ``t17``."""
-    model = tokenizers.models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
-    return Tokenizer(tokenizers.Tokenizer(model), TokenizerSettings({}))
+    return Tokenizer(_vocabulary(vocab_size), TokenizerSettings({}))
+
+
+def _vocabulary(size: int) -> tokenizers.Tokenizer:
+    model = tokenizers.models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0")
+    return tokenizers.Tokenizer(model)

@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_onnxruntime.py CHECKPOINT --genai GENAI_DIR --json FILE
 
-Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token, at 1, 16 and
-64 requests. Greedy, prompts of random tokens, no prefix is shared. ``GENAI_DIR`` is a model that
-``python -m onnxruntime_genai.models.builder -e cuda -p int4`` made of the same checkpoint; what is
-not installed, or not given, is left out. Every engine runs in a process of its own, one after the
-other in each of ``--rounds``, and the median counts.
+Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token, at 1, 16, 32
+and 64 requests. Greedy, prompts of random tokens, no prefix is shared. ``GENAI_DIR`` is a model
+that ``python -m onnxruntime_genai.models.builder -e cuda -p int4`` made of the same checkpoint, in
+groups of 32 without zero points, as ours are; what fails, or is not given, is left out. Every
+engine runs in a process of its own, one after the other in each of ``--rounds``, and the median
+counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-INPUT, OUTPUT, BATCHES = 128, 256, (1, 16, 64)
+INPUT, OUTPUT, BATCHES = 128, 256, (1, 16, 32, 64)
+_GROUP = 32
 Figures = dict[int, float]
 
 
@@ -34,26 +36,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint")
-    parser.add_argument("--genai", help="a model of onnxruntime-genai")
+    parser.add_argument("--genai", nargs="*", default=[], help="models of onnxruntime-genai")
+    parser.add_argument("--engines", type=Path, help="where ours are, or are built to stay")
     parser.add_argument("--quantization", default="int4_wo")
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with TemporaryDirectory() as directory:
-        contenders = _contenders(args, Path(directory))
+        contenders = _contenders(args, args.engines or Path(directory))
         rounds: dict[str, list[Figures]] = defaultdict(list)
         for _ in range(args.rounds):
             for name, (measure, model) in contenders.items():
                 rounds[name].append(_alone(measure, model))
+                print(f"{name:36}", *_listed(rounds[name][-1]), flush=True)
     medians = {
-        name: {n: statistics.median(f[n] for f in found if n in f) for n in found[0]}
+        name: {
+            n: statistics.median(f[n] for f in found if n in f) for n in BATCHES if n in found[0]
+        }
         for name, found in rounds.items()
     }
+    print(f"medians of {args.rounds}")
     for name, figures in medians.items():
-        print(f"{name:32}", *(f"{n:3} requests {ms:7.2f} ms" for n, ms in figures.items()))
+        print(f"{name:36}", *_listed(figures))
     if args.json:
         args.json.write_text(json.dumps(medians, indent=1) + "\n")
+
+
+def _listed(figures: Figures) -> list[str]:
+    return [f"{n:3} requests {ms:7.2f} ms" for n, ms in figures.items()] or ["failed"]
 
 
 def _contenders(
@@ -73,12 +84,15 @@ def _contenders(
             name = f"{target} {attention} {dtype}"
             options = BuildOptions(
                 target=target, dtype=dtype, quantization=args.quantization,
+                group_size=_GROUP if args.quantization == "int4_wo" else None,
+                symmetric=True if args.quantization == "int4_wo" else None,
                 ort_attention=attention, **limits,
             )  # fmt: skip
-            build(args.checkpoint, directory / name, options)
+            if not (directory / name).exists():
+                build(args.checkpoint, directory / name, options)
             found[name] = slipstream, str(directory / name)
-    if args.genai:
-        found["onnxruntime-genai"] = genai, args.genai
+    for model in args.genai:
+        found[f"onnxruntime-genai {Path(model).name}"] = genai, model
     return found
 
 
@@ -116,16 +130,20 @@ def genai(model: str) -> Figures:
 
 
 def _decode(run: Callable[[list[list[int]], int], None]) -> Figures:
-    """Milliseconds a step of each batch."""
-    rng, figures = random.Random(0), {}
+    """Milliseconds a step of each batch that runs."""
+    rng, figures = random.Random(0), Figures()
     for batch in BATCHES:
         prompts = [[rng.randrange(1000, 30000) for _ in range(INPUT)] for _ in range(batch)]
-        run(prompts, 8)  # graphs are captured, memory is taken
-        seconds = {}
-        for tokens in (1, OUTPUT):
-            start = time.perf_counter()
-            run(prompts, tokens)
-            seconds[tokens] = time.perf_counter() - start
+        try:
+            run(prompts, 8)  # graphs are captured, memory is taken
+            seconds = {}
+            for tokens in (1, OUTPUT):
+                start = time.perf_counter()
+                run(prompts, tokens)
+                seconds[tokens] = time.perf_counter() - start
+        except RuntimeError as error:  # what a peer does not take
+            print(f"{batch} requests: {error}")
+            continue
         figures[batch] = 1e3 * (seconds[OUTPUT] - seconds[1]) / (OUTPUT - 1)
     return figures
 

@@ -48,6 +48,7 @@ from slipstream.builder.score import write_score_template
 from slipstream.builder.targets.base import PlanningTarget, check_runs_here, create_target
 from slipstream.builder.weight_file import write_weights
 from slipstream.errors import BuildError
+from slipstream.phases import phase
 from slipstream.plugins.operators import OPERATORS, STANDARD_DOMAINS
 from slipstream.weights.tensor import KVScales, WeightFormat
 from slipstream.weights.tokenizer import read_tokenizer
@@ -187,7 +188,8 @@ def build(
     """
     with _write_errors(output):
         check_output(output, "engine", engine_contents, *_local(source))
-    planned = plan(source, options)
+    with phase("plan"):
+        planned = plan(source, options)
     with _write_errors(output), scratch(output) as staging:
         return _make(planned, staging, source, output, progress, compiler)
 
@@ -214,7 +216,7 @@ def _make(
 ) -> Manifest:
     # Whoever has to build it again may be in another directory.
     origin = next((str(path.absolute()) for path in _local(source)), str(source))
-    manifest = _write(planned, staging, origin, str(output), progress, compiler)
+    manifest = write_engine(planned, staging, origin, str(output), progress, compiler)
     check_output(output, "engine", engine_contents)
     publish(staging, output)
     return manifest
@@ -283,14 +285,16 @@ def _alike(programs: list[Program]) -> list[Program]:
     return programs
 
 
-def _write(
+def write_engine(
     planned: Plan,
     staging: Path,
     source: str,
     output: str,
-    progress: Progress | None,
-    compiler: Compiler | None,
+    progress: Progress | None = None,
+    compiler: Compiler | None = None,
 ) -> Manifest:
+    """Write the files of an engine into a directory; ``source`` and ``output`` are what its
+    manifest says to build it again from, and to."""
     total, done = planned.weight_bytes * planned.ranks, 0
 
     def wrote(size: int) -> None:
@@ -300,17 +304,21 @@ def _write(
             progress(done, total)
 
     # First, because a tokenizer that cannot be read is no reason to wait for the weights.
-    planned.checkpoint.write_tokenizer(staging)
-    read_tokenizer(staging / "tokenizer.json")
+    with phase("tokenizer"):
+        planned.checkpoint.write_tokenizer(staging)
+        read_tokenizer(staging / "tokenizer.json")
     if planned.pooling is not None and planned.pooling.task == "score":
         write_score_template(staging)
     with ThreadPoolExecutor(1) as pool:
-        compiled = pool.submit(compiler, planned) if compiler is not None else None
-        places = write_weights(staging / WEIGHTS, planned.weights, wrote)
-        for rank, other in enumerate(planned.others, start=1):
-            same = write_weights(staging / weight_file(rank), [*other.stored.values()], wrote)
-            assert same == places, "the graph has one place for a weight of all ranks"
-    if compiled is not None and (kernels := compiled.result()) is not None:
+        compiled = pool.submit(_kernels, compiler, planned) if compiler is not None else None
+        with phase("weights"):
+            places = write_weights(staging / WEIGHTS, planned.weights, wrote)
+            for rank, other in enumerate(planned.others, start=1):
+                same = write_weights(staging / weight_file(rank), [*other.stored.values()], wrote)
+                assert same == places, "the graph has one place for a weight of all ranks"
+        with phase("wait for kernels"):
+            kernels = None if compiled is None else compiled.result()
+    if kernels is not None:
         (staging / KERNELS).write_bytes(kernels)
     for program in planned.programs.values():
         assert program.contract is not None
@@ -322,10 +330,16 @@ def _write(
         if isinstance(target, PlanningTarget)
         else None
     )
-    files = {file.name: digest(file) for file in sorted(staging.iterdir())}
+    with phase("hashes"):
+        files = {file.name: digest(file) for file in sorted(staging.iterdir())}
     manifest = manifest_of(planned, files, source, output, plans)
     (staging / MANIFEST).write_text(manifest.to_json())
     return manifest
+
+
+def _kernels(compiler: Compiler, planned: Plan) -> bytes | None:
+    with phase("kernels"):
+        return compiler(planned)
 
 
 def _place_weights(program: Program, places: Mapping[str, tuple[int, int]], staging: Path) -> None:

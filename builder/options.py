@@ -14,6 +14,7 @@ Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 GemmPlugin = Literal["auto", "disable"]
 OrtAttention = Literal["auto", "slots", "pages"]
+OrtActivations = Literal["exact", "int8"]
 Task = Literal["auto", "generate", "embed", "score"]
 PoolingType = Literal["auto", "last", "mean"]
 # Layouts of quantized checkpoints that can be written.
@@ -51,6 +52,9 @@ class BuildOptions:
     ort_attention   what attention of an engine for onnxruntime reads: a slot for each sequence
                     (slots, GroupQueryAttention), or pages, which sequences share (pages,
                     PagedAttention, on its CUDA provider only); auto: slots
+    ort_activations what products of an engine for onnxruntime with quantized weights do to x:
+                    nothing (exact), or round it in blocks (int8), which only its CPU provider does,
+                    with dtype float32, and many times faster
     """
 
     target: str = "auto"
@@ -64,6 +68,7 @@ class BuildOptions:
     speculative_model: str | None = None
     gemm_plugin: GemmPlugin = "auto"
     ort_attention: OrtAttention = "auto"
+    ort_activations: OrtActivations = "exact"
     strict_tensors: bool = False
     tp_size: int = 1
     max_batch_size: int | None = None
@@ -80,6 +85,7 @@ class BuildOptions:
         _choice("gemm_plugin", self.gemm_plugin, get_args(GemmPlugin))
         _choice("tp_size", self.tp_size, RANKS)
         _choice("ort_attention", self.ort_attention, get_args(OrtAttention))
+        _choice("ort_activations", self.ort_activations, get_args(OrtActivations))
         if self.group_size is not None:
             _choice("group_size", self.group_size, (32, 64, 128))
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):

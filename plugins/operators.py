@@ -35,6 +35,7 @@ STANDARD_DOMAINS = ("", "com.microsoft", SEGMENTS)
 OURS = {
     "Linear": "slipstream.plugins.linear:SPEC",
     "Embedding": "slipstream.plugins.linear:EMBEDDING_SPEC",
+    "EmbeddingShard": "slipstream.plugins.linear:SHARD_SPEC",
     "PagedAttention": "slipstream.plugins.paged_attention:SPEC",
     "DrawTokens": "slipstream.plugins.draw_tokens:SPEC",
     "Router": "slipstream.plugins.router:SPEC",
@@ -45,6 +46,7 @@ OURS = {
     "FusedAddRMSNorm": "slipstream.plugins.rms_norm:SPEC",
     "RotaryAngles": "slipstream.plugins.rotary:SPEC",
     "AllReduce": "slipstream.plugins.collectives:SPEC",
+    "AllReduceAddRMSNorm": "slipstream.plugins.collectives:ADD_NORM_SPEC",
     "AllGather": "slipstream.plugins.collectives:GATHER_SPEC",
 }
 

@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
 from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.phases import phase
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.executors import check_device, create_executor
+from slipstream.runtime.executors import begin_loading, check_device, create_executor
 from slipstream.runtime.kv_events.config import with_kv_events
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
@@ -61,17 +63,28 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     engine = open_engine(_engine_path(model, runtime, others))
     config = runtime_config(engine, runtime)
     _check_tables(config, engine.manifest.vocab_size)
-    check_device(engine)  # before a large file is hashed in vain
-    # Hashing releases the interpreter, so it overlaps the session's own reading of the same files.
+    begin_loading(engine)
+    # Hashing releases the interpreter and reads the files into memory, from where the device gets
+    # them: it begins first, beside the import of what drives the device.
+    in_vain = Event()
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(engine.verify_files)
+        verified = pool.submit(_verify, engine, in_vain)
         try:
-            tokenizer = Tokenizer.from_directory(
-                engine.path, engine.manifest.vocab_size, config.chat_template
-            )
-            executor = create_executor(engine, config)
+            with phase("import of the device's libraries"):
+                check_device(engine)
+        except BaseException:
+            in_vain.set()
+            raise
+        try:
+            with phase("tokenizer"):
+                tokenizer = Tokenizer.from_directory(
+                    engine.path, engine.manifest.vocab_size, config.chat_template
+                )
+            with phase("executor"):
+                executor = create_executor(engine, config)
         finally:
-            verified.result()  # a file that was changed is why the others failed, if they did
+            with phase("wait for hashes"):
+                verified.result()  # a file that was changed is why the others failed, if they did
     return LoadedEngine(
         executor=executor,
         tokenizer=tokenizer,
@@ -84,6 +97,11 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         pooling=engine.manifest.pooling,
         engine=engine,
     )
+
+
+def _verify(engine: Engine, in_vain: Event) -> None:
+    with phase("hashes"):
+        engine.verify_files(in_vain)
 
 
 def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[str, Any]) -> Path:
@@ -122,8 +140,7 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
                 f"less, or build again "
                 f"with --{name.replace('_', '-')} {runtime[name]}"
             )
-    of_ranks = _UNUSED_BY_RANKS if engine.manifest.ranks > 1 else {}
-    for name, reason in {**_UNUSED.get(engine.manifest.target, {}), **of_ranks}.items():
+    for name, reason in _unused(engine).items():
         if runtime.get(name):
             raise InvalidRequestError(f"{name} does nothing for {engine.path}: {reason}")
     if {"kv_cache_bytes", "kv_cache_free_gpu_memory_fraction"} <= runtime.keys():
@@ -141,6 +158,20 @@ def runtime_config(engine: Engine, runtime: Mapping[str, Any]) -> RuntimeConfig:
         limits["max_batch_size"], runtime.get("max_num_tokens", limits["max_num_tokens"])
     )
     return RuntimeConfig(**{**limits, "page_size": page_size, **with_kv_events(runtime)})
+
+
+def _unused(engine: Engine) -> dict[str, str]:
+    """Options that an engine has no use for, and why."""
+    target = engine.manifest.target
+    unused = dict(_UNUSED.get(target, {}))
+    if engine.manifest.ranks > 1:
+        unused |= _UNUSED_BY_RANKS
+    if target == "onnxruntime":
+        # Loaded by name: engines of other targets must not need ONNX Runtime.
+        provider = import_module("slipstream.runtime.executors.onnxruntime.provider")
+        if provider.wanted_provider(engine.manifest) == provider.CPU:
+            unused |= _UNUSED["cpu"]
+    return unused
 
 
 def _check_tables(config: RuntimeConfig, vocab_size: int) -> None:

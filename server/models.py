@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slipstream.builder.engine import is_engine
+from slipstream.builder.engine import is_engine, open_engine
+from slipstream.runtime.executors import begin_loading
 from slipstream.runtime.speculation.config import spelled_out
 from slipstream.server.progress import byte_progress
 
 if TYPE_CHECKING:
     from slipstream.runtime.loaded_engine import LoadedEngine
+
+
+def begin(model: str) -> None:
+    """Let an engine's device begin what it needs no Python for, while that imports the rest;
+    nothing of a checkpoint. Raises what ``open_engine`` raises."""
+    path = Path(model)
+    if is_engine(path):
+        begin_loading(open_engine(path))
 
 
 def load_model(model: str, runtime: Mapping[str, Any]) -> LoadedEngine:

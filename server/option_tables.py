@@ -165,10 +165,16 @@ BUILD = {
         "Memory of attention of target onnxruntime: a slot for each sequence, or pages that "
         "sequences share, on its CUDA provider; auto is slots."
     ),
+    "ort_activations": Option(
+        "What quantized products of target onnxruntime multiply: exact activations, or int8 ones "
+        "on its CPU provider with float32, many times faster."
+    ),
     "strict_tensors": Option(
         "Refuse a checkpoint that holds more than its text model uses; else the rest is left out."
     ),
-    "tp_size": Option("Processes that share every layer on a CPU: 1, 2, 4 or 8.", least=1),
+    "tp_size": Option(
+        "GPUs, or processes of a CPU, that share every layer: 1, 2, 4 or 8.", least=1
+    ),
     "max_batch_size": Option(
         "Sequences in one step, at most.", "64 on a CPU, 1024 on a GPU", least=1
     ),

@@ -213,6 +213,20 @@ def _embedding(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     return [_reference("Embedding")(given[0], _weight(given[1], _attributes(node)))]
 
 
+def _embedding_shard(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    ids, weight, first = given
+    return [_reference("EmbeddingShard")(ids, _weight(weight, _attributes(node)), _plain(first))]
+
+
+def _together(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
+    """What ranks do that are all alike."""
+    x, *others = map(_plain, given)
+    attributes = _attributes(node)
+    ranks = attributes.pop("ranks")
+    result = _reference(node.op_type)([x] * ranks, *others, **attributes)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
 def _paged_attention(node: ir.Node, given: list[Any]) -> list[NDArray[Any]]:
     names = [tensor.name for tensor in OPERATORS["PagedAttention"].inputs]
     found = {name: _plain(value) for name, value in zip(names, given, strict=False)}
@@ -236,6 +250,9 @@ _CALLS: Mapping[str, Callable[[ir.Node, list[Any]], list[NDArray[Any]]]] = {
     "SoftCap": _elementwise,
     "Router": _elementwise,
     "NormedRouter": _normed_router,
+    "EmbeddingShard": _embedding_shard,
+    "AllReduce": _together,
+    "AllReduceAddRMSNorm": _together,
 }
 
 

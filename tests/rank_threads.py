@@ -99,9 +99,10 @@ def chunk_of(
     size: int,
     caches: tuple[CacheSpec, ...],
     output: str = LOGITS,
+    page: int = 32,
 ) -> StepBatch:
     """The next tokens of two sequences whose pages interleave and run backwards."""
-    page, table = 32, np.array([[7, 5, 3], [6, 4, 2]], np.int32)
+    table = np.array([[7, 5, 3], [6, 4, 2]], np.int32)[:, : -(-prompts.shape[1] // page)]
     positions = np.tile(np.arange(start, start + size, dtype=np.int32), 2)
     slots = table[np.repeat([0, 1], size), positions // page] * page + positions % page
     pages = PagedInputs(table, slots.astype(np.int32))

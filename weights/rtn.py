@@ -16,8 +16,9 @@ ScaleDtype = Literal["float16", "float32"]
 Floats = NDArray[np.float32]
 
 GROUP_SIZES = (128, 64, 32)
-# Elements worked on at once: the temporaries stay in the cache and small beside the weight.
-_CHUNK = 1 << 18
+# Elements worked on at once: the temporaries are small beside the weight. In less the threads of
+# many cores would mostly wait for the interpreter, which each operation asks for.
+_CHUNK = 1 << 19
 
 
 def largest_group(k: int, requested: int) -> int | None:
@@ -52,29 +53,33 @@ def quantize_rtn(
     _check(values, name, bits, group_size)
     n, k = values.shape
     groups = k // group_size
+    low, high = np.empty((2, n, groups), np.float32)
+
+    def measure(rows: slice) -> None:
+        chunk = values[rows].astype(np.float32).reshape(-1, groups, group_size)
+        chunk.min(axis=-1, out=low[rows])
+        chunk.max(axis=-1, out=high[rows])
+
+    in_parallel(measure, row_chunks(n, k, _CHUNK))
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise CheckpointError(
+            f"tensor {name} holds infinite or undefined numbers; the checkpoint is damaged: "
+            "download it again"
+        )
+    scale, zero = _symmetric(low, high, bits) if symmetric else _asymmetric(low, high, bits)
+    scales = _stored(scale, scale_dtype, name)
+    inverse = _inverse(scales.astype(np.float32))
     codes = np.empty((n, k * bits // 8), np.uint8)
-    scales = np.empty((n, groups), scale_dtype)
-    zeros = None if symmetric else np.empty((n, groups), np.uint8)
 
     def quantize(rows: slice) -> None:
         chunk = values[rows].astype(np.float32).reshape(-1, groups, group_size)
-        low, high = chunk.min(axis=-1), chunk.max(axis=-1)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise CheckpointError(
-                f"tensor {name} holds infinite or undefined numbers; the checkpoint is damaged: "
-                "download it again"
-            )
-        scale, zero = _symmetric(low, high, bits) if symmetric else _asymmetric(low, high, bits)
-        scales[rows] = _stored(scale, scale_dtype, name)
-        packed = _codes(chunk, scales[rows].astype(np.float32), zero, bits).reshape(-1, k)
+        packed = _codes(chunk, inverse[rows], zero[rows], bits).reshape(-1, k)
         codes[rows] = pack_nibbles(packed) if bits == 4 else packed
-        if zeros is not None:
-            zeros[rows] = zero
 
     in_parallel(quantize, row_chunks(n, k, _CHUNK))
     kind: Literal["midpoint", "zero"] = "midpoint" if symmetric else "zero"
     form = WeightFormat((n, k), "int", scale_dtype, bits, group_size, kind)
-    return QuantTensor(name, form, codes, scales, zeros)
+    return QuantTensor(name, form, codes, scales, None if symmetric else zero.astype(np.uint8))
 
 
 def _values(weight: LazyTensor | NDArray[np.generic], name: str) -> tuple[NDArray[np.generic], str]:
@@ -126,11 +131,14 @@ def _stored(scale: Floats, dtype: ScaleDtype, name: str) -> NDArray[np.generic]:
     return scale.astype(dtype)
 
 
-def _codes(chunk: Floats, scale: Floats, zero: Floats, bits: int) -> NDArray[np.uint8]:
-    """Nearest codes of ``chunk`` [rows, groups, group]; overwrites it."""
-    # A group that is zero, or too small for its scale to be inverted, becomes zero.
+def _inverse(scale: Floats) -> Floats:
+    """1 / scale; 0 for a group that is zero, or too small for that, whose codes become zero."""
     usable = np.abs(scale) >= np.finfo(np.float32).tiny
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=usable)
+    return np.divide(1, scale, out=np.zeros_like(scale), where=usable)
+
+
+def _codes(chunk: Floats, inverse: Floats, zero: Floats, bits: int) -> NDArray[np.uint8]:
+    """Nearest codes of ``chunk`` [rows, groups, group], which is overwritten."""
     chunk *= inverse[..., None]
     np.rint(chunk, out=chunk)
     chunk += zero[..., None]

@@ -20,6 +20,24 @@ SPEC = OperatorSpec(
     reference="slipstream.plugins.collectives.reference:all_reduce",
     native="slipstream.plugins._cpu",
     checked=True,
+    cuda="slipstream.plugins.collectives.cuda.bind:all_reduce",
+)
+
+ADD_NORM_SPEC = OperatorSpec(
+    name="AllReduceAddRMSNorm",
+    doc="sum = the sum of x over all ranks + residual; y = sum / sqrt(mean(sum²) + eps) * weight.",
+    inputs=(
+        TensorSpec("x", ACTIVATION_DTYPES, ("tokens", "hidden"), "what this rank has"),
+        TensorSpec("residual", ACTIVATION_DTYPES, ("tokens", "hidden"), "the residual stream"),
+        TensorSpec("weight", ACTIVATION_DTYPES, ("hidden",), "norm weight"),
+    ),
+    outputs=(
+        TensorSpec("y", ACTIVATION_DTYPES, ("tokens", "hidden"), "the normalized sum"),
+        TensorSpec("sum", ACTIVATION_DTYPES, ("tokens", "hidden"), "the new residual stream"),
+    ),
+    attributes=(_RANKS, AttributeSpec("norm_eps", "float", "epsilon of the norm")),
+    reference="slipstream.plugins.collectives.reference:all_reduce_add_rms_norm",
+    cuda="slipstream.plugins.collectives.cuda.bind:all_reduce_add_rms_norm",
 )
 
 GATHER_SPEC = OperatorSpec(
@@ -31,4 +49,5 @@ GATHER_SPEC = OperatorSpec(
     reference="slipstream.plugins.collectives.reference:all_gather",
     native="slipstream.plugins._cpu",
     checked=True,
+    cuda="slipstream.plugins.collectives.cuda.bind:all_gather",
 )

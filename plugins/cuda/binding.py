@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -19,6 +19,9 @@ from slipstream.extensions import load
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.operators import GROUP, OPERATORS, SEGMENTS
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, StepTensors
+
+if TYPE_CHECKING:  # whose fallback is made of kernels that are bound with this module's types
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
 
 Environment = dict[str, Tensor]
 _TORCH = {
@@ -76,12 +79,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What is known when a graph is loaded: weights and small arrays by name, the tactics, and how
-    calls of the graph's functions are run, by the name of the node."""
+    """What is known when a graph is loaded: weights and small arrays by name, the tactics, how
+    calls of the graph's functions are run, by the name of the node, and who speaks to the other
+    ranks, if there are any."""
 
     constants: Mapping[str, Tensor]
     tactics: Tactics
     calls: Mapping[str, Binding] = field(default_factory=dict)
+    communicator: Communicator | None = None
 
 
 Kernel = Callable[[Run], Sequence[Tensor]]

@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
+from slipstream.errors import ExecutionError
+from slipstream.interpreter import interpreter
 from slipstream.plugins.demands import Deed
 
 log = logging.getLogger(__name__)
@@ -156,12 +157,12 @@ def _missing_packages() -> list[str]:
 
 def _failed_trial() -> list[str]:
     # In a process of its own: a build needs neither torch in memory nor a context on the GPU.
-    command = [sys.executable, "-P", "-c", _TRIAL]
     try:
+        command = [interpreter(), "-P", "-c", _TRIAL]
         tried = subprocess.run(
             command, capture_output=True, text=True, timeout=_TRIAL_SECONDS, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (ExecutionError, OSError, subprocess.TimeoutExpired) as error:
         return [f"trying it failed ({error})"]
     if tried.returncode == 0:
         return []

@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import multiprocessing
 import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +36,8 @@ from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
 from triton.runtime.jit import JITCallable
 
 from slipstream.cores import usable_cores
+from slipstream.errors import ExecutionError
+from slipstream.interpreter import interpreter
 
 log = logging.getLogger(__name__)
 # Options that a launch gives; Triton derives the others from them and from the GPU.
@@ -212,6 +217,28 @@ def compile_kernels(kernels: Sequence[Specialization], capability: tuple[int, in
         process.wait()
 
 
+def compile_in_forks(kernels: Sequence[Specialization], capability: tuple[int, int]) -> None:
+    """The same for a process that has neither other threads nor a device, which is forked: nothing
+    is imported again, and whoever is done takes the next kernel."""
+    workers = min(usable_cores(), len(kernels), _MOST_WORKERS)
+    work = partial(_try_to_compile, target=_target(capability))
+    if workers < 2:
+        for kernel in kernels:
+            work(kernel)
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        ordered = sorted(kernels, key=_expected_work, reverse=True)
+        for _ in pool.imap_unordered(work, ordered):
+            pass
+
+
+def _expected_work(kernel: Specialization) -> int:
+    """What takes long to compile comes first, lest all wait for it in the end: code that is
+    unrolled over large tiles."""
+    sizes = (value for value in kernel.constants.values() if type(value) is int and value > 1)
+    return math.prod(sizes)
+
+
 def compiled_kernels(
     kernels: Sequence[Specialization], capability: tuple[int, int]
 ) -> Iterator[Any]:
@@ -249,9 +276,9 @@ def _start(
             share.write(pickle.dumps((capability, kernels[worker::workers])))
             share.seek(0)
             try:
-                command = [sys.executable, "-P", "-m", __name__]
+                command = [interpreter(), "-P", "-m", __name__]
                 processes.append(subprocess.Popen(command, stdin=share, stderr=subprocess.DEVNULL))
-            except OSError:  # no interpreter to start, or no room for one
+            except (ExecutionError, OSError):  # no interpreter to start, or no room for one
                 break
     return processes
 
@@ -270,6 +297,11 @@ def _compile(kernel: Specialization, target: GPUTarget) -> None:
     CudaLauncher(compiled.src, compiled.metadata)
 
 
+def _try_to_compile(kernel: Specialization, target: GPUTarget) -> None:
+    with suppress(Exception):  # the launch will meet and report it
+        _compile(kernel, target)
+
+
 def _compiled(kernel: Specialization, target: GPUTarget) -> Any:  # noqa: ANN401
     return triton.compile(kernel.source(), target=target, options=kernel.options)
 
@@ -278,10 +310,7 @@ def main() -> None:
     """Compile the share of the process that started this one."""
     capability, kernels = pickle.load(sys.stdin.buffer)
     for kernel in kernels:
-        try:
-            _compile(kernel, _target(capability))
-        except Exception:  # noqa: BLE001 - the launch will meet and report it
-            continue
+        _try_to_compile(kernel, _target(capability))
 
 
 if __name__ == "__main__":

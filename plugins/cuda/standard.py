@@ -125,6 +125,23 @@ def _where(node: ir.Node, context: Context) -> Kernel:
     return lambda run: (torch.where(run.values[found], run.values[a], run.values[b]),)
 
 
+def _mean(node: ir.Node, context: Context) -> Kernel:
+    """The mean of every row, ``[T, 1]``, in float32."""
+    x = required_names(node)[0]
+    return lambda run: (run.values[x].mean(-1, keepdim=True, dtype=torch.float32),)
+
+
+def _root(node: ir.Node, context: Context) -> Kernel:
+    (x,) = required_names(node)
+    return lambda run: (torch.sqrt(run.values[x]),)
+
+
+def _quotient(node: ir.Node, context: Context) -> Kernel:
+    """Rows over a number each, in the type of the rows."""
+    x, divisor = required_names(node)
+    return lambda run: ((run.values[x] / run.values[divisor]).to(run.values[x].dtype),)
+
+
 BINDINGS: dict[str, Binding] = {
     "RMSNormalization": _norm,
     "LayerNormalization": _layer_norm,
@@ -139,4 +156,7 @@ BINDINGS: dict[str, Binding] = {
     "Equal": _equal,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
+    "ReduceMean": _mean,
+    "Sqrt": _root,
+    "Div": _quotient,
 }

@@ -112,3 +112,18 @@ EMBEDDING_SPEC = OperatorSpec(
     checked=True,
     cuda="slipstream.plugins.linear.cuda.bind:embedding",
 )
+
+SHARD_SPEC = OperatorSpec(
+    name="EmbeddingShard",
+    doc="Rows of the part [V, K] of a table that one of several ranks has; zeros for a token whose "
+    "row another rank has.",
+    inputs=(
+        TensorSpec("token_ids", ("int32",), ("tokens",), "row numbers of the whole table"),
+        replace(WEIGHT, weight="rows"),
+        TensorSpec("first", ("int32",), ("one",), "[1]: the row of the whole table that is first"),
+    ),
+    outputs=EMBEDDING_SPEC.outputs,
+    attributes=EMBEDDING_SPEC.attributes,
+    reference="slipstream.plugins.linear.reference:embedding_shard",
+    cuda="slipstream.plugins.linear.cuda.bind:embedding_shard",
+)

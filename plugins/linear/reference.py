@@ -111,3 +111,14 @@ def round_activations(
 def embedding(ids: NDArray[np.int32], weight: QuantTensor) -> Floats:
     """Rows ``[T, K]`` of a weight."""
     return weight.dequantize()[ids]
+
+
+def embedding_shard(
+    ids: NDArray[np.int32], weight: QuantTensor, first: NDArray[np.int32]
+) -> Floats:
+    """Rows ``[T, K]`` of a weight ``[V, K]`` that begins with row ``first [1]`` of a table, zeros
+    for those of other parts."""
+    own = ids - first
+    rows = weight.dequantize()[np.clip(own, 0, weight.format.shape[0] - 1)]
+    here = (own >= 0) & (own < weight.format.shape[0])
+    return np.where(here[:, None], rows, np.float32(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,3 +87,19 @@ class AssistantTurn:
                 self.calls.append(ToolCall(call_id, name))
             case CallArguments(index, text):
                 self.calls[index].arguments += text
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """The same with fewer events: neighbours of a kind are one."""
+    made: list[Event] = []
+    for event in events:
+        match made[-1] if made else None, event:
+            case (ContentText(before), ContentText(text)):
+                made[-1] = ContentText(before + text)
+            case (ReasoningText(before), ReasoningText(text)):
+                made[-1] = ReasoningText(before + text)
+            case (CallArguments(of, before), CallArguments(index, text)) if of == index:
+                made[-1] = CallArguments(index, before + text)
+            case _:
+                made.append(event)
+    return made

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slipstream.runtime.structured.compiler import WHITESPACE
-from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.structured.gbnf import lark_of
+from slipstream.runtime.structured.output import WHITESPACE, StructuredOutput
 
 _ANY = "/(?s:.*)/"
 
@@ -59,6 +59,9 @@ class Grammar:
         """A JSON value that ``schema`` describes, with as much space in it as others have."""
         if isinstance(schema, Mapping):
             schema = bounded(schema, **schema.get("x-guidance", {}))
+        return self._json(schema)
+
+    def _json(self, schema: Any) -> str:  # noqa: ANN401 - JSON
         return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
     def text(self) -> str:
@@ -105,25 +108,26 @@ class Grammar:
         """The form that a caller asks for."""
         match wanted.kind:
             case "json" | "json_object":
-                return self._wanted_json(wanted.text)
+                return self._wanted_json(wanted.text, wanted.json_options)
             case "regex":
                 return self.rule(self.terminal(f"/{_slashed(wanted.text)}/"))
             case "choice":
                 texts = map(quoted, json.loads(wanted.text))
                 return self.rule(self.terminal(" | ".join(texts)))
             case "grammar":
-                self._others.append({"name": "wanted", "lark_grammar": wanted.text})
+                self._others.append({"name": "wanted", "lark_grammar": lark_of(wanted.text)})
                 return "@wanted"
 
-    def _wanted_json(self, text: str) -> str:
+    def _wanted_json(self, text: str, options: Mapping[str, Any]) -> str:
         try:
             schema = json.loads(text)
         except (ValueError, RecursionError):
             return self.rule(f"%json {text}")  # refused when it is compiled, with the reason
         if schema is True:  # which anything holds
             schema = {}
-        known = isinstance(schema, Mapping)
-        return self.schema({**schema, "x-guidance": {}} if known else schema)
+        if isinstance(schema, Mapping):
+            schema = {**schema, "x-guidance": options}
+        return self._json(schema)
 
     def finish(self, start: str) -> StructuredOutput:
         """The whole."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from slipstream.runtime.chat.dialect import Dialect
 from slipstream.runtime.chat.events import (
     AssistantTurn,
-    CallArguments,
-    ContentText,
     Event,
     OutputParser,
-    ReasoningText,
+    joined,
 )
 from slipstream.runtime.chat.options import ChatOptions
 from slipstream.runtime.chat.turn_tokens import TurnTokens
@@ -61,7 +58,7 @@ class Turn:
             self.whole.add(event)
         self.finish_reason = self._reason(completion.finish_reason)
         logprobs, tokens.content = tokens.content, []
-        return Part(_joined(events), logprobs, tokens.reasoning - before)
+        return Part(joined(events), logprobs, tokens.reasoning - before)
 
     def _reason(self, reason: FinishReason | None) -> FinishReason | Literal["tool_calls"] | None:
         return "tool_calls" if reason == "stop" and self.whole.calls else reason
@@ -139,19 +136,3 @@ class OutputTurns:
             token_ids=tokens[begin[1] :],
             logprobs=None if scores is None else scores[begin[2] :],
         )
-
-
-def _joined(events: Iterable[Event]) -> list[Event]:
-    """The same with fewer events: neighbours of a kind are one."""
-    joined: list[Event] = []
-    for event in events:
-        match joined[-1] if joined else None, event:
-            case (ContentText(before), ContentText(text)):
-                joined[-1] = ContentText(before + text)
-            case (ReasoningText(before), ReasoningText(text)):
-                joined[-1] = ReasoningText(before + text)
-            case (CallArguments(of, before), CallArguments(index, text)) if of == index:
-                joined[-1] = CallArguments(index, before + text)
-            case _:
-                joined.append(event)
-    return joined

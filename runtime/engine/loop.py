@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
@@ -157,18 +158,20 @@ class EngineLoop:
             self._end(state, "abort")
 
     def shutdown(self) -> None:
-        """Wait for the device and free it; unfinished requests are dropped."""
+        """Wait for the device and free it, whatever fails on the way; unfinished requests are
+        dropped."""
         flight, self._flight = self._flight, None
         self._health.began()
-        if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
-            self._land(flight)
-        if self.unhealthy is None:
-            spill(self._engine, self.scheduler.kv)
-        self._engine.executor.shutdown()
-        if self._speculator is not None:
-            self._speculator.shutdown()
-        self.kv_events.close()
-        self._health.ended()
+        with ExitStack() as at_last:
+            at_last.callback(self._health.ended)
+            at_last.callback(self.kv_events.close)
+            if self._speculator is not None:
+                at_last.callback(self._speculator.shutdown)
+            at_last.callback(self._engine.executor.shutdown)
+            if flight and flight.pending:  # it is unsampled after a defect in ``step`` only
+                self._land(flight)
+            if self.unhealthy is None:
+                spill(self._engine, self.scheduler.kv)
 
     def stop(self, request_id: str, index: int) -> None:
         """End one completion whose text has come to a stop string; unknown ones are ignored."""

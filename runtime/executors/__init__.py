@@ -15,22 +15,30 @@ if TYPE_CHECKING:  # the table is also asked by those who run nothing
     from slipstream.runtime.config import RuntimeConfig
     from slipstream.runtime.executors.base import Executor
 
-# target -> "module:class"; a class is called with (engine, configuration). Packages add executors
-# for targets of theirs by entry points of this group.
+# target -> "module:class", or a function; called with (engine, configuration). Packages add
+# executors for targets of theirs by entry points of this group.
 _GROUP = "slipstream.executors"
 _EXECUTORS = {
     "cpu": "slipstream.runtime.executors.cpu:CPUExecutor",
-    "cuda": "slipstream.runtime.executors.cuda.executor:CUDAExecutor",
+    "cuda": "slipstream.runtime.executors.cuda.load:load_executor",
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.executor:ONNXRuntimeExecutor",
     "tensorrt": "slipstream.runtime.executors.tensorrt.executor:TensorRTExecutor",
 }
 # The same for engines of several ranks.
-_RANK_EXECUTORS = {"cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor"}
+_RANK_EXECUTORS = {
+    "cpu": "slipstream.runtime.executors.ranks.executor:RankExecutor",
+    "cuda": "slipstream.runtime.executors.ranks.gpu.executor:CUDARankExecutor",
+}
 _TUNERS = {"cuda": "slipstream.runtime.executors.cuda.tuning:tune_engine"}
 _CHECKS = {
     "cuda": "slipstream.runtime.executors.cuda.device:require",
     "onnxruntime": "slipstream.runtime.executors.onnxruntime.provider:require",
     "tensorrt": "slipstream.runtime.executors.tensorrt.require:require",
+}
+# What begins, for an engine, all that takes long and needs no Python.
+_AHEAD = {
+    "cuda": "slipstream.runtime.executors.cuda.ahead:begin",
+    "tensorrt": "slipstream.runtime.executors.cuda.ahead:begin",
 }
 # Packages that installing Slipstream alone does not bring.
 _NEEDS = {
@@ -40,6 +48,17 @@ _NEEDS = {
 }
 # What installs them, where it is no extra of ours of the target's name.
 _INSTALLED_BY = {"onnxruntime": "onnxruntime, or onnxruntime-gpu for a GPU"}
+
+
+def begin_loading(engine: Engine) -> None:
+    """Start, in threads, what else importing a device's libraries would wait for; returns at once.
+    The earlier this is called, the sooner ``create_executor`` returns; nobody has to.
+
+    Raises ``MissingDependencyError`` for a package that the target needs.
+    """
+    # Ranks do so in processes of their own.
+    if engine.manifest.target in _AHEAD and engine.manifest.ranks == 1:
+        _load(_AHEAD, engine)(engine)
 
 
 def check_device(engine: Engine) -> None:

@@ -51,8 +51,14 @@ class PagedTokens:
         self._host: dict[int, IntArray] = {}
 
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
-        """Every token to its slot."""
-        slots = batch.pages[self.name].slot_mapping
+        """Every token to its slot, which is that of its position, the last of them in order."""
+        paged, size = batch.pages[self.name], self._page_size
+        slots, positions = paged.slot_mapping, batch.positions
+        owners = np.repeat(np.arange(len(batch.context_len)), np.diff(batch.query_start))
+        after = batch.query_start[1:][owners] - np.arange(len(tokens))
+        assert np.array_equal(positions, batch.context_len[owners] - after), "wrong positions"
+        right = paged.page_table[owners, positions // size] * size + positions % size
+        assert np.array_equal(slots, right), "wrong slots"
         assert len(np.unique(slots)) == len(tokens), "a slot written twice"
         self._memory[slots] = tokens
 
@@ -82,18 +88,14 @@ class PagedTokens:
 
     def read(self, batch: StepBatch, index: int) -> IntArray:
         """One sequence's tokens, through its page table, from the first that a query sees."""
-        paged, size = batch.pages[self.name], self._page_size
-        begin, end = batch.query_start[index : index + 2]
-        length = int(batch.context_len[index])
-        positions = np.arange(length - (end - begin), length)
-        first = max(int(positions[0]) - self._window + 1, 0) if self._window else 0
-        seen = np.arange(first, length)
-        slots = paged.page_table[index, seen // size] * size + seen % size
-        assert np.array_equal(batch.positions[begin:end], positions), "wrong positions"
-        written = paged.slot_mapping[begin:end]
-        assert np.array_equal(written, slots[positions - first]), "wrong slots"
-        tokens: IntArray = self._memory[slots]
-        return tokens
+        size, length = self._page_size, int(batch.context_len[index])
+        first = 0
+        if self._window:
+            begin, end = batch.query_start[index : index + 2].tolist()
+            first = max(length - (end - begin) - self._window + 1, 0)
+        table = batch.pages[self.name].page_table[index, first // size : -(-length // size)]
+        tokens: IntArray = self._memory.reshape(-1, size)[table].reshape(-1)
+        return tokens[first % size : first % size + length - first]
 
     def check(self, batch: StepBatch, index: int, context: IntArray) -> None:
         """The tokens that the window shows are the last of the context."""

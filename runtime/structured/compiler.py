@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slipstream.errors import EngineMismatchError, InvalidRequestError
+from slipstream.runtime.structured.gbnf import lark_of
 from slipstream.runtime.structured.grammar import Grammar, short
 from slipstream.runtime.structured.guard import Guard
 from slipstream.runtime.structured.output import StructuredOutput
@@ -34,16 +36,19 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Whitespace between the parts of a JSON text: all that a pretty printer makes, but no endless run
-# of it, which small models fall into.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _JSON_OPTIONS: JsonCompileOptions = {
-    "whitespace_pattern": WHITESPACE,
     "coerce_one_of": False,
     "lenient": False,
 }
 
+# Kind, spacing of JSON, text.
+_Key = tuple[str, str, str]
 # What the library says by a name of its own.
+_SCHEMA = "failed to compile JSON schema: "
+_PARTS = {_SCHEMA: "JSON schema", "invalid regex": "regex"}
+# Where in a grammar one of these stands, and the lines of the grammar.
+_PART = re.compile(rf"at \d+\(\d+\): ({'|'.join(_PARTS)})")
+_LISTING = re.compile(r"\n *\d+ \| ")
 _REASONS = {"NoExtensionBias": "no text is of this form"}
 
 
@@ -58,7 +63,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = sorted(token for token in tokenizer.eos_token_ids if token < vocab_size)
-        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._kept: OrderedDict[_Key, Grammar] = OrderedDict()
         self._characters = 0
         self._lock = threading.Lock()
         self._first = threading.Lock()
@@ -79,7 +84,7 @@ class GrammarCompiler:
         Raises ``InvalidRequestError`` for one that cannot be held, naming the keyword, or that is
         too large or too complex, and ``EngineMismatchError`` where no grammar can be had.
         """
-        key = (output.kind, output.text)
+        key = (output.kind, json.dumps(output.json_options), output.text)
         with self._lock:
             kept = self._kept.get(key)
             if kept is not None:
@@ -95,13 +100,13 @@ class GrammarCompiler:
         self._keep(key, grammar)
         return grammar
 
-    def _keep(self, key: tuple[str, str], grammar: Grammar) -> None:
+    def _keep(self, key: _Key, grammar: Grammar) -> None:
         with self._lock:
             if key not in self._kept:
-                self._characters += len(key[1])
+                self._characters += len(key[-1])
             self._kept[key] = grammar
             while len(self._kept) > _MOST_GRAMMARS or self._characters > _MOST_CHARACTERS:
-                (_, text), _ = self._kept.popitem(last=False)
+                (*_, text), _ = self._kept.popitem(last=False)
                 self._characters -= len(text)
 
     def _compiled(self, output: StructuredOutput) -> Grammar:
@@ -151,26 +156,31 @@ def _source(output: StructuredOutput) -> str:
     if output.kind == "regex":
         return LLMatcher.grammar_from_regex(output.text)
     if output.kind == "grammar":
-        return LLMatcher.grammar_from_lark(output.text)
+        return LLMatcher.grammar_from_lark(lark_of(output.text))
     if output.kind == "choice":
         texts = map(json.dumps, json.loads(output.text))
         # One terminal: thousands of rules would be followed one by one.
         return LLMatcher.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(texts))
     schema = output.text.strip()
+    options = cast("JsonCompileOptions", _JSON_OPTIONS | output.json_options)
     if schema == "true":  # which anything holds
         schema = "{}"
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         raise _refusal(output, f"it is no JSON object ({error})") from error
 
 
 def _refusal(output: StructuredOutput, error: str) -> InvalidRequestError:
     # What it says of its own options is nothing that a caller could do.
-    reason = short(error.split(". Enable 'coerce_one_of'")[0]).removesuffix(".")
+    reason = error.split(". Enable 'coerce_one_of'")[0]
+    name, part = _name(output), _PART.match(reason)
+    if part is not None:  # of a grammar that was made around it, which a caller has not seen
+        name, reason = _PARTS[part[1]], _LISTING.split(reason[part.start(1) :])[0]
+        reason = reason.removeprefix(_SCHEMA)
+    reason = short(reason).removesuffix(".")
     reason = _REASONS.get(reason, reason)
     return InvalidRequestError(
-        f"the {_name(output)} cannot be held: {reason}. Leave out what it names, or use a simpler "
-        "one",
+        f"the {name} cannot be held: {reason}. Leave out what it names, or use a simpler one",
         param="structured",
     )

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import shutil
 import subprocess
-import sys
-import sysconfig
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.errors import ExecutionError
+from slipstream.interpreter import interpreters
 
 _PROGRAM = Path(__file__).with_name("guard_process.py")
 _START_SECONDS = 60.0
@@ -80,7 +78,7 @@ class Guard:
 
     def _start(self) -> _Process:
         failures = []
-        for interpreter in _interpreters():
+        for interpreter in interpreters():
             try:
                 return self._start_with(interpreter)
             except OSError as error:
@@ -102,19 +100,6 @@ class Guard:
             _end(process)
             raise OSError("it ended or did not answer")
         return process
-
-
-def _interpreters() -> Iterator[str]:
-    """Programs that are a Python, the likeliest first. Where one is embedded, as in Triton's stub,
-    ``sys.executable`` is empty or that program, which must not be started once more."""
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    names = [name, "python3", "python"]
-    folders = filter(None, (sysconfig.get_path("scripts"), sysconfig.get_config_var("BINDIR")))
-    places = [shutil.which(name, path=folder) for folder in folders for name in names]
-    found = [sys.executable, *places, *map(shutil.which, names)]
-    for program in dict.fromkeys(filter(None, found)):
-        if Path(program).name.lower().startswith("python"):
-            yield program
 
 
 def _library() -> Iterator[str]:

@@ -11,6 +11,12 @@ from slipstream.errors import InvalidRequestError
 
 Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 _KINDS: tuple[Kind, ...] = ("json", "json_object", "regex", "choice", "grammar")
+# Between the parts of a JSON text: all that a pretty printer makes, but no endless run of it, which
+# small models fall into.
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_MOST_PATTERN = 256
+# As json.dumps writes, and most of what models have read.
+_ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +28,14 @@ class StructuredOutput:
     regex: a regular expression that the whole text matches, in the syntax of Rust's ``regex``.
     choice: one of these texts.
     grammar: a context-free grammar in llguidance's dialect of Lark, whose rule ``start`` is all of
-        the text; it may name special tokens (``<|end|>``) and hold schemas (``%json {...}``).
+        the text; it may name special tokens (``<|end|>``) and hold schemas (``%json {...}``). Or
+        in GBNF (``root ::= ...``).
+
+    And of the space between the parts of JSON, vLLM's:
+
+    whitespace_pattern: a regular expression of what may stand there, beside nothing.
+    disable_any_whitespace: there is one way, that of ``json.dumps``: ``{"a": 1, "b": 2}``. More
+        tokens are then certain before the model is asked, and are appended without it.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -30,6 +43,8 @@ class StructuredOutput:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
 
     kind: Kind = field(init=False, repr=False, compare=False)
     # What is compiled, and found again: schemas as JSON.
@@ -47,9 +62,43 @@ class StructuredOutput:
             )
         (kind,) = given
         object.__setattr__(self, "kind", kind)
+        self._check_space()
         text = _text_of(kind, getattr(self, kind))
         _check_unicode(kind, text)
         object.__setattr__(self, "text", text)
+
+    def _check_space(self) -> None:
+        pattern = self.whitespace_pattern
+        if pattern is None and not self.disable_any_whitespace:
+            return
+        name = "disable_any_whitespace" if pattern is None else "whitespace_pattern"
+        if self.kind not in ("json", "json_object"):
+            raise InvalidRequestError(
+                f"{name} is of the space in JSON, and the form is a {self.kind}; leave it out",
+                param="structured",
+            )
+        if pattern is None:
+            return
+        if self.disable_any_whitespace:
+            raise InvalidRequestError(
+                "whitespace_pattern and disable_any_whitespace exclude each other; give one of "
+                "them",
+                param="structured",
+            )
+        if not isinstance(pattern, str) or not 0 < len(pattern) <= _MOST_PATTERN:
+            raise InvalidRequestError(
+                f"whitespace_pattern is {pattern!r:.80}; give a regular expression of 1 to "
+                f"{_MOST_PATTERN} characters, such as ' ?'",
+                param="structured",
+            )
+        _check_unicode("whitespace_pattern", pattern)
+
+    @property
+    def json_options(self) -> dict[str, Any]:
+        """How llguidance is to space JSON."""
+        if self.disable_any_whitespace:
+            return dict(_ONE_WAY)
+        return {"whitespace_pattern": self.whitespace_pattern or WHITESPACE}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutput:
@@ -82,7 +131,7 @@ def _text_of(kind: Kind, value: Any) -> str:  # noqa: ANN401 - checked here
     return value
 
 
-def _check_unicode(kind: Kind, text: str) -> None:
+def _check_unicode(kind: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

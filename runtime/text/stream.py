@@ -17,6 +17,8 @@ from typing import Protocol
 # A byte-fallback token, as `tokenizers` recognises it.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+# What a token may be beside one that has a text by itself.
+_ABSENT, _BYTE = -2, -1
 # How far back in a prompt a token is looked for that is not special: any will do.
 _NEAR = 100
 
@@ -95,7 +97,7 @@ class WindowStream:
     characters or, if any byte is wrong, none.
     """
 
-    __slots__ = ("_decode", "_shown", "_skip", "_token", "_window")
+    __slots__ = ("_decode", "_shown", "_skip", "_token", "_widths", "_window")
 
     def __init__(
         self,
@@ -103,11 +105,17 @@ class WindowStream:
         token: Callable[[int], str | None],
         skip: frozenset[int],
         prompt: Sequence[int] = (),
+        widths: dict[int, int] | None = None,
     ) -> None:
-        """``decode`` and ``token`` are the tokenizer's; a first space stays after a ``prompt``."""
+        """``decode`` and ``token`` are the tokenizer's; a first space stays after a ``prompt``.
+
+        ``widths``, which streams of one tokenizer share, is where they note what they have found
+        out of tokens: how many characters a token's text has by itself.
+        """
         self._decode = decode
         self._token = token
         self._skip = skip
+        self._widths: dict[int, int] = {} if widths is None else widths
         # The first token of the window has been shown already; it is there because a decoder may
         # treat the first token of a text differently.
         end = reversed(prompt[-_NEAR:])
@@ -115,22 +123,34 @@ class WindowStream:
         self._shown = len(decode(self._window))
 
     def _settles(self, token_id: int) -> bool:
-        token = self._token(token_id)
-        return token is not None and token_id not in self._skip and not BYTE_TOKEN.fullmatch(token)
+        return token_id not in self._skip and self._width(token_id) >= 0
+
+    def _width(self, token_id: int) -> int:
+        """The characters of a token by itself, or what it is instead."""
+        width = self._widths.get(token_id)
+        if width is None:
+            token = self._token(token_id)
+            if token is None:
+                width = _ABSENT
+            elif BYTE_TOKEN.fullmatch(token):
+                width = _BYTE
+            else:
+                width = len(self._decode([token_id]))
+            self._widths[token_id] = width
+        return width
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is now certain."""
-        if token_id in self._skip or (token := self._token(token_id)) is None:
+        if token_id in self._skip or (width := self._width(token_id)) == _ABSENT:
             return ""
         self._window.append(token_id)
-        if BYTE_TOKEN.fullmatch(token):
+        if width == _BYTE:
             return ""
         text = self._decode(self._window)
         if text.endswith("\ufffd"):
             return ""
         increment = text[self._shown :]
-        self._window = [token_id]
-        self._shown = len(self._decode(self._window))
+        self._window, self._shown = [token_id], width
         return increment
 
     def flush(self) -> str:

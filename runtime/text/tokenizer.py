@@ -51,6 +51,7 @@ class Tokenizer:
         self._vocab_size = vocab_size
         self._templates: dict[str, ChatTemplate] = {}
         self._bytes: dict[int, bytes] = {}
+        self._widths: dict[int, int] = {}
         self._byte_level = _is_byte_level(backend)
         self.special_token_ids = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
@@ -242,7 +243,7 @@ class Tokenizer:
         if self._byte_level:
             return ByteLevelStream(self._token_bytes, skip)
 
-        return WindowStream(self._decode, self._backend.id_to_token, skip, prompt)
+        return WindowStream(self._decode, self._backend.id_to_token, skip, prompt, self._widths)
 
     def apply_chat_template(
         self,

@@ -12,10 +12,10 @@ from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.server.anthropic.conversation import conversation_of
 from slipstream.server.anthropic.protocol import CountRequest, MessagesRequest
-from slipstream.server.anthropic.reply import MessageReply
+from slipstream.server.anthropic.reply import MessageReply, Thoughts
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.job import Job
 from slipstream.server.core.sampling import sampling_params
-from slipstream.server.core.service import Job
 
 router = APIRouter()
 _GENERATED: dict[int | str, dict[str, Any]] = {
@@ -40,10 +40,16 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     model = service.model(body.model)
     conversation = conversation_of(body)
     params = _params(body, service.defaults)
-    told = body.thinking is None or body.thinking.display != "omitted"
-    reply = MessageReply(model, service.turns(conversation, params), told)
+    reply = MessageReply(model, service.turns(conversation, params), _thoughts(body))
     job = Job([conversation], params, "delta" if body.stream else "final", fields=_FIELDS)
     return await respond(request, job, reply)
+
+
+def _thoughts(body: MessagesRequest) -> Thoughts:
+    """Clients that do not ask for thoughts look for text in the first block."""
+    if body.thinking is None or body.thinking.type == "disabled":
+        return "hidden"
+    return "omitted" if body.thinking.display == "omitted" else "told"
 
 
 @router.post("/v1/messages/count_tokens")

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as json_text
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import from_json
 
@@ -17,6 +17,7 @@ from slipstream.runtime.chat.events import (
     ContentText,
     Event,
     ReasoningText,
+    joined,
 )
 from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.request import CompletionOutput, RequestOutput
@@ -24,16 +25,18 @@ from slipstream.server.anthropic.errors import error_body
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.core.usage import Usage
 
+# Thoughts are told, or only that there were some, or not even that.
+Thoughts = Literal["told", "omitted", "hidden"]
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 @dataclass(slots=True)
 class MessageReply:
-    """The answer to a conversation; ``thoughts`` are told, or only that there were some."""
+    """The answer to a conversation."""
 
     model: str
     turns: Turns
-    thoughts: bool = True
+    thoughts: Thoughts = "told"
     usage: Usage = field(default_factory=Usage)
     message_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
     _begun: bool = False
@@ -74,7 +77,9 @@ class MessageReply:
         self.usage.generated += len(completion.token_ids)
         self.usage.reasoning += part.reasoning_tokens
         self._last = completion
-        return part.events
+        if self.thoughts != "hidden":
+            return part.events
+        return [event for event in part.events if not isinstance(event, ReasoningText)]
 
     def _message(self, content: list[Any], stop: dict[str, Any]) -> dict[str, Any]:
         named = {"id": self.message_id, "type": "message", "role": "assistant"}
@@ -113,7 +118,7 @@ class MessageReply:
                     ReasoningText, '{"type":"thinking","thinking":"","signature":""}'
                 )
                 delta = f'"type":"thinking_delta","thinking":{json_text(text)}'
-                return opened + (self._delta(delta) if self.thoughts else "")
+                return opened + (self._delta(delta) if self.thoughts == "told" else "")
             case ContentText(text):
                 opened = self._open(ContentText, '{"type":"text","text":""}')
                 return opened + self._delta(f'"type":"text_delta","text":{json_text(text)}')
@@ -150,13 +155,13 @@ class MessageReply:
         """The blocks of a whole turn, where events that follow each other are of another kind."""
         call: dict[str, Any] | None = None
         arguments = ""
-        for event in events:
+        for event in joined(events):  # texts meet where thoughts between them are hidden
             if call is not None and not isinstance(event, CallArguments):
                 yield {**call, "input": _input(arguments)}
                 call, arguments = None, ""
             match event:
                 case ReasoningText(text):
-                    told = text if self.thoughts else ""
+                    told = text if self.thoughts == "told" else ""
                     yield {"type": "thinking", "thinking": told, "signature": self.message_id}
                 case ContentText(text):
                     yield {"type": "text", "text": text}

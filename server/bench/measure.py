@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
@@ -18,6 +19,7 @@ from slipstream.runtime.executors.base import (
     OffloadingExecutor,
     PendingStep,
     StartedStep,
+    TimedExecutor,
 )
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput
@@ -121,35 +123,53 @@ class Stopwatch:
         self._inner.shutdown()
 
 
-class _OffloadingStopwatch(Stopwatch):
-    """The same of an executor that keeps pages on the host."""
+class _Offloading:
+    """What a stopwatch also has where its executor keeps pages on the host."""
 
-    def __init__(self, inner: Executor) -> None:
-        super().__init__(inner)
-        assert isinstance(inner, OffloadingExecutor)
-        self._pages: OffloadingExecutor = inner
+    _inner: Any
 
     @property
     def stored(self) -> Traffic:
         """As the inner executor."""
-        return self._pages.stored
+        stored: Traffic = self._inner.stored
+        return stored
 
     @property
     def loaded(self) -> Traffic:
         """As the inner executor."""
-        return self._pages.loaded
+        loaded: Traffic = self._inner.loaded
+        return loaded
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
         """As the inner executor."""
-        return self._pages.reserve_host(num_bytes, file)
+        space: HostSpace = self._inner.reserve_host(num_bytes, file)
+        return space
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
         """As the inner executor."""
-        self._pages.transfer(transfers)
+        self._inner.transfer(transfers)
 
 
-def _watched(executor: Executor) -> Stopwatch:
-    kind = _OffloadingStopwatch if isinstance(executor, OffloadingExecutor) else Stopwatch
+class _Timed:
+    """What a stopwatch also has where its executor knows what steps cost."""
+
+    _inner: Any
+
+    def step_seconds(self) -> dict[int, float]:
+        """As the inner executor."""
+        seconds: dict[int, float] = self._inner.step_seconds()
+        return seconds
+
+
+_PARTS: Mapping[type, type] = MappingProxyType(
+    {OffloadingExecutor: _Offloading, TimedExecutor: _Timed}
+)
+
+
+def watched(executor: Executor) -> Stopwatch:
+    """A stopwatch that can do what ``executor`` can."""
+    parts = tuple(part for can, part in _PARTS.items() if isinstance(executor, can))
+    kind: type[Stopwatch] = type(Stopwatch.__name__, (*parts, Stopwatch), {})
     return kind(executor)
 
 
@@ -185,7 +205,7 @@ class Bench:
                 f"input-len {workload.input_len} and output-len {workload.output_len} are more than"
                 f" the engine's max_seq_len of {longest}; lower one of them"
             )
-        self._executor = _watched(engine.executor)
+        self._executor = watched(engine.executor)
         self._loop = EngineLoop(replace(engine, executor=self._executor))
         self._factory = RequestFactory(engine)
         self._workload = workload

@@ -152,12 +152,12 @@ def _build(
     checkpoint: str, output: Path, options: BuildOptions, capability: tuple[int, int] | None
 ) -> None:
     from slipstream.builder.build import build as build_engine
-    from slipstream.server.engine_kernels import compile_plan
+    from slipstream.server.engine_kernels import compile_aside
 
     if not sys.stderr.isatty():  # a terminal shows a bar instead
         click.echo(f"building {output} from {checkpoint}", err=True)
     started = time.monotonic()
-    compiler = None if capability is None else partial(compile_plan, capability=capability)
+    compiler = None if capability is None else partial(compile_aside, capability=capability)
     with byte_progress(f"building {output.name}") as report:
         report(0, None)
         manifest = build_engine(checkpoint, output, options, report, compiler)

@@ -16,7 +16,7 @@ from slipstream.cores import usable_cores
 from slipstream.server.command import UNHEALTHY, Command
 from slipstream.server.core.logs import structured_logs
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.models import engine_path, load_model
+from slipstream.server.models import begin, engine_path, load_model
 from slipstream.server.options import runtime_options, server_options
 
 _CORES_FOR_ONE = 4
@@ -43,8 +43,9 @@ def serve(model: str, server: ServerOptions, runtime: dict[str, Any]) -> None:
       slipstream serve engine --host 0.0.0.0 --log-format json --max-queued-requests 64
       slipstream serve engine --api-processes 4
     """
+    begin(model)
     # Imported here, with what it needs, so that bad usage is reported at once.
-    from slipstream.server.core.http.process import bind
+    from slipstream.server.core.http.listener import bind
 
     listener = bind(server.host, server.port)
     with listener, structured_logs(server.log_format):

@@ -18,11 +18,11 @@ from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.chat.detection import dialect_of
 from slipstream.runtime.chat.turns import Turns
 from slipstream.runtime.engine_client import EngineClient
-from slipstream.runtime.pooling import PoolingParams
-from slipstream.runtime.request import OutputKind, RequestOutput
+from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.text.length import check_length
+from slipstream.server.core.job import Job
 from slipstream.server.core.limits import MAX_SCORES, MAX_SEQUENCES, check_conversation
 from slipstream.server.core.logprobs import TokenTexts
 from slipstream.server.core.logs import log_event
@@ -34,30 +34,11 @@ from slipstream.server.core.refusal import Refusal, naming
 _LOG = logging.getLogger(__name__)
 _SHUTTING_DOWN = "the server is shutting down; send the request again to another one, or later"
 _TYPICAL_TOKENS = 4096
+# How many times what fits a prompt may have that is cut.
+_CUT = 16
 
 # An output, and of which of a request's prompts.
 Item = tuple[int, RequestOutput]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What one request of a client asks of the engine.
-
-    ``fields`` says what the client's API calls a parameter, where that is another name.
-
-    ``add_special_tokens``: whether texts are encoded with what the tokenizer puts around them;
-    None: prompts are, and conversations, whose templates write it themselves, are not.
-
-    ``pooling``: how each prompt is pooled; none: they are continued.
-    """
-
-    prompts: Sequence[Prompt | Conversation]
-    params: SamplingParams
-    kind: OutputKind
-    priority: int = 0
-    add_special_tokens: bool | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    pooling: Sequence[PoolingParams] = ()
 
 
 class Observer(Protocol):
@@ -174,26 +155,27 @@ class Service:
                     yield track.position, output
 
     async def encode(
-        self, prompt: str | Conversation, add_special_tokens: bool | None = None
+        self,
+        prompt: str | Conversation,
+        add_special_tokens: bool | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of a text, or of a conversation in the model's template; see ``Job``. Raises
-        ``InvalidRequestError``."""
-        tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
+        ``InvalidRequestError``, also for more than ``most`` can hold; None: than a prompt has."""
         if isinstance(prompt, str):
-            check_length(tokenizer, [prompt], max_seq_len)
+            check_length(self.llm.tokenizer, [prompt], most or self.llm.config.max_seq_len)
             return await self._encoded(prompt, add_special_tokens is not False)
         with naming({"prompt": "messages"}):
-            text = await self.llm.render(self._composer.render, prompt)
+            text = await self.llm.render(self._composer().render, prompt)
             return await self._encoded(text, bool(add_special_tokens))
 
     def turns(self, conversation: Conversation, params: SamplingParams) -> Turns:
         """Where the outputs of a conversation, asked for with ``params``, become turns."""
-        return self._composer.turns(conversation, params)
+        return self._composer().turns(conversation, params)
 
-    @property
-    def _composer(self) -> Composer:
-        tokenizer, max_seq_len = self.llm.tokenizer, self.llm.config.max_seq_len
-        return Composer(tokenizer, self.dialect, max_seq_len, check_conversation)
+    def _composer(self, most: int | None = None) -> Composer:
+        most = most or self.llm.config.max_seq_len
+        return Composer(self.llm.tokenizer, self.dialect, most, check_conversation)
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         encode = self.llm.tokenizer.encode
@@ -203,16 +185,22 @@ class Service:
         """What the engine is given: what it would encode in another way is encoded here."""
         if isinstance(prompt, Conversation):
             return await self._prepare_turn(job, prompt)
-        if isinstance(prompt, str) and job.add_special_tokens is False:
-            prompt = await self.encode(prompt, add_special_tokens=False)
-        return _Prepared(prompt, job.params)
+        if isinstance(prompt, str) and (job.add_special_tokens is False or job.cuts):
+            prompt = await self.encode(prompt, job.add_special_tokens, self._most(job))
+        return _Prepared(job.cut(prompt, self.llm.config.max_seq_len), job.params)
+
+    def _most(self, job: Job) -> int:
+        """Tokens that a prompt may have before it is cut."""
+        return self.llm.config.max_seq_len * (_CUT if job.cuts else 1)
 
     async def _prepare_turn(self, job: Job, conversation: Conversation) -> _Prepared:
         """A conversation as its dialect writes it, held to the form that this takes."""
         special = bool(job.add_special_tokens)
         with naming({"prompt": "messages"}):
-            made = await self.llm.compose(self._composer, conversation, job.params, special)
-        return _Prepared(made.tokens, made.params, made.text)
+            composer = self._composer(self._most(job))
+            made = await self.llm.compose(composer, conversation, job.params, special)
+        tokens = job.cut(made.tokens, self.llm.config.max_seq_len)
+        return _Prepared(tokens, made.params, made.text)
 
     def _generate(
         self, job: Job, prepared: _Prepared, track: _Track
@@ -230,6 +218,7 @@ class Service:
             track.request_id,
             priority=job.priority,
             output_kind=job.kind,
+            cache_salt=job.cache_salt,
         )
 
     def _log_prompts(self, job: Job) -> None:

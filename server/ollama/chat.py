@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from slipstream.runtime.request import OutputKind
 from slipstream.server.core.http.respond import respond, service_of
-from slipstream.server.core.service import Job
+from slipstream.server.core.job import Job
 from slipstream.server.ollama.conversation import conversation_of
 from slipstream.server.ollama.names import served
 from slipstream.server.ollama.protocol import OllamaChatRequest

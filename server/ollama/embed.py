@@ -14,7 +14,7 @@ from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.respond import respond_whole, service_of
-from slipstream.server.core.service import Job
+from slipstream.server.core.job import Job
 from slipstream.server.core.usage import Usage
 from slipstream.server.core.vectors import check_numbers, vector_json
 from slipstream.server.ollama.names import served

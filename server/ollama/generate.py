@@ -9,8 +9,9 @@ from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.request import OutputKind
 from slipstream.runtime.request_factory import Prompt
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.job import Job
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.service import Job, Service
+from slipstream.server.core.service import Service
 from slipstream.server.ollama.conversation import question_of
 from slipstream.server.ollama.names import served
 from slipstream.server.ollama.protocol import GenerateRequest

@@ -29,9 +29,14 @@ def conversation_of(request: Templated) -> Conversation:
         [_plain(message, index) for index, message in enumerate(request.messages or ())],
         generating=request.add_generation_prompt,
         going_on=bool(request.continue_final_message),
-        variables=request.chat_template_kwargs or {},
+        variables=_variables(request),
         options=_options(request),
     )
+
+
+def _variables(request: Templated) -> dict[str, Any]:
+    given = request.chat_template_kwargs or {}
+    return given if request.documents is None else {"documents": request.documents, **given}
 
 
 def _options(request: Templated) -> ChatOptions:

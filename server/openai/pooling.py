@@ -15,7 +15,7 @@ from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.fields import Flag, Ignored
-from slipstream.server.core.service import Job
+from slipstream.server.core.job import Job
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.protocol import ModelRequest, OptionalInt
 

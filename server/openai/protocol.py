@@ -28,6 +28,7 @@ from slipstream.server.core.limits import (
     MAX_TOKEN_IDS,
     MAX_TOOLS,
 )
+from slipstream.server.openai.form_fields import ResponseFormat, StructuredOutputs
 
 OptionalInt = Int | None
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None
@@ -95,36 +96,6 @@ class StreamOptions(Strict):
     include_obfuscation: Ignored = None
 
 
-class JsonSchema(Strict):
-    """A schema with a name; without the schema any object will do."""
-
-    name: Annotated[str, Field(max_length=MAX_NAME)]
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: Flag = Field(None, description="The schema is always held.")
-
-
-class ResponseFormat(Strict):
-    """OpenAI's way to say what an answer must look like."""
-
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
-    json_schema: JsonSchema | None = None
-    structures: list[dict[str, Any]] | None = None
-    triggers: list[str] | None = None
-    format: dict[str, Any] | None = None
-
-
-class StructuredOutputs(Strict):
-    """vLLM's way: exactly one of them."""
-
-    json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
-    json_object: Flag = None
-    regex: str | None = None
-    choice: Several[str] | None = None
-    grammar: str | None = None
-    structural_tag: str | dict[str, Any] | None = None
-
-
 class GenerationRequest(ModelRequest):
     """What completions and chats have in common."""
 
@@ -169,6 +140,23 @@ class GenerationRequest(ModelRequest):
     )
     priority: OptionalInt = None
     add_special_tokens: Flag = None
+    truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1)] | None = Field(
+        None, description="Only so many of a prompt's last tokens are read; -1: as many as fit."
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_LENGTH)] | None = Field(
+        None, description="Prompts are remembered among requests with the same one only."
+    )
+    request_id: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = Field(
+        None, description="The end of the answer's id."
+    )
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1)] = None
+    prompt_embeds: Annotated[Any, only(remedy="send a text or token ids")] = None
+    logits_processors: Annotated[Any, only([])] = None
+    kv_transfer_params: Annotated[Any, only({})] = None
+    vllm_xargs: Annotated[Any, only({})] = None
+    mm_processor_kwargs: Annotated[Any, only({})] = None
+    spaces_between_special_tokens: Ignored = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -176,6 +164,7 @@ class GenerationRequest(ModelRequest):
     guided_regex: str | None = _OLDER
     guided_choice: Several[str] | None = _OLDER
     guided_grammar: str | None = _OLDER
+    guided_whitespace_pattern: str | None = _OLDER
     guided_decoding_backend: Ignored = None
     user: Ignored = None
     metadata: Ignored = None
@@ -311,6 +300,12 @@ class Templated(ModelRequest):
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Several[dict[str, Any]] | None = Field(
+        None, description="Given to templates that write documents into the prompt."
+    )
+    chat_template: Annotated[
+        Any, only(remedy="leave it out, or start the server with --chat-template FILE")
+    ] = None
     tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
@@ -339,6 +334,7 @@ class ChatRequest(Templated, GenerationRequest):
     modalities: Annotated[Any, only(["text"])] = None
     audio: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
+    best_of: Annotated[Any, only(1, remedy="send n")] = None
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Annotated[Any, only()] = None
     prediction: Prediction | None = None

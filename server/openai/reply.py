@@ -16,9 +16,10 @@ from slipstream.runtime.request_factory import Prompt
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.dump import dump
 from slipstream.server.core.http.error_object import error_body
+from slipstream.server.core.job import Job
 from slipstream.server.core.logprobs import TokenIds, TokenTexts
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.service import Job, Service
+from slipstream.server.core.service import Service
 from slipstream.server.core.usage import Usage
 from slipstream.server.openai.protocol import GenerationRequest, StreamOptions
 
@@ -60,10 +61,25 @@ def job_of(
     params: SamplingParams,
     fields: Mapping[str, str] | None = None,
 ) -> Job:
-    """What a request asks of the engine; ``fields`` are those of ``Job``."""
+    """What a request asks of the engine; ``fields`` are those of ``Job``. Raises ``Refusal``."""
+    if request.truncate_prompt_tokens == 0:
+        raise Refusal(
+            "invalid",
+            "truncate_prompt_tokens is 0, and nothing is left of the prompt; use at least 1, or -1 "
+            "for as many as fit",
+            param="truncate_prompt_tokens",
+        )
     kind: OutputKind = "delta" if request.stream else "final"
-    priority = request.priority or 0
-    return Job(prompts, params, kind, priority, request.add_special_tokens, fields or {})
+    return Job(
+        prompts,
+        params,
+        kind,
+        request.priority or 0,
+        request.add_special_tokens,
+        fields or {},
+        last_tokens=request.truncate_prompt_tokens,
+        cache_salt=request.cache_salt or "",
+    )
 
 
 @dataclass(slots=True)
@@ -91,11 +107,14 @@ class Frame:
         texts = names = service.texts
         if request.return_tokens_as_token_ids:
             names = TokenIds(service.llm.tokenizer)
-        return cls(kind, id_prefix, model, service.llm.fingerprint, texts, names, options)
+        frame = cls(kind, id_prefix, model, service.llm.fingerprint, texts, names, options)
+        frame.named(request.request_id or uuid.uuid4().hex)
+        return frame
 
-    def __post_init__(self) -> None:
-        self.request_id = self.id_prefix + uuid.uuid4().hex
-        named = f'"id":"{self.request_id}","object":"{self.kind}","created":{self.created}'
+    def named(self, name: str) -> None:
+        """Call the answer by a name."""
+        self.request_id = self.id_prefix + name
+        named = f'"id":{json_text(self.request_id)},"object":"{self.kind}","created":{self.created}'
         server = f'"model":{json_text(self.model)},"system_fingerprint":"{self.fingerprint}"'
         self._head = f'data: {{{named},{server},"choices":['
         if not self.stream_options.include_usage:

@@ -14,8 +14,8 @@ from fastapi.responses import Response
 from slipstream.runtime.request import OutputKind
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.http.respond import respond, service_of
+from slipstream.server.core.job import Job
 from slipstream.server.core.refusal import Refusal
-from slipstream.server.core.service import Job
 from slipstream.server.responses.conversation import (
     NAMES,
     conversation_of,

@@ -13,9 +13,10 @@ from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamErr
 from slipstream.runtime.chat.conversation import Conversation
 from slipstream.runtime.engine_client import EngineClient
 from slipstream.runtime.request import OutputKind
+from slipstream.server.core.job import Job
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.service import Job, Service
 from slipstream.server.core.service import Metrics as ServiceMetrics
+from slipstream.server.core.service import Service
 from slipstream.server.triton.answers import Answer
 from slipstream.server.triton.errors import CancelledError
 from slipstream.server.triton.interface import CHAT

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from slipstream.builder.engine import (
     FORMAT_VERSION,
     EngineLimits,
     Manifest,
+    digest,
     is_engine,
     open_engine,
 )
@@ -115,6 +117,15 @@ def test_a_fresh_engine_opens_and_is_whole(tiny_engine: Path) -> None:
     engine = open_engine(tiny_engine)
     assert tuple(engine.manifest.files) == FILES
     engine.verify_files()
+
+
+def test_hashing_that_is_in_vain_reads_nothing_more(tmp_path: Path) -> None:
+    file, in_vain = tmp_path / "file", Event()
+    file.write_bytes(b"content")
+    whole = digest(file)
+    assert digest(file, in_vain) == whole
+    in_vain.set()
+    assert digest(file, in_vain) != whole
 
 
 def test_no_engine(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -111,8 +112,8 @@ def _process(start: float) -> int:
     return min(near, key=lambda pid: near[pid])
 
 
-def stream(url: str, seed: int) -> tuple[str, bool]:
-    """The text of a stream, and whether it came to its end."""
+def stream(url: str, seed: int, begun: Event | None = None) -> tuple[str, bool]:
+    """The text of a stream, and whether it came to its end; ``begun`` is set when it has some."""
     body: dict[str, Any] = {
         "model": "tiny",
         "prompt": f"{seed} and",
@@ -128,6 +129,8 @@ def stream(url: str, seed: int) -> tuple[str, bool]:
                     ended = True
                 elif line.startswith("data: "):
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                    if begun is not None:
+                        begun.set()
     except httpx.TransportError:
         pass
     return text, ended
@@ -138,8 +141,9 @@ def test_streams_of_a_replica_that_lives_go_on(url: str) -> None:
     before = replicas(url)
     assert len(before) == 2
     with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(stream, url, seed) for seed in range(8)]
-        time.sleep(0.2)
+        begun = [Event() for _ in range(8)]
+        streams = [pool.submit(stream, url, seed, event) for seed, event in enumerate(begun)]
+        assert all(event.wait(120) for event in begun), "a stream has not begun"
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
         told = [each.result() for each in streams]

@@ -122,7 +122,7 @@ def rows(executor: CUDAExecutor, batch: StepBatch, *, eager: bool) -> Tensor:
     with executor._device.work():
         runner.layers(batch, batch.logits_rows, eager=eager)
         wanted = runner.rows[: len(batch.logits_rows)]
-        both = torch.cat([wanted.float(), runner.logits_of(wanted)], dim=1)
+        both = torch.cat([wanted.float(), runner.logits_of(wanted, np.arange(len(wanted)))], dim=1)
     executor._device.synchronize()
     return both
 

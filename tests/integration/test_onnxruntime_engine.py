@@ -182,6 +182,15 @@ def test_quantized_at_build_time_with_biases(bits: int, tmp_path: Path) -> None:
     assert 0 < distance(got, want) < INT8_ACTIVATIONS
 
 
+def test_activations_rounded_to_int8(tmp_path: Path) -> None:
+    """As near to exact ones as those of our kernels, and not the same."""
+    checkpoint = save_tiny(FAMILIES["llama"], tmp_path / "checkpoint")
+    options: dict[str, Any] = {"quantization": "int4_wo", "group_size": 32, "dtype": "float32"}
+    want = run_in_chunks(build(checkpoint, tmp_path / "exact", **options))
+    got = run_in_chunks(build(checkpoint, tmp_path / "int8", **options, ort_activations="int8"))
+    assert 0 < distance(got, want) < INT8_ACTIVATIONS
+
+
 # How much of a format is lost on the way to integers.
 LOSS = {"float8 rows": 0.02, "float8 blocks": 0.02, "nf4": 0.02}
 

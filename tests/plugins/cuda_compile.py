@@ -22,6 +22,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
+from slipstream.plugins.collectives.cuda import exchange
+from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
@@ -254,6 +256,25 @@ def elementwise(capability: tuple[int, int], pdl: bool) -> None:
         quantize_rows(x, torch.float8_e4m3fn, pdl=pdl)
 
 
+def collectives(capability: tuple[int, int], pdl: bool) -> None:
+    """Sums of two and of four ranks, with and without the norm after them."""
+    for ranks in (2, 4):
+        room = exchange.Room(
+            1,
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS),
+            torch.zeros(ranks, dtype=torch.int64),
+            torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
+        )
+        x = torch.zeros(4, 4096, dtype=torch.bfloat16)
+        wide = torch.zeros(4, ranks * 4096, dtype=torch.bfloat16)
+        for way in exchange.Way:
+            for norm in (None, exchange.Norm(x, x[0], 1e-5)):
+                exchange.reduce(way, room, x, norm, pdl=pdl)
+            exchange.reduce(way, room, x.float(), pdl=pdl)
+            if way is not exchange.Way.PARTS:
+                exchange.gather(way, room, x, wide, pdl=pdl)
+
+
 def sampling(capability: tuple[int, int], pdl: bool) -> None:
     """All kinds, at a vocabulary of a Llama."""
     vocab = 128256
@@ -286,6 +307,7 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     experts_of_gpt_oss,
     attention,
     elementwise,
+    collectives,
     sampling,
     drafting,
 )

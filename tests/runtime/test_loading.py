@@ -297,6 +297,23 @@ def test_options_that_would_be_ignored_are_refused(
         load(tiny_engine, options)
 
 
+@pytest.mark.parametrize(
+    ("capability", "refused"),
+    [("CPUExecutionProvider", True), ("CUDAExecutionProvider", False)],
+)
+def test_a_share_of_a_gpu_is_refused_where_onnxruntime_runs_on_a_cpu(
+    tiny_engine: Path, capability: str, refused: bool
+) -> None:
+    engine = open_engine(tiny_engine)
+    manifest = replace(engine.manifest, target="onnxruntime", capability=capability)
+    options = {"kv_cache_free_gpu_memory_fraction": 0.5}
+    if refused:
+        with pytest.raises(Invalid, match=r"memory_fraction does nothing for .*it is for a CPU"):
+            runtime_config(replace(engine, manifest=manifest), options)
+    else:
+        runtime_config(replace(engine, manifest=manifest), options)
+
+
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 @pytest.mark.parametrize("name", ["num_threads", "kv_offload_path"])
 def test_gpus_refuse_what_is_for_a_cpu(tiny_engine: Path, target: str, name: str) -> None:

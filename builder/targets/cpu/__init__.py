@@ -43,6 +43,7 @@ _CHOICES = {
     "quantization": ("none", "int8_wo", "int4_wo"),
     "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8"),
     "ort_attention": ("auto",),
+    "ort_activations": ("exact",),
 }
 _ACTIVATIONS = "to int8 in blocks of 32, each by its own range"
 _LINEARS: tuple[Pass, ...] = (

@@ -9,6 +9,8 @@ from functools import partial
 from slipstream.builder.engine import EngineLimits
 from slipstream.builder.graph.passes import Pass
 from slipstream.builder.graph.passes.fuse_add_rms_norm import fuse_add_rms_norm
+from slipstream.builder.graph.passes.fuse_all_reduce import fuse_all_reduce
+from slipstream.builder.graph.passes.fuse_embedding_shard import fuse_embedding_shard
 from slipstream.builder.graph.passes.fuse_gate import fuse_gate
 from slipstream.builder.graph.passes.fuse_norm import fuse_norm
 from slipstream.builder.graph.passes.fuse_parallel_linears import fuse_parallel_linears
@@ -34,8 +36,8 @@ _KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "float16": "float16", "fp8":
 _CHOICES: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype": tuple(_KV_DTYPES),
     "dtype": ("auto", "bfloat16", "float16"),
-    "tp_size": (1,),
     "ort_attention": ("auto",),
+    "ort_activations": ("exact",),
 }
 
 
@@ -84,8 +86,10 @@ class CUDATarget:
         )
         return (
             *preparation(self.name, kernels, options),
+            fuse_embedding_shard,
             fuse_parallel_linears,
             partial(fuse_gate, holds=_any),
+            fuse_all_reduce,
             partial(fuse_residual, holds=_any),
             partial(fuse_norm, holds=_any),
             fuse_add_rms_norm,

@@ -20,7 +20,9 @@ from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
 
 SUFFIX = ".cuda"
-_PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding")
+_PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding", "EmbeddingShard")
+# What these read is in what they make, as it is, summed up or in part.
+_HANDING_ON = ("AllGather", "AllReduce", "Slice")
 log = logging.getLogger(__name__)
 _STATES = (HIDDEN, NEXT_HIDDEN)
 _Place = TypeVar("_Place", Port, Output)
@@ -29,7 +31,7 @@ _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 @dataclass(frozen=True, slots=True)
 class PackWeights:
-    """Stores the weight of every Linear, NormedRouter, ExpertLinear and Embedding as one blob.
+    """Stores the weight of every product and every Embedding as one blob.
 
     ``dtype`` is that of dense weights; kernels hold every other one (``DequantizeUnheld``).
     """
@@ -102,9 +104,9 @@ class StoreVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPrecision:
-    """Gives ``dtype`` to every value between operators but the logits, before and after their cap,
-    the rotary angles, what a router reads and says, and weights of experts; and to what one graph
-    gives to another, the states that a head takes."""
+    """Gives ``dtype`` to every value between operators but the logits, before and after their cap
+    and while ranks gather them, the rotary angles, what a router reads and says, weights of
+    experts, and roots; and to what one graph gives to another, the states that a head takes."""
 
     dtype: str
 
@@ -115,8 +117,7 @@ class SetPrecision:
             for value in node.outputs:
                 if not self._gives(node, value):
                     continue
-                exact = any(_exact(reader, index) for reader, index in value.uses())
-                if not value.is_graph_output() and not exact:
+                if not _is_exact(value):
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
         return changed + self._set_states(program)
@@ -144,7 +145,20 @@ def _typed(ports: tuple[_Place, ...], dtype: str) -> tuple[_Place, ...]:
     return tuple(replace(p, dtype=dtype) if p.name in _STATES else p for p in ports)
 
 
-def _exact(reader: ir.Node, index: int) -> bool:
+def _is_exact(value: ir.Value) -> bool:
+    """Whether a value stays float32: who reads it wants that, or hands it on."""
+    if value.is_graph_output():
+        return True
+    return any(
+        _wants_exact(reader, index)
+        or (reader.op_type in _HANDING_ON and _is_exact(reader.outputs[0]))
+        for reader, index in value.uses()
+    )
+
+
+def _wants_exact(reader: ir.Node, index: int) -> bool:
     """Whether an operator wants its input ``index`` in float32."""
-    exact = ("SoftCap", "Router", "ArgMax")
-    return reader.op_type in exact or (reader.op_type, index) == ("ExpertLinear", 3)
+    return reader.op_type in ("SoftCap", "Router", "Sqrt", "ArgMax") or (reader.op_type, index) in (
+        ("ExpertLinear", 3),
+        ("Div", 1),
+    )

@@ -49,7 +49,10 @@ _CHOICES = {
     "gemm_plugin": ("auto",),
     "tp_size": (1,),
 }
-_ROUNDING = "not rounded"
+_ROUNDING = {"exact": "not rounded", "int8": "rounded to int8 in blocks"}
+# What MatMulNBits multiplies in: the type of x, or int8, which the CPU provider has; from float16
+# that of 1.32 makes garbage.
+_ACCURACY_LEVEL = {"exact": 0, "int8": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,11 @@ class ONNXRuntimeTarget:
                 "ort_attention pages is PagedAttention of onnxruntime's CUDA provider, which takes "
                 "float16 and bfloat16, and dtype is float32; use ort_attention slots, or another "
                 "dtype"
+            )
+        if options.ort_activations == "int8" and self.dtype(options) != "float32":
+            raise BuildError(
+                "ort_activations int8 is for onnxruntime's CPU provider, which rounds x in float32 "
+                f"only, and dtype is {self.dtype(options)}; use dtype float32, or leave it out"
             )
 
     def dtype(self, options: BuildOptions) -> str:
@@ -98,7 +106,7 @@ class ONNXRuntimeTarget:
             group_size=self.group_size,
             integers=("float8_e4m3", "float4_e2m1", "codebook"),
             rounds=_never,
-            rounding=_ROUNDING,
+            rounding=_ROUNDING[options.ort_activations],
             dtype="float32",
             fold_norms=True,
         )
@@ -107,8 +115,7 @@ class ONNXRuntimeTarget:
             *preparation(self.name, kernels, options),
             fuse_parallel_linears,
             part_biases,
-            # Level 4, int8 dot products, gives garbage in float16 on the CPU provider of 1.32.
-            partial(lower_matmul_nbits, accuracy_level=0),
+            partial(lower_matmul_nbits, accuracy_level=_ACCURACY_LEVEL[options.ort_activations]),
             lower_dense_linear,
             partial(lower_dense_embedding, held=_never),
             fuse_add_rms_norm,

@@ -3,7 +3,7 @@ of rotary angles, and the heads of q, k and v."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -22,6 +22,7 @@ _QKV, _COS, _PAGES = 0, 1, 3
 _Q_NORM, _K_NORM, _SINKS = 9, 10, 11
 # What the kernels turn of a head at a time, on both providers.
 _LANES = 8
+Tables = tuple[ir.Value, ir.Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Attention:
         }
 
 
-def attentions(program: Program) -> Iterator[Attention]:
+def _attentions(program: Program) -> Iterator[Attention]:
     """Every attention of a canonical program.
 
     Raises BuildError for one that neither operator of ONNX Runtime computes.
@@ -83,6 +84,25 @@ def attentions(program: Program) -> Iterator[Attention]:
         attention = Attention(node, caches[str(owner)])
         _check(attention)
         yield attention
+
+
+def lower_attentions(
+    program: Program,
+    positions: int,
+    cache_of: Callable[[Attention], CacheSpec],
+    lower: Callable[[Attention, CacheSpec, Tables], None],
+) -> int:
+    """Give every attention its cache and the tables of ``positions`` rotary angles, put what
+    ``lower`` makes in its place, and forget what only attentions read; returns their number."""
+    found = list(_attentions(program))
+    caches = {a.cache.name: cache_of(a) for a in found}
+    program.caches = tuple(caches[cache.name] for cache in program.caches)
+    for attention in found:
+        tables = _rotary_tables(program, attention, positions)
+        lower(attention, caches[attention.cache.name], tables)
+    _drop_angles(program)
+    _drop_unread_inputs(program)
+    return len(found)
 
 
 def contract(program: Program) -> GraphSpec:
@@ -112,9 +132,7 @@ def _check(attention: Attention) -> None:
         )
 
 
-def rotary_tables(
-    program: Program, attention: Attention, positions: int
-) -> tuple[ir.Value, ir.Value]:
+def _rotary_tables(program: Program, attention: Attention, positions: int) -> Tables:
     """Cosines and sines ``[positions, R]``, stored once for all layers that turn alike."""
     angles = _given(attention.weight(_COS)).producer()
     assert angles is not None
@@ -235,7 +253,7 @@ def step_value(program: Program, port: Port) -> ir.Value:
     return add_port(program, port) if known is None else known
 
 
-def drop_unread_inputs(program: Program) -> None:
+def _drop_unread_inputs(program: Program) -> None:
     """Forget inputs that no node reads any more."""
     for value in list(program.graph.inputs):
         if not value.uses():
@@ -245,7 +263,7 @@ def drop_unread_inputs(program: Program) -> None:
     program.contract = replace(old, inputs=inputs)
 
 
-def drop_angles(program: Program) -> None:
+def _drop_angles(program: Program) -> None:
     """Remove the rotary angles of a step, which the tables replace."""
     for node in program.nodes("RotaryAngles"):
         program.graph.remove(node, safe=True)

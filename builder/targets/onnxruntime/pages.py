@@ -7,6 +7,7 @@ their pages itself: ``block_table`` is our page table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -25,13 +26,11 @@ from slipstream.builder.targets.onnxruntime.attention import (
     CONTRIB,
     Attention,
     Emitter,
+    Tables,
     add_port,
     add_update,
-    attentions,
-    drop_angles,
-    drop_unread_inputs,
+    lower_attentions,
     refuse,
-    rotary_tables,
     split_heads,
     step_value,
 )
@@ -46,16 +45,8 @@ class UsePages:
 
     def __call__(self, program: Program) -> int:
         """Rewrite attentions, caches and contract."""
-        found = list(attentions(program))
-        caches = {a.cache.name: _pages_of(a) for a in found}
-        program.caches = tuple(caches[cache.name] for cache in program.caches)
-        past = _past_lengths(program)
-        for attention in found:
-            tables = rotary_tables(program, attention, self.max_seq_len)
-            _lower(program, attention, caches[attention.cache.name], past, tables)
-        drop_angles(program)
-        drop_unread_inputs(program)
-        return len(found)
+        lower = partial(_lower, program, _past_lengths(program))
+        return lower_attentions(program, self.max_seq_len, _pages_of, lower)
 
 
 def _past_lengths(program: Program) -> ir.Value:
@@ -91,11 +82,7 @@ def _pages_of(attention: Attention) -> CacheSpec:
 
 
 def _lower(
-    program: Program,
-    attention: Attention,
-    cache: CacheSpec,
-    past: ir.Value,
-    tables: tuple[ir.Value, ir.Value],
+    program: Program, past: ir.Value, attention: Attention, cache: CacheSpec, tables: Tables
 ) -> None:
     node = attention.node
     emitter = Emitter(program, str(node.name))

@@ -11,6 +11,7 @@ never full, nor shared. Row b of a step is the sequence in row b of the buffers 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -22,12 +23,10 @@ from slipstream.builder.targets.onnxruntime.attention import (
     CONTRIB,
     Attention,
     Emitter,
+    Tables,
     add_port,
     add_update,
-    attentions,
-    drop_angles,
-    drop_unread_inputs,
-    rotary_tables,
+    lower_attentions,
     split_heads,
     step_value,
 )
@@ -42,18 +41,10 @@ class UseSlots:
 
     def __call__(self, program: Program) -> int:
         """Rewrite attentions, caches and contract."""
-        found = list(attentions(program))
         # A row of padding writes to the position after the last.
         positions = self.max_seq_len + 1
-        caches = {a.cache.name: _slots_of(a, positions) for a in found}
-        program.caches = tuple(caches[cache.name] for cache in program.caches)
-        step = _Step(program)
-        for attention in found:
-            tables = rotary_tables(program, attention, positions)
-            _lower(program, attention, caches[attention.cache.name], step, tables)
-        drop_angles(program)
-        drop_unread_inputs(program)
-        return len(found)
+        lower = partial(_lower, program, _Step(program))
+        return lower_attentions(program, positions, partial(_slots_of, positions=positions), lower)
 
 
 class _Step:
@@ -91,11 +82,7 @@ def _slots_of(attention: Attention, positions: int) -> CacheSpec:
 
 
 def _lower(
-    program: Program,
-    attention: Attention,
-    cache: CacheSpec,
-    step: _Step,
-    tables: tuple[ir.Value, ir.Value],
+    program: Program, step: _Step, attention: Attention, cache: CacheSpec, tables: Tables
 ) -> None:
     node = attention.node
     emitter = Emitter(program, str(node.name))

@@ -18,6 +18,7 @@ from slipstream.builder.graph.prepare import Kernels, preparation
 from slipstream.builder.graph.program import Program
 from slipstream.builder.models.config import ModelConfig
 from slipstream.builder.options import BuildOptions
+from slipstream.builder.targets.base import check_choices
 from slipstream.builder.targets.cpu.elementwise import lower_soft_cap
 from slipstream.builder.targets.cuda import TARGET as CUDA
 from slipstream.builder.targets.cuda.attention import use_row_major_keys
@@ -50,6 +51,7 @@ class TensorRTTarget:
     def check(self, config: ModelConfig, options: BuildOptions) -> None:
         """Raise BuildError for heads or options that neither plans nor kernels take."""
         replace(CUDA, name=self.name).check(config, options)
+        check_choices(self.name, options, {"tp_size": (1,)})
         if options.symmetric is False:
             raise BuildError(
                 "target tensorrt has kernels for integers without zero points only; leave "

@@ -133,6 +133,15 @@ def linear(node: ir.Node, context: Context) -> Kernel:
 
 def embedding(node: ir.Node, context: Context) -> Kernel:
     """Ids that the host does not know come from the last tokens of their slots."""
+    return _embedding(node, context, None)
+
+
+def embedding_shard(node: ir.Node, context: Context) -> Kernel:
+    """The same of a part of a table."""
+    return _embedding(node, context, name_of(node.inputs[2]))
+
+
+def _embedding(node: ir.Node, context: Context, first: str | None) -> Kernel:
     ids = name_of(node.inputs[0])
     weight = weight_of(node, context.constants)
     dtype = dtype_of(node)
@@ -145,6 +154,7 @@ def embedding(node: ir.Node, context: Context) -> Kernel:
             dtype,
             last_tokens=memory.last_tokens,
             slots=step.token_slots,
+            first=run.get(first),
             pdl=run.pdl,
         )
         return (found,)

@@ -169,7 +169,7 @@ def _scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tens
         torch._scaled_mm(
             x, w.t(), x_scale, w_scale, out_dtype=out.dtype, use_fast_accum=True, out=out
         )
-    else:
+    elif x.device.type == "cpu":  # on a device that is only planned there is nothing to compute
         out.copy_((x.float() @ w.float().t()) * x_scale * w_scale)
 
 
@@ -191,7 +191,8 @@ def _dense(weight: DeviceWeight, inputs: Operands, y: Tensor) -> None:
     elif _is_plain(inputs):
         _mm(x, w, y)
     elif addend is not None and addend.dtype == x.dtype == y.dtype:
-        torch.addmm(addend, x, w, out=y)  # where y is the addend, without a copy of it before
+        if x.device.type != "meta":  # for which torch imports its compiler, in a second or two
+            torch.addmm(addend, x, w, out=y)  # where y is the addend, without a copy of it before
     else:
         product = _empty(weight, inputs)
         _mm(x, w, product)

@@ -89,12 +89,14 @@ def embedding(
     *,
     last_tokens: Tensor | None = None,
     slots: Tensor | None = None,
+    first: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Rows ``[T, K]`` of a weight by token ids int32 ``[T]``.
 
     An id of -1 stands for ``last_tokens[slots[row]]`` (int32; slots ``[T]``). Ids and slots out of
-    range are moved into it.
+    range are moved into it. Where the weight is the part of a table from row ``first`` (int32
+    ``[1]``) on, rows of other parts are zeros.
     """
     v, k = weight.format.shape
     tokens = token_ids.shape[0]
@@ -103,7 +105,7 @@ def embedding(
     block = min(1024, triton.next_power_of_2(k))
     fmt = weight.format
     embedding_rows[(tokens, -(-k // block))](
-        token_ids, last_tokens, slots, weight.typed_codes, weight.scale, weight.shift, y,
+        token_ids, last_tokens, slots, first, weight.typed_codes, weight.scale, weight.shift, y,
         1 if last_tokens is None else last_tokens.shape[0], v, k, BLOCK=block,
         KIND=kinds[fmt.kind], BITS=fmt.bits, GROUP=fmt.group, ROWS=fmt.rows,
         ZERO=weight.zero_kind,

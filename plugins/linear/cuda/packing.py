@@ -28,7 +28,9 @@ from slipstream.weights.parallel import in_parallel, row_chunks
 from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat, numpy_dtype
 
 ALIGNMENT = 256
-_CHUNK = 1 << 18  # codes packed at once: they stay in the cache of a core
+# Codes packed at once: few enough for the cache of a core, and enough that threads do not mostly
+# wait for the interpreter, which each operation asks for.
+_CHUNK = 1 << 20
 WORDS = 32  # of a chunk
 DENSE_DTYPES = ("bfloat16", "float16")
 GROUPS = (32, 64, 128)
@@ -200,7 +202,9 @@ def _words(codes: Bytes, fmt: WeightFormat) -> NDArray[np.uint32]:
     chunks = single.reshape(n, -1, per_word, WORDS)
     words = np.zeros((n, chunks.shape[1], WORDS), np.uint32)
     for i in range(per_word):
-        words |= chunks[:, :, i].astype(np.uint32) << np.uint32(i * fmt.bits)
+        part = chunks[:, :, i].astype(np.uint32)
+        part <<= np.uint32(i * fmt.bits)
+        words |= part
     return words.reshape(n, -1)
 
 

@@ -18,14 +18,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slipstream.builder.engine import Manifest
+from slipstream.builder.engine import RANKS, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.kernel_store import offer, read_kernels
 from slipstream.plugins.cuda.launch import capability_of, has_pdl, interpreting
-from slipstream.plugins.cuda.precompile import compile_kernels, prepare, record
+from slipstream.plugins.cuda.precompile import (
+    Specialization,
+    compile_kernels,
+    prepare,
+    record,
+)
+from slipstream.plugins.cuda.remembered import are_compiled, mark_of, remember
 
 Work = Callable[[], None]
 _LITTLE_MEMORY = 1 << 30  # bytes
+_GLANCE = 1e-5  # seconds between two looks at a device that is watched
 
 
 class Event:
@@ -33,6 +41,7 @@ class Event:
     when it was."""
 
     def __init__(self, device: Device, *, timed: bool = False) -> None:
+        self._device = device
         self._event = torch.cuda.Event(enable_timing=timed) if device.is_cuda else None
         self._time = 0.0
 
@@ -43,8 +52,10 @@ class Event:
             self._event.record()
 
     def wait(self) -> None:
-        """Let the host wait until the device is there."""
-        if self._event is not None:
+        """Let the host wait until the device is there; raises what whoever watches it does."""
+        if self._event is None:
+            return
+        if not self._device.until(self._event.query):
             self._event.synchronize()
 
     def is_over(self) -> bool:
@@ -87,13 +98,19 @@ class Device:
 
     Graphs may share the pool because they never run at the same time. One that is only ``planned``,
     of this compute capability, need not be there: its tensors hold nothing and nothing runs, for
-    kernels that are compiled before there is a GPU.
+    kernels that are compiled before there is a GPU. Of several, ``index`` says which it is.
+
+    ``watch`` is called again and again while the host waits for the device, and raises why that is
+    in vain: a kernel that waits for another rank's waits for ever where there is none.
     """
 
-    def __init__(self, planned: tuple[int, int] | None = None) -> None:
+    def __init__(self, planned: tuple[int, int] | None = None, index: int = 0) -> None:
         self.is_planned = planned is not None
         self.is_cuda = not self.is_planned and not interpreting()
-        here = torch.device("cuda", 0) if self.is_cuda else torch.device("cpu")
+        self._index = index
+        self.watch: Callable[[], None] | None = None
+        self.use()
+        here = torch.device("cuda", index) if self.is_cuda else torch.device("cpu")
         self.torch = torch.device("meta") if self.is_planned else here
         self.capability = planned or capability_of(self.torch)
         self.has_pdl = has_pdl(self.torch)
@@ -105,7 +122,21 @@ class Device:
         """As the driver calls it; nothing for one that is only planned."""
         if self.is_planned:
             return ""
-        return torch.cuda.get_device_name(0) if self.is_cuda else "Triton interpreter"
+        return torch.cuda.get_device_name(self.torch) if self.is_cuda else "Triton interpreter"
+
+    def use(self) -> None:
+        """Have this thread mean this GPU where it names none."""
+        if self.is_cuda and self._index:  # the first is meant anyway
+            torch.cuda.set_device(self._index)
+
+    def until(self, is_over: Callable[[], bool]) -> bool:
+        """Wait for the device while somebody watches; False where nobody does."""
+        if self.watch is None:
+            return False
+        while not is_over():
+            self.watch()
+            time.sleep(_GLANCE)
+        return True
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -123,13 +154,32 @@ class Device:
             offer(read_kernels(kernels))
             prepare()
 
-    def compile(self, works: Sequence[Work]) -> None:
-        """Compile every kernel that ``works`` launch, on all cores; nothing is launched."""
-        if self.is_cuda:
-            with self.work():
-                kernels = record(works)
+    def compile(
+        self,
+        works: Callable[[], Sequence[Work]],
+        engine: str | None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        """Compile every kernel that ``works`` launch, on all cores, once ``ready`` returns; nothing
+        is launched.
+
+        They are not even looked at where this machine has compiled those of ``engine`` before, a
+        name that tells all apart that launch other kernels.
+        """
+        if not self.is_cuda:
+            return
+        mark = None if engine is None else mark_of(engine, self.name)
+        known = mark is not None and are_compiled(mark)
+        kernels: list[Specialization] = []
+        if not known:
+            with self.work(), phase("finding the kernels"):
+                kernels = record(works())
             self.synchronize()
-            compile_kernels(kernels, self.capability)
+        if ready is not None:
+            ready()
+        compile_kernels(kernels, self.capability)
+        if mark is not None and not known:
+            remember(mark)
 
     def capture(self, work: Work) -> Work:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""
@@ -141,7 +191,7 @@ class Device:
         graph = torch.cuda.CUDAGraph()
         # Memory that torch keeps for reuse is no use to a capture, and cannot be given back in one.
         # Given back before each, as ``torch.cuda.graph`` does it, it is taken again after each.
-        if torch.cuda.mem_get_info(0)[0] < _LITTLE_MEMORY:
+        if torch.cuda.mem_get_info(self.torch)[0] < _LITTLE_MEMORY:
             torch.cuda.empty_cache()
         with self.work():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -164,8 +214,17 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
-        if self._stream is not None:
+        if self._stream is not None and not self.until(self._stream.query):
             self._stream.synchronize()
+
+    def comes_to_rest(self, seconds: float) -> bool:
+        """Whether everything that was enqueued is done within so many seconds."""
+        ends = time.monotonic() + seconds
+        while self._stream is not None and not self._stream.query():
+            if time.monotonic() > ends:
+                return False
+            time.sleep(_GLANCE)
+        return True
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the device copies from and to by itself."""
@@ -209,7 +268,7 @@ class Device:
         if not self.is_cuda:
             return 1 << 30
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(0)
+        free, _ = torch.cuda.mem_get_info(self.torch)
         return int(free)
 
 
@@ -221,7 +280,7 @@ def _no_host_memory(shape: tuple[int, ...], reason: str) -> CapacityError:
 
 
 def require(manifest: Manifest) -> None:
-    """Raise EngineMismatchError unless there is a GPU that can run an engine."""
+    """Raise EngineMismatchError unless there are GPUs that can run an engine, one a rank."""
     if interpreting():
         return
     if not torch.cuda.is_available():
@@ -230,6 +289,12 @@ def require(manifest: Manifest) -> None:
             f"the engine is for an NVIDIA GPU, and torch {torch.__version__} {_why_no_gpu()}; or "
             f"build one for a CPU: {again} --target cpu"
         )
+    if 1 < manifest.ranks > (count := torch.cuda.device_count()):
+        raise EngineMismatchError(
+            f"the engine has {manifest.ranks} ranks, each of which takes a GPU, and torch sees"
+            f" {count}; build it again with --tp-size {_largest(count)}, or see whether"
+            " CUDA_VISIBLE_DEVICES hides some"
+        )
     major, minor = torch.cuda.get_device_capability(0)
     if major * 10 + minor < int(manifest.capability.removeprefix("sm_")):
         raise EngineMismatchError(
@@ -237,6 +302,11 @@ def require(manifest: Manifest) -> None:
             f"({torch.cuda.get_device_name(0)}) is sm_{major}{minor}; build it again "
             f"without the fp8 in: {manifest.command}"
         )
+
+
+def _largest(count: int) -> int:
+    """The most ranks that so many GPUs run."""
+    return max((ranks for ranks in RANKS if ranks <= count), default=1)
 
 
 def _why_no_gpu() -> str:

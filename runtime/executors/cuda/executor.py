@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -29,8 +30,9 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import COSTS, KERNELS, TACTICS, WEIGHTS, Engine, Manifest
+from slipstream.builder.engine import COSTS, TACTICS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
@@ -47,12 +49,16 @@ from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
 from slipstream.runtime.executors.cuda.host import CUDAHost
+from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.executors.cuda.weights import load_weights
 from slipstream.runtime.speculation.proposer import OFF
+
+if TYPE_CHECKING:  # engines of one rank start without them
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
+    from slipstream.runtime.executors.cuda.team import Team
 
 log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
@@ -77,29 +83,46 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = max(QUERIES) - 1
+    _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
     # Of which counts guesses of a head are captured.
     guess_counts: Sequence[int] = ()
     # Of steps, measured when the engine was tuned; without, at the start.
     _costs: StepCosts | None = None
+    _team: Team | None = None  # of ranks
 
-    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
-        """Put an engine's weights on the GPU.
+    def __init__(
+        self,
+        engine: Engine,
+        config: RuntimeConfig,
+        rank: int = 0,
+        meet: Callable[[Device], Team] | None = None,
+        loading: Loading | None = None,
+    ) -> None:
+        """Put an engine's weights on the GPU, or those of one ``rank`` on its own, which then
+        ``meet`` the others; their ``loading`` may have begun.
 
         The machine has been checked (``device.require``). Raises CapacityError when weights or
         buffers do not fit.
         """
-        self._device = Device()
-        with ThreadPoolExecutor(1) as pool:  # while weights are copied
-            prepared = pool.submit(self._device.prepare, engine.path / KERNELS)
+        loading = loading or begin_loading(engine, rank)
+        self._device = loading.device
+        with phase("graph"):
             graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
             head = None
             if engine.manifest.head is not None and config.speculative == EAGLE3:
                 head = ir.load(engine.path / engine.manifest.graphs[HEAD_GRAPH].file).graph
-            weights = load_weights(engine.path / WEIGHTS, self._device, _weights_of(graph, head))
-            prepared.result()
-        self._start(engine.manifest, config, (graph, head), weights, engine.path / TACTICS)
+        with phase("wait for weights and kernels"):
+            weights = loading.weights.result()
+            loading.prepared.result()
+        if meet is not None:
+            with phase("other ranks"):
+                self._team = meet(self._device)
+        # What tells the kernels of its steps from those of others.
+        self._steps = f"{engine.fingerprint} {config}"
+        with phase("program and buffers"):
+            self._start(engine.manifest, config, (graph, head), weights, engine.path / TACTICS)
         if not config.deterministic:  # whose kernels are others
             self._costs = StepCosts.load(engine.path / COSTS, self._device.name)
 
@@ -144,7 +167,14 @@ class CUDAExecutor:
         self._columns = -(-config.max_seq_len // page_size)
         with device.work(), self._fitting():
             program = CUDAProgram(
-                graph, spec, weights, table, device.torch, self._calls, gives_states=guesses
+                graph,
+                spec,
+                weights,
+                table,
+                device.torch,
+                self._calls,
+                self._communicator(manifest),
+                gives_states=guesses,
             )
             part = None
             if head is not None and guesses:  # whatever is guessed, answers are deterministic
@@ -158,27 +188,53 @@ class CUDAExecutor:
                 rows, config.max_batch_size, program.vocab_size, config.max_seq_len, device.torch
             )
             self._sampler.buffers.enable_full()  # before pages take what is free
-            logits = torch.zeros((rows, program.vocab_size), device=device.torch)
-            drafter = None
+            drafter = logits = None
             if part is not None:
+                logits = torch.zeros((rows, program.vocab_size), device=device.torch)
                 tokens = self._sampler.buffers.tokens
                 drafter = Drafter(part, tokens, logits, device, buckets, page_size)
-            self.runner = StepRunner(
-                program, self._sampler, device, buckets, self._columns, logits, drafter
-            )
+            self.runner = self._runner(program, buckets, logits, drafter)
         self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
+
+    def _runner(
+        self,
+        program: CUDAProgram,
+        buckets: Buckets,
+        logits: Tensor | None = None,
+        drafter: Drafter | None = None,
+    ) -> StepRunner:
+        """What runs the steps, with the head's part if there is one."""
+        of = (program, self._sampler, self._device, buckets, self._columns, self._team)
+        return StepRunner(*of, logits=logits, drafter=drafter)
+
+    def _communicator(self, manifest: Manifest) -> Communicator | None:
+        """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
+        if manifest.ranks == 1:
+            return None
+        if self._team is not None:
+            return self._team.communicator
+        from slipstream.runtime.executors.cuda.team import planned_communicator
+
+        assert self._device.is_planned, "ranks have met before they start"
+        return planned_communicator(manifest.ranks, self._device)
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
 
         None takes ``kv_cache_free_gpu_memory_fraction`` of what weights and the largest step leave
         free, at most what the limits can use. More than is free shrinks to that, with a message.
+        Of several ranks all have as many pages as that which has room for the fewest.
         A cache with a window has fewer pages where a full batch cannot use as many as it returns.
         """
         with self._fitting():
-            pages = self._affordable_pages(num_bytes)
-            self._allocate(pages)
-            self.runner.capture(self.guess_counts)
+            with phase("largest steps"):
+                pages = self._affordable_pages(num_bytes)
+            if self._team is not None:
+                pages = self._team.least(pages)
+            with phase("pages"):
+                self._allocate(pages)
+            with phase("graphs of the first steps"):
+                self.runner.capture(self.guess_counts)
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -285,11 +341,12 @@ class CUDAExecutor:
         """Run a step and return its logits float32 ``[L, vocab]``; nothing is sampled."""
         with self._device.work():
             hidden = self.runner.layers(batch, batch.logits_rows[:0], eager=True)
-            wanted = hidden[self._device.index(batch.logits_rows)]
-            parts = torch.split(wanted, self._config.max_batch_size)
-            # The head writes to one place, which is on the host in the interpreter.
-            rows = [self.runner.logits_of(part).to("cpu", copy=True).numpy() for part in parts]
-            return np.concatenate(rows)
+            size, found = self._config.max_batch_size, []
+            for start in range(0, len(batch.logits_rows), size):
+                logits = self.runner.logits_of(hidden, batch.logits_rows[start : start + size])
+                # The head writes to one place, which is on the host in the interpreter.
+                found.append(logits.to("cpu", copy=True).numpy())
+            return np.concatenate(found)
 
     def _drafts_of_step(self) -> int:
         """For how many drafts there is room beside a token of every sequence."""
@@ -344,10 +401,22 @@ class CUDAExecutor:
         device = self._device
         if not device.is_cuda:
             return device.free_memory()
-        device.compile(self.runner.works(self.guess_counts))
+        with phase("kernels"):
+            self._compile()
         alone = self._peak(self.runner.largest_step)
         captured = max(self._peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
+
+    def _compile(self) -> None:
+        """Of several ranks the first compiles for all, who find it on disk."""
+        team = self._team
+        works = partial(self.runner.works, self.guess_counts)
+        if team is not None and not team.is_first:
+            self._device.compile(works, self._steps, ready=team.meet)
+            return
+        self._device.compile(works, self._steps)
+        if team is not None:
+            team.meet()
 
     def _peak(self, work: Work) -> int:
         """Bytes that some work takes while it runs."""
@@ -384,8 +453,3 @@ def _checked(manifest: Manifest) -> GraphSpec:
             "of one array, for its logits or states: build it with --target cpu"
         )
     return spec
-
-
-def _weights_of(graph: ir.Graph, head: ir.Graph | None) -> set[str]:
-    """The names of arrays that graphs read."""
-    return {name for each in (graph, head) if each is not None for name in each.initializers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slipstream.builder.contract import EAGLE3, page_size_of
 from slipstream.builder.engine import Manifest
+from slipstream.phases import phase
 from slipstream.plugins.cuda.kernel_store import pack_kernels
 from slipstream.plugins.cuda.precompile import (
     Specialization,
@@ -27,6 +28,7 @@ from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.weights.safetensors import ArraySpec
 
 log = logging.getLogger(__name__)
+Compiler = Callable[[Sequence[Specialization], tuple[int, int]], None]
 
 
 def kernel_file(
@@ -36,15 +38,21 @@ def kernel_file(
     capability: tuple[int, int],
     tactics: Path | None = None,
     head: ir.Graph | None = None,
+    *,
+    compile_all: Compiler = compile_kernels,
 ) -> bytes:
     """Every kernel that steps of an engine launch on a GPU of this compute capability, which need
     not be there, compiled, as the content of its file of kernels.
 
-    Raises EngineMismatchError for a graph that no GPU runs.
+    ``compile_all`` puts them into Triton's cache. Raises EngineMismatchError for a graph that no
+    GPU runs.
     """
-    kernels = launched_kernels(manifest, graph, weights, capability, tactics, head)
-    compile_kernels(kernels, capability)
-    return pack_kernels(compiled_kernels(kernels, capability))
+    with phase("finding the kernels"):
+        kernels = launched_kernels(manifest, graph, weights, capability, tactics, head)
+    with phase(f"compiling {len(kernels)} kernels"):
+        compile_all(kernels, capability)
+    with phase("packing them"):
+        return pack_kernels(compiled_kernels(kernels, capability))
 
 
 def launched_kernels(

@@ -71,12 +71,11 @@ class StartedCUDAStep:
 
     def _states(self) -> Tensor:
         """The states of all rows on their way to the host, as many at a time as the head takes."""
-        hidden = self.hidden[self.device.index(self.batch.logits_rows)]
+        rows, size = self.batch.logits_rows, len(self.runner.logits)
         width = self.runner.logits.shape[1]
-        host = self.device.pinned((len(hidden), width), torch.float32)
-        size = len(self.runner.logits)
-        for start in range(0, len(hidden), size):
-            states = self.runner.logits_of(hidden[start : start + size])
+        host = self.device.pinned((len(rows), width), torch.float32)
+        for start in range(0, len(rows), size):
+            states = self.runner.logits_of(self.hidden, rows[start : start + size])
             host[start : start + size].copy_(states, non_blocking=True)
         return host
 
@@ -107,9 +106,8 @@ class StartedCUDAStep:
             part = rows[start : start + size]
             counts = [self.batch.sampling[row].params.prompt_logprobs or 0 for row in part]
             targets = np.array([self.batch.sampling[row].target for row in part], np.int32)
-            hidden = self.hidden[self.device.index(self.batch.logits_rows[part])]
             count = -1 if min(counts) < 0 else max(counts)
-            logits = self.runner.logits_of(hidden)
+            logits = self.runner.logits_of(self.hidden, self.batch.logits_rows[part])
             yield Scored(part, score(logits, self.device.index(targets), count))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -28,6 +29,9 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.node import node_problem
 from slipstream.plugins.paged_attention.cuda.bind import attention_attributes
 
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.plugins.collectives.cuda.communicator import Communicator
+
 _ALIGNED = 16  # bytes: a pointer to such a place has a kernel of its own
 
 
@@ -45,8 +49,9 @@ class CUDAProgram:
 
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
-    ``calls`` says how calls of the graph's own functions are run. The states that a head takes are
-    made where the graph has such an output and it ``gives_states``.
+    ``calls`` says how calls of the graph's own functions are run, ``communicator`` speaks to other
+    ranks. The states that a head takes are made where the graph has such an output and it
+    ``gives_states``.
     EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
@@ -58,6 +63,7 @@ class CUDAProgram:
         tactics: Tactics,
         device: torch.device,
         calls: Mapping[str, Binding],
+        communicator: Communicator | None = None,
         gives_states: bool = False,
     ) -> None:
         nodes = list(graph)
@@ -84,7 +90,7 @@ class CUDAProgram:
         self._result, self.vocab_size = name_of(result), _width(result)
         # Whoever wants the best token of each row asks for the logits, and finds it by himself.
         tail = _wanted(tail, {self._result, *(name for name in (NEXT_HIDDEN,) if ends)})
-        context = Context(self._constants, tactics, calls)
+        context = Context(self._constants, tactics, calls, communicator)
         kept = {*self._constants, self._seam, self._rows, self._result, HIDDEN, NEXT_HIDDEN}
         self._body = _compile(body, context, kept)
         self._tail = _compile(tail, context, kept)

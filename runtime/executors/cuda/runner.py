@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
+
+if TYPE_CHECKING:  # engines of one rank start without it
+    from slipstream.runtime.executors.cuda.team import Team
 
 # What the first answers need is captured at the start, up to these sizes, for these kinds of
 # sampling; the rest is when it is first asked for.
@@ -50,7 +54,8 @@ class StepRunner:
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
     makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
-    the last layer makes of every token too.
+    the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
+    its tokens.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class StepRunner:
         device: Device,
         buckets: Buckets,
         page_columns: int,
-        logits: Tensor,
+        team: Team | None = None,
+        *,
+        logits: Tensor | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """``logits`` is room for ``max_rows`` rows; a ``drafter`` guesses after steps."""
+        """A ``drafter`` guesses after steps, in the room for ``logits`` of ``max_rows`` rows."""
         self._program, self._sampler, self._device = program, sampler, device
-        self._drafter, self.logits = drafter, logits
+        self._team, self._drafter = team, drafter
         self._read: _Read | None = None  # the step whose layers were enqueued last
         self._guesses: dict[tuple[Shape, int], Work] = {}
         self._buckets = buckets
@@ -83,6 +90,9 @@ class StepRunner:
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )
+            if logits is None:
+                logits = torch.zeros((count, program.vocab_size), device=device.torch)
+            self.logits = logits
             self._hidden = torch.zeros(
                 (buckets.mixed_tokens[-1], program.hidden_size),
                 dtype=program.dtype,
@@ -178,11 +188,11 @@ class StepRunner:
             if count in counts and shape == self._buckets.decode(shape.sequences)
         }
 
-    def logits_of(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` rows, valid until the
-        next."""
-        out = self.logits[: len(hidden)]
-        self._program.logits(hidden, out)
+    def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
+        """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` of the rows that
+        ``layers`` returned, valid until the next."""
+        out = self.logits[: len(rows)]
+        self._program.logits(hidden[self._device.index(rows)], out)
         return out
 
     def works(self, counts: Sequence[int] = ()) -> list[Work]:
@@ -336,7 +346,10 @@ class StepRunner:
 
         def work() -> None:
             self._program.logits(rows, logits, pdl)
-            self._sampler.launch(logits, padded, kind, pdl)
+            if self._team is None or self._team.is_first:
+                self._sampler.launch(logits, padded, kind, pdl)
+            if self._team is not None:
+                self._team.share(self._sampler.last_tokens)
 
         return work
 

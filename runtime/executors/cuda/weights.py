@@ -98,7 +98,7 @@ def _copy(file: Path, runs: Sequence[_Run], data: torch.Tensor, device: Device) 
     ]
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(_READERS, initializer=device.use) as pool:
             shares = [chunks[reader::_READERS] for reader in range(_READERS)]
             for done in [pool.submit(_read, descriptor, data, s, device) for s in shares]:
                 done.result()

@@ -174,6 +174,8 @@ class ONNXRuntimeExecutor:
             if run.rows is not None:
                 read = [rows[run.rows] for rows in read]
             parts.append([rows.copy() for rows in read])
+        if len(parts) == 1:
+            return parts[0]
         order = np.argsort(np.concatenate([run.order for run in runs]))
         return [np.concatenate(rows)[order] for rows in zip(*parts, strict=True)]
 

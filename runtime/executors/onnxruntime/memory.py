@@ -63,6 +63,10 @@ class Memory(Protocol):
         """Copy one index of the first axis over another."""
         ...
 
+    def settle(self) -> None:
+        """Wait until all that was written and copied is there for a session to read."""
+        ...
+
     def free_bytes(self) -> int:
         """What can still be had."""
         ...
@@ -94,13 +98,18 @@ class HostMemory:
         rows = owner.reshape(buffer.shape[0], buffer.row_bytes)
         rows[destination] = rows[source]
 
+    def settle(self) -> None:
+        """Nothing: copies are done when they return."""
+
     def free_bytes(self) -> int:
         """What the system counts as available."""
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class CUDAMemory:
-    """A GPU's memory. Steps end before their session returns, so copies need no stream."""
+    """A GPU's memory, copied on the stream that has no name. Steps end before their session
+    returns, so reading waits for nothing; a session's own stream does not wait for that one, so
+    what was written has to ``settle``."""
 
     device = "cuda"
 
@@ -131,6 +140,10 @@ class CUDAMemory:
         """A copy on the device."""
         size = buffer.row_bytes
         self._copy(buffer.address + destination * size, buffer.address + source * size, size)
+
+    def settle(self) -> None:
+        """The driver may still be copying after a call for a copy returned."""
+        self._done("cudaStreamSynchronize", ctypes.c_void_p())
 
     def free_bytes(self) -> int:
         """As the driver counts it."""

@@ -64,6 +64,15 @@ def provider_options(provider: str, *, capture: bool) -> list[Any]:
     return [(CUDA, options), CPU]
 
 
+def session_entries(provider: str) -> dict[str, str]:
+    """Configuration of sessions beside that of their provider; releases that do not know an entry
+    ignore it."""
+    if provider == CPU:
+        return {}
+    # Integer weights are multiplied as they are, also with several rows of x, not widened first.
+    return {"ep.cuda.fpa_intb_gemm": "1"}
+
+
 def load_libraries(provider: str) -> None:
     """Load the libraries of CUDA that NVIDIA's packages brought, where the system has none."""
     if provider == CUDA:

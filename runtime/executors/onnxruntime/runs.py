@@ -78,8 +78,11 @@ class SlotRuns:
     def __call__(self, batch: StepBatch) -> list[Run]:
         """The decodes, then the chunks."""
         slots = batch.pages[self._cache].page_table[:, 0]
-        counts = np.diff(batch.query_start)
         self._lengths[slots] = batch.context_len
+        if len(batch.token_ids) == len(slots):  # each sequence has one, which is the usual step
+            everyone = np.arange(len(slots), dtype=np.int32)
+            return [self._decodes(batch, slots, everyone, batch.logits_rows)]
+        counts = np.diff(batch.query_start)
         owners = np.searchsorted(batch.query_start, batch.logits_rows, side="right").astype(
             np.int32
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,19 +13,30 @@ from numpy.typing import NDArray
 from slipstream.builder.contract import GraphSpec, Output, Source
 from slipstream.builder.engine import WEIGHTS, Engine, Manifest
 from slipstream.errors import EngineMismatchError, ExecutionError
-from slipstream.runtime.executors.onnxruntime.memory import ONNX_TYPES, Buffer, Memory
+from slipstream.runtime.executors.onnxruntime.memory import (
+    ONNX_TYPES,
+    Buffer,
+    HostMemory,
+    Memory,
+    view,
+)
 from slipstream.runtime.executors.onnxruntime.provider import (
     CPU,
     CUDA,
     check_loaded,
     load_libraries,
     provider_options,
+    session_entries,
     wanted_provider,
 )
 from slipstream.runtime.executors.onnxruntime.runs import Run, in_host_memory, step_ports
 
 _CACHED_BINDINGS = 64
 _NOT_CAPTURED = "-1"
+# Above those that count slots in the number of a captured graph.
+_EPOCH_BITS = 20
+_INT32_BYTES = 4
+_ALIGNED = 64
 # What a session says that was asked to capture graphs that it cannot.
 _CANNOT_CAPTURE = "graph capture"
 
@@ -61,6 +72,8 @@ def _session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_mem_pattern = False
     options.log_severity_level = 3 if provider == CPU else 2
+    for name, value in session_entries(provider).items():
+        options.add_session_config_entry(name, value)
     weights = _mapped(engine)
     options.add_external_initializers_from_files_in_memory(
         list(weights), list(weights.values()), [file.nbytes for file in weights.values()]
@@ -94,17 +107,24 @@ class StepSession:
         arrays of their own."""
         self._session, self._spec, self._memory = session, spec, memory
         self._rows = rows
-        self._host = {p.name for p in step_ports(spec) if in_host_memory(p)}
-        self._inputs: dict[str, Buffer] = {}
+        ports = step_ports(spec)
+        # A scalar, as an array of one element.
+        self._on_host = {
+            p.name: HostMemory().zeros((1,), p.dtype) for p in ports if in_host_memory(p)
+        }
+        # The others lie one behind the other, to be written at once.
+        self._on_device = [port for port in ports if port.name not in self._on_host]
+        most = len(self._on_device) * _aligned(max(tokens, rows) + 1)
+        self._inputs, self._staged = memory.zeros((most,), "int32"), np.zeros(most, np.int32)
         self._outputs = {o.name: self._output(o, rows) for o in spec.outputs if o.updates is None}
         self._caches: dict[str, Buffer] = {}
         self._bindings: dict[tuple[object, ...], tuple[ort.IOBinding, object]] = {}
         self._options: dict[int, ort.RunOptions] = {}
-        self._tokens = tokens
+        self._epoch = 0
 
     def bind(self, caches: Mapping[str, Buffer]) -> None:
         """Run on these arrays of caches, by the names of their ports, from now on."""
-        self._bindings.clear()
+        self._forget()
         self._caches = dict(caches)
 
     def run(self, run: Run) -> dict[str, Buffer]:
@@ -114,8 +134,7 @@ class StepSession:
         if run.num_rows > self._rows:
             spec = [output for output in self._spec.outputs if output.updates is None]
             outputs = {output.name: self._output(output, run.num_rows) for output in spec}
-        for name in (port.name for port in step_ports(self._spec)):
-            self._write(name, run.values[name])
+        self._write(run)
         binding = self._binding(run, outputs)
         try:
             self._session.run_with_iobinding(binding, self._run_options(run))
@@ -127,24 +146,32 @@ class StepSession:
         """The first rows of an output."""
         return self._memory.read(buffer, rows)
 
-    def _write(self, name: str, values: NDArray[np.int32]) -> None:
-        known = self._inputs.get(name)
-        if known is None or math.prod(known.shape) < values.size:
-            size = max(values.size, self._tokens + 1)
-            known = self._inputs[name] = self._zeros(name, (size,))
-            self._bindings.clear()  # they have the old address
-        if name in self._host:
-            owner = known.owner
-            assert isinstance(owner, np.ndarray)
-            owner.view(np.int32)[: values.size] = values
-        else:
-            self._memory.write(known, values)
+    def _forget(self) -> None:
+        """Arrays have moved: bind them anew, and replay no graph that was captured before."""
+        self._bindings.clear()
+        self._options.clear()
+        self._epoch += 1
 
-    def _zeros(self, name: str, shape: Sequence[int]) -> Buffer:
-        if name not in self._host:
-            return self._memory.zeros(shape, "int32")
-        owner = np.zeros(4 * math.prod(shape), np.uint8)
-        return Buffer(owner.ctypes.data, "int32", tuple(shape), owner)
+    def _write(self, run: Run) -> None:
+        """Put the inputs of a run where its binding reads them."""
+        for name, buffer in self._on_host.items():
+            view(buffer)[:] = run.values[name]
+        places = self._places(run)
+        size = places[-1]
+        if size > len(self._staged):
+            self._inputs = self._memory.zeros((size,), "int32")
+            self._staged = np.zeros(size, np.int32)
+            self._forget()
+        for port, start in zip(self._on_device, places, strict=False):
+            values = run.values[port.name].reshape(-1)
+            self._staged[start : start + values.size] = values
+        self._memory.write(self._inputs, self._staged[:size])
+        self._memory.settle()
+
+    def _places(self, run: Run) -> list[int]:
+        """Where each input on the device starts, which its shapes tell, and where the last ends."""
+        sizes = [_aligned(run.values[port.name].size) for port in self._on_device]
+        return [0, *itertools.accumulate(sizes)]
 
     def _output(self, output: Output, rows: int) -> Buffer:
         shape = [size if isinstance(size, int) else rows for size in output.shape]
@@ -152,18 +179,18 @@ class StepSession:
 
     def _binding(self, run: Run, outputs: Mapping[str, Buffer]) -> ort.IOBinding:
         """What a run reads and writes, which runs of the same shape in the same place share."""
-        shapes = [run.values[port.name].shape for port in step_ports(self._spec)]
+        shapes = [run.values[port.name].shape for port in self._on_device]
         key = (run.first, run.count, *shapes)
         known = self._bindings.get(key)
         if known is not None and known[1] is outputs:
             return known[0]
         binding = self._session.io_binding()
-        for port in step_ports(self._spec):
-            values, buffer = run.values[port.name], self._inputs[port.name]
-            device = "cpu" if port.name in self._host else self._memory.device
-            binding.bind_input(
-                port.name, device, 0, ONNX_TYPES[port.dtype], values.shape, buffer.address
-            )
+        for name, buffer in self._on_host.items():
+            where = buffer.shape, buffer.address
+            binding.bind_input(name, "cpu", 0, ONNX_TYPES[buffer.dtype], *where)
+        for port, start in zip(self._on_device, self._places(run), strict=False):
+            where = run.values[port.name].shape, self._inputs.address + start * _INT32_BYTES
+            binding.bind_input(port.name, self._memory.device, 0, ONNX_TYPES[port.dtype], *where)
         for port in self._spec.inputs:
             if port.source is Source.LAYER:
                 binding.bind_input(port.name, *self._part(port.name, run))
@@ -173,8 +200,8 @@ class StepSession:
             else:
                 buffer = outputs[output.name]
                 shape = (run.num_rows, *buffer.shape[1:])
-                where = self._memory.device, 0, ONNX_TYPES[buffer.dtype], shape, buffer.address
-                binding.bind_output(output.name, *where)
+                kind = self._memory.device, 0, ONNX_TYPES[buffer.dtype]
+                binding.bind_output(output.name, *kind, shape, buffer.address)
         if outputs is self._outputs:
             if len(self._bindings) >= _CACHED_BINDINGS:
                 self._bindings.pop(next(iter(self._bindings)))
@@ -189,13 +216,18 @@ class StepSession:
         return self._memory.device, 0, ONNX_TYPES[buffer.dtype], shape, address
 
     def _run_options(self, run: Run) -> ort.RunOptions:
-        """A captured run is known by the slots it is as wide as."""
+        """A captured run is known by the slots it is as wide as, and by the arrays they are in."""
         number = run.count if run.captured else 0
         if number not in self._options:
             options = self._options[number] = ort.RunOptions()
-            identity = str(number) if number else _NOT_CAPTURED
+            identity = str(self._epoch << _EPOCH_BITS | number) if number else _NOT_CAPTURED
             options.add_run_config_entry("gpu_graph_id", identity)
         return self._options[number]
+
+
+def _aligned(count: int) -> int:
+    """Elements up to where another array may start."""
+    return -(-count // _ALIGNED) * _ALIGNED
 
 
 def check_ports(engine: Engine, spec: GraphSpec, session: ort.InferenceSession) -> None:

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from socket import socketpair
 
 from slipstream.builder.engine import Engine
 from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.plugins.collectives.native import memory_size, turns
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.executors.ranks.members import (
+    PAUSE,
+    Member,
+    end,
+    ended,
+    finish,
+    kill,
+    named,
+    start,
+)
 from slipstream.runtime.executors.ranks.protocol import SLOT_BYTES, Answer, Reserve, Setup, Step
 from slipstream.runtime.executors.ranks.region import Region
+from slipstream.runtime.executors.ranks.silence import SILENCE, Silence
 
-# With -P, lest files of the working directory, perhaps a stranger's engine, be taken for modules.
-_COMMAND = (sys.executable, "-P", "-m", "slipstream.runtime.executors.ranks.process")
-_PAUSE = 0.25  # seconds between two looks at ranks that have not answered
-# A rank that others wait for and that has computed nothing for so long is stopped or stuck.
-SILENCE = 10.0
-_Process = subprocess.Popen[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    process: _Process
-    link: Connection
+_PROGRAM = "slipstream.runtime.executors.ranks.process"
 
 
 class RankGroup:
@@ -55,9 +51,9 @@ class RankGroup:
         self._lost: str | None = None
         self._closed = False
         self._lock = threading.Lock()
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         regions = (self.steps, self.results, self._exchange)
-        self._finish = weakref.finalize(self, _finish, os.getpid(), self._members, regions)
+        self._finish = weakref.finalize(self, finish, os.getpid(), self._members, regions)
         try:
             for rank in range(self._ranks):
                 self._members.append(self._start(engine.path, config, rank))
@@ -105,34 +101,18 @@ class RankGroup:
         self._closed = True
         self._finish()
 
-    def _start(self, engine: Path, config: RuntimeConfig, rank: int) -> _Member:
-        here, there = socketpair()
+    def _start(self, engine: Path, config: RuntimeConfig, rank: int) -> Member:
         regions = [region.descriptor for region in (self._exchange, self.steps, self.results)]
-        with there:
-            setup = Setup(engine, config, rank, there.fileno(), *regions)
-            # In a session of its own: a terminal's Ctrl-C is for the engine's process.
-            process = subprocess.Popen(
-                _COMMAND,
-                stdin=subprocess.PIPE,
-                pass_fds=(there.fileno(), *regions),
-                start_new_session=True,
-            )
-        assert process.stdin is not None
-        try:
-            process.stdin.write(pickle.dumps(setup))
-            process.stdin.flush()
-        except BrokenPipeError:  # it has ended, which is noticed where it is waited for
-            pass
-        return _Member(process, Connection(here.detach()))
+        return start(_PROGRAM, lambda link: Setup(engine, config, rank, link, *regions), regions)
 
     def _collect(self, *, watched: bool = False) -> list[Answer]:
         """An answer of each rank; one that is ``watched`` may not be silent."""
         answers: dict[int, Answer] = {}
-        silence = _Silence(self._silence)
+        silence = Silence(self._silence)
         while len(answers) < self._ranks:
             waiting = [rank for rank in range(self._ranks) if rank not in answers]
             links = {self._members[rank].link: rank for rank in waiting}
-            ready = connection.wait([*links], _PAUSE)
+            ready = connection.wait([*links], PAUSE)
             for link in ready:
                 assert isinstance(link, Connection)
                 answers[links[link]] = self._receive(link, links[link])
@@ -147,7 +127,7 @@ class RankGroup:
             answer: Answer = link.recv()
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):  # its files are closed before it has ended
-                self._members[rank].process.wait(_PAUSE)
+                self._members[rank].process.wait(PAUSE)
             raise ExecutionError(self._gone(rank)) from None
         if isinstance(answer, SlipstreamError):
             raise answer
@@ -169,22 +149,16 @@ class RankGroup:
 
     def _ended(self) -> str | None:
         """How the first rank ended that has; None where all run."""
-        for rank, member in enumerate(self._members):
-            code = member.process.poll()
-            if code is not None:
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                return self._named([rank], how)
-        return None
+        return ended(dict(enumerate(self._members)), self._ranks)
 
     def _named(self, ranks: Sequence[int], what: str) -> str:
-        names = " and ".join(map(str, ranks))
-        return f"rank {names} of {self._ranks} {what}. Restart the engine"
+        return named(ranks, self._ranks, what)
 
     def _lose(self, error: SlipstreamError) -> SlipstreamError:
         """End all ranks because of an error, which is to be raised."""
         with self._lock:
             self._lost = self._lost or str(error)
-        _end(self._members)
+        end(self._members)
         return error
 
     def watch(self) -> bool:
@@ -194,71 +168,12 @@ class RankGroup:
             return self._lost is None and not self._closed
         with self._lock:
             self._lost = self._lost or why
-        _kill(self._members)
+        kill(self._members)
         return False
-
-
-class _Silence:
-    """Since when processes have been asleep, or stopped, without computing anything between."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._seen: dict[int, tuple[int | None, float]] = {}
-
-    def stuck(self, processes: dict[int, int]) -> list[int]:
-        """The ranks, of those by their processes, that have been silent for too long."""
-        now, stuck = time.monotonic(), []
-        for rank, process in processes.items():
-            used = _asleep_after(process)
-            before, since = self._seen.get(rank, (None, now))
-            if used is None or used != before:
-                since = now
-            self._seen[rank] = used, since
-            if now - since > self._seconds:
-                stuck.append(rank)
-        return stuck
-
-
-def _asleep_after(process: int) -> int | None:
-    """How many ticks a process has computed that sleeps or is stopped, see proc_pid_stat(5); None
-    for one that waits for a core or a disk, and where the system does not say."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "RD" else int(fields[10]) + int(fields[11])
 
 
 def _watch(group: weakref.ref[RankGroup]) -> None:
     """Notice a rank that ends while nothing is asked of it."""
     while (found := group()) is not None and found.watch():
         del found
-        time.sleep(_PAUSE)
-
-
-def _kill(members: Sequence[_Member]) -> None:
-    for member in members:
-        member.process.kill()
-
-
-def _end(members: list[_Member]) -> None:
-    _kill(members)
-    for member in _taken(members):
-        member.process.wait()
-        member.link.close()
-        if member.process.stdin is not None:
-            member.process.stdin.close()
-
-
-def _finish(process: int, members: list[_Member], regions: Sequence[Region]) -> None:
-    if os.getpid() != process:  # it was forked from the one whose ranks they are
-        return
-    _end(members)
-    for region in regions:
-        region.close()
-
-
-def _taken(members: list[_Member]) -> Iterator[_Member]:
-    while members:
-        yield members.pop()
+        time.sleep(PAUSE)

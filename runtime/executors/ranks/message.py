@@ -40,25 +40,24 @@ class StepCodec:
             sum(1 << outputs.index(name) for name in batch.outputs),
             len(moves),
         ]
-        parts = [np.array(head, np.int32), *arrays, np.array(moves, np.int32).reshape(-1)]
-        total = sum(part.size for part in parts)
-        memory, start = region.array(0, (total,), "int32"), 0
-        for part in parts:
-            memory[start : start + part.size] = part.reshape(-1)
-            start += part.size
+        parts = [np.array(head, np.int32), *arrays, np.array(moves, np.int32)]
+        flat = [part.ravel() for part in parts]
+        total = sum(map(len, flat))
+        np.concatenate(flat, out=region.array(0, (total,), "int32"))
         return total
 
     def read(self, region: Region, total: int) -> StepBatch:
         """The step that ``write`` put there, in arrays of its own."""
-        memory = region.array(0, (total,), "int32").astype(np.int32)
+        memory: IntArray = region.array(0, (total,), "int32").astype(np.int32)
         count = 6 + 2 * len(paged(self.caches))
-        sizes, (graph, outputs, moves) = memory[: 2 * count], memory[2 * count : 2 * count + 3]
-        start, arrays = 2 * count + 3, list[IntArray]()
+        start = 2 * count + 3
+        *sizes, graph, outputs, moves = memory[:start].tolist()
+        arrays = list[IntArray]()
         for index in range(count):
-            rows, columns = (int(size) for size in sizes[2 * index : 2 * index + 2])
-            shape = (rows, columns) if self._is_table(index) else (rows,)
-            size = int(np.prod(shape))
-            arrays.append(memory[start : start + size].reshape(shape))
+            rows, columns = sizes[2 * index : 2 * index + 2]
+            size = rows * columns if self._is_table(index) else rows
+            array = memory[start : start + size]
+            arrays.append(array.reshape(rows, columns) if self._is_table(index) else array)
             start += size
         name = [*self.graphs][graph]
         token_ids, positions, query_start, context_len, logits_rows, slots, *rest = arrays
@@ -78,9 +77,9 @@ class StepCodec:
             },
             graph=name,
             outputs=tuple(
-                each for bit, each in enumerate(self._outputs(name)) if int(outputs) >> bit & 1
+                each for bit, each in enumerate(self._outputs(name)) if outputs >> bit & 1
             ),
-            moves=[*self._moves(memory[start : start + 3 * int(moves)])],
+            moves=[*self._moves(memory[start : start + 3 * moves])],
         )
 
     def _arrays(self, batch: StepBatch) -> Iterator[IntArray]:

@@ -1,12 +1,10 @@
-"""The process: a listening socket, uvicorn, and an end that drops nobody."""
+"""The process: uvicorn, and an end that drops nobody."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
@@ -16,69 +14,20 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from slipstream.errors import InvalidRequestError
 from slipstream.runtime.engine_client import EngineClient
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import Counting, create_app
 from slipstream.server.core.http.connection import Bounds, Connection, connection_limit
+from slipstream.server.core.http.listener import url_of
 from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.metrics import Tally
 from slipstream.server.core.options import ServerOptions
+from slipstream.server.core.processes.settings import freeze, settle
 from slipstream.server.core.service import Service
 
 _LOG = logging.getLogger(__name__)
-# After which a thread that computes lets another go on. Tokens pass through two threads, each of
-# which would wait Python's 5 ms for whoever reads or writes a large request.
-_SWITCH_SECONDS = 0.0005
 _CLOSING_SECONDS = 5  # for answers on their way to slow clients, after all requests have ended
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, which refuses connections until it is served.
-
-    Raises ``InvalidRequestError`` for an address that cannot be had.
-    """
-    listener: socket.socket | None = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        raise InvalidRequestError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --host"
-            " or --port"
-        ) from error
-    return listener
-
-
-def share(listener: socket.socket, count: int) -> list[socket.socket]:
-    """So many sockets on the address of a bound one, which is closed: the system divides
-    connections among them.
-
-    Until then nobody else could take that address; and whoever asks for it alone will not get it.
-    """
-    family, kind, address = listener.family, listener.type, listener.getsockname()
-    listener.close()
-    sockets = []
-    for _ in range(count):
-        each = socket.socket(family, kind)
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        each.bind(address)
-        sockets.append(each)
-    return sockets
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where a bound socket can be reached."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def server_of(llm: EngineClient, options: ServerOptions, apis: Sequence[Api]) -> DrainingServer:
@@ -101,20 +50,6 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-
-
-def settle() -> None:
-    """Set up a process that serves, once all is imported."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    # Its own lines about start and end are told by ours.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-
-def freeze() -> None:
-    """Spare the collector of garbage what has been made until now, and stays: hundreds of thousands
-    of objects, which take it a tenth of a second to look at."""
-    gc.collect()
-    gc.freeze()
 
 
 class DrainingServer(uvicorn.Server):

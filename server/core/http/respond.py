@@ -19,8 +19,9 @@ from slipstream.runtime.request import RequestOutput
 from slipstream.server.core.http.api import STATUSES
 from slipstream.server.core.http.middleware import direct_send, log_fields
 from slipstream.server.core.http.presence import ClientGone, while_present
+from slipstream.server.core.job import Job
 from slipstream.server.core.refusal import Refusal, internal_refusal, refusal_of
-from slipstream.server.core.service import Item, Job, Service
+from slipstream.server.core.service import Item, Service
 from slipstream.server.core.usage import Usage
 
 _LOG = logging.getLogger(__name__)

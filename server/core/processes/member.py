@@ -19,7 +19,7 @@ from slipstream.runtime.remote.client import RemoteLLM
 from slipstream.runtime.remote.link import Answerer, Link
 from slipstream.server.core.http.api import Api
 from slipstream.server.core.http.app import Counting, create_app
-from slipstream.server.core.http.process import DrainingServer, freeze, settle, uvicorn_config
+from slipstream.server.core.http.process import DrainingServer, uvicorn_config
 from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import structured_logs
 from slipstream.server.core.metrics import Gathered, Tally
@@ -35,6 +35,7 @@ from slipstream.server.core.processes.messages import (
     Ready,
     Setup,
 )
+from slipstream.server.core.processes.settings import freeze, settle
 from slipstream.server.core.service import Service
 
 _LOG = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.remote.host import Client, EngineHost
 from slipstream.runtime.remote.link import Answerer, Link
-from slipstream.server.core.http.process import freeze, settle, share, url_of
+from slipstream.server.core.http.listener import share, url_of
 from slipstream.server.core.http_metrics import HttpTally
 from slipstream.server.core.logs import log_event
 from slipstream.server.core.metrics import EngineState, Gathered, Tally
@@ -39,6 +39,7 @@ from slipstream.server.core.processes.messages import (
     Ready,
     Setup,
 )
+from slipstream.server.core.processes.settings import freeze, settle
 
 _LOG = logging.getLogger(__name__)
 _TICK = 0.1  # seconds between two looks at the engine

@@ -67,7 +67,7 @@ def machine(
     monkeypatch.setattr("ctypes.CDLL", lambda name: Driver(capability))
     monkeypatch.setattr(detect, "find_spec", lambda name: name)
     monkeypatch.setattr(detect, "_TRIAL", trial)
-    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: name)
 
 
 def test_without_a_gpu_nothing_is_tried(
@@ -173,7 +173,7 @@ def test_an_old_gpu_a_missing_package_and_compiler_are_all_told(
 ) -> None:
     machine(monkeypatch, (7, 5))
     monkeypatch.setattr(detect, "find_spec", lambda name: None)
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     monkeypatch.delenv("CC", raising=False)
     torch, triton, compiler, gpu = detect.demands("run", thorough=True)
     assert "torch is not installed: pip install" in torch and "triton" in triton

@@ -21,7 +21,7 @@ from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
 SCRIPT = """
-from slipstream.plugins.cuda.precompile import Specialization, compile_kernels
+from slipstream.plugins.cuda.precompile import Specialization, COMPILE
 from slipstream.plugins.gated_mlp.cuda_kernels import gated_kernel as kernel
 
 types = {"gate_up": "*bf16", "y": "*bf16"}
@@ -34,11 +34,14 @@ def specialization(block, width=1024):
     return Specialization(module, name, signature, constants, {}, options)
 
 broken = specialization(24)  # no power of two: left to the launch to report
-compile_kernels([specialization(128), broken, specialization(256), broken], (9, 0))
+COMPILE([specialization(128), broken, specialization(256), broken], (9, 0))
 """
 
 
-def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compile_all", ["compile_kernels", "compile_in_forks"])
+def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(
+    compile_all: str, tmp_path: Path
+) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     # Launchers are linked with the driver, which is not here.
@@ -46,7 +49,8 @@ def test_two_kernels_come_to_the_cache_and_a_broken_one_stops_nobody(tmp_path: P
     empty.touch()
     subprocess.run(["cc", "-shared", "-o", driver, empty], check=True)
     environment["TRITON_LIBCUDA_PATH"] = str(tmp_path)
-    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
+    script = SCRIPT.replace("COMPILE", compile_all)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert len(list(tmp_path.rglob("gated_kernel.cubin"))) == 2
     # Both take the same arguments.
     assert len(list(tmp_path.rglob("__triton_launcher*.so"))) == 1

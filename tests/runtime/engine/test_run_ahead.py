@@ -11,6 +11,7 @@ from tests.runtime.engine.recording import recorded
 
 from slipstream.builder.contract import CacheArray, CacheSpec
 from slipstream.errors import EngineMismatchError
+from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.request import Request
 from slipstream.runtime.testing import EOS
 
@@ -158,6 +159,20 @@ def test_shutdown_waits_for_the_step_on_its_way() -> None:
     loop.step()
     loop.shutdown()
     assert executor.events.count("start") == executor.events.count("land") == 2
+    assert executor.closed
+
+
+def test_shutdown_frees_the_device_although_its_cache_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, executor = recorded()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(f"{EngineLoop.__module__}.spill", full)
+    with pytest.raises(OSError, match="no space left"):
+        loop.shutdown()
     assert executor.closed
 
 

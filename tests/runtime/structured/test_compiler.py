@@ -237,17 +237,17 @@ def test_another_python_is_told_where_the_library_is(
     bare = tmp_path / "python3"  # which has no packages of its own
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
-    monkeypatch.setattr(guard, "_interpreters", lambda: iter([str(bare)]))
+    monkeypatch.setattr(guard, "interpreters", lambda: iter([str(bare)]))
     compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
 
 
 def test_where_no_process_can_be_started_forms_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "_interpreters", lambda: iter(["/no/such/python"]))
+    monkeypatch.setattr(guard, "interpreters", lambda: iter(["/no/such/python"]))
     with pytest.raises(ExecutionError, match=r"/no/such/python: .*leave the structured output out"):
         compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
-    monkeypatch.setattr(guard, "_interpreters", lambda: iter([]))
+    monkeypatch.setattr(guard, "interpreters", lambda: iter([]))
     with pytest.raises(ExecutionError, match="no python3 on PATH"):
         compiled(GrammarCompiler(tokenizer, TINY_VOCAB), regex="a")
 

@@ -25,6 +25,9 @@ def ask(running: Running, **changes: Any) -> Any:  # noqa: ANN401 - the client's
     return client(running).messages.create(**given)
 
 
+THINKING: Any = {"type": "adaptive"}
+
+
 def test_a_message_says_why_it_ended(chat: Running) -> None:
     cut = ask(chat, messages=HELLO, max_tokens=3)
     assert (cut.type, cut.role, cut.model) == ("message", "assistant", "counting")
@@ -39,7 +42,7 @@ def test_a_message_says_why_it_ended(chat: Running) -> None:
 
 def test_thoughts_text_and_calls_are_blocks_in_their_order(chat: Running) -> None:
     # f gh i jk l m n op q rs
-    answer = ask(chat, stop_sequences=["t"], max_tokens=30)
+    answer = ask(chat, stop_sequences=["t"], max_tokens=30, thinking=THINKING)
     assert [block.type for block in answer.content] == ["thinking", "text", "tool_use", "text"]
     thoughts, text, call, rest = answer.content
     assert thoughts.thinking == "gh" and thoughts.signature
@@ -53,14 +56,20 @@ def test_thoughts_text_and_calls_are_blocks_in_their_order(chat: Running) -> Non
     "changes",
     [
         {},
+        {"thinking": THINKING},
+        {"thinking": {"type": "disabled"}},
         {"max_tokens": 3},
+        {"max_tokens": 3, "thinking": THINKING},
         {"max_tokens": 10},
         {"messages": HELLO},
         {"messages": HELLO, "stop_sequences": ["-"]},
         {"stop_sequences": ["rs"], "max_tokens": 20},
         {"stop_sequences": ["gh"]},
+        {"stop_sequences": ["gh"], "thinking": THINKING},
         {"thinking": {"type": "adaptive", "display": "omitted"}},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "k"}],
+         "max_tokens": 8},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad"}],
          "max_tokens": 8},
     ],
     ids=str,
@@ -84,6 +93,20 @@ def test_omitted_thoughts_are_blocks_without_text(chat: Running) -> None:
     answer = ask(chat, thinking={"type": "adaptive", "display": "omitted"})
     assert answer.content[0].type == "thinking" and answer.content[0].thinking == ""
     assert answer.usage.output_tokens_details.thinking_tokens == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"thinking": {"type": "disabled"}}], ids=str)
+def test_clients_that_do_not_ask_for_thoughts_find_text_first(
+    chat: Running, changes: dict[str, Any]
+) -> None:
+    """Much code reads the text of the first block and has never seen another kind."""
+    answer = ask(chat, stop_sequences=["t"], max_tokens=30, **changes)
+    assert [block.type for block in answer.content] == ["text", "tool_use", "text"]
+    assert answer.usage.output_tokens_details.thinking_tokens == 2
+    # "e" f gh i jk: the texts around the thoughts are one.
+    bad = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad"}]
+    answer = ask(chat, messages=bad, max_tokens=7, **changes)
+    assert [block.text for block in answer.content] == ["ejk"]
 
 
 def test_tokens_are_counted_and_those_of_the_cache_apart(chat: Running) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tests.server.devices import Clock
 
 from slipstream.errors import InvalidRequestError
+from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.executors import counting
+from slipstream.runtime.executors.base import OffloadingExecutor, TimedExecutor
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.bench import measure
 from slipstream.server.bench.measure import Bench, Workload
@@ -45,6 +48,38 @@ def test_pages_of_the_host_are_measured_too() -> None:
     engine = counting_engine(kv_offload_gib=0.01)
     with Bench(engine, Workload(input_len=5, output_len=4, seed=1)) as bench:
         assert len(bench.measure(2, 1).traces) == 2
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_device_that_is_watched_can_do_what_it_could(timed: bool, offloads: bool) -> None:
+    class Least:
+        """An executor of which nothing is asked here but what it has."""
+
+    class Offloads(Least):
+        stored = loaded = Traffic(3, 0.5)
+
+        def reserve_host(self, num_bytes: int, file: str | None) -> tuple[int, str | None]:
+            return num_bytes, file
+
+        def transfer(self, transfers: list[object]) -> None:
+            transfers.append("done")
+
+    class Times(Least):
+        def step_seconds(self) -> dict[int, float]:
+            return {1: 0.25}
+
+    parts = (*([Offloads] if offloads else []), *([Times] if timed else []))
+    device = measure.watched(type("Device", (*parts, Least), {})())
+    assert isinstance(device, OffloadingExecutor) == offloads
+    assert isinstance(device, TimedExecutor) == timed
+    if isinstance(device, TimedExecutor):
+        assert device.step_seconds() == {1: 0.25}
+    if isinstance(device, OffloadingExecutor):
+        done: Any = []
+        device.transfer(done)
+        room: Any = device.reserve_host(7, "f")
+        assert (device.stored, room, done) == (Traffic(3, 0.5), (7, "f"), ["done"])
 
 
 def test_a_device_that_runs_ahead_waits_for_nobody() -> None:

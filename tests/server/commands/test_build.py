@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from slipstream.builder.contract import bytes_per_token, kv_dtype_of
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda import detect
-from slipstream.runtime.executors.cuda import kernels
+from slipstream.server import engine_kernels
 from slipstream.server.cli import slipstream
 from slipstream.server.text import format_bytes
 
@@ -166,49 +167,57 @@ def test_kernels_are_refused_before_anything_is_built(
     assert not (tmp_path / "engine").exists()
 
 
+# The process that compiles, with another compiler: it plans the engine that is built, and what is
+# printed on the way is no kernel.
+PROCESS = """
+from slipstream.server import kernel_process
+
+def compile_plan(plan, capability):
+    assert plan.target == "cuda" and plan.weights
+    print("some library's words")
+    return f"none of {capability}".encode()
+
+kernel_process.compile_plan = compile_plan
+kernel_process.main()
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "here", "kept"),
     [
-        (["--kernels", "sm_100"], None, [(10, 0)]),
-        (["--kernels", "sm_80"], None, [(8, 0)]),
-        (["--kernels", "none"], (9, 0), []),
-        ([], None, []),
-        ([], (9, 0), [(9, 0)]),
-        (["--quantization", "fp8"], (8, 0), []),
+        (["--kernels", "sm_100"], None, b"none of (10, 0)"),
+        (["--kernels", "sm_80"], None, b"none of (8, 0)"),
+        (["--kernels", "none"], (9, 0), None),
+        ([], None, None),
+        ([], (9, 0), b"none of (9, 0)"),
+        (["--quantization", "fp8"], (8, 0), None),
     ],
 )
 def test_kernels_are_kept_for_the_gpu_that_is_named_or_here(
     arguments: list[str],
     here: tuple[int, int] | None,
-    kept: list[tuple[int, int]],
+    kept: bytes | None,
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[tuple[int, int]] = []
-
-    def compiled(*given: Any) -> bytes:  # noqa: ANN401 - see kernel_file
-        found.append(given[3])
-        return b"kernels"
-
-    monkeypatch.setattr(kernels, "kernel_file", compiled)
+    monkeypatch.setattr(engine_kernels, "_PROCESS", [sys.executable, "-P", "-c", PROCESS])
     monkeypatch.setattr(detect, "gpu_capability", lambda: here)
     output = tmp_path / "engine"
     result = run(tiny_checkpoint, "-o", output, "--target", "cuda", *arguments)
     assert result.exit_code == 0, result.output
-    assert found == kept
     engine = open_engine(output)
     engine.verify_files()
-    assert ("kernels.zip" in engine.manifest.files) == bool(kept)
+    assert ("kernels.zip" in engine.manifest.files) == (kept is not None)
+    if kept is not None:
+        assert (output / "kernels.zip").read_bytes() == kept
 
 
 def test_an_engine_whose_kernels_do_not_compile_is_whole(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> bytes:
-        raise RuntimeError("no assembler")
-
-    monkeypatch.setattr(kernels, "kernel_file", broken)
+    broken = "raise SystemExit('no assembler')"
+    monkeypatch.setattr(engine_kernels, "_PROCESS", [sys.executable, "-c", broken])
     arguments = ("--target", "cuda", "--kernels", "sm_90")
     result = run(tiny_checkpoint, "-o", tmp_path / "engine", *arguments)
     assert result.exit_code == 0 and "keeps no kernels: no assembler" in result.stderr

@@ -19,7 +19,8 @@ from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.anthropic.api import ANTHROPIC
-from slipstream.server.core.http.process import DrainingServer, bind, server_of, url_of
+from slipstream.server.core.http.listener import bind, url_of
+from slipstream.server.core.http.process import DrainingServer, server_of
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.core.service import Service
 from slipstream.server.ollama.api import OLLAMA

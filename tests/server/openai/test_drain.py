@@ -21,7 +21,8 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.logs import structured_logs
 from slipstream.server.core.options import ServerOptions
-from slipstream.server.core.http.process import bind, run
+from slipstream.server.core.http.listener import bind
+from slipstream.server.core.http.process import run
 from slipstream.server.openai.api import OPENAI
 from tests.server.devices import HeldDevice, engine_on
 

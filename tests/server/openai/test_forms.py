@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.structured.compiler import WHITESPACE
-from slipstream.runtime.structured.output import StructuredOutput
+from slipstream.runtime.structured.output import WHITESPACE, StructuredOutput
 from slipstream.runtime.testing import counting_tokenizer
 from slipstream.server.openai.forms import form_field, form_of
 from slipstream.server.openai.protocol import ChatRequest, CompletionRequest

@@ -161,7 +161,7 @@ def test_a_bad_completion_is_400_and_says_why(
         ({"audio": {"voice": "x"}}, "audio: not supported"),
         ({"modalities": ["text", "audio"]}, "modalities: not supported"),
         ({"reasoning_effort": "lots"}, "reasoning_effort: input should be 'none', 'minimal'"),
-        ({"documents": []}, "unknown field 'documents'"),
+        ({"adapters": []}, "unknown field 'adapters'"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"logprobs": 2}, "logprobs: input should be a valid boolean"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs holds messages"),

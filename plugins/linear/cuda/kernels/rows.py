@@ -52,26 +52,33 @@ def _decode_at(
 
 @triton.jit
 def embedding_rows(
-    token_ids, last_tokens, slots, codes, scale, shift, y, sequences, V, K,
+    token_ids, last_tokens, slots, first, codes, scale, shift, y, sequences, V, K,
     BLOCK: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, ZERO: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a weight [V, K] by token id; grid (tokens, blocks of K).
 
     KIND "dense", "fp8" or "int". With LAST an id of -1 stands for ``last_tokens[slots[row]]``.
-    Numbers out of range are moved into it: they belong to rows that nobody reads.
+    Numbers out of range are moved into it: they belong to rows that nobody reads. With ``first``
+    they are rows of other parts of a table, this one beginning there: zeros.
     """
     begin(PDL)
     row = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids + row)
     if LAST:
         slot = tl.minimum(tl.maximum(tl.load(slots + row), 0), sequences - 1)
         token = tl.where(token == -1, tl.load(last_tokens + slot), token)
+    inside = k < K
+    if first is not None:
+        token -= tl.load(first)
+        inside &= (token >= 0) & (token < V)
     token = tl.minimum(tl.maximum(token, 0), V - 1)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = _decode_at(
-        codes, scale, shift, token, k, K, k < K, KIND, BITS, GROUP, ROWS, ZERO
+        codes, scale, shift, token, k, K, inside, KIND, BITS, GROUP, ROWS, ZERO
     )  # fmt: skip
+    if first is not None:
+        values = tl.where(inside, values, 0.0)  # an offset or a zero point is no code
     tl.store(y + row.to(tl.int64) * K + k, values.to(y.dtype.element_ty), mask=k < K)
 
 

@@ -121,6 +121,7 @@ def test_the_provider_that_has_all_kernels(
     ("options", "message"),
     [
         ({"dtype": "float32", "ort_attention": "pages"}, "takes float16 and bfloat16"),
+        ({"ort_activations": "int8"}, "rounds x in float32 only, and dtype is float16"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype int8 does not run on target onnxruntime"),
         ({"quantization": "fp8"}, "quantization fp8 does not run on target onnxruntime"),
         ({"gemm_plugin": "disable"}, "gemm_plugin disable does not run on target onnxruntime"),
@@ -135,9 +136,11 @@ def test_options_that_mean_nothing_here(
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_other_targets_have_one_attention(target: str, tiny_checkpoint: Path) -> None:
+def test_other_targets_have_no_such_choices(target: str, tiny_checkpoint: Path) -> None:
     with pytest.raises(BuildError, match="ort_attention pages does not run on target"):
         plan(tiny_checkpoint, BuildOptions(target=target, ort_attention="pages"))
+    with pytest.raises(BuildError, match="ort_activations int8 does not run on target"):
+        plan(tiny_checkpoint, BuildOptions(target=target, ort_activations="int8"))
 
 
 def test_the_manifest_says_how_to_make_it_again(tiny_checkpoint: Path, tmp_path: Path) -> None:

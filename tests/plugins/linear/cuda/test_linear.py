@@ -359,6 +359,25 @@ def test_embedding_without_last_tokens(device: str) -> None:
     np.testing.assert_array_equal(got.float().cpu().numpy(), want)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_of_a_part(name: str, device: str) -> None:
+    """Zeros for tokens before it and behind it, one that only the device knows among them."""
+    weight = random_weight(FORMATS[name])
+    rows = weight.format.shape[0]
+    ids = torch.tensor([99, 100, 100 + rows - 1, 100 + rows, -1, -1], dtype=torch.int32)
+    last = torch.tensor([103, 7], dtype=torch.int32, device=device)
+    slots = torch.tensor([0, 0, 0, 0, 0, 1], dtype=torch.int32, device=device)
+    first = torch.tensor([100], dtype=torch.int32, device=device)
+    got = embedding(
+        ids.to(device), on_device(weight, device), torch.float16,
+        last_tokens=last, slots=slots, first=first,
+    )  # fmt: skip
+    known = np.array([99, 100, 100 + rows - 1, 100 + rows, 103, 7], np.int32)
+    want = reference.embedding_shard(known, weight, np.array([100], np.int32))
+    assert not want[[0, 3, 5]].any() and want[[1, 2, 4]].any(axis=1).all()
+    assert_close(got.float().cpu().numpy(), want, 8e-3)
+
+
 def test_every_candidate_agrees(device: str) -> None:
     """All tactics that may be chosen for a shape compute the same."""
     for tokens in (1, 16):

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from tests.integration.test_smollm2 import PROMPTS as TEXTS
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import LlamaConfig, Qwen3Config
 
@@ -94,3 +95,25 @@ def test_siblings_share_a_prompt(tmp_path: Path) -> None:
     with LLM(tmp_path / "engine", max_batch_size=4) as llm:
         (output,) = llm.generate([PROMPTS[4]], params)
     assert len({tuple(c.token_ids) for c in output.outputs}) == 1
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("attention", ["slots", "pages"])
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 0.75), ("bfloat16", 0.5)])
+def test_smollm2_in_four_bits(
+    dtype: Dtype, least: float, attention: OrtAttention, smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    """Its tokens are those of the CPU provider in float32, until rounding turns a near tie."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    found = []
+    for name in (dtype, "float32"):
+        options = BuildOptions(
+            target="onnxruntime", dtype=name, max_seq_len=512,
+            ort_attention=attention if name == dtype else "auto",
+        )  # fmt: skip
+        build(smollm2_gguf, tmp_path / name, options)
+        with LLM(tmp_path / name, max_batch_size=4, max_num_tokens=32) as llm:
+            outputs = llm.generate(TEXTS[:4], params)
+        found.append([output.outputs[0].token_ids for output in outputs])
+    alike = sum(a == b for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True))
+    assert alike > least * 4 * 8

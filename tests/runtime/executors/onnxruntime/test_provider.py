@@ -108,6 +108,18 @@ def test_cuda_is_taken_where_both_run_it(manifest: Manifest, package: Package) -
     assert provider.wanted_provider(replace(manifest, capability=CPU)) == CPU
 
 
+def test_sessions_take_entries_of_a_provider(engine: Path) -> None:
+    """Also those of another, or of a release to come, which do nothing."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    for name, value in provider.session_entries(CUDA).items():
+        options.add_session_config_entry(name, value)
+    session = ort.InferenceSession(str(engine / "graph.onnx"), options, providers=[CPU])
+    assert session.get_providers() == [CPU]
+    assert provider.session_entries(CPU) == {}
+
+
 def test_what_preloading_prints_stays_off_the_terminal(
     package: Package, capsys: pytest.CaptureFixture[str]
 ) -> None:

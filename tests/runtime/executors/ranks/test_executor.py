@@ -71,6 +71,17 @@ def test_answers_are_those_of_one_device(engines: Callable[[int], Path]) -> None
     assert answers(engines(2), *asked) == one
 
 
+def test_ranks_are_started_where_python_is_embedded(
+    engines: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Triton's stub, whose own program must not be started once more."""
+    stub = tmp_path / "stub"
+    stub.write_text("#!/bin/sh\nexit 3\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    assert answers(engines(2), SamplingParams(temperature=0, max_tokens=2))
+
+
 @pytest.mark.slow
 def test_answers_of_four_ranks(engines: Callable[[int], Path]) -> None:
     asked = SamplingParams(temperature=0, max_tokens=24)

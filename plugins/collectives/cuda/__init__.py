@@ -1,0 +1,1 @@
+"""Ranks on NVIDIA GPUs: sums and columns over memory that all of them reach."""

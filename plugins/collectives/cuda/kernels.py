@@ -1,0 +1,361 @@
+"""Sums and columns of several ranks in Triton, over memory that all of them write.
+
+A launch is a *turn* that every rank takes. Turns count up on the device, in ``turns``, so a replay
+of a captured launch is a turn of its own. A rank writes into the others' memory, into one of two
+slots in turns, and reads its own. It writes into that slot again two turns later: until then it has
+been through a turn in which it heard of every other rank, which each began after it had read.
+
+``peers`` has the addresses of all ranks' memory; what begins at ``inbox``, ``parts``, ``whole`` and
+``flags`` bytes of it is said in ``layout.py``. Values are words of 32 bits, which hold two numbers
+of 16 bits or one of 32. No kernel may have more programs than run at once: they wait for others.
+"""
+
+import triton
+import triton.language as tl
+
+# The most programs of a launch: as many counters of turns, and flags of a rank and phase.
+PROGRAMS = tl.constexpr(128)
+_LOW = tl.constexpr(0xFFFF)
+# A turn that none is: it stands everywhere when nobody comes any more (``SharedMemory.abandon``).
+_ABANDONED = tl.constexpr(-1)
+
+
+@triton.jit
+def _box(peers, rank, offset, dtype: tl.constexpr):
+    """Where something begins in the memory of a rank."""
+    address = tl.multiple_of(tl.load(peers + rank) + offset, 256)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 256)
+
+
+@triton.jit
+def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
+    """Where it begins in that of every other rank, from the next one on."""
+    boxes = ()
+    for step in tl.static_range(1, SIZE):
+        box = _box(peers, (rank + step) % SIZE, offset, dtype)
+        boxes = boxes + (box,)  # noqa: RUF005 - Triton joins tuples in this way only
+    return boxes
+
+
+@triton.jit
+def _begin_turn(turns):
+    """The turn of this launch, odd after even: neither that of who is gone nor 0, which is where
+    nobody has written yet."""
+    turn = tl.load(turns + tl.program_id(0)) + 1
+    return tl.where(turn == _ABANDONED, 1, turn)
+
+
+@triton.jit
+def _end_turn(turns, turn):
+    """Counts the turn, for the next launch, which may have more programs than this one: each
+    writes the counters of its own and of those that are not here."""
+    every = tl.arange(0, PROGRAMS)
+    own = every % tl.num_programs(0) == tl.program_id(0)
+    tl.store(turns + every, tl.full([PROGRAMS], 0, tl.int32) + turn, own)
+
+
+@triton.jit
+def _low(words, dtype: tl.constexpr):
+    """The first number of each word, or the only one."""
+    if dtype == tl.float32:
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        values = (words & _LOW).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _high(words, dtype: tl.constexpr):
+    """The second number of each word; of words that are one, that again."""
+    if dtype == tl.float32:
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        values = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _pack(low, high, dtype: tl.constexpr):
+    """Words of numbers that are rounded to ``dtype``."""
+    if dtype == tl.float32:
+        words = low.to(tl.int32, bitcast=True)
+    else:
+        first = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & _LOW
+        words = first | (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
+
+
+@triton.jit
+def _finish(
+    words, other, at, inside, weight_low, weight_high, y, total, eps,
+    WORDS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stores a row of the sum; with ``total`` its sum with the ``other`` row, and the norm of it in
+    y."""
+    if total is None:
+        tl.store(y + at, words, inside)
+    else:
+        both = _pack(
+            _low(words, DTYPE) + _low(other, DTYPE),
+            _high(words, DTYPE) + _high(other, DTYPE),
+            DTYPE,
+        )
+        tl.store(total + at, both, inside)
+        low, high = _low(both, DTYPE), _high(both, DTYPE)
+        scale = tl.rsqrt(tl.sum(low * low + high * high) / (2 * WORDS) + eps)
+        normed = _pack(low * scale * weight_low, high * scale * weight_high, DTYPE)
+        tl.store(y + at, normed, inside)
+
+
+@triton.jit
+def _push(words, turn, boxes, place, inside, SIZE: tl.constexpr, LINES: tl.constexpr):
+    """Sends words to every other rank; as lines, each beside the turn in one store of 64 bits, so
+    that whoever finds the turn there has the word."""
+    line = words
+    if LINES:
+        line = (words.to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
+    for step in tl.static_range(SIZE - 1):
+        tl.store(boxes[step] + place, line, inside)
+
+
+@triton.jit
+def _has_come(seen, turn):
+    """Whether what was to come in this turn is there, or never will be."""
+    return (seen == turn) | (seen == _ABANDONED)
+
+
+@triton.jit
+def _await_one(box, turn, inside):
+    """The words of one rank, once they are there."""
+    lines = tl.load(box, inside, 0, volatile=True)
+    while tl.min((_has_come((lines >> 32).to(tl.int32), turn) | ~inside).to(tl.int32)) == 0:
+        lines = tl.load(box, inside, 0, volatile=True)
+    return lines.to(tl.int32)
+
+
+@triton.jit
+def _await_all(box, stride, turn, rank, inside, SIZE: tl.constexpr):
+    """Waits until the words of all other ranks are there."""
+    ready = 0
+    while ready == 0:
+        here = inside | ~inside
+        for sender in tl.static_range(SIZE):
+            wanted = inside & (sender != rank)
+            lines = tl.load(box + sender * stride, wanted, 0, volatile=True)
+            here = here & (_has_come((lines >> 32).to(tl.int32), turn) | ~wanted)
+        ready = tl.min(here.to(tl.int32))
+
+
+@triton.jit
+def _sum_sent(own, box, stride, rank, inside, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of own words and those that lie in the box, in the order of the ranks."""
+    low = _low(tl.zeros_like(own), DTYPE)
+    high = low
+    for sender in tl.static_range(SIZE):
+        sent = tl.load(box + sender * stride, inside & (sender != rank), 0, volatile=True)
+        words = tl.where(sender == rank, own, sent.to(tl.int32))
+        low += _low(words, DTYPE)
+        high += _high(words, DTYPE)
+    return _pack(low, high, DTYPE)
+
+
+@triton.jit
+def _weights(weight, columns, within, DTYPE: tl.constexpr):
+    """The factors of a norm; zeros where there is none."""
+    low = _low(tl.zeros_like(columns), DTYPE)
+    high = low
+    if weight is not None:
+        factors = tl.load(weight + columns, within, 0)
+        low, high = _low(factors, DTYPE), _high(factors, DTYPE)
+    return low, high
+
+
+@triton.jit
+def _inside(at, within, row, rows, count, weight):
+    """Which of the words of a row are there: with a norm, all or none."""
+    if weight is None:  # noqa: SIM108 - where a branch is compiled only if it is taken
+        inside = within & (at < count)
+    else:
+        inside = within & (row < rows)
+    return inside
+
+
+@triton.jit
+def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
+    """What this program has written anywhere is seen by that of the same number of every other
+    rank, which is as far as this one is; likewise theirs here."""
+    # Of two turns in a row, the later may be told before the earlier has been looked for.
+    phase += (turn & 1) * 2
+    every = tl.arange(0, SIZE)
+    other = every != rank
+    program = tl.program_id(0)
+    there = (tl.load(peers + every) + flags).to(tl.pointer_type(tl.int32))
+    here = _box(peers, rank, flags, tl.int32)
+    turns = tl.zeros_like(every) + turn
+    tl.debug_barrier()
+    place = (phase * SIZE + rank) * PROGRAMS + program
+    tl.atomic_xchg(there + place, turns, other, sem="release", scope="sys")
+    mine = here + (phase * SIZE + every) * PROGRAMS + program
+    ready = 0
+    while ready == 0:
+        seen = tl.atomic_add(mine, tl.zeros_like(every), other, sem="acquire", scope="sys")
+        ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rank", "rows"])
+def one_shot_kernel(
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every rank sends its x to all others and adds up all. Grid: (programs,).
+
+    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
+    of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
+    that of a slot. As LINES, words are there with their turn, which is quick; without, programs
+    meet, and half as much is sent.
+    """
+    columns = tl.arange(0, BLOCK)
+    within = columns < WORDS
+    kind: tl.constexpr = tl.int64 if LINES else tl.int32
+    # What no kernel writes is read before everything in front has ended.
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
+    others = _others(peers, rank, inbox, kind, SIZE)
+    box = _box(peers, rank, inbox, kind)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    turn = _begin_turn(turns)
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    for row in range(first, rows, programs):
+        at = row * WORDS + columns
+        inside = _inside(at, within, row, rows, count, weight)
+        words = tl.load(x + at, inside, 0)
+        _push(words, turn, others, slot + rank.to(tl.int64) * stride + at, inside, SIZE, LINES)
+    if not LINES:
+        _meet(peers, flags, 0, turn, rank, SIZE)
+    for row in range(first, rows, programs):
+        at = row * WORDS + columns
+        inside = _inside(at, within, row, rows, count, weight)
+        own = tl.load(x + at, inside, 0)
+        other = own
+        if residual is not None:
+            other = tl.load(residual + at, inside, 0)
+        if LINES and SIZE == 2:  # a + b is b + a
+            sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
+            words = _pack(
+                _low(own, DTYPE) + _low(sent, DTYPE), _high(own, DTYPE) + _high(sent, DTYPE), DTYPE
+            )
+        else:
+            if LINES:
+                _await_all(box + at, stride, turn, rank, inside, SIZE)
+            words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
+        _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    _end_turn(turns, turn)
+
+
+@triton.jit(do_not_specialize=["rank", "rows"])
+def two_shot_kernel(
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, parts, whole,
+    flags, eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As ``one_shot_kernel``, where a rank adds up every SIZE-th row and sends the sum to all
+    others. Grid: (programs,).
+
+    ``stride`` words is the room for the rows of a sender in ``parts``; sums are in ``whole``. Slots
+    of both are ``room`` words from each other.
+    """
+    columns = tl.arange(0, BLOCK)
+    within = columns < WORDS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
+    other_parts = _others(peers, rank, parts, tl.int32, SIZE)
+    other_sums = _others(peers, rank, whole, tl.int32, SIZE)
+    sums = _box(peers, rank, whole, tl.int32)
+    box = _box(peers, rank, parts, tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    turn = _begin_turn(turns)
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
+    sums += slot
+    first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
+    own_part = slot + rank.to(tl.int64) * stride
+    for group in range(first, groups, programs):
+        place = own_part + group * WORDS + columns
+        for step in tl.static_range(1, SIZE):
+            owner = (rank + step) % SIZE
+            row = group * SIZE + owner
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, rows, count, weight)
+            words = tl.load(x + at, inside, 0)
+            tl.store(other_parts[step - 1] + place, words, inside)
+    _meet(peers, flags, 0, turn, rank, SIZE)
+    for group in range(first, groups, programs):
+        row = group * SIZE + rank
+        at = row * WORDS + columns
+        inside = _inside(at, within, row, rows, count, weight)
+        own = tl.load(x + at, inside, 0)
+        sent = box + group * WORDS + columns
+        words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
+        for step in tl.static_range(SIZE - 1):
+            tl.store(other_sums[step] + slot + at, words, inside)
+        tl.store(sums + at, words, inside)
+    _meet(peers, flags, 1, turn, rank, SIZE)
+    for group in range(first, groups, programs):
+        for step in tl.static_range(SIZE):
+            row = group * SIZE + step
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, rows, count, weight)
+            words = tl.load(sums + at, inside, 0, volatile=True)
+            other = words
+            if residual is not None:
+                other = tl.load(residual + at, inside, 0)
+            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    _end_turn(turns, turn)
+
+
+@triton.jit(do_not_specialize=["rank", "rows"])
+def gather_kernel(
+    x, y, peers, turns, rank, rows, width, stride, room, inbox, flags,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y ``[rows, SIZE * width]`` words of x ``[rows, width]`` of every rank, through an inbox as
+    that of ``one_shot_kernel``. Grid: (programs,)."""
+    kind: tl.constexpr = tl.int64 if LINES else tl.int32
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    others = _others(peers, rank, inbox, kind, SIZE)
+    box = _box(peers, rank, inbox, kind)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    turn = _begin_turn(turns)
+    slot = (turn & 1).to(tl.int64) * room
+    box += slot
+    first, programs, count = tl.program_id(0), tl.num_programs(0), rows * width
+    own = slot + rank.to(tl.int64) * stride
+    for block in range(first, tl.cdiv(count, BLOCK), programs):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        words = tl.load(x + at, at < count, 0)
+        _push(words, turn, others, own + at, at < count, SIZE, LINES)
+        tl.store(y + (at // width * SIZE + rank) * width + at % width, words, at < count)
+    if not LINES:
+        _meet(peers, flags, 0, turn, rank, SIZE)
+    for block in range(first, tl.cdiv(count, BLOCK), programs):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        for step in tl.static_range(1, SIZE):
+            sender = (rank + step) % SIZE
+            sent = box + sender.to(tl.int64) * stride + at
+            if LINES:
+                words = _await_one(sent, turn, at < count)
+            else:
+                words = tl.load(sent, at < count, 0, volatile=True)
+            tl.store(y + (at // width * SIZE + sender) * width + at % width, words, at < count)
+    _end_turn(turns, turn)

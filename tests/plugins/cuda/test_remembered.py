@@ -1,0 +1,31 @@
+"""Whose kernels are compiled is known for as long as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slipstream.plugins.cuda.remembered import are_compiled, mark_of, remember
+
+
+def test_what_is_remembered_goes_with_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    mark = mark_of("engine", "H100")
+    assert not are_compiled(mark)
+    remember(mark)
+    assert are_compiled(mark) and are_compiled(mark_of("engine", "H100"))
+    shutil.rmtree(tmp_path)
+    assert not are_compiled(mark)
+
+
+def test_other_engines_devices_and_settings_of_triton_have_other_marks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marks = [mark_of("engine", "H100"), mark_of("other", "H100"), mark_of("engine", "H200")]
+    monkeypatch.setenv("DISABLE_LLVM_OPT", "1")
+    marks.append(mark_of("engine", "H100"))
+    assert len(set(marks)) == 4

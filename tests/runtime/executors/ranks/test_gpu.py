@@ -1,0 +1,311 @@
+"""Engines of several ranks on GPUs: natively where there are two, else in Triton's interpreter on
+processes of the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.integration.test_architectures import CONFIGS
+from tests.runtime.executors.ranks.test_executor import until_ended
+from tests.tiny_models import llama_tensors, save_llama, save_tiny
+
+import slipstream
+from slipstream import LLM, SamplingParams
+from slipstream.builder.build import build
+from slipstream.builder.engine import open_engine
+from slipstream.builder.options import BuildOptions
+from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
+from slipstream.plugins.cuda.launch import interpreting
+from slipstream.plugins.linear.cuda import tactics
+from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.executors.cuda import buckets, runner
+from slipstream.runtime.executors.cuda import device as cuda_device
+from slipstream.runtime.executors.ranks.gpu.executor import CUDARankExecutor
+from slipstream.runtime.loading import load
+from slipstream.runtime.request import RequestOutput
+from slipstream.runtime.structured.output import StructuredOutput
+
+# What padding computes is undefined, of which NumPy warns in the interpreter.
+pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+GPUS = 8 if interpreting() else torch.cuda.device_count()
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LIMITS = {"max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 96, "kv_cache_bytes": 1 << 19}
+PROMPTS = [[5, 6, 7, 8, 9, 10], [100, 3], list(range(40, 62))]
+NEAR = 0.1  # of log probabilities: tokens that other sums may swap
+# What a follower does before anything else: what ``conftest.py`` does here, and the tests below.
+SITE = """
+from tests.plugins.interpreter import repair
+repair()
+import torch
+from slipstream.plugins.linear.cuda import tactics
+from slipstream.runtime.executors.cuda import buckets, runner
+torch.set_num_threads(1)
+buckets.MIXED_TOKENS, runner.PREPARED_SEQUENCES, tactics._GUESS_GEMV_TOKENS = (16,), 0, 0
+"""
+Engines = Callable[[int], Path]
+
+
+def needs(ranks: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(ranks > GPUS, reason=f"needs {ranks} GPUs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In the interpreter, few graphs and no GEMVs, here and in followers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if interpreting():
+            site = tmp_path_factory.mktemp("site")
+            (site / "sitecustomize.py").write_text(SITE)
+            root = Path(slipstream.__file__).parents[2]
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (site, root / "src", root))))
+            patch.setattr(buckets, "MIXED_TOKENS", (16,))
+            patch.setattr(runner, "PREPARED_SEQUENCES", 0)
+            patch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """An engine of so many ranks, the same model each time, of a vocabulary that none divides."""
+    directory = tmp_path_factory.mktemp("ranks")
+    save_llama(directory / "model", llama_tensors(**SHAPE, vocab_size=321), **SHAPE, vocab_size=321)
+
+    def engine(ranks: int) -> Path:
+        path = directory / f"engine{ranks}"
+        if not path.exists():
+            build(directory / "model", path, BuildOptions("cuda", tp_size=ranks, max_seq_len=96))
+        return path
+
+    return engine
+
+
+def answers(engine: Path, *params: SamplingParams, **options: Any) -> list[RequestOutput]:  # noqa: ANN401
+    loaded = load(engine, {**LIMITS, **options})
+    with LLM.from_engine(loaded) as llm:
+        made = [output for each in params for output in llm.generate(PROMPTS, each)]
+    if isinstance(loaded.executor, CUDARankExecutor):
+        until_ended(loaded.executor.followers.processes)
+        assert loaded.executor.lost is None, "they were asked to end"
+    return made
+
+
+def assert_alike(made: list[RequestOutput], expected: list[RequestOutput]) -> None:
+    """The same greedy tokens, up to one of two that nearly tie."""
+    for output, other in zip(made, expected, strict=True):
+        ours, theirs = output.outputs[0], other.outputs[0]
+        assert ours.logprobs is not None and theirs.logprobs is not None
+        entries = zip(ours.logprobs, theirs.logprobs, strict=True)
+        for mine, one in entries:
+            assert mine.logprob == pytest.approx(one.logprob, abs=NEAR)
+            if mine.token_id != one.token_id:
+                assert one.top[mine.token_id][0] > one.logprob - NEAR
+                break
+
+
+def greedy(**more: Any) -> SamplingParams:  # noqa: ANN401
+    given = {"temperature": 0, "max_tokens": 4, "ignore_eos": True, "logprobs": 4, **more}
+    return SamplingParams(**given)
+
+
+@needs(2)
+def test_answers_are_those_of_one_device(engines: Engines) -> None:
+    assert_alike(answers(engines(2), greedy()), answers(engines(1), greedy()))
+
+
+@pytest.mark.slow
+@needs(4)
+def test_answers_of_four_ranks(engines: Engines) -> None:
+    """Whose heads of keys and values two have each."""
+    assert_alike(answers(engines(4), greedy()), answers(engines(1), greedy()))
+
+
+@pytest.mark.slow
+@needs(2)
+def test_what_requests_may_ask_for(engines: Engines) -> None:
+    """Penalties, forms, scores of prompts, drafts of the host, and copies of pages."""
+    asked = (
+        greedy(repetition_penalty=1.5, logit_bias={7: 3.0}),
+        greedy(structured=StructuredOutput(regex="[a-z ]+"), logprobs=4),
+        greedy(prompt_logprobs=1, max_tokens=2),
+        greedy(max_tokens=12),
+    )
+    options = {"speculative": "ngram", "enable_prefix_caching": True}
+    one = answers(engines(1), *asked, **options)
+    two = answers(engines(2), *asked, **options)
+    assert_alike(two, one)
+    for ours, theirs in zip(two, one, strict=True):
+        scores = zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True)
+        for mine, other in scores:
+            if mine is not None and other is not None:
+                assert mine.logprob == pytest.approx(other.logprob, abs=NEAR)
+
+
+@pytest.mark.slow
+@needs(2)
+def test_a_seed_says_the_same_again(engines: Engines) -> None:
+    """All ranks go on with what the first has drawn: else a second run would differ."""
+    params = SamplingParams(temperature=1.0, seed=7, n=2, max_tokens=6, ignore_eos=True)
+    first, second = (
+        [c.token_ids for o in answers(engines(2), params) for c in o.outputs] for _ in range(2)
+    )
+    assert first == second and len({tuple(ids) for ids in first}) > 1
+
+
+@needs(2)
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (signal.SIGKILL, "rank 1 of 2 was killed by signal 9"),
+        pytest.param(
+            signal.SIGSTOP, "rank 1 of 2 has done nothing for 2 seconds", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["killed", "hung"],
+)
+def test_a_lost_rank_ends_requests(sent: int, reason: str, engines: Engines) -> None:
+    async def main() -> None:
+        engine = load(
+            engines(2), {**LIMITS, "step_timeout": 2.0 if sent == signal.SIGSTOP else 600}
+        )
+        executor = engine.executor
+        assert isinstance(executor, CUDARankExecutor)
+        (process,) = executor.followers.processes
+        async with AsyncLLM.from_engine(engine) as llm:
+            told, params = 0, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+            with pytest.raises(ExecutionError, match=reason):
+                async for _ in llm.generate([5, 6, 7], params):
+                    told += 1
+                    if told == 2:
+                        os.kill(process, sent)
+            until_ended((process,))
+            assert reason in str(llm.unhealthy)
+            with pytest.raises(ExecutionError, match=reason):
+                async for _ in llm.generate([5, 6, 7], params):
+                    pass
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+
+@needs(2)
+def test_pages_that_no_rank_has_are_refused(engines: Engines) -> None:
+    with pytest.raises(CapacityError, match="hold no page"):
+        LLM(engines(2), **LIMITS | {"kv_cache_bytes": 64})
+
+
+def test_too_few_gpus(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(EngineMismatchError, match=r"4 ranks, .* sees 3; .* --tp-size 2, or"):
+        cuda_device.require(open_engine(engines(4)).manifest)
+
+
+@pytest.mark.gpu
+@needs(2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "int4_wo", "group_size": 32},
+        {"quantization": "int8_wo", "group_size": 32},
+        {"kv_cache_dtype": "fp8"},
+        {"dtype": "float16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=needs(4))])
+def test_formats_natively(ranks: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Captured, where other sums of products of 8 bits are further apart."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    save_llama(tmp_path / "model", llama_tensors(**shape), **shape)
+    made = []
+    for count in (1, ranks):
+        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96, **options)
+        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
+        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=16)))
+    assert_alike(made[1], made[0])
+
+
+@pytest.mark.gpu
+@needs(2)
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "olmo2-tied-biases", "gemma2"])
+def test_families_natively(name: str, tmp_path: Path) -> None:
+    save_tiny(CONFIGS[name], tmp_path / "model")
+    made = []
+    for count in (1, 2):
+        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96)
+        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
+        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=8)))
+    assert_alike(made[1], made[0])
+
+
+@pytest.mark.gpu
+@needs(2)
+def test_a_server_whose_rank_is_lost_ends(engines: Engines) -> None:
+    """While steps are on their way, so that a kernel of the first rank waits for ever."""
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, "-m", "slipstream.server.cli", "serve", str(engines(2))]
+    command += ["--port", "0", "--kv-cache-bytes", str(1 << 26)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        log, address = "", None
+        while address is None:
+            line = server.stderr.readline()
+            assert line, log
+            log, address = log + line, re.search(r"http://\S+", line)
+        url = f"{address[0]}/v1/completions"
+        ended = threading.Event()
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
+
+        def ask() -> None:
+            body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 80, "ignore_eos": True}).encode()
+            while not ended.is_set():
+                request = urllib.request.Request(url, body)
+                request.add_header("Content-Type", "application/json")
+                try:
+                    urllib.request.urlopen(request, timeout=30).read()
+                except OSError:
+                    return
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        time.sleep(3)
+        (follower,) = children(server.pid)
+        os.kill(follower, signal.SIGKILL)
+        try:
+            assert server.wait(60) == 70
+        finally:
+            ended.set()
+            server.kill()
+        for client in clients:
+            client.join(30)
+        until_ended((follower, server.pid))
+
+
+def children(process: int) -> list[int]:
+    """Processes that one has started and that are Python's."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    found = [int(child) for task in tasks for child in task.read_text().split()]
+    return [c for c in found if "ranks.gpu.process" in Path(f"/proc/{c}/cmdline").read_text()]
