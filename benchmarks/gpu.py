@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
-    python benchmarks/gpu.py --measures speculation
+    python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
     python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
 
 Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
@@ -51,8 +51,9 @@ from gpu_models import (
     write_random_engine,
 )
 from gpu_speculation import OPTIONS as SYNTHETIC
-from gpu_speculation import by_load
-from gpu_speculation import speculation as fixed_lengths
+from gpu_speculation import by_load, fixed_lengths, table
+from gpu_speculation import drafting as drafting_ms
+from gpu_speculation import verification as verification_ms
 
 from slipstream.builder.build import Plan
 from slipstream.builder.engine import TACTICS, open_engine
@@ -161,7 +162,12 @@ class Cell:
         options = BuildOptions(
             target="cuda", max_seq_len=longest, tp_size=self.tp_size, **FORMATS[self.form]
         )
-        return random_plan(shape_of(self.model, self.form), options)
+        return random_plan(shape_of(self.model, self.form), options, head=self.has_head)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has an EAGLE-3 head, which takes memory and a little of every step."""
+        return self.tp_size == 1 and bool(set(WITH_HEAD) & set(self.measures))
 
 
 def shape_of(model: str, form: str) -> dict[str, Any]:
@@ -289,9 +295,20 @@ def forms(runner: Runner) -> Figures:
     return figures
 
 
+def verification(runner: Runner) -> Figures:
+    """ms of a step of 1, 2, 4 and 8 rows at batch 1, by the device alone and with the host, and of
+    what a head guesses after it."""
+    return {**verification_ms(runner, runner.loop), **drafting_ms(runner.loop)}
+
+
 def speculation(runner: Runner) -> Figures:
-    """ms of steps with drafts, and how much faster drafts make a batch that are right by draw."""
-    return {**fixed_lengths(runner), **by_load(runner, runner.loop)}
+    """How much faster three drafts make a batch, of which are right that draws say so."""
+    return fixed_lengths(runner, runner.loop)
+
+
+def speculation_auto(runner: Runner) -> Figures:
+    """The same where load decides on their number."""
+    return by_load(runner, runner.loop)
 
 
 def profile(runner: Runner) -> Figures:
@@ -329,13 +346,16 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "throughput_256": throughput_256,
     "company": company,
     "forms": forms,
+    "verification": verification,
     "speculation": speculation,
+    "speculation_auto": speculation_auto,
     "profile": profile,
 }
 
 
 # The rows of drafts take memory, and whoever could guess the host a little time.
-USUAL = [name for name in MEASURES if name != "speculation"]
+WITH_HEAD = ("verification", "speculation", "speculation_auto")
+USUAL = [name for name in MEASURES if name not in WITH_HEAD]
 
 
 def floors(plan: Plan, form: str, read_rate: float) -> Figures:
@@ -407,7 +427,7 @@ def measure(cell: Cell, report: Connection) -> None:
     rate, plan = read_bandwidth(), cell.plan()
     floor, peer = floors(plan, cell.form, rate), VLLM.get(cell.name, {})
     routes = Routes(plan.checkpoint.config.num_layers)
-    options: dict[str, Any] = dict(SYNTHETIC) if "speculation" in cell.measures else {}
+    options: dict[str, Any] = dict(SYNTHETIC) if cell.has_head else {}
     options |= {"enable_prefix_caching": False, "enable_jump_decoding": cell.tokenizer is None}
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="slipstream-", dir=scratch(plan)) as directory:
@@ -481,6 +501,8 @@ def entries(cell: Cell, seconds: float) -> Iterator[dict[str, Any]]:
 def show(cell: Cell, entry: dict[str, Any]) -> None:
     """Every figure of a cell beside its floor and vLLM's."""
     print(f"--- {cell.name}")
+    if cell.has_head:
+        print(table(entry["figures"]), flush=True)
     for name, value in entry["figures"].items():
         others = (("floor", entry["floors"].get(name)), ("vllm", entry["vllm"].get(name)))
         beside = [f"{label} {x:8.2f}" for label, x in others if x]

@@ -3,11 +3,12 @@ several ranks, each of which reads a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import tokenizers
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.builder import build as build_module
 from slipstream.builder.build import (
     Compiler,
     Plan,
@@ -22,9 +24,23 @@ from slipstream.builder.build import (
     manifest_of,
     write_engine,
 )
-from slipstream.builder.contract import page_size_of
+from slipstream.builder.checkpoints.huggingface.head import HeadCheckpoint
+from slipstream.builder.contract import TARGET_GRAPH, page_size_of
+from slipstream.builder.head import HeadModel
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
+from slipstream.builder.models.eagle3 import (
+    ARCHITECTURE,
+    BEFORE_FC,
+    BEFORE_RESIDUAL,
+    DRAFT_VOCAB,
+    FC_NORM,
+    FIRST,
+    NORM_OUTPUT,
+    NUM_STATES,
+    OWN_EMBEDDING,
+    TARGET_SIZE,
+)
 from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.expert_linear.cuda import bind as expert_module
@@ -174,11 +190,33 @@ def _unreadable() -> QuantTensor:
     raise AssertionError("the weights of a random checkpoint are made on the GPU")
 
 
-def random_plan(shape: dict[str, Any], options: BuildOptions) -> Plan:
-    """The compiled program of a model of this ``config.json``."""
+def random_plan(shape: dict[str, Any], options: BuildOptions, *, head: bool = False) -> Plan:
+    """The compiled program of a model of this ``config.json``, with an EAGLE-3 ``head`` or none."""
     config = ModelConfig.from_huggingface(shape)
     mxfp4 = "quantization_config" in shape
-    return compile_checkpoint(RandomCheckpoint(config, mxfp4), options)
+    made = random_head(config) if head else None
+    with patch.object(build_module, "head_for", lambda *_: made):
+        return compile_checkpoint(RandomCheckpoint(config, mxfp4), options)
+
+
+def random_head(target: ModelConfig) -> HeadModel:
+    """A head of one layer like those of a model, that knows a quarter of its tokens, as those do
+    that SpecForge and speculators make; its weights have no values."""
+    known = min(32000, target.vocab_size)
+    extras = {
+        DRAFT_VOCAB: known, TARGET_SIZE: target.hidden_size, NUM_STATES: 3, BEFORE_RESIDUAL: False,
+        BEFORE_FC: False, FC_NORM: False, NORM_OUTPUT: False, OWN_EMBEDDING: False, FIRST: False,
+    }  # fmt: skip
+    config = replace(target, num_layers=1, tie_word_embeddings=False, extras=extras)
+    shapes = ARCHITECTURE.shapes(config)
+    tensors = {
+        name: LazyTensor(name, WeightFormat(shape, "dense", "bfloat16"), _unreadable)
+        for name, shape in shapes.items()
+    }
+    tokens = np.linspace(0, target.vocab_size - 1, known).astype(np.int32)
+    checkpoint = HeadCheckpoint(Path("random"), config, tensors, None, tokens, None)
+    layers = target.num_layers
+    return HeadModel(checkpoint, "random", (2, layers // 2, layers - 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +243,9 @@ class Matrix:
         return 0 if self.op_type in _LOOKUPS else rows // self.experts * self.top_k * columns
 
 
-def matrices(plan: Plan) -> Iterator[Matrix]:
-    """The weights of a lowered program, in the order of their use."""
-    for node in plan.program.graph:
+def matrices(plan: Plan, graphs: Sequence[str] = (TARGET_GRAPH,)) -> Iterator[Matrix]:
+    """The weights of lowered programs, in the order of their use."""
+    for node in [node for name in graphs for node in plan.programs[name].graph]:
         if node.op_type in _PRODUCTS:
             blob = node.inputs[1]
             assert blob is not None and blob.name is not None
@@ -226,7 +264,7 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
     over all experts."""
     torch.manual_seed(seed)
     weights: dict[str, Tensor] = {}
-    for matrix in matrices(plan):
+    for matrix in matrices(plan, tuple(plan.programs)):
         if matrix.name not in weights:
             weights[matrix.name] = _random_blob(matrix.format, device)
     for weight in plan.weights:
@@ -284,8 +322,14 @@ def random_engine(
             **runtime,
         }
     )
+    head = plan.head_program
     executor = CUDAExecutor.from_weights(
-        manifest, config, plan.program.graph, random_weights(plan, device), tactics
+        manifest,
+        config,
+        plan.program.graph,
+        random_weights(plan, device),
+        tactics,
+        head=None if head is None else head.graph,
     )
     vocab_size = plan.checkpoint.config.vocab_size
     return LoadedEngine(

@@ -28,6 +28,7 @@ from slipstream.builder.contract import (
 # What no page or slot of a layer reaches.
 _MOST_BYTES, _MOST_AXES = 1 << 40, 8
 _LARGEST = 2**31 - 1
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
 def check_contract(graphs: Mapping[str, GraphSpec], caches: Sequence[CacheSpec]) -> None:
@@ -61,9 +62,10 @@ def _check_head(graphs: Mapping[str, GraphSpec]) -> None:
         return
     head = graphs[HEAD_GRAPH]
     given = graphs[TARGET_GRAPH].output(HIDDEN), head.output(NEXT_HIDDEN), head.output(DRAFTS)
-    width = next((p.shape[1] for p in head.inputs if p.source is Source.HIDDEN), None)
+    port = next((p for p in head.inputs if p.source is Source.HIDDEN), None)
+    dtype, width = ("", None) if port is None else (port.dtype, port.shape[1])
     told = [(each.dtype, each.shape) for each in given if each is not None]
-    wanted = [("float32", ("T", width)), ("float32", ("L", width)), ("int32", ("L",))]
+    wanted = [(dtype, ("T", width)), (dtype, ("L", width)), ("int32", ("L",))]
     _require(told == wanted, f"graph {HEAD_GRAPH} takes {width} numbers of a token, not as given")
 
 
@@ -105,7 +107,8 @@ def _check_graph(place: str, graph: GraphSpec, caches: Sequence[CacheSpec]) -> N
 
 def _is_hidden(port: Port) -> bool:
     width = port.shape[-1] if len(port.shape) == 2 else 0
-    return isinstance(width, int) and 0 < width <= _LARGEST and port == hidden_port(width)
+    fits = isinstance(width, int) and 0 < width <= _LARGEST and port.dtype in _FLOATS
+    return fits and port == hidden_port(int(width), port.dtype)
 
 
 def _unique(names: Sequence[str], of: str) -> None:

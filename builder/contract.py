@@ -30,7 +30,7 @@ class Source(StrEnum):
     ``LONGEST_CONTEXT [1]`` (no less than any of ``CONTEXT_LEN``, and in the host's memory) are
     those of the step; ``PAGE_TABLE [S, P]`` and ``SLOT_MAPPING [T]`` those of one paged cache.
     ``CACHE`` is an array of a cache, bound once; ``LAYER`` what one layer has of it. ``HIDDEN``,
-    float32 ``[T, width]``, is what a head takes of each token beside the next one.
+    float ``[T, width]``, is what a head takes of each token beside the next one.
     """
 
     TOKEN_IDS = "token_ids"
@@ -243,9 +243,9 @@ def step_port(source: Source) -> Port:
     return Port(source.value, source, "int32", STEP_SHAPES[source])
 
 
-def hidden_port(width: int) -> Port:
+def hidden_port(width: int, dtype: str = "float32") -> Port:
     """The input that takes ``width`` numbers of each token."""
-    return Port(Source.HIDDEN.value, Source.HIDDEN, "float32", ("T", width))
+    return Port(Source.HIDDEN.value, Source.HIDDEN, dtype, ("T", width))
 
 
 def paged_port(source: Source, cache: CacheSpec) -> Port:

@@ -38,6 +38,7 @@ HEAD = "head.onnx"
 WEIGHTS = "weights.safetensors"
 RANKS = (1, 2, 4, 8)
 TACTICS = "tactics.json"
+COSTS = "step_costs.json"
 KERNELS = "kernels.zip"
 PLANS = "plans.json"
 # Ends the names of weights that plans hold themselves.
@@ -206,7 +207,7 @@ class Engine:
         graphs = [graph.file for graph in self.manifest.graphs.values()]
         weights = map(weight_file, range(self.manifest.ranks))
         plans = () if self.manifest.plans is None else self.manifest.plans.calls.values()
-        read = dict.fromkeys((*graphs, *weights, TACTICS, KERNELS, *plans, *_TEXT_FILES))
+        read = dict.fromkeys((*graphs, *weights, TACTICS, COSTS, KERNELS, *plans, *_TEXT_FILES))
         return [
             name for name in read if name not in self.manifest.files and (self.path / name).exists()
         ]

@@ -73,10 +73,10 @@ def head_for(checkpoint: Checkpoint, options: BuildOptions, target: Target) -> H
     source = options.speculative_model
     if source is None:
         return None
-    if target.name != "cpu":
+    if target.name not in ("cpu", "cuda"):
         raise BuildError(
             f"speculative_model is {source}, and engines of target {target.name} run one graph; "
-            "leave it out, or use --target cpu"
+            "leave it out, or use --target cpu or cuda"
         )
     if options.tp_size != 1:
         raise BuildError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slipstream.builder.contract import HEAD_GRAPH, TARGET_GRAPH
 from slipstream.builder.engine import KERNELS, TACTICS, WEIGHTS, Engine
 from slipstream.builder.targets.base import create_target
 from slipstream.plugins.cuda import detect
@@ -76,9 +77,9 @@ def compile_plan(plan: Plan, capability: tuple[int, int]) -> bytes:
 
     parts = [part for weight in plan.weights for part in weight.parts]
     manifest = manifest_of(plan, {}, "", "")
-    return kernel_file(
-        manifest, plan.program.graph, parts, capability, compile_all=compile_in_forks
-    )
+    head = None if plan.head_program is None else plan.head_program.graph
+    graph = plan.program.graph
+    return kernel_file(manifest, graph, parts, capability, head=head, compile_all=compile_in_forks)
 
 
 def compile_again(engine: Engine, capability: tuple[int, int]) -> None:
@@ -91,7 +92,9 @@ def compile_again(engine: Engine, capability: tuple[int, int]) -> None:
 
     tactics = engine.path / TACTICS
     try:
-        kernels = kernel_file(engine.manifest, read_graph(engine), parts, capability, tactics)
+        graphs = {name: read_graph(engine, name) for name in engine.manifest.graphs}
+        graph, head = graphs[TARGET_GRAPH], graphs.get(HEAD_GRAPH)
+        kernels = kernel_file(engine.manifest, graph, parts, capability, tactics, head)
     except Exception as error:  # noqa: BLE001 - the engine is whole without
         log.warning("the engine keeps no kernels: %s", error)
         return

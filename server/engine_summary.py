@@ -186,12 +186,12 @@ def describe_kv(caches: Sequence[CacheSpec]) -> dict[str, str | int]:
     return described
 
 
-def read_graph(engine: Engine) -> ir.Graph:
-    """The graph of an engine, its weights unread; ``EngineMismatchError`` if it cannot be read."""
+def read_graph(engine: Engine, graph: str = TARGET_GRAPH) -> ir.Graph:
+    """A graph of an engine, its weights unread; ``EngineMismatchError`` if it cannot be read."""
     # Imported here because only reports about an engine need a graph library.
     import onnx_ir as ir
 
-    name = engine.manifest.graphs[TARGET_GRAPH].file
+    name = engine.manifest.graphs[graph].file
     try:
         return ir.load(engine.path / name).graph
     except Exception as error:  # protobuf's errors share no public base class

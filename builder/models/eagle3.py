@@ -130,7 +130,7 @@ class HeadDecoder(Decoder):
     def build(self) -> None:
         """token_ids, hidden ─ layers ─ rows ─ norm ─ head ─ drafts; rows ─ next_hidden."""
         ops = self.ops
-        rows = ops.gather_rows(self.layers(), ops.input(Source.LOGITS_ROWS))
+        rows = ops.pick_rows(self.layers())
         normed = self.last_norm(rows)
         logits = ops.linear(normed, self.tensor("lm_head.weight"))
         ops.output(normed if self.config.extras[NORM_OUTPUT] else rows, NEXT_HIDDEN)

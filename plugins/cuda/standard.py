@@ -12,6 +12,15 @@ from slipstream.plugins.cuda.binding import Binding, Context, Kernel, Run, requi
 from slipstream.plugins.rms_norm.cuda import rms_norm
 
 
+def _numbers(node: ir.Node, index: int) -> list[int]:
+    """What an input holds that is known when a graph is built; a device may be one that is only
+    planned, where tensors hold nothing."""
+    value = node.inputs[index]
+    assert value is not None and value.const_value is not None, node.name
+    numbers: list[int] = value.const_value.numpy().reshape(-1).tolist()
+    return numbers
+
+
 def _norm(node: ir.Node, context: Context) -> Kernel:
     x, weight = required_names(node)
     eps = node.attributes["epsilon"].as_float()
@@ -88,16 +97,32 @@ def _gather(node: ir.Node, context: Context) -> Kernel:
 
 def _slice(node: ir.Node, context: Context) -> Kernel:
     """Some columns of x, where they are."""
-    x, *bounds = required_names(node)
-    first, end, axis = (int(context.constants[name]) for name in bounds)
+    x = required_names(node)[0]
+    first, end, axis = (_numbers(node, index)[0] for index in (1, 2, 3))
     return lambda run: (run.values[x].narrow(axis, first, end - first),)
 
 
 def _reshape(node: ir.Node, context: Context) -> Kernel:
     """The same numbers in another shape, whose rows (0) are those of x."""
-    x, shape = required_names(node)
-    _, *sizes = context.constants[shape].tolist()
+    x = required_names(node)[0]
+    _, *sizes = _numbers(node, 1)
     return lambda run: (run.values[x].reshape(-1, *sizes),)
+
+
+def _equal(node: ir.Node, context: Context) -> Kernel:
+    a, b = required_names(node)
+    return lambda run: (run.values[a] == run.values[b],)
+
+
+def _unsqueeze(node: ir.Node, context: Context) -> Kernel:
+    x = required_names(node)[0]
+    (axis,) = _numbers(node, 1)
+    return lambda run: (run.values[x].unsqueeze(axis),)
+
+
+def _where(node: ir.Node, context: Context) -> Kernel:
+    found, a, b = required_names(node)
+    return lambda run: (torch.where(run.values[found], run.values[a], run.values[b]),)
 
 
 def _mean(node: ir.Node, context: Context) -> Kernel:
@@ -128,6 +153,9 @@ BINDINGS: dict[str, Binding] = {
     "Gather": _gather,
     "Slice": _slice,
     "Reshape": _reshape,
+    "Equal": _equal,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
     "ReduceMean": _mean,
     "Sqrt": _root,
     "Div": _quotient,

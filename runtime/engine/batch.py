@@ -12,7 +12,7 @@ from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import IntArray, PagedInputs, SamplingRow, StepBatch
+from slipstream.runtime.engine.step import Guessing, IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.engine.window_group import WindowPages
 
 _ON_DEVICE = -1
@@ -26,6 +26,7 @@ class BatchBuilder:
         self._full = _PageTable(config, groups.full) if groups.full else None
         self._windows = [_PageTable(config, names) for names in groups.windows.values()]
         self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
+        self._page_size = config.page_size
 
     def build(
         self, plan: StepPlan, outputs: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class BatchBuilder:
             drafts=plan.drafts,
             moves=plan.moves,
             transfers=plan.transfers,
+            guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
         )
         return batch, wanted.owners
 
@@ -172,6 +174,17 @@ class _Wanted:
 
 def _outputs(plan: StepPlan) -> tuple[str, ...]:
     return (STATES,) if any(sequence.pool for sequence in plan.sequences) else ()
+
+
+def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
+    """For a device that guesses after the step."""
+    ends = zip(plan.sequences, plan.starts, plan.counts, plan.drafts, strict=True)
+    following = [
+        -1 if drafts or start + count >= len(sequence.tokens) else sequence.tokens[start + count]
+        for sequence, start, count, drafts in ends
+    ]
+    held = [len(allocation.pages) * page_size for allocation in plan.allocations]
+    return Guessing(count, np.array(following, np.int32), np.array(held, np.int32))
 
 
 def _tokens(plan: StepPlan) -> list[int]:

@@ -249,7 +249,9 @@ class EngineLoop:
         if not plan.sequences:
             return None
         self._note_admitted(plan.admitted)
-        outputs = () if self._speculator is None else self._speculator.outputs
+        outputs: tuple[str, ...] = ()
+        if self._speculator is not None:
+            outputs, plan.ahead = self._speculator.outputs, self._speculator.ahead(plan)
         batch, owners = self._builder.build(plan, outputs)
         positions = [row.position for row in batch.sampling]
         self._steps.began()
@@ -310,7 +312,7 @@ class EngineLoop:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds + flight.idle)
-            self._speculator.computed(flight.plan, runs, result.outputs)
+            self._speculator.computed(flight.plan, runs, result)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

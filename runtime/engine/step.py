@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,17 @@ class PagedInputs:
     slot_mapping: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class Guessing:
+    """What a device that guesses by itself is to do after a step: ``count`` tokens of every
+    sequence. int32 ``next_tokens[S]``, the token after those of the step, -1 where that is sampled,
+    and ``capacity[S]``, how many tokens the pages of a sequence hold."""
+
+    count: int
+    next_tokens: IntArray
+    capacity: IntArray
+
+
 @dataclass(slots=True)
 class StepBatch:
     """One packed step of a ``graph``: prefill chunks and decodes side by side, no padding.
@@ -100,6 +111,7 @@ class StepBatch:
     Before its layers run, a step makes ``transfers`` from and to the host, one after the other, and
     then ``moves``, whose pages are read as the step before left them.
     ``hidden[T, width]``, float32, is what a head takes of each token; None in other graphs.
+    ``guessing`` is for a device that runs a head after the step (``GuessingExecutor``).
     """
 
     token_ids: IntArray
@@ -117,6 +129,7 @@ class StepBatch:
     moves: Sequence[Move] = ()
     transfers: Sequence[Transfer] = ()
     hidden: NDArray[np.float32] | None = None
+    guessing: Guessing | None = None
 
     @property
     def longest_context(self) -> IntArray:
@@ -152,6 +165,15 @@ class TokenLogprobs:
         return TokenLogprobs(self.token_id, self.logprob, self.rank, top)
 
 
+class Guesses(Protocol):
+    """What a device guesses after a step, which it may still be at when the step has landed."""
+
+    def rows(self) -> list[list[int]]:
+        """Wait for the guesses of each sequence, -1 from where there are none; before the device is
+        given two more steps. Raises ``RuntimeError`` if the device failed."""
+        ...
+
+
 @dataclass(slots=True)
 class StepResult:
     """Token and logprobs (where asked) of every logits row.
@@ -159,13 +181,15 @@ class StepResult:
     The token is -1 on rows that only score a prompt token, or are pooled. The rows of a sequence
     with guesses give a run: a token for each row up to the first whose guess was wrong,
     ``REJECTED`` after that. ``failed`` says why a row, by its number, has no answer; its token
-    means nothing. ``outputs`` are the further outputs that were asked for, by name.
+    means nothing. ``outputs`` are the further outputs that were asked for, by name; ``guesses``
+    those of a device that guesses, where the step asked for some.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     failed: dict[int, ExecutionError] = field(default_factory=dict)
+    guesses: Guesses | None = None
 
 
 def reject(rows: Sequence[SamplingRow], result: StepResult) -> None:

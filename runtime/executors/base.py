@@ -121,6 +121,23 @@ class TimedExecutor(Protocol):
 
 
 @runtime_checkable
+class GuessingExecutor(Protocol):
+    """An executor with a head of the engine, which guesses tokens right after a step
+    (``StepBatch.guessing``): the result has them as ``guesses``, of use for sequences that sampled.
+    The host decides which are verified."""
+
+    @property
+    def guesses(self) -> int:
+        """How many tokens of a sequence it guesses after a step, at most; 0 without a head."""
+        ...
+
+    def guess_seconds(self) -> dict[tuple[int, int], float]:
+        """What that takes, by sequences of a step and tokens of each, as far as it was measured
+        when pages were reserved."""
+        ...
+
+
+@runtime_checkable
 class ScoringExecutor(Protocol):
     """An executor that also shows the logits it computes, for measuring a model."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from slipstream.builder.contract import DRAFTS, HEAD_GRAPH, HIDDEN, NEXT_HIDDEN,
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.step import PagedInputs, StepBatch
+from slipstream.runtime.executors.base import GuessingExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
-from slipstream.runtime.speculation.proposer import Computed, Context
+from slipstream.runtime.speculation.proposer import Computed, Context, Guessed
 
 Floats = NDArray[np.float32]
 
@@ -54,6 +56,65 @@ class _Rows(NamedTuple):
     wanted: int
 
 
+def eagle3_proposer(engine: LoadedEngine) -> Eagle3Proposer | DeviceHeadProposer:
+    """What the head of an engine guesses.
+
+    Raises ``EngineMismatchError`` for an engine without a head, and ``InvalidRequestError`` where
+    the head that is asked for is another one.
+    """
+    executor = engine.executor
+    if isinstance(executor, GuessingExecutor) and executor.guesses:
+        if engine.engine is not None:
+            _head_of(engine)
+        return DeviceHeadProposer(executor)
+    return Eagle3Proposer(engine)
+
+
+class DeviceHeadProposer:
+    """Says what the device has guessed after the last step; a sequence that was told another token
+    since, as by a form, has no guess."""
+
+    def __init__(self, executor: GuessingExecutor) -> None:
+        self._executor = executor
+        self._seconds: dict[tuple[int, int], float] | None = None
+
+    def heard(self, guesses: Sequence[Guessed]) -> None:
+        """Keep them until they are asked for."""
+        for each in guesses:
+            each.context.state = each
+
+    def propose(self, contexts: Sequence[Context], most: int) -> list[list[int]]:
+        """What came with the last token, in the same step for all most often."""
+        rows: dict[int, list[list[int]]] = {}
+        return [_kept(context, most, rows) for context in contexts]
+
+    def finish(self, context: Context) -> None:
+        """Nothing is needed."""
+        context.state = None
+
+    def seconds(self, num_sequences: int, count: int) -> float:
+        """As the device measured for steps of as many sequences or, beyond, of the most."""
+        if self._seconds is None:  # pages have been reserved by now
+            self._seconds = self._executor.guess_seconds()
+        found = {key for key in self._seconds if key[1] >= count}
+        fits = [key for key in found if key[0] >= num_sequences]
+        if not count or not found:
+            return 0.0
+        sequences, counted = min(fits) if fits else max(found)
+        return self._seconds[sequences, counted] * count / counted
+
+
+def _kept(context: Context, most: int, rows: dict[int, list[list[int]]]) -> list[int]:
+    """What was guessed of a context as it is now; ``rows`` of guesses have been waited for."""
+    kept: Guessed | None = context.state
+    if kept is None or kept.num_tokens != len(context.tokens):
+        return []
+    key = id(kept.guesses)
+    if key not in rows:
+        rows[key] = kept.guesses.rows()
+    return list(takewhile(lambda token: token >= 0, rows[key][kept.row][:most]))
+
+
 class Eagle3Proposer:
     """Runs the graph ``head`` of an engine on the pages of the sequences themselves.
 
@@ -66,8 +127,6 @@ class Eagle3Proposer:
     outputs = (HIDDEN,)
 
     def __init__(self, engine: LoadedEngine) -> None:
-        """Raises ``EngineMismatchError`` for an engine without a head, and ``InvalidRequestError``
-        where the head that is asked for is another one."""
         self._head = _head_of(engine)
         self._executor = engine.executor
         self._page_size = engine.config.page_size

@@ -15,12 +15,13 @@ if TYPE_CHECKING:  # the names of proposers are also asked by those who run noth
     from numpy.typing import NDArray
 
     from slipstream.runtime.engine.kv_cache import Allocation
+    from slipstream.runtime.engine.step import Guesses
     from slipstream.runtime.loaded_engine import LoadedEngine
 
 OFF = "off"
 GROUP = "slipstream.proposers"
 _PROPOSERS = {
-    EAGLE3: "slipstream.runtime.speculation.eagle3:Eagle3Proposer",
+    EAGLE3: "slipstream.runtime.speculation.eagle3:eagle3_proposer",
     "draft": "slipstream.runtime.speculation.draft:draft_proposer",
     "ngram": "slipstream.runtime.speculation.ngram:NgramProposer",
     "suffix": "slipstream.runtime.speculation.suffix:SuffixProposer",
@@ -83,6 +84,36 @@ class Follower(Protocol):
 
     def computed(self, parts: Sequence[Computed]) -> None:
         """A step has landed; the tokens that it sampled are not among a context's yet."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Guessed:
+    """What the device guesses for a context, when it has ``num_tokens`` tokens: a row of the
+    guesses of a step."""
+
+    context: Context
+    num_tokens: int
+    guesses: Guesses
+    row: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Wait for them."""
+        return self.guesses.rows()[self.row]
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A proposer whose guesses the device makes, after every step and before anyone asks."""
+
+    def heard(self, guesses: Sequence[Guessed]) -> None:
+        """A step has landed; the tokens that it sampled are not among a context's yet, and the
+        device may still guess."""
+        ...
+
+    def seconds(self, num_sequences: int, count: int) -> float:
+        """What ``count`` guesses for each of so many sequences take, as far as is known."""
         ...
 
 

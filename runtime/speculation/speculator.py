@@ -14,6 +14,7 @@ from slipstream.builder.contract import states
 from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.engine.step import Guesses, StepResult
 from slipstream.runtime.executors.base import Executor, TimedExecutor
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation.lengths import Lengths
@@ -23,6 +24,8 @@ from slipstream.runtime.speculation.proposer import (
     Computed,
     Context,
     Follower,
+    Guessed,
+    Listener,
     Owner,
     Proposer,
     create_proposer,
@@ -69,6 +72,8 @@ class Speculator:
         ``lengths``."""
         self._proposer: Proposer | None = proposer
         self._owner = proposer if isinstance(proposer, Owner) else None
+        self._listener = proposer if isinstance(proposer, Listener) else None
+        self._follower = proposer if isinstance(proposer, Follower) else None
         self._most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
@@ -120,19 +125,32 @@ class Speculator:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the proposer reads of the target's outputs."""
-        return tuple(self._proposer.outputs) if isinstance(self._proposer, Follower) else ()
+        if self._proposer is None or self._follower is None:
+            return ()
+        return tuple(self._follower.outputs)
+
+    def ahead(self, plan: StepPlan) -> int | None:
+        """How many tokens of each sequence the device is to guess after a step, None if nobody
+        hears of them."""
+        if self._proposer is None or self._listener is None:
+            return None
+        most = self._most if self._lengths is None else self._lengths.wanted()
+        if most and self._lengths is not None:
+            self._lengths.asked(most, self._listener.seconds(len(plan.sequences), most))
+        return most
 
     def computed(
-        self,
-        plan: StepPlan,
-        runs: Mapping[Running, list[int]],
-        outputs: Mapping[str, NDArray[Any]],
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], result: StepResult
     ) -> None:
         """Show the proposer what a step computed of those that go on, if it wants to know."""
-        follower = self._proposer
-        if isinstance(follower, Follower) and outputs.keys() >= set(follower.outputs):
+        if self._proposer is None:
+            return
+        if self._listener is not None and result.guesses is not None:
             with self._unless_it_fails():
-                follower.computed(list(self._parts(plan, runs, outputs)))
+                self._listener.heard(list(self._heard(plan, runs, result.guesses)))
+        elif (follower := self._follower) and result.outputs.keys() >= set(follower.outputs):
+            with self._unless_it_fails():
+                follower.computed(list(self._parts(plan, runs, result.outputs)))
 
     def landed(self, plan: StepPlan, runs: Mapping[Running, list[int]], seconds: float) -> None:
         """Take into account in which runs a step ended, and how long it took."""
@@ -149,12 +167,17 @@ class Speculator:
                 sequence.num_accepted += right
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
-            self._lengths.landed(sum(plan.counts), seconds)
+            asked = 0.0
+            if plan.ahead and self._listener is not None:
+                asked = self._listener.seconds(len(plan.sequences), plan.ahead)
+            self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
 
     def waits_for(self, plan: StepPlan) -> bool:
         """Whether the host must know the tokens of a step before it plans the next: it has guessed
-        some of them, or it pays to guess what comes after them."""
-        return bool(plan.guesses) or self._pays
+        some of them, or it pays to guess what comes after them, as where drafts are always wanted
+        and the device says what it guesses with the tokens."""
+        heard = bool(plan.ahead) and self._lengths is None
+        return bool(plan.guesses) or self._pays or heard
 
     def learn(self, executor: Executor) -> None:
         """Take into account what steps of decodes cost, where a device can tell before there were
@@ -196,6 +219,15 @@ class Speculator:
                 shown = {name: output[rows] for name, output in outputs.items()}
                 yield Computed(self._known(sequence).context, allocation, start, shown)
 
+    def _heard(
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], guesses: Guesses
+    ) -> Iterator[Guessed]:
+        for row, sequence in enumerate(plan.sequences):
+            goes_on = sequence in runs and not sequence.finish_reason
+            if goes_on and sequence.request.params.speculative:
+                total = len(sequence.tokens) + len(runs[sequence])
+                yield Guessed(self._known(sequence).context, total, guesses, row)
+
     def _known(self, sequence: Running) -> Tracked:
         """What is kept of a sequence."""
         tracked = sequence.speculation
@@ -229,13 +261,14 @@ class Speculator:
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
-        most = self._most if self._lengths is None else self._lengths.wanted()
+        listens = self._listener is not None  # who has been asked with the step before
+        most = self._most if self._lengths is None or listens else self._lengths.wanted()
         if not asked or not most:
             return
         began = self._clock()
         for each, guess in zip(asked, self._proposals(asked, most), strict=False):
             each.guess = guess
-        if known and self._lengths is not None:  # else it has read prompts, too
+        if known and self._lengths is not None and not listens:  # else it has read prompts, too
             self._lengths.asked(most, self._clock() - began)
 
     def _proposals(self, asked: Sequence[Tracked], most: int) -> Iterable[Sequence[int]]:

@@ -98,14 +98,19 @@ def test_otherwise_the_first_difference_is_between_tokens_nearly_alike(
         found = answers(
             engine, kinds, max_batch_size=16, speculative=NAME, num_speculative_tokens=length
         )
-    near = NEAR_FP8 if "fp8" in str(engine) else NEAR
     for (one,), (other,) in zip(plain, found, strict=True):
-        pairs = zip(one.token_ids, other.token_ids, strict=True)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        if same < len(one.token_ids):
-            assert one.logprobs is not None
-            first, second = (value for value, _ in one.logprobs[same].top.values())
-            assert first - second < near, (same, one.token_ids, other.token_ids)
+        check_first_difference(engine, one, other)
+
+
+def check_first_difference(engine: Path, one: CompletionOutput, other: CompletionOutput) -> None:
+    """Where answers begin to differ, the likeliest tokens of the first are nearly alike."""
+    near = NEAR_FP8 if "fp8" in str(engine) else NEAR
+    pairs = zip(one.token_ids, other.token_ids, strict=True)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    if same < len(one.token_ids):
+        assert one.logprobs is not None
+        first, second = (value for value, _ in one.logprobs[same].top.values())
+        assert first - second < near, (same, one.token_ids, other.token_ids)
 
 
 def test_what_a_step_costs_is_known_at_the_start(engine: Path) -> None:

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.collectives.cuda import exchange
 from slipstream.plugins.collectives.cuda.layout import Layout
+from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.gated_mlp import GATES
@@ -283,6 +284,22 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
         sample(torch.zeros(2, vocab), buffers, 2, kind, pdl)
 
 
+def drafting(capability: tuple[int, int], pdl: bool) -> None:
+    """Between the runs of a head that knows a part of the tokens, or all of them."""
+    vocab = 32000
+    numbers = torch.zeros(8, dtype=torch.int32)
+    for known in (torch.zeros(vocab, dtype=torch.int32), None):
+        buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, torch.device("cpu"))
+        pages = Pages(torch.zeros((2, 4), dtype=torch.int32), numbers[:2], 64)
+        rows = (*[numbers] * 4, *[numbers[:2]] * 2, numbers)
+        follow(*rows, buffers, pdl)
+        for goes_on in (True, False):
+            guess(torch.zeros(2, vocab), buffers, pages, 0, 1, goes_on, pdl)
+            guess(torch.zeros(2, vocab), buffers, pages, 1, 1, goes_on, pdl)
+        mask(5, 2, 3, buffers, pages, pdl)
+        guess(torch.zeros(6, vocab), buffers, pages, 1, 3, False, pdl)
+
+
 CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     linears,
     experts,
@@ -292,6 +309,7 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     elementwise,
     collectives,
     sampling,
+    drafting,
 )
 
 

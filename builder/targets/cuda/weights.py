@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
+from slipstream.builder.contract import HIDDEN, NEXT_HIDDEN, Output, Port
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
@@ -22,6 +24,8 @@ _PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding", "EmbeddingShar
 # What these read is in what they make, as it is, summed up or in part.
 _HANDING_ON = ("AllGather", "AllReduce", "Slice")
 log = logging.getLogger(__name__)
+_STATES = (HIDDEN, NEXT_HIDDEN)
+_Place = TypeVar("_Place", Port, Output)
 _IR_DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
@@ -102,7 +106,7 @@ class StoreVectors:
 class SetPrecision:
     """Gives ``dtype`` to every value between operators but the logits, before and after their cap
     and while ranks gather them, the rotary angles, what a router reads and says, weights of
-    experts, and roots."""
+    experts, and roots; and to what one graph gives to another, the states that a head takes."""
 
     dtype: str
 
@@ -116,12 +120,29 @@ class SetPrecision:
                 if not _is_exact(value):
                     value.type = ir.TensorType(_IR_DTYPES[self.dtype])
                     changed += 1
-        return changed
+        return changed + self._set_states(program)
+
+    def _set_states(self, program: Program) -> int:
+        """Those that pass from graph to graph, there and in the contract."""
+        contract, graph = program.contract, program.graph
+        assert contract is not None
+        found = [value for value in (*graph.inputs, *graph.outputs) if value.name in _STATES]
+        for value in found:
+            value.type = ir.TensorType(_IR_DTYPES[self.dtype])
+        program.contract = replace(
+            contract, inputs=_typed(contract.inputs, self.dtype),
+            outputs=_typed(contract.outputs, self.dtype),
+        )  # fmt: skip
+        return len(found)
 
     def _gives(self, node: ir.Node, value: ir.Value) -> bool:
         """Whether an operator can give a value in this type."""
         spec = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
         return spec is None or self.dtype in spec.outputs[node.outputs.index(value)].dtypes
+
+
+def _typed(ports: tuple[_Place, ...], dtype: str) -> tuple[_Place, ...]:
+    return tuple(replace(p, dtype=dtype) if p.name in _STATES else p for p in ports)
 
 
 def _is_exact(value: ir.Value) -> bool:
@@ -137,7 +158,7 @@ def _is_exact(value: ir.Value) -> bool:
 
 def _wants_exact(reader: ir.Node, index: int) -> bool:
     """Whether an operator wants its input ``index`` in float32."""
-    return reader.op_type in ("SoftCap", "Router", "Sqrt") or (reader.op_type, index) in (
+    return reader.op_type in ("SoftCap", "Router", "Sqrt", "ArgMax") or (reader.op_type, index) in (
         ("ExpertLinear", 3),
         ("Div", 1),
     )

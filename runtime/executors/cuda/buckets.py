@@ -14,6 +14,8 @@ MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 
 # Tokens of a sequence of which the last are drafts: what kernels are compiled for.
 QUERIES = (4, 8)
+# Guesses of a head after a step, where load decides on their number.
+_GUESSES = (1, 3, 7)
 # Up to so many sequences verify twice, four or eight times as many tokens.
 _COARSE = 16
 
@@ -23,6 +25,11 @@ def decode_buckets(limit: int) -> list[int]:
     sizes = [1, 2, 4, 8, 16, *range(24, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
     sizes += range(256, limit + 64, 64)
     return [*(size for size in sizes if size < limit), limit]
+
+
+def counts_of(asked: int | str) -> tuple[int, ...]:
+    """How many guesses of a head are captured, where so many are asked for, or ``auto``."""
+    return _GUESSES if isinstance(asked, str) else (asked,)
 
 
 def bucket(count: int, sizes: Sequence[int]) -> int:

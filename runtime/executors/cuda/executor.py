@@ -6,6 +6,8 @@ import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,6 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.builder.contract import (
+    EAGLE3,
+    HEAD_GRAPH,
+    HIDDEN,
     LOGITS,
     STATES,
     TARGET_GRAPH,
@@ -25,7 +30,7 @@ from slipstream.builder.contract import (
     page_size_of,
     states,
 )
-from slipstream.builder.engine import TACTICS, Engine, Manifest
+from slipstream.builder.engine import COSTS, TACTICS, Engine, Manifest
 from slipstream.errors import CapacityError, EngineMismatchError
 from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
@@ -39,8 +44,10 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of
+from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
 from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
@@ -79,6 +86,10 @@ class CUDAExecutor:
     _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
+    # Of which counts guesses of a head are captured.
+    guess_counts: Sequence[int] = ()
+    # Of steps, measured when the engine was tuned; without, at the start.
+    _costs: StepCosts | None = None
     _team: Team | None = None  # of ranks
 
     def __init__(
@@ -99,6 +110,9 @@ class CUDAExecutor:
         self._device = loading.device
         with phase("graph"):
             graph = ir.load(engine.path / engine.manifest.graphs[TARGET_GRAPH].file).graph
+            head = None
+            if engine.manifest.head is not None and config.speculative == EAGLE3:
+                head = ir.load(engine.path / engine.manifest.graphs[HEAD_GRAPH].file).graph
         with phase("wait for weights and kernels"):
             weights = loading.weights.result()
             loading.prepared.result()
@@ -108,7 +122,9 @@ class CUDAExecutor:
         # What tells the kernels of its steps from those of others.
         self._steps = f"{engine.fingerprint} {config}"
         with phase("program and buffers"):
-            self._start(engine.manifest, config, graph, weights, engine.path / TACTICS)
+            self._start(engine.manifest, config, (graph, head), weights, engine.path / TACTICS)
+        if not config.deterministic:  # whose kernels are others
+            self._costs = StepCosts.load(engine.path / COSTS, self._device.name)
 
     @classmethod
     def from_weights(
@@ -119,35 +135,51 @@ class CUDAExecutor:
         weights: Mapping[str, Tensor],
         tactics: Path | None = None,
         device: Device | None = None,
+        head: ir.Graph | None = None,
     ) -> CUDAExecutor:
-        """An executor of a graph whose weights are on the device already."""
+        """An executor of a graph, and of one of a ``head``, whose weights are on the device
+        already."""
         executor = cls.__new__(cls)
         executor._device = device or Device()
-        executor._start(manifest, config, graph, weights, tactics)
+        executor._start(manifest, config, (graph, head), weights, tactics)
         return executor
 
     def _start(
         self,
         manifest: Manifest,
         config: RuntimeConfig,
-        graph: ir.Graph,
+        graphs: tuple[ir.Graph, ir.Graph | None],
         weights: Mapping[str, Tensor],
         tactics: Path | None,
     ) -> None:
-        spec, self._caches = _one_graph(manifest)
+        graph, head = graphs
+        spec = _checked(manifest)
+        guesses = head is not None and config.speculative == EAGLE3
+        self._caches = tuple(c for c in manifest.caches if guesses or c.name != HEAD_GRAPH)
         self._config, device = config, self._device
         self._host: CUDAHost | None = None
-        table = Tactics.load(tactics, device.capability, device.name)
+        tuned = table = Tactics.load(tactics, device.capability, device.name)
         if config.deterministic:
             table = FixedTactics(device.capability, device.name)
         drafts = self._drafts_of_step()
         rows = config.max_batch_size + drafts
-        self._columns = -(-config.max_seq_len // page_size_of(self._caches))
+        page_size = page_size_of(self._caches)
+        self._columns = -(-config.max_seq_len // page_size)
         with device.work(), self._fitting():
             program = CUDAProgram(
-                graph, spec, weights, table, device.torch, self._calls, self._communicator(manifest)
+                graph,
+                spec,
+                weights,
+                table,
+                device.torch,
+                self._calls,
+                self._communicator(manifest),
+                gives_states=guesses,
             )
-            self._attention = program.attention
+            part = None
+            if head is not None and guesses:  # whatever is guessed, answers are deterministic
+                part = head_part(manifest, head, weights, tuned, device)
+            self._attention = [*program.attention, *(part.program.attention if part else ())]
             block = min(query_block(layer) for layer in self._attention)
             buckets = Buckets(
                 config.max_batch_size, config.max_num_tokens, block, config.deterministic, drafts
@@ -156,11 +188,24 @@ class CUDAExecutor:
                 rows, config.max_batch_size, program.vocab_size, config.max_seq_len, device.torch
             )
             self._sampler.buffers.enable_full()  # before pages take what is free
-            self.runner = self._runner(program, buckets)
+            drafter = logits = None
+            if part is not None:
+                logits = torch.zeros((rows, program.vocab_size), device=device.torch)
+                tokens = self._sampler.buffers.tokens
+                drafter = Drafter(part, tokens, logits, device, buckets, page_size)
+            self.runner = self._runner(program, buckets, logits, drafter)
+        self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
-    def _runner(self, program: CUDAProgram, buckets: Buckets) -> StepRunner:
-        """What runs the steps."""
-        return StepRunner(program, self._sampler, self._device, buckets, self._columns, self._team)
+    def _runner(
+        self,
+        program: CUDAProgram,
+        buckets: Buckets,
+        logits: Tensor | None = None,
+        drafter: Drafter | None = None,
+    ) -> StepRunner:
+        """What runs the steps, with the head's part if there is one."""
+        of = (program, self._sampler, self._device, buckets, self._columns, self._team)
+        return StepRunner(*of, logits=logits, drafter=drafter)
 
     def _communicator(self, manifest: Manifest) -> Communicator | None:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
@@ -189,7 +234,7 @@ class CUDAExecutor:
             with phase("pages"):
                 self._allocate(pages)
             with phase("graphs of the first steps"):
-                self.runner.capture()
+                self.runner.capture(self.guess_counts)
         return pages
 
     def _affordable_pages(self, num_bytes: int | None) -> int:
@@ -237,20 +282,45 @@ class CUDAExecutor:
         if self._host is not None:
             pages = self.runner.memory.pages
             of = {cache.name: pages[cache.arrays[0].name] for cache in self._caches}
-            self._host.transfer(transfers, of)
+            # A head that nobody asks has no pages.
+            self._host.transfer([each for each in transfers if each.cache in of], of)
 
     def step_seconds(self) -> dict[int, float]:
-        """Of the steps that are captured at the start, as the GPU takes them one after the other;
-        what the host adds is seen when there are requests."""
+        """Of steps as the GPU takes them one after the other, as the engine's file of costs has
+        them, or of those that are captured at the start; what the host adds is seen when there are
+        requests."""
+        if self._costs is not None:
+            return dict(self._costs.rows)
         return self.runner.step_seconds() if self._device.is_cuda else {}
+
+    @property
+    def guesses(self) -> int:
+        """How many tokens a head of the engine guesses after a step, at most."""
+        return max(self.guess_counts, default=0)
+
+    def guess_seconds(self) -> dict[tuple[int, int], float]:
+        """What the head takes after such steps."""
+        if self._costs is not None and self._costs.guesses:
+            return dict(self._costs.guesses)
+        return self.runner.guess_seconds(self.guess_counts) if self._device.is_cuda else {}
+
+    def measure(self) -> StepCosts:
+        """What all steps of decodes take that are captured some day, when pages are reserved."""
+        self.runner.capture_decodes(self.guess_counts)
+        guesses = self.runner.guess_seconds(self.guess_counts) if self.guess_counts else {}
+        return StepCosts(self._device.name, self.runner.step_seconds(), guesses)
 
     def works(self) -> list[Work]:
         """What launches every kernel that steps of this engine take, on a page of padding."""
         self._allocate(1)
-        return self.runner.works()
+        return self.runner.works(self.guess_counts)
 
     def submit(self, batch: StepBatch) -> StartedCUDAStep:
         """Enqueue a step's layers and return at once."""
+        if batch.guessing is not None:  # of counts for which there are graphs
+            count = batch.guessing.count
+            count = next((each for each in self.guess_counts if each >= count > 0), 0)
+            batch.guessing = replace(batch.guessing, count=count)
         self.transfer(batch.transfers)
         with self._device.work():
             self._move_pages(batch.moves)
@@ -295,6 +365,8 @@ class CUDAExecutor:
         """Enqueue copies of pages, which the layers of the step may read, without memory beside."""
         arrays = {cache.name: cache.arrays[0].name for cache in self._caches}
         for move in moves:
+            if move.cache not in arrays:  # that of a head which nobody asks
+                continue
             pages = self.runner.memory.pages[arrays[move.cache]]
             pages = pages.view(torch.uint8)  # no copies of 8-bit floats
             pages[:, move.destination] = pages[:, move.source]
@@ -337,7 +409,8 @@ class CUDAExecutor:
 
     def _compile(self) -> None:
         """Of several ranks the first compiles for all, who find it on disk."""
-        works, team = self.runner.works, self._team
+        team = self._team
+        works = partial(self.runner.works, self.guess_counts)
         if team is not None and not team.is_first:
             self._device.compile(works, self._steps, ready=team.meet)
             return
@@ -366,16 +439,17 @@ class CUDAExecutor:
             ) from error
 
 
-def _one_graph(manifest: Manifest) -> tuple[GraphSpec, tuple[CacheSpec, ...]]:
-    """The graph and the caches of an engine that has what this executor runs."""
+def _checked(manifest: Manifest) -> GraphSpec:
+    """The target's graph of an engine that has what this executor runs."""
     spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
-    outputs = [output.name for output in spec.outputs]
-    simple = len(manifest.graphs) == 1 and not states(caches) and outputs in ([LOGITS], [STATES])
+    outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
+    known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}
+    simple = known and not states(caches) and outputs in ([LOGITS], [STATES])
     if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
         raise EngineMismatchError(
             f"the engine has graphs {', '.join(manifest.graphs)}, caches "
             f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
-            f"{', '.join(outputs)}; a GPU runs one graph in two halves, on pages of one array, for "
-            "its logits or states: build it with --target cpu"
+            f"{', '.join(outputs)}; a GPU runs a graph in two halves, and one of a head, on pages "
+            "of one array, for its logits or states: build it with --target cpu"
         )
-    return spec, caches
+    return spec

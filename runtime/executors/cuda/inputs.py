@@ -61,6 +61,15 @@ class Field:
 _TOKEN_SLOTS = Field("token_slots", "T")
 _BLOCK_SEQUENCE = Field("block_sequence", "B", padding=-1)
 _BLOCK_START = Field("block_start", "B")
+# What a head reads of a step: the token after each, or -1 - the row that samples it, the first row
+# that each sequence samples, how many of its tokens are drafts, and how many its pages hold.
+NEXT_IDS, FIRST_ROWS, NUM_DRAFTS, CAPACITY = "next_ids", "first_rows", "num_drafts", "capacity"
+_OF_HEADS = (
+    Field(NEXT_IDS, "T"),
+    Field(FIRST_ROWS, "S", padding=-1),
+    Field(NUM_DRAFTS, "S"),
+    Field(CAPACITY, "S"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +88,11 @@ class Places:
 class Layout:
     """Which arrays of a step lie in the block, and where: what the inputs of a graph with paged
     caches take, then what kernels want beside; ``columns`` is the width of a page table and
-    ``query_block`` the size of blocks of queries."""
+    ``query_block`` the size of blocks of queries. ``guesses``: a head reads the step, too."""
 
-    def __init__(self, inputs: Iterable[Port], columns: int, query_block: int) -> None:
+    def __init__(
+        self, inputs: Iterable[Port], columns: int, query_block: int, guesses: bool = False
+    ) -> None:
         ports = [port for port in inputs if port.source is not Source.CACHE]
         self.tables = {port.name: port for port in ports if port.source is Source.PAGE_TABLE}
         self.read_tables = {name: reader_of(port) for name, port in self.tables.items()}
@@ -89,6 +100,8 @@ class Layout:
         flat = [port for port in ports if port.source is not Source.PAGE_TABLE]
         self.names = {(port.source, port.cache): port.name for port in flat}
         fields = [*map(_field, flat), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
+        self.guesses = guesses
+        fields += _OF_HEADS if guesses else ()
         self.fields = {field.name: field for field in fields}
         self.places = lru_cache(maxsize=256)(self._places)  # of a shape, computed once
 
@@ -147,17 +160,19 @@ class StepInputs:
         ]
 
     def load(self, batch: StepBatch, shape: Shape, blocks: Blocks, rows: IntArray) -> None:
-        """Enqueue the copy of a step, padded to ``shape``."""
+        """Enqueue the copy of a step, padded to ``shape``; ``rows`` are those that it samples."""
         host = self._hosts[0]
         self._hosts = [*self._hosts[1:], host]
         host.copied.wait()
         layout, places = self._layout, self._layout.places(shape)
         made = {
-            self._rows: rows,
+            self._rows: rows if shape.rows else rows[:0],
             _TOKEN_SLOTS.name: np.repeat(batch.slots, np.diff(batch.query_start)),
             _BLOCK_SEQUENCE.name: blocks.sequence,
             _BLOCK_START.name: blocks.start,
         }
+        if layout.guesses:
+            made |= _for_heads(batch, rows)
         for name, field in layout.fields.items():
             array = made[name] if field.read is None else field.read(batch)
             start, end = places.spans[name]
@@ -205,6 +220,33 @@ class StepInputs:
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""
         return self._block[slice(*self._layout.places(shape).spans[self._rows])]
+
+
+def _for_heads(batch: StepBatch, rows: IntArray) -> dict[str, IntArray]:
+    """What a head reads of a step that samples these rows."""
+    ends, told = batch.query_start[1:] - 1, batch.guessing
+    counts = np.array(batch.drafts, np.int32) if len(batch.drafts) else ends * 0
+    following = np.empty_like(batch.token_ids)
+    sampled = -1 - np.arange(len(rows), dtype=np.int32)
+    if len(rows) == len(following):  # decodes
+        return {
+            NEXT_IDS: sampled,
+            FIRST_ROWS: ends - counts,
+            NUM_DRAFTS: counts,
+            CAPACITY: ends * 0 if told is None else told.capacity,
+        }
+    following[:-1] = batch.token_ids[1:]
+    following[ends] = 0 if told is None else np.maximum(told.next_tokens, 0)
+    following[rows] = sampled
+    firsts = ends - counts
+    places = np.searchsorted(rows, firsts).astype(np.int32)
+    found = np.append(rows, np.int32(-1))[np.minimum(places, len(rows))] == firsts
+    return {
+        NEXT_IDS: following,
+        FIRST_ROWS: np.where(found, places, np.int32(-1)),
+        NUM_DRAFTS: counts,
+        CAPACITY: ends * 0 if told is None else told.capacity,
+    }
 
 
 class _Host:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import page_size_of
+from slipstream.builder.contract import EAGLE3, page_size_of
 from slipstream.builder.engine import Manifest
 from slipstream.phases import phase
 from slipstream.plugins.cuda.kernel_store import pack_kernels
@@ -37,6 +37,7 @@ def kernel_file(
     weights: Iterable[ArraySpec],
     capability: tuple[int, int],
     tactics: Path | None = None,
+    head: ir.Graph | None = None,
     *,
     compile_all: Compiler = compile_kernels,
 ) -> bytes:
@@ -47,7 +48,7 @@ def kernel_file(
     GPU runs.
     """
     with phase("finding the kernels"):
-        kernels = launched_kernels(manifest, graph, weights, capability, tactics)
+        kernels = launched_kernels(manifest, graph, weights, capability, tactics, head)
     with phase(f"compiling {len(kernels)} kernels"):
         compile_all(kernels, capability)
     with phase("packing them"):
@@ -60,16 +61,25 @@ def launched_kernels(
     weights: Iterable[ArraySpec],
     capability: tuple[int, int],
     tactics: Path | None = None,
+    head: ir.Graph | None = None,
 ) -> list[Specialization]:
-    """Those kernels, not yet compiled."""
+    """Those kernels, not yet compiled: of steps without drafts, and with those of the ``head`` or
+    of anyone else."""
     limits = asdict(manifest.limits)
     config = RuntimeConfig(**limits, page_size=page_size_of(manifest.caches))
+    drafts = replace(config, speculative=EAGLE3 if head is not None else "ngram")
+    found: dict[str, Specialization] = {}
     with standing_in(capability):
         device = Device(capability)
         planned = {part.name: _planned(part, device) for part in weights}
-        executor = CUDAExecutor.from_weights(manifest, config, graph, planned, tactics, device)
-        with device.work():
-            return record([_as_far_as_it_goes(work) for work in executor.works()])
+        for each in (config, drafts) if manifest.pooling is None else (config,):
+            executor = CUDAExecutor.from_weights(
+                manifest, each, graph, planned, tactics, device, head
+            )
+            with device.work():
+                launched = record([_as_far_as_it_goes(work) for work in executor.works()])
+            found |= {repr(kernel): kernel for kernel in launched}
+    return list(found.values())
 
 
 def _planned(part: ArraySpec, device: Device) -> Tensor:

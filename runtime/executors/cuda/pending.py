@@ -13,6 +13,7 @@ from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
 from slipstream.runtime.executors.cuda.device import Device, Event
+from slipstream.runtime.executors.cuda.drafter import PendingGuesses
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
 from slipstream.runtime.executors.cuda.scores import PendingScores, rows_at_once, score
@@ -55,7 +56,18 @@ class StartedCUDAStep:
                 scored += self._prompts()
             done = Event(self.device)
             done.record()
-        return PendingCUDAStep(done, self.batch.sampling, self.places, sampled, scored, states)
+            guesses = self._guessed()  # while the host learns what was sampled
+        rows = self.batch.sampling
+        return PendingCUDAStep(done, rows, self.places, sampled, scored, states, guesses)
+
+    def _guessed(self) -> PendingGuesses | None:
+        """What a head guesses after the step, on its way to the host; the head reads the step
+        whether or not anything is to be guessed."""
+        wanted = self.batch.guessing
+        if wanted is None:
+            return None
+        self.runner.guess(wanted.count)
+        return self.runner.fetch_guesses(len(self.batch.context_len), wanted.count)
 
     def _states(self) -> Tensor:
         """The states of all rows on their way to the host, as many at a time as the head takes."""
@@ -109,6 +121,7 @@ class PendingCUDAStep:
     sampled: PendingSample | None
     scored: Sequence[Scored]
     states: Tensor | None = None
+    guesses: PendingGuesses | None = None
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
@@ -121,6 +134,7 @@ class PendingCUDAStep:
                 self._take_scored(result, scored)
             if self.states is not None:
                 result.outputs[STATES] = self.states.numpy()
+            result.guesses = self.guesses
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         reject(self.rows, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import STATES, GraphSpec
+from slipstream.builder.contract import HIDDEN, NEXT_HIDDEN, STATES, GraphSpec
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.binding import (
     Binding,
@@ -50,7 +50,8 @@ class CUDAProgram:
     Between them, at the seam of the graph's contract ``spec``, stand the rows whose logits are
     wanted, which the executor gathers. ``attention`` has the attributes of every PagedAttention.
     ``calls`` says how calls of the graph's own functions are run, ``communicator`` speaks to other
-    ranks.
+    ranks. The states that a head takes are made where the graph has such an output and it
+    ``gives_states``.
     EngineMismatchError for a graph that its manifest or the specs of operators contradict.
     """
 
@@ -63,36 +64,70 @@ class CUDAProgram:
         device: torch.device,
         calls: Mapping[str, Binding],
         communicator: Communicator | None = None,
+        gives_states: bool = False,
     ) -> None:
         nodes = list(graph)
         _check(graph, spec)
         self._constants = _constants(graph, weights, device)
         assert spec.seam is not None
-        hidden, self._rows = spec.seam
+        self._seam, self._rows = spec.seam
         split = next(i for i, node in enumerate(nodes) if self._rows == name_of(node.outputs[0]))
         self.inputs = spec.inputs
         self.pools = spec.output(STATES) is not None
         self.dtype = dtype_of(nodes[split])
-        self.hidden_size, self.vocab_size = (
-            int(value.shape[1])  # type: ignore[index,arg-type]
-            for value in (nodes[split].outputs[0], graph.outputs[0])
-        )
+        self.hidden_size = _width(nodes[split].outputs[0])
         self.attention = [
             attention_attributes(node) for node in nodes if node.op_type == "PagedAttention"
         ]
+        states = [HIDDEN] if gives_states else []
+        body = _wanted(nodes[:split], {self._seam, *states})
+        made = {name_of(value): value for node in body for value in node.outputs}
+        self.states_size = _width(made[HIDDEN]) if states else 0
+        tail = nodes[split + 1 :]
+        ends = next((node for node in tail if node.op_type == "ArgMax"), None)
+        result = graph.outputs[-1] if ends is None else ends.inputs[0]
+        assert result is not None
+        self._result, self.vocab_size = name_of(result), _width(result)
+        # Whoever wants the best token of each row asks for the logits, and finds it by himself.
+        tail = _wanted(tail, {self._result, *(name for name in (NEXT_HIDDEN,) if ends)})
         context = Context(self._constants, tactics, calls, communicator)
-        kept = {*self._constants, hidden}
-        self._body = _compile(nodes[:split], context, kept)
-        self._tail = _compile(nodes[split + 1 :], context, kept)
+        kept = {*self._constants, self._seam, self._rows, self._result, HIDDEN, NEXT_HIDDEN}
+        self._body = _compile(body, context, kept)
+        self._tail = _compile(tail, context, kept)
 
-    def hidden(self, step: Step, memory: Memory, out: Tensor | None = None) -> Tensor:
-        """The residual stream ``[T, hidden]`` after the last layer, in ``out`` if given."""
+    def hidden(
+        self, step: Step, memory: Memory, out: Tensor | None = None, states: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream ``[T, hidden]`` after the last layer, in ``out`` if given; in
+        ``states`` those that a head takes, if it gives some."""
         run = Run({**self._constants, **step.inputs}, step.pdl, step, memory)
-        return _execute(self._body, run, out)
+        _execute(self._body, run, {self._seam: out, HIDDEN: states})
+        return run.values[self._seam]
 
-    def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> None:
-        """float32 logits, or states, of rows ``[L, hidden]`` into ``out [L, vocab]``."""
-        _execute(self._tail, Run({**self._constants, self._rows: rows}, pdl), out)
+    def logits(self, rows: Tensor, out: Tensor, pdl: bool = False) -> Tensor:
+        """float32 logits, or states, of rows ``[L, hidden]`` into ``out [L, vocab]``.
+
+        Returns what a head takes beside the next token, of a graph that is one's; else the rows.
+        """
+        run = Run({**self._constants, self._rows: rows}, pdl)
+        _execute(self._tail, run, {self._result: out})
+        return run.values.get(NEXT_HIDDEN, rows)
+
+
+def _width(value: ir.Value) -> int:
+    """Columns of a value."""
+    assert value.shape is not None
+    return int(value.shape[1])  # type: ignore[arg-type]
+
+
+def _wanted(nodes: Sequence[ir.Node], results: Collection[str]) -> list[ir.Node]:
+    """The nodes that some results are made by, in their order."""
+    needed, found = set(results), list[ir.Node]()
+    for node in reversed(nodes):
+        if needed & {name_of(value) for value in node.outputs}:
+            needed |= {name_of(value) for value in node.inputs if value is not None}
+            found.append(node)
+    return found[::-1]
 
 
 def _check(graph: ir.Graph, spec: GraphSpec) -> None:
@@ -116,18 +151,20 @@ def _check(graph: ir.Graph, spec: GraphSpec) -> None:
             raise EngineMismatchError(f"{spec.file}: {problem}; build the engine again")
 
 
-def _execute(calls: Sequence[_Call], run: Run, out: Tensor | None) -> Tensor:
-    """The first output of the last call, which goes to ``out``."""
-    *others, last = calls
+def _execute(calls: Sequence[_Call], run: Run, outs: Mapping[str, Tensor | None]) -> None:
+    """Put what calls make into the values of a run; of some names, into places that are given."""
     made: dict[str, Sequence[Tensor]] | None = {} if recording() else None
-    for call in others:
-        results = call.kernel(run) if made is None else _once(call, run, made)
+    for call in calls:
+        out = outs.get(call.outputs[0])
+        own = run if out is None else replace(run, out=out)
+        results = call.kernel(own) if made is None else _once(call, own, made)
+        if out is not None:
+            # A Linear fills a given output; where another operator makes it, a copy does.
+            first, *others = results
+            results = [first if first is out else out.copy_(first), *others]
         run.values.update(zip(call.outputs, results, strict=True))
         for name in call.dead:  # so that a long prefill holds one layer's tensors, not all
             del run.values[name]
-    result = last.kernel(replace(run, out=out))[0]
-    # A Linear fills a given output; where another operator comes last, a copy does.
-    return result if out is None or result is out else out.copy_(result)
 
 
 def _once(call: _Call, run: Run, made: dict[str, Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.plugins.cuda.binding import Memory
+from slipstream.plugins.cuda.binding import Memory, Step
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
@@ -39,6 +41,14 @@ _SINGLE = 1  # query a block
 _TIMES = 3  # that a step is timed
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A step for the head to read; None where its layers are captured, and so are the guesses."""
+
+    shape: Shape
+    step: Step | None
+
+
 class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
@@ -56,26 +66,38 @@ class StepRunner:
         buckets: Buckets,
         page_columns: int,
         team: Team | None = None,
+        *,
+        logits: Tensor | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        """A ``drafter`` guesses after steps, in the room for ``logits`` of ``max_rows`` rows."""
         self._program, self._sampler, self._device = program, sampler, device
-        self._team = team
+        self._team, self._drafter = team, drafter
+        self._read: _Read | None = None  # the step whose layers were enqueued last
+        self._guesses: dict[tuple[Shape, int], Work] = {}
         self._buckets = buckets
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
         count = buckets.max_rows
         with device.work():
-            layout = Layout(program.inputs, page_columns, buckets.query_block)
+            ports = {port.name: port for port in program.inputs}
+            if drafter is not None:
+                ports = {port.name: port for port in drafter.ports} | ports
+            guesses = drafter is not None
+            layout = Layout(ports.values(), page_columns, buckets.query_block, guesses)
             self._inputs = StepInputs(device, layout, buckets.largest)
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )
+            if logits is None:
+                logits = torch.zeros((count, program.vocab_size), device=device.torch)
+            self.logits = logits
             self._hidden = torch.zeros(
                 (buckets.mixed_tokens[-1], program.hidden_size),
                 dtype=program.dtype,
                 device=device.torch,
             )
-            self.logits = torch.zeros((count, program.vocab_size), device=device.torch)
 
     @property
     def memory(self) -> Memory:
@@ -87,6 +109,7 @@ class StepRunner:
         """Use these pages from now on; graphs that were captured with others are dropped."""
         self._layers.clear()
         self._heads.clear()
+        self._guesses.clear()
         self._memory = memory
 
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
@@ -102,7 +125,7 @@ class StepRunner:
         if tokens == len(rows):  # decodes, where some have drafts
             shape = self._decode_shape(batch, decodes)
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
-            self._inputs.load(batch, shape, blocks, rows[:0])
+            self._inputs.load(batch, shape, blocks, rows)
             hidden = self.rows
         else:
             shape = self._buckets.mixed(bucket(tokens, mixed))
@@ -110,6 +133,7 @@ class StepRunner:
             hidden = self._hidden
         if shape not in self._layers:
             self._layers[shape] = self._device.capture(self._layers_work(shape))
+        self._read = _Read(shape, None)
         self._layers[shape]()
         return hidden[:tokens]
 
@@ -136,6 +160,34 @@ class StepRunner:
             self._heads[key] = self._device.capture(self._head_work(padded, kind))
         self._heads[key]()
 
+    def guess(self, count: int) -> None:
+        """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
+        many guesses after it."""
+        assert self._read is not None
+        shape, step = self._read.shape, self._read.step
+        if step is not None:
+            self._guess_work(shape, step, count)()
+            return
+        if (shape, count) not in self._guesses:
+            work = self._guess_work(shape, self._step_of(shape), count)
+            self._guesses[shape, count] = self._device.capture(work)
+        self._guesses[shape, count]()
+
+    def fetch_guesses(self, sequences: int, count: int) -> PendingGuesses:
+        """Start copying what was guessed to the host."""
+        assert self._drafter is not None
+        return self._drafter.fetch(sequences, count)
+
+    def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
+        """Of guesses after captured steps of decodes, by sequences and how many tokens each."""
+        with self._device.work():
+            self._inputs.clear()
+        return {
+            (shape.sequences, count): self._device.seconds(work, _TIMES)
+            for (shape, count), work in self._guesses.items()
+            if count in counts and shape == self._buckets.decode(shape.sequences)
+        }
+
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
         """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` of the rows that
         ``layers`` returned, valid until the next."""
@@ -143,23 +195,32 @@ class StepRunner:
         self._program.logits(hidden[self._device.index(rows)], out)
         return out
 
-    def works(self) -> list[Work]:
-        """Steps of padding that together launch every kernel there is."""
+    def works(self, counts: Sequence[int] = ()) -> list[Work]:
+        """Steps of padding that together launch every kernel there is, where a head makes so many
+        guesses after them."""
         with self._device.work():
             self._inputs.clear()  # operators of torch run, and steps before may have left rows
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
-        return [*layers, *heads, self.largest_step]
+        guesses = [
+            self._guess_work(shape, self._step_of(shape), count)
+            for shape in (self._shapes if counts else ())
+            for count in _with_none(counts)
+        ]
+        return [*layers, *heads, *guesses, self.largest_step]
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""
         layers = [self._layers_work(shape) for shape in self._largest_shapes]
         heads = [self._head_work(size, Kind.SAMPLE) for size in self._head_sizes[-1:]]
-        return [*layers, *heads]
+        if self._drafter is None:
+            return [*layers, *heads]
+        shapes = self._largest_shapes
+        return [*layers, *heads, *(self._guess_work(s, self._step_of(s), 1) for s in shapes)]
 
-    def capture(self) -> None:
+    def capture(self, counts: Sequence[int] = ()) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
-        then the smallest, with the usual kinds of sampling."""
+        then the smallest, with the usual kinds of sampling, and so many guesses after them."""
         small = list(filter(_prepared, self._shapes))
         times = max(QUERIES) if self._buckets.drafts else 1
         sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
@@ -170,6 +231,27 @@ class StepRunner:
         for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
             for kind in PREPARED_KINDS:
                 self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
+        for count in _with_none(counts):
+            for shape in dict.fromkeys([*self._largest_shapes, *small]):
+                work = self._guess_work(shape, self._step_of(shape), count)
+                self._guesses[shape, count] = self._device.capture(work)
+        self._device.synchronize()
+
+    def capture_decodes(self, counts: Sequence[int], most: int = 1 << 30) -> None:
+        """Capture all steps of nothing but decodes, of up to ``most`` rows, with greedy sampling
+        and so many guesses."""
+        with self._device.work():
+            self._inputs.clear()
+        for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
+            head = self.padded_rows(shape.tokens), Kind.GREEDY
+            if head not in self._heads:
+                self._heads[head] = self._device.capture(self._head_work(*head))
+            if shape not in self._layers:
+                self._layers[shape] = self._device.capture(self._layers_work(shape))
+            for count in _with_none(counts):
+                if (shape, count) not in self._guesses:
+                    work = self._guess_work(shape, self._step_of(shape), count)
+                    self._guesses[shape, count] = self._device.capture(work)
         self._device.synchronize()
 
     def step_seconds(self) -> dict[int, float]:
@@ -187,10 +269,13 @@ class StepRunner:
     def largest_step(self) -> None:
         """Enqueue the step that takes the most memory, made of padding."""
         self._inputs.clear()
-        step = self._inputs.step(self._buckets.largest, 0, pdl=False)
-        self._program.hidden(step, self.memory)
+        shape = self._buckets.largest
+        step = self._inputs.step(shape, 0, pdl=False)
+        self._program.hidden(step, self.memory, states=self._states(shape.tokens))
         self._program.logits(self.rows, self.logits)
         normalizers(self.logits)  # of which scores of prompts are made
+        if self._drafter is not None:
+            self._guess_work(shape, step, 1)()
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
         decodes = 0 if self._buckets.deterministic else decodes
@@ -199,7 +284,8 @@ class StepRunner:
         shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
-        hidden = self._program.hidden(step, self.memory)
+        self._read = _Read(shape, step)
+        hidden = self._program.hidden(step, self.memory, states=self._states(tokens))
         if len(rows):
             wanted = self._inputs.logits_rows(shape)
             torch.index_select(hidden, 0, wanted, out=self.rows[: len(rows)])
@@ -224,29 +310,35 @@ class StepRunner:
         return () if self.pools else self._buckets.row_sizes
 
     def _layers_work(self, shape: Shape) -> Work:
-        return self._mixed_work(shape.tokens) if shape.rows else self._decode_work(shape)
-
-    def _decode_work(self, shape: Shape) -> Work:
-        memory, deterministic = self.memory, self._buckets.deterministic
-        decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
-        pdl = self._overlaps(shape.tokens)
-        step = self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
-
-        def work() -> None:
-            self._program.hidden(step, memory, out=self.rows[: shape.tokens])
-
-        return work
-
-    def _mixed_work(self, tokens: int) -> Work:
-        shape, memory = self._buckets.mixed(tokens), self.memory
-        step = self._inputs.step(shape, 0, pdl=self._overlaps(tokens))
+        step, memory = self._step_of(shape), self.memory
+        states = self._states(shape.tokens)
         wanted = self._inputs.logits_rows(shape)
 
-        def work() -> None:
-            hidden = self._program.hidden(step, memory, out=self._hidden[:tokens])
+        def decode() -> None:
+            self._program.hidden(step, memory, self.rows[: shape.tokens], states)
+
+        def mixed() -> None:
+            hidden = self._program.hidden(step, memory, self._hidden[: shape.tokens], states)
             torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
 
-        return work
+        return mixed if shape.rows else decode
+
+    def _step_of(self, shape: Shape) -> Step:
+        """The step of captured layers of a shape."""
+        pdl = self._overlaps(shape.tokens)
+        if shape.rows:
+            return self._inputs.step(shape, 0, pdl=pdl)
+        deterministic = self._buckets.deterministic
+        decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
+        return self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
+
+    def _guess_work(self, shape: Shape, step: Step, count: int) -> Work:
+        assert self._drafter is not None
+        return self._drafter.work(step, shape, count, self.memory)
+
+    def _states(self, tokens: int) -> Tensor | None:
+        """Where a step leaves what a head reads."""
+        return None if self._drafter is None else self._drafter.states[:tokens]
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
@@ -263,6 +355,11 @@ class StepRunner:
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
+
+
+def _with_none(counts: Sequence[int]) -> tuple[int, ...]:
+    """After how many guesses a head is captured: where load decides, it may only read."""
+    return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
 def _after(layers: Work, head: Work) -> Work:

@@ -54,4 +54,4 @@ class TensorRTExecutor(CUDAExecutor):
         drop_constants(graph)
         self._calls = bindings(graph, segments)
         weights = load_weights(engine.path / WEIGHTS, self._device, graph.initializers)
-        self._start(manifest, config, graph, weights, engine.path / TACTICS)
+        self._start(manifest, config, (graph, None), weights, engine.path / TACTICS)

@@ -97,7 +97,7 @@ def test_a_narrow_head_needs_an_embedding(tiny_checkpoint: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "cuda"}, "engines of target cuda run one graph"),
+        ({"target": "tensorrt"}, "engines of target tensorrt run one graph"),
         ({"task": "embed"}, "makes no text that could be guessed"),
     ],
 )

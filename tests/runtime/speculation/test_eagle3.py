@@ -152,29 +152,37 @@ def test_pages_come_back_from_the_host_with_those_of_the_head(engine: Path) -> N
     assert found[0] == found[1]
 
 
-def counting(directory: Path) -> tuple[Path, dict[str, Any], Arrays]:
+def counting(
+    directory: Path, size: int = 64, layers: int = 3, vocab: int | None = None
+) -> tuple[Path, dict[str, Any], Arrays]:
     """A model in which token i + 7 comes after i, and a head that knows it: of 64 orthogonal
     embeddings each is one of its own; attention of the head sees nothing but its own token."""
-    size = 64
+    heads, vocab = size // 16, vocab or size
     rows = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))[0].astype(np.float32)
+    rows = rows[:vocab]
     after = np.roll(rows, 7, axis=0)  # of j: the row of the token before it
-    shape = {**TINY_SHAPE, "vocab_size": size, "num_hidden_layers": 3, "tie_word_embeddings": False,
-             "eos_token_id": 63}  # fmt: skip
+    shape = {**TINY_SHAPE, "vocab_size": vocab, "num_hidden_layers": layers,
+             "tie_word_embeddings": False, "eos_token_id": vocab - 1, "hidden_size": size,
+             "intermediate_size": 2 * size, "num_attention_heads": heads,
+             "num_key_value_heads": heads // 2}  # fmt: skip
     one, zeros = np.ones(size, np.float32), np.zeros
     arrays: Arrays = {"model.embed_tokens.weight": rows, "model.norm.weight": one,
                       "lm_head.weight": after}  # fmt: skip
-    for layer in range(3):
+    for layer in range(layers):
         name = f"model.layers.{layer}."
-        shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64),
-                  "self_attn.v_proj": (32, 64), "self_attn.o_proj": (64, 64),
-                  "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64),
-                  "mlp.down_proj": (64, 128)}  # fmt: skip
+        shapes = {"self_attn.q_proj": (size, size), "self_attn.k_proj": (size // 2, size),
+                  "self_attn.v_proj": (size // 2, size), "self_attn.o_proj": (size, size),
+                  "mlp.gate_proj": (2 * size, size), "mlp.up_proj": (2 * size, size),
+                  "mlp.down_proj": (size, 2 * size)}  # fmt: skip
         arrays |= {f"{name}{key}.weight": zeros(each, np.float32) for key, each in shapes.items()}
         arrays |= {f"{name}{x}_layernorm.weight": one for x in ("input", "post_attention")}
     checkpoint = save_llama(directory / "counting", arrays, **shape)
-    config = specforge(vocab_size=size, draft_vocab_size=size, num_key_value_heads=4,
+    config = specforge(vocab_size=vocab, draft_vocab_size=vocab, hidden_size=size,
+                       num_attention_heads=heads, num_key_value_heads=heads,
                        norm_output=True, layer_types=["sliding_attention"],
                        sliding_window=1)  # fmt: skip
+    if layers == 1:
+        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 0, 0]}
     tensors = {
         name: np.zeros_like(x) if x.ndim == 2 else np.ones_like(x)
         for name, x in random_tensors(config).items()

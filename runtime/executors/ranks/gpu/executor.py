@@ -13,6 +13,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import Buckets
 from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.drafter import Drafter
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
@@ -110,9 +111,16 @@ class CUDARankExecutor(CUDAExecutor):
         device.watch, self.followers.on_loss = self.followers.check, team.abandon
         return team
 
-    def _runner(self, program: CUDAProgram, buckets: Buckets) -> StepRunner:
+    def _runner(
+        self,
+        program: CUDAProgram,
+        buckets: Buckets,
+        logits: Tensor | None = None,
+        drafter: Drafter | None = None,
+    ) -> StepRunner:
+        assert drafter is None, "heads are refused beside several ranks when an engine is built"
         runner = LeadingRunner(
-            program, self._sampler, self._device, buckets, self._columns, self._team
+            program, self._sampler, self._device, buckets, self._columns, self._team, logits=logits
         )
         runner.followers = self.followers
         return runner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,52 @@ def test_a_sequence_without_drafts_is_packed_as_before(device: str) -> None:
     found = on_device.step(logits, rows, [0, 0, 1, 2, 2, 2])
     assert found.token_ids == Sampler(TINY_VOCAB).sample(logits, rows).token_ids
     assert found.token_ids[2:4] == [9, 2]
+
+
+VOCAB = 50
+
+
+def chi_squared(counts: np.ndarray[Any, Any], chances: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The statistic of draws, rare tokens together, and a value that one in a million exceeds (by
+    Wilson and Hilferty)."""
+    expected, order = chances * counts.sum(), np.argsort(-chances)
+    bins = np.minimum((expected[order].cumsum() - expected[order]) // 12, 30).astype(int)
+    seen, wanted = (np.bincount(bins, each[order]) for each in (counts, expected))
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(((seen - wanted) ** 2 / wanted).sum()), limit
+
+
+def test_tokens_after_right_and_wrong_drafts_are_drawn_from_their_rows(device: str) -> None:
+    """100,000 of them on a GPU, of a vocabulary of 50: the first of each run whether or not a draft
+    was there, and those after drafts that were right."""
+    draws, sequences = (100_000, 2000) if device == "cuda" else (96, 8)
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((3, VOCAB), dtype=np.float32) * 1.5
+    chances = np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
+    drafts = chances.argmax(1)[:2].tolist()
+    sampler = CUDASampler(3 * sequences, sequences, VOCAB, 64, device)
+    logits = torch.from_numpy(np.tile(rows, (sequences, 1))).to(device)
+    counts = np.zeros((3, VOCAB))
+    for start in range(0, draws, sequences):
+        runs = [run_of(SamplingParams(temperature=1.0), [4], drafts) for _ in range(sequences)]
+        flat = [replace(row, seed=start + number) for number, run in enumerate(runs) for row in run]
+        slots = [slot for slot in range(sequences) for _ in range(3)]
+        kind = sampler.kind(flat)
+        sampler.prepare(flat, slots, len(flat), kind)
+        sampler.launch(logits, len(flat), kind)
+        pending = sampler.fetch(len(flat), kind)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        result = pending.result(flat)
+        reject(flat, result)
+        for index, token in enumerate(result.token_ids):
+            # A row counts if all before it did.
+            if token != REJECTED:
+                counts[index % 3, token] += 1
+    assert counts[0].sum() == draws > counts[1].sum() > counts[2].sum() > 0
+    for seen, row in zip(counts[: 3 if device == "cuda" else 1], chances, strict=False):
+        found, limit = chi_squared(seen, row)
+        assert found < limit
+        assert chi_squared(seen, np.roll(row, 1))[0] > limit or device != "cuda"

@@ -24,8 +24,8 @@ class Runner(StepRunner):
 
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self._device, self._buckets = Device(), BUCKETS
-        self._layers, self._heads = {}, {}
-        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None)
+        self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
+        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None, logits_rows=id)
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
         self._program: Any = SimpleNamespace(pools=False)
 
@@ -138,3 +138,21 @@ def test_steps_with_drafts_of_the_first_answers_are_captured_at_the_start_and_ti
     assert buckets.verifications[-1] in captured, "the one that takes the most memory"
     runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
     assert sorted(runner.step_seconds()) == [1, 2, 4, 8, 16, 32, 64, 128, buckets.max_rows]
+
+
+def test_costs_are_those_of_every_step_of_decodes(
+    runner: Runner, captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the guesses of a head; each is captured once."""
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    monkeypatch.setattr(runner, "_step_of", lambda shape: shape)
+    monkeypatch.setattr(runner, "_guess_work", lambda shape, _step, count: lambda: (shape, count))
+    runner.capture((3,))
+    runner.capture_decodes((1, 3))
+    assert len(set(captured)) == len(captured)
+    decodes = [*map(buckets.decode, buckets.batch_sizes), *buckets.verifications]
+    assert {(shape, count) for shape in decodes for count in (0, 1, 3)} <= set(captured)
+    runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
+    assert set(runner.step_seconds()) == {shape.tokens for shape in decodes}
+    guesses = runner.guess_seconds((1, 3))
+    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (1, 3)}
