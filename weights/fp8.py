@@ -14,7 +14,7 @@ Floats = NDArray[np.float32]
 FP8_MAX = 448.0  # the largest e4m3fn number
 # Elements worked on at once: in more the temporaries leave the cache, in less the threads of many
 # cores would mostly wait for the interpreter, which each operation asks for.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 _LEAST_NORMAL, _LAST_BITS = np.array([2.0**-6, 2.0**14], np.float32).view(np.uint32)
 # Half of the last bit that stays is added, less one unit where the result must be even.
 # Exponents of float32 are 120 greater.

@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 GROUP_SIZES = (128, 64, 32)
 # Elements worked on at once: the temporaries are small beside the weight. In less the threads of
 # many cores would mostly wait for the interpreter, which each operation asks for.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 20
 
 
 def largest_group(k: int, requested: int) -> int | None:

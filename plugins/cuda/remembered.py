@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.cache import get_cache_manager, triton_key
+
+from slipstream.plugins.cuda.precompile import Specialization, settle_key
 
 _NAME = "slipstream-kernels"
 _SOURCES = Path(__file__).parents[1]  # whose code says what is launched, with what options
@@ -29,13 +33,20 @@ def mark_of(engine: str, device: str) -> str:
 
 
 def are_compiled(mark: str) -> bool:
-    """Whether ``remember`` was called here, for that mark."""
-    return get_cache_manager(mark).get_file(_NAME) is not None
+    """Whether ``remember`` was called here, for that mark. If so, the kernels get the keys by which
+    their compiled forms are found."""
+    file = get_cache_manager(mark).get_file(_NAME)
+    if file is None:
+        return False
+    for module, name in json.loads(Path(file).read_text()):
+        settle_key(getattr(import_module(module), name))
+    return True
 
 
-def remember(mark: str) -> None:
-    """Note that every kernel of these steps is compiled."""
-    get_cache_manager(mark).put(b"", _NAME)
+def remember(mark: str, kernels: Iterable[Specialization]) -> None:
+    """Note that these are compiled, which are all of such steps."""
+    functions = dict.fromkeys((kernel.module, kernel.name) for kernel in kernels)
+    get_cache_manager(mark).put(json.dumps(list(functions)).encode(), _NAME)
 
 
 @cache

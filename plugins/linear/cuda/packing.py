@@ -30,7 +30,7 @@ from slipstream.weights.tensor import Activation, QuantTensor, WeightFormat, num
 ALIGNMENT = 256
 # Codes packed at once: few enough for the cache of a core, and enough that threads do not mostly
 # wait for the interpreter, which each operation asks for.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 21
 WORDS = 32  # of a chunk
 DENSE_DTYPES = ("bfloat16", "float16")
 GROUPS = (32, 64, 128)

@@ -179,7 +179,7 @@ class Device:
             ready()
         compile_kernels(kernels, self.capability)
         if mark is not None and not known:
-            remember(mark)
+            remember(mark, kernels)
 
     def capture(self, work: Work) -> Work:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""

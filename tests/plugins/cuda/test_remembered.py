@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from slipstream.plugins.cuda import remembered
+from slipstream.plugins.cuda.precompile import Specialization
 from slipstream.plugins.cuda.remembered import are_compiled, mark_of, remember
+from slipstream.plugins.gated_mlp import cuda_kernels as gated_mlp
 
 
 def test_what_is_remembered_goes_with_the_cache(
@@ -16,8 +19,12 @@ def test_what_is_remembered_goes_with_the_cache(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     mark = mark_of("engine", "H100")
     assert not are_compiled(mark)
-    remember(mark)
+    kernel = Specialization(gated_mlp.__name__, "gated_kernel", {}, {}, {}, {})
+    remember(mark, [kernel, kernel])
+    settled: list[object] = []
+    monkeypatch.setattr(remembered, "settle_key", settled.append)
     assert are_compiled(mark) and are_compiled(mark_of("engine", "H100"))
+    assert settled == [gated_mlp.gated_kernel] * 2, "or the launch would not find them"
     shutil.rmtree(tmp_path)
     assert not are_compiled(mark)
 
