@@ -291,8 +291,8 @@ def drafting(capability: tuple[int, int], pdl: bool) -> None:
     for known in (torch.zeros(vocab, dtype=torch.int32), None):
         buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, torch.device("cpu"))
         pages = Pages(torch.zeros((2, 4), dtype=torch.int32), numbers[:2], 64)
-        rows = (*[numbers] * 4, *[numbers[:2]] * 2, numbers)
-        follow(*rows, buffers, pdl)
+        first, drafts, sampled = numbers[:2], numbers[:2], numbers
+        follow(numbers, numbers, numbers, numbers, first, drafts, sampled, buffers, pdl)
         for goes_on in (True, False):
             guess(torch.zeros(2, vocab), buffers, pages, 0, 1, goes_on, pdl)
             guess(torch.zeros(2, vocab), buffers, pages, 1, 1, goes_on, pdl)

@@ -37,7 +37,8 @@ from slipstream.runtime.structured.masks import MaskFiller, allowed_tokens
 from slipstream.runtime.testing import counting_engine
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.server.anthropic.api import ANTHROPIC
-from slipstream.server.core.http.process import bind, server_of
+from slipstream.server.core.http.listener import bind
+from slipstream.server.core.http.process import server_of
 from slipstream.server.core.options import ServerOptions
 from slipstream.server.ollama.api import OLLAMA
 from slipstream.server.openai.api import OPENAI

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,9 +23,7 @@ from slipstream.builder.contract import (
     LOGITS,
     STATES,
     TARGET_GRAPH,
-    CacheSpec,
     GraphSpec,
-    page_size_of,
     states,
 )
 from slipstream.builder.engine import COSTS, TACTICS, Engine, Manifest
@@ -38,7 +34,6 @@ from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
-from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
@@ -50,6 +45,7 @@ from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
 from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.load import Loading, begin_loading
+from slipstream.runtime.executors.cuda.pages import CUDAPages
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
@@ -60,14 +56,8 @@ if TYPE_CHECKING:  # engines of one rank start without them
     from slipstream.plugins.collectives.cuda.communicator import Communicator
     from slipstream.runtime.executors.cuda.team import Team
 
-log = logging.getLogger(__name__)
 # What cuBLAS, captured graphs and torch's own rounding take beside what is counted.
 _RESERVE_BYTES = 512 << 20
-_KV_TYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 
 
 class CUDAExecutor:
@@ -163,8 +153,7 @@ class CUDAExecutor:
             table = FixedTactics(device.capability, device.name)
         drafts = self._drafts_of_step()
         rows = config.max_batch_size + drafts
-        page_size = page_size_of(self._caches)
-        self._columns = -(-config.max_seq_len // page_size)
+        self._pages = CUDAPages(self._caches, config)
         with device.work(), self._fitting():
             program = CUDAProgram(
                 graph,
@@ -192,7 +181,7 @@ class CUDAExecutor:
             if part is not None:
                 logits = torch.zeros((rows, program.vocab_size), device=device.torch)
                 tokens = self._sampler.buffers.tokens
-                drafter = Drafter(part, tokens, logits, device, buckets, page_size)
+                drafter = Drafter(part, tokens, logits, device, buckets, self._pages.page_size)
             self.runner = self._runner(program, buckets, logits, drafter)
         self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
@@ -204,7 +193,7 @@ class CUDAExecutor:
         drafter: Drafter | None = None,
     ) -> StepRunner:
         """What runs the steps, with the head's part if there is one."""
-        of = (program, self._sampler, self._device, buckets, self._columns, self._team)
+        of = (program, self._sampler, self._device, buckets, self._pages.columns, self._team)
         return StepRunner(*of, logits=logits, drafter=drafter)
 
     def _communicator(self, manifest: Manifest) -> Communicator | None:
@@ -228,37 +217,15 @@ class CUDAExecutor:
         """
         with self._fitting():
             with phase("largest steps"):
-                pages = self._affordable_pages(num_bytes)
+                self._allocate(1)
+                free = self._free_after_largest_step() + self._pages.bytes_of(1)
+                pages = self._pages.affordable(max(free, 0), num_bytes)
             if self._team is not None:
                 pages = self._team.least(pages)
             with phase("pages"):
                 self._allocate(pages)
             with phase("graphs of the first steps"):
                 self.runner.capture(self.guess_counts)
-        return pages
-
-    def _affordable_pages(self, num_bytes: int | None) -> int:
-        page_bytes = self._bytes_of(1)
-        self._allocate(1)
-        free = max(self._free_after_largest_step() + page_bytes, 0)
-        if num_bytes is None:
-            usable = int(free * self._config.kv_cache_free_gpu_memory_fraction)
-            most = self._columns * self._config.max_batch_size
-        else:
-            usable = min(num_bytes, free)
-            most = usable // min(cache.bytes_per_page for cache in self._caches)
-        pages = bisect_right(range(1, most + 1), usable, key=self._bytes_of)
-        if num_bytes is not None and num_bytes > free:
-            log.warning(
-                "the KV cache takes %d MiB, not the %d MiB asked for: the GPU has no more free",
-                usable >> 20,
-                num_bytes >> 20,
-            )
-        if pages < 1:
-            raise CapacityError(
-                f"{usable} bytes of KV cache hold no page; one page takes {page_bytes} bytes: "
-                "raise --kv-cache-bytes, lower --max-num-tokens, or free memory on the GPU"
-            )
         return pages
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
@@ -280,8 +247,7 @@ class CUDAExecutor:
     def transfer(self, transfers: Sequence[Transfer]) -> None:
         """Enqueue copies of pages, which what is enqueued after them waits for."""
         if self._host is not None:
-            pages = self.runner.memory.pages
-            of = {cache.name: pages[cache.arrays[0].name] for cache in self._caches}
+            of = self._pages.by_cache(self.runner.memory.pages)
             # A head that nobody asks has no pages.
             self._host.transfer([each for each in transfers if each.cache in of], of)
 
@@ -354,36 +320,14 @@ class CUDAExecutor:
             return 0
         return min(self._config.max_batch_size * self.max_drafts, MAX_STEP_DRAFTS)
 
-    def _count(self, cache: CacheSpec, pages: int) -> int:
-        """How many pages a cache has where those that remember every token have ``pages``."""
-        return window_pages(cache.window, pages, self._config) if cache.window else pages
-
-    def _bytes_of(self, pages: int) -> int:
-        return sum(cache.bytes_per_page * self._count(cache, pages) for cache in self._caches)
-
     def _move_pages(self, moves: Sequence[Move]) -> None:
-        """Enqueue copies of pages, which the layers of the step may read, without memory beside."""
-        arrays = {cache.name: cache.arrays[0].name for cache in self._caches}
-        for move in moves:
-            if move.cache not in arrays:  # that of a head which nobody asks
-                continue
-            pages = self.runner.memory.pages[arrays[move.cache]]
-            pages = pages.view(torch.uint8)  # no copies of 8-bit floats
-            pages[:, move.destination] = pages[:, move.source]
+        self._pages.move(moves, self.runner.memory.pages)
 
     def _allocate(self, pages: int) -> None:
         config, device, layers = self._config, self._device.torch, self._attention
         self.runner.bind(None)  # the old pages go before the new ones come
         with self._device.work():
-            arrays = {
-                array.name: torch.zeros(
-                    (len(cache.layers), self._count(cache, pages), *array.shape),
-                    dtype=_KV_TYPES[array.dtype],
-                    device=device,
-                )
-                for cache in self._caches
-                for array in cache.arrays
-            }
+            arrays = self._pages.allocate(pages, device)
             workspace = DecodeWorkspace.allocate(
                 config.max_batch_size + self._drafts_of_step(),
                 max(layer.num_heads for layer in layers),

@@ -8,9 +8,11 @@ bit for bit where no norm is taken. On GPUs it then replays captured calls.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     leave_multicast_off()
-    store = dist.FileStore(meeting, layout.ranks)
+    store = dist.FileStore(meeting, layout.ranks)  # type: ignore[attr-defined]
     dist.init_process_group("nccl", store=store, rank=rank, world_size=layout.ranks)
     assert dist.group.WORLD is not None
     memory = SharedMemory(rank, layout.bytes, device, dist.group.WORLD)
@@ -165,18 +167,25 @@ def main() -> int:
     """Become several ranks; how many of them failed."""
     ranks = int(sys.argv[1])
     layout = Layout(ranks, SMALL, LARGE, PROGRAMS)
+    processes: list[BaseProcess]
     if interpreting():
         repair()
         give_way()
         memory = torch.zeros(ranks * layout.bytes, dtype=torch.uint8).share_memory_()
-        method, target, common = "fork", interpreted, memory
+        processes = [
+            multiprocessing.get_context("fork").Process(
+                target=interpreted, args=(rank, layout, memory)
+            )
+            for rank in range(ranks)
+        ]
     else:
-        meeting = Path(tempfile.mkdtemp()) / "meeting"
-        method, target, common = "spawn", native, str(meeting)
-    context = torch.multiprocessing.get_context(method)
-    processes = [
-        context.Process(target=target, args=(rank, layout, common)) for rank in range(ranks)
-    ]
+        meeting = str(Path(tempfile.mkdtemp()) / "meeting")
+        processes = [
+            multiprocessing.get_context("spawn").Process(
+                target=native, args=(rank, layout, meeting)
+            )
+            for rank in range(ranks)
+        ]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):

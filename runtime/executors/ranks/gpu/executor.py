@@ -120,7 +120,13 @@ class CUDARankExecutor(CUDAExecutor):
     ) -> StepRunner:
         assert drafter is None, "heads are refused beside several ranks when an engine is built"
         runner = LeadingRunner(
-            program, self._sampler, self._device, buckets, self._columns, self._team, logits=logits
+            program,
+            self._sampler,
+            self._device,
+            buckets,
+            self._pages.columns,
+            self._team,
+            logits=logits,
         )
         runner.followers = self.followers
         return runner

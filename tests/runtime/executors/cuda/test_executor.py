@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
-from slipstream.builder.contract import attention_cache, bytes_per_token
+from slipstream.builder.contract import bytes_per_token
 from slipstream.builder.engine import open_engine
 from slipstream.builder.options import BuildOptions
 from slipstream.errors import CapacityError, EngineMismatchError, MissingDependencyError
@@ -192,26 +192,6 @@ def test_more_memory_than_there_is_shrinks_with_a_message(
         assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page
     assert "the GPU has no more free" in caplog.text
     executor.shutdown()
-
-
-def test_a_cache_with_a_window_leaves_the_rest_to_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three pages are all that one sequence can use of it, in three layers."""
-    near = attention_cache("bfloat16", [1, 2, 3], 64, 1, 8, name="near", window=64)
-    executor = CUDAExecutor.__new__(CUDAExecutor)
-    executor._config = RuntimeConfig(
-        max_batch_size=1, max_num_tokens=64, max_seq_len=64 * 32, page_size=64
-    )
-    executor._caches = (attention_cache("bfloat16", [0], 64, 1, 8), near)
-    executor._columns = 32
-    page = 2 * 64 * 8 * 2
-    monkeypatch.setattr(executor, "_allocate", lambda pages: None)
-    monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 30)
-    assert executor._affordable_pages((20 + 9) * page) == 20
-    assert executor._affordable_pages((20 + 9) * page - 1) == 19
-    assert executor._affordable_pages(2 * 4 * page) == 2
-    assert executor._affordable_pages(None) == 32
 
 
 class TestEnvironment:

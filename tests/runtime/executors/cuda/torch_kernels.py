@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from slipstream.plugins.linear.cuda import bind as linear_bind
+from slipstream.plugins.linear.cuda import linear as linear_kernels
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
 from slipstream.plugins.paged_attention.cuda import attention
 from slipstream.plugins.paged_attention.cuda.attention import StepTensors
@@ -91,7 +91,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def in_torch() -> Iterator[None]:
     """For engines with dense weights and plain gates."""
     with (
-        patch.object(linear_bind.kernels, "linear", linear),
+        patch.object(linear_kernels, "linear", linear),
         patch.object(attention, "paged_attention", paged_attention),
     ):
         yield
