@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from slipstream.runtime.executors.cuda.device import Device
 
 # Of what goes through memory that all GPUs reach: steps of many tokens of wide models.
 _MAX_BYTES = 64 << 20
-_PATIENCE = timedelta(minutes=5)  # until the slowest has come to where all meet
+_PATIENCE = timedelta(seconds=30)  # until the slowest has come to where all meet
 # Who notices that a rank is lost is watching here; torch's own watch would end this process.
 _SWITCHES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 _GLANCE = 1e-3  # seconds between two looks at what others say
@@ -32,7 +33,8 @@ class Team:
         """Meet the others at a file. ``watch`` is called while the host waits for them, and raises
         why that is in vain.
 
-        Raises ExecutionError where this process has a process group of torch's already.
+        Raises ExecutionError where this process has a process group of torch's already, and where
+        they do not meet within half a minute.
         """
         if dist.is_initialized():
             raise ExecutionError(
@@ -43,17 +45,29 @@ class Team:
             os.environ.setdefault(name, value)
         self._rank, self._size, self._watch = rank, size, watch
         self._store, self._asked = dist.FileStore(str(meeting), size), 0  # type: ignore[attr-defined]
-        dist.init_process_group(
-            "nccl" if device.is_cuda else "gloo",
-            store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=size,
-            timeout=_PATIENCE,
-        )
-        with device.work():
-            group = dist.group.WORLD
-            assert group is not None
-            self.communicator = Communicator(rank, size, device.torch, _MAX_BYTES, group)
+        # Symmetric memory remembers for good by which store a group of a name exchanges handles: a
+        # name that was another's in this process would have it wait there.
+        dist.distributed_c10d._world.group_count = zlib.crc32(str(meeting).encode())
+        try:
+            dist.init_process_group(
+                "nccl" if device.is_cuda else "gloo",
+                store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=size,
+                timeout=_PATIENCE,
+            )
+            with device.work():
+                group = dist.group.WORLD
+                assert group is not None
+                self.communicator = Communicator(rank, size, device.torch, _MAX_BYTES, group)
+        except RuntimeError as error:
+            if dist.is_initialized():
+                abort_group()
+                dist.destroy_process_group()
+            watch()  # which says it better
+            raise ExecutionError(
+                f"the {size} ranks could not meet: {error}. Load the engine again"
+            ) from error
 
     @property
     def is_first(self) -> bool:
@@ -94,3 +108,10 @@ class Team:
 def planned_communicator(ranks: int, device: Device) -> Communicator:
     """One for a device that is only planned: its kernels are recorded."""
     return Communicator(0, ranks, device.torch, _MAX_BYTES, None)
+
+
+def abort_group() -> None:
+    """Let what waits for other ranks in this process's group end, on a GPU; from any thread."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.abort()

@@ -17,7 +17,7 @@ from slipstream.runtime.executors.cuda.drafter import Drafter
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.runner import StepRunner
-from slipstream.runtime.executors.cuda.team import Team
+from slipstream.runtime.executors.cuda.team import Team, abort_group
 from slipstream.runtime.executors.ranks.gpu.followers import Followers
 from slipstream.runtime.executors.ranks.gpu.protocol import Close, Head, Meet, Reserve, Rows, Time
 
@@ -107,6 +107,7 @@ class CUDARankExecutor(CUDAExecutor):
         self.followers.await_answers()  # their weights are there
         self.followers.tell(Meet())
         meeting, ranks = self.followers.meeting, self.followers.ranks
+        self.followers.on_loss = abort_group
         team = Team(0, ranks, device, meeting, self.followers.check)
         device.watch, self.followers.on_loss = self.followers.check, team.abandon
         return team
