@@ -84,6 +84,9 @@ class CUDARankExecutor(CUDAExecutor):
             self.followers.await_answers()
         except BaseException:  # the others wait for what this rank would have given them
             self.followers.close()
+            if self._team is not None:
+                self._team.abandon()
+            self.shutdown()  # another engine of ranks may be loaded
             raise
         return pages
 
