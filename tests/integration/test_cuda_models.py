@@ -51,7 +51,7 @@ Logits = NDArray[np.float32]
 def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps run kernel by kernel here, and in the interpreter without GEMVs, which take it a
     second each."""
-    monkeypatch.setattr(StepRunner, "capture", lambda self: None)
+    monkeypatch.setattr(StepRunner, "capture", lambda *_: None)
     if interpreting():
         monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
 

@@ -247,7 +247,7 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def eager(self: StepRunner, batch: StepBatch, rows: IntArray) -> torch.Tensor:
         return layers(self, batch, rows, eager=True)
 
-    monkeypatch.setattr(StepRunner, "capture", lambda self: None)
+    monkeypatch.setattr(StepRunner, "capture", lambda *_: None)
     monkeypatch.setattr(StepRunner, "layers", eager)
     monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
 

@@ -4,6 +4,8 @@ looks through all its names at every call of every function of a kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,6 +14,23 @@ import ml_dtypes
 import numpy as np
 
 from slipstream.plugins.cuda.launch import interpreting
+
+
+class _Sums:
+    """Of products of matrices: the type in which they are added up."""
+
+    type: type[np.floating[Any]] = np.float32
+
+
+@contextmanager
+def sums_in_float64() -> Iterator[None]:
+    """Products have the same bits wherever a row stands in a matrix, as on a GPU: in what order
+    the host's library adds up float32 depends on that."""
+    _Sums.type = np.float64
+    try:
+        yield
+    finally:
+        _Sums.type = np.float32
 
 
 @cache
@@ -37,7 +56,8 @@ def repair() -> None:
 
     def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:  # noqa: ANN401
         x, y = (floats(t.data, t.dtype.scalar).astype(np.float32) for t in (a, b))
-        return interpreter.TensorHandle(x @ y + d.data, d.dtype.scalar)
+        sums = x @ y if _Sums.type == np.float32 else x.astype(_Sums.type) @ y.astype(_Sums.type)
+        return interpreter.TensorHandle(sums.astype(np.float32) + d.data, d.dtype.scalar)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:  # noqa: ANN401
         patch(tensor, scope)

@@ -106,7 +106,7 @@ def test_a_gpu_engine_is_scored_by_its_own_kernels(
     from slipstream.runtime.executors.cuda.runner import StepRunner
 
     # Steps run kernel by kernel here, and without GEMVs, which take the interpreter a second each.
-    monkeypatch.setattr(StepRunner, "capture", lambda self: None)
+    monkeypatch.setattr(StepRunner, "capture", lambda *_: None)
     monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
     limits = {"max_batch_size": 4, "max_num_tokens": 32, "max_seq_len": 128}
     build(tiny_checkpoint, tmp_path / "engine", BuildOptions(target="cuda", dtype="float16"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.plugins.interpreter import sums_in_float64
 
 from slipstream.plugins.paged_attention import reference
 from slipstream.plugins.paged_attention.cuda import attention as cuda
@@ -471,6 +472,7 @@ def test_a_token_is_bit_equal_in_any_chunk_and_as_one_of_its_own(
     check_chunks(case, device, (64, 65, 140, 150))
 
 
+@sums_in_float64()
 def check_chunks(case: Case, device: str, ends: tuple[int, ...]) -> None:
     """A prompt in chunks that end there has the bits of the whole; one of one token is a block of
     its own."""

@@ -186,7 +186,7 @@ def test_more_memory_than_there_is_shrinks_with_a_message(
     executor = load(engine, LIMITS).executor
     assert isinstance(executor, CUDAExecutor)
     monkeypatch.setattr(executor, "_free_after_largest_step", lambda: 1 << 16)
-    monkeypatch.setattr(executor.runner, "capture", lambda: None)
+    monkeypatch.setattr(executor.runner, "capture", lambda *_: None)
     page = bytes_per_token(open_engine(engine).manifest.caches) * 64
     with caplog.at_level(logging.WARNING):
         assert executor.reserve_kv(1 << 40) == ((1 << 16) + page) // page

@@ -105,7 +105,7 @@ def exact(checkpoint: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory
 def test_logits_are_those_of_the_effective_weights(
     engine: Path, exact: Logits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepRunner, "capture", lambda self: None)
+    monkeypatch.setattr(StepRunner, "capture", lambda *_: None)
     got = test_cuda_models.logits_in_chunks(engine, PROMPTS, CHUNKS)
     assert test_cuda_models.distance(got, exact) < 0.015
 
