@@ -101,7 +101,8 @@ def test_a_subscriber_that_comes_late_has_the_tree_and_hears_the_end() -> None:
             while not subscriber.events.poll(10):  # until it is subscribed
                 publisher.publish([])
             random_traffic_again(loop, subscriber)
-            assert (shared := shared_paths(loop.scheduler.kv))
+            shared = shared_paths(loop.scheduler.kv)
+            assert shared
             while subscriber.mirror.paths != shared:  # what is still on its way, or fail
                 subscriber.hear()
             loop.shutdown()
