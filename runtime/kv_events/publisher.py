@@ -18,6 +18,8 @@ _INBOX = "inproc://batches"
 _RANK = 0  # one engine has one cache
 _END = (-1).to_bytes(8, "big", signed=True)
 _LINGER = 1000  # milliseconds for the last batches to leave in
+_MOST = 2**31 - 1  # messages that a socket may be told to hold
+_PATIENCE = 5.0  # seconds until an end is not waited for any more
 
 
 class Publisher:
@@ -64,19 +66,23 @@ class Publisher:
         self._inbox.bind(_INBOX)
         self._outbox = self._socket(zmq.PUSH, config.max_queue_size)
         self._outbox.connect(_INBOX)
-        self._events = self._socket(zmq.PUB, config.hwm)
+        self._events = self._socket(zmq.PUB, config.hwm, _LINGER)
         if config.binds:
             self._events.bind(config.endpoint)
         else:
             self._events.connect(config.endpoint)
         self._replay = None
         if config.replay_endpoint is not None:
-            self._replay = self._socket(zmq.ROUTER, config.buffer_steps + 1)
+            # An answer, beside half as many that the library still counts when all are read; what
+            # is beyond, it drops.
+            most = min(2 * (config.buffer_steps + 1), _MOST)
+            self._replay = self._socket(zmq.ROUTER, most, _LINGER)
             self._replay.bind(config.replay_endpoint)
 
-    def _socket(self, kind: int, most: int) -> Any:  # noqa: ANN401 - zmq is imported late
+    def _socket(self, kind: int, most: int, linger: int = 0) -> Any:  # noqa: ANN401 - imported late
         made = self._context.socket(kind)
         made.set_hwm(most)
+        made.setsockopt(self._zmq.LINGER, linger)
         return made
 
     @property
@@ -94,7 +100,10 @@ class Publisher:
         """Send what waits, and end."""
         self._outbox.send(b"")
         self._thread.join()
-        self._context.destroy(linger=_LINGER)
+        # The library was seen to wait for good where a subscriber left at that moment.
+        end = threading.Thread(target=self._context.destroy, daemon=True)
+        end.start()
+        end.join(_PATIENCE)
 
     def _serve(self) -> None:
         zmq, number = self._zmq, 0
