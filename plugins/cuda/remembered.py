@@ -38,8 +38,15 @@ def are_compiled(mark: str) -> bool:
     file = get_cache_manager(mark).get_file(_NAME)
     if file is None:
         return False
-    for module, name in json.loads(Path(file).read_text()):
-        settle_key(getattr(import_module(module), name))
+    try:
+        kernels = [
+            getattr(import_module(module), name)
+            for module, name in json.loads(Path(file).read_text())
+        ]
+    except (ImportError, AttributeError, ValueError):  # another package's, which has changed since
+        return False
+    for kernel in kernels:
+        settle_key(kernel)
     return True
 
 

@@ -29,6 +29,18 @@ def test_what_is_remembered_goes_with_the_cache(
     assert not are_compiled(mark)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [("no_such_package.kernels", "kernel"), (gated_mlp.__name__, "no_kernel")]
+)
+def test_kernels_that_are_not_there_any_more_are_looked_for_again(
+    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    mark = mark_of("engine", "H100")
+    remember(mark, [Specialization(module, name, {}, {}, {}, {})])
+    assert not are_compiled(mark)
+
+
 def test_other_engines_devices_and_settings_of_triton_have_other_marks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
