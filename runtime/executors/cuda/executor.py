@@ -73,6 +73,7 @@ class CUDAExecutor:
     runs_ahead = True
     draft_tokens = 0
     max_drafts = max(QUERIES) - 1
+    _runner_type: type[StepRunner] = StepRunner
     _steps: str | None = None
     # How calls of the graph's own functions are run, by the name of the node: there are none.
     _calls: Mapping[str, Binding] = MappingProxyType({})
@@ -194,7 +195,7 @@ class CUDAExecutor:
     ) -> StepRunner:
         """What runs the steps, with the head's part if there is one."""
         of = (program, self._sampler, self._device, buckets, self._pages.columns, self._team)
-        return StepRunner(*of, logits=logits, drafter=drafter)
+        return self._runner_type(*of, logits=logits, drafter=drafter)
 
     def _communicator(self, manifest: Manifest) -> Communicator | None:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""

@@ -57,6 +57,8 @@ class CUDARankExecutor(CUDAExecutor):
     lost, what waits for it here is let go.
     """
 
+    _runner_type = LeadingRunner
+
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Start the other ranks, put all weights on the GPUs, and meet.
 
@@ -123,14 +125,7 @@ class CUDARankExecutor(CUDAExecutor):
         drafter: Drafter | None = None,
     ) -> StepRunner:
         assert drafter is None, "heads are refused beside several ranks when an engine is built"
-        runner = LeadingRunner(
-            program,
-            self._sampler,
-            self._device,
-            buckets,
-            self._pages.columns,
-            self._team,
-            logits=logits,
-        )
+        runner = super()._runner(program, buckets, logits)
+        assert isinstance(runner, LeadingRunner)
         runner.followers = self.followers
         return runner
