@@ -1,0 +1,137 @@
+"""Pages in files of a directory that both processes see: shared memory of one host."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.handover import label as labels
+from slipstream.runtime.handover.staging import Staging
+from slipstream.runtime.handover.transport import LostHandover
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+_PART = re.compile(r"[0-9a-f]{32}\.part")
+
+
+class FileTransport:
+    """The ``Transport`` of one host: a file an offer, whole before it has its name, and gone when
+    it was taken.
+
+    The directory is this user's alone, and files are only ever opened in it, by names that are
+    numbers: what a peer says reaches nothing else. A file's time of modification is when it
+    expires, so any worker frees what another one has left behind that was killed.
+    """
+
+    def __init__(self, root: Path, staging: Staging, timeout: float) -> None:
+        """Raises ``InvalidRequestError`` for a ``root`` where there can be no such directory.
+        Offers are free after ``timeout`` seconds."""
+        self._staging = staging
+        self._timeout = timeout
+        self._directory = _open_own(root / f"slipstream-{os.geteuid()}")
+
+    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> None:
+        """Write a file, and then give it its name."""
+        part = f"{_checked(name)}.part"
+        try:
+            descriptor = self._open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            with open(descriptor, "wb") as file:
+                file.write(label)
+                for row in self._staging.rows(slots):
+                    file.write(row.data)
+                file.flush()
+                os.utime(descriptor, (time.time(), time.time() + self._timeout))
+            os.rename(part, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            self._remove(part)
+            raise LostHandover("room") from error
+
+    def take(self, name: str, label: bytes, slots: Sequence[int]) -> None:
+        """Read a file, and remove it."""
+        size = labels.SIZE + len(slots) * self._staging.slot_bytes
+        try:
+            descriptor = self._open(_checked(name), os.O_RDONLY)
+        except OSError as error:
+            raise LostHandover("missing") from error
+        with open(descriptor, "rb") as file:
+            labels.check_label(file.read(labels.SIZE), label)
+            if os.fstat(descriptor).st_size != size:
+                raise LostHandover("engine")
+            for row in self._staging.rows(slots):
+                if file.readinto(row.data) != len(row):
+                    raise LostHandover("engine")
+        self._remove(name)
+
+    def withdraw(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self._remove(_checked(name))
+
+    def is_open(self, name: str) -> bool:
+        """Whether the file is there."""
+        return name in self._names()
+
+    def sweep(self) -> int:
+        """Remove files that have expired."""
+        now, removed = time.time(), 0
+        for name in self._names():
+            with suppress(OSError):
+                expires = os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_mtime
+                # One that is still written was modified when it was written to last.
+                grace = self._timeout if _PART.fullmatch(name) else 0.0
+                if now > expires + grace:
+                    os.unlink(name, dir_fd=self._directory)
+                    removed += 1
+        return removed
+
+    def close(self) -> None:
+        """Close the directory."""
+        descriptor, self._directory = self._directory, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _names(self) -> Iterator[str]:
+        for name in os.listdir(self._directory):
+            if _NAME.fullmatch(name) or _PART.fullmatch(name):
+                yield name
+
+    def _open(self, name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._directory)
+
+
+def _checked(name: str) -> str:
+    """The name of a file; raises ``LostHandover`` for what is none."""
+    if not _NAME.fullmatch(name):
+        raise LostHandover("missing")
+    return name
+
+
+def _open_own(path: Path) -> int:
+    """A directory that only this user may enter, made if it is not there."""
+    try:
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unusable(path, str(error)) from error
+    found = os.fstat(descriptor)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        os.close(descriptor)
+        raise _unusable(path, "others than this user may enter it")
+    return descriptor
+
+
+def _unusable(path: Path, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"pages cannot be handed over in {path} ({reason}); give another kv_transfer_path, which"
+        " all workers of this host see, or remove that directory",
+        param="kv_transfer_path",
+    )

@@ -1,0 +1,64 @@
+"""What carries pages from one process to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+Reason = Literal["none", "missing", "engine", "prompt", "room", "device"]
+REASONS: dict[Reason, str] = {
+    "none": "the prompt came without pages",
+    "missing": "the pages are not there: they were taken before, not for so long, or elsewhere",
+    "engine": "the pages are another engine's, or of another layout",
+    "prompt": "the pages are another prompt's",
+    "room": "the pages have no room on the way",
+    "device": "the device could not copy the pages, or they were not wanted there",
+}
+
+
+class LostHandover(Exception):
+    """Pages did not come: the prompt is to be computed where it goes on."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(REASONS[reason])
+        self.reason = reason
+
+
+class Transport(Protocol):
+    """Carries slots of one engine's host memory to those of another, under a name.
+
+    A name is 32 digits of a hexadecimal number that nobody can guess; it is all that a peer is
+    told, and never a path or an address. A ``label`` says whose pages they are
+    (``runtime/handover/label.py``): the one who takes them says what it expects. Calls come from
+    any thread, and wait for what they do.
+
+    Where pages are read right out of the memory of whoever offers them (as by NIXL), ``offer``
+    registers the slots and returns when they were taken, or after a while when nobody does.
+    """
+
+    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> None:
+        """Have what slots hold taken under a name, once; they are free when this returns. Raises
+        ``LostHandover`` where there is no room for it."""
+        ...
+
+    def take(self, name: str, label: bytes, slots: Sequence[int]) -> None:
+        """Fill slots with what is offered under a name, and end the offer. Raises ``LostHandover``
+        where there is no such offer, or it is labelled otherwise: it then stays."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """End an offer of one's own, if nobody has taken it."""
+        ...
+
+    def is_open(self, name: str) -> bool:
+        """Whether an offer of one's own is still to be taken."""
+        ...
+
+    def sweep(self) -> int:
+        """Free offers that nobody took in time, also those of processes that have ended; returns
+        how many."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the transport has."""
+        ...
