@@ -33,10 +33,9 @@ def reserve_host(engine: LoadedEngine) -> HostMemory:
     ``CapacityError``.
     """
     config, executor = engine.config, engine.executor
-    keeps, hands = (int(gib * (1 << 30)) for gib in (config.kv_offload_gib, config.kv_transfer_gib))
-    if not keeps + hands:
+    if not (config.kv_offload_gib or config.kv_transfer_gib):
         return HostMemory()
-    option = "kv_offload_gib" if keeps else "kv_transfer_gib"
+    option = "kv_offload_gib" if config.kv_offload_gib else "kv_transfer_gib"
     if remembered := states(engine.caches):
         raise InvalidRequestError(
             f"{option} is {getattr(config, option)}, but cache {remembered[0].name!r} of this"
@@ -47,8 +46,9 @@ def reserve_host(engine: LoadedEngine) -> HostMemory:
         raise EngineMismatchError(
             f"{type(executor).__name__} keeps no pages on the host; leave {option} out"
         )
+    keeps, hands = (int(gib * (1 << 30)) for gib in (config.kv_offload_gib, config.kv_transfer_gib))
     space = executor.reserve_host(keeps + hands, config.kv_offload_path)
-    if not hands:
+    if not config.kv_transfer_gib:
         return HostMemory(space)
     kept = space.num_slots * keeps // (keeps + hands)
     if kept == space.num_slots:
