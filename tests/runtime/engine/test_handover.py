@@ -42,7 +42,9 @@ class Settled:
 def loop_of(*more: CacheSpec, pages: int = 16, **options: Any) -> tuple[EngineLoop, Recorder]:  # noqa: ANN401
     limits = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 48}
     return recorded(
-        pages, more=more, **{"kv_transfer_gib": SLOTS * ONE, "runs_ahead": False, **limits, **options}
+        pages,
+        more=more,
+        **{"kv_transfer_gib": SLOTS * ONE, "runs_ahead": False, **limits, **options},
     )
 
 
@@ -84,7 +86,7 @@ def decode(loop: EngineLoop, prompt: list[int], count: int = 6) -> tuple[list[in
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
-@pytest.mark.parametrize("caches", [(), (window(3),), (window(6), )])
+@pytest.mark.parametrize("caches", [(), (window(3),), (window(6),)])
 @pytest.mark.parametrize("length", [2, PAGE, PAGE + 1, 2 * PAGE + 3, 33])
 def test_nothing_of_a_prompt_is_computed_but_the_last_token(
     length: int, caches: tuple[CacheSpec, ...], runs_ahead: bool
