@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.runtime.handover.workers import Worker, worker_on
 from tests.server.devices import Device, GatedDevice, engine_on
 
 from slipstream.errors import InvalidRequestError
-from slipstream.runtime.async_llm import AsyncLLM
-from slipstream.runtime.handover.exchange import NOTHING, Exchange
-from slipstream.runtime.handover.files import FileTransport
-from slipstream.runtime.sampling.params import SamplingParams
+from slipstream.runtime.handover.exchange import NOTHING
 from slipstream.runtime.testing import counting_engine
 
 ONE = 1 / (1 << 30)
@@ -25,70 +21,26 @@ SLOTS = 8
 PROMPT = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
-@dataclass
-class Worker:
-    llm: AsyncLLM
-    exchange: Exchange
-    directory: Path
-
-    @property
-    def files(self) -> list[str]:
-        return os.listdir(next(self.directory.iterdir()))
-
-    async def prefill(self, prompt: list[int] = PROMPT, salt: str = "") -> Mapping[str, Any]:
-        async with self.exchange.sending(prompt, salt) as sending:
-            await self.answer(prompt, 1, salt, sending.handover)
-            return await sending.send()
-
-    async def decode(
-        self, told: object, prompt: list[int] = PROMPT, salt: str = "", count: int = 5
-    ) -> list[int]:
-        async with self.exchange.receiving(told, prompt, salt) as handover:
-            return await self.answer(prompt, count, salt, handover)
-
-    async def answer(self, prompt: list[int], count: int, salt: str, handover: Any) -> list[int]:  # noqa: ANN401
-        tokens: list[int] = []
-        params = SamplingParams(temperature=0, max_tokens=count)
-        made = self.llm.generate(
-            prompt, params, output_kind="delta", cache_salt=salt, handover=handover
-        )
-        async for output in made:
-            tokens += output.outputs[0].token_ids
-        return tokens
-
-    async def rest(self) -> None:
-        """Return when all slots are free."""
-        while self.exchange._pool.num_free < SLOTS:
-            await asyncio.sleep(0.001)
-
-
 @asynccontextmanager
 async def worker(
     directory: Path,
-    engine: str = "fp_counting",
+    fingerprint: str | None = None,
     timeout: float = 60,
     device: Device | None = None,
 ) -> AsyncIterator[Worker]:
     options = {"kv_transfer_gib": SLOTS * ONE}
-    loaded = counting_engine(**options) if device is None else engine_on(device, **options)
-    llm = AsyncLLM.from_engine(loaded)
-    assert llm.staging is not None
-    transport = FileTransport(directory, llm.staging, timeout)
-    exchange = Exchange(llm.staging, transport, engine, timeout)
-    try:
-        yield Worker(llm, exchange, directory)
-    finally:
-        await exchange.close()
-        await asyncio.to_thread(llm.shutdown)
+    engine = counting_engine(**options) if device is None else engine_on(device, **options)
+    async with worker_on(engine, directory, fingerprint, timeout) as made:
+        yield made
 
 
 def test_a_prompt_is_computed_once(tmp_path: Path) -> None:
     async def run() -> None:
         async with worker(tmp_path) as first, worker(tmp_path) as second:
-            told = await first.prefill()
+            told = await first.prefill(PROMPT)
             assert told["do_remote_prefill"] and not told["do_remote_decode"]
             assert first.files == [told["transfer_id"]] and not first.exchange.is_quiescent()
-            assert await second.decode(told) == [13, 14, 15, 16, 17]
+            assert await second.decode(told, PROMPT) == [13, 14, 15, 16, 17]
             assert second.llm.stats.handed == len(PROMPT) - 1
             assert second.llm.stats.step_tokens.sum == 5
             assert not first.files
@@ -118,7 +70,7 @@ def test_a_prompt_is_computed_once(tmp_path: Path) -> None:
 def test_without_pages_the_prompt_is_computed(tmp_path: Path, change: object, reason: str) -> None:
     async def run() -> None:
         async with worker(tmp_path) as one:
-            assert await one.decode(change) == [13, 14, 15, 16, 17]
+            assert await one.decode(change, PROMPT) == [13, 14, 15, 16, 17]
             assert one.exchange.stats.lost == {reason: 1}
             assert one.llm.stats.step_tokens.sum == len(PROMPT) + 4
             await one.rest()
@@ -131,17 +83,17 @@ def test_pages_of_another_prompt_caller_or_engine_are_not_taken(tmp_path: Path) 
         async with (
             worker(tmp_path) as first,
             worker(tmp_path) as second,
-            worker(tmp_path, engine="another") as other,
+            worker(tmp_path, "another") as other,
         ):
-            told = await first.prefill(salt="a")
+            told = await first.prefill(PROMPT, "a")
             changed = [*PROMPT[:3], 0, *PROMPT[4:]]
             assert await second.decode(told, changed, "a") == [13, 14, 15, 16, 17]
             assert await second.decode(told, PROMPT, "b") == [13, 14, 15, 16, 17]
             assert second.exchange.stats.lost == {"prompt": 2}
-            assert await other.decode(told, salt="a") == [13, 14, 15, 16, 17]
+            assert await other.decode(told, PROMPT, "a") == [13, 14, 15, 16, 17]
             assert other.exchange.stats.lost == {"engine": 1}
             assert first.files, "it waits for whom it is for"
-            assert await second.decode(told, salt="a", count=2) == [13, 14]
+            assert await second.decode(told, PROMPT, "a", 2) == [13, 14]
             assert second.llm.stats.handed == len(PROMPT) - 1 and not first.files
 
     asyncio.run(run())
@@ -150,15 +102,15 @@ def test_pages_of_another_prompt_caller_or_engine_are_not_taken(tmp_path: Path) 
 def test_offers_that_nobody_takes_are_freed(tmp_path: Path) -> None:
     async def run() -> None:
         async with worker(tmp_path, timeout=0.05) as first, worker(tmp_path, timeout=0.05) as other:
-            told = await first.prefill()
+            told = await first.prefill(PROMPT)
             while first.files:
                 await asyncio.sleep(0.01)
             assert first.exchange.is_quiescent()
             assert first.exchange.stats.expired + other.exchange.stats.expired == 1
-            assert await other.decode(told) == [13, 14, 15, 16, 17]
+            assert await other.decode(told, PROMPT) == [13, 14, 15, 16, 17]
             assert other.exchange.stats.lost == {"missing": 1}
         async with worker(tmp_path) as ending:
-            await ending.prefill()
+            await ending.prefill(PROMPT)
             assert ending.files
         assert not ending.files, "an orderly end leaves nothing"
 
@@ -192,7 +144,7 @@ def test_requests_that_are_refused_or_leave_give_their_slots_back(tmp_path: Path
                         async with way as made:
                             await first.answer([9999], 1, "", getattr(made, "handover", made))
                 await first.rest()
-                waits = asyncio.create_task(first.prefill())  # for its device
+                waits = asyncio.create_task(first.prefill(PROMPT))  # for its device
                 await asyncio.to_thread(device.waiting.wait)
                 waits.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -234,7 +186,7 @@ def test_pages_that_the_device_cannot_copy_are_not_offered(tmp_path: Path) -> No
 
         device.transfer = broken  # type: ignore[method-assign, assignment]
         async with worker(tmp_path, device=device) as first:
-            assert await first.prefill() == NOTHING
+            assert await first.prefill(PROMPT) == NOTHING
             assert first.exchange.stats.unsent == {"device": 1}
             await first.rest()
 
