@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.integration.test_architectures import CONFIGS
+from tests.runtime.handover.prefill_process import PrefillProcess, prefill_process
 from tests.runtime.handover.workers import Worker, worker_on
 from tests.tiny_models import save_tiny
 
@@ -93,3 +95,31 @@ def test_smollm2_answers_as_one_engine_does(smollm2_engine: Path, tmp_path: Path
         text = "The first thing to know about rivers is that they carry water to the sea. " * 5
         prompts = [llm.tokenizer.encode(text[cut:]) for cut in (0, 40, 200)]
     assert asyncio.run(handed(smollm2_engine, tmp_path, prompts)) == alone(smollm2_engine, prompts)
+
+
+def test_a_process_that_is_killed_leaves_what_it_has_handed_over(
+    tiny_engine: Path, tmp_path: Path
+) -> None:
+    prompt, late = PROMPTS[3], PROMPTS[4]
+    options = {**LIMITS, **HANDS}
+
+    async def run(first: PrefillProcess) -> list[list[int]]:
+        async with worker_on(load(tiny_engine, options), tmp_path, timeout=0.5) as second:
+            told = await asyncio.to_thread(first.ask, prompt)
+            taken_never = await asyncio.to_thread(first.ask, late)
+            first.process.kill()
+            first.process.wait()
+            answers = [await second.decode(told, prompt, count=COUNT)]
+            assert second.llm.stats.handed == len(prompt) - 1
+            # What nobody took goes when its time has come, though its owner is gone.
+            (path,) = [next(tmp_path.glob("slipstream-*")) / name for name in second.files]
+            assert path.name == taken_never["transfer_id"]
+            os.utime(path, (0, 0))
+            while second.files:
+                await asyncio.sleep(0.01)
+            answers.append(await second.decode(taken_never, late, count=COUNT))
+            assert second.exchange.stats.lost == {"missing": 1}
+            return answers
+
+    with prefill_process(tiny_engine, tmp_path, options) as first:
+        assert asyncio.run(run(first)) == alone(tiny_engine, [prompt, late])
