@@ -31,8 +31,12 @@ class _Lease:
         self.slots = slots
         self.handover = Handover(slots, num_tokens, stores, self._settled)
         self._event_loop = asyncio.get_running_loop()
-        self.moved: asyncio.Future[bool] = self._event_loop.create_future()
+        self._moved: asyncio.Future[bool] = self._event_loop.create_future()
         self._copying: asyncio.Future[None] | None = None
+
+    async def moved(self) -> bool:
+        """Wait until the engine uses the slots no more; whether it has moved the pages."""
+        return await asyncio.shield(self._moved)
 
     async def copy(self, make: _Copy, name: str, label: bytes) -> None:
         """Copy between slots and transport in a thread, which goes on where nobody waits for it any
@@ -44,7 +48,7 @@ class _Lease:
     async def end(self, pool: SlotPool) -> None:
         """Give the slots back as soon as that can be."""
         self.handover.leave()
-        await self.moved
+        await self.moved()
         if self._copying is not None:
             with suppress(LostHandover):
                 await self._copying
@@ -52,7 +56,7 @@ class _Lease:
 
     def _settled(self, moved: bool) -> None:
         with suppress(RuntimeError):  # the event loop was closed while the request ran
-            self._event_loop.call_soon_threadsafe(self.moved.set_result, moved)
+            self._event_loop.call_soon_threadsafe(self._moved.set_result, moved)
 
 
 class Sending:
@@ -71,7 +75,7 @@ class Sending:
         if lease is None:
             return NOTHING
         try:
-            if not await lease.moved:
+            if not await lease.moved():
                 raise LostHandover("device")
             await self._exchange.offer(lease, self.name, self._label)
         except LostHandover as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from slipstream.runtime.handover.transport import Reason
-
 
 @dataclass(slots=True)
 class Way:
@@ -20,11 +18,12 @@ class Way:
 
 @dataclass(slots=True)
 class HandoverStats:
-    """Counters since the start. ``lost`` prompts were computed where they went on, ``expired``
-    offers, of any worker, were freed because nobody took them."""
+    """Counters since the start. By the reasons of ``LostHandover``, ``unsent`` prompts could not be
+    offered, and ``lost`` ones were computed where they went on. ``expired`` offers, of any worker,
+    were freed because nobody took them."""
 
     sent: Way = field(default_factory=Way)
     received: Way = field(default_factory=Way)
-    unsent: Counter[Reason] = field(default_factory=Counter)
-    lost: Counter[Reason] = field(default_factory=Counter)
+    unsent: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     expired: int = 0

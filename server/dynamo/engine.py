@@ -35,6 +35,7 @@ from slipstream.server.core.offload_metrics import OffloadMetrics
 from slipstream.server.dynamo.handover_metrics import HandoverMetrics
 from slipstream.server.dynamo.options import DynamoOptions
 from slipstream.server.dynamo.requests import (
+    CANCELLED,
     Translator,
     cache_salt,
     counted_at_prefill,
@@ -154,7 +155,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
                 aclosing(ask(params, sending.handover)) as chunks,
             ):
                 async for chunk in chunks:
-                    if "finish_reason" in chunk:
+                    if chunk.get("finish_reason", CANCELLED) != CANCELLED:
                         chunk["disaggregated_params"] = disaggregated_params(await sending.send())
                     yield chunk
         else:

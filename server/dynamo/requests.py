@@ -32,7 +32,8 @@ _TAKEN = {
     "stop_conditions": ("max_tokens", "min_tokens", "ignore_eos"),
     "output_options": ("logprobs",),
 }
-_REASONS = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
+CANCELLED = "cancelled"
+_REASONS = {"stop": "stop", "length": "length", "abort": CANCELLED, "error": "error"}
 _FORMS = ("json", "regex", "choice", "grammar", "structural_tag")
 _MOST_LOGPROBS = 20
 

@@ -156,6 +156,17 @@ def test_requests_that_are_refused_or_leave_give_their_slots_back(tmp_path: Path
     asyncio.run(run())
 
 
+def test_who_stops_waiting_for_the_engine_keeps_no_slots(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with worker(tmp_path) as first:
+            with pytest.raises(TimeoutError):
+                async with first.exchange.sending(PROMPT, "") as sending:
+                    await asyncio.wait_for(sending.send(), 0.01)  # of no request
+            await first.rest()
+
+    asyncio.run(run())
+
+
 def test_prompts_wait_for_slots_and_longer_ones_do_without(tmp_path: Path) -> None:
     async def run() -> None:
         async with worker(tmp_path) as first, worker(tmp_path) as second:
