@@ -8,7 +8,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from slipstream.runtime.engine.handover import Handover
 from slipstream.runtime.handover.label import Labels
@@ -18,9 +19,9 @@ from slipstream.runtime.handover.transport import LostHandover, Transport
 
 _LOG = logging.getLogger(__name__)
 _SWEEPS = 8  # in the time that an offer lasts
-_Copy = Callable[[str, bytes, Sequence[int]], None]
-# What a request asks for, and an answer says, in vLLM's words; and under which name pages are.
-_REMOTE_PREFILL, _REMOTE_DECODE, _NAME = "do_remote_prefill", "do_remote_decode", "transfer_id"
+T = TypeVar("T")
+# What a request asks for, and an answer says, in vLLM's words.
+_REMOTE_PREFILL, _REMOTE_DECODE = "do_remote_prefill", "do_remote_decode"
 NOTHING: Mapping[str, Any] = {_REMOTE_PREFILL: False, _REMOTE_DECODE: False}
 
 
@@ -32,18 +33,18 @@ class _Lease:
         self.handover = Handover(slots, num_tokens, stores, self._settled)
         self._event_loop = asyncio.get_running_loop()
         self._moved: asyncio.Future[bool] = self._event_loop.create_future()
-        self._copying: asyncio.Future[None] | None = None
+        self._copying: asyncio.Future[Any] | None = None
 
     async def moved(self) -> bool:
         """Wait until the engine uses the slots no more; whether it has moved the pages."""
         return await asyncio.shield(self._moved)
 
-    async def copy(self, make: _Copy, name: str, label: bytes) -> None:
+    async def copy(self, make: Callable[[], T]) -> T:
         """Copy between slots and transport in a thread, which goes on where nobody waits for it any
         more. Raises ``LostHandover``."""
-        copying = asyncio.ensure_future(asyncio.to_thread(make, name, label, self.slots))
+        copying = asyncio.ensure_future(asyncio.to_thread(make))
         self._copying = copying
-        await asyncio.shield(copying)
+        return await asyncio.shield(copying)
 
     async def end(self, pool: SlotPool) -> None:
         """Give the slots back as soon as that can be."""
@@ -77,12 +78,12 @@ class Sending:
         try:
             if not await lease.moved():
                 raise LostHandover("device")
-            await self._exchange.offer(lease, self.name, self._label)
+            told = await self._exchange.offer(lease, self.name, self._label)
         except LostHandover as error:
             self._exchange.note_unsent(error)
             return NOTHING
         tokens = lease.handover.num_tokens
-        return {**NOTHING, _REMOTE_PREFILL: True, _NAME: self.name, "num_tokens": tokens}
+        return {**told, **NOTHING, _REMOTE_PREFILL: True, "num_tokens": tokens}
 
 
 class Exchange:
@@ -133,10 +134,12 @@ class Exchange:
             if lease is not None:
                 self._begin(self._end(lease))
 
-    async def offer(self, lease: _Lease, name: str, label: bytes) -> None:
-        """Have what the slots of a lease hold taken; raises ``LostHandover``."""
-        await self._copy(self.stats.sent, lease, self._transport.offer, name, label)
+    async def offer(self, lease: _Lease, name: str, label: bytes) -> Mapping[str, Any]:
+        """Have what the slots of a lease hold taken, and say how; raises ``LostHandover``."""
+        make = partial(self._transport.offer, name, label, lease.slots)
+        told = await self._copy(self.stats.sent, lease, make)
         self._offered.add(name)
+        return told
 
     def note_unsent(self, error: LostHandover) -> None:
         """Count pages that cannot be offered."""
@@ -160,12 +163,14 @@ class Exchange:
     async def _received(self, params: object, tokens: Sequence[int], salt: str) -> _Lease | None:
         lease: _Lease | None = None
         try:
-            name = _name(params)
+            if not isinstance(params, Mapping) or not params.get(_REMOTE_PREFILL):
+                raise LostHandover("none")
             lease = await self._lease(len(tokens), stores=False)
             if lease is None:
                 raise LostHandover("room")
             label = self._labels.of(tokens, salt)
-            await self._copy(self.stats.received, lease, self._transport.take, name, label)
+            make = partial(self._transport.take, params, label, lease.slots)
+            await self._copy(self.stats.received, lease, make)
         except LostHandover as error:
             self.stats.lost[error.reason] += 1
             _LOG.info("a prompt of %d tokens is computed here: %s", len(tokens) + 1, error)
@@ -186,12 +191,13 @@ class Exchange:
             return None
         return _Lease(await self._pool.take(count), num_tokens, stores=stores)
 
-    async def _copy(self, way: Way, lease: _Lease, make: _Copy, name: str, label: bytes) -> None:
+    async def _copy(self, way: Way, lease: _Lease, make: Callable[[], T]) -> T:
         began = time.perf_counter()
-        await lease.copy(make, name, label)
+        made = await lease.copy(make)
         way.prompts += 1
         way.num_bytes += len(lease.slots) * self._staging.slot_bytes
         way.seconds += time.perf_counter() - began
+        return made
 
     async def _end(self, lease: _Lease, withdrawn: str | None = None) -> None:
         await lease.end(self._pool)
@@ -207,13 +213,3 @@ class Exchange:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _name(params: object) -> str:
-    """Under which name a request says that pages are; raises ``LostHandover``."""
-    if not isinstance(params, Mapping) or not params.get(_REMOTE_PREFILL):
-        raise LostHandover("none")
-    name = params.get(_NAME)
-    if not isinstance(name, str):
-        raise LostHandover("missing")
-    return name

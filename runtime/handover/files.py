@@ -6,9 +6,10 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.handover import label as labels
@@ -16,6 +17,7 @@ from slipstream.runtime.handover.staging import Staging
 from slipstream.runtime.handover.transport import LostHandover
 
 _NAME = re.compile(r"[0-9a-f]{32}")
+_TOLD = "transfer_id"
 _PART = re.compile(r"[0-9a-f]{32}\.part")
 
 
@@ -35,8 +37,8 @@ class FileTransport:
         self._timeout = timeout
         self._directory = _open_own(root / f"slipstream-{os.geteuid()}")
 
-    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> None:
-        """Write a file, and then give it its name."""
+    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> Mapping[str, Any]:
+        """Write a file, and then give it its name, which is all that a peer is told."""
         part = f"{_checked(name)}.part"
         try:
             descriptor = self._open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -50,21 +52,21 @@ class FileTransport:
         except OSError as error:
             self._remove(part)
             raise LostHandover("room") from error
+        return {_TOLD: name}
 
-    def take(self, name: str, label: bytes, slots: Sequence[int]) -> None:
+    def take(self, told: Mapping[str, Any], label: bytes, slots: Sequence[int]) -> None:
         """Read a file, and remove it."""
+        name = _checked(told.get(_TOLD))
         size = labels.SIZE + len(slots) * self._staging.slot_bytes
         try:
-            descriptor = self._open(_checked(name), os.O_RDONLY)
+            with open(self._open(name, os.O_RDONLY), "rb") as file:
+                labels.check_label(file.read(labels.SIZE), label)
+                if os.fstat(file.fileno()).st_size != size:
+                    raise LostHandover("engine")
+                for row in self._staging.rows(slots):
+                    file.readinto(row.data)
         except OSError as error:
             raise LostHandover("missing") from error
-        with open(descriptor, "rb") as file:
-            labels.check_label(file.read(labels.SIZE), label)
-            if os.fstat(descriptor).st_size != size:
-                raise LostHandover("engine")
-            for row in self._staging.rows(slots):
-                if file.readinto(row.data) != len(row):
-                    raise LostHandover("engine")
         self._remove(name)
 
     def withdraw(self, name: str) -> None:
@@ -103,13 +105,13 @@ class FileTransport:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
 
     def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone, or goes when it has expired
             os.unlink(name, dir_fd=self._directory)
 
 
-def _checked(name: str) -> str:
+def _checked(name: object) -> str:
     """The name of a file; raises ``LostHandover`` for what is none."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise LostHandover("missing")
     return name
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 
-from slipstream.runtime.engine.page_hash import page_hash, root_hash
+from slipstream.runtime.engine.page_hash import root_hash
 from slipstream.runtime.handover.staging import Staging
 from slipstream.runtime.handover.transport import LostHandover
 
@@ -28,7 +29,7 @@ class Labels:
 
     def of(self, tokens: Sequence[int], namespace: str) -> bytes:
         """That of the pages of all ``tokens``, which callers of a ``namespace`` share."""
-        prompt = page_hash(root_hash(namespace), tokens)
+        prompt = sha256(root_hash(namespace) + array("q", tokens).tobytes()).digest()
         return _LABEL.pack(_MAGIC, self._engine, prompt, len(tokens))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 Reason = Literal["none", "missing", "engine", "prompt", "room", "device"]
 REASONS: dict[Reason, str] = {
@@ -25,25 +25,22 @@ class LostHandover(Exception):
 
 
 class Transport(Protocol):
-    """Carries slots of one engine's host memory to those of another, under a name.
+    """Carries slots of one engine's host memory to those of another.
 
-    A name is 32 digits of a hexadecimal number that nobody can guess; it is all that a peer is
-    told, and never a path or an address. A ``label`` says whose pages they are
-    (``runtime/handover/label.py``): the one who takes them says what it expects. Calls come from
-    any thread, and wait for what they do.
-
-    Where pages are read right out of the memory of whoever offers them (as by NIXL), ``offer``
-    registers the slots and returns when they were taken, or after a while when nobody does.
+    An offer has a name, 32 digits of a hexadecimal number that nobody can guess, and a ``label``
+    that says whose pages they are (``runtime/handover/label.py``): who takes them says what it
+    expects. Calls come from any thread, and wait for what they do.
     """
 
-    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> None:
-        """Have what slots hold taken under a name, once; they are free when this returns. Raises
-        ``LostHandover`` where there is no room for it."""
+    def offer(self, name: str, label: bytes, slots: Sequence[int]) -> Mapping[str, Any]:
+        """Have what slots hold taken, once, and return what a peer is to be told, as JSON. The
+        slots are free when this returns. Raises ``LostHandover`` where there is no room."""
         ...
 
-    def take(self, name: str, label: bytes, slots: Sequence[int]) -> None:
-        """Fill slots with what is offered under a name, and end the offer. Raises ``LostHandover``
-        where there is no such offer, or it is labelled otherwise: it then stays."""
+    def take(self, told: Mapping[str, Any], label: bytes, slots: Sequence[int]) -> None:
+        """Fill slots with what is offered, and end the offer. What was ``told`` may come from
+        anybody, and be anything. Raises ``LostHandover`` where there is no such offer, or it is
+        labelled otherwise: it then stays."""
         ...
 
     def withdraw(self, name: str) -> None:

@@ -50,7 +50,7 @@ def files(root: Path) -> list[str]:
 
 def lost(transport: FileTransport, name: str, told: bytes, slots: list[int]) -> str:
     with pytest.raises(LostHandover) as caught:
-        transport.take(name, told, slots)
+        transport.take({"transfer_id": name}, told, slots)
     return caught.value.reason
 
 
@@ -61,7 +61,7 @@ def test_pages_come_as_they_went_and_once(
     assert files(tmp_path) == [NAME] and transport.is_open(NAME)
     theirs = staging_of()
     taking = FileTransport(tmp_path, theirs, timeout=60)
-    taking.take(NAME, label(theirs), [1, 3])
+    taking.take({"transfer_id": NAME}, label(theirs), [1, 3])
     for source, target in zip(staging.parts, theirs.parts, strict=True):
         assert np.array_equal(target[[1, 3]], source[[2, 0]])
         assert not target[[0, 2]].any()
@@ -83,7 +83,7 @@ def test_only_whose_pages_they_are_may_take_them(
         assert lost(transport, NAME, other, [2, 3]) == reason
     assert lost(transport, NAME, label(staging), [2, 3, 1]) == "engine"
     # It is there still for whom it is for.
-    transport.take(NAME, label(staging), [2, 3])
+    transport.take({"transfer_id": NAME}, label(staging), [2, 3])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_names_reach_no_other_files(
     for place in (tmp_path / "secret", directory / "secret", directory / f"{NAME}.part"):
         place.write_bytes(label(staging) + bytes(100))
     with pytest.raises(LostHandover):
-        transport.take(name, label(staging), [0])
+        transport.take({"transfer_id": name}, label(staging), [0])
     with pytest.raises(LostHandover):
         transport.withdraw(name)
     with pytest.raises(LostHandover):
