@@ -64,7 +64,8 @@ class FileTransport:
                 if os.fstat(file.fileno()).st_size != size:
                     raise LostHandover("engine")
                 for row in self._staging.rows(slots):
-                    file.readinto(row.data)
+                    if file.readinto(row.data) != len(row):
+                        raise LostHandover("engine")
         except OSError as error:
             raise LostHandover("missing") from error
         self._remove(name)
