@@ -3,6 +3,7 @@ context back from its pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,7 +58,7 @@ def staging(loop: EngineLoop) -> Staging:
     return loop.staging
 
 
-def hand(source: EngineLoop, target: EngineLoop, slots: range) -> None:
+def hand(source: EngineLoop, target: EngineLoop, slots: Sequence[int]) -> None:
     """What a transport does."""
     rows = zip(staging(source).rows(slots), staging(target).rows(slots), strict=True)
     for theirs, ours in rows:

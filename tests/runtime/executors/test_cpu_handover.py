@@ -21,6 +21,7 @@ from slipstream.runtime.loading import load
 COUNT = 24
 PROMPTS = [[2 + (length + 7 * i) % 50 for i in range(length)] for length in (2, 32, 33, 80, 97)]
 LIMITS: dict[str, Any] = {"num_threads": 1, "kv_cache_bytes": 64 << 20}
+SIZES: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 48, "max_seq_len": 128}
 HANDS = {"kv_transfer_gib": 1 / 16}
 
 
@@ -58,10 +59,9 @@ async def handed(engine: Path, directory: Path, prompts: list[list[int]]) -> lis
 @pytest.mark.parametrize("kind", ["float32", "int8", "fp8", "window"])
 def test_answers_are_those_of_one_engine(kind: str, tmp_path: Path) -> None:
     config = CONFIGS["gemma2" if kind == "window" else "llama"]
-    limits = {"max_batch_size": 4, "max_num_tokens": 48, "max_seq_len": 128}
     dtype: Any = "auto" if kind == "window" else kind
     engine = tmp_path / "engine"
-    options = BuildOptions(target="cpu", kv_cache_dtype=dtype, **limits)
+    options = BuildOptions(target="cpu", kv_cache_dtype=dtype, **SIZES)
     build(save_tiny(config, tmp_path / "checkpoint"), engine, options)
     assert asyncio.run(handed(engine, tmp_path, PROMPTS)) == alone(engine, PROMPTS)
 
@@ -72,8 +72,7 @@ def test_engines_with_other_pages_compute_by_themselves(tmp_path: Path) -> None:
     dtype: Any
     for dtype in ("float32", "int8"):
         made = tmp_path / dtype
-        limits = {"max_batch_size": 4, "max_num_tokens": 48, "max_seq_len": 128}
-        build(checkpoint, made, BuildOptions(target="cpu", kv_cache_dtype=dtype, **limits))
+        build(checkpoint, made, BuildOptions(target="cpu", kv_cache_dtype=dtype, **SIZES))
         engines.append(made)
 
     async def run() -> list[int]:

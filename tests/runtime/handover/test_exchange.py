@@ -28,7 +28,7 @@ async def worker(
     timeout: float = 60,
     device: Device | None = None,
 ) -> AsyncIterator[Worker]:
-    options = {"kv_transfer_gib": SLOTS * ONE}
+    options: dict[str, Any] = {"kv_transfer_gib": SLOTS * ONE}
     engine = counting_engine(**options) if device is None else engine_on(device, **options)
     async with worker_on(engine, directory, fingerprint, timeout) as made:
         yield made

@@ -83,7 +83,8 @@ def test_what_a_worker_says_of_its_pages_comes_to_the_next() -> None:
     said = disaggregated_params({"transfer_id": "a"})
     told = {"prefill_result": {"disaggregated_params": said, "prompt_tokens_details": None}}
     assert kv_transfer_params(told) == {"transfer_id": "a"}
-    for nothing in ({}, {"prefill_result": None}, {"prefill_result": {}}):
+    empty: list[dict[str, Any]] = [{}, {"prefill_result": None}, {"prefill_result": {}}]
+    for nothing in empty:
         assert kv_transfer_params(nothing) is None
 
 
