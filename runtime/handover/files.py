@@ -76,7 +76,10 @@ class FileTransport:
 
     def is_open(self, name: str) -> bool:
         """Whether the file is there."""
-        return name in self._names()
+        with suppress(OSError):
+            os.stat(_checked(name), dir_fd=self._directory, follow_symlinks=False)
+            return True
+        return False
 
     def sweep(self) -> int:
         """Remove files that have expired."""

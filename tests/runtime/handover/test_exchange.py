@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.server.devices import Device, GatedDevice, engine_on
 
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.handover.exchange import NOTHING
+from slipstream.runtime.handover.files import FileTransport
 from slipstream.runtime.testing import counting_engine
 
 ONE = 1 / (1 << 30)
@@ -103,16 +105,42 @@ def test_offers_that_nobody_takes_are_freed(tmp_path: Path) -> None:
     async def run() -> None:
         async with worker(tmp_path, timeout=0.05) as first, worker(tmp_path, timeout=0.05) as other:
             told = await first.prefill(PROMPT)
-            while first.files:
+            while first.exchange.stats.expired + other.exchange.stats.expired < 1:
                 await asyncio.sleep(0.01)
-            assert first.exchange.is_quiescent()
-            assert first.exchange.stats.expired + other.exchange.stats.expired == 1
+            assert not first.files and first.exchange.is_quiescent()
             assert await other.decode(told, PROMPT) == [13, 14, 15, 16, 17]
             assert other.exchange.stats.lost == {"missing": 1}
         async with worker(tmp_path) as ending:
             await ending.prefill(PROMPT)
             assert ending.files
         assert not ending.files, "an orderly end leaves nothing"
+
+    asyncio.run(run())
+
+
+def test_an_end_waits_for_copies_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    offer = FileTransport.offer
+
+    def slowly(*arguments: Any) -> Any:  # noqa: ANN401
+        begun.set()
+        go_on.wait()
+        return offer(*arguments)
+
+    monkeypatch.setattr(FileTransport, "offer", slowly)
+
+    async def run() -> None:
+        async with worker(tmp_path) as first:
+            sending = asyncio.create_task(first.prefill(PROMPT))
+            await asyncio.to_thread(begun.wait)
+            assert not first.exchange.is_quiescent()
+            sending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            go_on.set()
+        assert not first.files
 
     asyncio.run(run())
 
