@@ -6,8 +6,10 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from slipstream.runtime.handover.transport import LostHandover
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _TOLD = "transfer_id"
+_THREADS = 4  # that copy one prompt: making the pages of a new file takes longer than copying
+_SHARE = 16 << 20  # bytes that are worth a thread
 _PART = re.compile(r"[0-9a-f]{32}\.part")
 
 
@@ -36,17 +40,15 @@ class FileTransport:
         self._staging = staging
         self._timeout = timeout
         self._directory = _open_own(root / f"slipstream-{os.geteuid()}")
+        self._threads = ThreadPoolExecutor(_THREADS, "slipstream-pages")
 
     def offer(self, name: str, label: bytes, slots: Sequence[int]) -> Mapping[str, Any]:
         """Write a file, and then give it its name, which is all that a peer is told."""
         part = f"{_checked(name)}.part"
         try:
-            descriptor = self._open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            with open(descriptor, "wb") as file:
-                file.write(label)
-                for row in self._staging.rows(slots):
-                    file.write(row.data)
-                file.flush()
+            with self._opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                _write(descriptor, 0, [memoryview(label)])
+                self._share(partial(_write, descriptor), slots)
                 os.utime(descriptor, (time.time(), time.time() + self._timeout))
             os.rename(part, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
@@ -59,13 +61,11 @@ class FileTransport:
         name = _checked(told.get(_TOLD))
         size = labels.SIZE + len(slots) * self._staging.slot_bytes
         try:
-            with open(self._open(name, os.O_RDONLY), "rb") as file:
-                labels.check_label(file.read(labels.SIZE), label)
-                if os.fstat(file.fileno()).st_size != size:
+            with self._opened(name, os.O_RDONLY) as descriptor:
+                labels.check_label(os.pread(descriptor, labels.SIZE, 0), label)
+                if os.fstat(descriptor).st_size != size:
                     raise LostHandover("engine")
-                for row in self._staging.rows(slots):
-                    if file.readinto(row.data) != len(row):
-                        raise LostHandover("engine")
+                self._share(partial(_read, descriptor), slots)
         except OSError as error:
             raise LostHandover("missing") from error
         self._remove(name)
@@ -95,7 +95,8 @@ class FileTransport:
         return removed
 
     def close(self) -> None:
-        """Close the directory."""
+        """Close the directory, when all copies have ended."""
+        self._threads.shutdown()
         descriptor, self._directory = self._directory, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -105,12 +106,44 @@ class FileTransport:
             if _NAME.fullmatch(name) or _PART.fullmatch(name):
                 yield name
 
-    def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+    @contextmanager
+    def _opened(self, name: str, flags: int) -> Iterator[int]:
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, 0o600, dir_fd=self._directory)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _share(self, copy: Callable[[int, list[memoryview]], None], slots: Sequence[int]) -> None:
+        """Copy slots from or to the places in a file that they have there, by several threads."""
+        size = self._staging.slot_bytes
+        count = max(1, _SHARE // size, -(-len(slots) // _THREADS))
+        parts = [slots[first : first + count] for first in range(0, len(slots), count)]
+        starts = [labels.SIZE + size * count * number for number in range(len(parts))]
+        rows = [[row.data for row in self._staging.rows(part)] for part in parts]
+        for _ in self._threads.map(copy, starts, rows):
+            pass
 
     def _remove(self, name: str) -> None:
         with suppress(OSError):  # it is gone, or goes when it has expired
             os.unlink(name, dir_fd=self._directory)
+
+
+def _write(descriptor: int, start: int, rows: list[memoryview]) -> None:
+    for row in rows:
+        while row:
+            count = os.pwrite(descriptor, row, start)
+            start, row = start + count, row[count:]
+
+
+def _read(descriptor: int, start: int, rows: list[memoryview]) -> None:
+    for row in rows:
+        while row:
+            count = os.preadv(descriptor, [row], start)
+            if not count:
+                raise LostHandover("engine")  # it was cut off
+            start, row = start + count, row[count:]
 
 
 def _checked(name: object) -> str:

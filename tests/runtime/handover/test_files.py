@@ -69,6 +69,21 @@ def test_pages_come_as_they_went_and_once(
     assert lost(taking, NAME, label(theirs), [1, 3]) == "missing"
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])
+def test_threads_share_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("slipstream.runtime.handover.files._SHARE", 1)
+    ours, theirs = staging_of(12), staging_of(12)
+    for part in ours.parts:
+        part[:] = np.random.default_rng(0).integers(0, 256, part.shape)
+    slots = list(range(11, 11 - count, -1))
+    told = FileTransport(tmp_path, ours, timeout=60).offer(NAME, label(ours), slots)
+    FileTransport(tmp_path, theirs, timeout=60).take(told, label(theirs), slots[::-1])
+    for source, target in zip(ours.parts, theirs.parts, strict=True):
+        assert np.array_equal(target[slots[::-1]], source[slots])
+
+
 def test_only_whose_pages_they_are_may_take_them(
     tmp_path: Path, staging: Staging, transport: FileTransport
 ) -> None:
