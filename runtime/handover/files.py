@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,7 +20,7 @@ from slipstream.runtime.handover.transport import LostHandover
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _TOLD = "transfer_id"
-_THREADS = 4  # that copy one prompt: making the pages of a new file takes longer than copying
+_THREADS = 4  # that read one prompt; more than one are slower at writing a new file
 _SHARE = 16 << 20  # bytes that are worth a thread
 _PART = re.compile(r"[0-9a-f]{32}\.part")
 
@@ -47,8 +47,10 @@ class FileTransport:
         part = f"{_checked(name)}.part"
         try:
             with self._opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-                _write(descriptor, 0, [memoryview(label)])
-                self._share(partial(_write, descriptor), slots)
+                with open(descriptor, "wb", closefd=False) as file:
+                    file.write(label)
+                    for row in self._staging.rows(slots):
+                        file.write(row.data)
                 os.utime(descriptor, (time.time(), time.time() + self._timeout))
             os.rename(part, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
@@ -65,7 +67,7 @@ class FileTransport:
                 labels.check_label(os.pread(descriptor, labels.SIZE, 0), label)
                 if os.fstat(descriptor).st_size != size:
                     raise LostHandover("engine")
-                self._share(partial(_read, descriptor), slots)
+                self._read(descriptor, slots)
         except OSError as error:
             raise LostHandover("missing") from error
         self._remove(name)
@@ -115,14 +117,14 @@ class FileTransport:
         finally:
             os.close(descriptor)
 
-    def _share(self, copy: Callable[[int, list[memoryview]], None], slots: Sequence[int]) -> None:
-        """Copy slots from or to the places in a file that they have there, by several threads."""
+    def _read(self, descriptor: int, slots: Sequence[int]) -> None:
+        """Fill slots from a file, by several threads."""
         size = self._staging.slot_bytes
         count = max(1, _SHARE // size, -(-len(slots) // _THREADS))
         parts = [slots[first : first + count] for first in range(0, len(slots), count)]
         starts = [labels.SIZE + size * count * number for number in range(len(parts))]
         rows = [[row.data for row in self._staging.rows(part)] for part in parts]
-        for _ in self._threads.map(copy, starts, rows):
+        for _ in self._threads.map(partial(_fill, descriptor), starts, rows):
             pass
 
     def _remove(self, name: str) -> None:
@@ -130,14 +132,7 @@ class FileTransport:
             os.unlink(name, dir_fd=self._directory)
 
 
-def _write(descriptor: int, start: int, rows: list[memoryview]) -> None:
-    for row in rows:
-        while row:
-            count = os.pwrite(descriptor, row, start)
-            start, row = start + count, row[count:]
-
-
-def _read(descriptor: int, start: int, rows: list[memoryview]) -> None:
+def _fill(descriptor: int, start: int, rows: list[memoryview]) -> None:
     for row in rows:
         while row:
             count = os.preadv(descriptor, [row], start)
