@@ -246,11 +246,14 @@ class CUDAExecutor:
         return Traffic() if self._host is None else self._host.loaded
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy pages, and wait for that."""
+        self._copy_pages(transfers)
+        self._device.synchronize()
+
+    def _copy_pages(self, transfers: Sequence[Transfer]) -> None:
         """Enqueue copies of pages, which what is enqueued after them waits for."""
         if self._host is not None:
-            of = self._pages.by_cache(self.runner.memory.pages)
-            # A head that nobody asks has no pages.
-            self._host.transfer([each for each in transfers if each.cache in of], of)
+            self._host.transfer(transfers, self._pages.by_cache(self.runner.memory.pages))
 
     def step_seconds(self) -> dict[int, float]:
         """Of steps as the GPU takes them one after the other, as the engine's file of costs has
@@ -288,7 +291,7 @@ class CUDAExecutor:
             count = batch.guessing.count
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
-        self.transfer(batch.transfers)
+        self._copy_pages(batch.transfers)
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)
@@ -348,8 +351,8 @@ class CUDAExecutor:
             return device.free_memory()
         with phase("kernels"):
             self._compile()
-        alone = self._peak(self.runner.largest_step)
-        captured = max(self._peak(work) for work in self.runner.largest_captured())
+        alone = device.peak(self.runner.largest_step)
+        captured = max(device.peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
 
     def _compile(self) -> None:
@@ -362,15 +365,6 @@ class CUDAExecutor:
         self._device.compile(works, self._steps)
         if team is not None:
             team.meet()
-
-    def _peak(self, work: Work) -> int:
-        """Bytes that some work takes while it runs."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self._device.work():
-            work()
-        self._device.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
