@@ -261,7 +261,7 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
     for ranks in (2, 4):
         room = exchange.Room(
             1,
-            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS),
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS, exchange.MEETINGS),
             torch.zeros(ranks, dtype=torch.int64),
             torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
         )

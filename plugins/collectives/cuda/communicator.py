@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.plugins.collectives.cuda.exchange import (
+    MEETINGS,
     PROGRAMS,
     Norm,
     Room,
@@ -56,7 +57,7 @@ class Communicator:
         self._group = group
         self._memory: SharedMemory | None = None
         self._room: Room | None = None
-        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS)
+        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS, MEETINGS)
         if device.type == "cuda":
             assert group is not None
             self._memory = SharedMemory(rank, layout.bytes, device, group)

@@ -15,6 +15,7 @@ from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.cuda.launch import launch_options
 
 PROGRAMS: int = kernels.PROGRAMS.value
+MEETINGS: int = kernels.MEETINGS.value
 _CHUNK = 1024  # words that a program has at a time, where there is no row that it must have
 _WORD = 4  # bytes
 _USUAL_PROGRAMS = 64  # fill NVLink between H200s: as quick as twice as many
@@ -148,12 +149,24 @@ def reduce(
         grid = min(triton.cdiv(rows, layout.ranks), room.programs)
         kernels.two_shot_kernel[(grid,)](*common, *places, epsilon, **options)
     else:
-        lines = way is Way.LINES
-        kernels.one_shot_kernel[(min(rows, room.programs),)](
-            *common, *_inbox(way, layout), layout.flags, epsilon, LINES=lines, **options
+        grid = min(rows, room.programs)
+        piece = _piece(triton.cdiv(rows, grid))
+        kernels.one_shot_kernel[(grid,)](
+            *common,
+            *_inbox(way, layout),
+            layout.flags,
+            piece,
+            epsilon,
+            LINES=way is Way.LINES,
+            **options,
         )
     whole = y if y.shape == x.shape else y[: x.numel()].view(x.shape)
     return whole, total
+
+
+def _piece(rows: int) -> int:
+    """Of so many rows of a program, how many are sent while as many before them are added up."""
+    return triton.cdiv(rows, MEETINGS)
 
 
 def _inbox(way: Way, layout: Layout) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 # The most programs of a launch: as many counters of turns, and flags of a rank and phase.
 PROGRAMS = tl.constexpr(128)
+# How often programs of a launch may meet those of the other ranks: as many flags of a program.
+MEETINGS = tl.constexpr(16)
 _LOW = tl.constexpr(0xFFFF)
 # A turn that none is: it stands everywhere when nobody comes any more (``SharedMemory.abandon``).
 _ABANDONED = tl.constexpr(-1)
@@ -181,37 +183,56 @@ def _inside(at, within, row, rows, count, weight):
 
 
 @triton.jit
-def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
-    """What this program has written anywhere is seen by that of the same number of every other
-    rank, which is as far as this one is; likewise theirs here."""
+def _flag(meeting, turn, sender, SIZE: tl.constexpr):
+    """Where a program of the sender, the same here as there, says that it is at a meeting."""
     # Of two turns in a row, the later may be told before the earlier has been looked for.
-    phase += (turn & 1) * 2
+    meeting += (turn & 1) * MEETINGS
+    return (meeting * SIZE + sender) * PROGRAMS + tl.program_id(0)
+
+
+@triton.jit
+def _tell(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """Tells every other rank that it can see what this program has written anywhere."""
     every = tl.arange(0, SIZE)
-    other = every != rank
-    program = tl.program_id(0)
     there = (tl.load(peers + every) + flags).to(tl.pointer_type(tl.int32))
-    here = _box(peers, rank, flags, tl.int32)
     turns = tl.zeros_like(every) + turn
     tl.debug_barrier()
-    place = (phase * SIZE + rank) * PROGRAMS + program
-    tl.atomic_xchg(there + place, turns, other, sem="release", scope="sys")
-    mine = here + (phase * SIZE + every) * PROGRAMS + program
+    place = _flag(meeting, turn, rank, SIZE)
+    tl.atomic_xchg(there + place, turns, every != rank, sem="release", scope="sys")
+
+
+@triton.jit
+def _hear(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """Waits until the same program of every other rank has told so."""
+    every = tl.arange(0, SIZE)
+    other = every != rank
+    here = _box(peers, rank, flags, tl.int32)
+    own = here + _flag(meeting, turn, every, SIZE)
     ready = 0
     while ready == 0:
-        seen = tl.atomic_add(mine, tl.zeros_like(every), other, sem="acquire", scope="sys")
+        seen = tl.atomic_add(own, tl.zeros_like(every), other, sem="acquire", scope="sys")
         ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
     tl.debug_barrier()
 
 
+@triton.jit
+def _meet(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """What this program has written anywhere is seen by that of the same number of every other
+    rank, which is as far as this one is; likewise theirs here."""
+    _tell(peers, flags, meeting, turn, rank, SIZE)
+    _hear(peers, flags, meeting, turn, rank, SIZE)
+
+
 @triton.jit(do_not_specialize=["rank", "rows"])
 def one_shot_kernel(
-    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, eps,
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, piece,
+    eps,
     SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
     LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank sends its x to all others and adds up all. Grid: (programs,).
 
-    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
+    x of ``rows`` of WORDS, ``count`` in all; a program sends ``piece`` rows at a time. With a residual, y is the norm of ``total``, the sum
     of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
     that of a slot. As LINES, words are there with their turn, which is quick; without, programs
     meet, and half as much is sent.
@@ -231,30 +252,67 @@ def one_shot_kernel(
     slot = (turn & 1).to(tl.int64) * room
     box += slot
     first, programs = tl.program_id(0), tl.num_programs(0)
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        words = tl.load(x + at, inside, 0)
-        _push(words, turn, others, slot + rank.to(tl.int64) * stride + at, inside, SIZE, LINES)
-    if not LINES:
-        _meet(peers, flags, 0, turn, rank, SIZE)
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        own = tl.load(x + at, inside, 0)
-        other = own
-        if residual is not None:
-            other = tl.load(residual + at, inside, 0)
-        if LINES and SIZE == 2:  # a + b is b + a
-            sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
-            words = _pack(
-                _low(own, DTYPE) + _low(sent, DTYPE), _high(own, DTYPE) + _high(sent, DTYPE), DTYPE
-            )
-        else:
-            if LINES:
+    sent_to = slot + rank.to(tl.int64) * stride
+    if LINES:
+        for row in range(first, rows, programs):
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, rows, count, weight)
+            words = tl.load(x + at, inside, 0)
+            _push(words, turn, others, sent_to + at, inside, SIZE, LINES)
+        for row in range(first, rows, programs):
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, rows, count, weight)
+            own = tl.load(x + at, inside, 0)
+            other = own
+            if residual is not None:
+                other = tl.load(residual + at, inside, 0)
+            if SIZE == 2:  # a + b is b + a
+                sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
+                low, high = (
+                    _low(own, DTYPE) + _low(sent, DTYPE),
+                    _high(own, DTYPE) + _high(sent, DTYPE),
+                )
+                words = _pack(low, high, DTYPE)
+            else:
                 _await_all(box + at, stride, turn, rank, inside, SIZE)
-            words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
-        _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+                words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
+            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    else:
+        step = programs * piece
+        pieces = tl.cdiv(rows - first, step)
+        for which in range(0, pieces + 1):
+            # What is sent crosses NVLink while the piece before is added up.
+            begin = first + which * step
+            for row in range(begin, tl.minimum(rows, begin + step), programs):
+                at = row * WORDS + columns
+                inside = _inside(at, within, row, rows, count, weight)
+                words = tl.load(x + at, inside, 0)
+                _push(words, turn, others, sent_to + at, inside, SIZE, LINES)
+            if which > 0:
+                _hear(peers, flags, which - 1, turn, rank, SIZE)
+                for row in range(begin - step, tl.minimum(rows, begin), programs):
+                    at = row * WORDS + columns
+                    inside = _inside(at, within, row, rows, count, weight)
+                    own = tl.load(x + at, inside, 0)
+                    other = own
+                    if residual is not None:
+                        other = tl.load(residual + at, inside, 0)
+                    words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
+                    _finish(
+                        words,
+                        other,
+                        at,
+                        inside,
+                        weight_low,
+                        weight_high,
+                        y,
+                        total,
+                        eps,
+                        WORDS,
+                        DTYPE,
+                    )
+            if which < pieces:
+                _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
 
 

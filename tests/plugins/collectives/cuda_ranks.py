@@ -24,6 +24,7 @@ from tests.plugins.interpreter import repair
 
 from slipstream.plugins.collectives import reference
 from slipstream.plugins.collectives.cuda.exchange import (
+    MEETINGS,
     PROGRAMS,
     Norm,
     Room,
@@ -166,7 +167,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
 def main() -> int:
     """Become several ranks; how many of them failed."""
     ranks = int(sys.argv[1])
-    layout = Layout(ranks, SMALL, LARGE, PROGRAMS)
+    layout = Layout(ranks, SMALL, LARGE, PROGRAMS, MEETINGS)
     processes: list[BaseProcess]
     if interpreting():
         repair()
