@@ -355,10 +355,8 @@ def write_random_engine(plan: Plan, directory: Path, compiler: Compiler | None =
     for program in (plan.program, *plan.others):
         for name, weight in program.stored.items():
             (part, *_) = weight.parts
-            if part.name in formats:
-                array = made[formats[part.name]]
-            else:
-                array = small_array(weight)
+            fmt = formats.get(part.name)
+            array = small_array(weight) if fmt is None else made[fmt]
             program.stored[name] = replace(weight, load=partial(_same, array))
     write_engine(plan, directory, "random", str(directory), compiler=compiler)
 

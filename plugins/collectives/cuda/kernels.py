@@ -232,10 +232,10 @@ def one_shot_kernel(
 ):  # fmt: skip
     """Every rank sends its x to all others and adds up all. Grid: (programs,).
 
-    x of ``rows`` of WORDS, ``count`` in all; a program sends ``piece`` rows at a time. With a residual, y is the norm of ``total``, the sum
+    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
     of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
-    that of a slot. As LINES, words are there with their turn, which is quick; without, programs
-    meet, and half as much is sent.
+    that of a slot. As LINES, words are there with their turn, which is quick; without, half as much
+    is sent, and programs meet, after every ``piece`` rows of one.
     """
     columns = tl.arange(0, BLOCK)
     within = columns < WORDS

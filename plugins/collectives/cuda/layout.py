@@ -13,8 +13,8 @@ _MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Bytes of a rank's memory, for ``ranks``: room for x of up to ``small`` bytes with turns
-    beside its words, and of up to ``large`` without, both twice, and flags of ``programs`` that meet
-    up to ``meetings`` times.
+    beside its words, and of up to ``large`` without, both twice, and flags of ``programs`` that
+    meet up to ``meetings`` times.
 
         lines: [slots, ranks, line_stride]   what each rank sends, as lines
         words: [slots, word_room]            what each rank sends; or parts and whole sums

@@ -53,7 +53,8 @@ class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
-    makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
+    makes of them is in ``logits [max_rows, vocab]``, but where ranks find the best token of each in
+    parts. Captured steps of more than decodes leave what
     the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
     its tokens.
     """
@@ -342,16 +343,26 @@ class StepRunner:
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
+        team, sampler = self._team, self._sampler
         pdl = self._overlaps(padded)
 
-        def work() -> None:
+        def whole() -> None:
             self._program.logits(rows, logits, pdl)
-            if self._team is None or self._team.is_first:
-                self._sampler.launch(logits, padded, kind, pdl)
-            if self._team is not None:
-                self._team.share(self._sampler.last_tokens)
+            if team is None or team.is_first:
+                sampler.launch(logits, padded, kind, pdl)
+            if team is not None:
+                team.share(sampler.last_tokens)
 
-        return work
+        def best() -> None:
+            assert team is not None
+            part = self._program.part(rows, pdl)
+            found = team.beside(sampler.best_of_part(part, team.rank * part.shape[1], pdl))
+            if team.is_first:
+                sampler.launch_best(found, pdl)
+            team.share(sampler.last_tokens)
+
+        parted = team is not None and self._program.part_size and kind is Kind.GREEDY
+        return best if parted else whole
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS

@@ -42,8 +42,10 @@ from slipstream.plugins.rms_norm.reference import fused_add_rms_norm
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SMALL, LARGE = 32 << 10, 128 << 10
-# One row, several programs of several rows of which no rank has its share, one number, odd ones.
+# One row, several programs of several rows of which no rank has its share, one number, odd ones,
+# and so many rows that a program sends several at a time.
 SHAPES = [(1, 256, BF16), (9, 64, F16), (3, 7, BF16), (4, 33, F32), (2, 2048, BF16)]
+SHAPES += [(140, 16, F16)]
 EPSILON = 1e-5
 REPLAYS = 300
 
@@ -157,7 +159,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
     assert dist.group.WORLD is not None
     memory = SharedMemory(rank, layout.bytes, device, dist.group.WORLD)
     turns = torch.full((PROGRAMS,), -4, dtype=torch.int32, device=device)
-    room = Room(rank, layout, memory.addresses, turns)
+    room = Room(rank, layout, memory.addresses, turns, programs=8)
     run(rank, room)
     replay(room)
     dist.barrier()
