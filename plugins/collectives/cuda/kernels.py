@@ -223,10 +223,10 @@ def _meet(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
     _hear(peers, flags, meeting, turn, rank, SIZE)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "piece"])
 def one_shot_kernel(
-    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, piece,
-    eps,
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags,
+    piece, eps,
     SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
     LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
