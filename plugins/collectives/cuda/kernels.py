@@ -92,7 +92,7 @@ def _finish(
     words, other, at, inside, weight_low, weight_high, y, total, eps,
     WORDS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Stores a row of the sum; with ``total`` its sum with the ``other`` row, and the norm of it in
+    """Stores rows of the sum; with ``total`` its sum with ``other`` rows, and the norm of it in
     y."""
     if total is None:
         tl.store(y + at, words, inside)
@@ -104,7 +104,8 @@ def _finish(
         )
         tl.store(total + at, both, inside)
         low, high = _low(both, DTYPE), _high(both, DTYPE)
-        scale = tl.rsqrt(tl.sum(low * low + high * high) / (2 * WORDS) + eps)
+        squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
+        scale = tl.rsqrt(squares / (2 * WORDS) + eps)
         normed = _pack(low * scale * weight_low, high * scale * weight_high, DTYPE)
         tl.store(y + at, normed, inside)
 
@@ -173,12 +174,12 @@ def _weights(weight, columns, within, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _inside(at, within, row, rows, count, weight):
-    """Which of the words of a row are there: with a norm, all or none."""
+def _inside(at, within, row, end, count, weight):
+    """Which of the words of rows before ``end`` are there: with a norm, all of a row or none."""
     if weight is None:  # noqa: SIM108 - where a branch is compiled only if it is taken
-        inside = within & (at < count)
+        inside = within & (row < end) & (at < count)
     else:
-        inside = within & (row < rows)
+        inside = within & (row < end)
     return inside
 
 
@@ -227,17 +228,18 @@ def _meet(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
 def one_shot_kernel(
     x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags,
     piece, eps,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank sends its x to all others and adds up all. Grid: (programs,).
 
-    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
-    of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
-    that of a slot. As LINES, words are there with their turn, which is quick; without, half as much
-    is sent, and programs meet, after every ``piece`` rows of one.
+    x of ``rows`` of WORDS, ``count`` in all; a program has ROWS of them at a time. With a residual,
+    y is the norm of ``total``, the sum of all x and the residual. In the ``inbox``, ``stride`` is
+    the room of a sender and ``room`` that of a slot. As LINES, words are there with their turn,
+    which is quick; without, half as much is sent, and programs meet, after every ``piece`` rows of
+    one, a multiple of ROWS.
     """
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
     kind: tl.constexpr = tl.int64 if LINES else tl.int32
     # What no kernel writes is read before everything in front has ended.
@@ -252,65 +254,44 @@ def one_shot_kernel(
     slot = (turn & 1).to(tl.int64) * room
     box += slot
     first, programs = tl.program_id(0), tl.num_programs(0)
+    every = tl.arange(0, ROWS)[:, None] * programs
     sent_to = slot + rank.to(tl.int64) * stride
-    if LINES:
-        for row in range(first, rows, programs):
+    step = programs * piece
+    pieces = tl.cdiv(rows - first, step)
+    for which in range(0, pieces + 1):
+        # What is sent crosses NVLink while the piece before is added up.
+        begin = first + which * step
+        end = tl.minimum(rows, begin + step)
+        for top in range(begin, end, programs * ROWS):
+            row = top + every
             at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
+            inside = _inside(at, within, row, end, count, weight)
             words = tl.load(x + at, inside, 0)
             _push(words, turn, others, sent_to + at, inside, SIZE, LINES)
-        for row in range(first, rows, programs):
-            at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
-            own = tl.load(x + at, inside, 0)
-            other = own
-            if residual is not None:
-                other = tl.load(residual + at, inside, 0)
-            if SIZE == 2:  # a + b is b + a
-                sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
-                low, high = (
-                    _low(own, DTYPE) + _low(sent, DTYPE),
-                    _high(own, DTYPE) + _high(sent, DTYPE),
-                )
-                words = _pack(low, high, DTYPE)
-            else:
-                _await_all(box + at, stride, turn, rank, inside, SIZE)
-                words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
-            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
-    else:
-        step = programs * piece
-        pieces = tl.cdiv(rows - first, step)
-        for which in range(0, pieces + 1):
-            # What is sent crosses NVLink while the piece before is added up.
-            begin = first + which * step
-            for row in range(begin, tl.minimum(rows, begin + step), programs):
-                at = row * WORDS + columns
-                inside = _inside(at, within, row, rows, count, weight)
-                words = tl.load(x + at, inside, 0)
-                _push(words, turn, others, sent_to + at, inside, SIZE, LINES)
-            if which > 0:
+        if which > 0:
+            if not LINES:
                 _hear(peers, flags, which - 1, turn, rank, SIZE)
-                for row in range(begin - step, tl.minimum(rows, begin), programs):
-                    at = row * WORDS + columns
-                    inside = _inside(at, within, row, rows, count, weight)
-                    own = tl.load(x + at, inside, 0)
-                    other = own
-                    if residual is not None:
-                        other = tl.load(residual + at, inside, 0)
+            end = tl.minimum(rows, begin)
+            for top in range(begin - step, end, programs * ROWS):
+                row = top + every
+                at = row * WORDS + columns
+                inside = _inside(at, within, row, end, count, weight)
+                own = tl.load(x + at, inside, 0)
+                other = own
+                if residual is not None:
+                    other = tl.load(residual + at, inside, 0)
+                if LINES and SIZE == 2:  # a + b is b + a
+                    sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
+                    low = _low(own, DTYPE) + _low(sent, DTYPE)
+                    words = _pack(low, _high(own, DTYPE) + _high(sent, DTYPE), DTYPE)
+                else:
+                    if LINES:
+                        _await_all(box + at, stride, turn, rank, inside, SIZE)
                     words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
-                    _finish(
-                        words,
-                        other,
-                        at,
-                        inside,
-                        weight_low,
-                        weight_high,
-                        y,
-                        total,
-                        eps,
-                        WORDS,
-                        DTYPE,
-                    )
+                _finish(
+                    words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE
+                )
+        if not LINES:
             if which < pieces:
                 _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
@@ -320,8 +301,8 @@ def one_shot_kernel(
 def two_shot_kernel(
     x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, parts, whole,
     flags, eps,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``one_shot_kernel``, where a rank adds up every SIZE-th row and sends the sum to all
     others. Grid: (programs,).
@@ -329,7 +310,7 @@ def two_shot_kernel(
     ``stride`` words is the room for the rows of a sender in ``parts``; sums are in ``whole``. Slots
     of both are ``room`` words from each other.
     """
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -345,8 +326,10 @@ def two_shot_kernel(
     box += slot
     sums += slot
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
+    every = tl.arange(0, ROWS)[:, None] * programs
     own_part = slot + rank.to(tl.int64) * stride
-    for group in range(first, groups, programs):
+    for top in range(first, groups, programs * ROWS):
+        group = top + every
         place = own_part + group * WORDS + columns
         for step in tl.static_range(1, SIZE):
             owner = (rank + step) % SIZE
@@ -356,7 +339,8 @@ def two_shot_kernel(
             words = tl.load(x + at, inside, 0)
             tl.store(other_parts[step - 1] + place, words, inside)
     _meet(peers, flags, 0, turn, rank, SIZE)
-    for group in range(first, groups, programs):
+    for top in range(first, groups, programs * ROWS):
+        group = top + every
         row = group * SIZE + rank
         at = row * WORDS + columns
         inside = _inside(at, within, row, rows, count, weight)
@@ -367,7 +351,8 @@ def two_shot_kernel(
             tl.store(other_sums[step] + slot + at, words, inside)
         tl.store(sums + at, words, inside)
     _meet(peers, flags, 1, turn, rank, SIZE)
-    for group in range(first, groups, programs):
+    for top in range(first, groups, programs * ROWS):
+        group = top + every
         for step in tl.static_range(SIZE):
             row = group * SIZE + step
             at = row * WORDS + columns

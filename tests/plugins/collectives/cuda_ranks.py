@@ -29,10 +29,10 @@ from slipstream.plugins.collectives.cuda.exchange import (
     Norm,
     Room,
     Way,
-    fits,
     gather,
     reduce,
     reducible,
+    rows_that_fit,
 )
 from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
@@ -63,9 +63,9 @@ def check(room: Room, call: int, rows: int, width: int, dtype: torch.dtype) -> N
     *x, residual, weights = (each.to(room.peers.device) for each in everything)
     own, weight = x[room.rank], weights[0].contiguous()
     total = torch.from_numpy(reference.all_reduce([numpy(each) for each in x])).to(x[0])
-    norm = Norm(residual, weight, EPSILON)
+    norm, normed = Norm(residual, weight, EPSILON), None
     for way in Way:
-        assert fits(way, room, own, norm)
+        assert rows <= rows_that_fit(way, room, width * dtype.itemsize)
         y, nothing = reduce(way, room, own)
         assert nothing is None and y.dtype == dtype and torch.equal(y, total), way
         if reducible(own, norm):
@@ -73,6 +73,8 @@ def check(room: Room, call: int, rows: int, width: int, dtype: torch.dtype) -> N
             assert both is not None and torch.equal(both, total + residual), way
             wanted, _ = fused_add_rms_norm(numpy(total), numpy(residual), numpy(weight), EPSILON)
             np.testing.assert_allclose(numpy(y), wanted, rtol=0.02, atol=0.02)
+            assert normed is None or torch.equal(y, normed), "which way it came says nothing"
+            normed = y
         if way is not Way.PARTS and width * dtype.itemsize % 4 == 0:
             wide = own.new_empty(rows, ranks * width)
             gather(way, room, own, wide)
