@@ -41,9 +41,10 @@ class Communicator:
     be capturing. Call ``leave_multicast_off`` (``multicast.py``) before the group is made.
 
     What is exchanged through symmetric memory at once is at most ``max_bytes``, those of x of one
-    rank; larger x go in several parts. What kernels of ours do not take goes through the group. Calls wait for nothing on the host, so they can be captured in
-    CUDA graphs, and graphs may be replayed in any order, the same on every rank. All calls must be
-    on one stream, or on streams that wait for each other. Results are the same bits on all ranks.
+    rank; larger x go in several parts. What no kernel of ours takes goes through the group. Calls
+    wait for nothing on the host, so they can be captured in CUDA graphs, and graphs may be replayed
+    in any order, the same on every rank. All calls must be on one stream, or on streams that wait
+    for each other. Results are the same bits on all ranks.
 
     On a CPU everything goes through the group. On the device ``meta``, where kernels are recorded
     before there is a GPU (``plugins/cuda/precompile.py``), there is none.

@@ -291,9 +291,8 @@ def one_shot_kernel(
                 _finish(
                     words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE
                 )
-        if not LINES:
-            if which < pieces:
-                _tell(peers, flags, which, turn, rank, SIZE)
+        if not LINES and which < pieces:
+            _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
 
 
