@@ -194,7 +194,7 @@ def test_a_seed_says_the_same_again(engines: Engines) -> None:
 def test_a_lost_rank_ends_requests(sent: int, reason: str, engines: Engines) -> None:
     async def main() -> None:
         engine = load(
-            engines(2), {**LIMITS, "step_timeout": 2.0 if sent == signal.SIGSTOP else 600}
+            engines(2), {**LIMITS, "step_timeout": 4.0 if sent == signal.SIGSTOP else 600}
         )
         executor = engine.executor
         assert isinstance(executor, CUDARankExecutor)
