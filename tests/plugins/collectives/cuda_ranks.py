@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tests.plugins.interpreter import repair
 
 from slipstream.plugins.collectives import reference
+from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.plugins.collectives.cuda.exchange import (
     MEETINGS,
     PROGRAMS,
@@ -79,6 +80,22 @@ def check(room: Room, call: int, rows: int, width: int, dtype: torch.dtype) -> N
             wide = own.new_empty(rows, ranks * width)
             gather(way, room, own, wide)
             assert torch.equal(wide, torch.cat(x, dim=1))
+
+
+def check_in_parts(room: Room) -> None:
+    """What there is no room for at once goes in parts, and is the same."""
+    ranks, device = room.layout.ranks, room.peers.device
+    *x, residual, weights = (each.to(device) for each in made(99, ranks, 11, 2048, BF16))
+    own, total = x[room.rank], torch.from_numpy(reference.all_reduce([numpy(each) for each in x]))
+    assert len(own) > rows_that_fit(Way.LINES, room, 2 * 2048)
+    communicator = Communicator.__new__(Communicator)
+    communicator.size, communicator._room = ranks, room
+    assert torch.equal(communicator.all_reduce(own), total.to(own))
+    y, both = communicator.all_reduce_add_norm(own, residual, weights[0], EPSILON)
+    assert torch.equal(both, total.to(own) + residual)
+    wanted, _ = fused_add_rms_norm(numpy(total), numpy(residual), numpy(weights[0]), EPSILON)
+    np.testing.assert_allclose(numpy(y), wanted, rtol=0.02, atol=0.02)
+    assert torch.equal(communicator.all_gather(own), torch.cat(x, dim=1))
 
 
 def numpy(x: torch.Tensor) -> NDArray[np.float32]:
@@ -141,6 +158,7 @@ def run(rank: int, room: Room) -> None:
     for call, (rows, width, dtype) in enumerate(SHAPES):
         check(room, call, rows, width, dtype)
         sys.stdout.write(f"rank {rank}: {rows} {width} {dtype}\n")
+    check_in_parts(room)
     sys.stdout.flush()
 
 
@@ -176,6 +194,7 @@ def main() -> int:
     if interpreting():
         repair()
         give_way()
+        torch.set_num_threads(1)  # others are not forked with the process
         memory = torch.zeros(ranks * layout.bytes, dtype=torch.uint8).share_memory_()
         processes = [
             multiprocessing.get_context("fork").Process(
