@@ -18,7 +18,7 @@ PROGRAMS: int = kernels.PROGRAMS.value
 MEETINGS: int = kernels.MEETINGS.value
 _CHUNK = 1024  # words that a program has at a time, where there is no row that it must have
 _WORD = 4  # bytes
-_AT_ONCE = 8192  # words of several rows
+_AT_ONCE, _MOST_AT_ONCE = 8192, 4  # words of several rows, and these
 # Of lines, each of which is waited for, few at once are quickest.
 _LINE_PROGRAMS = 64
 _DTYPES = {
@@ -155,14 +155,16 @@ def reduce(
         places = (layout.part_stride, layout.word_room, layout.words, layout.whole, layout.flags)
         groups = triton.cdiv(rows, layout.ranks)
         grid = min(groups, room.programs)
-        at_once = _rows_at_once(triton.cdiv(groups, grid), block)
-        kernels.two_shot_kernel[(grid,)](*common, *places, epsilon, ROWS=at_once, **options)
+        own = triton.cdiv(groups, grid)
+        at_once = _rows_at_once(own, block)
+        piece = _piece(own, at_once, MEETINGS - 1)
+        kernels.two_shot_kernel[(grid,)](*common, *places, piece, epsilon, ROWS=at_once, **options)
     else:
         lines = way is Way.LINES
         grid = min(rows, _LINE_PROGRAMS if lines else PROGRAMS, room.programs)
         own = triton.cdiv(rows, grid)
         at_once = 1 if lines else _rows_at_once(own, block)
-        piece = own if lines else _piece(own, at_once)
+        piece = own if lines else _piece(own, at_once, MEETINGS)
         kernels.one_shot_kernel[(grid,)](
             *common,
             *_inbox(way, layout),
@@ -180,12 +182,13 @@ def reduce(
 def _rows_at_once(own: int, block: int) -> int:
     """How many of its ``own`` rows a program has at a time: as much as hides that memory is slow to
     answer."""
-    return 1 if own == 1 else max(1, _AT_ONCE // block)
+    return 1 if own == 1 else max(1, min(_MOST_AT_ONCE, _AT_ONCE // block))
 
 
-def _piece(own: int, at_once: int) -> int:
-    """Of its ``own`` rows, how many a program sends while as many before them are added up."""
-    return triton.cdiv(triton.cdiv(own, MEETINGS), at_once) * at_once
+def _piece(own: int, at_once: int, pieces: int) -> int:
+    """Of its ``own`` rows, how many a program sends while as many before them are added up: in as
+    many ``pieces`` at most."""
+    return triton.cdiv(triton.cdiv(own, pieces), at_once) * at_once
 
 
 def _inbox(way: Way, layout: Layout) -> tuple[int, int, int]:

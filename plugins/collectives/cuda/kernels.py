@@ -296,10 +296,10 @@ def one_shot_kernel(
     _end_turn(turns, turn)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "piece"])
 def two_shot_kernel(
     x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, parts, whole,
-    flags, eps,
+    flags, piece, eps,
     SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +307,8 @@ def two_shot_kernel(
     others. Grid: (programs,).
 
     ``stride`` words is the room for the rows of a sender in ``parts``; sums are in ``whole``. Slots
-    of both are ``room`` words from each other.
+    of both are ``room`` words from each other. SIZE rows, one of each rank, are a group, of which a
+    program has ROWS at a time; it meets the others after every ``piece`` groups, a multiple of it.
     """
     columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
@@ -327,40 +328,54 @@ def two_shot_kernel(
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
     every = tl.arange(0, ROWS)[:, None] * programs
     own_part = slot + rank.to(tl.int64) * stride
-    for top in range(first, groups, programs * ROWS):
-        group = top + every
-        place = own_part + group * WORDS + columns
-        for step in tl.static_range(1, SIZE):
-            owner = (rank + step) % SIZE
-            row = group * SIZE + owner
-            at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
-            words = tl.load(x + at, inside, 0)
-            tl.store(other_parts[step - 1] + place, words, inside)
-    _meet(peers, flags, 0, turn, rank, SIZE)
-    for top in range(first, groups, programs * ROWS):
-        group = top + every
-        row = group * SIZE + rank
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        own = tl.load(x + at, inside, 0)
-        sent = box + group * WORDS + columns
-        words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
-        for step in tl.static_range(SIZE - 1):
-            tl.store(other_sums[step] + slot + at, words, inside)
-        tl.store(sums + at, words, inside)
-    _meet(peers, flags, 1, turn, rank, SIZE)
-    for top in range(first, groups, programs * ROWS):
-        group = top + every
-        for step in tl.static_range(SIZE):
-            row = group * SIZE + step
-            at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
-            words = tl.load(sums + at, inside, 0, volatile=True)
-            other = words
-            if residual is not None:
-                other = tl.load(residual + at, inside, 0)
-            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    step = programs * piece
+    pieces = tl.cdiv(groups - first, step)
+    for which in range(0, pieces + 2):
+        # A piece is sent while that before is added up, and the sums of that before it are used.
+        begin = first + which * step
+        end = tl.minimum(groups, begin + step)
+        for top in range(begin, end, programs * ROWS):
+            group = top + every
+            place = own_part + group * WORDS + columns
+            for ahead in tl.static_range(1, SIZE):
+                owner = (rank + ahead) % SIZE
+                row = group * SIZE + owner
+                at = row * WORDS + columns
+                inside = _inside(at, within & (group < end), row, rows, count, weight)
+                words = tl.load(x + at, inside, 0)
+                tl.store(other_parts[ahead - 1] + place, words, inside)
+        if which > 0:
+            _hear(peers, flags, which - 1, turn, rank, SIZE)
+            end = tl.minimum(groups, begin)
+            for top in range(begin - step, end, programs * ROWS):
+                group = top + every
+                row = group * SIZE + rank
+                at = row * WORDS + columns
+                inside = _inside(at, within & (group < end), row, rows, count, weight)
+                own = tl.load(x + at, inside, 0)
+                sent = box + group * WORDS + columns
+                words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
+                for ahead in tl.static_range(SIZE - 1):
+                    tl.store(other_sums[ahead] + slot + at, words, inside)
+                tl.store(sums + at, words, inside)
+        if which > 1:
+            end = tl.minimum(groups, begin - step)
+            for top in range(begin - 2 * step, end, programs * ROWS):
+                group = top + every
+                for owner in tl.static_range(SIZE):
+                    row = group * SIZE + owner
+                    at = row * WORDS + columns
+                    inside = _inside(at, within & (group < end), row, rows, count, weight)
+                    words = tl.load(sums + at, inside, 0, volatile=True)
+                    other = words
+                    if residual is not None:
+                        other = tl.load(residual + at, inside, 0)
+                    _finish(
+                        words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS,
+                        DTYPE,
+                    )  # fmt: skip
+        if which <= pieces:
+            _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
 
 
