@@ -23,6 +23,7 @@ from slipstream.builder.build import Plan, write_engine
 from slipstream.builder.engine import Engine
 from slipstream.builder.graph.program import StoredWeight
 from slipstream.builder.weight_file import ALIGNMENT
+from slipstream.errors import EngineMismatchError
 from slipstream.runtime.executors.cuda import load as load_module
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.weights import load_weights
@@ -91,7 +92,7 @@ def _alignment(weight: StoredWeight) -> int:
 def _made(file: Path, device: Device, names: Container[str] | None = None) -> dict[str, Tensor]:
     """What ``load_weights`` gives: the small arrays from the file, matrices of random numbers."""
     formats: dict[str, WeightFormat] = pickle.loads(Path(os.environ[_FORMATS]).read_bytes())
-    stored = read_header(file, Origin(file, "", RuntimeError))
+    stored = read_header(file, Origin(file, "write it again", EngineMismatchError))
     found = load_weights(file, device, [name for name in stored if name not in formats])
     torch.manual_seed(0)
     made: dict[WeightFormat, Tensor] = {}

@@ -355,8 +355,8 @@ def write_random_engine(plan: Plan, directory: Path, compiler: Compiler | None =
     for program in (plan.program, *plan.others):
         for name, weight in program.stored.items():
             (part, *_) = weight.parts
-            fmt = formats.get(part.name)
-            array = small_array(weight) if fmt is None else made[fmt]
+            packed = formats.get(part.name)
+            array = small_array(weight) if packed is None else made[packed]
             program.stored[name] = replace(weight, load=partial(_same, array))
     write_engine(plan, directory, "random", str(directory), compiler=compiler)
 

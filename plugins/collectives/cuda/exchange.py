@@ -77,7 +77,7 @@ class Way(Enum):
 
 def rows_that_fit(way: Way, room: Room, row_bytes: int) -> int:
     """For how many rows of x of every rank there is room."""
-    layout, words = room.layout, triton.cdiv(row_bytes, _WORD)
+    layout, words = room.layout, -(-row_bytes // _WORD)
     if way is Way.LINES:
         return layout.line_stride // words
     if way is Way.WORDS:
@@ -188,7 +188,8 @@ def _rows_at_once(own: int, block: int) -> int:
 def _piece(own: int, at_once: int, pieces: int) -> int:
     """Of its ``own`` rows, how many a program sends while as many before them are added up: in as
     many ``pieces`` at most."""
-    return triton.cdiv(triton.cdiv(own, pieces), at_once) * at_once
+    most = -(-own // pieces)
+    return -(-most // at_once) * at_once
 
 
 def _inbox(way: Way, layout: Layout) -> tuple[int, int, int]:

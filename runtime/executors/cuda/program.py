@@ -139,7 +139,7 @@ def _width(value: ir.Value) -> int:
     return int(value.shape[1])  # type: ignore[arg-type]
 
 
-def _parted(tail: Sequence[ir.Node]) -> tuple[Sequence[ir.Node], Sequence[ir.Node]]:
+def _parted(tail: list[ir.Node]) -> tuple[list[ir.Node], list[ir.Node]]:
     """A head without what gathers its columns from all ranks at the end, and that."""
     last = len(tail)
     while last and tail[last - 1].op_type == "Slice":

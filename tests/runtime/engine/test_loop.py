@@ -109,7 +109,8 @@ def test_text_that_is_told_at_the_end_is_made_on_the_way(
         return append(detokenizer, token_ids)
 
     monkeypatch.setattr(Detokenizer, "append", counted)
-    loop = EngineLoop(counting_engine(**device))
+    engine = counting_engine(**device)
+    loop = EngineLoop(engine)
     loop.add_request(
         Request("whole", [0], greedy(max_tokens=100, ignore_eos=True), output_kind="final")
     )
@@ -117,7 +118,7 @@ def test_text_that_is_told_at_the_end_is_made_on_the_way(
     while loop.has_work:
         outputs += loop.step()
     (whole,) = (output.outputs[0] for output in outputs)
-    assert whole.text == loop._tokenizer.decode(whole.token_ids) and len(whole.token_ids) == 100
+    assert whole.text == engine.tokenizer.decode(whole.token_ids) and len(whole.token_ids) == 100
     assert sum(made) == 100 and max(made) < 50
 
 
