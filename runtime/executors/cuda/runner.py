@@ -28,7 +28,7 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
-from slipstream.runtime.executors.cuda.spared import Spared
+from slipstream.runtime.executors.cuda.spared import HEAD_WORTH, Spared
 
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
@@ -170,7 +170,7 @@ class StepRunner:
         key = (padded, kind)
         if key not in self._heads:
             alike = [(each, each[0]) for each in self._heads if each[1] is kind]
-            key = self._spared.choose(key, padded, alike)
+            key = self._spared.choose(key, padded, alike, HEAD_WORTH)
         if key not in self._heads:
             self._heads[key] = self._device.capture(self._head_work(*key))
         self._heads[key]()

@@ -102,10 +102,23 @@ def test_a_batch_that_shrinks_is_not_held_up_at_every_size(
         runner.layers(decodes(count), np.arange(count, dtype=np.int32))
         runner.head(runner.padded_rows(count), Kind.GREEDY)
     assert captured == []
-    for _ in range(20):
+    for _ in range(12):
         runner.layers(decodes(128), np.arange(128, dtype=np.int32))
         runner.head(128, Kind.GREEDY)
-    assert captured == [BUCKETS.decode(128), (128, Kind.GREEDY)]
+    assert captured == [BUCKETS.decode(128)]
+
+
+def test_heads_cost_less_than_layers_and_are_captured_later(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    captured.clear()
+    for count in range(16, 256, 16):  # rows of steps of prompts, of which more and more go on
+        runner.head(runner.padded_rows(count), Kind.SAMPLE)
+    assert captured == []
+    for _ in range(20):
+        runner.head(128, Kind.SAMPLE)
+    assert captured == [(128, Kind.SAMPLE)]
 
 
 def test_prompts_are_served_by_larger_steps_of_prompts(runner: Runner, captured: list[Any]) -> None:
