@@ -201,12 +201,12 @@ class CUDAExecutor:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
         if manifest.ranks == 1:
             return None
-        if self._team is not None:
-            return self._team.communicator
-        from slipstream.runtime.executors.cuda.team import planned_communicator
+        if self._team is None:
+            from slipstream.runtime.executors.cuda.team import Team
 
-        assert self._device.is_planned, "ranks have met before they start"
-        return planned_communicator(manifest.ranks, self._device)
+            assert self._device.is_planned, "ranks have met before they start"
+            self._team = Team.planned(manifest.ranks, self._device)
+        return self._team.communicator
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
