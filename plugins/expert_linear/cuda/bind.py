@@ -33,7 +33,7 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
     def kernel(run: Run) -> Sequence[Tensor]:
         places = run.values[ids]
         tactic = find_tactic(context.tactics, shape, len(places))
-        grouped = tactic.kernel == "dot" and len(places) > 0
+        grouped = tactic.kernel != "gemv" and len(places) > 0
         y = multiply(
             run.values[x],
             experts,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.expert_linear.cuda.kernels import (
@@ -17,10 +19,16 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
     expert_gemv_int,
     group_pairs,
 )
-from slipstream.plugins.expert_linear.cuda.tactics import GEMV_TOKENS, TILES, ExpertShape
+from slipstream.plugins.expert_linear.cuda.tactics import (
+    GEMV_TOKENS,
+    TILES,
+    ExpertShape,
+    wide_tile,
+)
+from slipstream.plugins.expert_linear.cuda.wide_kernels import expert_wide, rows_by_expert
 from slipstream.plugins.linear.cuda.linear import scale_kind
 from slipstream.plugins.linear.cuda.packing import in_words
-from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, vector_size
+from slipstream.plugins.linear.cuda.tactics import PROCESSORS, Tactic, can_stream, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.weights.tensor import WeightFormat
 
@@ -112,7 +120,8 @@ def expert_linear(  # noqa: PLR0913 - what is fused
     if tokens and tactic.kernel == "gemv":
         _gemv(experts, inputs, tactic, y, adds)
     elif tokens:
-        _dot(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
+        multiply = _wide if tactic.kernel == "wide" else _dot
+        multiply(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
     return _sum(inputs, y) if experts.reduce and not adds else y
 
 
@@ -221,4 +230,30 @@ def _dot(
     expert_dot_float[grid](
         *grouped, inputs.x, weight.typed_codes, weight.scale, experts.bias, y, len(y),
         BK=tactic.block_k, SCALE=scale_kind(fmt), EVEN=k % tactic.block_k == 0, **constants,
+    )  # fmt: skip
+
+
+def _wide(
+    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping, y: Tensor
+) -> None:
+    fmt, weight = experts.format, experts.weight
+    n, k = fmt.shape
+    pairs, tile = len(y), wide_tile(tactic, experts.gated)
+    order, bounds, tiles, length = grouping.of(tile.tokens)
+    x = torch.empty(pairs, k, dtype=inputs.x.dtype, device=y.device)
+    rows_by_expert[(pairs,)](
+        order, inputs.x, x, pairs, K=k, PER_ROW=1 if experts.reduce else inputs.ids.shape[1],
+        BLOCK=triton.next_power_of_2(k), **launch_options(num_warps=4),
+    )  # fmt: skip
+    block = [tile.tokens, 64]
+    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    most = most_tiles(pairs, experts.number, tile.tokens)
+    programs = min(triton.cdiv(experts.width, tactic.block_n) * most, PROCESSORS * tile.programs)
+    expert_wide[(programs,)](
+        order, bounds, tiles, length, TensorDescriptor.from_tensor(x, block, layout), weight.codes,
+        weight.chunk_scales, weight.shift, experts.bias, y, N=n, K=k, T=tile.tokens,
+        WARPGROUPS=tile.rows // 64, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
+        ZERO=weight.zero_kind, GATED=1 + experts.gate if experts.gated else 0,
+        BIAS=experts.bias is not None, maxnreg=tile.registers, **launch_options(num_warps=4),
     )  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.linear.cuda import tactics as linear
 from slipstream.plugins.linear.cuda.fixed import weight_is_left
-from slipstream.plugins.linear.cuda.packing import in_words, padded_k
+from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words, padded_k
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
     Tactics,
@@ -15,7 +16,9 @@ from slipstream.plugins.linear.cuda.tactics import (
     entry_key,
     fit_stages,
     vector_size,
+    whole_chunks,
 )
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 # Those of 1,024 tokens are as those of 2,048, and larger steps too.
@@ -26,8 +29,10 @@ BUCKETS = tuple(size for size in linear.BUCKETS if size != 1024)
 GEMV_TOKENS = 8
 _GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
 # Rows of x of a tile, each size twice the one before; the pairs of a step are cut into tiles of all
-# of them at once.
-TILES = (16, 32, 64, 128)
+# of them at once. The largest is for wide alone.
+TILES = (16, 32, 64, 128, 256)
+_DOT_TILES = TILES[:-1]
+_GUESS_WIDE_ROWS = 96
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
 
@@ -89,6 +94,8 @@ def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int])
     tile = _tile(rows)
     if capability[0] != 9:
         return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
+    if rows >= _GUESS_WIDE_ROWS and can_widen(shape, tokens, capability):
+        return linear.wide_tactic(Tile(128, 256 if rows >= 512 else 128), shape.gated)
     if tile <= 32:  # the rows of the weight fill wgmma, which takes few of x as they are
         columns = 64 if shape.format.kind == "dense" else 128
         return _dot(shape, tile, 64, columns, 4, 4, True, capability)
@@ -107,7 +114,27 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
         ]
     if tokens > 1:
         found += _dot_candidates(shape, tokens, capability)
+    if can_widen(shape, tokens, capability):
+        found += [linear.wide_tactic(tile, shape.gated) for tile in _wide_tiles(shape.rows(tokens))]
     return list(dict.fromkeys(found))
+
+
+def can_widen(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether wide is for a product: weights in whole chunks of words, on a Hopper GPU, of so many
+    tokens that kernels do not overlap."""
+    fits = shape.format.kind == FLOAT4 or whole_chunks(shape.format)
+    return capability == (9, 0) and tokens > PDL_TOKENS and fits
+
+
+def wide_tile(tactic: Tactic, gated: bool) -> Tile:
+    """The tile of a tactic of wide."""
+    return Tile(tactic.block_n * (2 if gated else 1), tactic.block_m)
+
+
+def _wide_tiles(rows: float) -> list[Tile]:
+    """Those of which an expert fills a half of one, or at most four."""
+    sizes = [size for size in TILES[1:] if min(rows / 4, TILES[-1]) <= size <= max(2 * rows, 32)]
+    return [Tile(128, size) for size in sizes] + [Tile(64, size) for size in sizes if size < 256]
 
 
 def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
@@ -174,9 +201,10 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
 
 def _tile(rows: float) -> int:
     """Counts of rows differ: a tile that holds one and a half of the mean holds most experts."""
-    return next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
+    return next((size for size in _DOT_TILES if 1.5 * rows <= size), _DOT_TILES[-1])
 
 
 def _tiles(rows: float) -> list[int]:
     """Sizes of which an expert fills a half of one, or at most two."""
-    return [size for size in TILES if min(rows / 2, TILES[-1]) <= size <= max(2 * rows, TILES[0])]
+    least = min(rows / 2, _DOT_TILES[-1])
+    return [size for size in _DOT_TILES if least <= size <= max(2 * rows, TILES[0])]

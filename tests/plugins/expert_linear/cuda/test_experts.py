@@ -16,8 +16,9 @@ from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.expert_linear.cuda.tactics import TILES, default_tactic
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear.cuda.packing import pack
-from slipstream.plugins.linear.cuda.tactics import Tactic
+from slipstream.plugins.linear.cuda.tactics import Tactic, wide_tactic
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 pytestmark = pytest.mark.kernel
@@ -33,6 +34,14 @@ FORMATS = {
     "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
+}
+# Of wide: whole chunks of words but for float4, and an N that no tile divides.
+WIDE = {
+    "wide mxfp4": WeightFormat((EXPERTS * 176, 352), "float4_e2m1", "float8_e8m0fnu", 4, 32),
+    "wide int4g128m": WeightFormat((EXPERTS * 176, 512), "int", "float16", 4, 128, "midpoint"),
+    "wide int4g32z": WeightFormat((EXPERTS * 176, 256), "int", "float16", 4, 32, "zero"),
+    "wide int8g64o": WeightFormat((EXPERTS * 176, 384), "int", "float32", 8, 64, "offset"),
+    "wide int8row": WeightFormat((EXPERTS * 176, 256), "int", "float32", 8, 256, "midpoint"),
 }
 MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 TOKENS = (1, 21) if interpreting() else (1, 2, 21)
@@ -56,13 +65,16 @@ def run(
     tokens: int,
     device: str,
     tactic: Tactic | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Floats, Floats]:
     """What the kernels give, by default those that nobody timed, and what the reference does."""
-    weight, reduce = random_weight(FORMATS.get(name, MXFP4)), options.get("reduce", False)
+    weight, reduce = (
+        random_weight({**FORMATS, **WIDE}.get(name, MXFP4)),
+        options.get("reduce", False),
+    )
     rng = np.random.default_rng(1)
     n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
-    dtype = torch.bfloat16
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)).to(dtype).to(device)
@@ -143,6 +155,49 @@ def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str)
 )
 def test_mxfp4(tokens: int, options: dict[str, Any], device: str) -> None:
     assert_close(*run("mxfp4", tokens, device, **options))
+
+
+# Triton's interpreter does not know Gluon.
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+@hopper
+@pytest.mark.parametrize("tokens", [3, 70, 700])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name: str, tokens: int, device: str) -> None:
+    """Each format with every tile, gates in turn, and summed up."""
+    tiles = ((128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (128, 32), (64, 32))
+    for at, (rows, size) in enumerate(tiles):
+        gate = (None, *GATES.values())[(list(WIDE).index(name) + at) % (1 + len(GATES))]
+        options: dict[str, Any] = {"reduce": True}
+        if gate is not None:
+            options = {"gated": True, "gate": gate}
+        dtype = torch.float16 if at == 1 else torch.bfloat16
+        tactic = wide_tactic(Tile(rows, size), gate is not None)
+        assert_close(*run(name, tokens, device, tactic, dtype, **options))
+
+
+@hopper
+def test_a_row_of_wide_does_not_feel_the_others(device: str) -> None:
+    """Neither what they are, nor which experts they choose."""
+    rng = np.random.default_rng(3)
+    fmt, tokens = WIDE["wide mxfp4"], 200
+    blob = torch.from_numpy(pack(random_weight(fmt))).to(device)
+    experts = Experts(DeviceWeight.from_blob(blob, fmt), EXPERTS, gated=True, gate=GATES["clamped"])
+    x = torch.from_numpy(rng.normal(0, 1, (tokens, 352)).astype(np.float32)).to(device)
+    x, ids = x.to(torch.bfloat16), torch.from_numpy(choices(tokens)).to(device)
+    for tile in (Tile(128, 128), Tile(64, 64)):
+        tactic = wide_tactic(tile, gated=True)
+        whole = expert_linear(x, experts, ids, tactic=tactic)
+        assert torch.equal(expert_linear(x, experts, ids, tactic=tactic), whole), "twice the same"
+        others, elsewhere = x.clone(), ids.flip(0).contiguous()
+        others[1:] = torch.nan
+        elsewhere[0] = ids[0]
+        alone = expert_linear(others, experts, elsewhere, tactic=tactic)
+        assert torch.equal(alone[:TOP_K], whole[:TOP_K])
 
 
 @pytest.mark.parametrize("block", TILES)

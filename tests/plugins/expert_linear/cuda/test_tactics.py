@@ -56,6 +56,10 @@ def check(tactic: Tactic, shape: ExpertShape, tokens: int, capability: tuple[int
         assert tokens <= GEMV_TOKENS and fmt.shape[1] % 4 == 0
         return
     assert tactic.block_m in TILES and (capability == HOPPER or not tactic.swap)
+    if tactic.kernel == "wide":
+        assert capability == HOPPER and tokens > 64 and rows in (64, 128)
+        assert tactic.num_stages * tactic.block_m * 128 <= shared_memory(capability)
+        return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0
     assert tactic.block_m * rows <= 128 * 32 * tactic.num_warps, "sums fit the registers"
     columns = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
@@ -90,7 +94,9 @@ def test_experts_that_tokens_share_are_read_once() -> None:
 
 
 def test_what_must_be_decoded_is_the_left_operand() -> None:
-    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).swap
+    assert default_tactic(of_qwen(FORMATS[3]), 512, HOPPER).swap
+    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).kernel == "wide"
+    assert default_tactic(of_qwen(FORMATS[1]), 2048, HOPPER).swap
 
 
 def test_a_timed_tactic_serves_its_bucket_and_its_experts() -> None:
