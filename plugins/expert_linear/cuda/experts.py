@@ -30,6 +30,7 @@ from slipstream.plugins.linear.cuda.linear import scale_kind
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import PROCESSORS, Tactic, can_stream, vector_size
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
+from slipstream.plugins.rms_norm.cuda import quantize_rows
 from slipstream.weights.tensor import WeightFormat
 
 _BLOCK = 1024  # columns of a sum
@@ -227,8 +228,13 @@ def _dot(
         )  # fmt: skip
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
+    x, x_scale = inputs.x, None
+    if tactic.rounds:
+        x, x_scale = quantize_rows(x, torch.float8_e4m3fn, weight.input_scale, pdl=inputs.pdl)
+        if not converts_float8(x.device):
+            x = x.to(inputs.x.dtype)  # which is exact
     expert_dot_float[grid](
-        *grouped, inputs.x, weight.typed_codes, weight.scale, experts.bias, y, len(y),
+        *grouped, x, weight.typed_codes, weight.scale, experts.bias, y, x_scale, len(y),
         BK=tactic.block_k, SCALE=scale_kind(fmt), EVEN=k % tactic.block_k == 0, **constants,
     )  # fmt: skip
 

@@ -93,15 +93,15 @@ def _tile(
 
 @triton.jit(do_not_specialize=["pairs", "length"])
 def expert_dot_float(
-    order, bounds, tiles, length, x, weight, scale, bias, y, pairs,
+    order, bounds, tiles, length, x, weight, scale, bias, y, x_scale, pairs,
     N: tl.constexpr, K: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SWAP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """16-bit or float8 weights [experts * N, K]; a program a tile of pairs and of N, in one axis.
 
-    PER_ROW pairs share a row of x. SCALE and BK as in ``dot_float``; y [pairs, N] or, GATED,
-    [pairs, N / 2]; the rest as in ``group_pairs``.
+    PER_ROW pairs share a row of x. SCALE, BK and x_scale as in ``dot_float``; y [pairs, N] or,
+    GATED, [pairs, N / 2]; the rest as in ``group_pairs``.
     """
     begin(PDL)
     width: tl.constexpr = N // 2 if GATED else N
@@ -150,9 +150,12 @@ def expert_dot_float(
                 if GATED:
                     up = product(w_up, xs, up, SWAP, WIDEN)
         biases = bias + expert * N if BIAS else bias
+        inverse = acc
+        if x_scale is not None:
+            inverse = tl.load(x_scale + pair // PER_ROW, mask=pair < pairs, other=0.0)
         epilogue(
-            acc, up, acc, y, scales, biases, y, pair.to(tl.int64), n, pairs, width,
-            SWAP, GATED, SCALE == "row", BIAS, False, False,
+            acc, up, inverse, y, scales, biases, y, pair.to(tl.int64), n, pairs, width,
+            SWAP, GATED, SCALE == "row", BIAS, False, x_scale is not None,
         )  # fmt: skip
 
 

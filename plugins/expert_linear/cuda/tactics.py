@@ -3,7 +3,7 @@ tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.linear.cuda import tactics as linear
@@ -15,6 +15,7 @@ from slipstream.plugins.linear.cuda.tactics import (
     can_stream,
     entry_key,
     fit_stages,
+    multiplies_in,
     vector_size,
     whole_chunks,
 )
@@ -70,6 +71,8 @@ def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
         return fixed_tactic(shape, tokens, table.capability)
     bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
     found = table.entries.get(shape.key(bucket))
+    if found is not None and found.rounds and multiplies_in(shape.format) != "float8":
+        found = None  # a key does not say whether x may be rounded
     return found or default_tactic(shape, tokens, table.capability)
 
 
@@ -114,6 +117,8 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
         ]
     if tokens > 1:
         found += _dot_candidates(shape, tokens, capability)
+    if tokens > 1 and capability[0] == 9 and multiplies_in(shape.format) == "float8":
+        found += _rounding_candidates(shape, tokens, capability)
     if can_widen(shape, tokens, capability):
         found += [linear.wide_tactic(tile, shape.gated) for tile in _wide_tiles(shape.rows(tokens))]
     return list(dict.fromkeys(found))
@@ -193,6 +198,23 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
     sums = 2 if shape.gated else 1
     return [
         _dot(shape, tile, rows, columns, warps, stages, swap, capability)
+        for tile in _tiles(shape.rows(tokens))
+        for rows, columns, warps, stages, swap in choices
+        if tile * rows * sums <= _SUMS_A_THREAD * 32 * warps
+    ]
+
+
+def _rounding_candidates(
+    shape: ExpertShape, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """Products of float8 with float8: as ``_dot_candidates``."""
+    choices = [
+        (64, 128, 4, 6, True), (64, 256, 4, 4, True), (128, 128, 8, 4, True),
+        (128, 128, 4, 4, True), (128, 128, 8, 4, False), (64, 128, 4, 4, False),
+    ]  # fmt: skip
+    sums = 2 if shape.gated else 1
+    return [
+        replace(_dot(shape, tile, rows, columns, warps, stages, swap, capability), rounds=True)
         for tile in _tiles(shape.rows(tokens))
         for rows, columns, warps, stages, swap in choices
         if tile * rows * sums <= _SUMS_A_THREAD * 32 * warps

@@ -29,6 +29,8 @@ ROWS = EXPERTS * N
 FORMATS = {
     "bf16": WeightFormat((ROWS, K), "dense", "bfloat16"),
     "fp8": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K),
+    "fp8token": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K, activation="token"),
+    "fp8static": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K, activation="static"),
     "fp8block": WeightFormat((EXPERTS * 256, 160), "float8_e4m3", "float32", 8, 128, rows=128),
     "int4g32z": WeightFormat((ROWS, K), "int", "float16", 4, 32, "zero"),
     "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
@@ -50,7 +52,8 @@ CASES = [
     (name, tokens)
     for name in FORMATS
     for tokens in TOKENS
-    if not (interpreting() and name == "fp8block" and tokens == 1)
+    if name not in ("fp8token", "fp8static")
+    and not (interpreting() and name == "fp8block" and tokens == 1)
 ]
 
 
@@ -95,7 +98,8 @@ def run(
     )
     want = reference.expert_linear(
         exact(x), weight, ids, factors, bias=exact(bias), experts=EXPERTS,
-        residual=None if residual is None else exact(residual), activation="none", **options,
+        residual=None if residual is None else exact(residual), **options,
+        activation=weight.format.activation if tactic is not None and tactic.rounds else "none",
     )  # fmt: skip
     return exact(got), want
 
@@ -137,6 +141,15 @@ def test_tiles_of_every_size(name: str, device: str) -> None:
     if name in ("fp8", "int4g32z"):
         options = {"reduce": True}
     assert_close(*run(name, 21, device, TACTICS[name], **options))
+
+
+@pytest.mark.parametrize("name", ["fp8token", "fp8static"])
+def test_rounded_rows(name: str, device: str) -> None:
+    """x in float8, with a scale a token or the weight's own."""
+    opening = Tactic("dot", 64, 128, 4, 3, swap=True, block_m=16, rounds=True)
+    assert_close(*run(name, 9, device, opening, gated=True, gate=GATES["silu"]))
+    closing = Tactic("dot", 32, 128, 4, 2, block_m=32, rounds=True)
+    assert_close(*run(name, 21, device, closing, reduce=True))
 
 
 @pytest.mark.slow

@@ -86,6 +86,21 @@ def test_tiles_grow_with_the_rows_of_an_expert() -> None:
     assert default_tactic(of_eight, 64, HOPPER).block_m == 32
 
 
+def test_x_is_rounded_where_the_checkpoint_says_so() -> None:
+    """A key does not say it."""
+    rounded = replace(FORMATS[1], activation="token")
+    found = [
+        any(tactic.rounds for tactic in candidate_tactics(of_qwen(fmt), 64, HOPPER))
+        for fmt in (rounded, FORMATS[1], FORMATS[2])
+    ]
+    assert found == [True, False, False]
+    assert not default_tactic(of_qwen(rounded), 64, HOPPER).rounds
+    timed = Tactic("dot", 64, 128, 4, 3, block_m=16, rounds=True)
+    table = Tactics(HOPPER, entries={"fp8 2048x768 8/128 64": timed})
+    assert find_tactic(table, of_qwen(rounded), 64) == timed
+    assert not find_tactic(table, of_qwen(FORMATS[1]), 64).rounds
+
+
 def test_experts_that_tokens_share_are_read_once() -> None:
     """Four tokens of Mixtral choose five or six of eight experts, and of Qwen 29 of 128."""
     mixtral = ExpertShape(FORMATS[4], True, 8, 2)
