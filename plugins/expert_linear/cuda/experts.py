@@ -23,6 +23,7 @@ from slipstream.plugins.expert_linear.cuda.tactics import (
     GEMV_TOKENS,
     TILES,
     ExpertShape,
+    slots_of,
     wide_tile,
 )
 from slipstream.plugins.expert_linear.cuda.wide_kernels import expert_wide, rows_by_expert
@@ -171,21 +172,19 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: 
     n, k = fmt.shape
     tokens, top_k = inputs.ids.shape
     assert tokens <= GEMV_TOKENS and can_stream(fmt), (tokens, fmt)
-    lanes = tactic.block_k // vector_size(fmt)
-    rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
+    lanes, slots = tactic.block_k // vector_size(fmt), slots_of(top_k) if adds else 1
+    rows = min(max(32 * tactic.num_warps // (lanes * slots), 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
     padded = in_words(fmt) and k * fmt.bits != vectors * 128
     even = vectors % (lanes * tactic.num_stages) == 0
-    if adds:
-        even = vectors % lanes == 0 and vectors // lanes * top_k % tactic.num_stages == 0
     constants = {
         "N": n, "K": k, "VECTORS": vectors, "PER_ROW": 1 if experts.reduce else top_k,
         "SUM": top_k if adds else 0, "RESIDUAL": adds and inputs.residual is not None, "BR": rows,
-        "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes,
+        "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes * slots,
         "DEPTH": tactic.num_stages, "BF16": x.dtype == torch.bfloat16,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
         "EVEN": even and not padded, "COMPILED": not interpreting(),
-        "EARLY": adds and inputs.early, "PDL": inputs.pdl,
+        "EARLY": adds and inputs.early, "PDL": inputs.pdl, "SLOTS": slots,
         **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }  # fmt: skip
     grid = (triton.cdiv(experts.width, tactic.block_n), len(y))

@@ -251,7 +251,7 @@ def expert_gemv_float(
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A pair of a token and an expert along the second axis of the grid, or with SUM a token and
     all its SUM experts; the rest is ``gemv_float`` of one token.
@@ -268,7 +268,7 @@ def expert_gemv_float(
             x + which * (SUM * (K // 4)), weight, scale, bias, residual + which * N if RESIDUAL
             else residual, x, y + which * N, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE,
             BF16, 0, SCALE, BIAS, RESIDUAL, False, EVEN, COMPILED, EARLY and PDL,
-            ids + which * SUM, factors + which * SUM, SUM,
+            ids + which * SUM, factors + which * SUM, SUM, SLOTS,
         )  # fmt: skip
     else:
         _begin_product(PDL)
@@ -294,7 +294,7 @@ def expert_gemv_int(
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """As ``expert_gemv_float``, of ``gemv_int``."""
     which = tl.program_id(1).to(tl.int64)
@@ -306,7 +306,7 @@ def expert_gemv_int(
             x + which * (SUM * (K // 4)), weight, scale, shift, bias,
             residual + which * N if RESIDUAL else residual, x, y + which * N, N, 0.0, K, VECTORS,
             1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, 0, BIAS, RESIDUAL, False, EVEN, COMPILED,
-            EARLY and PDL, ids + which * SUM, factors + which * SUM, SUM,
+            EARLY and PDL, ids + which * SUM, factors + which * SUM, SUM, SLOTS,
         )  # fmt: skip
     else:
         _begin_product(PDL)

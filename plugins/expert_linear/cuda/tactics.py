@@ -113,7 +113,7 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
         found += [
             _gemv(shape, warps, lanes, rows, stages)
             for lanes, stages in _even_steps(shape)
-            for warps, rows in ((4, 2), (4, 4), (8, 2))
+            for warps, rows in ((4, 2), (4, 4), (8, 2), *(() if shape.gated else ((2, 4), (4, 8))))
         ]
     if tokens > 1:
         found += _dot_candidates(shape, tokens, capability)
@@ -142,6 +142,11 @@ def _wide_tiles(rows: float) -> list[Tile]:
     return [Tile(128, size) for size in sizes] + [Tile(64, size) for size in sizes if size < 256]
 
 
+def slots_of(top_k: int) -> int:
+    """Parts of the lanes of a sum, of which the experts of a token have one each."""
+    return 1 << (top_k - 1).bit_length()
+
+
 def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
     """Lanes along K and vectors in flight a row whose steps fill the rows: the widest two."""
     for widest in (64, 32, 16, 8):
@@ -157,8 +162,12 @@ def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
 
 
 def _gemv(shape: ExpertShape, warps: int, lanes: int, vectors: int, stages: int) -> Tactic:
-    """``vectors`` rows of the weight a thread, of which a gated row of the result takes two."""
-    rows = 32 * warps // lanes * vectors
+    """``vectors`` rows of the weight a thread, of which a gated row of the result takes two. Where
+    a token's experts are added up, without a gate, each has so many lanes."""
+    if not shape.gated:
+        rows = max(32 * warps // (lanes * slots_of(shape.top_k)), 1) * vectors
+    else:
+        rows = 32 * warps // lanes * vectors
     return Tactic(
         "gemv",
         block_n=rows // 2 if shape.gated else rows,

@@ -57,10 +57,10 @@ CASES = [
 ]
 
 
-def choices(tokens: int) -> NDArray[np.int32]:
+def choices(tokens: int, top_k: int = TOP_K) -> NDArray[np.int32]:
     """Different experts for each token; nobody chooses the last."""
     rng = np.random.default_rng(tokens)
-    return np.array([rng.permutation(EXPERTS - 1)[:TOP_K] for _ in range(tokens)], np.int32)
+    return np.array([rng.permutation(EXPERTS - 1)[:top_k] for _ in range(tokens)], np.int32)
 
 
 def run(
@@ -69,6 +69,7 @@ def run(
     device: str,
     tactic: Tactic | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    top_k: int = TOP_K,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Floats, Floats]:
     """What the kernels give, by default those that nobody timed, and what the reference does."""
@@ -82,10 +83,10 @@ def run(
     def tensor(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)).to(dtype).to(device)
 
-    x, bias = tensor(tokens * (TOP_K if reduce else 1), k), tensor(EXPERTS * n)
+    x, bias = tensor(tokens * (top_k if reduce else 1), k), tensor(EXPERTS * n)
     residual = tensor(tokens, n) if reduce else None
-    factors = rng.uniform(0, 1, (tokens, TOP_K)).astype(np.float32) if reduce else None
-    ids = choices(tokens)
+    factors = rng.uniform(0, 1, (tokens, top_k)).astype(np.float32) if reduce else None
+    ids = choices(tokens, top_k)
     packed = DeviceWeight.from_blob(torch.from_numpy(pack(weight)).to(device), weight.format)
     experts = Experts(packed, EXPERTS, bias, **options)
     got = expert_linear(
@@ -94,7 +95,7 @@ def run(
         torch.from_numpy(ids).to(device),
         None if factors is None else torch.from_numpy(factors).to(device),
         residual,
-        tactic=tactic or default_tactic(experts.shape(TOP_K), tokens, (9, 0)),
+        tactic=tactic or default_tactic(experts.shape(top_k), tokens, (9, 0)),
     )
     want = reference.expert_linear(
         exact(x), weight, ids, factors, bias=exact(bias), experts=EXPERTS,
@@ -123,6 +124,11 @@ def test_a_product_with_every_expert_of_a_token(name: str, tokens: int, device: 
 @pytest.mark.parametrize(("name", "tokens"), CASES)
 def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) -> None:
     assert_close(*run(name, tokens, device, reduce=True))
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4g32z"])
+def test_a_sum_over_experts_that_are_no_power_of_two(name: str, device: str) -> None:
+    assert_close(*run(name, 1, device, top_k=3, reduce=True))
 
 
 # Each with one format: the sizes of tiles, either operand on the left, few and many stages.
