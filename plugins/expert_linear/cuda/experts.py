@@ -221,8 +221,8 @@ def _dot(
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         expert_dot_int[grid](
-            *grouped, inputs.x, weight.codes, weight.scale, weight.shift, experts.bias, y, len(y),
-            CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+            *grouped, inputs.x, weight.codes, weight.chunk_scales, weight.shift, experts.bias, y,
+            len(y), CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return

@@ -8,6 +8,7 @@ from slipstream.plugins.cuda.kernels import begin
 from slipstream.plugins.linear.cuda.kernels.dot import (
     along,
     decode,
+    decode_float4,
     epilogue,
     groups_of,
     narrow,
@@ -167,7 +168,8 @@ def expert_dot_int(
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
+    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them; the scales of float4 as
+    ``gemv_int`` does."""
     begin(PDL)
     width: tl.constexpr = N // 2 if GATED else N
     if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
@@ -188,22 +190,32 @@ def expert_dot_int(
             words = tl.load(w_at + chunk * 32)
             if GATED:
                 up_words = tl.load(up_at + chunk * 32)
+            if ZERO == "e2m1":  # all at once, which is wide enough to be fetched ahead
+                exponents = tl.load(scale + row * CHUNKS + chunk)
+                if GATED:
+                    up_exponents = tl.load(scale + (row + width) * CHUNKS + chunk)
             for i in tl.static_range(CODES):
                 k = (chunk * CODES + i) * 32 + j
                 inside = (pair < pairs)[:, None]
                 if not EVEN:
                     inside = inside & (k < K)[None, :]
                 xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
-                w = decode(
-                    words, i, scale, shift, row * GROUPS, chunk * COUNT, GROUPS,
-                    DTYPE, BITS, GROUP, ZERO, not WIDEN,
-                )  # fmt: skip
-                acc = product(w, xs, acc, SWAP, WIDEN)
-                if GATED:
+                if ZERO == "e2m1":
+                    w = decode_float4(words, i, exponents, DTYPE, not WIDEN)
+                else:
                     w = decode(
-                        up_words, i, scale, shift, (row + width) * GROUPS, chunk * COUNT, GROUPS,
+                        words, i, scale, shift, row * GROUPS, chunk * COUNT, GROUPS,
                         DTYPE, BITS, GROUP, ZERO, not WIDEN,
                     )  # fmt: skip
+                acc = product(w, xs, acc, SWAP, WIDEN)
+                if GATED:
+                    if ZERO == "e2m1":
+                        w = decode_float4(up_words, i, up_exponents, DTYPE, not WIDEN)
+                    else:
+                        w = decode(
+                            up_words, i, scale, shift, (row + width) * GROUPS, chunk * COUNT,
+                            GROUPS, DTYPE, BITS, GROUP, ZERO, not WIDEN,
+                        )  # fmt: skip
                     up = product(w, xs, up, SWAP, WIDEN)
         biases = bias + expert * N if BIAS else bias
         row_scales = scale + expert * N if GROUP == 0 else scale

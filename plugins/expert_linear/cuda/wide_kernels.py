@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+from slipstream.plugins.linear.cuda.kernels.dot import float4_instructions
 from slipstream.plugins.linear.cuda.kernels.wide import chunk_of, operand_of, row_of, slices_of
 
 
@@ -46,21 +47,6 @@ def _place(tile, grouped, PARTS: gl.constexpr, T: gl.constexpr):
     return expert, start + place % count * T, end, place // count
 
 
-@gluon.constexpr_function
-def _float4_instructions(i):
-    """Moves the float4_e2m1 at code i of two words into exponents and mantissas of two bfloat16,
-    where they are 2**126 too small, and multiplies by 2**63, and by a factor that has the rest."""
-    low = i % 4
-    align = f"shl.b32 m, a, {6 - 4 * low};" if low < 2 else f"shr.b32 m, a, {4 * low - 6};"
-    return (
-        "{ .reg .b32 a, m, c; mov.b32 c, 0x5F005F00;"
-        f"prmt.b32 a, $1, $2, {'0x5410' if i < 4 else '0x7632'};"
-        f"{align} and.b32 m, m, 0x01C001C0; shl.b32 a, a, {12 - 4 * low};"
-        "lop3.b32 a, a, 0x80008000, m, 0xEA;"
-        "mul.rn.bf16x2 a, a, c; mul.rn.bf16x2 $0, a, $3; }"
-    )
-
-
 @gluon.jit
 def _float4(words, i: gl.constexpr, exponents, DTYPE: gl.constexpr):
     """Weights [64, 32] of code i of a chunk, whose exponents are the bytes of an int64 a row."""
@@ -68,7 +54,7 @@ def _float4(words, i: gl.constexpr, exponents, DTYPE: gl.constexpr):
     if DTYPE == gl.bfloat16:  # noqa: SIM300 - which is no constant
         factor = (bits << 7).to(gl.int16).to(gl.bfloat16, bitcast=True)
         found = gl.inline_asm_elementwise(
-            _float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=gl.bfloat16,
+            float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=gl.bfloat16,
             is_pure=True, pack=2,
         )  # fmt: skip
     else:

@@ -355,6 +355,37 @@ def decode(
 
 
 @triton.constexpr_function
+def float4_instructions(i: int) -> str:
+    """Moves the float4_e2m1 at code i of two words into exponents and mantissas of two bfloat16,
+    where they are 2**126 too small, and multiplies by 2**63, and by a factor that has the rest."""
+    low = i % 4
+    align = f"shl.b32 m, a, {6 - 4 * low};" if low < 2 else f"shr.b32 m, a, {4 * low - 6};"
+    return (
+        "{ .reg .b32 a, m, c; mov.b32 c, 0x5F005F00;"
+        f"prmt.b32 a, $1, $2, {'0x5410' if i < 4 else '0x7632'};"
+        f"{align} and.b32 m, m, 0x01C001C0; shl.b32 a, a, {12 - 4 * low};"
+        "lop3.b32 a, a, 0x80008000, m, 0xEA;"
+        "mul.rn.bf16x2 a, a, c; mul.rn.bf16x2 $0, a, $3; }"
+    )
+
+
+@triton.jit
+def decode_float4(words, i: tl.constexpr, exponents, DTYPE: tl.constexpr, COMPILED: tl.constexpr):
+    """As ``decode``, of float4 and the exponents of a chunk, the bytes of an int64 a row."""
+    bits = ((exponents >> (8 * i)) & 255).to(tl.int32) + 63
+    if COMPILED and DTYPE == tl.bfloat16:  # noqa: SIM300 - which is no constant
+        factor = (bits << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = tl.inline_asm_elementwise(
+            float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=tl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        factor = (bits << 23).to(tl.float32, bitcast=True)
+        values = (float4(words, i) * 2.0**63 * factor[:, None]).to(DTYPE)
+    return values
+
+
+@triton.constexpr_function
 def groups_of(K: int, CHUNKS: int, GROUP: int, ZERO: str) -> int:
     """The scales that are stored of a row; those of float4 are of whole chunks."""
     if ZERO == "e2m1":
