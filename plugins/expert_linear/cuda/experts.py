@@ -28,8 +28,14 @@ from slipstream.plugins.expert_linear.cuda.tactics import (
 )
 from slipstream.plugins.expert_linear.cuda.wide_kernels import expert_wide, rows_by_expert
 from slipstream.plugins.linear.cuda.linear import scale_kind
-from slipstream.plugins.linear.cuda.packing import in_words
-from slipstream.plugins.linear.cuda.tactics import PROCESSORS, Tactic, can_stream, vector_size
+from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words
+from slipstream.plugins.linear.cuda.tactics import (
+    PROCESSORS,
+    Tactic,
+    can_stream,
+    vector_size,
+    whole_chunks,
+)
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
 from slipstream.plugins.rms_norm.cuda import quantize_rows
 from slipstream.weights.tensor import WeightFormat
@@ -220,9 +226,10 @@ def _dot(
     grouped = grouping.of(tactic.block_m)
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
+        scales, packed = _packed_scales(weight)
         expert_dot_int[grid](
-            *grouped, inputs.x, weight.codes, weight.chunk_scales, weight.shift, experts.bias, y,
-            len(y), CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+            *grouped, inputs.x, weight.codes, scales, weight.shift, experts.bias, y, len(y),
+            PACKED=packed, CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return
@@ -236,6 +243,19 @@ def _dot(
         *grouped, x, weight.typed_codes, weight.scale, experts.bias, y, x_scale, len(y),
         BK=tactic.block_k, SCALE=scale_kind(fmt), EVEN=k % tactic.block_k == 0, **constants,
     )  # fmt: skip
+
+
+def _packed_scales(weight: DeviceWeight) -> tuple[Tensor | None, bool]:
+    """The scales of a weight, those of a chunk of words in one integer where there is such a type,
+    and whether that is so."""
+    scale, fmt = weight.scale, weight.format
+    if fmt.kind == FLOAT4:
+        return weight.chunk_scales, True
+    count = 1024 // fmt.bits // fmt.group
+    packed = scale is not None and scale.dtype == torch.float16 and count in (2, 4)
+    if scale is None or not packed or not whole_chunks(fmt):
+        return scale, False
+    return scale.view(torch.int32 if count == 2 else torch.int64), True
 
 
 def _wide(

@@ -166,10 +166,13 @@ def expert_dot_int(
     N: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, PER_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them; the scales of float4 as
-    ``gemv_int`` does."""
+    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them.
+
+    PACKED: the scales of a chunk are one integer, which is wide enough to be fetched ahead: those
+    of float4 as in ``gemv_int``, float16 ones in 32 or 64 bits.
+    """
     begin(PDL)
     width: tl.constexpr = N // 2 if GATED else N
     if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
@@ -190,10 +193,12 @@ def expert_dot_int(
             words = tl.load(w_at + chunk * 32)
             if GATED:
                 up_words = tl.load(up_at + chunk * 32)
-            if ZERO == "e2m1":  # all at once, which is wide enough to be fetched ahead
-                exponents = tl.load(scale + row * CHUNKS + chunk)
+            scales = None
+            up_scales = None
+            if PACKED:
+                scales = tl.load(scale + row * CHUNKS + chunk)
                 if GATED:
-                    up_exponents = tl.load(scale + (row + width) * CHUNKS + chunk)
+                    up_scales = tl.load(scale + (row + width) * CHUNKS + chunk)
             for i in tl.static_range(CODES):
                 k = (chunk * CODES + i) * 32 + j
                 inside = (pair < pairs)[:, None]
@@ -201,20 +206,20 @@ def expert_dot_int(
                     inside = inside & (k < K)[None, :]
                 xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
                 if ZERO == "e2m1":
-                    w = decode_float4(words, i, exponents, DTYPE, not WIDEN)
+                    w = decode_float4(words, i, scales, DTYPE, not WIDEN)
                 else:
                     w = decode(
                         words, i, scale, shift, row * GROUPS, chunk * COUNT, GROUPS,
-                        DTYPE, BITS, GROUP, ZERO, not WIDEN,
+                        DTYPE, BITS, GROUP, ZERO, not WIDEN, scales,
                     )  # fmt: skip
                 acc = product(w, xs, acc, SWAP, WIDEN)
                 if GATED:
                     if ZERO == "e2m1":
-                        w = decode_float4(up_words, i, up_exponents, DTYPE, not WIDEN)
+                        w = decode_float4(up_words, i, up_scales, DTYPE, not WIDEN)
                     else:
                         w = decode(
                             up_words, i, scale, shift, (row + width) * GROUPS, chunk * COUNT,
-                            GROUPS, DTYPE, BITS, GROUP, ZERO, not WIDEN,
+                            GROUPS, DTYPE, BITS, GROUP, ZERO, not WIDEN, up_scales,
                         )  # fmt: skip
                     up = product(w, xs, up, SWAP, WIDEN)
         biases = bias + expert * N if BIAS else bias

@@ -318,11 +318,12 @@ def power(exponents):
 def decode(
     words, i: tl.constexpr, scale, shift, row_start, group, GROUPS: tl.constexpr,
     DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    COMPILED: tl.constexpr,
+    COMPILED: tl.constexpr, scales=None,
 ):  # fmt: skip
     """Weights [BN, 32] of code i of a chunk's words; GROUP 0 leaves their scale to the epilogue.
 
-    A code moved into the mantissa of 2**7 or 2**11 is that number plus the code.
+    A code moved into the mantissa of 2**7 or 2**11 is that number plus the code. ``scales`` are the
+    float16 scales of the chunk in an integer a row, where they have been loaded.
     """
     if ZERO == "e2m1":
         place = row_start + tl.minimum(group + i, GROUPS - 1)
@@ -342,7 +343,11 @@ def decode(
     if GROUP:
         # Codes of padding, whose x is zero, have no group: any finite scale will do for them.
         place = row_start + tl.minimum(group + i * 32 // GROUP, GROUPS - 1)
-        factor = tl.load(scale + place).to(tl.float32)
+        if scales is not None:
+            bits = (scales >> (16 * (i * 32 // GROUP))).to(tl.int16)
+            factor = bits.to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            factor = tl.load(scale + place).to(tl.float32)
         if ZERO == "zero":
             zero += tl.load(shift + place).to(tl.float32)
         begin = -zero * factor

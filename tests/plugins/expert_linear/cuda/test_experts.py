@@ -34,6 +34,9 @@ FORMATS = {
     "fp8block": WeightFormat((EXPERTS * 256, 160), "float8_e4m3", "float32", 8, 128, rows=128),
     "int4g32z": WeightFormat((ROWS, K), "int", "float16", 4, 32, "zero"),
     "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
+    "int4g64z": WeightFormat((ROWS, 256), "int", "float16", 4, 64, "zero"),
+    "int4g32m": WeightFormat((ROWS, 64), "int", "float16", 4, 32, "midpoint"),
+    "int4g128m": WeightFormat((ROWS, 512), "int", "float16", 4, 128, "midpoint"),
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
 }
@@ -53,6 +56,7 @@ CASES = [
     for name in FORMATS
     for tokens in TOKENS
     if name not in ("fp8token", "fp8static")
+    and not (interpreting() and name in ("int4g64z", "int4g32m", "int4g128m") and tokens == 1)
     and not (interpreting() and name == "fp8block" and tokens == 1)
 ]
 
