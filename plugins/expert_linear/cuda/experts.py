@@ -127,6 +127,8 @@ def expert_linear(  # noqa: PLR0913 - what is fused
     y = inputs.empty(tokens if adds else tokens * top_k, experts.width)
     if tokens and tactic.kernel == "gemv":
         _gemv(experts, inputs, tactic, y, adds)
+    elif tokens and not needs_grouping(tactic, tokens):
+        _dot(experts, inputs, tactic, None, y)
     elif tokens:
         multiply = _wide if tactic.kernel == "wide" else _dot
         multiply(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
@@ -151,6 +153,11 @@ def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
         **launch_options(num_warps=4 if block <= _BLOCK else 8, pdl=pdl),
     )  # fmt: skip
     return found
+
+
+def needs_grouping(tactic: Tactic, tokens: int) -> bool:
+    """Whether a kernel wants pairs by expert: those of one token have an expert each."""
+    return tactic.kernel == "wide" or (tactic.kernel == "dot" and tokens > 1)
 
 
 def most_tiles(pairs: int, experts: int, block: int) -> int:
@@ -210,20 +217,25 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: 
 
 
 def _dot(
-    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping, y: Tensor
+    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping | None, y: Tensor
 ) -> None:
+    """Products of tiles of pairs; without a grouping every pair is one."""
     fmt, weight = experts.format, experts.weight
     n, k = fmt.shape
     constants = {
         "N": n, "K": k, "PER_ROW": 1 if experts.reduce else inputs.ids.shape[1],
         "BM": tactic.block_m, "BN": tactic.block_n, "SWAP": tactic.swap,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
-        "WIDEN": interpreting(), "PDL": inputs.pdl,
+        "WIDEN": interpreting(), "PDL": inputs.pdl, "ALONE": grouping is None,
         **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
     }  # fmt: skip
-    tiles = most_tiles(len(y), experts.number, tactic.block_m)
+    tiles, grouped = len(y), (inputs.ids, inputs.ids, inputs.ids, 0)
+    if grouping is not None:
+        tiles, grouped = (
+            most_tiles(tiles, experts.number, tactic.block_m),
+            grouping.of(tactic.block_m),
+        )
     grid = (triton.cdiv(experts.width, tactic.block_n) * tiles,)
-    grouped = grouping.of(tactic.block_m)
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
         scales, packed = _packed_scales(weight)

@@ -72,14 +72,35 @@ def group_pairs(
 
 
 @triton.jit
+def _begin(PDL: tl.constexpr, ALONE: tl.constexpr):
+    if ALONE:
+        _begin_product(PDL)
+    else:
+        begin(PDL)
+
+
+@triton.jit
+def _count(tiles, pairs, ALONE: tl.constexpr):
+    """How many tiles of pairs there are."""
+    return pairs if ALONE else tl.load(tiles)
+
+
+@triton.jit
 def _tile(
-    order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALONE: tl.constexpr,
+):  # fmt: skip
     """The expert of this program, its pairs (beyond them, the number of all) and its columns.
 
     An expert's programs are neighbours, and among them those that read the same part of its weight.
+    ALONE: every pair is a tile, and ``order`` the experts of pairs.
     """
     PARTS: tl.constexpr = (WIDTH + BN - 1) // BN
+    if ALONE:
+        slot = tl.program_id(0) // PARTS
+        pair = tl.where(tl.arange(0, BM) == 0, slot, pairs)
+        columns = tl.program_id(0) % PARTS * BN + tl.arange(0, BN)
+        return tl.load(order + slot).to(tl.int64), pair, columns
     slot = tl.program_id(0) // PARTS
     expert = tl.load(tiles + 4 + slot)
     first = tl.load(tiles + 4 + length + slot)
@@ -98,16 +119,17 @@ def expert_dot_float(
     N: tl.constexpr, K: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SWAP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """16-bit or float8 weights [experts * N, K]; a program a tile of pairs and of N, in one axis.
 
     PER_ROW pairs share a row of x. SCALE, BK and x_scale as in ``dot_float``; y [pairs, N] or,
     GATED, [pairs, N / 2]; the rest as in ``group_pairs``.
     """
-    begin(PDL)
+    _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
-    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
+    if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
+        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
         k = tl.arange(0, BK)
         row = tl.minimum(n, width - 1)
         w_at = weight + expert * (N * K) + row.to(tl.int64)[:, None] * K + k[None, :]
@@ -166,17 +188,17 @@ def expert_dot_int(
     N: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, PER_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PACKED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them.
 
     PACKED: the scales of a chunk are one integer, which is wide enough to be fetched ahead: those
     of float4 as in ``gemv_int``, float16 ones in 32 or 64 bits.
     """
-    begin(PDL)
+    _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
-    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
+    if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
+        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty

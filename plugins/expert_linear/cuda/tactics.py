@@ -115,7 +115,7 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
             for lanes, stages in _even_steps(shape)
             for warps, rows in ((4, 2), (4, 4), (8, 2), *(() if shape.gated else ((2, 4), (4, 8))))
         ]
-    if tokens > 1 or shape.format.kind == FLOAT4:  # whose decoding is quicker there than in gemv
+    if tokens > 1 or in_words(shape.format):  # whose decoding is quicker there than in gemv
         found += _dot_candidates(shape, tokens, capability)
     if tokens > 1 and capability[0] == 9 and multiplies_in(shape.format) == "float8":
         found += _rounding_candidates(shape, tokens, capability)

@@ -153,6 +153,15 @@ def test_tiles_of_every_size(name: str, device: str) -> None:
     assert_close(*run(name, 21, device, TACTICS[name], **options))
 
 
+@pytest.mark.parametrize("name", ["bf16", "mxfp4"])
+def test_tiles_of_one_token(name: str, device: str) -> None:
+    """Its pairs need no grouping."""
+    opening = Tactic("dot", 16, 32, block_m=16)
+    assert_close(*run(name, 1, device, opening, gated=True, gate=GATES["silu"]))
+    closing = Tactic("dot", 64, 32, swap=True, block_m=16)
+    assert_close(*run(name, 1, device, closing, reduce=True))
+
+
 @pytest.mark.parametrize("name", ["fp8token", "fp8static"])
 def test_rounded_rows(name: str, device: str) -> None:
     """x in float8, with a scale a token or the weight's own."""
