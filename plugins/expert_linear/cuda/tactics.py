@@ -153,7 +153,7 @@ def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
         found = [
             (lanes, stages)
             for lanes in (widest // 2, widest)
-            for stages in (2, 3, 1)
+            for stages in (2, 3, 1, 4)
             if shape.vectors % (lanes * stages) == 0
         ]
         if len(found) > 1:
@@ -218,7 +218,7 @@ def _rounding_candidates(
 ) -> list[Tactic]:
     """Products of float8 with float8: as ``_dot_candidates``."""
     choices = [
-        (64, 128, 4, 6, True), (64, 256, 4, 4, True), (128, 128, 8, 4, True),
+        (64, 128, 4, 6, True), (64, 128, 4, 3, True), (64, 256, 4, 4, True), (128, 128, 8, 4, True),
         (128, 128, 4, 4, True), (128, 128, 8, 4, False), (64, 128, 4, 4, False),
     ]  # fmt: skip
     sums = 2 if shape.gated else 1

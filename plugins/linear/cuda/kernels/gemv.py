@@ -271,6 +271,7 @@ def gemv_float(
         tl.extra.cuda.gdc_launch_dependents()
     V: tl.constexpr = 16 if FP8 else 8
     LANES: tl.constexpr = Q // SLOTS
+    MORE: tl.constexpr = DEPTH * LANES < VECTORS  # than are in flight at the start
     BLOCKS: tl.constexpr = SCALE == "block"
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
@@ -293,8 +294,9 @@ def gemv_float(
         for d in tl.static_range(DEPTH):
             first = base + d * LANES
             later = first + DEPTH * LANES
-            next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
-            if BLOCKS:
+            if MORE:
+                next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
+            if MORE and BLOCKS:
                 next_scales += _read_scales(scale, rows, later, lanes, K, RT)
             _begin_products(COMPILED)
             xs, squares = _read_x(
@@ -318,8 +320,9 @@ def gemv_float(
                             total += floats[v] * xs[t * V + v]
                         added = added + (total,)
             sums = added
-        ahead = next_ahead
-        scales = next_scales
+        if MORE:
+            ahead = next_ahead
+            scales = next_scales
     if SUM:
         sums = _shared(sums, scale, rows, share, RT, SCALE == "row")
     _finish(
@@ -410,6 +413,7 @@ def gemv_int(
     PER_GROUP: tl.constexpr = GROUP // 32 if GROUP else CODES  # codes of a word in one group
     COUNT: tl.constexpr = CODES // PER_GROUP
     LANES: tl.constexpr = Q // SLOTS
+    MORE: tl.constexpr = DEPTH * LANES < VECTORS  # than are in flight at the start
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
     x_row = 0
@@ -436,12 +440,13 @@ def gemv_int(
         for d in tl.static_range(DEPTH):
             first = base + d * LANES
             later = first + DEPTH * LANES
-            next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
-            new_scales, new_shifts = _read_groups(
-                scale, shift, rows, later, lanes, K, RT, GROUP, COUNT, ZERO
-            )
-            next_scales = next_scales + new_scales
-            next_shifts = next_shifts + new_shifts
+            if MORE:
+                next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
+                new_scales, new_shifts = _read_groups(
+                    scale, shift, rows, later, lanes, K, RT, GROUP, COUNT, ZERO
+                )
+                next_scales = next_scales + new_scales
+                next_shifts = next_shifts + new_shifts
             _begin_products(COMPILED)
             words = ()
             for r in tl.static_range(RT):
@@ -509,9 +514,10 @@ def gemv_int(
                             value += (totals[t] * 2.0**-64) * zero
                         added = added + (sums[r * T + t] + value,)
                 sums = added
-        ahead = next_ahead
-        scales = next_scales
-        shifts = next_shifts
+        if MORE:
+            ahead = next_ahead
+            scales = next_scales
+            shifts = next_shifts
     if SUM:
         sums = _shared(sums, scale, rows, share, RT, GROUP == 0)
     _finish(
