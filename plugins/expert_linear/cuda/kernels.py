@@ -90,7 +90,7 @@ def _tile(
     order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALONE: tl.constexpr,
 ):  # fmt: skip
-    """The expert of this program, its pairs (beyond them, the number of all) and its columns.
+    """The expert of this program, its pairs (beyond them, the number of all) and its first column.
 
     An expert's programs are neighbours, and among them those that read the same part of its weight.
     ALONE: every pair is a tile, and ``order`` the experts of pairs.
@@ -99,8 +99,7 @@ def _tile(
     if ALONE:
         slot = tl.program_id(0) // PARTS
         pair = tl.where(tl.arange(0, BM) == 0, slot, pairs)
-        columns = tl.program_id(0) % PARTS * BN + tl.arange(0, BN)
-        return tl.load(order + slot).to(tl.int64), pair, columns
+        return tl.load(order + slot).to(tl.int64), pair, tl.program_id(0) % PARTS * BN
     slot = tl.program_id(0) // PARTS
     expert = tl.load(tiles + 4 + slot)
     first = tl.load(tiles + 4 + length + slot)
@@ -110,7 +109,7 @@ def _tile(
     place = tl.program_id(0) - first * PARTS
     at = start + place % count * BM + tl.arange(0, BM)
     pair = tl.load(order + at, at < end, pairs)
-    return expert.to(tl.int64), pair, place // count * BN + tl.arange(0, BN)
+    return expert.to(tl.int64), pair, place // count * BN
 
 
 @triton.jit(do_not_specialize=["pairs", "length"])
@@ -129,7 +128,8 @@ def expert_dot_float(
     _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
     if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        expert, pair, first = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        n = first + tl.arange(0, BN)
         k = tl.arange(0, BK)
         row = tl.minimum(n, width - 1)
         w_at = weight + expert * (N * K) + row.to(tl.int64)[:, None] * K + k[None, :]
@@ -198,28 +198,37 @@ def expert_dot_int(
     _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
     if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        expert, pair, first = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        # Few gates and as many ups are one operand, so that they fill an instruction.
+        JOINED: tl.constexpr = GATED > 0 and SWAP and BN < 64
+        APART: tl.constexpr = GATED > 0 and not JOINED
+        n = first + tl.arange(0, BN)
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty
         GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
         j = tl.arange(0, 32)
-        row = expert * N + tl.minimum(n, width - 1)
+        if JOINED:
+            both = tl.arange(0, 2 * BN)
+            row = expert * N + tl.minimum(first + both // 2, width - 1) + both % 2 * width
+        else:
+            row = expert * N + tl.minimum(n, width - 1)
         w_at = weight + row[:, None] * (CHUNKS * 32) + j[None, :]
         up_at = w_at + width * (CHUNKS * 32)
         x_at = x + (pair // PER_ROW).to(tl.int64)[:, None] * K + j[None, :]
-        shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
+        ROWS: tl.constexpr = 2 * BN if JOINED else BN
+        shape: tl.constexpr = [ROWS, BM] if SWAP else [BM, ROWS]
         acc = tl.zeros(shape, tl.float32)
         up = tl.zeros(shape, tl.float32)
         for chunk in range(0, CHUNKS):
             words = tl.load(w_at + chunk * 32)
-            if GATED:
+            if APART:
                 up_words = tl.load(up_at + chunk * 32)
             scales = None
             up_scales = None
             if PACKED:
                 scales = tl.load(scale + row * CHUNKS + chunk)
-                if GATED:
+                if APART:
                     up_scales = tl.load(scale + (row + width) * CHUNKS + chunk)
             for i in tl.static_range(CODES):
                 k = (chunk * CODES + i) * 32 + j
@@ -235,7 +244,7 @@ def expert_dot_int(
                         DTYPE, BITS, GROUP, ZERO, not WIDEN, scales,
                     )  # fmt: skip
                 acc = product(w, xs, acc, SWAP, WIDEN)
-                if GATED:
+                if APART:
                     if ZERO == "e2m1":
                         w = decode_float4(up_words, i, up_scales, DTYPE, not WIDEN)
                     else:
@@ -244,6 +253,8 @@ def expert_dot_int(
                             GROUPS, DTYPE, BITS, GROUP, ZERO, not WIDEN, up_scales,
                         )  # fmt: skip
                     up = product(w, xs, up, SWAP, WIDEN)
+        if JOINED:
+            acc, up = tl.split(acc.reshape(BN, 2, BM).permute(0, 2, 1))
         biases = bias + expert * N if BIAS else bias
         row_scales = scale + expert * N if GROUP == 0 else scale
         epilogue(

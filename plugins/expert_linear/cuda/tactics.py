@@ -204,6 +204,8 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
             (64, 64, 4, 4, True), (64, 128, 4, 3, True), (64, 128, 4, 5, True),
             (128, 64, 8, 4, True), (128, 128, 8, 3, True), (128, 64, 4, 3, True),
         ]  # fmt: skip
+    if capability[0] == 9 and shape.gated and in_words(shape.format):  # ups beside their gates
+        choices += [(32, 128, 4, 3, True), (32, 128, 4, 5, True)]
     sums = 2 if shape.gated else 1
     return [
         _dot(shape, tile, rows, columns, warps, stages, swap, capability)

@@ -162,6 +162,13 @@ def test_tiles_of_one_token(name: str, device: str) -> None:
     assert_close(*run(name, 1, device, closing, reduce=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("name", ["int4g128m", "mxfp4"])
+def test_gates_beside_their_ups(name: str, tokens: int, device: str) -> None:
+    tactic = Tactic("dot", 32, 256, swap=True, block_m=16)
+    assert_close(*run(name, tokens, device, tactic, gated=True, gate=GATES["clamped"]))
+
+
 @pytest.mark.parametrize("name", ["fp8token", "fp8static"])
 def test_rounded_rows(name: str, device: str) -> None:
     """x in float8, with a scale a token or the weight's own."""
