@@ -7,7 +7,8 @@ in them (``k_row_major``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,6 +19,9 @@ from slipstream.plugins.cuda.detect import shared_memory
 from slipstream.plugins.cuda.launch import capability_of, interpreting, launch_options
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
+    ALL,
+    COPIED,
+    OTHERS,
     hopper_prefill_kernel,
     part_of_page,
 )
@@ -26,6 +30,7 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
     prefill_kernel,
     write_kernel,
 )
+from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
@@ -84,12 +89,14 @@ class DecodeWorkspace:
 
     partials ``[T, num_heads, splits, head_dim]`` and statistics ``[T, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
-    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls.
+    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls. ``wide``: room for
+    copies of float8 pages, without which long prompts are slower.
     """
 
     partials: torch.Tensor
     statistics: torch.Tensor
     arrivals: torch.Tensor
+    wide: WidePages | None = None
 
     @classmethod
     def allocate(
@@ -122,6 +129,33 @@ class _Scalars:
     soft_cap: float | None
     window: int
     v_scale: float
+
+
+def workspace_of(
+    layers: Sequence[Attributes],
+    pages: Iterable[torch.Tensor],
+    max_decodes: int,
+    max_num_tokens: int,
+    max_seq_len: int,
+    device: torch.device,
+) -> DecodeWorkspace:
+    """What layers share over these ``pages``: for steps of up to ``max_decodes`` tokens of decodes,
+    and copies of float8 pages of what one sequence, or one step, has at most."""
+    workspace = DecodeWorkspace.allocate(
+        max_decodes,
+        max(a.num_heads for a in layers),
+        max(a.head_dim for a in layers),
+        max_seq_len,
+        device,
+    )
+    read = [a for a in layers if _HOPPER_TILES.get(a.head_dim, (0, 0, 0))[2]]
+    coded = any(array.dtype == torch.float8_e4m3fn for array in pages)
+    if not (read and coded) or interpreting() or capability_of(device) != (9, 0):
+        return workspace
+    page = max(a.page_size for a in read)
+    tokens = -(-max(max_num_tokens, max_seq_len) // page) * page
+    numbers = max(2 * a.num_kv_heads * a.head_dim for a in read)
+    return replace(workspace, wide=WidePages.allocate(max_decodes, tokens, numbers, device))
 
 
 def query_block(a: Attributes) -> int:
@@ -176,7 +210,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
-            _hopper_prefill(qkv, pages, step, a, sinks, output)
+            _hopper_prefills(qkv, pages, step, a, sinks, output, workspace.wide)
         else:
             _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
@@ -440,16 +474,40 @@ def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes)
     )
 
 
-def _hopper_prefill(
+def _hopper_prefills(
     qkv: torch.Tensor,
     pages: torch.Tensor,
     step: StepTensors,
     a: Attributes,
     sinks: torch.Tensor | None,
     output: torch.Tensor,
+    wide: WidePages | None,
 ) -> None:
-    """``_prefill``, by programs that work on one block after the other."""
-    by = _scalars(a, pages)
+    """``_prefill``; of long prompts over float8 pages those are copied first."""
+    by, inputs = _scalars(a, pages), (step, a, sinks, output)
+    coded = pages.dtype == torch.float8_e4m3fn
+    if not coded or wide is None or qkv.shape[0] - step.num_decodes < STEP_TOKENS:
+        _hopper_prefill(qkv, pages, *inputs, by)
+        return
+    copies = wide.fill(
+        pages, step.query_start, step.context_len, step.page_table, step.num_decodes, a.page_size
+    )
+    _hopper_prefill(qkv, copies, *inputs, by, wide, COPIED.value)
+    _hopper_prefill(qkv, pages, *inputs, by, wide, OTHERS.value)
+
+
+def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+    by: _Scalars,
+    wide: WidePages | None = None,
+    sequences: int = ALL.value,
+) -> None:
+    """``_prefill`` of these sequences, by programs that work on one block after the other."""
     keys, stages, codes = _HOPPER_TILES[a.head_dim]
     coded = pages.dtype == torch.float8_e4m3fn
     blocks = len(step.block_sequence)
@@ -464,6 +522,8 @@ def _hopper_prefill(
         step.block_start,
         sinks,
         output,
+        None if wide is None else wide.first,
+        None if wide is None else wide.found,
         blocks,
         step.page_table.stride(0),
         by.scale,
@@ -477,6 +537,7 @@ def _hopper_prefill(
         BLOCK_N=keys,
         STAGES=stages,
         CODES=codes if coded else 0,
+        SEQUENCES=sequences,
         maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )
