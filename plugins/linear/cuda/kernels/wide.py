@@ -210,9 +210,8 @@ def _multiply(
     CHUNKS: gl.constexpr = K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    # The next weights are decoded while these are multiplied, or, with so many sums that registers
-    # are short, only while the other warpgroup's are.
-    LATE: gl.constexpr = T < 256
+    # The next weights are decoded while these are multiplied, which needs registers for both.
+    DEEP: gl.constexpr = T >= 128
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     across, _, part = place
@@ -232,13 +231,15 @@ def _multiply(
             slot = count % STAGES
             w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
             mbarrier.wait(ready.index(slot), count // STAGES & 1)
-            if LATE and i > 0:
+            if i > 0 and not DEEP:
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
             acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-            if not LATE or i == CODES - 2:
-                acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(free.index(slot), count=1)
+            if i > 0 and DEEP:
+                acc = warpgroup_mma_wait(1, [acc])
+                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(free.index(((step + 1) * CODES // 2 - 1) % STAGES), count=1)
         words = next_words
         factors = next_factors
         shifts = next_shifts
@@ -277,7 +278,7 @@ def wide_int(
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one or two WARPGROUPS.
+    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of up to three WARPGROUPS.
     GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
     is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
@@ -307,7 +308,7 @@ def wide_int(
             [1],
             [24],
         )  # fmt: skip
-    else:
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (
@@ -322,4 +323,24 @@ def wide_int(
             ],
             [4, 1],
             [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    1, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    2, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
         )  # fmt: skip
