@@ -278,7 +278,8 @@ def wide_int(
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of up to three WARPGROUPS.
+    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one to three
+    WARPGROUPS.
     GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
     is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
