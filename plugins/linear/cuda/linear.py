@@ -20,6 +20,7 @@ from slipstream.plugins.linear.cuda.kernels.wide import wide_int
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
     GEMV_TOKENS,
+    PROCESSORS,
     Tactic,
     block_m,
     can_stream,
@@ -215,18 +216,20 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     tokens, width = y.shape
     tile = Tile(tactic.block_n * (2 if inputs.gated else 1), tactic.block_m, tactic.split_k)
     warpgroups, block = tile.rows // 64, [tile.tokens, 64]
-    grid = (-(-width // tactic.block_n), -(-tokens // tile.tokens), tile.split)
+    tiles = -(-width // tactic.block_n), -(-tokens // tile.tokens)
+    shares = math.prod(tiles) * tile.split
     partial = None
     if tile.split > 1:
-        assert grid[0] * grid[1] * warpgroups <= weight.counters.shape[0]
-        partial = _partial(grid, tile.rows * tile.tokens, x)
+        assert math.prod(tiles) * warpgroups <= weight.counters.shape[0]
+        partial = _partial((*tiles, tile.split), tile.rows * tile.tokens, x)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    wide_int[grid](
+    wide_int[(min(shares, tile.programs * PROCESSORS),)](
         TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
-        fmt.shape[0], K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups, SPLIT=tile.split,
-        STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+        fmt.shape[0], *tiles, K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups,
+        SPLIT=tile.split, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
+        ZERO=weight.zero_kind,
         GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
         RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
         maxnreg=tile.registers, **launch_options(num_warps=4, pdl=inputs.pdl),

@@ -170,7 +170,7 @@ def _end(
 ):  # fmt: skip
     """Finishes 64 rows, if this program is the last of those that share their K."""
     _, along, part = place
-    counters, partial = common
+    counters, partial, tiles_across, tiles_along = common
     T: gl.constexpr = acc.shape[1]
     first = tile * (32 if GATED else 64)
     slices = _slices(acc)
@@ -182,9 +182,9 @@ def _end(
         r = gl.arange(0, 64, gl.SliceLayout(1, layout))
         t = gl.arange(0, 32, gl.SliceLayout(0, layout))
         local = r[:, None] * 32 + t[None, :]
-        line = gl.num_programs(0) * WARPGROUPS
+        line = tiles_across * WARPGROUPS
         number = along * line + tile
-        size = gl.num_programs(1) * line * (64 * T)
+        size = tiles_along * line * (64 * T)
         sums = partial + number * (64 * T)
         for i in gl.static_range(T // 32):
             gl.store(sums + part * size + i * 2048 + local, slices[i])
@@ -199,8 +199,22 @@ def _end(
 
 
 @gluon.jit
+def _place(index, tiles_across, tiles_along):
+    """Which tile of N and of tokens, and which part of K, the work of an index is: tiles of the
+    same rows follow each other, since their words are then in the cache, and of no more tokens than
+    are there, too."""
+    BESIDE: gl.constexpr = 8
+    part = index // (tiles_across * tiles_along)
+    index = index % (tiles_across * tiles_along)
+    first = index // (tiles_across * BESIDE) * BESIDE
+    index = index - first * tiles_across
+    beside = gl.minimum(tiles_along - first, BESIDE)
+    return index // beside, first + index % beside, part
+
+
+@gluon.jit
 def _multiply(
-    number: gl.constexpr, ring, ready, free, weights, place, width, ends, common, K: gl.constexpr,
+    number: gl.constexpr, ring, ready, free, weights, width, ends, common, K: gl.constexpr,
     T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
     BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
@@ -208,10 +222,32 @@ def _multiply(
     """What the warpgroup of a number does."""
     CODES: gl.constexpr = 32 // BITS
     CHUNKS: gl.constexpr = K // (CODES * 32)
+    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
+    tiles_across, tiles_along = common[2], common[3]
+    done = 0  # tiles of x
+    for index in range(gl.program_id(0), tiles_across * tiles_along * SPLIT, gl.num_programs(0)):
+        place = _place(index, tiles_across, tiles_along)
+        _tile(
+            number, done, ring, ready, free, weights, place, width, ends, common, K, T, WARPGROUPS,
+            SPLIT, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+        )  # fmt: skip
+        done += gl.minimum(STEPS, CHUNKS - place[2] * STEPS) * (CODES // 2)
+
+
+@gluon.jit
+def _tile(
+    number: gl.constexpr, done, ring, ready, free, weights, place, width, ends, common,
+    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
+    GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows of a tile; ``done`` tiles of x were before it."""
+    CODES: gl.constexpr = 32 // BITS
+    CHUNKS: gl.constexpr = K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     # The next weights are decoded while these are multiplied, which needs registers for both.
-    DEEP: gl.constexpr = T >= 128
+    DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (T < 256 or COUNT <= 2)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     across, _, part = place
@@ -227,7 +263,7 @@ def _multiply(
             weights, n, following, CHUNKS, COUNT, ZERO
         )  # fmt: skip
         for i in gl.static_range(0, CODES, 2):
-            count = (step * CODES + i) // 2
+            count = done + (step * CODES + i) // 2
             slot = count % STAGES
             w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
             mbarrier.wait(ready.index(slot), count // STAGES & 1)
@@ -239,7 +275,7 @@ def _multiply(
                 acc = warpgroup_mma_wait(1, [acc])
                 mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
         acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(free.index(((step + 1) * CODES // 2 - 1) % STAGES), count=1)
+        mbarrier.arrive(free.index((done + (step + 1) * CODES // 2 - 1) % STAGES), count=1)
         words = next_words
         factors = next_factors
         shifts = next_shifts
@@ -250,36 +286,42 @@ def _multiply(
 
 @gluon.jit
 def _copy(
-    x, ring, ready, free, place, K: gl.constexpr, T: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, BITS: gl.constexpr, PDL: gl.constexpr,
+    x, ring, ready, free, tiles_across, tiles_along, K: gl.constexpr, T: gl.constexpr,
+    SPLIT: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What the warp does that copies x."""
     CHUNKS: gl.constexpr = K * BITS // 1024
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    _, along, part = place
-    first = part * STEPS * (16 // BITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for count in range(gl.minimum(STEPS, CHUNKS - part * STEPS) * (16 // BITS)):
-        slot = count % STAGES
-        mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
-        mbarrier.expect(ready.index(slot), T * 128)
-        tma.async_copy_global_to_shared(
-            x, [along * T, (first + count) * 64], ready.index(slot), ring.index(slot)
-        )
+    done = 0
+    for index in range(gl.program_id(0), tiles_across * tiles_along * SPLIT, gl.num_programs(0)):
+        _, along, part = _place(index, tiles_across, tiles_along)
+        first = part * STEPS * (16 // BITS)
+        steps = gl.minimum(STEPS, CHUNKS - part * STEPS) * (16 // BITS)
+        for step in range(steps):
+            count = done + step
+            slot = count % STAGES
+            mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), T * 128)
+            tma.async_copy_global_to_shared(
+                x, [along * T, (first + step) * 64], ready.index(slot), ring.index(slot)
+            )
+        done += steps
 
 
-@gluon.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "tiles_across", "tiles_along"])
 def wide_int(
-    x, weight, scale, shift, bias, residual, y, counters, partial, tokens, N,
+    x, weight, scale, shift, bias, residual, y, counters, partial, tokens, N, tiles_across,
+    tiles_along,
     K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
     GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one to three
-    WARPGROUPS.
+    Grid: at most tiles of N times tiles of tokens times SPLIT, best as many as run at a time; a
+    program works on one tile after the other, of 64 rows for each of one to three WARPGROUPS.
     GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
     is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
@@ -292,19 +334,20 @@ def wide_int(
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
         mbarrier.init(free.index(s), count=WARPGROUPS)
-    place = (gl.program_id(0), gl.program_id(1), gl.program_id(2))
     width = N // 2 if GATED else N
     weights = (weight, scale, shift)
     ends = (scale, bias, residual, y, tokens, width)
-    common = (counters, partial)
+    common = (counters, partial, tiles_across, tiles_along)
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 1, SPLIT,
+                    0, ring, ready, free, weights, width, ends, common, K, T, 1, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+                (_copy, (
+                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
+                )),
             ],
             [1],
             [24],
@@ -313,14 +356,16 @@ def wide_int(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
+                    0, ring, ready, free, weights, width, ends, common, K, T, 2, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
-                    1, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
+                    1, ring, ready, free, weights, width, ends, common, K, T, 2, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+                (_copy, (
+                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
+                )),
             ],
             [4, 1],
             [240, 24],
@@ -329,18 +374,20 @@ def wide_int(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    0, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
-                    1, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    1, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
-                    2, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    2, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
                     STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+                (_copy, (
+                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
+                )),
             ],
             [4, 4, 1],
             [160, 160, 24],
