@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from slipstream.plugins.cuda.launch import interpreting, launch_options
+from slipstream.plugins.cuda.launch import interpreting, launch_options, multiprocessors
 from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed, rounded_x
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
@@ -20,7 +20,6 @@ from slipstream.plugins.linear.cuda.kernels.wide import wide_int
 from slipstream.plugins.linear.cuda.packing import in_words
 from slipstream.plugins.linear.cuda.tactics import (
     GEMV_TOKENS,
-    PROCESSORS,
     Tactic,
     block_m,
     can_stream,
@@ -224,7 +223,7 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
         partial = _partial((*tiles, tile.split), tile.rows * tile.tokens, x)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    wide_int[(min(shares, tile.programs * PROCESSORS),)](
+    wide_int[(min(shares, tile.programs * multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
         fmt.shape[0], *tiles, K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups,

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import capability_of, interpreting, launch_options
+from slipstream.plugins.cuda.launch import (
+    capability_of,
+    interpreting,
+    launch_options,
+    multiprocessors,
+)
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
     ALL,
@@ -353,7 +357,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        together * _multiprocessors(pages.device),
+        together * multiprocessors(pages.device),
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -378,13 +382,6 @@ def _hopper_programs(heads: int) -> int:
     """Programs that may share a head of a sequence. Those without work end at once, but a few
     thousand take their time."""
     return min(max(2048 // heads, 1), _MAX_SPLITS)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _write(
@@ -512,7 +509,7 @@ def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
     coded = pages.dtype == torch.float8_e4m3fn
     blocks = len(step.block_sequence)
     part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
-    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, _multiprocessors(qkv.device)),)](
+    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
         step.query_start,
