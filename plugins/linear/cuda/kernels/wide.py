@@ -124,30 +124,64 @@ def _chunk(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: g
 
 
 @gluon.jit
+def _outputs(first, first_token, ends, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where 32 tokens of some rows are in the result, from its beginning, and which are in it."""
+    tokens, width = ends[4], ends[5]
+    n = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    t = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    inside = (n < width)[:, None] & (t < tokens - first_token)[None, :]
+    return first_token.to(gl.int64) * width, t[None, :] * width + n[:, None], inside
+
+
+@gluon.jit
+def _residual(first, first_token, ends, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What is added to 32 tokens of some rows."""
+    start, at, inside = _outputs(first, first_token, ends, ROWS, LAYOUT)
+    return gl.load(ends[2] + start + at, mask=inside, other=0.0)
+
+
+@gluon.jit
 def _finish(
-    acc, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr,
+    acc, residual, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr,
+    BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of 64 rows and some tokens; gated, of 32 of the gates and as many ups."""
-    scale, bias, residual, y, tokens, width = ends
-    T: gl.constexpr = acc.shape[1]
+    """The epilogue of 64 rows and 32 tokens; gated, of 32 of the gates and as many ups, whose
+    ``residual`` has not been loaded."""
+    scale, bias, _, y, _, width = ends
     n = _row(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
     if GROUP == 0:
         acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
     if BIAS:
         acc += gl.load(bias + n).to(gl.float32)[:, None]
     if GATED:
-        gate, up = gl.split(acc.reshape([4, 2, 8, T]).permute((0, 2, 3, 1)))
-        acc = gate_up_of(gate, up, GATED).reshape([32, T])
+        gate, up = gl.split(acc.reshape([4, 2, 8, 32]).permute((0, 2, 3, 1)))
+        acc = gate_up_of(gate, up, GATED).reshape([32, 32])
     layout: gl.constexpr = acc.type.layout
-    n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
-    t = gl.arange(0, T, gl.SliceLayout(0, layout))
-    inside = (n < width)[:, None] & (t < tokens - first_token)[None, :]
-    start = first_token.to(gl.int64) * width
-    at = t[None, :] * width + n[:, None]
+    if GATED and RESIDUAL:
+        residual = _residual(first, first_token, ends, 32, layout)
     if RESIDUAL:
-        acc += gl.load(residual + start + at, mask=inside, other=0.0).to(gl.float32)
+        acc += residual.to(gl.float32)
+    start, at, inside = _outputs(first, first_token, ends, acc.shape[0], layout)
     gl.store(y + start + at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _finish_all(
+    slices, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of slices of tokens that follow each other; what is added to them is loaded
+    before any is stored, so that it comes at once."""
+    COUNT: gl.constexpr = len(slices)
+    layout: gl.constexpr = slices[0].type.layout
+    residuals = slices
+    if RESIDUAL and not GATED:
+        residuals = ()
+        for i in gl.static_range(COUNT):
+            residuals = residuals + (_residual(first, first_token + i * 32, ends, 64, layout),)
+    for i in gl.static_range(COUNT):
+        at = first_token + i * 32
+        _finish(slices[i], residuals[i], first, at, ends, GATED, GROUP, BIAS, RESIDUAL)
 
 
 @gluon.jit
@@ -174,9 +208,11 @@ def _end(
     T: gl.constexpr = acc.shape[1]
     first = tile * (32 if GATED else 64)
     slices = _slices(acc)
+    AT_ONCE: gl.constexpr = min(T // 32, 4)  # slices of a total, which registers hold
     if SPLIT == 1:
-        for i in gl.static_range(T // 32):
-            _finish(slices[i], first, along * T + i * 32, ends, GATED, GROUP, BIAS, RESIDUAL)
+        for i in gl.static_range(0, T // 32, AT_ONCE):
+            some = slices[i : i + AT_ONCE]
+            _finish_all(some, first, along * T + i * 32, ends, GATED, GROUP, BIAS, RESIDUAL)
     else:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
         r = gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -191,11 +227,17 @@ def _end(
         gl.thread_barrier()
         if gl.atomic_add(counters + number, 1, sem="acq_rel") == SPLIT - 1:
             gl.store(counters + number, 0)
-            for piece in range(T // 32):
-                total = gl.zeros([64, 32], gl.float32, layout)
-                for s in gl.static_range(SPLIT):
-                    total += gl.load(sums + s * size + piece * 2048 + local, cache_modifier=".cg")
-                _finish(total, first, along * T + piece * 32, ends, GATED, GROUP, BIAS, RESIDUAL)
+            for piece in range(0, T // 32, AT_ONCE):
+                totals = ()
+                for i in gl.static_range(AT_ONCE):
+                    at = sums + (piece + i) * 2048 + local
+                    total = gl.zeros([64, 32], gl.float32, layout)
+                    for s in gl.static_range(SPLIT):
+                        total += gl.load(at + s * size, cache_modifier=".cg")
+                    totals = totals + (total,)
+                _finish_all(
+                    totals, first, along * T + piece * 32, ends, GATED, GROUP, BIAS, RESIDUAL
+                )
 
 
 @gluon.jit
