@@ -216,18 +216,19 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     tile = Tile(tactic.block_n * (2 if inputs.gated else 1), tactic.block_m, tactic.split_k)
     warpgroups, block = tile.rows // 64, [tile.tokens, 64]
     tiles = -(-width // tactic.block_n), -(-tokens // tile.tokens)
-    shares = math.prod(tiles) * tile.split
+    programs, count = tile.programs * multiprocessors(x.device), math.prod(tiles)
+    split, whole = tile.shares(count, programs, weight.counters.shape[0])
     partial = None
-    if tile.split > 1:
-        assert math.prod(tiles) * warpgroups <= weight.counters.shape[0]
-        partial = _partial((*tiles, tile.split), tile.rows * tile.tokens, x)
+    if split > 1:
+        assert (count - whole) * warpgroups <= weight.counters.shape[0]
+        partial = _partial((count - whole, split, 1), tile.rows * tile.tokens, x)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    wide_int[(min(shares, tile.programs * multiprocessors(x.device)),)](
+    wide_int[(min(whole + (count - whole) * split, programs),)](
         TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
-        fmt.shape[0], *tiles, K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups,
-        SPLIT=tile.split, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
+        fmt.shape[0], *tiles, whole, K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups,
+        SPLIT=split, MIXED=whole > 0, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
         ZERO=weight.zero_kind,
         GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
         RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,

@@ -170,18 +170,21 @@ def _finish_all(
     slices, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
     RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of slices of tokens that follow each other; what is added to them is loaded
-    before any is stored, so that it comes at once."""
-    COUNT: gl.constexpr = len(slices)
+    """The epilogue of slices of tokens that follow each other; what is added to some of them is
+    loaded before any of those is stored, so that it comes at once."""
+    AT_ONCE: gl.constexpr = min(len(slices), 4)
     layout: gl.constexpr = slices[0].type.layout
-    residuals = slices
-    if RESIDUAL and not GATED:
-        residuals = ()
-        for i in gl.static_range(COUNT):
-            residuals = residuals + (_residual(first, first_token + i * 32, ends, 64, layout),)
-    for i in gl.static_range(COUNT):
-        at = first_token + i * 32
-        _finish(slices[i], residuals[i], first, at, ends, GATED, GROUP, BIAS, RESIDUAL)
+    for begin in gl.static_range(0, len(slices), AT_ONCE):
+        residuals = slices
+        if RESIDUAL and not GATED:
+            residuals = ()
+            for i in gl.static_range(AT_ONCE):
+                at = first_token + (begin + i) * 32
+                residuals = residuals + (_residual(first, at, ends, 64, layout),)
+        for i in gl.static_range(AT_ONCE):
+            at = first_token + (begin + i) * 32
+            some = slices[begin + i]
+            _finish(some, residuals[i], first, at, ends, GATED, GROUP, BIAS, RESIDUAL)
 
 
 @gluon.jit
@@ -199,107 +202,146 @@ def _slices(acc):
 
 @gluon.jit
 def _end(
-    acc, tile, place, ends, common, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    acc, number: gl.constexpr, place, ends, common, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    MIXED: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Finishes 64 rows, if this program is the last of those that share their K."""
-    _, along, part = place
-    counters, partial, tiles_across, tiles_along = common
+    across, along, part, tile = place
+    whole = common[2]
     T: gl.constexpr = acc.shape[1]
-    first = tile * (32 if GATED else 64)
+    first = (across * WARPGROUPS + number) * (32 if GATED else 64)
     slices = _slices(acc)
-    AT_ONCE: gl.constexpr = min(T // 32, 4)  # slices of a total, which registers hold
     if SPLIT == 1:
-        for i in gl.static_range(0, T // 32, AT_ONCE):
-            some = slices[i : i + AT_ONCE]
-            _finish_all(some, first, along * T + i * 32, ends, GATED, GROUP, BIAS, RESIDUAL)
+        _finish_all(slices, first, along * T, ends, GATED, GROUP, BIAS, RESIDUAL)
+    elif MIXED:
+        if tile < whole:
+            _finish_all(slices, first, along * T, ends, GATED, GROUP, BIAS, RESIDUAL)
+        else:
+            shared = (tile - whole) * WARPGROUPS + number
+            _add(slices, first, along * T, part, shared, ends, common, WARPGROUPS, SPLIT, GATED,
+                 GROUP, BIAS, RESIDUAL)  # fmt: skip
     else:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-        r = gl.arange(0, 64, gl.SliceLayout(1, layout))
-        t = gl.arange(0, 32, gl.SliceLayout(0, layout))
-        local = r[:, None] * 32 + t[None, :]
-        line = tiles_across * WARPGROUPS
-        number = along * line + tile
-        size = tiles_along * line * (64 * T)
-        sums = partial + number * (64 * T)
-        for i in gl.static_range(T // 32):
-            gl.store(sums + part * size + i * 2048 + local, slices[i])
-        gl.thread_barrier()
-        if gl.atomic_add(counters + number, 1, sem="acq_rel") == SPLIT - 1:
-            gl.store(counters + number, 0)
-            for piece in range(0, T // 32, AT_ONCE):
-                totals = ()
-                for i in gl.static_range(AT_ONCE):
-                    at = sums + (piece + i) * 2048 + local
-                    total = gl.zeros([64, 32], gl.float32, layout)
-                    for s in gl.static_range(SPLIT):
-                        total += gl.load(at + s * size, cache_modifier=".cg")
-                    totals = totals + (total,)
-                _finish_all(
-                    totals, first, along * T + piece * 32, ends, GATED, GROUP, BIAS, RESIDUAL
-                )
+        shared = tile * WARPGROUPS + number
+        _add(slices, first, along * T, part, shared, ends, common, WARPGROUPS, SPLIT, GATED, GROUP,
+             BIAS, RESIDUAL)  # fmt: skip
 
 
 @gluon.jit
-def _place(index, tiles_across, tiles_along):
-    """Which tile of N and of tokens, and which part of K, the work of an index is: tiles of the
-    same rows follow each other, since their words are then in the cache, and of no more tokens than
-    are there, too."""
+def _add(
+    slices, first, first_token, part, shared, ends, common, WARPGROUPS: gl.constexpr,
+    SPLIT: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Leaves the sums of a part of K, or adds up those of all parts and finishes them; ``shared``
+    counts the 64 rows of which there are parts."""
+    counters, partial, whole, tiles_across, tiles_along = common
+    T: gl.constexpr = len(slices) * 32
+    AT_ONCE: gl.constexpr = min(len(slices), 4)  # slices of a total, which registers hold
+    layout: gl.constexpr = slices[0].type.layout
+    r = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    t = gl.arange(0, 32, gl.SliceLayout(0, layout))
+    local = r[:, None] * 32 + t[None, :]
+    size = (tiles_across * tiles_along - whole) * (WARPGROUPS * 64 * T)
+    sums = partial + shared * (64 * T)
+    for i in gl.static_range(len(slices)):
+        gl.store(sums + part * size + i * 2048 + local, slices[i])
+    gl.thread_barrier()
+    if gl.atomic_add(counters + shared, 1, sem="acq_rel") == SPLIT - 1:
+        gl.store(counters + shared, 0)
+        for piece in range(0, T // 32, AT_ONCE):
+            totals = ()
+            for i in gl.static_range(AT_ONCE):
+                at = sums + (piece + i) * 2048 + local
+                total = gl.zeros([64, 32], gl.float32, layout)
+                for s in gl.static_range(SPLIT):
+                    total += gl.load(at + s * size, cache_modifier=".cg")
+                totals = totals + (total,)
+            at = first_token + piece * 32
+            _finish_all(totals, first, at, ends, GATED, GROUP, BIAS, RESIDUAL)
+
+
+@gluon.jit
+def _place(index, common, SPLIT: gl.constexpr):
+    """Which tile of N and of tokens, which part of K and which of all tiles the work of an index
+    is. Those of the same rows follow each other, since their words are then in the cache, and of no
+    more tokens than are there, too."""
     BESIDE: gl.constexpr = 8
-    part = index // (tiles_across * tiles_along)
-    index = index % (tiles_across * tiles_along)
-    first = index // (tiles_across * BESIDE) * BESIDE
-    index = index - first * tiles_across
+    _, _, whole, tiles_across, tiles_along = common
+    rest = tiles_across * tiles_along - whole
+    tile, part = index, index * 0
+    if SPLIT > 1:
+        shared = gl.maximum(index - whole, 0)
+        tile = gl.where(index < whole, index, whole + shared % rest)
+        part = shared // rest
+    first = tile // (tiles_across * BESIDE) * BESIDE
+    inside = tile - first * tiles_across
     beside = gl.minimum(tiles_along - first, BESIDE)
-    return index // beside, first + index % beside, part
+    return inside // beside, first + inside % beside, part, tile
+
+
+@gluon.jit
+def _shares(common, SPLIT: gl.constexpr):
+    """What there is to do: tiles, or parts of them."""
+    _, _, whole, tiles_across, tiles_along = common
+    return whole + (tiles_across * tiles_along - whole) * SPLIT
+
+
+@gluon.jit
+def _chunks(place, common, CHUNKS: gl.constexpr, SPLIT: gl.constexpr):
+    """The first chunk of a share, and how many there are."""
+    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
+    first = place[2] * STEPS
+    count = gl.maximum(gl.minimum(STEPS, CHUNKS - first), 0)
+    if SPLIT > 1:
+        count = gl.where(place[3] < common[2], CHUNKS, count)
+    return first, count
 
 
 @gluon.jit
 def _multiply(
     number: gl.constexpr, ring, ready, free, weights, width, ends, common, K: gl.constexpr,
-    T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
-    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr, MIXED: gl.constexpr,
+    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
+    GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What the warpgroup of a number does."""
     CODES: gl.constexpr = 32 // BITS
-    CHUNKS: gl.constexpr = K // (CODES * 32)
-    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
-    tiles_across, tiles_along = common[2], common[3]
     done = 0  # tiles of x
-    for index in range(gl.program_id(0), tiles_across * tiles_along * SPLIT, gl.num_programs(0)):
-        place = _place(index, tiles_across, tiles_along)
-        _tile(
-            number, done, ring, ready, free, weights, place, width, ends, common, K, T, WARPGROUPS,
-            SPLIT, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+    for index in range(gl.program_id(0), _shares(common, SPLIT), gl.num_programs(0)):
+        place = _place(index, common, SPLIT)
+        first, count = _chunks(place, common, K // (CODES * 32), SPLIT)
+        acc = _tile(
+            number, done, ring, ready, free, weights, place[0], first, count, width, K, T,
+            WARPGROUPS, STAGES, BITS, GROUP, ZERO, GATED,
         )  # fmt: skip
-        done += gl.minimum(STEPS, CHUNKS - place[2] * STEPS) * (CODES // 2)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        _end(acc, number, place, ends, common, WARPGROUPS, SPLIT, MIXED, GATED, GROUP, BIAS,
+             RESIDUAL)  # fmt: skip
+        done += count * (CODES // 2)
 
 
 @gluon.jit
 def _tile(
-    number: gl.constexpr, done, ring, ready, free, weights, place, width, ends, common,
-    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
-    GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    number: gl.constexpr, done, ring, ready, free, weights, across, chunk, chunks, width,
+    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's rows of a tile; ``done`` tiles of x were before it."""
+    """A warpgroup's sums of some chunks of a tile; ``done`` tiles of x were before it."""
     CODES: gl.constexpr = 32 // BITS
     CHUNKS: gl.constexpr = K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
-    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     # The next weights are decoded while these are multiplied, which needs registers for both.
     DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (T < 256 or COUNT <= 2)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    across, _, part = place
-    tile = across * WARPGROUPS + number
-    n = _row(tile * (32 if GATED else 64), width, GATED, gl.SliceLayout(1, operand))
-    chunk = part * STEPS
-    last = gl.minimum(chunk + STEPS, CHUNKS) - 1
-    words, factors, shifts = _chunk(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
+    first = (across * WARPGROUPS + number) * (32 if GATED else 64)
+    n = _row(first, width, GATED, gl.SliceLayout(1, operand))
+    last = chunk + chunks - 1
+    words, factors, shifts = _chunk(weights, n, gl.minimum(chunk, CHUNKS - 1), CHUNKS, COUNT, ZERO)
     acc = gl.zeros([64, T], gl.float32, sums)
-    for step in range(0, last - chunk + 1):
+    for step in range(0, chunks):
         following = gl.minimum(chunk + step + 1, last)
         next_words, next_factors, next_shifts = _chunk(
             weights, n, following, CHUNKS, COUNT, ZERO
@@ -321,52 +363,50 @@ def _tile(
         words = next_words
         factors = next_factors
         shifts = next_shifts
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    _end(acc, tile, place, ends, common, WARPGROUPS, SPLIT, GATED, GROUP, BIAS, RESIDUAL)
+    return acc
 
 
 @gluon.jit
 def _copy(
-    x, ring, ready, free, tiles_across, tiles_along, K: gl.constexpr, T: gl.constexpr,
-    SPLIT: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, PDL: gl.constexpr,
+    x, ring, ready, free, common, K: gl.constexpr, T: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, BITS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What the warp does that copies x."""
-    CHUNKS: gl.constexpr = K * BITS // 1024
-    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     if PDL:
         tl.extra.cuda.gdc_wait()
     done = 0
-    for index in range(gl.program_id(0), tiles_across * tiles_along * SPLIT, gl.num_programs(0)):
-        _, along, part = _place(index, tiles_across, tiles_along)
-        first = part * STEPS * (16 // BITS)
-        steps = gl.minimum(STEPS, CHUNKS - part * STEPS) * (16 // BITS)
+    for index in range(gl.program_id(0), _shares(common, SPLIT), gl.num_programs(0)):
+        place = _place(index, common, SPLIT)
+        first, chunks = _chunks(place, common, K * BITS // 1024, SPLIT)
+        first, steps = first * (16 // BITS), chunks * (16 // BITS)
         for step in range(steps):
             count = done + step
             slot = count % STAGES
             mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(slot), T * 128)
             tma.async_copy_global_to_shared(
-                x, [along * T, (first + step) * 64], ready.index(slot), ring.index(slot)
+                x, [place[1] * T, (first + step) * 64], ready.index(slot), ring.index(slot)
             )
         done += steps
 
 
-@gluon.jit(do_not_specialize=["tokens", "tiles_across", "tiles_along"])
+@gluon.jit(do_not_specialize=["tokens", "tiles_across", "tiles_along", "whole"])
 def wide_int(
     x, weight, scale, shift, bias, residual, y, counters, partial, tokens, N, tiles_across,
-    tiles_along,
+    tiles_along, whole,
     K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
-    GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    MIXED: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    ZERO: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
     Grid: at most tiles of N times tiles of tokens times SPLIT, best as many as run at a time; a
     program works on one tile after the other, of 64 rows for each of one to three WARPGROUPS.
-    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
-    is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
-    [SPLIT, tiles, rows, T].
+    SPLIT programs share the K of every tile, or, MIXED, of those from the one numbered ``whole``
+    on. GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless
+    SPLIT is 1: counters int32, a zero for 64 rows of a shared tile, and left so; partial float32
+    [SPLIT, shared tiles, rows, T].
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -379,17 +419,15 @@ def wide_int(
     width = N // 2 if GATED else N
     weights = (weight, scale, shift)
     ends = (scale, bias, residual, y, tokens, width)
-    common = (counters, partial, tiles_across, tiles_along)
+    common = (counters, partial, whole, tiles_across, tiles_along)
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
                 (_multiply, (
                     0, ring, ready, free, weights, width, ends, common, K, T, 1, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (
-                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
-                )),
+                (_copy, (x, ring, ready, free, common, K, T, SPLIT, STAGES, BITS, PDL)),
             ],
             [1],
             [24],
@@ -399,15 +437,13 @@ def wide_int(
             [
                 (_multiply, (
                     0, ring, ready, free, weights, width, ends, common, K, T, 2, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
                     1, ring, ready, free, weights, width, ends, common, K, T, 2, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (
-                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
-                )),
+                (_copy, (x, ring, ready, free, common, K, T, SPLIT, STAGES, BITS, PDL)),
             ],
             [4, 1],
             [240, 24],
@@ -417,19 +453,17 @@ def wide_int(
             [
                 (_multiply, (
                     0, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
                     1, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
                 (_multiply, (
                     2, ring, ready, free, weights, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                    MIXED, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
                 )),
-                (_copy, (
-                    x, ring, ready, free, tiles_across, tiles_along, K, T, SPLIT, STAGES, BITS, PDL,
-                )),
+                (_copy, (x, ring, ready, free, common, K, T, SPLIT, STAGES, BITS, PDL)),
             ],
             [4, 4, 1],
             [160, 160, 24],
