@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from slipstream.plugins.cuda.launch import interpreting, launch_options, multiprocessors
+from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.linear.cuda.blas import Operands, Rounding, linear_blas, normed, rounded_x
 from slipstream.plugins.linear.cuda.kernels.dot import dot_float, dot_int
 from slipstream.plugins.linear.cuda.kernels.gemv import gemv_float, gemv_int
@@ -215,21 +215,18 @@ def _wide(weight: DeviceWeight, inputs: Operands, y: Tensor, tactic: Tactic) -> 
     tokens, width = y.shape
     tile = Tile(tactic.block_n * (2 if inputs.gated else 1), tactic.block_m, tactic.split_k)
     warpgroups, block = tile.rows // 64, [tile.tokens, 64]
-    tiles = -(-width // tactic.block_n), -(-tokens // tile.tokens)
-    programs, count = tile.programs * multiprocessors(x.device), math.prod(tiles)
-    split, whole = tile.shares(count, programs, weight.counters.shape[0])
+    grid = (-(-width // tactic.block_n), -(-tokens // tile.tokens), tile.split)
     partial = None
-    if split > 1:
-        assert (count - whole) * warpgroups <= weight.counters.shape[0]
-        partial = _partial((count - whole, split, 1), tile.rows * tile.tokens, x)
+    if tile.split > 1:
+        assert grid[0] * grid[1] * warpgroups <= weight.counters.shape[0]
+        partial = _partial(grid, tile.rows * tile.tokens, x)
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    wide_int[(min(whole + (count - whole) * split, programs),)](
+    wide_int[grid](
         TensorDescriptor.from_tensor(x, block, layout), weight.codes, weight.scale,
         weight.shift, inputs.bias, inputs.residual, y, weight.counters, partial, tokens,
-        fmt.shape[0], *tiles, whole, K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups,
-        SPLIT=split, MIXED=whole > 0, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
-        ZERO=weight.zero_kind,
+        fmt.shape[0], K=fmt.shape[1], T=tile.tokens, WARPGROUPS=warpgroups, SPLIT=tile.split,
+        STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
         GATED=inputs.gate_kind, BIAS=inputs.bias is not None,
         RESIDUAL=inputs.residual is not None, PDL=inputs.pdl,
         maxnreg=tile.registers, **launch_options(num_warps=4, pdl=inputs.pdl),

@@ -44,17 +44,6 @@ class Tile:
         """Tiles of a product of n rows."""
         return -(-n // self.rows) * -(-tokens // self.tokens)
 
-    def shares(self, count: int, programs: int, counters: int) -> tuple[int, int]:
-        """Of ``count`` tiles, by how many of the ``programs`` that run at a time those are shared
-        that are, and how many before them are not: where all but a last turn is full, and that at
-        most half, its tiles are shared, so that it takes half as long."""
-        rest = count % programs
-        if self.split > 1:
-            return self.split, 0
-        if count < programs or not 0 < rest <= programs // 2 or rest * self.rows // 64 > counters:
-            return 1, 0
-        return (4 if rest <= programs // 4 else 2), count - rest
-
     def can_split(self, n: int, tokens: int) -> bool:
         """Whether a weight of n rows has a counter for every 64 of each tile."""
         return self.count(n, tokens) * self.rows // 64 <= n // 8
@@ -77,7 +66,7 @@ def usual_tile(n: int, tokens: int) -> Tile:
 
 def tiles_to_time(n: int, tokens: int) -> Iterator[Tile]:
     """Those worth timing: not one whose programs would be far too many."""
-    for tile in _TILES:
+    for tile in (*_TILES, Tile(192, 128)):
         if not tile.tokens <= max(tokens, 64) <= 16 * tile.tokens:
             continue
         yield tile

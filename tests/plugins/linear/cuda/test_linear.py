@@ -16,7 +16,6 @@ from slipstream.errors import CheckpointError
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear import reference
-from slipstream.plugins.linear.cuda import linear as linear_module
 from slipstream.plugins.linear.cuda.blas import dequantize
 from slipstream.plugins.linear.cuda.candidates import candidate_tactics
 from slipstream.plugins.linear.cuda.linear import embedding, linear
@@ -205,25 +204,6 @@ def test_wide_epilogues(extras: str, device: str) -> None:
         got = case.run(tactic, case.dtype)
         assert_close(got, case.want, 2e-2)
         np.testing.assert_array_equal(case.run(tactic, case.dtype), got)
-
-
-@hopper
-@pytest.mark.parametrize("tile", [Tile(64, 64), Tile(128, 64, 2), Tile(128, 128), Tile(192, 128)])
-def test_few_programs_of_wide_work_on_one_tile_after_the_other(
-    tile: Tile, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last of which they share in some of these."""
-    case = Case("wide int4g64z", 600 if tile.split == 1 else 300, "bias residual", device)
-    tactic = wide_tactic(tile, case.gated)
-    whole = case.run(tactic)
-    for processors in (1, 3, 4, 5, 9):
-        monkeypatch.setattr(linear_module, "multiprocessors", lambda _, count=processors: count)
-        got = case.run(tactic)
-        assert_close(got, case.want, 2e-2)
-        assert not case.device_weight.counters.any()
-        np.testing.assert_array_equal(case.run(tactic), got)
-        if processors == 1:  # of which none share a tile that was not shared before
-            np.testing.assert_array_equal(got, whole)
 
 
 @hopper

@@ -183,14 +183,3 @@ def test_kernels_are_described() -> None:
         "fp8: GEMV, dot, cuBLASLt float8",
         "fp8: dense fallback (dequantize, cuBLAS)",
     ]
-
-
-def test_tiles_of_a_last_turn_that_is_half_empty_are_shared() -> None:
-    tile = Tile(128, 256)
-    assert tile.shares(448, 132, 10**4) == (2, 396)
-    assert tile.shares(132 + 33, 132, 10**4) == (4, 132)
-    assert tile.shares(132 + 67, 132, 10**4) == (1, 0)  # two parts of each would be two turns
-    assert tile.shares(264, 132, 10**4) == (1, 0)
-    assert tile.shares(96, 132, 10**4) == (1, 0)  # which is timed with a split of all
-    assert tile.shares(448, 132, 100) == (1, 0)  # more than there are counters for
-    assert Tile(128, 256, 4).shares(448, 132, 10**4) == (4, 0)
