@@ -25,6 +25,7 @@ _QUERIES, _CONTEXT = 256, 1024
 _MOST_TOKENS = 1 << 16  # of all copies of a step; what does not fit is decoded as it is read
 _BLOCK = 8192  # numbers that a program copies at a time
 _SHARE = 4  # programs of a page
+_THREADS = 128
 WIDE, OTHERS = 0, 1  # in ``WidePages.found``
 
 
@@ -55,6 +56,11 @@ class WidePages:
             torch.zeros(2, dtype=torch.int32, device=device),
         )
 
+    @property
+    def _most_sequences(self) -> int:
+        """Of any step, so that the kernel is compiled once; one for each thread costs nothing."""
+        return triton.next_power_of_2(max(self.first.shape[0], _THREADS))
+
     def fill(
         self,
         pages: Tensor,
@@ -76,7 +82,7 @@ class WidePages:
         widen_kernel[(count, min(_SHARE, size // block))](
             pages, wide, self.first, self.found, query_start, context_len, page_table,
             page_table.stride(0), sequences, num_decodes, PAGE=page_size, SIZE=size, BLOCK=block,
-            SEQUENCES=triton.next_power_of_2(sequences), QUERIES=_QUERIES, CONTEXT=_CONTEXT,
-            **launch_options(num_warps=4),
+            SEQUENCES=self._most_sequences, QUERIES=_QUERIES, CONTEXT=_CONTEXT,
+            **launch_options(num_warps=_THREADS // 32),
         )  # fmt: skip
         return wide
