@@ -59,7 +59,7 @@ class WidePages:
     @property
     def _most_sequences(self) -> int:
         """Of any step, so that the kernel is compiled once; one for each thread costs nothing."""
-        return triton.next_power_of_2(max(self.first.shape[0], _THREADS))
+        return int(triton.next_power_of_2(max(self.first.shape[0], _THREADS)))
 
     def fill(
         self,
