@@ -768,4 +768,4 @@ def widen_kernel(
     wide += at.to(tl.int64) * SIZE
     for block in range(tl.program_id(1), SIZE // BLOCK, tl.num_programs(1)):
         place = block * BLOCK + tl.arange(0, BLOCK)
-        tl.store(wide + place, tl.load(pages + place).to(tl.float16))
+        tl.store(wide + place, tl.load(pages + place).to(wide.dtype.element_ty))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernel
 PAGE, NUMBERS = 64, 32  # of k and v of a token together
 # Queries and tokens in the pages: two decodes, one too short a chunk, one too short a prompt, three
 # that are copied, padding.
-STEP = ((1, 70), (1, 5000), (255, 2000), (700, 700), (256, 1100), (1024, 1024), (300, 1500), (0, 0))
+STEP = ((1, 70), (1, 5000), (255, 2000), (500, 500), (256, 1100), (1024, 1024), (300, 1500), (0, 0))
 
 
 def fill(room: int, device: str) -> tuple[list[int], list[int], Any, Any, Any]:
