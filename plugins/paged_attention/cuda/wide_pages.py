@@ -18,8 +18,8 @@ from torch import Tensor
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.paged_attention.cuda.kernels import widen_kernel
 
-# Whose copy pays: of a step of so many prompt tokens the sequences with so many of them, and so many
-# tokens in their pages.
+# Whose copy pays: of a step of so many prompt tokens the sequences with so many of them, and so
+# many tokens in their pages.
 STEP_TOKENS = 512
 _QUERIES, _CONTEXT = 256, 512
 _MOST_TOKENS = 1 << 16  # of all copies of a step; what does not fit is decoded as it is read
