@@ -266,6 +266,13 @@ def throughput(runner: Runner) -> Figures:
     return figures
 
 
+def throughput_warm(runner: Runner) -> Figures:
+    """The first of those once more, when a load like it has had all graphs captured that it takes:
+    as it shrinks at the end, it comes to a new size every few steps."""
+    runner.seconds(512, 512, 256)
+    return {"throughput_warm_512_256": 512 * 256 / runner.seconds(512, 512, 256)}
+
+
 def throughput_256(runner: Runner) -> Figures:
     """Output tokens a second of 256 requests that come at once, and of as many again: the first
     time graphs are captured on the way."""
@@ -349,6 +356,7 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "decode": decode,
     "prefill": prefill,
     "throughput": throughput,
+    "throughput_warm": throughput_warm,
     "throughput_256": throughput_256,
     "company": company,
     "forms": forms,

@@ -211,8 +211,10 @@ def _multiply(
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     # The next weights are decoded while these are multiplied, or, with so many sums that registers
-    # are short, only while the other warpgroup's are.
+    # are short, only while another warpgroup's are; where there are registers for the weights of
+    # two, the next product is on its way before this one is over.
     LATE: gl.constexpr = T < 256
+    DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (LATE or COUNT <= 2)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     across, _, part = place
@@ -232,11 +234,14 @@ def _multiply(
             slot = count % STAGES
             w = operand_of(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
             mbarrier.wait(ready.index(slot), count // STAGES & 1)
-            if LATE and i > 0:
+            if LATE and not DEEP and i > 0:
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
             acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-            if not LATE or i == CODES - 2:
+            if DEEP and i > 0:
+                acc = warpgroup_mma_wait(1, [acc])
+                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+            if i == CODES - 2 or not (LATE or DEEP):
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(free.index(slot), count=1)
         words = next_words
@@ -277,9 +282,9 @@ def wide_int(
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one or two WARPGROUPS.
-    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
-    is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
+    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one to three
+    WARPGROUPS. GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight.
+    Unless SPLIT is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
     """
     if PDL:
@@ -307,7 +312,7 @@ def wide_int(
             [1],
             [24],
         )  # fmt: skip
-    else:
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (
@@ -322,4 +327,24 @@ def wide_int(
             ],
             [4, 1],
             [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    1, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    2, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
         )  # fmt: skip
