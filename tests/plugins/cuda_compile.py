@@ -47,7 +47,7 @@ from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_q
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.router.cuda import router
 from slipstream.plugins.sampling import Kind
-from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.plugins.sampling.cuda import SamplerBuffers, best_of_part, sample, sample_best
 from slipstream.plugins.soft_cap.cuda import soft_cap
 from slipstream.weights.tensor import WeightFormat
 
@@ -278,7 +278,7 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
     for ranks in (2, 4):
         room = exchange.Room(
             1,
-            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS),
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS, exchange.MEETINGS),
             torch.zeros(ranks, dtype=torch.int64),
             torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
         )
@@ -299,6 +299,8 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
     buffers.enable_full()
     for kind in Kind:
         sample(torch.zeros(2, vocab), buffers, 2, kind, pdl)
+    best = best_of_part(torch.zeros(2, vocab // 2), buffers, vocab // 2, pdl)
+    sample_best(torch.cat([best, best], dim=1), buffers, pdl)
 
 
 def drafting(capability: tuple[int, int], pdl: bool) -> None:

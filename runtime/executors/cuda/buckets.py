@@ -114,6 +114,13 @@ class Buckets:
         blocks = tokens // self.query_block + sequences
         return Shape(tokens, sequences, blocks, min(tokens, self.max_rows))
 
+    def alike(self, one: Shape, other: Shape) -> bool:
+        """Whether both are steps of one token a sequence, or both mixed: the larger serves for the
+        smaller."""
+        if one.rows or other.rows:
+            return bool(one.rows and other.rows)
+        return all(shape == self.decode(shape.sequences) for shape in (one, other))
+
     @property
     def largest(self) -> Shape:
         """The largest step there can be."""

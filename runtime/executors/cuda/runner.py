@@ -18,6 +18,7 @@ from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
+from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
@@ -27,6 +28,7 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
+from slipstream.runtime.executors.cuda.spared import HEAD_WORTH, Spared
 
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
@@ -53,7 +55,8 @@ class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
-    makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
+    makes of them is in ``logits [max_rows, vocab]``, but where ranks find the best token of each in
+    parts. Captured steps of more than decodes leave what
     the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
     its tokens.
     """
@@ -79,6 +82,7 @@ class StepRunner:
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
+        self._spared = Spared()
         count = buckets.max_rows
         with device.work():
             ports = {port.name: port for port in program.inputs}
@@ -110,6 +114,7 @@ class StepRunner:
         self._layers.clear()
         self._heads.clear()
         self._guesses.clear()
+        self._spared.forget()
         self._memory = memory
 
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
@@ -123,12 +128,12 @@ class StepRunner:
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
-            shape = self._decode_shape(batch, decodes)
+            shape = self._served(self._decode_shape(batch, decodes))
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
             self._inputs.load(batch, shape, blocks, rows)
             hidden = self.rows
         else:
-            shape = self._buckets.mixed(bucket(tokens, mixed))
+            shape = self._served(self._buckets.mixed(bucket(tokens, mixed)))
             self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
             hidden = self._hidden
         if shape not in self._layers:
@@ -144,6 +149,13 @@ class StepRunner:
         counts = np.diff(batch.query_start)
         return buckets.verification(tokens, len(counts), int(counts.max()))
 
+    def _served(self, wanted: Shape) -> Shape:
+        """The shape of the captured layers that run a step of the ``wanted`` one."""
+        if wanted in self._layers:
+            return wanted
+        alike = [(s, s.tokens) for s in self._layers if self._buckets.alike(wanted, s)]
+        return self._spared.choose(wanted, wanted.tokens, alike)
+
     @property
     def pools(self) -> bool:
         """Whether rows become states, none of which is sampled."""
@@ -154,10 +166,13 @@ class StepRunner:
         return bucket(count, self._buckets.row_sizes)
 
     def head(self, padded: int, kind: Kind) -> None:
-        """Enqueue norm, head and sampling of the first ``padded`` rows."""
+        """Enqueue norm, head and sampling of the first ``padded`` rows, or of more."""
         key = (padded, kind)
         if key not in self._heads:
-            self._heads[key] = self._device.capture(self._head_work(padded, kind))
+            alike = [(each, each[0]) for each in self._heads if each[1] is kind]
+            key = self._spared.choose(key, padded, alike, HEAD_WORTH)
+        if key not in self._heads:
+            self._heads[key] = self._device.capture(self._head_work(*key))
         self._heads[key]()
 
     def guess(self, count: int) -> None:
@@ -342,16 +357,8 @@ class StepRunner:
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
-        pdl = self._overlaps(padded)
-
-        def work() -> None:
-            self._program.logits(rows, logits, pdl)
-            if self._team is None or self._team.is_first:
-                self._sampler.launch(logits, padded, kind, pdl)
-            if self._team is not None:
-                self._team.share(self._sampler.last_tokens)
-
-        return work
+        of = (self._program, self._sampler, self._team)
+        return head_work(*of, rows, logits, kind, pdl=self._overlaps(padded))
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
