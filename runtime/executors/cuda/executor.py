@@ -181,8 +181,8 @@ class CUDAExecutor:
             drafter = logits = None
             if part is not None:
                 logits = torch.zeros((rows, program.vocab_size), device=device.torch)
-                tokens = self._sampler.buffers.tokens
-                drafter = Drafter(part, tokens, logits, device, buckets, self._pages.page_size)
+                sampled, size = self._sampler.buffers, self._pages.page_size
+                drafter = Drafter(part, sampled, logits, device, buckets, size)
             self.runner = self._runner(program, buckets, logits, drafter)
         self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
@@ -265,6 +265,16 @@ class CUDAExecutor:
         """How many tokens a head of the engine guesses after a step, at most."""
         return max(self.guess_counts, default=0)
 
+    @property
+    def verifies_unseen(self) -> bool:
+        """Where it guesses, what it has guessed stays on the device."""
+        return self.guesses > 0
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self._device.captures
+
     def guess_seconds(self) -> dict[tuple[int, int], float]:
         """What the head takes after such steps."""
         if self._costs is not None and self._costs.guesses:
@@ -289,12 +299,14 @@ class CUDAExecutor:
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
         self.transfer(batch.transfers)
+        guessed = self.runner.guessed
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)
             places = [i for i, row in rows if row.target is None and not row.pooled]
             hidden = self.runner.layers(batch, batch.logits_rows[places])
-        return StartedCUDAStep(self._device, self.runner, self._sampler, batch, places, hidden)
+        of = (self._device, self.runner, self._sampler)
+        return StartedCUDAStep(*of, batch, places, hidden, guessed)
 
     def shutdown(self) -> None:
         """Let go of the graphs and the pages."""

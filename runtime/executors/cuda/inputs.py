@@ -222,6 +222,12 @@ class StepInputs:
         return self._block[slice(*self._layout.places(shape).spans[self._rows])]
 
 
+def num_decodes(batch: StepBatch) -> int:
+    """How many sequences, from the first on, compute a single token."""
+    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
+    return int(longer[0]) if len(longer) else len(batch.context_len)
+
+
 def _for_heads(batch: StepBatch, rows: IntArray) -> dict[str, IntArray]:
     """What a head reads of a step that samples these rows."""
     ends, told = batch.query_start[1:] - 1, batch.guessing

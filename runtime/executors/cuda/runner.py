@@ -15,7 +15,7 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.inputs import (
@@ -23,6 +23,7 @@ from slipstream.runtime.executors.cuda.inputs import (
     Layout,
     Shape,
     StepInputs,
+    num_decodes,
     query_blocks,
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
@@ -118,21 +119,22 @@ class StepRunner:
 
         Returns the last layer's output of every token, valid until the next step.
         """
-        tokens, decodes = len(batch.token_ids), _num_decodes(batch)
+        tokens, decodes = len(batch.token_ids), num_decodes(batch)
         mixed = self._buckets.mixed_tokens
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
             shape = self._decode_shape(batch, decodes)
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
-            self._inputs.load(batch, shape, blocks, rows)
             hidden = self.rows
         else:
             shape = self._buckets.mixed(bucket(tokens, mixed))
-            self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
+            blocks = query_blocks(batch, 0, self._buckets.query_block)
             hidden = self._hidden
-        if shape not in self._layers:
+        if shape not in self._layers:  # which runs once, before the step is there
+            self._inputs.clear()
             self._layers[shape] = self._device.capture(self._layers_work(shape))
+        self._inputs.load(batch, shape, blocks, rows)
         self._read = _Read(shape, None)
         self._layers[shape]()
         return hidden[:tokens]
@@ -153,12 +155,21 @@ class StepRunner:
         """For how many rows the head is captured that ``count`` rows take."""
         return bucket(count, self._buckets.row_sizes)
 
+    def ready_head(self, padded: int, kind: Kind) -> None:
+        """Capture what ``head`` enqueues if that moves rows, where it runs once on padding: before
+        the sampler is told of those of a step."""
+        if self._drafter is not None and (padded, kind) not in self._heads:
+            self._sampler.clear()
+            self._capture_head(padded, kind)
+
     def head(self, padded: int, kind: Kind) -> None:
         """Enqueue norm, head and sampling of the first ``padded`` rows."""
-        key = (padded, kind)
-        if key not in self._heads:
-            self._heads[key] = self._device.capture(self._head_work(padded, kind))
-        self._heads[key]()
+        if (padded, kind) not in self._heads:
+            self._capture_head(padded, kind)
+        self._heads[padded, kind]()
+
+    def _capture_head(self, padded: int, kind: Kind) -> None:
+        self._heads[padded, kind] = self._device.capture(self._head_work(padded, kind))
 
     def guess(self, count: int) -> None:
         """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
@@ -173,10 +184,16 @@ class StepRunner:
             self._guesses[shape, count] = self._device.capture(work)
         self._guesses[shape, count]()
 
-    def fetch_guesses(self, sequences: int, count: int) -> PendingGuesses:
-        """Start copying what was guessed to the host."""
+    def fetch_guesses(self, slots: IntArray, count: int) -> PendingGuesses:
+        """Start copying what was guessed of the sequences in ``slots`` to the host."""
         assert self._drafter is not None
-        return self._drafter.fetch(sequences, count)
+        return self._drafter.fetch(slots, count)
+
+    @property
+    def guessed(self) -> IntArray | None:
+        """What is guessed of each slot before the next step, int32 ``[slots, COLUMNS]`` that the
+        device may still write; None without a head."""
+        return None if self._drafter is None else self._drafter.latest
 
     def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
         """Of guesses after captured steps of decodes, by sequences and how many tokens each."""
@@ -205,7 +222,7 @@ class StepRunner:
         guesses = [
             self._guess_work(shape, self._step_of(shape), count)
             for shape in (self._shapes if counts else ())
-            for count in _with_none(counts)
+            for count in with_none(counts)
         ]
         return [*layers, *heads, *guesses, self.largest_step]
 
@@ -231,7 +248,7 @@ class StepRunner:
         for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
             for kind in PREPARED_KINDS:
                 self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
-        for count in _with_none(counts):
+        for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
                 self._guesses[shape, count] = self._device.capture(work)
@@ -248,7 +265,7 @@ class StepRunner:
                 self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
-            for count in _with_none(counts):
+            for count in with_none(counts):
                 if (shape, count) not in self._guesses:
                     work = self._guess_work(shape, self._step_of(shape), count)
                     self._guesses[shape, count] = self._device.capture(work)
@@ -285,6 +302,7 @@ class StepRunner:
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
         self._read = _Read(shape, step)
+        self._advance(step)
         hidden = self._program.hidden(step, self.memory, states=self._states(tokens))
         if len(rows):
             wanted = self._inputs.logits_rows(shape)
@@ -315,13 +333,19 @@ class StepRunner:
         wanted = self._inputs.logits_rows(shape)
 
         def decode() -> None:
+            self._advance(step)
             self._program.hidden(step, memory, self.rows[: shape.tokens], states)
 
         def mixed() -> None:
+            self._advance(step)
             hidden = self._program.hidden(step, memory, self._hidden[: shape.tokens], states)
             torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
 
         return mixed if shape.rows else decode
+
+    def _advance(self, step: Step) -> None:
+        if self._drafter is not None:
+            self._drafter.advance(step)
 
     def _step_of(self, shape: Shape) -> Step:
         """The step of captured layers of a shape."""
@@ -345,6 +369,8 @@ class StepRunner:
         pdl = self._overlaps(padded)
 
         def work() -> None:
+            if self._drafter is not None and kind is not Kind.GREEDY:  # which asks for no position
+                self._drafter.move_rows(padded, pdl)
             self._program.logits(rows, logits, pdl)
             if self._team is None or self._team.is_first:
                 self._sampler.launch(logits, padded, kind, pdl)
@@ -355,11 +381,6 @@ class StepRunner:
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
-
-
-def _with_none(counts: Sequence[int]) -> tuple[int, ...]:
-    """After how many guesses a head is captured: where load decides, it may only read."""
-    return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
 def _after(layers: Work, head: Work) -> Work:
@@ -375,9 +396,3 @@ def _prepared(shape: Shape) -> bool:
     if shape.rows:
         return shape.tokens <= PREPARED_TOKENS
     return shape.sequences <= PREPARED_SEQUENCES and shape.tokens <= PREPARED_TOKENS
-
-
-def _num_decodes(batch: StepBatch) -> int:
-    """How many sequences, from the first on, compute a single token."""
-    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
-    return int(longer[0]) if len(longer) else len(batch.context_len)

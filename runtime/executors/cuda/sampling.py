@@ -117,6 +117,11 @@ class CUDASampler:
         """The token sampled last for each slot, int32 [slots], on the device."""
         return self.buffers.last_tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+        return self.buffers.vocab_size
+
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
         """Which kernels a step of ``rows`` needs."""
         return max(map(_kind, rows), default=Kind.GREEDY)
@@ -153,6 +158,10 @@ class CUDASampler:
         self.buffers.params.copy_(host, non_blocking=True)
         if held:
             self._constrain(held)
+
+    def clear(self) -> None:
+        """Make all rows padding, which are not sampled."""
+        self.buffers.params[Field.SLOT].fill_(-1)
 
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
