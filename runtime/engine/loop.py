@@ -210,7 +210,8 @@ class EngineLoop:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
         runs_ahead, guesses = self._engine.executor.runs_ahead, self._speculator
-        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan)))
+        running = self.scheduler.running
+        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan, running)))
         if flight and runs_ahead and not waits:
             self._flight = self._launch()
             if self._flight and not self._need_output:
@@ -312,7 +313,7 @@ class EngineLoop:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds + flight.idle)
-            self._speculator.computed(flight.plan, runs, result)
+            self._speculator.computed(flight.plan, runs, result, latest=self._flight is None)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

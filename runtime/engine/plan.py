@@ -27,7 +27,8 @@ class StepPlan:
     Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
     token; the device adds the rest. ``transfers``, in their order, and then ``moves`` are made
     before anything is computed; ``stored`` is what the former bring to the host. ``ahead`` is how
-    many tokens of each sequence the device is to guess after them, None where it has no head.
+    many tokens of each sequence the device is to guess after them, None where it has no head;
+    ``offered``, where it leads, how many it has guessed of each decode before.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -43,6 +44,7 @@ class StepPlan:
     stored: list[HostPage] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     ahead: int | None = None
+    offered: list[int] | None = None
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""

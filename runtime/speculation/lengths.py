@@ -6,6 +6,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+from numpy.typing import NDArray
+
 _SMOOTHING = 0.25  # the weight of the newest step
 _OUTLIER = 2.0  # times what was expected: what is more than that is not of the step's doing
 _CLOSE = 8  # a number of rows is known where one is that differs by an eighth
@@ -54,16 +57,15 @@ class StepCosts:
     def seconds(self, rows: int) -> float:
         """Between two numbers of rows that are known, in proportion; beyond, as from the first to
         the last. More rows than the only number that is known cost nothing, so that it is tried."""
+        return float(self.all_seconds(np.array([rows]))[0])
+
+    def all_seconds(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The same of many numbers of rows."""
         places, seconds = self._places, self._seconds
-        index = bisect_left(places, rows)
-        if index == len(places):
-            slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
-            return seconds[-1] + slope * (rows - places[-1])
-        if index == 0 or places[index] == rows:
-            return seconds[index]
-        low, high = places[index - 1], places[index]
-        part = (rows - low) / (high - low)
-        return (1 - part) * seconds[index - 1] + part * seconds[index]
+        slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
+        beyond = np.maximum(rows - places[-1], 0)
+        found: NDArray[np.float64] = np.interp(rows, places, seconds) + slope * beyond
+        return found
 
 
 class Lengths:
@@ -107,7 +109,7 @@ class Lengths:
         """Decide on the next question after drafts of up to ``longest`` in a step that took so many
         ``seconds`` without."""
         share = self._most * self._asking / (_FREE * seconds)
-        self._wanted = min(self._most, longest + 1) if share > 1 and longest else self._most
+        self._wanted = min(self._most, longest + 1) if share > 1 else self._most
         self._pause = 0 if longest else min(2 * self._pause + 1, int(share))
         self._left = self._pause
 
@@ -117,33 +119,33 @@ class Lengths:
         lengths, costs = [0] * len(offered), self._costs
         if not any(offered) or not costs.knows(num_sequences):  # what none cost is measured first
             return lengths
-        ranked = _ranked(chances, offered)[: min(most, costs.most - num_sequences)]
-        best, count = _MARGIN * num_sequences / costs.seconds(num_sequences), 0
-        tokens, longest = float(num_sequences), 0
-        for size, (gain, index) in enumerate(ranked, start=1):
-            tokens += gain
-            lengths[index] += 1
-            longest = max(longest, lengths[index])
-            seconds = longest * self._asking + costs.seconds(num_sequences + size)
-            if tokens / seconds > best:
-                best, count = tokens / seconds, size
-        for _, index in ranked[count:]:
-            lengths[index] -= 1
-        return lengths
+        gains, owners, places = _ranked(chances, offered)
+        size = max(0, min(len(gains), most, costs.most - num_sequences))
+        if not size:
+            return lengths
+        tokens = num_sequences + gains[:size].cumsum()
+        longest = np.maximum.accumulate(places[:size])
+        rows = np.arange(num_sequences + 1, num_sequences + size + 1)
+        rates = tokens / (longest * self._asking + costs.all_seconds(rows))
+        best = int(rates.argmax())
+        if rates[best] <= _MARGIN * num_sequences / costs.seconds(num_sequences):
+            return lengths
+        taken: list[int] = np.bincount(owners[: best + 1], minlength=len(offered)).tolist()
+        return taken
 
     def landed(self, rows: int, seconds: float) -> None:
         """Take a step of nothing but decodes into account."""
         self._costs.add(rows, seconds)
 
 
-def _ranked(chances: Sequence[float], offered: Sequence[int]) -> list[tuple[float, int]]:
-    """How much every draft adds to the tokens that are expected, and whose it is, the most first;
-    those of a sequence in their order."""
-    ranked = []
-    for index, (chance, count) in enumerate(zip(chances, offered, strict=True)):
-        gain = 1.0
-        for _ in range(count):
-            gain *= chance
-            ranked.append((gain, index))
-    ranked.sort(key=lambda each: -each[0])
-    return ranked
+def _ranked(
+    chances: Sequence[float], offered: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """How much every draft adds to the tokens that are expected, whose it is, and which of those,
+    from 1 on; those that add the most first, and those of a sequence in their order."""
+    counts = np.array(offered)
+    owners = np.arange(len(counts)).repeat(counts)
+    places = np.arange(1, len(owners) + 1) - (counts.cumsum() - counts)[owners]
+    gains = np.array(chances, float)[owners] ** places
+    order = np.argsort(-gains, kind="stable")
+    return gains[order], owners[order], places[order]

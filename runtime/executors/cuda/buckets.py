@@ -86,6 +86,8 @@ class Buckets:
         """A step of decodes with drafts, of up to ``longest`` tokens each, whose rows are all
         wanted."""
         count = bucket(sequences, self.batch_sizes)
+        if count > _COARSE:  # few graphs, whose padding ends at once
+            count = min(1 << (count - 1).bit_length(), self.max_batch_size)
         times = [min(count * each, self.max_rows) for each in (2, *QUERIES)]
         size = bucket(tokens, times if count <= _COARSE else self.row_sizes)
         if self.deterministic:
