@@ -203,11 +203,12 @@ def guess_kernel(
 ):
     """Grid: rows, ``EACH`` of every sequence.
 
-    ``guesses`` [slots + 1, COLUMNS] gets, from ``column`` on, in the row of the sequence's ``owner``
-    [S], the likeliest token of each row, that of the target where the head's own are ``known``
-    otherwise; -1 where the row is ``AFTER`` another guess and had no slot. Where it ``GOES_ON``, ``ids``, ``positions``, ``context_len`` and ``slots`` [S]
-    become those of the guess, at the place after ``position`` [S], which moves; a place beyond the
-    ``capacity`` [S] of a sequence, in tokens, has the slot -1.
+    In the row of a sequence's ``owner`` [S], ``guesses`` [slots + 1, COLUMNS] get, from ``column``
+    on, the likeliest token of each row, that of the target where the head's own are ``known``
+    otherwise; -1 where the row is ``AFTER`` another guess and had no slot. Where it ``GOES_ON``,
+    ``ids``, ``positions``, ``context_len`` and ``slots`` [S] become those of the guess, at the
+    place after ``position`` [S], which moves; a place beyond the ``capacity`` [S] of a sequence, in
+    tokens, has the slot -1.
     """
     begin(PDL)
     row = tl.program_id(0)

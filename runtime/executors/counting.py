@@ -267,9 +267,7 @@ class CountingExecutor(CountingHost):
         context_len = batch.context_len + surplus
         return replace(batch, positions=positions, context_len=context_len, pages=pages)
 
-    def guessed(
-        self, slot: int, last: tuple[int, int], count: int, row: SamplingRow
-    ) -> list[int]:
+    def guessed(self, slot: int, last: tuple[int, int], count: int, row: SamplingRow) -> list[int]:
         """What is guessed to follow the ``last`` token of a slot, which has a position, right up to
         the length of the run."""
         token, right = last[0], run_length(*last, count) - 1

@@ -1,5 +1,5 @@
-"""Drafts that the host has not seen when it plans their step: the device has guessed them, puts them
-in, and goes on from those that are right. The host finds the same when the step has landed."""
+"""Drafts that the host has not seen when it plans their step: the device has guessed them, puts
+them in, and goes on from those that are right. The host finds the same when the step has landed."""
 
 from __future__ import annotations
 

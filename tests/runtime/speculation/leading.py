@@ -49,9 +49,7 @@ class LeadingDevice(CountingExecutor):
         self.events.append("land")
         super().land(step)
 
-    def guessed(
-        self, slot: int, last: tuple[int, int], count: int, row: SamplingRow
-    ) -> list[int]:
+    def guessed(self, slot: int, last: tuple[int, int], count: int, row: SamplingRow) -> list[int]:
         kept = self._kept.get(slot, [])
         if any(step.failed for step in self._on_their_way):
             kept = [*kept, *[0] * count]
@@ -60,7 +58,7 @@ class LeadingDevice(CountingExecutor):
 
     def _spoil(self, batch: StepBatch) -> None:
         super()._spoil(batch)
-        self._kept.update(dict.fromkeys(batch.slots.tolist(), []))
+        self._kept.update((slot, []) for slot in batch.slots.tolist())
 
     def _run(self, planned: StepBatch, excused: bool) -> StepResult:
         before = dict(self._kept)

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import initialize
-from tests.runtime.engine.driving import check, drain, greedy, tokens_of
+from tests.runtime.engine.driving import drain, greedy, tokens_of
 from tests.runtime.engine.test_loop_properties import EngineLoopMachine
 from tests.runtime.engine.test_run_ahead_properties import WORKLOADS, Arrival, run, same
 from tests.runtime.speculation.leading import leading_engine
