@@ -121,11 +121,13 @@ def advance(
     tokens: Tokens,
     context_len: Tensor,
     tables: Sequence[Table],
+    history: Tensor,
     vocab_size: int,
     buffers: DraftBuffers,
     pdl: bool,
 ) -> None:
-    """Put into a step, before its layers, what the host did not know; see ``advance_kernel``."""
+    """Put into a step, before its layers, what the host did not know, and drafts into the
+    ``history [slots, ...]`` of sampling; see ``advance_kernel``."""
     sequences = tokens.drafts.shape[0]
     kernels.advance_kernel[(sequences,)](
         tokens.token_ids,
@@ -139,6 +141,8 @@ def advance(
         buffers.moved,
         buffers.guesses,
         vocab_size,
+        history,
+        history.stride(0),
         PDL=pdl,
         **launch_options(num_warps=1, pdl=pdl),
     )

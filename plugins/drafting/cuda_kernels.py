@@ -21,7 +21,7 @@ INF = tl.constexpr(float("inf"))
 NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab", "history_stride"])
 def advance_kernel(
     token_ids,
     positions,
@@ -34,10 +34,12 @@ def advance_kernel(
     moved,
     guesses,
     vocab,
+    history,
+    history_stride,
     PDL: tl.constexpr,
 ):
     """Grid: sequences. Drafts of -1 become the ``guesses`` [slots, COLUMNS] of the sequence, 0
-    where there is none that the target knows. Where its first token is -1, that becomes the last
+    where there is none that the target knows, also in its ``history`` [slots, ...]. Where its first token is -1, that becomes the last
     one, and all positions and the context grow by what the run before exceeded one token: ``runs``
     [slots], which is then 0. ``moved`` [slots] says by how much they grew."""
     begin(PDL)
@@ -55,7 +57,10 @@ def advance_kernel(
         known = tl.load(token_ids + place, mask=index < count, other=0)
         guess = tl.load(guesses + slot * COLUMNS + index)
         guess = tl.where((guess >= 0) & (guess < vocab), guess, 0)
-        tl.store(token_ids + place, guess, (index < count) & (known < 0))
+        unknown = (index < count) & (known < 0)
+        tl.store(token_ids + place, guess, unknown)
+        at = tl.load(positions + place, mask=unknown, other=0) + more
+        tl.store(history + slot.to(tl.int64) * history_stride + at, guess, unknown)
         inside = (first + index < end) & (token < 0)
         at = tl.load(positions + first + index, mask=inside, other=0)
         tl.store(positions + first + index, at + more, inside)

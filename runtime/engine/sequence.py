@@ -105,8 +105,7 @@ class Sequence:
         self.max_len = self.prompt_len + self.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = eos | frozenset(params.stop_token_ids)
-        host = params.needs_output or params.penalizes or params.prediction_token_ids
-        self.is_simple = not host
+        self.is_simple = not (params.needs_output or params.prediction_token_ids)
 
     @property
     def goes_alone(self) -> bool:

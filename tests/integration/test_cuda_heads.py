@@ -118,6 +118,8 @@ ALONE: list[dict[str, Any]] = [
     {"temperature": 0, "stop_token_ids": [40], "logprobs": 30},
     {"temperature": 1.9, "seed": 8, "allowed_token_ids": list(range(45)), "prompt_logprobs": 1},
     {"temperature": 2.0, "seed": 9, "max_tokens": 23, "bad_words_token_ids": [[30]]},
+    {"temperature": 0.8, "seed": 10, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"temperature": 0, "presence_penalty": 0.7, "min_tokens": 4},
     {"temperature": 0, "speculative": False},
 ]
 
@@ -141,7 +143,7 @@ def test_a_device_that_leads_changes_no_bit(
     if (pages := options.pop("pages", None)) is not None:
         options["kv_cache_bytes"] = pages * 64 * (3 * 2 * 2 * 16 * 2 + 2 * 4 * 16 * 2)
     params = [SamplingParams(**{"max_tokens": 60, **kind}) for kind in ALONE]
-    prompts = [[start + 1] * (30 + 7 * start) for start in range(len(ALONE))]
+    prompts = [[start + 1] * (30 + 5 * start) for start in range(len(ALONE))]
     found = []
     for length in (None, 1, 3, 7, "auto"):
         more: dict[str, Any] = {"speculative": "eagle3", "num_speculative_tokens": length}

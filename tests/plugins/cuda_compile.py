@@ -303,7 +303,7 @@ def drafting(capability: tuple[int, int], pdl: bool) -> None:
         pages = Pages(torch.zeros((2, 4), dtype=torch.int32), numbers[:2], 64)
         tokens = Tokens(numbers, numbers, numbers, numbers, drafts=numbers[:2])
         table = Table(pages.table, numbers, 64)
-        advance(tokens, numbers[:2], [table], vocab, buffers, pdl)
+        advance(tokens, numbers[:2], [table], pages.table, vocab, buffers, pdl)
         move_rows(torch.zeros((len(Field), 8), dtype=torch.int32), 8, buffers, pdl)
         follow(tokens, numbers, numbers[:2], numbers, buffers, pdl)
         for goes_on in (True, False):

@@ -130,8 +130,8 @@ class Drafter:
             for each in step.attention.values()
         ]
         context = step.inputs[Source.CONTEXT_LEN.value]
-        vocab = self._sampler.vocab_size
-        advance(_tokens(step), context, tables, vocab, self._buffers, step.pdl)
+        history, vocab = self._sampler.enable_full().history, self._sampler.vocab_size
+        advance(_tokens(step), context, tables, history, vocab, self._buffers, step.pdl)
 
     def move_rows(self, rows: int, pdl: bool) -> None:
         """The same for the positions of rows that are to be sampled."""

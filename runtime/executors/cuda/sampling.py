@@ -202,7 +202,9 @@ class CUDASampler:
         if seen.biases is None and self._columns[Field.NUM_BIASES, slot]:
             self._upload_biases(seen, slot)
         if row.params.penalizes:
-            if not 0 <= row.position <= seen.next_position:
+            # What the device samples, and guesses, it keeps itself: the host may be behind.
+            alone = seen.next_position >= 0 and row.position > len(row.output)
+            if not (alone or 0 <= row.position <= seen.next_position):
                 self._upload_history(row, slot, max(seen.next_position, 0))
             # A token that is known already is not the one that the device puts there.
             seen.next_position = row.position + 1 if row.position >= len(row.output) else -1

@@ -88,7 +88,8 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
     buffers.runs.copy_(put(RUNS))
     buffers.guesses[:-1].copy_(torch.from_numpy(GUESSES))
     pages = torch.from_numpy(np.vstack([table, table[:3]])).to(device, torch.int32)
-    advance(tokens, context, [Table(pages, slots, PAGE)], VOCAB, buffers, False)
+    history = torch.full((SLOTS, 48), -7, dtype=torch.int32, device=device)
+    advance(tokens, context, [Table(pages, slots, PAGE)], history, VOCAB, buffers, False)
 
     more = [RUNS[each.slot] if each.tokens[0] < 0 else 0 for each in SEQUENCES]
     wanted = [completed(each) for each in SEQUENCES]
@@ -100,6 +101,17 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
     ]
     assert slots.tolist() == [*map(slot_of, owners, positions), -1, -1, -1]
     assert buffers.runs.tolist() == [0] * SLOTS
+    # Of each sequence the drafts that the device has put in.
+    seen = {
+        (each.slot, each.start + m + place): token
+        for each, known, m in zip(SEQUENCES, wanted, more, strict=True)
+        for place, token in enumerate(known)
+        if place >= len(known) - each.drafts and each.tokens[place] < 0
+    }
+    assert {
+        (slot, place): int(history[slot, place])
+        for slot, place in (history >= 0).nonzero().tolist()
+    } == seen
 
     rows = [(each.slot, i) for each in SEQUENCES if each.samples for i in range(1 + each.drafts)]
     params = torch.zeros((len(Field), len(rows) + 2), dtype=torch.int32, device=device)

@@ -56,7 +56,6 @@ def test_what_comes_after_the_end_is_not_told(stop: int, limit: int) -> None:
 @pytest.mark.parametrize(
     "params",
     [
-        {"frequency_penalty": 1e-6},
         {"min_tokens": 12},
         {"bad_words_token_ids": [[1, 2]]},
         {"prediction_token_ids": [2, 3, 9]},
