@@ -39,9 +39,10 @@ def advance_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: sequences. Drafts of -1 become the ``guesses`` [slots, COLUMNS] of the sequence, 0
-    where there is none that the target knows, also in its ``history`` [slots, ...]. Where its first token is -1, that becomes the last
-    one, and all positions and the context grow by what the run before exceeded one token: ``runs``
-    [slots], which is then 0. ``moved`` [slots] says by how much they grew."""
+    where there is none that the target knows, also in its ``history`` [slots, ...]. Where its first
+    token is -1, that becomes the last one, and all positions and the context grow by what the run
+    before exceeded one token: ``runs`` [slots], which is then 0. ``moved`` [slots] says by how much
+    they grew."""
     begin(PDL)
     sequence = tl.program_id(0)
     first = tl.load(query_start + sequence)

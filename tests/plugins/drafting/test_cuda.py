@@ -61,6 +61,16 @@ def completed(planned: Planned) -> list[int]:
     return known
 
 
+def put_in(more: list[int]) -> dict[tuple[int, int], int]:
+    """The drafts that only the device knows, by slot and position."""
+    return {
+        (each.slot, each.start + moved + place): token
+        for each, moved in zip(SEQUENCES, more, strict=True)
+        for place, token in enumerate(completed(each))
+        if place >= len(each.tokens) - each.drafts and each.tokens[place] < 0
+    }
+
+
 def test_a_step_is_completed_and_followed(device: str) -> None:
     def put(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -101,17 +111,11 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
     ]
     assert slots.tolist() == [*map(slot_of, owners, positions), -1, -1, -1]
     assert buffers.runs.tolist() == [0] * SLOTS
-    # Of each sequence the drafts that the device has put in.
-    seen = {
-        (each.slot, each.start + m + place): token
-        for each, known, m in zip(SEQUENCES, wanted, more, strict=True)
-        for place, token in enumerate(known)
-        if place >= len(known) - each.drafts and each.tokens[place] < 0
-    }
-    assert {
+    noted = {
         (slot, place): int(history[slot, place])
         for slot, place in (history >= 0).nonzero().tolist()
-    } == seen
+    }
+    assert noted == put_in(more)
 
     rows = [(each.slot, i) for each in SEQUENCES if each.samples for i in range(1 + each.drafts)]
     params = torch.zeros((len(Field), len(rows) + 2), dtype=torch.int32, device=device)
