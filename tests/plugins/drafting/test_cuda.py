@@ -71,6 +71,9 @@ def put_in(more: list[int]) -> dict[tuple[int, int], int]:
     }
 
 
+PADDING = [0] * 3  # of sequences and of tokens
+
+
 def test_a_step_is_completed_and_followed(device: str) -> None:
     def put(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -84,15 +87,14 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
         return int(table[sequence, position // PAGE]) * PAGE + position % PAGE
 
     owners = [s for s, count in enumerate(counts) for _ in range(count)]
-    padding = [0] * 3  # of sequences and of tokens
     tokens = Tokens(
-        put([*flat, *padding]),
-        put([*start, *padding]),
-        put([0, *np.cumsum(counts).tolist(), *padding]),
-        put([*(SEQUENCES[s].slot for s in owners), *padding]),
-        put([*(each.drafts for each in SEQUENCES), *padding]),
+        put([*flat, *PADDING]),
+        put([*start, *PADDING]),
+        put([0, *np.cumsum(counts).tolist(), *PADDING]),
+        put([*(SEQUENCES[s].slot for s in owners), *PADDING]),
+        put([*(each.drafts for each in SEQUENCES), *PADDING]),
     )
-    context = put([*(each.start + len(each.tokens) for each in SEQUENCES), *padding])
+    context = put([*(each.start + len(each.tokens) for each in SEQUENCES), *PADDING])
     slots = put([*map(slot_of, owners, start), -1, -1, -1])
     buffers = DraftBuffers.allocate(len(flat) + 3, len(SEQUENCES) + 3, 16, VOCAB, None, put(LAST))
     buffers.runs.copy_(put(RUNS))
@@ -104,8 +106,8 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
     more = [RUNS[each.slot] if each.tokens[0] < 0 else 0 for each in SEQUENCES]
     wanted = [completed(each) for each in SEQUENCES]
     positions = [start[i] + more[s] for i, s in enumerate(owners)]
-    assert tokens.token_ids.tolist() == [*(t for each in wanted for t in each), *padding]
-    assert tokens.positions.tolist() == [*positions, *padding]
+    assert tokens.token_ids.tolist() == [*(t for each in wanted for t in each), *PADDING]
+    assert tokens.positions.tolist() == [*positions, *PADDING]
     assert context[: len(SEQUENCES)].tolist() == [
         each.start + len(each.tokens) + m for each, m in zip(SEQUENCES, more, strict=True)
     ]
@@ -118,7 +120,7 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
     assert noted == put_in(more)
 
     rows = [(each.slot, i) for each in SEQUENCES if each.samples for i in range(1 + each.drafts)]
-    params = torch.zeros((len(Field), len(rows) + 2), dtype=torch.int32, device=device)
+    params = put([0]).expand(len(Field), len(rows) + 2).clone()
     params[Field.SLOT] = put([*(slot for slot, _ in rows), -1, -1])
     params[Field.POSITION] = put([*(i for _, i in rows), 9, 9])
     move_rows(params, len(rows) + 2, buffers, False)
@@ -136,7 +138,7 @@ def test_a_step_is_completed_and_followed(device: str) -> None:
             sampled += [*drafts[:count], *rest]
             last[each.slot] = rest[0]
     at = [token for each in SEQUENCES for token in [3] * len(each.tokens)]
-    follow(tokens, put([*at, *padding]), put([*firsts, -1, -1, -1]), put(sampled), buffers, False)
+    follow(tokens, put([*at, *PADDING]), put([*firsts, -1, -1, -1]), put(sampled), buffers, False)
     ends = np.cumsum(counts)
     for place, each in enumerate(SEQUENCES):
         index = int(ends[place]) - 1 - each.drafts + right.get(each.slot, 0)
