@@ -300,7 +300,8 @@ class Speculator:
         """What is kept of a sequence, with the last guess compared with what came."""
         tracked = self._known(sequence)
         came = sequence.tokens[tracked.guessed_at : tracked.guessed_at + len(tracked.guess)]
-        self._note(*tracked.compare(came))
+        right, wrong = tracked.compare(came)
+        self._note(right, wrong)
         return tracked
 
     def _compare(
