@@ -210,9 +210,8 @@ class EngineLoop:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
         runs_ahead, guesses = self._engine.executor.runs_ahead, self._speculator
-        running = self.scheduler.running
-        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan, running)))
-        if flight and runs_ahead and not waits:
+        waits = flight and guesses and guesses.waits_for(flight.plan, self.scheduler.running)
+        if flight and runs_ahead and not (waits or flight.refused):
             self._flight = self._launch()
             if self._flight and not self._need_output:
                 self._sample(self._flight)

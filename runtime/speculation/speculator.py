@@ -74,8 +74,8 @@ class Speculator:
         self._lengths = lengths
         self._clock = clock
         self._leads = leads
-        self._executor: CapturingExecutor | None = None
-        self._captures = 0  # of graphs, when the last step landed
+        self._captures: Callable[[], int] = lambda: 0  # of graphs, so far
+        self._captured = 0  # when the last step landed
         self._pays = False  # to guess before the next step
         self._chance = FIRST_CHANCE
         self._num_drafts = self._num_tokens = 0
@@ -208,7 +208,8 @@ class Speculator:
             asked = 0.0
             if plan.ahead and self._listener is not None:
                 asked = self._listener.seconds(len(plan.sequences), plan.ahead)
-            if not self._captured:
+            before, self._captured = self._captured, self._captures()
+            if before == self._captured:  # else it took longer than a step does
                 self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
 
     def waits_for(self, plan: StepPlan, running: Iterable[Running]) -> bool:
@@ -223,21 +224,12 @@ class Speculator:
         heard = bool(plan.ahead) and self._lengths is None
         return bool(plan.guesses) or self._pays or heard
 
-    @property
-    def _captured(self) -> bool:
-        """Whether graphs were captured since this was asked the last time, which takes longer than
-        a step."""
-        before = self._captures
-        if self._executor is not None:
-            self._captures = self._executor.captures
-        return self._captures != before
-
     def learn(self, executor: Executor) -> None:
         """Take into account what steps of decodes cost, where a device can tell before there were
         any."""
         if isinstance(executor, CapturingExecutor):
-            self._executor = executor
-            self._captures = executor.captures
+            self._captures = lambda: executor.captures
+            self._captured = executor.captures
         if self._lengths is not None and isinstance(executor, TimedExecutor):
             for rows, seconds in sorted(executor.step_seconds().items()):
                 self._lengths.landed(rows, seconds)

@@ -25,7 +25,7 @@ class Tracked:
     of_prediction: bool = False
     offered: int = 0
 
-    def compare(self, came: Sequence[int]) -> tuple[int, int]:
+    def compare(self, came: Sequence[int]) -> tuple[int, bool]:
         """Take into account what came after the last guess, and return how many tokens of it that
         shows to be right, and whether one to be wrong."""
         guess = self.guess[: len(came)]
