@@ -199,7 +199,7 @@ def by_load(runner: Timed, loop: EngineLoop) -> dict[str, float]:
         with guessing(loop, _NOBODY, 0, 0.0):
             plain = figures[f"auto_plain_{batch}"] = step_ms(runner, batch, tokens)
         for length, chance in CHANCES.items():
-            with guessing(loop, "eagle3", 7, chance, Lengths(7)):
+            with guessing(loop, "eagle3", 7, chance, Lengths(7, speculator._listener)):
                 speculator.learn(executor)
                 rate = plain / step_ms(runner, batch, tokens)
                 figures[f"synthetic_auto_{batch}_at_{length}"] = rate

@@ -142,7 +142,10 @@ class Speculator:
             counts = fits
         else:
             known = [sequence.speculation for sequence in sequences]
-            chances = [FIRST_CHANCE if each is None else each.chance for each in known]
+            chances = [
+                each.chance if each is not None and free > 0 else 0.0
+                for each, free in zip(known, room, strict=True)
+            ]
             counts = self._lengths.choose(len(sequences), chances, fits, budget)
         if sum(counts) > budget:
             before = accumulate(counts, initial=0)
@@ -165,8 +168,6 @@ class Speculator:
         if self._proposer is None or self._listener is None:
             return None
         most = self._most if self._lengths is None else self._lengths.wanted()
-        if most and self._lengths is not None:
-            self._lengths.asked(most, self._listener.seconds(len(plan.sequences), most))
         for sequence, output in zip(plan.sequences, plan.outputs, strict=True):
             if sequence.request.params.speculative:
                 self._known(sequence).offered = most if output >= 0 else 0
@@ -206,7 +207,7 @@ class Speculator:
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             asked = 0.0
-            if plan.ahead and self._listener is not None:
+            if plan.ahead is not None and self._listener is not None:
                 asked = self._listener.seconds(len(plan.sequences), plan.ahead)
             before, self._captured = self._captured, self._captures()
             if before == self._captured:  # else it took longer than a step does
@@ -388,6 +389,7 @@ def speculator_of(engine: LoadedEngine, clock: Callable[[], float]) -> Speculato
             param="num_speculative_tokens",
         )
     proposer = create_proposer(config.speculative, engine)
-    lengths, executor = Lengths(most) if auto else None, engine.executor
+    executor, listener = engine.executor, proposer if isinstance(proposer, Listener) else None
+    lengths = Lengths(most, listener) if auto else None
     leads = isinstance(executor, LeadingExecutor) and executor.verifies_unseen
     return Speculator(proposer, most, engine.vocab_size, lengths, clock, leads)

@@ -202,7 +202,7 @@ class StepRunner:
         return {
             (shape.sequences, count): self._device.seconds(work, _TIMES)
             for (shape, count), work in self._guesses.items()
-            if count in counts and shape == self._buckets.decode(shape.sequences)
+            if count in with_none(counts) and shape == self._buckets.decode(shape.sequences)
         }
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
