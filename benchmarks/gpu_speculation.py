@@ -123,8 +123,8 @@ def guessing(
 def step_ms(runner: Timed, batch: int, tokens: int = 64) -> float:
     """ms in which each of a batch of requests gets a token; what is captured on the way is captured
     before."""
-    for _ in range(2):
-        runner.seconds(batch, 128, tokens + 1)
+    for length in (tokens + 1, 1):
+        runner.seconds(batch, 128, length)
     pairs = [
         runner.seconds(batch, 128, tokens + 1) - runner.seconds(batch, 128, 1) for _ in range(3)
     ]
@@ -179,7 +179,7 @@ def fixed_lengths(runner: Timed, loop: EngineLoop) -> dict[str, float]:
             for length, chance in CHANCES.items():
                 before = seen_length(loop)
                 with guessing(loop, who, LENGTH, chance):
-                    rate = plain / step_ms(runner, batch, 256 if batch == 1 else 128)
+                    rate = plain / step_ms(runner, batch, 128 if batch == 1 else 64)
                 times, right = seen_length(loop, before)
                 figures[f"synthetic_{who}_{batch}_at_{length}"] = (
                     rate * float(length) / (1 + right / times)
@@ -195,7 +195,7 @@ def by_load(runner: Timed, loop: EngineLoop) -> dict[str, float]:
     assert speculator is not None
     prepare(loop)
     for batch in (1, 64, 256):
-        tokens = 256 if batch == 1 else 128
+        tokens = 192 if batch == 1 else 64
         with guessing(loop, _NOBODY, 0, 0.0):
             plain = figures[f"auto_plain_{batch}"] = step_ms(runner, batch, tokens)
         for length, chance in CHANCES.items():
