@@ -31,8 +31,8 @@ def draw_drafts(
     )
 
 
-@triton.jit(do_not_specialize=["chance", "vocab"])
-def _draw(  # noqa: ANN202, PLR0913 - a kernel
+@triton.jit(do_not_specialize=["chance", "vocab"])  # type: ignore[untyped-decorator]
+def _draw(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913 - a kernel
     token_ids: Any,  # noqa: ANN401
     positions: Any,  # noqa: ANN401
     query_start: Any,  # noqa: ANN401

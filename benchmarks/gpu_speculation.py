@@ -14,8 +14,11 @@ from unittest.mock import patch
 
 from gpu_drawing import draw_drafts
 
+from slipstream.plugins.cuda.binding import Step
 from slipstream.plugins.drafting.cuda import Tokens
+from slipstream.plugins.sampling import Kind
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.executors.cuda.device import Work
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.inputs import FIRST_ROWS, NUM_DRAFTS, Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
@@ -57,14 +60,16 @@ class Drawn:
     def __init__(self, executor: CUDAExecutor, chance: float) -> None:
         self._executor, self._chance = executor, chance
         self._steps = executor.runner._step_of
-        self._known: dict[Shape, object] = {}
+        self._known: dict[Shape, Step] = {}
 
     def __call__(self, runner: StepRunner) -> None:
         """Enqueue the draws of a step."""
         assert runner._read is not None
         shape, step = runner._read.shape, runner._read.step
-        step = step or self._known.get(shape) or self._steps(shape)
-        self._known[shape] = step
+        if step is None:
+            if shape not in self._known:
+                self._known[shape] = self._steps(shape)
+            step = self._known[shape]
         buffers = self._executor._sampler.buffers
         inputs = step.inputs
         tokens = Tokens(
@@ -89,10 +94,10 @@ def guessing(
     assert speculator is not None
     runner, drafter = executor.runner, executor.runner._drafter
     assert drafter is not None
-    draw, head, settled = Drawn(executor, chance), StepRunner.head, dict[Shape, object]()
+    draw, head, settled = Drawn(executor, chance), StepRunner.head, dict[Shape, Work]()
 
-    def head_and_draw(self: StepRunner, padded: int, kind: object) -> None:
-        head(self, padded, kind)  # type: ignore[arg-type]
+    def head_and_draw(self: StepRunner, padded: int, kind: Kind) -> None:
+        head(self, padded, kind)
         draw(self)
 
     def settle(count: int) -> None:
@@ -104,7 +109,7 @@ def guessing(
         if shape not in settled:
             of = runner._step_of(shape)
             settled[shape] = executor._device.capture(lambda: drafter.settle(of))
-        settled[shape]()  # type: ignore[operator]
+        settled[shape]()
 
     with ExitStack() as patches:
         if who == _NOBODY:
