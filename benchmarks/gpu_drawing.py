@@ -1,8 +1,8 @@
 """Draws which drafts of a step are right, on the GPU that goes on from them."""
+# ruff: noqa: ANN001, ANN202, PLR0913
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -31,17 +31,17 @@ def draw_drafts(
     )
 
 
-@triton.jit(do_not_specialize=["chance", "vocab"])  # type: ignore[untyped-decorator]
-def _draw(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913 - a kernel
-    token_ids: Any,  # noqa: ANN401
-    positions: Any,  # noqa: ANN401
-    query_start: Any,  # noqa: ANN401
-    token_slots: Any,  # noqa: ANN401
-    drafts: Any,  # noqa: ANN401
-    first_rows: Any,  # noqa: ANN401
-    sampled: Any,  # noqa: ANN401
-    chance: Any,  # noqa: ANN401
-    vocab: Any,  # noqa: ANN401
+@triton.jit(do_not_specialize=["chance", "vocab"])
+def _draw(
+    token_ids,
+    positions,
+    query_start,
+    token_slots,
+    drafts,
+    first_rows,
+    sampled,
+    chance,
+    vocab,
     COLUMNS: tl.constexpr,
 ):
     sequence = tl.program_id(0)
