@@ -193,6 +193,13 @@ class StepInputs:
         """
         self._block.zero_()
 
+    def pad(self, shape: Shape) -> None:
+        """Make the block a step of this shape of nothing but padding, which writes nowhere."""
+        self.clear()
+        places = self._layout.places(shape)
+        for name, field in self._layout.fields.items():
+            self._block[slice(*places.spans[name])].fill_(field.padding)
+
     def step(
         self, shape: Shape, num_decodes: int, *, pdl: bool, query_block: int | None = None
     ) -> Step:

@@ -132,7 +132,7 @@ class StepRunner:
             blocks = query_blocks(batch, 0, self._buckets.query_block)
             hidden = self._hidden
         if shape not in self._layers:  # which runs once, before the step is there
-            self._inputs.clear()
+            self._inputs.pad(shape)
             self._layers[shape] = self._device.capture(self._layers_work(shape))
         self._inputs.load(batch, shape, blocks, rows)
         self._read = _Read(shape, None)

@@ -25,7 +25,8 @@ class Runner(StepRunner):
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self._device, self._buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
-        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None, logits_rows=id)
+        self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
+        self.inputs.clear = self.inputs.pad = lambda *_: None
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
         self._program: Any = SimpleNamespace(pools=False)
 
