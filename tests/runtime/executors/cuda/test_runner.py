@@ -156,4 +156,4 @@ def test_costs_are_those_of_every_step_of_decodes(
     runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
     assert set(runner.step_seconds()) == {shape.tokens for shape in decodes}
     guesses = runner.guess_seconds((1, 3))
-    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (1, 3)}
+    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (0, 1, 3)}
