@@ -133,8 +133,8 @@ class GuessingExecutor(Protocol):
         ...
 
     def guess_seconds(self) -> dict[tuple[int, int], float]:
-        """What that takes, by sequences of a step and tokens of each, as far as it was measured
-        when pages were reserved."""
+        """What that takes, by sequences of a step and tokens of each, with 0 for a head that only
+        reads, as far as it was measured when pages were reserved."""
         ...
 
 

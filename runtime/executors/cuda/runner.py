@@ -196,8 +196,8 @@ class StepRunner:
         return None if self._drafter is None else self._drafter.latest
 
     def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
-        """Of guesses after captured steps of decodes, by sequences and how many tokens each; also of
-        none, where the head only reads."""
+        """Of guesses after captured steps of decodes, by sequences and how many of each; of none,
+        the head only reads."""
         with self._device.work():
             self._inputs.clear()
         return {
