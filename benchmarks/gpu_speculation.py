@@ -120,7 +120,7 @@ def guessing(
             patches.enter_context(patch.object(runner, "guess", settle))
             free = patch.object(DeviceHeadProposer, "seconds", lambda *_: 0.0)
             patches.enter_context(free)
-        patches.enter_context(patch.object(speculator, "_most", count))
+        patches.enter_context(patch.object(speculator, "most", count))
         patches.enter_context(patch.object(speculator, "_lengths", lengths))
         yield
 

@@ -250,8 +250,9 @@ class EngineLoop:
             return None
         self._note_admitted(plan.admitted)
         outputs: tuple[str, ...] = ()
-        if self._speculator is not None:
-            outputs, plan.ahead = self._speculator.outputs, self._speculator.ahead(plan)
+        if (guesses := self._speculator) is not None:
+            outputs, size = guesses.outputs, self.scheduler.kv.page_size
+            plan.ahead = guesses.ahead(plan, size)
         batch, owners = self._builder.build(plan, outputs)
         positions = [row.position for row in batch.sampling]
         self._steps.began()

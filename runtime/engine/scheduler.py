@@ -274,6 +274,10 @@ class Scheduler:
         counts, plan.offered = speculator.lead(sequences, room, budget)
         for sequence, start, count in zip(sequences, plan.starts, counts, strict=True):
             plan.draft(count if count and self._holds(sequence, start, count) else 0)
+            # Guesses after the step have places, too, where no other would miss the page.
+            if sequence.allocation is not None and self.kv.num_available > len(self.running):
+                longest = sequence.num_scheduled + sequence.num_drafted + speculator.most
+                self.kv.grow(sequence.allocation, min(longest, sequence.max_cached_tokens))
         return sum(plan.drafts)
 
     def _holds(self, sequence: Sequence, start: int, drafts: int) -> bool:

@@ -69,7 +69,7 @@ class Speculator:
         self._owner = proposer if isinstance(proposer, Owner) else None
         self._listener = proposer if isinstance(proposer, Listener) else None
         self._follower = proposer if isinstance(proposer, Follower) else None
-        self._most = most
+        self.most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
         self._clock = clock
@@ -105,7 +105,7 @@ class Speculator:
         tracked = [self._follow(sequences[place]) for place in places]
         self._guess([sequences[place] for place in places], tracked)
         offered = [
-            self._allowed(sequences[place], each.guess[: min(room[place], self._most)])
+            self._allowed(sequences[place], each.guess[: min(room[place], self.most)])
             for place, each in zip(places, tracked, strict=True)
         ]
         counts = [len(guess) for guess in offered]
@@ -162,15 +162,18 @@ class Speculator:
             return ()
         return tuple(self._follower.outputs)
 
-    def ahead(self, plan: StepPlan) -> int | None:
+    def ahead(self, plan: StepPlan, page_size: int) -> int | None:
         """How many tokens of each sequence the device is to guess after a step, None if nobody
-        hears of them."""
+        hears of them; guesses after the first end with the last page of ``page_size`` tokens."""
         if self._proposer is None or self._listener is None:
             return None
-        most = self._most if self._lengths is None else self._lengths.wanted()
-        for sequence, output in zip(plan.sequences, plan.outputs, strict=True):
+        most = self.most if self._lengths is None else self._lengths.wanted()
+        ends = zip(plan.sequences, plan.outputs, plan.allocations, strict=True)
+        for sequence, output, held in ends:
             if sequence.request.params.speculative:
-                self._known(sequence).offered = most if output >= 0 else 0
+                longest = sequence.num_scheduled + sequence.num_drafted
+                sure = 1 + max(0, len(held.pages) * page_size - longest)
+                self._known(sequence).offered = min(most, sure) if output >= 0 else 0
         return most
 
     def computed(
@@ -320,12 +323,12 @@ class Speculator:
         for sequence, each in zip(sequences, tracked, strict=True):
             each.guess, each.guessed_at = (), len(sequence.tokens)
             if each.predicted is not None:
-                each.guess = each.predicted.propose(sequence.output, self._most)
+                each.guess = each.predicted.propose(sequence.output, self.most)
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
         listens = self._listener is not None  # who has been asked with the step before
-        most = self._most if self._lengths is None or listens else self._lengths.wanted()
+        most = self.most if self._lengths is None or listens else self._lengths.wanted()
         if not asked or not most:
             return
         began = self._clock()

@@ -142,7 +142,7 @@ def test_a_device_that_leads_changes_no_bit(
     options: dict[str, Any] = {**LIMITS, **SCHEDULES[schedule], "deterministic": True}
     if (pages := options.pop("pages", None)) is not None:
         options["kv_cache_bytes"] = pages * 64 * (3 * 2 * 2 * 16 * 2 + 2 * 4 * 16 * 2)
-    params = [SamplingParams(**{"max_tokens": 60, **kind}) for kind in ALONE]
+    params = [SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **kind}) for kind in ALONE]
     prompts = [[start + 1] * (30 + 5 * start) for start in range(len(ALONE))]
     found = []
     for length in (None, 1, 3, 7, "auto"):
@@ -150,8 +150,8 @@ def test_a_device_that_leads_changes_no_bit(
         with LLM(knowing, **options, **(more if length else {})) as llm:
             found.append([each.outputs for each in llm.generate(prompts, params)])
         assert found[-1] == found[0], length
-        assert led > 100 or length is None
-        led = 0 if length != 7 else led  # a step may be too cheap for some to pay
+        assert led > 60 or length in (None, "auto")  # a step may be too cheap for some to pay
+        led = 0
 
 
 def test_tokens_are_drawn_as_without(knowing: Path) -> None:

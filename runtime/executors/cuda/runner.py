@@ -260,10 +260,10 @@ class StepRunner:
         and so many guesses."""
         with self._device.work():
             self._inputs.clear()
+        for size in [size for size in self._head_sizes if size <= most]:
+            if (size, Kind.GREEDY) not in self._heads:
+                self._capture_head(size, Kind.GREEDY)
         for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
-            head = self.padded_rows(shape.tokens), Kind.GREEDY
-            if head not in self._heads:
-                self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
             for count in with_none(counts):
