@@ -65,7 +65,7 @@ class BatchBuilder:
             outputs=(*_outputs(plan), *outputs),
             drafts=plan.drafts,
             moves=plan.moves,
-            transfers=plan.transfers,
+            transfers=plan.transfers.copies,
             guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
         )
         return batch, wanted.owners

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
-from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused, step_failed
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
@@ -22,7 +22,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
-from slipstream.runtime.host_memory import reserve_host, spill, traffic
+from slipstream.runtime.host_memory import make_transfers, reserve_host, spill, traffic
 from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
@@ -31,6 +31,7 @@ from slipstream.runtime.request import (
     Request,
     RequestMetrics,
     RequestOutput,
+    check_tokens,
     id_in_use,
 )
 from slipstream.runtime.speculation.speculator import speculator_of
@@ -66,6 +67,8 @@ class EngineLoop:
         num_pages = engine.reserve_pages()
         if self._speculator is not None:
             self._speculator.learn(engine.executor)
+        host = reserve_host(engine)
+        self.staging = host.staging
         self.scheduler = Scheduler(
             engine.config,
             num_pages,
@@ -73,7 +76,7 @@ class EngineLoop:
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
-            host=reserve_host(engine),
+            host=host.offload,
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
@@ -126,14 +129,8 @@ class EngineLoop:
         """Raise the typed error that ``add_request`` would raise; safe from any thread."""
         if (reason := self.forked) is not None:
             raise ExecutionError(reason)
-        tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
         self._clamp(request)
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise InvalidRequestError(
-                f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
-                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?",
-                param="prompt",
-            )
+        check_tokens(request.prompt_token_ids, self._engine.vocab_size)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -218,7 +215,9 @@ class EngineLoop:
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
-            if self._flight and flight and runs_ahead:
+            if self._flight is None:
+                make_transfers(self._engine.executor, self.scheduler.kv)
+            elif flight and runs_ahead:
                 self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
             self._sample(self._flight)
@@ -283,7 +282,7 @@ class EngineLoop:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
             self._health.failed(error)
-            self.scheduler.kv.failed(flight.plan.stored)
+            self.scheduler.kv.failed(flight.plan.transfers)
             self._fail(flight.plan, error)
             return
         finally:

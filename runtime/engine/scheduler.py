@@ -85,6 +85,7 @@ class Scheduler:
             num_pages=self.kv.num_pages,
             host_queries=self._admission.host_queries,
             host_hits=self._admission.host_hits,
+            handed=self._admission.handed,
         )
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
@@ -150,7 +151,7 @@ class Scheduler:
         self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         if plan.sequences:
-            plan.transfers, plan.stored = self.kv.take_transfers()
+            plan.transfers = self.kv.take_transfers()
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -162,7 +163,7 @@ class Scheduler:
         chunks = zip(
             plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
         )
-        self.kv.landed(plan.stored)
+        self.kv.landed(plan.transfers)
         for sequence, start, count, drafts, allocation in chunks:
             if drafts:
                 count -= drafts
@@ -171,6 +172,9 @@ class Scheduler:
                 sequence.num_computed += count
                 if sequence.num_computed >= allocation.due:
                     self.kv.commit(allocation, sequence.tokens, sequence.num_computed)
+                handover = sequence.request.handover
+                if handover is not None and sequence.hands_over:
+                    self.kv.handovers.store(handover, allocation)
             if sequence.followers and start + count >= sequence.prompt_len:
                 for follower in sequence.followers:
                     follower.leader = sequence
@@ -201,6 +205,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
+        if sequence.request.handover is not None:
+            sequence.request.handover.give_up()
         if self._speculator is not None:
             self._speculator.finish(sequence)
 

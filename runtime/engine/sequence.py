@@ -153,6 +153,13 @@ class Sequence:
         prefix cache."""
         return self.scores_prompt or (self.pool is not None and self.pool.mode == "mean")
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether its prompt is computed and is now to go to another engine."""
+        handover = self.request.handover
+        waits = handover is not None and handover.stores and not handover.queued
+        return waits and self.num_computed >= self.prompt_len
+
     def append(self, token: int) -> None:
         """Take a sampled token that has landed and set ``finish_reason`` if it is the last.
 

@@ -108,7 +108,7 @@ class OffloadingExecutor(Protocol):
         ...
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
-        """Make transfers outside of a step; nothing is on its way."""
+        """Make transfers outside of a step, all of them; nothing is on its way."""
         ...
 
 

@@ -123,6 +123,16 @@ class Buckets:
         blocks = tokens // self.query_block + sequences
         return Shape(tokens, sequences, blocks, min(tokens, self.max_rows))
 
+    def alike(self, one: Shape, other: Shape) -> bool:
+        """Whether the ``other`` serves for ``one`` where it has more tokens: both are steps of one
+        token a sequence, or both mixed, or both have drafts, and that has room for them."""
+        if one.rows or other.rows:
+            return bool(one.rows and other.rows)
+        plain = [shape == self.decode(shape.sequences) for shape in (one, other)]
+        if any(plain):
+            return all(plain)
+        return other.sequences >= one.sequences and other.queries >= one.queries
+
     @property
     def largest(self) -> Shape:
         """The largest step there can be."""

@@ -214,6 +214,15 @@ class Device:
         self.synchronize()
         return (time.perf_counter() - began) / times
 
+    def peak(self, work: Work) -> int:
+        """Bytes that some work takes of a GPU while it runs."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self.work():
+            work()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
         if self._stream is not None and not self.until(self._stream.query):

@@ -27,7 +27,7 @@ from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
+from slipstream.plugins.paged_attention.cuda.attention import query_block, workspace_of
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
@@ -196,12 +196,12 @@ class CUDAExecutor:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
         if manifest.ranks == 1:
             return None
-        if self._team is not None:
-            return self._team.communicator
-        from slipstream.runtime.executors.cuda.team import planned_communicator
+        if self._team is None:
+            from slipstream.runtime.executors.cuda.team import Team
 
-        assert self._device.is_planned, "ranks have met before they start"
-        return planned_communicator(manifest.ranks, self._device)
+            assert self._device.is_planned, "ranks have met before they start"
+            self._team = Team.planned(manifest.ranks, self._device)
+        return self._team.communicator
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
@@ -241,11 +241,14 @@ class CUDAExecutor:
         return Traffic() if self._host is None else self._host.loaded
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy pages, and wait for that."""
+        self._copy_pages(transfers)
+        self._device.synchronize()
+
+    def _copy_pages(self, transfers: Sequence[Transfer]) -> None:
         """Enqueue copies of pages, which what is enqueued after them waits for."""
         if self._host is not None:
-            of = self._pages.by_cache(self.runner.memory.pages)
-            # A head that nobody asks has no pages.
-            self._host.transfer([each for each in transfers if each.cache in of], of)
+            self._host.transfer(transfers, self._pages.by_cache(self.runner.memory.pages))
 
     def step_seconds(self) -> dict[int, float]:
         """Of steps as the GPU takes them one after the other, as the engine's file of costs has
@@ -293,7 +296,7 @@ class CUDAExecutor:
             count = batch.guessing.count
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
-        self.transfer(batch.transfers)
+        self._copy_pages(batch.transfers)
         guessed = self.runner.guessed
         with self._device.work():
             self._move_pages(batch.moves)
@@ -336,13 +339,9 @@ class CUDAExecutor:
         self.runner.bind(None)  # the old pages go before the new ones come
         with self._device.work():
             arrays = self._pages.allocate(pages, device)
-            workspace = DecodeWorkspace.allocate(
-                config.max_batch_size + self._drafts_of_step(),
-                max(layer.num_heads for layer in layers),
-                max(layer.head_dim for layer in layers),
-                config.max_seq_len,
-                device,
-            )
+            decodes = config.max_batch_size + self._drafts_of_step()
+            longest = config.max_num_tokens, config.max_seq_len
+            workspace = workspace_of(layers, arrays.values(), decodes, *longest, device)
         self.runner.bind(Memory(arrays, self._sampler.last_tokens, workspace))
 
     def _free_after_largest_step(self) -> int:
@@ -355,8 +354,8 @@ class CUDAExecutor:
             return device.free_memory()
         with phase("kernels"):
             self._compile()
-        alone = self._peak(self.runner.largest_step)
-        captured = max(self._peak(work) for work in self.runner.largest_captured())
+        alone = device.peak(self.runner.largest_step)
+        captured = max(device.peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
 
     def _compile(self) -> None:
@@ -369,15 +368,6 @@ class CUDAExecutor:
         self._device.compile(works, self._steps)
         if team is not None:
             team.meet()
-
-    def _peak(self, work: Work) -> int:
-        """Bytes that some work takes while it runs."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self._device.work():
-            work()
-        self._device.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:

@@ -89,7 +89,7 @@ class StartedCUDAStep:
     def _sampled(self, rows: Sequence[SamplingRow]) -> PendingSample:
         slots: list[int] = self.batch.sampling_slots[self.places].tolist()
         kind, padded = self.sampler.kind(rows), self.runner.padded_rows(len(rows))
-        self.runner.ready_head(padded, kind)
+        padded = self.runner.ready_head(padded, kind)
         self.sampler.prepare(rows, slots, padded, kind)
         self.runner.head(padded, kind)
         return self.sampler.fetch(len(rows), kind)

@@ -18,6 +18,7 @@ from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
+from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
@@ -28,6 +29,7 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
+from slipstream.runtime.executors.cuda.spared import HEAD_WORTH, Spared
 
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
@@ -54,7 +56,8 @@ class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
-    makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
+    makes of them is in ``logits [max_rows, vocab]``, but where ranks find the best token of each in
+    parts. Captured steps of more than decodes leave what
     the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
     its tokens.
     """
@@ -80,6 +83,7 @@ class StepRunner:
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
+        self._spared = Spared()
         count = buckets.max_rows
         with device.work():
             ports = {port.name: port for port in program.inputs}
@@ -111,6 +115,7 @@ class StepRunner:
         self._layers.clear()
         self._heads.clear()
         self._guesses.clear()
+        self._spared.forget()
         self._memory = memory
 
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
@@ -124,11 +129,11 @@ class StepRunner:
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
-            shape = self._decode_shape(batch, decodes)
+            shape = self._served(self._decode_shape(batch, decodes))
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
             hidden = self.rows
         else:
-            shape = self._buckets.mixed(bucket(tokens, mixed))
+            shape = self._served(self._buckets.mixed(bucket(tokens, mixed)))
             blocks = query_blocks(batch, 0, self._buckets.query_block)
             hidden = self._hidden
         if shape not in self._layers:  # which runs once, before the step is there
@@ -146,6 +151,13 @@ class StepRunner:
         counts = np.diff(batch.query_start)
         return buckets.verification(tokens, len(counts), int(counts.max()))
 
+    def _served(self, wanted: Shape) -> Shape:
+        """The shape of the captured layers that run a step of the ``wanted`` one."""
+        if wanted in self._layers:
+            return wanted
+        alike = [(s, s.tokens) for s in self._layers if self._buckets.alike(wanted, s)]
+        return self._spared.choose(wanted, wanted.tokens, alike)
+
     @property
     def pools(self) -> bool:
         """Whether rows become states, none of which is sampled."""
@@ -155,21 +167,29 @@ class StepRunner:
         """For how many rows the head is captured that ``count`` rows take."""
         return bucket(count, self._buckets.row_sizes)
 
-    def ready_head(self, padded: int, kind: Kind) -> None:
-        """Capture what ``head`` enqueues if that moves rows, where it runs once on padding: before
-        the sampler is told of those of a step."""
-        if self._drafter is not None and (padded, kind) not in self._heads:
+    def ready_head(self, padded: int, kind: Kind) -> int:
+        """For how many rows ``head`` is captured that so many take; where that moves rows, it is
+        now, as it runs once on padding: before the sampler is told of those of a step."""
+        if self._drafter is None:
+            return padded
+        key = self._served_head(padded, kind)
+        if key not in self._heads:
             self._sampler.clear()
-            self._capture_head(padded, kind)
+            self._heads[key] = self._device.capture(self._head_work(*key))
+        return key[0]
 
     def head(self, padded: int, kind: Kind) -> None:
-        """Enqueue norm, head and sampling of the first ``padded`` rows."""
-        if (padded, kind) not in self._heads:
-            self._capture_head(padded, kind)
-        self._heads[padded, kind]()
+        """Enqueue norm, head and sampling of the first ``padded`` rows, or of more."""
+        key = self._served_head(padded, kind)
+        if key not in self._heads:
+            self._heads[key] = self._device.capture(self._head_work(*key))
+        self._heads[key]()
 
-    def _capture_head(self, padded: int, kind: Kind) -> None:
-        self._heads[padded, kind] = self._device.capture(self._head_work(padded, kind))
+    def _served_head(self, padded: int, kind: Kind) -> tuple[int, Kind]:
+        if (padded, kind) in self._heads:
+            return padded, kind
+        alike = [(each, each[0]) for each in self._heads if each[1] is kind]
+        return self._spared.choose((padded, kind), padded, alike, HEAD_WORTH)
 
     def guess(self, count: int) -> None:
         """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
@@ -262,7 +282,9 @@ class StepRunner:
             self._inputs.clear()
         for size in [size for size in self._head_sizes if size <= most]:
             if (size, Kind.GREEDY) not in self._heads:
-                self._capture_head(size, Kind.GREEDY)
+                self._heads[size, Kind.GREEDY] = self._device.capture(
+                    self._head_work(size, Kind.GREEDY)
+                )
         for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
@@ -367,18 +389,12 @@ class StepRunner:
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
-        pdl = self._overlaps(padded)
-
-        def work() -> None:
-            if self._drafter is not None and kind is not Kind.GREEDY:  # which asks for no position
-                self._drafter.move_rows(padded, pdl)
-            self._program.logits(rows, logits, pdl)
-            if self._team is None or self._team.is_first:
-                self._sampler.launch(logits, padded, kind, pdl)
-            if self._team is not None:
-                self._team.share(self._sampler.last_tokens)
-
-        return work
+        pdl, drafter = self._overlaps(padded), self._drafter
+        of = (self._program, self._sampler, self._team)
+        work = head_work(*of, rows, logits, kind, pdl=pdl)
+        if drafter is None or kind is Kind.GREEDY:  # which asks for no position
+            return work
+        return _after(lambda: drafter.move_rows(padded, pdl), work)
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slipstream.plugins import sampling
 from slipstream.plugins.sampling import MAX_LOGPROBS, Field, Kind
-from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.plugins.sampling.cuda import SamplerBuffers, best_of_part, sample, sample_best
 from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.sampling.logits_processors import completed_bad_words, ending_tokens
 from slipstream.runtime.sampling.params import SamplingParams
@@ -167,6 +167,14 @@ class CUDASampler:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
         sample(logits, self.buffers, padded, kind, pdl)
 
+    def best_of_part(self, logits: torch.Tensor, first: int, pdl: bool = False) -> torch.Tensor:
+        """The best of rows of logits of the tokens from ``first`` on; capturable."""
+        return best_of_part(logits, self.buffers, first, pdl)
+
+    def launch_best(self, best: torch.Tensor, pdl: bool = False) -> None:
+        """``launch`` of kind ``GREEDY`` from the best of all parts; capturable."""
+        sample_best(best, self.buffers, pdl)
+
     def fetch(self, num_rows: int, kind: Kind) -> PendingSample:
         """Start copying the results of the step that was prepared last to the host."""
         results = self._results[self._step % _STEPS_IN_FLIGHT]
@@ -298,7 +306,9 @@ def _kind(row: SamplingRow) -> Kind:
     too_short = row.position < params.min_tokens and ending_tokens(row)
     if params.edits_logits or lists_logprobs(params) or too_short:
         return Kind.FULL
-    return Kind.GREEDY if params.greedy else Kind.SAMPLE
+    # Of greedy rows whose logits nobody reads, ranks give each other only the best.
+    greedy = params.greedy and params.logprobs is None
+    return Kind.GREEDY if greedy else Kind.SAMPLE
 
 
 def _same_sequence(first: SamplingRow, second: SamplingRow) -> bool:

@@ -15,6 +15,7 @@ from slipstream.runtime.executors.cuda.buckets import Buckets
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.inputs import Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.executors.cuda.spared import Spared
 
 BUCKETS = Buckets(1024, 8192, 64)
 
@@ -25,6 +26,7 @@ class Runner(StepRunner):
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self._device, self._buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
+        self._spared = Spared()
         self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
         self.inputs.clear = self.inputs.pad = lambda *_: None
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
@@ -69,17 +71,69 @@ def test_the_largest_steps_come_first_then_those_of_the_first_answers(
     assert captured == [*layers, *heads]
 
 
-def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: list[Any]) -> None:
+def decodes(count: int) -> Any:  # noqa: ANN401
+    return SimpleNamespace(
+        token_ids=np.zeros(count), query_start=np.arange(count + 1), context_len=np.ones(count)
+    )
+
+
+def test_other_steps_are_captured_once_when_they_pay(runner: Runner, captured: list[Any]) -> None:
+    """Until then the next larger serves: one step of 100 among 1,024 costs less than a capture."""
     runner.capture()
     captured.clear()
-    many = SimpleNamespace(
-        token_ids=np.zeros(100), query_start=np.arange(101), context_len=np.ones(100)
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
+    for count in (100, 3, 100, 3, 100):
+        runner.layers(decodes(count), np.arange(count, dtype=np.int32))
+    largest, own = BUCKETS.decode(1024), BUCKETS.decode(112)
+    few = BUCKETS.decode(4)
+    assert captured == [own]
+    assert loaded == [largest, few, own, few, own]
+
+
+def test_a_batch_that_shrinks_is_not_held_up_at_every_size(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    for _ in range(3):
+        runner.layers(decodes(256), np.arange(256, dtype=np.int32))
+        runner.head(256, Kind.GREEDY)
+    captured.clear()
+    for count in range(256, 16, -16):
+        runner.layers(decodes(count), np.arange(count, dtype=np.int32))
+        runner.head(runner.padded_rows(count), Kind.GREEDY)
+    assert captured == []
+    for _ in range(12):
+        runner.layers(decodes(128), np.arange(128, dtype=np.int32))
+        runner.head(128, Kind.GREEDY)
+    assert captured == [BUCKETS.decode(128)]
+
+
+def test_heads_cost_less_than_layers_and_are_captured_later(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    captured.clear()
+    for count in range(16, 256, 16):  # rows of steps of prompts, of which more and more go on
+        runner.head(runner.padded_rows(count), Kind.SAMPLE)
+    assert captured == []
+    for _ in range(20):
+        runner.head(128, Kind.SAMPLE)
+    assert captured == [(128, Kind.SAMPLE)]
+
+
+def test_prompts_are_served_by_larger_steps_of_prompts(runner: Runner, captured: list[Any]) -> None:
+    runner.capture()
+    captured.clear()
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
+    batch = SimpleNamespace(
+        token_ids=np.zeros(1100), query_start=np.array([0, 1100]), context_len=np.array([1100])
     )
-    few = SimpleNamespace(token_ids=np.zeros(3), query_start=np.arange(4), context_len=np.ones(3))
-    for batch in (many, few, many):
-        rows = np.arange(len(batch.token_ids), dtype=np.int32)
-        runner.layers(batch, rows)  # type: ignore[arg-type]
-    assert captured == [BUCKETS.decode(112)]
+    for _ in range(3):
+        runner.layers(batch, np.arange(1, dtype=np.int32))  # type: ignore[arg-type]
+    largest, own = BUCKETS.mixed(2048), BUCKETS.mixed(1536)
+    assert captured == [own] and loaded == [largest, largest, own]
 
 
 def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
