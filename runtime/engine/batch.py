@@ -158,7 +158,7 @@ class _Wanted:
         while len(rows) <= drafts:
             rows.append(_new_row(sequence, None))
         for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
-            row.position = output
+            row.position, row.drafts = output, ()  # the host may have guessed some the last time
             self.rows.append(at)
             self.sampling.append(row)
             self.owners.append(sequence)

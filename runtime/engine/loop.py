@@ -207,8 +207,8 @@ class EngineLoop:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
         runs_ahead, guesses = self._engine.executor.runs_ahead, self._speculator
-        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan)))
-        if flight and runs_ahead and not waits:
+        waits = flight and guesses and guesses.waits_for(flight.plan, self.scheduler.running)
+        if flight and runs_ahead and not (waits or flight.refused):
             self._flight = self._launch()
             if self._flight and not self._need_output:
                 self._sample(self._flight)
@@ -249,8 +249,9 @@ class EngineLoop:
             return None
         self._note_admitted(plan.admitted)
         outputs: tuple[str, ...] = ()
-        if self._speculator is not None:
-            outputs, plan.ahead = self._speculator.outputs, self._speculator.ahead(plan)
+        if (guesses := self._speculator) is not None:
+            outputs, size = guesses.outputs, self.scheduler.kv.page_size
+            plan.ahead = guesses.ahead(plan, size)
         batch, owners = self._builder.build(plan, outputs)
         positions = [row.position for row in batch.sampling]
         self._steps.began()
@@ -311,7 +312,7 @@ class EngineLoop:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds + flight.idle)
-            self._speculator.computed(flight.plan, runs, result)
+            self._speculator.computed(flight.plan, runs, result, latest=self._flight is None)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

@@ -25,8 +25,9 @@ class StepPlan:
 
     Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
     token; the device adds the rest. ``transfers``, in their order, and then ``moves`` are made
-    before anything is computed. ``ahead`` is how
-    many tokens of each sequence the device is to guess after them, None where it has no head.
+    before anything is computed. ``ahead`` is how many tokens of each sequence the device is to
+    guess after them, None where it has no head; ``offered``, where it leads, how many it has
+    guessed of each decode before.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -41,6 +42,7 @@ class StepPlan:
     transfers: Transfers = field(default_factory=Transfers)
     admitted: list[Sequence] = field(default_factory=list)
     ahead: int | None = None
+    offered: list[int] | None = None
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""

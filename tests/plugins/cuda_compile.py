@@ -24,7 +24,17 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.collectives.cuda import exchange
 from slipstream.plugins.collectives.cuda.layout import Layout
-from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
+from slipstream.plugins.drafting.cuda import (
+    DraftBuffers,
+    Pages,
+    Table,
+    Tokens,
+    advance,
+    follow,
+    guess,
+    mask,
+    move_rows,
+)
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.gated_mlp import GATES
@@ -46,7 +56,7 @@ from slipstream.plugins.paged_attention.reference import Attributes
 from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.router.cuda import router
-from slipstream.plugins.sampling import Kind
+from slipstream.plugins.sampling import Field, Kind
 from slipstream.plugins.sampling.cuda import SamplerBuffers, best_of_part, sample, sample_best
 from slipstream.plugins.soft_cap.cuda import soft_cap
 from slipstream.weights.tensor import WeightFormat
@@ -308,10 +318,13 @@ def drafting(capability: tuple[int, int], pdl: bool) -> None:
     vocab = 32000
     numbers = torch.zeros(8, dtype=torch.int32)
     for known in (torch.zeros(vocab, dtype=torch.int32), None):
-        buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, torch.device("cpu"))
+        buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, numbers[:2])
         pages = Pages(torch.zeros((2, 4), dtype=torch.int32), numbers[:2], 64)
-        first, drafts, sampled = numbers[:2], numbers[:2], numbers
-        follow(numbers, numbers, numbers, numbers, first, drafts, sampled, buffers, pdl)
+        tokens = Tokens(numbers, numbers, numbers, numbers, drafts=numbers[:2])
+        table = Table(pages.table, numbers, 64)
+        advance(tokens, numbers[:2], [table], pages.table, vocab, buffers, pdl)
+        move_rows(torch.zeros((len(Field), 8), dtype=torch.int32), 8, buffers, pdl)
+        follow(tokens, numbers, numbers[:2], numbers, buffers, pdl)
         for goes_on in (True, False):
             guess(torch.zeros(2, vocab), buffers, pages, 0, 1, goes_on, pdl)
             guess(torch.zeros(2, vocab), buffers, pages, 1, 1, goes_on, pdl)

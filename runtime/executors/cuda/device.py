@@ -116,6 +116,7 @@ class Device:
         self.has_pdl = has_pdl(self.torch)
         self._stream = torch.cuda.Stream() if self.is_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        self.captures = 0  # so far
 
     @property
     def name(self) -> str:
@@ -185,6 +186,7 @@ class Device:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""
         with self.work():
             work()
+        self.captures += 1
         if not self.is_cuda:
             return work
         self.synchronize()

@@ -19,15 +19,10 @@ from torch import Tensor
 from slipstream.builder.contract import (
     EAGLE3,
     HEAD_GRAPH,
-    HIDDEN,
-    LOGITS,
-    STATES,
     TARGET_GRAPH,
-    GraphSpec,
-    states,
 )
 from slipstream.builder.engine import COSTS, TACTICS, Engine, Manifest
-from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.errors import CapacityError
 from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
@@ -47,7 +42,7 @@ from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pages import CUDAPages
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
-from slipstream.runtime.executors.cuda.program import CUDAProgram
+from slipstream.runtime.executors.cuda.program import CUDAProgram, target_spec
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.speculation.proposer import OFF
@@ -144,7 +139,7 @@ class CUDAExecutor:
         tactics: Path | None,
     ) -> None:
         graph, head = graphs
-        spec = _checked(manifest)
+        spec = target_spec(manifest)
         guesses = head is not None and config.speculative == EAGLE3
         self._caches = tuple(c for c in manifest.caches if guesses or c.name != HEAD_GRAPH)
         self._config, device = config, self._device
@@ -181,8 +176,8 @@ class CUDAExecutor:
             drafter = logits = None
             if part is not None:
                 logits = torch.zeros((rows, program.vocab_size), device=device.torch)
-                tokens = self._sampler.buffers.tokens
-                drafter = Drafter(part, tokens, logits, device, buckets, self._pages.page_size)
+                sampled, size = self._sampler.buffers, self._pages.page_size
+                drafter = Drafter(part, sampled, logits, device, buckets, size)
             self.runner = self._runner(program, buckets, logits, drafter)
         self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
@@ -268,6 +263,16 @@ class CUDAExecutor:
         """How many tokens a head of the engine guesses after a step, at most."""
         return max(self.guess_counts, default=0)
 
+    @property
+    def verifies_unseen(self) -> bool:
+        """Where it guesses, what it has guessed stays on the device."""
+        return self.guesses > 0
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self._device.captures
+
     def guess_seconds(self) -> dict[tuple[int, int], float]:
         """What the head takes after such steps."""
         if self._costs is not None and self._costs.guesses:
@@ -292,12 +297,14 @@ class CUDAExecutor:
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
         self._copy_pages(batch.transfers)
+        guessed = self.runner.guessed
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)
             places = [i for i, row in rows if row.target is None and not row.pooled]
             hidden = self.runner.layers(batch, batch.logits_rows[places])
-        return StartedCUDAStep(self._device, self.runner, self._sampler, batch, places, hidden)
+        of = (self._device, self.runner, self._sampler)
+        return StartedCUDAStep(*of, batch, places, hidden, guessed)
 
     def shutdown(self) -> None:
         """Let go of the graphs and the pages."""
@@ -372,19 +379,3 @@ class CUDAExecutor:
                 "sequences do not fit in the GPU's memory beside the weights; lower "
                 "--max-num-tokens, --max-batch-size or --kv-cache-bytes"
             ) from error
-
-
-def _checked(manifest: Manifest) -> GraphSpec:
-    """The target's graph of an engine that has what this executor runs."""
-    spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
-    outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
-    known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}
-    simple = known and not states(caches) and outputs in ([LOGITS], [STATES])
-    if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
-        raise EngineMismatchError(
-            f"the engine has graphs {', '.join(manifest.graphs)}, caches "
-            f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
-            f"{', '.join(outputs)}; a GPU runs a graph in two halves, and one of a head, on pages "
-            "of one array, for its logits or states: build it with --target cpu"
-        )
-    return spec

@@ -15,7 +15,7 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.head import head_work
@@ -24,6 +24,7 @@ from slipstream.runtime.executors.cuda.inputs import (
     Layout,
     Shape,
     StepInputs,
+    num_decodes,
     query_blocks,
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
@@ -123,21 +124,22 @@ class StepRunner:
 
         Returns the last layer's output of every token, valid until the next step.
         """
-        tokens, decodes = len(batch.token_ids), _num_decodes(batch)
+        tokens, decodes = len(batch.token_ids), num_decodes(batch)
         mixed = self._buckets.mixed_tokens
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
             shape = self._served(self._decode_shape(batch, decodes))
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
-            self._inputs.load(batch, shape, blocks, rows)
             hidden = self.rows
         else:
             shape = self._served(self._buckets.mixed(bucket(tokens, mixed)))
-            self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
+            blocks = query_blocks(batch, 0, self._buckets.query_block)
             hidden = self._hidden
-        if shape not in self._layers:
+        if shape not in self._layers:  # which runs once, before the step is there
+            self._inputs.pad(shape)
             self._layers[shape] = self._device.capture(self._layers_work(shape))
+        self._inputs.load(batch, shape, blocks, rows)
         self._read = _Read(shape, None)
         self._layers[shape]()
         return hidden[:tokens]
@@ -165,15 +167,29 @@ class StepRunner:
         """For how many rows the head is captured that ``count`` rows take."""
         return bucket(count, self._buckets.row_sizes)
 
+    def ready_head(self, padded: int, kind: Kind) -> int:
+        """For how many rows ``head`` is captured that so many take; where that moves rows, it is
+        now, as it runs once on padding: before the sampler is told of those of a step."""
+        if self._drafter is None:
+            return padded
+        key = self._served_head(padded, kind)
+        if key not in self._heads:
+            self._sampler.clear()
+            self._heads[key] = self._device.capture(self._head_work(*key))
+        return key[0]
+
     def head(self, padded: int, kind: Kind) -> None:
         """Enqueue norm, head and sampling of the first ``padded`` rows, or of more."""
-        key = (padded, kind)
-        if key not in self._heads:
-            alike = [(each, each[0]) for each in self._heads if each[1] is kind]
-            key = self._spared.choose(key, padded, alike, HEAD_WORTH)
+        key = self._served_head(padded, kind)
         if key not in self._heads:
             self._heads[key] = self._device.capture(self._head_work(*key))
         self._heads[key]()
+
+    def _served_head(self, padded: int, kind: Kind) -> tuple[int, Kind]:
+        if (padded, kind) in self._heads:
+            return padded, kind
+        alike = [(each, each[0]) for each in self._heads if each[1] is kind]
+        return self._spared.choose((padded, kind), padded, alike, HEAD_WORTH)
 
     def guess(self, count: int) -> None:
         """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
@@ -188,19 +204,26 @@ class StepRunner:
             self._guesses[shape, count] = self._device.capture(work)
         self._guesses[shape, count]()
 
-    def fetch_guesses(self, sequences: int, count: int) -> PendingGuesses:
-        """Start copying what was guessed to the host."""
+    def fetch_guesses(self, slots: IntArray, count: int) -> PendingGuesses:
+        """Start copying what was guessed of the sequences in ``slots`` to the host."""
         assert self._drafter is not None
-        return self._drafter.fetch(sequences, count)
+        return self._drafter.fetch(slots, count)
+
+    @property
+    def guessed(self) -> IntArray | None:
+        """What is guessed of each slot before the next step, int32 ``[slots, COLUMNS]`` that the
+        device may still write; None without a head."""
+        return None if self._drafter is None else self._drafter.latest
 
     def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
-        """Of guesses after captured steps of decodes, by sequences and how many tokens each."""
+        """Of guesses after captured steps of decodes, by sequences and how many of each; of none,
+        the head only reads."""
         with self._device.work():
             self._inputs.clear()
         return {
             (shape.sequences, count): self._device.seconds(work, _TIMES)
             for (shape, count), work in self._guesses.items()
-            if count in counts and shape == self._buckets.decode(shape.sequences)
+            if count in with_none(counts) and shape == self._buckets.decode(shape.sequences)
         }
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
@@ -220,7 +243,7 @@ class StepRunner:
         guesses = [
             self._guess_work(shape, self._step_of(shape), count)
             for shape in (self._shapes if counts else ())
-            for count in _with_none(counts)
+            for count in with_none(counts)
         ]
         return [*layers, *heads, *guesses, self.largest_step]
 
@@ -246,7 +269,7 @@ class StepRunner:
         for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
             for kind in PREPARED_KINDS:
                 self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
-        for count in _with_none(counts):
+        for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
                 self._guesses[shape, count] = self._device.capture(work)
@@ -257,13 +280,15 @@ class StepRunner:
         and so many guesses."""
         with self._device.work():
             self._inputs.clear()
+        for size in [size for size in self._head_sizes if size <= most]:
+            if (size, Kind.GREEDY) not in self._heads:
+                self._heads[size, Kind.GREEDY] = self._device.capture(
+                    self._head_work(size, Kind.GREEDY)
+                )
         for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
-            head = self.padded_rows(shape.tokens), Kind.GREEDY
-            if head not in self._heads:
-                self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
-            for count in _with_none(counts):
+            for count in with_none(counts):
                 if (shape, count) not in self._guesses:
                     work = self._guess_work(shape, self._step_of(shape), count)
                     self._guesses[shape, count] = self._device.capture(work)
@@ -300,6 +325,7 @@ class StepRunner:
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
         self._read = _Read(shape, step)
+        self._advance(step)
         hidden = self._program.hidden(step, self.memory, states=self._states(tokens))
         if len(rows):
             wanted = self._inputs.logits_rows(shape)
@@ -330,13 +356,19 @@ class StepRunner:
         wanted = self._inputs.logits_rows(shape)
 
         def decode() -> None:
+            self._advance(step)
             self._program.hidden(step, memory, self.rows[: shape.tokens], states)
 
         def mixed() -> None:
+            self._advance(step)
             hidden = self._program.hidden(step, memory, self._hidden[: shape.tokens], states)
             torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
 
         return mixed if shape.rows else decode
+
+    def _advance(self, step: Step) -> None:
+        if self._drafter is not None:
+            self._drafter.advance(step)
 
     def _step_of(self, shape: Shape) -> Step:
         """The step of captured layers of a shape."""
@@ -357,16 +389,15 @@ class StepRunner:
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
+        pdl, drafter = self._overlaps(padded), self._drafter
         of = (self._program, self._sampler, self._team)
-        return head_work(*of, rows, logits, kind, pdl=self._overlaps(padded))
+        work = head_work(*of, rows, logits, kind, pdl=pdl)
+        if drafter is None or kind is Kind.GREEDY:  # which asks for no position
+            return work
+        return _after(lambda: drafter.move_rows(padded, pdl), work)
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
-
-
-def _with_none(counts: Sequence[int]) -> tuple[int, ...]:
-    """After how many guesses a head is captured: where load decides, it may only read."""
-    return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
 def _after(layers: Work, head: Work) -> Work:
@@ -382,9 +413,3 @@ def _prepared(shape: Shape) -> bool:
     if shape.rows:
         return shape.tokens <= PREPARED_TOKENS
     return shape.sequences <= PREPARED_SEQUENCES and shape.tokens <= PREPARED_TOKENS
-
-
-def _num_decodes(batch: StepBatch) -> int:
-    """How many sequences, from the first on, compute a single token."""
-    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
-    return int(longer[0]) if len(longer) else len(batch.context_len)

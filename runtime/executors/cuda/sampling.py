@@ -117,6 +117,11 @@ class CUDASampler:
         """The token sampled last for each slot, int32 [slots], on the device."""
         return self.buffers.last_tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+        return self.buffers.vocab_size
+
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
         """Which kernels a step of ``rows`` needs."""
         return max(map(_kind, rows), default=Kind.GREEDY)
@@ -153,6 +158,10 @@ class CUDASampler:
         self.buffers.params.copy_(host, non_blocking=True)
         if held:
             self._constrain(held)
+
+    def clear(self) -> None:
+        """Make all rows padding, which are not sampled."""
+        self.buffers.params[Field.SLOT].fill_(-1)
 
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
@@ -201,7 +210,9 @@ class CUDASampler:
         if seen.biases is None and self._columns[Field.NUM_BIASES, slot]:
             self._upload_biases(seen, slot)
         if row.params.penalizes:
-            if not 0 <= row.position <= seen.next_position:
+            # What the device samples, and guesses, it keeps itself: the host may be behind.
+            alone = seen.next_position >= 0 and row.position > len(row.output)
+            if not (alone or 0 <= row.position <= seen.next_position):
                 self._upload_history(row, slot, max(seen.next_position, 0))
             # A token that is known already is not the one that the device puts there.
             seen.next_position = row.position + 1 if row.position >= len(row.output) else -1

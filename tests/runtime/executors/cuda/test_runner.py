@@ -27,7 +27,8 @@ class Runner(StepRunner):
         self._device, self._buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
         self._spared = Spared()
-        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None, logits_rows=id)
+        self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
+        self.inputs.clear = self.inputs.pad = lambda *_: None
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
         self._program: Any = SimpleNamespace(pools=False)
 
@@ -209,4 +210,4 @@ def test_costs_are_those_of_every_step_of_decodes(
     runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
     assert set(runner.step_seconds()) == {shape.tokens for shape in decodes}
     guesses = runner.guess_seconds((1, 3))
-    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (1, 3)}
+    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (0, 1, 3)}
