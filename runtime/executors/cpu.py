@@ -31,7 +31,6 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch, StepResult, reader_of
 from slipstream.runtime.executors.host_slots import CPUHost
 from slipstream.runtime.executors.page_memory import PageMemory, give_back
-from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
 
@@ -220,7 +219,6 @@ class CPUExecutor(CPUHost):
         for name, inputs in batch.pages.items():
             for memory in self._memory[name]:
                 memory.use(int(inputs.page_table.max(initial=-1)) + 1)
-        batch = single_queries(batch)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
