@@ -50,28 +50,15 @@ SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const Pa
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       for (int64_t i = 0; i < vectors * kLanes * static_cast<int64_t>(sizeof(T)); i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(right) + ahead + i, 0, 2);
-      const auto load = [&](int v) { return partial ? simd::load_first(right, count) : simd::load(right + v * kLanes); };
-      // What is fewer stays in registers: on AVX2, three rows of four vectors fill all of them.
-      if constexpr (rows < vectors && simd::kRegisters == 16) {
-        Floats factors[rows];
+      Floats lanes[vectors];
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) factors[r] = simd::splat(left[r / 3][(r % 3) * a_stride]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          const Floats lane = load(v);
-#pragma GCC unroll 4
-          for (int r = 0; r < rows; ++r) sum[r][v] = simd::fma(factors[r], lane, sum[r][v]);
-        }
-      } else {
-        Floats lanes[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) lanes[v] = load(v);
+      for (int v = 0; v < vectors; ++v)
+        lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v)
-            sum[r][v] = simd::fma_splat(left[r / 3] + (r % 3) * a_stride, lanes[v], sum[r][v]);
-      }
+        for (int v = 0; v < vectors; ++v)
+          sum[r][v] = simd::fma_splat(left[r / 3] + (r % 3) * a_stride, lanes[v], sum[r][v]);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r += 3) ++left[r / 3];
     }
