@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shlex
+import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -237,22 +238,29 @@ def digest(file: Path, in_vain: Event | None = None) -> str:
     """The hash of a file: the SHA-256, in hex, of the SHA-256 of each of its pieces of 16 MiB one
     after another, so that several cores can share a large file; another once ``in_vain`` is set."""
     with file.open("rb") as stream:
-        pieces = range(0, os.fstat(stream.fileno()).st_size, _PIECE)
+        size = os.fstat(stream.fileno()).st_size
+        pieces = range(0, size, _PIECE)
         found = dict.fromkeys(pieces, b"")
+
+        # A buffer for each thread: memory that is taken and given back for every read is mapped
+        # anew every time, which holds up all threads of the process.
+        buffers = threading.local()
 
         def hash_piece(start: int) -> None:
             if in_vain is None or not in_vain.is_set():
-                found[start] = _piece_hash(stream.fileno(), start)
+                if not hasattr(buffers, "read"):
+                    buffers.read = memoryview(bytearray(min(_READ, size)))
+                found[start] = _piece_hash(stream.fileno(), start, buffers.read)
 
         in_parallel(hash_piece, pieces)
     return hashlib.sha256(b"".join(found.values())).hexdigest()
 
 
-def _piece_hash(descriptor: int, start: int) -> bytes:
+def _piece_hash(descriptor: int, start: int, buffer: memoryview) -> bytes:
     state, end = hashlib.sha256(), start + _PIECE
-    while piece := os.pread(descriptor, min(_READ, end - start), start):
-        state.update(piece)
-        start += len(piece)
+    while count := os.preadv(descriptor, [buffer[: end - start]], start):
+        state.update(buffer[:count])
+        start += count
     return state.digest()
 
 

@@ -28,6 +28,7 @@ class Admission:
     def __init__(self, config: RuntimeConfig, kv: KVCacheManager, running: list[Sequence]) -> None:
         """``running`` is the scheduler's, in order; what is admitted goes there."""
         self.waiting: list[Sequence] = []
+        self.num_tokens = 0  # that those have to compute, by what was cached when they came
         self.rows = list(range(config.max_batch_size - 1, -1, -1))
         self.prefix_queries = self.prefix_hits = 0  # in tokens
         self.host_queries = self.host_hits = 0  # of those that were no hits
@@ -37,6 +38,7 @@ class Admission:
         self._chunked = config.enable_chunked_prefill
         self._caches_prefixes = config.enable_prefix_caching
         self._last_rows = config.max_batch_size // 8
+        self._uncached: dict[Sequence, int] = {}
 
     @property
     def num_deferred(self) -> int:
@@ -49,6 +51,14 @@ class Admission:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait in its order."""
         insort(self.waiting, sequence, key=_ORDER)
+        uncached = _length(sequence) - self._match(sequence).depth * self._kv.page_size
+        self._uncached[sequence] = uncached
+        self.num_tokens += uncached
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let one that waits do so no more."""
+        self.waiting.remove(sequence)
+        self.num_tokens -= self._uncached.pop(sequence)
 
     def next(self) -> Sequence | None:
         """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
@@ -88,7 +98,7 @@ class Admission:
         enough = count <= room or (room and self._chunked)
         if not (enough and self._fits(sequence, prefix)):
             return None
-        self.waiting.remove(sequence)
+        self.remove(sequence)
         found = [] if copied else self._find(sequence, prefix)
         self._start(sequence, prefix, found)
         return self._fork(sequence, copied)

@@ -16,12 +16,14 @@ from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, Refused, step_failed
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
 from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.prompt_share import PromptShare
 from slipstream.runtime.engine.request_state import CompletionState, RequestState, sequences_of
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
+from slipstream.runtime.executors.base import padded_sizes
 from slipstream.runtime.host_memory import reserve_host, spill, traffic
 from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -59,9 +61,11 @@ class EngineLoop:
         *,
         clock: Callable[[], float] = time.monotonic,
         detokenizes: bool = True,
+        streams: bool = False,
     ) -> None:
         """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
-        told, who says ``stop``."""
+        told, who says ``stop``. ``streams``: somebody waits for every token, so that prompts are
+        bounded where others decode."""
         self._speculator = speculator_of(engine, clock)
         num_pages = engine.reserve_pages()
         if self._speculator is not None:
@@ -74,6 +78,7 @@ class EngineLoop:
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
             host=reserve_host(engine),
+            share=PromptShare(padded_sizes(engine.executor)) if streams else None,
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
@@ -293,6 +298,7 @@ class EngineLoop:
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
+        self.scheduler.timed(flight.plan, seconds)
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result, seconds)

@@ -14,6 +14,7 @@ from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.host_pages import HostSpace
 from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS, StepPlan
+from slipstream.runtime.engine.prompt_share import PromptShare
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.engine.stats import SchedulerStats
 
@@ -47,12 +48,14 @@ class Scheduler:
         max_scored: int = sys.maxsize,
         speculator: Speculator | None = None,
         host: HostSpace | None = None,
+        share: PromptShare | None = None,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
         window); the device guesses up to ``draft_tokens`` tokens a sequence and step, or else the
         ``speculator`` does, on the host, which then knows all tokens. A step scores
         ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked. Pages
-        that have to go are kept on the ``host``."""
+        that have to go are kept on the ``host``. Where the configuration has no bound for prompts
+        beside decodes, ``share`` is it, if there is one."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens, host)
         self.running: list[Sequence] = []
         self._admission = Admission(config, self.kv, self.running)
@@ -62,7 +65,8 @@ class Scheduler:
         self._speculator = speculator
         chunked, beside = config.enable_chunked_prefill, config.max_prefill_tokens
         self._max_scored = max_scored if chunked else sys.maxsize
-        self._max_beside = beside if chunked and beside else sys.maxsize
+        self._max_beside = beside if chunked and beside != "auto" else sys.maxsize
+        self._share = share if chunked and beside == "auto" else None
         self._preemptions = 0
 
     @property
@@ -143,12 +147,18 @@ class Scheduler:
             budget -= self._guess(plan, self._speculator, limit)
         plan.num_decodes = len(plan.sequences)
         if plan.sequences:  # which wait for all of this step
-            budget = min(budget, self._max_beside)
+            budget = min(budget, self._most_beside(plan, prefills))
         self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         if plan.sequences:
             plan.transfers, plan.stored = self.kv.take_transfers()
         return plan
+
+    def timed(self, plan: StepPlan, seconds: float) -> None:
+        """Note what the step of a plan took."""
+        if self._share is not None:
+            decodes = sum(plan.counts[: plan.num_decodes])
+            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
 
     def commit(self, plan: StepPlan) -> None:
         """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
@@ -195,7 +205,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence, spoiled)
         elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._admission.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
         if self._speculator is not None:
@@ -287,6 +297,14 @@ class Scheduler:
         self.kv.release(sequence.allocation, spoiled=spoiled)
         sequence.allocation = None
         self._admission.rows.append(sequence.row)
+
+    def _most_beside(self, plan: StepPlan, prefills: list[Sequence]) -> int:
+        """Tokens of prompts that may go into a step of these decodes, which wait for all of it."""
+        if self._share is None:
+            return self._max_beside
+        waiting = self._admission.num_tokens + sum(map(_LEFT, prefills))
+        most = self._share.most(sum(plan.counts), waiting)
+        return self._max_beside if most is None else most
 
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:
         """Give the first prompt most of a budget, the shortest of the others up to a quarter of

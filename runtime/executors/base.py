@@ -121,6 +121,21 @@ class TimedExecutor(Protocol):
 
 
 @runtime_checkable
+class PaddingExecutor(Protocol):
+    """An executor that pads steps with prompts to certain numbers of tokens."""
+
+    @property
+    def padded_sizes(self) -> Sequence[int]:
+        """Which, in rising order; larger steps are not padded."""
+        ...
+
+
+def padded_sizes(executor: Executor) -> Sequence[int]:
+    """To which numbers of tokens an executor pads steps with prompts, if it does."""
+    return executor.padded_sizes if isinstance(executor, PaddingExecutor) else ()
+
+
+@runtime_checkable
 class GuessingExecutor(Protocol):
     """An executor with a head of the engine, which guesses tokens right after a step
     (``StepBatch.guessing``): the result has them as ``guesses``, of use for sequences that sampled.

@@ -236,6 +236,11 @@ class CUDAExecutor:
         return self._host.space
 
     @property
+    def padded_sizes(self) -> Sequence[int]:
+        """Those of captured steps that are more than decodes."""
+        return self.runner.mixed_tokens
+
+    @property
     def stored(self) -> Traffic:
         """Copies that were over when the last step with some was submitted."""
         return Traffic() if self._host is None else self._host.stored

@@ -149,6 +149,11 @@ class StepRunner:
         """Whether rows become states, none of which is sampled."""
         return self._program.pools
 
+    @property
+    def mixed_tokens(self) -> Sequence[int]:
+        """Tokens of captured steps that are more than decodes."""
+        return self._buckets.mixed_tokens
+
     def padded_rows(self, count: int) -> int:
         """For how many rows the head is captured that ``count`` rows take."""
         return bucket(count, self._buckets.row_sizes)
