@@ -4,7 +4,8 @@ Without a bound a step has as many as there is room for, and takes as long: ever
 still while somebody's book is read. A fixed bound is right for one device and one load. Here the
 bound is time, by what steps have cost of late: prompts may take about as long as the step takes
 without them, so that a token comes at most about twice as late as it would, and longer the more
-prompts wait, so that a device that has more prompts than that to compute does compute them.
+prompts wait. A burst is over soon; where prompts wait for seconds on end there are more of them
+than that share of the device can compute, and it grows for as long as they do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Sequence
 
 _LEAST = 16  # tokens: a prompt always goes on
 _SHARE = 0.7  # of the step's time without prompts, where none wait
-_PATIENCE = 0.3  # seconds of computing: where so much waits, prompts get once the step's time more
+_PATIENCE = 0.5  # seconds of computing: where so much waits, prompts get once the step's time more
+_SHORT = 0.1  # seconds of computing: what waits less than that is no queue
+_BURST = 4.0  # seconds for which there may be a queue before the share grows
+_LONGEST = 16.0  # seconds that are remembered of it
 _SCALE = (1.0, 1 / 64, 1 / 512)  # what makes the three parts of a step's time about alike
 _RATE = 0.5  # how much of an error is corrected at once
 _OUTLIER = 4.0  # times what was expected: what is more than that is not of the step's doing
@@ -62,10 +66,14 @@ class PromptShare:
         tokens."""
         self._sizes = sizes
         self._times = StepTimes()
+        self._queue = False  # whether there was one when it was asked last
+        self._queued = 0.0  # seconds in which there was, less those in which there was none
 
     def landed(self, decodes: int, prompts: int, seconds: float) -> None:
         """Take into account what a step took that had so many tokens of either."""
         self._times.add(decodes, prompts, seconds)
+        queued = self._queued + (seconds if self._queue else -seconds)
+        self._queued = min(max(0.0, queued), _LONGEST)
 
     def most(self, decodes: int, waiting: int) -> int | None:
         """The most tokens of prompts beside ``decodes``, where so many wait to be computed; None:
@@ -73,7 +81,9 @@ class PromptShare:
         each = self._times.of_prompt_token
         if not each:
             return None
+        self._queue = waiting * each > _SHORT
         share = _SHARE + math.sqrt(waiting * each / _PATIENCE)
+        share *= max(1.0, 1.0 + self._queued - _BURST)
         most = max(_LEAST, int(share * self._times.of_decodes(decodes) / each))
         return most if most >= waiting else self._without_padding(decodes, most)
 

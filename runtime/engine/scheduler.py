@@ -31,9 +31,9 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) where few rows are free, or it is short and passes a long prompt, of which most of
-    every step is, and that leaves room to the first that waits. The first running one can always
-    take pages from the last, so every sequence comes to its end.
+    (``n`` > 1) where few rows are free, or it has little to compute and passes a long prompt, of
+    which most of every step is, and that leaves room to the first that waits. The first running one
+    can always take pages from the last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -312,7 +312,7 @@ class Scheduler:
         if prefills:
             first, *others = prefills
             short = min(others, key=_LEFT) if others else self._admission.passing(first)
-            need = 0 if short is None else short.num_left if others else len(short.tokens)
+            need = 0 if short is None else self._admission.uncached.get(short, short.num_left)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
