@@ -121,6 +121,16 @@ class TimedExecutor(Protocol):
 
 
 @runtime_checkable
+class PreparingExecutor(Protocol):
+    """An executor that is ready to run any step, some of which would be quicker with more done."""
+
+    def prepare_next(self) -> bool:
+        """Do some of that, in a tenth of a second, while no step is on its way; False: all is
+        done."""
+        ...
+
+
+@runtime_checkable
 class PaddingExecutor(Protocol):
     """An executor that pads steps with prompts to certain numbers of tokens."""
 

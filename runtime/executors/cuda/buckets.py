@@ -32,6 +32,11 @@ def counts_of(asked: int | str) -> tuple[int, ...]:
     return _GUESSES if isinstance(asked, str) else (asked,)
 
 
+def with_none(counts: Sequence[int]) -> tuple[int, ...]:
+    """After how many guesses a head is captured: where load decides, it may only read."""
+    return (0, *counts) if len(counts) > 1 else tuple(counts)
+
+
 def bucket(count: int, sizes: Sequence[int]) -> int:
     """The smallest of ``sizes`` that holds ``count``."""
     return next(size for size in sizes if size >= count)

@@ -19,15 +19,10 @@ from torch import Tensor
 from slipstream.builder.contract import (
     EAGLE3,
     HEAD_GRAPH,
-    HIDDEN,
-    LOGITS,
-    STATES,
     TARGET_GRAPH,
-    GraphSpec,
-    states,
 )
 from slipstream.builder.engine import COSTS, TACTICS, Engine, Manifest
-from slipstream.errors import CapacityError, EngineMismatchError
+from slipstream.errors import CapacityError
 from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
@@ -47,7 +42,7 @@ from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pages import CUDAPages
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
-from slipstream.runtime.executors.cuda.program import CUDAProgram
+from slipstream.runtime.executors.cuda.program import CUDAProgram, target_graph
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.speculation.proposer import OFF
@@ -144,7 +139,7 @@ class CUDAExecutor:
         tactics: Path | None,
     ) -> None:
         graph, head = graphs
-        spec = _checked(manifest)
+        spec = target_graph(manifest)
         guesses = head is not None and config.speculative == EAGLE3
         self._caches = tuple(c for c in manifest.caches if guesses or c.name != HEAD_GRAPH)
         self._config, device = config, self._device
@@ -226,8 +221,14 @@ class CUDAExecutor:
             with phase("pages"):
                 self._allocate(pages)
             with phase("graphs of the first steps"):
-                self.runner.capture(self.guess_counts)
+                # What steps cost, and other ranks, are not to be waited for later.
+                at_once = self._team is not None or self._config.speculative != OFF
+                self.runner.capture(self.guess_counts, at_once=at_once)
         return pages
+
+    def prepare_next(self) -> bool:
+        """Capture another graph of those that small batches run."""
+        return self.runner.capture_next()
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
         """Pin memory; a GPU has no use for a ``file``."""
@@ -238,7 +239,7 @@ class CUDAExecutor:
     @property
     def padded_sizes(self) -> Sequence[int]:
         """Those of captured steps that are more than decodes."""
-        return self.runner.mixed_tokens
+        return self.runner.buckets.mixed_tokens
 
     @property
     def stored(self) -> Traffic:
@@ -387,19 +388,3 @@ class CUDAExecutor:
                 "sequences do not fit in the GPU's memory beside the weights; lower "
                 "--max-num-tokens, --max-batch-size or --kv-cache-bytes"
             ) from error
-
-
-def _checked(manifest: Manifest) -> GraphSpec:
-    """The target's graph of an engine that has what this executor runs."""
-    spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
-    outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
-    known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}
-    simple = known and not states(caches) and outputs in ([LOGITS], [STATES])
-    if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
-        raise EngineMismatchError(
-            f"the engine has graphs {', '.join(manifest.graphs)}, caches "
-            f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
-            f"{', '.join(outputs)}; a GPU runs a graph in two halves, and one of a head, on pages "
-            "of one array, for its logits or states: build it with --target cpu"
-        )
-    return spec

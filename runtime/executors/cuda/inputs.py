@@ -147,6 +147,12 @@ def query_blocks(batch: StepBatch, first: int, size: int) -> Blocks:
     return Blocks(sequence[order], start[order])
 
 
+def num_decodes(batch: StepBatch) -> int:
+    """How many sequences, from the first on, compute a single token."""
+    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
+    return int(longer[0]) if len(longer) else len(batch.context_len)
+
+
 class StepInputs:
     """The block on the device, and pinned copies of it that the host writes in turn."""
 
@@ -192,6 +198,12 @@ class StepInputs:
         For compiling and capturing before any page is owned: slot 0 may be written to.
         """
         self._block.zero_()
+
+    def blank(self, shape: Shape) -> None:
+        """Make the block a step of this shape that is nothing but padding: no page is written."""
+        self._block.zero_()
+        for name, (start, end) in self._layout.places(shape).spans.items():
+            self._block[start:end] = self._layout.fields[name].padding
 
     def step(
         self, shape: Shape, num_decodes: int, *, pdl: bool, query_block: int | None = None

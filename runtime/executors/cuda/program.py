@@ -10,7 +10,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from slipstream.builder.contract import HIDDEN, NEXT_HIDDEN, STATES, GraphSpec
+from slipstream.builder.contract import (
+    HEAD_GRAPH,
+    HIDDEN,
+    LOGITS,
+    NEXT_HIDDEN,
+    STATES,
+    TARGET_GRAPH,
+    GraphSpec,
+    states,
+)
+from slipstream.builder.engine import Manifest
 from slipstream.errors import EngineMismatchError
 from slipstream.plugins.cuda.binding import (
     Binding,
@@ -216,3 +226,19 @@ def _constants(graph: ir.Graph, weights: Mapping[str, Tensor], device: torch.dev
             assert value.const_value is not None, name
             found[name] = torch.from_numpy(value.const_value.numpy().copy()).to(device)
     return found
+
+
+def target_graph(manifest: Manifest) -> GraphSpec:
+    """The target's graph of an engine that has what a GPU runs. Raises ``EngineMismatchError``."""
+    spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
+    outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
+    known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}
+    simple = known and not states(caches) and outputs in ([LOGITS], [STATES])
+    if not simple or spec.seam is None or any(len(cache.arrays) != 1 for cache in caches):
+        raise EngineMismatchError(
+            f"the engine has graphs {', '.join(manifest.graphs)}, caches "
+            f"{', '.join(cache.name for cache in manifest.caches)} and outputs "
+            f"{', '.join(outputs)}; a GPU runs a graph in two halves, and one of a head, on pages "
+            "of one array, for its logits or states: build it with --target cpu"
+        )
+    return spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +16,15 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
-from slipstream.runtime.executors.cuda.device import Device, Work
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
+from slipstream.runtime.executors.cuda.device import Device, Work, both
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
     Shape,
     StepInputs,
+    num_decodes,
     query_blocks,
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
@@ -31,8 +33,8 @@ from slipstream.runtime.executors.cuda.sampling import CUDASampler
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
 
-# What the first answers need is captured at the start, up to these sizes, for these kinds of
-# sampling; the rest is when it is first asked for.
+# What the first answers need is captured up to these sizes, for these kinds of sampling, at the
+# start or as soon as there is nothing else to do; the rest is when it is first asked for.
 PREPARED_SEQUENCES = 16
 PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
@@ -75,10 +77,11 @@ class StepRunner:
         self._team, self._drafter = team, drafter
         self._read: _Read | None = None  # the step whose layers were enqueued last
         self._guesses: dict[tuple[Shape, int], Work] = {}
-        self._buckets = buckets
+        self.buckets = buckets
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
+        self._later: deque[Shape | tuple[int, Kind]] = deque()
         count = buckets.max_rows
         with device.work():
             ports = {port.name: port for port in program.inputs}
@@ -110,6 +113,7 @@ class StepRunner:
         self._layers.clear()
         self._heads.clear()
         self._guesses.clear()
+        self._later.clear()
         self._memory = memory
 
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
@@ -118,18 +122,18 @@ class StepRunner:
 
         Returns the last layer's output of every token, valid until the next step.
         """
-        tokens, decodes = len(batch.token_ids), _num_decodes(batch)
-        mixed = self._buckets.mixed_tokens
+        tokens, decodes = len(batch.token_ids), num_decodes(batch)
+        mixed = self.buckets.mixed_tokens
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
             shape = self._decode_shape(batch, decodes)
-            blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
+            blocks = query_blocks(batch, 0, _SINGLE) if self.buckets.deterministic else _NO_BLOCKS
             self._inputs.load(batch, shape, blocks, rows)
             hidden = self.rows
         else:
-            shape = self._buckets.mixed(bucket(tokens, mixed))
-            self._inputs.load(batch, shape, query_blocks(batch, 0, self._buckets.query_block), rows)
+            shape = self.buckets.mixed(bucket(tokens, mixed))
+            self._inputs.load(batch, shape, query_blocks(batch, 0, self.buckets.query_block), rows)
             hidden = self._hidden
         if shape not in self._layers:
             self._layers[shape] = self._device.capture(self._layers_work(shape))
@@ -138,7 +142,7 @@ class StepRunner:
         return hidden[:tokens]
 
     def _decode_shape(self, batch: StepBatch, decodes: int) -> Shape:
-        tokens, buckets = len(batch.token_ids), self._buckets
+        tokens, buckets = len(batch.token_ids), self.buckets
         if decodes == tokens:
             return buckets.decode(bucket(tokens, buckets.batch_sizes))
         counts = np.diff(batch.query_start)
@@ -149,14 +153,9 @@ class StepRunner:
         """Whether rows become states, none of which is sampled."""
         return self._program.pools
 
-    @property
-    def mixed_tokens(self) -> Sequence[int]:
-        """Tokens of captured steps that are more than decodes."""
-        return self._buckets.mixed_tokens
-
     def padded_rows(self, count: int) -> int:
         """For how many rows the head is captured that ``count`` rows take."""
-        return bucket(count, self._buckets.row_sizes)
+        return bucket(count, self.buckets.row_sizes)
 
     def head(self, padded: int, kind: Kind) -> None:
         """Enqueue norm, head and sampling of the first ``padded`` rows."""
@@ -190,7 +189,7 @@ class StepRunner:
         return {
             (shape.sequences, count): self._device.seconds(work, _TIMES)
             for (shape, count), work in self._guesses.items()
-            if count in counts and shape == self._buckets.decode(shape.sequences)
+            if count in counts and shape == self.buckets.decode(shape.sequences)
         }
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
@@ -210,7 +209,7 @@ class StepRunner:
         guesses = [
             self._guess_work(shape, self._step_of(shape), count)
             for shape in (self._shapes if counts else ())
-            for count in _with_none(counts)
+            for count in with_none(counts)
         ]
         return [*layers, *heads, *guesses, self.largest_step]
 
@@ -223,24 +222,52 @@ class StepRunner:
         shapes = self._largest_shapes
         return [*layers, *heads, *(self._guess_work(s, self._step_of(s), 1) for s in shapes)]
 
-    def capture(self, counts: Sequence[int] = ()) -> None:
+    def capture(self, counts: Sequence[int] = (), *, at_once: bool = True) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
-        then the smallest, with the usual kinds of sampling, and so many guesses after them."""
+        then the smallest, with the usual kinds of sampling, and so many guesses after them; of the
+        smallest, unless ``at_once``, a decode alone, and the rest by ``capture_next``."""
         small = list(filter(_prepared, self._shapes))
-        times = max(QUERIES) if self._buckets.drafts else 1
+        times = max(QUERIES) if self.buckets.drafts else 1
         sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
         with self._device.work():
             self._inputs.clear()
-        for shape in dict.fromkeys([*self._largest_shapes, *small]):
-            self._layers[shape] = self._device.capture(self._layers_work(shape))
-        for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
-            for kind in PREPARED_KINDS:
-                self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
-        for count in _with_none(counts):
+        sizes = list(dict.fromkeys([*self._head_sizes[-1:], *sizes]))
+        heads = [(size, kind) for size in sizes for kind in PREPARED_KINDS]
+        largest = [*self._largest_shapes, *heads[: len(PREPARED_KINDS)]]
+        first = {*largest, self.buckets.decode(1), *((1, kind) for kind in PREPARED_KINDS)}
+        for key in dict.fromkeys([*self._largest_shapes, *small, *heads]):
+            if at_once or key in first:
+                self._capture(key)
+            else:
+                self._later.append(key)
+        for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
                 self._guesses[shape, count] = self._device.capture(work)
         self._device.synchronize()
+
+    def capture_next(self) -> bool:
+        """Capture another of the smallest, while no step is on its way; False: there is none."""
+        while self._later:
+            key = self._later.popleft()
+            if key in self._layers or key in self._heads:
+                continue  # it was asked for
+            with self._device.work():  # pages and slots have owners by now
+                if isinstance(key, Shape):
+                    self._inputs.blank(key)
+                else:
+                    self._sampler.blank()
+            self._capture(key)
+            self._device.synchronize()
+            return True
+        return False
+
+    def _capture(self, key: Shape | tuple[int, Kind]) -> None:
+        """The layers of a shape, or a head."""
+        if isinstance(key, Shape):
+            self._layers[key] = self._device.capture(self._layers_work(key))
+        else:
+            self._heads[key] = self._device.capture(self._head_work(*key))
 
     def capture_decodes(self, counts: Sequence[int], most: int = 1 << 30) -> None:
         """Capture all steps of nothing but decodes, of up to ``most`` rows, with greedy sampling
@@ -253,7 +280,7 @@ class StepRunner:
                 self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
-            for count in _with_none(counts):
+            for count in with_none(counts):
                 if (shape, count) not in self._guesses:
                     work = self._guess_work(shape, self._step_of(shape), count)
                     self._guesses[shape, count] = self._device.capture(work)
@@ -268,13 +295,13 @@ class StepRunner:
         for shape, layers in self._layers.items():
             head = self._heads.get((shape.tokens, Kind.GREEDY))
             if not shape.rows and head is not None and shape.tokens not in found:
-                found[shape.tokens] = self._device.seconds(_after(layers, head), _TIMES)
+                found[shape.tokens] = self._device.seconds(both(layers, head), _TIMES)
         return found
 
     def largest_step(self) -> None:
         """Enqueue the step that takes the most memory, made of padding."""
         self._inputs.clear()
-        shape = self._buckets.largest
+        shape = self.buckets.largest
         step = self._inputs.step(shape, 0, pdl=False)
         self._program.hidden(step, self.memory, states=self._states(shape.tokens))
         self._program.logits(self.rows, self.logits)
@@ -283,8 +310,8 @@ class StepRunner:
             self._guess_work(shape, step, 1)()
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
-        decodes = 0 if self._buckets.deterministic else decodes
-        blocks = query_blocks(batch, decodes, self._buckets.query_block)
+        decodes = 0 if self.buckets.deterministic else decodes
+        blocks = query_blocks(batch, decodes, self.buckets.query_block)
         tokens, sequences = len(batch.token_ids), len(batch.context_len)
         shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
@@ -299,20 +326,20 @@ class StepRunner:
     @property
     def _shapes(self) -> list[Shape]:
         """Those of layers that are captured, decodes before mixed steps."""
-        buckets = self._buckets
+        buckets = self.buckets
         decodes = [buckets.decode(size) for size in buckets.batch_sizes]
         return [*decodes, *buckets.verifications, *map(buckets.mixed, buckets.mixed_tokens)]
 
     @property
     def _largest_shapes(self) -> list[Shape]:
         """The largest mixed step, the largest decode, and that with the most drafts."""
-        buckets = self._buckets
+        buckets = self.buckets
         mixed, decode = buckets.mixed_tokens[-1], buckets.max_batch_size
         return [buckets.mixed(mixed), buckets.decode(decode), *buckets.verifications[-1:]]
 
     @property
     def _head_sizes(self) -> Sequence[int]:
-        return () if self.pools else self._buckets.row_sizes
+        return () if self.pools else self.buckets.row_sizes
 
     def _layers_work(self, shape: Shape) -> Work:
         step, memory = self._step_of(shape), self.memory
@@ -333,7 +360,7 @@ class StepRunner:
         pdl = self._overlaps(shape.tokens)
         if shape.rows:
             return self._inputs.step(shape, 0, pdl=pdl)
-        deterministic = self._buckets.deterministic
+        deterministic = self.buckets.deterministic
         decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
         return self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
 
@@ -362,27 +389,8 @@ class StepRunner:
         return self._device.has_pdl and tokens <= PDL_TOKENS
 
 
-def _with_none(counts: Sequence[int]) -> tuple[int, ...]:
-    """After how many guesses a head is captured: where load decides, it may only read."""
-    return (0, *counts) if len(counts) > 1 else tuple(counts)
-
-
-def _after(layers: Work, head: Work) -> Work:
-    def work() -> None:
-        layers()
-        head()
-
-    return work
-
-
 def _prepared(shape: Shape) -> bool:
     """Whether a step of this shape is captured at the start."""
     if shape.rows:
         return shape.tokens <= PREPARED_TOKENS
     return shape.sequences <= PREPARED_SEQUENCES and shape.tokens <= PREPARED_TOKENS
-
-
-def _num_decodes(batch: StepBatch) -> int:
-    """How many sequences, from the first on, compute a single token."""
-    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
-    return int(longer[0]) if len(longer) else len(batch.context_len)

@@ -154,6 +154,11 @@ class CUDASampler:
         if held:
             self._constrain(held)
 
+    def blank(self) -> None:
+        """Make all rows padding, whose tokens go nowhere."""
+        self.buffers.params.zero_()
+        self.buffers.params[Field.SLOT] = -1
+
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
         sample(logits, self.buffers, padded, kind, pdl)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ class Runner(StepRunner):
     """Its work is what it is made for, captured by being noted."""
 
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._device, self._buckets = Device(), BUCKETS
+        self._device, self.buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
+        self._later = deque()
         self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None, logits_rows=id)
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
         self._program: Any = SimpleNamespace(pools=False)
@@ -68,6 +70,35 @@ def test_the_largest_steps_come_first_then_those_of_the_first_answers(
     assert captured == [*layers, *heads]
 
 
+def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    everything = list(captured)
+    for known in (captured, runner._layers, runner._heads):
+        known.clear()
+    runner.capture(at_once=False)
+    first = list(captured)
+    alone = [BUCKETS.decode(1), *((1, kind) for kind in (Kind.GREEDY, Kind.SAMPLE))]
+    largest = [(1024, kind) for kind in (Kind.GREEDY, Kind.SAMPLE)]
+    assert first == [BUCKETS.mixed(2048), BUCKETS.decode(1024), alone[0], *largest, *alone[1:]]
+
+    few: Any = SimpleNamespace(
+        token_ids=np.zeros(3), query_start=np.arange(4), context_len=np.ones(3)
+    )
+    runner.layers(few, np.arange(3, dtype=np.int32))
+    blanks: list[Any] = []
+    runner.inputs.blank = blanks.append
+    runner._sampler = SimpleNamespace(blank=lambda: blanks.append(None))  # type: ignore[assignment]
+    while runner.capture_next():
+        pass
+    assert sorted(map(str, captured)) == sorted(map(str, everything))
+    later = [key for key in captured[len(first) + 1 :] if isinstance(key, Shape)]
+    assert [blank for blank in blanks if blank is not None] == later, "nothing is written"
+    assert blanks.count(None) == len(everything) - len(first) - 1 - len(later)
+    assert not runner.capture_next()
+
+
 def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: list[Any]) -> None:
     runner.capture()
     captured.clear()
@@ -84,7 +115,7 @@ def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: 
 def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
     runner: Runner, captured: list[Any]
 ) -> None:
-    runner._buckets = replace(BUCKETS, deterministic=True)
+    runner.buckets = replace(BUCKETS, deterministic=True)
     loaded: list[Any] = []
     runner.inputs.load = lambda _batch, shape, blocks, _rows: loaded.append((shape, blocks))
     starts = np.arange(4)
@@ -112,7 +143,7 @@ def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
 def test_decodes_with_drafts_are_steps_of_their_own(runner: Runner, captured: list[Any]) -> None:
     """By the sequences, the tokens and the longest run; a prompt beside them makes it a mixed
     step."""
-    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    runner.buckets = buckets = replace(BUCKETS, drafts=192)
     starts = np.array([0, 4, 5, 8])
     batch: Any = SimpleNamespace(token_ids=np.zeros(8), query_start=starts, context_len=np.ones(3))
     runner.layers(batch, np.arange(8, dtype=np.int32))
@@ -129,7 +160,7 @@ def test_decodes_with_drafts_are_steps_of_their_own(runner: Runner, captured: li
 def test_steps_with_drafts_of_the_first_answers_are_captured_at_the_start_and_timed(
     runner: Runner, captured: list[Any]
 ) -> None:
-    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    runner.buckets = buckets = replace(BUCKETS, drafts=192)
     runner.capture()
     for sequences in (1, 2, 4, 8, 16):
         for times in (2, 4, 8):
@@ -144,7 +175,7 @@ def test_costs_are_those_of_every_step_of_decodes(
     runner: Runner, captured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the guesses of a head; each is captured once."""
-    runner._buckets = buckets = replace(BUCKETS, drafts=192)
+    runner.buckets = buckets = replace(BUCKETS, drafts=192)
     monkeypatch.setattr(runner, "_step_of", lambda shape: shape)
     monkeypatch.setattr(runner, "_guess_work", lambda shape, _step, count: lambda: (shape, count))
     runner.capture((3,))
