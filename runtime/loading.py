@@ -65,10 +65,11 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     _check_tables(config, engine.manifest.vocab_size)
     begin_loading(engine)
     # Hashing releases the interpreter and reads the files into memory, from where the device gets
-    # them: it begins first, beside the import of what drives the device.
+    # them: it begins first, beside the import of what drives the device; so does the tokenizer.
     in_vain = Event()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         verified = pool.submit(_verify, engine, in_vain)
+        text = pool.submit(_tokenizer, engine, config)
         try:
             with phase("import of the device's libraries"):
                 check_device(engine)
@@ -76,10 +77,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
             in_vain.set()
             raise
         try:
-            with phase("tokenizer"):
-                tokenizer = Tokenizer.from_directory(
-                    engine.path, engine.manifest.vocab_size, config.chat_template
-                )
+            tokenizer = text.result()
             with phase("executor"):
                 executor = create_executor(engine, config)
         finally:
@@ -97,6 +95,13 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
         pooling=engine.manifest.pooling,
         engine=engine,
     )
+
+
+def _tokenizer(engine: Engine, config: RuntimeConfig) -> Tokenizer:
+    with phase("tokenizer"):
+        return Tokenizer.from_directory(
+            engine.path, engine.manifest.vocab_size, config.chat_template
+        )
 
 
 def _verify(engine: Engine, in_vain: Event) -> None:
