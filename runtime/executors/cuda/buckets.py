@@ -37,6 +37,14 @@ def with_none(counts: Sequence[int]) -> tuple[int, ...]:
     return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
+def turn(key: Shape | tuple[int, object]) -> float:
+    """When layers of a shape, or a head of so many rows, are captured among others: few rows first,
+    and prompts are long before batches are large."""
+    if not isinstance(key, Shape):
+        return key[0]
+    return key.tokens / 8 if key.rows else key.tokens
+
+
 def bucket(count: int, sizes: Sequence[int]) -> int:
     """The smallest of ``sizes`` that holds ``count``."""
     return next(size for size in sizes if size >= count)

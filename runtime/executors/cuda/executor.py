@@ -223,7 +223,7 @@ class CUDAExecutor:
             with phase("graphs of the first steps"):
                 # What steps cost, and other ranks, are not to be waited for later.
                 at_once = self._team is not None or self._config.speculative != OFF
-                self.runner.capture(self.guess_counts, at_once=at_once)
+                self.runner.capture(self.guess_counts, at_once)
         return pages
 
     def prepare_next(self) -> bool:

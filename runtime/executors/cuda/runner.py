@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work, both
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.inputs import (
@@ -33,8 +34,8 @@ from slipstream.runtime.executors.cuda.sampling import CUDASampler
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
 
-# What the first answers need is captured up to these sizes, for these kinds of sampling, at the
-# start or as soon as there is nothing else to do; the rest is when it is first asked for.
+# What the first answers need, up to these sizes and for these kinds of sampling, is captured at the
+# start, or with the rest while there is nothing else to do; else when it is first asked for.
 PREPARED_SEQUENCES = 16
 PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
@@ -222,10 +223,10 @@ class StepRunner:
         shapes = self._largest_shapes
         return [*layers, *heads, *(self._guess_work(s, self._step_of(s), 1) for s in shapes)]
 
-    def capture(self, counts: Sequence[int] = (), *, at_once: bool = True) -> None:
+    def capture(self, counts: Sequence[int] = (), at_once: bool = True) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
         then the smallest, with the usual kinds of sampling, and so many guesses after them; of the
-        smallest, unless ``at_once``, a decode alone, and the rest by ``capture_next``."""
+        smallest, unless ``at_once``, a decode alone: ``capture_next`` is for all the rest."""
         small = list(filter(_prepared, self._shapes))
         times = max(QUERIES) if self.buckets.drafts else 1
         sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
@@ -238,8 +239,9 @@ class StepRunner:
         for key in dict.fromkeys([*self._largest_shapes, *small, *heads]):
             if at_once or key in first:
                 self._capture(key)
-            else:
-                self._later.append(key)
+        if not at_once:
+            every = [*self._shapes, *itertools.product(self._head_sizes, PREPARED_KINDS)]
+            self._later.extend(sorted((key for key in every if key not in first), key=turn))
         for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
@@ -247,7 +249,7 @@ class StepRunner:
         self._device.synchronize()
 
     def capture_next(self) -> bool:
-        """Capture another of the smallest, while no step is on its way; False: there is none."""
+        """Capture what may be asked for next, while no step is on its way; False: all is done."""
         while self._later:
             key = self._later.popleft()
             if key in self._layers or key in self._heads:

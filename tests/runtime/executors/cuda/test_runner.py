@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,10 +74,8 @@ def test_the_largest_steps_come_first_then_those_of_the_first_answers(
 def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
     runner: Runner, captured: list[Any]
 ) -> None:
-    runner.capture()
-    everything = list(captured)
-    for known in (captured, runner._layers, runner._heads):
-        known.clear()
+    everything = [*runner._shapes]
+    everything += itertools.product(BUCKETS.row_sizes, (Kind.GREEDY, Kind.SAMPLE))
     runner.capture(at_once=False)
     first = list(captured)
     alone = [BUCKETS.decode(1), *((1, kind) for kind in (Kind.GREEDY, Kind.SAMPLE))]
@@ -93,6 +92,7 @@ def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
     while runner.capture_next():
         pass
     assert sorted(map(str, captured)) == sorted(map(str, everything))
+    assert captured.index(BUCKETS.mixed(256)) < captured.index(BUCKETS.decode(64))
     later = [key for key in captured[len(first) + 1 :] if isinstance(key, Shape)]
     assert [blank for blank in blanks if blank is not None] == later, "nothing is written"
     assert blanks.count(None) == len(everything) - len(first) - 1 - len(later)
