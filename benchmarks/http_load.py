@@ -9,7 +9,8 @@ when one ends. Chats: the same again while conversations of ``--words`` words ar
 many a second, for as long as the streams run; they begin alike, as those of one system prompt do,
 so that the device finds most of each in its cache and what is seen is mostly the host's. Prompts
 are random tokens, answers greedy and of full length. Reported are output tokens a second, seconds
-to the first token, and between two pieces of one stream.
+to the first token, and between two pieces of one stream. The server is asked ``--settle`` seconds
+after its start, in which it captures graphs.
 """
 
 from __future__ import annotations
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=2000)
     parser.add_argument("--chats", type=float, default=64, help="A second; 0: none.")
     parser.add_argument("--no-offline", action="store_true")
+    parser.add_argument("--settle", type=float, default=8.0)
     parser.add_argument(
         "--runtime", nargs="*", default=[], help="Options of the engine, such as kv-cache-bytes 4G."
     )
@@ -269,6 +271,7 @@ def main() -> None:
         report["offline"] = offline(options.engine, load, given)
         print("offline", report["offline"], flush=True)
     with server(options.engine, given) as address:
+        time.sleep(options.settle)
         measure(address, Load(options.streams, options.streams, 16, 16, vocab_size))  # warms up
         report["http"] = measure(address, load)
         print("http", report["http"], flush=True)

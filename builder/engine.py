@@ -182,11 +182,12 @@ class Engine:
         identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
         return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
-    def verify_files(self, in_vain: Event | None = None) -> None:
+    def verify_files(self, in_vain: Event | None = None, threads: int | None = None) -> None:
         """Compare every file with its hash; EngineMismatchError names the first that differs, is
         missing, or has no hash to be compared with.
 
-        Another thread that sets ``in_vain`` ends this soon, with whatever comes of it.
+        Another thread that sets ``in_vain`` ends this soon, with whatever comes of it. It takes no
+        more than so many ``threads``.
         """
         for name in self.unlisted():
             raise self._mismatch(
@@ -197,7 +198,7 @@ class Engine:
             file = self.path / name
             if not file.is_file():
                 raise self._mismatch(f"{name} is missing from the engine {self.path}")
-            if digest(file, in_vain) != expected:
+            if digest(file, in_vain, threads) != expected:
                 raise self._mismatch(
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
@@ -234,9 +235,10 @@ def weight_file(rank: int) -> str:
     return WEIGHTS if rank == 0 else f"weights.rank{rank}.safetensors"
 
 
-def digest(file: Path, in_vain: Event | None = None) -> str:
+def digest(file: Path, in_vain: Event | None = None, threads: int | None = None) -> str:
     """The hash of a file: the SHA-256, in hex, of the SHA-256 of each of its pieces of 16 MiB one
-    after another, so that several cores can share a large file; another once ``in_vain`` is set."""
+    after another, so that several cores can share a large file, or so many ``threads``; another
+    once ``in_vain`` is set."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         pieces = range(0, size, _PIECE)
@@ -252,7 +254,7 @@ def digest(file: Path, in_vain: Event | None = None) -> str:
                     buffers.read = memoryview(bytearray(min(_READ, size)))
                 found[start] = _piece_hash(stream.fileno(), start, buffers.read)
 
-        in_parallel(hash_piece, pieces)
+        in_parallel(hash_piece, pieces, threads)
     return hashlib.sha256(b"".join(found.values())).hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
+from slipstream.cores import usable_cores
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.phases import phase
 from slipstream.runtime.config import RuntimeConfig
@@ -24,6 +25,9 @@ from slipstream.runtime.speculation.config import spelled_out
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
 
+# Up to so many cores hash with all of them, more with half: imports wait beside threads that compute
+# on every core, and take longer than hashes on few.
+_FEW_CORES = 4
 # Far above what the largest vocabularies and batches take.
 _MOST_TABLE_BYTES = 1 << 32
 # Options that a target's executor has no use for, and what to do instead.
@@ -105,8 +109,9 @@ def _tokenizer(engine: Engine, config: RuntimeConfig) -> Tokenizer:
 
 
 def _verify(engine: Engine, in_vain: Event) -> None:
+    cores = usable_cores()
     with phase("hashes"):
-        engine.verify_files(in_vain)
+        engine.verify_files(in_vain, cores if cores <= _FEW_CORES else cores // 2)
 
 
 def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[str, Any]) -> Path:

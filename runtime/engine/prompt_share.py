@@ -15,14 +15,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 _LEAST = 16  # tokens: a prompt always goes on
-_SHARE = 0.7  # of the step's time without prompts, where none wait
-_PATIENCE = 0.5  # seconds of computing: where so much waits, prompts get once the step's time more
+_SHARE = 0.6  # of the step's time without prompts, where none wait
+_PATIENCE = 1.0  # seconds of computing: where so much waits, prompts get once the step's time more
 _SHORT = 0.1  # seconds of computing: what waits less than that is no queue
 _BURST = 4.0  # seconds for which there may be a queue before the share grows
 _LONGEST = 16.0  # seconds that are remembered of it
 _SCALE = (1.0, 1 / 64, 1 / 512)  # what makes the three parts of a step's time about alike
 _RATE = 0.5  # how much of an error is corrected at once
-_OUTLIER = 4.0  # times what was expected: what is more than that is not of the step's doing
+# Times what was expected: more counts as so much, as it need not be of the step's doing: graphs are
+# captured when they are first needed.
+_OUTLIER = 1.5
 _FIRST = 8  # steps after which something is expected
 
 
