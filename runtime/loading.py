@@ -25,8 +25,8 @@ from slipstream.runtime.speculation.config import spelled_out
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
 
-# Up to so many cores hash with all of them, more with half: imports wait beside threads that compute
-# on every core, and take longer than hashes on few.
+# Up to so many cores hash with all of them, more with half: imports beside threads that compute on
+# every core take longer than hashes on half of them.
 _FEW_CORES = 4
 # Far above what the largest vocabularies and batches take.
 _MOST_TABLE_BYTES = 1 << 32
