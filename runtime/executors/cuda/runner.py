@@ -42,6 +42,7 @@ PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
 _SINGLE = 1  # query a block
 _TIMES = 3  # that a step is timed
+_Key = Shape | tuple[int, Kind]  # of captured layers, or of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class StepRunner:
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
-        self._later: deque[Shape | tuple[int, Kind]] = deque()
+        self._later: deque[_Key] = deque()
         count = buckets.max_rows
         with device.work():
             ports = {port.name: port for port in program.inputs}
@@ -236,11 +237,13 @@ class StepRunner:
         heads = [(size, kind) for size in sizes for kind in PREPARED_KINDS]
         largest = [*self._largest_shapes, *heads[: len(PREPARED_KINDS)]]
         first = {*largest, self.buckets.decode(1), *((1, kind) for kind in PREPARED_KINDS)}
-        for key in dict.fromkeys([*self._largest_shapes, *small, *heads]):
+        keys: list[_Key] = [*self._largest_shapes, *small, *heads]
+        for key in dict.fromkeys(keys):
             if at_once or key in first:
                 self._capture(key)
         if not at_once:
-            every = [*self._shapes, *itertools.product(self._head_sizes, PREPARED_KINDS)]
+            every: list[_Key] = [*self._shapes]
+            every += itertools.product(self._head_sizes, PREPARED_KINDS)
             self._later.extend(sorted((key for key in every if key not in first), key=turn))
         for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
@@ -264,8 +267,7 @@ class StepRunner:
             return True
         return False
 
-    def _capture(self, key: Shape | tuple[int, Kind]) -> None:
-        """The layers of a shape, or a head."""
+    def _capture(self, key: _Key) -> None:
         if isinstance(key, Shape):
             self._layers[key] = self._device.capture(self._layers_work(key))
         else:
