@@ -40,8 +40,7 @@ PREPARED_SEQUENCES = 16
 PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
-_SINGLE = 1  # query a block
-_TIMES = 3  # that a step is timed
+_SINGLE, _TIMES = 1, 3  # query a block; times that a step is timed
 _Key = Shape | tuple[int, Kind]  # of captured layers, or of a head
 
 
