@@ -82,9 +82,7 @@ class EngineLoop:
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
         self._tokenizer = engine.tokenizer if detokenizes else None
-        ends = (
-            engine.tokenizer.eos_token_ids
-        )  # files may name some that the model has no logits for
+        ends = engine.tokenizer.eos_token_ids  # some may have no logits
         self._eos_token_ids = frozenset(token for token in ends if token < engine.vocab_size)
         self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
