@@ -44,7 +44,7 @@ class StepTimes:
         parts = [size * scale for size, scale in zip((1, decodes, prompts), _SCALE, strict=True)]
         expected = sum(a * b for a, b in zip(self._seconds, parts, strict=True))
         self._steps += 1
-        if self._steps > _FIRST:
+        if self._steps > _FIRST and expected:
             seconds = min(seconds, _OUTLIER * expected)
         gain = _RATE * (seconds - expected) / sum(part * part for part in parts)
         pairs = zip(self._seconds, parts, strict=True)

@@ -299,8 +299,9 @@ class Scheduler:
         self._admission.rows.append(sequence.row)
 
     def _most_beside(self, plan: StepPlan, prefills: list[Sequence]) -> int:
-        """Tokens of prompts that may go into a step of these decodes, which wait for all of it."""
-        if self._share is None:
+        """Tokens of prompts that may go into a step of these decodes, which wait for all of it; by
+        time only where somebody reads a token at a time."""
+        if self._share is None or all(map(_is_told_whole, plan.sequences)):
             return self._max_beside
         waiting = self._admission.num_tokens + sum(map(_LEFT, prefills))
         most = self._share.most(sum(plan.counts), waiting)
@@ -353,6 +354,10 @@ class Scheduler:
             if other.scores_prompt
         )
         return min(budget, max(0, self._max_scored - scored))
+
+
+def _is_told_whole(sequence: Sequence) -> bool:
+    return sequence.request.output_kind == "final"
 
 
 def _draft_room(sequence: Sequence, output: int) -> int:

@@ -53,8 +53,8 @@ def test_more_prompts_than_half_the_time_takes_are_still_computed() -> None:
     assert ratio(bounded) < ratio(without)
 
 
-def test_without_streams_steps_are_as_large_as_they_may_be() -> None:
-    load = Load(streams=False)
+@pytest.mark.parametrize("load", [Load(streams=False), Load(streams=True, kind="final")])
+def test_without_streams_steps_are_as_large_as_they_may_be(load: Load) -> None:
     load.run(64, 128, (512, 32))
     assert max(prompts for _, prompts, _ in load.device.steps) > 8000
     assert any(decodes and prompts > 4000 for decodes, prompts, _ in load.device.steps)

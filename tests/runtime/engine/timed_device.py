@@ -11,7 +11,7 @@ import numpy as np
 
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch, StepResult
-from slipstream.runtime.request import Request
+from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 
@@ -81,6 +81,7 @@ class Load:
     between tokens, those of chats apart."""
 
     streams: bool  # whether the loop is told that somebody waits for every token
+    kind: OutputKind = "delta"
     first: dict[str, list[float]] = field(default_factory=lambda: {"stream": [], "chat": []})
     gaps: list[float] = field(default_factory=list)  # of streams
     ended: list[float] = field(default_factory=list)  # when each of them did
@@ -100,7 +101,7 @@ class Load:
         name = f"{kind} {len(self._asked)}"
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         self._asked[name] = self.clock.now
-        self.loop.add_request(Request(name, list(prompt), params, output_kind="delta"))
+        self.loop.add_request(Request(name, list(prompt), params, output_kind=self.kind))
 
     def step(self) -> list[str]:
         """Run a step and return which streams have ended."""
