@@ -26,6 +26,7 @@ from slipstream.builder.build import (
 )
 from slipstream.builder.checkpoints.huggingface.head import HeadCheckpoint
 from slipstream.builder.contract import TARGET_GRAPH, page_size_of
+from slipstream.builder.graph.program import StoredWeight
 from slipstream.builder.head import HeadModel
 from slipstream.builder.models import architecture_of
 from slipstream.builder.models.config import ModelConfig
@@ -266,7 +267,7 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
     weights: dict[str, Tensor] = {}
     for matrix in matrices(plan, tuple(plan.programs)):
         if matrix.name not in weights:
-            weights[matrix.name] = _random_blob(matrix.format, device)
+            weights[matrix.name] = random_blob(matrix.format, device)
     for weight in plan.weights:
         for part in weight.parts:
             if str(part.dtype) == "int32":  # what a rank has of all
@@ -278,7 +279,8 @@ def random_weights(plan: Plan, device: str = "cuda", seed: int = 0) -> dict[str,
     return weights
 
 
-def _random_blob(fmt: WeightFormat, device: str) -> Tensor:
+def random_blob(fmt: WeightFormat, device: str) -> Tensor:
+    """A packed matrix of random numbers of a healthy size."""
     blob = torch.zeros(packed_size(fmt), dtype=torch.uint8, device=device)
     for name, section in sections(fmt).items():
         part = blob[section.start : section.start + section.nbytes]
@@ -349,20 +351,25 @@ def write_random_engine(plan: Plan, directory: Path, compiler: Compiler | None =
     made: dict[WeightFormat, NDArray[np.uint8]] = {}
     formats = {matrix.name: matrix.format for matrix in matrices(plan)}
     for fmt in dict.fromkeys(formats.values()):
-        made[fmt] = _random_blob(fmt, "cuda").cpu().numpy()
+        made[fmt] = random_blob(fmt, "cuda").cpu().numpy()
     for program in (plan.program, *plan.others):
         for name, weight in program.stored.items():
             (part, *_) = weight.parts
-            if part.name in formats:
-                array = made[formats[part.name]]
-            elif str(part.dtype) == "int32":  # what a rank has of all
-                continue
-            else:
-                norm, size = "norm" in part.name, part.shape
-                vector = torch.ones(size) if norm else 0.02 * torch.randn(size)
-                array = vector.numpy().astype(part.dtype)
+            packed = formats.get(part.name)
+            array = small_array(weight) if packed is None else made[packed]
             program.stored[name] = replace(weight, load=partial(_same, array))
     write_engine(plan, directory, "random", str(directory), compiler=compiler)
+
+
+def small_array(weight: StoredWeight) -> NDArray[Any]:
+    """What is no matrix: ones in a norm, else small random numbers; what says which part of all a
+    rank has is true."""
+    (part, *_) = weight.parts
+    if str(part.dtype) == "int32":
+        (array,) = weight.load()
+        return array
+    vector = torch.ones(part.shape) if "norm" in part.name else 0.02 * torch.randn(part.shape)
+    return vector.numpy().astype(part.dtype)
 
 
 def _same(array: NDArray[Any]) -> tuple[NDArray[Any]]:

@@ -19,7 +19,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,21 +91,28 @@ def _contenders(
             if not (directory / name).exists():
                 build(args.checkpoint, directory / name, options)
             found[name] = slipstream, str(directory / name)
+            if target == "onnxruntime":
+                found[f"{name}, for one alone"] = for_one, str(directory / name)
     for model in args.genai:
         found[f"onnxruntime-genai {Path(model).name}"] = genai, model
     return found
 
 
-def slipstream(engine: str) -> Figures:
-    """Ours."""
+def for_one(engine: str) -> Figures:
+    """Ours, told that there will be one request at a time."""
+    return slipstream(engine, 1)
+
+
+def slipstream(engine: str, requests: int = max(BATCHES)) -> Figures:
+    """Ours, for so many requests at once."""
     from slipstream import LLM, SamplingParams
 
-    with LLM(engine, enable_prefix_caching=False) as llm:
+    with LLM(engine, enable_prefix_caching=False, max_batch_size=requests) as llm:
 
         def run(prompts: list[list[int]], tokens: int) -> None:
             llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
 
-        return _decode(run)
+        return _decode(run, [batch for batch in BATCHES if batch <= requests])
 
 
 def genai(model: str) -> Figures:
@@ -126,13 +133,13 @@ def genai(model: str) -> Figures:
         for _ in range(tokens):
             generator.generate_next_token()
 
-    return _decode(run)
+    return _decode(run, BATCHES)
 
 
-def _decode(run: Callable[[list[list[int]], int], None]) -> Figures:
+def _decode(run: Callable[[list[list[int]], int], None], batches: Sequence[int]) -> Figures:
     """Milliseconds a step of each batch that runs."""
     rng, figures = random.Random(0), Figures()
-    for batch in BATCHES:
+    for batch in batches:
         prompts = [[rng.randrange(1000, 30000) for _ in range(INPUT)] for _ in range(batch)]
         try:
             run(prompts, 8)  # graphs are captured, memory is taken

@@ -6,19 +6,24 @@ what is measured, at lengths that real proposers are known to reach.
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 from unittest.mock import patch
 
+from gpu_drawing import draw_drafts
+
+from slipstream.plugins.cuda.binding import Step
+from slipstream.plugins.drafting.cuda import Tokens
+from slipstream.plugins.sampling import Kind
 from slipstream.runtime.engine.loop import EngineLoop
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
-from slipstream.runtime.executors.cuda import pending
+from slipstream.runtime.executors.cuda.device import Work
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.executors.cuda.inputs import FIRST_ROWS, NUM_DRAFTS, Shape
+from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.speculation.eagle3 import DeviceHeadProposer
 from slipstream.runtime.speculation.lengths import Lengths
-from slipstream.runtime.speculation.proposer import Context
 
 OPTIONS = {
     "speculative": "eagle3",
@@ -29,28 +34,9 @@ LENGTH = 3  # drafts
 _MOST_ROWS = 448  # of a step that is measured: 256 sequences and their drafts
 # The chance of each of three drafts with which a step gives so many tokens on average.
 CHANCES = {"2.5": 0.6914, "3.0": 0.8105}
-# Who guesses: nobody, somebody who takes no time, and the head of the engine.
+# Who guesses: somebody who takes no time, and the head of the engine.
 PROPOSERS = ("free", "eagle3")
-
-
-class SyntheticProposer:
-    """Guesses as many tokens as it is told to, none at first."""
-
-    most = 0
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def propose(self, contexts: Sequence[Context], most: int) -> list[list[int]]:
-        """Some tokens that are not too alike."""
-        count = min(most, self.most)
-        return [
-            [(context.tokens[-1] + 7 * i + 1) % self._vocab_size for i in range(count)]
-            for context in contexts
-        ]
-
-    def finish(self, context: Context) -> None:
-        """Nothing is kept."""
+_NOBODY = "nobody"
 
 
 class Timed(Protocol):
@@ -61,6 +47,42 @@ class Timed(Protocol):
         ...
 
 
+def executor_of(loop: EngineLoop) -> CUDAExecutor:
+    """The device of a loop."""
+    executor = loop._engine.executor
+    assert isinstance(executor, CUDAExecutor)
+    return executor
+
+
+class Drawn:
+    """Draws, after every step has been sampled, which of its drafts are right."""
+
+    def __init__(self, executor: CUDAExecutor, chance: float) -> None:
+        self._executor, self._chance = executor, chance
+        self._steps = executor.runner._step_of
+        self._known: dict[Shape, Step] = {}
+
+    def __call__(self, runner: StepRunner) -> None:
+        """Enqueue the draws of a step."""
+        assert runner._read is not None
+        shape, step = runner._read.shape, runner._read.step
+        if step is None:
+            if shape not in self._known:
+                self._known[shape] = self._steps(shape)
+            step = self._known[shape]
+        buffers = self._executor._sampler.buffers
+        inputs = step.inputs
+        tokens = Tokens(
+            inputs["token_ids"],
+            inputs["positions"],
+            inputs["query_start"],
+            step.token_slots,
+            inputs[NUM_DRAFTS],
+        )
+        sampled = buffers.tokens
+        draw_drafts(tokens, inputs[FIRST_ROWS], sampled, self._chance, buffers.vocab_size)
+
+
 @contextmanager
 def guessing(
     loop: EngineLoop, who: str, count: int, chance: float, lengths: Lengths | None = None
@@ -68,44 +90,62 @@ def guessing(
     """``count`` drafts a sequence and step, of which each is right with a chance if those before it
     are; by the head of the engine, whose guesses cost what they do, or for nothing. Where there are
     ``lengths``, they choose how many of them are verified."""
-    speculator = loop._speculator
+    speculator, executor = loop._speculator, executor_of(loop)
     assert speculator is not None
-    free = SyntheticProposer(loop._engine.vocab_size)
-    proposer = speculator._proposer if who == "eagle3" else free
-    drawn = random.Random(0)
+    runner, drafter = executor.runner, executor.runner._drafter
+    assert drafter is not None
+    draw, head, settled = Drawn(executor, chance), StepRunner.head, dict[Shape, Work]()
 
-    def reject(rows: Sequence[SamplingRow], result: StepResult) -> None:
-        tokens = result.token_ids
-        for index, row in enumerate(rows):
-            if row.drafts and tokens[index - 1] != REJECTED and drawn.random() < chance:
-                tokens[index - 1] = row.drafts[-1]
-            elif row.drafts:
-                tokens[index] = REJECTED
+    def head_and_draw(self: StepRunner, padded: int, kind: Kind) -> None:
+        head(self, padded, kind)
+        draw(self)
 
-    with (
-        patch.object(SyntheticProposer, "most", count),
-        patch.object(speculator, "_proposer", proposer),
-        patch.object(speculator, "_listener", proposer if who == "eagle3" else None),
-        patch.object(speculator, "_most", count),
-        patch.object(speculator, "_lengths", lengths),
-        patch.object(pending, "reject", reject),
-    ):
+    def settle(count: int) -> None:
+        assert runner._read is not None
+        shape, step = runner._read.shape, runner._read.step
+        if step is not None:
+            drafter.settle(step)
+            return
+        if shape not in settled:
+            of = runner._step_of(shape)
+            settled[shape] = executor._device.capture(lambda: drafter.settle(of))
+        settled[shape]()
+
+    with ExitStack() as patches:
+        if who == _NOBODY:
+            patches.enter_context(patch.object(speculator, "_listener", None))
+        else:
+            patches.enter_context(patch.object(StepRunner, "head", head_and_draw))
+        if who == "free":
+            patches.enter_context(patch.object(runner, "guess", settle))
+            free = patch.object(DeviceHeadProposer, "seconds", lambda *_: 0.0)
+            patches.enter_context(free)
+        patches.enter_context(patch.object(speculator, "most", count))
+        patches.enter_context(patch.object(speculator, "_lengths", lengths))
         yield
 
 
 def step_ms(runner: Timed, batch: int, tokens: int = 64) -> float:
-    """ms in which each of a batch of requests gets a token."""
-    runner.seconds(batch, 128, 16)
+    """ms in which each of a batch of requests gets a token; what is captured on the way is captured
+    before."""
+    for length in (tokens + 1, 1):
+        runner.seconds(batch, 128, length)
     pairs = [
-        runner.seconds(batch, 128, tokens + 1) - runner.seconds(batch, 128, 1) for _ in range(2)
+        runner.seconds(batch, 128, tokens + 1) - runner.seconds(batch, 128, 1) for _ in range(3)
     ]
-    return statistics.mean(pairs) / tokens * 1e3
+    return statistics.median(pairs) / tokens * 1e3
+
+
+def seen_length(loop: EngineLoop, before: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """How often sequences had drafts since, and how many of those were right."""
+    stats = loop.stats.speculation
+    assert stats is not None
+    return stats.num_drafts - before[0], stats.num_accepted_tokens - before[1]
 
 
 def prepare(loop: EngineLoop) -> None:
     """Capture what is captured when it is first wanted, which is nothing to be timed."""
-    executor = loop._engine.executor
-    assert isinstance(executor, CUDAExecutor)
+    executor = executor_of(loop)
     executor.runner.capture_decodes(executor.guess_counts, _MOST_ROWS)
 
 
@@ -115,11 +155,9 @@ def verification(runner: Timed, loop: EngineLoop) -> dict[str, float]:
     figures: dict[str, float] = {}
     prepare(loop)
     for count in (0, 1, 3, 7):
-        with guessing(loop, "free", count, 0.0):
+        with guessing(loop, "free" if count else _NOBODY, count, 0.0):
             figures[f"step_1x{count + 1}"] = step_ms(runner, 1)
-    executor = loop._engine.executor
-    assert isinstance(executor, CUDAExecutor)
-    seconds = executor.step_seconds()
+    seconds = executor_of(loop).step_seconds()
     figures |= {
         f"device_rows_{rows}": seconds[rows] * 1e3 for rows in (1, 2, 4, 8) if rows in seconds
     }
@@ -128,43 +166,48 @@ def verification(runner: Timed, loop: EngineLoop) -> dict[str, float]:
 
 def drafting(loop: EngineLoop) -> dict[str, float]:
     """ms in which the head reads a step of as many sequences and guesses so many tokens of each."""
-    executor = loop._engine.executor
-    assert isinstance(executor, CUDAExecutor)
     return {
         f"drafting_{count}_of_{sequences}": seconds * 1e3
-        for (sequences, count), seconds in sorted(executor.guess_seconds().items())
+        for (sequences, count), seconds in sorted(executor_of(loop).guess_seconds().items())
     }
 
 
 def fixed_lengths(runner: Timed, loop: EngineLoop) -> dict[str, float]:
-    """How much faster three drafts make a batch at lengths of 2.5 and 3, and what a step takes."""
+    """How much faster three drafts make a batch at lengths of 2.5 and 3, and what a step takes: the
+    lengths that draws gave are no others, so what they are off counts for nothing."""
     figures: dict[str, float] = {}
     prepare(loop)
     for batch in (1, 16, 64):
-        with guessing(loop, "free", 0, 0.0):
+        with guessing(loop, _NOBODY, 0, 0.0):
             plain = figures[f"plain_{batch}"] = step_ms(runner, batch)
         for who in PROPOSERS:
             for length, chance in CHANCES.items():
+                before = seen_length(loop)
                 with guessing(loop, who, LENGTH, chance):
-                    rate = plain / step_ms(runner, batch)
-                figures[f"synthetic_{who}_{batch}_at_{length}"] = rate
+                    rate = plain / step_ms(runner, batch, 128 if batch == 1 else 64)
+                times, right = seen_length(loop, before)
+                figures[f"synthetic_{who}_{batch}_at_{length}"] = (
+                    rate * float(length) / (1 + right / times)
+                )
     return figures
 
 
 def by_load(runner: Timed, loop: EngineLoop) -> dict[str, float]:
     """The same with the number of drafts chosen by load, at a full batch too, which it must not
-    make slower."""
+    make slower; as the draws came."""
     figures: dict[str, float] = {}
-    speculator, executor = loop._speculator, loop._engine.executor
+    speculator, executor = loop._speculator, executor_of(loop)
     assert speculator is not None
     prepare(loop)
     for batch in (1, 64, 256):
-        with guessing(loop, "free", 0, 0.0):
-            plain = figures[f"auto_plain_{batch}"] = step_ms(runner, batch, 64)
+        tokens = 192 if batch == 1 else 64
+        with guessing(loop, _NOBODY, 0, 0.0):
+            plain = figures[f"auto_plain_{batch}"] = step_ms(runner, batch, tokens)
         for length, chance in CHANCES.items():
-            with guessing(loop, "eagle3", 7, chance, Lengths(7)):
+            with guessing(loop, "eagle3", 7, chance, Lengths(7, speculator._listener)):
                 speculator.learn(executor)
-                figures[f"synthetic_auto_{batch}_at_{length}"] = plain / step_ms(runner, batch, 64)
+                rate = plain / step_ms(runner, batch, tokens)
+                figures[f"synthetic_auto_{batch}_at_{length}"] = rate
     return figures
 
 

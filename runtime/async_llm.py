@@ -15,6 +15,7 @@ from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine_thread import EngineThread
 from slipstream.runtime.front_end import FrontEnd
+from slipstream.runtime.handover.staging import Staging
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request, RequestOutput, id_in_use
 from slipstream.runtime.request_factory import RequestFactory
@@ -93,6 +94,12 @@ class AsyncLLM(FrontEnd):
         return self._loop.stats
 
     @property
+    def staging(self) -> Staging | None:
+        """Through which prompts are handed over, where ``kv_transfer_gib`` says so: for an
+        ``Exchange``."""
+        return self._loop.staging
+
+    @property
     def closed(self) -> str | None:
         """Why no request is taken any more; None while they are."""
         return self._thread.closed
@@ -149,6 +156,8 @@ class AsyncLLM(FrontEnd):
         except ExecutionError:
             self._streams.pop(request.request_id, None)
             raise
+        if request.handover is not None:
+            request.handover.submitted = True
         self._thread.put(lambda: self._add(request))
         return stream
 
@@ -156,6 +165,8 @@ class AsyncLLM(FrontEnd):
         try:
             self._loop.add_request(request)
         except SlipstreamError as error:
+            if request.handover is not None:
+                request.handover.give_up()
             stream = self._streams.pop(request.request_id, None)
             if stream is not None:
                 self._wake(stream.event_loop, [(stream, error)])

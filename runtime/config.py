@@ -34,6 +34,8 @@ class RuntimeConfig:
                              they come back where that saves computing them again. 0: none are kept.
     kv_offload_path          file that is that memory, for a CPU engine: what it holds survives the
                              process.
+    kv_transfer_gib          GiB of the host's memory through which pages of prompts go to other
+                             engines, or come from them (``runtime/handover``). 0: none do.
     scheduler_policy         ``max_utilization`` admits early and preempts by recomputing when pages
                              run out; ``guaranteed_no_evict`` admits only what can run to its end.
     enable_prefix_caching    keep and share full pages of equal prefixes.
@@ -77,6 +79,7 @@ class RuntimeConfig:
     kv_cache_free_gpu_memory_fraction: float = 0.9
     kv_offload_gib: float = 0.0
     kv_offload_path: str | None = None
+    kv_transfer_gib: float = 0.0
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -139,10 +142,11 @@ class RuntimeConfig:
             )
 
     def _check_offload(self) -> None:
-        if not (0 <= self.kv_offload_gib < float("inf")):
-            raise InvalidRequestError(
-                f"kv_offload_gib is {self.kv_offload_gib}; it must be at least 0 GiB"
-            )
+        for name in ("kv_offload_gib", "kv_transfer_gib"):
+            if not (0 <= getattr(self, name) < float("inf")):
+                raise InvalidRequestError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 GiB"
+                )
         if self.kv_offload_gib and not self.enable_prefix_caching:
             raise InvalidRequestError(
                 f"kv_offload_gib is {self.kv_offload_gib}, which does nothing without prefix"
@@ -152,6 +156,12 @@ class RuntimeConfig:
             raise InvalidRequestError(
                 f"kv_offload_path is {self.kv_offload_path}, but kv_offload_gib is 0; say how large"
                 " the file may be"
+            )
+        if self.kv_offload_path is not None and self.kv_transfer_gib:
+            raise InvalidRequestError(
+                f"kv_transfer_gib is {self.kv_transfer_gib}, and kv_offload_path is"
+                f" {self.kv_offload_path}: pages that are handed over are in no file. Leave one of"
+                " them out"
             )
 
     def _check_speculation(self) -> None:

@@ -14,6 +14,7 @@ from slipstream.errors import ExecutionError
 from slipstream.runtime.async_pooling import AsyncPooling
 from slipstream.runtime.chat.composer import Composed, Composer
 from slipstream.runtime.chat.conversation import Conversation
+from slipstream.runtime.engine.handover import Handover
 from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.request import OutputKind, Request, RequestOutput
 from slipstream.runtime.request_factory import Message, Prompt, RequestFactory
@@ -72,13 +73,14 @@ class FrontEnd(AsyncPooling):
         priority: int = 0,
         output_kind: OutputKind = "cumulative",
         cache_salt: str = "",
+        handover: Handover | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt (a text or token ids), yielding after every token.
 
         Cached prompts are shared with those of equal ``cache_salt`` only. A consumer that is
         cancelled or closes the iterator aborts the request. Raises ``InvalidRequestError`` or
         ``CapacityError`` for a request that cannot run, and ``ExecutionError`` if the device fails;
-        other requests go on.
+        other requests go on. A ``handover`` is of an ``Exchange`` beside an engine of this process.
         """
         self._refuse_if_closed()
         if sampling_params is not None and sampling_params.structured is not None:
@@ -91,6 +93,7 @@ class FrontEnd(AsyncPooling):
             priority=priority,
             output_kind=output_kind,
             cache_salt=cache_salt,
+            handover=handover,
         )
         async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:

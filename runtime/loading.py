@@ -35,6 +35,7 @@ _GPU = {
     "num_threads": "it is for a GPU; leave it out",
     "kv_offload_path": "a GPU copies pages to memory, not to a file; leave it out",
 }
+_ON_THE_HOST = ("kv_offload_gib", "kv_transfer_gib")
 _UNUSED = {
     "cpu": {
         "kv_cache_free_gpu_memory_fraction": "it is for a CPU, where kv_cache_bytes sets the size "
@@ -42,14 +43,14 @@ _UNUSED = {
     },
     "cuda": _GPU,
     "tensorrt": _GPU,
-    "onnxruntime": {
-        "kv_offload_gib": "its executor keeps no pages on the host; leave it out, or build for"
-        " target cpu or cuda"
-    },
+    "onnxruntime": dict.fromkeys(
+        _ON_THE_HOST,
+        "its executor keeps no pages on the host; leave it out, or build for target cpu or cuda",
+    ),
 }
-_UNUSED_BY_RANKS = {
-    "kv_offload_gib": "its ranks keep no pages on the host; leave it out, or build with tp_size 1"
-}
+_UNUSED_BY_RANKS = dict.fromkeys(
+    _ON_THE_HOST, "its ranks keep no pages on the host; leave it out, or build with tp_size 1"
+)
 
 
 def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from slipstream.errors import SlipstreamError
     from slipstream.runtime.chat.events import AssistantTurn
+    from slipstream.runtime.engine.handover import Handover
     from slipstream.runtime.engine.step import TokenLogprobs
     from slipstream.runtime.pooling import PoolingParams
     from slipstream.runtime.sampling.params import SamplingParams
@@ -30,7 +31,8 @@ class Request:
     chooses what each ``RequestOutput`` holds: everything so far, what is new, or (``final``) only
     one output at the end. Only requests with equal ``cache_namespace`` share computed prompts. A
     prompt with ``pooling`` is pooled, not continued. ``grammar`` is what ``params.structured`` was
-    compiled to.
+    compiled to. A ``handover`` brings pages of the prompt from another engine, or there; only where
+    ``n`` is 1.
     """
 
     request_id: str
@@ -42,6 +44,18 @@ class Request:
     cache_namespace: str = ""
     pooling: PoolingParams | None = None
     grammar: Grammar | None = None
+    handover: Handover | None = None
+
+
+def check_tokens(tokens: list[int], vocab_size: int) -> None:
+    """Raise ``InvalidRequestError`` for a prompt, of a token or more, that no model with so many
+    tokens can read."""
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise InvalidRequestError(
+            f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
+            f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?",
+            param="prompt",
+        )
 
 
 def id_in_use(request_id: str) -> InvalidRequestError:

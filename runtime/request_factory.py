@@ -12,6 +12,7 @@ from slipstream.builder.contract import Pooling
 from slipstream.errors import InvalidRequestError
 from slipstream.runtime.chat.composer import Composed, Composer
 from slipstream.runtime.chat.conversation import Conversation
+from slipstream.runtime.engine.handover import Handover
 from slipstream.runtime.loaded_engine import Model
 from slipstream.runtime.pooled_prompts import PooledPrompts, Prompt, token_ids
 from slipstream.runtime.pooling import PoolingParams, no_text, require_text
@@ -54,11 +55,13 @@ class RequestFactory:
         priority: int = 0,
         output_kind: OutputKind,
         cache_salt: str = "",
+        handover: Handover | None = None,
     ) -> Request:
         """A request for a text or for token ids; no ``params`` means the model's own defaults.
 
         Only requests with equal ``cache_salt`` share what was computed of equal prompts. Raises
-        ``InvalidRequestError`` for an engine that generates nothing.
+        ``InvalidRequestError`` for an engine that generates nothing, and for a ``handover`` to or
+        from several continuations.
         """
         require_text(self._pooling)
         text = prompt if isinstance(prompt, str) else None
@@ -66,6 +69,10 @@ class RequestFactory:
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
         params = self._predicted(params or self._defaults).resolve(self._vocab_size, encode)
         form = params.structured
+        if handover is not None and params.n > 1:
+            raise InvalidRequestError(
+                f"n is {params.n}; a prompt that is handed over has one continuation", param="n"
+            )
         return Request(
             request_id=str(next(self._numbers)) if request_id is None else request_id,
             prompt_token_ids=tokens,
@@ -75,6 +82,7 @@ class RequestFactory:
             output_kind=output_kind,
             cache_namespace=_unicode(cache_salt),
             grammar=self.grammars.compile(form) if form and self._compiles else None,
+            handover=handover,
         )
 
     def pooled(

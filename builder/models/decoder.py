@@ -165,8 +165,8 @@ class Decoder:
     def build(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ head ─ logits."""
         x = self.last_norm(self.ops.pick_rows(self.layers()))
-        logits = self.whole_rows(self.ops.linear(x, self.head()))
-        self.ops.output(self.capped(logits), LOGITS)
+        logits = self.capped(self.ops.linear(x, self.head()))
+        self.ops.output(self.whole_rows(logits), LOGITS)
 
     def build_states(self) -> None:
         """token_ids ─ embedding ─ layers ─ rows ─ norm ─ states: what is pooled to a vector."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 
@@ -32,6 +33,14 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     if interpreting():
         return 9, 0
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; where there is none, those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_pdl(device: torch.device) -> bool:

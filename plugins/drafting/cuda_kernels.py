@@ -1,9 +1,13 @@
-"""The kernels between the runs of a head.
+"""The kernels between the runs of a head, and before the layers of a step that the host has planned
+without its tokens.
 
+advance_kernel  a step's tokens, positions and contexts, as the step before has left its sequences
+places_kernel   where their keys go
+moved_kernel    the positions of the rows that are sampled
 follow_kernel   what follows every token of a step, and where each sequence has come to
 best_kernel     the largest logits of blocks of the head's vocabulary
 guess_kernel    the guess that they make, which the next run of the head reads
-places_kernel     places behind the first guess, for a head that makes the others at once
+masked_kernel   places behind the first guess, for a head that makes the others at once
 """
 
 import triton
@@ -17,7 +21,96 @@ INF = tl.constexpr(float("inf"))
 NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
+@triton.jit(do_not_specialize=["vocab", "history_stride"])
+def advance_kernel(
+    token_ids,
+    positions,
+    query_start,
+    context_len,
+    token_slots,
+    drafts,
+    last_tokens,
+    runs,
+    moved,
+    guesses,
+    vocab,
+    history,
+    history_stride,
+    PDL: tl.constexpr,
+):
+    """Grid: sequences. Drafts of -1 become the ``guesses`` [slots, COLUMNS] of the sequence, 0
+    where there is none that the target knows, also in its ``history`` [slots, ...]. Where its first
+    token is -1, that becomes the last one, and all positions and the context grow by what the run
+    before exceeded one token: ``runs`` [slots], which is then 0. ``moved`` [slots] says by how much
+    they grew."""
+    begin(PDL)
+    sequence = tl.program_id(0)
+    first = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    if end > first:  # else it is padding
+        slot = tl.load(token_slots + first)
+        token = tl.load(token_ids + first)
+        more = tl.where(token < 0, tl.load(runs + slot), 0)
+        context = tl.load(context_len + sequence)
+        index = tl.arange(0, COLUMNS)
+        count = tl.load(drafts + sequence)
+        place = end - count + index
+        known = tl.load(token_ids + place, mask=index < count, other=0)
+        guess = tl.load(guesses + slot * COLUMNS + index)
+        guess = tl.where((guess >= 0) & (guess < vocab), guess, 0)
+        unknown = (index < count) & (known < 0)
+        tl.store(token_ids + place, guess, unknown)
+        at = tl.load(positions + place, mask=unknown, other=0) + more
+        tl.store(history + slot.to(tl.int64) * history_stride + at, guess, unknown)
+        inside = (first + index < end) & (token < 0)
+        at = tl.load(positions + first + index, mask=inside, other=0)
+        tl.store(positions + first + index, at + more, inside)
+        tl.store(context_len + sequence, context + more)
+        tl.store(runs + slot, 0)
+        tl.store(moved + slot, more)
+        tl.store(token_ids + first, tl.load(last_tokens + slot), token < 0)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def places_kernel(
+    positions,
+    query_start,
+    token_slots,
+    moved,
+    page_table,
+    table_stride,
+    slots,
+    PAGE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: sequences. ``slots`` [T] of those that have ``moved`` [slots], by their positions."""
+    begin(PDL)
+    sequence = tl.program_id(0)
+    first = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    if end > first:
+        more = tl.load(moved + tl.load(token_slots + first))
+        index = tl.arange(0, COLUMNS)
+        inside = (first + index < end) & (more > 0)
+        place = tl.load(positions + first + index, mask=inside, other=0)
+        table = page_table + sequence.to(tl.int64) * table_stride
+        page = tl.load(table + place // PAGE, mask=inside, other=0)
+        tl.store(slots + first + index, page * PAGE + place % PAGE, inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def moved_kernel(row_slots, row_positions, moved, rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid: blocks of rows, whose positions [R] grow by what those of their slots [R] have; -1 is
+    padding."""
+    begin(PDL)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(row_slots + row, mask=row < rows, other=-1)
+    real = slot >= 0
+    position = tl.load(row_positions + row, mask=real, other=0)
+    tl.store(row_positions + row, position + tl.load(moved + slot, mask=real, other=0), real)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "nobody"])
 def follow_kernel(
     token_ids,
     positions,
@@ -26,11 +119,16 @@ def follow_kernel(
     first_rows,
     drafts,
     sampled,
+    token_slots,
     ids,
     last,
     position,
+    owner,
+    last_tokens,
+    runs,
     num_tokens,
     num_sequences,
+    nobody,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -39,7 +137,9 @@ def follow_kernel(
     ``next_ids`` [T] is the token after each, or -1 - the row that samples it; ``ids`` [T] becomes
     that token. ``first_rows`` [S] is the first row that a sequence samples, -1 for none. ``last``
     [S] becomes the last token of a sequence that counts: before its first draft that is not what
-    was sampled in its place; ``position`` [S] becomes that token's.
+    was sampled in its place; ``position`` [S] becomes that token's, and ``owner`` [S] its slot,
+    ``nobody`` where the sequence is padding. Of each slot that has sampled, ``last_tokens`` [slots]
+    becomes what followed that token, and ``runs`` [slots] how many drafts were right.
     """
     begin(PDL)
     program = tl.program_id(0)
@@ -60,6 +160,13 @@ def follow_kernel(
         right = tl.min(tl.where(guess == came, COLUMNS, index))
         tl.store(last + program, begins + right)
         tl.store(position + program, tl.load(positions + begins + right))
+        real = tl.load(query_start + program + 1) > tl.load(query_start + program)
+        slot = tl.load(token_slots + begins)
+        tl.store(owner + program, tl.where(real, slot, nobody))
+        ended = real & (first >= 0)
+        came_last = tl.load(sampled + first + right, mask=ended, other=0)
+        tl.store(last_tokens + slot, tl.maximum(came_last, 0), ended)
+        tl.store(runs + slot, right, ended)
 
 
 @triton.jit
@@ -83,6 +190,7 @@ def guess_kernel(
     vocab,
     known,
     guesses,
+    owner,
     column,
     position,
     capacity,
@@ -101,11 +209,12 @@ def guess_kernel(
 ):
     """Grid: rows, ``EACH`` of every sequence.
 
-    ``guesses`` [S, COLUMNS] gets, from ``column`` on, the likeliest token of each row, that of the
-    target where the head's own are ``known`` otherwise; -1 where the row is ``AFTER`` another guess
-    and had no slot. Where it ``GOES_ON``, ``ids``, ``positions``, ``context_len`` and ``slots`` [S]
-    become those of the guess, at the place after ``position`` [S], which moves; a place beyond the
-    ``capacity`` [S] of a sequence, in tokens, has the slot -1.
+    In the row of a sequence's ``owner`` [S], ``guesses`` [slots + 1, COLUMNS] get, from ``column``
+    on, the likeliest token of each row, that of the target where the head's own are ``known``
+    otherwise; -1 where the row is ``AFTER`` another guess and had no slot. Where it ``GOES_ON``,
+    ``ids``, ``positions``, ``context_len`` and ``slots`` [S] become those of the guess, at the
+    place after ``position`` [S], which moves; a place beyond the ``capacity`` [S] of a sequence, in
+    tokens, has the slot -1.
     """
     begin(PDL)
     row = tl.program_id(0)
@@ -120,7 +229,8 @@ def guess_kernel(
     guess = token
     if AFTER:
         guess = tl.where(tl.load(slots + row) >= 0, token, -1)
-    tl.store(guesses + sequence * COLUMNS + column + row % EACH, guess)
+    slot = tl.load(owner + sequence)
+    tl.store(guesses + slot * COLUMNS + column + row % EACH, guess)
     if GOES_ON:
         place = tl.load(position + sequence) + 1
         fits = place < tl.load(capacity + sequence)
@@ -134,7 +244,7 @@ def guess_kernel(
 
 
 @triton.jit(do_not_specialize=["mask_token", "table_stride"])
-def places_kernel(
+def masked_kernel(
     mask_token,
     position,
     capacity,

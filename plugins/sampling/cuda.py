@@ -61,6 +61,7 @@ class SamplerBuffers:
     last_tokens: torch.Tensor
     tokens: torch.Tensor
     thresholds: torch.Tensor
+    best: torch.Tensor
     block_max: torch.Tensor
     block_id: torch.Tensor
     group_max: torch.Tensor
@@ -96,6 +97,7 @@ class SamplerBuffers:
             last_tokens=new(torch.int32, num_slots),
             tokens=new(torch.int32, max_rows),
             thresholds=new(torch.float32, max_rows),
+            best=new(torch.int32, max_rows, 2),
             block_max=new(torch.float32, max_rows, blocks),
             block_id=new(torch.int32, max_rows, blocks),
             group_max=new(torch.float32, max_rows, groups),
@@ -168,6 +170,52 @@ def sample(
         _score(logits, buffers, buffers.full, rows, pdl)
 
 
+def best_of_part(
+    logits: torch.Tensor, buffers: SamplerBuffers, first: int, pdl: bool = False
+) -> torch.Tensor:
+    """The largest logit of every row, int32 ``[R, 2]``: its bits and the token, the first of those
+    that have it; of float32 ``[R, W]`` of the tokens from ``first`` on, of which there may be none.
+
+    NaN counts as infinite. What is asked of rows is not looked at.
+    """
+    rows, width = logits.shape
+    assert logits.stride(1) == 1 and rows <= len(buffers.tokens), logits.shape
+    blocks = triton.cdiv(width, BLOCK)
+    kernels.argmax_kernel[(blocks, rows)](
+        logits,
+        logits.stride(0),
+        max(0, min(width, buffers.vocab_size - first)),
+        None,
+        0,
+        buffers.block_max,
+        buffers.block_id,
+        BLOCK=BLOCK,
+        PDL=pdl,
+        **launch_options(num_warps=4, pdl=pdl),
+    )
+    best = buffers.best[:rows]
+    kernels.argmax_part_kernel[(rows,)](
+        buffers.block_max,
+        buffers.block_id,
+        blocks,
+        first,
+        best.view(torch.float32),
+        best[:, 1:],
+        MANY=triton.next_power_of_2(blocks),
+        PDL=pdl,
+        **launch_options(num_warps=1, pdl=pdl),
+    )
+    return best
+
+
+def sample_best(best: torch.Tensor, buffers: SamplerBuffers, pdl: bool = False) -> None:
+    """Sample greedy rows from what ``best_of_part`` has found in all parts of the vocabulary, side
+    by side in their order ``[R, 2 * parts]``: what ``sample`` makes of the logits."""
+    rows, width = best.shape
+    assert best.is_contiguous()
+    _combine(best.view(torch.float32), best[:, 1:], width // 2, 2, buffers, rows, pdl)
+
+
 def _sample_greedy(logits: torch.Tensor, b: SamplerBuffers, rows: int, pdl: bool) -> None:
     blocks = b.block_max.shape[1]
     kernels.argmax_kernel[(blocks, rows)](
@@ -182,15 +230,28 @@ def _sample_greedy(logits: torch.Tensor, b: SamplerBuffers, rows: int, pdl: bool
         PDL=pdl,
         **launch_options(num_warps=4, pdl=pdl),
     )
+    _combine(b.block_max, b.block_id, blocks, 1, b, rows, pdl)
+
+
+def _combine(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    count: int,
+    step: int,
+    b: SamplerBuffers,
+    rows: int,
+    pdl: bool,
+) -> None:
     kernels.argmax_combine_kernel[(rows,)](
         b.params,
         b.params.stride(0),
-        b.block_max,
-        b.block_id,
-        blocks,
+        values,
+        ids,
+        count,
         b.tokens,
         b.last_tokens,
-        BLOCKS=triton.next_power_of_2(blocks),
+        STEP=step,
+        MANY=triton.next_power_of_2(count),
         PDL=pdl,
         **launch_options(num_warps=1, pdl=pdl),
     )

@@ -6,6 +6,9 @@ whose maxima tell where the large logits are without reading the others again.
 
     greedy   argmax_kernel                  block maxima
              argmax_combine_kernel          token
+    in parts argmax_kernel                  block maxima of a part of the vocabulary
+             argmax_part_kernel             the best of the part
+             argmax_combine_kernel          token, from those of all parts
     sample   scan_kernel                    block and group maxima, group sums of exp
              bound_kernel                   a bound that no survivor is below
              collect_kernel                 the tokens above it, or noisy block maxima
@@ -229,12 +232,14 @@ def argmax_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Largest logit and its id of every block; grid (blocks, rows)."""
+    """Largest logit and its id of every block; grid (blocks, rows). Without settings, of padding
+    too."""
     begin(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1)
-    if _int(settings, settings_stride, SLOT, row) < 0:
-        return
+    if settings is not None:  # noqa: SIM102 - decided when it is compiled
+        if _int(settings, settings_stride, SLOT, row) < 0:
+            return
     ids = block * BLOCK + tl.arange(0, BLOCK)
     best, best_id = _best(_load(logits + row.to(tl.int64) * stride, ids, vocab), ids)
     tl.store(block_max + row * tl.num_programs(0) + block, best)
@@ -242,29 +247,49 @@ def argmax_kernel(
 
 
 @triton.jit
+def _best_of_many(values, ids, row, count, STEP: tl.constexpr, MANY: tl.constexpr):
+    """The best of ``count`` values of a row and its id, each STEP numbers behind the one before."""
+    index = tl.arange(0, MANY)
+    inside = index < count
+    at = (row * count + index) * STEP
+    found = tl.load(values + at, mask=inside, other=-INF)
+    return _best(found, tl.load(ids + at, mask=inside, other=NO_ID))
+
+
+@triton.jit
 def argmax_combine_kernel(
     settings,
     settings_stride,
-    block_max,
-    block_id,
-    num_blocks,
+    values,
+    ids,
+    count,
     tokens,
     last_tokens,
-    BLOCKS: tl.constexpr,
+    STEP: tl.constexpr,
+    MANY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The token of a greedy row from its blocks; grid (rows)."""
+    """The token of a greedy row from its blocks, or from the best of all parts; grid (rows)."""
     begin(PDL)
     row = tl.program_id(0)
     slot = _int(settings, settings_stride, SLOT, row)
     if slot < 0:
         return
-    index = tl.arange(0, BLOCKS)
-    inside = index < num_blocks
-    values = tl.load(block_max + row * num_blocks + index, mask=inside, other=-INF)
-    ids = tl.load(block_id + row * num_blocks + index, mask=inside, other=NO_ID)
-    best, best_id = _best(values, ids)
+    best, best_id = _best_of_many(values, ids, row, count, STEP, MANY)
     _write_token(best_id, not _is_finite(best), row, slot, tokens, last_tokens)
+
+
+@triton.jit(do_not_specialize=["first"])
+def argmax_part_kernel(
+    values, ids, count, first, best_values, best_ids, MANY: tl.constexpr, PDL: tl.constexpr
+):
+    """The best of a part of the vocabulary, which begins at token ``first``, from its blocks; grid
+    (rows)."""
+    begin(PDL)
+    row = tl.program_id(0)
+    best, best_id = _best_of_many(values, ids, row, count, 1, MANY)
+    tl.store(best_values + row * 2, best)
+    tl.store(best_ids + row * 2, best_id + first)
 
 
 @triton.jit

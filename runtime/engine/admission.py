@@ -6,6 +6,7 @@ from bisect import insort
 from operator import attrgetter
 
 from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.handover import Handover
 from slipstream.runtime.engine.host_pages import HostPage
 from slipstream.runtime.engine.kv_cache import KVCacheManager, Move
 from slipstream.runtime.engine.radix_tree import Namespace, Node
@@ -32,6 +33,7 @@ class Admission:
         self.rows = list(range(config.max_batch_size - 1, -1, -1))
         self.prefix_queries = self.prefix_hits = 0  # in tokens
         self.host_queries = self.host_hits = 0  # of those that were no hits
+        self.handed = 0  # tokens that other engines have computed
         self.evicts = config.scheduler_policy != "guaranteed_no_evict"
         self._running = running
         self._kv = kv
@@ -102,8 +104,9 @@ class Admission:
         if not (enough and self._fits(sequence, prefix)):
             return None
         self.remove(sequence)
-        found = [] if copied else self._find(sequence, prefix)
-        self._start(sequence, prefix, found)
+        handover = self._handover(sequence, prefix)
+        found = [] if copied or handover else self._find(sequence, prefix)
+        self._start(sequence, prefix, found, handover)
         return self._fork(sequence, copied)
 
     def _match(self, sequence: Sequence) -> Node:
@@ -115,6 +118,18 @@ class Admission:
         if sequence.skips_none:
             return []
         return self._kv.find(sequence.tokens, prefix, self._namespace(sequence))
+
+    def _handover(self, sequence: Sequence, prefix: Node) -> Handover | None:
+        """What brings more of a sequence than ``prefix``; the slots of one that does not are free
+        from now on."""
+        handover = sequence.request.handover
+        if handover is None or handover.stores or handover.queued:
+            return None
+        more = handover.num_tokens > prefix.depth * self._kv.page_size
+        if more and not sequence.skips_none and self._kv.windows_take(prefix, handover):
+            return handover
+        handover.give_up()
+        return None
 
     def _namespace(self, sequence: Sequence) -> Namespace:
         """With whom a sequence shares pages: at least with its siblings, by their arrival."""
@@ -156,11 +171,21 @@ class Admission:
             [own, *(end for _, end in others)]
         )
 
-    def _start(self, sequence: Sequence, prefix: Node, found: list[HostPage]) -> None:
+    def _start(
+        self,
+        sequence: Sequence,
+        prefix: Node,
+        found: list[HostPage],
+        handover: Handover | None,
+    ) -> None:
         tokens, shared = len(sequence.tokens), prefix.depth * self._kv.page_size
-        sequence.allocation = self._kv.allocate(prefix, tokens, self._namespace(sequence), found)
+        sequence.allocation = self._kv.allocate(
+            prefix, tokens, self._namespace(sequence), found, handover
+        )
         sequence.num_prefill = tokens
         sequence.num_scheduled = shared + len(found) * self._kv.page_size
+        if handover is not None:
+            sequence.num_scheduled = handover.num_tokens
         sequence.num_computed = sequence.num_scheduled
         sequence.row = self.rows.pop()
         sequence.status = Status.RUNNING
@@ -169,5 +194,8 @@ class Admission:
             sequence.num_cached = sequence.num_computed
             self.prefix_queries += tokens
             self.prefix_hits += shared
-            self.host_queries += tokens - shared
-            self.host_hits += sequence.num_cached - shared
+            if handover is None:
+                self.host_queries += tokens - shared
+                self.host_hits += sequence.num_cached - shared
+            else:
+                self.handed += sequence.num_cached - shared

@@ -65,7 +65,7 @@ class BatchBuilder:
             outputs=(*_outputs(plan), *outputs),
             drafts=plan.drafts,
             moves=plan.moves,
-            transfers=plan.transfers,
+            transfers=plan.transfers.copies,
             guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
         )
         return batch, wanted.owners
@@ -158,7 +158,7 @@ class _Wanted:
         while len(rows) <= drafts:
             rows.append(_new_row(sequence, None))
         for row in rows if len(rows) == drafts + 1 else rows[: drafts + 1]:
-            row.position = output
+            row.position, row.drafts = output, ()  # the host may have guessed some the last time
             self.rows.append(at)
             self.sampling.append(row)
             self.owners.append(sequence)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from slipstream.runtime.engine.window_group import WindowGroup, WindowPages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Transfer(NamedTuple):
@@ -15,6 +21,23 @@ class Transfer(NamedTuple):
     page: int
     slot: int
     stores: bool
+
+
+def page_transfers(
+    caches: Sequence[str],
+    pages: Sequence[int],
+    windows: Iterable[tuple[WindowGroup, WindowPages]],
+    index: int,
+    slot: int,
+    stores: bool,
+) -> list[Transfer]:
+    """Between a slot and page ``index`` of a sequence: the number that the full group has for it
+    among ``pages``, and that of every window that still reaches it."""
+    made = [Transfer(cache, pages[index], slot, stores) for cache in caches]
+    for group, held in windows:
+        if index >= held.first:
+            made += [Transfer(cache, held.pages[index], slot, stores) for cache in group.caches]
+    return made
 
 
 class Record(NamedTuple):
@@ -48,10 +71,14 @@ class Journal(Protocol):
 
 
 class HostSpace(NamedTuple):
-    """Memory of the host for ``num_slots`` pages of every cache, and its journal if it has one."""
+    """Memory of the host for ``num_slots`` pages of every cache, and its journal if it has one.
+
+    Its ``parts`` are bytes ``[num_slots, n]`` each: what a slot holds is one row of all of them.
+    """
 
     num_slots: int
     journal: Journal | None = None
+    parts: Sequence[NDArray[np.uint8]] = ()
 
 
 @dataclass(slots=True, eq=False)

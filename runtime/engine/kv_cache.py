@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from slipstream.runtime.engine.handover import Handover, Handovers
 from slipstream.runtime.engine.host_pages import HostPage, HostSpace, Transfer
 from slipstream.runtime.engine.offload import Offload
 from slipstream.runtime.engine.radix_tree import Namespace, Node, RadixTree, TreeObserver
@@ -22,6 +23,15 @@ class Move(NamedTuple):
     cache: str
     source: int
     destination: int
+
+
+class Transfers(NamedTuple):
+    """Copies between device and host in their order, what of the tree's they bring to the host, and
+    the handovers that they belong to."""
+
+    copies: Sequence[Transfer] = ()
+    stored: Sequence[HostPage] = ()
+    handed: Sequence[Handover] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +83,7 @@ class KVCacheManager:
         self._free = list(range(num_pages - 1, -1, -1))
         self._tree = RadixTree(page_size)
         self.offload = None if host is None else Offload(host, page_size, caches, windows)
+        self.handovers = Handovers(caches, windows)
 
     @property
     def num_available(self) -> int:
@@ -137,19 +148,32 @@ class KVCacheManager:
             return []
         return self.offload.find(tokens, prefix, self._path(prefix), namespace)
 
+    def windows_take(self, prefix: Node, handover: Handover) -> bool:
+        """Whether each group with a window has room for what it reaches of a handover that goes on
+        after ``prefix``."""
+        path, length = self._path(prefix), handover.num_tokens
+        depth = length // self.page_size
+        costs = (group.first_cost(path, length + 1, depth) for group in self.windows)
+        return all(c <= g.num_available for c, g in zip(costs, self.windows, strict=True))
+
     def allocate(
         self,
         prefix: Node,
         num_tokens: int,
         namespace: Namespace = "",
         found: Sequence[HostPage] = (),
+        handover: Handover | None = None,
     ) -> Allocation:
         """Pages for ``num_tokens`` that begin with ``prefix`` and what was ``found`` on the host
-        after it; the caller has checked ``cost``."""
+        after it, or came by a ``handover``; the caller has checked ``cost``."""
         if self.offload is not None:
             self.offload.host.hold(found)
         self._tree.acquire(prefix)
         path, depth = self._path(prefix), prefix.depth + len(found)
+        start = depth * self.page_size
+        if handover is not None:
+            start = handover.num_tokens
+            depth = start // self.page_size
         pages = [node.page for node in path]
         pages.extend(self._take() for _ in range(self.pages_for(num_tokens) - prefix.depth))
         due = (prefix.depth + 1) * self.page_size if self.shares(namespace) else _NEVER
@@ -160,22 +184,31 @@ class KVCacheManager:
         if self.offload is not None:
             self.offload.load(found, pages[:depth], windows)
             self.offload.host.let_go(found)
-        self.grow_windows(allocation, depth * self.page_size, num_tokens)
+        self.grow_windows(allocation, start, num_tokens)
+        if handover is not None:
+            self.handovers.load(handover, allocation, prefix.depth)
         return allocation
 
-    def take_transfers(self) -> tuple[list[Transfer], list[HostPage]]:
-        """What a step is to bring to the host and back before its moves, and what it stores."""
-        return ([], []) if self.offload is None else self.offload.take()
+    def take_transfers(self) -> Transfers:
+        """What a step is to bring to the host and back before its moves. What was computed goes
+        before its pages are written, and what was wanted before goes before others come there."""
+        first, last, handed = self.handovers.take()
+        transfers, stored = ([], []) if self.offload is None else self.offload.take()
+        return Transfers([*first, *transfers, *last], stored, handed)
 
-    def landed(self, stored: Sequence[HostPage]) -> None:
-        """Note that a step has ended well which has stored these."""
+    def landed(self, transfers: Transfers) -> None:
+        """Note that a step has ended well which has made these."""
         if self.offload is not None:
-            self.offload.host.land(stored)
+            self.offload.host.land(transfers.stored)
+        for handover in transfers.handed:
+            handover.settled(True)
 
-    def failed(self, stored: Sequence[HostPage]) -> None:
-        """Note that a step has failed which was to store these."""
+    def failed(self, transfers: Transfers) -> None:
+        """Note that a step has failed which was to make these."""
         if self.offload is not None:
-            self.offload.host.drop(stored)
+            self.offload.host.drop(transfers.stored)
+        for handover in transfers.handed:
+            handover.settled(False)
 
     def spill(self) -> None:
         """Bring all pages that nothing references to the host."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from slipstream.builder.contract import STATES
-from slipstream.errors import ExecutionError, InvalidRequestError, SlipstreamError
+from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
 from slipstream.runtime.engine.flight import Flight, step_failed
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
@@ -24,7 +24,7 @@ from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.executors.base import PreparingExecutor, padded_sizes
-from slipstream.runtime.host_memory import reserve_host, spill, traffic
+from slipstream.runtime.host_memory import make_transfers, reserve_host, spill, traffic
 from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.pooling import PoolingParams, broken_states, pooled
@@ -33,6 +33,7 @@ from slipstream.runtime.request import (
     Request,
     RequestMetrics,
     RequestOutput,
+    check_tokens,
     id_in_use,
 )
 from slipstream.runtime.speculation.speculator import speculator_of
@@ -69,6 +70,8 @@ class EngineLoop:
         num_pages = engine.reserve_pages()
         if self._speculator is not None:
             self._speculator.learn(engine.executor)
+        host = reserve_host(engine)
+        self.staging = host.staging
         self.scheduler = Scheduler(
             engine.config,
             num_pages,
@@ -76,7 +79,7 @@ class EngineLoop:
             engine.executor.draft_tokens,
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
-            host=reserve_host(engine),
+            host=host.offload,
             share=PromptShare(padded_sizes(engine.executor)) if streams else None,
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
@@ -127,14 +130,8 @@ class EngineLoop:
         """Raise the typed error that ``add_request`` would raise; safe from any thread."""
         if (reason := self.forked) is not None:
             raise ExecutionError(reason)
-        tokens, vocab_size = request.prompt_token_ids, self._engine.vocab_size
         self._clamp(request)
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise InvalidRequestError(
-                f"prompt token ids range from {min(tokens)} to {max(tokens)}; the vocabulary has"
-                f" 0 to {vocab_size - 1}. Was the prompt encoded with another tokenizer?",
-                param="prompt",
-            )
+        check_tokens(request.prompt_token_ids, self._engine.vocab_size)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -222,15 +219,17 @@ class EngineLoop:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
         runs_ahead, guesses = self._engine.executor.runs_ahead, self._speculator
-        waits = flight and (flight.refused or (guesses and guesses.waits_for(flight.plan)))
-        if flight and runs_ahead and not waits:
+        waits = flight and guesses and guesses.waits_for(flight.plan, self.scheduler.running)
+        if flight and runs_ahead and not (waits or flight.refused):
             self._flight = self._launch()
             if self._flight and not self._need_output:
                 self._flight.sample()
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
-            if self._flight and flight and runs_ahead:
+            if self._flight is None:
+                make_transfers(self._engine.executor, self.scheduler.kv)
+            elif flight and runs_ahead:
                 self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
             self._flight.sample()
@@ -262,8 +261,9 @@ class EngineLoop:
             return None
         self._note_admitted(plan.admitted)
         outputs: tuple[str, ...] = ()
-        if (speculator := self._speculator) is not None:
-            outputs, plan.ahead = speculator.outputs, speculator.ahead(plan)
+        if (guesses := self._speculator) is not None:
+            outputs, size = guesses.outputs, self.scheduler.kv.page_size
+            plan.ahead = guesses.ahead(plan, size)
         batch, owners = self._builder.build(plan, outputs)
         self._steps.began()
         return Flight.begin(self._engine.executor, plan, batch, owners)
@@ -281,7 +281,7 @@ class EngineLoop:
             result = flight.pending.result()
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
             self._health.failed(error)
-            self.scheduler.kv.failed(flight.plan.stored)
+            self.scheduler.kv.failed(flight.plan.transfers)
             self._fail(flight.plan, error)
             return
         finally:
@@ -312,7 +312,7 @@ class EngineLoop:
                 self.scheduler.accept(sequence, run)
         if self._speculator is not None:
             self._speculator.landed(flight.plan, runs, seconds + flight.idle)
-            self._speculator.computed(flight.plan, runs, result)
+            self._speculator.computed(flight.plan, runs, result, latest=self._flight is None)
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""

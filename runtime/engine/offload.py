@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from slipstream.runtime.engine.host_pages import HostPage, HostPages, HostSpace, Transfer
+from slipstream.runtime.engine.host_pages import (
+    HostPage,
+    HostPages,
+    HostSpace,
+    Transfer,
+    page_transfers,
+)
 from slipstream.runtime.engine.page_hash import node_hash, page_hash, root_hash
 from slipstream.runtime.engine.radix_tree import Node
 from slipstream.runtime.engine.window_group import WindowGroup, WindowPages
@@ -75,13 +81,10 @@ class Offload:
         """Bring pages back into a sequence's own: ``pages`` of the full group, those ``windows`` of
         the others that reach them."""
         first = len(pages) - len(found)
+        held = list(zip(self._windows, windows, strict=True))
         for index, page in enumerate(found, first):
             slot = page.record.slot
-            self._transfers += [Transfer(c, pages[index], slot, False) for c in self._caches]
-            for group, held in zip(self._windows, windows, strict=True):
-                if index >= held.first:
-                    number = held.pages[index]
-                    self._transfers += [Transfer(c, number, slot, False) for c in group.caches]
+            self._transfers += page_transfers(self._caches, pages, held, index, slot, False)
 
     def take(self) -> tuple[list[Transfer], list[HostPage]]:
         """The transfers that a step is to make, and what it stores by that."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slipstream.runtime.engine.host_pages import HostPage, Transfer
-from slipstream.runtime.engine.kv_cache import Allocation, Move
+from slipstream.runtime.engine.kv_cache import Allocation, Move, Transfers
 from slipstream.runtime.engine.sequence import Sequence
 
 # Drafts of the host in one step, of all sequences together: devices have room for their rows, and
@@ -26,8 +25,9 @@ class StepPlan:
 
     Where a step on its way may end in a longer run, ``starts`` and ``outputs`` count it as one
     token; the device adds the rest. ``transfers``, in their order, and then ``moves`` are made
-    before anything is computed; ``stored`` is what the former bring to the host. ``ahead`` is how
-    many tokens of each sequence the device is to guess after them, None where it has no head.
+    before anything is computed. ``ahead`` is how many tokens of each sequence the device is to
+    guess after them, None where it has no head; ``offered``, where it leads, how many it has
+    guessed of each decode before.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -39,10 +39,10 @@ class StepPlan:
     num_decodes: int = 0
     allocations: list[Allocation] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    stored: list[HostPage] = field(default_factory=list)
+    transfers: Transfers = field(default_factory=Transfers)
     admitted: list[Sequence] = field(default_factory=list)
     ahead: int | None = None
+    offered: list[int] | None = None
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""

@@ -21,6 +21,10 @@ from slipstream.runtime.request import (
 from slipstream.runtime.text.detokenizer import Detokenizer
 from slipstream.runtime.text.tokenizer import Tokenizer
 
+# Of a request that hears nothing before its end, the text is made while the device computes: many
+# that end together would have it wait.
+_DECODED_AT_ONCE = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -127,6 +131,11 @@ class CompletionState:
                 sequence.finish_reason = "stop"
                 sequence.stop_reason = self.detokenizer.stop_reason
 
+    @property
+    def undecoded(self) -> int:
+        """How many tokens have no text yet."""
+        return len(self.sequence.output) - self._decoded
+
     def decode(self) -> None:
         """Turn the tokens that came since the last call into text."""
         sequence = self.sequence
@@ -190,13 +199,16 @@ class RequestState:
     def output(self) -> RequestOutput | None:
         """What the caller is to hear now, if anything; decodes what is new."""
         kind = self.request.output_kind
-        if kind == "final" and not self.finished and self.error is None:
+        waits = kind == "final" and not self.finished and self.error is None
+        if waits and all(each.undecoded < _DECODED_AT_ONCE for each in self.completions):
             return None
         try:
             for completion in self.completions:
                 completion.decode()
         except ExecutionError as error:  # of the tokenizer
             self.fail(error)
+        if waits and self.error is None:
+            return None
         request, leader = self.request, self.completions[0].sequence
         output = RequestOutput(
             request_id=request.request_id,

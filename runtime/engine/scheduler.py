@@ -52,7 +52,8 @@ class Scheduler:
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
         window); the device guesses up to ``draft_tokens`` tokens a sequence and step, or else the
-        ``speculator`` does, on the host, which then knows all tokens. A step scores
+        ``speculator`` does, on the host, which then knows all tokens, or says how many of those
+        that the device has guessed are verified. A step scores
         ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked. Pages
         that have to go are kept on the ``host``. Where the configuration has no bound for prompts
         beside decodes, ``share`` is it, if there is one."""
@@ -88,6 +89,7 @@ class Scheduler:
             num_pages=self.kv.num_pages,
             host_queries=self._admission.host_queries,
             host_hits=self._admission.host_hits,
+            handed=self._admission.handed,
         )
 
     def clamp_max_tokens(self, prompt_len: int, max_tokens: int | None, pools: bool = False) -> int:
@@ -144,14 +146,16 @@ class Scheduler:
         elif self._speculator is not None and plan.sequences:
             busy = prefills or self.waiting  # with prompts, which most of a step is for
             limit = min(budget // _SHARE if busy else budget, MAX_STEP_DRAFTS)
-            budget -= self._guess(plan, self._speculator, limit)
+            leads = self._speculator.leads(self.running)
+            draft = self._lead if leads else self._guess
+            budget -= draft(plan, self._speculator, limit)
         plan.num_decodes = len(plan.sequences)
         if plan.sequences:  # which wait for all of this step
             budget = min(budget, self._most_beside(plan, prefills))
         self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         if plan.sequences:
-            plan.transfers, plan.stored = self.kv.take_transfers()
+            plan.transfers = self.kv.take_transfers()
         return plan
 
     def timed(self, plan: StepPlan, seconds: float) -> None:
@@ -169,7 +173,7 @@ class Scheduler:
         chunks = zip(
             plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
         )
-        self.kv.landed(plan.stored)
+        self.kv.landed(plan.transfers)
         for sequence, start, count, drafts, allocation in chunks:
             if drafts:
                 count -= drafts
@@ -178,6 +182,9 @@ class Scheduler:
                 sequence.num_computed += count
                 if sequence.num_computed >= allocation.due:
                     self.kv.commit(allocation, sequence.tokens, sequence.num_computed)
+                handover = sequence.request.handover
+                if handover is not None and sequence.hands_over:
+                    self.kv.handovers.store(handover, allocation)
             if sequence.followers and start + count >= sequence.prompt_len:
                 for follower in sequence.followers:
                     follower.leader = sequence
@@ -196,7 +203,7 @@ class Scheduler:
             if sequence.num_computed >= allocation.due:
                 self.kv.commit(allocation, sequence.tokens + run, sequence.num_computed)
             if self._speculator is not None:
-                self.kv.shrink(allocation, sequence.num_scheduled)
+                self.kv.shrink(allocation, sequence.num_scheduled + sequence.num_drafted)
 
     def finish(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """Drop a sequence at any stage and give its pages back; nobody is to read ``spoiled`` ones
@@ -208,6 +215,8 @@ class Scheduler:
             self._admission.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
+        if sequence.request.handover is not None:
+            sequence.request.handover.give_up()
         if self._speculator is not None:
             self._speculator.finish(sequence)
 
@@ -231,7 +240,8 @@ class Scheduler:
             allocation = sequence.allocation
             assert allocation is not None
             # Most often the last page has room, and asking is dearer than looking.
-            has_room = simple and sequence.num_tokens <= len(allocation.pages) * size
+            tokens = sequence.num_tokens + sequence.num_drafted
+            has_room = simple and tokens <= len(allocation.pages) * size
             if has_room or sequence.awaits_last or self._grow(sequence, allocation):
                 position += 1
             else:
@@ -239,10 +249,8 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, allocation: Allocation) -> bool:
         """Make room for the longest run that the next step of a sequence can begin and end in."""
-        tokens = sequence.num_tokens
-        if self._draft_tokens:
-            longest = tokens + sequence.num_drafted + self._draft_tokens
-            tokens = min(longest, sequence.max_cached_tokens)
+        longest = sequence.num_tokens + sequence.num_drafted + self._draft_tokens
+        tokens = min(longest, sequence.max_cached_tokens)
         if not self.kv.windows:
             return self.kv.grow(allocation, tokens)
         return self.kv.grow_windows(allocation, sequence.num_scheduled, tokens) and self.kv.grow(
@@ -275,14 +283,28 @@ class Scheduler:
             plan.draft(len(kept), kept)
         return sum(plan.drafts)
 
+    def _lead(self, plan: StepPlan, speculator: Speculator, budget: int) -> int:
+        """The same where the device has guessed, and need not wait for the host to know."""
+        sequences = list(plan.sequences)
+        room = list(map(_draft_room, sequences, plan.outputs))
+        counts, plan.offered = speculator.lead(sequences, room, budget)
+        for sequence, start, count in zip(sequences, plan.starts, counts, strict=True):
+            plan.draft(count if count and self._holds(sequence, start, count) else 0)
+            # Guesses after the step have places, too, where no other would miss the page.
+            if sequence.allocation is not None and self.kv.num_available > len(self.running):
+                longest = sequence.num_scheduled + sequence.num_drafted + speculator.most
+                self.kv.grow(sequence.allocation, min(longest, sequence.max_cached_tokens))
+        return sum(plan.drafts)
+
     def _holds(self, sequence: Sequence, start: int, drafts: int) -> bool:
         """Whether there are pages for drafts after what a step computes from ``start`` on, which it
-        then has."""
-        allocation, tokens = sequence.allocation, sequence.num_scheduled + drafts
+        then has, whatever the step before ends in."""
+        allocation, least = sequence.allocation, sequence.num_scheduled + sequence.num_drafted
         assert allocation is not None
+        tokens = least + drafts
         held = self.kv.grow_windows(allocation, start, tokens) and self.kv.grow(allocation, tokens)
         if not held:  # some groups may have had them
-            self.kv.shrink(allocation, sequence.num_scheduled)
+            self.kv.shrink(allocation, least)
         return held
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -364,4 +386,4 @@ def _draft_room(sequence: Sequence, output: int) -> int:
     """How many drafts may follow what a step computes of a decode: none where it samples nothing,
     and none beyond the end."""
     drafts = output >= 0 and sequence.request.params.speculative
-    return sequence.max_len - sequence.num_tokens if drafts else 0
+    return sequence.max_len - sequence.num_tokens - sequence.num_drafted if drafts else 0

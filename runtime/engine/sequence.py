@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from slipstream.runtime.engine.step import SamplingRow, TokenLogprobs
     from slipstream.runtime.pooling import Pool
     from slipstream.runtime.request import FinishReason, Request
-    from slipstream.runtime.speculation.speculator import Tracked
+    from slipstream.runtime.speculation.tracked import Tracked
     from slipstream.runtime.structured.grammar import Constraint
 
 _2_64 = 2**64
@@ -96,6 +96,7 @@ class Sequence:
     stop_reason: int | str | None = None
     ends_in_stop_token: bool = False
     stop_token_ids: frozenset[int] = field(init=False, repr=False)
+    is_simple: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.request.params
@@ -104,6 +105,15 @@ class Sequence:
         self.max_len = self.prompt_len + self.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = eos | frozenset(params.stop_token_ids)
+        self.is_simple = not (params.needs_output or params.prediction_token_ids)
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether a device that keeps what it samples needs no host between two of its tokens,
+        however many a step ends in: nothing that a row asks for depends on its place, or on tokens
+        before it."""
+        params = self.request.params
+        return self.is_simple and len(self.output) >= params.min_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -142,6 +152,13 @@ class Sequence:
         """Whether a row of every token of the prompt is wanted, so that none may be taken from the
         prefix cache."""
         return self.scores_prompt or (self.pool is not None and self.pool.mode == "mean")
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether its prompt is computed and is now to go to another engine."""
+        handover = self.request.handover
+        waits = handover is not None and handover.stores and not handover.queued
+        return waits and self.num_computed >= self.prompt_len
 
     def append(self, token: int) -> None:
         """Take a sampled token that has landed and set ``finish_reason`` if it is the last.

@@ -22,7 +22,8 @@ class Traffic:
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
     """Gauges of now and counters since the start; those of prefixes and of the host are in tokens:
-    what the prefix tree has not is asked of the host.
+    what the prefix tree has not is asked of the host. ``handed`` tokens of prompts are neither, as
+    other engines have computed them.
 
     Of those that wait, ``num_deferred`` leave the last rows to others; the rest lacks room.
     """
@@ -37,6 +38,7 @@ class SchedulerStats:
     num_pages: int
     host_queries: int = 0
     host_hits: int = 0
+    handed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,8 @@ class StepBatch:
     and its logits rows are the last ``1 + drafts[s]``: a guess is accepted if the row before it,
     which was accepted, samples the same. If the device knows, by a first token of -1, that the step
     before ended in a run of more than one token, it adds what exceeds one to the positions of the
-    sequence, here and in its sampling rows; its pages have room for that.
+    sequence, here and in its sampling rows; its pages have room for that. Guesses that only the
+    device knows are what it has guessed after the last step of the sequence.
 
     Before its layers run, a step makes ``transfers`` from and to the host, one after the other, and
     then ``moves``, whose pages are read as the step before left them.
@@ -182,7 +183,9 @@ class StepResult:
     with guesses give a run: a token for each row up to the first whose guess was wrong,
     ``REJECTED`` after that. ``failed`` says why a row, by its number, has no answer; its token
     means nothing. ``outputs`` are the further outputs that were asked for, by name; ``guesses``
-    those of a device that guesses, where the step asked for some.
+    those of a device that guesses, where the step asked for some; ``right`` says then of each of
+    its sequences how many of the tokens that were guessed before the step, one after the other, are
+    those that came, verified or not, as far as the step shows.
     """
 
     token_ids: list[int]
@@ -190,6 +193,7 @@ class StepResult:
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     failed: dict[int, ExecutionError] = field(default_factory=dict)
     guesses: Guesses | None = None
+    right: list[int] | None = None
 
 
 def reject(rows: Sequence[SamplingRow], result: StepResult) -> None:

@@ -56,7 +56,8 @@ class Executor(Protocol):
     def max_drafts(self) -> int:
         """How many tokens guessed by the host it verifies for a sequence in one step, at most: a
         row after a wrong one is ``REJECTED`` (see ``step.reject``). Where it runs ahead, nothing is
-        submitted before the result of such a step was asked for."""
+        submitted before the result of such a step was asked for; with drafts that only the device
+        knows (``LeadingExecutor``) the next step may be."""
         ...
 
     def reserve_kv(self, num_bytes: int | None) -> int:
@@ -107,7 +108,7 @@ class OffloadingExecutor(Protocol):
         ...
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
-        """Make transfers outside of a step; nothing is on its way."""
+        """Make transfers outside of a step, all of them; nothing is on its way."""
         ...
 
 
@@ -157,8 +158,31 @@ class GuessingExecutor(Protocol):
         ...
 
     def guess_seconds(self) -> dict[tuple[int, int], float]:
-        """What that takes, by sequences of a step and tokens of each, as far as it was measured
-        when pages were reserved."""
+        """What that takes, by sequences of a step and tokens of each, with 0 for a head that only
+        reads, as far as it was measured when pages were reserved."""
+        ...
+
+
+@runtime_checkable
+class CapturingExecutor(Protocol):
+    """An executor whose device captures steps of some shape when the first comes, which then takes
+    far longer than the others."""
+
+    @property
+    def captures(self) -> int:
+        """How often it has done that."""
+        ...
+
+
+@runtime_checkable
+class LeadingExecutor(GuessingExecutor, Protocol):
+    """One that also keeps its guesses and verifies them before the host has seen any: it puts them
+    in where a step has drafts of -1, and says in the result how many were ``right``. What was
+    guessed of a sequence holds for its next step, whatever others are in steps between."""
+
+    @property
+    def verifies_unseen(self) -> bool:
+        """Whether it does that."""
         ...
 
 

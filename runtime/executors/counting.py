@@ -245,10 +245,10 @@ class CountingExecutor(CountingHost):
                 assert self._on_their_way, "the host knows this token"
                 tokens[begin], run = self._last_runs[slot]
                 surplus[index] = run - 1
-            if drafts and self._draft_tokens:
+            if drafts and tokens[end - 1] < 0:
                 row = batch.sampling[int(np.searchsorted(batch.logits_rows, end - 1))]
-                position = int(batch.positions[begin] + surplus[index])
-                tokens[end - drafts : end] = self._guess(int(tokens[begin]), position, drafts, row)
+                last = int(tokens[begin]), int(batch.positions[begin] + surplus[index])
+                tokens[end - drafts : end] = self.guessed(slot, last, drafts, row)
             assert (tokens[begin + 1 : end - drafts] >= 0).all(), "a token that nobody knows"
         return self._shifted(replace(batch, token_ids=tokens), surplus), surplus
 
@@ -267,9 +267,10 @@ class CountingExecutor(CountingHost):
         context_len = batch.context_len + surplus
         return replace(batch, positions=positions, context_len=context_len, pages=pages)
 
-    def _guess(self, token: int, position: int, count: int, row: SamplingRow) -> list[int]:
-        """What is guessed to follow ``token``, right up to the length of the run."""
-        right = run_length(token, position, count) - 1
+    def guessed(self, slot: int, last: tuple[int, int], count: int, row: SamplingRow) -> list[int]:
+        """What is guessed to follow the ``last`` token of a slot, which has a position, right up to
+        the length of the run."""
+        token, right = last[0], run_length(*last, count) - 1
         guesses: list[int] = []
         for place in range(count):
             token = self._next(token, row)

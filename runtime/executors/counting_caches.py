@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slipstream.builder.contract import CacheSpec
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
@@ -14,6 +15,7 @@ from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import IntArray, StepBatch
 
 GARBAGE = -1
+_MOST_SLOTS = 4096
 
 
 class CountingCache(Protocol):
@@ -48,7 +50,12 @@ class PagedTokens:
     def __init__(self, spec: CacheSpec, num_pages: int) -> None:
         self.name, self._window, self._page_size = spec.name, spec.window, spec.page_size
         self._memory = np.full(num_pages * spec.page_size, GARBAGE, np.int32)
-        self._host: dict[int, IntArray] = {}
+        self._host = np.empty((0, spec.page_size), np.int32)
+
+    def reserve_host(self, num_slots: int) -> NDArray[np.uint8]:
+        """Make so many slots, and return their bytes."""
+        self._host = np.full((num_slots, self._page_size), GARBAGE, np.int32)
+        return self._host.view(np.uint8)
 
     def write(self, batch: StepBatch, tokens: IntArray) -> None:
         """Every token to its slot, which is that of its position, the last of them in order."""
@@ -76,11 +83,11 @@ class PagedTokens:
         """Copy pages one after the other."""
         pages = self._memory.reshape(-1, self._page_size)
         for each in transfers:
-            if each.stores:
-                self._host[each.slot] = pages[each.page].copy()
-                assert GARBAGE not in self._host[each.slot], "a page that nobody has computed"
-            else:
-                pages[each.page] = self._host[each.slot]
+            source, target = pages[each.page], self._host[each.slot]
+            if not each.stores:
+                source, target = target, source
+            assert source[0] != GARBAGE, "a page that nobody has computed"
+            target[:] = source
 
     def spoil(self, batch: StepBatch) -> None:
         """Garbage in every slot."""
@@ -159,8 +166,10 @@ class CountingHost:
         return self._loaded
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
-        """A slot for every byte."""
-        return HostSpace(num_bytes)
+        """A slot for every byte, if that is not more than tests have a use for."""
+        count = min(num_bytes, _MOST_SLOTS)
+        paged = [cache for cache in self._all if isinstance(cache, PagedTokens)]
+        return HostSpace(count, parts=tuple(cache.reserve_host(count) for cache in paged))
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
         """Make transfers in all caches."""

@@ -43,7 +43,7 @@ class CPUHost:
         if count < 1:
             raise CapacityError(
                 f"kv_offload_gib holds {num_bytes} bytes, and one page takes {slot_bytes}: raise"
-                " --kv-offload-gib"
+                " --kv-offload-gib, or --kv-transfer-gib"
             )
         if file is not None:
             self._file = HostFile(Path(file), count, slot_bytes, self._engine)
@@ -51,7 +51,7 @@ class CPUHost:
         for cache, array, start, size in places:
             part = memory[:, start : start + size].view(_numpy_type(array.dtype))
             self._slots.setdefault(cache, []).append(part)
-        return HostSpace(count, self._file)
+        return HostSpace(count, self._file, (memory,))
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
         """Copy pages one after the other."""

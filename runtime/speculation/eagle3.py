@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -76,7 +76,7 @@ class DeviceHeadProposer:
 
     def __init__(self, executor: GuessingExecutor) -> None:
         self._executor = executor
-        self._seconds: dict[tuple[int, int], float] | None = None
+        self._seconds: _Timed | None = None
 
     def heard(self, guesses: Sequence[Guessed]) -> None:
         """Keep them until they are asked for."""
@@ -92,16 +92,49 @@ class DeviceHeadProposer:
         """Nothing is needed."""
         context.state = None
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """Those that were timed."""
+        return self._timed.counts
+
     def seconds(self, num_sequences: int, count: int) -> float:
-        """As the device measured for steps of as many sequences or, beyond, of the most."""
+        """Between two numbers of sequences that were timed, in proportion."""
+        return self._timed.seconds(num_sequences, count)
+
+    @property
+    def _timed(self) -> _Timed:
         if self._seconds is None:  # pages have been reserved by now
-            self._seconds = self._executor.guess_seconds()
-        found = {key for key in self._seconds if key[1] >= count}
-        fits = [key for key in found if key[0] >= num_sequences]
-        if not count or not found:
+            self._seconds = _Timed.of(self._executor.guess_seconds())
+        return self._seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """What guesses take: seconds ``by_count``, after steps of so many ``sequences``."""
+
+    by_count: dict[int, tuple[list[int], list[float]]]
+
+    @classmethod
+    def of(cls, measured: Mapping[tuple[int, int], float]) -> _Timed:
+        """By sequences and guesses of each."""
+        found: dict[int, tuple[list[int], list[float]]] = {}
+        for (sequences, count), seconds in sorted(measured.items()):
+            places, taken = found.setdefault(count, ([], []))
+            places.append(sequences)
+            taken.append(seconds)
+        return cls(found)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of guesses that were timed, but none."""
+        return sorted(count for count in self.by_count if count)
+
+    def seconds(self, num_sequences: int, count: int) -> float:
+        """Of the next count that was timed; 0 where there is none."""
+        timed = next((each for each in sorted(self.by_count) if each >= count), None)
+        if timed is None or (not count and timed):
             return 0.0
-        sequences, counted = min(fits) if fits else max(found)
-        return self._seconds[sequences, counted] * count / counted
+        return float(np.interp(num_sequences, *self.by_count[timed]))
 
 
 def _kept(context: Context, most: int, rows: dict[int, list[list[int]]]) -> list[int]:

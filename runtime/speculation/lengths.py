@@ -5,6 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.runtime.speculation.proposer import Listener
 
 _SMOOTHING = 0.25  # the weight of the newest step
 _OUTLIER = 2.0  # times what was expected: what is more than that is not of the step's doing
@@ -54,16 +60,15 @@ class StepCosts:
     def seconds(self, rows: int) -> float:
         """Between two numbers of rows that are known, in proportion; beyond, as from the first to
         the last. More rows than the only number that is known cost nothing, so that it is tried."""
+        return float(self.all_seconds(np.array([rows]))[0])
+
+    def all_seconds(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The same of many numbers of rows."""
         places, seconds = self._places, self._seconds
-        index = bisect_left(places, rows)
-        if index == len(places):
-            slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
-            return seconds[-1] + slope * (rows - places[-1])
-        if index == 0 or places[index] == rows:
-            return seconds[index]
-        low, high = places[index - 1], places[index]
-        part = (rows - low) / (high - low)
-        return (1 - part) * seconds[index - 1] + part * seconds[index]
+        slope = (seconds[-1] - seconds[0]) / max(1, places[-1] - places[0])
+        beyond = np.maximum(rows - places[-1], 0)
+        found: NDArray[np.float64] = np.interp(rows, places, seconds) + slope * beyond
+        return found
 
 
 class Lengths:
@@ -71,18 +76,22 @@ class Lengths:
     proposer is asked.
 
     One that takes no time worth speaking of is always asked for all it can say. Another is asked
-    for one token more than was verified the last time, and while that is none ever more rarely.
+    for one token more than was verified the last time, and while that is none ever more rarely. A
+    device that guesses after the step is asked for what would pay by the chances that are known,
+    whatever it has guessed before.
     """
 
-    def __init__(self, most: int) -> None:
-        """``most`` tokens are asked for at most."""
+    def __init__(self, most: int, listener: Listener | None = None) -> None:
+        """``most`` tokens are asked for at most; of a device that guesses by the ``listener``."""
         self._costs = StepCosts()
         self._most = self._wanted = most
+        self._listener = listener
         self._asking = 0.0  # seconds for a token of every sequence
         self._pause = self._left = 0  # steps in which nobody is asked
 
     def wanted(self) -> int:
-        """For how many tokens of each sequence the proposer is asked before this step."""
+        """For how many tokens of each sequence the proposer is asked before this step, or the
+        device after it."""
         if self._left:
             self._left -= 1
             return 0
@@ -98,10 +107,48 @@ class Lengths:
     ) -> list[int]:
         """How many of the ``offered`` drafts of some of a step's sequences to verify, ``most`` in
         all; each is right with the chance of its sequence if those before it are."""
-        lengths = self._lengths(num_sequences, chances, offered, most)
-        if any(offered) and self._costs.knows(num_sequences):
-            self._ask_by(max(lengths), self._costs.seconds(num_sequences))
+        none = [0] * len(offered)
+        if not self._costs.knows(num_sequences):  # what none cost is measured first
+            return none
+        counts = () if self._listener is None else self._listener.counts
+        if self._listener is not None and counts:
+            return self._lead(self._listener, num_sequences, chances, offered, most)
+        if not any(offered):
+            return none
+        ranked = _ranked(chances, offered)
+        longest = np.maximum.accumulate(ranked.places)
+        found = self._best(num_sequences, ranked, most, longest * self._asking)
+        lengths = none if found is None else ranked.lengths(found[0])
+        self._ask_by(max(lengths), self._costs.seconds(num_sequences))
         return lengths
+
+    def _lead(
+        self,
+        listener: Listener,
+        num_sequences: int,
+        chances: Sequence[float],
+        offered: Sequence[int],
+        most: int,
+    ) -> list[int]:
+        """The same of drafts that a device has made, which is then asked for those that pay."""
+        all_of = _ranked(chances, [self._most if chance else 0 for chance in chances])
+        reading, pays, rate = listener.seconds(num_sequences, 0), 0, 0.0
+        for count in (count for count in listener.counts if count <= self._most):
+            asking = listener.seconds(num_sequences, count)
+            found = self._best(num_sequences, all_of.up_to(count), most, asking, reading)
+            if found is not None and found[1] > rate:
+                pays, rate = count, found[1]
+        if pays:
+            self._wanted, self._pause, self._left = pays, 0, 0
+        elif any(offered):
+            self._wanted = min(listener.counts)
+            asking = listener.seconds(num_sequences, self._wanted) - reading
+            share = asking / (_FREE * self._costs.seconds(num_sequences))
+            self._pause = self._left = min(2 * self._pause + 1, int(share))
+        asking = listener.seconds(num_sequences, pays)  # these have been paid for
+        ranked = _ranked(chances, offered)
+        found = self._best(num_sequences, ranked, most, asking, asking)
+        return [0] * len(offered) if found is None else ranked.lengths(found[0])
 
     def _ask_by(self, longest: int, seconds: float) -> None:
         """Decide on the next question after drafts of up to ``longest`` in a step that took so many
@@ -111,39 +158,56 @@ class Lengths:
         self._pause = 0 if longest else min(2 * self._pause + 1, int(share))
         self._left = self._pause
 
-    def _lengths(
-        self, num_sequences: int, chances: Sequence[float], offered: Sequence[int], most: int
-    ) -> list[int]:
-        lengths, costs = [0] * len(offered), self._costs
-        if not any(offered) or not costs.knows(num_sequences):  # what none cost is measured first
-            return lengths
-        ranked = _ranked(chances, offered)[: min(most, costs.most - num_sequences)]
-        best, count = _MARGIN * num_sequences / costs.seconds(num_sequences), 0
-        tokens, longest = float(num_sequences), 0
-        for size, (gain, index) in enumerate(ranked, start=1):
-            tokens += gain
-            lengths[index] += 1
-            longest = max(longest, lengths[index])
-            seconds = longest * self._asking + costs.seconds(num_sequences + size)
-            if tokens / seconds > best:
-                best, count = tokens / seconds, size
-        for _, index in ranked[count:]:
-            lengths[index] -= 1
-        return lengths
+    def _best(
+        self,
+        num_sequences: int,
+        ranked: _Ranked,
+        most: int,
+        asking: NDArray[np.float64] | float,
+        without: float = 0.0,
+    ) -> tuple[int, float] | None:
+        """How many of the drafts give the most tokens a second, and how many those are, where
+        guesses take ``asking`` seconds, or ``without`` drafts; None if that is better."""
+        costs = self._costs
+        size = min(len(ranked.gains), most, costs.most - num_sequences)
+        if size <= 0:
+            return None
+        rows = np.arange(num_sequences + 1, num_sequences + size + 1)
+        taken = asking if isinstance(asking, float) else asking[:size]
+        rates = (num_sequences + ranked.gains[:size].cumsum()) / (taken + costs.all_seconds(rows))
+        best = int(rates.argmax())
+        plain = num_sequences / (without + costs.seconds(num_sequences))
+        return (best + 1, float(rates[best])) if rates[best] > _MARGIN * plain else None
 
     def landed(self, rows: int, seconds: float) -> None:
         """Take a step of nothing but decodes into account."""
         self._costs.add(rows, seconds)
 
 
-def _ranked(chances: Sequence[float], offered: Sequence[int]) -> list[tuple[float, int]]:
-    """How much every draft adds to the tokens that are expected, and whose it is, the most first;
-    those of a sequence in their order."""
-    ranked = []
-    for index, (chance, count) in enumerate(zip(chances, offered, strict=True)):
-        gain = 1.0
-        for _ in range(count):
-            gain *= chance
-            ranked.append((gain, index))
-    ranked.sort(key=lambda each: -each[0])
-    return ranked
+class _Ranked(NamedTuple):
+    """Drafts, those first that add the most to the tokens that are expected, and those of a
+    sequence in their order: how much that is, whose each is, and which of those, from 1 on."""
+
+    gains: NDArray[np.float64]
+    owners: NDArray[np.int64]
+    places: NDArray[np.int64]
+    num_owners: int
+
+    def up_to(self, place: int) -> _Ranked:
+        """Only the first ones of every sequence."""
+        kept = self.places <= place
+        return _Ranked(self.gains[kept], self.owners[kept], self.places[kept], self.num_owners)
+
+    def lengths(self, size: int) -> list[int]:
+        """How many of each sequence are among so many."""
+        lengths: list[int] = np.bincount(self.owners[:size], minlength=self.num_owners).tolist()
+        return lengths
+
+
+def _ranked(chances: Sequence[float], offered: Sequence[int]) -> _Ranked:
+    counts = np.array(offered)
+    owners = np.arange(len(counts)).repeat(counts)
+    places = np.arange(1, len(owners) + 1) - (counts.cumsum() - counts)[owners]
+    gains = np.array(chances, float)[owners] ** places
+    order = np.argsort(-gains, kind="stable")
+    return _Ranked(gains[order], owners[order], places[order], len(counts))

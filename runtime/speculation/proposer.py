@@ -112,8 +112,15 @@ class Listener(Protocol):
         device may still guess."""
         ...
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many guesses the device makes of a sequence, where that is known: fewer take as long
+        as the next of these."""
+        ...
+
     def seconds(self, num_sequences: int, count: int) -> float:
-        """What ``count`` guesses for each of so many sequences take, as far as is known."""
+        """What ``count`` guesses for each of so many sequences take, or to read a step for none, as
+        far as is known."""
         ...
 
 

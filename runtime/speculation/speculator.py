@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,7 +15,12 @@ from slipstream.errors import EngineMismatchError, InvalidRequestError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence as Running
 from slipstream.runtime.engine.step import Guesses, StepResult
-from slipstream.runtime.executors.base import Executor, TimedExecutor
+from slipstream.runtime.executors.base import (
+    CapturingExecutor,
+    Executor,
+    LeadingExecutor,
+    TimedExecutor,
+)
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.speculation.lengths import Lengths
 from slipstream.runtime.speculation.lookup import OtherText
@@ -31,24 +36,10 @@ from slipstream.runtime.speculation.proposer import (
     create_proposer,
 )
 from slipstream.runtime.speculation.stats import SpeculationStats
+from slipstream.runtime.speculation.tracked import FIRST_CHANCE, SMOOTHING, Tracked, noted
 
 _logger = logging.getLogger(__name__)
 _FAILED = "the proposer failed; there will be no more drafts of it"
-_FIRST_CHANCE = 0.5
-_SMOOTHING = 0.15  # the weight of the newest guess
-
-
-@dataclass(slots=True)
-class Tracked:
-    """What is kept of a sequence: the last guess, how many tokens came before it and whether it is
-    the client's prediction, and how often guesses were right of late."""
-
-    context: Context
-    chance: float
-    predicted: OtherText | None = None
-    guess: Sequence[int] = ()
-    guessed_at: int = 0
-    of_prediction: bool = False
 
 
 class Speculator:
@@ -58,6 +49,9 @@ class Speculator:
     Every guess is compared with the tokens that came, whether or not it was verified: where none
     pay, it still shows when that changes. While none do, a device may run ahead; guesses are then
     made of the tokens that are known, for the comparison.
+
+    A device that keeps what it has guessed ``leads``: it is only told how many drafts to verify,
+    before the host knows them or the tokens before them.
     """
 
     def __init__(
@@ -67,19 +61,23 @@ class Speculator:
         vocab_size: int,
         lengths: Lengths | None,
         clock: Callable[[], float],
+        leads: bool = False,
     ) -> None:
         """Up to ``most`` drafts a sequence, as many as are guessed where there are no
-        ``lengths``."""
+        ``lengths``; whether a device that guesses ``leads``."""
         self._proposer: Proposer | None = proposer
         self._owner = proposer if isinstance(proposer, Owner) else None
         self._listener = proposer if isinstance(proposer, Listener) else None
         self._follower = proposer if isinstance(proposer, Follower) else None
-        self._most = most
+        self.most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
         self._clock = clock
+        self._leads = leads
+        self._captures: Callable[[], int] = lambda: 0  # of graphs, so far
+        self._captured = 0  # when the last step landed
         self._pays = False  # to guess before the next step
-        self._chance = _FIRST_CHANCE
+        self._chance = FIRST_CHANCE
         self._num_drafts = self._num_tokens = 0
         self._accepted = [0] * most
 
@@ -107,7 +105,7 @@ class Speculator:
         tracked = [self._follow(sequences[place]) for place in places]
         self._guess([sequences[place] for place in places], tracked)
         offered = [
-            self._allowed(sequences[place], each.guess[: min(room[place], self._most)])
+            self._allowed(sequences[place], each.guess[: min(room[place], self.most)])
             for place, each in zip(places, tracked, strict=True)
         ]
         counts = [len(guess) for guess in offered]
@@ -122,6 +120,41 @@ class Speculator:
             budget -= len(drafts[place])
         return drafts
 
+    def leads(self, running: Iterable[Running]) -> bool:
+        """Whether the device goes on by itself with what it guesses of these sequences: none of
+        them needs the host between two tokens."""
+        guesses = self._leads and self._listener is not None and self._proposer is not None
+        return guesses and all(sequence.goes_alone for sequence in running)
+
+    def lead(
+        self, sequences: Sequence[Running], room: Sequence[int], budget: int
+    ) -> tuple[list[int], list[int]]:
+        """How many of the tokens that the device has guessed of each of the decoding ``sequences``
+        of a step it is to verify, within the same limits as ``draft``; and how many it has
+        guessed."""
+        self._pays = False
+        offered = [
+            self._known(sequence).offered if free > 0 else 0
+            for sequence, free in zip(sequences, room, strict=True)
+        ]
+        fits = list(map(min, offered, room))
+        if self._lengths is None:
+            counts = fits
+        else:
+            known = [sequence.speculation for sequence in sequences]
+            chances = [
+                each.chance if each is not None and free > 0 else 0.0
+                for each, free in zip(known, room, strict=True)
+            ]
+            counts = self._lengths.choose(len(sequences), chances, fits, budget)
+        if sum(counts) > budget:
+            before = accumulate(counts, initial=0)
+            counts = [
+                max(0, min(count, budget - taken))
+                for count, taken in zip(counts, before, strict=False)
+            ]
+        return counts, offered
+
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the proposer reads of the target's outputs."""
@@ -129,21 +162,30 @@ class Speculator:
             return ()
         return tuple(self._follower.outputs)
 
-    def ahead(self, plan: StepPlan) -> int | None:
+    def ahead(self, plan: StepPlan, page_size: int) -> int | None:
         """How many tokens of each sequence the device is to guess after a step, None if nobody
-        hears of them."""
+        hears of them; guesses after the first end with the last page of ``page_size`` tokens."""
         if self._proposer is None or self._listener is None:
             return None
-        most = self._most if self._lengths is None else self._lengths.wanted()
-        if most and self._lengths is not None:
-            self._lengths.asked(most, self._listener.seconds(len(plan.sequences), most))
+        most = self.most if self._lengths is None else self._lengths.wanted()
+        ends = zip(plan.sequences, plan.outputs, plan.allocations, strict=True)
+        for sequence, output, held in ends:
+            if sequence.request.params.speculative:
+                longest = sequence.num_scheduled + sequence.num_drafted
+                sure = 1 + max(0, len(held.pages) * page_size - longest)
+                self._known(sequence).offered = min(most, sure) if output >= 0 else 0
         return most
 
     def computed(
-        self, plan: StepPlan, runs: Mapping[Running, list[int]], result: StepResult
+        self, plan: StepPlan, runs: Mapping[Running, list[int]], result: StepResult, latest: bool
     ) -> None:
-        """Show the proposer what a step computed of those that go on, if it wants to know."""
+        """Show the proposer what a step computed of those that go on, if it wants to know; of one
+        that is not the ``latest``, whose guesses the device leads with, nobody does."""
         if self._proposer is None:
+            return
+        if plan.offered is not None and result.right is not None and self._lengths is not None:
+            self._compare(plan.sequences, plan.offered, runs, result.right)
+        if plan.offered is not None and not latest:
             return
         if self._listener is not None and result.guesses is not None:
             with self._unless_it_fails():
@@ -168,20 +210,30 @@ class Speculator:
                 sequence.num_rejected += count - right
         if self._lengths is not None and plan.num_decodes == len(plan.sequences):
             asked = 0.0
-            if plan.ahead and self._listener is not None:
+            if plan.ahead is not None and self._listener is not None:
                 asked = self._listener.seconds(len(plan.sequences), plan.ahead)
-            self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
+            before, self._captured = self._captured, self._captures()
+            if before == self._captured:  # else it took longer than a step does
+                self._lengths.landed(sum(plan.counts), max(seconds - asked, seconds / 8))
 
-    def waits_for(self, plan: StepPlan) -> bool:
-        """Whether the host must know the tokens of a step before it plans the next: it has guessed
-        some of them, or it pays to guess what comes after them, as where drafts are always wanted
-        and the device says what it guesses with the tokens."""
+    def waits_for(self, plan: StepPlan, running: Iterable[Running]) -> bool:
+        """Whether the host must know the tokens of a step before it plans the next, of ``running``
+        sequences: it has guessed some of them, or it pays to guess what comes after them, as where
+        drafts are always wanted and the device says what it guesses with the tokens. Where the
+        device has led and does not from now on, too."""
+        if self.leads(running):
+            return bool(plan.guesses)
+        if plan.offered is not None and any(plan.drafts):
+            return True
         heard = bool(plan.ahead) and self._lengths is None
         return bool(plan.guesses) or self._pays or heard
 
     def learn(self, executor: Executor) -> None:
         """Take into account what steps of decodes cost, where a device can tell before there were
         any."""
+        if isinstance(executor, CapturingExecutor):
+            self._captures = lambda: executor.captures
+            self._captured = executor.captures
         if self._lengths is not None and isinstance(executor, TimedExecutor):
             for rows, seconds in sorted(executor.step_seconds().items()):
                 self._lengths.landed(rows, seconds)
@@ -244,25 +296,39 @@ class Speculator:
         """What is kept of a sequence, with the last guess compared with what came."""
         tracked = self._known(sequence)
         came = sequence.tokens[tracked.guessed_at : tracked.guessed_at + len(tracked.guess)]
-        for guessed, token in zip(tracked.guess, came, strict=False):
-            right = guessed == token
-            tracked.chance += _SMOOTHING * (right - tracked.chance)
-            self._chance += _SMOOTHING * (right - self._chance) / 4
-            if not right:
-                break
+        right, wrong = tracked.compare(came)
+        self._note(right, wrong)
         return tracked
+
+    def _compare(
+        self,
+        sequences: Sequence[Running],
+        offered: Sequence[int],
+        runs: Mapping[Running, list[int]],
+        right: Sequence[int],
+    ) -> None:
+        """Take into account how many of the tokens that were offered are those that came."""
+        for sequence, count, found in zip(sequences, offered, right, strict=False):
+            tracked, came = sequence.speculation, min(count, len(runs.get(sequence, ())))
+            if came and tracked is not None:
+                found = min(came, found)
+                tracked.note(found, found < came)
+                self._note(found, found < came)
+
+    def _note(self, right: int, wrong: bool) -> None:
+        self._chance = noted(self._chance, right, wrong, SMOOTHING / 4)
 
     def _guess(self, sequences: Sequence[Running], tracked: Sequence[Tracked]) -> None:
         asked, known = [], all(each.guessed_at for each in tracked)
         for sequence, each in zip(sequences, tracked, strict=True):
             each.guess, each.guessed_at = (), len(sequence.tokens)
             if each.predicted is not None:
-                each.guess = each.predicted.propose(sequence.output, self._most)
+                each.guess = each.predicted.propose(sequence.output, self.most)
             each.of_prediction = bool(each.guess)
             if not each.guess:
                 asked.append(each)
         listens = self._listener is not None  # who has been asked with the step before
-        most = self._most if self._lengths is None or listens else self._lengths.wanted()
+        most = self.most if self._lengths is None or listens else self._lengths.wanted()
         if not asked or not most:
             return
         began = self._clock()
@@ -326,5 +392,7 @@ def speculator_of(engine: LoadedEngine, clock: Callable[[], float]) -> Speculato
             param="num_speculative_tokens",
         )
     proposer = create_proposer(config.speculative, engine)
-    lengths = Lengths(most) if auto else None
-    return Speculator(proposer, most, engine.vocab_size, lengths, clock)
+    executor, listener = engine.executor, proposer if isinstance(proposer, Listener) else None
+    lengths = Lengths(most, listener) if auto else None
+    leads = isinstance(executor, LeadingExecutor) and executor.verifies_unseen
+    return Speculator(proposer, most, engine.vocab_size, lengths, clock, leads)

@@ -27,12 +27,14 @@ def dynamo_worker(model: str, dynamo: DynamoOptions, runtime: dict[str, Any]) ->
     MODEL is an engine, or a checkpoint, which is compiled on first use. Frontends find the worker,
     send requests to the one that has their beginning in its cache, and with --migration-limit go on
     elsewhere with those of a worker that dies. SIGTERM and Ctrl-C let running requests end.
-    DYN_SYSTEM_PORT is where /health and /metrics are.
+    DYN_SYSTEM_PORT is where /health and /metrics are. With --disaggregation-mode, some workers
+    compute prompts and others go on with them.
 
     \b
     Examples:
       slipstream dynamo-worker engine --served-model-name smollm2
       slipstream dynamo-worker engine --discovery-backend file --kv-cache-bytes 2G
+      slipstream dynamo-worker engine --disaggregation-mode prefill
     """
     try:
         from slipstream.server.dynamo.worker import run
@@ -46,7 +48,8 @@ def dynamo_worker(model: str, dynamo: DynamoOptions, runtime: dict[str, Any]) ->
     def load(own: KvEventsConfig) -> LoadedEngine:
         """With events of the cache as the options say, or else in a way of the worker's own."""
         tells = runtime.get("enable_prefix_caching", True)
-        given = with_kv_events({**({NAME: own} if tells else {}), **runtime})
+        hands = {"kv_transfer_gib": options.kv_transfer_gib} if options.hands_over else {}
+        given = with_kv_events({**({NAME: own} if tells else {}), **runtime, **hands})
         _check_events(given.get(NAME))
         return load_model(model, given)
 

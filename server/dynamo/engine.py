@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,31 @@ from dynamo.common.backend.health_check import build_health_check_payload
 from dynamo.common.backend.metrics import register_engine_registry
 from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
 from dynamo.common.backend.worker import WorkerConfig
+from dynamo.common.constants import DisaggregationMode
 from dynamo.common.utils.token_ids import token_ids_to_list
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 from prometheus_client import CollectorRegistry
 
 from slipstream.errors import CapacityError, ExecutionError, InvalidRequestError
 from slipstream.runtime.async_llm import AsyncLLM
+from slipstream.runtime.engine.handover import Handover
+from slipstream.runtime.handover.exchange import Exchange
+from slipstream.runtime.handover.files import FileTransport
 from slipstream.runtime.kv_events.config import KvEventsConfig
 from slipstream.runtime.loaded_engine import LoadedEngine
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.server.core.metrics import PREFIX, EngineMetrics
 from slipstream.server.core.offload_metrics import OffloadMetrics
+from slipstream.server.dynamo.handover_metrics import HandoverMetrics
 from slipstream.server.dynamo.options import DynamoOptions
-from slipstream.server.dynamo.requests import Translator, cache_salt
+from slipstream.server.dynamo.requests import (
+    CANCELLED,
+    Translator,
+    cache_salt,
+    counted_at_prefill,
+    disaggregated_params,
+    kv_transfer_params,
+)
 
 _LOG = logging.getLogger(__name__)
 _RANK = 0  # one engine has one cache
@@ -47,6 +61,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         self._options = options
         self._events = engine.config.kv_events_config or KvEventsConfig()
         self._llm: AsyncLLM | None = None
+        self._exchange: Exchange | None = None
         self._publisher: Any = None
         self._watching: asyncio.Task[None] | None = None
         self._open = 0  # requests
@@ -64,7 +79,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         options = self._options
         return WorkerConfig(
             namespace=options.namespace,
-            component=options.component,
+            component=options.component_name,
             endpoint=options.endpoint,
             model_name=self._files,
             served_model_name=options.served_model_name,
@@ -74,6 +89,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
             enable_kv_routing=self._events.publishes,
+            disaggregation_mode=DisaggregationMode(options.disaggregation_mode),
         )
 
     async def start(self, worker_id: int) -> Any:  # noqa: ANN401 - of Dynamo
@@ -84,6 +100,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         self._metrics = EngineMetrics(name, llm)
         self._offload = OffloadMetrics(name, llm, PREFIX)
         self._translator = Translator(llm.generation_defaults, llm.tokenizer)
+        self._exchange = self._opened_exchange(llm)
         config = self._engine.config
         return EngineConfig(
             model=self._files,
@@ -108,7 +125,7 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
             raise EngineShutdown("the worker is ending; another one goes on")
         with self._counted():
             try:
-                async with aclosing(self._chunks(llm, request, context.id())) as chunks:
+                async with aclosing(self._chunks(llm, request, context)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except (InvalidRequestError, CapacityError) as error:
@@ -119,13 +136,56 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
                 raise
 
     async def _chunks(
-        self, llm: AsyncLLM, request: dict[str, Any], request_id: str
+        self,
+        llm: AsyncLLM,
+        request: dict[str, Any],
+        context: Any,  # noqa: ANN401 - of Dynamo
     ) -> AsyncGenerator[dict[str, Any], None]:
-        params = self._translator.params(request)
-        tokens = token_ids_to_list(request["token_ids"])
+        tokens, salt = token_ids_to_list(request["token_ids"]), cache_salt(request)
+        ask = partial(self._answer, llm, context, tokens, salt)
+        exchange = self._exchange
+        if exchange is None:
+            async with aclosing(ask(self._translator.params(request), None)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        elif self._options.disaggregation_mode == "prefill":
+            params = self._translator.prefill_params(request)
+            async with (
+                exchange.sending(tokens, salt) as sending,
+                aclosing(ask(params, sending.handover)) as chunks,
+            ):
+                async for chunk in chunks:
+                    if chunk.get("finish_reason", CANCELLED) != CANCELLED:
+                        chunk["disaggregated_params"] = disaggregated_params(await sending.send())
+                    yield chunk
+        else:
+            params, told = self._translator.params(request), kv_transfer_params(request)
+            async with (
+                exchange.receiving(told, tokens, salt) as handover,
+                aclosing(ask(params, handover)) as chunks,
+            ):
+                async for chunk in chunks:
+                    yield counted_at_prefill(chunk, request)
+
+    async def _answer(
+        self,
+        llm: AsyncLLM,
+        context: Any,  # noqa: ANN401 - of Dynamo
+        tokens: list[int],
+        salt: str,
+        params: SamplingParams,
+        handover: Handover | None,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        if context.is_stopped():  # while slots for its pages were waited for
+            return
         watch, told = self._metrics.watch(params.max_tokens), 0
         outputs = llm.generate(
-            tokens, params, request_id, output_kind="delta", cache_salt=cache_salt(request)
+            tokens,
+            params,
+            context.id(),
+            output_kind="delta",
+            cache_salt=salt,
+            handover=handover,
         )
         try:
             async with aclosing(outputs):
@@ -168,11 +228,18 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), self._options.drain_timeout)
         llm, self._llm = self._llm, None
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            await exchange.close()
         if llm is not None:
             self.unhealthy = llm.unhealthy
             await asyncio.to_thread(llm.shutdown)
         if self._watching is not None:
             await self._watching
+
+    async def is_quiescent(self) -> bool | None:
+        """Whether nobody is to take pages any more; a worker for prompts waits for that."""
+        return self._exchange is None or self._exchange.is_quiescent()
 
     async def kv_event_sources(self) -> list[Any]:
         """Where the events of the prefix cache are heard."""
@@ -191,6 +258,9 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._metrics)
         registry.register(self._offload)
+        if self._exchange is not None:
+            name = self._options.served_model_name or ""
+            registry.register(HandoverMetrics(name, self._exchange.stats, PREFIX))
         register_engine_registry(metrics, registry, prefix_filters=[PREFIX])
 
     def component_metrics_dp_ranks(self) -> list[int]:
@@ -200,6 +270,14 @@ class SlipstreamEngine(LLMEngine):  # type: ignore[misc]
     def attach_snapshot_publisher(self, publisher: Any) -> None:  # noqa: ANN401 - of Dynamo
         """Tell the load from now on."""
         self._publisher = publisher
+
+    def _opened_exchange(self, llm: AsyncLLM) -> Exchange | None:
+        """With whom prompts are handed over, where that is asked for."""
+        if (staging := llm.staging) is None:
+            return None
+        timeout = self._options.kv_transfer_timeout
+        transport = FileTransport(Path(self._options.kv_transfer_path), staging, timeout)
+        return Exchange(staging, transport, llm.fingerprint, timeout)
 
     async def _watch(self, llm: AsyncLLM) -> None:
         """Tell the load, and end the worker when the engine is given up."""

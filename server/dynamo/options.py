@@ -16,7 +16,14 @@ class DynamoOptions:
     """The options of one worker.
 
     namespace, component, endpoint  what the worker is called in Dynamo; those with equal ones are
-                                    replicas.
+                                    replicas. A component of None is Dynamo's own name: prefill for
+                                    such a worker, and backend.
+    disaggregation_mode             what of a request the worker does: ``prefill`` computes prompts
+                                    and hands them over, ``decode`` goes on with them, ``agg`` does
+                                    both.
+    kv_transfer_path                directory for pages on their way, which workers of one host see.
+    kv_transfer_gib                 GiB of memory for those that come and go.
+    kv_transfer_timeout             seconds after which pages that nobody took are freed.
     served_model_name               the name that requests give.
     discovery_backend               where workers and frontends find each other.
     request_plane, event_plane      how requests and events travel.
@@ -28,7 +35,7 @@ class DynamoOptions:
     """
 
     namespace: str = "dynamo"
-    component: str = "backend"
+    component: str | None = None
     endpoint: str = "generate"
     served_model_name: str | None = None
     discovery_backend: Literal["etcd", "kubernetes", "file", "mem"] = "etcd"
@@ -37,11 +44,28 @@ class DynamoOptions:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     drain_timeout: float = 60.0
+    disaggregation_mode: Literal["agg", "prefill", "decode"] = "agg"
+    kv_transfer_path: str = "/dev/shm"
+    kv_transfer_gib: float = 1.0
+    kv_transfer_timeout: float = 60.0
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether prompts go to other workers or come from there."""
+        return self.disaggregation_mode != "agg"
+
+    @property
+    def component_name(self) -> str:
+        """What the worker is called."""
+        return self.component or ("prefill" if self.disaggregation_mode == "prefill" else "backend")
 
     def __post_init__(self) -> None:
         for name in ("namespace", "component", "endpoint", "served_model_name"):
             if getattr(self, name) == "":
                 raise InvalidRequestError(f"{name} is empty; leave it out, or give a text")
+        for name in ("kv_transfer_gib", "kv_transfer_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not self.drain_timeout >= 0:
             raise InvalidRequestError(
                 f"drain_timeout is {self.drain_timeout}; it must be at least 0"
@@ -50,7 +74,16 @@ class DynamoOptions:
 
 _OPTIONS = {
     "namespace": Option("Namespace of the frontends.", envvar="DYN_NAMESPACE"),
-    "component": Option("Name of the workers; those with the same are replicas."),
+    "component": Option(
+        "Name of the workers; those with the same are replicas.", "prefill for those, or backend"
+    ),
+    "disaggregation_mode": Option(
+        "What the worker does: prefill computes prompts and hands their pages over, decode goes on "
+        "with them, agg does both."
+    ),
+    "kv_transfer_path": Option("Directory for pages on their way, seen by workers of one host."),
+    "kv_transfer_gib": Option("GiB of memory for pages that come and go, beside the KV cache."),
+    "kv_transfer_timeout": Option("Seconds after which pages that nobody took are freed."),
     "endpoint": Option("Name of what they answer."),
     "served_model_name": Option("Name of the model in requests.", "the model's file or directory"),
     "discovery_backend": Option(

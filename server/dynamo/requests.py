@@ -32,7 +32,8 @@ _TAKEN = {
     "stop_conditions": ("max_tokens", "min_tokens", "ignore_eos"),
     "output_options": ("logprobs",),
 }
-_REASONS = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
+CANCELLED = "cancelled"
+_REASONS = {"stop": "stop", "length": "length", "abort": CANCELLED, "error": "error"}
 _FORMS = ("json", "regex", "choice", "grammar", "structural_tag")
 _MOST_LOGPROBS = 20
 
@@ -77,6 +78,11 @@ class Translator:
             return StructuredOutput.from_dict(given)
         return structural_tag(_parsed(tag) if isinstance(tag, str) else tag, self._tokenizer)
 
+    def prefill_params(self, request: Request) -> SamplingParams:
+        """The same for a worker that computes the prompt, and one token to show for it."""
+        params = self.params(request)
+        return replace(params, max_tokens=1, min_tokens=0, stop_token_ids=(), ignore_eos=True)
+
     def chunk(self, output: RequestOutput, told: int) -> dict[str, Any]:
         """What is new of the completion, of which so many tokens were told before."""
         (completion,) = output.outputs
@@ -115,6 +121,26 @@ def _parsed(tag: str) -> Any:  # noqa: ANN401 - JSON
         raise InvalidRequestError(
             f"structural_tag is no JSON ({error!s:.80}); give an object", param="structured"
         ) from error
+
+
+def kv_transfer_params(request: Request) -> Any:  # noqa: ANN401 - of another worker
+    """What a worker has said of the pages of the prompt that it computed; None without one."""
+    result = request.get("prefill_result") or {}
+    return (result.get("disaggregated_params") or {}).get("kv_transfer_params")
+
+
+def disaggregated_params(kv_transfer_params: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last chunk of a prompt that was computed says of its pages."""
+    return {"kv_transfer_params": dict(kv_transfer_params)}
+
+
+def counted_at_prefill(chunk: dict[str, Any], request: Request) -> dict[str, Any]:
+    """A chunk that says how much of the prompt the worker had in its cache that computed it: what
+    was handed over is no hit."""
+    details = (request.get("prefill_result") or {}).get("prompt_tokens_details")
+    if details and "completion_usage" in chunk:
+        chunk["completion_usage"]["prompt_tokens_details"] = details
+    return chunk
 
 
 def cache_salt(request: Request) -> str:

@@ -165,7 +165,7 @@ def test_a_thousand_replays_are_equal(executor: CUDAExecutor) -> None:
     first = rows(executor, batch, eager=False)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     runner = executor.runner
-    replay, width = runner._layers[runner.buckets.decode(8)], runner.rows.shape[1]
+    replay, width = runner._layers[runner._buckets.decode(8)], runner.rows.shape[1]
     for _ in range(1000):
         replay()
         differing += (runner.rows[:8].float() != first[:, :width]).sum()

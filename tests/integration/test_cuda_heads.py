@@ -26,6 +26,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.speculation.speculator import Speculator
 
 pytestmark = pytest.mark.gpu
 FORMATS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,51 @@ def test_right_guesses_save_steps(knowing: Path, schedule: str, length: int | st
     if length != "auto":  # a step may be too cheap here to save any
         assert stats.num_accepted_tokens > 450
     assert stats.num_accepted_tokens >= 0.98 * stats.num_draft_tokens
+
+
+# None of them needs the host between two tokens, so the device leads.
+ALONE: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 2.0, "seed": 5, "n": 2},
+    {"temperature": 1.7, "seed": 6, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 2},
+    {"temperature": 1.8, "seed": 7, "min_tokens": 10, "logit_bias": {3: 2.0}},
+    {"temperature": 0, "stop_token_ids": [40], "logprobs": 30},
+    {"temperature": 1.9, "seed": 8, "allowed_token_ids": list(range(45)), "prompt_logprobs": 1},
+    {"temperature": 2.0, "seed": 9, "max_tokens": 23, "bad_words_token_ids": [[30]]},
+    {"temperature": 0.8, "seed": 10, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"temperature": 0, "presence_penalty": 0.7, "min_tokens": 4},
+    {"temperature": 0, "speculative": False},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_device_that_leads_changes_no_bit(
+    knowing: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drafts that are right and wrong, and steps that are captured on the way."""
+    led = 0
+    lead = Speculator.lead
+
+    def count(self: Speculator, *given: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401
+        nonlocal led
+        counts, offered = lead(self, *given)
+        led += sum(counts)
+        return counts, offered
+
+    monkeypatch.setattr(Speculator, "lead", count)
+    options: dict[str, Any] = {**LIMITS, **SCHEDULES[schedule], "deterministic": True}
+    if (pages := options.pop("pages", None)) is not None:
+        options["kv_cache_bytes"] = pages * 64 * (3 * 2 * 2 * 16 * 2 + 2 * 4 * 16 * 2)
+    params = [SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **kind}) for kind in ALONE]
+    prompts = [[start + 1] * (30 + 5 * start) for start in range(len(ALONE))]
+    found = []
+    for length in (None, 1, 3, 7, "auto"):
+        more: dict[str, Any] = {"speculative": "eagle3", "num_speculative_tokens": length}
+        with LLM(knowing, **options, **(more if length else {})) as llm:
+            found.append([each.outputs for each in llm.generate(prompts, params)])
+        assert found[-1] == found[0], length
+        assert led > 60 or length in (None, "auto")  # a step may be too cheap for some to pay
+        led = 0
 
 
 def test_tokens_are_drawn_as_without(knowing: Path) -> None:

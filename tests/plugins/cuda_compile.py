@@ -24,7 +24,17 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.collectives.cuda import exchange
 from slipstream.plugins.collectives.cuda.layout import Layout
-from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
+from slipstream.plugins.drafting.cuda import (
+    DraftBuffers,
+    Pages,
+    Table,
+    Tokens,
+    advance,
+    follow,
+    guess,
+    mask,
+    move_rows,
+)
 from slipstream.plugins.expert_linear.cuda import tactics as expert_tactics
 from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.gated_mlp import GATES
@@ -40,13 +50,14 @@ from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
     paged_attention,
+    workspace_of,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
 from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
 from slipstream.plugins.rotary.cuda import rotary_angles
 from slipstream.plugins.router.cuda import router
-from slipstream.plugins.sampling import Kind
-from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.plugins.sampling import Field, Kind
+from slipstream.plugins.sampling.cuda import SamplerBuffers, best_of_part, sample, sample_best
 from slipstream.plugins.soft_cap.cuda import soft_cap
 from slipstream.weights.tensor import WeightFormat
 
@@ -243,6 +254,22 @@ def attention_of(a: Attributes, queries: int, capability: tuple[int, int], pdl: 
         )
 
 
+def copied_pages(capability: tuple[int, int], pdl: bool) -> None:
+    """A long prompt over float8 pages, of which the layer makes copies first."""
+    a, tokens = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1), 1024
+    row, pages = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 4, 2, 2, 64 * 128)
+    if capability < (8, 9):
+        return
+    coded = pages.to(torch.float8_e4m3fn)
+    workspace = workspace_of([a], [coded], 8, tokens, 512, torch.device("cpu"))
+    assert (workspace.wide is None) == (capability != (9, 0))
+    slots, table = torch.zeros(tokens, dtype=torch.int32), torch.zeros(7, 8, dtype=torch.int32)
+    step = StepTensors(row, row[:7], table, slots, row, row, 0, query_block=32)
+    qkv = torch.zeros(tokens, 12 * 128, dtype=torch.bfloat16)
+    angles = torch.zeros(tokens, 64)
+    paged_attention(qkv, angles, angles, coded, step, a, workspace=workspace)
+
+
 def elementwise(capability: tuple[int, int], pdl: bool) -> None:
     """Norms, gates and angles."""
     x, weight = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.ones(1024, dtype=torch.bfloat16)
@@ -261,7 +288,7 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
     for ranks in (2, 4):
         room = exchange.Room(
             1,
-            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS),
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS, exchange.MEETINGS),
             torch.zeros(ranks, dtype=torch.int64),
             torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
         )
@@ -282,6 +309,8 @@ def sampling(capability: tuple[int, int], pdl: bool) -> None:
     buffers.enable_full()
     for kind in Kind:
         sample(torch.zeros(2, vocab), buffers, 2, kind, pdl)
+    best = best_of_part(torch.zeros(2, vocab // 2), buffers, vocab // 2, pdl)
+    sample_best(torch.cat([best, best], dim=1), buffers, pdl)
 
 
 def drafting(capability: tuple[int, int], pdl: bool) -> None:
@@ -289,10 +318,13 @@ def drafting(capability: tuple[int, int], pdl: bool) -> None:
     vocab = 32000
     numbers = torch.zeros(8, dtype=torch.int32)
     for known in (torch.zeros(vocab, dtype=torch.int32), None):
-        buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, torch.device("cpu"))
+        buffers = DraftBuffers.allocate(8, 2, 8, vocab, known, numbers[:2])
         pages = Pages(torch.zeros((2, 4), dtype=torch.int32), numbers[:2], 64)
-        first, drafts, sampled = numbers[:2], numbers[:2], numbers
-        follow(numbers, numbers, numbers, numbers, first, drafts, sampled, buffers, pdl)
+        tokens = Tokens(numbers, numbers, numbers, numbers, drafts=numbers[:2])
+        table = Table(pages.table, numbers, 64)
+        advance(tokens, numbers[:2], [table], pages.table, vocab, buffers, pdl)
+        move_rows(torch.zeros((len(Field), 8), dtype=torch.int32), 8, buffers, pdl)
+        follow(tokens, numbers, numbers[:2], numbers, buffers, pdl)
         for goes_on in (True, False):
             guess(torch.zeros(2, vocab), buffers, pages, 0, 1, goes_on, pdl)
             guess(torch.zeros(2, vocab), buffers, pages, 1, 1, goes_on, pdl)
@@ -306,6 +338,7 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     normed_routers,
     experts_of_gpt_oss,
     attention,
+    copied_pages,
     elementwise,
     collectives,
     sampling,

@@ -340,3 +340,6 @@ def test_engines_that_keep_no_pages_on_the_host(
     with pytest.raises(Invalid, match=f"does nothing for .*{message}"):
         runtime_config(engine, {"kv_offload_gib": 1.0, **options})
     assert runtime_config(engine, {"kv_offload_gib": 0.0}).kv_offload_gib == 0
+    if not options:  # nor are prompts handed over
+        with pytest.raises(Invalid, match=f"kv_transfer_gib does nothing for .*{message}"):
+            runtime_config(engine, {"kv_transfer_gib": 1.0})

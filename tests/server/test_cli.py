@@ -82,9 +82,10 @@ def test_build_has_an_option_for_every_field_with_its_default() -> None:
 @pytest.mark.parametrize("name", RUNNING)
 def test_commands_that_run_a_model_take_the_runtime_options(name: str) -> None:
     text = help_of(name)
-    # The engine alone decides the page size.
+    # The engine alone decides the page size, and only workers of Dynamo hand prompts over.
     assert {field.name for field in dataclasses.fields(RuntimeConfig)} - set(RUNTIME) == {
-        "page_size"
+        "page_size",
+        "kv_transfer_gib",
     }
     for field in RUNTIME:
         watched = name == "chat" or field != "step_timeout"

@@ -14,10 +14,10 @@ from slipstream.builder.contract import HIDDEN, NEXT_HIDDEN, Output, Port
 from slipstream.builder.graph.passes.dequantize_unheld import as_dense
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.plugins.linear.cuda.packing import format_attributes, pack, packed_size
-from slipstream.plugins.linear.cuda.tactics import describe
+from slipstream.plugins.linear.cuda.tactics import describe, multiplies_in
 from slipstream.plugins.operators import DOMAIN, OPERATORS
 from slipstream.weights.safetensors import ArraySpec
-from slipstream.weights.tensor import LazyTensor, QuantTensor, numpy_dtype
+from slipstream.weights.tensor import LazyTensor, QuantTensor, WeightFormat, numpy_dtype
 
 SUFFIX = ".cuda"
 _PACKED = ("Linear", "NormedRouter", "ExpertLinear", "Embedding", "EmbeddingShard")
@@ -46,7 +46,7 @@ class PackWeights:
             tensor = program.weight_of(node)
             if tensor.format.kind == "dense":
                 tensor = as_dense(tensor, self.dtype)
-            if node.op_type == "ExpertLinear":
+            if node.op_type == "ExpertLinear" and not _rounds(tensor.format):
                 tensor = _unrounded(tensor)
             if node.op_type == "Linear":
                 kernels[describe(tensor.format)] += 1
@@ -60,6 +60,11 @@ class PackWeights:
         for kernel, count in kernels.items():
             log.info("%d linears run on %s", count, kernel)
         return len(nodes)
+
+
+def _rounds(fmt: WeightFormat) -> bool:
+    """Whether experts of a format have a kernel that rounds x, to float8 by a scale a token."""
+    return fmt.activation == "token" and multiplies_in(fmt) == "float8"
 
 
 def _unrounded(tensor: LazyTensor) -> LazyTensor:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.plugins.collectives.cuda.exchange import (
+    MEETINGS,
     PROGRAMS,
     Norm,
     Room,
     Way,
-    fits,
     gather,
     reduce,
     reducible,
+    rows_that_fit,
 )
 from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.collectives.cuda.shared_memory import SharedMemory
@@ -23,7 +27,8 @@ from slipstream.plugins.rms_norm.cuda import rms_norm
 # The largest x, in bytes, that goes as lines, and as words; by the number of ranks. Of two it is
 # measured on H200s, of more computed from what those took: each other rank adds to what is sent.
 LINES_BYTES = {2: 512 << 10, 4: 128 << 10, 8: 64 << 10}
-WORDS_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 128 << 10}
+# Of two ranks words are no more bytes than parts, however many.
+WORDS_BYTES = {2: 1 << 62, 4: 512 << 10, 8: 128 << 10}
 # Newer versions of torch have it under this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -35,10 +40,11 @@ class Communicator:
     in this order: NCCL's on GPUs. Making one is a collective call of all ranks, and no stream may
     be capturing. Call ``leave_multicast_off`` (``multicast.py``) before the group is made.
 
-    What is exchanged through symmetric memory is at most ``max_bytes``, those of x of one rank;
-    larger x go through the group. Calls wait for nothing on the host, so they can be captured in
-    CUDA graphs, and graphs may be replayed in any order, the same on every rank. All calls must be
-    on one stream, or on streams that wait for each other. Results are the same bits on all ranks.
+    What is exchanged through symmetric memory at once is at most ``max_bytes``, those of x of one
+    rank; larger x go in several parts. What no kernel of ours takes goes through the group. Calls
+    wait for nothing on the host, so they can be captured in CUDA graphs, and graphs may be replayed
+    in any order, the same on every rank. All calls must be on one stream, or on streams that wait
+    for each other. Results are the same bits on all ranks.
 
     On a CPU everything goes through the group. On the device ``meta``, where kernels are recorded
     before there is a GPU (``plugins/cuda/precompile.py``), there is none.
@@ -56,12 +62,14 @@ class Communicator:
         self._group = group
         self._memory: SharedMemory | None = None
         self._room: Room | None = None
-        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS)
+        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS, MEETINGS)
         if device.type == "cuda":
             assert group is not None
             self._memory = SharedMemory(rank, layout.bytes, device, group)
             turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-            self._room = Room(rank, layout, self._memory.addresses, turns)
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            programs = min(PROGRAMS, processors)
+            self._room = Room(rank, layout, self._memory.addresses, turns, programs)
         elif device.type == "meta":
             addresses = torch.empty(size, dtype=torch.int64, device=device)
             turns = torch.empty(PROGRAMS, dtype=torch.int32, device=device)
@@ -69,9 +77,7 @@ class Communicator:
 
     def all_reduce(self, x: Tensor, *, pdl: bool = False) -> Tensor:
         """The sum of x ``[rows, width]`` (bfloat16, float16 or float32) of all ranks, added up in
-        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is.
-
-        Beyond ``max_bytes`` it is NCCL that adds up."""
+        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is."""
         summed = self._reduce(x, None, pdl)
         return self._through_group(x) if summed is None else summed[0]
 
@@ -95,12 +101,14 @@ class Communicator:
         """The columns of x ``[rows, width]`` (any dtype) of all ranks, side by side in their order:
         ``[rows, size * width]``, in ``out`` if given."""
         wide = x.new_empty(len(x), self.size * x.shape[1]) if out is None else out
-        room, whole_words = self._room, x.shape[1] * x.element_size() % 4 == 0
-        if room is not None and whole_words and wide.is_contiguous():
-            for way in (Way.LINES, Way.WORDS):
-                if fits(way, room, x):
-                    gather(way, room, x.contiguous(), wide, pdl=pdl)
-                    return wide
+        row = x.shape[1] * x.element_size()
+        if self._room is not None and row % 4 == 0 and wide.is_contiguous():
+            whole = x.contiguous()
+            lines = len(x) <= rows_that_fit(Way.LINES, self._room, row)
+            way = Way.LINES if lines else Way.WORDS
+            for part in _parts(len(x), rows_that_fit(way, self._room, row)):
+                gather(way, self._room, whole[part], wide[part], pdl=pdl)
+            return wide
         parts = x.new_empty((self.size * len(x), x.shape[1]))
         if self._group is not None:
             _all_gather(parts, x.contiguous(), group=self._group)
@@ -123,10 +131,22 @@ class Communicator:
         self, x: Tensor, norm: Norm | None, pdl: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """By a kernel of ours; None for what is none's."""
-        if self._room is None or not reducible(x, norm):
+        room, row = self._room, x.shape[1] * x.element_size()
+        if room is None or not reducible(x, norm):
             return None
         way = self._way(x)
-        return reduce(way, self._room, x, norm, pdl=pdl) if fits(way, self._room, x, norm) else None
+        most = rows_that_fit(way, room, row)
+        if len(x) <= most:
+            return reduce(way, room, x, norm, pdl=pdl)
+        if not most or row % 4:
+            return None
+        whole, y = x.contiguous(), torch.empty_like(x)
+        total = None if norm is None else torch.empty_like(x)
+        for part in _parts(len(x), most):
+            own = None if norm is None else replace(norm, residual=norm.residual[part])
+            sums = None if total is None else total[part]
+            reduce(way, room, whole[part], own, (y[part], sums), pdl=pdl)
+        return y, total
 
     def _way(self, x: Tensor) -> Way:
         """The quickest for so many bytes."""
@@ -140,3 +160,10 @@ class Communicator:
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
         return total
+
+
+def _parts(rows: int, most: int) -> Iterator[slice]:
+    """So many rows in as few parts of one size as there is room for."""
+    size = -(-rows // max(1, -(-rows // most)))
+    for first in range(0, rows, max(size, 1)):
+        yield slice(first, first + size)

@@ -15,9 +15,12 @@ from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.cuda.launch import launch_options
 
 PROGRAMS: int = kernels.PROGRAMS.value
+MEETINGS: int = kernels.MEETINGS.value
 _CHUNK = 1024  # words that a program has at a time, where there is no row that it must have
 _WORD = 4  # bytes
-_USUAL_PROGRAMS = 64  # fill NVLink between H200s: as quick as twice as many
+_AT_ONCE, _MOST_AT_ONCE = 8192, 4  # words of several rows, and these
+# Of lines, each of which is waited for, few at once are quickest.
+_LINE_PROGRAMS = 64
 _DTYPES = {
     torch.float32: triton.language.float32,
     torch.bfloat16: triton.language.bfloat16,
@@ -31,14 +34,14 @@ class Room:
 
     ``peers`` int64 ``[ranks]`` are the addresses of it in the order of the ranks, as this device
     sees them. ``turns`` int32 ``[PROGRAMS]`` is this rank's own. Both the memory and ``turns``
-    begin as zeros. At most ``programs`` of a kernel run at once.
+    begin as zeros. At most ``programs`` of a kernel run at once, each on a processor of its own.
     """
 
     rank: int
     layout: Layout
     peers: Tensor
     turns: Tensor
-    programs: int = _USUAL_PROGRAMS
+    programs: int = PROGRAMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +75,14 @@ class Way(Enum):
     PARTS = auto()
 
 
-def fits(way: Way, room: Room, x: Tensor, norm: Norm | None = None) -> bool:
-    """Whether there is room for x of every rank."""
-    layout = room.layout
-    rows, words, count = _shape(x, norm)
+def rows_that_fit(way: Way, room: Room, row_bytes: int) -> int:
+    """For how many rows of x of every rank there is room."""
+    layout, words = room.layout, -(-row_bytes // _WORD)
     if way is Way.LINES:
-        return count <= layout.line_stride
+        return layout.line_stride // words
     if way is Way.WORDS:
-        return count <= layout.word_stride
-    part = triton.cdiv(rows, layout.ranks) * words
-    return count <= layout.whole_room and part <= layout.part_stride
+        return layout.word_stride // words
+    return min(layout.whole_room // words, layout.part_stride // words * layout.ranks)
 
 
 def gather(way: Way, room: Room, x: Tensor, out: Tensor, *, pdl: bool = False) -> None:
@@ -110,15 +111,22 @@ def gather(way: Way, room: Room, x: Tensor, out: Tensor, *, pdl: bool = False) -
 
 
 def reduce(
-    way: Way, room: Room, x: Tensor, norm: Norm | None = None, *, pdl: bool = False
+    way: Way,
+    room: Room,
+    x: Tensor,
+    norm: Norm | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of x ``[rows, width]`` of all ranks; with a norm, that of the sum and the residual,
-    and what it is the norm of."""
+    and what it is the norm of. There is room for x. An ``out``, if given, is of whole words."""
     layout = room.layout
     rows, words, count = _shape(x, norm)
     padded = _padded(x)
-    y = torch.empty_like(padded)
-    total = None if norm is None else torch.empty_like(padded)
+    if out is None:
+        out = torch.empty_like(padded), None if norm is None else torch.empty_like(padded)
+    y, total = out
     block = triton.next_power_of_2(words)
     common = (
         _words(padded),
@@ -145,15 +153,43 @@ def reduce(
         pass
     elif way is Way.PARTS:
         places = (layout.part_stride, layout.word_room, layout.words, layout.whole, layout.flags)
-        grid = min(triton.cdiv(rows, layout.ranks), room.programs)
-        kernels.two_shot_kernel[(grid,)](*common, *places, epsilon, **options)
+        groups = triton.cdiv(rows, layout.ranks)
+        grid = min(groups, room.programs)
+        own = triton.cdiv(groups, grid)
+        at_once = _rows_at_once(own, block)
+        piece = _piece(own, at_once, MEETINGS - 1)
+        kernels.two_shot_kernel[(grid,)](*common, *places, piece, epsilon, ROWS=at_once, **options)
     else:
         lines = way is Way.LINES
-        kernels.one_shot_kernel[(min(rows, room.programs),)](
-            *common, *_inbox(way, layout), layout.flags, epsilon, LINES=lines, **options
+        grid = min(rows, _LINE_PROGRAMS if lines else PROGRAMS, room.programs)
+        own = triton.cdiv(rows, grid)
+        at_once = 1 if lines else _rows_at_once(own, block)
+        piece = own if lines else _piece(own, at_once, MEETINGS)
+        kernels.one_shot_kernel[(grid,)](
+            *common,
+            *_inbox(way, layout),
+            layout.flags,
+            piece,
+            epsilon,
+            ROWS=at_once,
+            LINES=lines,
+            **options,
         )
     whole = y if y.shape == x.shape else y[: x.numel()].view(x.shape)
     return whole, total
+
+
+def _rows_at_once(own: int, block: int) -> int:
+    """How many of its ``own`` rows a program has at a time: as much as hides that memory is slow to
+    answer."""
+    return 1 if own == 1 else max(1, min(_MOST_AT_ONCE, _AT_ONCE // block))
+
+
+def _piece(own: int, at_once: int, pieces: int) -> int:
+    """Of its ``own`` rows, how many a program sends while as many before them are added up: in as
+    many ``pieces`` at most."""
+    most = -(-own // pieces)
+    return -(-most // at_once) * at_once
 
 
 def _inbox(way: Way, layout: Layout) -> tuple[int, int, int]:

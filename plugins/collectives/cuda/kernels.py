@@ -15,6 +15,8 @@ import triton.language as tl
 
 # The most programs of a launch: as many counters of turns, and flags of a rank and phase.
 PROGRAMS = tl.constexpr(128)
+# How often programs of a launch may meet those of the other ranks: as many flags of a program.
+MEETINGS = tl.constexpr(16)
 _LOW = tl.constexpr(0xFFFF)
 # A turn that none is: it stands everywhere when nobody comes any more (``SharedMemory.abandon``).
 _ABANDONED = tl.constexpr(-1)
@@ -90,7 +92,7 @@ def _finish(
     words, other, at, inside, weight_low, weight_high, y, total, eps,
     WORDS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Stores a row of the sum; with ``total`` its sum with the ``other`` row, and the norm of it in
+    """Stores rows of the sum; with ``total`` its sum with ``other`` rows, and the norm of it in
     y."""
     if total is None:
         tl.store(y + at, words, inside)
@@ -102,7 +104,8 @@ def _finish(
         )
         tl.store(total + at, both, inside)
         low, high = _low(both, DTYPE), _high(both, DTYPE)
-        scale = tl.rsqrt(tl.sum(low * low + high * high) / (2 * WORDS) + eps)
+        squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
+        scale = tl.rsqrt(squares / (2 * WORDS) + eps)
         normed = _pack(low * scale * weight_low, high * scale * weight_high, DTYPE)
         tl.store(y + at, normed, inside)
 
@@ -171,52 +174,72 @@ def _weights(weight, columns, within, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _inside(at, within, row, rows, count, weight):
-    """Which of the words of a row are there: with a norm, all or none."""
+def _inside(at, within, row, end, count, weight):
+    """Which of the words of rows before ``end`` are there: with a norm, all of a row or none."""
     if weight is None:  # noqa: SIM108 - where a branch is compiled only if it is taken
-        inside = within & (at < count)
+        inside = within & (row < end) & (at < count)
     else:
-        inside = within & (row < rows)
+        inside = within & (row < end)
     return inside
 
 
 @triton.jit
-def _meet(peers, flags, phase, turn, rank, SIZE: tl.constexpr):
-    """What this program has written anywhere is seen by that of the same number of every other
-    rank, which is as far as this one is; likewise theirs here."""
+def _flag(meeting, turn, sender, SIZE: tl.constexpr):
+    """Where a program of the sender, the same here as there, says that it is at a meeting."""
     # Of two turns in a row, the later may be told before the earlier has been looked for.
-    phase += (turn & 1) * 2
+    meeting += (turn & 1) * MEETINGS
+    return (meeting * SIZE + sender) * PROGRAMS + tl.program_id(0)
+
+
+@triton.jit
+def _tell(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """Tells every other rank that it can see what this program has written anywhere."""
     every = tl.arange(0, SIZE)
-    other = every != rank
-    program = tl.program_id(0)
     there = (tl.load(peers + every) + flags).to(tl.pointer_type(tl.int32))
-    here = _box(peers, rank, flags, tl.int32)
     turns = tl.zeros_like(every) + turn
     tl.debug_barrier()
-    place = (phase * SIZE + rank) * PROGRAMS + program
-    tl.atomic_xchg(there + place, turns, other, sem="release", scope="sys")
-    mine = here + (phase * SIZE + every) * PROGRAMS + program
+    place = _flag(meeting, turn, rank, SIZE)
+    tl.atomic_xchg(there + place, turns, every != rank, sem="release", scope="sys")
+
+
+@triton.jit
+def _hear(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """Waits until the same program of every other rank has told so."""
+    every = tl.arange(0, SIZE)
+    other = every != rank
+    here = _box(peers, rank, flags, tl.int32)
+    own = here + _flag(meeting, turn, every, SIZE)
     ready = 0
     while ready == 0:
-        seen = tl.atomic_add(mine, tl.zeros_like(every), other, sem="acquire", scope="sys")
+        seen = tl.atomic_add(own, tl.zeros_like(every), other, sem="acquire", scope="sys")
         ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit
+def _meet(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
+    """What this program has written anywhere is seen by that of the same number of every other
+    rank, which is as far as this one is; likewise theirs here."""
+    _tell(peers, flags, meeting, turn, rank, SIZE)
+    _hear(peers, flags, meeting, turn, rank, SIZE)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "piece"])
 def one_shot_kernel(
-    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags, eps,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, inbox, flags,
+    piece, eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank sends its x to all others and adds up all. Grid: (programs,).
 
-    x of ``rows`` of WORDS, ``count`` in all. With a residual, y is the norm of ``total``, the sum
-    of all x and the residual. In the ``inbox``, ``stride`` is the room of a sender and ``room``
-    that of a slot. As LINES, words are there with their turn, which is quick; without, programs
-    meet, and half as much is sent.
+    x of ``rows`` of WORDS, ``count`` in all; a program has ROWS of them at a time. With a residual,
+    y is the norm of ``total``, the sum of all x and the residual. In the ``inbox``, ``stride`` is
+    the room of a sender and ``room`` that of a slot. As LINES, words are there with their turn,
+    which is quick; without, half as much is sent, and programs meet, after every ``piece`` rows of
+    one, a multiple of ROWS.
     """
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
     kind: tl.constexpr = tl.int64 if LINES else tl.int32
     # What no kernel writes is read before everything in front has ended.
@@ -231,47 +254,63 @@ def one_shot_kernel(
     slot = (turn & 1).to(tl.int64) * room
     box += slot
     first, programs = tl.program_id(0), tl.num_programs(0)
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        words = tl.load(x + at, inside, 0)
-        _push(words, turn, others, slot + rank.to(tl.int64) * stride + at, inside, SIZE, LINES)
-    if not LINES:
-        _meet(peers, flags, 0, turn, rank, SIZE)
-    for row in range(first, rows, programs):
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        own = tl.load(x + at, inside, 0)
-        other = own
-        if residual is not None:
-            other = tl.load(residual + at, inside, 0)
-        if LINES and SIZE == 2:  # a + b is b + a
-            sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
-            words = _pack(
-                _low(own, DTYPE) + _low(sent, DTYPE), _high(own, DTYPE) + _high(sent, DTYPE), DTYPE
-            )
-        else:
-            if LINES:
-                _await_all(box + at, stride, turn, rank, inside, SIZE)
-            words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
-        _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    every = tl.arange(0, ROWS)[:, None] * programs
+    sent_to = slot + rank.to(tl.int64) * stride
+    step = programs * piece
+    pieces = tl.cdiv(rows - first, step)
+    for which in range(0, pieces + 1):
+        # What is sent crosses NVLink while the piece before is added up.
+        begin = first + which * step
+        end = tl.minimum(rows, begin + step)
+        for top in range(begin, end, programs * ROWS):
+            row = top + every
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, end, count, weight)
+            words = tl.load(x + at, inside, 0)
+            _push(words, turn, others, sent_to + at, inside, SIZE, LINES)
+        if which > 0:
+            if not LINES:
+                _hear(peers, flags, which - 1, turn, rank, SIZE)
+            end = tl.minimum(rows, begin)
+            for top in range(begin - step, end, programs * ROWS):
+                row = top + every
+                at = row * WORDS + columns
+                inside = _inside(at, within, row, end, count, weight)
+                own = tl.load(x + at, inside, 0)
+                other = own
+                if residual is not None:
+                    other = tl.load(residual + at, inside, 0)
+                if LINES and SIZE == 2:  # a + b is b + a
+                    sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
+                    low = _low(own, DTYPE) + _low(sent, DTYPE)
+                    words = _pack(low, _high(own, DTYPE) + _high(sent, DTYPE), DTYPE)
+                else:
+                    if LINES:
+                        _await_all(box + at, stride, turn, rank, inside, SIZE)
+                    words = _sum_sent(own, box + at, stride, rank, inside, SIZE, DTYPE)
+                _finish(
+                    words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE
+                )
+        if not LINES and which < pieces:
+            _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "piece"])
 def two_shot_kernel(
     x, residual, weight, y, total, peers, turns, rank, rows, count, stride, room, parts, whole,
-    flags, eps,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    flags, piece, eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``one_shot_kernel``, where a rank adds up every SIZE-th row and sends the sum to all
     others. Grid: (programs,).
 
     ``stride`` words is the room for the rows of a sender in ``parts``; sums are in ``whole``. Slots
-    of both are ``room`` words from each other.
+    of both are ``room`` words from each other. SIZE rows, one of each rank, are a group, of which a
+    program has ROWS at a time; it meets the others after every ``piece`` groups, a multiple of it.
     """
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -287,38 +326,56 @@ def two_shot_kernel(
     box += slot
     sums += slot
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
+    every = tl.arange(0, ROWS)[:, None] * programs
     own_part = slot + rank.to(tl.int64) * stride
-    for group in range(first, groups, programs):
-        place = own_part + group * WORDS + columns
-        for step in tl.static_range(1, SIZE):
-            owner = (rank + step) % SIZE
-            row = group * SIZE + owner
-            at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
-            words = tl.load(x + at, inside, 0)
-            tl.store(other_parts[step - 1] + place, words, inside)
-    _meet(peers, flags, 0, turn, rank, SIZE)
-    for group in range(first, groups, programs):
-        row = group * SIZE + rank
-        at = row * WORDS + columns
-        inside = _inside(at, within, row, rows, count, weight)
-        own = tl.load(x + at, inside, 0)
-        sent = box + group * WORDS + columns
-        words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
-        for step in tl.static_range(SIZE - 1):
-            tl.store(other_sums[step] + slot + at, words, inside)
-        tl.store(sums + at, words, inside)
-    _meet(peers, flags, 1, turn, rank, SIZE)
-    for group in range(first, groups, programs):
-        for step in tl.static_range(SIZE):
-            row = group * SIZE + step
-            at = row * WORDS + columns
-            inside = _inside(at, within, row, rows, count, weight)
-            words = tl.load(sums + at, inside, 0, volatile=True)
-            other = words
-            if residual is not None:
-                other = tl.load(residual + at, inside, 0)
-            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+    step = programs * piece
+    pieces = tl.cdiv(groups - first, step)
+    for which in range(0, pieces + 2):
+        # A piece is sent while that before is added up, and the sums of that before it are used.
+        begin = first + which * step
+        end = tl.minimum(groups, begin + step)
+        for top in range(begin, end, programs * ROWS):
+            group = top + every
+            place = own_part + group * WORDS + columns
+            for ahead in tl.static_range(1, SIZE):
+                owner = (rank + ahead) % SIZE
+                row = group * SIZE + owner
+                at = row * WORDS + columns
+                inside = _inside(at, within & (group < end), row, rows, count, weight)
+                words = tl.load(x + at, inside, 0)
+                tl.store(other_parts[ahead - 1] + place, words, inside)
+        if which > 0:
+            _hear(peers, flags, which - 1, turn, rank, SIZE)
+            end = tl.minimum(groups, begin)
+            for top in range(begin - step, end, programs * ROWS):
+                group = top + every
+                row = group * SIZE + rank
+                at = row * WORDS + columns
+                inside = _inside(at, within & (group < end), row, rows, count, weight)
+                own = tl.load(x + at, inside, 0)
+                sent = box + group * WORDS + columns
+                words = _sum_sent(own, sent, stride, rank, inside, SIZE, DTYPE)
+                for ahead in tl.static_range(SIZE - 1):
+                    tl.store(other_sums[ahead] + slot + at, words, inside)
+                tl.store(sums + at, words, inside)
+        if which > 1:
+            end = tl.minimum(groups, begin - step)
+            for top in range(begin - 2 * step, end, programs * ROWS):
+                group = top + every
+                for owner in tl.static_range(SIZE):
+                    row = group * SIZE + owner
+                    at = row * WORDS + columns
+                    inside = _inside(at, within & (group < end), row, rows, count, weight)
+                    words = tl.load(sums + at, inside, 0, volatile=True)
+                    other = words
+                    if residual is not None:
+                        other = tl.load(residual + at, inside, 0)
+                    _finish(
+                        words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS,
+                        DTYPE,
+                    )  # fmt: skip
+        if which <= pieces:
+            _tell(peers, flags, which, turn, rank, SIZE)
     _end_turn(turns, turn)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WORD, _LINE = 4, 8  # bytes: what is exchanged, and with its turn beside it
-_SLOTS, _PHASES = 2, 2
+_SLOTS = 2
 _ALIGNED = 256
 _MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 
@@ -13,11 +13,12 @@ _MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Bytes of a rank's memory, for ``ranks``: room for x of up to ``small`` bytes with turns
-    beside its words, and of up to ``large`` without, both twice, and flags of ``programs``.
+    beside its words, and of up to ``large`` without, both twice, and flags of ``programs`` that
+    meet up to ``meetings`` times.
 
         lines: [slots, ranks, line_stride]   what each rank sends, as lines
         words: [slots, word_room]            what each rank sends; or parts and whole sums
-        flags: [slots, phases, ranks, programs]
+        flags: [slots, meetings, ranks, programs]
 
     ``lines``, ``words`` and ``flags`` are where the three begin, ``bytes`` is the end.
     """
@@ -26,6 +27,7 @@ class Layout:
     small: int
     large: int
     programs: int
+    meetings: int
 
     @property
     def line_stride(self) -> int:
@@ -81,7 +83,8 @@ class Layout:
     @property
     def bytes(self) -> int:
         """The size of it all."""
-        return self.flags + _aligned(_SLOTS * _PHASES * self.ranks * self.programs * _WORD)
+        flags = _SLOTS * self.meetings * self.ranks * self.programs
+        return self.flags + _aligned(flags * _WORD)
 
 
 def _aligned(count: int) -> int:

@@ -16,7 +16,7 @@ from slipstream.plugins.cuda.binding import (
     input_names,
     name_of,
 )
-from slipstream.plugins.expert_linear.cuda.experts import Experts, Grouping, group
+from slipstream.plugins.expert_linear.cuda.experts import Experts, Grouping, group, needs_grouping
 from slipstream.plugins.expert_linear.cuda.experts import expert_linear as multiply
 from slipstream.plugins.expert_linear.cuda.tactics import find_tactic
 from slipstream.plugins.linear.cuda.packing import format_of
@@ -33,7 +33,7 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
     def kernel(run: Run) -> Sequence[Tensor]:
         places = run.values[ids]
         tactic = find_tactic(context.tactics, shape, len(places))
-        grouped = tactic.kernel == "dot" and len(places) > 0
+        grouped = needs_grouping(tactic, len(places)) and len(places) > 0
         y = multiply(
             run.values[x],
             experts,
@@ -45,7 +45,7 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
             pdl=run.pdl,
             early=f"{ids} read" in run.shared,
         )
-        if tactic.kernel == "gemv" and weights is None:  # what comes later finds the ids written
+        if not grouped and weights is None:  # what comes later finds the ids written
             run.shared[f"{ids} read"] = True
         return (y,)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.launch import interpreting, launch_options
 from slipstream.plugins.expert_linear.cuda.kernels import (
@@ -17,11 +19,25 @@ from slipstream.plugins.expert_linear.cuda.kernels import (
     expert_gemv_int,
     group_pairs,
 )
-from slipstream.plugins.expert_linear.cuda.tactics import GEMV_TOKENS, TILES, ExpertShape
+from slipstream.plugins.expert_linear.cuda.tactics import (
+    GEMV_TOKENS,
+    TILES,
+    ExpertShape,
+    slots_of,
+    wide_tile,
+)
+from slipstream.plugins.expert_linear.cuda.wide_kernels import expert_wide, rows_by_expert
 from slipstream.plugins.linear.cuda.linear import scale_kind
-from slipstream.plugins.linear.cuda.packing import in_words
-from slipstream.plugins.linear.cuda.tactics import Tactic, can_stream, vector_size
+from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words
+from slipstream.plugins.linear.cuda.tactics import (
+    PROCESSORS,
+    Tactic,
+    can_stream,
+    vector_size,
+    whole_chunks,
+)
 from slipstream.plugins.linear.cuda.weight import DeviceWeight, converts_float8
+from slipstream.plugins.rms_norm.cuda import quantize_rows
 from slipstream.weights.tensor import WeightFormat
 
 _BLOCK = 1024  # columns of a sum
@@ -111,8 +127,11 @@ def expert_linear(  # noqa: PLR0913 - what is fused
     y = inputs.empty(tokens if adds else tokens * top_k, experts.width)
     if tokens and tactic.kernel == "gemv":
         _gemv(experts, inputs, tactic, y, adds)
+    elif tokens and not needs_grouping(tactic, tokens):
+        _dot(experts, inputs, tactic, None, y)
     elif tokens:
-        _dot(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
+        multiply = _wide if tactic.kernel == "wide" else _dot
+        multiply(experts, inputs, tactic, grouping or group(ids, experts.number, pdl=pdl), y)
     return _sum(inputs, y) if experts.reduce and not adds else y
 
 
@@ -134,6 +153,11 @@ def group(ids: Tensor, experts: int, *, pdl: bool = False) -> Grouping:
         **launch_options(num_warps=4 if block <= _BLOCK else 8, pdl=pdl),
     )  # fmt: skip
     return found
+
+
+def needs_grouping(tactic: Tactic, tokens: int) -> bool:
+    """Whether a kernel wants pairs by expert: those of one token have an expert each."""
+    return tactic.kernel == "wide" or (tactic.kernel == "dot" and tokens > 1)
 
 
 def most_tiles(pairs: int, experts: int, block: int) -> int:
@@ -161,21 +185,19 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: 
     n, k = fmt.shape
     tokens, top_k = inputs.ids.shape
     assert tokens <= GEMV_TOKENS and can_stream(fmt), (tokens, fmt)
-    lanes = tactic.block_k // vector_size(fmt)
-    rows = min(max(32 * tactic.num_warps // lanes, 1), tactic.block_n)
+    lanes, slots = tactic.block_k // vector_size(fmt), slots_of(top_k) if adds else 1
+    rows = min(max(32 * tactic.num_warps // (lanes * slots), 1), tactic.block_n)
     vectors = weight.codes.shape[1] * weight.codes.dtype.itemsize // 16
     padded = in_words(fmt) and k * fmt.bits != vectors * 128
     even = vectors % (lanes * tactic.num_stages) == 0
-    if adds:
-        even = vectors % lanes == 0 and vectors // lanes * top_k % tactic.num_stages == 0
     constants = {
         "N": n, "K": k, "VECTORS": vectors, "PER_ROW": 1 if experts.reduce else top_k,
         "SUM": top_k if adds else 0, "RESIDUAL": adds and inputs.residual is not None, "BR": rows,
-        "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes,
+        "RT": tactic.block_n // rows * (2 if experts.gated else 1), "Q": lanes * slots,
         "DEPTH": tactic.num_stages, "BF16": x.dtype == torch.bfloat16,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
         "EVEN": even and not padded, "COMPILED": not interpreting(),
-        "EARLY": adds and inputs.early, "PDL": inputs.pdl,
+        "EARLY": adds and inputs.early, "PDL": inputs.pdl, "SLOTS": slots,
         **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }  # fmt: skip
     grid = (triton.cdiv(experts.width, tactic.block_n), len(y))
@@ -195,30 +217,80 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: 
 
 
 def _dot(
-    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping, y: Tensor
+    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping | None, y: Tensor
 ) -> None:
+    """Products of tiles of pairs; without a grouping every pair is one."""
     fmt, weight = experts.format, experts.weight
     n, k = fmt.shape
     constants = {
         "N": n, "K": k, "PER_ROW": 1 if experts.reduce else inputs.ids.shape[1],
         "BM": tactic.block_m, "BN": tactic.block_n, "SWAP": tactic.swap,
         "GATED": 1 + experts.gate if experts.gated else 0, "BIAS": experts.bias is not None,
-        "WIDEN": interpreting(), "PDL": inputs.pdl,
+        "WIDEN": interpreting(), "PDL": inputs.pdl, "ALONE": grouping is None,
         **launch_options(num_warps=tactic.num_warps, num_stages=tactic.num_stages, pdl=inputs.pdl),
     }  # fmt: skip
-    tiles = most_tiles(len(y), experts.number, tactic.block_m)
+    tiles, grouped = len(y), (inputs.ids, inputs.ids, inputs.ids, 0)
+    if grouping is not None:
+        tiles, grouped = (
+            most_tiles(tiles, experts.number, tactic.block_m),
+            grouping.of(tactic.block_m),
+        )
     grid = (triton.cdiv(experts.width, tactic.block_n) * tiles,)
-    grouped = grouping.of(tactic.block_m)
     if in_words(fmt):
         chunks = weight.codes.shape[1] // 32
+        scales, packed = _packed_scales(weight)
         expert_dot_int[grid](
-            *grouped, inputs.x, weight.codes, weight.scale, weight.shift, experts.bias, y, len(y),
-            CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+            *grouped, inputs.x, weight.codes, scales, weight.shift, experts.bias, y, len(y),
+            PACKED=packed, CHUNKS=chunks, BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
             EVEN=chunks * 1024 == k * fmt.bits, **constants,
         )  # fmt: skip
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0, tactic
+    x, x_scale = inputs.x, None
+    if tactic.rounds:
+        x, x_scale = quantize_rows(x, torch.float8_e4m3fn, weight.input_scale, pdl=inputs.pdl)
+        if not converts_float8(x.device):
+            x = x.to(inputs.x.dtype)  # which is exact
     expert_dot_float[grid](
-        *grouped, inputs.x, weight.typed_codes, weight.scale, experts.bias, y, len(y),
+        *grouped, x, weight.typed_codes, weight.scale, experts.bias, y, x_scale, len(y),
         BK=tactic.block_k, SCALE=scale_kind(fmt), EVEN=k % tactic.block_k == 0, **constants,
+    )  # fmt: skip
+
+
+def _packed_scales(weight: DeviceWeight) -> tuple[Tensor | None, bool]:
+    """The scales of a weight, those of a chunk of words in one integer where there is such a type,
+    and whether that is so."""
+    scale, fmt = weight.scale, weight.format
+    if fmt.kind == FLOAT4:
+        return weight.chunk_scales, True
+    count = 1024 // fmt.bits // fmt.group
+    packed = scale is not None and scale.dtype == torch.float16 and count in (2, 4)
+    if scale is None or not packed or not whole_chunks(fmt):
+        return scale, False
+    return scale.view(torch.int32 if count == 2 else torch.int64), True
+
+
+def _wide(
+    experts: Experts, inputs: _Operands, tactic: Tactic, grouping: Grouping, y: Tensor
+) -> None:
+    fmt, weight = experts.format, experts.weight
+    n, k = fmt.shape
+    pairs, tile = len(y), wide_tile(tactic, experts.gated)
+    order, bounds, tiles, length = grouping.of(tile.tokens)
+    x = torch.empty(pairs, k, dtype=inputs.x.dtype, device=y.device)
+    rows_by_expert[(pairs,)](
+        order, inputs.x, x, pairs, K=k, PER_ROW=1 if experts.reduce else inputs.ids.shape[1],
+        BLOCK=triton.next_power_of_2(k), **launch_options(num_warps=4),
+    )  # fmt: skip
+    block = [tile.tokens, 64]
+    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    most = most_tiles(pairs, experts.number, tile.tokens)
+    programs = min(triton.cdiv(experts.width, tactic.block_n) * most, PROCESSORS * tile.programs)
+    expert_wide[(programs,)](
+        order, bounds, tiles, length, TensorDescriptor.from_tensor(x, block, layout), weight.codes,
+        weight.chunk_scales, weight.shift, experts.bias, y, N=n, K=k, T=tile.tokens,
+        WARPGROUPS=tile.rows // 64, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
+        ZERO=weight.zero_kind, GATED=1 + experts.gate if experts.gated else 0,
+        BIAS=experts.bias is not None, maxnreg=tile.registers, **launch_options(num_warps=4),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from slipstream.plugins.cuda.kernels import begin
 from slipstream.plugins.linear.cuda.kernels.dot import (
     along,
     decode,
+    decode_float4,
     epilogue,
     groups_of,
     narrow,
@@ -71,14 +72,34 @@ def group_pairs(
 
 
 @triton.jit
+def _begin(PDL: tl.constexpr, ALONE: tl.constexpr):
+    if ALONE:
+        _begin_product(PDL)
+    else:
+        begin(PDL)
+
+
+@triton.jit
+def _count(tiles, pairs, ALONE: tl.constexpr):
+    """How many tiles of pairs there are."""
+    return pairs if ALONE else tl.load(tiles)
+
+
+@triton.jit
 def _tile(
-    order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """The expert of this program, its pairs (beyond them, the number of all) and its columns.
+    order, bounds, tiles, length, pairs, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALONE: tl.constexpr,
+):  # fmt: skip
+    """The expert of this program, its pairs (beyond them, the number of all) and its first column.
 
     An expert's programs are neighbours, and among them those that read the same part of its weight.
+    ALONE: every pair is a tile, and ``order`` the experts of pairs.
     """
     PARTS: tl.constexpr = (WIDTH + BN - 1) // BN
+    if ALONE:
+        slot = tl.program_id(0) // PARTS
+        pair = tl.where(tl.arange(0, BM) == 0, slot, pairs)
+        return tl.load(order + slot).to(tl.int64), pair, tl.program_id(0) % PARTS * BN
     slot = tl.program_id(0) // PARTS
     expert = tl.load(tiles + 4 + slot)
     first = tl.load(tiles + 4 + length + slot)
@@ -88,25 +109,27 @@ def _tile(
     place = tl.program_id(0) - first * PARTS
     at = start + place % count * BM + tl.arange(0, BM)
     pair = tl.load(order + at, at < end, pairs)
-    return expert.to(tl.int64), pair, place // count * BN + tl.arange(0, BN)
+    return expert.to(tl.int64), pair, place // count * BN
 
 
 @triton.jit(do_not_specialize=["pairs", "length"])
 def expert_dot_float(
-    order, bounds, tiles, length, x, weight, scale, bias, y, pairs,
+    order, bounds, tiles, length, x, weight, scale, bias, y, x_scale, pairs,
     N: tl.constexpr, K: tl.constexpr, PER_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SWAP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """16-bit or float8 weights [experts * N, K]; a program a tile of pairs and of N, in one axis.
 
-    PER_ROW pairs share a row of x. SCALE and BK as in ``dot_float``; y [pairs, N] or, GATED,
-    [pairs, N / 2]; the rest as in ``group_pairs``.
+    PER_ROW pairs share a row of x. SCALE, BK and x_scale as in ``dot_float``; y [pairs, N] or,
+    GATED, [pairs, N / 2]; the rest as in ``group_pairs``.
     """
-    begin(PDL)
+    _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
-    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
+    if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
+        expert, pair, first = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        n = first + tl.arange(0, BN)
         k = tl.arange(0, BK)
         row = tl.minimum(n, width - 1)
         w_at = weight + expert * (N * K) + row.to(tl.int64)[:, None] * K + k[None, :]
@@ -150,9 +173,12 @@ def expert_dot_float(
                 if GATED:
                     up = product(w_up, xs, up, SWAP, WIDEN)
         biases = bias + expert * N if BIAS else bias
+        inverse = acc
+        if x_scale is not None:
+            inverse = tl.load(x_scale + pair // PER_ROW, mask=pair < pairs, other=0.0)
         epilogue(
-            acc, up, acc, y, scales, biases, y, pair.to(tl.int64), n, pairs, width,
-            SWAP, GATED, SCALE == "row", BIAS, False, False,
+            acc, up, inverse, y, scales, biases, y, pair.to(tl.int64), n, pairs, width,
+            SWAP, GATED, SCALE == "row", BIAS, False, x_scale is not None,
         )  # fmt: skip
 
 
@@ -162,46 +188,73 @@ def expert_dot_int(
     N: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, PER_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them."""
-    begin(PDL)
+    """Weights [experts * N, chunks * 32 words], as ``dot_int`` reads them.
+
+    PACKED: the scales of a chunk are one integer, which is wide enough to be fetched ahead: those
+    of float4 as in ``gemv_int``, float16 ones in 32 or 64 bits.
+    """
+    _begin(PDL, ALONE)
     width: tl.constexpr = N // 2 if GATED else N
-    if tl.program_id(0) < tl.load(tiles) * ((width + BN - 1) // BN):
-        expert, pair, n = _tile(order, bounds, tiles, length, pairs, width, BM, BN)
+    if tl.program_id(0) < _count(tiles, pairs, ALONE) * ((width + BN - 1) // BN):
+        expert, pair, first = _tile(order, bounds, tiles, length, pairs, width, BM, BN, ALONE)
+        # Few gates and as many ups are one operand, so that they fill an instruction.
+        JOINED: tl.constexpr = GATED > 0 and SWAP and BN < 64
+        APART: tl.constexpr = GATED > 0 and not JOINED
+        n = first + tl.arange(0, BN)
         CODES: tl.constexpr = 32 // BITS
         COUNT: tl.constexpr = CODES * 32 // GROUP if GROUP else 1
         DTYPE: tl.constexpr = x.dtype.element_ty
         GROUPS: tl.constexpr = groups_of(K, CHUNKS, GROUP, ZERO)
         j = tl.arange(0, 32)
-        row = expert * N + tl.minimum(n, width - 1)
+        if JOINED:
+            both = tl.arange(0, 2 * BN)
+            row = expert * N + tl.minimum(first + both // 2, width - 1) + both % 2 * width
+        else:
+            row = expert * N + tl.minimum(n, width - 1)
         w_at = weight + row[:, None] * (CHUNKS * 32) + j[None, :]
         up_at = w_at + width * (CHUNKS * 32)
         x_at = x + (pair // PER_ROW).to(tl.int64)[:, None] * K + j[None, :]
-        shape: tl.constexpr = [BN, BM] if SWAP else [BM, BN]
+        ROWS: tl.constexpr = 2 * BN if JOINED else BN
+        shape: tl.constexpr = [ROWS, BM] if SWAP else [BM, ROWS]
         acc = tl.zeros(shape, tl.float32)
         up = tl.zeros(shape, tl.float32)
         for chunk in range(0, CHUNKS):
             words = tl.load(w_at + chunk * 32)
-            if GATED:
+            if APART:
                 up_words = tl.load(up_at + chunk * 32)
+            scales = None
+            up_scales = None
+            if PACKED:
+                scales = tl.load(scale + row * CHUNKS + chunk)
+                if APART:
+                    up_scales = tl.load(scale + (row + width) * CHUNKS + chunk)
             for i in tl.static_range(CODES):
                 k = (chunk * CODES + i) * 32 + j
                 inside = (pair < pairs)[:, None]
                 if not EVEN:
                     inside = inside & (k < K)[None, :]
                 xs = tl.load(x_at + (chunk * CODES + i) * 32, mask=inside, other=0.0)
-                w = decode(
-                    words, i, scale, shift, row * GROUPS, chunk * COUNT, GROUPS,
-                    DTYPE, BITS, GROUP, ZERO, not WIDEN,
-                )  # fmt: skip
-                acc = product(w, xs, acc, SWAP, WIDEN)
-                if GATED:
+                if ZERO == "e2m1":
+                    w = decode_float4(words, i, scales, DTYPE, not WIDEN)
+                else:
                     w = decode(
-                        up_words, i, scale, shift, (row + width) * GROUPS, chunk * COUNT, GROUPS,
-                        DTYPE, BITS, GROUP, ZERO, not WIDEN,
+                        words, i, scale, shift, row * GROUPS, chunk * COUNT, GROUPS,
+                        DTYPE, BITS, GROUP, ZERO, not WIDEN, scales,
                     )  # fmt: skip
+                acc = product(w, xs, acc, SWAP, WIDEN)
+                if APART:
+                    if ZERO == "e2m1":
+                        w = decode_float4(up_words, i, up_scales, DTYPE, not WIDEN)
+                    else:
+                        w = decode(
+                            up_words, i, scale, shift, (row + width) * GROUPS, chunk * COUNT,
+                            GROUPS, DTYPE, BITS, GROUP, ZERO, not WIDEN, up_scales,
+                        )  # fmt: skip
                     up = product(w, xs, up, SWAP, WIDEN)
+        if JOINED:
+            acc, up = tl.split(acc.reshape(BN, 2, BM).permute(0, 2, 1))
         biases = bias + expert * N if BIAS else bias
         row_scales = scale + expert * N if GROUP == 0 else scale
         epilogue(
@@ -248,7 +301,7 @@ def expert_gemv_float(
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A pair of a token and an expert along the second axis of the grid, or with SUM a token and
     all its SUM experts; the rest is ``gemv_float`` of one token.
@@ -265,7 +318,7 @@ def expert_gemv_float(
             x + which * (SUM * (K // 4)), weight, scale, bias, residual + which * N if RESIDUAL
             else residual, x, y + which * N, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE,
             BF16, 0, SCALE, BIAS, RESIDUAL, False, EVEN, COMPILED, EARLY and PDL,
-            ids + which * SUM, factors + which * SUM, SUM,
+            ids + which * SUM, factors + which * SUM, SUM, SLOTS,
         )  # fmt: skip
     else:
         _begin_product(PDL)
@@ -291,7 +344,7 @@ def expert_gemv_int(
     K: tl.constexpr, VECTORS: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, Q: tl.constexpr,
     DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """As ``expert_gemv_float``, of ``gemv_int``."""
     which = tl.program_id(1).to(tl.int64)
@@ -303,7 +356,7 @@ def expert_gemv_int(
             x + which * (SUM * (K // 4)), weight, scale, shift, bias,
             residual + which * N if RESIDUAL else residual, x, y + which * N, N, 0.0, K, VECTORS,
             1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, 0, BIAS, RESIDUAL, False, EVEN, COMPILED,
-            EARLY and PDL, ids + which * SUM, factors + which * SUM, SUM,
+            EARLY and PDL, ids + which * SUM, factors + which * SUM, SUM, SLOTS,
         )  # fmt: skip
     else:
         _begin_product(PDL)

@@ -3,19 +3,23 @@ tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.linear.cuda import tactics as linear
 from slipstream.plugins.linear.cuda.fixed import weight_is_left
-from slipstream.plugins.linear.cuda.packing import in_words, padded_k
+from slipstream.plugins.linear.cuda.packing import FLOAT4, in_words, padded_k
 from slipstream.plugins.linear.cuda.tactics import (
     Tactic,
     Tactics,
     can_stream,
     entry_key,
     fit_stages,
+    multiplies_in,
     vector_size,
+    whole_chunks,
 )
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 # Those of 1,024 tokens are as those of 2,048, and larger steps too.
@@ -26,8 +30,10 @@ BUCKETS = tuple(size for size in linear.BUCKETS if size != 1024)
 GEMV_TOKENS = 8
 _GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
 # Rows of x of a tile, each size twice the one before; the pairs of a step are cut into tiles of all
-# of them at once.
-TILES = (16, 32, 64, 128)
+# of them at once. The largest is for wide alone.
+TILES = (16, 32, 64, 128, 256)
+_DOT_TILES = TILES[:-1]
+_GUESS_WIDE_ROWS = 96
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
 
@@ -65,6 +71,8 @@ def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
         return fixed_tactic(shape, tokens, table.capability)
     bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
     found = table.entries.get(shape.key(bucket))
+    if found is not None and found.rounds and multiplies_in(shape.format) != "float8":
+        found = None  # a key does not say whether x may be rounded
     return found or default_tactic(shape, tokens, table.capability)
 
 
@@ -89,6 +97,8 @@ def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int])
     tile = _tile(rows)
     if capability[0] != 9:
         return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
+    if rows >= _GUESS_WIDE_ROWS and can_widen(shape, tokens, capability):
+        return linear.wide_tactic(Tile(128, 256 if rows >= 512 else 128), shape.gated)
     if tile <= 32:  # the rows of the weight fill wgmma, which takes few of x as they are
         columns = 64 if shape.format.kind == "dense" else 128
         return _dot(shape, tile, 64, columns, 4, 4, True, capability)
@@ -103,11 +113,38 @@ def candidate_tactics(shape: ExpertShape, tokens: int, capability: tuple[int, in
         found += [
             _gemv(shape, warps, lanes, rows, stages)
             for lanes, stages in _even_steps(shape)
-            for warps, rows in ((4, 2), (4, 4), (8, 2))
+            for warps, rows in ((4, 2), (4, 4), (8, 2), *(() if shape.gated else ((2, 4), (4, 8))))
         ]
-    if tokens > 1:
+    if tokens > 1 or in_words(shape.format):  # whose decoding is quicker there than in gemv
         found += _dot_candidates(shape, tokens, capability)
+    if tokens > 1 and capability[0] == 9 and multiplies_in(shape.format) == "float8":
+        found += _rounding_candidates(shape, tokens, capability)
+    if can_widen(shape, tokens, capability):
+        found += [linear.wide_tactic(tile, shape.gated) for tile in _wide_tiles(shape.rows(tokens))]
     return list(dict.fromkeys(found))
+
+
+def can_widen(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether wide is for a product: weights in whole chunks of words, on a Hopper GPU, of so many
+    tokens that kernels do not overlap."""
+    fits = shape.format.kind == FLOAT4 or whole_chunks(shape.format)
+    return capability == (9, 0) and tokens > PDL_TOKENS and fits
+
+
+def wide_tile(tactic: Tactic, gated: bool) -> Tile:
+    """The tile of a tactic of wide."""
+    return Tile(tactic.block_n * (2 if gated else 1), tactic.block_m)
+
+
+def _wide_tiles(rows: float) -> list[Tile]:
+    """Those of which an expert fills a half of one, or at most four."""
+    sizes = [size for size in TILES[1:] if min(rows / 4, TILES[-1]) <= size <= max(2 * rows, 32)]
+    return [Tile(128, size) for size in sizes] + [Tile(64, size) for size in sizes if size < 256]
+
+
+def slots_of(top_k: int) -> int:
+    """Parts of the lanes of a sum, of which the experts of a token have one each."""
+    return 1 << (top_k - 1).bit_length()
 
 
 def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
@@ -116,7 +153,7 @@ def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
         found = [
             (lanes, stages)
             for lanes in (widest // 2, widest)
-            for stages in (2, 3, 1)
+            for stages in (2, 3, 1, 4)
             if shape.vectors % (lanes * stages) == 0
         ]
         if len(found) > 1:
@@ -125,8 +162,12 @@ def _even_steps(shape: ExpertShape) -> list[tuple[int, int]]:
 
 
 def _gemv(shape: ExpertShape, warps: int, lanes: int, vectors: int, stages: int) -> Tactic:
-    """``vectors`` rows of the weight a thread, of which a gated row of the result takes two."""
-    rows = 32 * warps // lanes * vectors
+    """``vectors`` rows of the weight a thread, of which a gated row of the result takes two. Where
+    a token's experts are added up, without a gate, each has so many lanes."""
+    if not shape.gated:
+        rows = max(32 * warps // (lanes * slots_of(shape.top_k)), 1) * vectors
+    else:
+        rows = 32 * warps // lanes * vectors
     return Tactic(
         "gemv",
         block_n=rows // 2 if shape.gated else rows,
@@ -163,6 +204,8 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
             (64, 64, 4, 4, True), (64, 128, 4, 3, True), (64, 128, 4, 5, True),
             (128, 64, 8, 4, True), (128, 128, 8, 3, True), (128, 64, 4, 3, True),
         ]  # fmt: skip
+    if capability[0] == 9 and shape.gated and in_words(shape.format):  # ups beside their gates
+        choices += [(32, 128, 4, 3, True), (32, 128, 4, 5, True)]
     sums = 2 if shape.gated else 1
     return [
         _dot(shape, tile, rows, columns, warps, stages, swap, capability)
@@ -172,11 +215,29 @@ def _dot_candidates(shape: ExpertShape, tokens: int, capability: tuple[int, int]
     ]
 
 
+def _rounding_candidates(
+    shape: ExpertShape, tokens: int, capability: tuple[int, int]
+) -> list[Tactic]:
+    """Products of float8 with float8: as ``_dot_candidates``."""
+    choices = [
+        (64, 128, 4, 6, True), (64, 128, 4, 3, True), (64, 256, 4, 4, True), (128, 128, 8, 4, True),
+        (128, 128, 4, 4, True), (128, 128, 8, 4, False), (64, 128, 4, 4, False),
+    ]  # fmt: skip
+    sums = 2 if shape.gated else 1
+    return [
+        replace(_dot(shape, tile, rows, columns, warps, stages, swap, capability), rounds=True)
+        for tile in _tiles(shape.rows(tokens))
+        for rows, columns, warps, stages, swap in choices
+        if tile * rows * sums <= _SUMS_A_THREAD * 32 * warps
+    ]
+
+
 def _tile(rows: float) -> int:
     """Counts of rows differ: a tile that holds one and a half of the mean holds most experts."""
-    return next((size for size in TILES if 1.5 * rows <= size), TILES[-1])
+    return next((size for size in _DOT_TILES if 1.5 * rows <= size), _DOT_TILES[-1])
 
 
 def _tiles(rows: float) -> list[int]:
     """Sizes of which an expert fills a half of one, or at most two."""
-    return [size for size in TILES if min(rows / 2, TILES[-1]) <= size <= max(2 * rows, TILES[0])]
+    least = min(rows / 2, _DOT_TILES[-1])
+    return [size for size in _DOT_TILES if least <= size <= max(2 * rows, TILES[0])]

@@ -98,10 +98,10 @@ def can_stream(fmt: WeightFormat) -> bool:
 
 def can_widen(fmt: WeightFormat, tokens: int, capability: tuple[int, int]) -> bool:
     """Whether wide is for a product: integers in whole chunks, on a Hopper GPU."""
-    return capability == (9, 0) and LEAST_TOKENS <= tokens <= MOST_TOKENS and _whole_chunks(fmt)
+    return capability == (9, 0) and LEAST_TOKENS <= tokens <= MOST_TOKENS and whole_chunks(fmt)
 
 
-def _whole_chunks(fmt: WeightFormat) -> bool:
+def whole_chunks(fmt: WeightFormat) -> bool:
     """Whether the words of an integer weight hold no padding."""
     return fmt.kind == "int" and fmt.shape[1] % (1024 // fmt.bits) == 0
 
@@ -121,7 +121,7 @@ def multiplies_in(fmt: WeightFormat) -> str:
 def describe(fmt: WeightFormat) -> str:
     """The kernels of a weight, for people: ``fp8: GEMV, dot, cuBLASLt float8``."""
     few = ["GEMV", "dot"] if can_stream(fmt) else []
-    few += ["wide on sm_90"] if _whole_chunks(fmt) else []
+    few += ["wide on sm_90"] if whole_chunks(fmt) else []
     many = f"cuBLASLt {multiplies_in(fmt)}"
     if fmt.kind == "dense":
         many = "cuBLAS"

@@ -66,7 +66,7 @@ def usual_tile(n: int, tokens: int) -> Tile:
 
 def tiles_to_time(n: int, tokens: int) -> Iterator[Tile]:
     """Those worth timing: not one whose programs would be far too many."""
-    for tile in _TILES:
+    for tile in (*_TILES, Tile(192, 128)):
         if not tile.tokens <= max(tokens, 64) <= 16 * tile.tokens:
             continue
         yield tile

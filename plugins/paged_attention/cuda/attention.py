@@ -7,17 +7,25 @@ in them (``k_row_major``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slipstream.plugins.cuda.detect import shared_memory
-from slipstream.plugins.cuda.launch import capability_of, interpreting, launch_options
+from slipstream.plugins.cuda.launch import (
+    capability_of,
+    interpreting,
+    launch_options,
+    multiprocessors,
+)
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
+    ALL,
+    COPIED,
+    OTHERS,
     hopper_prefill_kernel,
     part_of_page,
 )
@@ -26,6 +34,7 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
     prefill_kernel,
     write_kernel,
 )
+from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
@@ -84,12 +93,14 @@ class DecodeWorkspace:
 
     partials ``[T, num_heads, splits, head_dim]`` and statistics ``[T, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
-    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls.
+    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls. ``wide``: room for
+    copies of float8 pages, without which long prompts are slower.
     """
 
     partials: torch.Tensor
     statistics: torch.Tensor
     arrivals: torch.Tensor
+    wide: WidePages | None = None
 
     @classmethod
     def allocate(
@@ -122,6 +133,33 @@ class _Scalars:
     soft_cap: float | None
     window: int
     v_scale: float
+
+
+def workspace_of(
+    layers: Sequence[Attributes],
+    pages: Iterable[torch.Tensor],
+    max_decodes: int,
+    max_num_tokens: int,
+    max_seq_len: int,
+    device: torch.device,
+) -> DecodeWorkspace:
+    """What layers share over these ``pages``: for steps of up to ``max_decodes`` tokens of decodes,
+    and copies of float8 pages of what one sequence, or one step, has at most."""
+    workspace = DecodeWorkspace.allocate(
+        max_decodes,
+        max(a.num_heads for a in layers),
+        max(a.head_dim for a in layers),
+        max_seq_len,
+        device,
+    )
+    read = [a for a in layers if _HOPPER_TILES.get(a.head_dim, (0, 0, 0))[2]]
+    coded = any(array.dtype == torch.float8_e4m3fn for array in pages)
+    if not (read and coded) or interpreting() or capability_of(device) != (9, 0):
+        return workspace
+    page = max(a.page_size for a in read)
+    tokens = -(-max(max_num_tokens, max_seq_len) // page) * page
+    numbers = max(2 * a.num_kv_heads * a.head_dim for a in read)
+    return replace(workspace, wide=WidePages.allocate(max_decodes, tokens, numbers, device))
 
 
 def query_block(a: Attributes) -> int:
@@ -176,7 +214,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
-            _hopper_prefill(qkv, pages, step, a, sinks, output)
+            _hopper_prefills(qkv, pages, step, a, sinks, output, workspace.wide)
         else:
             _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
@@ -319,7 +357,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        together * _multiprocessors(pages.device),
+        together * multiprocessors(pages.device),
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -344,13 +382,6 @@ def _hopper_programs(heads: int) -> int:
     """Programs that may share a head of a sequence. Those without work end at once, but a few
     thousand take their time."""
     return min(max(2048 // heads, 1), _MAX_SPLITS)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _write(
@@ -440,21 +471,45 @@ def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes)
     )
 
 
-def _hopper_prefill(
+def _hopper_prefills(
     qkv: torch.Tensor,
     pages: torch.Tensor,
     step: StepTensors,
     a: Attributes,
     sinks: torch.Tensor | None,
     output: torch.Tensor,
+    wide: WidePages | None,
 ) -> None:
-    """``_prefill``, by programs that work on one block after the other."""
-    by = _scalars(a, pages)
+    """``_prefill``; of long prompts over float8 pages those are copied first."""
+    by, inputs = _scalars(a, pages), (step, a, sinks, output)
+    coded = pages.dtype == torch.float8_e4m3fn
+    if not coded or wide is None or qkv.shape[0] - step.num_decodes < STEP_TOKENS:
+        _hopper_prefill(qkv, pages, *inputs, by)
+        return
+    copies = wide.fill(
+        pages, step.query_start, step.context_len, step.page_table, step.num_decodes, a.page_size
+    )
+    _hopper_prefill(qkv, copies, *inputs, by, wide, COPIED.value)
+    _hopper_prefill(qkv, pages, *inputs, by, wide, OTHERS.value)
+
+
+def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+    by: _Scalars,
+    wide: WidePages | None = None,
+    sequences: int = ALL.value,
+) -> None:
+    """``_prefill`` of these sequences, by programs that work on one block after the other."""
     keys, stages, codes = _HOPPER_TILES[a.head_dim]
     coded = pages.dtype == torch.float8_e4m3fn
     blocks = len(step.block_sequence)
     part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
-    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, _multiprocessors(qkv.device)),)](
+    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
         step.query_start,
@@ -464,6 +519,8 @@ def _hopper_prefill(
         step.block_start,
         sinks,
         output,
+        None if wide is None else wide.first,
+        None if wide is None else wide.found,
         blocks,
         step.page_table.stride(0),
         by.scale,
@@ -477,6 +534,7 @@ def _hopper_prefill(
         BLOCK_N=keys,
         STAGES=stages,
         CODES=codes if coded else 0,
+        SEQUENCES=sequences,
         maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )

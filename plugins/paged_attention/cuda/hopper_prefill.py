@@ -4,8 +4,9 @@ kernels.py where there is neither a window nor a soft cap.
 A program works on one block of queries after the other: one warp copies pages into shared memory
 by TMA, and two warpgroups of 64 rows each multiply. While a warpgroup's tensor cores add the values
 of one tile of keys, it makes softmax weights of the scores of the next one. Where pages hold float8
-codes, a third warpgroup decodes them into tiles of float16, in which queries are then, too. Scores
-are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
+codes, a third warpgroup decodes them into tiles of float16, in which queries are then, too; long
+prompts are read from copies in float16 by a launch of its own (``wide_pages``). Scores are kept in
+units of log 2, so that ``exp2`` is the softmax's exponential.
 """
 
 from typing import NamedTuple
@@ -28,6 +29,8 @@ ROWS = gl.constexpr(64)  # queries times heads of a warpgroup
 SWIZZLE = gl.constexpr(128)  # bytes of a row in shared memory, hence of one copy
 EIGHT = gl.constexpr(8)  # keys, after which the swizzle repeats
 NO_ROW = gl.constexpr(-(1 << 20))  # where a copy finds zeros
+# The sequences of a launch.
+ALL, COPIED, OTHERS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -54,10 +57,12 @@ class Shape(NamedTuple):
     block_q: gl.constexpr
     block_n: gl.constexpr
     stages: gl.constexpr
+    sequences: gl.constexpr  # ALL, or those with a copy of their pages, or the others
 
 
 class Step(NamedTuple):
-    """Where the step's sequences and blocks of queries are described."""
+    """Where the step's sequences and blocks of queries are described; ``wide_first`` says where in
+    the copies a sequence's pages begin."""
 
     query_start: gl.tensor
     context_len: gl.tensor
@@ -66,6 +71,7 @@ class Step(NamedTuple):
     block_sequence: gl.tensor
     block_start: gl.tensor
     blocks: gl.tensor
+    wide_first: gl.tensor
 
 
 class Ring(NamedTuple):
@@ -111,6 +117,9 @@ def block_of(wave, step, shape):
     start = gl.load(step.block_start + at, mask=there, other=0)
     there = sequence >= 0
     sequence = gl.maximum(sequence, 0)
+    if shape.sequences != ALL:
+        copied = gl.load(step.wide_first + sequence) >= 0
+        there = there & (copied == (shape.sequences == COPIED))
     context = gl.load(step.context_len + sequence)
     first_token = gl.load(step.query_start + sequence)
     queries = gl.load(step.query_start + sequence + 1) - first_token
@@ -287,13 +296,19 @@ def multiply(half: gl.constexpr, step, qkv, q, keys, values, sinks, scale, v_sca
 
 
 @gluon.jit
-def rows_of_pages(table, context, first_page, kv_head, shape):
+def rows_of_pages(step, block, tile, shape):
     """Where k of the pages of a tile is; NO_ROW where the sequence has none."""
+    context = block.past + block.queries
+    first_page = tile * (shape.block_n // shape.page)
     rows = ()
     for j in gl.static_range(shape.block_n // shape.page):
         there = (first_page + j) * shape.page < context
-        number = gl.load(table + first_page + j, mask=there, other=0)
-        row = (number * (2 * shape.num_kv_heads) + kv_head) * shape.page
+        if shape.sequences == COPIED:
+            number = gl.load(step.wide_first + block.sequence) + first_page + j
+        else:
+            table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
+            number = gl.load(table + first_page + j, mask=there, other=0)
+        row = (number * (2 * shape.num_kv_heads) + block.kv_head) * shape.page
         rows = rows + (gl.where(there, row, NO_ROW),)  # noqa: RUF005 - no star in a kernel
     return rows
 
@@ -337,20 +352,18 @@ def clear_rest(pages, ring, slot, stored, shape):
 def copy(step, pages, keys, values, landed, shape):
     """What the copying warp does."""
     TILE: gl.constexpr = shape.block_n * shape.head_dim * 2  # bytes
-    PAGES: gl.constexpr = shape.block_n // shape.page
     PLANE: gl.constexpr = shape.num_kv_heads * shape.page  # rows from k to v
     n = 0
     cleared = 0
     for wave in range(waves(step, shape)):
         block = block_of(wave, step, shape)
         context = block.past + block.queries
-        table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
-        rows = rows_of_pages(table, context, 0, block.kv_head, shape)
+        rows = rows_of_pages(step, block, 0, shape)
         for i in range(block.tiles):
             slot = n % shape.stages
             phase = (n // shape.stages & 1) ^ 1
             now = rows  # a tile ahead, so that no copy waits for the number of its page
-            rows = rows_of_pages(table, context, (i + 1) * PAGES, block.kv_head, shape)
+            rows = rows_of_pages(step, block, i + 1, shape)
             mbarrier.wait(keys.free.index(slot), phase)
             ready = keys.ready.index(slot)
             mbarrier.expect(ready, TILE)
@@ -376,17 +389,14 @@ def copy_codes(step, pages, codes, shape):
     """What the copying warp does with pages of float8: k and v of a tile in turns."""
     TILE: gl.constexpr = shape.block_n * shape.head_dim  # bytes
     CODES: gl.constexpr = codes.tiles.shape[0]
-    PAGES: gl.constexpr = shape.block_n // shape.page
     PLANE: gl.constexpr = shape.num_kv_heads * shape.page  # rows from k to v
     n = 0
     for wave in range(waves(step, shape)):
         block = block_of(wave, step, shape)
-        context = block.past + block.queries
-        table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
-        rows = rows_of_pages(table, context, 0, block.kv_head, shape)
+        rows = rows_of_pages(step, block, 0, shape)
         for i in range(block.tiles):
             now = rows  # a tile ahead, so that no copy waits for the number of its page
-            rows = rows_of_pages(table, context, (i + 1) * PAGES, block.kv_head, shape)
+            rows = rows_of_pages(step, block, i + 1, shape)
             for which in gl.static_range(2):
                 slot = n % CODES
                 mbarrier.wait(codes.free.index(slot), (n // CODES & 1) ^ 1)
@@ -494,6 +504,8 @@ def hopper_prefill_kernel(
     block_start,
     sinks,
     output,
+    wide_first,
+    found,
     blocks,
     table_stride,
     scale,
@@ -507,6 +519,7 @@ def hopper_prefill_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CODES: gl.constexpr,
+    SEQUENCES: gl.constexpr,
 ):
     """Blocks of BLOCK_Q queries, whose k and v are in the pages, for a group of heads together.
 
@@ -514,18 +527,23 @@ def hopper_prefill_kernel(
     PAGE, and of each at most SWIZZLE bytes.
     Grid: at most blocks * NUM_KV_HEADS, best as many as there are multiprocessors. The blocks with
     the most keys should be the first. Where the step's blocks are smaller, the first of those in
-    one of ours does it all.
+    one of ours does it all. SEQUENCES but ALL: those of which ``wide_first`` and ``found`` say so
+    (``WidePages``), COPIED from pages that are copies.
     """
     WIDTH: gl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
     shape: gl.constexpr = Shape(
-        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WIDTH, PAGE, BLOCK_Q, BLOCK_N, STAGES
+        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WIDTH, PAGE, BLOCK_Q, BLOCK_N, STAGES, SEQUENCES
     )
+    if SEQUENCES != ALL:
+        which: gl.constexpr = 0 if SEQUENCES == COPIED else 1
+        blocks = gl.where(gl.load(found + which) > 0, blocks, 0)
     step = Step(
-        query_start, context_len, page_table, table_stride, block_sequence, block_start, blocks
-    )
+        query_start, context_len, page_table, table_stride, block_sequence, block_start, blocks,
+        wide_first,
+    )  # fmt: skip
     CODED: gl.constexpr = pages.dtype == gl.float8e4nv
     # float16 holds every code, and takes one instruction for two of them.
-    dtype: gl.constexpr = gl.float16 if CODED else qkv.dtype.element_ty
+    dtype: gl.constexpr = gl.float16 if CODED else pages.dtype
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
     q = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], half)
     keys = new_ring(dtype, STAGES, 2, shape)

@@ -16,8 +16,9 @@ MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 QUERIES = (4, 8)
 # Guesses of a head after a step, where load decides on their number.
 _GUESSES = (1, 3, 7)
-# Up to so many sequences verify twice, four or eight times as many tokens.
+# How many times as many tokens up to so many sequences verify, and more of them.
 _COARSE = 16
+_TIMES, _MORE_TIMES = (2, *QUERIES), (2, 3, *QUERIES)
 
 
 def decode_buckets(limit: int) -> list[int]:
@@ -43,6 +44,12 @@ def turn(key: Shape | tuple[int, object]) -> float:
     if not isinstance(key, Shape):
         return key[0]
     return key.tokens / 8 if key.rows else key.tokens
+
+
+def mixed_sizes(limit: int) -> list[int]:
+    """Tokens of captured steps that are more than decodes, of up to ``limit``."""
+    largest = max(limit, MIXED_TOKENS[0])
+    return [tokens for tokens in MIXED_TOKENS if tokens <= largest]
 
 
 def bucket(count: int, sizes: Sequence[int]) -> int:
@@ -83,8 +90,7 @@ class Buckets:
     @cached_property
     def mixed_tokens(self) -> list[int]:
         """Tokens of captured steps that are more than decodes."""
-        largest = max(self.max_num_tokens, MIXED_TOKENS[0])
-        return [tokens for tokens in MIXED_TOKENS if tokens <= largest]
+        return mixed_sizes(self.max_num_tokens)
 
     def decode(self, sequences: int) -> Shape:
         """A step of one token a sequence, whose rows are all wanted."""
@@ -93,30 +99,33 @@ class Buckets:
     def verification(self, tokens: int, sequences: int, longest: int) -> Shape:
         """A step of decodes with drafts, of up to ``longest`` tokens each, whose rows are all
         wanted."""
-        count = bucket(sequences, self.batch_sizes)
-        times = [min(count * each, self.max_rows) for each in (2, *QUERIES)]
-        size = bucket(tokens, times if count <= _COARSE else self.row_sizes)
+        count = self._count(sequences)
+        size = bucket(tokens, self._verified(count))
         if self.deterministic:
             return Shape(size, count, blocks=size)
         return Shape(size, count, queries=bucket(longest, QUERIES))
 
+    def _count(self, sequences: int) -> int:
+        """To how many sequences a step with drafts is padded: few graphs, whose padding ends at
+        once."""
+        return min(1 << (sequences - 1).bit_length(), self.max_batch_size)
+
+    def _verified(self, count: int) -> list[int]:
+        """To how many tokens."""
+        times = _TIMES if count <= _COARSE else _MORE_TIMES
+        return [min(count * each, self.max_rows) for each in times]
+
     @cached_property
     def verifications(self) -> list[Shape]:
-        """Those of few sequences, and more that together launch every kernel there is."""
+        """Steps of decodes with drafts: of few sequences those of equally many, of more all."""
         if not self.drafts:
             return []
-        few = [size for size in self.batch_sizes if size <= _COARSE]
+        counts = dict.fromkeys(self._count(size) for size in self.batch_sizes)
         shapes = [
-            self.verification(min(size * times, self.max_rows), size, times)
-            for size in few
-            for times in (2, *QUERIES)
-        ]
-        more = self.max_batch_size > _COARSE
-        shapes += [
-            self.verification(tokens, self.max_batch_size, longest)
-            for tokens in self.row_sizes
-            for longest in QUERIES
-            if more and tokens > _COARSE
+            self.verification(tokens, count, longest)
+            for count in counts
+            for tokens in self._verified(count)
+            for longest in (QUERIES if count > _COARSE else (tokens // count,))
         ]
         return list(dict.fromkeys(shapes))
 
@@ -126,6 +135,16 @@ class Buckets:
         # Every sequence may end in a block that is not full.
         blocks = tokens // self.query_block + sequences
         return Shape(tokens, sequences, blocks, min(tokens, self.max_rows))
+
+    def alike(self, one: Shape, other: Shape) -> bool:
+        """Whether the ``other`` serves for ``one`` where it has more tokens: both are steps of one
+        token a sequence, or both mixed, or both have drafts, and that has room for them."""
+        if one.rows or other.rows:
+            return bool(one.rows and other.rows)
+        plain = [shape == self.decode(shape.sequences) for shape in (one, other)]
+        if any(plain):
+            return all(plain)
+        return other.sequences >= one.sequences and other.queries >= one.queries
 
     @property
     def largest(self) -> Shape:

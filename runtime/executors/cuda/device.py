@@ -128,6 +128,7 @@ class Device:
         self.has_pdl = has_pdl(self.torch)
         self._stream = torch.cuda.Stream() if self.is_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        self.captures = 0  # so far
 
     @property
     def name(self) -> str:
@@ -197,6 +198,7 @@ class Device:
         """``work``, run once to compile its kernels and then captured: calling it replays it."""
         with self.work():
             work()
+        self.captures += 1
         if not self.is_cuda:
             return work
         self.synchronize()
@@ -223,6 +225,15 @@ class Device:
                 work()
         self.synchronize()
         return (time.perf_counter() - began) / times
+
+    def peak(self, work: Work) -> int:
+        """Bytes that some work takes of a GPU while it runs."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self.work():
+            work()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""

@@ -14,9 +14,20 @@ from slipstream.builder.engine import Manifest
 from slipstream.plugins.cuda.binding import Memory, Step
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.drafting import COLUMNS, MOST
-from slipstream.plugins.drafting.cuda import DraftBuffers, Pages, follow, guess, mask
+from slipstream.plugins.drafting.cuda import (
+    DraftBuffers,
+    Pages,
+    Table,
+    Tokens,
+    advance,
+    follow,
+    guess,
+    mask,
+    move_rows,
+)
 from slipstream.plugins.linear.cuda.tactics import Tactics
 from slipstream.plugins.paged_attention.cuda.attention import StepTensors
+from slipstream.plugins.sampling.cuda import SamplerBuffers
 from slipstream.runtime.engine.step import IntArray
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket
 from slipstream.runtime.executors.cuda.device import Device, Event, Work
@@ -29,20 +40,23 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 
-_IN_FLIGHT = 3  # results that the host has not read, and one that is written
+_IN_FLIGHT = 4  # results that the host has not read, and one that is written
 
 
 @dataclass(frozen=True, slots=True)
 class PendingGuesses:
-    """Guesses on their way to the host: the ``Guesses`` of a step."""
+    """Guesses on their way to the host: the ``Guesses`` of a step whose sequences are in ``slots
+    [S]``, of which ``count`` each are new; ``by_slot [slots, COLUMNS]`` are all."""
 
-    array: IntArray
+    by_slot: IntArray
+    slots: IntArray
+    count: int
     done: Event
 
     def rows(self) -> list[list[int]]:
         """Wait for them."""
         self.done.wait()
-        rows: list[list[int]] = self.array.tolist()
+        rows: list[list[int]] = self.by_slot[self.slots, : self.count].tolist()
         return rows
 
 
@@ -63,20 +77,24 @@ class Drafter:
     the token after it, beside what ``states [T, width]`` has of the one before. Up to ``MOST``
     guesses follow the last token of each sequence that counts, without the host: one by one where a
     head is ``eagle3``, else the others at once. They end with the pages of a sequence.
+
+    What was guessed of each sequence, its last token and how many drafts of the last step were
+    right stay on the device. So the next step may be planned before the host knows them: what is
+    unknown to it is put in before the layers (``advance``) and before rows are sampled
+    (``move_rows``).
     """
 
     def __init__(
         self,
         part: HeadPart,
-        sampled: Tensor,
+        sampler: SamplerBuffers,
         logits: Tensor,
         device: Device,
         buckets: Buckets,
         page_size: int,
     ) -> None:
-        """``sampled`` are the tokens of a step's rows; ``logits`` has room for those of the
-        head, when a step has been sampled."""
-        self.program, self._head, self._sampled = part.program, part.head, sampled
+        """``logits`` has room for those of the head, when a step has been sampled."""
+        self.program, self._head, self._sampler = part.program, part.head, sampler
         self._device, self._page_size = device, page_size
         program, sequences, rows = part.program, buckets.max_batch_size, buckets.max_rows
         tokens, here = buckets.largest.tokens, device.torch
@@ -91,18 +109,33 @@ class Drafter:
         self._rows = new(rows, program.hidden_size)
         self._logits = logits.view(-1)
         self._buffers = DraftBuffers.allocate(
-            tokens, sequences, rows, program.vocab_size, part.known, here
+            tokens, sequences, rows, program.vocab_size, part.known, sampler.last_tokens
         )
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=here)
         self._starts = [starts * each for each in range(MOST)]  # made here: graphs read them
         self._slots = torch.zeros(rows, dtype=torch.int32, device=here)
         self._table = next(port.name for port in program.inputs if port.source is Source.PAGE_TABLE)
         self._hosts = [device.pinned((sequences, COLUMNS), torch.int32) for _ in range(_IN_FLIGHT)]
+        self.latest: IntArray = self._hosts[-1].numpy()
 
     @property
     def ports(self) -> list[Port]:
         """What a step is to bring for the head."""
         return [port for port in self.program.inputs if port.source is not Source.HIDDEN]
+
+    def advance(self, step: Step) -> None:
+        """Put into a step of the target what the host did not know."""
+        tables = [
+            Table(each.page_table, each.slot_mapping, self._page_size)
+            for each in step.attention.values()
+        ]
+        context = step.inputs[Source.CONTEXT_LEN.value]
+        history, vocab = self._sampler.enable_full().history, self._sampler.vocab_size
+        advance(_tokens(step), context, tables, history, vocab, self._buffers, step.pdl)
+
+    def move_rows(self, rows: int, pdl: bool) -> None:
+        """The same for the positions of rows that are to be sampled."""
+        move_rows(self._sampler.params, rows, self._buffers, pdl)
 
     def work(self, step: Step, shape: Shape, count: int, memory: Memory) -> Work:
         """What reads a ``step`` of the target, whose states are in place, and makes ``count``
@@ -117,7 +150,7 @@ class Drafter:
         )
 
         def work() -> None:
-            self._follow(step.inputs, shape, step.pdl)
+            self.settle(step)
             hidden = self.program.hidden(read, memory)
             if count:
                 last = self._buffers.last[: shape.sequences]
@@ -126,27 +159,22 @@ class Drafter:
 
         return work
 
-    def fetch(self, sequences: int, count: int) -> PendingGuesses:
-        """Start copying ``count`` guesses of each sequence to the host."""
+    def settle(self, step: Step) -> None:
+        """Find where the sequences of a step that has been sampled have come to."""
+        inputs = step.inputs
+        following = inputs[NEXT_IDS], inputs[FIRST_ROWS]
+        follow(_tokens(step), *following, self._sampler.tokens, self._buffers, step.pdl)
+
+    def fetch(self, slots: IntArray, count: int) -> PendingGuesses:
+        """Start copying what is guessed of all sequences to the host; ``count`` guesses of those in
+        ``slots`` are new."""
         host = self._hosts[0]
         self._hosts = [*self._hosts[1:], host]
-        host[:sequences].copy_(self._buffers.guesses[:sequences], non_blocking=True)
+        host.copy_(self._buffers.guesses[:-1], non_blocking=True)
         done = Event(self._device)
         done.record()
-        return PendingGuesses(host.numpy()[:sequences, :count], done)
-
-    def _follow(self, inputs: Mapping[str, Tensor], shape: Shape, pdl: bool) -> None:
-        follow(
-            inputs[Source.TOKEN_IDS.value],
-            inputs[Source.POSITIONS.value],
-            inputs[Source.QUERY_START.value],
-            inputs[NEXT_IDS],
-            inputs[FIRST_ROWS],
-            inputs[NUM_DRAFTS],
-            self._sampled,
-            self._buffers,
-            pdl,
-        )
+        self.latest = host.numpy()
+        return PendingGuesses(self.latest, slots, count, done)
 
     def _guess(self, read: Step, sequences: int, count: int, memory: Memory) -> None:
         """``count`` guesses after the rows of the head's last layer."""
@@ -205,6 +233,17 @@ class Drafter:
             HIDDEN: hidden,
         }
         return Step(inputs, self._slots[:rows], {self._table: attention}, pdl)
+
+
+def _tokens(step: Step) -> Tokens:
+    """What a step has of tokens."""
+    return Tokens(
+        step.inputs[Source.TOKEN_IDS.value],
+        step.inputs[Source.POSITIONS.value],
+        step.inputs[Source.QUERY_START.value],
+        step.token_slots,
+        step.inputs[NUM_DRAFTS],
+    )
 
 
 def head_part(

@@ -27,14 +27,14 @@ from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
+from slipstream.plugins.paged_attention.cuda.attention import query_block, workspace_of
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of, mixed_sizes
 from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
@@ -42,7 +42,7 @@ from slipstream.runtime.executors.cuda.host import CUDAHost
 from slipstream.runtime.executors.cuda.load import Loading, begin_loading
 from slipstream.runtime.executors.cuda.pages import CUDAPages
 from slipstream.runtime.executors.cuda.pending import StartedCUDAStep
-from slipstream.runtime.executors.cuda.program import CUDAProgram, target_graph
+from slipstream.runtime.executors.cuda.program import CUDAProgram, target_spec
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
 from slipstream.runtime.speculation.proposer import OFF
@@ -139,7 +139,7 @@ class CUDAExecutor:
         tactics: Path | None,
     ) -> None:
         graph, head = graphs
-        spec = target_graph(manifest)
+        spec = target_spec(manifest)
         guesses = head is not None and config.speculative == EAGLE3
         self._caches = tuple(c for c in manifest.caches if guesses or c.name != HEAD_GRAPH)
         self._config, device = config, self._device
@@ -176,8 +176,8 @@ class CUDAExecutor:
             drafter = logits = None
             if part is not None:
                 logits = torch.zeros((rows, program.vocab_size), device=device.torch)
-                tokens = self._sampler.buffers.tokens
-                drafter = Drafter(part, tokens, logits, device, buckets, self._pages.page_size)
+                sampled, size = self._sampler.buffers, self._pages.page_size
+                drafter = Drafter(part, sampled, logits, device, buckets, size)
             self.runner = self._runner(program, buckets, logits, drafter)
         self.guess_counts = () if drafter is None else counts_of(config.num_speculative_tokens)
 
@@ -196,12 +196,12 @@ class CUDAExecutor:
         """Who speaks to the other ranks; on a device that is only planned, whose kernels do."""
         if manifest.ranks == 1:
             return None
-        if self._team is not None:
-            return self._team.communicator
-        from slipstream.runtime.executors.cuda.team import planned_communicator
+        if self._team is None:
+            from slipstream.runtime.executors.cuda.team import Team
 
-        assert self._device.is_planned, "ranks have met before they start"
-        return planned_communicator(manifest.ranks, self._device)
+            assert self._device.is_planned, "ranks have met before they start"
+            self._team = Team.planned(manifest.ranks, self._device)
+        return self._team.communicator
 
     def reserve_kv(self, num_bytes: int | None) -> int:
         """Allocate pages, then capture the graphs that write to them.
@@ -230,16 +230,16 @@ class CUDAExecutor:
         """Capture another graph of those that small batches run."""
         return self.runner.capture_next()
 
+    @property
+    def padded_sizes(self) -> Sequence[int]:
+        """Those of captured steps that are more than decodes."""
+        return mixed_sizes(self._config.max_num_tokens)
+
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
         """Pin memory; a GPU has no use for a ``file``."""
         assert file is None, "refused when the engine is loaded"
         self._host = CUDAHost(self._device, self._caches, num_bytes)
         return self._host.space
-
-    @property
-    def padded_sizes(self) -> Sequence[int]:
-        """Those of captured steps that are more than decodes."""
-        return self.runner.buckets.mixed_tokens
 
     @property
     def stored(self) -> Traffic:
@@ -252,11 +252,14 @@ class CUDAExecutor:
         return Traffic() if self._host is None else self._host.loaded
 
     def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy pages, and wait for that."""
+        self._copy_pages(transfers)
+        self._device.synchronize()
+
+    def _copy_pages(self, transfers: Sequence[Transfer]) -> None:
         """Enqueue copies of pages, which what is enqueued after them waits for."""
         if self._host is not None:
-            of = self._pages.by_cache(self.runner.memory.pages)
-            # A head that nobody asks has no pages.
-            self._host.transfer([each for each in transfers if each.cache in of], of)
+            self._host.transfer(transfers, self._pages.by_cache(self.runner.memory.pages))
 
     def step_seconds(self) -> dict[int, float]:
         """Of steps as the GPU takes them one after the other, as the engine's file of costs has
@@ -270,6 +273,16 @@ class CUDAExecutor:
     def guesses(self) -> int:
         """How many tokens a head of the engine guesses after a step, at most."""
         return max(self.guess_counts, default=0)
+
+    @property
+    def verifies_unseen(self) -> bool:
+        """Where it guesses, what it has guessed stays on the device."""
+        return self.guesses > 0
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self._device.captures
 
     def guess_seconds(self) -> dict[tuple[int, int], float]:
         """What the head takes after such steps."""
@@ -294,13 +307,15 @@ class CUDAExecutor:
             count = batch.guessing.count
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
-        self.transfer(batch.transfers)
+        self._copy_pages(batch.transfers)
+        guessed = self.runner.guessed
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)
             places = [i for i, row in rows if row.target is None and not row.pooled]
             hidden = self.runner.layers(batch, batch.logits_rows[places])
-        return StartedCUDAStep(self._device, self.runner, self._sampler, batch, places, hidden)
+        of = (self._device, self.runner, self._sampler)
+        return StartedCUDAStep(*of, batch, places, hidden, guessed)
 
     def shutdown(self) -> None:
         """Let go of the graphs and the pages."""
@@ -335,13 +350,9 @@ class CUDAExecutor:
         self.runner.bind(None)  # the old pages go before the new ones come
         with self._device.work():
             arrays = self._pages.allocate(pages, device)
-            workspace = DecodeWorkspace.allocate(
-                config.max_batch_size + self._drafts_of_step(),
-                max(layer.num_heads for layer in layers),
-                max(layer.head_dim for layer in layers),
-                config.max_seq_len,
-                device,
-            )
+            decodes = config.max_batch_size + self._drafts_of_step()
+            longest = config.max_num_tokens, config.max_seq_len
+            workspace = workspace_of(layers, arrays.values(), decodes, *longest, device)
         self.runner.bind(Memory(arrays, self._sampler.last_tokens, workspace))
 
     def _free_after_largest_step(self) -> int:
@@ -354,8 +365,8 @@ class CUDAExecutor:
             return device.free_memory()
         with phase("kernels"):
             self._compile()
-        alone = self._peak(self.runner.largest_step)
-        captured = max(self._peak(work) for work in self.runner.largest_captured())
+        alone = device.peak(self.runner.largest_step)
+        captured = max(device.peak(work) for work in self.runner.largest_captured())
         return device.free_memory() - alone - captured - _RESERVE_BYTES
 
     def _compile(self) -> None:
@@ -368,15 +379,6 @@ class CUDAExecutor:
         self._device.compile(works, self._steps)
         if team is not None:
             team.meet()
-
-    def _peak(self, work: Work) -> int:
-        """Bytes that some work takes while it runs."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self._device.work():
-            work()
-        self._device.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:

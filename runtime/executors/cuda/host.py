@@ -51,9 +51,8 @@ class CUDAHost:
         if count < 1:
             raise CapacityError(
                 f"kv_offload_gib holds {num_bytes} bytes, and one page takes {slot_bytes}: raise"
-                " --kv-offload-gib"
+                " --kv-offload-gib, or --kv-transfer-gib"
             )
-        self.space = HostSpace(count)
         self.stored = self.loaded = Traffic()
         self._stream = CopyStream(device)
         self._device = device
@@ -61,12 +60,16 @@ class CUDAHost:
             cache.name: device.locked((count, len(cache.layers), cache.arrays[0].nbytes))
             for cache in caches
         }
+        parts = tuple(host.flatten(1).numpy() for host in self._host.values())
+        self.space = HostSpace(count, parts=parts)
         self._on_their_way: deque[_Copy] = deque()
 
     def transfer(self, transfers: Sequence[Transfer], pages: Mapping[str, Tensor]) -> None:
         """Enqueue transfers in their order, and let what is enqueued from now on wait for them;
         ``pages`` are those of every cache on the device."""
         self._count()
+        # A head that nobody asks has no pages.
+        transfers = [each for each in transfers if each.cache in pages]
         if not transfers:
             return
         arrays = {name: _Array(_bytes(pages[name]), host) for name, host in self._host.items()}

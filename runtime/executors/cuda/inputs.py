@@ -147,12 +147,6 @@ def query_blocks(batch: StepBatch, first: int, size: int) -> Blocks:
     return Blocks(sequence[order], start[order])
 
 
-def num_decodes(batch: StepBatch) -> int:
-    """How many sequences, from the first on, compute a single token."""
-    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
-    return int(longer[0]) if len(longer) else len(batch.context_len)
-
-
 class StepInputs:
     """The block on the device, and pinned copies of it that the host writes in turn."""
 
@@ -199,11 +193,12 @@ class StepInputs:
         """
         self._block.zero_()
 
-    def blank(self, shape: Shape) -> None:
-        """Make the block a step of this shape that is nothing but padding: no page is written."""
-        self._block.zero_()
-        for name, (start, end) in self._layout.places(shape).spans.items():
-            self._block[start:end] = self._layout.fields[name].padding
+    def pad(self, shape: Shape) -> None:
+        """Make the block a step of this shape of nothing but padding, which writes nowhere."""
+        self.clear()
+        places = self._layout.places(shape)
+        for name, field in self._layout.fields.items():
+            self._block[slice(*places.spans[name])].fill_(field.padding)
 
     def step(
         self, shape: Shape, num_decodes: int, *, pdl: bool, query_block: int | None = None
@@ -232,6 +227,12 @@ class StepInputs:
     def logits_rows(self, shape: Shape) -> torch.Tensor:
         """The token rows whose logits are wanted ``[rows]``."""
         return self._block[slice(*self._layout.places(shape).spans[self._rows])]
+
+
+def num_decodes(batch: StepBatch) -> int:
+    """How many sequences, from the first on, compute a single token."""
+    longer = np.flatnonzero(np.diff(batch.query_start) != 1)
+    return int(longer[0]) if len(longer) else len(batch.context_len)
 
 
 def _for_heads(batch: StepBatch, rows: IntArray) -> dict[str, IntArray]:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError
-from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
+from slipstream.runtime.engine.step import IntArray, SamplingRow, StepBatch, StepResult, reject
 from slipstream.runtime.executors.cuda.device import Device, Event
 from slipstream.runtime.executors.cuda.drafter import PendingGuesses
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample, lists_logprobs
 from slipstream.runtime.executors.cuda.scores import PendingScores, rows_at_once, score
+from slipstream.runtime.executors.cuda.unseen import Unseen
 from slipstream.runtime.sampling.sampler import broken_row
 
 
@@ -33,7 +34,8 @@ class StartedCUDAStep:
     """A step whose layers are enqueued.
 
     ``places`` are the rows of the batch that sample, which are gathered; the others score tokens of
-    a prompt, from the last layer's output of every token, ``hidden``.
+    a prompt, from the last layer's output of every token, ``hidden``. ``guessed [slots, COLUMNS]``
+    is what a head had guessed before.
     """
 
     device: Device
@@ -42,6 +44,7 @@ class StartedCUDAStep:
     batch: StepBatch
     places: Sequence[int]
     hidden: Tensor
+    guessed: IntArray | None = None
 
     def sample(self) -> PendingCUDAStep:
         """Enqueue head and sampling, then what the kernels of sampling do not do."""
@@ -57,8 +60,12 @@ class StartedCUDAStep:
             done = Event(self.device)
             done.record()
             guesses = self._guessed()  # while the host learns what was sampled
-        rows = self.batch.sampling
-        return PendingCUDAStep(done, rows, self.places, sampled, scored, states, guesses)
+        unseen = None
+        if self.guessed is not None and sampled is not None and guesses is not None:
+            unseen = Unseen.of(self.batch, self.places, self.guessed, self.sampler.vocab_size)
+        return PendingCUDAStep(
+            done, self.batch.sampling, self.places, sampled, scored, states, guesses, unseen
+        )
 
     def _guessed(self) -> PendingGuesses | None:
         """What a head guesses after the step, on its way to the host; the head reads the step
@@ -67,7 +74,7 @@ class StartedCUDAStep:
         if wanted is None:
             return None
         self.runner.guess(wanted.count)
-        return self.runner.fetch_guesses(len(self.batch.context_len), wanted.count)
+        return self.runner.fetch_guesses(self.batch.slots, wanted.count)
 
     def _states(self) -> Tensor:
         """The states of all rows on their way to the host, as many at a time as the head takes."""
@@ -82,6 +89,7 @@ class StartedCUDAStep:
     def _sampled(self, rows: Sequence[SamplingRow]) -> PendingSample:
         slots: list[int] = self.batch.sampling_slots[self.places].tolist()
         kind, padded = self.sampler.kind(rows), self.runner.padded_rows(len(rows))
+        padded = self.runner.ready_head(padded, kind)
         self.sampler.prepare(rows, slots, padded, kind)
         self.runner.head(padded, kind)
         return self.sampler.fetch(len(rows), kind)
@@ -122,6 +130,7 @@ class PendingCUDAStep:
     scored: Sequence[Scored]
     states: Tensor | None = None
     guesses: PendingGuesses | None = None
+    unseen: Unseen | None = None
 
     def result(self) -> StepResult:
         """Wait for the device, then answer every row in the order of the batch."""
@@ -138,6 +147,8 @@ class PendingCUDAStep:
         except RuntimeError as error:
             raise ExecutionError(f"the step failed on the GPU: {error}") from error
         reject(self.rows, result)
+        if self.unseen is not None:
+            self.unseen.reject(result)
         return result
 
     def _take_sampled(self, result: StepResult, sampled: PendingSample) -> None:

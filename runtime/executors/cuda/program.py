@@ -103,7 +103,13 @@ class CUDAProgram:
         context = Context(self._constants, tactics, calls, communicator)
         kept = {*self._constants, self._seam, self._rows, self._result, HIDDEN, NEXT_HIDDEN}
         self._body = _compile(body, context, kept)
+        tail, gather = _parted(tail)
+        # What there is of a rank's part of the vocabulary.
+        self._part = gather[0].inputs[0] if gather else None
+        if self._part is not None:
+            kept.add(name_of(self._part))
         self._tail = _compile(tail, context, kept)
+        self._gather = _compile(gather, context, kept)
 
     def hidden(
         self, step: Step, memory: Memory, out: Tensor | None = None, states: Tensor | None = None
@@ -121,13 +127,36 @@ class CUDAProgram:
         """
         run = Run({**self._constants, self._rows: rows}, pdl)
         _execute(self._tail, run, {self._result: out})
+        _execute(self._gather, run, {self._result: out})
         return run.values.get(NEXT_HIDDEN, rows)
+
+    @property
+    def part_size(self) -> int:
+        """Of how many tokens a rank computes the logits; 0 where it is all."""
+        return 0 if self._part is None else _width(self._part)
+
+    def part(self, rows: Tensor, pdl: bool = False) -> Tensor:
+        """float32 logits ``[L, part_size]`` of rows ``[L, hidden]``, those of this rank."""
+        assert self._part is not None
+        run = Run({**self._constants, self._rows: rows}, pdl)
+        _execute(self._tail, run, {})
+        return run.values[name_of(self._part)]
 
 
 def _width(value: ir.Value) -> int:
     """Columns of a value."""
     assert value.shape is not None
     return int(value.shape[1])  # type: ignore[arg-type]
+
+
+def _parted(tail: list[ir.Node]) -> tuple[list[ir.Node], list[ir.Node]]:
+    """A head without what gathers its columns from all ranks at the end, and that."""
+    last = len(tail)
+    while last and tail[last - 1].op_type == "Slice":
+        last -= 1
+    if last and tail[last - 1].op_type == "AllGather":
+        return tail[: last - 1], tail[last - 1 :]
+    return tail, []
 
 
 def _wanted(nodes: Sequence[ir.Node], results: Collection[str]) -> list[ir.Node]:
@@ -228,8 +257,8 @@ def _constants(graph: ir.Graph, weights: Mapping[str, Tensor], device: torch.dev
     return found
 
 
-def target_graph(manifest: Manifest) -> GraphSpec:
-    """The target's graph of an engine that has what a GPU runs. Raises ``EngineMismatchError``."""
+def target_spec(manifest: Manifest) -> GraphSpec:
+    """The target's graph of an engine that has what this executor runs."""
     spec, caches = manifest.graphs[TARGET_GRAPH], manifest.caches
     outputs = [output.name for output in spec.outputs if output.name != HIDDEN]
     known = manifest.graphs.keys() <= {TARGET_GRAPH, HEAD_GRAPH}

@@ -18,8 +18,9 @@ from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
-from slipstream.runtime.executors.cuda.device import Device, Work, both
+from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
+from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
     Layout,
@@ -30,17 +31,19 @@ from slipstream.runtime.executors.cuda.inputs import (
 )
 from slipstream.runtime.executors.cuda.program import CUDAProgram
 from slipstream.runtime.executors.cuda.sampling import CUDASampler
+from slipstream.runtime.executors.cuda.spared import HEAD_WORTH, Spared
 
 if TYPE_CHECKING:  # engines of one rank start without it
     from slipstream.runtime.executors.cuda.team import Team
 
-# What the first answers need, up to these sizes and for these kinds of sampling, is captured at the
-# start, or with the rest while there is nothing else to do; else when it is first asked for.
+# What the first answers need is captured at the start, up to these sizes, for these kinds of
+# sampling; the rest is when it is first asked for.
 PREPARED_SEQUENCES = 16
 PREPARED_TOKENS = 256
 PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
-_SINGLE, _TIMES = 1, 3  # query a block; times that a step is timed
+_SINGLE = 1  # query a block
+_TIMES = 3  # that a step is timed
 _Key = Shape | tuple[int, Kind]  # of captured layers, or of a head
 
 
@@ -56,7 +59,8 @@ class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
     Between them stand ``rows [max_rows, hidden]``, the rows whose logits are wanted; what the head
-    makes of them is in ``logits [max_rows, vocab]``. Captured steps of more than decodes leave what
+    makes of them is in ``logits [max_rows, vocab]``, but where ranks find the best token of each in
+    parts. Captured steps of more than decodes leave what
     the last layer makes of every token too. Of a ``team`` of ranks the first samples, and all get
     its tokens.
     """
@@ -78,10 +82,11 @@ class StepRunner:
         self._team, self._drafter = team, drafter
         self._read: _Read | None = None  # the step whose layers were enqueued last
         self._guesses: dict[tuple[Shape, int], Work] = {}
-        self.buckets = buckets
+        self._buckets = buckets
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
+        self._spared = Spared()
         self._later: deque[_Key] = deque()
         count = buckets.max_rows
         with device.work():
@@ -114,6 +119,7 @@ class StepRunner:
         self._layers.clear()
         self._heads.clear()
         self._guesses.clear()
+        self._spared.forget()
         self._later.clear()
         self._memory = memory
 
@@ -124,30 +130,38 @@ class StepRunner:
         Returns the last layer's output of every token, valid until the next step.
         """
         tokens, decodes = len(batch.token_ids), num_decodes(batch)
-        mixed = self.buckets.mixed_tokens
+        mixed = self._buckets.mixed_tokens
         if eager or tokens > mixed[-1]:
             return self._by_kernel(batch, rows, decodes)
         if tokens == len(rows):  # decodes, where some have drafts
-            shape = self._decode_shape(batch, decodes)
-            blocks = query_blocks(batch, 0, _SINGLE) if self.buckets.deterministic else _NO_BLOCKS
-            self._inputs.load(batch, shape, blocks, rows)
+            shape = self._served(self._decode_shape(batch, decodes))
+            blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
             hidden = self.rows
         else:
-            shape = self.buckets.mixed(bucket(tokens, mixed))
-            self._inputs.load(batch, shape, query_blocks(batch, 0, self.buckets.query_block), rows)
+            shape = self._served(self._buckets.mixed(bucket(tokens, mixed)))
+            blocks = query_blocks(batch, 0, self._buckets.query_block)
             hidden = self._hidden
-        if shape not in self._layers:
+        if shape not in self._layers:  # which runs once, before the step is there
+            self._inputs.pad(shape)
             self._layers[shape] = self._device.capture(self._layers_work(shape))
+        self._inputs.load(batch, shape, blocks, rows)
         self._read = _Read(shape, None)
         self._layers[shape]()
         return hidden[:tokens]
 
     def _decode_shape(self, batch: StepBatch, decodes: int) -> Shape:
-        tokens, buckets = len(batch.token_ids), self.buckets
+        tokens, buckets = len(batch.token_ids), self._buckets
         if decodes == tokens:
             return buckets.decode(bucket(tokens, buckets.batch_sizes))
         counts = np.diff(batch.query_start)
         return buckets.verification(tokens, len(counts), int(counts.max()))
+
+    def _served(self, wanted: Shape) -> Shape:
+        """The shape of the captured layers that run a step of the ``wanted`` one."""
+        if wanted in self._layers:
+            return wanted
+        alike = [(s, s.tokens) for s in self._layers if self._buckets.alike(wanted, s)]
+        return self._spared.choose(wanted, wanted.tokens, alike)
 
     @property
     def pools(self) -> bool:
@@ -156,14 +170,31 @@ class StepRunner:
 
     def padded_rows(self, count: int) -> int:
         """For how many rows the head is captured that ``count`` rows take."""
-        return bucket(count, self.buckets.row_sizes)
+        return bucket(count, self._buckets.row_sizes)
+
+    def ready_head(self, padded: int, kind: Kind) -> int:
+        """For how many rows ``head`` is captured that so many take; where that moves rows, it is
+        now, as it runs once on padding: before the sampler is told of those of a step."""
+        if self._drafter is None:
+            return padded
+        key = self._served_head(padded, kind)
+        if key not in self._heads:
+            self._sampler.clear()
+            self._heads[key] = self._device.capture(self._head_work(*key))
+        return key[0]
 
     def head(self, padded: int, kind: Kind) -> None:
-        """Enqueue norm, head and sampling of the first ``padded`` rows."""
-        key = (padded, kind)
+        """Enqueue norm, head and sampling of the first ``padded`` rows, or of more."""
+        key = self._served_head(padded, kind)
         if key not in self._heads:
-            self._heads[key] = self._device.capture(self._head_work(padded, kind))
+            self._heads[key] = self._device.capture(self._head_work(*key))
         self._heads[key]()
+
+    def _served_head(self, padded: int, kind: Kind) -> tuple[int, Kind]:
+        if (padded, kind) in self._heads:
+            return padded, kind
+        alike = [(each, each[0]) for each in self._heads if each[1] is kind]
+        return self._spared.choose((padded, kind), padded, alike, HEAD_WORTH)
 
     def guess(self, count: int) -> None:
         """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
@@ -178,19 +209,26 @@ class StepRunner:
             self._guesses[shape, count] = self._device.capture(work)
         self._guesses[shape, count]()
 
-    def fetch_guesses(self, sequences: int, count: int) -> PendingGuesses:
-        """Start copying what was guessed to the host."""
+    def fetch_guesses(self, slots: IntArray, count: int) -> PendingGuesses:
+        """Start copying what was guessed of the sequences in ``slots`` to the host."""
         assert self._drafter is not None
-        return self._drafter.fetch(sequences, count)
+        return self._drafter.fetch(slots, count)
+
+    @property
+    def guessed(self) -> IntArray | None:
+        """What is guessed of each slot before the next step, int32 ``[slots, COLUMNS]`` that the
+        device may still write; None without a head."""
+        return None if self._drafter is None else self._drafter.latest
 
     def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
-        """Of guesses after captured steps of decodes, by sequences and how many tokens each."""
+        """Of guesses after captured steps of decodes, by sequences and how many of each; of none,
+        the head only reads."""
         with self._device.work():
             self._inputs.clear()
         return {
             (shape.sequences, count): self._device.seconds(work, _TIMES)
             for (shape, count), work in self._guesses.items()
-            if count in counts and shape == self.buckets.decode(shape.sequences)
+            if count in with_none(counts) and shape == self._buckets.decode(shape.sequences)
         }
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
@@ -228,14 +266,14 @@ class StepRunner:
         then the smallest, with the usual kinds of sampling, and so many guesses after them; of the
         smallest, unless ``at_once``, a decode alone: ``capture_next`` is for all the rest."""
         small = list(filter(_prepared, self._shapes))
-        times = max(QUERIES) if self.buckets.drafts else 1
+        times = max(QUERIES) if self._buckets.drafts else 1
         sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
         with self._device.work():
             self._inputs.clear()
         sizes = list(dict.fromkeys([*self._head_sizes[-1:], *sizes]))
         heads = [(size, kind) for size in sizes for kind in PREPARED_KINDS]
         largest = [*self._largest_shapes, *heads[: len(PREPARED_KINDS)]]
-        first = {*largest, self.buckets.decode(1), *((1, kind) for kind in PREPARED_KINDS)}
+        first = {*largest, self._buckets.decode(1), *((1, kind) for kind in PREPARED_KINDS)}
         keys: list[_Key] = [*self._largest_shapes, *small, *heads]
         for key in dict.fromkeys(keys):
             if at_once or key in first:
@@ -258,9 +296,9 @@ class StepRunner:
                 continue  # it was asked for
             with self._device.work():  # pages and slots have owners by now
                 if isinstance(key, Shape):
-                    self._inputs.blank(key)
+                    self._inputs.pad(key)
                 else:
-                    self._sampler.blank()
+                    self._sampler.clear()
             self._capture(key)
             self._device.synchronize()
             return True
@@ -277,10 +315,12 @@ class StepRunner:
         and so many guesses."""
         with self._device.work():
             self._inputs.clear()
+        for size in [size for size in self._head_sizes if size <= most]:
+            if (size, Kind.GREEDY) not in self._heads:
+                self._heads[size, Kind.GREEDY] = self._device.capture(
+                    self._head_work(size, Kind.GREEDY)
+                )
         for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
-            head = self.padded_rows(shape.tokens), Kind.GREEDY
-            if head not in self._heads:
-                self._heads[head] = self._device.capture(self._head_work(*head))
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
             for count in with_none(counts):
@@ -298,13 +338,13 @@ class StepRunner:
         for shape, layers in self._layers.items():
             head = self._heads.get((shape.tokens, Kind.GREEDY))
             if not shape.rows and head is not None and shape.tokens not in found:
-                found[shape.tokens] = self._device.seconds(both(layers, head), _TIMES)
+                found[shape.tokens] = self._device.seconds(_after(layers, head), _TIMES)
         return found
 
     def largest_step(self) -> None:
         """Enqueue the step that takes the most memory, made of padding."""
         self._inputs.clear()
-        shape = self.buckets.largest
+        shape = self._buckets.largest
         step = self._inputs.step(shape, 0, pdl=False)
         self._program.hidden(step, self.memory, states=self._states(shape.tokens))
         self._program.logits(self.rows, self.logits)
@@ -313,13 +353,14 @@ class StepRunner:
             self._guess_work(shape, step, 1)()
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
-        decodes = 0 if self.buckets.deterministic else decodes
-        blocks = query_blocks(batch, decodes, self.buckets.query_block)
+        decodes = 0 if self._buckets.deterministic else decodes
+        blocks = query_blocks(batch, decodes, self._buckets.query_block)
         tokens, sequences = len(batch.token_ids), len(batch.context_len)
         shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
         self._read = _Read(shape, step)
+        self._advance(step)
         hidden = self._program.hidden(step, self.memory, states=self._states(tokens))
         if len(rows):
             wanted = self._inputs.logits_rows(shape)
@@ -329,20 +370,20 @@ class StepRunner:
     @property
     def _shapes(self) -> list[Shape]:
         """Those of layers that are captured, decodes before mixed steps."""
-        buckets = self.buckets
+        buckets = self._buckets
         decodes = [buckets.decode(size) for size in buckets.batch_sizes]
         return [*decodes, *buckets.verifications, *map(buckets.mixed, buckets.mixed_tokens)]
 
     @property
     def _largest_shapes(self) -> list[Shape]:
         """The largest mixed step, the largest decode, and that with the most drafts."""
-        buckets = self.buckets
+        buckets = self._buckets
         mixed, decode = buckets.mixed_tokens[-1], buckets.max_batch_size
         return [buckets.mixed(mixed), buckets.decode(decode), *buckets.verifications[-1:]]
 
     @property
     def _head_sizes(self) -> Sequence[int]:
-        return () if self.pools else self.buckets.row_sizes
+        return () if self.pools else self._buckets.row_sizes
 
     def _layers_work(self, shape: Shape) -> Work:
         step, memory = self._step_of(shape), self.memory
@@ -350,20 +391,26 @@ class StepRunner:
         wanted = self._inputs.logits_rows(shape)
 
         def decode() -> None:
+            self._advance(step)
             self._program.hidden(step, memory, self.rows[: shape.tokens], states)
 
         def mixed() -> None:
+            self._advance(step)
             hidden = self._program.hidden(step, memory, self._hidden[: shape.tokens], states)
             torch.index_select(hidden, 0, wanted, out=self.rows[: shape.rows])
 
         return mixed if shape.rows else decode
+
+    def _advance(self, step: Step) -> None:
+        if self._drafter is not None:
+            self._drafter.advance(step)
 
     def _step_of(self, shape: Shape) -> Step:
         """The step of captured layers of a shape."""
         pdl = self._overlaps(shape.tokens)
         if shape.rows:
             return self._inputs.step(shape, 0, pdl=pdl)
-        deterministic = self.buckets.deterministic
+        deterministic = self._buckets.deterministic
         decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
         return self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
 
@@ -377,19 +424,23 @@ class StepRunner:
 
     def _head_work(self, padded: int, kind: Kind) -> Work:
         rows, logits = self.rows[:padded], self.logits[:padded]
-        pdl = self._overlaps(padded)
-
-        def work() -> None:
-            self._program.logits(rows, logits, pdl)
-            if self._team is None or self._team.is_first:
-                self._sampler.launch(logits, padded, kind, pdl)
-            if self._team is not None:
-                self._team.share(self._sampler.last_tokens)
-
-        return work
+        pdl, drafter = self._overlaps(padded), self._drafter
+        of = (self._program, self._sampler, self._team)
+        work = head_work(*of, rows, logits, kind, pdl=pdl)
+        if drafter is None or kind is Kind.GREEDY:  # which asks for no position
+            return work
+        return _after(lambda: drafter.move_rows(padded, pdl), work)
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
+
+
+def _after(layers: Work, head: Work) -> Work:
+    def work() -> None:
+        layers()
+        head()
+
+    return work
 
 
 def _prepared(shape: Shape) -> bool:

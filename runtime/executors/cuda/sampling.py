@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slipstream.plugins import sampling
 from slipstream.plugins.sampling import MAX_LOGPROBS, Field, Kind
-from slipstream.plugins.sampling.cuda import SamplerBuffers, sample
+from slipstream.plugins.sampling.cuda import SamplerBuffers, best_of_part, sample, sample_best
 from slipstream.runtime.engine.step import IntArray, SamplingRow, StepResult, TokenLogprobs
 from slipstream.runtime.sampling.logits_processors import completed_bad_words, ending_tokens
 from slipstream.runtime.sampling.params import SamplingParams
@@ -117,6 +117,11 @@ class CUDASampler:
         """The token sampled last for each slot, int32 [slots], on the device."""
         return self.buffers.last_tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+        return self.buffers.vocab_size
+
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
         """Which kernels a step of ``rows`` needs."""
         return max(map(_kind, rows), default=Kind.GREEDY)
@@ -154,14 +159,21 @@ class CUDASampler:
         if held:
             self._constrain(held)
 
-    def blank(self) -> None:
-        """Make all rows padding, whose tokens go nowhere."""
-        self.buffers.params.zero_()
-        self.buffers.params[Field.SLOT] = -1
+    def clear(self) -> None:
+        """Make all rows padding, which are not sampled."""
+        self.buffers.params[Field.SLOT].fill_(-1)
 
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""
         sample(logits, self.buffers, padded, kind, pdl)
+
+    def best_of_part(self, logits: torch.Tensor, first: int, pdl: bool = False) -> torch.Tensor:
+        """The best of rows of logits of the tokens from ``first`` on; capturable."""
+        return best_of_part(logits, self.buffers, first, pdl)
+
+    def launch_best(self, best: torch.Tensor, pdl: bool = False) -> None:
+        """``launch`` of kind ``GREEDY`` from the best of all parts; capturable."""
+        sample_best(best, self.buffers, pdl)
 
     def fetch(self, num_rows: int, kind: Kind) -> PendingSample:
         """Start copying the results of the step that was prepared last to the host."""
@@ -198,7 +210,9 @@ class CUDASampler:
         if seen.biases is None and self._columns[Field.NUM_BIASES, slot]:
             self._upload_biases(seen, slot)
         if row.params.penalizes:
-            if not 0 <= row.position <= seen.next_position:
+            # What the device samples, and guesses, it keeps itself: the host may be behind.
+            alone = seen.next_position >= 0 and row.position > len(row.output)
+            if not (alone or 0 <= row.position <= seen.next_position):
                 self._upload_history(row, slot, max(seen.next_position, 0))
             # A token that is known already is not the one that the device puts there.
             seen.next_position = row.position + 1 if row.position >= len(row.output) else -1
@@ -292,7 +306,9 @@ def _kind(row: SamplingRow) -> Kind:
     too_short = row.position < params.min_tokens and ending_tokens(row)
     if params.edits_logits or lists_logprobs(params) or too_short:
         return Kind.FULL
-    return Kind.GREEDY if params.greedy else Kind.SAMPLE
+    # Of greedy rows whose logits nobody reads, ranks give each other only the best.
+    greedy = params.greedy and params.logprobs is None
+    return Kind.GREEDY if greedy else Kind.SAMPLE
 
 
 def _same_sequence(first: SamplingRow, second: SamplingRow) -> bool:

@@ -43,7 +43,7 @@ class Team:
             )
         for name, value in _SWITCHES.items():
             os.environ.setdefault(name, value)
-        self._rank, self._size, self._watch = rank, size, watch
+        self.rank, self._size, self._watch = rank, size, watch
         self._store, self._asked = dist.FileStore(str(meeting), size), 0  # type: ignore[attr-defined]
         # Symmetric memory remembers for good by which store a group of a name exchanges handles: a
         # name that was another's in this process would have it wait there.
@@ -69,15 +69,23 @@ class Team:
                 f"the {size} ranks could not meet: {error}. Load the engine again"
             ) from error
 
+    @classmethod
+    def planned(cls, size: int, device: Device) -> Team:
+        """The first of ranks on a device that is only planned: what they launch is recorded."""
+        team = cls.__new__(cls)
+        team.rank, team._size = 0, size
+        team.communicator = Communicator(0, size, device.torch, _MAX_BYTES, None)
+        return team
+
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that samples."""
-        return self._rank == 0
+        return self.rank == 0
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that ranks come with."""
         self._asked += 1
-        self._store.set(f"{self._asked} of {self._rank}", str(number))
+        self._store.set(f"{self._asked} of {self.rank}", str(number))
         keys = [f"{self._asked} of {rank}" for rank in range(self._size)]
         while not self._store.check(keys):
             self._watch()
@@ -87,6 +95,10 @@ class Team:
     def meet(self) -> None:
         """Wait until all ranks have come here."""
         self.least(0)
+
+    def beside(self, x: Tensor, *, pdl: bool = False) -> Tensor:
+        """The columns of x of all ranks, side by side; capturable."""
+        return self.communicator.all_gather(x, pdl=pdl)
 
     def share(self, tokens: Tensor) -> None:
         """Give all ranks the ``tokens [slots]`` (int32) of the first; capturable."""
@@ -103,11 +115,6 @@ class Team:
         """Part, when no call is on its way on any rank."""
         self.communicator.close()
         dist.destroy_process_group()
-
-
-def planned_communicator(ranks: int, device: Device) -> Communicator:
-    """One for a device that is only planned: its kernels are recorded."""
-    return Communicator(0, ranks, device.torch, _MAX_BYTES, None)
 
 
 def abort_group() -> None:

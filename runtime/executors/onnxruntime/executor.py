@@ -112,14 +112,14 @@ class ONNXRuntimeExecutor:
         file = engine.path / WEIGHTS
         weight_bytes = file.stat().st_size if file.exists() else 0
         threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
+        rows = config.max_batch_size * (1 + _MAX_DRAFTS * (config.speculative != OFF))
         session, provider, self._captures = create_session(
-            engine, spec, threads, capture=self._has_slots
+            engine, spec, threads, rows=rows, capture=self._has_slots
         )
         check_ports(engine, spec, session)
         self.sampler = Sampler(manifest.vocab_size, threads)
         self.picks_on_device = provider == CUDA and spec.output(TOP_TOKEN) is not None
         self._memory: Memory = CUDAMemory() if provider == CUDA else HostMemory()
-        rows = config.max_batch_size * (1 + _MAX_DRAFTS * (config.speculative != OFF))
         self._session = StepSession(session, spec, self._memory, config.max_num_tokens, rows)
         self._spec = spec
         self._runs: Runs = whole_steps(spec)

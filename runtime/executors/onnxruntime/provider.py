@@ -64,10 +64,11 @@ def provider_options(provider: str, *, capture: bool) -> list[Any]:
     return [(CUDA, options), CPU]
 
 
-def session_entries(provider: str) -> dict[str, str]:
-    """Configuration of sessions beside that of their provider; releases that do not know an entry
-    ignore it."""
-    if provider == CPU:
+def session_entries(provider: str, rows: int) -> dict[str, str]:
+    """Configuration of sessions beside that of their provider, where a step decodes at most
+    ``rows`` tokens; releases that do not know an entry ignore it."""
+    # The provider's own kernel is the quickest with one row, and has no other.
+    if provider == CPU or rows == 1:
         return {}
     # Integer weights are multiplied as they are, also with several rows of x, not widened first.
     return {"ep.cuda.fpa_intb_gemm": "1"}

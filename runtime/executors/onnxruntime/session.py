@@ -42,9 +42,11 @@ _CANNOT_CAPTURE = "graph capture"
 
 
 def create_session(
-    engine: Engine, spec: GraphSpec, threads: int, *, capture: bool
+    engine: Engine, spec: GraphSpec, threads: int, *, rows: int, capture: bool
 ) -> tuple[ort.InferenceSession, str, bool]:
     """A session, the provider it runs on, and whether that captures graphs.
+
+    A step decodes at most ``rows`` tokens.
 
     Raises EngineMismatchError for a provider that does not load, and a graph that is refused.
     """
@@ -52,18 +54,18 @@ def create_session(
     load_libraries(provider)
     capture = capture and provider == CUDA
     try:
-        session = _session(engine, spec, provider, threads, capture)
+        session = _session(engine, spec, provider, threads, rows, capture)
     except EngineMismatchError as error:
         if not capture or _CANNOT_CAPTURE not in str(error):
             raise
         capture = False
-        session = _session(engine, spec, provider, threads, capture)
+        session = _session(engine, spec, provider, threads, rows, capture)
     loaded = check_loaded(engine.manifest, provider, session)
     return session, loaded, capture and loaded == CUDA
 
 
 def _session(
-    engine: Engine, spec: GraphSpec, provider: str, threads: int, capture: bool
+    engine: Engine, spec: GraphSpec, provider: str, threads: int, rows: int, capture: bool
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -72,7 +74,7 @@ def _session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_mem_pattern = False
     options.log_severity_level = 3 if provider == CPU else 2
-    for name, value in session_entries(provider).items():
+    for name, value in session_entries(provider, rows).items():
         options.add_session_config_entry(name, value)
     weights = _mapped(engine)
     options.add_external_initializers_from_files_in_memory(

@@ -47,7 +47,8 @@ class RankGroup:
         self._ranks = engine.manifest.ranks
         self._exchange = Region.make(memory_size(self._ranks, SLOT_BYTES))
         self._turns = self._exchange.map(memory_size(self._ranks, SLOT_BYTES))
-        self._silence = min(SILENCE, config.step_timeout)
+        # Before the step counts as unanswered: who hangs says more.
+        self._silence = min(SILENCE, config.step_timeout / 2)
         self._lost: str | None = None
         self._closed = False
         self._lock = threading.Lock()

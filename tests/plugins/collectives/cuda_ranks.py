@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from tests.plugins.interpreter import repair
 
 from slipstream.plugins.collectives import reference
+from slipstream.plugins.collectives.cuda.communicator import Communicator
 from slipstream.plugins.collectives.cuda.exchange import (
+    MEETINGS,
     PROGRAMS,
     Norm,
     Room,
     Way,
-    fits,
     gather,
     reduce,
     reducible,
+    rows_that_fit,
 )
 from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
@@ -41,8 +43,10 @@ from slipstream.plugins.rms_norm.reference import fused_add_rms_norm
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SMALL, LARGE = 32 << 10, 128 << 10
-# One row, several programs of several rows of which no rank has its share, one number, odd ones.
+# One row, several programs of several rows of which no rank has its share, one number, odd ones,
+# and so many rows that a program sends several at a time.
 SHAPES = [(1, 256, BF16), (9, 64, F16), (3, 7, BF16), (4, 33, F32), (2, 2048, BF16)]
+SHAPES += [(140, 16, F16)]
 EPSILON = 1e-5
 REPLAYS = 300
 
@@ -60,9 +64,9 @@ def check(room: Room, call: int, rows: int, width: int, dtype: torch.dtype) -> N
     *x, residual, weights = (each.to(room.peers.device) for each in everything)
     own, weight = x[room.rank], weights[0].contiguous()
     total = torch.from_numpy(reference.all_reduce([numpy(each) for each in x])).to(x[0])
-    norm = Norm(residual, weight, EPSILON)
+    norm, normed = Norm(residual, weight, EPSILON), None
     for way in Way:
-        assert fits(way, room, own, norm)
+        assert rows <= rows_that_fit(way, room, width * dtype.itemsize)
         y, nothing = reduce(way, room, own)
         assert nothing is None and y.dtype == dtype and torch.equal(y, total), way
         if reducible(own, norm):
@@ -70,10 +74,28 @@ def check(room: Room, call: int, rows: int, width: int, dtype: torch.dtype) -> N
             assert both is not None and torch.equal(both, total + residual), way
             wanted, _ = fused_add_rms_norm(numpy(total), numpy(residual), numpy(weight), EPSILON)
             np.testing.assert_allclose(numpy(y), wanted, rtol=0.02, atol=0.02)
+            assert normed is None or torch.equal(y, normed), "which way it came says nothing"
+            normed = y
         if way is not Way.PARTS and width * dtype.itemsize % 4 == 0:
             wide = own.new_empty(rows, ranks * width)
             gather(way, room, own, wide)
             assert torch.equal(wide, torch.cat(x, dim=1))
+
+
+def check_in_parts(room: Room) -> None:
+    """What there is no room for at once goes in parts, and is the same."""
+    ranks, device = room.layout.ranks, room.peers.device
+    *x, residual, weights = (each.to(device) for each in made(99, ranks, 11, 2048, BF16))
+    own, total = x[room.rank], torch.from_numpy(reference.all_reduce([numpy(each) for each in x]))
+    assert len(own) > rows_that_fit(Way.LINES, room, 2 * 2048)
+    communicator = Communicator.__new__(Communicator)
+    communicator.size, communicator._room = ranks, room
+    assert torch.equal(communicator.all_reduce(own), total.to(own))
+    y, both = communicator.all_reduce_add_norm(own, residual, weights[0], EPSILON)
+    assert torch.equal(both, total.to(own) + residual)
+    wanted, _ = fused_add_rms_norm(numpy(total), numpy(residual), numpy(weights[0]), EPSILON)
+    np.testing.assert_allclose(numpy(y), wanted, rtol=0.02, atol=0.02)
+    assert torch.equal(communicator.all_gather(own), torch.cat(x, dim=1))
 
 
 def numpy(x: torch.Tensor) -> NDArray[np.float32]:
@@ -136,6 +158,7 @@ def run(rank: int, room: Room) -> None:
     for call, (rows, width, dtype) in enumerate(SHAPES):
         check(room, call, rows, width, dtype)
         sys.stdout.write(f"rank {rank}: {rows} {width} {dtype}\n")
+    check_in_parts(room)
     sys.stdout.flush()
 
 
@@ -156,7 +179,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
     assert dist.group.WORLD is not None
     memory = SharedMemory(rank, layout.bytes, device, dist.group.WORLD)
     turns = torch.full((PROGRAMS,), -4, dtype=torch.int32, device=device)
-    room = Room(rank, layout, memory.addresses, turns)
+    room = Room(rank, layout, memory.addresses, turns, programs=8)
     run(rank, room)
     replay(room)
     dist.barrier()
@@ -166,11 +189,12 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
 def main() -> int:
     """Become several ranks; how many of them failed."""
     ranks = int(sys.argv[1])
-    layout = Layout(ranks, SMALL, LARGE, PROGRAMS)
+    layout = Layout(ranks, SMALL, LARGE, PROGRAMS, MEETINGS)
     processes: list[BaseProcess]
     if interpreting():
         repair()
         give_way()
+        torch.set_num_threads(1)  # others are not forked with the process
         memory = torch.zeros(ranks * layout.bytes, dtype=torch.uint8).share_memory_()
         processes = [
             multiprocessing.get_context("fork").Process(

@@ -120,6 +120,31 @@ class TestGreedy:
         assert tokens(buffers) == logits.argmax(axis=1).tolist()
         assert buffers.last_tokens.tolist() == tokens(buffers)
 
+    @pytest.mark.parametrize(("size", "parts"), [(50, 2), (5001, 2), (4097, 4), (9, 8)])
+    def test_the_best_of_parts_is_that_of_all(self, size: int, parts: int, device: str) -> None:
+        """Of a vocabulary that is filled up to what ranks divide, with what nobody reads."""
+        logits, width = random_logits(7, size), -(-size // parts)
+        logits[1, [0, size // 2, size - 1]] = logits[1].max() + 1  # ties between parts
+        logits[2] = [0.0, -0.0] * (size // 2) + [0.0] * (size % 2)
+        logits[3] = -np.inf
+        logits[3, size - 2] = -3e38
+        for row, value in ((4, np.nan), (5, np.inf), (6, -np.inf)):
+            logits[row, :] = np.where(np.arange(size) == size // 3, value, logits[row])
+        logits[6] = -np.inf
+        whole = run(logits, [{"temperature": 0}] * 7, device, kind=Kind.GREEDY)
+        padded = np.pad(logits, ((0, 0), (0, parts * width - size)), constant_values=np.nan)
+        buffers = run(logits, [{"temperature": 0}] * 7, device, kind=Kind.GREEDY)
+        buffers.tokens.fill_(-77)
+        found = []
+        for first in range(0, parts * width, width):
+            part = torch.from_numpy(padded[:, first : first + width].copy()).to(device)
+            found.append(cuda.best_of_part(part, buffers, first).clone())
+        cuda.sample_best(torch.cat(found, dim=1), buffers)
+        assert tokens(buffers) == tokens(whole)
+        assert tokens(buffers)[:4] == logits[:4].argmax(axis=1).tolist()
+        assert tokens(buffers)[4:] == [BROKEN] * 3
+        assert buffers.last_tokens.tolist() == whole.last_tokens.tolist()
+
     def test_padding_is_left_alone(self, device: str) -> None:
         logits = random_logits(4, 300)
         buffers = run(logits, [{"temperature": 0}] * 2, device, kind=Kind.GREEDY, slots=[4, 1])

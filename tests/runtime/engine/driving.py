@@ -60,11 +60,13 @@ def next_allowed(constraint: Constraint, token: int) -> int:
 
 def check(loop: EngineLoop) -> None:
     """Every page has its owner, and none is held for guesses of the host that are not on their
-    way."""
+    way, or for more than a device makes next."""
     kv, running = loop.scheduler.kv, loop.scheduler.running
     kv.check_invariants([s.allocation for s in running if s.allocation])
+    speculator = loop._speculator
+    ahead = speculator.most if speculator is not None and speculator.leads(()) else 0
     for each in running if loop.stats.speculation else ():
-        most = kv.pages_for(max(each.num_tokens, each.num_scheduled + each.num_drafted))
+        most = kv.pages_for(max(each.num_tokens, each.num_scheduled + each.num_drafted) + ahead)
         assert each.allocation is not None and len(each.allocation.pages) <= most
         assert all(len(held.pages) <= most for held in each.allocation.windows)
 

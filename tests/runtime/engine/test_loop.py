@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from slipstream.runtime.executors.counting import (
 from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import EOS, VOCAB_SIZE, counting_engine
+from slipstream.runtime.text.detokenizer import Detokenizer
 
 
 @pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
@@ -94,6 +96,30 @@ def test_deltas_join_to_the_cumulative_output(device: dict[str, Any]) -> None:
     assert [t for part in parts for t in part.token_ids] == whole.outputs[0].token_ids
     assert [x for part in parts for x in part.logprobs or ()] == whole.outputs[0].logprobs
     assert parts[-1].cumulative_logprob == whole.outputs[0].cumulative_logprob
+
+
+def test_text_that_is_told_at_the_end_is_made_on_the_way(
+    device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    append = Detokenizer.append
+
+    def counted(detokenizer: Detokenizer, token_ids: Sequence[int]) -> str:
+        made.append(len(token_ids))
+        return append(detokenizer, token_ids)
+
+    monkeypatch.setattr(Detokenizer, "append", counted)
+    engine = counting_engine(**device)
+    loop = EngineLoop(engine)
+    loop.add_request(
+        Request("whole", [0], greedy(max_tokens=100, ignore_eos=True), output_kind="final")
+    )
+    outputs = []
+    while loop.has_work:
+        outputs += loop.step()
+    (whole,) = (output.outputs[0] for output in outputs)
+    assert whole.text == engine.tokenizer.decode(whole.token_ids) and len(whole.token_ids) == 100
+    assert sum(made) == 100 and max(made) < 50
 
 
 @pytest.mark.parametrize("max_num_tokens", [4, 64])

@@ -13,6 +13,7 @@ from slipstream.runtime.engine.step import REJECTED, StepBatch, StepResult
 from slipstream.runtime.executors.base import PendingStep, StartedStep
 from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.request import Request
+from slipstream.runtime.speculation.eagle3 import DeviceHeadProposer
 from slipstream.runtime.testing import VOCAB_SIZE, counting_engine
 
 
@@ -171,3 +172,15 @@ def test_a_prompt_in_chunks_is_read_with_the_tokens_after_it() -> None:
     loop.add_request(Request("r", list(range(20)), greedy(max_tokens=2)))
     assert tokens_of(drain(loop)["r"]) == [20, 21]
     assert [following for _, following in seen[:3]] == [[8], [16], [-1]]
+
+
+def test_what_guesses_take_lies_between_what_was_timed() -> None:
+    seconds = {(1, 0): 1.0, (1, 3): 4.0, (16, 3): 7.0, (64, 3): 10.0, (64, 7): 30.0}
+    _, device = engine({"seconds": seconds})
+    proposer = DeviceHeadProposer(device)
+    assert proposer.counts == [3, 7]
+    assert [proposer.seconds(n, 3) for n in (1, 6, 16, 40, 64, 99)] == [4, 5, 7, 8.5, 10, 10]
+    assert proposer.seconds(16, 1) == 7 and proposer.seconds(1, 4) == 30
+    assert proposer.seconds(5, 0) == 1 and proposer.seconds(5, 8) == 0
+    _, unknown = engine({})
+    assert not DeviceHeadProposer(unknown).counts and not DeviceHeadProposer(unknown).seconds(1, 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 
 from slipstream.runtime.speculation.lengths import Lengths, StepCosts
+from slipstream.runtime.speculation.proposer import Guessed
 
 Cost = Callable[[int], float]
 
@@ -156,3 +158,61 @@ def test_what_takes_no_time_is_always_asked_for_all() -> None:
     lengths = Lengths(7)
     drive(compute_bound, 0.1, lengths=lengths, asking=0.001)
     assert [lengths.wanted() for _ in range(100)] == [7] * 100
+
+
+@dataclass
+class Head:
+    """One that takes ``seconds`` for a guess of each sequence, and so many counts of them."""
+
+    each: float
+    counts: Sequence[int] = (1, 3, 7)
+
+    def heard(self, guesses: Sequence[Guessed]) -> None:
+        raise AssertionError
+
+    def seconds(self, num_sequences: int, count: int) -> float:
+        made = next((each for each in self.counts if each >= count), 0) if count else 0
+        return self.each * made
+
+
+def lead(
+    cost: Cost, chance: float, head: Head, lengths: Lengths, sequences: int = 1, steps: int = 200
+) -> list[tuple[int, int]]:
+    """How many guesses each step was offered, and the most that it verified of a sequence; what is
+    chosen for a step is guessed after it."""
+    offered, found = 0, list[tuple[int, int]]()
+    for _ in range(steps):
+        counts = lengths.choose(sequences, [chance] * sequences, [offered] * sequences, 512)
+        found.append((offered, max(counts)))
+        offered = lengths.wanted()
+        lengths.landed(sequences + sum(counts), cost(sequences + sum(counts)))
+    return found
+
+
+def test_a_device_is_asked_for_as_many_as_pay() -> None:
+    """However many it has guessed before; counts between those that it makes are not asked for."""
+    for each, chance, wanted in ((0.1, 0.7, 3), (0.05, 0.95, 7), (0.3, 0.5, 1)):
+        head = Head(each)
+        found = lead(memory_bound, chance, head, Lengths(7, head))
+        assert set(found[20:]) == {(wanted, wanted)}
+
+
+def test_a_device_is_rarely_asked_where_nothing_pays_and_at_once_where_it_does() -> None:
+    head = Head(0.5)
+    lengths = Lengths(7, head)
+    found = lead(compute_bound, 0.6, head, lengths, sequences=8)
+    assert {verified for _, verified in found[3:]} == {0}
+    asked = [offered for offered, _ in found[3:]]
+    assert max(asked) == 1 and 2 <= sum(asked) < 60
+    again = lead(memory_bound, 0.9, Head(0.01), Lengths(7, Head(0.01)), sequences=8, steps=20)
+    assert again[-1] == (7, 7)
+
+
+def test_what_a_device_has_guessed_is_verified_though_no_more_is_asked_for() -> None:
+    """It has been paid for."""
+    head = Head(100.0)
+    lengths = Lengths(7, head)
+    lengths.landed(1, 1.0)
+    lengths.landed(8, 1.1)
+    assert lengths.choose(1, [0.9], [3], 8) == [3]
+    assert lengths.wanted() in (0, 1)

@@ -180,8 +180,11 @@ class Fleet:
     workers: list[Running] = field(default_factory=list)
     _number: int = 0
 
-    def add(self, *options: str, device: str = "HeldDevice(directory)") -> Running:
-        """Start one more worker and wait until the frontend knows it."""
+    def add(
+        self, *options: str, device: str = "HeldDevice(directory)", serves: bool = True
+    ) -> Running:
+        """Start one more worker and wait until the frontend knows it, and can answer with it unless
+        others are to come before it ``serves``."""
         self._number += 1
         before = self.instances()  # one that was killed may be known for a while
         directory, port = self.directory / f"w{self._number}", free_port()
@@ -196,7 +199,7 @@ class Fleet:
         )
         self.workers.append(running := Running(process, directory, port))
         wait(running.ready)
-        wait(lambda: bool(self.instances() - before) and self._serves())
+        wait(lambda: bool(self.instances() - before) and (self._serves() or not serves))
         return running
 
     def of(self, count: int) -> list[Running]:

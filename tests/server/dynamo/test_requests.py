@@ -9,7 +9,13 @@ from slipstream.runtime.engine.step import TokenLogprobs
 from slipstream.runtime.request import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_tokenizer
-from slipstream.server.dynamo.requests import Translator, cache_salt
+from slipstream.server.dynamo.requests import (
+    Translator,
+    cache_salt,
+    counted_at_prefill,
+    disaggregated_params,
+    kv_transfer_params,
+)
 
 DEFAULTS = SamplingParams(temperature=0.3, top_k=7)
 TRANSLATOR = Translator(DEFAULTS, counting_tokenizer())
@@ -65,6 +71,30 @@ def test_forms_of_answers(form: dict[str, Any], kind: str) -> None:
 def test_what_is_impossible_is_refused(part: str, values: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named):
         TRANSLATOR.params({part: values})
+
+
+def test_a_prompt_is_computed_for_another_worker_with_one_token() -> None:
+    params = TRANSLATOR.prefill_params({**REQUEST, "stop_conditions": {"min_tokens": 4}})
+    assert (params.max_tokens, params.min_tokens, params.stop_token_ids) == (1, 0, ())
+    assert (params.temperature, params.top_k, params.seed) == (0.5, 7, 3)
+
+
+def test_what_a_worker_says_of_its_pages_comes_to_the_next() -> None:
+    said = disaggregated_params({"transfer_id": "a"})
+    told = {"prefill_result": {"disaggregated_params": said, "prompt_tokens_details": None}}
+    assert kv_transfer_params(told) == {"transfer_id": "a"}
+    empty: list[dict[str, Any]] = [{}, {"prefill_result": None}, {"prefill_result": {}}]
+    for nothing in empty:
+        assert kv_transfer_params(nothing) is None
+
+
+def test_what_was_handed_over_is_no_hit_of_the_cache() -> None:
+    usage = {"prompt_tokens_details": {"cached_tokens": 9}}
+    told = {"prefill_result": {"prompt_tokens_details": {"cached_tokens": 4}}}
+    chunk = counted_at_prefill({"token_ids": [], "completion_usage": {**usage}}, told)
+    assert chunk["completion_usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert counted_at_prefill({"completion_usage": usage}, {}) == {"completion_usage": usage}
+    assert counted_at_prefill({"token_ids": [1]}, told) == {"token_ids": [1]}
 
 
 def test_a_salt_is_told_as_routers_know_it() -> None:

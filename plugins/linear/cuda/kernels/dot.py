@@ -318,11 +318,12 @@ def power(exponents):
 def decode(
     words, i: tl.constexpr, scale, shift, row_start, group, GROUPS: tl.constexpr,
     DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    COMPILED: tl.constexpr,
+    COMPILED: tl.constexpr, scales=None,
 ):  # fmt: skip
     """Weights [BN, 32] of code i of a chunk's words; GROUP 0 leaves their scale to the epilogue.
 
-    A code moved into the mantissa of 2**7 or 2**11 is that number plus the code.
+    A code moved into the mantissa of 2**7 or 2**11 is that number plus the code. ``scales`` are the
+    float16 scales of the chunk in an integer a row, where they have been loaded.
     """
     if ZERO == "e2m1":
         place = row_start + tl.minimum(group + i, GROUPS - 1)
@@ -342,7 +343,11 @@ def decode(
     if GROUP:
         # Codes of padding, whose x is zero, have no group: any finite scale will do for them.
         place = row_start + tl.minimum(group + i * 32 // GROUP, GROUPS - 1)
-        factor = tl.load(scale + place).to(tl.float32)
+        if scales is not None:
+            bits = (scales >> (16 * (i * 32 // GROUP))).to(tl.int16)
+            factor = bits.to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            factor = tl.load(scale + place).to(tl.float32)
         if ZERO == "zero":
             zero += tl.load(shift + place).to(tl.float32)
         begin = -zero * factor
@@ -352,6 +357,37 @@ def decode(
     else:
         values = codes - zero
     return values.to(DTYPE)
+
+
+@triton.constexpr_function
+def float4_instructions(i: int) -> str:
+    """Moves the float4_e2m1 at code i of two words into exponents and mantissas of two bfloat16,
+    where they are 2**126 too small, and multiplies by 2**63, and by a factor that has the rest."""
+    low = i % 4
+    align = f"shl.b32 m, a, {6 - 4 * low};" if low < 2 else f"shr.b32 m, a, {4 * low - 6};"
+    return (
+        "{ .reg .b32 a, m, c; mov.b32 c, 0x5F005F00;"
+        f"prmt.b32 a, $1, $2, {'0x5410' if i < 4 else '0x7632'};"
+        f"{align} and.b32 m, m, 0x01C001C0; shl.b32 a, a, {12 - 4 * low};"
+        "lop3.b32 a, a, 0x80008000, m, 0xEA;"
+        "mul.rn.bf16x2 a, a, c; mul.rn.bf16x2 $0, a, $3; }"
+    )
+
+
+@triton.jit
+def decode_float4(words, i: tl.constexpr, exponents, DTYPE: tl.constexpr, COMPILED: tl.constexpr):
+    """As ``decode``, of float4 and the exponents of a chunk, the bytes of an int64 a row."""
+    bits = ((exponents >> (8 * i)) & 255).to(tl.int32) + 63
+    if COMPILED and DTYPE == tl.bfloat16:  # noqa: SIM300 - which is no constant
+        factor = (bits << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = tl.inline_asm_elementwise(
+            float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=tl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        factor = (bits << 23).to(tl.float32, bitcast=True)
+        values = (float4(words, i) * 2.0**63 * factor[:, None]).to(DTYPE)
+    return values
 
 
 @triton.constexpr_function

@@ -8,7 +8,8 @@ vectors, once for all ``RT`` rows, and no value crosses threads before the sums 
 they are read before ``gdc_wait``, since no kernel of a step writes a weight.
 
 ``SUM`` experts of a token may take the place of one weight: a program then adds up the products of
-its rows with all of them, the row of x being those of the experts one after the other.
+its rows with all of them. The lanes are shared among the experts, so that the rows of all are on
+their way at once.
 """
 
 # ruff: noqa: RUF005 - Triton has no starred tuples
@@ -211,34 +212,41 @@ def _finish(
 
 
 @triton.jit
-def _place(ids, at, N, VECTORS: tl.constexpr, Q: tl.constexpr, SUM: tl.constexpr):
-    """Of vector ``at`` of a row of x: which of the SUM experts multiplies it, the first row of that
-    expert in the weight, and the number of the vector in its rows. Steps of Q fill an expert."""
-    if SUM:
-        WHOLE: tl.constexpr = (VECTORS + Q - 1) // Q * Q
-        slot = tl.minimum(at // WHOLE, SUM - 1)
-        place = (slot, tl.load(ids + slot) * N, at - slot * WHOLE)
-    else:
-        place = (0, 0, at)
-    return place
+def _of_experts(
+    ids, factors, rows, lanes, N, LANES: tl.constexpr, RT: tl.constexpr, SUM: tl.constexpr
+):
+    """Of each lane: which of the SUM experts it multiplies, that one's rows in the weight, the lane
+    among those of the expert, and the expert's factor, which is 0 for one that is none."""
+    slots = lanes // LANES
+    start = tl.load(ids + tl.minimum(slots, SUM - 1)) * N
+    own = ()
+    for r in tl.static_range(RT):
+        own = own + (start + rows[r],)
+    share = tl.load(factors + slots, mask=slots < SUM, other=0.0)
+    return tl.minimum(slots, SUM - 1), own, lanes % LANES, share
 
 
 @triton.jit
-def _read_scales(
-    scale, rows, start, first, lanes, K: tl.constexpr, RT: tl.constexpr, SCALE: tl.constexpr
-):
-    """The scale of each lane's vector, float32 [BR, Q], for each row tensor, of the expert whose
-    rows begin at ``start``."""
+def _read_scales(scale, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr):
+    """The scale of the block of each lane's vector, float32 [BR, Q], for each row tensor."""
+    blocks = (K + 127) >> 7
+    block = tl.minimum((first + lanes) >> 3, blocks - 1)
     scales = ()
-    if SCALE == "block":
-        blocks = (K + 127) >> 7
-        block = tl.minimum((first + lanes) >> 3, blocks - 1)
-        for r in tl.static_range(RT):
-            scales = scales + (tl.load(scale + ((start + rows[r]) >> 7) * blocks + block),)
-    else:
-        for r in tl.static_range(RT):
-            scales = scales + (tl.load(scale + start + rows[r] + lanes * 0),)
+    for r in tl.static_range(RT):
+        scales = scales + (tl.load(scale + (rows[r] >> 7) * blocks + block),)
     return scales
+
+
+@triton.jit
+def _shared(sums, scale, rows, share, RT: tl.constexpr, SCALED: tl.constexpr):
+    """The sums of each lane times the factor of its expert, and if SCALED the scale of its row."""
+    found = ()
+    for r in tl.static_range(RT):
+        if SCALED:
+            found = found + (sums[r] * (share * tl.load(scale + rows[r]).to(tl.float32)),)
+        else:
+            found = found + (sums[r] * share,)
+    return found
 
 
 @triton.jit
@@ -249,7 +257,7 @@ def gemv_float(
     FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0,
+    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1,
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; SCALE is "none", "row" or "block" (of 128 x 128).
 
@@ -257,44 +265,43 @@ def gemv_float(
     weight, EVEN that they are a multiple of DEPTH * Q, and BF16 the type of x (and of a 16-bit
     weight). NATIVE: the GPU converts float8. With SUM the products with the experts ids [SUM] of a
     weight [experts, N, K] are multiplied by factors float32 [SUM] and added up: x is [SUM, K], and
-    T one.
+    T one; of the Q lanes each of SLOTS, SUM or more, has its share.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     V: tl.constexpr = 16 if FP8 else 8
-    TOTAL: tl.constexpr = (VECTORS + Q - 1) // Q * Q * SUM if SUM else VECTORS
-    # Of one weight a scale a row is for the end.
-    SCALED: tl.constexpr = SCALE == "block" or (SUM > 0 and SCALE == "row")
+    LANES: tl.constexpr = Q // SLOTS
+    MORE: tl.constexpr = DEPTH * LANES < VECTORS  # than are in flight at the start
+    BLOCKS: tl.constexpr = SCALE == "block"
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
+    x_row = 0
+    if SUM:
+        x_row, rows, lanes, share = _of_experts(ids, factors, rows, lanes, N, LANES, RT, SUM)
     ahead = ()
     scales = ()
     for d in tl.static_range(DEPTH):
-        _, start, first = _place(ids, d * Q, N, VECTORS, Q, SUM)
-        own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
-        ahead = ahead + _read_vectors(own, rows, first, lanes, VECTORS, RT, EVEN)
-        if SCALED:
-            scales = scales + _read_scales(scale, rows, start, first, lanes, K, RT, SCALE)
+        ahead = ahead + _read_vectors(weight, rows, d * LANES, lanes, VECTORS, RT, EVEN)
+        if BLOCKS:
+            scales = scales + _read_scales(scale, rows, d * LANES, lanes, K, RT)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for base in range(0, TOTAL, DEPTH * Q):
+    for base in range(0, VECTORS, DEPTH * LANES):
         next_ahead = ()
         next_scales = ()
         for d in tl.static_range(DEPTH):
-            slot, _, first = _place(ids, base + d * Q, N, VECTORS, Q, SUM)
-            _, start, later = _place(ids, base + (d + DEPTH) * Q, N, VECTORS, Q, SUM)
-            own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
-            next_ahead += _read_vectors(own, rows, later, lanes, VECTORS, RT, EVEN)
-            if SCALED:
-                next_scales += _read_scales(scale, rows, start, later, lanes, K, RT, SCALE)
+            first = base + d * LANES
+            later = first + DEPTH * LANES
+            if MORE:
+                next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
+            if MORE and BLOCKS:
+                next_scales += _read_scales(scale, rows, later, lanes, K, RT)
             _begin_products(COMPILED)
             xs, squares = _read_x(
-                x, gain, slot, first, lanes, VECTORS, squares, T, V // 8, NORM, BF16, EVEN
+                x, gain, x_row, first, lanes, VECTORS, squares, T, V // 8, NORM, BF16, EVEN
             )
-            if SUM:
-                factor = tl.load(factors + slot)
             added = ()
             for r in tl.static_range(RT):
                 words = _halves(ahead[d * RT + r])
@@ -302,26 +309,25 @@ def gemv_float(
                 for i in tl.static_range(4):
                     floats = floats + _weights(words[i], FP8, BF16, NATIVE)
                 for t in tl.static_range(T):
-                    if SCALED or SUM:
+                    if BLOCKS:
                         part = floats[0] * xs[t * V]
                         for v in tl.static_range(1, V):
                             part += floats[v] * xs[t * V + v]
-                        if SCALED:
-                            part *= scales[d * RT + r]
-                        if SUM:
-                            part *= factor
-                        added = added + (sums[r * T + t] + part,)
+                        added = added + (sums[r * T + t] + part * scales[d * RT + r],)
                     else:
                         total = sums[r * T + t]
                         for v in tl.static_range(V):
                             total += floats[v] * xs[t * V + v]
                         added = added + (total,)
             sums = added
-        ahead = next_ahead
-        scales = next_scales
+        if MORE:
+            ahead = next_ahead
+            scales = next_scales
+    if SUM:
+        sums = _shared(sums, scale, rows, share, RT, SCALE == "row")
     _finish(
         sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
-        SCALE == "row" and not SCALED, BIAS, RESIDUAL, NORM, 1.0, ids, factors, SUM,
+        SCALE == "row" and SUM == 0, BIAS, RESIDUAL, NORM, 1.0, ids, factors, SUM,
     )  # fmt: skip
 
 
@@ -358,30 +364,27 @@ def _read_four(pointer, i: tl.constexpr, inside, BF16: tl.constexpr, EVEN: tl.co
 
 @triton.jit
 def _read_groups(
-    scale, shift, rows, start, first, lanes, K: tl.constexpr, RT: tl.constexpr,
-    GROUP: tl.constexpr, COUNT: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr,
+    scale, shift, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Scales, and zeros or offsets, of the COUNT groups of a lane's words, as they are stored: of
-    float4, all in one int64. They are those of the expert whose rows begin at ``start``."""
+    float4, all in one int64."""
     scales = ()
     shifts = ()
     if ZERO == "e2m1":
         chunks = tl.cdiv(K, 256)
         chunk = tl.minimum((first + lanes) >> 3, chunks - 1)
         for r in tl.static_range(RT):
-            scales = scales + (tl.load(scale + (start + rows[r]) * chunks + chunk),)
+            scales = scales + (tl.load(scale + rows[r] * chunks + chunk),)
     elif GROUP:
         groups = K // GROUP
         for g in tl.static_range(COUNT):
             group = tl.minimum(((first + lanes) >> 3) * COUNT + g, groups - 1)
             for r in tl.static_range(RT):
-                at = (start + rows[r]) * groups + group
+                at = rows[r] * groups + group
                 scales = scales + (tl.load(scale + at),)
                 if ZERO != "midpoint":
                     shifts = shifts + (tl.load(shift + at),)
-    elif SUM:
-        for r in tl.static_range(RT):
-            scales = scales + (tl.load(scale + start + rows[r] + lanes * 0),)
     return scales, shifts
 
 
@@ -393,7 +396,7 @@ def gemv_int(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0,
+    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1,
 ):  # fmt: skip
     """A weight of groups [N, words]; GROUP 0 is a scale a row.
 
@@ -409,18 +412,20 @@ def gemv_int(
     CHUNK: tl.constexpr = 32 * CODES  # elements that eight lanes share
     PER_GROUP: tl.constexpr = GROUP // 32 if GROUP else CODES  # codes of a word in one group
     COUNT: tl.constexpr = CODES // PER_GROUP
-    TOTAL: tl.constexpr = (VECTORS + Q - 1) // Q * Q * SUM if SUM else VECTORS
+    LANES: tl.constexpr = Q // SLOTS
+    MORE: tl.constexpr = DEPTH * LANES < VECTORS  # than are in flight at the start
     rows = _row_numbers(BR, RT, GATED, N)
     lanes = tl.zeros([BR, 1], tl.int32) + tl.arange(0, Q)[None, :]
+    x_row = 0
+    if SUM:
+        x_row, rows, lanes, share = _of_experts(ids, factors, rows, lanes, N, LANES, RT, SUM)
     ahead = ()
     scales = ()
     shifts = ()
     for d in tl.static_range(DEPTH):
-        _, start, first = _place(ids, d * Q, N, VECTORS, Q, SUM)
-        own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
-        ahead = ahead + _read_vectors(own, rows, first, lanes, VECTORS, RT, EVEN)
+        ahead = ahead + _read_vectors(weight, rows, d * LANES, lanes, VECTORS, RT, EVEN)
         new_scales, new_shifts = _read_groups(
-            scale, shift, rows, start, first, lanes, K, RT, GROUP, COUNT, ZERO, SUM
+            scale, shift, rows, d * LANES, lanes, K, RT, GROUP, COUNT, ZERO
         )
         scales = scales + new_scales
         shifts = shifts + new_shifts
@@ -428,20 +433,20 @@ def gemv_int(
     squares = _zeros(T, BR, Q)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for base in range(0, TOTAL, DEPTH * Q):
+    for base in range(0, VECTORS, DEPTH * LANES):
         next_ahead = ()
         next_scales = ()
         next_shifts = ()
         for d in tl.static_range(DEPTH):
-            slot, _, first = _place(ids, base + d * Q, N, VECTORS, Q, SUM)
-            _, start, later = _place(ids, base + (d + DEPTH) * Q, N, VECTORS, Q, SUM)
-            own = weight + start.to(tl.int64) * (VECTORS * 2) if SUM else weight
-            next_ahead += _read_vectors(own, rows, later, lanes, VECTORS, RT, EVEN)
-            new_scales, new_shifts = _read_groups(
-                scale, shift, rows, start, later, lanes, K, RT, GROUP, COUNT, ZERO, SUM
-            )
-            next_scales = next_scales + new_scales
-            next_shifts = next_shifts + new_shifts
+            first = base + d * LANES
+            later = first + DEPTH * LANES
+            if MORE:
+                next_ahead += _read_vectors(weight, rows, later, lanes, VECTORS, RT, EVEN)
+                new_scales, new_shifts = _read_groups(
+                    scale, shift, rows, later, lanes, K, RT, GROUP, COUNT, ZERO
+                )
+                next_scales = next_scales + new_scales
+                next_shifts = next_shifts + new_shifts
             _begin_products(COMPILED)
             words = ()
             for r in tl.static_range(RT):
@@ -449,8 +454,6 @@ def gemv_int(
             vector = first + lanes
             at = (vector >> 3) * (CHUNK // 4) + (vector & 7)
             inside = K - at * 4  # elements of the row from a lane's first on
-            if SUM:
-                share = tl.load(factors + slot)
             for g in tl.static_range(COUNT):
                 parts = _zeros(RT * T, BR, Q)
                 totals = _zeros(T, BR, Q)  # of x, for zero points and offsets
@@ -462,7 +465,7 @@ def gemv_int(
                     newer_squares = ()
                     for t in tl.static_range(T):
                         floats = _read_four(
-                            x + (slot + t) * (K // 4) + at, g * PER_GROUP + j, inside, BF16, EVEN
+                            x + (x_row + t) * (K // 4) + at, g * PER_GROUP + j, inside, BF16, EVEN
                         )
                         square = squares[t]
                         total = totals[t]
@@ -499,25 +502,24 @@ def gemv_int(
                         factor = power((scales[d * RT + r] >> (8 * g)).to(tl.int32))
                     elif GROUP:
                         factor = scales[(d * COUNT + g) * RT + r].to(tl.float32)
-                    elif SUM:
-                        factor = scales[d * RT + r].to(tl.float32)
                     if ZERO == "zero" or ZERO == "offset":
                         zero = shifts[(d * COUNT + g) * RT + r].to(tl.float32)
                     for t in tl.static_range(T):
                         value = parts[r * T + t]
                         if ZERO == "midpoint" or ZERO == "zero":
                             value -= (totals[t] * 2.0**-64) * zero
-                        if GROUP or SUM:
+                        if GROUP:
                             value = value * factor
                         if ZERO == "offset":
                             value += (totals[t] * 2.0**-64) * zero
-                        if SUM:
-                            value = value * share
                         added = added + (sums[r * T + t] + value,)
                 sums = added
-        ahead = next_ahead
-        scales = next_scales
-        shifts = next_shifts
+        if MORE:
+            ahead = next_ahead
+            scales = next_scales
+            shifts = next_shifts
+    if SUM:
+        sums = _shared(sums, scale, rows, share, RT, GROUP == 0)
     _finish(
         sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
         GROUP == 0 and not SUM, BIAS, RESIDUAL, NORM, 1.0 if ZERO == "e2m1" else 2.0**64,

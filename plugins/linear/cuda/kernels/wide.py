@@ -76,7 +76,7 @@ def _decoded(
 
 
 @gluon.jit
-def _operand(
+def operand_of(
     words, i: gl.constexpr, factors, shifts, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
     BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _operand(
 
 
 @gluon.jit
-def _row(first, width, GATED: gl.constexpr, LAYOUT: gl.constexpr):
+def row_of(first, width, GATED: gl.constexpr, LAYOUT: gl.constexpr):
     """Which rows of the weight 64 of a tile are; behind the last, that one again.
 
     Gated, a warp's rows 8 to 15 are the ups of its rows 0 to 7: the same threads have their sums.
@@ -111,7 +111,7 @@ def _loaded(pointers, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _chunk(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: gl.constexpr):
+def chunk_of(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: gl.constexpr):
     """Words [64, 32] of a chunk in rows n; scales, and zero points or offsets, of its groups."""
     weight, scale, shift = weights
     j = gl.arange(0, 32, gl.SliceLayout(0, n.type.layout.parent))
@@ -131,7 +131,7 @@ def _finish(
     """The epilogue of 64 rows and some tokens; gated, of 32 of the gates and as many ups."""
     scale, bias, residual, y, tokens, width = ends
     T: gl.constexpr = acc.shape[1]
-    n = _row(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
+    n = row_of(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
     if GROUP == 0:
         acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
     if BIAS:
@@ -151,7 +151,7 @@ def _finish(
 
 
 @gluon.jit
-def _slices(acc):
+def slices_of(acc):
     """The sums of 32 tokens each: an epilogue of all at once would need too many registers."""
     T: gl.constexpr = acc.shape[1]
     if T == 32:
@@ -159,7 +159,7 @@ def _slices(acc):
         found = (gl.convert_layout(acc, layout, assert_trivial=True),)
     else:
         low, high = gl.split(acc.reshape([64, 2, T // 2]).permute((0, 2, 1)))
-        found = _slices(low) + _slices(high)
+        found = slices_of(low) + slices_of(high)
     return found
 
 
@@ -173,7 +173,7 @@ def _end(
     counters, partial = common
     T: gl.constexpr = acc.shape[1]
     first = tile * (32 if GATED else 64)
-    slices = _slices(acc)
+    slices = slices_of(acc)
     if SPLIT == 1:
         for i in gl.static_range(T // 32):
             _finish(slices[i], first, along * T + i * 32, ends, GATED, GROUP, BIAS, RESIDUAL)
@@ -211,32 +211,37 @@ def _multiply(
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
     # The next weights are decoded while these are multiplied, or, with so many sums that registers
-    # are short, only while the other warpgroup's are.
+    # are short, only while another warpgroup's are; where there are registers for the weights of
+    # two, the next product is on its way before this one is over.
     LATE: gl.constexpr = T < 256
+    DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (LATE or COUNT <= 2)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     across, _, part = place
     tile = across * WARPGROUPS + number
-    n = _row(tile * (32 if GATED else 64), width, GATED, gl.SliceLayout(1, operand))
+    n = row_of(tile * (32 if GATED else 64), width, GATED, gl.SliceLayout(1, operand))
     chunk = part * STEPS
     last = gl.minimum(chunk + STEPS, CHUNKS) - 1
-    words, factors, shifts = _chunk(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
+    words, factors, shifts = chunk_of(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
     acc = gl.zeros([64, T], gl.float32, sums)
     for step in range(0, last - chunk + 1):
         following = gl.minimum(chunk + step + 1, last)
-        next_words, next_factors, next_shifts = _chunk(
+        next_words, next_factors, next_shifts = chunk_of(
             weights, n, following, CHUNKS, COUNT, ZERO
         )  # fmt: skip
         for i in gl.static_range(0, CODES, 2):
             count = (step * CODES + i) // 2
             slot = count % STAGES
-            w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
+            w = operand_of(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
             mbarrier.wait(ready.index(slot), count // STAGES & 1)
-            if LATE and i > 0:
+            if LATE and not DEEP and i > 0:
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
             acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-            if not LATE or i == CODES - 2:
+            if DEEP and i > 0:
+                acc = warpgroup_mma_wait(1, [acc])
+                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+            if i == CODES - 2 or not (LATE or DEEP):
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(free.index(slot), count=1)
         words = next_words
@@ -277,9 +282,9 @@ def wide_int(
 ):  # fmt: skip
     """A weight [N, chunks * 32 words] of whole chunks, times x, a descriptor of tiles [T, 64].
 
-    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one or two WARPGROUPS.
-    GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight. Unless SPLIT
-    is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
+    Grid (tiles of N, tiles of tokens, SPLIT); a tile has 64 rows for each of one to three
+    WARPGROUPS. GROUP 0 is a scale a row; ZERO as in ``gemv_int``; STAGES tiles of x are in flight.
+    Unless SPLIT is 1: counters int32, a zero for 64 rows of a tile, and left so; partial float32
     [SPLIT, tiles, rows, T].
     """
     if PDL:
@@ -307,7 +312,7 @@ def wide_int(
             [1],
             [24],
         )  # fmt: skip
-    else:
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (
@@ -322,4 +327,24 @@ def wide_int(
             ],
             [4, 1],
             [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    1, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_multiply, (
+                    2, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
+                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
+                )),
+                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
         )  # fmt: skip

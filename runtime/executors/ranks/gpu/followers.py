@@ -57,7 +57,8 @@ class Followers:
         self._regions = [Region.make() for _ in range(REGIONS)]
         self._progress = Region.make()
         self._done = self._progress.array(0, (self.ranks, LINE // 4), "int32")
-        self._silence = min(SILENCE, config.step_timeout)
+        # Before the step counts as unanswered: who hangs says more.
+        self._silence = min(SILENCE, config.step_timeout / 2)
         self._told = self._steps = 0
         self.on_loss: Callable[[], None] | None = None
         self._error: SlipstreamError | None = None

@@ -16,8 +16,9 @@ from slipstream.plugins.expert_linear.cuda.experts import Experts, expert_linear
 from slipstream.plugins.expert_linear.cuda.tactics import TILES, default_tactic
 from slipstream.plugins.gated_mlp import GATES
 from slipstream.plugins.linear.cuda.packing import pack
-from slipstream.plugins.linear.cuda.tactics import Tactic
+from slipstream.plugins.linear.cuda.tactics import Tactic, wide_tactic
 from slipstream.plugins.linear.cuda.weight import DeviceWeight
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 pytestmark = pytest.mark.kernel
@@ -28,11 +29,24 @@ ROWS = EXPERTS * N
 FORMATS = {
     "bf16": WeightFormat((ROWS, K), "dense", "bfloat16"),
     "fp8": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K),
+    "fp8token": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K, activation="token"),
+    "fp8static": WeightFormat((ROWS, K), "float8_e4m3", "float32", 8, K, activation="static"),
     "fp8block": WeightFormat((EXPERTS * 256, 160), "float8_e4m3", "float32", 8, 128, rows=128),
     "int4g32z": WeightFormat((ROWS, K), "int", "float16", 4, 32, "zero"),
     "int4g32o": WeightFormat((ROWS, K), "int", "float16", 4, 32, "offset"),
+    "int4g64z": WeightFormat((ROWS, 256), "int", "float16", 4, 64, "zero"),
+    "int4g32m": WeightFormat((ROWS, 64), "int", "float16", 4, 32, "midpoint"),
+    "int4g128m": WeightFormat((ROWS, 512), "int", "float16", 4, 128, "midpoint"),
     "int8g32m": WeightFormat((ROWS, K), "int", "float16", 8, 32, "midpoint"),
     "int8row": WeightFormat((ROWS, K), "int", "float32", 8, K, "midpoint"),
+}
+# Of wide: whole chunks of words but for float4, and an N that no tile divides.
+WIDE = {
+    "wide mxfp4": WeightFormat((EXPERTS * 176, 352), "float4_e2m1", "float8_e8m0fnu", 4, 32),
+    "wide int4g128m": WeightFormat((EXPERTS * 176, 512), "int", "float16", 4, 128, "midpoint"),
+    "wide int4g32z": WeightFormat((EXPERTS * 176, 256), "int", "float16", 4, 32, "zero"),
+    "wide int8g64o": WeightFormat((EXPERTS * 176, 384), "int", "float32", 8, 64, "offset"),
+    "wide int8row": WeightFormat((EXPERTS * 176, 256), "int", "float32", 8, 256, "midpoint"),
 }
 MXFP4 = WeightFormat((EXPERTS * 16, K), "float4_e2m1", "float8_e8m0fnu", 4, 32)
 TOKENS = (1, 21) if interpreting() else (1, 2, 21)
@@ -41,14 +55,16 @@ CASES = [
     (name, tokens)
     for name in FORMATS
     for tokens in TOKENS
-    if not (interpreting() and name == "fp8block" and tokens == 1)
+    if name not in ("fp8token", "fp8static")
+    and not (interpreting() and name in ("int4g64z", "int4g32m", "int4g128m") and tokens == 1)
+    and not (interpreting() and name == "fp8block" and tokens == 1)
 ]
 
 
-def choices(tokens: int) -> NDArray[np.int32]:
+def choices(tokens: int, top_k: int = TOP_K) -> NDArray[np.int32]:
     """Different experts for each token; nobody chooses the last."""
     rng = np.random.default_rng(tokens)
-    return np.array([rng.permutation(EXPERTS - 1)[:TOP_K] for _ in range(tokens)], np.int32)
+    return np.array([rng.permutation(EXPERTS - 1)[:top_k] for _ in range(tokens)], np.int32)
 
 
 def run(
@@ -56,21 +72,25 @@ def run(
     tokens: int,
     device: str,
     tactic: Tactic | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    top_k: int = TOP_K,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Floats, Floats]:
     """What the kernels give, by default those that nobody timed, and what the reference does."""
-    weight, reduce = random_weight(FORMATS.get(name, MXFP4)), options.get("reduce", False)
+    weight, reduce = (
+        random_weight({**FORMATS, **WIDE}.get(name, MXFP4)),
+        options.get("reduce", False),
+    )
     rng = np.random.default_rng(1)
     n, k = weight.format.shape[0] // EXPERTS, weight.format.shape[1]
-    dtype = torch.bfloat16
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)).to(dtype).to(device)
 
-    x, bias = tensor(tokens * (TOP_K if reduce else 1), k), tensor(EXPERTS * n)
+    x, bias = tensor(tokens * (top_k if reduce else 1), k), tensor(EXPERTS * n)
     residual = tensor(tokens, n) if reduce else None
-    factors = rng.uniform(0, 1, (tokens, TOP_K)).astype(np.float32) if reduce else None
-    ids = choices(tokens)
+    factors = rng.uniform(0, 1, (tokens, top_k)).astype(np.float32) if reduce else None
+    ids = choices(tokens, top_k)
     packed = DeviceWeight.from_blob(torch.from_numpy(pack(weight)).to(device), weight.format)
     experts = Experts(packed, EXPERTS, bias, **options)
     got = expert_linear(
@@ -79,11 +99,12 @@ def run(
         torch.from_numpy(ids).to(device),
         None if factors is None else torch.from_numpy(factors).to(device),
         residual,
-        tactic=tactic or default_tactic(experts.shape(TOP_K), tokens, (9, 0)),
+        tactic=tactic or default_tactic(experts.shape(top_k), tokens, (9, 0)),
     )
     want = reference.expert_linear(
         exact(x), weight, ids, factors, bias=exact(bias), experts=EXPERTS,
-        residual=None if residual is None else exact(residual), activation="none", **options,
+        residual=None if residual is None else exact(residual), **options,
+        activation=weight.format.activation if tactic is not None and tactic.rounds else "none",
     )  # fmt: skip
     return exact(got), want
 
@@ -109,6 +130,11 @@ def test_a_sum_over_the_experts_of_a_token(name: str, tokens: int, device: str) 
     assert_close(*run(name, tokens, device, reduce=True))
 
 
+@pytest.mark.parametrize("name", ["fp8", "int4g32z"])
+def test_a_sum_over_experts_that_are_no_power_of_two(name: str, device: str) -> None:
+    assert_close(*run(name, 1, device, top_k=3, reduce=True))
+
+
 # Each with one format: the sizes of tiles, either operand on the left, few and many stages.
 TACTICS = {
     "bf16": Tactic("dot", 16, 32, block_m=16),
@@ -127,6 +153,31 @@ def test_tiles_of_every_size(name: str, device: str) -> None:
     assert_close(*run(name, 21, device, TACTICS[name], **options))
 
 
+@pytest.mark.parametrize("name", ["bf16", "mxfp4"])
+def test_tiles_of_one_token(name: str, device: str) -> None:
+    """Its pairs need no grouping."""
+    opening = Tactic("dot", 16, 32, block_m=16)
+    assert_close(*run(name, 1, device, opening, gated=True, gate=GATES["silu"]))
+    closing = Tactic("dot", 64, 32, swap=True, block_m=16)
+    assert_close(*run(name, 1, device, closing, reduce=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("name", ["int4g128m", "mxfp4"])
+def test_gates_beside_their_ups(name: str, tokens: int, device: str) -> None:
+    tactic = Tactic("dot", 32, 256, swap=True, block_m=16)
+    assert_close(*run(name, tokens, device, tactic, gated=True, gate=GATES["clamped"]))
+
+
+@pytest.mark.parametrize("name", ["fp8token", "fp8static"])
+def test_rounded_rows(name: str, device: str) -> None:
+    """x in float8, with a scale a token or the weight's own."""
+    opening = Tactic("dot", 64, 128, 4, 3, swap=True, block_m=16, rounds=True)
+    assert_close(*run(name, 9, device, opening, gated=True, gate=GATES["silu"]))
+    closing = Tactic("dot", 32, 128, 4, 2, block_m=32, rounds=True)
+    assert_close(*run(name, 21, device, closing, reduce=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16"])
 def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str) -> None:
@@ -143,6 +194,49 @@ def test_a_sum_is_the_same_whichever_product_is_the_last(name: str, device: str)
 )
 def test_mxfp4(tokens: int, options: dict[str, Any], device: str) -> None:
     assert_close(*run("mxfp4", tokens, device, **options))
+
+
+# Triton's interpreter does not know Gluon.
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+@hopper
+@pytest.mark.parametrize("tokens", [3, 70, 700])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name: str, tokens: int, device: str) -> None:
+    """Each format with every tile, gates in turn, and summed up."""
+    tiles = ((128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (128, 32), (64, 32))
+    for at, (rows, size) in enumerate(tiles):
+        gate = (None, *GATES.values())[(list(WIDE).index(name) + at) % (1 + len(GATES))]
+        options: dict[str, Any] = {"reduce": True}
+        if gate is not None:
+            options = {"gated": True, "gate": gate}
+        dtype = torch.float16 if at == 1 else torch.bfloat16
+        tactic = wide_tactic(Tile(rows, size), gate is not None)
+        assert_close(*run(name, tokens, device, tactic, dtype, **options))
+
+
+@hopper
+def test_a_row_of_wide_does_not_feel_the_others(device: str) -> None:
+    """Neither what they are, nor which experts they choose."""
+    rng = np.random.default_rng(3)
+    fmt, tokens = WIDE["wide mxfp4"], 200
+    blob = torch.from_numpy(pack(random_weight(fmt))).to(device)
+    experts = Experts(DeviceWeight.from_blob(blob, fmt), EXPERTS, gated=True, gate=GATES["clamped"])
+    x = torch.from_numpy(rng.normal(0, 1, (tokens, 352)).astype(np.float32)).to(device)
+    x, ids = x.to(torch.bfloat16), torch.from_numpy(choices(tokens)).to(device)
+    for tile in (Tile(128, 128), Tile(64, 64)):
+        tactic = wide_tactic(tile, gated=True)
+        whole = expert_linear(x, experts, ids, tactic=tactic)
+        assert torch.equal(expert_linear(x, experts, ids, tactic=tactic), whole), "twice the same"
+        others, elsewhere = x.clone(), ids.flip(0).contiguous()
+        others[1:] = torch.nan
+        elsewhere[0] = ids[0]
+        alone = expert_linear(others, experts, elsewhere, tactic=tactic)
+        assert torch.equal(alone[:TOP_K], whole[:TOP_K])
 
 
 @pytest.mark.parametrize("block", TILES)

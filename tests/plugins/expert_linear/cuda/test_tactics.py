@@ -56,6 +56,10 @@ def check(tactic: Tactic, shape: ExpertShape, tokens: int, capability: tuple[int
         assert tokens <= GEMV_TOKENS and fmt.shape[1] % 4 == 0
         return
     assert tactic.block_m in TILES and (capability == HOPPER or not tactic.swap)
+    if tactic.kernel == "wide":
+        assert capability == HOPPER and tokens > 64 and rows in (64, 128)
+        assert tactic.num_stages * tactic.block_m * 128 <= shared_memory(capability)
+        return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0
     assert tactic.block_m * rows <= 128 * 32 * tactic.num_warps, "sums fit the registers"
     columns = 1024 // fmt.bits if fmt.kind == "int" else tactic.block_k
@@ -82,6 +86,21 @@ def test_tiles_grow_with_the_rows_of_an_expert() -> None:
     assert default_tactic(of_eight, 64, HOPPER).block_m == 32
 
 
+def test_x_is_rounded_where_the_checkpoint_says_so() -> None:
+    """A key does not say it."""
+    rounded = replace(FORMATS[1], activation="token")
+    found = [
+        any(tactic.rounds for tactic in candidate_tactics(of_qwen(fmt), 64, HOPPER))
+        for fmt in (rounded, FORMATS[1], FORMATS[2])
+    ]
+    assert found == [True, False, False]
+    assert not default_tactic(of_qwen(rounded), 64, HOPPER).rounds
+    timed = Tactic("dot", 64, 128, 4, 3, block_m=16, rounds=True)
+    table = Tactics(HOPPER, entries={"fp8 2048x768 8/128 64": timed})
+    assert find_tactic(table, of_qwen(rounded), 64) == timed
+    assert not find_tactic(table, of_qwen(FORMATS[1]), 64).rounds
+
+
 def test_experts_that_tokens_share_are_read_once() -> None:
     """Four tokens of Mixtral choose five or six of eight experts, and of Qwen 29 of 128."""
     mixtral = ExpertShape(FORMATS[4], True, 8, 2)
@@ -90,7 +109,9 @@ def test_experts_that_tokens_share_are_read_once() -> None:
 
 
 def test_what_must_be_decoded_is_the_left_operand() -> None:
-    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).swap
+    assert default_tactic(of_qwen(FORMATS[3]), 512, HOPPER).swap
+    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).kernel == "wide"
+    assert default_tactic(of_qwen(FORMATS[1]), 2048, HOPPER).swap
 
 
 def test_a_timed_tactic_serves_its_bucket_and_its_experts() -> None:

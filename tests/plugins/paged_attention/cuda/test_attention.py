@@ -377,7 +377,7 @@ def test_a_prefill_is_bit_equal_for_any_number_of_programs(
 ) -> None:
     case = HOPPER_PREFILLS[name]
     output, _ = run(case, case.inputs(), device)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: programs)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda _: programs)
     np.testing.assert_array_equal(run(case, case.inputs(), device)[0], output)
 
 
@@ -443,7 +443,7 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
     for programs in ((1, 1), (3, 1), (16, 8)):  # one for all splits; several each
         monkeypatch.setattr(cuda, "_programs", lambda *_, chosen=programs: chosen)
         monkeypatch.setattr(cuda, "_hopper_programs", lambda _, chosen=programs[0]: chosen)
-        monkeypatch.setattr(cuda, "_multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
         output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
 

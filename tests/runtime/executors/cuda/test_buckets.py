@@ -51,6 +51,7 @@ def test_a_step_has_room_for_the_drafts_of_any_sequences(batch: int, determinist
                     assert getattr(shape, name) <= getattr(buckets.largest, name)
                 kernels = {tokens for tokens, _ in known} | set(buckets.batch_sizes)
                 assert shape.tokens in kernels, "its products are compiled before"
+                assert shape.sequences in buckets.batch_sizes, "and those of a head"
 
 
 def test_without_drafts_there_are_no_steps_for_them() -> None:

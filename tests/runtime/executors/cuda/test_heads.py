@@ -31,6 +31,7 @@ from slipstream.builder.options import BuildOptions
 from slipstream.plugins.cuda.launch import interpreting
 from slipstream.runtime.executors.cuda import buckets, runner
 from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.speculation.eagle3 import DeviceHeadProposer
 from slipstream.runtime.speculation.proposer import Guessed
 
@@ -86,8 +87,26 @@ def test_a_head_that_knows_is_believed(knowing: Path, length: int | str) -> None
     assert stats.num_draft_tokens >= (12 if length == 3 else 1)
 
 
+def test_a_device_that_leads_draws_and_penalizes_as_the_host_knows_it(knowing: Path) -> None:
+    """Where runs of drafts are right and then wrong, as nobody expects what penalties make."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 2.0, "seed": 4, "repetition_penalty": 1.5, "frequency_penalty": 2.0},
+        {"temperature": 2.0, "seed": 3, "logprobs": 1},
+    ]
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for kind in kinds]
+    prompts, found = [[11, 5, 30, 2, 9, 16, 1], [2] * 3], []
+    for speculative in ("off", "eagle3"):
+        options = {**LIMITS, "speculative": speculative, "num_speculative_tokens": 3}
+        with LLM(knowing, **options) as llm:
+            outputs = llm.generate(prompts, params)
+            stats = llm.stats.speculation
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
+    assert stats is not None and 4 < stats.num_accepted_tokens < stats.num_draft_tokens - 4
+
+
 def test_guesses_end_with_the_pages_of_a_sequence(knowing: Path) -> None:
-    """And begin again when it has one more."""
+    """And begin again when it has one more; a host hears of all where the device does not lead."""
     found: list[tuple[int, list[int]]] = []
     heard = DeviceHeadProposer.heard
 
@@ -97,6 +116,7 @@ def test_guesses_end_with_the_pages_of_a_sequence(knowing: Path) -> None:
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     with (
+        patch.object(CUDAExecutor, "verifies_unseen", False),
         patch.object(DeviceHeadProposer, "heard", keep),
         LLM(knowing, **LIMITS, num_speculative_tokens=3) as llm,
     ):

@@ -17,6 +17,7 @@ from slipstream.runtime.executors.cuda.buckets import Buckets
 from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.inputs import Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.executors.cuda.spared import Spared
 
 BUCKETS = Buckets(1024, 8192, 64)
 
@@ -25,10 +26,12 @@ class Runner(StepRunner):
     """Its work is what it is made for, captured by being noted."""
 
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._device, self.buckets = Device(), BUCKETS
+        self._device, self._buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
+        self._spared = Spared()
         self._later = deque()
-        self.inputs: Any = SimpleNamespace(clear=lambda: None, load=lambda *_: None, logits_rows=id)
+        self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
+        self.inputs.clear = self.inputs.pad = lambda *_: None
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
         self._program: Any = SimpleNamespace(pools=False)
 
@@ -82,40 +85,87 @@ def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
     largest = [(1024, kind) for kind in (Kind.GREEDY, Kind.SAMPLE)]
     assert first == [BUCKETS.mixed(2048), BUCKETS.decode(1024), alone[0], *largest, *alone[1:]]
 
-    few: Any = SimpleNamespace(
-        token_ids=np.zeros(3), query_start=np.arange(4), context_len=np.ones(3)
-    )
-    runner.layers(few, np.arange(3, dtype=np.int32))
-    blanks: list[Any] = []
-    runner.inputs.blank = blanks.append
-    runner._sampler = SimpleNamespace(blank=lambda: blanks.append(None))  # type: ignore[assignment]
+    padded: list[Any] = []
+    runner.inputs.pad = padded.append
+    runner._sampler = SimpleNamespace(clear=lambda: padded.append(None))  # type: ignore[assignment]
     while runner.capture_next():
         pass
     assert sorted(map(str, captured)) == sorted(map(str, everything))
     assert captured.index(BUCKETS.mixed(256)) < captured.index(BUCKETS.decode(64))
-    later = [key for key in captured[len(first) + 1 :] if isinstance(key, Shape)]
-    assert [blank for blank in blanks if blank is not None] == later, "nothing is written"
-    assert blanks.count(None) == len(everything) - len(first) - 1 - len(later)
+    later = [key if isinstance(key, Shape) else None for key in captured[len(first) :]]
+    assert padded == later, "nothing is written"
     assert not runner.capture_next()
 
 
-def test_other_steps_are_captured_once_when_they_come(runner: Runner, captured: list[Any]) -> None:
+def decodes(count: int) -> Any:  # noqa: ANN401
+    return SimpleNamespace(
+        token_ids=np.zeros(count), query_start=np.arange(count + 1), context_len=np.ones(count)
+    )
+
+
+def test_other_steps_are_captured_once_when_they_pay(runner: Runner, captured: list[Any]) -> None:
+    """Until then the next larger serves: one step of 100 among 1,024 costs less than a capture."""
     runner.capture()
     captured.clear()
-    many = SimpleNamespace(
-        token_ids=np.zeros(100), query_start=np.arange(101), context_len=np.ones(100)
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
+    for count in (100, 3, 100, 3, 100):
+        runner.layers(decodes(count), np.arange(count, dtype=np.int32))
+    largest, own = BUCKETS.decode(1024), BUCKETS.decode(112)
+    few = BUCKETS.decode(4)
+    assert captured == [own]
+    assert loaded == [largest, few, own, few, own]
+
+
+def test_a_batch_that_shrinks_is_not_held_up_at_every_size(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    for _ in range(3):
+        runner.layers(decodes(256), np.arange(256, dtype=np.int32))
+        runner.head(256, Kind.GREEDY)
+    captured.clear()
+    for count in range(256, 16, -16):
+        runner.layers(decodes(count), np.arange(count, dtype=np.int32))
+        runner.head(runner.padded_rows(count), Kind.GREEDY)
+    assert captured == []
+    for _ in range(12):
+        runner.layers(decodes(128), np.arange(128, dtype=np.int32))
+        runner.head(128, Kind.GREEDY)
+    assert captured == [BUCKETS.decode(128)]
+
+
+def test_heads_cost_less_than_layers_and_are_captured_later(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    captured.clear()
+    for count in range(16, 256, 16):  # rows of steps of prompts, of which more and more go on
+        runner.head(runner.padded_rows(count), Kind.SAMPLE)
+    assert captured == []
+    for _ in range(20):
+        runner.head(128, Kind.SAMPLE)
+    assert captured == [(128, Kind.SAMPLE)]
+
+
+def test_prompts_are_served_by_larger_steps_of_prompts(runner: Runner, captured: list[Any]) -> None:
+    runner.capture()
+    captured.clear()
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
+    batch = SimpleNamespace(
+        token_ids=np.zeros(1100), query_start=np.array([0, 1100]), context_len=np.array([1100])
     )
-    few = SimpleNamespace(token_ids=np.zeros(3), query_start=np.arange(4), context_len=np.ones(3))
-    for batch in (many, few, many):
-        rows = np.arange(len(batch.token_ids), dtype=np.int32)
-        runner.layers(batch, rows)  # type: ignore[arg-type]
-    assert captured == [BUCKETS.decode(112)]
+    for _ in range(3):
+        runner.layers(batch, np.arange(1, dtype=np.int32))  # type: ignore[arg-type]
+    largest, own = BUCKETS.mixed(2048), BUCKETS.mixed(1536)
+    assert captured == [own] and loaded == [largest, largest, own]
 
 
 def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
     runner: Runner, captured: list[Any]
 ) -> None:
-    runner.buckets = replace(BUCKETS, deterministic=True)
+    runner._buckets = replace(BUCKETS, deterministic=True)
     loaded: list[Any] = []
     runner.inputs.load = lambda _batch, shape, blocks, _rows: loaded.append((shape, blocks))
     starts = np.arange(4)
@@ -143,7 +193,7 @@ def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
 def test_decodes_with_drafts_are_steps_of_their_own(runner: Runner, captured: list[Any]) -> None:
     """By the sequences, the tokens and the longest run; a prompt beside them makes it a mixed
     step."""
-    runner.buckets = buckets = replace(BUCKETS, drafts=192)
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
     starts = np.array([0, 4, 5, 8])
     batch: Any = SimpleNamespace(token_ids=np.zeros(8), query_start=starts, context_len=np.ones(3))
     runner.layers(batch, np.arange(8, dtype=np.int32))
@@ -160,7 +210,7 @@ def test_decodes_with_drafts_are_steps_of_their_own(runner: Runner, captured: li
 def test_steps_with_drafts_of_the_first_answers_are_captured_at_the_start_and_timed(
     runner: Runner, captured: list[Any]
 ) -> None:
-    runner.buckets = buckets = replace(BUCKETS, drafts=192)
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
     runner.capture()
     for sequences in (1, 2, 4, 8, 16):
         for times in (2, 4, 8):
@@ -175,7 +225,7 @@ def test_costs_are_those_of_every_step_of_decodes(
     runner: Runner, captured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the guesses of a head; each is captured once."""
-    runner.buckets = buckets = replace(BUCKETS, drafts=192)
+    runner._buckets = buckets = replace(BUCKETS, drafts=192)
     monkeypatch.setattr(runner, "_step_of", lambda shape: shape)
     monkeypatch.setattr(runner, "_guess_work", lambda shape, _step, count: lambda: (shape, count))
     runner.capture((3,))
@@ -186,4 +236,4 @@ def test_costs_are_those_of_every_step_of_decodes(
     runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
     assert set(runner.step_seconds()) == {shape.tokens for shape in decodes}
     guesses = runner.guess_seconds((1, 3))
-    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (1, 3)}
+    assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (0, 1, 3)}

@@ -403,6 +403,7 @@ class TestSteps:
         ({"top_k": 3}, Kind.SAMPLE),
         ({"logprobs": 0}, Kind.FULL),
         ({"logprobs": -1}, Kind.SAMPLE),
+        ({"temperature": 0, "logprobs": -1}, Kind.SAMPLE),  # whose logits are read
         ({"logit_bias": {1: 1.0}}, Kind.FULL),
         ({"allowed_token_ids": [4]}, Kind.FULL),
         ({"bad_words_token_ids": [[4]]}, Kind.FULL),

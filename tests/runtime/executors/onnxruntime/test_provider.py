@@ -113,11 +113,16 @@ def test_sessions_take_entries_of_a_provider(engine: Path) -> None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    for name, value in provider.session_entries(CUDA).items():
+    for name, value in provider.session_entries(CUDA, rows=2).items():
         options.add_session_config_entry(name, value)
     session = ort.InferenceSession(str(engine / "graph.onnx"), options, providers=[CPU])
     assert session.get_providers() == [CPU]
-    assert provider.session_entries(CPU) == {}
+    assert provider.session_entries(CPU, rows=2) == {}
+
+
+def test_the_kernel_of_several_rows_is_asked_for_where_there_are_several() -> None:
+    assert provider.session_entries(CUDA, rows=1) == {}
+    assert provider.session_entries(CUDA, rows=2) == {"ep.cuda.fpa_intb_gemm": "1"}
 
 
 def test_what_preloading_prints_stays_off_the_terminal(

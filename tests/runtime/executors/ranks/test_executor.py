@@ -108,7 +108,7 @@ def until_ended(processes: tuple[int, ...]) -> None:
     ("sent", "options", "reason"),
     [
         (signal.SIGKILL, {}, "rank 1 of 2 was killed by signal 9"),
-        (signal.SIGSTOP, {"step_timeout": 2.0}, "rank 1 of 2 has done nothing for 2 seconds"),
+        (signal.SIGSTOP, {"step_timeout": 4.0}, "rank 1 of 2 has done nothing for 2 seconds"),
     ],
     ids=["killed", "hung"],
 )

@@ -1,0 +1,249 @@
+"""Products of many rows with the weights of their experts on a Hopper GPU, as Linear's
+"wide": weights go through registers into wgmma, and a warp of its own copies x.
+
+Programs stay: each takes one tile after the other, and x of the next is on its way while the sums
+of the last are stored. For that x lies in the order of the experts, and a tile is some of its rows
+one after the other; those behind the last of an expert, which are another's, are not stored.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+from slipstream.plugins.linear.cuda.kernels.dot import float4_instructions
+from slipstream.plugins.linear.cuda.kernels.wide import chunk_of, operand_of, row_of, slices_of
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def rows_by_expert(order, x, y, pairs, K: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """y [pairs, K]: the rows of x in the order of the experts, PER_ROW pairs sharing one. A program
+    a row."""
+    row = tl.program_id(0).to(tl.int64)
+    source = (tl.load(order + row) // PER_ROW).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    tl.store(y + row * K + k, tl.load(x + source * K + k, k < K, 0.0), k < K)
+
+
+@gluon.jit
+def _place(tile, grouped, PARTS: gl.constexpr, T: gl.constexpr):
+    """Of a tile: its expert, its first row, the one behind the last of the expert, and which part
+    of the expert's weight it multiplies. Neighbours read the same part."""
+    bounds, tiles, length = grouped
+    slot = tile // PARTS
+    expert = gl.load(tiles + 4 + slot)
+    first = gl.load(tiles + 4 + length + slot)
+    start = gl.load(bounds + expert)
+    end = gl.load(bounds + expert + 1)
+    count = (end - start + T - 1) // T
+    place = tile - first * PARTS
+    return expert, start + place % count * T, end, place // count
+
+
+@gluon.jit
+def _float4(words, i: gl.constexpr, exponents, DTYPE: gl.constexpr):
+    """Weights [64, 32] of code i of a chunk, whose exponents are the bytes of an int64 a row."""
+    bits = ((exponents >> (8 * i)) & 255).to(gl.int32) + 63
+    if DTYPE == gl.bfloat16:  # noqa: SIM300 - which is no constant
+        factor = (bits << 7).to(gl.int16).to(gl.bfloat16, bitcast=True)
+        found = gl.inline_asm_elementwise(
+            float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=gl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        factor = (bits << 23).to(gl.float32, bitcast=True)
+        sign = (words << (28 - 4 * i)) & -2147483648
+        moved = words << (22 - 4 * i) if i < 6 else words >> (4 * i - 22)
+        value = (sign | (moved & 0x01C00000)).to(gl.float32, bitcast=True)
+        found = (value * 2.0**63 * factor[:, None]).to(DTYPE)
+    return found
+
+
+@gluon.jit
+def _operand(
+    words, i: gl.constexpr, factors, shifts, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
+):  # fmt: skip
+    """Weights [64, 64] of codes i and i + 1 of a chunk."""
+    if ZERO == "e2m1":
+        low = _float4(words, i, factors[0], DTYPE)
+        high = _float4(words, i + 1, factors[0], DTYPE)
+        both = gl.join(low, high).permute((0, 2, 1)).reshape([64, 64])
+        found = gl.convert_layout(both, LAYOUT, assert_trivial=True)
+    else:
+        found = operand_of(words, i, factors, shifts, LAYOUT, DTYPE, BITS, GROUP, ZERO)
+    return found
+
+
+@gluon.jit
+def _chunk(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: gl.constexpr):
+    """Words [64, 32] of a chunk in rows n, and what scales and shifts its groups; of float4 the
+    exponents of all in one int64."""
+    if ZERO == "e2m1":
+        weight, scale, _ = weights
+        j = gl.arange(0, 32, gl.SliceLayout(0, n.type.layout.parent))
+        at = n.to(gl.int64)[:, None] * (CHUNKS * 32) + chunk * 32 + j[None, :]
+        found = (gl.load(weight + at), (gl.load(scale + n * CHUNKS + chunk),), ())
+    else:
+        found = chunk_of(weights, n, chunk, CHUNKS, COUNT, ZERO)
+    return found
+
+
+@gluon.jit
+def _finish(
+    acc, first, at, expert, end, ends, N: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
+    BIAS: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of 64 rows of a weight, gated 32 of the gates and as many ups, and of the rows
+    of x from ``at`` on, each of which goes to its pair."""
+    order, scale, bias, y = ends
+    T: gl.constexpr = acc.shape[1]
+    width: gl.constexpr = N // 2 if GATED else N
+    n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
+    if GROUP == 0:
+        acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
+    if BIAS:
+        acc += gl.load(bias + n).to(gl.float32)[:, None]
+    if GATED:
+        gate, up = gl.split(acc.reshape([4, 2, 8, T]).permute((0, 2, 3, 1)))
+        acc = gate_up_of(gate, up, GATED).reshape([32, T])
+    layout: gl.constexpr = acc.type.layout
+    n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    row = at + gl.arange(0, T, gl.SliceLayout(0, layout))
+    pair = gl.load(order + row, mask=row < end, other=0).to(gl.int64)
+    inside = (n < width)[:, None] & (row < end)[None, :]
+    gl.store(y + pair[None, :] * width + n[:, None], acc.to(y.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _multiply(
+    number: gl.constexpr, ring, ready, free, grouped, weights, ends, N: gl.constexpr,
+    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
+    BIAS: gl.constexpr,
+):  # fmt: skip
+    """What the warpgroup of a number does."""
+    CODES: gl.constexpr = 32 // BITS
+    CHUNKS: gl.constexpr = (K + CODES * 32 - 1) // (CODES * 32)
+    COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
+    ROWS: gl.constexpr = 32 if GATED else 64  # of the result, a warpgroup
+    width: gl.constexpr = N // 2 if GATED else N
+    PARTS: gl.constexpr = (width + ROWS * WARPGROUPS - 1) // (ROWS * WARPGROUPS)
+    LATE: gl.constexpr = T < 256  # as in Linear's
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    _, tiles, _ = grouped
+    before = 0  # tiles of x that came for the tiles before
+    for tile in range(gl.program_id(0), gl.load(tiles) * PARTS, gl.num_programs(0)):
+        expert, at, end, part = _place(tile, grouped, PARTS, T)
+        first = (part * WARPGROUPS + number) * ROWS
+        n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, operand))
+        words, factors, shifts = _chunk(weights, n, 0, CHUNKS, COUNT, ZERO)
+        acc = gl.zeros([64, T], gl.float32, sums)
+        for chunk in range(0, CHUNKS):
+            following = gl.minimum(chunk + 1, CHUNKS - 1)
+            next_words, next_factors, next_shifts = _chunk(
+                weights, n, following, CHUNKS, COUNT, ZERO
+            )  # fmt: skip
+            for i in gl.static_range(0, CODES, 2):
+                count = before + (chunk * CODES + i) // 2
+                slot = count % STAGES
+                w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
+                mbarrier.wait(ready.index(slot), count // STAGES & 1)
+                if LATE and i > 0:
+                    acc = warpgroup_mma_wait(0, [acc])
+                    mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+                acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
+                if not LATE or i == CODES - 2:
+                    acc = warpgroup_mma_wait(0, [acc])
+                    mbarrier.arrive(free.index(slot), count=1)
+            words = next_words
+            factors = next_factors
+            shifts = next_shifts
+        before += CHUNKS * CODES // 2
+        slices = slices_of(acc)
+        for i in gl.static_range(T // 32):
+            _finish(slices[i], first, at + i * 32, expert, end, ends, N, GATED, GROUP, BIAS)
+
+
+@gluon.jit
+def _copy(
+    x, ring, ready, free, grouped, PARTS: gl.constexpr, STEPS: gl.constexpr, T: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """What the warp does that copies x."""
+    _, tiles, _ = grouped
+    before = 0
+    for tile in range(gl.program_id(0), gl.load(tiles) * PARTS, gl.num_programs(0)):
+        _, at, _, _ = _place(tile, grouped, PARTS, T)
+        for step in range(STEPS):
+            count = before + step
+            slot = count % STAGES
+            mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), T * 128)
+            tma.async_copy_global_to_shared(x, [at, step * 64], ready.index(slot), ring.index(slot))
+        before += STEPS
+
+
+@gluon.jit(do_not_specialize=["length"])
+def expert_wide(
+    order, bounds, tiles, length, x, weight, scale, shift, bias, y,
+    N: gl.constexpr, K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
+    GATED: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """Weights [experts * N, chunks * 32 words] times x, a descriptor of tiles [T, 64] of rows in
+    the order of ``order``; y [pairs, N] or, GATED, [pairs, N / 2] by pair.
+
+    ``order`` to ``length`` as in ``group_pairs``, of tiles of T. A tile of a program has 64 rows
+    of the weight for each of one or two WARPGROUPS. GROUP 0 is a scale a row; ZERO as in
+    ``gemv_int``; STAGES tiles of x are in flight.
+    """
+    ring = gl.allocate_shared_memory(x.dtype, [STAGES, T, 64], x.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+        mbarrier.init(free.index(s), count=WARPGROUPS)
+    width: gl.constexpr = N // 2 if GATED else N
+    ROWS: gl.constexpr = (32 if GATED else 64) * WARPGROUPS
+    PARTS: gl.constexpr = (width + ROWS - 1) // ROWS
+    STEPS: gl.constexpr = (K * BITS + 1023) // 1024 * (16 // BITS)  # whole chunks
+    grouped = (bounds, tiles, length)
+    weights = (weight, scale, shift)
+    ends = (order, scale, bias, y)
+    if WARPGROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, ring, ready, free, grouped, weights, ends, N, K, T, 1, STAGES, BITS, GROUP,
+                    ZERO, GATED, BIAS,
+                )),
+                (_copy, (x, ring, ready, free, grouped, PARTS, STEPS, T, STAGES)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, ring, ready, free, grouped, weights, ends, N, K, T, 2, STAGES, BITS, GROUP,
+                    ZERO, GATED, BIAS,
+                )),
+                (_multiply, (
+                    1, ring, ready, free, grouped, weights, ends, N, K, T, 2, STAGES, BITS, GROUP,
+                    ZERO, GATED, BIAS,
+                )),
+                (_copy, (x, ring, ready, free, grouped, PARTS, STEPS, T, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
