@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +17,8 @@ from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
-from slipstream.runtime.executors.cuda.device import Device, Work
-from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
+from slipstream.runtime.executors.cuda.device import Device, Work, after
+from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses, Read
 from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
@@ -47,14 +46,6 @@ _TIMES = 3  # that a step is timed
 _Key = Shape | tuple[int, Kind]  # of captured layers, or of a head
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A step for the head to read; None where its layers are captured, and so are the guesses."""
-
-    shape: Shape
-    step: Step | None
-
-
 class StepRunner:
     """The model on a device, in two halves: all layers, and the head with sampling.
 
@@ -80,7 +71,7 @@ class StepRunner:
         """A ``drafter`` guesses after steps, in the room for ``logits`` of ``max_rows`` rows."""
         self._program, self._sampler, self._device = program, sampler, device
         self._team, self._drafter = team, drafter
-        self._read: _Read | None = None  # the step whose layers were enqueued last
+        self._read: Read | None = None  # the step whose layers were enqueued last
         self._guesses: dict[tuple[Shape, int], Work] = {}
         self._buckets = buckets
         self._memory: Memory | None = None
@@ -145,7 +136,7 @@ class StepRunner:
             self._inputs.pad(shape)
             self._layers[shape] = self._device.capture(self._layers_work(shape))
         self._inputs.load(batch, shape, blocks, rows)
-        self._read = _Read(shape, None)
+        self._read = Read(shape, None)
         self._layers[shape]()
         return hidden[:tokens]
 
@@ -338,7 +329,7 @@ class StepRunner:
         for shape, layers in self._layers.items():
             head = self._heads.get((shape.tokens, Kind.GREEDY))
             if not shape.rows and head is not None and shape.tokens not in found:
-                found[shape.tokens] = self._device.seconds(_after(layers, head), _TIMES)
+                found[shape.tokens] = self._device.seconds(after(layers, head), _TIMES)
         return found
 
     def largest_step(self) -> None:
@@ -359,7 +350,7 @@ class StepRunner:
         shape = Shape(tokens, sequences, len(blocks.sequence), len(rows))
         self._inputs.load(batch, shape, blocks, rows)
         step = self._inputs.step(shape, decodes, pdl=False)
-        self._read = _Read(shape, step)
+        self._read = Read(shape, step)
         self._advance(step)
         hidden = self._program.hidden(step, self.memory, states=self._states(tokens))
         if len(rows):
@@ -429,18 +420,10 @@ class StepRunner:
         work = head_work(*of, rows, logits, kind, pdl=pdl)
         if drafter is None or kind is Kind.GREEDY:  # which asks for no position
             return work
-        return _after(lambda: drafter.move_rows(padded, pdl), work)
+        return after(lambda: drafter.move_rows(padded, pdl), work)
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
-
-
-def _after(layers: Work, head: Work) -> Work:
-    def work() -> None:
-        layers()
-        head()
-
-    return work
 
 
 def _prepared(shape: Shape) -> bool:
