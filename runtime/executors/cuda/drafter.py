@@ -61,6 +61,14 @@ class PendingGuesses:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """A step for the head to read; None where its layers are captured, and so are the guesses."""
+
+    shape: Shape
+    step: Step | None
+
+
+@dataclass(frozen=True, slots=True)
 class HeadPart:
     """A head as an executor has it: what it is, its program, and the target's token for each of its
     own, None where those are the same."""

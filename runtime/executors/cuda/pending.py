@@ -62,7 +62,9 @@ class StartedCUDAStep:
             guesses = self._guessed()  # while the host learns what was sampled
         unseen = None
         if self.guessed is not None and sampled is not None and guesses is not None:
-            unseen = Unseen.of(self.batch, self.places, self.guessed, self.sampler.vocab_size)
+            unseen = Unseen.of(
+                self.batch, self.places, self.guessed, self.sampler.buffers.vocab_size
+            )
         return PendingCUDAStep(
             done, self.batch.sampling, self.places, sampled, scored, states, guesses, unseen
         )

@@ -117,11 +117,6 @@ class CUDASampler:
         """The token sampled last for each slot, int32 [slots], on the device."""
         return self.buffers.last_tokens
 
-    @property
-    def vocab_size(self) -> int:
-        """Logits of a row."""
-        return self.buffers.vocab_size
-
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
         """Which kernels a step of ``rows`` needs."""
         return max(map(_kind, rows), default=Kind.GREEDY)
