@@ -167,7 +167,7 @@ def measure(peer: Peer, rng: np.random.Generator) -> dict[str, float]:
     result: dict[str, float] = {}
     _, result["decode"] = rates(64)
     result["prefill_512"], result["decode_at_512"] = rates(512)
-    _, result["decode_at_4k"] = rates(4000)
+    result["prefill_4k"], result["decode_at_4k"] = rates(4000)
     start = time.perf_counter()
     peer.complete_all([prompt(32) for _ in range(CONCURRENT)], DECODE)
     result["concurrent_8"] = CONCURRENT * DECODE / (time.perf_counter() - start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +30,12 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch, StepResult, reader_of
 from slipstream.runtime.executors.host_slots import CPUHost
-from slipstream.runtime.executors.single_queries import single_queries
+from slipstream.runtime.executors.page_memory import PageMemory, give_back
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
 
 # What KV pages take when nobody says: enough for a desk, well under what a laptop has.
 DEFAULT_KV_BYTES = 4 << 30
-_CACHE_LINE = 64
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
 MAX_DRAFTS = 7
@@ -144,6 +142,7 @@ class CPUExecutor(CPUHost):
         self._caches: dict[str, ort.OrtValue] = {}
         # What the values above are views of, by cache.
         self._arrays: dict[str, list[NDArray[Any]]] = {}
+        self._memory: dict[str, list[PageMemory]] = {}
         super().__init__(manifest.caches, self._arrays, engine.fingerprint)
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         rows = config.max_batch_size
@@ -195,6 +194,7 @@ class CPUExecutor(CPUHost):
             raise CapacityError(
                 f"{num_bytes} bytes of KV cache cannot be had ({error}): lower --kv-cache-bytes"
             ) from error
+        give_back()
         return pages
 
     @property
@@ -216,7 +216,9 @@ class CPUExecutor(CPUHost):
         """Put a step's inputs in place."""
         self.transfer(batch.transfers)
         self._move_pages(batch.moves)
-        batch = single_queries(batch)
+        for name, inputs in batch.pages.items():
+            for memory in self._memory[name]:
+                memory.use(int(inputs.page_table.max(initial=-1)) + 1)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
@@ -236,12 +238,15 @@ class CPUExecutor(CPUHost):
         self._bindings.clear()
         self._caches.clear()
         self._arrays.clear()
+        self._memory.clear()
 
     def _allocate(self, cache: CacheSpec, array: CacheArray, count: int) -> None:
         """Zeros for ``count`` pages or slots of all layers."""
         float8 = array.dtype == "float8_e4m3fn"
         shape = (len(cache.layers), count, *array.shape)
-        zeros = _aligned_zeros(shape, "uint8" if float8 else array.dtype)
+        memory = PageMemory(shape, "uint8" if float8 else array.dtype)
+        zeros = memory.array
+        self._memory.setdefault(cache.name, []).append(memory)
         self._arrays.setdefault(cache.name, []).append(zeros)
         self._caches[array.name] = (
             ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_FLOAT8)
@@ -384,14 +389,6 @@ def _alike(wanted: _Kind | None, known: _Kind | None) -> bool:
         for a, b in zip(wanted[1], known[1], strict=True)
         if isinstance(a, int) or isinstance(b, int)
     )
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Zeros whose first byte starts a cache line, so that no vector of a page straddles two."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.zeros(size + _CACHE_LINE, np.uint8)
-    start = -buffer.ctypes.data % _CACHE_LINE
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _available_memory() -> int:

@@ -4,7 +4,7 @@
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-constexpr int kMaxTokens = 8;  // of which registers hold few, but a block is unpacked once for all of them
+constexpr int kMaxTokens = 6;  // of which registers hold few, but a block is unpacked once for all; 8 take a sixth more each
 
 // Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits;
 // four quads of float4, whose codes reach 24, at most 4*2*24*128 = 24576.

@@ -22,12 +22,13 @@ constexpr int kDenseTokens = kSums / (kVectors == 1 ? 2 : kVectors);
 constexpr int64_t kSegment = kDenseTokens * (kDenseTokens < 4 ? 32 : kDenseTokens < 8 ? 16 : 8);
 constexpr int64_t kPart = 128;  // elements along K of a widened part, which stays in the first-level cache
 
-// Tokens in the next block when `left` remain: few kernels, and never a matter of results.
+// Fewer are a block for themselves, so that a step with drafts reads its weights once.
+constexpr int kFewTokens = kDenseTokens < 8 ? kDenseTokens : 8;
+
+// Tokens in the next block when `left` remain; never a matter of results.
 inline int dense_tokens(int64_t left) {
   if (left >= kDenseTokens) return kDenseTokens;
-  int tokens = 1;
-  while (2 * tokens <= left) tokens *= 2;
-  return tokens;
+  return left > kFewTokens ? kFewTokens : int(left);
 }
 
 // A block of `count` tokens from a row of x each.
@@ -67,7 +68,7 @@ void add_products(const uint8_t* data, int64_t stride, int64_t depth, const floa
   const int64_t ahead = 2 * stride < (1 << 14) ? 2 * stride : 1 << 14;
   for (int64_t k = 0; k < depth; k += 2) {
     Floats weight[vectors];
-    if constexpr (tokens <= 4) {
+    if constexpr (tokens <= kFewTokens) {
 #pragma GCC unroll 2
       for (int p = 0; p < tiles; ++p) {
         const char* next = reinterpret_cast<const char*>(rows[p] + k * kTile) + ahead;
@@ -103,7 +104,7 @@ template <class Element, int tokens>
 void add_products(const uint8_t* data, int64_t stride, int tiles, int64_t depth, const float* x, float* sums) {
   if (tiles == 1) {
     add_products<Element, tokens, 1>(data, stride, depth, x, sums);
-  } else if constexpr (2 * kVectors * tokens <= kSums) {
+  } else if constexpr (2 * kVectors * (tokens + 1) < kRegisters) {  // sums, weights and one number of x
     add_products<Element, tokens, 2>(data, stride, depth, x, sums);
   } else {
     add_products<Element, tokens, 1>(data, stride, depth, x, sums);
@@ -111,18 +112,17 @@ void add_products(const uint8_t* data, int64_t stride, int tiles, int64_t depth,
   }
 }
 
+template <class Element, int few>
+void add_few(const uint8_t* data, int64_t stride, int tiles, int64_t depth, const float* x, int tokens, float* sums) {
+  if (tokens == few) return add_products<Element, few>(data, stride, tiles, depth, x, sums);
+  if constexpr (few > 1) add_few<Element, few - 1>(data, stride, tiles, depth, x, tokens, sums);
+}
+
 template <class Element>
 void add_products(const uint8_t* data, int64_t stride, int tiles, int64_t depth, const float* x, int tokens,
                   float* sums) {
   if (tokens == kDenseTokens) return add_products<Element, kDenseTokens>(data, stride, tiles, depth, x, sums);
-  if constexpr (kDenseTokens > 8) {
-    if (tokens == 8) return add_products<Element, 8>(data, stride, tiles, depth, x, sums);
-  }
-  if constexpr (kDenseTokens > 4) {
-    if (tokens == 4) return add_products<Element, 4>(data, stride, tiles, depth, x, sums);
-  }
-  if (tokens == 2) return add_products<Element, 2>(data, stride, tiles, depth, x, sums);
-  add_products<Element, 1>(data, stride, tiles, depth, x, sums);
+  add_few<Element, kFewTokens>(data, stride, tiles, depth, x, tokens, sums);
 }
 
 // A part of tiles as float32 [tiles, depth, 16].

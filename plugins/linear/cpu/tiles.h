@@ -16,6 +16,8 @@ inline Floats load_scales(const uint8_t* p, int64_t index, int scale_bytes) {
 // Weights are fetched this far ahead into the second-level cache, into the next tile if need be: short products
 // otherwise wait for memory at the start of every tile and page. Times bits, since wider codes are read faster.
 constexpr int64_t kAhead = 2048;
+// Over a tile, of kLanes rows each, which fetch lines in turn.
+constexpr int kPasses = kTile / kLanes;
 
 struct TileArgs {
   const uint8_t* codes;
@@ -46,7 +48,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
   Floats sum[tokens];
 #pragma GCC unroll 16
   for (int t = 0; t < tokens; ++t) sum[t] = splat(0.0f);
-  const uint8_t* ahead = tile.codes + kAhead * bits;
+  const uint8_t* ahead = tile.codes + kAhead * bits + lane / kLanes * 64;
   for (int64_t g = 0; g < tile.groups; ++g) {
     const int64_t index = g * kTile + lane;
     const Floats scale = load_scales(tile.scales, index, tile.scale_bytes);
@@ -55,7 +57,7 @@ void multiply_lanes(const TileArgs& tile, int lane, const uint8_t* record, float
     if constexpr (zero == ZeroKind::zero) zero_point = load_bytes(tile.zeros + index);
     if constexpr (zero == ZeroKind::offset) offset = load_scales(tile.zeros, index, tile.scale_bytes);
     for (int b = 0; b < tile.blocks; ++b) {
-      for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+      for (int i = 0; i <= bits; i += kPasses) __builtin_prefetch(ahead + 64 * i, 0, 2);
       ahead += tile.step;
       const Codes<bits, zero == ZeroKind::float4> block(codes);
       // What a token's centre multiplies: the sum of the weights, without their offset.
@@ -94,12 +96,12 @@ void multiply_halves(const TileArgs& tile, int lane, const uint8_t* record, floa
   Floats sum[tokens];
 #pragma GCC unroll 16
   for (int t = 0; t < tokens; ++t) sum[t] = splat(0.0f);
-  const uint8_t* ahead = tile.codes + kAhead * bits;
+  const uint8_t* ahead = tile.codes + kAhead * bits + lane / kLanes * 64;
   for (int64_t g = 0; g < tile.groups; g += 2) {
     const int64_t index = g * kTile + lane;
     const Floats low = load_scales(tile.scales, index, tile.scale_bytes);
     const Floats high = load_scales(tile.scales, index + kTile, tile.scale_bytes);
-    for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+    for (int i = 0; i <= bits; i += kPasses) __builtin_prefetch(ahead + 64 * i, 0, 2);
     ahead += tile.step;
     const Codes<bits, false> block(codes);
     const Floats weights = fma(high, to_floats(block.sum_less(zero_point, 4, 8)),
@@ -150,6 +152,10 @@ TileKernel kernel_for(int tokens) {
     switch (tokens) {
       case 5: return multiply_tile<bits, zero, halves, 5>;
       case 6: return multiply_tile<bits, zero, halves, 6>;
+    }
+  }
+  if constexpr (kMaxTokens > 6) {
+    switch (tokens) {
       case 7: return multiply_tile<bits, zero, halves, 7>;
       case 8: return multiply_tile<bits, zero, halves, 8>;
     }

@@ -17,7 +17,6 @@ from slipstream.runtime.executors.cpu import MAX_DRAFTS, default_kv_bytes, usefu
 from slipstream.runtime.executors.ranks.group import RankGroup
 from slipstream.runtime.executors.ranks.message import StepCodec
 from slipstream.runtime.executors.ranks.protocol import Made, Step
-from slipstream.runtime.executors.single_queries import single_queries
 from slipstream.runtime.sampling.sampler import Sampler
 
 Arrays = dict[str, NDArray[Any]]
@@ -69,7 +68,6 @@ class RankExecutor:
 
     def submit(self, batch: StepBatch) -> RankStep:
         """Tell all ranks of a step; they begin."""
-        batch = single_queries(batch)
         self.group.tell(Step(self._codec.write(batch, self.group.steps)))
         return RankStep(self, batch, self._sampler)
 
