@@ -154,7 +154,7 @@ class LeadingMachine(EngineLoopMachine):
         length=st.sampled_from([1, 3, 7, "auto"]),
         host_pages=st.sampled_from([None, 0, 1, 4]),
     )
-    def open(  # type: ignore[override]
+    def open(
         self,
         num_pages: int,
         policy: str,
