@@ -77,7 +77,7 @@ def test_the_largest_steps_come_first_then_those_of_the_first_answers(
 def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
     runner: Runner, captured: list[Any]
 ) -> None:
-    everything = [*runner._shapes]
+    everything: list[Any] = [*runner._shapes]
     everything += itertools.product(BUCKETS.row_sizes, (Kind.GREEDY, Kind.SAMPLE))
     runner.capture(at_once=False)
     first = list(captured)
