@@ -185,8 +185,8 @@ hopper = pytest.mark.skipif(
 def test_wide(name: str, device: str) -> None:
     """Every format with each tile, and the epilogues in turn."""
     index = list(WIDE).index(name)
-    tiles = ((64, 64, 64, 2), (128, 64, 100, 1), (128, 128, 130, 3), (128, 256, 300, 2))
-    tiles += ((64, 128, 128, 1), (192, 128, 130, 2))
+    tiles = [(64, 64, 64, 2), (128, 64, 100, 1), (128, 128, 130, 3), (128, 256, 300, 2)]
+    tiles += [(64, 128, 128, 1), (192, 128, 130, 2)]
     for at, (rows, tile, tokens, split) in enumerate(tiles):
         extras = EXTRAS[(index + at) % len(EXTRAS)]
         case = Case(name, tokens, extras, device)
