@@ -295,16 +295,6 @@ class Device:
         return int(free)
 
 
-def after(first: Work, second: Work) -> Work:
-    """The one and then the other."""
-
-    def work() -> None:
-        first()
-        second()
-
-    return work
-
-
 def _no_host_memory(shape: tuple[int, ...], reason: str) -> CapacityError:
     size = math.prod(shape)
     return CapacityError(

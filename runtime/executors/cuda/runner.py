@@ -17,7 +17,7 @@ from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
-from slipstream.runtime.executors.cuda.device import Device, Work, after
+from slipstream.runtime.executors.cuda.device import Device, Work, both
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses, Read
 from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
@@ -308,9 +308,7 @@ class StepRunner:
             self._inputs.clear()
         for size in [size for size in self._head_sizes if size <= most]:
             if (size, Kind.GREEDY) not in self._heads:
-                self._heads[size, Kind.GREEDY] = self._device.capture(
-                    self._head_work(size, Kind.GREEDY)
-                )
+                self._capture((size, Kind.GREEDY))
         for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
             if shape not in self._layers:
                 self._layers[shape] = self._device.capture(self._layers_work(shape))
@@ -329,7 +327,7 @@ class StepRunner:
         for shape, layers in self._layers.items():
             head = self._heads.get((shape.tokens, Kind.GREEDY))
             if not shape.rows and head is not None and shape.tokens not in found:
-                found[shape.tokens] = self._device.seconds(after(layers, head), _TIMES)
+                found[shape.tokens] = self._device.seconds(both(layers, head), _TIMES)
         return found
 
     def largest_step(self) -> None:
@@ -420,7 +418,7 @@ class StepRunner:
         work = head_work(*of, rows, logits, kind, pdl=pdl)
         if drafter is None or kind is Kind.GREEDY:  # which asks for no position
             return work
-        return after(lambda: drafter.move_rows(padded, pdl), work)
+        return both(lambda: drafter.move_rows(padded, pdl), work)
 
     def _overlaps(self, tokens: int) -> bool:
         return self._device.has_pdl and tokens <= PDL_TOKENS
