@@ -99,8 +99,8 @@ FAMILIES: Mapping[str, Family] = {
         "histogram", "From the first step to the last token.", _REQUEST_SECONDS
     ),
 }
-# Counted once, under its newer name.
-_OLDER = {"time_per_output_token_seconds": "inter_token_latency_seconds"}
+# Counted once, under its newer name, and told under both.
+OLDER = {"time_per_output_token_seconds": "inter_token_latency_seconds"}
 # Those that the engine counts itself, step by step.
 STEPS: Mapping[str, Family] = {
     "iteration_tokens_total": Family("histogram", "Tokens of a step.", STEP_TOKENS),
@@ -157,7 +157,7 @@ class Tally:
         self.histograms = {
             name: Histogram(family.buckets)
             for name, family in FAMILIES.items()
-            if family.kind == "histogram" and name not in _OLDER
+            if family.kind == "histogram" and name not in OLDER
         }
         self.prompt_tokens = self.generation_tokens = 0
         self.finished: Counter[str] = Counter(
@@ -207,7 +207,7 @@ class EngineMetrics(Tally, Collector):
         }
         for name, family in {**FAMILIES, **STEPS}.items():
             if family.kind == "histogram":
-                histogram = (self.histograms | steps)[_OLDER.get(name, name)]
+                histogram = (self.histograms | steps)[OLDER.get(name, name)]
                 yield self._histogram(name, family, histogram)
             else:
                 yield self._scalar(name, family, values[name])

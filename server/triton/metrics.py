@@ -10,7 +10,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from prometheus_client.core import Metric
 
-from slipstream.server.core.metrics import FAMILIES, PREFIX, Engine, EngineMetrics
+from slipstream.server.core.metrics import FAMILIES, OLDER, PREFIX, Engine, EngineMetrics
 
 _LOG = logging.getLogger(__name__)
 _KINDS: Mapping[str, int] = {
@@ -61,7 +61,8 @@ class TritonMetrics(EngineMetrics):
                 self._publish_values(metric)
         for _ in range(len(self._observed)):
             name, value = self._observed.popleft()
-            self._published[name].observe(value)
+            for each in (name, *[old for old, new in OLDER.items() if new == name]):
+                self._published[each].observe(value)
 
     def close(self) -> None:
         """Take the metrics out of Triton, which keeps those of a process that has ended."""

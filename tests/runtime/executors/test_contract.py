@@ -39,9 +39,14 @@ Chunk = tuple[list[int], int, int]  # all tokens so far, how many of them are co
 
 
 def step(
-    chunks: Sequence[Chunk], tables: Sequence[Sequence[int]], page: int, **options: object
+    chunks: Sequence[Chunk],
+    tables: Sequence[Sequence[int]],
+    page: int,
+    caches: Sequence[str] = (KV,),
+    **options: object,
 ) -> StepBatch:
-    """The last tokens of every sequence, whose pages are in ``tables`` by its slot."""
+    """The last tokens of every sequence, whose pages of all ``caches`` are in ``tables`` by its
+    slot."""
     counts = [count for _, count, _ in chunks]
     positions = np.concatenate([np.arange(len(t) - n, len(t)) for t, n, _ in chunks])
     table = np.array([tables[slot] for _, _, slot in chunks], np.int32)
@@ -58,7 +63,7 @@ def step(
         sampling=[SamplingRow(GREEDY, tokens, [], seed=0) for tokens, _, _ in chunks],
         slots=slots,
         sampling_slots=slots,
-        pages={KV: paged, "near": paged},
+        pages=dict.fromkeys(caches, paged),
         **options,  # type: ignore[arg-type]
     )
 
@@ -172,7 +177,7 @@ PROMPT = [10, 11, 12, 13, 14, 15, 16, 17, 18]
 
 
 def counted(tokens: list[int], count: int, slot: int = 0, **options: object) -> StepBatch:
-    return step([(tokens, count, slot)], COUNT_TABLES, 4, **options)
+    return step([(tokens, count, slot)], COUNT_TABLES, 4, (KV, "near"), **options)
 
 
 def test_the_counting_model_has_graphs_caches_and_outputs(counter: CountingExecutor) -> None:

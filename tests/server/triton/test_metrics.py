@@ -127,5 +127,6 @@ def test_a_request_is_told_with_the_next_publication(triton: Triton) -> None:
     metrics.publish()
     for name in ("request_params_n", "request_prompt_tokens", "request_generation_tokens"):
         assert triton.values[name] == 1, name
-    assert triton.values["time_per_output_token_seconds"] == 4
+    for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
+        assert triton.values[name] == 4, name
     assert triton.values["request_success_total stop"] == 1

@@ -121,4 +121,5 @@ def test_those_of_a_head_are_among_them(tmp_path: Path, masked: bool) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     names = set(json.loads(done.stdout))
     assert {"follow_kernel", "best_kernel", "guess_kernel"} <= names
-    assert ("places_kernel" in names) == masked
+    assert {"advance_kernel", "places_kernel", "moved_kernel"} <= names
+    assert ("masked_kernel" in names) == masked
