@@ -79,6 +79,8 @@ def executor(engine: Path) -> Iterator[CUDAExecutor]:
     executor = load(engine, limits).executor
     assert isinstance(executor, CUDAExecutor)
     executor.reserve_kv(64 << 20)
+    while executor.runner.capture_next():
+        pass  # else a larger graph than a step's own may run it
     yield executor
     executor.shutdown()
 

@@ -48,6 +48,7 @@ class Team:
         # Symmetric memory remembers for good by which store a group of a name exchanges handles: a
         # name that was another's in this process would have it wait there.
         dist.distributed_c10d._world.group_count = zlib.crc32(str(meeting).encode())
+        self.meet()  # one that is slow to import what it needs is waited for while it lives
         try:
             dist.init_process_group(
                 "nccl" if device.is_cuda else "gloo",
