@@ -18,12 +18,16 @@ from slipstream.plugins.cuda.binding import Step
 from slipstream.plugins.drafting.cuda import Tokens
 from slipstream.plugins.sampling import Kind
 from slipstream.runtime.engine.loop import EngineLoop
+from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.sequence import Sequence as Running
+from slipstream.runtime.engine.step import StepResult
 from slipstream.runtime.executors.cuda.device import Work
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.inputs import FIRST_ROWS, NUM_DRAFTS, Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.speculation.eagle3 import DeviceHeadProposer
 from slipstream.runtime.speculation.lengths import Lengths
+from slipstream.runtime.speculation.speculator import Speculator
 
 OPTIONS = {
     "speculative": "eagle3",
@@ -111,7 +115,23 @@ def guessing(
             settled[shape] = executor._device.capture(lambda: drafter.settle(of))
         settled[shape]()
 
+    computed = Speculator.computed
+
+    def computed_of_verified(
+        self: Speculator,
+        plan: StepPlan,
+        runs: Mapping[Running, list[int]],
+        result: StepResult,
+        latest: bool,
+    ) -> None:
+        # Draws are of what is verified: of the rest, a model of random weights says nothing.
+        if plan.offered is not None:
+            verified = zip(plan.offered, plan.drafts, strict=False)
+            plan.offered = [each if count else 0 for each, count in verified]
+        computed(self, plan, runs, result, latest)
+
     with ExitStack() as patches:
+        patches.enter_context(patch.object(Speculator, "computed", computed_of_verified))
         if who == _NOBODY:
             patches.enter_context(patch.object(speculator, "_listener", None))
         else:
