@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shlex
+import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -181,11 +182,12 @@ class Engine:
         identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
         return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
-    def verify_files(self, in_vain: Event | None = None) -> None:
+    def verify_files(self, in_vain: Event | None = None, threads: int | None = None) -> None:
         """Compare every file with its hash; EngineMismatchError names the first that differs, is
         missing, or has no hash to be compared with.
 
-        Another thread that sets ``in_vain`` ends this soon, with whatever comes of it.
+        Another thread that sets ``in_vain`` ends this soon, with whatever comes of it. It takes no
+        more than so many ``threads``.
         """
         for name in self.unlisted():
             raise self._mismatch(
@@ -196,7 +198,7 @@ class Engine:
             file = self.path / name
             if not file.is_file():
                 raise self._mismatch(f"{name} is missing from the engine {self.path}")
-            if digest(file, in_vain) != expected:
+            if digest(file, in_vain, threads) != expected:
                 raise self._mismatch(
                     f"{name} of the engine {self.path} was changed or damaged after it was built"
                 )
@@ -233,26 +235,34 @@ def weight_file(rank: int) -> str:
     return WEIGHTS if rank == 0 else f"weights.rank{rank}.safetensors"
 
 
-def digest(file: Path, in_vain: Event | None = None) -> str:
+def digest(file: Path, in_vain: Event | None = None, threads: int | None = None) -> str:
     """The hash of a file: the SHA-256, in hex, of the SHA-256 of each of its pieces of 16 MiB one
-    after another, so that several cores can share a large file; another once ``in_vain`` is set."""
+    after another, so that several cores can share a large file, or so many ``threads``; another
+    once ``in_vain`` is set."""
     with file.open("rb") as stream:
-        pieces = range(0, os.fstat(stream.fileno()).st_size, _PIECE)
+        size = os.fstat(stream.fileno()).st_size
+        pieces = range(0, size, _PIECE)
         found = dict.fromkeys(pieces, b"")
+
+        # A buffer for each thread: memory that is taken and given back for every read is mapped
+        # anew every time, which holds up all threads of the process.
+        buffers = threading.local()
 
         def hash_piece(start: int) -> None:
             if in_vain is None or not in_vain.is_set():
-                found[start] = _piece_hash(stream.fileno(), start)
+                if not hasattr(buffers, "read"):
+                    buffers.read = memoryview(bytearray(min(_READ, size)))
+                found[start] = _piece_hash(stream.fileno(), start, buffers.read)
 
-        in_parallel(hash_piece, pieces)
+        in_parallel(hash_piece, pieces, threads)
     return hashlib.sha256(b"".join(found.values())).hexdigest()
 
 
-def _piece_hash(descriptor: int, start: int) -> bytes:
+def _piece_hash(descriptor: int, start: int, buffer: memoryview) -> bytes:
     state, end = hashlib.sha256(), start + _PIECE
-    while piece := os.pread(descriptor, min(_READ, end - start), start):
-        state.update(piece)
-        start += len(piece)
+    while count := os.preadv(descriptor, [buffer[: end - start]], start):
+        state.update(buffer[:count])
+        start += count
     return state.digest()
 
 

@@ -77,7 +77,7 @@ class AsyncLLM(FrontEnd):
 
     def _open(self, engine: LoadedEngine, clock: Callable[[], float] = time.monotonic) -> None:
         self._prepare(engine, RequestFactory(engine))
-        self._loop = EngineLoop(engine, clock=clock)
+        self._loop = EngineLoop(engine, clock=clock, streams=True)
         self._streams: dict[str, _Stream] = {}
         self._thread = EngineThread(self._loop, self._step, self._end, self.config.step_timeout)
         self._thread.start()

@@ -41,9 +41,11 @@ class RuntimeConfig:
     enable_prefix_caching    keep and share full pages of equal prefixes.
     enable_chunked_prefill   compute a long prompt over several steps.
     max_prefill_tokens       tokens of prompts in a step that others wait for with their next token;
-                             None takes what max_num_tokens leaves. The fewer, the evener streams
-                             are, and the longer a prompt takes beside them. No bound where prompts
-                             are not chunked.
+                             The fewer, the evener streams are, and the longer a prompt takes
+                             beside them. ``auto``: where answers are streamed, about as many as
+                             take as long as the step without them, by what steps have cost, and
+                             more where more wait; offline what max_num_tokens leaves. No bound
+                             where prompts are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
     speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up
@@ -81,7 +83,7 @@ class RuntimeConfig:
     scheduler_policy: SchedulerPolicy = "max_utilization"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    max_prefill_tokens: int | None = None
+    max_prefill_tokens: int | Literal["auto"] = "auto"
     enable_jump_decoding: bool = True
     speculative: str = OFF
     speculative_model: str | None = None
@@ -99,9 +101,11 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value < least:
                 raise InvalidRequestError(f"{name} is {value}; it must be at least {least}")
-        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+        beside = self.max_prefill_tokens
+        if beside != "auto" and (not isinstance(beside, int) or beside < 1):
             raise InvalidRequestError(
-                f"max_prefill_tokens is {self.max_prefill_tokens}; it must be at least 1"
+                f"max_prefill_tokens is {beside!r}; it must be auto or at least 1. For no bound,"
+                " use max_num_tokens"
             )
         self._check_speculation()
         events = self.kv_events_config

@@ -39,6 +39,7 @@ class EngineThread:
         self._stopped = threading.Event()
         self._closed: str | None = None
         self._broken: str | None = None  # what ended the thread
+        self._prepares = True  # while there is something to prepare
         self._thread = threading.Thread(target=self._serve, name="slipstream-engine", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="slipstream-watch", daemon=True)
 
@@ -98,11 +99,22 @@ class EngineThread:
     def _take_commands(self) -> bool:
         """Run what callers asked for, waiting if there is nothing else to do; False: stop."""
         while not (self._commands.empty() and self._loop.has_work):
+            if self._commands.empty() and self._prepare():
+                continue
             command = self._commands.get()
             if command is None:
                 return False
             command()
         return True
+
+    def _prepare(self) -> bool:
+        """Use the time until somebody asks; whatever fails here fails again where it matters."""
+        try:
+            self._prepares = self._prepares and self._loop.prepare()
+        except Exception:  # noqa: BLE001 - of a device
+            _LOG.warning("the device could not be prepared for more", exc_info=True)
+            self._prepares = False
+        return self._prepares
 
     def _close(self, reason: str) -> None:
         if self._closed is None:

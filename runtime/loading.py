@@ -13,6 +13,7 @@ from typing import Any
 
 from slipstream.builder.contract import page_size_of
 from slipstream.builder.engine import Engine, is_engine, open_engine
+from slipstream.cores import usable_cores
 from slipstream.errors import CapacityError, InvalidRequestError
 from slipstream.phases import phase
 from slipstream.runtime.config import RuntimeConfig
@@ -24,6 +25,9 @@ from slipstream.runtime.speculation.config import spelled_out
 from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.weights.json import Origin, read_fields
 
+# Up to so many cores hash with all of them, more with half: imports beside threads that compute on
+# every core take longer than hashes on half of them.
+_FEW_CORES = 4
 # Far above what the largest vocabularies and batches take.
 _MOST_TABLE_BYTES = 1 << 32
 # Options that a target's executor has no use for, and what to do instead.
@@ -66,10 +70,11 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     _check_tables(config, engine.manifest.vocab_size)
     begin_loading(engine)
     # Hashing releases the interpreter and reads the files into memory, from where the device gets
-    # them: it begins first, beside the import of what drives the device.
+    # them: it begins first, beside the import of what drives the device; so does the tokenizer.
     in_vain = Event()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         verified = pool.submit(_verify, engine, in_vain)
+        text = pool.submit(_tokenizer, engine, config)
         try:
             with phase("import of the device's libraries"):
                 check_device(engine)
@@ -77,10 +82,7 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
             in_vain.set()
             raise
         try:
-            with phase("tokenizer"):
-                tokenizer = Tokenizer.from_directory(
-                    engine.path, engine.manifest.vocab_size, config.chat_template
-                )
+            tokenizer = text.result()
             with phase("executor"):
                 executor = create_executor(engine, config)
         finally:
@@ -100,9 +102,17 @@ def load(model: str | Path, options: Mapping[str, Any]) -> LoadedEngine:
     )
 
 
+def _tokenizer(engine: Engine, config: RuntimeConfig) -> Tokenizer:
+    with phase("tokenizer"):
+        return Tokenizer.from_directory(
+            engine.path, engine.manifest.vocab_size, config.chat_template
+        )
+
+
 def _verify(engine: Engine, in_vain: Event) -> None:
+    cores = usable_cores()
     with phase("hashes"):
-        engine.verify_files(in_vain)
+        engine.verify_files(in_vain, cores if cores <= _FEW_CORES else cores // 2)
 
 
 def _engine_path(model: str | Path, runtime: Mapping[str, Any], others: Mapping[str, Any]) -> Path:

@@ -48,8 +48,8 @@ _ENGINES = "the engine's"
 _MODELS = {name: f"the model's, or {value}" for name, value in INTERACTIVE.items()}
 
 
-def drafts(text: str) -> int | str:
-    """Parse a number of drafts, or ``auto``."""
+def auto_or_count(text: str) -> int | str:
+    """Parse a number of at least 1, or ``auto``."""
     if text != "auto" and not (text.isdecimal() and int(text)):
         raise click.BadParameter(f"{text} is neither auto nor a number from 1 on")
     return text if text == "auto" else int(text)
@@ -79,9 +79,9 @@ RUNTIME = {
     "enable_prefix_caching": Option("Share the KV pages of equal prefixes."),
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
     "max_prefill_tokens": Option(
-        "Most tokens of prompts in a step that answers on their way wait for.",
-        "what --max-num-tokens leaves",
-        least=1,
+        "Most tokens of prompts in a step that answers on their way wait for; auto: about as many "
+        "as take as long as the step without them, and more where more wait.",
+        parse=auto_or_count,
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),
     "speculative": Option(
@@ -92,7 +92,7 @@ RUNTIME = {
     "speculative_model": Option(
         "Engine, or checkpoint, of the smaller model; or the head of a checkpoint.", "none"
     ),
-    "num_speculative_tokens": Option("Most of them a step; auto: what pays.", parse=drafts),
+    "num_speculative_tokens": Option("Most of them a step; auto: what pays.", parse=auto_or_count),
     "prompt_lookup_min": Option("Tokens of the shortest run that is looked up.", least=1),
     "prompt_lookup_max": Option("Tokens of a run that are compared.", least=1),
     "speculative_config": Option("The same as an object in JSON, with vLLM's names.", "none"),

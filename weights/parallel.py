@@ -13,9 +13,11 @@ from slipstream.cores import usable_cores
 _Part = TypeVar("_Part")
 
 
-def in_parallel(work: Callable[[_Part], object], parts: Iterable[_Part]) -> None:
-    """Call ``work`` with every part, on as many threads as there are cores; one of them is the
-    caller's, so that parts may do the same with parts of their own.
+def in_parallel(
+    work: Callable[[_Part], object], parts: Iterable[_Part], threads: int | None = None
+) -> None:
+    """Call ``work`` with every part, on as many threads as there are cores, or ``threads`` if that
+    is less; one of them is the caller's, so that parts may do the same with parts of their own.
 
     All calls have ended when this returns, or raises what the first of them raised.
     """
@@ -26,7 +28,7 @@ def in_parallel(work: Callable[[_Part], object], parts: Iterable[_Part]) -> None
         for part in shared:
             work(part)
 
-    helpers = min(_cores(), len(waiting)) - 1
+    helpers = min(_cores(), len(waiting), threads or len(waiting)) - 1
     started = [_pool().submit(drain) for _ in range(helpers)]
     try:
         drain()

@@ -29,6 +29,7 @@ class Admission:
     def __init__(self, config: RuntimeConfig, kv: KVCacheManager, running: list[Sequence]) -> None:
         """``running`` is the scheduler's, in order; what is admitted goes there."""
         self.waiting: list[Sequence] = []
+        self.num_tokens = 0  # that those have to compute, by what was cached when they came
         self.rows = list(range(config.max_batch_size - 1, -1, -1))
         self.prefix_queries = self.prefix_hits = 0  # in tokens
         self.host_queries = self.host_hits = 0  # of those that were no hits
@@ -39,6 +40,7 @@ class Admission:
         self._chunked = config.enable_chunked_prefill
         self._caches_prefixes = config.enable_prefix_caching
         self._last_rows = config.max_batch_size // 8
+        self.uncached: dict[Sequence, int] = {}  # of each of them
 
     @property
     def num_deferred(self) -> int:
@@ -51,6 +53,14 @@ class Admission:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait in its order."""
         insort(self.waiting, sequence, key=_ORDER)
+        uncached = _length(sequence) - self._match(sequence).depth * self._kv.page_size
+        self.uncached[sequence] = uncached
+        self.num_tokens += uncached
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let one that waits do so no more."""
+        self.waiting.remove(sequence)
+        self.num_tokens -= self.uncached.pop(sequence)
 
     def next(self) -> Sequence | None:
         """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
@@ -60,11 +70,14 @@ class Admission:
         return next((each for each in self.waiting if each.index == 0), None)
 
     def passing(self, first: Sequence) -> Sequence | None:
-        """The shortest that waits, if there is room for it beside the only running prefill and the
-        first that waits, and it is shorter and wants nothing that the prefill is about to share."""
+        """The one that waits with the least to compute, if there is room for it beside the only
+        running prefill and the first that waits, and it has less to compute than that prefill and
+        wants nothing that this is about to share."""
         waiting = self.waiting if self.rows else ()
-        short = min((s for s in waiting if not s.index), key=_length, default=None)
-        if short is None or short.pending or _length(short) >= first.num_left:
+        short = min(
+            (s for s in waiting if not s.index), key=self.uncached.__getitem__, default=None
+        )
+        if short is None or short.pending or self.uncached[short] >= first.num_left:
             return None
         head, size = self.waiting[0], self._kv.page_size
         if short is not head:
@@ -90,7 +103,7 @@ class Admission:
         enough = count <= room or (room and self._chunked)
         if not (enough and self._fits(sequence, prefix)):
             return None
-        self.waiting.remove(sequence)
+        self.remove(sequence)
         handover = self._handover(sequence, prefix)
         found = [] if copied or handover else self._find(sequence, prefix)
         self._start(sequence, prefix, found, handover)

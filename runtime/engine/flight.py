@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.sequence import Sequence
-from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepResult
-from slipstream.runtime.executors.base import PendingStep, StartedStep
+from slipstream.runtime.engine.step import REJECTED, SamplingRow, StepBatch, StepResult
+from slipstream.runtime.executors.base import Executor, PendingStep, StartedStep
 
 
 @dataclass(slots=True)
@@ -29,6 +29,27 @@ class Flight:
     pending: PendingStep | None = None
     refused: bool = False
     idle: float = 0.0
+
+    @classmethod
+    def begin(
+        cls, executor: Executor, plan: StepPlan, batch: StepBatch, owners: list[Sequence]
+    ) -> Flight:
+        """Give a step to the device; one that it does not take is ``refused``."""
+        started: StartedStep
+        positions = [row.position for row in batch.sampling]
+        try:
+            started = executor.submit(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            started = refused = Refused(error)
+            return cls(plan, owners, batch.sampling, positions, started, refused, refused=True)
+        return cls(plan, owners, batch.sampling, positions, started)
+
+    def sample(self) -> None:
+        """Have the device sample its rows."""
+        try:
+            self.pending = self.started.sample()
+        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
+            self.pending, self.refused = Refused(error), True
 
     def runs(self, result: StepResult) -> dict[Sequence, list[int]]:
         """The tokens in which each sequence has ended the step."""

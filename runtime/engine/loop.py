@@ -13,15 +13,17 @@ from dataclasses import asdict
 from slipstream.builder.contract import STATES
 from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.runtime.engine.batch import BatchBuilder
-from slipstream.runtime.engine.flight import Flight, Refused, step_failed
+from slipstream.runtime.engine.flight import Flight, step_failed
 from slipstream.runtime.engine.health import PROBE, Health, forked_from, probe
 from slipstream.runtime.engine.plan import StepPlan
+from slipstream.runtime.engine.prompt_share import PromptShare
 from slipstream.runtime.engine.request_state import CompletionState, RequestState, sequences_of
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
 from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
 from slipstream.runtime.engine.step_stats import StepStats
+from slipstream.runtime.executors.base import PreparingExecutor, padded_sizes
 from slipstream.runtime.host_memory import make_transfers, reserve_host, spill, traffic
 from slipstream.runtime.kv_events.announcer import Announcer
 from slipstream.runtime.loaded_engine import LoadedEngine
@@ -60,9 +62,10 @@ class EngineLoop:
         *,
         clock: Callable[[], float] = time.monotonic,
         detokenizes: bool = True,
+        streams: bool = False,
     ) -> None:
         """``detokenizes``: else the tokens have no text, and stop strings are found by whoever is
-        told, who says ``stop``."""
+        told, who says ``stop``. ``streams``: every token is waited for, which bounds prompts."""
         self._speculator = speculator_of(engine, clock)
         num_pages = engine.reserve_pages()
         if self._speculator is not None:
@@ -77,14 +80,13 @@ class EngineLoop:
             max_scored=max(1, _SCORED_BYTES // (4 * engine.vocab_size)),
             speculator=self._speculator,
             host=host.offload,
+            share=PromptShare(padded_sizes(engine.executor)) if streams else None,
         )
         self.kv_events = Announcer(engine.config, self.scheduler.kv)
         self._engine = engine
         self._tokenizer = engine.tokenizer if detokenizes else None
-        # Files may name tokens that the model has no logits for.
-        self._eos_token_ids = frozenset(
-            token for token in engine.tokenizer.eos_token_ids if token < engine.vocab_size
-        )
+        ends = engine.tokenizer.eos_token_ids  # some may have no logits
+        self._eos_token_ids = frozenset(token for token in ends if token < engine.vocab_size)
         self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
         self._jumps = engine.config.enable_jump_decoding
@@ -96,8 +98,7 @@ class EngineLoop:
         self._seeds = random.Random()  # the module's own belongs to the program
         self._requests: dict[str, RequestState] = {}
         self._changed: dict[RequestState, None] = {}
-        # Unfinished requests whose output the host must know before their rows are sampled.
-        self._need_output: set[RequestState] = set()
+        self._need_output: set[RequestState] = set()  # before their rows are sampled
         self._flight: Flight | None = None
 
     @property
@@ -203,6 +204,17 @@ class EngineLoop:
             self._settle(state)
         return [state for state in changed if state.request.request_id != PROBE]
 
+    def prepare(self) -> bool:
+        """Do what later steps are quicker for, while there is no work; False: all is done."""
+        executor = self._engine.executor
+        if self.unhealthy or not isinstance(executor, PreparingExecutor):
+            return False
+        self._health.began()
+        try:
+            return executor.prepare_next()
+        finally:
+            self._health.ended()
+
     def _advance(self) -> None:
         """Land the step on its way, with the next started before or after that."""
         flight, self._flight = self._flight, None
@@ -211,7 +223,7 @@ class EngineLoop:
         if flight and runs_ahead and not (waits or flight.refused):
             self._flight = self._launch()
             if self._flight and not self._need_output:
-                self._sample(self._flight)
+                self._flight.sample()
         self._land(flight)
         if self._flight is None:
             self._flight = self._launch()
@@ -220,7 +232,7 @@ class EngineLoop:
             elif flight and runs_ahead:
                 self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
-            self._sample(self._flight)
+            self._flight.sample()
         self.kv_events.flush()
 
     def _sequences(self, request: Request) -> list[Sequence]:
@@ -253,24 +265,11 @@ class EngineLoop:
             outputs, size = guesses.outputs, self.scheduler.kv.page_size
             plan.ahead = guesses.ahead(plan, size)
         batch, owners = self._builder.build(plan, outputs)
-        positions = [row.position for row in batch.sampling]
         self._steps.began()
-        try:
-            started = self._engine.executor.submit(batch)
-        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            refused = Refused(error)
-            return Flight(plan, owners, batch.sampling, positions, refused, refused, refused=True)
-        return Flight(plan, owners, batch.sampling, positions, started)
-
-    def _sample(self, flight: Flight) -> None:
-        try:
-            flight.pending = flight.started.sample()
-        except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step
-            flight.pending, flight.refused = Refused(error), True
+        return Flight.begin(self._engine.executor, plan, batch, owners)
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            metrics = self._requests[sequence.request.request_id].metrics
+        for metrics in (self._requests[s.request.request_id].metrics for s in sequences):
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = self._clock()
 
@@ -293,6 +292,7 @@ class EngineLoop:
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
+        self.scheduler.timed(flight.plan, seconds)
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result, seconds)
@@ -316,8 +316,7 @@ class EngineLoop:
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
-        now = self._clock()
-        answers = zip(result.token_ids, result.logprobs, strict=True)
+        now, answers = self._clock(), zip(result.token_ids, result.logprobs, strict=True)
         rows = zip(flight.owners, flight.rows, flight.positions, answers, strict=True)
         for sequence, row, position, (token, logprobs) in rows:
             # It ended while the step was on its way, or with a token before this one of its run.

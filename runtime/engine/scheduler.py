@@ -14,6 +14,7 @@ from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.host_pages import HostSpace
 from slipstream.runtime.engine.kv_cache import Allocation
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS, StepPlan
+from slipstream.runtime.engine.prompt_share import PromptShare
 from slipstream.runtime.engine.sequence import Sequence, Status
 from slipstream.runtime.engine.stats import SchedulerStats
 
@@ -30,9 +31,9 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) where few rows are free, or it is short and passes a long prompt, of which most of
-    every step is, and that leaves room to the first that waits. The first running one can always
-    take pages from the last, so every sequence comes to its end.
+    (``n`` > 1) where few rows are free, or it has little to compute and passes a long prompt, of
+    which most of every step is, and that leaves room to the first that waits. The first running one
+    can always take pages from the last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -47,13 +48,15 @@ class Scheduler:
         max_scored: int = sys.maxsize,
         speculator: Speculator | None = None,
         host: HostSpace | None = None,
+        share: PromptShare | None = None,
     ) -> None:
         """``caches`` have ``num_pages`` pages each (``window_pages`` at most, where they have a
         window); the device guesses up to ``draft_tokens`` tokens a sequence and step, or else the
         ``speculator`` does, on the host, which then knows all tokens, or says how many of those
         that the device has guessed are verified. A step scores
         ``max_scored`` tokens of prompts, or one whole prompt where those are not chunked. Pages
-        that have to go are kept on the ``host``."""
+        that have to go are kept on the ``host``. Where the configuration has no bound for prompts
+        beside decodes, ``share`` is it, if there is one."""
         self.kv = kv_cache_manager(config, num_pages, caches, draft_tokens, host)
         self.running: list[Sequence] = []
         self._admission = Admission(config, self.kv, self.running)
@@ -63,7 +66,8 @@ class Scheduler:
         self._speculator = speculator
         chunked, beside = config.enable_chunked_prefill, config.max_prefill_tokens
         self._max_scored = max_scored if chunked else sys.maxsize
-        self._max_beside = beside if chunked and beside else sys.maxsize
+        self._max_beside = beside if chunked and beside != "auto" else sys.maxsize
+        self._share = share if chunked and beside == "auto" else None
         self._preemptions = 0
 
     @property
@@ -147,12 +151,18 @@ class Scheduler:
             budget -= draft(plan, self._speculator, limit)
         plan.num_decodes = len(plan.sequences)
         if plan.sequences:  # which wait for all of this step
-            budget = min(budget, self._max_beside)
+            budget = min(budget, self._most_beside(plan, prefills))
         self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         if plan.sequences:
             plan.transfers = self.kv.take_transfers()
         return plan
+
+    def timed(self, plan: StepPlan, seconds: float) -> None:
+        """Note what the step of a plan took."""
+        if self._share is not None:
+            decodes = sum(plan.counts[: plan.num_decodes])
+            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
 
     def commit(self, plan: StepPlan) -> None:
         """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
@@ -202,7 +212,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence, spoiled)
         elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._admission.remove(sequence)
         sequence.followers, sequence.leader = [], None
         sequence.status = Status.FINISHED
         if sequence.request.handover is not None:
@@ -310,13 +320,22 @@ class Scheduler:
         sequence.allocation = None
         self._admission.rows.append(sequence.row)
 
+    def _most_beside(self, plan: StepPlan, prefills: list[Sequence]) -> int:
+        """Tokens of prompts that may go into a step of these decodes, which wait for all of it; by
+        time only where somebody reads a token at a time."""
+        if self._share is None or all(map(_is_told_whole, plan.sequences)):
+            return self._max_beside
+        waiting = self._admission.num_tokens + sum(map(_LEFT, prefills))
+        most = self._share.most(sum(plan.counts), waiting)
+        return self._max_beside if most is None else most
+
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:
         """Give the first prompt most of a budget, the shortest of the others up to a quarter of
         it, and what is left to the rest in their order."""
         if prefills:
             first, *others = prefills
             short = min(others, key=_LEFT) if others else self._admission.passing(first)
-            need = 0 if short is None else short.num_left if others else len(short.tokens)
+            need = 0 if short is None else self._admission.uncached.get(short, short.num_left)
             budget -= self._compute(plan, first, budget - min(budget // _SHARE, need))
             if short and not others:
                 budget -= self._admit_one(plan, short, budget)
@@ -357,6 +376,10 @@ class Scheduler:
             if other.scores_prompt
         )
         return min(budget, max(0, self._max_scored - scored))
+
+
+def _is_told_whole(sequence: Sequence) -> bool:
+    return sequence.request.output_kind == "final"
 
 
 def _draft_room(sequence: Sequence, output: int) -> int:

@@ -122,6 +122,31 @@ class TimedExecutor(Protocol):
 
 
 @runtime_checkable
+class PreparingExecutor(Protocol):
+    """An executor that is ready to run any step, some of which would be quicker with more done."""
+
+    def prepare_next(self) -> bool:
+        """Do some of that, in a tenth of a second, while no step is on its way; False: all is
+        done."""
+        ...
+
+
+@runtime_checkable
+class PaddingExecutor(Protocol):
+    """An executor that pads steps with prompts to certain numbers of tokens."""
+
+    @property
+    def padded_sizes(self) -> Sequence[int]:
+        """Which, in rising order; larger steps are not padded."""
+        ...
+
+
+def padded_sizes(executor: Executor) -> Sequence[int]:
+    """To which numbers of tokens an executor pads steps with prompts, if it does."""
+    return executor.padded_sizes if isinstance(executor, PaddingExecutor) else ()
+
+
+@runtime_checkable
 class GuessingExecutor(Protocol):
     """An executor with a head of the engine, which guesses tokens right after a step
     (``StepBatch.guessing``): the result has them as ``guesses``, of use for sequences that sampled.

@@ -111,7 +111,7 @@ class EngineHost:
         self.model: Model = engine.model
         self.workers = Workers()
         self.grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size)
-        self.loop = EngineLoop(engine, clock=clock, detokenizes=False)
+        self.loop = EngineLoop(engine, clock=clock, detokenizes=False, streams=True)
         self.thread = EngineThread(self.loop, self._step, self._end, engine.config.step_timeout)
         self.clients: dict[int, Client] = {}
         self._event_loop = asyncio.get_running_loop()

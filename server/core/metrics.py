@@ -99,6 +99,8 @@ FAMILIES: Mapping[str, Family] = {
         "histogram", "From the first step to the last token.", _REQUEST_SECONDS
     ),
 }
+# Counted once, under its newer name.
+_OLDER = {"time_per_output_token_seconds": "inter_token_latency_seconds"}
 # Those that the engine counts itself, step by step.
 STEPS: Mapping[str, Family] = {
     "iteration_tokens_total": Family("histogram", "Tokens of a step.", STEP_TOKENS),
@@ -155,7 +157,7 @@ class Tally:
         self.histograms = {
             name: Histogram(family.buckets)
             for name, family in FAMILIES.items()
-            if family.kind == "histogram"
+            if family.kind == "histogram" and name not in _OLDER
         }
         self.prompt_tokens = self.generation_tokens = 0
         self.finished: Counter[str] = Counter(
@@ -205,7 +207,8 @@ class EngineMetrics(Tally, Collector):
         }
         for name, family in {**FAMILIES, **STEPS}.items():
             if family.kind == "histogram":
-                yield self._histogram(name, family, (self.histograms | steps)[name])
+                histogram = (self.histograms | steps)[_OLDER.get(name, name)]
+                yield self._histogram(name, family, histogram)
             else:
                 yield self._scalar(name, family, values[name])
         yield self._cache_config(stats.num_pages)
@@ -314,8 +317,7 @@ class RequestWatch:
             if last is None:  # the first token's time is known, and it follows no other
                 last, count = times.first_token_time, count - 1
             if count:
-                for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
-                    metrics.observe(name, (now - last) / count, count)
+                metrics.observe("inter_token_latency_seconds", (now - last) / count, count)
                 last = now
             self._last[completion.index] = last
         if completion.finish_reason is not None:

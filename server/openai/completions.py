@@ -23,6 +23,7 @@ from slipstream.server.openai.logprobs import prompt_logprobs
 from slipstream.server.openai.protocol import CompletionRequest
 from slipstream.server.openai.reply import (
     GENERATED,
+    GOES_ON,
     Frame,
     check_stream,
     job_of,
@@ -118,6 +119,8 @@ class CompletionReply:
     tokenizer: Tokenizer
     params: SamplingParams
     _choices: dict[int, _Choice] = field(default_factory=dict)
+    # What stands around the text of choices that have nothing else to tell until they end.
+    _around: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def usage(self) -> Usage:
@@ -127,6 +130,11 @@ class CompletionReply:
     def events(self, position: int, output: RequestOutput) -> bytes:
         """A chunk for every completion with something new."""
         self.usage.add_prompt(output, position)
+        first, *others = output.outputs
+        around = self._around.get(self._index(position, first))
+        if around is not None and first.finish_reason is None and not others:
+            self.usage.generated += len(first.token_ids)
+            return f"{around[0]}{json_text(first.text)}{around[1]}".encode() if first.text else b""
         return "".join(
             self._chunk(position, output, completion) for completion in output.outputs
         ).encode()
@@ -171,6 +179,10 @@ class CompletionReply:
             return ""  # a part of a character, or of what may be a stop string
         logprobs = "null" if scores is None else dump(scores).decode()
         index = self._index(position, completion)
+        if choice.scores is None and choice.token_ids is None and self.frame.is_fixed:
+            event = self.frame.event(f'{{"index":{index},"text":\0,"logprobs":null,{GOES_ON}')
+            before, _, after = event.partition("\0")
+            self._around[index] = before, after
         fields = f'{{"index":{index},"text":{json_text(text)},"logprobs":{logprobs},'
         if ids := choice.ids():
             fields += dump(ids).decode()[1:-1] + ","

@@ -122,6 +122,11 @@ class Frame:
         elif not self.stream_options.continuous_usage_stats:
             self._tail = ',"usage":null}\n\n'
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all events have the same around their choice."""
+        return self._tail is not None
+
     def event(self, choice: str, more: str = "") -> str:
         """An event with one choice, given as JSON, or with none, and ``more`` fields after it."""
         return self._head + choice + "]" + more + (self._tail or self._usage_tail())

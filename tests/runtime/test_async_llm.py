@@ -53,6 +53,40 @@ async def until_idle(llm: AsyncLLM) -> None:
     raise AssertionError(f"requests were left behind: {llm.stats}")
 
 
+class PreparingDevice(CountingExecutor):
+    """Has three things to prepare, of which the second fails if it ``breaks``."""
+
+    left, breaks = 3, False
+
+    def prepare_next(self) -> bool:
+        assert not self._on_their_way, "a step is on its way"
+        self.left -= 1
+        if self.breaks and self.left == 1:
+            raise RuntimeError("no memory for a graph")
+        return self.left > 0
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_device_is_prepared_while_nobody_asks(breaks: bool) -> None:
+    engine = counting_engine()
+    assert isinstance(engine.executor, CountingExecutor)
+    device = engine.executor
+    device.__class__ = PreparingDevice
+    assert isinstance(device, PreparingDevice)
+    device.breaks = breaks
+
+    async def main() -> None:
+        async with AsyncLLM.from_engine(engine) as llm:
+            while device.left > breaks:
+                await asyncio.sleep(0.001)
+            output = await last(llm.generate([1, 2], greedy()))
+            assert output.outputs[0].token_ids == [3, 4, 5, 6]
+            assert llm.unhealthy is None
+        assert device.left == int(breaks)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
 async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     return [output async for output in outputs][-1]
 

@@ -33,7 +33,9 @@ _GUESS_GEMV_TOKENS, _GUESS_GEMV_ROWS = 4, 1.3
 # of them at once. The largest is for wide alone.
 TILES = (16, 32, 64, 128, 256)
 _DOT_TILES = TILES[:-1]
-_GUESS_WIDE_ROWS = 96
+# Rows from which wide is the guess, and its tile: what was quickest on an H200 for the shapes of
+# gpt-oss-20b, Qwen3-30B-A3B and Mixtral-8x7B.
+_GUESS_WIDE = ((512, Tile(128, 256)), (48, Tile(128, 128)), (24, Tile(64, 64)))
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
 
@@ -97,11 +99,14 @@ def default_tactic(shape: ExpertShape, tokens: int, capability: tuple[int, int])
     tile = _tile(rows)
     if capability[0] != 9:
         return _dot(shape, min(tile, 64), 64, 64, 4, 3, False, capability)
-    if rows >= _GUESS_WIDE_ROWS and can_widen(shape, tokens, capability):
-        return linear.wide_tactic(Tile(128, 256 if rows >= 512 else 128), shape.gated)
+    if can_widen(shape, tokens, capability):
+        for least, wide in _GUESS_WIDE:
+            if rows >= least:
+                return linear.wide_tactic(wide, shape.gated)
     if tile <= 32:  # the rows of the weight fill wgmma, which takes few of x as they are
         columns = 64 if shape.format.kind == "dense" else 128
-        return _dot(shape, tile, 64, columns, 4, 4, True, capability)
+        stages = 3 if in_words(shape.format) else 4  # of which there are then more programs
+        return _dot(shape, tile, 64, columns, 4, stages, True, capability)
     # What must be decoded is so in registers, from which wgmma takes its left operand only.
     return _dot(shape, tile, 128, 64, 8, 4, shape.format.kind != "dense", capability)
 

@@ -38,6 +38,20 @@ def with_none(counts: Sequence[int]) -> tuple[int, ...]:
     return (0, *counts) if len(counts) > 1 else tuple(counts)
 
 
+def turn(key: Shape | tuple[int, object]) -> float:
+    """When layers of a shape, or a head of so many rows, are captured among others: few rows first,
+    and prompts are long before batches are large."""
+    if not isinstance(key, Shape):
+        return key[0]
+    return key.tokens / 8 if key.rows else key.tokens
+
+
+def mixed_sizes(limit: int) -> list[int]:
+    """Tokens of captured steps that are more than decodes, of up to ``limit``."""
+    largest = max(limit, MIXED_TOKENS[0])
+    return [tokens for tokens in MIXED_TOKENS if tokens <= largest]
+
+
 def bucket(count: int, sizes: Sequence[int]) -> int:
     """The smallest of ``sizes`` that holds ``count``."""
     return next(size for size in sizes if size >= count)
@@ -76,8 +90,7 @@ class Buckets:
     @cached_property
     def mixed_tokens(self) -> list[int]:
         """Tokens of captured steps that are more than decodes."""
-        largest = max(self.max_num_tokens, MIXED_TOKENS[0])
-        return [tokens for tokens in MIXED_TOKENS if tokens <= largest]
+        return mixed_sizes(self.max_num_tokens)
 
     def decode(self, sequences: int) -> Shape:
         """A step of one token a sequence, whose rows are all wanted."""

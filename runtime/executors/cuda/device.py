@@ -32,6 +32,18 @@ from slipstream.plugins.cuda.precompile import (
 from slipstream.plugins.cuda.remembered import are_compiled, mark_of, remember
 
 Work = Callable[[], None]
+
+
+def both(first: Work, second: Work) -> Work:
+    """One after the other."""
+
+    def work() -> None:
+        first()
+        second()
+
+    return work
+
+
 _LITTLE_MEMORY = 1 << 30  # bytes
 _GLANCE = 1e-5  # seconds between two looks at a device that is watched
 

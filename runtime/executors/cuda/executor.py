@@ -34,7 +34,7 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS
 from slipstream.runtime.engine.stats import Traffic
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, counts_of, mixed_sizes
 from slipstream.runtime.executors.cuda.costs import StepCosts
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, head_part
@@ -221,8 +221,19 @@ class CUDAExecutor:
             with phase("pages"):
                 self._allocate(pages)
             with phase("graphs of the first steps"):
-                self.runner.capture(self.guess_counts)
+                # What steps cost, and other ranks, are not to be waited for later.
+                at_once = self._team is not None or self._config.speculative != OFF
+                self.runner.capture(self.guess_counts, at_once)
         return pages
+
+    def prepare_next(self) -> bool:
+        """Capture another graph of those that small batches run."""
+        return self.runner.capture_next()
+
+    @property
+    def padded_sizes(self) -> Sequence[int]:
+        """Those of captured steps that are more than decodes."""
+        return mixed_sizes(self._config.max_num_tokens)
 
     def reserve_host(self, num_bytes: int, file: str | None) -> HostSpace:
         """Pin memory; a GPU has no use for a ``file``."""

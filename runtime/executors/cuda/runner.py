@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.sampling import Kind
 from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
-from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, with_none
+from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work
 from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses
 from slipstream.runtime.executors.cuda.head import head_work
@@ -42,6 +44,7 @@ PREPARED_KINDS = (Kind.GREEDY, Kind.SAMPLE)
 _NO_BLOCKS = Blocks(np.empty(0, np.int32), np.empty(0, np.int32))
 _SINGLE = 1  # query a block
 _TIMES = 3  # that a step is timed
+_Key = Shape | tuple[int, Kind]  # of captured layers, or of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class StepRunner:
         self._layers: dict[Shape, Work] = {}
         self._heads: dict[tuple[int, Kind], Work] = {}
         self._spared = Spared()
+        self._later: deque[_Key] = deque()
         count = buckets.max_rows
         with device.work():
             ports = {port.name: port for port in program.inputs}
@@ -116,6 +120,7 @@ class StepRunner:
         self._heads.clear()
         self._guesses.clear()
         self._spared.forget()
+        self._later.clear()
         self._memory = memory
 
     def layers(self, batch: StepBatch, rows: IntArray, *, eager: bool = False) -> Tensor:
@@ -256,24 +261,54 @@ class StepRunner:
         shapes = self._largest_shapes
         return [*layers, *heads, *(self._guess_work(s, self._step_of(s), 1) for s in shapes)]
 
-    def capture(self, counts: Sequence[int] = ()) -> None:
+    def capture(self, counts: Sequence[int] = (), at_once: bool = True) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
-        then the smallest, with the usual kinds of sampling, and so many guesses after them."""
+        then the smallest, with the usual kinds of sampling, and so many guesses after them; of the
+        smallest, unless ``at_once``, a decode alone: ``capture_next`` is for all the rest."""
         small = list(filter(_prepared, self._shapes))
         times = max(QUERIES) if self._buckets.drafts else 1
         sizes = [size for size in self._head_sizes if size <= PREPARED_SEQUENCES * times]
         with self._device.work():
             self._inputs.clear()
-        for shape in dict.fromkeys([*self._largest_shapes, *small]):
-            self._layers[shape] = self._device.capture(self._layers_work(shape))
-        for size in dict.fromkeys([*self._head_sizes[-1:], *sizes]):
-            for kind in PREPARED_KINDS:
-                self._heads[size, kind] = self._device.capture(self._head_work(size, kind))
+        sizes = list(dict.fromkeys([*self._head_sizes[-1:], *sizes]))
+        heads = [(size, kind) for size in sizes for kind in PREPARED_KINDS]
+        largest = [*self._largest_shapes, *heads[: len(PREPARED_KINDS)]]
+        first = {*largest, self._buckets.decode(1), *((1, kind) for kind in PREPARED_KINDS)}
+        keys: list[_Key] = [*self._largest_shapes, *small, *heads]
+        for key in dict.fromkeys(keys):
+            if at_once or key in first:
+                self._capture(key)
+        if not at_once:
+            every: list[_Key] = [*self._shapes]
+            every += itertools.product(self._head_sizes, PREPARED_KINDS)
+            self._later.extend(sorted((key for key in every if key not in first), key=turn))
         for count in with_none(counts):
             for shape in dict.fromkeys([*self._largest_shapes, *small]):
                 work = self._guess_work(shape, self._step_of(shape), count)
                 self._guesses[shape, count] = self._device.capture(work)
         self._device.synchronize()
+
+    def capture_next(self) -> bool:
+        """Capture what may be asked for next, while no step is on its way; False: all is done."""
+        while self._later:
+            key = self._later.popleft()
+            if key in self._layers or key in self._heads:
+                continue  # it was asked for
+            with self._device.work():  # pages and slots have owners by now
+                if isinstance(key, Shape):
+                    self._inputs.pad(key)
+                else:
+                    self._sampler.clear()
+            self._capture(key)
+            self._device.synchronize()
+            return True
+        return False
+
+    def _capture(self, key: _Key) -> None:
+        if isinstance(key, Shape):
+            self._layers[key] = self._device.capture(self._layers_work(key))
+        else:
+            self._heads[key] = self._device.capture(self._head_work(*key))
 
     def capture_decodes(self, counts: Sequence[int], most: int = 1 << 30) -> None:
         """Capture all steps of nothing but decodes, of up to ``most`` rows, with greedy sampling

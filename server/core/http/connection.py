@@ -8,10 +8,12 @@ import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from starlette.types import Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from slipstream.server.core.http.middleware import set_direct_send
 from slipstream.server.core.logs import log_event
 
 _LOG = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The last byte before a body."""
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            set_direct_send(cast(Scope, self.scope), cast(Send, self.cycle.send))
         self._wait(self._no_body)
 
     def on_body(self, body: bytes) -> None:

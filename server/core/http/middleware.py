@@ -45,6 +45,11 @@ def log_fields(scope: Scope) -> dict[str, Any]:
     return cast(dict[str, Any], scope.setdefault(_FIELDS, {}))
 
 
+def set_direct_send(scope: Scope, send: Send) -> None:
+    """Note the server's own ``send``, where it is not what the application is called with."""
+    scope[_SEND] = send
+
+
 def direct_send(scope: Scope) -> Send:
     """The server's own ``send``, for what follows the start of a stream: no middleware looks at
     it, and each costs time for every token."""
@@ -68,7 +73,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
         started, status = time.monotonic(), 0
-        scope[_SEND] = send
+        scope.setdefault(_SEND, send)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

@@ -109,8 +109,10 @@ def test_experts_that_tokens_share_are_read_once() -> None:
 
 
 def test_what_must_be_decoded_is_the_left_operand() -> None:
-    assert default_tactic(of_qwen(FORMATS[3]), 512, HOPPER).swap
-    assert default_tactic(of_qwen(FORMATS[3]), 2048, HOPPER).kernel == "wide"
+    assert default_tactic(of_qwen(FORMATS[3]), 256, HOPPER).swap
+    for tokens, rows, tile in ((512, 64, 64), (1024, 128, 128), (16384, 128, 256)):
+        wide = default_tactic(of_qwen(FORMATS[3]), tokens, HOPPER)
+        assert (wide.kernel, wide.block_n, wide.block_m) == ("wide", rows, tile)
     assert default_tactic(of_qwen(FORMATS[1]), 2048, HOPPER).swap
 
 

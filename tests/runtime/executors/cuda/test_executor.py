@@ -107,6 +107,31 @@ def test_a_batch_that_waits_and_is_padded_says_the_same(
     assert llm.stats.kv_cache_usage == 0
 
 
+def test_what_is_captured_between_requests_writes_to_nobodys_pages(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "MIXED_TOKENS", (16,))
+    monkeypatch.setattr(runner, "PREPARED_SEQUENCES", 2)
+    if interpreting():
+        monkeypatch.setattr(tactics, "_GUESS_GEMV_TOKENS", 0)
+    with LLM(engine, **LIMITS | {"max_batch_size": 4}) as llm:
+        # A token of each page, and the last of each slot, are somebody's.
+        first = llm.generate([list(range(40, 108))[:80]], greedy(max_tokens=2))[0]
+        executor = llm._loop._engine.executor
+        assert isinstance(executor, CUDAExecutor)
+        memory = executor.runner.memory
+        kept = [*memory.pages.values(), executor.runner._sampler.last_tokens]
+        before = [each.view(torch.uint8).clone() for each in kept]
+        count = 0
+        while llm._loop.prepare():
+            count += 1
+        assert count == 3, "a decode of two, and its head in two kinds"
+        after = [each.view(torch.uint8) for each in kept]
+        assert all(map(torch.equal, before, after))
+        again = llm.generate([list(range(40, 108))[:80]], greedy(max_tokens=2))[0]
+    assert again.num_cached_tokens and again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
 def test_prompt_scores_come_from_the_host(checkpoint: Path, llm: LLM) -> None:
     """More rows than a batch has sequences, beside a request that the device samples."""
     scored, other = (greedy(max_tokens=2, prompt_logprobs=1), greedy(max_tokens=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ class Runner(StepRunner):
         self._device, self._buckets = Device(), BUCKETS
         self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
         self._spared = Spared()
+        self._later = deque()
         self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
         self.inputs.clear = self.inputs.pad = lambda *_: None
         self._inputs, self.rows, self._hidden = self.inputs, np.zeros(1024), np.zeros(2048)  # type: ignore[assignment]
@@ -69,6 +72,29 @@ def test_the_largest_steps_come_first_then_those_of_the_first_answers(
     ]
     heads = [(size, kind) for size in (1024, *sizes) for kind in (Kind.GREEDY, Kind.SAMPLE)]
     assert captured == [*layers, *heads]
+
+
+def test_the_first_answers_wait_for_the_largest_steps_and_a_decode_alone(
+    runner: Runner, captured: list[Any]
+) -> None:
+    everything = [*runner._shapes]
+    everything += itertools.product(BUCKETS.row_sizes, (Kind.GREEDY, Kind.SAMPLE))
+    runner.capture(at_once=False)
+    first = list(captured)
+    alone = [BUCKETS.decode(1), *((1, kind) for kind in (Kind.GREEDY, Kind.SAMPLE))]
+    largest = [(1024, kind) for kind in (Kind.GREEDY, Kind.SAMPLE)]
+    assert first == [BUCKETS.mixed(2048), BUCKETS.decode(1024), alone[0], *largest, *alone[1:]]
+
+    padded: list[Any] = []
+    runner.inputs.pad = padded.append
+    runner._sampler = SimpleNamespace(clear=lambda: padded.append(None))  # type: ignore[assignment]
+    while runner.capture_next():
+        pass
+    assert sorted(map(str, captured)) == sorted(map(str, everything))
+    assert captured.index(BUCKETS.mixed(256)) < captured.index(BUCKETS.decode(64))
+    later = [key if isinstance(key, Shape) else None for key in captured[len(first) :]]
+    assert padded == later, "nothing is written"
+    assert not runner.capture_next()
 
 
 def decodes(count: int) -> Any:  # noqa: ANN401

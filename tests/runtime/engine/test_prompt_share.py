@@ -1,0 +1,123 @@
+"""Prompts beside streams: by time, on devices whose steps cost what a model says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.runtime.engine.timed_device import Load, percentile
+
+from slipstream.errors import InvalidRequestError
+from slipstream.runtime.config import RuntimeConfig
+from slipstream.runtime.engine.prompt_share import PromptShare, StepTimes
+
+
+def ratio(load: Load) -> float:
+    """Of the 99th percentile of times between two tokens and the median."""
+    return percentile(load.gaps, 0.99) / percentile(load.gaps, 0.5)
+
+
+def later_rate(load: Load) -> float:
+    """Requests a second once a load has lasted for some seconds."""
+    late = [time for time in load.ended if time > 8]
+    return len(late) / (late[-1] - 8)
+
+
+def test_chats_that_arrive_do_not_hold_up_streams_nor_cost_throughput() -> None:
+    """An 8B on an H100 by a model of its costs: 64 chats of 2,000 tokens a second."""
+    without, bounded = Load(streams=False), Load(streams=True)
+    rate = without.run(128, 384, (512, 128), chats=64)
+    kept = bounded.run(128, 384, (512, 128), chats=64)
+
+    assert ratio(without) > 4, "or there was nothing to bound"
+    assert ratio(bounded) <= 2
+    assert kept >= 0.95 * rate
+    assert percentile(bounded.first["chat"], 0.5) < 0.25
+
+
+def test_few_streams_are_even_beside_prompts() -> None:
+    load = Load(streams=True)
+    load.run(2, 24, (2000, 100))
+    assert ratio(load) <= 2.5
+
+
+def test_more_prompts_than_half_the_time_takes_are_still_computed() -> None:
+    """Prompts that take four fifths of the device: long ones with short answers."""
+    without, bounded = Load(streams=False), Load(streams=True)
+    for load in (without, bounded):
+        load.run(32, 512, (2000, 24))
+    rate, kept = (later_rate(load) for load in (without, bounded))
+    assert kept >= 0.95 * rate
+    assert ratio(bounded) < ratio(without)
+
+
+@pytest.mark.parametrize("load", [Load(streams=False), Load(streams=True, kind="final")])
+def test_without_streams_steps_are_as_large_as_they_may_be(load: Load) -> None:
+    load.run(64, 128, (512, 32))
+    assert max(prompts for _, prompts, _ in load.device.steps) > 8000
+    assert any(decodes and prompts > 4000 for decodes, prompts, _ in load.device.steps)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    fixed=st.floats(1e-4, 0.02),
+    decode=st.floats(1e-6, 1e-4),
+    prompt=st.floats(5e-6, 1e-3),
+    seed=st.integers(0, 1 << 16),
+)
+def test_what_steps_take_is_learned_whatever_the_device(
+    fixed: float, decode: float, prompt: float, seed: int
+) -> None:
+    rng, times = random.Random(seed), StepTimes()
+    for index in range(600):
+        decodes = rng.randrange(1, 64)
+        prompts = rng.choice((0, 0, rng.randrange(16, 600)))
+        seconds = fixed + decode * decodes + prompt * prompts
+        # Now and then a step waits for something else.
+        times.add(decodes, prompts, 30.0 if index in (0, 150) else seconds)
+
+    expected = fixed + 32 * decode
+    assert times.of_decodes(32) == pytest.approx(expected, rel=0.3, abs=60 * prompt)
+    assert times.of_prompt_token == pytest.approx(prompt, rel=0.3, abs=expected / 200)
+
+
+def learned(share: PromptShare) -> PromptShare:
+    """5 ms, 10 us a decode and 20 us for a token of a prompt."""
+    rng = random.Random(0)
+    for _ in range(600):
+        decodes, prompts = rng.randrange(1, 64), rng.choice((0, rng.randrange(600)))
+        share.landed(decodes, prompts, 5e-3 + 10e-6 * decodes + 20e-6 * prompts)
+    return share
+
+
+def test_nothing_is_bounded_before_a_prompt_was_seen() -> None:
+    share = PromptShare()
+    assert share.most(1, 1000) is None
+    share.landed(1, 0, 0.005)
+    assert share.most(1, 1000) is None
+    assert learned(share).most(1, 10_000) is not None
+
+
+def test_prompts_get_more_time_the_more_wait() -> None:
+    share = learned(PromptShare())
+    found = [share.most(32, waiting) for waiting in (500, 5_000, 50_000, 500_000)]
+    bounds = [each for each in found if each is not None]
+    assert len(bounds) == 4 and bounds == sorted(bounds) and bounds[0] < bounds[-1]
+    assert bounds[0] * 20e-6 == pytest.approx(0.0053 * 0.7, rel=0.2), "less than the step's time"
+    assert bounds[-1] * 20e-6 > 3 * 0.0053
+
+
+def test_a_step_is_filled_to_the_size_that_it_is_padded_to() -> None:
+    exact, padded = learned(PromptShare()), learned(PromptShare((64, 128, 256, 512, 1024)))
+    bound, filled = exact.most(32, 5_000), padded.most(32, 5_000)
+    assert bound is not None and filled is not None
+    assert filled <= bound and filled + 32 in (128, 256, 512)
+    assert padded.most(32, 40) == exact.most(32, 40), "all that waits is less than that"
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "all"])
+def test_a_bound_is_a_number_or_auto(wrong: object) -> None:
+    with pytest.raises(InvalidRequestError, match="max_prefill_tokens is"):
+        RuntimeConfig().override({"max_prefill_tokens": wrong})
