@@ -4,13 +4,13 @@
     python benchmarks/http_load.py ENGINE --streams 64 --chats 0
 
 Offline: ``slipstream bench throughput`` with as many requests in flight as there are streams. HTTP:
-the same requests from client processes that only look at the clock; each stream sends its next one
-when one ends. Chats: the same again while conversations of ``--words`` words arrive by chance, so
-many a second, for as long as the streams run; they begin alike, as those of one system prompt do,
-so that the device finds most of each in its cache and what is seen is mostly the host's. Prompts
-are random tokens, answers greedy and of full length. Reported are output tokens a second, seconds
-to the first token, and between two pieces of one stream. The server is asked ``--settle`` seconds
-after its start, in which it captures graphs.
+the same requests from client processes that only look at the clock; each stream sends the next one
+of all that are left when one ends. Chats: the same again while conversations of ``--words`` words
+arrive by chance, so many a second, for as long as the streams run; they begin alike, as those of
+one system prompt do, so that the device finds most of each in its cache and what is seen is mostly
+the host's. Prompts are random tokens, answers greedy and of full length. Reported are output tokens
+a second, seconds to the first token, and between two pieces of one stream. The server is asked
+``--settle`` seconds after its start, in which it captures graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,20 @@ class Load:
     input_len: int
     output_len: int
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What clients share: how many requests are left, and that all of them are ready."""
+
+    left: Synchronized[int]
+    ready: Barrier
+
+    def takes_one(self) -> bool:
+        """Whether there was one left."""
+        with self.left.get_lock():
+            self.left.value -= 1
+            return self.left.value >= 0
 
 
 @dataclass(slots=True)
@@ -86,13 +102,12 @@ async def ask(address: Address, path: str, body: dict[str, Any]) -> Reader:
     return reader
 
 
-async def streams(address: Address, load: Load, seed: int) -> Seen:
-    """A client's share of the streams."""
+async def streams(address: Address, load: Load, seed: int, common: Common) -> Seen:
+    """A client's share of the streams, which take of the requests that are left to all."""
     rng, seen = random.Random(seed), Seen()
-    left = iter(range(load.requests))
 
     async def stream() -> None:
-        for _ in left:
+        while common.takes_one():
             prompt = rng.choices(range(100, load.vocab_size), k=load.input_len)
             body = {"prompt": prompt, "max_tokens": load.output_len, "ignore_eos": True}
             sent = time.time()
@@ -108,6 +123,7 @@ async def streams(address: Address, load: Load, seed: int) -> Seen:
             seen.first.append(reader.times[0] - clock)
             seen.gaps += [b - a for a, b in zip(reader.times, reader.times[1:], strict=False)]
 
+    common.ready.wait()
     await asyncio.gather(*(stream() for _ in range(load.streams)))
     return seen
 
@@ -157,17 +173,12 @@ def measure(
     queue, done, seen = _PROCESSES.Queue(), threading.Event(), Seen()
     clients = min(_CLIENTS, load.streams)
     shares = [
-        Load(
-            load.streams // clients + (i < load.streams % clients),
-            load.requests // clients + (i < load.requests % clients),
-            load.input_len,
-            load.output_len,
-            load.vocab_size,
-        )
+        replace(load, streams=load.streams // clients + (i < load.streams % clients))
         for i in range(clients)
     ]
+    common = Common(_PROCESSES.Value("q", load.requests), _PROCESSES.Barrier(clients))
     processes = [
-        _PROCESSES.Process(target=_run, args=(queue, streams, address, share, seed + i))
+        _PROCESSES.Process(target=_run, args=(queue, streams, address, share, seed + i, common))
         for i, share in enumerate(shares)
     ]
     for process in processes:

@@ -12,9 +12,9 @@ from slipstream.runtime.executors.cuda.inputs import Shape
 # takes the GPU longer than it takes Python to launch its kernels one by one.
 MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 
-# How many decodes of those the kernel for decodes is launched for, if there are any: the one for
-# prompts takes a whole block for the single query of each, and reads a long context by itself. Where
-# so many are at most half of the tokens.
+# For how many decodes the kernel for decodes is launched in those, if there are any: the one for
+# prompts takes a whole block for the single query of each, and reads a long context by itself. Only
+# such as are at most half of the tokens.
 MIXED_DECODES = (64, 256, 1024)
 
 # Tokens of a sequence of which the last are drafts: what kernels are compiled for.
@@ -152,7 +152,7 @@ class Buckets:
             return [0]
         most = min(tokens // 2, self.max_batch_size)
         counts = [min(count, self.max_batch_size) for count in MIXED_DECODES]
-        return [0, *dict.fromkeys(count for count in counts if count <= most)]
+        return [0, *dict.fromkeys(n for n in counts if MIXED_DECODES[0] <= n <= most)]
 
     @cached_property
     def all_mixed(self) -> list[Shape]:
@@ -165,7 +165,7 @@ class Buckets:
 
     def rows_of(self, one: Shape, other: Shape) -> int:
         """About as many rows as the ``other`` computes where it serves for ``one``: decodes that
-        are blocks of prompts count as rows more, and programs for decodes that are none a little."""
+        are blocks of prompts count as rows more, and programs for what is no decode a little."""
         short = one.decodes - other.decodes
         return other.tokens + (short if short > 0 else -short // _EMPTY)
 
