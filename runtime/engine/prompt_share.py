@@ -4,10 +4,9 @@ Without a bound a step has as many as there is room for, and takes as long: ever
 still while somebody's book is read. A fixed bound is right for one device and one load. Here the
 bound is time, by what steps have cost of late: prompts may make a step take about twice as long as
 one without them will, once all that wait speak, so that a token comes at most about twice as late
-as it would. Where more wait for their first token than for their next one, prompts get so many
-times as much: of requests that begin together few are held up, and not for long. A burst is over
-soon; where prompts wait for seconds on end there are more of them than that share of the device can
-compute, and it grows for as long as they do.
+as it would. So of requests that begin together the first are not held to the pace of a few, which
+would cost steps. A burst is over soon; where prompts wait for seconds on end there are more of them
+than that share of the device can compute, and it grows for as long as they do.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class PromptShare:
         if not each:
             return None
         self._queue = waiting * each > _SHORT
-        share = _SHARE * max(1.0, silent / speaking, 1.0 + self._queued - _BURST)
+        share = _SHARE * max(1.0, 1.0 + self._queued - _BURST)
         pace = self._times.of_decodes(decodes + decodes * silent // speaking)
         spare = (1.0 + share) * pace - self._times.of_decodes(decodes)
         most = max(_LEAST, int(spare / each))

@@ -10,7 +10,7 @@ from slipstream.runtime.executors.cuda.inputs import Shape
 
 # Steps of mixed prefill chunks and decodes up to the last of these are captured. Beyond, a step
 # takes the GPU longer than it takes Python to launch its kernels one by one.
-MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
 
 # For how many decodes the kernel for decodes is launched in those, if there are any: the one for
 # prompts takes a whole block for the single query of each, and reads a long context by itself. Only

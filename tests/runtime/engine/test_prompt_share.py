@@ -38,13 +38,13 @@ def test_chats_that_arrive_do_not_hold_up_streams_nor_cost_throughput() -> None:
 
 
 def test_streams_that_begin_together_are_even() -> None:
-    """They read the prompts of all first, as long as few of them speak."""
+    """The first of them are held to the pace of all, not to that of the few that speak yet."""
     load = Load(streams=True)
     load.run(256, 512, (512, 256))
     assert ratio(load) <= 2
-    first = [step for step in load.device.steps if step[1]][:40]
-    assert max(prompts for decodes, prompts, _ in first if 0 < decodes < 64) > 2000
-    assert all(seconds < 0.03 for decodes, _, seconds in load.device.steps if decodes > 160)
+    few = [prompts for decodes, prompts, _ in load.device.steps if 16 < decodes < 64]
+    assert max(few) > 900, "a step of so few takes a third of the time"
+    assert max(seconds for decodes, _, seconds in load.device.steps if decodes) < 0.04
 
 
 def test_few_streams_are_even_beside_prompts() -> None:
@@ -119,15 +119,9 @@ def bound(share: PromptShare, speaking: int, silent: int, waiting: int = 50_000)
 
 def test_a_step_takes_twice_as_long_as_it_will_without_prompts() -> None:
     share = learned(PromptShare())
-    for speaking, silent in ((32, 1), (32, 16), (64, 64)):
+    for speaking, silent in ((32, 1), (32, 16), (64, 64), (4, 300)):
         usual = 5e-3 + 10e-6 * (speaking + silent)
         assert bound(share, speaking, silent) == pytest.approx(2 * usual, rel=0.1)
-
-
-def test_where_more_are_silent_than_speak_prompts_get_as_many_times_as_much() -> None:
-    share = learned(PromptShare())
-    found = [bound(share, 100 - silent, silent) for silent in (50, 75, 90, 98)]
-    assert found == sorted(found) and found[1] < 5 * 0.006 < found[2] < 10.5 * 0.006 < found[3]
 
 
 def test_a_queue_that_lasts_gets_more_time() -> None:

@@ -154,7 +154,7 @@ def test_prompts_are_served_by_larger_steps_of_prompts(runner: Runner, captured:
     loaded: list[Any] = []
     runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
     batch = SimpleNamespace(
-        token_ids=np.zeros(1100), query_start=np.array([0, 1100]), context_len=np.array([1100])
+        token_ids=np.zeros(1300), query_start=np.array([0, 1300]), context_len=np.array([1300])
     )
     for _ in range(3):
         runner.layers(batch, np.arange(1, dtype=np.int32))  # type: ignore[arg-type]
