@@ -170,8 +170,10 @@ class Buckets:
         return other.tokens + (short if short > 0 else -short // _EMPTY)
 
     def alike(self, one: Shape, other: Shape) -> bool:
-        """Whether the ``other`` serves for ``one`` where it has more tokens: both are steps of one
-        token a sequence, or both mixed, or both have drafts, and that has room for them."""
+        """Whether the ``other`` serves for ``one``: both are steps of one token a sequence, or both
+        mixed, or both have drafts, and it has room for all that is in the one."""
+        if other.tokens < one.tokens:
+            return False
         if one.rows or other.rows:
             return bool(one.rows and other.rows)
         plain = [shape == self.decode(shape.sequences) for shape in (one, other)]

@@ -64,6 +64,17 @@ def test_a_step_has_room_for_the_drafts_of_any_sequences(batch: int, determinist
                 assert shape.sequences in buckets.batch_sizes, "and those of a head"
 
 
+def test_what_serves_for_a_step_has_room_for_it() -> None:
+    """Also where decodes that would be blocks count as rows more."""
+    buckets = Buckets(512, 8192, 32)
+    for tokens in buckets.mixed_tokens:
+        for wanted in (buckets.mixed(tokens), buckets.mixed(tokens, decodes=tokens // 2)):
+            served = [shape for shape in buckets.all_mixed if buckets.alike(wanted, shape)]
+            assert wanted in served
+            for dim, size in wanted.sizes.items():
+                assert all(shape.sizes[dim] >= size for shape in served)
+
+
 def test_without_drafts_there_are_no_steps_for_them() -> None:
     buckets = Buckets(16, 512, 32)
     assert buckets.verifications == [] and buckets.row_sizes == buckets.batch_sizes
