@@ -50,6 +50,10 @@ class Timed(Protocol):
         """Until all of ``count`` requests are done."""
         ...
 
+    def steady_seconds(self, count: int, input_len: int, steps: int) -> float:
+        """In which each of ``count`` requests gets a token while all of them run."""
+        ...
+
 
 def executor_of(loop: EngineLoop) -> CUDAExecutor:
     """The device of a loop."""
@@ -231,6 +235,39 @@ def by_load(runner: Timed, loop: EngineLoop) -> dict[str, float]:
     return figures
 
 
+def steady(runner: Timed, loop: EngineLoop) -> dict[str, float]:
+    """The same, of three drafts and by load, while all requests of a batch run, as where others
+    come for those that end: of a batch of which each gets 64 tokens, the one with the fewest right
+    drafts takes a fifth more steps than the mean."""
+    figures: dict[str, float] = {}
+    speculator, executor = loop._speculator, executor_of(loop)
+    assert speculator is not None
+    prepare(loop)
+    for batch in (1, 16, 64, 256):
+        with guessing(loop, _NOBODY, 0, 0.0):
+            plain = figures[f"steady_plain_{batch}"] = _steady_ms(runner, batch)
+        for length, chance in CHANCES.items():
+            if batch < 256:
+                before = seen_length(loop)
+                with guessing(loop, "eagle3", LENGTH, chance):
+                    rate = plain / _steady_ms(runner, batch)
+                times, right = seen_length(loop, before)
+                rate *= float(length) / (1 + right / times)
+                figures[f"steady_eagle3_{batch}_at_{length}"] = rate
+            with guessing(loop, "eagle3", 7, chance, Lengths(7, speculator._listener)):
+                speculator.learn(executor)
+                rate = plain / _steady_ms(runner, batch)
+                figures[f"steady_auto_{batch}_at_{length}"] = rate
+    return figures
+
+
+def _steady_ms(runner: Timed, batch: int) -> float:
+    """ms; what is captured on the way is captured before."""
+    runner.steady_seconds(batch, 128, 16)
+    steps = 192 if batch == 1 else 48
+    return statistics.median(runner.steady_seconds(batch, 128, steps) for _ in range(3)) * 1e3
+
+
 def table(figures: Mapping[str, float]) -> str:
     """The figures that the project has aims for, as far as they were measured, in few lines."""
     lines = ["synthetic acceptance, k = 3: times as fast     free            eagle3          auto"]
@@ -240,6 +277,12 @@ def table(figures: Mapping[str, float]) -> str:
             found = [figures.get(f"synthetic_{kind}_{batch}_at_{each}") for each in CHANCES]
             cells.append(" / ".join("-" if each is None else f"{each:.2f}" for each in found))
         lines.append(f"{cells[0]:38}" + "".join(f"{cell:>16}" for cell in cells[1:]))
+    for batch in (1, 16, 64, 256):
+        cells = [f"while all of {batch} run"]
+        for kind in ("eagle3", "auto"):
+            found = [figures.get(f"steady_{kind}_{batch}_at_{each}") for each in CHANCES]
+            cells.append(" / ".join("-" if each is None else f"{each:.2f}" for each in found))
+        lines.append(f"{cells[0]:54}" + "".join(f"{cell:>16}" for cell in cells[1:]))
     for name, ours, one in (
         ("with the host", "step_1x4", "step_1x1"),
         ("on the device", "device_rows_4", "device_rows_1"),
