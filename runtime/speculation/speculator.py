@@ -236,7 +236,7 @@ class Speculator:
             self._captured = executor.captures
         if self._lengths is not None and isinstance(executor, TimedExecutor):
             for rows, seconds in sorted(executor.step_seconds().items()):
-                self._lengths.landed(rows, seconds)
+                self._lengths.landed(rows, seconds, sure=True)
 
     def finish(self, sequence: Running) -> None:
         """A sequence has ended."""
