@@ -142,10 +142,10 @@ def test_a_first_step_alone_is_no_measure() -> None:
     assert costs.seconds(2) == 1.0
     costs.add(2, 1.5)
     assert costs.seconds(2) == 1.5
-    costs.add(4, 2.0)
+    costs.add(4, 8.0)
     for _ in range(256):
         costs.add(1, 1.0)
-    costs.add(4, 9.0)  # that was long ago
+    costs.add(4, 9.0)  # the other was long ago
     assert not costs.knows(4)
 
 
