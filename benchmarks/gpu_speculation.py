@@ -130,8 +130,7 @@ def guessing(
     ) -> None:
         # Draws are of what is verified: of the rest, a model of random weights says nothing.
         if plan.offered is not None:
-            verified = zip(plan.offered, plan.drafts, strict=False)
-            plan.offered = [each if count else 0 for each, count in verified]
+            plan.offered = list(map(min, plan.offered, plan.drafts))
         computed(self, plan, runs, result, latest)
 
     with ExitStack() as patches:
