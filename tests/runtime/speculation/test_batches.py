@@ -7,12 +7,21 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 
 from slipstream.runtime.speculation.lengths import Lengths
+from slipstream.runtime.speculation.ngram import NgramProposer
 from slipstream.runtime.speculation.proposer import Context, Guessed
-from slipstream.runtime.speculation.tracked import FIRST_CHANCE, OF_MODELS, Tracked
+from slipstream.runtime.speculation.tracked import (
+    FIRST_CHANCE,
+    OF_LOOKUPS,
+    OF_MODELS,
+    Tracked,
+    weight_of,
+)
+from slipstream.runtime.testing import counting_engine
 
 # ms of steps by their rows, and of guesses, by sequences.
 STEPS = {
@@ -83,3 +92,9 @@ def test_load_chooses_as_well_as_the_best_length_there_is(size: int, chance: flo
     """Though each sequence seems, by luck, to be guessed better or worse."""
     best = max(rate(size, chance, fixed) for fixed in (1, 3, 7))
     assert rate(size, chance) > 0.97 * best
+
+
+def test_a_head_is_a_model_and_a_lookup_is_none() -> None:
+    head: Any = Head(1)
+    assert weight_of(head) == OF_MODELS
+    assert weight_of(NgramProposer(counting_engine())) == OF_LOOKUPS
