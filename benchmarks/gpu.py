@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
-    python benchmarks/gpu.py --formats fp8 --measures verification speculation speculation_steady
+    python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
     python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
     python benchmarks/gpu.py --tp-size 2 --hollow --models llama-70b --formats fp8 --measures decode
 
@@ -138,7 +138,6 @@ FORM = StructuredOutput(
     }
 )
 Figures = dict[str, float]
-_BEGUN = 8  # tokens of a request that others wait for, or less
 _CHILD = multiprocessing.get_context("fork")  # which finds all modules there
 
 
@@ -218,30 +217,6 @@ class Runner:
         if ends != {"length"}:
             raise RuntimeError(f"requests ended by {ends}; {self.loop.unhealthy}")
         return time.perf_counter() - started
-
-    def steady_seconds(self, count: int, input_len: int, steps: int) -> float:
-        """In which each of ``count`` requests gets a token while all of them run: over so many
-        steps, when all have got some, of answers that then end."""
-        requests = [self._request(input_len, 8 * (steps + _BEGUN)) for _ in range(count)]
-        for request in requests:
-            self.loop.add_request(request)
-        running = self.loop.scheduler.running
-
-        def so_far() -> int:
-            return sum(len(sequence.tokens) for sequence in running)
-
-        while len(running) < count or so_far() < count * (input_len + _BEGUN):
-            self.loop.step()
-        torch.cuda.synchronize()
-        before, started = so_far(), time.perf_counter()
-        for _ in range(steps):
-            self.loop.step()
-        seconds, tokens = time.perf_counter() - started, so_far() - before
-        for request in requests:
-            self.loop.abort(request.request_id)
-        while self.loop.has_work:
-            self.loop.step()
-        return seconds * count / tokens
 
     def _request(
         self,
@@ -345,13 +320,8 @@ def speculation(runner: Runner) -> Figures:
 
 
 def speculation_auto(runner: Runner) -> Figures:
-    """The same where load decides on their number."""
-    return by_load(runner, runner.loop)
-
-
-def speculation_steady(runner: Runner) -> Figures:
-    """Both while all requests of a batch run."""
-    return steady(runner, runner.loop)
+    """The same where load decides on their number, and both while all of a batch run."""
+    return {**by_load(runner, runner.loop), **steady(runner.loop)}
 
 
 def profile(runner: Runner) -> Figures:
@@ -393,13 +363,12 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "verification": verification,
     "speculation": speculation,
     "speculation_auto": speculation_auto,
-    "speculation_steady": speculation_steady,
     "profile": profile,
 }
 
 
 # The rows of drafts take memory, and whoever could guess the host a little time.
-WITH_HEAD = ("verification", "speculation", "speculation_auto", "speculation_steady")
+WITH_HEAD = ("verification", "speculation", "speculation_auto")
 USUAL = [name for name in MEASURES if name not in WITH_HEAD]
 
 
