@@ -53,7 +53,7 @@ from gpu_models import (
     write_random_engine,
 )
 from gpu_speculation import OPTIONS as SYNTHETIC
-from gpu_speculation import by_load, fixed_lengths, table
+from gpu_speculation import by_load, fixed_lengths, steady, table
 from gpu_speculation import drafting as drafting_ms
 from gpu_speculation import verification as verification_ms
 
@@ -320,8 +320,8 @@ def speculation(runner: Runner) -> Figures:
 
 
 def speculation_auto(runner: Runner) -> Figures:
-    """The same where load decides on their number."""
-    return by_load(runner, runner.loop)
+    """The same where load decides on their number, and both while all of a batch run."""
+    return {**by_load(runner, runner.loop), **steady(runner.loop)}
 
 
 def profile(runner: Runner) -> Figures:

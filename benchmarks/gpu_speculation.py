@@ -6,7 +6,10 @@ what is measured, at lengths that real proposers are known to reach.
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -25,6 +28,8 @@ from slipstream.runtime.executors.cuda.device import Work
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.inputs import FIRST_ROWS, NUM_DRAFTS, Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
+from slipstream.runtime.request import Request
+from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.speculation.eagle3 import DeviceHeadProposer
 from slipstream.runtime.speculation.lengths import Lengths
 from slipstream.runtime.speculation.speculator import Speculator
@@ -41,6 +46,8 @@ CHANCES = {"2.5": 0.6914, "3.0": 0.8105}
 # Who guesses: somebody who takes no time, and the head of the engine.
 PROPOSERS = ("free", "eagle3")
 _NOBODY = "nobody"
+_BEGUN = 8  # tokens of a request that others wait for, or less
+_IDS = itertools.count(1 << 40)  # of requests, which are no others' here
 
 
 class Timed(Protocol):
@@ -126,8 +133,7 @@ def guessing(
     ) -> None:
         # Draws are of what is verified: of the rest, a model of random weights says nothing.
         if plan.offered is not None:
-            verified = zip(plan.offered, plan.drafts, strict=False)
-            plan.offered = [each if count else 0 for each, count in verified]
+            plan.offered = list(map(min, plan.offered, plan.drafts))
         computed(self, plan, runs, result, latest)
 
     with ExitStack() as patches:
@@ -231,6 +237,68 @@ def by_load(runner: Timed, loop: EngineLoop) -> dict[str, float]:
     return figures
 
 
+def steady(loop: EngineLoop) -> dict[str, float]:
+    """The same, of three drafts and by load, while all requests of a batch run, as where others
+    come for those that end: of a batch of which each gets 64 tokens, the one with the fewest right
+    drafts takes a fifth more steps than the mean."""
+    figures: dict[str, float] = {}
+    speculator, executor = loop._speculator, executor_of(loop)
+    assert speculator is not None
+    prepare(loop)
+    for batch in (1, 16, 64, 256):
+        with guessing(loop, _NOBODY, 0, 0.0):
+            plain = figures[f"steady_plain_{batch}"] = _steady_ms(loop, batch)
+        for length, chance in CHANCES.items():
+            if batch < 256:
+                before = seen_length(loop)
+                with guessing(loop, "eagle3", LENGTH, chance):
+                    rate = plain / _steady_ms(loop, batch)
+                times, right = seen_length(loop, before)
+                rate *= float(length) / (1 + right / times)
+                figures[f"steady_eagle3_{batch}_at_{length}"] = rate
+            with guessing(loop, "eagle3", 7, chance, Lengths(7, speculator._listener)):
+                speculator.learn(executor)
+                rate = plain / _steady_ms(loop, batch)
+                figures[f"steady_auto_{batch}_at_{length}"] = rate
+    return figures
+
+
+def _steady_ms(loop: EngineLoop, batch: int) -> float:
+    """ms in which each of a batch of requests gets a token while all of them run; what is captured
+    on the way is captured before."""
+    _steady_seconds(loop, batch, 16)
+    steps = 192 if batch == 1 else 48
+    return statistics.median(_steady_seconds(loop, batch, steps) for _ in range(3)) * 1e3
+
+
+def _steady_seconds(loop: EngineLoop, count: int, steps: int, length: int = 128) -> float:
+    """The same, once: over so many steps, when all have got some tokens, of answers that then
+    end."""
+    params = SamplingParams(temperature=0, max_tokens=8 * (steps + _BEGUN), ignore_eos=True)
+    vocab = range(loop._engine.vocab_size)
+    names = [str(next(_IDS)) for _ in range(count)]
+    for name in names:
+        prompt = random.choices(vocab, k=length)
+        loop.add_request(Request(name, prompt, params, output_kind="final"))
+    running = loop.scheduler.running
+
+    def so_far() -> int:
+        return sum(len(sequence.tokens) for sequence in running)
+
+    while len(running) < count or so_far() < count * (length + _BEGUN):
+        loop.step()
+    executor_of(loop)._device.synchronize()
+    before, started = so_far(), time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    seconds, tokens = time.perf_counter() - started, so_far() - before
+    for name in names:
+        loop.abort(name)
+    while loop.has_work:
+        loop.step()
+    return seconds * count / tokens
+
+
 def table(figures: Mapping[str, float]) -> str:
     """The figures that the project has aims for, as far as they were measured, in few lines."""
     lines = ["synthetic acceptance, k = 3: times as fast     free            eagle3          auto"]
@@ -240,6 +308,12 @@ def table(figures: Mapping[str, float]) -> str:
             found = [figures.get(f"synthetic_{kind}_{batch}_at_{each}") for each in CHANCES]
             cells.append(" / ".join("-" if each is None else f"{each:.2f}" for each in found))
         lines.append(f"{cells[0]:38}" + "".join(f"{cell:>16}" for cell in cells[1:]))
+    for batch in (1, 16, 64, 256):
+        cells = [f"while all of {batch} run"]
+        for kind in ("eagle3", "auto"):
+            found = [figures.get(f"steady_{kind}_{batch}_at_{each}") for each in CHANCES]
+            cells.append(" / ".join("-" if each is None else f"{each:.2f}" for each in found))
+        lines.append(f"{cells[0]:54}" + "".join(f"{cell:>16}" for cell in cells[1:]))
     for name, ours, one in (
         ("with the host", "step_1x4", "step_1x1"),
         ("on the device", "device_rows_4", "device_rows_1"),

@@ -44,7 +44,8 @@ def rate(llm: LLM, prompt: str, predicted: str, max_tokens: int) -> tuple[float,
 
 
 def main() -> None:
-    """Print medians, the ratio to ``off`` and what was accepted."""
+    """Print medians, the ratio to ``off`` in the median of answers and of all, and what was
+    counted: steps, those of prompts too, drafts and how many were right."""
     parser = argparse.ArgumentParser()
     parser.add_argument("engine")
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,6 +57,7 @@ def main() -> None:
     llms = {name: LLM(options.engine, **shared, **kind) for name, kind in KINDS.items()}
     rates: dict[str, list[float]] = {name: [] for name in KINDS}
     answers: dict[str, list[int]] = {}
+    lengths: list[int] = []
     for _ in range(options.rounds):
         for prompt, text in edits(3):
             for name, llm in llms.items():
@@ -63,15 +65,19 @@ def main() -> None:
                 speed, tokens = rate(llm, prompt, predicted, options.max_tokens)
                 assert answers.setdefault(prompt, tokens) == tokens, f"{name} says something else"
                 rates[name].append(speed)
+            lengths.append(len(answers[prompt]) - 1)
     report = {}
     for name, llm in llms.items():
         ratios = [a / b for a, b in zip(rates[name], rates["off"], strict=True)]
-        stats = llm.stats.speculation
+        stats, times = llm.stats.speculation, zip(rates[name], rates["off"], lengths, strict=True)
+        taken = [(count / own, count / off) for own, off, count in times]
         drafted = 0 if stats is None else stats.num_draft_tokens
         accepted = 0 if stats is None else stats.num_accepted_tokens
         report[name] = {
             "tokens_per_second": median(rates[name]),
             "ratio_to_off": median(ratios),
+            "ratio_of_all": sum(off for _, off in taken) / sum(own for own, _ in taken),
+            "steps": llm.stats.step_tokens.count,
             "drafts": drafted,
             "accepted": accepted,
         }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from slipstream.builder.models.config import ModelConfig
 
@@ -68,6 +68,24 @@ def save_tiny(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
     model.save_pretrained(directory)
     write_tiny_tokenizer(directory)
     return directory
+
+
+def calm(checkpoint: Path) -> Path:
+    """Let normed queries be a tenth of what they are, and return the checkpoint.
+
+    Of a model whose scores are products of normed queries and keys without a scale, as Gemma 4's
+    are, ``save_tiny`` makes heads that attend to one key each, and bfloat16 is enough to change
+    which: of transformers it changes a difference of two log probabilities by 0.3 in the median and
+    1.3 at most from float32, of our kernels on a GPU as much, with one row a step or eight, and by
+    1.1 from one to eight. So it is by 0.02 and 0.1, and by 0.07 from one to eight.
+    """
+    file = checkpoint / "model.safetensors"
+    arrays = load_file(file)
+    for name in arrays:
+        if name.endswith("q_norm.weight"):
+            arrays[name] = arrays[name] / np.float32(10)
+    save_file(arrays, file, metadata={"format": "pt"})
+    return checkpoint
 
 
 def write_tiny_tokenizer(directory: Path) -> None:

@@ -14,6 +14,7 @@ from slipstream.runtime.speculation.proposer import Listener
 
 _SMOOTHING = 0.25  # the weight of the newest step
 _OUTLIER = 2.0  # times what was expected: what is more than that is not of the step's doing
+_ODD = 1.25  # times what was expected: what a first step may take to be believed
 _CLOSE = 8  # a number of rows is known where one is that differs by an eighth
 _MARGIN = 1.03  # of expected tokens a second, below which nothing is gained for sure
 _REMEMBERED = 256  # steps after which a cost is measured again
@@ -23,24 +24,32 @@ _FREE = 0.02  # of the time: what a proposer may take for nothing
 class StepCosts:
     """Seconds of a step of decodes by its number of rows, as they were measured of late.
 
-    A number of rows that no step had for a while is forgotten, and so tried again where it may pay:
-    machines get other work, and contexts grow.
+    Where the first step of a number of rows takes more than was expected, the quicker of two
+    counts: it may have made room for arrays of a new shape, or something else kept the machine
+    busy, and what looks dear is not tried again for long. One that no step had for a while is
+    forgotten, and so tried again where it may pay: machines get other work, and contexts grow.
     """
 
     def __init__(self) -> None:
         self._measured: dict[int, tuple[float, int]] = {}  # and in which step
+        self._once: dict[int, tuple[float, int]] = {}
         self._steps = 0
         self._places: list[int] = []
         self._seconds: list[float] = []
 
-    def add(self, rows: int, seconds: float) -> None:
-        """Take a step into account."""
+    def add(self, rows: int, seconds: float, sure: bool = False) -> None:
+        """Take a step into account, or what was measured with care, which is ``sure``."""
         self._steps += 1
+        oldest = self._steps - _REMEMBERED
         if rows in self._measured:
             known, _ = self._measured[rows]
             seconds = known + _SMOOTHING * (min(seconds, _OUTLIER * known) - known)
-        self._measured[rows] = seconds, self._steps
-        oldest = self._steps - _REMEMBERED
+        first, when = self._once.pop(rows, (seconds, oldest))
+        expected = _ODD * self.seconds(rows) if self._places else 0.0
+        if sure or rows in self._measured or when > oldest or seconds <= expected:
+            self._measured[rows] = min(first, seconds), self._steps
+        else:
+            self._once[rows] = seconds, self._steps
         kept = {rows: each for rows, each in self._measured.items() if each[1] > oldest}
         self._measured, self._places = kept, sorted(kept)
         # More rows cost no less: what says otherwise was disturbed.
@@ -179,9 +188,9 @@ class Lengths:
         plain = num_sequences / (without + costs.seconds(num_sequences))
         return (best + 1, float(rates[best])) if rates[best] > _MARGIN * plain else None
 
-    def landed(self, rows: int, seconds: float) -> None:
-        """Take a step of nothing but decodes into account."""
-        self._costs.add(rows, seconds)
+    def landed(self, rows: int, seconds: float, sure: bool = False) -> None:
+        """Take a step of nothing but decodes into account, or what is ``sure`` of such."""
+        self._costs.add(rows, seconds, sure)
 
 
 class _Ranked(NamedTuple):

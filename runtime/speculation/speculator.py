@@ -36,7 +36,7 @@ from slipstream.runtime.speculation.proposer import (
     create_proposer,
 )
 from slipstream.runtime.speculation.stats import SpeculationStats
-from slipstream.runtime.speculation.tracked import FIRST_CHANCE, SMOOTHING, Tracked, noted
+from slipstream.runtime.speculation.tracked import FIRST_CHANCE, Tracked, noted, weight_of
 
 _logger = logging.getLogger(__name__)
 _FAILED = "the proposer failed; there will be no more drafts of it"
@@ -69,6 +69,7 @@ class Speculator:
         self._owner = proposer if isinstance(proposer, Owner) else None
         self._listener = proposer if isinstance(proposer, Listener) else None
         self._follower = proposer if isinstance(proposer, Follower) else None
+        self._weight = weight_of(proposer)
         self.most = most
         self._vocab_size = vocab_size
         self._lengths = lengths
@@ -218,9 +219,8 @@ class Speculator:
 
     def waits_for(self, plan: StepPlan, running: Iterable[Running]) -> bool:
         """Whether the host must know the tokens of a step before it plans the next, of ``running``
-        sequences: it has guessed some of them, or it pays to guess what comes after them, as where
-        drafts are always wanted and the device says what it guesses with the tokens. Where the
-        device has led and does not from now on, too."""
+        sequences: it guessed some of them, or it pays to guess what comes after them, as where the
+        device says guesses with tokens and all are wanted; or the device leads no more."""
         if self.leads(running):
             return bool(plan.guesses)
         if plan.offered is not None and any(plan.drafts):
@@ -236,7 +236,7 @@ class Speculator:
             self._captured = executor.captures
         if self._lengths is not None and isinstance(executor, TimedExecutor):
             for rows, seconds in sorted(executor.step_seconds().items()):
-                self._lengths.landed(rows, seconds)
+                self._lengths.landed(rows, seconds, sure=True)
 
     def finish(self, sequence: Running) -> None:
         """A sequence has ended."""
@@ -288,6 +288,7 @@ class Speculator:
             tracked = sequence.speculation = Tracked(
                 Context(sequence.tokens, sequence.prompt_len, sequence.request.cache_namespace),
                 self._chance,
+                self._weight,
                 OtherText(predicted) if predicted else None,
             )
         return tracked
@@ -316,7 +317,7 @@ class Speculator:
                 self._note(found, found < came)
 
     def _note(self, right: int, wrong: bool) -> None:
-        self._chance = noted(self._chance, right, wrong, SMOOTHING / 4)
+        self._chance = noted(self._chance, right, wrong, self._weight / 4)
 
     def _guess(self, sequences: Sequence[Running], tracked: Sequence[Tracked]) -> None:
         asked, known = [], all(each.guessed_at for each in tracked)

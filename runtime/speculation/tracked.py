@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slipstream.runtime.speculation.lookup import OtherText
-from slipstream.runtime.speculation.proposer import Context
+from slipstream.runtime.speculation.proposer import Context, Follower, Listener, Owner, Proposer
 
 FIRST_CHANCE = 0.5
-SMOOTHING = 0.15  # the weight of the newest guess
+# The weight of the newest guess. What a look-up finds is right in runs, and wrong in others; a
+# model is right about as often all along, and what seems otherwise is mostly luck, by which drafts
+# would go to the wrong sequences of a batch.
+OF_LOOKUPS, OF_MODELS = 0.15, 0.05
 
 
 @dataclass(slots=True)
 class Tracked:
     """The last guess, how many tokens came before it and whether it is the client's prediction, how
-    often guesses were right of late, and how many the device makes after the last step."""
+    often guesses were right of late, by the ``weight`` of the newest, and how many the device makes
+    after the last step."""
 
     context: Context
     chance: float
+    weight: float = OF_LOOKUPS
     predicted: OtherText | None = None
     guess: Sequence[int] = ()
     guessed_at: int = 0
@@ -36,7 +41,12 @@ class Tracked:
 
     def note(self, right: int, wrong: bool) -> None:
         """Take into account that so many guesses were right, and whether the next was wrong."""
-        self.chance = noted(self.chance, right, wrong, SMOOTHING)
+        self.chance = noted(self.chance, right, wrong, self.weight)
+
+
+def weight_of(proposer: Proposer) -> float:
+    """Of the newest guess of a proposer; one that reads states or has a device is a model."""
+    return OF_MODELS if isinstance(proposer, Listener | Follower | Owner) else OF_LOOKUPS
 
 
 def noted(chance: float, right: int, wrong: bool, weight: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 from tests.integration.test_cuda_engine import FORMATS, PAGE, config_of
 from tests.runtime.executors.test_cpu_speculation import KINDS, PROMPTS
 from tests.runtime.speculation.hostile import NAME, hostile
-from tests.tiny_models import save_tiny
+from tests.tiny_models import calm, save_tiny
 
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
@@ -38,6 +38,8 @@ NEAR, NEAR_FP8 = 0.1, 0.3
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(f"drafts-{request.param}")
     checkpoint = save_tiny(config_of(request.param), path / "checkpoint")
+    if request.param == "two-caches":  # else bfloat16 decides what is said
+        calm(checkpoint)
     build(checkpoint, path / "engine", BuildOptions(target="cuda", **FORMATS[request.param]))
     return path / "engine"
 

@@ -288,12 +288,16 @@ class CUDAExecutor:
         """What the head takes after such steps."""
         if self._costs is not None and self._costs.guesses:
             return dict(self._costs.guesses)
-        return self.runner.guess_seconds(self.guess_counts) if self._device.is_cuda else {}
+        guessing = self.runner.guessing
+        if guessing is None or not self._device.is_cuda:
+            return {}
+        return guessing.seconds(self.guess_counts)
 
     def measure(self) -> StepCosts:
         """What all steps of decodes take that are captured some day, when pages are reserved."""
         self.runner.capture_decodes(self.guess_counts)
-        guesses = self.runner.guess_seconds(self.guess_counts) if self.guess_counts else {}
+        guessing = self.runner.guessing
+        guesses = {} if guessing is None else guessing.seconds(self.guess_counts)
         return StepCosts(self._device.name, self.runner.step_seconds(), guesses)
 
     def works(self) -> list[Work]:
@@ -308,7 +312,8 @@ class CUDAExecutor:
             count = next((each for each in self.guess_counts if each >= count > 0), 0)
             batch.guessing = replace(batch.guessing, count=count)
         self._copy_pages(batch.transfers)
-        guessed = self.runner.guessed
+        guessing = self.runner.guessing
+        guessed = None if guessing is None else guessing.latest
         with self._device.work():
             self._move_pages(batch.moves)
             rows = enumerate(batch.sampling)

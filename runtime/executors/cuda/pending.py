@@ -76,7 +76,8 @@ class StartedCUDAStep:
         if wanted is None:
             return None
         self.runner.guess(wanted.count)
-        return self.runner.fetch_guesses(self.batch.slots, wanted.count)
+        assert self.runner.guessing is not None
+        return self.runner.guessing.fetch(self.batch.slots, wanted.count)
 
     def _states(self) -> Tensor:
         """The states of all rows on their way to the host, as many at a time as the head takes."""

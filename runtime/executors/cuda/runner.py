@@ -18,7 +18,8 @@ from slipstream.plugins.sampling.cuda import normalizers
 from slipstream.runtime.engine.step import IntArray, StepBatch
 from slipstream.runtime.executors.cuda.buckets import QUERIES, Buckets, bucket, turn, with_none
 from slipstream.runtime.executors.cuda.device import Device, Work, both
-from slipstream.runtime.executors.cuda.drafter import Drafter, PendingGuesses, Read
+from slipstream.runtime.executors.cuda.drafter import Drafter, Read
+from slipstream.runtime.executors.cuda.guessing import Guessing
 from slipstream.runtime.executors.cuda.head import head_work
 from slipstream.runtime.executors.cuda.inputs import (
     Blocks,
@@ -72,7 +73,6 @@ class StepRunner:
         self._program, self._sampler, self._device = program, sampler, device
         self._team, self._drafter = team, drafter
         self._read: Read | None = None  # the step whose layers were enqueued last
-        self._guesses: dict[tuple[Shape, int], Work] = {}
         self._buckets = buckets
         self._memory: Memory | None = None
         self._layers: dict[Shape, Work] = {}
@@ -87,6 +87,8 @@ class StepRunner:
             guesses = drafter is not None
             layout = Layout(ports.values(), page_columns, buckets.query_block, guesses)
             self._inputs = StepInputs(device, layout, buckets.largest)
+            of = (device, buckets, self._inputs, self._step_of)
+            self.guessing = None if drafter is None else Guessing(drafter, *of)
             self.rows = torch.zeros(
                 (count, program.hidden_size), dtype=program.dtype, device=device.torch
             )
@@ -109,7 +111,8 @@ class StepRunner:
         """Use these pages from now on; graphs that were captured with others are dropped."""
         self._layers.clear()
         self._heads.clear()
-        self._guesses.clear()
+        if self.guessing is not None:
+            self.guessing.bind(memory)
         self._spared.forget()
         self._later.clear()
         self._memory = memory
@@ -192,37 +195,8 @@ class StepRunner:
     def guess(self, count: int) -> None:
         """Let the head read the step whose layers and sampling were enqueued last, and enqueue so
         many guesses after it."""
-        assert self._read is not None
-        shape, step = self._read.shape, self._read.step
-        if step is not None:
-            self._guess_work(shape, step, count)()
-            return
-        if (shape, count) not in self._guesses:
-            work = self._guess_work(shape, self._step_of(shape), count)
-            self._guesses[shape, count] = self._device.capture(work)
-        self._guesses[shape, count]()
-
-    def fetch_guesses(self, slots: IntArray, count: int) -> PendingGuesses:
-        """Start copying what was guessed of the sequences in ``slots`` to the host."""
-        assert self._drafter is not None
-        return self._drafter.fetch(slots, count)
-
-    @property
-    def guessed(self) -> IntArray | None:
-        """What is guessed of each slot before the next step, int32 ``[slots, COLUMNS]`` that the
-        device may still write; None without a head."""
-        return None if self._drafter is None else self._drafter.latest
-
-    def guess_seconds(self, counts: Sequence[int]) -> dict[tuple[int, int], float]:
-        """Of guesses after captured steps of decodes, by sequences and how many of each; of none,
-        the head only reads."""
-        with self._device.work():
-            self._inputs.clear()
-        return {
-            (shape.sequences, count): self._device.seconds(work, _TIMES)
-            for (shape, count), work in self._guesses.items()
-            if count in with_none(counts) and shape == self._buckets.decode(shape.sequences)
-        }
+        assert self.guessing is not None and self._read is not None
+        self.guessing.run(self._read, count)
 
     def logits_of(self, hidden: Tensor, rows: IntArray) -> Tensor:
         """float32 logits ``[L, vocab]``, or states, of up to ``max_rows`` of the rows that
@@ -238,21 +212,17 @@ class StepRunner:
             self._inputs.clear()  # operators of torch run, and steps before may have left rows
         layers = map(self._layers_work, self._shapes)
         heads = (self._head_work(size, kind) for size in self._head_sizes for kind in Kind)
-        guesses = [
-            self._guess_work(shape, self._step_of(shape), count)
-            for shape in (self._shapes if counts else ())
-            for count in with_none(counts)
-        ]
+        guessing = self.guessing if counts else None
+        guesses = [] if guessing is None else guessing.works(self._shapes, counts)
         return [*layers, *heads, *guesses, self.largest_step]
 
     def largest_captured(self) -> list[Work]:
         """The captured work that takes the most memory, of each sort."""
         layers = [self._layers_work(shape) for shape in self._largest_shapes]
         heads = [self._head_work(size, Kind.SAMPLE) for size in self._head_sizes[-1:]]
-        if self._drafter is None:
+        if self.guessing is None:
             return [*layers, *heads]
-        shapes = self._largest_shapes
-        return [*layers, *heads, *(self._guess_work(s, self._step_of(s), 1) for s in shapes)]
+        return [*layers, *heads, *(self.guessing.work(each, 1) for each in self._largest_shapes)]
 
     def capture(self, counts: Sequence[int] = (), at_once: bool = True) -> None:
         """Capture the largest buckets, so that the memory of the graphs is as large as it becomes,
@@ -275,10 +245,8 @@ class StepRunner:
             every: list[_Key] = [*self._shapes]
             every += itertools.product(self._head_sizes, PREPARED_KINDS)
             self._later.extend(sorted((key for key in every if key not in first), key=turn))
-        for count in with_none(counts):
-            for shape in dict.fromkeys([*self._largest_shapes, *small]):
-                work = self._guess_work(shape, self._step_of(shape), count)
-                self._guesses[shape, count] = self._device.capture(work)
+        if self.guessing is not None:
+            self.guessing.capture([*self._largest_shapes, *small], with_none(counts))
         self._device.synchronize()
 
     def capture_next(self) -> bool:
@@ -311,13 +279,12 @@ class StepRunner:
         for size in [size for size in self._head_sizes if size <= most]:
             if (size, Kind.GREEDY) not in self._heads:
                 self._capture((size, Kind.GREEDY))
-        for shape in [s for s in self._shapes if not s.rows and s.tokens <= most]:
+        shapes = [shape for shape in self._shapes if not shape.rows and shape.tokens <= most]
+        for shape in shapes:
             if shape not in self._layers:
-                self._layers[shape] = self._device.capture(self._layers_work(shape))
-            for count in with_none(counts):
-                if (shape, count) not in self._guesses:
-                    work = self._guess_work(shape, self._step_of(shape), count)
-                    self._guesses[shape, count] = self._device.capture(work)
+                self._capture(shape)
+        if self.guessing is not None:
+            self.guessing.capture(shapes, with_none(counts))
         self._device.synchronize()
 
     def step_seconds(self) -> dict[int, float]:
@@ -340,8 +307,8 @@ class StepRunner:
         self._program.hidden(step, self.memory, states=self._states(shape.tokens))
         self._program.logits(self.rows, self.logits)
         normalizers(self.logits)  # of which scores of prompts are made
-        if self._drafter is not None:
-            self._guess_work(shape, step, 1)()
+        if self.guessing is not None:
+            self.guessing.work(shape, 1, step)()
 
     def _by_kernel(self, batch: StepBatch, rows: IntArray, decodes: int) -> Tensor:
         decodes = 0 if self._buckets.deterministic else decodes
@@ -404,10 +371,6 @@ class StepRunner:
         deterministic = self._buckets.deterministic
         decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
         return self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
-
-    def _guess_work(self, shape: Shape, step: Step, count: int) -> Work:
-        assert self._drafter is not None
-        return self._drafter.work(step, shape, count, self.memory)
 
     def _states(self, tokens: int) -> Tensor | None:
         """Where a step leaves what a head reads."""

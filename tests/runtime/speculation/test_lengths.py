@@ -103,9 +103,9 @@ def test_nothing_is_verified_before_a_step_was_measured() -> None:
 
 def test_costs_between_two_that_are_known() -> None:
     costs = StepCosts()
-    costs.add(1, 1.0)
+    costs.add(1, 1.0, sure=True)
     assert costs.seconds(8) == 1.0  # what is not known is tried
-    costs.add(8, 8.0)
+    costs.add(8, 8.0, sure=True)
     assert costs.seconds(4) == pytest.approx(4.0)
     assert costs.seconds(10) == pytest.approx(10.0)
     assert costs.most == 16
@@ -115,24 +115,38 @@ def test_costs_between_two_that_are_known() -> None:
 
 def test_about_so_many_rows_are_known() -> None:
     costs = StepCosts()
-    costs.add(32, 1.0)
+    costs.add(32, 1.0, sure=True)
     assert [rows for rows in range(1, 64) if costs.knows(rows)] == list(range(29, 37))
 
 
 def test_a_step_that_was_disturbed_is_no_measure_of_fewer_rows() -> None:
     costs = StepCosts()
-    costs.add(1, 9.0)
-    costs.add(4, 2.0)
+    costs.add(1, 9.0, sure=True)
+    costs.add(4, 2.0, sure=True)
     assert costs.seconds(1) == 2.0
 
 
 def test_costs_are_forgotten() -> None:
     costs = StepCosts()
-    costs.add(8, 1.0)
+    costs.add(8, 1.0, sure=True)
     for _ in range(256):
         assert costs.knows(8)
         costs.add(1, 1.0)
     assert not costs.knows(8) and costs.knows(1)
+
+
+def test_a_first_step_alone_is_no_measure() -> None:
+    costs = StepCosts()
+    costs.add(1, 1.0, sure=True)
+    costs.add(2, 9.0)  # room was made for it
+    assert costs.seconds(2) == 1.0
+    costs.add(2, 1.5)
+    assert costs.seconds(2) == 1.5
+    costs.add(4, 8.0)
+    for _ in range(256):
+        costs.add(1, 1.0)
+    costs.add(4, 9.0)  # the other was long ago
+    assert not costs.knows(4)
 
 
 def test_a_proposer_that_takes_as_long_as_a_step_is_rarely_asked() -> None:
@@ -201,7 +215,7 @@ def test_a_device_is_rarely_asked_where_nothing_pays_and_at_once_where_it_does()
     head = Head(0.5)
     lengths = Lengths(7, head)
     found = lead(compute_bound, 0.6, head, lengths, sequences=8)
-    assert {verified for _, verified in found[3:]} == {0}
+    assert {verified for _, verified in found[5:]} == {0}
     asked = [offered for offered, _ in found[3:]]
     assert max(asked) == 1 and 2 <= sum(asked) < 60
     again = lead(memory_bound, 0.9, Head(0.01), Lengths(7, Head(0.01)), sequences=8, steps=20)
@@ -212,7 +226,7 @@ def test_what_a_device_has_guessed_is_verified_though_no_more_is_asked_for() -> 
     """It has been paid for."""
     head = Head(100.0)
     lengths = Lengths(7, head)
-    lengths.landed(1, 1.0)
-    lengths.landed(8, 1.1)
+    lengths.landed(1, 1.0, sure=True)
+    lengths.landed(8, 1.1, sure=True)
     assert lengths.choose(1, [0.9], [3], 8) == [3]
     assert lengths.wanted() in (0, 1)

@@ -15,6 +15,7 @@ import pytest
 from slipstream.plugins.sampling import Kind
 from slipstream.runtime.executors.cuda.buckets import Buckets
 from slipstream.runtime.executors.cuda.device import Device
+from slipstream.runtime.executors.cuda.guessing import Guessing
 from slipstream.runtime.executors.cuda.inputs import Shape
 from slipstream.runtime.executors.cuda.runner import StepRunner
 from slipstream.runtime.executors.cuda.spared import Spared
@@ -27,7 +28,7 @@ class Runner(StepRunner):
 
     def __init__(self, captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self._device, self._buckets = Device(), BUCKETS
-        self._layers, self._heads, self._guesses, self._drafter = {}, {}, {}, None
+        self._layers, self._heads, self._drafter, self.guessing = {}, {}, None, None
         self._spared = Spared()
         self._later = deque()
         self.inputs: Any = SimpleNamespace(load=lambda *_: None, logits_rows=id)
@@ -268,13 +269,13 @@ def test_steps_with_drafts_of_the_first_answers_are_captured_at_the_start_and_ti
     assert sorted(runner.step_seconds()) == [1, 2, 4, 8, 16, 32, 64, 128, buckets.max_rows]
 
 
-def test_costs_are_those_of_every_step_of_decodes(
-    runner: Runner, captured: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_costs_are_those_of_every_step_of_decodes(runner: Runner, captured: list[Any]) -> None:
     """With the guesses of a head; each is captured once."""
     runner._buckets = buckets = replace(BUCKETS, drafts=192)
-    monkeypatch.setattr(runner, "_step_of", lambda shape: shape)
-    monkeypatch.setattr(runner, "_guess_work", lambda shape, _step, count: lambda: (shape, count))
+    drafter: Any = SimpleNamespace(work=lambda _step, shape, count, _: lambda: (shape, count))
+    step_of: Any = lambda shape: shape  # noqa: E731
+    runner.guessing = Guessing(drafter, runner._device, buckets, runner.inputs, step_of)
+    runner.guessing.bind(SimpleNamespace())  # type: ignore[arg-type]
     runner.capture((3,))
     runner.capture_decodes((1, 3))
     assert len(set(captured)) == len(captured)
@@ -282,5 +283,5 @@ def test_costs_are_those_of_every_step_of_decodes(
     assert {(shape, count) for shape in decodes for count in (0, 1, 3)} <= set(captured)
     runner._device.seconds = lambda work, times: float(bool(work) * times)  # type: ignore[method-assign]
     assert set(runner.step_seconds()) == {shape.tokens for shape in decodes}
-    guesses = runner.guess_seconds((1, 3))
+    guesses = runner.guessing.seconds((1, 3))
     assert set(guesses) == {(size, count) for size in buckets.batch_sizes for count in (0, 1, 3)}
