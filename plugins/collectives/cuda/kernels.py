@@ -40,11 +40,16 @@ def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _begin_turn(turns):
-    """The turn of this launch, odd after even: neither that of who is gone nor 0, which is where
+def _after(turn):
+    """The turn after another, odd after even: neither that of who is gone nor 0, which is where
     nobody has written yet."""
-    turn = tl.load(turns + tl.program_id(0)) + 1
-    return tl.where(turn == _ABANDONED, 1, turn)
+    return tl.where(turn + 1 == _ABANDONED, 1, turn + 1)
+
+
+@triton.jit
+def _begin_turn(turns):
+    """The turn of this launch."""
+    return _after(tl.load(turns + tl.program_id(0)))
 
 
 @triton.jit
@@ -203,17 +208,23 @@ def _tell(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _await_flags(flags, turn, wanted):
+    """Waits until those flags that are wanted tell of this turn."""
+    nothing = tl.where(wanted, 0, 0)
+    ready = 0
+    while ready == 0:
+        seen = tl.atomic_add(flags, nothing, wanted, sem="acquire", scope="sys")
+        ready = tl.min((_has_come(seen, turn) | ~wanted).to(tl.int32))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _hear(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
     """Waits until the same program of every other rank has told so."""
     every = tl.arange(0, SIZE)
     other = every != rank
     here = _box(peers, rank, flags, tl.int32)
-    own = here + _flag(meeting, turn, every, SIZE)
-    ready = 0
-    while ready == 0:
-        seen = tl.atomic_add(own, tl.zeros_like(every), other, sem="acquire", scope="sys")
-        ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
-    tl.debug_barrier()
+    _await_flags(here + _flag(meeting, turn, every, SIZE), turn, other)
 
 
 @triton.jit
@@ -376,6 +387,54 @@ def two_shot_kernel(
                     )  # fmt: skip
         if which <= pieces:
             _tell(peers, flags, which, turn, rank, SIZE)
+    _end_turn(turns, turn)
+
+
+@triton.jit(do_not_specialize=["rank", "piece"])
+def tell_kernel(peers, told, rank, flags, piece, SIZE: tl.constexpr):
+    """Tells every other rank that it has a piece of x, which was copied there before: with the
+    first begins a turn, which ``told [1]`` counts. Grid: (1,)."""
+    turn = tl.load(told)
+    turn = tl.where(piece == 0, _after(turn), turn)
+    every = tl.arange(0, SIZE)
+    there = (tl.load(peers + every) + flags).to(tl.pointer_type(tl.int32))
+    turns = tl.zeros_like(every) + turn
+    tl.debug_barrier()
+    tl.store(told, turn)
+    tl.atomic_xchg(there + piece * SIZE + rank, turns, every != rank, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "piece"])
+def copied_kernel(
+    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, inbox, flags, piece,
+    eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As ``one_shot_kernel``, of x that is copied into the ``inbox`` meanwhile, ``piece`` rows at a
+    time. ``turns`` are counted apart from those of other kernels. Grid: (programs,)."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    within = columns < WORDS
+    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
+    box = _box(peers, rank, inbox, tl.int32)
+    here = _box(peers, rank, flags, tl.int32)
+    turn = _begin_turn(turns)
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    every = tl.arange(0, ROWS)[:, None] * programs
+    senders = tl.arange(0, SIZE)
+    for which in range(0, tl.cdiv(rows, piece)):
+        _await_flags(here + which * SIZE + senders, turn, senders != rank)
+        end = tl.minimum(rows, (which + 1) * piece)
+        for top in range(which * piece + first, end, programs * ROWS):
+            row = top + every
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, end, count, weight)
+            own = tl.load(x + at, inside, 0)
+            other = own
+            if residual is not None:
+                other = tl.load(residual + at, inside, 0)
+            words = _sum_sent(own, box + at, stride.to(tl.int64), rank, inside, SIZE, DTYPE)
+            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
     _end_turn(turns, turn)
 
 

@@ -14,8 +14,8 @@ _ABANDONED = 0xFF  # every byte of a turn that none is, see ``kernels.py``
 class SharedMemory:
     """``size`` bytes on each rank, zeros at first; making it is a collective call.
 
-    ``addresses`` int64 ``[ranks]``, on the device, are where this rank sees them. It lives as long
-    as this object does.
+    ``addresses`` int64 ``[ranks]``, on the device, are where this rank sees them, ``views`` the
+    same as tensors. It lives as long as this object does.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class SharedMemory:
         self._memory.zero_()
         self._beside = torch.cuda.Stream(device)
         handle = symmetric_memory.rendezvous(self._memory, group)
-        self._views = [
+        self.views = [
             self._memory if peer == rank else handle.get_buffer(peer, (size,), torch.uint8)
             for peer in range(group.size())
         ]
         self._handle = handle
-        places = [view.data_ptr() for view in self._views]
+        places = [view.data_ptr() for view in self.views]
         self.addresses = torch.tensor(places, dtype=torch.int64, device=device)
         # Nobody writes before everybody's zeros are there.
         torch.cuda.synchronize(device)
