@@ -89,7 +89,7 @@ class Copies:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):  # None changes nothing
-            if not recording():
+            if self._memories and not recording():
                 self._copy(sending, piece)
             kernels.tell_kernel[(1,)](
                 room.peers,
