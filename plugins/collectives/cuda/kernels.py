@@ -47,9 +47,13 @@ def _after(turn):
 
 
 @triton.jit
-def _begin_turn(turns):
-    """The turn of this launch."""
-    return _after(tl.load(turns + tl.program_id(0)))
+def _begin_turn(turns, room, PDL: tl.constexpr):
+    """The turn of this launch, once everything in front of it has ended, and where its slot begins
+    among slots of ``room``."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    turn = _after(tl.load(turns + tl.program_id(0)))
+    return turn, (turn & 1).to(tl.int64) * room
 
 
 @triton.jit
@@ -259,10 +263,7 @@ def one_shot_kernel(
     weight_low, weight_high = _weights(weight, columns, within, DTYPE)
     others = _others(peers, rank, inbox, kind, SIZE)
     box = _box(peers, rank, inbox, kind)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     first, programs = tl.program_id(0), tl.num_programs(0)
     every = tl.arange(0, ROWS)[:, None] * programs
@@ -330,10 +331,7 @@ def two_shot_kernel(
     other_sums = _others(peers, rank, whole, tl.int32, SIZE)
     sums = _box(peers, rank, whole, tl.int32)
     box = _box(peers, rank, parts, tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     sums += slot
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
@@ -418,7 +416,7 @@ def copied_kernel(
     weight_low, weight_high = _weights(weight, columns, within, DTYPE)
     box = _box(peers, rank, inbox, tl.int32)
     here = _box(peers, rank, flags, tl.int32)
-    turn = _begin_turn(turns)
+    turn = _after(tl.load(turns + tl.program_id(0)))
     first, programs = tl.program_id(0), tl.num_programs(0)
     every = tl.arange(0, ROWS)[:, None] * programs
     senders = tl.arange(0, SIZE)
@@ -450,10 +448,7 @@ def gather_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     others = _others(peers, rank, inbox, kind, SIZE)
     box = _box(peers, rank, inbox, kind)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     first, programs, count = tl.program_id(0), tl.num_programs(0), rows * width
     own = slot + rank.to(tl.int64) * stride
