@@ -323,7 +323,7 @@ def test_families_natively(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("alone")
 def test_mxfp4_natively(tmp_path: Path) -> None:
     """Experts as gpt-oss ships them, of whose blocks ranks have parts."""
-    packed, _ = save_mxfp4(tmp_path)
+    packed, _ = save_mxfp4(tmp_path, intermediate_size=256)
     packed.rename(tmp_path / "model")
     assert_ranks_agree(tmp_path, [ranks for ranks in (2, 4) if ranks <= GPUS])
 
