@@ -40,19 +40,17 @@ def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _after(turn):
-    """The turn after another, odd after even: neither that of who is gone nor 0, which is where
-    nobody has written yet."""
-    return tl.where(turn + 1 == _ABANDONED, 1, turn + 1)
-
-
-@triton.jit
 def _begin_turn(turns, room, PDL: tl.constexpr):
     """The turn of this launch, once everything in front of it has ended, and where its slot begins
-    among slots of ``room``."""
+    among slots of ``room``.
+
+    Turns are odd after even, and neither that of who is gone nor 0, which is where nobody has
+    written yet.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
-    turn = _after(tl.load(turns + tl.program_id(0)))
+    turn = tl.load(turns + tl.program_id(0)) + 1
+    turn = tl.where(turn == _ABANDONED, 1, turn)
     return turn, (turn & 1).to(tl.int64) * room
 
 
@@ -388,35 +386,21 @@ def two_shot_kernel(
     _end_turn(turns, turn)
 
 
-@triton.jit(do_not_specialize=["rank", "piece"])
-def tell_kernel(peers, told, rank, flags, piece, SIZE: tl.constexpr):
-    """Tells every other rank that it has a piece of x, which was copied there before: with the
-    first begins a turn, which ``told [1]`` counts. Grid: (1,)."""
-    turn = tl.load(told)
-    turn = tl.where(piece == 0, _after(turn), turn)
-    every = tl.arange(0, SIZE)
-    there = (tl.load(peers + every) + flags).to(tl.pointer_type(tl.int32))
-    turns = tl.zeros_like(every) + turn
-    tl.debug_barrier()
-    tl.store(told, turn)
-    tl.atomic_xchg(there + piece * SIZE + rank, turns, every != rank, sem="release", scope="sys")
-
-
-@triton.jit(do_not_specialize=["rank", "rows", "piece"])
+@triton.jit(do_not_specialize=["turn", "rank", "rows", "piece"])
 def copied_kernel(
-    x, residual, weight, y, total, peers, turns, rank, rows, count, stride, inbox, flags, piece,
+    x, residual, weight, y, total, peers, turn, rank, rows, count, stride, inbox, flags, piece,
     eps,
     SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """As ``one_shot_kernel``, of x that is copied into the ``inbox`` meanwhile, ``piece`` rows at a
-    time. ``turns`` are counted apart from those of other kernels. Grid: (programs,)."""
+    time; those that have come are told of by the ``turn``, which the host counts. Grid:
+    (programs,)."""
     columns = tl.arange(0, BLOCK)[None, :]
     within = columns < WORDS
     weight_low, weight_high = _weights(weight, columns, within, DTYPE)
     box = _box(peers, rank, inbox, tl.int32)
     here = _box(peers, rank, flags, tl.int32)
-    turn = _after(tl.load(turns + tl.program_id(0)))
     first, programs = tl.program_id(0), tl.num_programs(0)
     every = tl.arange(0, ROWS)[:, None] * programs
     senders = tl.arange(0, SIZE)
@@ -433,7 +417,6 @@ def copied_kernel(
                 other = tl.load(residual + at, inside, 0)
             words = _sum_sent(own, box + at, stride.to(tl.int64), rank, inside, SIZE, DTYPE)
             _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
-    _end_turn(turns, turn)
 
 
 @triton.jit(do_not_specialize=["rank", "rows"])

@@ -187,8 +187,7 @@ def run(rank: int, room: Room, memories: list[torch.Tensor]) -> None:
     check_in_parts(room)
     more = replace(room, programs=room.programs + 3)  # of which it leaves some alone
     copies = Copies(more, memories, PIECES)
-    copies._told.fill_(-4)
-    copies._heard.fill_(-4)
+    copies._turn = (1 << 31) - 4  # soon to begin again
     check_copies(copies)
     sys.stdout.flush()
 
