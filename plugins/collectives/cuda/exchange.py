@@ -82,7 +82,7 @@ class Operands:
     @property
     def block(self) -> int:
         """Words of a row as the kernel has them."""
-        return triton.next_power_of_2(self.shape[1])
+        return int(triton.next_power_of_2(self.shape[1]))
 
     def options(self, ranks: int) -> dict[str, Any]:
         """Constants of the kernel, and its warps."""

@@ -8,13 +8,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch._C._distributed_c10d import Store, _SymmetricMemory
 
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
 
 _ABANDONED = 0xFF  # every byte of a turn that none is, see ``kernels.py``
 
 
-class CountedAnew(dist.Store):  # type: ignore[misc]
+class CountedAnew(Store):
     """Through which symmetric memory of one group exchanges handles: a part of the group's store.
 
     Torch names exchanges by how many there were in the life of a process, so that the ranks of a
@@ -22,14 +23,14 @@ class CountedAnew(dist.Store):  # type: ignore[misc]
     counted from the first of the group.
     """
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: Store) -> None:
         super().__init__()
         self._store = dist.PrefixStore("symmetric memory", store)  # type: ignore[attr-defined]
         self._first: int | None = None
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         """See torch's."""
-        self._store.set(self._renamed(key), value)
+        self._store.set(self._renamed(key), value)  # type: ignore[arg-type]  # it takes both
 
     def get(self, key: str) -> bytes:
         """See torch's."""
@@ -61,7 +62,7 @@ def _prepare(group: dist.ProcessGroup) -> None:
         store = dist.distributed_c10d._get_process_group_store(group)
         counted = _stores[name] = CountedAnew(store)
         symmetric_memory._group_name_to_store[name] = counted
-        symmetric_memory._SymmetricMemory.set_group_info(name, group.rank(), group.size(), counted)
+        _SymmetricMemory.set_group_info(name, group.rank(), group.size(), counted)
 
 
 class SharedMemory:

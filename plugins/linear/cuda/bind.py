@@ -92,9 +92,9 @@ def _ends_residual(node: ir.Node) -> bool:
 def _is_added_up(node: ir.Node) -> bool:
     """Whether all that becomes of a Linear is a sum over all ranks."""
     value = node.outputs[0]
-    (reader, *others) = [use.node for use in value.uses()] or [None]
-    sums = reader is not None and reader.op_type in ("AllReduce", "AllReduceAddRMSNorm")
-    return sums and not others and not value.is_graph_output()
+    readers = [use.node.op_type for use in value.uses()]
+    sums = readers in (["AllReduce"], ["AllReduceAddRMSNorm"])
+    return sums and not value.is_graph_output()
 
 
 def _in_pieces(node: ir.Node, context: Context, whole: Kernel) -> Kernel:

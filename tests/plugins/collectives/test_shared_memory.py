@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +20,8 @@ def test_ranks_of_unlike_age_exchange_what_they_have(tmp_path: Path) -> None:
     for exchange in range(3):
         names = [f"memory/{exchange + 7 * rank}/" for rank in range(2)]
         for rank, store in enumerate(stores):
-            store.set(f"{names[rank]}{rank}", bytes([0, 255, rank, exchange]))
+            value: Any = bytes([0, 255, rank, exchange])
+            store.set(f"{names[rank]}{rank}", value)
         for rank, store in enumerate(stores):
             other = f"{names[rank]}{1 - rank}"
             store.wait([other], timedelta(seconds=5))

@@ -175,7 +175,7 @@ def test_what_is_added_up_is_sent_in_pieces(fmt: WeightFormat, monkeypatch: Any)
     ir.node("AllReduce", [node.outputs[0]], domain=DOMAIN)
     tactics = Tactics((9, 0), "")
     monkeypatch.setattr(Tactics, "find", lambda *_: Tactic("blas"))
-    made, shared = [], list[dict[str, Any]]()
+    made, shared = list[Tensor](), list[dict[str, Any]]()
     for least in (20, 21):
         communicator: Any = Filling(least)
         run = Run(dict(values), pdl=False)
@@ -189,6 +189,7 @@ def test_what_is_added_up_is_sent_in_pieces(fmt: WeightFormat, monkeypatch: Any)
 
 def communicator_of(shared: dict[str, Any]) -> Filling:
     (found,) = shared.values()
+    assert isinstance(found, Filling)
     return found
 
 
