@@ -32,8 +32,8 @@ _MOST_TURNS = (1 << 31) - 1
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """x of ``least`` bytes and more goes in pieces of about ``size`` bytes, and of a multiple of
-    ``rows``: as many as make a product of 4096 columns occupy all processors. The host takes a
-    third of a millisecond for each piece, which less work would not hide."""
+    ``rows``: as many as make a product of 4096 columns occupy all processors. Less work would not
+    hide what the host does for each piece."""
 
     least: int = 48 << 20
     size: int = 24 << 20
