@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+
 import click
 
 from slipstream import __version__
-from slipstream.server.command import LazyGroup, resolve
+from slipstream.server.command import UNHEALTHY, LazyGroup, resolve
 
 _COMMANDS = "slipstream.server.commands"
 
@@ -83,8 +87,20 @@ click.version_option(__version__, prog_name="slipstream")(slipstream)
 
 
 def main() -> None:
-    """Run ``slipstream``."""
-    slipstream.main(prog_name="slipstream")
+    """Run ``slipstream``.
+
+    A server whose engine has become unhealthy ends here: what Python and CUDA do at the end of a
+    process would wait for a device that hangs.
+    """
+    try:
+        slipstream.main(prog_name="slipstream")
+    except SystemExit as ending:
+        if ending.code != UNHEALTHY:
+            raise
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(UNHEALTHY)
 
 
 def build_main() -> None:

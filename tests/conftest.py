@@ -18,9 +18,27 @@ from slipstream.builder.options import BuildOptions
 ROOT = Path(__file__).parents[1]
 
 
+def begin_with_own_gpus(worker: int) -> None:
+    """Name the GPUs in an order of this worker's own, before any is touched: most tests use the
+    first, or the first two, of which no two workers have the same while there are enough."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*"))
+    gpus = [str(i) for i in range(here)] if told is None else told.split(",")
+    if len(gpus) < 2:
+        return
+    pairs = len(gpus) // 2
+    first = 2 * (worker % pairs)
+    gpus = gpus[first:] + gpus[:first]
+    if worker // pairs % 2:
+        gpus[:2] = gpus[1::-1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+
 def pytest_configure() -> None:
     """Kernels run in Triton's interpreter where there is no GPU; it is chosen as they are
     declared, so before any test is imported."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        begin_with_own_gpus(int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")))
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
         repair()

@@ -4,6 +4,7 @@ one kernel at a time. Engines start processes (``runtime/executors/ranks/gpu``).
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slipstream.runtime.executors.cuda.device import Device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.loading import runtime_config
 
+PIECE = 16  # rows
 LIMITS: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 96, "max_seq_len": 128}
 
 
@@ -31,6 +33,23 @@ class Table:
         self.slots: list[list[Tensor]] = [[torch.empty(0)] * ranks for _ in range(2)]
 
 
+class Filled:
+    """An x that is computed in pieces, as a ``Sending`` is."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.x, self._filled = torch.full((rows, width), torch.nan, dtype=dtype), 0
+
+    def filling(self) -> Iterator[slice]:
+        """Some rows after the other."""
+        for first in range(0, len(self.x), PIECE):
+            yield slice(first, first + PIECE)
+            self._filled = first + PIECE
+
+    def is_full(self) -> bool:
+        """Whether all of it has been asked for."""
+        return self._filled >= len(self.x)
+
+
 class ThreadTeam:
     """A ``Team`` of threads, which is its own communicator."""
 
@@ -38,15 +57,27 @@ class ThreadTeam:
         self._rank, self._table, self._meetings = rank, table, 0
         self.communicator, self.is_first = self, rank == 0
 
-    def all_reduce(self, x: Tensor, *, pdl: bool = False) -> Tensor:
+    def sending(self, rows: int, width: int, dtype: torch.dtype) -> Filled | None:
         """See ``Communicator``."""
+        return Filled(rows, width, dtype) if rows > PIECE else None
+
+    def all_reduce(self, x: Tensor, *, sent: Filled | None = None, pdl: bool = False) -> Tensor:
+        """See ``Communicator``."""
+        assert sent is None or (sent.x is x and sent.is_full())
         return torch.stack([each.float() for each in self._exchange(x)]).sum(0).to(x.dtype)
 
     def all_reduce_add_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, pdl: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        *,
+        sent: Filled | None = None,
+        pdl: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See ``Communicator``."""
-        both = rms_norm(self.all_reduce(x), weight, epsilon, residual=residual)
+        both = rms_norm(self.all_reduce(x, sent=sent), weight, epsilon, residual=residual)
         assert isinstance(both, tuple)
         return both
 

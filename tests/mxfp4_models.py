@@ -32,10 +32,10 @@ QUANTIZATION = {
 }
 
 
-def save_mxfp4(directory: Path) -> tuple[Path, Path]:
-    """Two checkpoints: blocks and scales as gpt-oss ships them, and what transformers makes of
-    them in float32."""
-    dense = save_tiny(GptOssConfig(**SHAPE), directory / "dense")
+def save_mxfp4(directory: Path, **changes: Any) -> tuple[Path, Path]:  # noqa: ANN401
+    """Two checkpoints, of ``SHAPE`` but for some changes: blocks and scales as gpt-oss ships them,
+    and what transformers makes of them in float32."""
+    dense = save_tiny(GptOssConfig(**SHAPE | changes), directory / "dense")
     tensors = load_file(dense / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     stored: dict[str, torch.Tensor] = {}

@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from slipstream.plugins.collectives.cuda import exchange
+from slipstream.plugins.collectives.cuda.copies import Copies, Pieces
 from slipstream.plugins.collectives.cuda.layout import Layout
 from slipstream.plugins.drafting.cuda import (
     DraftBuffers,
@@ -288,7 +289,7 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
     for ranks in (2, 4):
         room = exchange.Room(
             1,
-            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS, exchange.MEETINGS),
+            Layout(ranks, 1 << 16, 1 << 20, exchange.PROGRAMS, exchange.MEETINGS, 1 << 16),
             torch.zeros(ranks, dtype=torch.int64),
             torch.zeros(exchange.PROGRAMS, dtype=torch.int32),
         )
@@ -300,6 +301,12 @@ def collectives(capability: tuple[int, int], pdl: bool) -> None:
             exchange.reduce(way, room, x.float(), pdl=pdl)
             if way is not exchange.Way.PARTS:
                 exchange.gather(way, room, x, wide, pdl=pdl)
+        copies = Copies(room, (), Pieces(least=0))
+        for norm in (None, exchange.Norm(x, x[0], 1e-5)):
+            sending = copies.begin(4, 4096, torch.bfloat16)
+            assert sending is not None
+            assert len([*sending.filling()]) == 1
+            copies.reduce(sending, norm)
 
 
 def sampling(capability: tuple[int, int], pdl: bool) -> None:

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from slipstream.plugins.collectives.cuda.communicator import Communicator
 
 
+def sent_name(x: str) -> str:
+    """Under which a ``Sending`` of a tensor stands in what calls of a step share."""
+    return f"sent {x}"
+
+
 def all_reduce(node: ir.Node, context: Context) -> Kernel:
     """An AllReduce node."""
     (x,) = required_names(node)
     communicator = _of(context)
 
     def kernel(run: Run) -> Sequence[Tensor]:
-        return (communicator.all_reduce(run.values[x], pdl=run.pdl),)
+        sent = run.shared.pop(sent_name(x), None)
+        return (communicator.all_reduce(run.values[x], sent=sent, pdl=run.pdl),)
 
     return kernel
 
@@ -32,8 +38,10 @@ def all_reduce_add_rms_norm(node: ir.Node, context: Context) -> Kernel:
 
     def kernel(run: Run) -> Sequence[Tensor]:
         values, stream = run.values[x], run.values[residual]
-        factors = run.values[weight]
-        return communicator.all_reduce_add_norm(values, stream, factors, eps, pdl=run.pdl)
+        factors, sent = run.values[weight], run.shared.pop(sent_name(x), None)
+        return communicator.all_reduce_add_norm(
+            values, stream, factors, eps, sent=sent, pdl=run.pdl
+        )
 
     return kernel
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slipstream.plugins.collectives.cuda.copies import Copies, Sending
 from slipstream.plugins.collectives.cuda.exchange import (
     MEETINGS,
     PROGRAMS,
@@ -29,6 +30,9 @@ from slipstream.plugins.rms_norm.cuda import rms_norm
 LINES_BYTES = {2: 512 << 10, 4: 128 << 10, 8: 64 << 10}
 # Of two ranks words are no more bytes than parts, however many.
 WORDS_BYTES = {2: 1 << 62, 4: 512 << 10, 8: 128 << 10}
+# The largest x, in bytes, that is sent while it is computed. More ranks have more to send and less
+# to compute: nobody has seen whether the one hides the other.
+COPIED_BYTES = {2: 64 << 20, 4: 0, 8: 0}
 # Newer versions of torch have it under this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -62,7 +66,9 @@ class Communicator:
         self._group = group
         self._memory: SharedMemory | None = None
         self._room: Room | None = None
-        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS, MEETINGS)
+        self._copies: Copies | None = None
+        copied = COPIED_BYTES[size]
+        layout = Layout(size, LINES_BYTES[size], max_bytes, PROGRAMS, MEETINGS, copied)
         if device.type == "cuda":
             assert group is not None
             self._memory = SharedMemory(rank, layout.bytes, device, group)
@@ -70,24 +76,39 @@ class Communicator:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             programs = min(PROGRAMS, processors)
             self._room = Room(rank, layout, self._memory.addresses, turns, programs)
+            self._copies = Copies(self._room, self._memory.views)
         elif device.type == "meta":
             addresses = torch.empty(size, dtype=torch.int64, device=device)
             turns = torch.empty(PROGRAMS, dtype=torch.int32, device=device)
             self._room = Room(rank, layout, addresses, turns)
+            self._copies = Copies(self._room)
 
-    def all_reduce(self, x: Tensor, *, pdl: bool = False) -> Tensor:
+    def sending(self, rows: int, width: int, dtype: torch.dtype) -> Sending | None:
+        """Room for an x that is to be added up, which goes to the others while it is filled; None
+        for one that is computed first."""
+        return None if self._copies is None else self._copies.begin(rows, width, dtype)
+
+    def all_reduce(self, x: Tensor, *, sent: Sending | None = None, pdl: bool = False) -> Tensor:
         """The sum of x ``[rows, width]`` (bfloat16, float16 or float32) of all ranks, added up in
-        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is."""
-        summed = self._reduce(x, None, pdl)
+        float32 in the order of the ranks and rounded once to the dtype of x; x stays as it is.
+        It may have been ``sent``, then by every rank."""
+        summed = self._reduce(x, None, sent, pdl)
         return self._through_group(x) if summed is None else summed[0]
 
     def all_reduce_add_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, pdl: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        *,
+        sent: Sending | None = None,
+        pdl: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The RMS norm of ``total`` times ``weight [width]``, and ``total``, which is
         ``all_reduce(x) + residual``, both ``[rows, width]``: rounded to the dtype of x, bfloat16 or
         float16, after each of the three as where they are computed apart."""
-        summed = self._reduce(x, Norm(residual, weight, epsilon), pdl)
+        summed = self._reduce(x, Norm(residual, weight, epsilon), sent, pdl)
         if summed is not None:
             y, total = summed
             assert total is not None
@@ -125,12 +146,14 @@ class Communicator:
 
     def close(self) -> None:
         """Give the memory back, when no call is on its way on any rank. The group stays open."""
-        self._room = self._memory = None
+        self._room = self._memory = self._copies = None
 
     def _reduce(
-        self, x: Tensor, norm: Norm | None, pdl: bool
+        self, x: Tensor, norm: Norm | None, sent: Sending | None, pdl: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """By a kernel of ours; None for what is none's."""
+        if sent is not None:
+            return sent.copies.reduce(sent, norm)
         room, row = self._room, x.shape[1] * x.element_size()
         if room is None or not reducible(x, norm):
             return None

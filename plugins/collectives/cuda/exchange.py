@@ -18,6 +18,7 @@ PROGRAMS: int = kernels.PROGRAMS.value
 MEETINGS: int = kernels.MEETINGS.value
 _CHUNK = 1024  # words that a program has at a time, where there is no row that it must have
 _WORD = 4  # bytes
+CHUNK_BYTES = _CHUNK * _WORD
 _AT_ONCE, _MOST_AT_ONCE = 8192, 4  # words of several rows, and these
 # Of lines, each of which is waited for, few at once are quickest.
 _LINE_PROGRAMS = 64
@@ -59,6 +60,39 @@ def reducible(x: Tensor, norm: Norm | None) -> bool:
     return x.dtype in _DTYPES and (
         norm is None or (x.dtype != torch.float32 and x.shape[1] % 2 == 0)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a kernel that adds up takes: ``tensors`` of words (x, residual, weight, y and total),
+    and the ``shape`` in which it sees x: rows, words of one, and words in all."""
+
+    tensors: tuple[Tensor | None, ...]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, norm: Norm | None, y: Tensor, total: Tensor | None) -> Operands:
+        """Of x in whole words."""
+        residual = None if norm is None else _words(norm.residual.contiguous())
+        weight = None if norm is None else _words(norm.weight)
+        made = _words(y), None if total is None else _words(total)
+        return cls((_words(x), residual, weight, *made), _shape(x, norm), x.dtype)
+
+    @property
+    def block(self) -> int:
+        """Words of a row as the kernel has them."""
+        return int(triton.next_power_of_2(self.shape[1]))
+
+    def options(self, ranks: int) -> dict[str, Any]:
+        """Constants of the kernel, and its warps."""
+        return {
+            "SIZE": ranks,
+            "WORDS": self.shape[1],
+            "BLOCK": self.block,
+            "DTYPE": _DTYPES[self.dtype],
+            **launch_options(num_warps=_warps(self.block)),
+        }
 
 
 class Way(Enum):
@@ -122,32 +156,16 @@ def reduce(
     """The sum of x ``[rows, width]`` of all ranks; with a norm, that of the sum and the residual,
     and what it is the norm of. There is room for x. An ``out``, if given, is of whole words."""
     layout = room.layout
-    rows, words, count = _shape(x, norm)
     padded = _padded(x)
     if out is None:
         out = torch.empty_like(padded), None if norm is None else torch.empty_like(padded)
     y, total = out
-    block = triton.next_power_of_2(words)
-    common = (
-        _words(padded),
-        None if norm is None else _words(norm.residual.contiguous()),
-        None if norm is None else _words(norm.weight),
-        _words(y),
-        None if total is None else _words(total),
-        room.peers,
-        room.turns,
-        room.rank,
-        rows,
-        count,
-    )
-    options: dict[str, Any] = {
-        "SIZE": layout.ranks,
-        "WORDS": words,
-        "BLOCK": block,
-        "DTYPE": _DTYPES[x.dtype],
-        "PDL": pdl,
-        **launch_options(num_warps=_warps(block), pdl=pdl),
-    }
+    of = Operands.of(padded, norm, y, total)
+    rows, _, count = of.shape
+    block = of.block
+    common = (*of.tensors, room.peers, room.turns, room.rank, rows, count)
+    options = of.options(layout.ranks) | launch_options(num_warps=_warps(block), pdl=pdl)
+    options["PDL"] = pdl
     epsilon = 0.0 if norm is None else norm.epsilon
     if not count:
         pass
@@ -156,14 +174,14 @@ def reduce(
         groups = triton.cdiv(rows, layout.ranks)
         grid = min(groups, room.programs)
         own = triton.cdiv(groups, grid)
-        at_once = _rows_at_once(own, block)
+        at_once = rows_at_once(own, block)
         piece = _piece(own, at_once, MEETINGS - 1)
         kernels.two_shot_kernel[(grid,)](*common, *places, piece, epsilon, ROWS=at_once, **options)
     else:
         lines = way is Way.LINES
         grid = min(rows, _LINE_PROGRAMS if lines else PROGRAMS, room.programs)
         own = triton.cdiv(rows, grid)
-        at_once = 1 if lines else _rows_at_once(own, block)
+        at_once = 1 if lines else rows_at_once(own, block)
         piece = own if lines else _piece(own, at_once, MEETINGS)
         kernels.one_shot_kernel[(grid,)](
             *common,
@@ -179,7 +197,7 @@ def reduce(
     return whole, total
 
 
-def _rows_at_once(own: int, block: int) -> int:
+def rows_at_once(own: int, block: int) -> int:
     """How many of its ``own`` rows a program has at a time: as much as hides that memory is slow to
     answer."""
     return 1 if own == 1 else max(1, min(_MOST_AT_ONCE, _AT_ONCE // block))

@@ -40,11 +40,18 @@ def _others(peers, rank, offset, dtype: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _begin_turn(turns):
-    """The turn of this launch, odd after even: neither that of who is gone nor 0, which is where
-    nobody has written yet."""
+def _begin_turn(turns, room, PDL: tl.constexpr):
+    """The turn of this launch, once everything in front of it has ended, and where its slot begins
+    among slots of ``room``.
+
+    Turns are odd after even, and neither that of who is gone nor 0, which is where nobody has
+    written yet.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     turn = tl.load(turns + tl.program_id(0)) + 1
-    return tl.where(turn == _ABANDONED, 1, turn)
+    turn = tl.where(turn == _ABANDONED, 1, turn)
+    return turn, (turn & 1).to(tl.int64) * room
 
 
 @triton.jit
@@ -203,17 +210,23 @@ def _tell(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _await_flags(flags, turn, wanted):
+    """Waits until those flags that are wanted tell of this turn."""
+    nothing = tl.where(wanted, 0, 0)
+    ready = 0
+    while ready == 0:
+        seen = tl.atomic_add(flags, nothing, wanted, sem="acquire", scope="sys")
+        ready = tl.min((_has_come(seen, turn) | ~wanted).to(tl.int32))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _hear(peers, flags, meeting, turn, rank, SIZE: tl.constexpr):
     """Waits until the same program of every other rank has told so."""
     every = tl.arange(0, SIZE)
     other = every != rank
     here = _box(peers, rank, flags, tl.int32)
-    own = here + _flag(meeting, turn, every, SIZE)
-    ready = 0
-    while ready == 0:
-        seen = tl.atomic_add(own, tl.zeros_like(every), other, sem="acquire", scope="sys")
-        ready = tl.min((_has_come(seen, turn) | ~other).to(tl.int32))
-    tl.debug_barrier()
+    _await_flags(here + _flag(meeting, turn, every, SIZE), turn, other)
 
 
 @triton.jit
@@ -248,10 +261,7 @@ def one_shot_kernel(
     weight_low, weight_high = _weights(weight, columns, within, DTYPE)
     others = _others(peers, rank, inbox, kind, SIZE)
     box = _box(peers, rank, inbox, kind)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     first, programs = tl.program_id(0), tl.num_programs(0)
     every = tl.arange(0, ROWS)[:, None] * programs
@@ -319,10 +329,7 @@ def two_shot_kernel(
     other_sums = _others(peers, rank, whole, tl.int32, SIZE)
     sums = _box(peers, rank, whole, tl.int32)
     box = _box(peers, rank, parts, tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     sums += slot
     first, programs, groups = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, SIZE)
@@ -379,6 +386,39 @@ def two_shot_kernel(
     _end_turn(turns, turn)
 
 
+@triton.jit(do_not_specialize=["turn", "rank", "rows", "piece"])
+def copied_kernel(
+    x, residual, weight, y, total, peers, turn, rank, rows, count, stride, inbox, flags, piece,
+    eps,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As ``one_shot_kernel``, of x that is copied into the ``inbox`` meanwhile, ``piece`` rows at a
+    time; those that have come are told of by the ``turn``, which the host counts. Grid:
+    (programs,)."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    within = columns < WORDS
+    weight_low, weight_high = _weights(weight, columns, within, DTYPE)
+    box = _box(peers, rank, inbox, tl.int32)
+    here = _box(peers, rank, flags, tl.int32)
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    every = tl.arange(0, ROWS)[:, None] * programs
+    senders = tl.arange(0, SIZE)
+    for which in range(0, tl.cdiv(rows, piece)):
+        _await_flags(here + which * SIZE + senders, turn, senders != rank)
+        end = tl.minimum(rows, (which + 1) * piece)
+        for top in range(which * piece + first, end, programs * ROWS):
+            row = top + every
+            at = row * WORDS + columns
+            inside = _inside(at, within, row, end, count, weight)
+            own = tl.load(x + at, inside, 0)
+            other = own
+            if residual is not None:
+                other = tl.load(residual + at, inside, 0)
+            words = _sum_sent(own, box + at, stride.to(tl.int64), rank, inside, SIZE, DTYPE)
+            _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
+
+
 @triton.jit(do_not_specialize=["rank", "rows"])
 def gather_kernel(
     x, y, peers, turns, rank, rows, width, stride, room, inbox, flags,
@@ -391,10 +431,7 @@ def gather_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     others = _others(peers, rank, inbox, kind, SIZE)
     box = _box(peers, rank, inbox, kind)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    turn = _begin_turn(turns)
-    slot = (turn & 1).to(tl.int64) * room
+    turn, slot = _begin_turn(turns, room, PDL)
     box += slot
     first, programs, count = tl.program_id(0), tl.num_programs(0), rows * width
     own = slot + rank.to(tl.int64) * stride

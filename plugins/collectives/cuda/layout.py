@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WORD, _LINE = 4, 8  # bytes: what is exchanged, and with its turn beside it
-_SLOTS = 2
+SLOTS = 2
+_PIECES = 8  # of x that is copied, at most
 _ALIGNED = 256
 _MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 
@@ -14,13 +15,16 @@ _MOST_ROW = 64 << 10  # bytes of a row of which not every rank has one
 class Layout:
     """Bytes of a rank's memory, for ``ranks``: room for x of up to ``small`` bytes with turns
     beside its words, and of up to ``large`` without, both twice, and flags of ``programs`` that
-    meet up to ``meetings`` times.
+    meet up to ``meetings`` times; room for x of up to ``copied`` bytes that copy engines write,
+    twice, and flags of its pieces.
 
         lines: [slots, ranks, line_stride]   what each rank sends, as lines
         words: [slots, word_room]            what each rank sends; or parts and whole sums
         flags: [slots, meetings, ranks, programs]
+        copies: [slots, ranks, copy_stride]
+        copy flags: [slots, pieces, ranks]
 
-    ``lines``, ``words`` and ``flags`` are where the three begin, ``bytes`` is the end.
+    ``lines``, ``words`` and ``flags`` are where the first three begin, ``bytes`` is the end.
     """
 
     ranks: int
@@ -28,6 +32,7 @@ class Layout:
     large: int
     programs: int
     meetings: int
+    copied: int = 0
 
     @property
     def line_stride(self) -> int:
@@ -68,7 +73,7 @@ class Layout:
     @property
     def words(self) -> int:
         """From where there are words, and parts."""
-        return _SLOTS * self.line_room * _LINE
+        return SLOTS * self.line_room * _LINE
 
     @property
     def whole(self) -> int:
@@ -78,13 +83,32 @@ class Layout:
     @property
     def flags(self) -> int:
         """From where programs say how far they are."""
-        return self.words + _SLOTS * self.word_room * _WORD
+        return self.words + SLOTS * self.word_room * _WORD
+
+    @property
+    def copy_stride(self) -> int:
+        """Words that a sender has in a slot of what is copied."""
+        return _aligned(self.copied // _WORD)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces x is copied at most."""
+        return _PIECES
+
+    def copies_of(self, slot: int) -> int:
+        """From where what is copied stands in a slot."""
+        flags = SLOTS * self.meetings * self.ranks * self.programs
+        begin = self.flags + _aligned(flags * _WORD)
+        return begin + slot * self.ranks * self.copy_stride * _WORD
+
+    def copy_flags_of(self, slot: int) -> int:
+        """From where it is said what has come to the slot."""
+        return self.copies_of(SLOTS) + slot * _aligned(_PIECES * self.ranks * _WORD)
 
     @property
     def bytes(self) -> int:
         """The size of it all."""
-        flags = _SLOTS * self.meetings * self.ranks * self.programs
-        return self.flags + _aligned(flags * _WORD)
+        return self.copy_flags_of(SLOTS)
 
 
 def _aligned(count: int) -> int:

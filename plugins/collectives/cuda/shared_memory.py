@@ -2,20 +2,74 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch._C._distributed_c10d import Store, _SymmetricMemory
 
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
 
 _ABANDONED = 0xFF  # every byte of a turn that none is, see ``kernels.py``
 
 
+class CountedAnew(Store):
+    """Through which symmetric memory of one group exchanges handles: a part of the group's store.
+
+    Torch names exchanges by how many there were in the life of a process, so that the ranks of a
+    second engine would wait for ever where one process is older than the others. Here they are
+    counted from the first of the group.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = dist.PrefixStore("symmetric memory", store)  # type: ignore[attr-defined]
+        self._first: int | None = None
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        """See torch's."""
+        self._store.set(self._renamed(key), value)  # type: ignore[arg-type]  # it takes both
+
+    def get(self, key: str) -> bytes:
+        """See torch's."""
+        value: bytes = self._store.get(self._renamed(key))
+        return value
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        """See torch's."""
+        self._store.wait([self._renamed(key) for key in keys], *timeout)
+
+    def _renamed(self, key: str) -> str:
+        found = re.fullmatch(r"(.*/)(\d+)(/\d+)", key)
+        if found is None:
+            return key
+        number = int(found[2])
+        if self._first is None:
+            self._first = number
+        return f"{found[1]}{number - self._first}{found[3]}"
+
+
+# By the names of groups: torch does not keep objects of Python.
+_stores: dict[str, CountedAnew] = {}
+
+
+def _prepare(group: dist.ProcessGroup) -> None:
+    """Have symmetric memory of a group exchange handles through a store of ours."""
+    name = group.group_name
+    if name not in _stores:
+        store = dist.distributed_c10d._get_process_group_store(group)
+        counted = _stores[name] = CountedAnew(store)
+        symmetric_memory._group_name_to_store[name] = counted
+        _SymmetricMemory.set_group_info(name, group.rank(), group.size(), counted)
+
+
 class SharedMemory:
     """``size`` bytes on each rank, zeros at first; making it is a collective call.
 
-    ``addresses`` int64 ``[ranks]``, on the device, are where this rank sees them. It lives as long
-    as this object does.
+    ``addresses`` int64 ``[ranks]``, on the device, are where this rank sees them, ``views`` the
+    same as tensors. It lives as long as this object does.
     """
 
     def __init__(
@@ -26,13 +80,14 @@ class SharedMemory:
         self._memory.fill_(_ABANDONED)  # so that what fills it is loaded when it must not wait
         self._memory.zero_()
         self._beside = torch.cuda.Stream(device)
+        _prepare(group)
         handle = symmetric_memory.rendezvous(self._memory, group)
-        self._views = [
+        self.views = [
             self._memory if peer == rank else handle.get_buffer(peer, (size,), torch.uint8)
             for peer in range(group.size())
         ]
         self._handle = handle
-        places = [view.data_ptr() for view in self._views]
+        places = [view.data_ptr() for view in self.views]
         self.addresses = torch.tensor(places, dtype=torch.int64, device=device)
         # Nobody writes before everybody's zeros are there.
         torch.cuda.synchronize(device)

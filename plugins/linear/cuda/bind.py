@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from slipstream.plugins.collectives.cuda.bind import sent_name
 from slipstream.plugins.cuda.binding import (
     Context,
     Kernel,
@@ -88,8 +89,64 @@ def _ends_residual(node: ir.Node) -> bool:
     return whole and node is next(n for n in reversed(node.graph) if n in readers)
 
 
+def _is_added_up(node: ir.Node) -> bool:
+    """Whether all that becomes of a Linear is a sum over all ranks."""
+    value = node.outputs[0]
+    readers = [use.node.op_type for use in value.uses()]
+    sums = readers in (["AllReduce"], ["AllReduceAddRMSNorm"])
+    return sums and not value.is_graph_output()
+
+
+def _in_pieces(node: ir.Node, context: Context, whole: Kernel) -> Kernel:
+    """A Linear that is added up: of many tokens some go to the other ranks while more are computed.
+
+    ``whole`` is its kernel at once.
+    """
+    communicator, attributes = context.communicator, attributes_of(node)
+    x, result = name_of(node.inputs[0]), name_of(node.outputs[0])
+    weight, dtype = weight_of(node, context.constants), dtype_of(node)
+    fmt, gated = weight.format, bool(attributes["gated"])
+    _, _, bias, residual, norm = input_names(node, 5)
+    plain = not (gated or residual or norm)
+    if communicator is None or not plain:
+        return whole
+
+    def kernel(run: Run) -> Sequence[Tensor]:
+        values = run.values[x]
+        tactic, tokens = context.tactics.find(fmt, gated, len(values)), len(values)
+        # A weight that is written out in the type of x would be so for every piece.
+        codes = rounds_to(fmt, tokens, values.device, dtype)
+        read_as_it_is = fmt.kind == "dense" or codes == torch.float8_e4m3fn
+        sending = None
+        if tactic.kernel == "blas" and read_as_it_is and run.out is None:
+            sending = communicator.sending(tokens, fmt.shape[0], dtype)
+        if sending is None:
+            return whole(run)
+        rounded = run.shared.pop(f"x of {result}", None)
+        for part in sending.filling():
+            kernels.linear(
+                values[part],
+                weight,
+                bias=run.get(bias),
+                out_dtype=dtype,
+                tactic=tactic,
+                out=sending.x[part],
+                pdl=run.pdl,
+                rounded=None if rounded is None else rounded.rows(part),
+            )
+        run.shared[sent_name(result)] = sending
+        return (sending.x,)
+
+    return kernel
+
+
 def linear(node: ir.Node, context: Context) -> Kernel:
     """The kernel of a step is that of the tactic for its tokens."""
+    whole = _linear(node, context)
+    return _in_pieces(node, context, whole) if _is_added_up(node) else whole
+
+
+def _linear(node: ir.Node, context: Context) -> Kernel:
     _, _, bias, residual, norm = input_names(node, 5)
     x = name_of(node.inputs[0])
     weight = weight_of(node, context.constants)

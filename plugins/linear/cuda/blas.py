@@ -7,7 +7,7 @@ quantized weights are written out in x's type first: the dense fallback.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -49,6 +49,10 @@ class Rounding:
     input_scale: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_eps: float = 0.0
+
+    def rows(self, part: slice) -> Rounding:
+        """Those of some tokens."""
+        return replace(self, codes=self.codes[part], scales=self.scales[part])
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,7 @@ class Device:
         while not is_over():
             self.watch()
             time.sleep(_GLANCE)
+        self.watch()  # where that is in vain, what waited is let go, and has made nothing
         return True
 
     @contextmanager

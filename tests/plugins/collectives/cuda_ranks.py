@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.plugins.interpreter import repair
 
 from slipstream.plugins.collectives import reference
 from slipstream.plugins.collectives.cuda.communicator import Communicator
+from slipstream.plugins.collectives.cuda.copies import Copies, Pieces
 from slipstream.plugins.collectives.cuda.exchange import (
     MEETINGS,
     PROGRAMS,
@@ -47,6 +49,9 @@ SMALL, LARGE = 32 << 10, 128 << 10
 # and so many rows that a program sends several at a time.
 SHAPES = [(1, 256, BF16), (9, 64, F16), (3, 7, BF16), (4, 33, F32), (2, 2048, BF16)]
 SHAPES += [(140, 16, F16)]
+# Those that go in pieces of four rows, the last of them not whole, up to as many as there may be.
+COPIED = [(12, 512, BF16), (9, 1024, F16), (31, 512, BF16)]
+PIECES = Pieces(least=8 << 10, size=4 << 10, rows=4)
 EPSILON = 1e-5
 REPLAYS = 300
 
@@ -96,6 +101,29 @@ def check_in_parts(room: Room) -> None:
     wanted, _ = fused_add_rms_norm(numpy(total), numpy(residual), numpy(weights[0]), EPSILON)
     np.testing.assert_allclose(numpy(y), wanted, rtol=0.02, atol=0.02)
     assert torch.equal(communicator.all_gather(own), torch.cat(x, dim=1))
+
+
+def check_copies(copies: Copies) -> None:
+    """What is sent while it is filled is added up as any other x, to the bit; again and again,
+    among sums that go other ways."""
+    room = copies._room
+    ranks, device = room.layout.ranks, room.peers.device
+    for call, (rows, width, dtype) in enumerate(COPIED * 2):
+        *x, residual, weights = (e.to(device) for e in made(call + 200, ranks, rows, width, dtype))
+        own, norm = x[room.rank], Norm(residual, weights[0], EPSILON)
+        for each in (None, norm):
+            sending = copies.begin(rows, width, dtype)
+            assert sending is not None and len(sending.parts) > 1
+            for part in sending.filling():
+                sending.x[part] = own[part]
+            y, total = copies.reduce(sending, each)
+            wanted, both = reduce(Way.WORDS, room, own, each)
+            assert torch.equal(y, wanted)
+            assert (total is None) == (both is None) == (each is None)
+            if total is not None and both is not None:
+                assert torch.equal(total, both)
+    for rows, width, dtype in ((3, 512, BF16), (12, 512, F32), (12, 7, BF16), (4096, 512, F16)):
+        assert copies.begin(rows, width, dtype) is None
 
 
 def numpy(x: torch.Tensor) -> NDArray[np.float32]:
@@ -153,12 +181,16 @@ def give_way() -> None:
         setattr(InterpreterBuilder, name, patient)
 
 
-def run(rank: int, room: Room) -> None:
+def run(rank: int, room: Room, memories: list[torch.Tensor]) -> None:
     """Make every call with the other ranks, as one of them."""
     for call, (rows, width, dtype) in enumerate(SHAPES):
         check(room, call, rows, width, dtype)
         sys.stdout.write(f"rank {rank}: {rows} {width} {dtype}\n")
     check_in_parts(room)
+    more = replace(room, programs=room.programs + 3)  # of which it leaves some alone
+    copies = Copies(more, memories, PIECES)
+    copies._turn = (1 << 31) - 4  # soon to begin again
+    check_copies(copies)
     sys.stdout.flush()
 
 
@@ -166,7 +198,8 @@ def interpreted(rank: int, layout: Layout, memory: torch.Tensor) -> None:
     """A rank of those that are forked and have a piece of ``memory`` each."""
     addresses = [memory.data_ptr() + each * layout.bytes for each in range(layout.ranks)]
     turns = torch.full((PROGRAMS,), -4, dtype=torch.int32)  # soon to begin again
-    run(rank, Room(rank, layout, torch.tensor(addresses), turns, programs=3))
+    room = Room(rank, layout, torch.tensor(addresses), turns, programs=3)
+    run(rank, room, list(memory.view(layout.ranks, layout.bytes)))
 
 
 def native(rank: int, layout: Layout, meeting: str) -> None:
@@ -180,7 +213,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
     memory = SharedMemory(rank, layout.bytes, device, dist.group.WORLD)
     turns = torch.full((PROGRAMS,), -4, dtype=torch.int32, device=device)
     room = Room(rank, layout, memory.addresses, turns, programs=8)
-    run(rank, room)
+    run(rank, room, memory.views)
     replay(room)
     dist.barrier()
     dist.destroy_process_group()
@@ -189,7 +222,7 @@ def native(rank: int, layout: Layout, meeting: str) -> None:
 def main() -> int:
     """Become several ranks; how many of them failed."""
     ranks = int(sys.argv[1])
-    layout = Layout(ranks, SMALL, LARGE, PROGRAMS, MEETINGS)
+    layout = Layout(ranks, SMALL, LARGE, PROGRAMS, MEETINGS, SMALL)
     processes: list[BaseProcess]
     if interpreting():
         repair()

@@ -102,7 +102,8 @@ class Followers:
             for member in self._members:
                 member.link.send_bytes(message)
         except OSError as error:
-            self._lose(ExecutionError(self._ended() or self._named([], "does not listen any more")))
+            why = self._await_end() or self._named([], "does not listen any more")
+            self._lose(ExecutionError(why))
             assert self._error is not None
             raise self._error from error
 
@@ -160,6 +161,14 @@ class Followers:
             return True
         time.sleep(PAUSE)
         return False
+
+    def _await_end(self) -> str | None:
+        """How a process ended whose files are closed, which is some time before it has: a GPU's
+        memory is to be given back. None if it takes too long."""
+        ends = time.monotonic() + _PATIENCE
+        while (why := self._ended()) is None and time.monotonic() < ends:
+            time.sleep(PAUSE / 10)
+        return why
 
     def _ended(self) -> str | None:
         return ended(dict(enumerate(self._members, 1)), self.ranks)

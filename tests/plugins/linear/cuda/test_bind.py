@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -144,3 +145,58 @@ def test_a_sum_takes_the_place_of_a_residual_that_nobody_reads_again() -> None:
     assert not module._ends_residual(graph("Linear"))
     assert not module._ends_residual(graph("Reshape")), "a view of it is read who knows when"
     assert not module._ends_residual(graph(output=True))
+
+
+class Filling:
+    """Of a communicator, what a Linear that is added up asks for."""
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self.sent: list[Tensor] = []
+
+    def sending(self, rows: int, width: int, dtype: torch.dtype) -> Filling | None:
+        self.x = torch.full((rows, width), torch.nan, dtype=dtype)
+        return self if rows >= self._least else None
+
+    def filling(self) -> Iterator[slice]:
+        for first in range(0, len(self.x), 7):
+            yield slice(first, first + 7)
+            self.sent.append(self.x[first : first + 7].clone())
+
+
+@pytest.mark.parametrize(
+    "fmt", [WeightFormat((HIDDEN, INNER), dtype="bfloat16"), fp8(HIDDEN, INNER)], ids=str
+)
+def test_what_is_added_up_is_sent_in_pieces(fmt: WeightFormat, monkeypatch: Any) -> None:  # noqa: ANN401
+    """Where that is large enough, and all that reads it is the sum."""
+    x = torch.randn(20, INNER).to(torch.bfloat16)
+    values = {"x": x, "w": torch.from_numpy(pack(random_weight(fmt, 0)))}
+    node = linear_node(fmt)
+    ir.node("AllReduce", [node.outputs[0]], domain=DOMAIN)
+    tactics = Tactics((9, 0), "")
+    monkeypatch.setattr(Tactics, "find", lambda *_: Tactic("blas"))
+    made, shared = list[Tensor](), list[dict[str, Any]]()
+    for least in (20, 21):
+        communicator: Any = Filling(least)
+        run = Run(dict(values), pdl=False)
+        made += bind(node, Context(values, tactics, communicator=communicator))(run)
+        shared.append(run.shared)
+    assert shared == [{"sent y": communicator_of(shared[0])}, {}]
+    pieces = communicator_of(shared[0]).sent
+    assert len(pieces) == 3 and torch.equal(torch.cat(pieces), made[0])
+    torch.testing.assert_close(made[0], made[1], rtol=1e-2, atol=1e-2)
+
+
+def communicator_of(shared: dict[str, Any]) -> Filling:
+    (found,) = shared.values()
+    assert isinstance(found, Filling)
+    return found
+
+
+def linear_node(fmt: WeightFormat) -> ir.Node:
+    sizes = {"out_features": fmt.shape[0], "in_features": fmt.shape[1]}
+    attributes = {**format_attributes(fmt), **sizes}
+    values = [ir.Value(name=name) for name in ("x", "w")]
+    node = ir.node("Linear", values, attributes, domain=DOMAIN, name="linear")
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.BFLOAT16
+    return node

@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.integration.test_architectures import CONFIGS
+from tests.mxfp4_models import save_mxfp4
 from tests.runtime.executors.ranks.test_executor import until_ended
 from tests.tiny_models import llama_tensors, save_llama, save_tiny
 
@@ -35,6 +36,7 @@ from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.executors.cuda import buckets, runner
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.ranks.gpu.executor import CUDARankExecutor
+from slipstream.runtime.loaded_engine import LoadedEngine
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 from slipstream.runtime.structured.output import StructuredOutput
@@ -99,13 +101,61 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     return engine
 
 
+class Shared:
+    """Engines that tests ask one after the other: each is loaded when it is asked, and stays for
+    the next. Of several ranks a process has one at a time."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self._open: dict[bool, tuple[object, LoadedEngine, LLM]] = {}
+
+    def ask(self, ranks: int, *params: SamplingParams, **options: Any) -> list[RequestOutput]:  # noqa: ANN401
+        """What an engine of so many ranks, with these options, answers to ``PROMPTS``."""
+        key, several = (ranks, options), ranks > 1
+        if several not in self._open or self._open[several][0] != key:
+            self._close(several)
+            engine = load(self._engines(ranks), {**LIMITS, **options})
+            self._open[several] = key, engine, LLM.from_engine(engine)
+        llm = self._open[several][2]
+        return [output for each in params for output in llm.generate(PROMPTS, each)]
+
+    def close(self) -> None:
+        """Let go of all."""
+        for several in list(self._open):
+            self._close(several)
+
+    def _close(self, several: bool) -> None:
+        if several in self._open:
+            _, engine, llm = self._open.pop(several)
+            llm.shutdown()
+            assert_ended(engine)
+
+
+@pytest.fixture(scope="module")
+def shared(engines: Engines) -> Iterator[Shared]:
+    found = Shared(engines)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def alone(shared: Shared) -> None:
+    """For tests that load engines of their own."""
+    shared.close()
+
+
+def assert_ended(engine: LoadedEngine) -> None:
+    """The processes of ranks end because they are asked to."""
+    if isinstance(engine.executor, CUDARankExecutor):
+        until_ended(engine.executor.followers.processes)
+        assert engine.executor.lost is None
+
+
 def answers(engine: Path, *params: SamplingParams, **options: Any) -> list[RequestOutput]:  # noqa: ANN401
     loaded = load(engine, {**LIMITS, **options})
     with LLM.from_engine(loaded) as llm:
         made = [output for each in params for output in llm.generate(PROMPTS, each)]
-    if isinstance(loaded.executor, CUDARankExecutor):
-        until_ended(loaded.executor.followers.processes)
-        assert loaded.executor.lost is None, "they were asked to end"
+    assert_ended(loaded)
     return made
 
 
@@ -128,29 +178,33 @@ def greedy(**more: Any) -> SamplingParams:  # noqa: ANN401
 
 
 @needs(2)
-def test_answers_are_those_of_one_device(engines: Engines) -> None:
-    assert_alike(answers(engines(2), greedy()), answers(engines(1), greedy()))
+def test_answers_are_those_of_one_device(shared: Shared) -> None:
+    assert_alike(shared.ask(2, greedy()), shared.ask(1, greedy()))
 
 
 @needs(2)
-def test_the_best_of_each_part_is_enough(engines: Engines) -> None:
+def test_the_best_of_each_part_is_enough(shared: Shared) -> None:
     """Where nobody reads logits, they are not gathered; and a step in which somebody does takes the
     same tokens."""
-    made = answers(engines(2), greedy(), greedy(logprobs=None))
+    made = shared.ask(2, greedy(), greedy(logprobs=None))
     known, found = made[: len(PROMPTS)], made[len(PROMPTS) :]
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in known]
 
 
 @pytest.mark.slow
-@needs(4)
-def test_answers_of_four_ranks(engines: Engines) -> None:
-    """Whose heads of keys and values two have each."""
-    assert_alike(answers(engines(4), greedy()), answers(engines(1), greedy()))
+@needs(2)
+def test_a_seed_says_the_same_again(shared: Shared) -> None:
+    """All ranks go on with what the first has drawn: else a second run would differ."""
+    params = SamplingParams(temperature=1.0, seed=7, n=2, max_tokens=6, ignore_eos=True)
+    first, second = (
+        [c.token_ids for o in shared.ask(2, params) for c in o.outputs] for _ in range(2)
+    )
+    assert first == second and len({tuple(ids) for ids in first}) > 1
 
 
 @pytest.mark.slow
 @needs(2)
-def test_what_requests_may_ask_for(engines: Engines) -> None:
+def test_what_requests_may_ask_for(shared: Shared) -> None:
     """Penalties, forms, scores of prompts, drafts of the host, and copies of pages."""
     asked = (
         greedy(repetition_penalty=1.5, logit_bias={7: 3.0}),
@@ -159,8 +213,7 @@ def test_what_requests_may_ask_for(engines: Engines) -> None:
         greedy(max_tokens=12),
     )
     options = {"speculative": "ngram", "enable_prefix_caching": True}
-    one = answers(engines(1), *asked, **options)
-    two = answers(engines(2), *asked, **options)
+    one, two = (shared.ask(ranks, *asked, **options) for ranks in (1, 2))
     assert_alike(two, one)
     for ours, theirs in zip(two, one, strict=True):
         scores = zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True)
@@ -170,14 +223,10 @@ def test_what_requests_may_ask_for(engines: Engines) -> None:
 
 
 @pytest.mark.slow
-@needs(2)
-def test_a_seed_says_the_same_again(engines: Engines) -> None:
-    """All ranks go on with what the first has drawn: else a second run would differ."""
-    params = SamplingParams(temperature=1.0, seed=7, n=2, max_tokens=6, ignore_eos=True)
-    first, second = (
-        [c.token_ids for o in answers(engines(2), params) for c in o.outputs] for _ in range(2)
-    )
-    assert first == second and len({tuple(ids) for ids in first}) > 1
+@needs(4)
+def test_answers_of_four_ranks(shared: Shared) -> None:
+    """Whose heads of keys and values two have each."""
+    assert_alike(shared.ask(4, greedy()), shared.ask(1, greedy()))
 
 
 @needs(2)
@@ -191,7 +240,14 @@ def test_a_seed_says_the_same_again(engines: Engines) -> None:
     ],
     ids=["killed", "hung"],
 )
+@pytest.mark.usefixtures("alone")
 def test_a_lost_rank_ends_requests(sent: int, reason: str, engines: Engines) -> None:
+    async def ask(llm: AsyncLLM) -> AsyncIterator[RequestOutput]:
+        params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+        while True:  # a GPU may have answered before the loss is seen
+            async for output in llm.generate([5, 6, 7], params):
+                yield output
+
     async def main() -> None:
         engine = load(
             engines(2), {**LIMITS, "step_timeout": 4.0 if sent == signal.SIGSTOP else 600}
@@ -200,22 +256,23 @@ def test_a_lost_rank_ends_requests(sent: int, reason: str, engines: Engines) -> 
         assert isinstance(executor, CUDARankExecutor)
         (process,) = executor.followers.processes
         async with AsyncLLM.from_engine(engine) as llm:
-            told, params = 0, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+            told = 0
             with pytest.raises(ExecutionError, match=reason):
-                async for _ in llm.generate([5, 6, 7], params):
+                async for _ in ask(llm):
                     told += 1
                     if told == 2:
                         os.kill(process, sent)
             until_ended((process,))
             assert reason in str(llm.unhealthy)
             with pytest.raises(ExecutionError, match=reason):
-                async for _ in llm.generate([5, 6, 7], params):
+                async for _ in ask(llm):
                     pass
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
 @needs(2)
+@pytest.mark.usefixtures("alone")
 def test_pages_that_no_rank_has_are_refused(engines: Engines) -> None:
     """As often as they are asked for: what was begun is let go of."""
     for _ in range(2):
@@ -233,6 +290,7 @@ def test_too_few_gpus(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.gpu
 @needs(2)
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     "options",
     [
@@ -244,30 +302,41 @@ def test_too_few_gpus(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=needs(4))])
-def test_formats_natively(ranks: int, options: dict[str, Any], tmp_path: Path) -> None:
-    """Captured, where other sums of products of 8 bits are further apart."""
+def test_formats_natively(options: dict[str, Any], tmp_path: Path) -> None:
+    """Captured, where other sums of products of 8 bits are further apart; on two and on four."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     save_llama(tmp_path / "model", llama_tensors(**shape), **shape)
-    made = []
-    for count in (1, ranks):
-        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96, **options)
-        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
-        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=16)))
-    assert_alike(made[1], made[0])
+    assert_ranks_agree(tmp_path, [ranks for ranks in (2, 4) if ranks <= GPUS], **options)
 
 
 @pytest.mark.gpu
 @needs(2)
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "olmo2-tied-biases", "gemma2"])
 def test_families_natively(name: str, tmp_path: Path) -> None:
     save_tiny(CONFIGS[name], tmp_path / "model")
+    assert_ranks_agree(tmp_path, [2])
+
+
+@pytest.mark.gpu
+@needs(2)
+@pytest.mark.usefixtures("alone")
+def test_mxfp4_natively(tmp_path: Path) -> None:
+    """Experts as gpt-oss ships them, of whose blocks ranks have parts."""
+    packed, _ = save_mxfp4(tmp_path, intermediate_size=256)
+    packed.rename(tmp_path / "model")
+    assert_ranks_agree(tmp_path, [ranks for ranks in (2, 4) if ranks <= GPUS])
+
+
+def assert_ranks_agree(directory: Path, ranks: Sequence[int], **options: Any) -> None:  # noqa: ANN401
+    """Engines of the model in a directory answer on so many ranks what they do on one."""
     made = []
-    for count in (1, 2):
-        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96)
-        build(tmp_path / "model", tmp_path / f"engine{count}", chosen)
-        made.append(answers(tmp_path / f"engine{count}", greedy(max_tokens=8)))
-    assert_alike(made[1], made[0])
+    for count in (1, *ranks):
+        chosen = BuildOptions("cuda", tp_size=count, max_seq_len=96, **options)
+        build(directory / "model", directory / f"engine{count}", chosen)
+        made.append(answers(directory / f"engine{count}", greedy(max_tokens=12)))
+    for found in made[1:]:
+        assert_alike(found, made[0])
 
 
 @pytest.mark.gpu
