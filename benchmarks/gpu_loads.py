@@ -107,16 +107,17 @@ class Loads:
     def contexts(self) -> Figures:
         """ms a token behind long prompts."""
         for length, count in CONTEXTS:
-            yield f"context_{length}_{count}", self._token_ms(self.prompts(count, length))
+            yield f"context_{length}_{count}", self._token_ms(self.prompts(count, length), 64)
 
     def sampled(self) -> Figures:
         """ms a token of 64 rows, by what they ask for."""
         for name, sampling in SAMPLED.items():
-            yield f"sampled_{name}", self._token_ms(self.prompts(64, 128), sampling)
+            yield f"sampled_{name}", self._token_ms(self.prompts(64, 128), 128, sampling)
 
-    def _token_ms(self, prompts: list[list[int]], sampling: Sampling | None = None) -> float:
+    def _token_ms(
+        self, prompts: list[list[int]], tokens: int, sampling: Sampling | None = None
+    ) -> float:
         """A token of all prompts; where prefixes are kept, their own time is not that of a run."""
-        tokens = 128
         self._run(prompts, 1, sampling)
         pairs = [
             (self._run(prompts, tokens + 1, sampling) - self._run(prompts, 1, sampling)) / tokens
