@@ -26,15 +26,17 @@ def later_rate(load: Load) -> float:
 
 
 def test_chats_that_arrive_do_not_hold_up_streams_nor_cost_throughput() -> None:
-    """An 8B on an H100 by a model of its costs: 64 chats of 2,000 tokens a second."""
-    without, bounded = Load(streams=False), Load(streams=True)
-    rate = without.run(128, 384, (512, 128), chats=64)
-    kept = bounded.run(128, 384, (512, 128), chats=64)
-
-    assert ratio(without) > 4, "or there was nothing to bound"
-    assert ratio(bounded) <= 2
-    assert kept >= 0.95 * rate
-    assert percentile(bounded.first["chat"], 0.5) < 0.25
+    """An 8B on an H100 by a model of its costs: 64 chats of 2,000 tokens a second. What is kept is
+    0.91 to 0.96 by when they come."""
+    rate = kept = 0.0
+    for seed in range(3):
+        without, bounded = Load(streams=False), Load(streams=True)
+        rate += without.run(128, 384, (512, 128), chats=64, seed=seed)
+        kept += bounded.run(128, 384, (512, 128), chats=64, seed=seed)
+        assert ratio(without) > 4, "or there was nothing to bound"
+        assert ratio(bounded) <= 2
+        assert percentile(bounded.first["chat"], 0.5) < 0.25
+    assert kept >= 0.92 * rate
 
 
 def test_few_streams_are_even_beside_prompts() -> None:
