@@ -2,19 +2,19 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
+    python benchmarks/gpu.py --formats fp8 --measures contexts prefixes lognormal sampled
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
     python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
     python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
     python benchmarks/gpu.py --tp-size 2 --hollow --models llama-70b --formats fp8 --measures decode
 
-Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
-prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
-tokens, prefixes are not shared, sampling is greedy; in "company" one request of 64 asks for more
-than that. The floor of a decode step is the bytes it must read over the measured read bandwidth,
-those of experts if every token chooses among all alike; that of a prefill, its products over the
-measured rate; of several ranks those of one. Experts a layer: how many different ones the last step
-of a decode chose. Every model and format is measured in a process of its own: one that fails, or
-takes longer than ``--seconds``, ends no other, and what it had measured is kept.
+What is asked stands in ``gpu_loads.py``, and ``gpu_vllm.py`` asks another engine for it. Prompts
+are random tokens, no prefix is shared unless a measure is of that, sampling is greedy; in "company"
+one request of 64 asks for more than that. The floor of a decode step is the bytes it must read over
+the measured read bandwidth, those of experts if every token chooses among all alike; that of a
+prefill, its products over the measured rate; of several ranks those of one. Experts a layer: how
+many different ones the last step of a decode chose. Every model and format is measured in a process
+of its own: one that fails, or takes longer than ``--seconds``, ends no other, and what it had measured is kept.
 """
 
 from __future__ import annotations
