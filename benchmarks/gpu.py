@@ -14,7 +14,8 @@ one request of 64 asks for more than that. The floor of a decode step is the byt
 the measured read bandwidth, those of experts if every token chooses among all alike; that of a
 prefill, its products over the measured rate; of several ranks those of one. Experts a layer: how
 many different ones the last step of a decode chose. Every model and format is measured in a process
-of its own: one that fails, or takes longer than ``--seconds``, ends no other, and what it had measured is kept.
+of its own: one that fails, or takes longer than ``--seconds``, ends no other, and what it had
+measured is kept.
 """
 
 from __future__ import annotations
