@@ -161,10 +161,10 @@ def lognormal_asks(prompts: Callable[[int, int], list[list[int]]]) -> Iterator[A
 LOADS: dict[str, Callable[[Loads], Figures]] = {
     "contexts": Loads.contexts,
     "long_prefill": Loads.long_prefill,
-    "prefixes": Loads.prefixes,
-    "throughput": Loads.throughput,
     "lognormal": Loads.lognormal,
+    "prefixes": Loads.prefixes,
     "sampled": Loads.sampled,
+    "throughput": Loads.throughput,
     "decode": Loads.decode,
     "prefill": Loads.prefill,
 }
