@@ -48,7 +48,10 @@ _NO_WINDOW = 1 << 30
 # Sums that its registers hold beside those of the splits before, and how many leave room for more
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
-_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
+# Numbers of k and v that a program's copies are ahead, at least two pages: three programs of a
+# multiprocessor have room for the first, two for the second, and one with the first alone does not
+# fill the memory of an H200.
+_HOPPER_RING, _HOPPER_LONG_RING = 1 << 15, 3 << 14
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
 # and tiles of float8 codes beside them.
 _HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
@@ -331,13 +334,15 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     output: torch.Tensor,
     pdl: bool,
 ) -> None:
-    by = _scalars(a, pages)
-    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    by, heads = _scalars(a, pages), step.num_decodes * a.num_kv_heads
+    programs = _hopper_programs(heads)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
     coded, columns = pages.element_size() == 1, _hopper_columns(a, step.queries)
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
+    few = not coded and heads <= 2 * multiprocessors(pages.device)
+    ring = _HOPPER_LONG_RING if few else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
@@ -370,7 +375,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         KV_PARTS=a.kv_parts,
         QUERIES=step.queries,
         COLUMNS=columns,
-        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
+        STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
         maxnreg=registers,
