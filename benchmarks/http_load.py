@@ -5,13 +5,13 @@
     python benchmarks/http_load.py --address 127.0.0.1:8000 --loads 1:8:128:256 64:256:128:256
 
 Offline: ``slipstream bench throughput`` with as many requests in flight as there are streams. HTTP:
-the same requests from client processes that only look at the clock; each stream sends its next one
-when one ends. Chats: the same again while conversations of ``--words`` words arrive by chance, so
-many a second, for as long as the streams run; they begin alike, as those of one system prompt do,
-so that the device finds most of each in its cache and what is seen is mostly the host's. Prompts
-are random tokens, answers greedy and of full length. Reported are output tokens a second, seconds
-to the first token, and between two pieces of one stream. The server is asked ``--settle`` seconds
-after its start, in which it captures graphs.
+the same requests from client processes that only look at the clock; each stream sends the next one
+of all that are left when one ends. Chats: the same again while conversations of ``--words`` words
+arrive by chance, so many a second, for as long as the streams run; they begin alike, as those of
+one system prompt do, so that the device finds most of each in its cache and what is seen is mostly
+the host's. Prompts are random tokens, answers greedy and of full length. Reported are output tokens
+a second, seconds to the first token, and between two pieces of one stream. The server is asked
+``--settle`` seconds after its start, in which it captures graphs.
 
 With ``--address``, only loads of streams, requests, tokens in and out, one after the other, on any
 server of OpenAI's completions, ours or another's, that takes prompts as tokens.
@@ -33,7 +33,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,20 @@ class Load:
     input_len: int
     output_len: int
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What clients share: how many requests are left, and that all of them are ready."""
+
+    left: Synchronized[int]
+    ready: Barrier
+
+    def takes_one(self) -> bool:
+        """Whether there was one left."""
+        with self.left.get_lock():
+            self.left.value -= 1
+            return self.left.value >= 0
 
 
 @dataclass(slots=True)
@@ -91,13 +107,12 @@ async def ask(address: Address, path: str, body: dict[str, Any]) -> Reader:
     return reader
 
 
-async def streams(address: Address, load: Load, seed: int) -> Seen:
-    """A client's share of the streams."""
+async def streams(address: Address, load: Load, seed: int, common: Common) -> Seen:
+    """A client's share of the streams, which take of the requests that are left to all."""
     rng, seen = random.Random(seed), Seen()
-    left = iter(range(load.requests))
 
     async def stream() -> None:
-        for _ in left:
+        while common.takes_one():
             prompt = rng.choices(range(100, load.vocab_size), k=load.input_len)
             body = {"prompt": prompt, "max_tokens": load.output_len, "ignore_eos": True}
             sent = time.time()
@@ -114,6 +129,7 @@ async def streams(address: Address, load: Load, seed: int) -> Seen:
             seen.gaps += [b - a for a, b in zip(reader.times, reader.times[1:], strict=False)]
             seen.each.append((reader.times[-1] - reader.times[0]) / max(load.output_len - 1, 1))
 
+    common.ready.wait()
     await asyncio.gather(*(stream() for _ in range(load.streams)))
     return seen
 
@@ -152,8 +168,7 @@ async def chats(address: Address, words: int, rate: float, stop: Callable[[], bo
     return seen
 
 
-def _run(queue: Any, begin: Any, work: Callable[..., Awaitable[Seen]], *arguments: Any) -> None:  # noqa: ANN401
-    begin.wait(60)
+def _run(queue: Any, work: Callable[..., Awaitable[Seen]], *arguments: Any) -> None:  # noqa: ANN401
     queue.put(uvloop.run(work(*arguments)))  # type: ignore[arg-type]
 
 
@@ -164,18 +179,12 @@ def measure(
     queue, done, seen = _PROCESSES.Queue(), threading.Event(), Seen()
     clients = min(_CLIENTS, load.streams)
     shares = [
-        Load(
-            load.streams // clients + (i < load.streams % clients),
-            load.requests // clients + (i < load.requests % clients),
-            load.input_len,
-            load.output_len,
-            load.vocab_size,
-        )
+        replace(load, streams=load.streams // clients + (i < load.streams % clients))
         for i in range(clients)
     ]
-    begin = _PROCESSES.Barrier(clients)
+    common = Common(_PROCESSES.Value("q", load.requests), _PROCESSES.Barrier(clients))
     processes = [
-        _PROCESSES.Process(target=_run, args=(queue, begin, streams, address, share, seed + i))
+        _PROCESSES.Process(target=_run, args=(queue, streams, address, share, seed + i, common))
         for i, share in enumerate(shares)
     ]
     for process in processes:
@@ -192,13 +201,14 @@ def measure(
     for process in processes:
         process.join()
     seconds = max(seen.ended) - min(seen.began)
+    usual = max(_percentile(seen.gaps, 0.5), 1e-6)  # pieces may come together
     figures = {
         "output_tokens_per_second": (load.requests - seen.failed) * load.output_len / seconds,
         "first_token_p50_ms": statistics.median(seen.first) * 1e3,
         "token_p50_ms": statistics.median(seen.each) * 1e3,
         "between_p50_ms": _percentile(seen.gaps, 0.5) * 1e3,
         "between_p99_ms": _percentile(seen.gaps, 0.99) * 1e3,
-        "between_p99_over_p50": _percentile(seen.gaps, 0.99) / _percentile(seen.gaps, 0.5),
+        "between_p99_over_p50": _percentile(seen.gaps, 0.99) / usual,
         "failed": float(seen.failed),
     }
     if rate:

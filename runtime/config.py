@@ -43,9 +43,9 @@ class RuntimeConfig:
     max_prefill_tokens       tokens of prompts in a step that others wait for with their next token;
                              The fewer, the evener streams are, and the longer a prompt takes
                              beside them. ``auto``: where answers are streamed, about as many as
-                             take as long as the step without them, by what steps have cost, and
-                             more where more wait; offline what max_num_tokens leaves. No bound
-                             where prompts are not chunked.
+                             make a step take twice as long as one without them, by what steps have
+                             cost, and more where prompts wait for seconds; offline what
+                             max_num_tokens leaves. No bound where prompts are not chunked.
     enable_jump_decoding     append tokens that a structured output leaves no choice about without a
                              step for each.
     speculative              what guesses tokens that a step then verifies: ``ngram`` looks them up

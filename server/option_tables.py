@@ -80,7 +80,7 @@ RUNTIME = {
     "enable_chunked_prefill": Option("Compute a long prompt over several steps."),
     "max_prefill_tokens": Option(
         "Most tokens of prompts in a step that answers on their way wait for; auto: about as many "
-        "as take as long as the step without them, and more where more wait.",
+        "as make it take twice as long as one without them, and more where they wait for seconds.",
         parse=auto_or_count,
     ),
     "enable_jump_decoding": Option("Append tokens that a schema forces without a step for each."),

@@ -2,21 +2,20 @@
 
 Without a bound a step has as many as there is room for, and takes as long: every stream stands
 still while somebody's book is read. A fixed bound is right for one device and one load. Here the
-bound is time, by what steps have cost of late: prompts may take about as long as the step takes
-without them, so that a token comes at most about twice as late as it would, and longer the more
-prompts wait. A burst is over soon; where prompts wait for seconds on end there are more of them
+bound is time, by what steps have cost of late: prompts may make a step take about twice as long as
+one without them will, once all that wait speak, so that a token comes at most about twice as late
+as it would. So of requests that begin together the first are not held to the pace of a few, which
+would cost steps. A burst is over soon; where prompts wait for seconds on end there are more of them
 than that share of the device can compute, and it grows for as long as they do.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
 _LEAST = 16  # tokens: a prompt always goes on
-_SHARE = 0.6  # of the step's time without prompts, where none wait
-_PATIENCE = 1.0  # seconds of computing: where so much waits, prompts get once the step's time more
+_SHARE = 0.95  # of a step's time without prompts
 _SHORT = 0.1  # seconds of computing: what waits less than that is no queue
 _BURST = 4.0  # seconds for which there may be a queue before the share grows
 _LONGEST = 16.0  # seconds that are remembered of it
@@ -77,16 +76,18 @@ class PromptShare:
         queued = self._queued + (seconds if self._queue else -seconds)
         self._queued = min(max(0.0, queued), _LONGEST)
 
-    def most(self, decodes: int, waiting: int) -> int | None:
-        """The most tokens of prompts beside ``decodes``, where so many wait to be computed; None:
-        no bound, as nothing is known yet."""
+    def most(self, decodes: int, speaking: int, silent: int, waiting: int) -> int | None:
+        """The most tokens of prompts beside ``decodes`` tokens of as many sequences as are
+        ``speaking``, where ``silent`` ones have yet to begin, and so many tokens of prompts are
+        ``waiting``; None: no bound, as nothing is known yet."""
         each = self._times.of_prompt_token
         if not each:
             return None
         self._queue = waiting * each > _SHORT
-        share = _SHARE + math.sqrt(waiting * each / _PATIENCE)
-        share *= max(1.0, 1.0 + self._queued - _BURST)
-        most = max(_LEAST, int(share * self._times.of_decodes(decodes) / each))
+        share = _SHARE * max(1.0, 1.0 + self._queued - _BURST)
+        pace = self._times.of_decodes(decodes + decodes * silent // speaking)
+        spare = (1.0 + share) * pace - self._times.of_decodes(decodes)
+        most = max(_LEAST, int(spare / each))
         return most if most >= waiting else self._without_padding(decodes, most)
 
     def _without_padding(self, decodes: int, most: int) -> int:

@@ -332,7 +332,9 @@ class Scheduler:
         if self._share is None or all(map(_is_told_whole, plan.sequences)):
             return self._max_beside
         waiting = self._admission.num_tokens + sum(map(_LEFT, prefills))
-        most = self._share.most(sum(plan.counts), waiting)
+        speaking = len(plan.sequences)
+        silent = min(len(prefills) + len(self.waiting), self._config.max_batch_size - speaking)
+        most = self._share.most(sum(plan.counts), speaking, silent, waiting)
         return self._max_beside if most is None else most
 
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:

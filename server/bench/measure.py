@@ -18,6 +18,7 @@ from slipstream.runtime.executors.base import (
     Executor,
     OffloadingExecutor,
     PendingStep,
+    PreparingExecutor,
     StartedStep,
     TimedExecutor,
 )
@@ -161,8 +162,19 @@ class _Timed:
         return seconds
 
 
+class _Preparing:
+    """What a stopwatch also has where its executor gets ready for steps to come."""
+
+    _inner: Any
+
+    def prepare_next(self) -> bool:
+        """As the inner executor."""
+        more: bool = self._inner.prepare_next()
+        return more
+
+
 _PARTS: Mapping[type, type] = MappingProxyType(
-    {OffloadingExecutor: _Offloading, TimedExecutor: _Timed}
+    {OffloadingExecutor: _Offloading, TimedExecutor: _Timed, PreparingExecutor: _Preparing}
 )
 
 
@@ -217,6 +229,11 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         self._loop.shutdown()
+
+    def prepare(self) -> None:
+        """Do what a server does while nobody asks."""
+        while self._loop.prepare():
+            pass
 
     def measure(
         self, count: int, concurrency: int, progress: Callable[[int], None] = lambda done: None

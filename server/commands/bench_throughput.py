@@ -41,7 +41,7 @@ def throughput(
     """Measure many requests in flight: tokens per second, and what each request saw of it.
 
     Prompts are random tokens; answers are greedy and of full length. One request runs before the
-    measurement.
+    measurement, and what a server prepares while nobody asks is prepared.
 
     \b
     Example:
@@ -76,6 +76,7 @@ def throughput(
 
 def _measure(bench: Bench, num_prompts: int, concurrency: int) -> Measurement:
     bench.measure(1, 1)
+    bench.prepare()
     with item_progress("requests") as progress:
         return bench.measure(num_prompts, concurrency, lambda done: progress(done, num_prompts))
 

@@ -73,7 +73,9 @@ class StepTensors:
     ``query_block`` of a layer is at least that of the step; 1 says that every block is one query.
 
     In the deterministic mode ``num_decodes`` is 0: what a decode computes is then, bit for bit,
-    what it would be as part of a chunk.
+    what it would be as part of a chunk. A captured step does not know how many of its sequences are
+    decodes: ``num_decodes`` is then how many may be, and decode_len ``[S]`` has the context_len of
+    those that are, 0 of the others.
 
     Padding has a context_len of 0 or a slot of -1; its output is undefined.
     """
@@ -87,6 +89,17 @@ class StepTensors:
     num_decodes: int
     query_block: int
     queries: int = 1
+    decode_len: torch.Tensor | None = None
+
+    @property
+    def sure_decodes(self) -> int:
+        """How many of the first sequences are decodes whatever the arrays say."""
+        return self.num_decodes if self.decode_len is None else 0
+
+    @property
+    def decoded(self) -> torch.Tensor:
+        """The tokens that the decode kernel attends to, of each sequence ``[S]``."""
+        return self.context_len if self.decode_len is None else self.decode_len
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,7 +227,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.num_decodes:
         decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
         decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
-    if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
+    if step.sure_decodes < qkv.shape[0] and len(step.block_sequence):
+        # What the decode kernel has read and stored is turned and stored again where it may be any.
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
             _hopper_prefills(qkv, pages, step, a, sinks, output, workspace.wide)
@@ -277,7 +291,7 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         sin,
         pages,
         step.query_start,
-        step.context_len,
+        step.decoded,
         step.page_table,
         step.slot_mapping,
         *weights,
@@ -353,7 +367,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         ),
         pages,
         step.query_start,
-        step.context_len,
+        step.decoded,
         step.page_table,
         step.slot_mapping,
         *weights,
@@ -400,7 +414,7 @@ def _write(
     pdl: bool,
 ) -> None:
     heads = triton.next_power_of_2(a.num_heads // a.num_kv_heads)
-    first = step.num_decodes if step.queries == 1 else 0
+    first = step.sure_decodes if step.queries == 1 else 0
     write_kernel[(qkv.shape[0] - first, a.num_kv_heads)](
         qkv,
         cos,
@@ -488,11 +502,11 @@ def _hopper_prefills(
     """``_prefill``; of long prompts over float8 pages those are copied first."""
     by, inputs = _scalars(a, pages), (step, a, sinks, output)
     coded = pages.dtype == torch.float8_e4m3fn
-    if not coded or wide is None or qkv.shape[0] - step.num_decodes < STEP_TOKENS:
+    if not coded or wide is None or qkv.shape[0] - step.sure_decodes < STEP_TOKENS:
         _hopper_prefill(qkv, pages, *inputs, by)
         return
     copies = wide.fill(
-        pages, step.query_start, step.context_len, step.page_table, step.num_decodes, a.page_size
+        pages, step.query_start, step.context_len, step.page_table, step.sure_decodes, a.page_size
     )
     _hopper_prefill(qkv, copies, *inputs, by, wide, COPIED.value)
     _hopper_prefill(qkv, pages, *inputs, by, wide, OTHERS.value)

@@ -10,7 +10,12 @@ from slipstream.runtime.executors.cuda.inputs import Shape
 
 # Steps of mixed prefill chunks and decodes up to the last of these are captured. Beyond, a step
 # takes the GPU longer than it takes Python to launch its kernels one by one.
-MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+MIXED_TOKENS = (16, 32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
+
+# For how many decodes the kernel for decodes is launched in those, if there are any: the one for
+# prompts takes a whole block for the single query of each, and reads a long context by itself. Only
+# such as are at most half of the tokens.
+MIXED_DECODES = (64, 256, 1024)
 
 # Tokens of a sequence of which the last are drafts: what kernels are compiled for.
 QUERIES = (4, 8)
@@ -18,6 +23,8 @@ QUERIES = (4, 8)
 _GUESSES = (1, 3, 7)
 # How many times as many tokens up to so many sequences verify, and more of them.
 _COARSE = 16
+# Programs for a sequence that is no decode, end at once: so many are about a row.
+_EMPTY = 16
 _TIMES, _MORE_TIMES = (2, *QUERIES), (2, 3, *QUERIES)
 
 
@@ -129,12 +136,38 @@ class Buckets:
         ]
         return list(dict.fromkeys(shapes))
 
-    def mixed(self, tokens: int) -> Shape:
-        """A step of up to ``tokens`` tokens, of as many sequences as can be in it."""
+    def mixed(self, tokens: int, decodes: int = 0) -> Shape:
+        """A step of up to ``tokens`` tokens, of as many sequences as can be in it, the first of
+        which are so many decodes; some of them may have to be blocks as well."""
         sequences = min(tokens, self.max_batch_size)
         # Every sequence may end in a block that is not full.
         blocks = tokens // self.query_block + sequences
-        return Shape(tokens, sequences, blocks, min(tokens, self.max_rows))
+        counts = self._mixed_decodes(tokens)
+        served = next((count for count in counts if count >= decodes), counts[-1])
+        return Shape(tokens, sequences, blocks, min(tokens, self.max_rows), decodes=served)
+
+    def _mixed_decodes(self, tokens: int) -> list[int]:
+        # Where the device may have to lengthen contexts that the host guessed, all are blocks.
+        if self.deterministic or self.drafts:
+            return [0]
+        most = min(tokens // 2, self.max_batch_size)
+        counts = [min(count, self.max_batch_size) for count in MIXED_DECODES]
+        return [0, *dict.fromkeys(n for n in counts if MIXED_DECODES[0] <= n <= most)]
+
+    @cached_property
+    def all_mixed(self) -> list[Shape]:
+        """Captured steps that are more than decodes."""
+        return [
+            self.mixed(tokens, decodes)
+            for tokens in self.mixed_tokens
+            for decodes in self._mixed_decodes(tokens)
+        ]
+
+    def rows_of(self, one: Shape, other: Shape) -> int:
+        """About as many rows as the ``other`` computes where it serves for ``one``: decodes that
+        are blocks of prompts count as rows more, and programs for what is no decode a little."""
+        short = one.decodes - other.decodes
+        return other.tokens + (short if short > 0 else -short // _EMPTY)
 
     def alike(self, one: Shape, other: Shape) -> bool:
         """Whether the ``other`` serves for ``one`` where it has more tokens: both are steps of one

@@ -25,7 +25,8 @@ class Shape:
     """Sizes to which a step is padded: tokens, sequences, blocks of queries and rows of logits.
 
     Without rows it is a step of decodes, whose logits are all wanted, of up to ``queries`` tokens
-    each.
+    each. Of others up to ``decodes`` of the first sequences may be decodes for the kernel that is
+    for those.
     """
 
     tokens: int
@@ -33,6 +34,7 @@ class Shape:
     blocks: int = 0
     rows: int = 0
     queries: int = 1
+    decodes: int = 0
 
     @property
     def sizes(self) -> dict[Dim, int]:
@@ -61,6 +63,8 @@ class Field:
 _TOKEN_SLOTS = Field("token_slots", "T")
 _BLOCK_SEQUENCE = Field("block_sequence", "B", padding=-1)
 _BLOCK_START = Field("block_start", "B")
+_DECODE_LEN = Field("decode_len", "S")
+_OF_ATTENTION = (_BLOCK_SEQUENCE, _BLOCK_START, _DECODE_LEN)
 # What a head reads of a step: the token after each, or -1 - the row that samples it, the first row
 # that each sequence samples, how many of its tokens are drafts, and how many its pages hold.
 NEXT_IDS, FIRST_ROWS, NUM_DRAFTS, CAPACITY = "next_ids", "first_rows", "num_drafts", "capacity"
@@ -99,7 +103,7 @@ class Layout:
         self.columns, self.query_block = columns, query_block
         flat = [port for port in ports if port.source is not Source.PAGE_TABLE]
         self.names = {(port.source, port.cache): port.name for port in flat}
-        fields = [*map(_field, flat), _TOKEN_SLOTS, _BLOCK_SEQUENCE, _BLOCK_START]
+        fields = [*map(_field, flat), _TOKEN_SLOTS, *_OF_ATTENTION]
         self.guesses = guesses
         fields += _OF_HEADS if guesses else ()
         self.fields = {field.name: field for field in fields}
@@ -128,10 +132,12 @@ def _field(port: Port) -> Field:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Blocks of query tokens: the sequence of each, and the first of its queries inside."""
+    """Blocks of query tokens: the sequence of each, and the first of its queries inside. Sequences
+    before ``first`` are in none."""
 
     sequence: IntArray
     start: IntArray
+    first: int = 0
 
 
 def query_blocks(batch: StepBatch, first: int, size: int) -> Blocks:
@@ -144,7 +150,7 @@ def query_blocks(batch: StepBatch, first: int, size: int) -> Blocks:
     start = (index * size).astype(np.int32)
     seen = (batch.context_len[first:] - counts)[sequence - first] + start
     order = np.argsort(-seen, kind="stable")
-    return Blocks(sequence[order], start[order])
+    return Blocks(sequence[order], start[order], first)
 
 
 class StepInputs:
@@ -170,6 +176,7 @@ class StepInputs:
             _TOKEN_SLOTS.name: np.repeat(batch.slots, np.diff(batch.query_start)),
             _BLOCK_SEQUENCE.name: blocks.sequence,
             _BLOCK_START.name: blocks.start,
+            _DECODE_LEN.name: batch.context_len[: blocks.first],
         }
         if layout.guesses:
             made |= _for_heads(batch, rows)
@@ -219,6 +226,7 @@ class StepInputs:
                 num_decodes=num_decodes,
                 query_block=query_block or layout.query_block,
                 queries=shape.queries,
+                decode_len=views[_DECODE_LEN.name] if shape.decodes else None,
             )
             for name, span in places.tables.items()
         }

@@ -129,8 +129,9 @@ class StepRunner:
             blocks = query_blocks(batch, 0, _SINGLE) if self._buckets.deterministic else _NO_BLOCKS
             hidden = self.rows
         else:
-            shape = self._served(self._buckets.mixed(bucket(tokens, mixed)))
-            blocks = query_blocks(batch, 0, self._buckets.query_block)
+            shape = self._served(self._buckets.mixed(bucket(tokens, mixed), decodes))
+            first = min(decodes, shape.decodes)
+            blocks = query_blocks(batch, first, self._buckets.query_block)
             hidden = self._hidden
         if shape not in self._layers:  # which runs once, before the step is there
             self._inputs.pad(shape)
@@ -151,7 +152,8 @@ class StepRunner:
         """The shape of the captured layers that run a step of the ``wanted`` one."""
         if wanted in self._layers:
             return wanted
-        alike = [(s, s.tokens) for s in self._layers if self._buckets.alike(wanted, s)]
+        buckets = self._buckets
+        alike = [(s, buckets.rows_of(wanted, s)) for s in self._layers if buckets.alike(wanted, s)]
         return self._spared.choose(wanted, wanted.tokens, alike)
 
     @property
@@ -361,7 +363,7 @@ class StepRunner:
         """Those of layers that are captured, decodes before mixed steps."""
         buckets = self._buckets
         decodes = [buckets.decode(size) for size in buckets.batch_sizes]
-        return [*decodes, *buckets.verifications, *map(buckets.mixed, buckets.mixed_tokens)]
+        return [*decodes, *buckets.verifications, *buckets.all_mixed]
 
     @property
     def _largest_shapes(self) -> list[Shape]:
@@ -398,7 +400,7 @@ class StepRunner:
         """The step of captured layers of a shape."""
         pdl = self._overlaps(shape.tokens)
         if shape.rows:
-            return self._inputs.step(shape, 0, pdl=pdl)
+            return self._inputs.step(shape, shape.decodes, pdl=pdl)
         deterministic = self._buckets.deterministic
         decodes, block = (0, _SINGLE) if deterministic else (shape.sequences, None)
         return self._inputs.step(shape, decodes, pdl=pdl, query_block=block)
@@ -427,5 +429,5 @@ class StepRunner:
 def _prepared(shape: Shape) -> bool:
     """Whether a step of this shape is captured at the start."""
     if shape.rows:
-        return shape.tokens <= PREPARED_TOKENS
+        return shape.tokens <= PREPARED_TOKENS and not shape.decodes
     return shape.sequences <= PREPARED_SEQUENCES and shape.tokens <= PREPARED_TOKENS

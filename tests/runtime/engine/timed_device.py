@@ -15,7 +15,7 @@ from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 
-_SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+_SIZES = (16, 32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
 _PAGE = 64
 _TOKEN = 5  # says every row
 

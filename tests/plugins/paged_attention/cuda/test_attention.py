@@ -38,7 +38,7 @@ Sequence = tuple[int, int]  # (query tokens, tokens in the cache after the step)
 @dataclass(frozen=True)
 class Case:
     """A step whose first ``decodes`` sequences have one query, or all up to ``queries``;
-    ``padding`` adds rows to it."""
+    ``padding`` adds rows to it. If ``may_be``, it was captured for so many decodes."""
 
     batch: tuple[Sequence, ...]
     decodes: int
@@ -57,6 +57,7 @@ class Case:
     v_norm: int = 0
     query_block: int = 0  # that of the step; 0: of the layer
     queries: int = 1
+    may_be: int = 0
 
     def attributes(self) -> Attributes:
         return Attributes(
@@ -136,6 +137,8 @@ class Case:
         ]
         blocks += [(-1, 0)] * self.padding
         decodes = self.decodes + (self.padding if self.decodes == len(self.batch) else 0)
+        decodes = max(decodes, self.may_be)
+        others = len(self.batch) + self.padding - self.decodes
         spare = (0, self.padding)
 
         def tensor(values: NDArray[np.int32] | list[int]) -> torch.Tensor:
@@ -152,6 +155,9 @@ class Case:
             num_decodes=decodes,
             query_block=block,
             queries=self.queries,
+            decode_len=tensor(np.pad(inputs.context_len[: self.decodes], (0, others)))
+            if self.may_be
+            else None,
         )
 
 
@@ -243,6 +249,9 @@ CASES = {
     "prefill_sinks": Case(PREFILLS, 0, sinks=True),
     "prefill_padding": Case(PREFILLS, 0, padding=3),
     "mixed": Case((*DECODES[1:3], *PREFILLS), 2, padding=2),
+    # Captured for more decodes than there are: the prompts, and padding, are among them.
+    "mixed_of_any_decodes": Case((*DECODES[1:3], *PREFILLS), 2, padding=2, norm=True, may_be=5),
+    "mixed_of_no_decodes": Case(PREFILLS, 0, padding=1, pages="float8_e4m3fn", may_be=2),
     "mixed_in_blocks": Case((*DECODES[1:4], *PREFILLS), 0, padding=2),
     "decode_keys_are_values": Case(DECODES[1:3], 2, kv_parts=1, v_norm=1, norm=True),
     "decode_v_norm": Case(DECODES[1:3], 2, v_norm=1, head_dim=24),
@@ -327,6 +336,12 @@ HOPPER_PREFILLS = {
     "keys_of_another": Case(CHUNKS, 0, head_dim=128, kv_parts=0, norm=True),
     "in_blocks_of_another_layer": Case(CHUNKS, 0, head_dim=64, query_block=20),
     "behind_decodes": Case(((1, 33), (1, 200), *CHUNKS), 2, head_dim=128, dtype="bfloat16"),
+    "behind_any_decodes": Case(
+        ((1, 33), (1, 200), *CHUNKS), 2, head_dim=128, dtype="bfloat16", padding=3, may_be=8
+    ),
+    "behind_any_decodes_float8": Case(
+        ((1, 33), (1, 2200), *CHUNKS), 2, head_dim=128, pages="float8_e4m3fn", may_be=4, norm=True
+    ),
 }
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 

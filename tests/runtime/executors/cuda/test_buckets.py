@@ -21,14 +21,24 @@ def test_batches_reach_the_limit_in_small_steps(limit: int) -> None:
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 8), (4, 96), (256, 8192)])
 def test_a_mixed_step_has_room_for_any_sequences(batch: int, tokens: int, query_block: int) -> None:
     buckets = Buckets(batch, tokens, query_block)
-    for size in buckets.mixed_tokens:
-        shape = buckets.mixed(size)
+    for shape in buckets.all_mixed:
+        size = shape.tokens
         worst = min(size, batch)  # sequences, each with a block that is not full
         counts = [size // worst] * worst
         assert sum(-(-count // query_block) for count in counts) <= shape.blocks
         largest = buckets.largest
         for name in ("tokens", "sequences", "blocks", "rows"):
             assert getattr(shape, name) <= getattr(largest, name)
+
+
+def test_mixed_steps_are_captured_for_some_numbers_of_decodes() -> None:
+    buckets = Buckets(200, 8192, 32)
+    of: dict[int, list[int]] = {size: [] for size in buckets.mixed_tokens}
+    for shape in buckets.all_mixed:
+        of[shape.tokens].append(shape.decodes)
+    assert of[64] == [0] and of[128] == [0, 64] and of[512] == of[2048] == [0, 64, 200]
+    for other in (Buckets(200, 8192, 32, deterministic=True), Buckets(200, 8192, 32, drafts=9)):
+        assert not any(shape.decodes for shape in other.all_mixed), "blocks, all of them"
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 40, 256])

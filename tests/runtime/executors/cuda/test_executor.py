@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tests.runtime.executors.cuda.torch_kernels import in_torch
 from tests.runtime.executors.two_graphs import save_engine
 from tests.tiny_models import TINY_SHAPE, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,9 +30,11 @@ from slipstream.runtime import executors
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.sequence import child_seed
-from slipstream.runtime.executors.cuda import buckets, runner
+from slipstream.runtime.engine.step import StepBatch
+from slipstream.runtime.executors.cuda import buckets, inputs, runner
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
+from slipstream.runtime.executors.cuda.inputs import Shape
 from slipstream.runtime.loading import load
 from slipstream.runtime.request import RequestOutput
 
@@ -130,6 +135,37 @@ def test_what_is_captured_between_requests_writes_to_nobodys_pages(
         assert all(map(torch.equal, before, after))
         again = llm.generate([list(range(40, 108))[:80]], greedy(max_tokens=2))[0]
     assert again.num_cached_tokens and again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("served", [(1,), (2,)])
+def test_decodes_beside_prompts_say_the_same_with_their_kernel(
+    engine: Path,
+    alone: list[RequestOutput],
+    served: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Captured for as many as there are, and for more: a prompt is then among the first rows."""
+    monkeypatch.setattr(buckets, "MIXED_TOKENS", (16,))
+    monkeypatch.setattr(buckets, "MIXED_DECODES", served)
+    monkeypatch.setattr(runner.Spared, "choose", lambda _self, wanted, *_: wanted)
+    monkeypatch.setattr(runner, "PREPARED_SEQUENCES", 0)
+    loaded: list[tuple[int, int, int]] = []
+    load = inputs.StepInputs.load
+
+    def noted(self: inputs.StepInputs, batch: StepBatch, shape: Shape, *rest: Any) -> None:  # noqa: ANN401
+        if shape.rows:
+            prompts = int((np.diff(batch.query_start) > 1).sum())
+            loaded.append((rest[0].first, prompts, shape.decodes))
+        load(self, batch, shape, *rest)
+
+    monkeypatch.setattr(inputs.StepInputs, "load", noted)
+    in_parts = in_torch() if interpreting() else nullcontext()
+    with in_parts, LLM(engine, enable_prefix_caching=False, **LIMITS) as llm:
+        outputs = llm.generate(PROMPTS, [greedy(max_tokens=count) for count in (4, 2, 4)])
+    assert (1, 1, served[0]) in loaded, "a decode by its kernel, a prompt in blocks"
+    for output, known in zip(outputs, alone, strict=True):
+        said = output.outputs[0].token_ids
+        assert said == known.outputs[0].token_ids[: len(said)]
 
 
 def test_prompt_scores_come_from_the_host(checkpoint: Path, llm: LLM) -> None:

@@ -154,12 +154,59 @@ def test_prompts_are_served_by_larger_steps_of_prompts(runner: Runner, captured:
     loaded: list[Any] = []
     runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
     batch = SimpleNamespace(
-        token_ids=np.zeros(1100), query_start=np.array([0, 1100]), context_len=np.array([1100])
+        token_ids=np.zeros(1300), query_start=np.array([0, 1300]), context_len=np.array([1300])
     )
     for _ in range(3):
         runner.layers(batch, np.arange(1, dtype=np.int32))  # type: ignore[arg-type]
     largest, own = BUCKETS.mixed(2048), BUCKETS.mixed(1536)
     assert captured == [own] and loaded == [largest, largest, own]
+
+
+def beside_prompt(decodes: int, prompt: int) -> Any:  # noqa: ANN401
+    """So many decodes, of contexts from 11 on, and a prompt."""
+    return SimpleNamespace(
+        token_ids=np.zeros(decodes + prompt),
+        query_start=np.array([*range(decodes + 1), decodes + prompt]),
+        context_len=np.array([*range(11, 11 + decodes), prompt]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("decodes", "prompt", "served"),
+    [(0, 700, 0), (3, 700, 64), (64, 300, 64), (65, 700, 256), (300, 400, 256), (20, 44, 0)],
+)
+def test_decodes_beside_prompts_have_their_kernel(
+    runner: Runner, captured: list[Any], decodes: int, prompt: int, served: int
+) -> None:
+    """As many as the captured step launches it for; the rest are blocks of prompts."""
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, blocks, _rows: loaded.append((shape, blocks))
+    runner.layers(beside_prompt(decodes, prompt), np.arange(1, dtype=np.int32))
+    ((shape, blocks),) = loaded
+    assert captured == [shape] and shape.decodes == served
+    first = min(decodes, served)
+    assert blocks.first == first and set(blocks.sequence) == set(range(first, decodes + 1))
+    assert len(blocks.sequence) <= shape.blocks
+    steps: list[Any] = []
+    runner.inputs.step = lambda _shape, decodes, **_: steps.append(decodes)
+    runner._device.has_pdl = False
+    runner._memory = SimpleNamespace()  # type: ignore[assignment]
+    StepRunner._layers_work(runner, shape)
+    assert steps == [served]
+
+
+def test_a_step_of_prompts_serves_for_decodes_until_their_own_pays(
+    runner: Runner, captured: list[Any]
+) -> None:
+    runner.capture()
+    captured.clear()
+    loaded: list[Any] = []
+    runner.inputs.load = lambda _batch, shape, *_: loaded.append(shape)
+    for _ in range(6):
+        runner.layers(beside_prompt(250, 1700), np.arange(1, dtype=np.int32))
+    other, own = BUCKETS.mixed(2048), BUCKETS.mixed(2048, 256)
+    assert other != own and captured == [own]
+    assert loaded == [other] * 4 + [own] * 2, "256 rows of decodes in vain, four times"
 
 
 def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
@@ -186,7 +233,7 @@ def test_decodes_are_blocks_of_one_query_where_bits_are_not_to_depend_on_chunks(
 
 def test_all_that_can_be_captured_is_compiled(runner: Runner) -> None:
     found: list[Any] = [work() for work in runner.works()[:-1]]
-    shapes = [*map(BUCKETS.decode, BUCKETS.batch_sizes), *map(BUCKETS.mixed, BUCKETS.mixed_tokens)]
+    shapes = [*map(BUCKETS.decode, BUCKETS.batch_sizes), *BUCKETS.all_mixed]
     assert found == [*shapes, *((n, kind) for n in BUCKETS.batch_sizes for kind in Kind)]
 
 

@@ -63,7 +63,9 @@ def paged_attention(
         first, end = starts[sequence], starts[sequence + 1]
         if length <= 0 or end <= first:
             continue
-        assert not step.num_decodes or end - first <= step.queries
+        decoded = sequence < step.num_decodes and int(step.decoded[sequence]) == length
+        assert decoded != (sequence in step.block_sequence.tolist()), "by one kernel, not by both"
+        assert not decoded or end - first <= step.queries
         table = step.page_table[sequence, : -(-length // a.page_size)].long()
         keys, values = (
             pages[table, part].float().transpose(1, 2).flatten(0, 1)[:length] for part in (0, 1)
