@@ -41,6 +41,9 @@ _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
 _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
+# The ring where two programs of a multiprocessor are all there are, or one, which does not fill the
+# memory of an H200 with the usual one.
+_HOPPER_LONG_RING = 3 << 14
 _SINGLE_ROWS = 64  # of a block of a single query: what fills an instruction of Hopper
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
@@ -48,10 +51,7 @@ _NO_WINDOW = 1 << 30
 # Sums that its registers hold beside those of the splits before, and how many leave room for more
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
-# Numbers of k and v that a program's copies are ahead, at least two pages: three programs of a
-# multiprocessor have room for the first, two for the second, and one with the first alone does not
-# fill the memory of an H200.
-_HOPPER_RING, _HOPPER_LONG_RING = 1 << 15, 3 << 14
+_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
 # and tiles of float8 codes beside them.
 _HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
