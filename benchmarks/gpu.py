@@ -87,19 +87,20 @@ MODELS = {
     "mixtral-8x7b": MIXTRAL_8X7B,
     "gpt-oss-20b": GPT_OSS_20B,
 }
-# vLLM 0.26.0 on one H100 80GB with these shapes and measures (benchmarks/README.md).
+# vLLM 0.26.0 with these shapes and measures (benchmarks/README.md): an 8B on one H200, mixtures of
+# experts on one H100 80GB.
 VLLM: dict[str, dict[str, float]] = {
     "llama-8b bf16": {
-        "decode_1": 6.47, "decode_16": 6.78, "decode_64": 7.74, "prefill_2048": 51.5,
-        "prefill_8192": 217, "throughput_512_256": 9875, "throughput_2048_128": 1882,
+        "decode_1": 4.94, "decode_16": 5.18, "decode_64": 6.15, "prefill_2048": 55.2,
+        "prefill_8192": 218.4, "throughput_512_256": 10101,
     },
     "llama-8b fp8": {
-        "decode_1": 4.25, "decode_16": 4.47, "decode_64": 5.43, "prefill_2048": 34.9,
-        "prefill_8192": 149.5, "throughput_512_256": 12817, "throughput_2048_128": 2516,
+        "decode_1": 3.47, "decode_16": 3.61, "decode_64": 4.42, "prefill_2048": 34.0,
+        "prefill_8192": 149.2,
     },
     "llama-8b int4": {
-        "decode_1": 4.03, "decode_16": 4.24, "decode_64": 6.24, "prefill_2048": 53,
-        "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
+        "decode_1": 3.82, "decode_16": 3.98, "decode_64": 5.99, "prefill_2048": 54.5,
+        "prefill_8192": 226.3, "throughput_512_256": 9588,
     },
     # Of two H200s, with TP2.
     "llama-8b bf16 on 2": {
