@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 _LEAST = 16  # tokens: a prompt always goes on
-_SHARE = 0.95  # of a step's time without prompts
+_SHARE = 0.9  # of a step's time without prompts
 _SHORT = 0.1  # seconds of computing: what waits less than that is no queue
 _BURST = 4.0  # seconds for which there may be a queue before the share grows
 _LONGEST = 16.0  # seconds that are remembered of it
