@@ -41,9 +41,6 @@ _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
 _BLOCK_ROWS, _BLOCK_SUMS = 128, 1 << 15
-# The ring where two programs of a multiprocessor are all there are, or one, which does not fill the
-# memory of an H200 with the usual one.
-_HOPPER_LONG_RING = 3 << 14
 _SINGLE_ROWS = 64  # of a block of a single query: what fills an instruction of Hopper
 _DECODE_TILE = 1 << 14  # numbers of k, and as many of v, that a decode holds at a time
 _WIDE = 256  # elements of a head, beyond which shared memory holds few keys
@@ -348,15 +345,13 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     output: torch.Tensor,
     pdl: bool,
 ) -> None:
-    by, heads = _scalars(a, pages), step.num_decodes * a.num_kv_heads
-    programs = _hopper_programs(heads)
+    by = _scalars(a, pages)
+    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
     coded, columns = pages.element_size() == 1, _hopper_columns(a, step.queries)
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
-    few = not coded and heads <= 2 * multiprocessors(pages.device)
-    ring = _HOPPER_LONG_RING if few else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
     hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
@@ -389,7 +384,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         KV_PARTS=a.kv_parts,
         QUERIES=step.queries,
         COLUMNS=columns,
-        STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
+        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
         maxnreg=registers,

@@ -173,7 +173,7 @@ class Buckets:
         """Whether the ``other`` serves for ``one`` where it has more tokens: both are steps of one
         token a sequence, or both mixed, or both have drafts, and that has room for them."""
         if one.rows or other.rows:
-            return bool(one.rows and other.rows)
+            return bool(one.rows and other.rows) and other.tokens >= one.tokens
         plain = [shape == self.decode(shape.sequences) for shape in (one, other)]
         if any(plain):
             return all(plain)
