@@ -2,19 +2,20 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --models qwen3-30b-a3b --measures decode prefill throughput_256
+    python benchmarks/gpu.py --formats fp8 --measures contexts prefixes lognormal sampled
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
     python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
     python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
     python benchmarks/gpu.py --tp-size 2 --hollow --models llama-70b --formats fp8 --measures decode
 
-Decode: 128 tokens in, 256 out, ms a token from the difference to a run of one token. Prefill: one
-prompt, one new token. Throughput: all requests at once, output tokens a second. Prompts are random
-tokens, prefixes are not shared, sampling is greedy; in "company" one request of 64 asks for more
-than that. The floor of a decode step is the bytes it must read over the measured read bandwidth,
-those of experts if every token chooses among all alike; that of a prefill, its products over the
-measured rate; of several ranks those of one. Experts a layer: how many different ones the last step
-of a decode chose. Every model and format is measured in a process of its own: one that fails, or
-takes longer than ``--seconds``, ends no other, and what it had measured is kept.
+What is asked stands in ``gpu_loads.py``, and ``gpu_vllm.py`` asks another engine for it. Prompts
+are random tokens, no prefix is shared unless a measure is of that, sampling is greedy; in "company"
+one request of 64 asks for more than that. The floor of a decode step is the bytes it must read over
+the measured read bandwidth, those of experts if every token chooses among all alike; that of a
+prefill, its products over the measured rate; of several ranks those of one. Experts a layer: how
+many different ones the last step of a decode chose. Every model and format is measured in a process
+of its own: one that fails, or takes longer than ``--seconds``, ends no other, and what it had
+measured is kept.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import random
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,7 +38,15 @@ from typing import Any
 
 import torch
 from gpu_hollow import write_hollow_engine
+from gpu_loads import LOADS, LONGEST, Ask, Loads
 from gpu_models import (
+    Routes,
+    matrices,
+    random_engine,
+    random_plan,
+    write_random_engine,
+)
+from gpu_shapes import (
     GPT_OSS_20B,
     LLAMA_8B,
     LLAMA_70B,
@@ -46,11 +54,6 @@ from gpu_models import (
     MXFP4,
     QWEN3_30B_A3B,
     SMOLLM2,
-    Routes,
-    matrices,
-    random_engine,
-    random_plan,
-    write_random_engine,
 )
 from gpu_speculation import OPTIONS as SYNTHETIC
 from gpu_speculation import by_load, fixed_lengths, steady, table
@@ -84,19 +87,20 @@ MODELS = {
     "mixtral-8x7b": MIXTRAL_8X7B,
     "gpt-oss-20b": GPT_OSS_20B,
 }
-# vLLM 0.26.0 on one H100 80GB with these shapes and measures (benchmarks/README.md).
+# vLLM 0.26.0 with these shapes and measures (benchmarks/README.md): an 8B on one H200, mixtures of
+# experts on one H100 80GB.
 VLLM: dict[str, dict[str, float]] = {
     "llama-8b bf16": {
-        "decode_1": 6.47, "decode_16": 6.78, "decode_64": 7.74, "prefill_2048": 51.5,
-        "prefill_8192": 217, "throughput_512_256": 9875, "throughput_2048_128": 1882,
+        "decode_1": 4.94, "decode_16": 5.18, "decode_64": 6.15, "prefill_2048": 55.2,
+        "prefill_8192": 218.4, "throughput_512_256": 10101,
     },
     "llama-8b fp8": {
-        "decode_1": 4.25, "decode_16": 4.47, "decode_64": 5.43, "prefill_2048": 34.9,
-        "prefill_8192": 149.5, "throughput_512_256": 12817, "throughput_2048_128": 2516,
+        "decode_1": 3.47, "decode_16": 3.61, "decode_64": 4.42, "prefill_2048": 34.0,
+        "prefill_8192": 149.2,
     },
     "llama-8b int4": {
-        "decode_1": 4.03, "decode_16": 4.24, "decode_64": 6.24, "prefill_2048": 53,
-        "prefill_8192": 228, "throughput_512_256": 9319, "throughput_2048_128": 1773,
+        "decode_1": 3.82, "decode_16": 3.98, "decode_64": 5.99, "prefill_2048": 54.5,
+        "prefill_8192": 226.3, "throughput_512_256": 9588,
     },
     # Of two H200s, with TP2.
     "llama-8b bf16 on 2": {
@@ -161,7 +165,7 @@ class Cell:
 
     def plan(self) -> Plan:
         """Its compiled program."""
-        longest = 8192 if self.model == "smollm2" else 8448
+        longest = 8192 if self.model == "smollm2" else LONGEST if self.keeps_prefixes else 8448
         options = BuildOptions(
             target="cuda", max_seq_len=longest, tp_size=self.tp_size, **FORMATS[self.form]
         )
@@ -171,6 +175,11 @@ class Cell:
     def has_head(self) -> bool:
         """Whether it has an EAGLE-3 head, which takes memory and a little of every step."""
         return self.tp_size == 1 and bool(set(WITH_HEAD) & set(self.measures))
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether prompts that were computed are found again."""
+        return bool(set(WITH_PREFIXES) & set(self.measures))
 
 
 def shape_of(model: str, form: str) -> dict[str, Any]:
@@ -192,7 +201,7 @@ class Runner:
         started = time.perf_counter()
         self.loop = EngineLoop(engine)
         self.capture_seconds = time.perf_counter() - started
-        self._random = random.Random(0)
+        self.loads = Loads(self.run, engine.vocab_size)
         self._ids = itertools.count()
 
     def seconds(
@@ -205,8 +214,13 @@ class Runner:
     ) -> float:
         """Until all of ``count`` requests that come at once are done, held to a form if there is
         one; the last asks for ``one``."""
-        requests = [self._request(input_len, output_len, structured=form) for _ in range(count - 1)]
-        requests.append(self._request(input_len, output_len, structured=form, **one))
+        asks = [Ask(prompt, output_len) for prompt in self.loads.prompts(count, input_len)]
+        asks[-1] = replace(asks[-1], sampling=one)
+        return self.run(asks, form)
+
+    def run(self, asks: Sequence[Ask], form: StructuredOutput | None = None) -> float:
+        """Seconds until all are done that come at once."""
+        requests = [self._request(ask, form) for ask in asks]
         torch.cuda.synchronize()
         started = time.perf_counter()
         for request in requests:
@@ -218,52 +232,30 @@ class Runner:
             raise RuntimeError(f"requests ended by {ends}; {self.loop.unhealthy}")
         return time.perf_counter() - started
 
-    def _request(
-        self,
-        input_len: int,
-        output_len: int,
-        **more: Any,  # noqa: ANN401 - sampling parameters
-    ) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, **more)
-        prompt = self._random.choices(range(self.engine.vocab_size), k=input_len)
+    def _request(self, ask: Ask, form: StructuredOutput | None) -> Request:
+        asked = {"temperature": 0, **ask.sampling}
+        params = SamplingParams(
+            max_tokens=ask.output_len, ignore_eos=True, structured=form, **asked
+        )
         grammar = self.grammars.compile(params.structured) if params.structured else None
         name = str(next(self._ids))
-        return Request(name, prompt, params, output_kind="final", grammar=grammar)
+        return Request(name, ask.prompt, params, output_kind="final", grammar=grammar)
 
 
 def decode(runner: Runner) -> Figures:
     """ms a token at batch 1, 16 and 64, and ms to the first of 128 tokens."""
     figures = {}
     for batch in (1, 16, 64):
-        runner.seconds(batch, 128, 8)
-        pairs = [
-            (runner.seconds(batch, 128, 256) - runner.seconds(batch, 128, 1)) / 255
-            for _ in range(3)
-        ]
-        figures[f"decode_{batch}"] = statistics.median(pairs) * 1e3
+        figures[f"decode_{batch}"] = runner.loads.decode_ms(batch)
         if (distinct := runner.routes.distinct(batch)) is not None:
             figures[f"experts_a_layer_{batch}"] = distinct
     figures["ttft_128"] = statistics.median(runner.seconds(1, 128, 1) for _ in range(5)) * 1e3
     return figures
 
 
-def prefill(runner: Runner) -> Figures:
-    """ms to the first token of 2,048 and 8,192."""
-    figures = {}
-    for length in (2048, 8192):
-        runner.seconds(1, length, 1)
-        times = [runner.seconds(1, length, 1) for _ in range(5)]
-        figures[f"prefill_{length}"] = statistics.median(times) * 1e3
-    return figures
-
-
-def throughput(runner: Runner) -> Figures:
-    """Output tokens a second of many requests that come at once."""
-    figures = {}
-    for count, input_len, output_len in ((512, 512, 256), (256, 2048, 128)):
-        seconds = runner.seconds(count, input_len, output_len)
-        figures[f"throughput_{input_len}_{output_len}"] = count * output_len / seconds
-    return figures
+def load_measure(name: str) -> Callable[[Runner], Figures]:
+    """One of the loads that are asked of other engines, too."""
+    return lambda runner: dict(LOADS[name](runner.loads))
 
 
 def throughput_warm(runner: Runner) -> Figures:
@@ -354,8 +346,13 @@ def profile(runner: Runner) -> Figures:
 
 MEASURES: dict[str, Callable[[Runner], Figures]] = {
     "decode": decode,
-    "prefill": prefill,
-    "throughput": throughput,
+    "prefill": load_measure("prefill"),
+    "throughput": load_measure("throughput"),
+    "contexts": load_measure("contexts"),
+    "long_prefill": load_measure("long_prefill"),
+    "prefixes": load_measure("prefixes"),
+    "lognormal": load_measure("lognormal"),
+    "sampled": load_measure("sampled"),
     "throughput_warm": throughput_warm,
     "throughput_256": throughput_256,
     "company": company,
@@ -369,7 +366,9 @@ MEASURES: dict[str, Callable[[Runner], Figures]] = {
 
 # The rows of drafts take memory, and whoever could guess the host a little time.
 WITH_HEAD = ("verification", "speculation", "speculation_auto")
-USUAL = [name for name in MEASURES if name not in WITH_HEAD]
+# Prompts of others are known there, and some are long.
+WITH_PREFIXES = ("contexts", "long_prefill", "prefixes", "lognormal", "sampled")
+USUAL = [name for name in MEASURES if name not in (*WITH_HEAD, *WITH_PREFIXES)]
 
 
 def floors(plan: Plan, form: str, read_rate: float) -> Figures:
@@ -442,7 +441,10 @@ def measure(cell: Cell, report: Connection) -> None:
     floor, peer = floors(plan, cell.form, rate), VLLM.get(cell.name, {})
     routes = Routes(plan.checkpoint.config.num_layers)
     options: dict[str, Any] = dict(SYNTHETIC) if cell.has_head else {}
-    options |= {"enable_prefix_caching": False, "enable_jump_decoding": cell.tokenizer is None}
+    options |= {
+        "enable_prefix_caching": cell.keeps_prefixes,
+        "enable_jump_decoding": cell.tokenizer is None,
+    }
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="slipstream-", dir=scratch(plan)) as directory:
         if cell.hollow:

@@ -2,6 +2,7 @@
 
     python benchmarks/http_load.py ENGINE --json benchmarks/results/http_load.json
     python benchmarks/http_load.py ENGINE --streams 64 --chats 0
+    python benchmarks/http_load.py --address 127.0.0.1:8000 --loads 1:8:128:256 64:256:128:256
 
 Offline: ``slipstream bench throughput`` with as many requests in flight as there are streams. HTTP:
 the same requests from client processes that only look at the clock; each stream sends the next one
@@ -11,6 +12,9 @@ one system prompt do, so that the device finds most of each in its cache and wha
 the host's. Prompts are random tokens, answers greedy and of full length. Reported are output tokens
 a second, seconds to the first token, and between two pieces of one stream. The server is asked
 ``--settle`` seconds after its start, in which it captures graphs.
+
+With ``--address``, only loads of streams, requests, tokens in and out, one after the other, on any
+server of OpenAI's completions, ours or another's, that takes prompts as tokens.
 """
 
 from __future__ import annotations
@@ -73,17 +77,18 @@ class Common:
 @dataclass(slots=True)
 class Seen:
     """What clients saw: begins and ends of their work, seconds to first pieces and between pieces,
-    requests that did not end well."""
+    those of a token after the first of each request, requests that did not end well."""
 
     began: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    each: list[float] = field(default_factory=list)
     failed: int = 0
 
     def add(self, other: Seen) -> None:
         """What another client saw, too."""
-        for name in ("began", "ended", "first", "gaps"):
+        for name in ("began", "ended", "first", "gaps", "each"):
             getattr(self, name).extend(getattr(other, name))
         self.failed += other.failed
 
@@ -122,6 +127,7 @@ async def streams(address: Address, load: Load, seed: int, common: Common) -> Se
                 continue
             seen.first.append(reader.times[0] - clock)
             seen.gaps += [b - a for a, b in zip(reader.times, reader.times[1:], strict=False)]
+            seen.each.append((reader.times[-1] - reader.times[0]) / max(load.output_len - 1, 1))
 
     common.ready.wait()
     await asyncio.gather(*(stream() for _ in range(load.streams)))
@@ -199,6 +205,7 @@ def measure(
     figures = {
         "output_tokens_per_second": (load.requests - seen.failed) * load.output_len / seconds,
         "first_token_p50_ms": statistics.median(seen.first) * 1e3,
+        "token_p50_ms": statistics.median(seen.each) * 1e3,
         "between_p50_ms": _percentile(seen.gaps, 0.5) * 1e3,
         "between_p99_ms": _percentile(seen.gaps, 0.99) * 1e3,
         "between_p99_over_p50": _percentile(seen.gaps, 0.99) / usual,
@@ -255,12 +262,28 @@ def _find(report: Any, name: str) -> float:  # noqa: ANN401 - of nested objects
     return -1.0
 
 
+def measure_running(host: str, loads: list[str], vocab_size: int) -> dict[str, dict[str, float]]:
+    """Loads on a server that runs, each with prompts of its own."""
+    name, _, port = host.rpartition(":")
+    address, report = (name, int(port)), {}
+    measure(address, Load(8, 16, 128, 16, vocab_size), seed=_CLIENTS)  # warms up
+    for number, text in enumerate(loads, 2):
+        count, requests, input_len, output_len = map(int, text.split(":"))
+        load = Load(count, requests, input_len, output_len, vocab_size)
+        report[text] = measure(address, load, seed=number * _CLIENTS)
+        print(text, report[text], flush=True)
+    return report
+
+
 def main() -> None:
     """Run, print, and write JSON if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("engine", type=Path)
+    parser.add_argument("engine", type=Path, nargs="?")
+    parser.add_argument("--address", help="HOST:PORT of a server that runs.")
+    parser.add_argument("--loads", nargs="+", default=[], help="STREAMS:REQUESTS:IN:OUT")
+    parser.add_argument("--vocab-size", type=int, default=128256, help="Of that server's model.")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--requests", type=int, default=768)
     parser.add_argument("--input-len", type=int, default=512)
@@ -274,12 +297,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.address:
+        report = measure_running(options.address, options.loads, options.vocab_size)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+        return
     manifest = json.loads((options.engine / "engine.json").read_text())
     vocab_size = int(manifest["model"]["vocab_size"])
     load = Load(
         options.streams, options.requests, options.input_len, options.output_len, vocab_size
     )
-    report: dict[str, dict[str, float]] = {}
+    report = {}
     given = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(options.runtime)]
     if not options.no_offline:
         report["offline"] = offline(options.engine, load, given)

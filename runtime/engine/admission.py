@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from itertools import islice
 from operator import attrgetter
 
 from slipstream.runtime.config import RuntimeConfig
@@ -13,15 +14,23 @@ from slipstream.runtime.engine.radix_tree import Namespace, Node
 from slipstream.runtime.engine.sequence import Sequence, Status
 
 _ORDER = attrgetter("order")
+# Tokens from which on it pays to wait for another that is computing them, and to be computed beside
+# others that share them.
+_WORTH = 256
+_LOOK = 16  # of those that wait, who is looked at for one to run next
 
 
 def _length(sequence: Sequence) -> int:
     return len(sequence.tokens)
 
 
+def _is_computing(sequence: Sequence) -> bool:
+    return sequence.allocation is not None and sequence.num_computed < sequence.num_prefill
+
+
 class Admission:
     """The sequences that wait, and the way from there to those that run: a row of the page tables
-    and pages, as many of them as the prefix cache has not.
+    and pages, as many of them as the prefix cache has not, or is about to have.
 
     ``rows`` are free; whoever ends a sequence gives its row back.
     """
@@ -41,6 +50,9 @@ class Admission:
         self._caches_prefixes = config.enable_prefix_caching
         self._last_rows = config.max_batch_size // 8
         self.uncached: dict[Sequence, int] = {}  # of each of them
+        self.shares = False  # whether a sequence ever began behind pages of others
+        self._computing: list[Sequence] = []  # much of a prompt, or were when one was looked for
+        self._awaited: dict[Sequence, Sequence] = {}  # of those, who computes what one wants
 
     @property
     def num_deferred(self) -> int:
@@ -60,14 +72,28 @@ class Admission:
     def remove(self, sequence: Sequence) -> None:
         """Let one that waits do so no more."""
         self.waiting.remove(sequence)
+        self._awaited.pop(sequence, None)
         self.num_tokens -= self.uncached.pop(sequence)
 
     def next(self) -> Sequence | None:
         """Who is to run next: the first that waits, but siblings (``n`` > 1) leave the last rows
-        to other requests, which would else wait until they have ended."""
-        if len(self.rows) > self._last_rows:
-            return self.waiting[0] if self.waiting else None
-        return next((each for each in self.waiting if each.index == 0), None)
+        to other requests, which would else wait until they have ended; and whoever awaits what
+        another computes lets others pass that leave it room."""
+        last = len(self.rows) <= self._last_rows
+        ready = (each for each in self.waiting if not each.index) if last else self.waiting
+        pages = 0
+        for kept, each in enumerate(islice(ready, _LOOK)):
+            pages += self._kv.pages_for(_length(each))
+            if not self.awaits(each):
+                exact = not self.evicts or self._kv.windows  # where pages are not all it needs
+                room = not exact and kept < len(self.rows) and pages <= self._kv.num_available
+                return each if room or not kept else None
+        return None
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether another still computes what this one was found to want."""
+        other = self._awaited.get(sequence)
+        return other is not None and _is_computing(other)
 
     def passing(self, first: Sequence) -> Sequence | None:
         """The one that waits with the least to compute, if there is room for it beside the only
@@ -101,7 +127,7 @@ class Admission:
         copied = self._num_copied(sequence, prefix)
         count = len(sequence.tokens) - prefix.depth * self._kv.page_size - copied
         enough = count <= room or (room and self._chunked)
-        if not (enough and self._fits(sequence, prefix)):
+        if not (enough and self._fits(sequence, prefix)) or self._finds_computing(sequence, prefix):
             return None
         self.remove(sequence)
         handover = self._handover(sequence, prefix)
@@ -130,6 +156,27 @@ class Admission:
             return handover
         handover.give_up()
         return None
+
+    def _finds_computing(self, sequence: Sequence, prefix: Node) -> bool:
+        """Whether one that runs is computing much of what this would compute once more: then that
+        is soon to be had."""
+        start = prefix.depth * self._kv.page_size
+        end = start + _WORTH
+        skips = sequence.skips_none or sequence.request.handover is not None
+        if skips or not self._computing or len(sequence.tokens) <= end:
+            return False
+        self._computing = list(filter(_is_computing, self._computing))
+        wanted, namespace = sequence.tokens[:end], self._namespace(sequence)
+        for each in self._computing:
+            if (
+                each.num_prefill >= end
+                and each.tokens[start] == wanted[start]  # of most the first differs
+                and each.tokens[:end] == wanted
+                and self._namespace(each) == namespace
+            ):
+                self._awaited[sequence] = each
+                return True
+        return False
 
     def _namespace(self, sequence: Sequence) -> Namespace:
         """With whom a sequence shares pages: at least with its siblings, by their arrival."""
@@ -187,6 +234,10 @@ class Admission:
         if handover is not None:
             sequence.num_scheduled = handover.num_tokens
         sequence.num_computed = sequence.num_scheduled
+        if shared >= _WORTH:
+            sequence.group, self.shares = prefix.page, True
+        if tokens - sequence.num_computed >= _WORTH and self._kv.shares(self._namespace(sequence)):
+            self._computing.append(sequence)
         sequence.row = self.rows.pop()
         sequence.status = Status.RUNNING
         insort(self._running, sequence, key=_ORDER)

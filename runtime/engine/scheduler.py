@@ -21,7 +21,7 @@ from slipstream.runtime.engine.stats import SchedulerStats
 if TYPE_CHECKING:
     from slipstream.runtime.speculation.speculator import Speculator
 
-_LEFT = attrgetter("num_left")
+_LEFT, _ORDER, _GROUP = map(attrgetter, ("num_left", "order", "group"))
 _SHARE = 4  # of a step's tokens of prompts, one such part is for a short one
 
 
@@ -31,9 +31,10 @@ class Scheduler:
     Every plan is committed, in order, when its step has landed, and then its runs of more than one
     token are accepted; before that the next may be scheduled. ``add`` and ``finish`` may come at
     any time between. A waiting sequence never overtakes one before it, unless that is a sibling
-    (``n`` > 1) where few rows are free, or it has little to compute and passes a long prompt, of
-    which most of every step is, and that leaves room to the first that waits. The first running one
-    can always take pages from the last, so every sequence comes to its end.
+    (``n`` > 1) where few rows are free, or awaits what another computes, or it has little to
+    compute and passes a long prompt, of which most of every step is; in the latter two cases there
+    must be room for those that are passed. The first running one can always take pages from the
+    last, so every sequence comes to its end.
 
     Pages that are given back while a step on its way still uses them can be given to others at
     once: the device takes steps in order, so whoever gets a page writes it after the last use.
@@ -132,7 +133,10 @@ class Scheduler:
         plan = StepPlan()
         prefills: list[Sequence] = []
         spare = self._config.max_num_tokens - len(self.running)
-        for sequence in self.running:
+        running = self.running
+        if self._admission.shares:  # neighbours find in a GPU's cache what both read
+            running = sorted(running, key=_GROUP)
+        for sequence in running:
             left = sequence.num_left
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
@@ -140,6 +144,8 @@ class Scheduler:
                 count = min(left, 1 + spare)  # more than one where tokens were forced
                 spare -= count - 1
                 plan.add(sequence, count)
+        if running is not self.running:
+            prefills.sort(key=_ORDER)
         budget = self._config.max_num_tokens - sum(plan.counts)
         if self._draft_tokens:
             budget -= self._draft(plan, budget)
@@ -345,7 +351,7 @@ class Scheduler:
                 budget -= self._compute(plan, sequence, budget)
         while budget and (new := self._admission.next()) is not None:
             count = self._admit_one(plan, new, budget)
-            if not count:
+            if not count and not self._admission.awaits(new):
                 return
             budget -= count
 

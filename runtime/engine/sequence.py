@@ -51,7 +51,8 @@ class Sequence:
 
     ``order`` is (priority, arrival, index): the smaller runs first and is preempted last.
     ``max_tokens`` is already clamped to the room that is left; ``max_len`` counts the prompt too.
-    ``row`` is its row in the page table while it runs. ``followers`` are its siblings (``n`` > 1),
+    ``row`` is its row in the page table while it runs; those of one ``group`` began behind the same
+    page of others, -1: none. ``followers`` are its siblings (``n`` > 1),
     which start once its prompt is computed; it is their ``leader`` until they do.
     ``prompt_logprobs`` collects the scores of the prompt if they are wanted, ``pool`` its states if
     it is pooled; no token follows it then. ``sampling_rows`` are
@@ -85,6 +86,7 @@ class Sequence:
     num_cached: int | None = None
     allocation: Allocation | None = None
     row: int = -1
+    group: int = -1
     sampling_rows: list[SamplingRow] = field(default_factory=list)
     status: Status = Status.WAITING
     jumps: bool = False

@@ -316,3 +316,22 @@ def test_an_end_token_without_logits_ends_nothing_and_harms_nobody() -> None:
     assert all(
         sequence.eos_token_ids <= {EOS} for sequence in loop._sequences(Request("x", [0], greedy()))
     )
+
+
+def test_what_another_computes_is_awaited_and_others_pass() -> None:
+    """Of twins, one computes what both begin with; whoever comes after them does not wait."""
+    engine = counting_engine(512, runs_ahead=True, max_num_tokens=256, max_seq_len=2048)
+    loop, alike = EngineLoop(engine), [7] * 600
+    prompts = {"first": [*alike, 1], "twin": [*alike, 2], "other": [9] * 300}
+    for name, prompt in prompts.items():
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        loop.add_request(Request(name, prompt, params, output_kind="final"))
+    ended = {}
+    while loop.has_work:
+        ended |= {output.request_id: output for output in loop.step()}
+
+    assert list(ended) == ["first", "other", "twin"]
+    assert ended["twin"].num_cached_tokens > 600 - 256
+    assert [ended[name].outputs[0].token_ids for name in prompts] == [
+        [(prompt[-1] + 1 + i) for i in range(4)] for prompt in prompts.values()
+    ]

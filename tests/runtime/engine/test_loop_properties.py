@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tests.runtime.engine.driving import check, compiled, expected_output
@@ -18,6 +19,8 @@ from slipstream.runtime.request import Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.output import StructuredOutput
 from slipstream.runtime.testing import EOS, counting_engine
+
+pytestmark = pytest.mark.usefixtures("one_page_is_awaited")
 
 # Most leave no choice for a while; some may never end by themselves, one is over at once.
 FORMS = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 from tests.runtime.engine.driving import check
 from tests.runtime.engine.recording import Recorder, recorded
@@ -18,6 +19,8 @@ from slipstream.runtime.request import CompletionOutput, Request, RequestOutput
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.structured.compiler import GrammarCompiler
 from slipstream.runtime.testing import EOS
+
+pytestmark = pytest.mark.usefixtures("one_page_is_awaited")
 
 
 @dataclass(frozen=True)

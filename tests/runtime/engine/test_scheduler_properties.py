@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 from tests.runtime.engine.scheduling import (
     PAGE,
@@ -20,6 +21,8 @@ from slipstream.errors import CapacityError
 from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence, Status
+
+pytestmark = pytest.mark.usefixtures("one_page_is_awaited")
 
 
 def cache(name: str, window: int = 0) -> CacheSpec:
@@ -140,8 +143,10 @@ def _step_and_abort(
 
 
 def _nobody_is_overtaken(engine: Scheduler, plan: StepPlan) -> None:
-    """What was admitted stood before all that still waits, but one that passes a long prompt."""
-    if plan.admitted and engine.waiting:
-        late = [each for each in plan.admitted if each.order > engine.waiting[0].order]
+    """What was admitted stood before all that still waits, but one that passes a long prompt, and
+    those before which nobody waits who does not await what is being computed."""
+    waiting = [each for each in engine.waiting if not engine._admission.awaits(each)]
+    if plan.admitted and waiting:
+        late = [each for each in plan.admitted if each.order > waiting[0].order]
         beside = max((each.prompt_len for each in plan.sequences), default=0)
         assert not late or (late == plan.admitted[:1] and late[0].prompt_len <= beside)

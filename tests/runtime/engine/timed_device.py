@@ -119,12 +119,17 @@ class Load:
         return ended
 
     def run(
-        self, streams: int, requests: int, lengths: tuple[int, int], chats: float = 0.0
+        self,
+        streams: int,
+        requests: int,
+        lengths: tuple[int, int],
+        chats: float = 0.0,
+        seed: int = 0,
     ) -> float:
         """Run so many ``streams`` at a time, until all ``requests`` have ended, of prompts and
         answers of these ``lengths``; ``chats`` a second, of 2,000 tokens that begin alike, come by
         chance. Returns output tokens of streams a second."""
-        rng, left, done = random.Random(0), requests - streams, 0
+        rng, left, done = random.Random(seed), requests - streams, 0
         due = [rng.random() / 4 for _ in range(streams)]
         heapq.heapify(due)
         alike = rng.choices(range(1, 1 << 16), k=1980)
