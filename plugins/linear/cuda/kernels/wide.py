@@ -8,6 +8,8 @@ SPLIT programs share the K of a tile as in ``dot``.
 
 # ruff: noqa: RUF005 - Triton has no starred tuples
 
+from typing import NamedTuple
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +21,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
+
+
+class Form(NamedTuple):
+    """What the kernel is compiled for; its docstring says what they are."""
+
+    K: gl.constexpr
+    T: gl.constexpr
+    WARPGROUPS: gl.constexpr
+    SPLIT: gl.constexpr
+    STAGES: gl.constexpr
+    BITS: gl.constexpr
+    GROUP: gl.constexpr
+    ZERO: gl.constexpr
+    GATED: gl.constexpr
+    BIAS: gl.constexpr
+    RESIDUAL: gl.constexpr
+    PDL: gl.constexpr
 
 
 @gluon.constexpr_function
@@ -164,14 +183,16 @@ def slices_of(acc):
 
 
 @gluon.jit
-def _end(
-    acc, tile, place, ends, common, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-):  # fmt: skip
+def _end(acc, tile, place, ends, common, form):
     """Finishes 64 rows, if this program is the last of those that share their K."""
     _, along, part = place
     counters, partial = common
-    T: gl.constexpr = acc.shape[1]
+    T: gl.constexpr = form.T
+    SPLIT: gl.constexpr = form.SPLIT
+    GATED: gl.constexpr = form.GATED
+    GROUP: gl.constexpr = form.GROUP
+    BIAS: gl.constexpr = form.BIAS
+    RESIDUAL: gl.constexpr = form.RESIDUAL
     first = tile * (32 if GATED else 64)
     slices = slices_of(acc)
     if SPLIT == 1:
@@ -182,7 +203,7 @@ def _end(
         r = gl.arange(0, 64, gl.SliceLayout(1, layout))
         t = gl.arange(0, 32, gl.SliceLayout(0, layout))
         local = r[:, None] * 32 + t[None, :]
-        line = gl.num_programs(0) * WARPGROUPS
+        line = gl.num_programs(0) * form.WARPGROUPS
         number = along * line + tile
         size = gl.num_programs(1) * line * (64 * T)
         sums = partial + number * (64 * T)
@@ -199,17 +220,20 @@ def _end(
 
 
 @gluon.jit
-def _multiply(
-    number: gl.constexpr, ring, ready, free, weights, place, width, ends, common, K: gl.constexpr,
-    T: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
-    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
+def _multiply(number: gl.constexpr, work, form):
     """What the warpgroup of a number does."""
+    ring, ready, free, weights, place, width, ends, common = work
+    T: gl.constexpr = form.T
+    WARPGROUPS: gl.constexpr = form.WARPGROUPS
+    STAGES: gl.constexpr = form.STAGES
+    BITS: gl.constexpr = form.BITS
+    GROUP: gl.constexpr = form.GROUP
+    ZERO: gl.constexpr = form.ZERO
+    GATED: gl.constexpr = form.GATED
     CODES: gl.constexpr = 32 // BITS
-    CHUNKS: gl.constexpr = K // (CODES * 32)
+    CHUNKS: gl.constexpr = form.K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
-    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
+    STEPS: gl.constexpr = (CHUNKS + form.SPLIT - 1) // form.SPLIT
     # The next weights are decoded while these are multiplied, or, with so many sums that registers
     # are short, only while another warpgroup's are; where there are registers for the weights of
     # two, the next product is on its way before this one is over.
@@ -247,22 +271,37 @@ def _multiply(
         words = next_words
         factors = next_factors
         shifts = next_shifts
-    if PDL:
+    if form.PDL:
         tl.extra.cuda.gdc_wait()
-    _end(acc, tile, place, ends, common, WARPGROUPS, SPLIT, GATED, GROUP, BIAS, RESIDUAL)
+    _end(acc, tile, place, ends, common, form)
 
 
 @gluon.jit
-def _copy(
-    x, ring, ready, free, place, K: gl.constexpr, T: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, BITS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
+def _first(work, form):
+    _multiply(0, work, form)
+
+
+@gluon.jit
+def _second(work, form):
+    _multiply(1, work, form)
+
+
+@gluon.jit
+def _third(work, form):
+    _multiply(2, work, form)
+
+
+@gluon.jit
+def _copy(x, ring, ready, free, place, form):
     """What the warp does that copies x."""
-    CHUNKS: gl.constexpr = K * BITS // 1024
-    STEPS: gl.constexpr = (CHUNKS + SPLIT - 1) // SPLIT
+    T: gl.constexpr = form.T
+    STAGES: gl.constexpr = form.STAGES
+    BITS: gl.constexpr = form.BITS
+    CHUNKS: gl.constexpr = form.K * BITS // 1024
+    STEPS: gl.constexpr = (CHUNKS + form.SPLIT - 1) // form.SPLIT
     _, along, part = place
     first = part * STEPS * (16 // BITS)
-    if PDL:
+    if form.PDL:
         tl.extra.cuda.gdc_wait()
     for count in range(gl.minimum(STEPS, CHUNKS - part * STEPS) * (16 // BITS)):
         slot = count % STAGES
@@ -300,51 +339,25 @@ def wide_int(
     weights = (weight, scale, shift)
     ends = (scale, bias, residual, y, tokens, width)
     common = (counters, partial)
+    form: gl.constexpr = Form(
+        K, T, WARPGROUPS, SPLIT, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL
+    )
+    work = (ring, ready, free, weights, place, width, ends, common)
+    copies = (x, ring, ready, free, place, form)
     if WARPGROUPS == 1:
-        gl.warp_specialize(
-            [
-                (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 1, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
+        gl.warp_specialize([(_first, (work, form)), (_copy, copies)], [1], [24])
     elif WARPGROUPS == 2:
         gl.warp_specialize(
-            [
-                (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_multiply, (
-                    1, ring, ready, free, weights, place, width, ends, common, K, T, 2, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+            [(_first, (work, form)), (_second, (work, form)), (_copy, copies)], [4, 1], [240, 24]
+        )
     else:
         gl.warp_specialize(
             [
-                (_multiply, (
-                    0, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_multiply, (
-                    1, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_multiply, (
-                    2, ring, ready, free, weights, place, width, ends, common, K, T, 3, SPLIT,
-                    STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL,
-                )),
-                (_copy, (x, ring, ready, free, place, K, T, SPLIT, STAGES, BITS, PDL)),
+                (_first, (work, form)),
+                (_second, (work, form)),
+                (_third, (work, form)),
+                (_copy, copies),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )  # fmt: skip
+        )
