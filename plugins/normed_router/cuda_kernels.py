@@ -14,12 +14,14 @@ def normed_router_kernel(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr, ahead=None,
+    AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """Logits float32 [T, EXPERTS] of ROWS experts a program, a token along the second axis.
 
     Every program normalizes the row for itself, and the first stores it. The last of a token to be
-    done chooses, whichever that is. counters int32: a zero a token, and left so.
+    done chooses, whichever that is. counters int32: a zero a token, and left so. Of ``ahead``, what
+    a later kernel reads, AHEAD * 512 bytes are brought to the cache by each program.
     """
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
@@ -27,10 +29,20 @@ def normed_router_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     factors = ()
+    biases = ()
     for r in tl.static_range(ROWS):
         row = tl.minimum(first + r, EXPERTS - 1)
         factors = factors + (tl.load(weight + row * WIDTH + columns, inside, 0.0),)
+        if bias is not None:
+            biases = biases + (tl.load(bias + row),)
     gains = tl.load(gain + columns, inside, 0.0)
+    if AHEAD:
+        part = tl.program_id(0) * 32 + tl.arange(0, 32)
+        at = ahead.to(tl.int64) + part.to(tl.int64) * (AHEAD * 16)
+        tl.inline_asm_elementwise(
+            f"cp.async.bulk.prefetch.L2.global [$1], {AHEAD * 16}; mov.u32 $0, 0;", "=r,l", [at],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)
@@ -43,7 +55,7 @@ def normed_router_kernel(
         logit = tl.sum(factors[r].to(tl.float32) * normed.to(tl.float32))
         expert = first + r
         if bias is not None:
-            logit += tl.load(bias + expert, expert < EXPERTS, 0.0).to(tl.float32)
+            logit += biases[r].to(tl.float32)
         tl.store(logits + token * EXPERTS + expert, logit, expert < EXPERTS)
     tl.debug_barrier()
     if tl.atomic_add(counters + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:

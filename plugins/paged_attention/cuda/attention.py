@@ -188,6 +188,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace,
     pdl: bool = False,
+    early: bool = False,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
@@ -195,7 +196,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
     its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
-    there must be no decodes and one kernel.
+    there must be no decodes and one kernel. ``early``: only qkv may still be written, by the kernel
+    in front; pages, angles and ``step`` are there.
     """
     a = attributes
     assert not (deterministic and step.num_decodes), step.num_decodes
@@ -209,8 +211,11 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.queries > 1:
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
-        decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
-        decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        if _suits_hopper_decode(a, pages, step.queries):
+            _hopper_decode(*inputs, early and step.queries == 1)
+        else:
+            _decode(*inputs)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
@@ -330,6 +335,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     workspace: DecodeWorkspace,
     output: torch.Tensor,
     pdl: bool,
+    early: bool,
 ) -> None:
     by = _scalars(a, pages)
     programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
@@ -373,6 +379,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
+        EARLY=early,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
