@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from slipstream.plugins.cuda.kernels import bring
 from slipstream.plugins.router.cuda_kernels import choose
 
 
@@ -15,13 +16,13 @@ def normed_router_kernel(
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, RENORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr, ahead=None,
-    AHEAD: tl.constexpr = 0,
+    THREADS: tl.constexpr = 32, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """Logits float32 [T, EXPERTS] of ROWS experts a program, a token along the second axis.
 
     Every program normalizes the row for itself, and the first stores it. The last of a token to be
     done chooses, whichever that is. counters int32: a zero a token, and left so. Of ``ahead``, what
-    a later kernel reads, AHEAD * 512 bytes are brought to the cache by each program.
+    a later kernel reads, AHEAD bytes a thread are brought to the cache by each program.
     """
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
@@ -37,12 +38,7 @@ def normed_router_kernel(
             biases = biases + (tl.load(bias + row),)
     gains = tl.load(gain + columns, inside, 0.0)
     if AHEAD:
-        part = tl.program_id(0) * 32 + tl.arange(0, 32)
-        at = ahead.to(tl.int64) + part.to(tl.int64) * (AHEAD * 16)
-        tl.inline_asm_elementwise(
-            f"cp.async.bulk.prefetch.L2.global [$1], {AHEAD * 16}; mov.u32 $0, 0;", "=r,l", [at],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        bring(ahead, THREADS, AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)

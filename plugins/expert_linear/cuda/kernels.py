@@ -295,6 +295,12 @@ def _begin_product(PDL: tl.constexpr):
 
 
 @triton.jit
+def _own(upcoming, expert, SIZE: tl.constexpr):
+    """An expert's part of ``upcoming``, of SIZE bytes."""
+    return upcoming + expert * SIZE if SIZE else upcoming
+
+
+@triton.jit
 def expert_gemv_float(
     ids, x, weight, scale, bias, factors, residual, y,
     N: tl.constexpr, PER_ROW: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -302,12 +308,15 @@ def expert_gemv_float(
     DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
+    upcoming=None, SIZE: tl.constexpr = 0, THREADS: tl.constexpr = 32,
+    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
 ):  # fmt: skip
     """A pair of a token and an expert along the second axis of the grid, or with SUM a token and
     all its SUM experts; the rest is ``gemv_float`` of one token.
 
     PER_ROW pairs share a row of x. EARLY: the ids of a sum, and what wrote them, are done before
-    the kernel in front of this one.
+    the kernel in front of this one. ``upcoming``: u8 [experts, SIZE] of what the experts multiply
+    next, see ``gemv_float``.
     """
     which = tl.program_id(1).to(tl.int64)
     width: tl.constexpr = N // 2 if GATED else N
@@ -333,7 +342,8 @@ def expert_gemv_float(
         gemv_float(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases,
             x, x, y + which * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
-            GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False,
+            GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False, None, None, 0, 1,
+            _own(upcoming, expert, SIZE), THREADS, AHEAD, FIRST,
         )  # fmt: skip
 
 
@@ -345,6 +355,8 @@ def expert_gemv_int(
     DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
+    upcoming=None, SIZE: tl.constexpr = 0, THREADS: tl.constexpr = 32,
+    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
 ):  # fmt: skip
     """As ``expert_gemv_float``, of ``gemv_int``."""
     which = tl.program_id(1).to(tl.int64)
@@ -369,5 +381,6 @@ def expert_gemv_int(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2),
             scale + expert * N * GROUPS, shifts, biases, x, x, y + which * width, N, 0.0, K,
             VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
-            EVEN, COMPILED, False,
+            EVEN, COMPILED, False, None, None, 0, 1, _own(upcoming, expert, SIZE), THREADS, AHEAD,
+            FIRST,
         )  # fmt: skip
