@@ -115,14 +115,14 @@ def _fused(x: Tensor, layer: NormedRouter, pdl: bool) -> tuple[Tensor, Tensor, T
     rows = 1 if experts <= 256 else 2
     warps = min(max(columns // 2048, 1), 4)
     programs, ahead = triton.cdiv(experts, rows), layer.ahead if pdl and tokens == 1 else None
-    share = (
-        0 if ahead is None else min(ahead.nbytes, _MOST_AHEAD) // (programs * 32 * warps * 16) * 16
-    )
+    brought = 0 if ahead is None else min(ahead.nbytes, _MOST_AHEAD)
+    share = brought // (programs * 32 * warps * 16) * 16
     if tokens:
         normed_router_kernel[(programs, tokens)](
             x, layer.weight.codes, layer.norm_weight, layer.bias, layer.correction, y, logits,
             layer.counters, ids, weights, layer.norm_eps, routing.scale,
-            WIDTH=width, COLUMNS=columns, ROWS=rows, PDL=pdl, ahead=ahead, THREADS=32 * warps, AHEAD=share,
+            WIDTH=width, COLUMNS=columns, ROWS=rows, PDL=pdl,
+            ahead=ahead, THREADS=32 * warps, AHEAD=share,
             **choice(
                 experts, layer.correction, routing.top_k, routing.scoring, routing.renormalize,
                 routing.groups, routing.top_groups,
