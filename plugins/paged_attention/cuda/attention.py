@@ -211,11 +211,9 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.queries > 1:
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
-        inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
-        if _suits_hopper_decode(a, pages, step.queries):
-            _hopper_decode(*inputs, early and step.queries == 1)
-        else:
-            _decode(*inputs)
+        decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
+        weights, early = (q_norm, k_norm, sinks), early and step.queries == 1
+        decode(qkv, cos, sin, pages, step, a, weights, workspace, output, pdl, early)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
@@ -267,6 +265,7 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
     workspace: DecodeWorkspace,
     output: torch.Tensor,
     pdl: bool,
+    early: bool,
 ) -> None:
     by = _scalars(a, pages)
     programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
@@ -303,6 +302,7 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         ROWS=rows,
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
+        EARLY=early,
         **launch_options(num_warps=warps, pdl=pdl),
     )
 

@@ -405,6 +405,21 @@ def copy(pages, table, work, ring, shape):
 
 
 @gluon.jit
+def touch(pointer, COUNT: gl.constexpr):
+    """Has the cache read COUNT numbers."""
+    index = gl.arange(0, triton.next_power_of_2(COUNT), gl.BlockedLayout([1], [32], [4], [0]))
+    at = pointer + gl.minimum(index, COUNT - 1)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def attend(token, to, work, scale, ring, operands, shape):
     """What the warpgroup does: sums of the program's splits, and the output if it is the last."""
     CODED: gl.constexpr = ring.k.dtype == gl.float8e4nv
@@ -414,6 +429,11 @@ def attend(token, to, work, scale, ring, operands, shape):
     fewer = work.queries - 1 - query_of(column, shape)  # keys than the last query sees
     zero = gl.zeros([shape.page, shape.columns], gl.float32, layout)
     if shape.waits:
+        if token.q_norm is not None:
+            touch(token.q_norm, shape.head_dim)
+            touch(token.k_norm, shape.head_dim)
+        if to.sinks is not None:
+            touch(to.sinks, shape.num_heads)
         gdc_wait()
         gdc_launch_dependents()
     new = prepared(token, work, scale, operands, ring.k.dtype, shape)

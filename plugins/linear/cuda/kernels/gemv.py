@@ -17,7 +17,7 @@ their way at once.
 import triton
 import triton.language as tl
 
-from slipstream.plugins.cuda.kernels import bring
+from slipstream.plugins.cuda.kernels import bring, touch
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
 from slipstream.plugins.linear.cuda.kernels.dot import float4, power
 
@@ -347,6 +347,8 @@ def gemv_float(
     )
     if AHEAD and FIRST:
         bring(upcoming, THREADS, AHEAD)
+    if NORM and PDL:
+        touch(gain, 2 * K)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
@@ -503,6 +505,8 @@ def gemv_int(
     )
     if AHEAD and FIRST:
         bring(upcoming, THREADS, AHEAD)
+    if NORM and PDL:
+        touch(gain, 2 * K)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
