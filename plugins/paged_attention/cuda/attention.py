@@ -37,6 +37,7 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
 from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
+_ORDER = 1
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
@@ -379,7 +380,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
-        EARLY=early,
+        EARLY=_ORDER if early else 0,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
