@@ -295,12 +295,6 @@ def _begin_product(PDL: tl.constexpr):
 
 
 @triton.jit
-def _own(upcoming, expert, SIZE: tl.constexpr):
-    """An expert's part of ``upcoming``, of SIZE bytes."""
-    return upcoming + expert * SIZE if SIZE else upcoming
-
-
-@triton.jit
 def expert_gemv_float(
     ids, x, weight, scale, bias, factors, residual, y,
     N: tl.constexpr, PER_ROW: tl.constexpr, SUM: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -332,6 +326,8 @@ def expert_gemv_float(
     else:
         _begin_product(PDL)
         expert = tl.load(ids + which).to(tl.int64)
+        if SIZE:
+            upcoming += expert * SIZE
         BLOCKS: tl.constexpr = (K + 127) // 128
         scales = scale
         if SCALE == "row":
@@ -343,7 +339,7 @@ def expert_gemv_float(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases,
             x, x, y + which * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
             GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False, None, None, 0, 1,
-            _own(upcoming, expert, SIZE), THREADS, AHEAD, FIRST,
+            upcoming, THREADS, AHEAD, FIRST,
         )  # fmt: skip
 
 
@@ -373,6 +369,8 @@ def expert_gemv_int(
     else:
         _begin_product(PDL)
         expert = tl.load(ids + which).to(tl.int64)
+        if SIZE:
+            upcoming += expert * SIZE
         # The exponents of a chunk of float4 are one number.
         GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
         biases = bias + expert * N if BIAS else bias
@@ -381,6 +379,6 @@ def expert_gemv_int(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2),
             scale + expert * N * GROUPS, shifts, biases, x, x, y + which * width, N, 0.0, K,
             VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
-            EVEN, COMPILED, False, None, None, 0, 1, _own(upcoming, expert, SIZE), THREADS, AHEAD,
+            EVEN, COMPILED, False, None, None, 0, 1, upcoming, THREADS, AHEAD,
             FIRST,
         )  # fmt: skip
