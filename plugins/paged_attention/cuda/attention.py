@@ -213,7 +213,9 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
         decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
-        weights, early = (q_norm, k_norm, sinks), early and step.queries == 1
+        weights = (q_norm, k_norm, sinks)
+        # Keys that another kernel of this step has stored are not older than the one in front.
+        early = early and step.queries == 1 and a.kv_parts > 0
         decode(qkv, cos, sin, pages, step, a, weights, workspace, output, pdl, early)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
