@@ -21,37 +21,6 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def bring(pointer, THREADS: tl.constexpr, SHARE: tl.constexpr):
-    """Has the cache read this program's part of what is at ``pointer``, SHARE bytes, a multiple of
-    16, for each of its THREADS; of Hopper and newer GPUs."""
-    part = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    at = pointer.to(tl.int64) + part.to(tl.int64) * SHARE
-    tl.inline_asm_elementwise(
-        f"cp.async.bulk.prefetch.L2.global [$1], {SHARE}; mov.u32 $0, 0;",
-        "=r,l",
-        [at],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def touch(pointer, BYTES: tl.constexpr):
-    """Has the cache read the BYTES that are at ``pointer``: every program all of them."""
-    LINES: tl.constexpr = (BYTES + 127) // 128
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointer.to(tl.int64) + line * 128],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def codes(y, scale, dtype: tl.constexpr):
     """float32 values in units of ``scale`` as float8_e4m3fn or int8, saturated."""
     if dtype == tl.int8:

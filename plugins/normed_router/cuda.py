@@ -30,8 +30,6 @@ from slipstream.plugins.router.cuda import choice, router
 # router for one token alone.
 FUSED_TOKENS = 16
 _MOST_COLUMNS = 8192  # of a row that a program has in registers
-# Of the next Linear's weight: what the cache keeps while the experts of one token are read.
-_MOST_AHEAD = 12 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,7 @@ class Routing:
 class NormedRouter:
     """A router ``[E, K]`` of 16-bit floats, the weight ``[K]`` of the norm before it, bias ``[E]``,
     correction float32 ``[E]``; counters int32, zero between launches: how many programs of a token
-    are done. ``ahead``: the bytes of a weight that is read behind the experts'. A step of one token
-    brings them to the cache, as memory has nothing else to do until the experts are chosen."""
+    are done."""
 
     weight: DeviceWeight
     norm_weight: Tensor
@@ -60,7 +57,6 @@ class NormedRouter:
     correction: Tensor | None
     routing: Routing
     counters: Tensor
-    ahead: Tensor | None = None
 
     @classmethod
     def of(
@@ -72,11 +68,10 @@ class NormedRouter:
         correction: Tensor | None = None,
         *,
         routing: Routing,
-        ahead: Tensor | None = None,
     ) -> NormedRouter:
         """A router with its counters."""
         counters = torch.zeros(FUSED_TOKENS, dtype=torch.int32, device=norm_weight.device)
-        return cls(weight, norm_weight, norm_eps, bias, correction, routing, counters, ahead)
+        return cls(weight, norm_weight, norm_eps, bias, correction, routing, counters)
 
 
 def in_one_launch(tokens: int, width: int) -> bool:
@@ -113,21 +108,16 @@ def _fused(x: Tensor, layer: NormedRouter, pdl: bool) -> tuple[Tensor, Tensor, T
     ids = torch.empty(tokens, routing.top_k, dtype=torch.int32, device=device)
     weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=device)
     rows = 1 if experts <= 256 else 2
-    warps = min(max(columns // 2048, 1), 4)
-    programs, ahead = triton.cdiv(experts, rows), layer.ahead if pdl and tokens == 1 else None
-    brought = 0 if ahead is None else min(ahead.nbytes, _MOST_AHEAD)
-    share = brought // (programs * 32 * warps * 16) * 16
     if tokens:
-        normed_router_kernel[(programs, tokens)](
+        normed_router_kernel[(triton.cdiv(experts, rows), tokens)](
             x, layer.weight.codes, layer.norm_weight, layer.bias, layer.correction, y, logits,
             layer.counters, ids, weights, layer.norm_eps, routing.scale,
             WIDTH=width, COLUMNS=columns, ROWS=rows, PDL=pdl,
-            ahead=ahead, THREADS=32 * warps, AHEAD=share,
             **choice(
                 experts, layer.correction, routing.top_k, routing.scoring, routing.renormalize,
                 routing.groups, routing.top_groups,
             ),
-            **launch_options(num_warps=warps, pdl=pdl),
+            **launch_options(num_warps=min(max(columns // 2048, 1), 4), pdl=pdl),
         )  # fmt: skip
     return y, ids, weights
 
@@ -150,16 +140,5 @@ def bind(node: ir.Node, context: Context) -> Kernel:
         bias,
         correction,
         routing=Routing(**{field.name: attributes[field.name] for field in fields(Routing)}),
-        ahead=_next_weight(node, context),
     )
     return lambda run: normed_router(run.values[x], layer, context.tactics, pdl=run.pdl)
-
-
-def _next_weight(node: ir.Node, context: Context) -> Tensor | None:
-    """The blob of the first Linear behind a node."""
-    assert node.graph is not None
-    nodes = iter(node.graph)
-    while next(nodes) is not node:
-        pass
-    found = next((later for later in nodes if later.op_type == "Linear"), None)
-    return None if found is None else context.constants.get(name_of(found.inputs[1]))

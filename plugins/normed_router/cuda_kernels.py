@@ -5,7 +5,6 @@
 import triton
 import triton.language as tl
 
-from slipstream.plugins.cuda.kernels import bring
 from slipstream.plugins.router.cuda_kernels import choose
 
 
@@ -15,14 +14,12 @@ def normed_router_kernel(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr, ahead=None,
-    THREADS: tl.constexpr = 32, AHEAD: tl.constexpr = 0,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits float32 [T, EXPERTS] of ROWS experts a program, a token along the second axis.
 
     Every program normalizes the row for itself, and the first stores it. The last of a token to be
-    done chooses, whichever that is. counters int32: a zero a token, and left so. Of ``ahead``, what
-    a later kernel reads, AHEAD bytes a thread are brought to the cache by each program.
+    done chooses, whichever that is. counters int32: a zero a token, and left so.
     """
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
@@ -37,8 +34,6 @@ def normed_router_kernel(
         if bias is not None:
             biases = biases + (tl.load(bias + row),)
     gains = tl.load(gain + columns, inside, 0.0)
-    if AHEAD:
-        bring(ahead, THREADS, AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,10 +189,6 @@ def experts(capability: tuple[int, int], pdl: bool) -> None:
                 expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl, early=reduce)
                 if reduce and tactic.kernel == "gemv":
                     expert_linear(x, layer, ids, *sums, tactic=tactic, pdl=pdl)
-                if not reduce and tactic.kernel == "gemv":
-                    ahead = torch.zeros(number, 1 << 16, dtype=torch.uint8)
-                    bringing = replace(layer, ahead=ahead)
-                    expert_linear(x, bringing, ids, tactic=tactic, pdl=pdl)
 
 
 def normed_routers(capability: tuple[int, int], pdl: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
-from torch import Tensor, uint8
+from torch import Tensor
 
 from slipstream.plugins.cuda.binding import (
     SETTLED,
@@ -67,19 +67,7 @@ def experts_of(node: ir.Node, constants: Mapping[str, Tensor]) -> Experts:
         reduce=bool(attributes["reduce"]),
         gated=bool(attributes["gated"]),
         gate=attributes["gate"],
-        ahead=_next_codes(node, constants),
     )
-
-
-def _next_codes(node: ir.Node, constants: Mapping[str, Tensor]) -> Tensor | None:
-    """Codes of the experts that multiply what those of a node have made."""
-    found = [use.node for use in node.outputs[0].uses() if use.node.op_type == "ExpertLinear"]
-    if len(found) != 1 or found[0].inputs[0] is not node.outputs[0]:
-        return None
-    attributes = attributes_of(found[0])
-    fmt = format_of(attributes)
-    fmt = replace(fmt, shape=(attributes["experts"] * fmt.shape[0], fmt.shape[1]))
-    return DeviceWeight.from_blob(constants[name_of(found[0].inputs[1])], fmt).codes.view(uint8)
 
 
 def _grouping(run: Run, name: str, ids: Tensor, experts: int) -> Grouping:

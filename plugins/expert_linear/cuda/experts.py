@@ -41,15 +41,13 @@ from slipstream.plugins.rms_norm.cuda import quantize_rows
 from slipstream.weights.tensor import WeightFormat
 
 _BLOCK = 1024  # columns of a sum
-_FIRST = True
 _GROUP_BLOCK = 4096  # pairs that are counted at once
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Weights ``[number * N, K]`` of the experts of a layer, and what is done with their products;
-    see ``plugins/expert_linear``. bias ``[number * N]``. ``ahead``: codes of what the same experts
-    multiply next, which few tokens bring to the cache."""
+    see ``plugins/expert_linear``. bias ``[number * N]``."""
 
     weight: DeviceWeight
     number: int
@@ -57,7 +55,6 @@ class Experts:
     reduce: bool = False
     gated: bool = False
     gate: int = 0
-    ahead: Tensor | None = None
 
     @property
     def format(self) -> WeightFormat:
@@ -204,11 +201,6 @@ def _gemv(experts: Experts, inputs: _Operands, tactic: Tactic, y: Tensor, adds: 
         **launch_options(num_warps=tactic.num_warps, pdl=inputs.pdl),
     }  # fmt: skip
     grid = (triton.cdiv(experts.width, tactic.block_n), len(y))
-    if experts.ahead is not None and inputs.pdl and not adds:
-        threads, size = 32 * tactic.num_warps, experts.ahead.nbytes // experts.number
-        share = size // (grid[0] * threads * 16) * 16
-        constants |= {"SIZE": size, "THREADS": threads, "AHEAD": share, "FIRST": _FIRST}
-        constants["upcoming"] = experts.ahead
     quads, codes = x.view(torch.int64), weight.codes.view(torch.int64)
     ends = (experts.bias, inputs.weights, inputs.residual, y)
     if in_words(fmt):

@@ -302,15 +302,12 @@ def expert_gemv_float(
     DEPTH: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
-    upcoming=None, SIZE: tl.constexpr = 0, THREADS: tl.constexpr = 32,
-    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
 ):  # fmt: skip
     """A pair of a token and an expert along the second axis of the grid, or with SUM a token and
     all its SUM experts; the rest is ``gemv_float`` of one token.
 
     PER_ROW pairs share a row of x. EARLY: the ids of a sum, and what wrote them, are done before
-    the kernel in front of this one. ``upcoming``: u8 [experts, SIZE] of what the experts multiply
-    next, see ``gemv_float``.
+    the kernel in front of this one.
     """
     which = tl.program_id(1).to(tl.int64)
     width: tl.constexpr = N // 2 if GATED else N
@@ -326,8 +323,6 @@ def expert_gemv_float(
     else:
         _begin_product(PDL)
         expert = tl.load(ids + which).to(tl.int64)
-        if SIZE:
-            upcoming += expert * SIZE
         BLOCKS: tl.constexpr = (K + 127) // 128
         scales = scale
         if SCALE == "row":
@@ -338,8 +333,7 @@ def expert_gemv_float(
         gemv_float(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2), scales, biases,
             x, x, y + which * width, N, 0.0, K, VECTORS, 1, BR, RT, Q, DEPTH, FP8, NATIVE, BF16,
-            GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False, None, None, 0, 1,
-            upcoming, THREADS, AHEAD, FIRST,
+            GATED, SCALE, BIAS, False, False, EVEN, COMPILED, False,
         )  # fmt: skip
 
 
@@ -351,8 +345,6 @@ def expert_gemv_int(
     DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BF16: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     COMPILED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SLOTS: tl.constexpr,
-    upcoming=None, SIZE: tl.constexpr = 0, THREADS: tl.constexpr = 32,
-    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
 ):  # fmt: skip
     """As ``expert_gemv_float``, of ``gemv_int``."""
     which = tl.program_id(1).to(tl.int64)
@@ -369,8 +361,6 @@ def expert_gemv_int(
     else:
         _begin_product(PDL)
         expert = tl.load(ids + which).to(tl.int64)
-        if SIZE:
-            upcoming += expert * SIZE
         # The exponents of a chunk of float4 are one number.
         GROUPS: tl.constexpr = VECTORS // 8 if ZERO == "e2m1" else groups_of(K, 0, GROUP, ZERO)
         biases = bias + expert * N if BIAS else bias
@@ -379,6 +369,5 @@ def expert_gemv_int(
             x + which // PER_ROW * (K // 4), weight + expert * (N * VECTORS * 2),
             scale + expert * N * GROUPS, shifts, biases, x, x, y + which * width, N, 0.0, K,
             VECTORS, 1, BR, RT, Q, DEPTH, BITS, GROUP, ZERO, BF16, GATED, BIAS, False, False,
-            EVEN, COMPILED, False, None, None, 0, 1, upcoming, THREADS, AHEAD,
-            FIRST,
+            EVEN, COMPILED, False,
         )  # fmt: skip

@@ -84,7 +84,7 @@ class ExpertProblem:
         groupings: list[Grouping] | list[None] = [None] * _ROUTES
         if tokens > GEMV_TOKENS:
             groupings = [group(ids, self.shape.number) for ids in routes]
-        layers = [replace(self.experts, weight=weight, ahead=None) for weight in self.weights]
+        layers = [replace(self.experts, weight=weight) for weight in self.weights]
 
         def call(tactic: Tactic, index: int) -> Tensor:
             return expert_linear(

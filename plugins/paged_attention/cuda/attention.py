@@ -37,7 +37,6 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
 from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
-_ORDER = 1
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
 _LEAST_SPLIT = 64  # keys
 # Queries times heads of a block of the prefill kernel, whose sums are in registers.
@@ -212,11 +211,12 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.queries > 1:
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
-        decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
-        weights = (q_norm, k_norm, sinks)
-        # Keys that another kernel of this step has stored are not older than the one in front.
-        early = early and step.queries == 1 and a.kv_parts > 0
-        decode(qkv, cos, sin, pages, step, a, weights, workspace, output, pdl, early)
+        inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        if _suits_hopper_decode(a, pages, step.queries):
+            # Keys that another kernel of this step has stored are not older than the one in front.
+            _hopper_decode(*inputs, early and step.queries == 1 and a.kv_parts > 0)
+        else:
+            _decode(*inputs)
     if step.num_decodes < qkv.shape[0] and len(step.block_sequence):
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
@@ -268,7 +268,6 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
     workspace: DecodeWorkspace,
     output: torch.Tensor,
     pdl: bool,
-    early: bool,
 ) -> None:
     by = _scalars(a, pages)
     programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
@@ -305,7 +304,6 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
         ROWS=rows,
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
-        EARLY=early,
         **launch_options(num_warps=warps, pdl=pdl),
     )
 
@@ -382,7 +380,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
-        EARLY=_ORDER if early else 0,
+        EARLY=early,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )

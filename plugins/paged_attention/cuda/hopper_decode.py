@@ -435,8 +435,7 @@ def attend(token, to, work, scale, ring, operands, shape):
         if to.sinks is not None:
             touch(to.sinks, shape.num_heads)
         gdc_wait()
-        if shape.waits == 1:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     new = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
@@ -662,9 +661,7 @@ def hopper_decode_kernel(
     only what made qkv may still be running, so that pages come meanwhile; and what is launched
     behind this kernel reads its weights while this one, which reads little, is at work.
     """
-    WAITS: gl.constexpr = EARLY if PDL else 0
-    if WAITS == 2:
-        gdc_launch_dependents()
+    WAITS: gl.constexpr = PDL and EARLY
     if PDL and not EARLY:
         gdc_launch_dependents()
         gdc_wait()

@@ -198,14 +198,6 @@ def finish(m, total, acc, sinks, v_scale, heads, valid):
     return acc * (v_scale / total)[:, None]
 
 
-@triton.jit
-def end_idle(WAITS: tl.constexpr):
-    """The end of a program without work: no grid may end before the one in front of it has, or
-    what comes behind would not know that both have."""
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
-
-
 @triton.jit(do_not_specialize=["table_stride", "window", "min_pages"])
 def decode_kernel(
     qkv,
@@ -244,7 +236,6 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
     is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
@@ -252,10 +243,8 @@ def decode_kernel(
     The keys of a sequence are cut into at most MAX_SPLITS splits of whole pages, whose size follows
     from its context alone; how many programs share them changes no bit of the result. A single new
     token's k and v join the last tile from registers. The last program to arrive adds up all.
-    EARLY: only what made qkv may still be running.
     """
-    if not EARLY:
-        begin(PDL)
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     WIDTH: tl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
     PLANE: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
@@ -267,7 +256,6 @@ def decode_kernel(
     part = tl.program_id(2)
     context = tl.load(context_len + sequence)
     if context <= 0:
-        end_idle(PDL and EARLY)
         return
 
     JOINS: tl.constexpr = KV_PARTS > 0 and QUERIES == 1
@@ -287,7 +275,6 @@ def decode_kernel(
     share = tl.maximum(tl.cdiv(splits, tl.num_programs(2)), tl.cdiv(min_pages, split_pages))
     split = part * share
     if split >= splits:
-        end_idle(PDL and EARLY)
         return
     end_split = tl.minimum(split + share, splits)
     own = end_split - split
@@ -303,8 +290,6 @@ def decode_kernel(
     k, v = page_tile(
         head_pages, number, tile, first, cached, PLANE, HEAD_DIM, PAGE, BLOCK_D, BLOCK_N
     )
-    if EARLY:
-        begin(PDL)
 
     query, heads, place, valid = group_rows(
         sequence, token, queries, kv_head, NUM_HEADS, GROUP, QUERIES, ROWS

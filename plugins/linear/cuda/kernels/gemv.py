@@ -17,7 +17,6 @@ their way at once.
 import triton
 import triton.language as tl
 
-from slipstream.plugins.cuda.kernels import bring, touch
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
 from slipstream.plugins.linear.cuda.kernels.dot import float4, power
 
@@ -311,8 +310,7 @@ def gemv_float(
     FP8: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, GATED: tl.constexpr,
     SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1, upcoming=None, THREADS: tl.constexpr = 32,
-    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
+    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1,
 ):  # fmt: skip
     """A 16-bit or float8 weight [N, K]; SCALE is "none", "row" or "block" (of 128 x 128).
 
@@ -320,8 +318,7 @@ def gemv_float(
     weight, EVEN that they are a multiple of DEPTH * Q, and BF16 the type of x (and of a 16-bit
     weight). NATIVE: the GPU converts float8. With SUM the products with the experts ids [SUM] of a
     weight [experts, N, K] are multiplied by factors float32 [SUM] and added up: x is [SUM, K], and
-    T one; of the Q lanes each of SLOTS, SUM or more, has its share. Of ``upcoming``, what a later
-    kernel reads, each of THREADS brings AHEAD bytes to the cache behind its own first vectors.
+    T one; of the Q lanes each of SLOTS, SUM or more, has its share.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -345,10 +342,6 @@ def gemv_float(
     ends = _read_ends(
         scale, bias, N, BR, RT, GATED, SCALE == "row" and SUM == 0, BIAS, ids, factors, SUM
     )
-    if AHEAD and FIRST:
-        bring(upcoming, THREADS, AHEAD)
-    if NORM and PDL:
-        touch(gain, 2 * K)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
@@ -389,8 +382,6 @@ def gemv_float(
         if MORE:
             ahead = next_ahead
             scales = next_scales
-    if AHEAD and not FIRST:
-        bring(upcoming, THREADS, AHEAD)
     if SUM:
         sums = _shared(sums, shares, RT)
     _finish(
@@ -464,8 +455,7 @@ def gemv_int(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BF16: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr, ids=None, factors=None,
-    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1, upcoming=None, THREADS: tl.constexpr = 32,
-    AHEAD: tl.constexpr = 0, FIRST: tl.constexpr = True,
+    SUM: tl.constexpr = 0, SLOTS: tl.constexpr = 1,
 ):  # fmt: skip
     """A weight of groups [N, words]; GROUP 0 is a scale a row.
 
@@ -503,10 +493,6 @@ def gemv_int(
     ends = _read_ends(
         scale, bias, N, BR, RT, GATED, GROUP == 0 and SUM == 0, BIAS, ids, factors, SUM
     )
-    if AHEAD and FIRST:
-        bring(upcoming, THREADS, AHEAD)
-    if NORM and PDL:
-        touch(gain, 2 * K)
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
@@ -597,8 +583,6 @@ def gemv_int(
             ahead = next_ahead
             scales = next_scales
             shifts = next_shifts
-    if AHEAD and not FIRST:
-        bring(upcoming, THREADS, AHEAD)
     if SUM:
         sums = _shared(sums, shares, RT)
     _finish(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,22 +254,3 @@ def test_pairs_are_grouped_by_expert_in_their_order(block: int, device: str) -> 
     experts, firsts = tiles[4 : 4 + total].cpu(), tiles[4 + length : 4 + length + total].cpu()
     np.testing.assert_array_equal(experts, np.repeat(np.arange(8), of_each))
     np.testing.assert_array_equal(firsts, np.repeat(np.cumsum(of_each) - of_each, of_each))
-
-
-@hopper
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int4g128m"])
-def test_what_is_brought_to_the_cache_changes_no_bit(name: str, device: str) -> None:
-    """For one token and for some, and from each part of a weight of every expert."""
-    fmt = FORMATS[name]
-    blob = torch.from_numpy(pack(random_weight(fmt))).to(device)
-    usual = Experts(DeviceWeight.from_blob(blob, fmt), EXPERTS)
-    ahead = torch.zeros(EXPERTS, 1 << 16, dtype=torch.uint8, device=device)
-    for tokens in (1, 3):
-        x = torch.randn(tokens, fmt.shape[1], device=device).to(torch.bfloat16)
-        ids = torch.from_numpy(choices(tokens)).to(device)
-        tactic = default_tactic(usual.shape(TOP_K), 1, (9, 0))
-        results = [
-            expert_linear(x, experts, ids, tactic=tactic, pdl=True)
-            for experts in (usual, replace(usual, ahead=ahead))
-        ]
-        assert torch.equal(*results)
