@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # whose fallback is made of kernels that are bound with this 
     from slipstream.plugins.collectives.cuda.communicator import Communicator
 
 Environment = dict[str, Tensor]
+# In what calls of a step share, once a kernel has let no other begin before all in front of it had
+# ended: of what comes behind, each may read before it waits what is older than the one in front.
+SETTLED = "settled"
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.BFLOAT16: torch.bfloat16,

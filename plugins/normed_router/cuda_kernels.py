@@ -27,9 +27,12 @@ def normed_router_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     factors = ()
+    biases = ()
     for r in tl.static_range(ROWS):
         row = tl.minimum(first + r, EXPERTS - 1)
         factors = factors + (tl.load(weight + row * WIDTH + columns, inside, 0.0),)
+        if bias is not None:
+            biases = biases + (tl.load(bias + row),)
     gains = tl.load(gain + columns, inside, 0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -43,7 +46,7 @@ def normed_router_kernel(
         logit = tl.sum(factors[r].to(tl.float32) * normed.to(tl.float32))
         expert = first + r
         if bias is not None:
-            logit += tl.load(bias + expert, expert < EXPERTS, 0.0).to(tl.float32)
+            logit += biases[r].to(tl.float32)
         tl.store(logits + token * EXPERTS + expert, logit, expert < EXPERTS)
     tl.debug_barrier()
     if tl.atomic_add(counters + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -250,9 +250,19 @@ def attention_of(a: Attributes, queries: int, capability: tuple[int, int], pdl: 
         pages = torch.zeros(1, 4, 2, kv_heads, 64 * width, dtype=dtype)
         workspace = DecodeWorkspace.allocate(8, 8, width, 512, "cpu")
         sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
-        paged_attention(
-            qkv, angles, angles, pages, step, a, sinks=sinks, workspace=workspace, pdl=pdl
-        )
+        for early in (False, True):
+            paged_attention(
+                qkv,
+                angles,
+                angles,
+                pages,
+                step,
+                a,
+                sinks=sinks,
+                workspace=workspace,
+                pdl=pdl,
+                early=early,
+            )
 
 
 def copied_pages(capability: tuple[int, int], pdl: bool) -> None:

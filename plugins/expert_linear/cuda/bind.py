@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from slipstream.plugins.cuda.binding import (
+    SETTLED,
     Context,
     Kernel,
     Run,
@@ -46,7 +47,7 @@ def expert_linear(node: ir.Node, context: Context) -> Kernel:
             early=f"{ids} read" in run.shared,
         )
         if not grouped and weights is None:  # what comes later finds the ids written
-            run.shared[f"{ids} read"] = True
+            run.shared[f"{ids} read"] = run.shared[SETTLED] = True
         return (y,)
 
     return kernel

@@ -17,9 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
 from slipstream.plugins.linear.cuda.kernels.dot import float4_instructions
-from slipstream.plugins.linear.cuda.kernels.wide import chunk_of, operand_of, row_of, slices_of
+from slipstream.plugins.linear.cuda.kernels.wide import (
+    chunk_of,
+    operand_of,
+    row_of,
+    scaled,
+    slices_of,
+)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -107,13 +112,7 @@ def _finish(
     T: gl.constexpr = acc.shape[1]
     width: gl.constexpr = N // 2 if GATED else N
     n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
-    if GROUP == 0:
-        acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
-    if BIAS:
-        acc += gl.load(bias + n).to(gl.float32)[:, None]
-    if GATED:
-        gate, up = gl.split(acc.reshape([4, 2, 8, T]).permute((0, 2, 3, 1)))
-        acc = gate_up_of(gate, up, GATED).reshape([32, T])
+    acc = scaled(acc, n, scale, bias, GATED, GROUP, BIAS)
     layout: gl.constexpr = acc.type.layout
     n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
     row = at + gl.arange(0, T, gl.SliceLayout(0, layout))

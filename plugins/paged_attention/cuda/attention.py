@@ -201,6 +201,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace,
     pdl: bool = False,
+    early: bool = False,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
@@ -208,7 +209,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     Writes k and v, as far as ``qkv`` has them, into ``kv_cache``. The queries of sequences that are
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
     its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
-    there must be no decodes and one kernel.
+    there must be no decodes and one kernel. ``early``: only qkv may still be written, by the kernel
+    in front; pages, angles and ``step`` are there.
     """
     a = attributes
     assert not (deterministic and step.num_decodes), step.num_decodes
@@ -222,8 +224,12 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.queries > 1:
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
     if step.num_decodes:
-        decode = _hopper_decode if _suits_hopper_decode(a, pages, step.queries) else _decode
-        decode(qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
+        if _suits_hopper_decode(a, pages, step.queries):
+            # Keys that another kernel of this step has stored are not older than the one in front.
+            _hopper_decode(*inputs, early and step.queries == 1 and a.kv_parts > 0)
+        else:
+            _decode(*inputs)
     if step.sure_decodes < qkv.shape[0] and len(step.block_sequence):
         # What the decode kernel has read and stored is turned and stored again where it may be any.
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
@@ -344,6 +350,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     workspace: DecodeWorkspace,
     output: torch.Tensor,
     pdl: bool,
+    early: bool,
 ) -> None:
     by = _scalars(a, pages)
     programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
@@ -387,6 +394,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
+        EARLY=early,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from slipstream.plugins.cuda.binding import (
+    SETTLED,
     Context,
     Kernel,
     Run,
@@ -45,6 +46,7 @@ def paged_attention(node: ir.Node, context: Context) -> Kernel:
             sinks=run.get(sinks),
             workspace=memory.workspace,
             pdl=run.pdl,
+            early=SETTLED in run.shared,
             deterministic=context.tactics.deterministic,
         )
         return (attended,)

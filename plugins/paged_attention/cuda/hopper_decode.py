@@ -58,7 +58,8 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 class Shape(NamedTuple):
     """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
-    ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself."""
+    ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself.
+    ``waits``: for the kernel in front, before it reads qkv."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -71,6 +72,7 @@ class Shape(NamedTuple):
     columns: gl.constexpr
     stages: gl.constexpr
     max_splits: gl.constexpr
+    waits: gl.constexpr
 
 
 class Token(NamedTuple):
@@ -403,6 +405,21 @@ def copy(pages, table, work, ring, shape):
 
 
 @gluon.jit
+def touch(pointer, COUNT: gl.constexpr):
+    """Has the cache read COUNT numbers."""
+    index = gl.arange(0, triton.next_power_of_2(COUNT), gl.BlockedLayout([1], [32], [4], [0]))
+    at = pointer + gl.minimum(index, COUNT - 1)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def attend(token, to, work, scale, ring, operands, shape):
     """What the warpgroup does: sums of the program's splits, and the output if it is the last."""
     CODED: gl.constexpr = ring.k.dtype == gl.float8e4nv
@@ -411,6 +428,14 @@ def attend(token, to, work, scale, ring, operands, shape):
     column = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
     fewer = work.queries - 1 - query_of(column, shape)  # keys than the last query sees
     zero = gl.zeros([shape.page, shape.columns], gl.float32, layout)
+    if shape.waits:
+        if token.q_norm is not None:
+            touch(token.q_norm, shape.head_dim)
+            touch(token.k_norm, shape.head_dim)
+        if to.sinks is not None:
+            touch(to.sinks, shape.num_heads)
+        gdc_wait()
+        gdc_launch_dependents()
     new = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
@@ -547,6 +572,14 @@ def work_of(context, query_start, context_len, slots, shape):
 
 
 @gluon.jit
+def end_idle(WAITS: gl.constexpr):
+    """The end of a program without work: no grid may end before the one in front of it has, or
+    what comes behind would not know that both have."""
+    if WAITS:
+        gdc_wait()
+
+
+@gluon.jit
 def new_ring(dtype: gl.constexpr, shape):
     """A ring whose places are all free."""
     page: gl.constexpr = [shape.page, shape.head_dim]
@@ -616,6 +649,7 @@ def hopper_decode_kernel(
     STAGES: gl.constexpr,
     MAX_SPLITS: gl.constexpr,
     PDL: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
     is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
@@ -623,9 +657,12 @@ def hopper_decode_kernel(
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
     alone. How many programs share them changes no bit of the result: so many that each has an even
-    share of the step, of which ``slots`` run at a time. The last one to arrive adds up all.
+    share of the step, of which ``slots`` run at a time. The last one to arrive adds up all. EARLY:
+    only what made qkv may still be running, so that pages come meanwhile; and what is launched
+    behind this kernel reads its weights while this one, which reads little, is at work.
     """
-    if PDL:
+    WAITS: gl.constexpr = PDL and EARLY
+    if PDL and not EARLY:
         gdc_launch_dependents()
         gdc_wait()
     JOINS: gl.constexpr = KV_PARTS > 0 and QUERIES == 1
@@ -641,12 +678,15 @@ def hopper_decode_kernel(
         COLUMNS,
         STAGES,
         MAX_SPLITS,
+        WAITS,
     )
     context = gl.load(context_len + gl.program_id(1))
     if context <= 0:
+        end_idle(WAITS)
         return
     work = work_of(context, query_start, context_len, slots, shape)
     if work.split >= work.splits:
+        end_idle(WAITS)
         return
     table = page_table + work.sequence.to(gl.int64) * table_stride
     token = Token(qkv, cos, sin, q_norm, k_norm, eps, cells, slot_mapping, k_scale, v_scale)

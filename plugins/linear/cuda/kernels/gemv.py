@@ -173,42 +173,85 @@ def _read_x(
 
 
 @triton.jit
+def _read_ends(
+    row_scale, bias, N, BR: tl.constexpr, RT: tl.constexpr, GATED: tl.constexpr,
+    ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, ids, factors, SUM: tl.constexpr,
+):  # fmt: skip
+    """Scales and biases of a program's rows, float32 [BR] for each of its tensors: with SUM one
+    bias, of all experts.
+
+    No cache has them: fetched when the sums are there, they would take as long as a short product.
+    """
+    R: tl.constexpr = RT // 2 if GATED else RT
+    width = N // 2 if GATED else N
+    scales = ()
+    biases = ()
+    for r in tl.static_range(RT):
+        n = tl.program_id(0) * (BR * R) + (r % R) * BR + tl.arange(0, BR)
+        inside = n < width
+        n += (r // R) * width
+        if ROW_SCALE:
+            scales = scales + (tl.load(row_scale + n, mask=inside, other=0.0).to(tl.float32),)
+        if BIAS and SUM:
+            total = tl.zeros([BR], tl.float32)
+            for k in tl.static_range(SUM):
+                own = tl.load(bias + tl.load(ids + k) * N + n, mask=inside, other=0.0)
+                total += own.to(tl.float32) * tl.load(factors + k)
+            biases = biases + (total,)
+        elif BIAS:
+            biases = biases + (tl.load(bias + n, mask=inside, other=0.0).to(tl.float32),)
+    return scales, biases
+
+
+@triton.jit
+def _read_residual(
+    residual, N, T: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The residual of a program's rows [BR] for each token and tensor, or nothing."""
+    R: tl.constexpr = RT // 2 if GATED else RT
+    width = N // 2 if GATED else N
+    found = ()
+    if RESIDUAL:
+        for t in tl.static_range(T):
+            for r in tl.static_range(R):
+                n = tl.program_id(0) * (BR * R) + r * BR + tl.arange(0, BR)
+                found = found + (tl.load(residual + t * width + n, mask=n < width, other=0.0),)
+    return found
+
+
+@triton.jit
 def _finish(
-    sums, squares, y, row_scale, bias, residual, N, K: tl.constexpr, eps,
+    sums, squares, y, ends, residuals, N, K: tl.constexpr, eps,
     T: tl.constexpr, BR: tl.constexpr, RT: tl.constexpr, GATED: tl.constexpr,
     ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    FACTOR: tl.constexpr, ids, factors, SUM: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Stores ``act(sums * FACTOR * rsqrt(mean square) * row scale + bias) + residual``."""
     R: tl.constexpr = RT // 2 if GATED else RT
     width = N // 2 if GATED else N
+    scales, biases = ends
     for t in tl.static_range(T):
         inverse = FACTOR
         if NORM:
             inverse = FACTOR * tl.rsqrt(tl.sum(squares[t], axis=1) / K + eps)
         for r in tl.static_range(R):
             n = tl.program_id(0) * (BR * R) + r * BR + tl.arange(0, BR)
-            inside = n < width
             value = tl.sum(sums[r * T + t], axis=1) * inverse
             if ROW_SCALE:
-                value *= tl.load(row_scale + n, mask=inside, other=0.0).to(tl.float32)
-            if BIAS and SUM:
-                for k in tl.static_range(SUM):
-                    own = tl.load(bias + tl.load(ids + k) * N + n, mask=inside, other=0.0)
-                    value += own.to(tl.float32) * tl.load(factors + k)
-            elif BIAS:
-                value += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+                value *= scales[r]
+            if BIAS:
+                value += biases[r]
             if GATED:
                 up = tl.sum(sums[(r + R) * T + t], axis=1) * inverse
                 if ROW_SCALE:
-                    up *= tl.load(row_scale + width + n, mask=inside, other=0.0).to(tl.float32)
+                    up *= scales[r + R]
                 if BIAS:
-                    up += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
+                    up += biases[r + R]
                 value = gate_up_of(value, up, GATED)
             if RESIDUAL:
-                old = tl.load(residual + t * width + n, mask=inside, other=0.0)
-                value += old.to(tl.float32)
-            tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=inside)
+                value += residuals[t * R + r].to(tl.float32)
+            tl.store(y + t * width + n, value.to(y.dtype.element_ty), mask=n < width)
 
 
 @triton.jit
@@ -238,14 +281,24 @@ def _read_scales(scale, rows, first, lanes, K: tl.constexpr, RT: tl.constexpr):
 
 
 @triton.jit
-def _shared(sums, scale, rows, share, RT: tl.constexpr, SCALED: tl.constexpr):
-    """The sums of each lane times the factor of its expert, and if SCALED the scale of its row."""
+def _read_shares(scale, rows, share, RT: tl.constexpr, SCALED: tl.constexpr):
+    """What the sums of each lane are multiplied by: the factor of its expert, and if SCALED the
+    scale of its row."""
     found = ()
     for r in tl.static_range(RT):
         if SCALED:
-            found = found + (sums[r] * (share * tl.load(scale + rows[r]).to(tl.float32)),)
+            found = found + (share * tl.load(scale + rows[r]).to(tl.float32),)
         else:
-            found = found + (sums[r] * share,)
+            found = found + (share,)
+    return found
+
+
+@triton.jit
+def _shared(sums, shares, RT: tl.constexpr):
+    """The sums of each lane times its share."""
+    found = ()
+    for r in tl.static_range(RT):
+        found = found + (sums[r] * shares[r],)
     return found
 
 
@@ -284,10 +337,16 @@ def gemv_float(
         ahead = ahead + _read_vectors(weight, rows, d * LANES, lanes, VECTORS, RT, EVEN)
         if BLOCKS:
             scales = scales + _read_scales(scale, rows, d * LANES, lanes, K, RT)
+    if SUM:
+        shares = _read_shares(scale, rows, share, RT, SCALE == "row")
+    ends = _read_ends(
+        scale, bias, N, BR, RT, GATED, SCALE == "row" and SUM == 0, BIAS, ids, factors, SUM
+    )
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    residuals = _read_residual(residual, N, T, BR, RT, GATED, RESIDUAL)
     for base in range(0, VECTORS, DEPTH * LANES):
         next_ahead = ()
         next_scales = ()
@@ -324,10 +383,10 @@ def gemv_float(
             ahead = next_ahead
             scales = next_scales
     if SUM:
-        sums = _shared(sums, scale, rows, share, RT, SCALE == "row")
+        sums = _shared(sums, shares, RT)
     _finish(
-        sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
-        SCALE == "row" and SUM == 0, BIAS, RESIDUAL, NORM, 1.0, ids, factors, SUM,
+        sums, squares, y, ends, residuals, N, K, eps, T, BR, RT, GATED,
+        SCALE == "row" and SUM == 0, BIAS, RESIDUAL, NORM, 1.0,
     )  # fmt: skip
 
 
@@ -429,10 +488,16 @@ def gemv_int(
         )
         scales = scales + new_scales
         shifts = shifts + new_shifts
+    if SUM:
+        shares = _read_shares(scale, rows, share, RT, GROUP == 0)
+    ends = _read_ends(
+        scale, bias, N, BR, RT, GATED, GROUP == 0 and SUM == 0, BIAS, ids, factors, SUM
+    )
     sums = _zeros(RT * T, BR, Q)
     squares = _zeros(T, BR, Q)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    residuals = _read_residual(residual, N, T, BR, RT, GATED, RESIDUAL)
     for base in range(0, VECTORS, DEPTH * LANES):
         next_ahead = ()
         next_scales = ()
@@ -519,9 +584,8 @@ def gemv_int(
             scales = next_scales
             shifts = next_shifts
     if SUM:
-        sums = _shared(sums, scale, rows, share, RT, GROUP == 0)
+        sums = _shared(sums, shares, RT)
     _finish(
-        sums, squares, y, scale, bias, residual, N, K, eps, T, BR, RT, GATED,
+        sums, squares, y, ends, residuals, N, K, eps, T, BR, RT, GATED,
         GROUP == 0 and not SUM, BIAS, RESIDUAL, NORM, 1.0 if ZERO == "e2m1" else 2.0**64,
-        ids, factors, SUM,
     )  # fmt: skip

@@ -143,6 +143,20 @@ def chunk_of(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO:
 
 
 @gluon.jit
+def scaled(acc, n, scale, bias, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr):
+    """Sums of 64 rows n of the weight with their scales and biases; gated, 32 of the result."""
+    T: gl.constexpr = acc.shape[1]
+    if GROUP == 0:
+        acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
+    if BIAS:
+        acc += gl.load(bias + n).to(gl.float32)[:, None]
+    if GATED:
+        gate, up = gl.split(acc.reshape([4, 2, 8, T]).permute((0, 2, 3, 1)))
+        acc = gate_up_of(gate, up, GATED).reshape([32, T])
+    return acc
+
+
+@gluon.jit
 def _finish(
     acc, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -151,13 +165,7 @@ def _finish(
     scale, bias, residual, y, tokens, width = ends
     T: gl.constexpr = acc.shape[1]
     n = row_of(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
-    if GROUP == 0:
-        acc = acc * gl.load(scale + n).to(gl.float32)[:, None]
-    if BIAS:
-        acc += gl.load(bias + n).to(gl.float32)[:, None]
-    if GATED:
-        gate, up = gl.split(acc.reshape([4, 2, 8, T]).permute((0, 2, 3, 1)))
-        acc = gate_up_of(gate, up, GATED).reshape([32, T])
+    acc = scaled(acc, n, scale, bias, GATED, GROUP, BIAS)
     layout: gl.constexpr = acc.type.layout
     n = first + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
     t = gl.arange(0, T, gl.SliceLayout(0, layout))

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tests.plugins.interpreter import sums_in_float64
 
+from slipstream.plugins.cuda.launch import has_pdl
 from slipstream.plugins.paged_attention import reference
 from slipstream.plugins.paged_attention.cuda import attention as cuda
 from slipstream.plugins.paged_attention.cuda.attention import (
@@ -168,7 +169,9 @@ def to_torch(array: NDArray[Any], dtype: str, device: str) -> torch.Tensor:
     return raw.view(getattr(torch, dtype)).to(device)
 
 
-def run(case: Case, inputs: Inputs, device: str) -> tuple[NDArray[np.float32], NDArray[Any]]:
+def run(
+    case: Case, inputs: Inputs, device: str, *, pdl: bool = False, early: bool = False
+) -> tuple[NDArray[np.float32], NDArray[Any]]:
     """The kernels' output ``[T, heads * head_dim]``, and the pages they wrote."""
     pages = to_torch(inputs.kv_cache, case.pages or case.dtype, device)
     rows = ((0, case.padding), (0, 0))
@@ -192,6 +195,8 @@ def run(case: Case, inputs: Inputs, device: str) -> tuple[NDArray[np.float32], N
         k_norm=weights[1],
         sinks=None if inputs.sinks is None else torch.from_numpy(inputs.sinks).to(device),
         workspace=workspace,
+        pdl=pdl,
+        early=early,
     )
     assert not workspace.arrivals.any()
     bits = pages.view(torch.int8).cpu().numpy().view(TYPES[case.pages or case.dtype])
@@ -461,6 +466,26 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
         output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decode_padding",
+        "decode_window",
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in HOPPER),
+    ],
+)
+def test_what_begins_early_is_bit_equal(name: str, device: str) -> None:
+    """Whatever a kernel does before it waits for the one in front of it."""
+    case = (CASES | HOPPER)[name]
+    inputs = case.inputs()
+    usual = run(case, deepcopy(inputs), device)
+    pdl = has_pdl(torch.device(device))
+    for mine, other in zip(
+        run(case, deepcopy(inputs), device, pdl=pdl, early=True), usual, strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
 
 
 @pytest.mark.parametrize("head_dim", [32, pytest.param(128, marks=pytest.mark.gpu)])
