@@ -175,7 +175,7 @@ class Buckets:
         if other.tokens < one.tokens:
             return False
         if one.rows or other.rows:
-            return bool(one.rows and other.rows) and other.tokens >= one.tokens
+            return bool(one.rows and other.rows)
         plain = [shape == self.decode(shape.sequences) for shape in (one, other)]
         if any(plain):
             return all(plain)

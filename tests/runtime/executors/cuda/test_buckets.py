@@ -78,11 +78,3 @@ def test_what_serves_for_a_step_has_room_for_it() -> None:
 def test_without_drafts_there_are_no_steps_for_them() -> None:
     buckets = Buckets(16, 512, 32)
     assert buckets.verifications == [] and buckets.row_sizes == buckets.batch_sizes
-
-
-def test_no_mixed_step_is_served_by_a_smaller_one() -> None:
-    """However many of its decodes the other would take as blocks, which count as rows more."""
-    buckets = Buckets(1024, 8192, 32)
-    for wanted in buckets.all_mixed:
-        for other in buckets.all_mixed:
-            assert buckets.alike(wanted, other) == (other.tokens >= wanted.tokens)
