@@ -90,15 +90,28 @@ SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const B&
       if constexpr (!B::in_strips)
         for (int64_t i = 0; i < vectors * kLanes * static_cast<int64_t>(sizeof(T)); i += 64)
           __builtin_prefetch(reinterpret_cast<const char*>(right) + ahead + i, 0, 2);
-      Floats lanes[vectors];
+      if constexpr (rows < vectors && simd::kRegisters == 16) {
+        // One vector of columns at a time: accumulators, what rows broadcast and that vector are all that fits.
+        Floats broadcast[rows];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v)
-        lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r)
+        for (int r = 0; r < rows; ++r) broadcast[r] = simd::splat(left[r / 3][(r % 3) * a_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const Floats lanes = simd::load(right + v * kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) sum[r][v] = simd::fma(broadcast[r], lanes, sum[r][v]);
+        }
+      } else {
+        Floats lanes[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v)
-          sum[r][v] = simd::fma_splat(left[r / 3] + (r % 3) * a_stride, lanes[v], sum[r][v]);
+          lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v)
+            sum[r][v] = simd::fma_splat(left[r / 3] + (r % 3) * a_stride, lanes[v], sum[r][v]);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r += 3) ++left[r / 3];
     }
