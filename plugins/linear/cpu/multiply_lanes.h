@@ -7,6 +7,8 @@ namespace SLIPSTREAM_ISA {
 // Weights are fetched this far ahead into the second-level cache, into the next tile if need be: short products
 // otherwise wait for memory at the start of every tile and page. Times bits, since wider codes are read faster.
 constexpr int64_t kAhead = 2048;
+// Registers hold the codes of a block, which are unpacked once for all of its tokens.
+constexpr bool kExpands = false;
 // Over a tile, of kLanes rows each, which fetch lines in turn.
 constexpr int kPasses = kTile / kLanes;
 

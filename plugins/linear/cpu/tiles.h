@@ -40,6 +40,7 @@ inline TileArgs tile_at(const PackedWeight& weight, const TileLayout& layout, co
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 #include "multiply_avx2.h"
+#include "expanded_avx2.h"
 #else
 #include "multiply_lanes.h"
 #endif
