@@ -6,7 +6,6 @@
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-constexpr bool kExpands = true;
 // A block of 32 codes of 16 rows: a byte each, [quad 8, row 16, 4], then [row 16] scales, weights (what a token's centre
 // multiplies) and, where there are any, zero points (int32) or offsets.
 constexpr int64_t kExpandedBytes = kTile * (kBlock + 3 * 4);
@@ -82,24 +81,30 @@ void multiply_expanded(const uint8_t* tile, int64_t blocks, const uint8_t* recor
 }
 
 // How tiles of a weight are expanded and multiplied with kMaxTokens tokens.
-struct ExpandedKernels {
-  void (*expand)(const TileArgs& tile, uint8_t* out);
-  void (*multiply)(const uint8_t* tile, int64_t blocks, const uint8_t* record, float* out);
-};
+struct Expansion {
+  static constexpr bool any = true;
+  static constexpr int64_t block_bytes = kExpandedBytes;
 
-template <ZeroKind zero>
-ExpandedKernels expanded_kernels() {
-  return {expand_tile<zero>, multiply_expanded<zero, kMaxTokens>};
-}
+  struct Kernels {
+    void (*expand)(const TileArgs& tile, uint8_t* out);
+    void (*multiply)(const uint8_t* tile, int64_t blocks, const uint8_t* record, float* out);
+  };
 
-inline ExpandedKernels expanded_kernels(ZeroKind zero) {
-  switch (zero) {
-    case ZeroKind::midpoint: return expanded_kernels<ZeroKind::midpoint>();
-    case ZeroKind::zero: return expanded_kernels<ZeroKind::zero>();
-    case ZeroKind::offset: return expanded_kernels<ZeroKind::offset>();
-    default: return expanded_kernels<ZeroKind::float4>();
+  static Kernels kernels(ZeroKind zero) {
+    switch (zero) {
+      case ZeroKind::midpoint: return of<ZeroKind::midpoint>();
+      case ZeroKind::zero: return of<ZeroKind::zero>();
+      case ZeroKind::offset: return of<ZeroKind::offset>();
+      default: return of<ZeroKind::float4>();
+    }
   }
-}
+
+ private:
+  template <ZeroKind zero>
+  static Kernels of() {
+    return {expand_tile<zero>, multiply_expanded<zero, kMaxTokens>};
+  }
+};
 
 }  // namespace SLIPSTREAM_ISA
 }  // namespace slipstream

@@ -7,8 +7,10 @@ namespace SLIPSTREAM_ISA {
 // Weights are fetched this far ahead into the second-level cache, into the next tile if need be: short products
 // otherwise wait for memory at the start of every tile and page. Times bits, since wider codes are read faster.
 constexpr int64_t kAhead = 2048;
-// Registers hold the codes of a block, which are unpacked once for all of its tokens.
-constexpr bool kExpands = false;
+// Tiles are not taken apart for many blocks of tokens: registers hold the codes of a block for as many as it has.
+struct Expansion {
+  static constexpr bool any = false;
+};
 // Over a tile, of kLanes rows each, which fetch lines in turn.
 constexpr int kPasses = kTile / kLanes;
 
