@@ -85,7 +85,9 @@ def test_an_unhealthy_engine_ends_the_server_with_a_status_of_its_own(
     device: str, options: Sequence[str], requests: int, reason: str
 ) -> None:
     program = _ON_A_DEVICE.format(device=device)
-    command = [sys.executable, "-c", program, "serve", "engine", "--port", "0", *options]
+    # In one process: the path of an engine would be opened to know how many there are to be.
+    serve = ["serve", "engine", "--port", "0", "--api-processes", "0"]
+    command = [sys.executable, "-c", program, *serve, *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
         try:
             url, log = _started(child)
