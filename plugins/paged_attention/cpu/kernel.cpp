@@ -124,6 +124,14 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
   }
 }
 
+// A panel [depth, columns] as floats, in strips where those are read.
+template <class T>
+const float* copy_panel(const T* from, int64_t depth, int64_t columns, float* to) {
+  if constexpr (kInStrips) return copy_strips(from, depth, columns, to);
+  for (int64_t i = 0; i < depth * columns; i += kLanes) simd::store(to + i, simd::load(from + i));
+  return to;
+}
+
 // Scratch of one task: rows of results, one tile of scores, page pointers, scales, and pages as floats.
 template <class T>
 struct TaskMemory {
@@ -202,19 +210,20 @@ void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t en
   for (int64_t start = begin / args.page_size * args.page_size; start < end; start = stop) {
     stop = std::min((start / width + 1) * width, end);
     open_tile(args, chunk, width, start, stop, memory.tile);
-    if (rows.count <= kFewRows) {
+    if (rows.count <= kFewRows || (!kInStrips && sizeof(T) == sizeof(float))) {
       attend_tile<false>(call, chunk, rows, memory.tile, start, stop);
       continue;
     }
     // So many rows read a page several times: convert it once.
     float* copy = memory.copies;
     for (int64_t i = 0; start + i * args.page_size < stop; ++i) {
-      memory.floats.keys[i] = copy_strips(memory.tile.keys[i], args.head_dim, args.page_size, copy);
+      memory.floats.keys[i] = copy_panel(memory.tile.keys[i], args.head_dim, args.page_size, copy);
       copy += Strips::elements(args.head_dim, args.page_size);
-      memory.floats.values[i] = copy_strips(memory.tile.values[i], args.page_size, args.head_dim, copy);
+      memory.floats.values[i] = copy_panel(memory.tile.values[i], args.page_size, args.head_dim, copy);
       copy += Strips::elements(args.page_size, args.head_dim);
+      memory.floats.next_keys[i] = memory.floats.values[i];
     }
-    attend_tile<true>(call, chunk, rows, memory.floats, start, stop);
+    attend_tile<kInStrips>(call, chunk, rows, memory.floats, start, stop);
   }
 }
 

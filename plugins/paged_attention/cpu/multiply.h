@@ -22,6 +22,9 @@ constexpr int kRows = simd::kRegisters == 32 ? 12 : 6;
 
 // Columns that are multiplied together.
 constexpr int kStrip = 2 * kLanes;
+// Whether copies of panels are in strips. Strips of AVX-512 are whole rows of a page of keys, or half of a head's values:
+// not seen to gain.
+constexpr bool kInStrips = simd::kRegisters == 16;
 
 // The right-hand matrix: `depth` rows, `panel_depth` of them in each panel, `stride` elements apart.
 template <class T>
