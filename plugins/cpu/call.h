@@ -1,7 +1,9 @@
 // What the generated signatures read: a node's attributes when a graph is loaded, and the tensors of a call.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -206,14 +208,10 @@ class Call {
   Tensor describe(Value* value) const {
     Tensor tensor;
     tensor.present = true;
-    TensorInfo* info = nullptr;
-    expect_ok(api_.tensor_info(value, &info));
-    Status* status = api_.element_type(info, &tensor.type);
-    if (status == nullptr) status = api_.rank(info, &tensor.rank);
-    if (status == nullptr && tensor.rank > 8) status = api_.create_status(kInvalidArgument, "a tensor has more than 8 axes");
-    if (status == nullptr) status = api_.dimensions(info, tensor.shape, tensor.rank);
-    api_.release_tensor_info(info);
-    expect_ok(status);
+    const int64_t* shape = nullptr;
+    expect_ok(api_.type_and_shape(value, &tensor.type, &shape, &tensor.rank));
+    if (tensor.rank > std::size(tensor.shape)) fail("a tensor has more than 8 axes");
+    std::copy_n(shape, tensor.rank, tensor.shape);
     expect_ok(api_.tensor_data(value, &tensor.data));
     return tensor;
   }

@@ -2,7 +2,7 @@
 //
 // The ONNX Runtime wheel ships no headers. Its C ABI is append-only: OrtApiBase::GetApi(version) returns a
 // table of function pointers whose first entries never move, so an entry is named by its slot. Slots and
-// signatures are those of onnxruntime_c_api.h at ORT_API_VERSION 18, but the table is asked for by the oldest version
+// signatures are those of onnxruntime_c_api.h at ORT_API_VERSION 24, by which the table is asked for, the oldest version
 // that is supported: GetApi returns null when the loaded runtime is older, which registration.cpp reports.
 #pragma once
 
@@ -22,7 +22,6 @@ struct CustomOpDomain;
 struct KernelInfo;
 struct KernelContext;
 struct Value;
-struct TensorInfo;
 struct ShapeInferContext;
 
 enum class Characteristic : int { required = 0, optional = 1, variadic = 2 };
@@ -54,18 +53,6 @@ class Api {
     return slot<Status*(SessionOptions*, CustomOpDomain*)>(28)(options, domain);
   }
   Status* tensor_data(Value* value, void** out) const { return slot<Status*(Value*, void**)>(51)(value, out); }
-  Status* element_type(const TensorInfo* info, ElementType* out) const {
-    return slot<Status*(const TensorInfo*, ElementType*)>(60)(info, out);
-  }
-  Status* rank(const TensorInfo* info, size_t* out) const {
-    return slot<Status*(const TensorInfo*, size_t*)>(61)(info, out);
-  }
-  Status* dimensions(const TensorInfo* info, int64_t* out, size_t n) const {
-    return slot<Status*(const TensorInfo*, int64_t*, size_t)>(62)(info, out, n);
-  }
-  Status* tensor_info(const Value* value, TensorInfo** out) const {
-    return slot<Status*(const Value*, TensorInfo**)>(65)(value, out);
-  }
   Status* attribute(const KernelInfo* info, const char* name, float* out) const {
     return slot<Status*(const KernelInfo*, const char*, float*)>(85)(info, name, out);
   }
@@ -79,12 +66,15 @@ class Api {
     return slot<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank, out);
   }
   void release_status(Status* status) const { slot<void(Status*)>(93)(status); }
-  void release_tensor_info(TensorInfo* info) const { slot<void(TensorInfo*)>(99)(info); }
   // Runs fn(user, i) for i in [0, total) on the session's pool, in `batches` units of scheduling.
   Status* parallel_for(const KernelContext* context, void (*fn)(void*, size_t), size_t total, size_t batches,
                        void* user) const {
     return slot<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(
         context, fn, total, batches, user);
+  }
+  // The shape is the tensor's own.
+  Status* type_and_shape(const Value* value, ElementType* type, const int64_t** shape, size_t* rank) const {
+    return slot<Status*(const Value*, ElementType*, const int64_t**, size_t*)>(414)(value, type, shape, rank);
   }
 
  private:

@@ -57,7 +57,7 @@ inline double sum_of(const Key* keys, int64_t count) {
 
 // What is made of a row on the way.
 struct Work {
-  float* maxima;  // of each block: the largest logit, then the largest weight
+  float* maxima;  // of each block: the largest logit, then no less than the largest weight
   float* sums;    // of each block's weights
   Key* keys;      // of tokens that may be drawn
   float* weights;
@@ -94,20 +94,25 @@ struct Draw {
 // The largest logit of every block and of all; NaN if there is one.
 float find_peak(const Draw& draw) {
   float peak = -INFINITY;
-  Floats all = splat(0.0f);
+  // Several sums, none of which waits for another.
+  constexpr int64_t kSums = 4;
+  Floats all[kSums];
+  for (Floats& sum : all) sum = splat(0.0f);
   for (int64_t b = 0; b < draw.blocks(); ++b) {
     float padded[kBlock];
     const float* x = draw.block(b, padded);
     Floats top = load(x);
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const Floats values = load(x + i);
-      top = max(values, top);
-      all = fma(values, splat(0x1p-64f), all);  // no sum of finite numbers overflows
+    for (int64_t i = 0; i < kBlock; i += kSums * kLanes) {
+      for (int64_t s = 0; s < kSums; ++s) {
+        const Floats values = load(x + i + s * kLanes);
+        top = max(values, top);
+        all[s] = fma(values, splat(0x1p-64f), all[s]);  // no sum of finite numbers overflows
+      }
     }
     draw.work.maxima[b] = reduce_max(top);
     peak = std::max(peak, draw.work.maxima[b]);
   }
-  if (!std::isfinite(reduce_add(all)))
+  if (!std::isfinite(reduce_add((all[0] + all[1]) + (all[2] + all[3]))))
     for (int64_t i = 0; i < draw.vocab; ++i)
       if (std::isnan(draw.logits[i])) return draw.logits[i];
   return peak;
@@ -124,20 +129,18 @@ int64_t first_of(const Draw& draw, float value) {
 // Probabilities up to a common factor; the likeliest gets 1.
 SLIPSTREAM_INLINE Floats weigh(Floats logits, Floats peak, Floats scale) { return exp2((logits - peak) * scale); }
 
-// The sum of every block's weights and the largest of them; the sum of all.
+// The sum of every block's weights and what none of them exceeds; the sum of all.
 double weigh_all(const Draw& draw) {
   const Floats peak = splat(draw.peak), scale = splat(draw.scale);
+  // The largest logit's weight may be rounded to less than its neighbour's. Beyond the last there is room, of sums.
+  for (int64_t b = 0; b < draw.blocks(); b += kLanes)
+    store(draw.work.maxima + b, weigh(load(draw.work.maxima + b), peak, scale) * splat(1.0f + 0x1p-20f));
   double total = 0.0;
   for (int64_t b = 0; b < draw.blocks(); ++b) {
     float padded[kBlock];
     const float* x = draw.block(b, padded);
-    Floats top = splat(0.0f), sum = splat(0.0f);
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const Floats weights = weigh(load(x + i), peak, scale);
-      top = max(weights, top);
-      sum = sum + weights;
-    }
-    draw.work.maxima[b] = reduce_max(top);
+    Floats sum = splat(0.0f);
+    for (int64_t i = 0; i < kBlock; i += kLanes) sum = sum + weigh(load(x + i), peak, scale);
     draw.work.sums[b] = reduce_add(sum);
     total += draw.work.sums[b];
   }

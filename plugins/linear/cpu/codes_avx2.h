@@ -1,79 +1,10 @@
-// Codes and their sums on AVX2: 8 weight rows a vector, so a tile of 16 takes two passes. Included by codes.h.
+// The rounding of activations on AVX2. Included by codes.h; products of codes are in multiply_avx2.h.
 #pragma once
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
-constexpr int kMaxTokens = 6;  // of which registers hold few, but a block is unpacked once for all; 8 take a sixth more each
-
-// Four-bit numbers times int8, two products a 16-bit lane: eight quads reach at most 8*2*15*128 = 30720, which fits;
-// four quads of float4, whose codes reach 24, at most 4*2*24*128 = 24576.
-inline __m256i dot_nibbles(const __m256i* quad, const int8_t* x, int first, int last) {
-  __m256i sum = _mm256_setzero_si256();
-  for (int q = first; q < last; ++q) {
-    int32_t four;
-    __builtin_memcpy(&four, x + 4 * q, 4);
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], splat(four)));
-  }
-  return sum;
-}
-
-// Sums of four bytes, each a sum of at most eight nibbles.
-inline __m256i sum_nibbles(const __m256i* quad, int first, int last) {
-  __m256i sum = quad[first];
-  for (int q = first + 1; q < last; ++q) sum = _mm256_add_epi8(sum, quad[q]);
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(sum, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
-}
-
-// 32 codes of 8 rows: vector q holds k = 4q..4q+3 of every row. Those of float4 are looked up; codes of 8 bits are kept
-// as two nibbles, because products of whole bytes would saturate the 16-bit lanes of vpmaddubsw.
-template <int bits, bool float4>
-struct Codes {
-  __m256i low[8];
-  __m256i high[bits == 8 ? 8 : 1];
-
-  explicit Codes(const uint8_t* p) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < bits; ++i) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64 * i));
-      const __m256i even = _mm256_and_si256(bytes, mask);
-      const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-      if constexpr (bits == 8) {
-        low[i] = even;
-        high[i] = odd;
-      } else {
-        low[2 * i] = even;
-        low[2 * i + 1] = odd;
-      }
-    }
-    if constexpr (float4) {
-      const __m256i table =
-          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloat4)));
-      for (int q = 0; q < 8; ++q) low[q] = _mm256_shuffle_epi8(table, low[q]);
-    }
-  }
-
-  // Quads first..last-1 alone, where half of them share a scale.
-  Ints dot(const int8_t* x, Ints start, int first = 0, int last = 8) const {
-    const int part = float4 ? 4 : 8;
-    for (int q = first; q < last; q += part) {
-      const __m256i units = dot_nibbles(low, x, q, last - q < part ? last : q + part);
-      start = _mm256_add_epi32(start, _mm256_madd_epi16(units, _mm256_set1_epi16(1)));
-    }
-    if constexpr (bits == 8) {
-      const __m256i sixteens = dot_nibbles(high, x, first, last);
-      start = _mm256_add_epi32(start, _mm256_madd_epi16(sixteens, _mm256_set1_epi16(16)));
-    }
-    return start;
-  }
-
-  // The sum of each row's codes, each less its zero point.
-  Ints sum_less(Ints zero_point, int first = 0, int last = 8) const {
-    Ints sum = sum_nibbles(low, first, last);
-    if constexpr (bits == 8) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(sum_nibbles(high, first, last), 4));
-    return _mm256_sub_epi32(sum, _mm256_slli_epi32(zero_point, last - first == 8 ? 5 : 4));
-  }
-};
+constexpr int kMaxTokens = 4;  // whose products with 16 rows, 8 vectors, leave room for codes; see multiply_avx2.h
 
 // The extremes of 32 values; a NaN or an infinity among them makes high - low a NaN or an infinity.
 inline Range range_of(const float* x) {

@@ -58,9 +58,36 @@ inline void finish_columns(const LinearArgs& args, int64_t outputs, float* sums,
   }
 }
 
+// The whole blocks of tokens, where there are enough of them; the first token that is left.
+template <class E>
+int64_t multiply_expanded_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t last_token) {
+  if constexpr (E::any) {
+    constexpr int64_t worth_expanding = 4;  // blocks
+    const int64_t count = (last_token - first_token) / kMaxTokens;
+    const PackedWeight& weight = plan.weight;
+    if (weight.bits != 4 || count < worth_expanding) return first_token;
+    static thread_local Scratch scratch;
+    alignas(64) float sums[2 * kMaxTokens * kTile];
+    const int64_t blocks = weight.in_features / kBlock, bytes = blocks * E::block_bytes;
+    uint8_t* tiles = scratch.reserve<uint8_t>(plan.parts * bytes);
+    const auto kernels = E::kernels(weight.zero);
+    for (int p = 0; p < plan.parts; ++p)
+      kernels.expand(tile_at(weight, plan.layout, weight.data, unit * plan.parts + p), tiles + p * bytes);
+    for (; last_token - first_token >= kMaxTokens; first_token += kMaxTokens) {
+      for (int p = 0; p < plan.parts; ++p)
+        kernels.multiply(tiles + p * bytes, blocks, plan.activations + plan.block_offset(first_token),
+                         sums + p * kMaxTokens * kTile);
+      for (int t = 0; t < kMaxTokens; ++t)
+        finish_columns(plan.args, plan.outputs, sums + t * kTile, kMaxTokens * kTile, first_token + t, unit * kTile);
+    }
+  }
+  return first_token;
+}
+
 void multiply_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t last_token) {
   alignas(64) float sums[2 * kMaxTokens * kTile];
   const PackedWeight& weight = plan.weight;
+  first_token = multiply_expanded_unit<Expansion>(plan, unit, first_token, last_token);
   for (int64_t token = first_token; token < last_token;) {
     const int tokens = block_tokens(last_token - token);
     const TileKernel kernel = kernel_for(weight, tokens);

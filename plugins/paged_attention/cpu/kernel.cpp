@@ -74,7 +74,7 @@ void scale_row(float* row, int64_t n, float factor) {
 
 // All rows of a task against keys [start, end), a tile or less. Values are fetched while keys are multiplied, and the
 // next keys while values are.
-template <class T>
+template <bool in_strips, class T>
 void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<T>& tile, int64_t start,
                  int64_t end) {
   const PagedAttentionArgs& args = call.args;
@@ -91,9 +91,14 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
     for (int64_t key = first; key < last; key += page)
       for (int64_t head = 0; head < rows.heads; ++head) {
         const int64_t at = head * pages + key / page;
-        const Panels<T> keys{tile.keys + at, tile.values + at, dim, dim, page};
-        multiply(n, rows.queries + head * rows.query_stride + r * dim, dim, keys, page,
-                 rows.scores + head * block + key, rows.tile, false);
+        const float* queries = rows.queries + head * rows.query_stride + r * dim;
+        float* scores = rows.scores + head * block + key;
+        if constexpr (in_strips) {
+          multiply(n, queries, dim, Strips{tile.keys + at, dim, dim}, page, scores, rows.tile, false);
+        } else {
+          multiply(n, queries, dim, Panels<T>{tile.keys + at, tile.values + at, dim, dim, page}, page, scores,
+                   rows.tile, false);
+        }
       }
     for (int64_t head = 0; head < rows.heads; ++head)
       for (int64_t i = 0; i < n; ++i) {
@@ -107,16 +112,23 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
       }
     for (int64_t head = 0; head < rows.heads; ++head) {
       const int64_t at = head * pages + first / page;
-      const Panels<T> values{tile.values + at, tile.next_keys + at, page, last - first, dim};
-      multiply(n, rows.scores + head * block + first, rows.tile, values, dim,
-               rows.out + (head * rows.count + r) * call.out_width, call.out_width, true);
+      const float* scores = rows.scores + head * block + first;
+      float* out = rows.out + (head * rows.count + r) * call.out_width;
+      if constexpr (in_strips) {
+        multiply(n, scores, rows.tile, Strips{tile.values + at, page, last - first}, dim, out, call.out_width, true);
+      } else {
+        multiply(n, scores, rows.tile, Panels<T>{tile.values + at, tile.next_keys + at, page, last - first, dim}, dim,
+                 out, call.out_width, true);
+      }
     }
   }
 }
 
+// A panel [depth, columns] as floats, in strips where those are read.
 template <class T>
-const float* as_floats(const T* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += kLanes) simd::store(to + i, simd::load(from + i));
+const float* copy_panel(const T* from, int64_t depth, int64_t columns, float* to) {
+  if constexpr (kInStrips) return copy_strips(from, depth, columns, to);
+  for (int64_t i = 0; i < depth * columns; i += kLanes) simd::store(to + i, simd::load(from + i));
   return to;
 }
 
@@ -136,11 +148,13 @@ struct TaskMemory {
     const int64_t count = chunk.count * call.group, all = chunk.heads * count;
     const int64_t width = std::max<int64_t>(1, kTileKeys / args.page_size) * args.page_size;
     const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
-    const int64_t pages = chunk.heads * width / args.page_size, elements = width * args.head_dim;
+    const int64_t pages = chunk.heads * width / args.page_size;
+    const int64_t copied = width / args.page_size * (Strips::elements(args.head_dim, args.page_size) +
+                                                     Strips::elements(args.page_size, args.head_dim));
     task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
                        Scratch::room<Sums>(all) +
                        Scratch::room<float>(score_rows * width) + 6 * Scratch::room<T*>(pages) +
-                       2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(2 * elements));
+                       2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(copied));
     rows = {call.queries + (chunk.head * args.tokens + chunk.token) * call.group * args.head_dim,
             args.tokens * call.group * args.head_dim,
             task_scratch.take<float>(all * call.out_width),
@@ -156,7 +170,7 @@ struct TaskMemory {
             key_scales, value_scales};
     floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages),
               task_scratch.take<const float*>(pages), key_scales, value_scales};
-    copies = task_scratch.take<float>(2 * elements);
+    copies = task_scratch.take<float>(copied);
     joined = task_scratch.take<Sums>(all);
     joined_out = task_scratch.take<float>(all * call.out_width);
   }
@@ -188,7 +202,7 @@ template <class T>
 void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t end, TaskMemory<T>& memory) {
   const PagedAttentionArgs& args = call.args;
   const Rows& rows = memory.rows;
-  const int64_t elements = args.page_size * args.head_dim, width = rows.tile, all = rows.heads * rows.count;
+  const int64_t width = rows.tile, all = rows.heads * rows.count;
   std::fill_n(rows.max, all, kNoScore);
   std::fill_n(rows.sum, all, 0.0f);
   std::fill_n(rows.out, all * call.out_width, 0.0f);
@@ -196,18 +210,20 @@ void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t en
   for (int64_t start = begin / args.page_size * args.page_size; start < end; start = stop) {
     stop = std::min((start / width + 1) * width, end);
     open_tile(args, chunk, width, start, stop, memory.tile);
-    if (sizeof(T) == sizeof(float) || rows.count <= kFewRows) {
-      attend_tile(call, chunk, rows, memory.tile, start, stop);
+    if (rows.count <= kFewRows || (!kInStrips && sizeof(T) == sizeof(float))) {
+      attend_tile<false>(call, chunk, rows, memory.tile, start, stop);
       continue;
     }
     // So many rows read a page several times: convert it once.
     float* copy = memory.copies;
-    for (int64_t i = 0; start + i * args.page_size < stop; ++i, copy += 2 * elements) {
-      memory.floats.keys[i] = as_floats(memory.tile.keys[i], elements, copy);
-      memory.floats.values[i] = as_floats(memory.tile.values[i], elements, copy + elements);
+    for (int64_t i = 0; start + i * args.page_size < stop; ++i) {
+      memory.floats.keys[i] = copy_panel(memory.tile.keys[i], args.head_dim, args.page_size, copy);
+      copy += Strips::elements(args.head_dim, args.page_size);
+      memory.floats.values[i] = copy_panel(memory.tile.values[i], args.page_size, args.head_dim, copy);
+      copy += Strips::elements(args.page_size, args.head_dim);
       memory.floats.next_keys[i] = memory.floats.values[i];
     }
-    attend_tile(call, chunk, rows, memory.floats, start, stop);
+    attend_tile<kInStrips>(call, chunk, rows, memory.floats, start, stop);
   }
 }
 

@@ -32,10 +32,6 @@ struct Value {
   std::unique_ptr<char[]> data;
 };
 
-struct TensorInfo {
-  const Value* value;
-};
-
 struct KernelInfo {
   std::map<std::string, std::variant<int64_t, float>> attributes;
 };
@@ -120,25 +116,10 @@ Status* tensor_data(Value* value, void** out) {
   return nullptr;
 }
 
-Status* tensor_info(const Value* value, TensorInfo** out) {
-  *out = new TensorInfo{value};
-  return nullptr;
-}
-
-void release_tensor_info(TensorInfo* info) { delete info; }
-
-Status* element_type(const TensorInfo* info, ElementType* out) {
-  *out = info->value->type;
-  return nullptr;
-}
-
-Status* rank(const TensorInfo* info, size_t* out) {
-  *out = info->value->shape.size();
-  return nullptr;
-}
-
-Status* dimensions(const TensorInfo* info, int64_t* out, size_t n) {
-  std::copy_n(info->value->shape.begin(), n, out);
+Status* type_and_shape(const Value* value, ElementType* type, const int64_t** shape, size_t* rank) {
+  *type = value->type;
+  *shape = value->shape.data();
+  *rank = value->shape.size();
   return nullptr;
 }
 
@@ -163,12 +144,12 @@ Status* parallel_for(const KernelContext*, void (*task)(void*, size_t), size_t t
 }
 
 const void* const* table(uint32_t) {
-  static const void* slots[300] = {};
+  static const void* slots[415] = {};
   const auto set = [](int slot, auto* function) { slots[slot] = reinterpret_cast<const void*>(function); };
   set(0, create_status), set(2, message), set(26, create_domain), set(27, domain_add), set(28, add_domain);
-  set(51, tensor_data), set(60, element_type), set(61, rank), set(62, dimensions), set(65, tensor_info);
+  set(51, tensor_data), set(414, type_and_shape);
   set(85, attribute<float>), set(86, attribute<int64_t>), set(90, input), set(91, output);
-  set(93, release_status), set(99, release_tensor_info), set(274, parallel_for);
+  set(93, release_status), set(274, parallel_for);
   return slots;
 }
 

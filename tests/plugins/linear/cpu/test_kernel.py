@@ -68,7 +68,8 @@ def test_float4_matches_reference(isa: str, group: int) -> None:
     np.testing.assert_array_equal(native.embedding(ids, packed, isa), weight.dequantize())
 
 
-def test_the_largest_of_float4_do_not_saturate(isa: str) -> None:
+@pytest.mark.parametrize("copies", [1, 16])
+def test_the_largest_of_float4_do_not_saturate(isa: str, copies: int) -> None:
     """Every product at its largest, with either sign: exact in integers."""
     fmt = WeightFormat((32, 64), "float4_e2m1", "float8_e8m0fnu", 4, 32)
     codes = np.full((32, 64), 7, np.uint8)
@@ -76,7 +77,7 @@ def test_the_largest_of_float4_do_not_saturate(isa: str) -> None:
     ones = np.full((32, 2), 127, np.uint8).view(ml_dtypes.float8_e8m0fnu)
     weight = QuantTensor("w", fmt, pack_nibbles(codes), ones)
     low = np.where(np.arange(64) % 32, np.float32(-128), np.float32(127))
-    x = np.stack([low, -1 - low])  # scales of one: codes are -128 and 127 only
+    x = np.stack([low, -1 - low] * copies)  # scales of one: codes are -128 and 127 only
     got = native.linear(x, native.packed_weight(pack(weight), fmt), isa)
     np.testing.assert_array_equal(got, x @ weight.dequantize().T)
 
@@ -127,8 +128,9 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(
             np.testing.assert_array_equal(few, whole[part])
 
 
+@pytest.mark.parametrize("copies", [1, 16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_codes_do_not_saturate(isa: str, bits: int) -> None:
+def test_extreme_codes_do_not_saturate(isa: str, bits: int, copies: int) -> None:
     """Every product at its largest, with either sign: exact in integers."""
     n, k = 16, 64
     fmt = WeightFormat((n, k), "int", "float32", bits, 32, "zero")
@@ -136,10 +138,10 @@ def test_extreme_codes_do_not_saturate(isa: str, bits: int) -> None:
     ones, zeros = np.ones((n, 2), np.float32), np.zeros((n, 2), np.uint8)
     blob = pack(QuantTensor("w", fmt, pack_nibbles(codes) if bits == 4 else codes, ones, zeros))
     low = np.where(np.arange(k) % 32, np.float32(-128), np.float32(127))
-    x = np.stack([low, -1 - low, low + 128])  # scales of one: codes are -128 and 127 only
+    x = np.stack([low, -1 - low, low + 128] * copies)  # scales of one: codes are -128 and 127 only
     got = native.linear(x, native.packed_weight(blob, fmt), isa)
     want = (2**bits - 1) * x.sum(axis=1)
-    np.testing.assert_array_equal(got, np.broadcast_to(want[:, None], (3, n)))
+    np.testing.assert_array_equal(got, np.broadcast_to(want[:, None], (len(x), n)))
 
 
 def test_activations_span_the_codes_of_their_block() -> None:
