@@ -326,7 +326,7 @@ def test_what_another_computes_is_awaited_and_others_pass() -> None:
     for name, prompt in prompts.items():
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         loop.add_request(Request(name, prompt, params, output_kind="final"))
-    ended = {}
+    ended: dict[str, RequestOutput] = {}
     while loop.has_work:
         ended |= {output.request_id: output for output in loop.step()}
 

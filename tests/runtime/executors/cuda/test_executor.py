@@ -31,7 +31,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.sequence import child_seed
 from slipstream.runtime.engine.step import StepBatch
-from slipstream.runtime.executors.cuda import buckets, inputs, runner
+from slipstream.runtime.executors.cuda import buckets, inputs, runner, spared
 from slipstream.runtime.executors.cuda import device as cuda_device
 from slipstream.runtime.executors.cuda.executor import CUDAExecutor
 from slipstream.runtime.executors.cuda.inputs import Shape
@@ -147,7 +147,7 @@ def test_decodes_beside_prompts_say_the_same_with_their_kernel(
     """Captured for as many as there are, and for more: a prompt is then among the first rows."""
     monkeypatch.setattr(buckets, "MIXED_TOKENS", (16,))
     monkeypatch.setattr(buckets, "MIXED_DECODES", served)
-    monkeypatch.setattr(runner.Spared, "choose", lambda _self, wanted, *_: wanted)
+    monkeypatch.setattr(spared.Spared, "choose", lambda _self, wanted, *_: wanted)
     monkeypatch.setattr(runner, "PREPARED_SEQUENCES", 0)
     loaded: list[tuple[int, int, int]] = []
     load = inputs.StepInputs.load
