@@ -318,6 +318,21 @@ def test_an_end_token_without_logits_ends_nothing_and_harms_nobody() -> None:
     )
 
 
+def test_what_another_computes_alone_is_not_awaited() -> None:
+    """Whoever has only its beginning in common with a long prompt waits for that."""
+    loop = EngineLoop(counting_engine(512, runs_ahead=True, max_num_tokens=256, max_seq_len=4096))
+    alike = [7] * 520
+    for name, prompt in (("long", [*alike, *[9] * 1400]), ("short", [*alike, 2])):
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        loop.add_request(Request(name, prompt, params, output_kind="final"))
+    ended: dict[str, RequestOutput] = {}
+    while loop.has_work:
+        ended |= {output.request_id: output for output in loop.step()}
+
+    assert list(ended) == ["short", "long"]
+    assert ended["short"].num_cached_tokens > 520 - 256
+
+
 def test_what_another_computes_is_awaited_and_others_pass() -> None:
     """Of twins, one computes what both begin with; whoever comes after them does not wait."""
     engine = counting_engine(512, runs_ahead=True, max_num_tokens=256, max_seq_len=2048)
