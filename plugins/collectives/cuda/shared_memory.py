@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-from torch._C._distributed_c10d import Store, _SymmetricMemory
+from torch._C._distributed_c10d import Store, _register_process_group
 
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
 
@@ -16,16 +16,16 @@ _ABANDONED = 0xFF  # every byte of a turn that none is, see ``kernels.py``
 
 
 class CountedAnew(Store):
-    """Through which symmetric memory of one group exchanges handles: a part of the group's store.
+    """The store of a group, where a process that exchanged handles in others before does so.
 
-    Torch names exchanges by how many there were in the life of a process, so that the ranks of a
-    second engine would wait for ever where one process is older than the others. Here they are
-    counted from the first of the group.
+    Torch names exchanges by how many there were in the life of a process, so that it would wait for
+    ever for ranks that are younger: a second engine has new ones. Here they are counted from the
+    first that comes.
     """
 
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self._store = dist.PrefixStore("symmetric memory", store)  # type: ignore[attr-defined]
+        self._store = store
         self._first: int | None = None
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
@@ -51,18 +51,23 @@ class CountedAnew(Store):
         return f"{found[1]}{number - self._first}{found[3]}"
 
 
-# By the names of groups: torch does not keep objects of Python.
-_stores: dict[str, CountedAnew] = {}
+_names: dict[str, str] = {}  # by those of groups there were in the life of this process
+# What torch has by them, but does not keep as objects of Python.
+_kept: list[tuple[dist.ProcessGroup, CountedAnew]] = []
 
 
-def _prepare(group: dist.ProcessGroup) -> None:
-    """Have symmetric memory of a group exchange handles through a store of ours."""
+def exchanging(group: dist.ProcessGroup) -> str:
+    """The name of the group by which symmetric memory exchanges handles between the ranks of this
+    one: its own where this process has had no other, which is as old as the others then."""
     name = group.group_name
-    if name not in _stores:
-        store = dist.distributed_c10d._get_process_group_store(group)
-        counted = _stores[name] = CountedAnew(store)
-        symmetric_memory._group_name_to_store[name] = counted
-        _SymmetricMemory.set_group_info(name, group.rank(), group.size(), counted)
+    if name not in _names:
+        _names[name] = f"{name} counted anew" if _names else name
+        if _names[name] != name:
+            store = CountedAnew(dist.distributed_c10d._get_process_group_store(group))
+            same = dist.ProcessGroup(store, group.rank(), group.size())
+            _kept.append((same, store))
+            _register_process_group(_names[name], same)  # type: ignore[arg-type]
+    return _names[name]
 
 
 class SharedMemory:
@@ -80,8 +85,7 @@ class SharedMemory:
         self._memory.fill_(_ABANDONED)  # so that what fills it is loaded when it must not wait
         self._memory.zero_()
         self._beside = torch.cuda.Stream(device)
-        _prepare(group)
-        handle = symmetric_memory.rendezvous(self._memory, group)
+        handle = symmetric_memory.rendezvous(self._memory, exchanging(group))  # type: ignore[arg-type]
         self.views = [
             self._memory if peer == rank else handle.get_buffer(peer, (size,), torch.uint8)
             for peer in range(group.size())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,27 @@ from typing import Any
 import torch.distributed as dist
 
 from slipstream.plugins.collectives.cuda.shared_memory import CountedAnew
+
+# Exchanges of a process, by numbers as torch has them, through the stores that it finds by name.
+_SECOND_GROUP = """
+import sys
+import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
+from slipstream.plugins.collectives.cuda.shared_memory import exchanging
+for number, path in enumerate(sys.argv[1:]):
+    store = dist.FileStore(path, 1)
+    dist.distributed_c10d._world.group_count = 7 + number
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = dist.group.WORLD
+    for exchange in range(2):
+        name = exchanging(group)
+        found = _resolve_process_group(name)
+        assert (found.rank(), found.size(), name == group.group_name) == (0, 1, not number)
+        found.get_group_store().set(f"Memory/{4 * number + exchange}/0", "there")
+    ours = dist.distributed_c10d._get_process_group_store(group)
+    assert ours.check(["Memory/0/0", "Memory/1/0"]), "what ranks find that count from 0"
+    dist.destroy_process_group()
+"""
 
 
 def test_ranks_of_unlike_age_exchange_what_they_have(tmp_path: Path) -> None:
@@ -26,3 +49,12 @@ def test_ranks_of_unlike_age_exchange_what_they_have(tmp_path: Path) -> None:
             other = f"{names[rank]}{1 - rank}"
             store.wait([other], timedelta(seconds=5))
             assert store.get(other) == bytes([0, 255, 1 - rank, exchange])
+
+
+def test_a_second_group_of_a_process_exchanges_by_numbers_of_its_own(tmp_path: Path) -> None:
+    """Not the first, whose ranks are of one age."""
+    paths = [str(tmp_path / f"meeting{number}") for number in range(2)]
+    done = subprocess.run(
+        [sys.executable, "-c", _SECOND_GROUP, *paths], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

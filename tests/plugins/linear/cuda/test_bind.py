@@ -150,12 +150,12 @@ def test_a_sum_takes_the_place_of_a_residual_that_nobody_reads_again() -> None:
 class Filling:
     """Of a communicator, what a Linear that is added up asks for."""
 
-    def __init__(self, least: int) -> None:
-        self._least = least
+    def __init__(self, least: int, device: str) -> None:
+        self._least, self._device = least, device
         self.sent: list[Tensor] = []
 
     def sending(self, rows: int, width: int, dtype: torch.dtype) -> Filling | None:
-        self.x = torch.full((rows, width), torch.nan, dtype=dtype)
+        self.x = torch.full((rows, width), torch.nan, dtype=dtype, device=self._device)
         return self if rows >= self._least else None
 
     def filling(self) -> Iterator[slice]:
@@ -167,17 +167,20 @@ class Filling:
 @pytest.mark.parametrize(
     "fmt", [WeightFormat((HIDDEN, INNER), dtype="bfloat16"), fp8(HIDDEN, INNER)], ids=str
 )
-def test_what_is_added_up_is_sent_in_pieces(fmt: WeightFormat, monkeypatch: Any) -> None:  # noqa: ANN401
+def test_what_is_added_up_is_sent_in_pieces(
+    fmt: WeightFormat, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where that is large enough, and all that reads it is the sum."""
     x = torch.randn(20, INNER).to(torch.bfloat16)
     values = {"x": x, "w": torch.from_numpy(pack(random_weight(fmt, 0)))}
+    values = {name: value.to(device) for name, value in values.items()}
     node = linear_node(fmt)
     ir.node("AllReduce", [node.outputs[0]], domain=DOMAIN)
     tactics = Tactics((9, 0), "")
     monkeypatch.setattr(Tactics, "find", lambda *_: Tactic("blas"))
     made, shared = list[Tensor](), list[dict[str, Any]]()
     for least in (20, 21):
-        communicator: Any = Filling(least)
+        communicator: Any = Filling(least, device)
         run = Run(dict(values), pdl=False)
         made += bind(node, Context(values, tactics, communicator=communicator))(run)
         shared.append(run.shared)
