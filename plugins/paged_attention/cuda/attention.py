@@ -285,8 +285,12 @@ def _decode(  # noqa: PLR0913 - the operator's inputs
 ) -> None:
     by = _scalars(a, pages)
     programs, min_pages = _programs(step.num_decodes, a.num_kv_heads)
-    keys = min(a.page_size, _DECODE_TILE // _width(a))
     rows = max(triton.next_power_of_2(a.num_heads // a.num_kv_heads * step.queries), 16)
+    keys = min(a.page_size, _DECODE_TILE // _width(a))
+    # Beside queries of many drafts and the widest heads some GPUs have room for half of that: keys
+    # as numbers of 16 bits, and as the codes that those are made of.
+    if (rows * 2 + keys * 3) * _width(a) > shared_memory(capability_of(pages.device)):
+        keys //= 2
     warps = 4 if max(keys, 2 * rows) * _width(a) <= 8192 else 8
     decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
         qkv,
