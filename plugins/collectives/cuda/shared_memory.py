@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-from torch._C._distributed_c10d import Store, _register_process_group
+from torch._C._distributed_c10d import Store, _register_process_group, _SymmetricMemory
 
 from slipstream.plugins.collectives.cuda.multicast import leave_multicast_off
 
@@ -67,6 +67,9 @@ def exchanging(group: dist.ProcessGroup) -> str:
             same = dist.ProcessGroup(store, group.rank(), group.size())
             _kept.append((same, store))
             _register_process_group(_names[name], same)  # type: ignore[arg-type]
+            # Where some versions of torch look instead.
+            symmetric_memory._group_name_to_store[_names[name]] = store
+            _SymmetricMemory.set_group_info(_names[name], group.rank(), group.size(), store)
     return _names[name]
 
 
