@@ -61,16 +61,21 @@ def exchanging(group: dist.ProcessGroup) -> str:
     one: its own where this process has had no other, which is as old as the others then."""
     name = group.group_name
     if name not in _names:
-        _names[name] = f"{name} counted anew" if _names else name
-        if _names[name] != name:
-            store = CountedAnew(dist.distributed_c10d._get_process_group_store(group))
-            same = dist.ProcessGroup(store, group.rank(), group.size())
-            _kept.append((same, store))
-            _register_process_group(_names[name], same)  # type: ignore[arg-type]
-            # Where some versions of torch look instead.
-            symmetric_memory._group_name_to_store[_names[name]] = store
-            _SymmetricMemory.set_group_info(_names[name], group.rank(), group.size(), store)
+        _names[name] = _counted_anew(group) if _names else name
     return _names[name]
+
+
+def _counted_anew(group: dist.ProcessGroup) -> str:
+    """The name of another group of the same ranks, made for that."""
+    name = f"{group.group_name} counted anew"
+    store = CountedAnew(dist.distributed_c10d._get_process_group_store(group))
+    same = dist.ProcessGroup(store, group.rank(), group.size())
+    _kept.append((same, store))
+    _register_process_group(name, same)  # type: ignore[arg-type]
+    # Where some versions of torch look instead.
+    symmetric_memory._group_name_to_store[name] = store
+    _SymmetricMemory.set_group_info(name, group.rank(), group.size(), store)
+    return name
 
 
 class SharedMemory:
