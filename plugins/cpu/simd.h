@@ -98,32 +98,14 @@ SLIPSTREAM_INLINE Floats fma_splat(const float* a, Floats b, Floats c) { return 
 #endif
 
 // 2^x for x <= 127 with a relative error below 3e-7; exactly 0 for x < -126, -infinity and NaN. The polynomial is a
-// minimax fit of 2^f on [-1/2, 1/2] that is exact at 0. Several vectors step by step: each step waits for the one before,
-// and processors look only so far ahead for another vector's.
-template <int n>
-SLIPSTREAM_INLINE void exp2(Floats (&x)[n]) {
-  Floats whole[n], f[n], p[n];
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) whole[i] = round(x[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) f[i] = x[i] - whole[i];
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) p[i] = fma(splat(1.32647203e-3f), f[i], splat(9.67151299e-3f));
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], splat(5.55073358e-2f));
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], splat(2.40222424e-1f));
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], splat(6.93147004e-1f));
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], splat(1.0f));
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) x[i] = scale_or_zero(p[i], whole[i], x[i]);
-}
+// minimax fit of 2^f on [-1/2, 1/2] that is exact at 0.
 SLIPSTREAM_INLINE Floats exp2(Floats x) {
-  Floats one[1] = {x};
-  exp2(one);
-  return one[0];
+  const Floats n = round(x), f = x - n;
+  Floats p = fma(splat(1.32647203e-3f), f, splat(9.67151299e-3f));
+  p = fma(p, f, splat(5.55073358e-2f));
+  p = fma(p, f, splat(2.40222424e-1f));
+  p = fma(p, f, splat(6.93147004e-1f));
+  return scale_or_zero(fma(p, f, splat(1.0f)), n, x);
 }
 
 // Absolute error below 3e-7.

@@ -68,8 +68,6 @@ struct Rows {
   int64_t tile;   // keys, in whole pages
 };
 
-constexpr int64_t simd_width(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }  // in whole vectors
-
 void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += kLanes) simd::store(row + i, simd::load(row + i) * simd::splat(factor));
 }
@@ -102,16 +100,14 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
                    rows.tile, false);
         }
       }
-    // Most blocks see all keys of a tile, and need not ask for each row.
-    const bool all = high(r) >= first + simd_width(last - first) && low(r + n - 1) <= first;
     for (int64_t head = 0; head < rows.heads; ++head)
       for (int64_t i = 0; i < n; ++i) {
         const int64_t row = head * rows.count + r + i, scales = head * rows.tile;
         const Scores scores{rows.scores + head * block + i * rows.tile,
                             tile.key_scales == nullptr ? nullptr : tile.key_scales + scales,
                             tile.key_scales == nullptr ? nullptr : tile.value_scales + scales, call.soft_cap};
-        const int64_t begin = all ? first : low(r + i), stop = all ? first + simd_width(last - first) : high(r + i);
-        const float factor = softmax_row(scores, first, last, begin, stop, rows.max + row, rows.sum + row);
+        const float factor =
+            softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + row, rows.sum + row);
         if (factor != 1.0f) scale_row(rows.out + row * call.out_width, call.out_width, factor);
       }
     for (int64_t head = 0; head < rows.heads; ++head) {
@@ -295,7 +291,7 @@ void run(Parallel& parallel, int64_t tasks, int64_t work, F&& task) {
 template <class T>
 void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   const int64_t heads = args.num_kv_heads, dim = args.head_dim, group = args.num_heads / heads;
-  const int64_t out_width = simd_width(dim);
+  const int64_t out_width = (dim + kLanes - 1) / kLanes * kLanes;
   const int64_t max_chunks = Plan::max_chunks(args), query_elements = args.tokens * args.num_heads * dim;
   Plan plan;
   plan_scratch.reset(Scratch::room<Chunk>(max_chunks) + Scratch::room<Reduction>(args.sequences));

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -16,7 +15,6 @@ namespace attention {
 using simd::kLanes;
 using simd::Floats;
 
-constexpr int kExponentials = 4;  // vectors whose exponentials are computed together
 constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
 // One row's scores against a tile.
@@ -27,15 +25,12 @@ struct Scores {
   float soft_cap;             // 0, or c for c * tanh(score)
 };
 
-// The largest of scores [begin, end) of a row, after what is still to be done to them: scales, a cap, and the mask that
-// leaves [low, high).
-inline float finish_scores(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high) {
+// Turns scores [begin, end) of a row into probabilities relative to the running maximum, of which only [low, high)
+// are not zero, and returns the factor that brings earlier ones to the new maximum.
+inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float* row_max,
+                         float* row_sum) {
   float* scores = row.values;
   Floats largest = simd::splat(kNoScore);
-  if (row.key_scales == nullptr && row.soft_cap <= 0.0f && low <= begin && high - begin >= (end - begin + kLanes - 1) / kLanes * kLanes) {
-    for (int64_t i = begin; i < end; i += kLanes) largest = simd::max(largest, simd::load(scores + i));
-    return simd::reduce_max(largest);
-  }
   for (int64_t i = begin; i < end; i += kLanes) {
     Floats score = simd::load(scores + i);
     if (row.key_scales != nullptr) score = score * simd::load(row.key_scales + i);
@@ -44,39 +39,15 @@ inline float finish_scores(const Scores& row, int64_t begin, int64_t end, int64_
     largest = simd::max(largest, score);
     simd::store(scores + i, score);
   }
-  return simd::reduce_max(largest);
-}
-
-// n vectors of scores become 2^(score - shift), which are added to `total` from the first to the last.
-template <int n>
-SLIPSTREAM_INLINE Floats exponentials(float* scores, const float* value_scales, Floats shift, Floats total) {
-  Floats x[n];
-#pragma GCC unroll 8
-  for (int v = 0; v < n; ++v) x[v] = simd::load(scores + v * kLanes) - shift;
-  simd::exp2(x);
-#pragma GCC unroll 8
-  for (int v = 0; v < n; ++v) {
-    total = total + x[v];
-    simd::store(scores + v * kLanes, value_scales == nullptr ? x[v] : x[v] * simd::load(value_scales + v * kLanes));
-  }
-  return total;
-}
-
-// Turns scores [begin, end) of a row into probabilities relative to the running maximum, of which only [low, high)
-// are not zero, and returns the factor that brings earlier ones to the new maximum.
-inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float* row_max,
-                         float* row_sum) {
-  const float before = *row_max, now = std::max(before, finish_scores(row, begin, end, low, high));
+  const float before = *row_max, now = std::max(before, simd::reduce_max(largest));
   const Floats shift = simd::splat(now == kNoScore ? 0.0f : now);
   Floats total = simd::splat(0.0f);
-  int64_t i = begin;
-  const auto take = [&](auto vectors) {
-    constexpr int n = decltype(vectors)::value;
-    for (; i + (n - 1) * kLanes < end; i += n * kLanes)
-      total = exponentials<n>(row.values + i, row.value_scales == nullptr ? nullptr : row.value_scales + i, shift, total);
-  };
-  take(std::integral_constant<int, kExponentials>{});
-  take(std::integral_constant<int, 1>{});
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats probability = simd::exp2(simd::load(scores + i) - shift);
+    total = total + probability;
+    if (row.value_scales != nullptr) probability = probability * simd::load(row.value_scales + i);
+    simd::store(scores + i, probability);
+  }
   const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
   *row_max = now;
   *row_sum = *row_sum * factor + simd::reduce_add(total);
@@ -94,7 +65,7 @@ struct Sums {
 inline void join(Sums& row, const float* out, float max, float sum, int64_t width) {
   if (sum == 0.0f) return;  // a window begins behind this part
   const float now = std::max(row.max, max);
-  const float before = row.max == now ? 1.0f : std::exp2(row.max - now);  // 2^0 is 1, without the call
+  const float before = row.max == now ? 1.0f : std::exp2(row.max - now);  // one of both is 2^0
   const float factor = max == now ? 1.0f : std::exp2(max - now);
   row.sum = std::fma(row.sum, before, sum * factor);
   row.max = now;
