@@ -21,7 +21,7 @@ constexpr int64_t kBlockRows = 96;  // query rows (tokens times heads of a group
 // A task copies the pages it reads, so more rows are better while they and their sums, of so many elements each, stay
 // in the second-level cache beside the copies. Not measured with 32 registers.
 constexpr int64_t kBlockElements = simd::kRegisters == 16 ? 256 * 64 : 0;
-constexpr int64_t kBlocks = 6;  // tasks of a sequence and kv head, so that threads end together: before blocks grow
+constexpr int64_t kBlocks = 6;  // tasks of a sequence and kv head before blocks grow, so that threads end together
 constexpr int64_t kHeadRows = 16;   // rows of one task that covers several kv heads, at most
 // About so many keys are a part, in whole pages. Where a sequence has too few queries for many tasks, each part is one.
 constexpr int64_t kPartKeys = 256;
