@@ -76,6 +76,23 @@ class _Graph:
         return [self.outputs[name] for name in names]
 
 
+class _Input:
+    """An array that is bound, and what it holds if nobody can have changed that since."""
+
+    __slots__ = ("_array", "_held", "_read")
+
+    def __init__(self, array: NDArray[Any], read: Callable[[StepBatch], NDArray[Any]]) -> None:
+        self._array, self._read = array, read
+        self._held: NDArray[Any] | None = None
+
+    def write(self, batch: StepBatch) -> None:
+        """Copy a step's array, unless it is there: many steps give the one of the step before."""
+        given = self._read(batch)
+        if given is not self._held:
+            np.copyto(self._array, given)
+            self._held = None if given.flags.writeable else given
+
+
 class _Binding:
     """A graph's inputs and outputs for steps of one shape, bound to arrays that steps write."""
 
@@ -83,10 +100,10 @@ class _Binding:
         self.io = graph.session.io_binding()
         self.run: Callable[[Any], None] = graph.session.run_with_iobinding
         self.outputs = outputs
-        self._inputs: list[tuple[NDArray[Any], Callable[[StepBatch], NDArray[Any]]]] = []
+        self._inputs: list[_Input] = []
         for name, read in graph.readers:
             array = np.empty_like(read(batch))
-            self._inputs.append((array, read))
+            self._inputs.append(_Input(array, read))
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name in graph.arrays:
             self.io.bind_ortvalue_input(name, caches[name])
@@ -97,8 +114,8 @@ class _Binding:
 
     def write(self, batch: StepBatch) -> None:
         """Copy a step of this shape into the bound arrays."""
-        for array, read in self._inputs:
-            np.copyto(array, read(batch))
+        for each in self._inputs:
+            each.write(batch)
 
 
 @dataclass(slots=True)
@@ -143,6 +160,7 @@ class CPUExecutor(CPUHost):
         # What the values above are views of, by cache.
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._memory: dict[str, list[PageMemory]] = {}
+        self._used: dict[str, NDArray[Any]] = {}  # the last page table of a cache
         super().__init__(manifest.caches, self._arrays, engine.fingerprint)
         self._bindings: dict[tuple[object, ...], _Binding] = {}
         rows = config.max_batch_size
@@ -217,8 +235,11 @@ class CPUExecutor(CPUHost):
         self.transfer(batch.transfers)
         self._move_pages(batch.moves)
         for name, inputs in batch.pages.items():
+            table, pages = inputs.page_table, 0
+            if table is not self._used.get(name):
+                self._used[name], pages = table, int(table.max(initial=-1)) + 1
             for memory in self._memory[name]:
-                memory.use(int(inputs.page_table.max(initial=-1)) + 1)
+                memory.use(pages)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
@@ -239,6 +260,7 @@ class CPUExecutor(CPUHost):
         self._caches.clear()
         self._arrays.clear()
         self._memory.clear()
+        self._used.clear()
 
     def _allocate(self, cache: CacheSpec, array: CacheArray, count: int) -> None:
         """Zeros for ``count`` pages or slots of all layers."""

@@ -57,9 +57,10 @@ class Sampler:
     def result(self, outputs: Mapping[str, NDArray[Any]], batch: StepBatch) -> StepResult:
         """What a step has made, of its outputs, which the next step may overwrite."""
         rows = len(batch.sampling)
-        result = StepResult([-1] * rows, [None] * rows)
         if LOGITS in outputs:
             result = self.sample(outputs[LOGITS], batch.sampling)
+        else:
+            result = StepResult([-1] * rows, [None] * rows)
         result.outputs = {name: outputs[name].copy() for name in batch.outputs}
         return result
 
@@ -72,24 +73,40 @@ class Sampler:
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
         result = StepResult([-1] * len(rows), [None] * len(rows))
-        plain: list[int] = []
+        drawn: list[int] = []
+        scored: list[int] = []
+        greedy, drafted = True, False
         for index, row in enumerate(rows):
+            params = row.params
+            if row.target is not None or params.logprobs is not None:
+                scored.append(index)
+            if row.drafts:
+                drafted = True
             if row.target is not None:
                 continue
             if edits_logits(row):
                 self._draw_edited(logits, index, row, result)
-            elif row.params.greedy:  # NumPy's search costs half of a call of the kernel
-                token = int(logits[index].argmax())
-                _put(result, index, token, logits[index, token])
             else:
-                plain.append(index)
-        if plain:
-            tokens, peaks = self._drawer.draw(logits, plain, [rows[index] for index in plain])
-            for index, token, peak in zip(plain, tokens, peaks, strict=True):
+                drawn.append(index)
+                greedy = greedy and params.greedy
+        if greedy and len(drawn) == len(rows):  # NumPy's search costs half of a call of the kernel
+            self._take_largest(logits, result)
+        elif drawn:
+            tokens, peaks = self._drawer.draw(logits, drawn, [rows[index] for index in drawn])
+            for index, token, peak in zip(drawn, tokens, peaks, strict=True):
                 _put(result, index, token, peak)
-        reject(rows, result)
-        _score(logits, rows, result)
+        if drafted:
+            reject(rows, result)
+        if scored:
+            _score(logits, rows, scored, result)
         return result
+
+    def _take_largest(self, logits: Logits, result: StepResult) -> None:
+        """The first of the largest of every row."""
+        result.token_ids = tokens = logits.argmax(axis=1).tolist()
+        for index, token in enumerate(tokens):
+            if not math.isfinite(peak := logits[index, token]):
+                result.token_ids[index], result.failed[index] = -1, broken_row(peak)
 
     def _draw_edited(
         self, logits: Logits, index: int, row: SamplingRow, result: StepResult
@@ -109,14 +126,18 @@ def _put(result: StepResult, index: int, token: int, peak: float | np.float32) -
         result.failed[index] = broken_row(peak)
 
 
-def _score(logits: Logits, rows: Sequence[SamplingRow], result: StepResult) -> None:
-    """Fill in the log probabilities that rows want."""
-    for index, row in enumerate(rows):
+def _score(
+    logits: Logits, rows: Sequence[SamplingRow], scored: Sequence[int], result: StepResult
+) -> None:
+    """Fill in the log probabilities that rows want, which are ``scored``."""
+    for index in scored:
+        row = rows[index]
         params, token, count = row.params, result.token_ids[index], row.params.logprobs
         listed = params.logprob_token_ids
         if row.target is not None:
             token, count, listed = row.target, params.prompt_logprobs or 0, None
-        if count is None or token == REJECTED or index in result.failed:
+        assert count is not None
+        if token == REJECTED or index in result.failed:
             continue
         try:
             result.logprobs[index] = token_logprobs(logits[index], token, count, listed)
