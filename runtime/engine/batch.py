@@ -152,7 +152,7 @@ class _PageTable:
         return dict.fromkeys(self._names, PagedInputs(table, mapping))
 
     def _sync(self, rows: list[int], held: Iterable[Allocation | WindowPages]) -> tuple[int, bool]:
-        """Bring rows of the table up to date; the largest page count, and whether any has changed."""
+        """Bring rows up to date; the largest page count, and whether a row has changed."""
         width, changed = 0, False
         for row, each in zip(rows, held, strict=True):
             total = len(each.pages)

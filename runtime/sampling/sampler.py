@@ -74,31 +74,23 @@ class Sampler:
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
         result = StepResult([-1] * len(rows), [None] * len(rows))
         drawn: list[int] = []
-        scored: list[int] = []
-        greedy, drafted = True, False
+        greedy = True
         for index, row in enumerate(rows):
-            params = row.params
-            if row.target is not None or params.logprobs is not None:
-                scored.append(index)
-            if row.drafts:
-                drafted = True
             if row.target is not None:
                 continue
             if edits_logits(row):
                 self._draw_edited(logits, index, row, result)
             else:
                 drawn.append(index)
-                greedy = greedy and params.greedy
+                greedy = greedy and row.params.greedy
         if greedy and len(drawn) == len(rows):  # NumPy's search costs half of a call of the kernel
             self._take_largest(logits, result)
         elif drawn:
             tokens, peaks = self._drawer.draw(logits, drawn, [rows[index] for index in drawn])
             for index, token, peak in zip(drawn, tokens, peaks, strict=True):
                 _put(result, index, token, peak)
-        if drafted:
-            reject(rows, result)
-        if scored:
-            _score(logits, rows, scored, result)
+        reject(rows, result)
+        _score(logits, rows, result)
         return result
 
     def _take_largest(self, logits: Logits, result: StepResult) -> None:
@@ -126,18 +118,14 @@ def _put(result: StepResult, index: int, token: int, peak: float | np.float32) -
         result.failed[index] = broken_row(peak)
 
 
-def _score(
-    logits: Logits, rows: Sequence[SamplingRow], scored: Sequence[int], result: StepResult
-) -> None:
-    """Fill in the log probabilities that rows want, which are ``scored``."""
-    for index in scored:
-        row = rows[index]
+def _score(logits: Logits, rows: Sequence[SamplingRow], result: StepResult) -> None:
+    """Fill in the log probabilities that rows want."""
+    for index, row in enumerate(rows):
         params, token, count = row.params, result.token_ids[index], row.params.logprobs
         listed = params.logprob_token_ids
         if row.target is not None:
             token, count, listed = row.target, params.prompt_logprobs or 0, None
-        assert count is not None
-        if token == REJECTED or index in result.failed:
+        if count is None or token == REJECTED or index in result.failed:
             continue
         try:
             result.logprobs[index] = token_logprobs(logits[index], token, count, listed)
