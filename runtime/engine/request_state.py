@@ -76,7 +76,8 @@ class CompletionState:
         sequence.append(token)
         if logprobs is not None:
             self._score((logprobs,))
-        self._find_stop()
+        if sequence.request.params.stop:
+            self._find_stop()
 
     def follow(
         self, tokens: list[int], logprobs: Sequence_[TokenLogprobs], ending: Ending | None
@@ -190,6 +191,14 @@ class RequestState:
                 return False
         return True
 
+    @property
+    def _is_long(self) -> bool:
+        """Whether a completion has enough tokens without text."""
+        for completion in self.completions:  # noqa: SIM110 - every step asks, and any() is slower
+            if completion.undecoded >= _DECODED_AT_ONCE:
+                return True
+        return False
+
     def fail(self, error: SlipstreamError) -> None:
         """Note why the request is to end although its step did not fail."""
         self.error = error
@@ -200,7 +209,7 @@ class RequestState:
         """What the caller is to hear now, if anything; decodes what is new."""
         kind = self.request.output_kind
         waits = kind == "final" and not self.finished and self.error is None
-        if waits and all(each.undecoded < _DECODED_AT_ONCE for each in self.completions):
+        if waits and not self._is_long:
             return None
         try:
             for completion in self.completions:
