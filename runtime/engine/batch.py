@@ -148,7 +148,9 @@ class _PageTable:
             table = self._shown = _read_only(self._table[slots, :width])
             self._rows = slots
         page, offset = np.divmod(positions, self._page_size)
-        mapping = table[owners, page] * self._page_size + offset
+        mapping = table[owners, page]
+        mapping *= self._page_size
+        mapping += offset
         return dict.fromkeys(self._names, PagedInputs(table, mapping))
 
     def _sync(self, rows: list[int], held: Iterable[Allocation | WindowPages]) -> tuple[int, bool]:

@@ -263,7 +263,8 @@ class EngineLoop:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return None
-        self._note_admitted(plan.admitted)
+        if plan.admitted:
+            self._note_admitted(plan.admitted)
         outputs: tuple[str, ...] = ()
         if (guesses := self._speculator) is not None:
             outputs, size = guesses.outputs, self.scheduler.kv.page_size

@@ -89,7 +89,7 @@ class _Input:
         """Copy a step's array, unless it is there: many steps give the one of the step before."""
         given = self._read(batch)
         if given is not self._held:
-            np.copyto(self._array, given)
+            self._array[...] = given
             self._held = None if given.flags.writeable else given
 
 
@@ -232,8 +232,10 @@ class CPUExecutor(CPUHost):
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
-        self.transfer(batch.transfers)
-        self._move_pages(batch.moves)
+        if batch.transfers:
+            self.transfer(batch.transfers)
+        if batch.moves:
+            self._move_pages(batch.moves)
         for name, inputs in batch.pages.items():
             table, pages = inputs.page_table, 0
             if table is not self._used.get(name):
