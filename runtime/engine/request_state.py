@@ -163,14 +163,14 @@ class CompletionState:
         text = "".join(self._pieces)
         self._pieces = [] if delta else [text]
         self._told_tokens = len(sequence.output)
-        return CompletionOutput(
-            index=sequence.index,
-            text=text,
-            token_ids=sequence.output[start:],
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else self.logprobs[start:],
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
+        return CompletionOutput(  # by place, here and below: by name it takes twice as long
+            sequence.index,
+            text,
+            sequence.output[start:],
+            None if self.logprobs is None else self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[start:],
+            sequence.finish_reason,
+            sequence.stop_reason,
         )
 
 
@@ -220,16 +220,16 @@ class RequestState:
             return None
         request, leader = self.request, self.completions[0].sequence
         output = RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion.output(kind == "delta") for completion in self.completions],
-            finished=self.finished or self.error is not None,
-            metrics=self.metrics,
-            prompt_logprobs=None if leader.scores_prompt else leader.prompt_logprobs,
-            num_cached_tokens=leader.num_cached or 0,
-            pooled=None if leader.pool is None else leader.pool.value,
-            error=self.error,
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            [completion.output(kind == "delta") for completion in self.completions],
+            self.finished or self.error is not None,
+            self.metrics,
+            None if leader.scores_prompt else leader.prompt_logprobs,
+            leader.num_cached or 0,
+            None if leader.pool is None else leader.pool.value,
+            self.error,
         )
         if request.params.prediction_token_ids:
             sequences = [completion.sequence for completion in self.completions]
