@@ -125,8 +125,9 @@ def test_what_is_kept_from_step_to_step_is_what_a_new_builder_makes(seed: int, w
             continue
         batch, owners, positions = kept.build(plan)
         for allocation in plan.allocations:
-            for held in (allocation, *allocation.windows):
-                held.synced = 0
+            allocation.synced = 0
+            for near in allocation.windows:
+                near.synced = 0
         new, new_owners, new_positions = BatchBuilder(CONFIG, caches).build(plan)
         assert told(plan, batch) == told(plan, new)
         assert (owners, positions) == (new_owners, new_positions)
@@ -155,10 +156,9 @@ def arrays_of(batch: StepBatch) -> dict[str, NDArray[np.int32]]:
 def told(plan: StepPlan, batch: StepBatch) -> dict[str, list[object]]:
     """What a step tells a device: of page tables, what sequences have."""
     lists = {name: array.tolist() for name, array in arrays_of(batch).items()}
-    for name, held in (
-        (f"{KV} table", plan.allocations),
-        ("near table", [window for each in plan.allocations for window in each.windows]),
-    ):
-        pages = zip(lists.get(name, []), held, strict=False)
-        lists[name] = [row[: len(each.pages)] for row, each in pages]
+    held = {f"{KV} table": [each.pages for each in plan.allocations]}
+    if "near table" in lists:
+        held["near table"] = [each.windows[0].pages for each in plan.allocations]
+    for name, pages in held.items():
+        lists[name] = [row[: len(own)] for row, own in zip(lists[name], pages, strict=True)]
     return lists
