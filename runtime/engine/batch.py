@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from slipstream.runtime.engine.step import Guessing, IntArray, PagedInputs, Samp
 from slipstream.runtime.engine.window_group import WindowPages
 
 _ON_DEVICE = -1
+_FEW = 64  # tokens that are looked at one by one in less time than NumPy's calls take
 
 
 class BatchBuilder:
@@ -51,10 +51,10 @@ class BatchBuilder:
         positions = runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
-            pages = self._full.inputs(rows, slots, plan.allocations, runs.owners, positions)
+            pages = self._full.inputs(rows, slots, plan.allocations, runs, plan.starts, positions)
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
-            pages |= table.inputs(rows, slots, held, runs.owners, positions)
+            pages |= table.inputs(rows, slots, held, runs, plan.starts, positions)
         token_ids = np.array(_tokens(plan), np.int32)
         wanted = _Wanted(plan, runs.begins)
         if plan.guesses:
@@ -98,10 +98,11 @@ class _Runs:
     """How the tokens of sequences lie in a step, of which each has ``counts`` of them.
 
     ``query_start`` and ``begins`` are where they begin, and the end; ``owners`` is of every token
-    which of the sequences it belongs to, ``sizes`` is ``counts``.
+    which of the sequences it belongs to, ``sizes`` is ``counts``. Where they ``are_few`` each has
+    one.
     """
 
-    __slots__ = ("_places", "begins", "counts", "owners", "query_start", "sizes")
+    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start", "sizes")
 
     def __init__(self, counts: list[int], counter: IntArray) -> None:
         """``counter`` counts from 0 to the most tokens of a step."""
@@ -109,6 +110,7 @@ class _Runs:
         total, size = self.begins[-1], len(counts)
         self.sizes = _read_only(np.array(counts, np.int32))
         self.query_start, self.owners = counter[: size + 1], counter[:size]
+        self.are_few = total == size <= _FEW
         self._places: IntArray | None = None  # of every token in its run; None: all are the first
         if total != size:
             self.query_start = _read_only(np.array(self.begins, np.int32))
@@ -126,7 +128,7 @@ class _PageTable:
     def __init__(self, config: RuntimeConfig, names: tuple[str, ...]) -> None:
         columns = -(-config.max_seq_len // config.page_size)
         self._names = names
-        self._page_size = np.int32(config.page_size)
+        self._page_size = config.page_size
         self._table = np.zeros((config.max_batch_size, columns), np.int32)
         # What the last step had of it, and of which rows.
         self._shown = _read_only(self._table[:0].copy())
@@ -136,8 +138,9 @@ class _PageTable:
         self,
         rows: list[int],
         slots: IntArray,
-        held: Iterable[Allocation | WindowPages],
-        owners: IntArray,
+        held: list[Allocation] | list[WindowPages],
+        runs: _Runs,
+        starts: list[int],
         positions: IntArray,
     ) -> dict[str, PagedInputs]:
         """The ``rows`` of the table, which are ``slots``, too, brought up to date, and the slot of
@@ -147,13 +150,22 @@ class _PageTable:
         if changed or self._rows is not slots or table.shape[1] != width:
             table = self._shown = _read_only(self._table[slots, :width])
             self._rows = slots
-        page, offset = np.divmod(positions, self._page_size)
-        mapping = table[owners, page]
-        mapping *= self._page_size
-        mapping += offset
+        size = self._page_size
+        if runs.are_few:
+            places = zip(held, starts, strict=True)
+            mapping = np.array(
+                [e.pages[at // size] * size + at % size for e, at in places], np.int32
+            )
+        else:
+            page, offset = np.divmod(positions, np.int32(size))
+            mapping = table[runs.owners, page]
+            mapping *= np.int32(size)
+            mapping += offset
         return dict.fromkeys(self._names, PagedInputs(table, mapping))
 
-    def _sync(self, rows: list[int], held: Iterable[Allocation | WindowPages]) -> tuple[int, bool]:
+    def _sync(
+        self, rows: list[int], held: list[Allocation] | list[WindowPages]
+    ) -> tuple[int, bool]:
         """Bring rows up to date; the largest page count, and whether a row has changed."""
         width, changed = 0, False
         for row, each in zip(rows, held, strict=True):
