@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -138,7 +139,7 @@ class _PageTable:
         self,
         rows: list[int],
         slots: IntArray,
-        held: list[Allocation] | list[WindowPages],
+        held: Collection[Allocation | WindowPages],
         runs: _Runs,
         starts: list[int],
         positions: IntArray,
@@ -164,7 +165,7 @@ class _PageTable:
         return dict.fromkeys(self._names, PagedInputs(table, mapping))
 
     def _sync(
-        self, rows: list[int], held: list[Allocation] | list[WindowPages]
+        self, rows: list[int], held: Collection[Allocation | WindowPages]
     ) -> tuple[int, bool]:
         """Bring rows up to date; the largest page count, and whether a row has changed."""
         width, changed = 0, False
