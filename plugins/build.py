@@ -78,7 +78,7 @@ class BuildNative(build_ext):  # type: ignore[misc]
         temp.mkdir(parents=True, exist_ok=True)
         (temp / "operators.h").write_text(generate(ext.operators))
         (temp / "signatures.h").write_text(generate_signatures(ext.operators))
-        common = [_PLUGINS / "cpu" / name for name in ("kernels.cpp", "pool.cpp", "registration.cpp")]
+        common = [_PLUGINS / "cpu" / name for name in ("kernels.cpp", "registration.cpp")]
         kernels = [source for source in ext.sources if Path(source).name == KERNEL]
         others = [source for source in ext.sources if source not in kernels]
         jobs: list[tuple[str, Path, list[str], str | None]] = [

@@ -55,7 +55,6 @@ static const Kernels* find_kernels(const char* isa) {
 }
 
 std::atomic<int> session_threads{1};
-std::atomic<bool> own_threads{false};
 
 // Tasks on threads of their own, without a session.
 class ThreadParallel final : public Parallel {
@@ -82,10 +81,6 @@ class ThreadParallel final : public Parallel {
 
 // How many threads sessions run on; a hint for splitting work.
 SLIPSTREAM_EXPORT void slipstream_set_threads(int threads) { slipstream::session_threads = threads < 1 ? 1 : threads; }
-
-// Whether sessions run the tasks of kernels on threads of this library, which then must stay loaded. They wait awake
-// for a few milliseconds, so no other pool should do the same beside them.
-SLIPSTREAM_EXPORT void slipstream_own_threads(int own) { slipstream::own_threads = own != 0; }
 
 // Comma-separated instruction sets this machine can run, the preferred one first, then best first. The text is the
 // calling thread's until it asks again.

@@ -24,7 +24,4 @@ std::vector<Kernels>& all_kernels();
 // How many threads sessions run on; a hint for splitting work.
 extern std::atomic<int> session_threads;
 
-// Whether sessions run their tasks on threads of ours, not on those of ONNX Runtime.
-extern std::atomic<bool> own_threads;
-
 }  // namespace slipstream

@@ -11,8 +11,6 @@ struct Parallel {
   virtual void run(int64_t n, void (*fn)(void* ctx, int64_t i), void* ctx) = 0;
   // Threads that may run tasks at the same time; a hint for splitting work, never for results.
   virtual int threads() const = 0;
-  // Says that the tasks of the next run read this memory once, from front to back: a hint for fetching what comes after.
-  virtual void reads(const uint8_t* /*data*/, int64_t /*bytes*/) {}
 
   template <class F>
   void for_each(int64_t n, F&& f) {

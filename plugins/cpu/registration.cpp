@@ -1,26 +1,21 @@
 // ONNX Runtime's view of a library of operators: registration, and the runtime's thread pool behind Parallel. What it
 // knows of each operator is generated from its spec.
 #include <new>
-#include <utility>
 
-#include "cpu/pool.h"
 #include "signatures.h"
 
 namespace slipstream {
 
 namespace ort {
 
-// Our pool behind Parallel, or the session's where ours is not wanted or has work. An exception in a task would cross
-// the runtime's C frames, so kernels do not throw.
+// The session's pool behind Parallel. An exception in a task would cross the runtime's C frames, so kernels do not
+// throw.
 class SessionParallel final : public Parallel {
  public:
   SessionParallel(const Api& api, const KernelContext* context) : api_(api), context_(context) {}
 
   void run(int64_t n, void (*fn)(void*, int64_t), void* ctx) override {
     if (n == 1) return fn(ctx, 0);
-    if (own_threads.load(std::memory_order_relaxed) && threads() > 1 &&
-        Pool::shared().run(threads(), n, fn, ctx, std::exchange(stream_, Stream{})))
-      return;
     struct Task {
       void (*fn)(void*, int64_t);
       void* ctx;
@@ -31,13 +26,11 @@ class SessionParallel final : public Parallel {
     };
     expect_ok(api_.parallel_for(context_, call, static_cast<size_t>(n), static_cast<size_t>(n), &task));
   }
-  void reads(const uint8_t* data, int64_t bytes) override { stream_ = {data, bytes}; }
   int threads() const override { return session_threads.load(std::memory_order_relaxed); }
 
  private:
   const Api& api_;
   const KernelContext* context_;
-  Stream stream_;
 };
 
 // Runs f, and tells the runtime what it threw.

@@ -196,7 +196,6 @@ void linear(const LinearArgs& args, Parallel& parallel) {
   plan.activations = activations;
   quantize_all(args, plan, activations, parallel);
   choose_steps(plan, parallel.threads());
-  parallel.reads(weight.data, plan.layout.stride * parts * plan.units);
   const int64_t unit_tasks = (plan.units + plan.unit_step - 1) / plan.unit_step;
   const int64_t token_tasks = (args.tokens + plan.token_step - 1) / plan.token_step;
   parallel.for_each(unit_tasks * token_tasks, [&](int64_t task) {

@@ -7,10 +7,7 @@ namespace SLIPSTREAM_ISA {
 
 // Weights are fetched this far ahead into the second-level cache, into the next tile if need be: without that, a short
 // tile is over before the processor notices that it is read in order.
-#ifndef AHEAD
-#define AHEAD 12288
-#endif
-constexpr int64_t kAhead = AHEAD;
+constexpr int64_t kAhead = 12288;
 
 // The compiler would add up in a tree, whose leaves it has no registers for.
 SLIPSTREAM_INLINE __m256i in_order(__m256i sum) {
@@ -213,9 +210,6 @@ void multiply_tile(const TileArgs& tile, const uint8_t* record, float* out) {
   for (int64_t g = 0; g < tile.groups; g += halves ? 2 : 1) {
     for (int b = 0; b < blocks; ++b) {
       for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
-#ifdef TWICE
-      for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead - kAhead + TWICE + 64 * i, 0, 2);
-#endif
       ahead += tile.step;
       if constexpr (halves) {
         add_halves<bits>(tile, g, codes, record, sum);
