@@ -191,6 +191,16 @@ def _inside(at, within, row, end, count, weight):
 
 
 @triton.jit
+def _own(x, residual, at, inside):
+    """Words of x, and those that the sum is added to, or x again where there is no residual."""
+    own = tl.load(x + at, inside, 0)
+    other = own
+    if residual is not None:
+        other = tl.load(residual + at, inside, 0)
+    return own, other
+
+
+@triton.jit
 def _flag(meeting, turn, sender, SIZE: tl.constexpr):
     """Where a program of the sender, the same here as there, says that it is at a meeting."""
     # Of two turns in a row, the later may be told before the earlier has been looked for.
@@ -286,10 +296,7 @@ def one_shot_kernel(
                 row = top + every
                 at = row * WORDS + columns
                 inside = _inside(at, within, row, end, count, weight)
-                own = tl.load(x + at, inside, 0)
-                other = own
-                if residual is not None:
-                    other = tl.load(residual + at, inside, 0)
+                own, other = _own(x, residual, at, inside)
                 if LINES and SIZE == 2:  # a + b is b + a
                     sent = _await_one(box + (1 - rank).to(tl.int64) * stride + at, turn, inside)
                     low = _low(own, DTYPE) + _low(sent, DTYPE)
@@ -411,10 +418,7 @@ def copied_kernel(
             row = top + every
             at = row * WORDS + columns
             inside = _inside(at, within, row, end, count, weight)
-            own = tl.load(x + at, inside, 0)
-            other = own
-            if residual is not None:
-                other = tl.load(residual + at, inside, 0)
+            own, other = _own(x, residual, at, inside)
             words = _sum_sent(own, box + at, stride.to(tl.int64), rank, inside, SIZE, DTYPE)
             _finish(words, other, at, inside, weight_low, weight_high, y, total, eps, WORDS, DTYPE)
 

@@ -38,7 +38,9 @@ def test_every_step_of_a_loop_is_counted_once(runs_ahead: bool) -> None:
     loop = EngineLoop(engine)
     for number, fails in enumerate((False, True, False)):
         engine.executor.fail_next = fails
-        loop.add_request(Request(str(number), [0, 1, 2], SamplingParams(temperature=0, max_tokens=3)))
+        loop.add_request(
+            Request(str(number), [0, 1, 2], SamplingParams(temperature=0, max_tokens=3))
+        )
         while loop.has_work:
             loop.step()
     assert loop.stats.step_tokens.count == loop.stats.step_seconds.count == engine.executor.steps
