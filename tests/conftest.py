@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("the same")
+
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def begin_with_own_gpus(worker: int) -> None:
