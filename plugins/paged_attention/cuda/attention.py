@@ -477,9 +477,9 @@ def _hopper_prefill(
     block, stages = _HOPPER_TILES[a.head_dim]
     coded = pages.dtype == torch.float8_e4m3fn
     keys, values, codes = _HOPPER_CODED_TILES[a.head_dim] if coded else (stages, stages, 0)
-    blocks = len(step.block_sequence)
+    blocks = len(step.block_sequence) * a.num_kv_heads
     part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
-    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, multiprocessors(qkv.device)),)](
+    hopper_prefill_kernel[(min(blocks, multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
         step.query_start,

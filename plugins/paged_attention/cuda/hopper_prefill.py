@@ -62,7 +62,8 @@ class Shape(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the step's sequences and blocks of queries are described."""
+    """Where the step's sequences and blocks of queries are described; ``blocks``: how many there
+    are for all groups of heads."""
 
     query_start: gl.tensor
     context_len: gl.tensor
@@ -125,7 +126,7 @@ def number_of(wave):
 def block_of(wave, step, shape):
     """This program's block in a wave."""
     number = number_of(wave)
-    there = number < step.blocks * shape.num_kv_heads
+    there = number < step.blocks
     kv_head = number % shape.num_kv_heads
     at = number // shape.num_kv_heads
     sequence = gl.load(step.block_sequence + at, mask=there, other=-1)
@@ -144,7 +145,7 @@ def block_of(wave, step, shape):
 @gluon.jit
 def waves(step, shape):
     """How many blocks a program has, some of them perhaps empty."""
-    return gl.cdiv(step.blocks * shape.num_kv_heads, gl.num_programs(0))
+    return gl.cdiv(step.blocks, gl.num_programs(0))
 
 
 @gluon.jit
@@ -566,8 +567,9 @@ def hopper_prefill_kernel(
 
     ``pages`` describes rows of one key or value of a head, of which a copy takes
     PAGE, and of each at most SWIZZLE bytes.
-    Grid: at most blocks * NUM_KV_HEADS, best as many as there are multiprocessors. The blocks with
-    the most keys should be the first. Where the step's blocks are smaller, the first of those in
+    ``blocks`` counts those of every group.
+    Grid: at most ``blocks``, best as many as there are multiprocessors. The blocks with the most
+    keys should be the first. Where the step's blocks are smaller, the first of those in
     one of ours does it all. Shared memory has tiles of BLOCK_N keys: KEYS of k, VALUES of v, and,
     where pages are float8, CODES of v as it is in them.
     """
