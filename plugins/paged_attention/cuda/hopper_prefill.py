@@ -7,9 +7,9 @@ of one tile of keys, it makes softmax weights of the scores of the next one. Sco
 units of log 2, so that ``exp2`` is the softmax's exponential.
 
 Keys of float8 pages are multiplied as they are. A query is the sum of two codes times a power of
-two of its row, to 2^-17 of its largest element, and exactly where an element is a bfloat16 of at
-least 2^-9 of that; two products in float8 take as long as one in 16 bits. Values a third warpgroup
-decodes into tiles of float16.
+two of its row: exactly where an element is a bfloat16 of at least 2^-9 of the row's largest, else
+to 2^-9 of itself or 2^-17 of that; two products in float8 take as long as one in 16 bits. Values a
+third warpgroup decodes into tiles of float16.
 """
 
 from typing import NamedTuple
@@ -176,19 +176,27 @@ def aligned(x, like):
 
 
 @gluon.jit
-def scores_of(half: gl.constexpr, q, k, zero):
+def operands_of(half: gl.constexpr, q):
+    """What a warpgroup multiplies by keys: the low codes of its queries, and the high ones; where
+    keys are no codes only the first of the two counts."""
+    CODED: gl.constexpr = q.dtype == gl.float8e4nv
+    LOW: gl.constexpr = 2 * half + 1 if CODED else half
+    HIGH: gl.constexpr = 2 * half if CODED else half
+    return q.index(LOW), q.index(HIGH)
+
+
+@gluon.jit
+def scores_of(q, k, zero):
     """Scores of a warpgroup's queries, on their way."""
-    if q.dtype == gl.float8e4nv:
-        scores = warpgroup_mma(q.index(2 * half + 1), k, zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma(q.index(2 * half), k, scores, is_async=True)
-    else:
-        scores = warpgroup_mma(q.index(half), k, zero, use_acc=False, is_async=True)
+    first, second = q
+    scores = warpgroup_mma(first, k, zero, use_acc=False, is_async=True)
+    if k.dtype == gl.float8e4nv:
+        scores = warpgroup_mma(second, k, scores, is_async=True)
     return scores
 
 
 @gluon.jit
 def next_tile(
-    half: gl.constexpr,
     i,
     n,
     q,
@@ -207,7 +215,7 @@ def next_tile(
     """Scores of the block's tile ``i``, the program's ``n``, while the values of the one before
     are added."""
     slot = await_tile(keys, n)
-    scores = scores_of(half, q, keys.tiles.index(slot).permute((1, 0)), zero)
+    scores = scores_of(q, keys.tiles.index(slot).permute((1, 0)), zero)
     before = await_tile(values, n - 1)
     acc = warpgroup_mma(weights, values.tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
@@ -253,7 +261,8 @@ def load_queries(half: gl.constexpr, block, qkv, q, scale, of_rows: gl.constexpr
         q.index(2 * half).store(high)
         q.index(2 * half + 1).store((values - high.to(gl.float32)).to(q.dtype))
         back = (exponent + 127 - TO_CODES << 23).to(gl.float32, bitcast=True)
-        scale = back * scale
+        # A code holds no infinity: such a row's scores are what they would be of numbers.
+        scale = gl.where(exponent < 255, back * scale, float("nan"))
     else:
         q.index(half).store(values.to(q.dtype))
     # In front of the barrier that the stores need before a product reads them.
@@ -295,6 +304,7 @@ def attend(
     of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.head_dim, 16])
     of_rows: gl.constexpr = gl.SliceLayout(1, of_scores)
     scale = load_queries(half, block, qkv, q, scale, of_rows, shape)
+    q = operands_of(half, q)
     last_key = block.past + rows_of(half, block, of_scores, shape)[0]
     first = block.past + block.start + half * ROWS // (shape.num_heads // shape.num_kv_heads)
     # Up to here every query of this half sees every key.
@@ -304,7 +314,7 @@ def attend(
     zero = gl.zeros([ROWS, shape.block_n], gl.float32, of_scores)
 
     slot = await_tile(keys, n)
-    scores = scores_of(half, q, keys.tiles.index(slot).permute((1, 0)), zero)
+    scores = scores_of(q, keys.tiles.index(slot).permute((1, 0)), zero)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(keys.free.index(slot), count=1)
     weights, m, _ = softmax(scores, m, scale, 0, last_key, True)
@@ -313,14 +323,12 @@ def attend(
     weights = gl.convert_layout(weights, gl.DotOperandLayout(0, of_sums, 2))
     for i in range(1, middle):
         weights, m, total, acc = next_tile(
-            half, i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, False,
-            shape,
-        )  # fmt: skip
+            i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, False, shape
+        )
     for i in range(gl.maximum(middle, 1), block.tiles):
         weights, m, total, acc = next_tile(
-            half, i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, True,
-            shape,
-        )  # fmt: skip
+            i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, True, shape
+        )
     slot = await_tile(values, n + block.tiles - 1)
     acc = warpgroup_mma(weights, values.tiles.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
