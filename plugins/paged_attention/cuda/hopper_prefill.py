@@ -6,10 +6,8 @@ by TMA, and two warpgroups of 64 rows each multiply. While a warpgroup's tensor 
 of one tile of keys, it makes softmax weights of the scores of the next one. Scores are kept in
 units of log 2, so that ``exp2`` is the softmax's exponential.
 
-Keys of float8 pages are multiplied as they are. A query is the sum of two codes times a power of
-two of its row: exactly where an element is a bfloat16 of at least 2^-9 of the row's largest, else
-to 2^-9 of itself or 2^-17 of that; two products in float8 take as long as one in 16 bits. Values a
-third warpgroup decodes into tiles of float16.
+Keys of float8 pages are multiplied as they are, by queries in two codes (``hopper_codes``). Values
+a third warpgroup decodes into tiles of float16.
 """
 
 from typing import NamedTuple
@@ -25,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LEAST_EXPONENT = gl.constexpr(64)  # of float32, which a row of zeros is given
-TO_CODES = gl.constexpr(127 + 7)
+from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = gl.constexpr(-1e30)
@@ -253,16 +251,7 @@ def load_queries(half: gl.constexpr, block, qkv, q, scale, of_rows: gl.constexpr
     values = gl.load(qkv + at[:, None] + d[None, :], mask=valid[:, None], other=0.0)
     if q.dtype == gl.float8e4nv:
         values = values.to(gl.float32)
-        bits = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True)
-        exponent = gl.maximum(bits >> 23, LEAST_EXPONENT)
-        # The largest of a row becomes 128 or more, but less than 256, of the 448 of float8.
-        values *= (TO_CODES + 127 - exponent << 23).to(gl.float32, bitcast=True)[:, None]
-        high = values.to(q.dtype)
-        q.index(2 * half).store(high)
-        q.index(2 * half + 1).store((values - high.to(gl.float32)).to(q.dtype))
-        back = (exponent + 127 - TO_CODES << 23).to(gl.float32, bitcast=True)
-        # A code holds no infinity: such a row's scores are what they would be of numbers.
-        scale = gl.where(exponent < 255, back * scale, float("nan"))
+        scale = store_codes(values, q.index(2 * half), q.index(2 * half + 1)) * scale
     else:
         q.index(half).store(values.to(q.dtype))
     # In front of the barrier that the stores need before a product reads them.
