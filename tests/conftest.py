@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tests.plugins.interpreter import repair
 from tests.tiny_models import TINY_SHAPE, save_tiny
 
@@ -16,6 +18,22 @@ from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions
 
 ROOT = Path(__file__).parents[1]
+
+# Whether a change lands depends neither on luck nor on how fast the machine is: the same examples
+# every time, and no limit to an example's time. ``--hypothesis-profile default`` draws others.
+settings.register_profile(
+    "the same",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("the same")
+
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def begin_with_own_gpus(worker: int) -> None:

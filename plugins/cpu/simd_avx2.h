@@ -72,6 +72,16 @@ SLIPSTREAM_INLINE Floats scale_or_zero(Floats a, Floats n, Floats x) {
   return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, splat(-126.0f), _CMP_GE_OQ));
 }
 
+// A bit for each lane that is no less.
+SLIPSTREAM_INLINE uint32_t lanes_from(Floats a, float least) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, splat(least), _CMP_GE_OQ)));
+}
+// 2^(a - 127) for a from 1 to 254 on the straight lines between whole numbers, and 0 below.
+SLIPSTREAM_INLINE Floats exp2_line(Floats a) {
+  const __m256i bits = _mm256_cvtps_epi32(_mm256_mul_ps(a, splat(0x1p23f)));
+  return _mm256_and_ps(_mm256_castsi256_ps(bits), _mm256_cmp_ps(a, splat(1.0f), _CMP_GE_OQ));
+}
+
 SLIPSTREAM_INLINE Ints splat(int32_t x) { return _mm256_set1_epi32(x); }
 SLIPSTREAM_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) {

@@ -24,6 +24,15 @@ SLIPSTREAM_INLINE Floats abs(Floats a) { return _mm512_abs_ps(a); }
 SLIPSTREAM_INLINE Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SLIPSTREAM_INLINE float reduce_add(Floats a) { return _mm512_reduce_add_ps(a); }
 SLIPSTREAM_INLINE float reduce_max(Floats a) { return _mm512_reduce_max_ps(a); }
+// A bit for each lane that is no less.
+SLIPSTREAM_INLINE uint32_t lanes_from(Floats a, float least) {
+  return _mm512_cmp_ps_mask(a, splat(least), _CMP_GE_OQ);
+}
+// 2^(a - 127) for a from 1 to 254 on the straight lines between whole numbers, and 0 below.
+SLIPSTREAM_INLINE Floats exp2_line(Floats a) {
+  const __mmask16 some = _mm512_cmp_ps_mask(a, splat(1.0f), _CMP_GE_OQ);
+  return _mm512_castsi512_ps(_mm512_maskz_cvtps_epi32(some, _mm512_mul_ps(a, splat(0x1p23f))));
+}
 
 SLIPSTREAM_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 SLIPSTREAM_INLINE Floats load(const Half* p) {

@@ -27,6 +27,19 @@ SLIPSTREAM_INLINE float reduce_max(Floats a) {
   return even > odd ? even : odd;
 }
 
+// A bit for each lane that is no less.
+SLIPSTREAM_INLINE uint32_t lanes_from(Floats a, float least) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(a[i] >= least) << i;
+  return lanes;
+}
+// 2^(a - 127) for a from 1 to 254 on the straight lines between whole numbers, and 0 below.
+SLIPSTREAM_INLINE Floats exp2_line(Floats a) {
+  const Ints some = a >= splat(1.0f);
+  const Floats bounded = reinterpret_cast<Floats>(reinterpret_cast<Ints>(a) & some);
+  return reinterpret_cast<Floats>(__builtin_convertvector(bounded * splat(0x1p23f), Ints));
+}
+
 SLIPSTREAM_INLINE Floats load(const float* p) {
   Floats a;
   std::memcpy(&a, p, sizeof(a));

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -16,69 +17,110 @@ from slipstream.runtime.engine.step import Guessing, IntArray, PagedInputs, Samp
 from slipstream.runtime.engine.window_group import WindowPages
 
 _ON_DEVICE = -1
+_FEW = 64  # tokens that are looked at one by one in less time than NumPy's calls take
 
 
 class BatchBuilder:
-    """Turns plans into ``StepBatch``; keeps page tables, so a decode copies no page list."""
+    """Turns plans into ``StepBatch``. Most steps decode what the step before did: page tables are
+    kept, so a decode copies no page list, and so are arrays that are as they were, which nobody may
+    write to."""
 
     def __init__(self, config: RuntimeConfig, caches: tuple[CacheSpec, ...]) -> None:
         groups = group_caches(caches)
         self._full = _PageTable(config, groups.full) if groups.full else None
         self._windows = [_PageTable(config, names) for names in groups.windows.values()]
-        self._counter = np.arange(config.max_num_tokens, dtype=np.int32)
+        self._counter = _read_only(np.arange(config.max_num_tokens + 1, dtype=np.int32))
         self._page_size = config.page_size
+        self._runs = _Runs([], self._counter)
+        self._slots, self._sampling_slots, self._logits_rows = _Kept(), _Kept(), _Kept()
 
     def build(
         self, plan: StepPlan, outputs: tuple[str, ...] = ()
-    ) -> tuple[StepBatch, list[Sequence]]:
-        """The packed step, and for each of its logits rows the sequence it belongs to.
+    ) -> tuple[StepBatch, list[Sequence], list[int]]:
+        """The packed step, and for each of its logits rows the sequence it belongs to and its
+        position, which changes with the next step.
 
         ``plan`` is the scheduler's latest; ``outputs`` are wanted of the graph beside what it needs
         of it.
         """
+        runs = self._runs
+        if runs.counts != plan.counts:
+            runs = self._runs = _Runs(plan.counts, self._counter)
         rows = [sequence.row for sequence in plan.sequences]
-        slots = np.array(rows, np.int32)
-        counts = np.array(plan.counts, np.int32)
-        context = np.array(plan.starts, np.int32) + counts
-        query_start = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        owners, positions = self._place(counts, context, query_start)
+        slots = self._slots.of(rows)
+        starts = np.array(plan.starts, np.int32)
+        positions = runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
-            pages = self._full.inputs(slots, plan.allocations, owners, positions)
+            pages = self._full.inputs(rows, slots, plan.allocations, runs, plan.starts, positions)
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
-            pages |= table.inputs(slots, held, owners, positions)
-        token_ids, begins = np.array(_tokens(plan), np.int32), query_start.tolist()
-        wanted = _Wanted(plan, begins)
-        _put_guesses(plan, begins, token_ids)
+            pages |= table.inputs(rows, slots, held, runs, plan.starts, positions)
+        token_ids = np.array(_tokens(plan), np.int32)
+        wanted = _Wanted(plan, runs.begins)
+        if plan.guesses:
+            _put_guesses(plan, runs.begins, token_ids)
         batch = StepBatch(
             token_ids=token_ids,
             positions=positions,
-            query_start=query_start,
-            context_len=context,
-            logits_rows=np.array(wanted.rows, np.int32),
+            query_start=runs.query_start,
+            context_len=starts + runs.sizes,
+            logits_rows=self._logits_rows.of(wanted.rows),
             sampling=wanted.sampling,
             slots=slots,
-            sampling_slots=np.array(wanted.slots, np.int32),
+            sampling_slots=self._sampling_slots.of(wanted.slots),
             pages=pages,
-            outputs=(*_outputs(plan), *outputs),
+            outputs=wanted.outputs + outputs,
             drafts=plan.drafts,
             moves=plan.moves,
             transfers=plan.transfers.copies,
             guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
         )
-        return batch, wanted.owners
+        return batch, wanted.owners, wanted.positions
 
-    def _place(
-        self, counts: IntArray, context: IntArray, query_start: IntArray
-    ) -> tuple[IntArray, IntArray]:
-        """Of every token, which of the plan's sequences it belongs to and its position."""
-        total = int(query_start[-1])
-        if total == len(counts):  # decodes only
-            return self._counter[:total], context - 1
-        owners = self._counter[: len(counts)].repeat(counts)
-        return owners, self._counter[:total] + (context - query_start[1:])[owners]
+
+class _Kept:
+    """The array of a list that most steps have as the step before had it."""
+
+    __slots__ = ("_array", "_numbers")
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+        self._array = _read_only(np.zeros(0, np.int32))
+
+    def of(self, numbers: list[int]) -> IntArray:
+        """int32, the same array as the last if the numbers are. The list must stay as it is."""
+        if numbers != self._numbers:
+            self._numbers, self._array = numbers, _read_only(np.array(numbers, np.int32))
+        return self._array
+
+
+class _Runs:
+    """How the tokens of sequences lie in a step, of which each has ``counts`` of them.
+
+    ``query_start`` and ``begins`` are where they begin, and the end; ``owners`` is of every token
+    which of the sequences it belongs to, ``sizes`` is ``counts``. Where they ``are_few`` each has
+    one.
+    """
+
+    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start", "sizes")
+
+    def __init__(self, counts: list[int], counter: IntArray) -> None:
+        """``counter`` counts from 0 to the most tokens of a step."""
+        self.counts, self.begins = counts, [0, *itertools.accumulate(counts)]
+        total, size = self.begins[-1], len(counts)
+        self.sizes = _read_only(np.array(counts, np.int32))
+        self.query_start, self.owners = counter[: size + 1], counter[:size]
+        self.are_few = total == size <= _FEW
+        self._places: IntArray | None = None  # of every token in its run; None: all are the first
+        if total != size:
+            self.query_start = _read_only(np.array(self.begins, np.int32))
+            self.owners = _read_only(self.owners.repeat(self.sizes))
+            self._places = counter[:total] - self.query_start[self.owners]
+
+    def positions(self, starts: IntArray) -> IntArray:
+        """Of every token, where sequences go on from ``starts``."""
+        return starts if self._places is None else starts[self.owners] + self._places
 
 
 class _PageTable:
@@ -87,47 +129,69 @@ class _PageTable:
     def __init__(self, config: RuntimeConfig, names: tuple[str, ...]) -> None:
         columns = -(-config.max_seq_len // config.page_size)
         self._names = names
-        self._page_size = np.int32(config.page_size)
+        self._page_size = config.page_size
         self._table = np.zeros((config.max_batch_size, columns), np.int32)
+        # What the last step had of it, and of which rows.
+        self._shown = _read_only(self._table[:0].copy())
+        self._rows: IntArray | None = None
 
     def inputs(
         self,
-        rows: IntArray,
-        held: Iterable[Allocation | WindowPages],
-        owners: IntArray,
+        rows: list[int],
+        slots: IntArray,
+        held: Collection[Allocation | WindowPages],
+        runs: _Runs,
+        starts: list[int],
         positions: IntArray,
     ) -> dict[str, PagedInputs]:
-        """The rows of the table, brought up to date, and the slot of every token; the caches of a
-        group share them."""
-        table = self._table[rows, : self._sync(rows.tolist(), held)]
-        page, offset = np.divmod(positions, self._page_size)
-        slots = table[owners, page] * self._page_size + offset
-        return dict.fromkeys(self._names, PagedInputs(table, slots))
+        """The ``rows`` of the table, which are ``slots``, too, brought up to date, and the slot of
+        every token; the caches of a group share them."""
+        width, changed = self._sync(rows, held)
+        table = self._shown
+        if changed or self._rows is not slots or table.shape[1] != width:
+            table = self._shown = _read_only(self._table[slots, :width])
+            self._rows = slots
+        size = self._page_size
+        if runs.are_few:
+            places = zip(held, starts, strict=True)
+            mapping = np.array(
+                [e.pages[at // size] * size + at % size for e, at in places], np.int32
+            )
+        else:
+            page, offset = np.divmod(positions, np.int32(size))
+            mapping = table[runs.owners, page]
+            mapping *= np.int32(size)
+            mapping += offset
+        return dict.fromkeys(self._names, PagedInputs(table, mapping))
 
-    def _sync(self, rows: Iterable[int], held: Iterable[Allocation | WindowPages]) -> int:
-        """Bring rows of the table up to date and return the largest page count."""
-        width = 0
+    def _sync(
+        self, rows: list[int], held: Collection[Allocation | WindowPages]
+    ) -> tuple[int, bool]:
+        """Bring rows up to date; the largest page count, and whether a row has changed."""
+        width, changed = 0, False
         for row, each in zip(rows, held, strict=True):
             total = len(each.pages)
             if total > width:
                 width = total
             if each.synced < total:
                 self._table[row, each.synced : total] = each.pages[each.synced :]
-                each.synced = total
-        return width
+                each.synced, changed = total, True
+        return width, changed
 
 
 class _Wanted:
     """The rows of a step whose logits are wanted: what for, whose, and where the token goes."""
 
-    __slots__ = ("owners", "rows", "sampling", "slots")
+    __slots__ = ("outputs", "owners", "positions", "rows", "sampling", "slots")
 
     def __init__(self, plan: StepPlan, begins: list[int]) -> None:
         """``begins`` are the first token rows of the plan's sequences."""
         self.rows: list[int] = []
         self.sampling: list[SamplingRow] = []
         self.owners: list[Sequence] = []
+        self.positions: list[int] = []
         self.slots: list[int] = []
+        self.outputs: tuple[str, ...] = ()  # of the graph, beside its logits
         chunks = zip(
             plan.sequences,
             plan.starts,
@@ -144,6 +208,7 @@ class _Wanted:
                     row.position = position + 1
                     self._add(begin + position - start, row, sequence, -1)
             if sequence.pool is not None:
+                self.outputs = (STATES,)
                 row, wanted = _new_row(sequence, None), sequence.pool.wanted(start, start + count)
                 row.position, row.pooled = wanted.start, True
                 for position in wanted:
@@ -162,6 +227,7 @@ class _Wanted:
             self.rows.append(at)
             self.sampling.append(row)
             self.owners.append(sequence)
+            self.positions.append(output)
             self.slots.append(sequence.row)
             output, at = output + 1, at + 1
 
@@ -169,11 +235,13 @@ class _Wanted:
         self.rows.append(row)
         self.sampling.append(sampling)
         self.owners.append(owner)
+        self.positions.append(sampling.position)
         self.slots.append(slot)
 
 
-def _outputs(plan: StepPlan) -> tuple[str, ...]:
-    return (STATES,) if any(sequence.pool for sequence in plan.sequences) else ()
+def _read_only(array: IntArray) -> IntArray:
+    array.flags.writeable = False
+    return array
 
 
 def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:

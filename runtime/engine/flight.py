@@ -32,11 +32,15 @@ class Flight:
 
     @classmethod
     def begin(
-        cls, executor: Executor, plan: StepPlan, batch: StepBatch, owners: list[Sequence]
+        cls,
+        executor: Executor,
+        plan: StepPlan,
+        batch: StepBatch,
+        owners: list[Sequence],
+        positions: list[int],
     ) -> Flight:
         """Give a step to the device; one that it does not take is ``refused``."""
         started: StartedStep
-        positions = [row.position for row in batch.sampling]
         try:
             started = executor.submit(batch)
         except Exception as error:  # noqa: BLE001 - whatever a device raises ends only this step

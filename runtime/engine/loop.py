@@ -21,7 +21,7 @@ from slipstream.runtime.engine.request_state import CompletionState, RequestStat
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.stats import EngineStats
-from slipstream.runtime.engine.step import REJECTED, StepResult, TokenLogprobs
+from slipstream.runtime.engine.step import REJECTED, StepResult
 from slipstream.runtime.engine.step_stats import StepStats
 from slipstream.runtime.executors.base import PreparingExecutor, padded_sizes
 from slipstream.runtime.host_memory import make_transfers, reserve_host, spill, traffic
@@ -174,17 +174,20 @@ class EngineLoop:
     def stop(self, request_id: str, index: int) -> None:
         """End one completion whose text has come to a stop string; unknown ones are ignored."""
         state = self._requests.get(request_id)
-        sequence = None if state is None else state.completions[index].sequence
-        if sequence is not None and not sequence.finish_reason:
+        if state is None:
+            return
+        sequence = state.completions[index].sequence
+        if not sequence.finish_reason:
             sequence.finish_reason = "stop"
-            self._note_change(sequence, self._clock())
+            self._note_change(state, sequence, self._clock())
 
     def step(self) -> list[RequestOutput]:
         """The same as ``advance``; returns what callers are to hear, with what is new as text."""
         outputs = []
         for state in self.advance():
             output = state.output()
-            self._settle(state)  # its text may be what cannot be told
+            if state.error is not None:  # its text may be what cannot be told
+                self._settle(state)
             if output is not None:
                 outputs.append(output)
         return outputs
@@ -201,7 +204,8 @@ class EngineLoop:
             self._health.ended()
         changed, self._changed = self._changed, {}
         for state in changed:
-            self._settle(state)
+            if state.error is not None:
+                self._settle(state)
         return [state for state in changed if state.request.request_id != PROBE]
 
     def prepare(self) -> bool:
@@ -259,14 +263,15 @@ class EngineLoop:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return None
-        self._note_admitted(plan.admitted)
+        if plan.admitted:
+            self._note_admitted(plan.admitted)
         outputs: tuple[str, ...] = ()
         if (guesses := self._speculator) is not None:
             outputs, size = guesses.outputs, self.scheduler.kv.page_size
             plan.ahead = guesses.ahead(plan, size)
-        batch, owners = self._builder.build(plan, outputs)
+        batch, owners, positions = self._builder.build(plan, outputs)
         self._steps.began()
-        return Flight.begin(self._engine.executor, plan, batch, owners)
+        return Flight.begin(self._engine.executor, plan, batch, owners, positions)
 
     def _note_admitted(self, sequences: Iterable[Sequence]) -> None:
         for metrics in (self._requests[s.request.request_id].metrics for s in sequences):
@@ -330,22 +335,18 @@ class EngineLoop:
                 continue
             # Else the step was on its way when the token was forced.
             if not (sequence.jumps and position < len(sequence.output)):
-                self._take_token(sequence, token, logprobs)
-                self._note_change(sequence, now)
+                state = self._requests[sequence.request.request_id]
+                completion = state.completions[sequence.index]
+                try:
+                    completion.take(token, logprobs)
+                    if sequence.jumps:
+                        completion.jump()
+                except SlipstreamError as error:  # of the tokenizer, or of the form
+                    state.fail(error)
+                self._note_change(state, sequence, now)
 
-    def _take_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-        state = self._requests[sequence.request.request_id]
-        completion = state.completions[sequence.index]
-        try:
-            completion.take(token, logprobs)
-            if sequence.jumps:
-                completion.jump()
-        except SlipstreamError as error:  # of the tokenizer, or of the form
-            state.fail(error)
-
-    def _note_change(self, sequence: Sequence, now: float) -> None:
+    def _note_change(self, state: RequestState, sequence: Sequence, now: float) -> None:
         """Note that a sequence has something to tell, and may have ended."""
-        state = self._requests[sequence.request.request_id]
         self._changed[state] = None
         if state.metrics.first_token_time is None:
             state.metrics.first_token_time = now
@@ -386,13 +387,13 @@ class EngineLoop:
         self._changed[state] = None
 
     def _forget(self, state: RequestState) -> None:
+        """Note that a request has ended."""
         del self._requests[state.request.request_id]
         self._need_output.discard(state)
+        state.metrics.finished_time = self._clock()
 
     def _settle(self, state: RequestState) -> None:
-        """End a request that is to fail, and note when one has ended."""
-        if state.error is not None and not state.finished:
+        """End a request that is to fail, if it has not ended."""
+        if not state.finished:
             self._end(state, "error")
             del self._changed[state]
-        if state.finished and state.metrics.finished_time is None:
-            state.metrics.finished_time = self._clock()

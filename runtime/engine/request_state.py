@@ -76,7 +76,8 @@ class CompletionState:
         sequence.append(token)
         if logprobs is not None:
             self._score((logprobs,))
-        self._find_stop()
+        if sequence.request.params.stop:
+            self._find_stop()
 
     def follow(
         self, tokens: list[int], logprobs: Sequence_[TokenLogprobs], ending: Ending | None
@@ -162,14 +163,14 @@ class CompletionState:
         text = "".join(self._pieces)
         self._pieces = [] if delta else [text]
         self._told_tokens = len(sequence.output)
-        return CompletionOutput(
-            index=sequence.index,
-            text=text,
-            token_ids=sequence.output[start:],
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else self.logprobs[start:],
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
+        return CompletionOutput(  # by place, here and below: by name it takes twice as long
+            sequence.index,
+            text,
+            sequence.output[start:],
+            None if self.logprobs is None else self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[start:],
+            sequence.finish_reason,
+            sequence.stop_reason,
         )
 
 
@@ -190,6 +191,14 @@ class RequestState:
                 return False
         return True
 
+    @property
+    def _is_long(self) -> bool:
+        """Whether a completion has enough tokens without text."""
+        for completion in self.completions:  # noqa: SIM110 - every step asks, and any() is slower
+            if completion.undecoded >= _DECODED_AT_ONCE:
+                return True
+        return False
+
     def fail(self, error: SlipstreamError) -> None:
         """Note why the request is to end although its step did not fail."""
         self.error = error
@@ -200,7 +209,7 @@ class RequestState:
         """What the caller is to hear now, if anything; decodes what is new."""
         kind = self.request.output_kind
         waits = kind == "final" and not self.finished and self.error is None
-        if waits and all(each.undecoded < _DECODED_AT_ONCE for each in self.completions):
+        if waits and not self._is_long:
             return None
         try:
             for completion in self.completions:
@@ -211,16 +220,16 @@ class RequestState:
             return None
         request, leader = self.request, self.completions[0].sequence
         output = RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion.output(kind == "delta") for completion in self.completions],
-            finished=self.finished or self.error is not None,
-            metrics=self.metrics,
-            prompt_logprobs=None if leader.scores_prompt else leader.prompt_logprobs,
-            num_cached_tokens=leader.num_cached or 0,
-            pooled=None if leader.pool is None else leader.pool.value,
-            error=self.error,
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            [completion.output(kind == "delta") for completion in self.completions],
+            self.finished or self.error is not None,
+            self.metrics,
+            None if leader.scores_prompt else leader.prompt_logprobs,
+            leader.num_cached or 0,
+            None if leader.pool is None else leader.pool.value,
+            self.error,
         )
         if request.params.prediction_token_ids:
             sequences = [completion.sequence for completion in self.completions]

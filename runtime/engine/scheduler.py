@@ -246,7 +246,7 @@ class Scheduler:
             allocation = sequence.allocation
             assert allocation is not None
             # Most often the last page has room, and asking is dearer than looking.
-            tokens = sequence.num_tokens + sequence.num_drafted
+            tokens = len(sequence.tokens) + sequence.pending + sequence.num_drafted
             has_room = simple and tokens <= len(allocation.pages) * size
             if has_room or sequence.awaits_last or self._grow(sequence, allocation):
                 position += 1

@@ -125,7 +125,7 @@ class Sequence:
     @property
     def num_left(self) -> int:
         """Tokens that are to be computed next."""
-        return self.num_tokens - self.num_scheduled
+        return len(self.tokens) + self.pending - self.num_scheduled
 
     @property
     def awaits_token(self) -> bool:
@@ -168,21 +168,6 @@ class Sequence:
         Raises ``InvalidRequestError`` where its form cannot be followed any further.
         """
         self.pending -= 1
-        self._extend(token)
-
-    def force(self, token: int) -> None:
-        """The same for a token that the form leaves no choice about. If a step on its way samples
-        one for its place, that is not awaited."""
-        self.pending = max(0, self.pending - 1)
-        self._extend(token)
-
-    def constrained(self) -> Constraint | None:
-        """The constraint, made when it is first asked for: there may be many siblings."""
-        if self.constraint is None and self.request.grammar is not None:
-            self.constraint = self.request.grammar.start()
-        return self.constraint
-
-    def _extend(self, token: int) -> None:
         self.tokens.append(token)
         self.output.append(token)
         constraint, count = self.constraint, len(self.output)
@@ -196,3 +181,15 @@ class Sequence:
             self.finish_reason, self.ends_in_stop_token = "stop", token in self.eos_token_ids
         elif count >= self.max_tokens:
             self.finish_reason = "length"
+
+    def force(self, token: int) -> None:
+        """The same for a token that the form leaves no choice about. If a step on its way samples
+        one for its place, that is not awaited."""
+        self.pending = max(1, self.pending)
+        self.append(token)
+
+    def constrained(self) -> Constraint | None:
+        """The constraint, made when it is first asked for: there may be many siblings."""
+        if self.constraint is None and self.request.grammar is not None:
+            self.constraint = self.request.grammar.start()
+        return self.constraint

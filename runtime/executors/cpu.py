@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from slipstream.builder.contract import (
     CacheSpec,
     GraphSpec,
     Output,
-    Source,
     bytes_per_token,
     paged,
     states,
@@ -28,7 +27,8 @@ from slipstream.errors import CapacityError, EngineMismatchError, ExecutionError
 from slipstream.plugins import library
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.kv_cache import Move
-from slipstream.runtime.engine.step import StepBatch, StepResult, reader_of
+from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.executors.cpu_binding import Arrays, Binding, Graph
 from slipstream.runtime.executors.host_slots import CPUHost
 from slipstream.runtime.executors.page_memory import PageMemory, give_back
 from slipstream.runtime.sampling.sampler import Sampler
@@ -53,59 +53,13 @@ _ORT_TYPES = {
     "int32": "int32",
 }
 _Kind = tuple[str, tuple[int | str | None, ...]]
-# Arrays by name, as ONNX Runtime sees them: those of caches.
-Values = Mapping[str, ort.OrtValue]
-Arrays = dict[str, NDArray[Any]]
-
-
-class _Graph:
-    """A session, and how the arrays of a step get into it."""
-
-    def __init__(self, spec: GraphSpec, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.readers = [
-            (port.name, reader_of(port)) for port in spec.inputs if port.source is not Source.CACHE
-        ]
-        self.arrays = [port.name for port in spec.inputs if port.source is Source.CACHE]
-        self.updates = {output.name: output.updates for output in spec.outputs if output.updates}
-        self.outputs = {output.name: output for output in spec.outputs if output.updates is None}
-
-    def wanted(self, batch: StepBatch) -> list[Output]:
-        """The outputs that a step asks for; a graph that has logits always gives them."""
-        names = [LOGITS, *batch.outputs] if LOGITS in self.outputs else batch.outputs
-        return [self.outputs[name] for name in names]
-
-
-class _Binding:
-    """A graph's inputs and outputs for steps of one shape, bound to arrays that steps write."""
-
-    def __init__(self, graph: _Graph, batch: StepBatch, caches: Values, outputs: Arrays) -> None:
-        self.io = graph.session.io_binding()
-        self.run: Callable[[Any], None] = graph.session.run_with_iobinding
-        self.outputs = outputs
-        self._inputs: list[tuple[NDArray[Any], Callable[[StepBatch], NDArray[Any]]]] = []
-        for name, read in graph.readers:
-            array = np.empty_like(read(batch))
-            self._inputs.append((array, read))
-            self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name in graph.arrays:
-            self.io.bind_ortvalue_input(name, caches[name])
-        for name, array in outputs.items():
-            self.io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, array_name in graph.updates.items():
-            self.io.bind_ortvalue_output(name, caches[array_name])
-
-    def write(self, batch: StepBatch) -> None:
-        """Copy a step of this shape into the bound arrays."""
-        for array, read in self._inputs:
-            np.copyto(array, read(batch))
 
 
 @dataclass(slots=True)
 class _Pending:
     """A step whose inputs are in place. The session runs when the result is asked for."""
 
-    binding: _Binding
+    binding: Binding
     batch: StepBatch
     sampler: Sampler
 
@@ -143,8 +97,9 @@ class CPUExecutor(CPUHost):
         # What the values above are views of, by cache.
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._memory: dict[str, list[PageMemory]] = {}
+        self._used: dict[str, NDArray[Any]] = {}  # the last page table of a cache
         super().__init__(manifest.caches, self._arrays, engine.fingerprint)
-        self._bindings: dict[tuple[object, ...], _Binding] = {}
+        self._bindings: dict[tuple[object, ...], Binding] = {}
         rows = config.max_batch_size
         if config.speculative != OFF:
             rows = min(rows * (1 + MAX_DRAFTS), config.max_num_tokens)
@@ -159,7 +114,7 @@ class CPUExecutor(CPUHost):
         if config.deterministic:
             _check_products(engine)
         self._graphs = {
-            name: _Graph(spec, _create_session(engine, spec, self._weights, threads))
+            name: Graph(spec, _create_session(engine, spec, self._weights, threads))
             for name, spec in manifest.graphs.items()
         }
 
@@ -214,11 +169,16 @@ class CPUExecutor(CPUHost):
 
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
-        self.transfer(batch.transfers)
-        self._move_pages(batch.moves)
+        if batch.transfers:
+            self.transfer(batch.transfers)
+        if batch.moves:
+            self._move_pages(batch.moves)
         for name, inputs in batch.pages.items():
+            table, pages = inputs.page_table, 0
+            if table is not self._used.get(name):
+                self._used[name], pages = table, int(table.max(initial=-1)) + 1
             for memory in self._memory[name]:
-                memory.use(int(inputs.page_table.max(initial=-1)) + 1)
+                memory.use(pages)
         binding = self._binding(batch)
         binding.write(batch)
         return _Pending(binding, batch, self._sampler)
@@ -239,6 +199,7 @@ class CPUExecutor(CPUHost):
         self._caches.clear()
         self._arrays.clear()
         self._memory.clear()
+        self._used.clear()
 
     def _allocate(self, cache: CacheSpec, array: CacheArray, count: int) -> None:
         """Zeros for ``count`` pages or slots of all layers."""
@@ -259,7 +220,7 @@ class CPUExecutor(CPUHost):
             for array in self._arrays[move.cache]:
                 array[:, move.destination] = array[:, move.source]
 
-    def _binding(self, batch: StepBatch) -> _Binding:
+    def _binding(self, batch: StepBatch) -> Binding:
         rows = len(batch.logits_rows)
         key = (
             *(batch.graph, batch.outputs, len(batch.token_ids), rows),
@@ -269,7 +230,7 @@ class CPUExecutor(CPUHost):
         if binding is None:
             graph = self._graphs[batch.graph]
             outputs = {output.name: self._output(output, batch) for output in graph.wanted(batch)}
-            binding = _Binding(graph, batch, self._caches, outputs)
+            binding = Binding(graph, batch, self._caches, outputs)
             # More rows than these are prompt logprobs: rare and large, so not kept.
             if rows <= len(self._logits):
                 if len(self._bindings) >= _CACHED_BINDINGS:

@@ -45,6 +45,8 @@ class PageMemory:
         if pages > self._used:
             self._full += self._filled(self._used, pages)
             self._used = pages
+        if not self._full:
+            return
         made, self._full = self._full[:_MOST_A_STEP], self._full[_MOST_A_STEP:]
         for address in made:
             _advise(self._map, mmap.MADV_HUGEPAGE, address - self._start, _HUGE)

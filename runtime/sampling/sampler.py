@@ -57,9 +57,10 @@ class Sampler:
     def result(self, outputs: Mapping[str, NDArray[Any]], batch: StepBatch) -> StepResult:
         """What a step has made, of its outputs, which the next step may overwrite."""
         rows = len(batch.sampling)
-        result = StepResult([-1] * rows, [None] * rows)
         if LOGITS in outputs:
             result = self.sample(outputs[LOGITS], batch.sampling)
+        else:
+            result = StepResult([-1] * rows, [None] * rows)
         result.outputs = {name: outputs[name].copy() for name in batch.outputs}
         return result
 
@@ -72,24 +73,32 @@ class Sampler:
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
         result = StepResult([-1] * len(rows), [None] * len(rows))
-        plain: list[int] = []
+        drawn: list[int] = []
+        greedy = True
         for index, row in enumerate(rows):
             if row.target is not None:
                 continue
             if edits_logits(row):
                 self._draw_edited(logits, index, row, result)
-            elif row.params.greedy:  # NumPy's search costs half of a call of the kernel
-                token = int(logits[index].argmax())
-                _put(result, index, token, logits[index, token])
             else:
-                plain.append(index)
-        if plain:
-            tokens, peaks = self._drawer.draw(logits, plain, [rows[index] for index in plain])
-            for index, token, peak in zip(plain, tokens, peaks, strict=True):
+                drawn.append(index)
+                greedy = greedy and row.params.greedy
+        if greedy and len(drawn) == len(rows):  # NumPy's search costs half of a call of the kernel
+            self._take_largest(logits, result)
+        elif drawn:
+            tokens, peaks = self._drawer.draw(logits, drawn, [rows[index] for index in drawn])
+            for index, token, peak in zip(drawn, tokens, peaks, strict=True):
                 _put(result, index, token, peak)
         reject(rows, result)
         _score(logits, rows, result)
         return result
+
+    def _take_largest(self, logits: Logits, result: StepResult) -> None:
+        """The first of the largest of every row."""
+        result.token_ids = tokens = logits.argmax(axis=1).tolist()
+        for index, token in enumerate(tokens):
+            if not math.isfinite(peak := logits[index, token]):
+                result.token_ids[index], result.failed[index] = -1, broken_row(peak)
 
     def _draw_edited(
         self, logits: Logits, index: int, row: SamplingRow, result: StepResult

@@ -152,7 +152,7 @@ class DraftProposer:
                 plan.add(sequence, count)
                 budget -= count
         plan.drafts = [0] * len(plan.sequences)
-        batch, owners = self._builder.build(plan)
+        batch, owners, _ = self._builder.build(plan)
         return self._executor.submit(batch).sample(), owners
 
 

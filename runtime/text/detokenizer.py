@@ -62,6 +62,9 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens and return the new text that is safe to show."""
+        if self._matcher is None:
+            self.num_tokens += len(token_ids)
+            return "".join(map(self._stream.push, token_ids))
         increment = ""
         for token_id in token_ids:
             if self.stop_reason is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -45,12 +46,13 @@ def serve(body: Body, num_pages: int = 64, **options: Any) -> None:  # noqa: ANN
 
 
 async def until_idle(llm: AsyncLLM) -> None:
-    for _ in range(2000):
+    deadline = time.monotonic() + 60
+    while True:
         stats = llm.stats
         if (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0):
             return
+        assert time.monotonic() < deadline, f"requests were left behind: {stats}"
         await asyncio.sleep(0.001)
-    raise AssertionError(f"requests were left behind: {llm.stats}")
 
 
 class PreparingDevice(CountingExecutor):
@@ -180,16 +182,21 @@ def test_a_crowd_that_comes_and_goes_gets_its_own_tokens_and_leaves_nothing() ->
 
 
 def test_abort_by_id_ends_the_iterator() -> None:
-    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
+    async def main() -> None:
         endless = greedy(max_tokens=200, ignore_eos=True)
-        outputs = llm.generate("a", endless, "x")
-        await anext(outputs)
-        await llm.abort("x")
-        await llm.abort("never seen")
-        final = await last(outputs)
-        assert final.finished and final.outputs[0].finish_reason == "abort"
+        with GatedDevice() as device:
+            async with AsyncLLM.from_engine(engine_on(device)) as llm:
+                device.permits.release()
+                outputs = llm.generate("a", endless, "x")
+                await anext(outputs)
+                await llm.abort("x")
+                await llm.abort("never seen")
+                device.permits.release(1000)
+                final = await last(outputs)
+                assert final.finished and final.outputs[0].finish_reason == "abort"
+                await until_idle(llm)
 
-    serve(body, delay=0.001)
+    asyncio.run(main())
 
 
 def test_errors_reach_only_the_request_they_belong_to() -> None:
@@ -211,15 +218,20 @@ def test_errors_reach_only_the_request_they_belong_to() -> None:
 
 
 def test_a_request_id_in_use_is_refused() -> None:
-    async def body(llm: AsyncLLM, executor: CountingExecutor) -> None:
-        outputs = llm.generate("a", greedy(), "x")
-        await anext(outputs)
-        with pytest.raises(InvalidRequestError, match="'x' is in use"):
-            await last(llm.generate("b", greedy(), "x"))
-        assert (await last(outputs)).outputs[0].text == "bcde"
-        assert (await last(llm.generate("b", greedy(), "x"))).outputs[0].text == "cdef"
+    async def main() -> None:
+        with GatedDevice() as device:
+            async with AsyncLLM.from_engine(engine_on(device)) as llm:
+                device.permits.release()
+                outputs = llm.generate("a", greedy(), "x")
+                await anext(outputs)
+                with pytest.raises(InvalidRequestError, match="'x' is in use"):
+                    await last(llm.generate("b", greedy(), "x"))
+                device.permits.release(1000)
+                assert (await last(outputs)).outputs[0].text == "bcde"
+                assert (await last(llm.generate("b", greedy(), "x"))).outputs[0].text == "cdef"
+                await until_idle(llm)
 
-    serve(body, delay=0.005)
+    asyncio.run(main())
 
 
 def test_a_device_failure_raises_in_its_consumers_and_the_engine_goes_on() -> None:
@@ -314,8 +326,8 @@ def test_the_event_loop_runs_on_while_the_device_computes() -> None:
 
 def test_shutdown_ends_open_requests_and_refuses_new_ones() -> None:
     async def main() -> None:
-        llm = AsyncLLM.from_engine(counting_engine(delay=0.001))
-        outputs = llm.generate("a", greedy(max_tokens=200, ignore_eos=True))
+        llm = AsyncLLM.from_engine(counting_engine(4096, delay=0.001, max_seq_len=10_000))
+        outputs = llm.generate("a", greedy(max_tokens=9_000, ignore_eos=True))
         await anext(outputs)
         await asyncio.to_thread(llm.shutdown)
         with pytest.raises(ExecutionError, match="was shut down"):

@@ -99,4 +99,4 @@ def test_a_panic_in_one_of_several_prompts_is_raised() -> None:
             async for _ in merge([panics(), waits()]):
                 pass
 
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -1,6 +1,7 @@
-// One token of each row of logits. A row is read twice at most: for the largest logit of every 64, and for the weights
-// of all tokens where top-p or nothing at all bounds the choice, of which only sums and maxima are kept. Whatever else
-// looks for large values then skips the blocks that have none.
+// One token of each row of logits. A row is read for the largest logit of every 64, and again for the weights of all
+// tokens where top-p or nothing at all bounds the choice, of which only sums and maxima are kept. Whatever else looks for
+// large values then skips the blocks that have none. Where top-p keeps few tokens their small weights need not be known:
+// bounds of their sum, which cost a third of it, mostly tell where the nucleus ends.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -25,13 +26,9 @@ constexpr double kBelowOne = 1.0 - 0x1p-53;
 
 // A value and its id in one number: the larger the value, and of equal ones the smaller the id, the smaller the key.
 using Key = uint64_t;
-// The types of comparisons keep the standard library's templates apart, one an instruction set.
+// The type of the comparison keeps the standard library's templates apart, one an instruction set.
 struct Before {
   bool operator()(Key a, Key b) const { return a < b; }
-};
-
-struct Above {
-  bool operator()(float a, float b) const { return a > b; }
 };
 
 inline Key key_of(float value, int64_t id) {
@@ -129,22 +126,55 @@ int64_t first_of(const Draw& draw, float value) {
 // Probabilities up to a common factor; the likeliest gets 1.
 SLIPSTREAM_INLINE Floats weigh(Floats logits, Floats peak, Floats scale) { return exp2((logits - peak) * scale); }
 
-// The sum of every block's weights and what none of them exceeds; the sum of all.
-double weigh_all(const Draw& draw) {
+// Puts what none of a block's weights exceeds in place of its largest logit.
+void weigh_maxima(const Draw& draw) {
   const Floats peak = splat(draw.peak), scale = splat(draw.scale);
   // The largest logit's weight may be rounded to less than its neighbour's. Beyond the last there is room, of sums.
   for (int64_t b = 0; b < draw.blocks(); b += kLanes)
     store(draw.work.maxima + b, weigh(load(draw.work.maxima + b), peak, scale) * splat(1.0f + 0x1p-20f));
+}
+
+float weight_of_block(const Draw& draw, int64_t b) {
+  const Floats peak = splat(draw.peak), scale = splat(draw.scale);
+  float padded[kBlock];
+  const float* x = draw.block(b, padded);
+  Floats sum = splat(0.0f);
+  for (int64_t i = 0; i < kBlock; i += kLanes) sum = sum + weigh(load(x + i), peak, scale);
+  return reduce_add(sum);
+}
+
+// The sum of every block's weights, and of all.
+double weigh_all(const Draw& draw) {
   double total = 0.0;
+  for (int64_t b = 0; b < draw.blocks(); ++b) total += draw.work.sums[b] = weight_of_block(draw, b);
+  return total;
+}
+
+struct Bounds {
+  double least, most;
+};
+
+// Between what the sum of all weights is. Of blocks without large ones they are taken from the straight lines between
+// powers of two, which are above 2^x, and nowhere by more than 6.15%: their sum's bounds are that far apart.
+Bounds bounds_of_all(const Draw& draw) {
+  constexpr float kLarge = 0x1p-6f;
+  // Both exponents, of up to 127, are rounded in their last place.
+  constexpr double kLine = 1.0 / 1.0616, kRounding = 4e-5;
+  const Floats peak = splat(draw.peak), scale = splat(draw.scale), one = splat(127.0f);
+  double known = 0.0, lines = 0.0;
   for (int64_t b = 0; b < draw.blocks(); ++b) {
+    if (draw.work.maxima[b] >= kLarge) {
+      known += weight_of_block(draw, b);
+      continue;
+    }
     float padded[kBlock];
     const float* x = draw.block(b, padded);
-    Floats sum = splat(0.0f);
-    for (int64_t i = 0; i < kBlock; i += kLanes) sum = sum + weigh(load(x + i), peak, scale);
-    draw.work.sums[b] = reduce_add(sum);
-    total += draw.work.sums[b];
+    Floats sum[2] = {splat(0.0f), splat(0.0f)};
+    for (int64_t i = 0; i < kBlock; i += 2 * kLanes)
+      for (int64_t s = 0; s < 2; ++s) sum[s] = sum[s] + exp2_line(fma(load(x + i + s * kLanes) - peak, scale, one));
+    lines += reduce_add(sum[0] + sum[1]);
   }
-  return total;
+  return {(known + lines * kLine) * (1.0 - kRounding), (known + lines) * (1.0 + kRounding)};
 }
 
 void weigh_some(const Draw& draw, const float* logits, int64_t count, float* weights) {
@@ -171,12 +201,29 @@ struct Weights {
   }
 };
 
-// A lower bound of the k-th largest logit: the k-th largest of the blocks' maxima.
+// A lower bound of the k-th largest logit: what at least k of the blocks' maxima reach, and not many more. Found by
+// halves, since to count all maxima takes a hundredth of the time to sort them.
 float bound_of_largest(const Draw& draw, int64_t k) {
-  float* sorted = draw.work.sums;
-  std::memcpy(sorted, draw.work.maxima, size_t(draw.blocks()) * sizeof(float));
-  std::nth_element(sorted, sorted + k - 1, sorted + draw.blocks(), Above());
-  return std::max(kLowest, sorted[k - 1]);
+  float least = kLowest, most = draw.peak;  // fewer than k reach the latter, or it is the bound
+  const int64_t enough = k + k / 8;
+  auto count = [&](float bound) {
+    int32_t found = 0;
+    for (int64_t b = 0; b < draw.blocks(); ++b) found += draw.work.maxima[b] >= bound;
+    return int64_t(found);
+  };
+  // Steps that grow from the peak on find the scale of what is to be halved.
+  for (float step = 1.0f; least == kLowest; step *= 2.0f) {
+    const float bound = draw.peak - step;
+    if (!(bound > kLowest)) return kLowest;
+    (count(bound) >= k ? least : most) = bound;
+  }
+  for (int turn = 0; turn < 20; ++turn) {
+    const float middle = least + 0.5f * (most - least);
+    const int64_t found = count(middle);
+    (found >= k ? least : most) = middle;
+    if (found >= k && found <= enough) break;
+  }
+  return least;
 }
 
 // Keys of the values from `least` on and below `end`, by id.
@@ -188,8 +235,11 @@ int64_t gather(const Draw& draw, Values values, float least, float end, Key* key
     float buffer[kBlock];
     const float* block = values(draw, b, buffer);
     const int64_t first = b * kBlock, size = std::min(kBlock, draw.vocab - first);
-    for (int64_t i = 0; i < size; ++i)
-      if (block[i] >= least && block[i] < end) keys[count++] = key_of(block[i], first + i);
+    for (int64_t i = 0; i < size; i += kLanes)
+      for (uint32_t lanes = lanes_from(load(block + i), least); lanes != 0; lanes &= lanes - 1) {
+        const int64_t at = i + __builtin_ctz(lanes);
+        if (block[at] < end && at < size) keys[count++] = key_of(block[at], first + at);
+      }
   }
   return count;
 }
@@ -242,6 +292,7 @@ int64_t pick_key(const Draw& draw, int64_t count) {
 }
 
 int64_t draw_of_all(const Draw& draw) {
+  weigh_maxima(draw);
   const double target = draw.uniform * weigh_all(draw);
   double below = 0.0;
   int64_t b = 0;
@@ -284,7 +335,7 @@ int64_t part(Key* keys, int64_t count, double mass) {
 }
 
 // The keys of the fewest tokens that have the mass, in no order: those of large weights first, which are few.
-int64_t nucleus(const Draw& draw, double mass) {
+int64_t nucleus_of(const Draw& draw, double mass) {
   int64_t count = 0;
   for (float least = 0x1p-4f, end = INFINITY;; end = least, least = least > 0x1p-100f ? least * 0x1p-4f : 0.0f) {
     Key* keys = draw.work.keys + count;
@@ -294,6 +345,21 @@ int64_t nucleus(const Draw& draw, double mass) {
     count += more;
     mass -= sum;
   }
+}
+
+// The keys of the nucleus, in no order.
+int64_t nucleus(const Draw& draw) {
+  weigh_maxima(draw);
+  const Bounds total = bounds_of_all(draw);
+  // Bounds that are far apart seldom tell anything, and more mass than there may be would be looked for everywhere.
+  if (total.most - total.least < 0x1p-6 * total.least && draw.top_p * total.most < total.least) {
+    const int64_t count = nucleus_of(draw, draw.top_p * total.most);
+    const Key* keys = draw.work.keys;
+    const Key last = *std::max_element(keys, keys + count, Before());
+    // It has the mass at any rate; is it the smallest that has, too?
+    if (sum_of(keys, count) - value_of(last) < draw.top_p * total.least) return count;
+  }
+  return nucleus_of(draw, draw.top_p * weigh_all(draw));
 }
 
 // Orders the keys of a large nucleus by id, but those that tie with the last of it, which end it.
@@ -306,7 +372,7 @@ void order_by_id(const Draw& draw, int64_t count) {
 }
 
 int64_t draw_of_nucleus(const Draw& draw) {
-  const int64_t count = nucleus(draw, draw.top_p * weigh_all(draw));
+  const int64_t count = nucleus(draw);
   if (count <= kMostSorted) {
     std::sort(draw.work.keys, draw.work.keys + count, Before());
   } else {

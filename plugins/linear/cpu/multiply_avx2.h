@@ -6,7 +6,7 @@ namespace slipstream {
 namespace SLIPSTREAM_ISA {
 
 // Weights are fetched this far ahead into the second-level cache, into the next tile if need be: without that, a short
-// tile is over before the processor notices that it is read in order.
+// tile is over before the processor notices that it is read in order. One token fetches as fetch_ahead says.
 constexpr int64_t kAhead = 12288;
 
 // The compiler would add up in a tree, whose leaves it has no registers for.
@@ -199,6 +199,14 @@ SLIPSTREAM_INLINE void add_halves(const TileArgs& tile, int64_t group, const uin
   }
 }
 
+// Fetches a block's worth of the next tiles, of each in turn, into the second-level cache: memory gives more in several
+// places at once than in one. More than one token do not wait for it long enough to gain.
+template <int bits>
+SLIPSTREAM_INLINE void fetch_ahead(const TileArgs& tile, uint64_t turn) {
+  const uint8_t* ahead = tile.next + turn % kAheadTiles * tile.stride + turn / kAheadTiles * tile.step;
+  for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+}
+
 // out is [tokens, 16].
 template <int bits, ZeroKind zero, bool halves, int tokens>
 void multiply_tile(const TileArgs& tile, const uint8_t* record, float* out) {
@@ -206,11 +214,16 @@ void multiply_tile(const TileArgs& tile, const uint8_t* record, float* out) {
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) sum[t][0] = sum[t][1] = splat(0.0f);
   const uint8_t *codes = tile.codes, *ahead = codes + kAhead;
+  [[maybe_unused]] uint64_t turn = uint64_t(tile.before);
   const int blocks = halves ? 1 : tile.blocks;
   for (int64_t g = 0; g < tile.groups; g += halves ? 2 : 1) {
     for (int b = 0; b < blocks; ++b) {
-      for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
-      ahead += tile.step;
+      if constexpr (tokens == 1) {
+        fetch_ahead<bits>(tile, turn++);
+      } else {
+        for (int i = 0; i <= bits; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+        ahead += tile.step;
+      }
       if constexpr (halves) {
         add_halves<bits>(tile, g, codes, record, sum);
       } else {

@@ -21,18 +21,28 @@ struct TileArgs {
   int64_t step;  // bytes of weight a block, for fetching ahead
   int blocks;  // of 32 elements in a group
   int scale_bytes;
+  // Tiles are counted in groups of kAheadTiles. While one of them is read, the next is fetched.
+  const uint8_t* next;  // the group behind this tile's
+  int64_t stride;       // bytes from tile to tile
+  int64_t before;       // blocks of this tile's group before it
 };
+
+constexpr int64_t kAheadTiles = 4;
 
 // A tile of a blob in the format of `weight`, by its number.
 inline TileArgs tile_at(const PackedWeight& weight, const TileLayout& layout, const uint8_t* blob, int64_t number) {
   const uint8_t* base = blob + number * layout.stride;
+  const int64_t place = number % kAheadTiles, blocks = weight.in_features / kBlock;
   return {base,
           base + layout.scales,
           base + layout.zeros,
           layout.groups,
-          layout.stride / (weight.in_features / kBlock),
+          layout.stride / blocks,
           weight.group / int(kBlock),
-          weight.scale_bytes};
+          weight.scale_bytes,
+          base + (kAheadTiles - place) * layout.stride,
+          layout.stride,
+          place * blocks};
 }
 
 }  // namespace SLIPSTREAM_ISA

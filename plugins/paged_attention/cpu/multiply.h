@@ -6,6 +6,7 @@
 // the depth, whatever the blocking, so a row's result does not depend on the rows beside it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -49,16 +50,19 @@ struct Strips {
   static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
 };
 
-// A panel [depth, columns] in strips.
+// A panel [depth, columns] in strips. It is read from front to back, too.
 template <class T>
 const float* copy_strips(const T* from, int64_t depth, int64_t columns, float* to) {
-  float* out = to;
-  for (int64_t column = 0; column < columns; column += kStrip)
-    for (int64_t k = 0; k < depth; ++k, out += kStrip)
-      for (int64_t i = 0; i < kStrip && column + i < columns; i += kLanes)
-        simd::store(out + i, simd::load_first(from + k * columns + column + i,
-                                              static_cast<int>(columns - column - i < kLanes ? columns - column - i
-                                                                                             : kLanes)));
+  const int64_t whole = columns / kStrip * kStrip;
+  for (int64_t k = 0; k < depth; ++k, from += columns) {
+    float* out = to + k * kStrip;
+    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * depth) {
+      simd::store(out, simd::load(from + column));
+      simd::store(out + kLanes, simd::load(from + column + kLanes));
+    }
+    for (int64_t column = whole; column < columns; column += kLanes, out += kLanes)
+      simd::store(out, simd::load_first(from + column, static_cast<int>(std::min<int64_t>(kLanes, columns - column))));
+  }
   return to;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "cpu/simd.h"
 #include "operators.h"
 #include "scratch.h"
 
@@ -16,7 +17,11 @@ namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
-constexpr int64_t kBlockRows = 96;  // query rows (tokens times heads of a group) of one task
+constexpr int64_t kBlockRows = 96;  // query rows (tokens times heads of a group) of one task, at least
+// A task copies the pages it reads, so more rows are better while they and their sums, of so many elements each, stay
+// in the second-level cache beside the copies. Not measured with 32 registers.
+constexpr int64_t kBlockElements = simd::kRegisters == 16 ? 256 * 64 : 0;
+constexpr int64_t kBlocks = 6;  // tasks of a sequence and kv head before blocks grow, so that threads end together
 constexpr int64_t kHeadRows = 16;   // rows of one task that covers several kv heads, at most
 // About so many keys are a part, in whole pages. Where a sequence has too few queries for many tasks, each part is one.
 constexpr int64_t kPartKeys = 256;
@@ -58,6 +63,12 @@ struct Plan {
     return std::max<int64_t>(1, kBlockRows / (args.num_heads / args.num_kv_heads));
   }
 
+  // Of a sequence with so many queries that their tasks take all keys.
+  static int64_t block_tokens(const PagedAttentionArgs& args, int64_t count) {
+    const int64_t most = kBlockElements / args.head_dim / (args.num_heads / args.num_kv_heads);
+    return std::max(block_tokens(args), std::min(most, divide_up(count, kBlocks)));
+  }
+
   // Room for chunks that is always enough.
   static int64_t max_chunks(const PagedAttentionArgs& args) {
     int64_t n = 0;
@@ -87,10 +98,11 @@ struct Plan {
 
   void add_sequence(const PagedAttentionArgs& args, int64_t s) {
     const int64_t token = args.query_start[s], count = args.query_start[s + 1] - token;
-    const int64_t context = args.context_len[s], position = context - count, block = block_tokens(args);
+    const int64_t context = args.context_len[s], position = context - count;
     if (count == 0) return;
-    if (count <= block)
+    if (count <= block_tokens(args))
       return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, 0, 0, 0});
+    const int64_t block = block_tokens(args, count);
     for (int64_t done = 0; done < count; done += block) {
       const int64_t tokens = std::min(block, count - done), at = position + done;
       add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, 0, 0, 0});

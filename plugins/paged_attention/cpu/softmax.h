@@ -64,7 +64,9 @@ struct Sums {
 // Adds the sums over the next part of the keys.
 inline void join(Sums& row, const float* out, float max, float sum, int64_t width) {
   if (sum == 0.0f) return;  // a window begins behind this part
-  const float now = std::max(row.max, max), before = std::exp2(row.max - now), factor = std::exp2(max - now);
+  const float now = std::max(row.max, max);
+  const float before = row.max == now ? 1.0f : std::exp2(row.max - now);  // one of both is 2^0
+  const float factor = max == now ? 1.0f : std::exp2(max - now);
   row.sum = std::fma(row.sum, before, sum * factor);
   row.max = now;
   for (int64_t i = 0; i < width; i += kLanes)

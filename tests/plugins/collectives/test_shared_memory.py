@@ -47,7 +47,7 @@ def test_ranks_of_unlike_age_exchange_what_they_have(tmp_path: Path) -> None:
             store.set(f"{names[rank]}{rank}", value)
         for rank, store in enumerate(stores):
             other = f"{names[rank]}{1 - rank}"
-            store.wait([other], timedelta(seconds=5))
+            store.wait([other], timedelta(seconds=60))
             assert store.get(other) == bytes([0, 255, 1 - rank, exchange])
 
 

@@ -117,6 +117,22 @@ class TestDistribution:
         logits[30_000:] = -0.0
         assert tokens_of(logits, isa, evenly(80), top_p=0.25) == expected
 
+    def test_the_nucleus_ends_where_the_weights_of_all_say(self, isa: str) -> None:
+        """However little its mass is from its edge, within the bounds of small weights' sum and
+        beyond: they are a hundredth of all."""
+        logits = random_logits(30_000, seed=1, scale=1.0)
+        likely = np.arange(100, 30_000, 1_500)
+        logits[likely] = np.linspace(13.0, 11.0, len(likely))
+        weights = np.exp(logits.astype(np.float64))
+        shares = np.cumsum(weights[likely]) / weights.sum()
+        assert 0.01 < 1 - shares[-1] < 0.1
+        last = np.array([2**53 - 1])
+        for index, share in enumerate(shares[:-1]):
+            for nearness in (1e-4, 3e-4, 1e-3, 3e-3):
+                inside = tokens_of(logits, isa, last, top_p=share * (1 - nearness))
+                beyond = tokens_of(logits, isa, last, top_p=share * (1 + nearness))
+                assert (inside, beyond) == ([likely[index]], [likely[index + 1]])
+
 
 def same(logits: Floats, inputs: dict[str, NDArray[Any]], isa: str) -> None:
     """That the kernel draws what the reference does, or, at an edge, what that draws just beside

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import random
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
 from slipstream.builder.contract import KV, attention_cache
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.batch import BatchBuilder
+from slipstream.runtime.engine.plan import StepPlan
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence
+from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.request import Request
 from slipstream.runtime.sampling.params import SamplingParams
 
@@ -26,7 +35,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     scheduler.commit(plan)
     first.append(13)
     scheduler.add(second)
-    batch, owners = builder.build(scheduler.schedule())
+    batch, owners, positions = builder.build(scheduler.schedule())
 
     paged = batch.pages[KV]
     page = first.allocation.pages[0] if first.allocation else -1
@@ -39,7 +48,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     assert paged.slot_mapping.tolist() == [page * 4 + 3, *slots]
     assert paged.page_table[0, 0] == page and paged.page_table[1].tolist() == pages
     assert batch.logits_rows.tolist() == [0], "the second prompt is not complete yet"
-    assert owners == [first]
+    assert owners == [first] and positions == [1]
     assert batch.slots.tolist() == [first.row, second.row]
     assert batch.sampling_slots.tolist() == [first.row]
     assert batch.sampling[0].position == 1
@@ -53,7 +62,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
 def test_a_sampling_row_shows_the_live_tokens_of_its_sequence() -> None:
     scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     scheduler.add(only := sequence([1, 2], 7))
-    batch, _ = builder.build(scheduler.schedule())
+    batch, *_ = builder.build(scheduler.schedule())
 
     row = batch.sampling[0]
     assert (row.params, row.prompt, row.seed) == (only.request.params, [1, 2], 7)
@@ -84,7 +93,7 @@ def test_a_scored_prompt_asks_for_each_row_once() -> None:
     slots: list[int] = []
     for _ in range(2):
         plan = scheduler.schedule()
-        batch, _ = builder.build(plan)
+        batch, *_ = builder.build(plan)
         targets += [row.target for row in batch.sampling]
         slots += batch.sampling_slots.tolist()
         for row in batch.sampling:
@@ -94,3 +103,62 @@ def test_a_scored_prompt_asks_for_each_row_once() -> None:
 
     assert targets == [*range(1, 20), None]
     assert slots == [-1] * 19 + [scored.row]
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_kept_from_step_to_step_is_what_a_new_builder_makes(seed: int, window: int) -> None:
+    """Sequences come, end and lose their pages at random, and share their beginnings."""
+    caches = (*CACHES, replace(CACHES[0], name="near", window=window)) if window else CACHES
+    scheduler, kept = Scheduler(CONFIG, 12, caches), BatchBuilder(CONFIG, caches)
+    rng, arrived = random.Random(seed), 0
+    seen: dict[str, NDArray[np.int32]] = {}
+    again = 0
+    for _ in range(120):
+        if rng.random() < 0.15 and len(scheduler.waiting) < 3:
+            arrived += 1
+            scheduler.add(sequence([1] * rng.randrange(1, 20), arrived))
+        if scheduler.running and rng.random() < 0.05:
+            scheduler.finish(rng.choice(scheduler.running))
+        plan = scheduler.schedule()
+        if not plan.sequences:
+            continue
+        batch, owners, positions = kept.build(plan)
+        for allocation in plan.allocations:
+            allocation.synced = 0
+            for near in allocation.windows:
+                near.synced = 0
+        new, new_owners, new_positions = BatchBuilder(CONFIG, caches).build(plan)
+        assert told(plan, batch) == told(plan, new)
+        assert (owners, positions) == (new_owners, new_positions)
+        arrays = arrays_of(batch)
+        again += sum(array is seen.get(name) for name, array in arrays.items())
+        seen = arrays
+        scheduler.commit(plan)
+        for owner in owners:
+            owner.append(1)
+            if owner.finish_reason:
+                scheduler.finish(owner)
+    assert again > 100, "or nothing is kept"
+    with pytest.raises(ValueError, match="read-only"):
+        seen["slots"][0] = 1
+
+
+def arrays_of(batch: StepBatch) -> dict[str, NDArray[np.int32]]:
+    """By name, those of caches too."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    for name, paged in batch.pages.items():
+        arrays[f"{name} table"], arrays[f"{name} slots"] = paged.page_table, paged.slot_mapping
+    return arrays
+
+
+def told(plan: StepPlan, batch: StepBatch) -> dict[str, list[object]]:
+    """What a step tells a device: of page tables, what sequences have."""
+    lists = {name: array.tolist() for name, array in arrays_of(batch).items()}
+    held = {f"{KV} table": [each.pages for each in plan.allocations]}
+    if "near table" in lists:
+        held["near table"] = [each.windows[0].pages for each in plan.allocations]
+    for name, pages in held.items():
+        lists[name] = [row[: len(own)] for row, own in zip(lists[name], pages, strict=True)]
+    return lists

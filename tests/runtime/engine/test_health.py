@@ -73,7 +73,7 @@ def test_the_loop_counts_failing_steps(runs_ahead: bool) -> None:
     reasons = []
     for number in range(MAX_FAILURES):
         engine.executor.fail_next = True
-        loop.add_request(Request(str(number), [0], SamplingParams(max_tokens=1)))
+        loop.add_request(Request(str(number), [0], SamplingParams(temperature=0, max_tokens=1)))
         while loop.has_work:
             loop.step()
         reasons.append(loop.unhealthy)
@@ -93,7 +93,7 @@ def test_a_device_that_hangs_when_the_loop_shuts_down_is_noticed() -> None:
         land(step)
 
     engine.executor.land = hang  # type: ignore[method-assign]
-    loop.add_request(Request("a", [0], SamplingParams(max_tokens=2)))
+    loop.add_request(Request("a", [0], SamplingParams(temperature=0, max_tokens=2)))
     loop.step()
     loop.shutdown()
     assert len(noticed) == 1 and noticed[0] and "has not answered" in noticed[0]
@@ -103,7 +103,7 @@ def test_a_loop_that_breaks_does_not_blame_the_device_later() -> None:
     clock, engine = Clock(), counting_engine()
     loop = EngineLoop(engine, clock=clock)
     loop.scheduler.schedule = None  # type: ignore[assignment,method-assign]
-    loop.add_request(Request("a", [0], SamplingParams(max_tokens=2)))
+    loop.add_request(Request("a", [0], SamplingParams(temperature=0, max_tokens=2)))
     with pytest.raises(TypeError):
         loop.step()
     clock.now += engine.config.step_timeout + 1
@@ -127,7 +127,7 @@ class Poisoned(CountingExecutor):
 
 def test_an_engine_whose_every_row_fails_is_given_up_after_one_request() -> None:
     loop = EngineLoop(replace(counting_engine(), executor=Poisoned()))
-    loop.add_request(Request("a", [5], SamplingParams(max_tokens=1)))
+    loop.add_request(Request("a", [5], SamplingParams(temperature=0, max_tokens=1)))
     told = []
     while loop.has_work:
         told += loop.step()

@@ -108,9 +108,9 @@ def test_what_cannot_run_is_refused_alike() -> None:
     asyncio.run(main())
 
 
-async def begun(llm: EngineClient) -> AsyncGenerator[RequestOutput, None]:
+async def begun(llm: EngineClient, max_tokens: int = 200) -> AsyncGenerator[RequestOutput, None]:
     """An endless stream that has had its first token."""
-    endless = greedy(max_tokens=200, ignore_eos=True)
+    endless = greedy(max_tokens=max_tokens, ignore_eos=True)
     outputs = llm.generate("a", endless, output_kind="delta")
     assert (await anext(outputs)).outputs[0].text[:1] == "b"
     return outputs
@@ -118,17 +118,19 @@ async def begun(llm: EngineClient) -> AsyncGenerator[RequestOutput, None]:
 
 def test_who_leaves_or_is_lost_leaves_no_pages_and_disturbs_nobody() -> None:
     async def main() -> None:
-        async with hosted(counting_engine(delay=0.001)) as (host, llm):
+        engine = counting_engine(4096, delay=0.001, max_seq_len=10_000)
+        async with hosted(engine) as (host, llm):
             await (await begun(llm)).aclose()
             await until_idle(host)
             other = await connected(host, 1)
-            lost, stays = await begun(other), await begun(llm)
+            lost, stays = await begun(other, max_tokens=9_000), await begun(llm)
             other.shutdown()
             with pytest.raises(ExecutionError, match="process has ended"):
                 [output async for output in lost]
             assert other.unhealthy and other.closed and llm.closed is None
             text = "".join([output.outputs[0].text async for output in stays])
-            assert len(text) > 150 and host.stats.num_running == 0
+            assert len(text) > 150
+            await until_idle(host)
 
     asyncio.run(main())
 
@@ -153,12 +155,16 @@ def test_unread_tokens_are_told_at_once_and_a_stop_string_among_them_ends_the_re
 
 def test_an_abort_is_an_ending() -> None:
     async def main() -> None:
-        async with hosted(counting_engine(delay=0.001)) as (_, llm):
-            outputs = llm.generate("a", greedy(max_tokens=200, ignore_eos=True), "mine")
-            await anext(outputs)
-            await llm.abort("mine")
-            rest = [output async for output in outputs]
-            assert rest[-1].outputs[0].finish_reason == "abort" and rest[-1].finished
+        with GatedDevice() as device:
+            async with hosted(engine_on(device)) as (_, llm):
+                device.permits.release()
+                outputs = llm.generate("a", greedy(max_tokens=200, ignore_eos=True), "mine")
+                await anext(outputs)
+                await llm.abort("mine")
+                await llm.fetch_stats()  # what is asked later is answered later
+                device.permits.release(1000)
+                rest = [output async for output in outputs]
+                assert rest[-1].outputs[0].finish_reason == "abort" and rest[-1].finished
 
     asyncio.run(main())
 
@@ -194,10 +200,13 @@ async def closed(llm: RemoteLLM) -> None:
 
 def test_gauges_come_from_the_engine() -> None:
     async def main() -> None:
-        async with hosted(counting_engine(delay=0.001)) as (_, llm):
-            outputs = await begun(llm)
-            assert (await llm.fetch_stats()).num_running == 1
-            await outputs.aclose()
+        with GatedDevice() as device:
+            async with hosted(engine_on(device)) as (_, llm):
+                device.permits.release()
+                outputs = await begun(llm)
+                assert (await llm.fetch_stats()).num_running == 1
+                device.permits.release(1000)
+                await outputs.aclose()
 
     asyncio.run(main())
 

@@ -186,7 +186,7 @@ def test_hostile_forms_are_refused_in_bounded_time(
 def test_others_go_on_while_a_form_takes_too_long(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SECONDS", 30)
+    monkeypatch.setattr(module, "_SECONDS", 120)
     compiler = GrammarCompiler(tokenizer, TINY_VOCAB)
     compiled(compiler, regex="a")
 
@@ -200,7 +200,7 @@ def test_others_go_on_while_a_form_takes_too_long(
         compiled(compiler, regex="b")
         assert hanging.is_alive()
         # What hangs is a process of its own, which can be ended.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not compiler._guard._busy and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:

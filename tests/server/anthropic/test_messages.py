@@ -7,13 +7,12 @@ from typing import Any
 import anthropic
 import pytest
 from tests.server.anthropic.clients import HELLO, client, joined
+from tests.server.devices import GatedDevice, engine_on
 from tests.server.openai.marked import MarkedDialect
 from tests.server.openai.serving import Running, serving
 
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
-from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.structured.output import StructuredOutput
-from slipstream.runtime.testing import counting_engine
 
 # The model says ";!?-_\n" after a prompt that ends in ":", and "fghijklmn..." after "e".
 GOING_ON: list[Any] = [*HELLO, {"role": "assistant", "content": "bade"}]
@@ -244,18 +243,18 @@ def test_a_key_is_taken_from_either_header() -> None:
 
 
 def test_a_failure_in_a_stream_is_an_event_and_before_it_a_status() -> None:
-    engine = counting_engine(delay=0.005)
-    executor = engine.executor
-    assert isinstance(executor, CountingExecutor)
-    with serving(engine) as running:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device:
+        device.permits.release()
         # From the end of one prompt's answer to the beginning of another's is a long way.
         messages = [*HELLO, {"role": "assistant", "content": "za"}]
         stream = ask(running, messages=messages, max_tokens=60, stream=True)
         assert next(stream).type == "message_start"
-        executor.fail_next = True
+        device.fail_next = True
+        device.permits.release(1000)
         with pytest.raises(anthropic.APIStatusError, match="a step failed on the device") as caught:
             list(stream)
         assert caught.value.body["error"]["type"] == "api_error"  # type: ignore[index]
-        executor.fail_next = True
+        device.fail_next = True
         with pytest.raises(anthropic.InternalServerError, match="a step failed"):
             ask(running, stream=True)

@@ -117,7 +117,7 @@ def test_negative_seeds_are_seeds_and_minus_one_is_none(server: Running) -> None
         return str(answer.json()["choices"][0]["text"])
 
     assert text(-5) == text(-5) == text(2**64 - 5)
-    assert len({text(-1) for _ in range(4)}) > 1
+    assert len({text(-1) for _ in range(10)}) > 1
     assert complete(server, seed=-(2**63)).status_code == 200
 
 

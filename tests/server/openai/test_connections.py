@@ -133,7 +133,7 @@ def test_who_does_not_read_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         one.pause_writing()
         one.resume_writing()
         one.pause_writing()
-        await asyncio.wait_for(aborted.wait(), 10)
+        await asyncio.wait_for(aborted.wait(), 60)
         one.connection_lost(None)
 
     asyncio.run(run())

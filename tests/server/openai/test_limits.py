@@ -167,7 +167,7 @@ def test_a_size_told_in_the_header_is_refused_before_the_body_comes() -> None:
 
 
 def test_a_full_queue_is_429_with_retry_after() -> None:
-    engine = counting_engine(256, delay=0.01, max_batch_size=2)
+    engine = counting_engine(256, delay=0.05, max_batch_size=2)
     with serving(engine, max_queued_requests=1) as running:
         url = f"{running.url}/v1/completions"
         with httpx.Client(timeout=60) as client, ExitStack() as stack:

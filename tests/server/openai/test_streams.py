@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.server.devices import GatedDevice, engine_on
 from tests.server.openai.serving import Running, serving
 
-from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.testing import counting_engine
 
 ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
@@ -71,10 +71,9 @@ def test_clients_that_leave_at_any_moment_leave_nothing() -> None:
 
 
 def test_a_device_that_fails_in_a_stream_is_told_in_the_stream() -> None:
-    engine = counting_engine(delay=0.005)
-    executor = engine.executor
-    assert isinstance(executor, CountingExecutor)
-    with serving(engine) as running:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device:
+        device.permits.release()
         client = running.client()
         stream = client.completions.create(
             model="counting",
@@ -84,10 +83,11 @@ def test_a_device_that_fails_in_a_stream_is_told_in_the_stream() -> None:
             stream=True,
         )
         assert next(stream).choices[0].text == "b"
-        executor.fail_next = True
+        device.fail_next = True
+        device.permits.release(1000)
         with pytest.raises(openai.APIError, match="a step failed on the device"):
             list(stream)
-        executor.fail_next = True
+        device.fail_next = True
         response = running.post("/v1/completions", {"prompt": "a", "stream": True})
         assert response.status_code == 503, "nothing was sent yet, so there is a status"
         assert response.json()["error"]["type"] == "service_unavailable_error"
@@ -97,17 +97,17 @@ def test_a_device_that_fails_in_a_stream_is_told_in_the_stream() -> None:
 
 
 def test_an_error_event_is_the_last_of_a_stream() -> None:
-    engine = counting_engine(delay=0.005)
-    executor = engine.executor
-    assert isinstance(executor, CountingExecutor)
-    with serving(engine) as running:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device:
+        device.permits.release()
         body = {**ENDLESS, "stream": True}
         with httpx.stream(
             "POST", f"{running.url}/v1/completions", json=body, timeout=60
         ) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
-            executor.fail_next = True
+            device.fail_next = True
+            device.permits.release(1000)
             rest = [line for line in lines if line]
     assert rest[-1].startswith('data: {"error": {"message": "a step failed')
     assert not any("[DONE]" in line for line in rest)

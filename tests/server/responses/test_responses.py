@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
+from tests.server.devices import GatedDevice, engine_on
 from tests.server.openai.serving import Running, serving
 from tests.server.responses.asking import (
     SAID,
@@ -23,9 +24,7 @@ from tests.server.responses.asking import (
 )
 
 from slipstream.runtime.chat.options import ChatOptions, NamedTool, Tool
-from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.structured.output import StructuredOutput
-from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.refusal import Refusal
 from slipstream.server.responses.reply import ResponseReply
 
@@ -296,21 +295,21 @@ def test_an_unknown_model_is_404(server: Running) -> None:
 
 
 def test_a_device_that_fails_is_told_by_the_response_that_failed() -> None:
-    engine = counting_engine(delay=0.005)
-    executor = engine.executor
-    assert isinstance(executor, CountingExecutor)
-    with serving(engine) as running, running.client() as client:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device, running.client() as client:
+        device.permits.release()
         body: Any = {"model": "counting", "input": "hi", "max_output_tokens": 200}
         stream = client.responses.create(**body, stream=True, extra_body={"ignore_eos": True})
         assert next(stream).type == "response.created"
-        executor.fail_next = True
+        device.fail_next = True
+        device.permits.release(1000)
         events: list[Any] = list(stream)
         assert [event.type for event in events[-2:]] == ["error", "response.failed"]
         assert [event.sequence_number for event in events] == list(range(1, len(events) + 1))
         assert "a step failed" in events[-2].message
         failed = events[-1].response
         assert failed.status == "failed" and failed.error.code == "server_error"
-        executor.fail_next = True
+        device.fail_next = True
         refused = running.post("/v1/responses", {"input": "hi", "stream": True})
         assert refused.status_code == 503, "nothing was sent yet, so there is a status"
         assert refused.json()["error"]["type"] == "service_unavailable_error"
