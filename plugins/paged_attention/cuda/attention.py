@@ -43,7 +43,9 @@ _NO_WINDOW = 1 << 30
 # Sums that its registers hold beside those of the splits before, and how many leave room for more
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
-_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
+# Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
+# a multiprocessor has one program.
+_HOPPER_RING = 1 << 15
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
 # in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
 _HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
@@ -324,14 +326,15 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     early: bool,
 ) -> None:
     by = _scalars(a, pages)
-    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    heads, processors = step.num_decodes * a.num_kv_heads, multiprocessors(pages.device)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
     coded, columns = pages.element_size() == 1, _hopper_columns(a, step.queries)
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
+    ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
+    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, _hopper_programs(heads))](
         qkv,
         cos,
         sin,
@@ -349,7 +352,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        together * multiprocessors(pages.device),
+        together * processors,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -362,13 +365,19 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         KV_PARTS=a.kv_parts,
         QUERIES=step.queries,
         COLUMNS=columns,
-        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
+        STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
         EARLY=early,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
+
+
+def _hopper_ring(heads: int, processors: int) -> int:
+    """How many numbers are copied ahead. More heads than multiprocessors are read by several
+    programs on each, for which there is less room; of a few a program has hardly more pages."""
+    return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
 
 
 def _hopper_programs(heads: int) -> int:
