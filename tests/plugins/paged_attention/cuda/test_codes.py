@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from tests.plugins.paged_attention.cuda.test_attention import (
-    CASES,
-    HOPPER,
-    Case,
-    run,
-)
+from tests.plugins.paged_attention.cuda.test_attention import CASES, HOPPER, Case, run
 
 from slipstream.plugins.paged_attention.reference import Attributes
 
