@@ -22,8 +22,8 @@ from slipstream.plugins.linear.cuda.tactics import (
 from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
-# Those of 1,024 tokens are as those of 2,048, and larger steps too.
-BUCKETS = tuple(size for size in linear.BUCKETS if size != 1024)
+# Those of 1,024 tokens are as those of 2,048; larger steps fill larger tiles.
+BUCKETS = (*(size for size in linear.BUCKETS if size != 1024), 8192)
 # Up to so many tokens gemv, in which every pair of a token and an expert reads the weight for
 # itself, is worth timing. It is the guess up to so many whose pairs nearly all have experts of
 # their own.
@@ -36,6 +36,8 @@ _DOT_TILES = TILES[:-1]
 # Rows from which wide is the guess, and its tile: what was quickest on an H200 for the shapes of
 # gpt-oss-20b, Qwen3-30B-A3B and Mixtral-8x7B.
 _GUESS_WIDE = ((512, Tile(128, 256)), (48, Tile(128, 128)), (24, Tile(64, 64)))
+_DEEP = True
+_TOGETHER = {(128, 64): 2, (128, 32): 2}  # programs of such tiles that an SM holds
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
 
@@ -73,6 +75,8 @@ def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
         return fixed_tactic(shape, tokens, table.capability)
     bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
     found = table.entries.get(shape.key(bucket))
+    if found is None and bucket == BUCKETS[-1]:  # of which fewer are timed
+        found = table.entries.get(shape.key(BUCKETS[-2]))
     if found is not None and found.rounds and multiplies_in(shape.format) != "float8":
         found = None  # a key does not say whether x may be rounded
     return found or default_tactic(shape, tokens, table.capability)
@@ -138,7 +142,14 @@ def can_widen(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> b
 
 def wide_tile(tactic: Tactic, gated: bool) -> Tile:
     """The tile of a tactic of wide."""
-    return Tile(tactic.block_n * (2 if gated else 1), tactic.block_m)
+    rows, tokens = tactic.block_n * (2 if gated else 1), tactic.block_m
+    return Tile(rows, tokens, together=_TOGETHER.get((rows, tokens), 0))
+
+
+def runs_deep(tile: Tile) -> bool:
+    """Whether a warpgroup of wide has registers for the weights of two products, of which the next
+    begins before the one is over."""
+    return _DEEP and tile.tokens >= 128 and tile.rows == 128
 
 
 def _wide_tiles(rows: float) -> list[Tile]:

@@ -360,9 +360,10 @@ def decode(
 
 
 @triton.constexpr_function
-def float4_instructions(i: int) -> str:
+def float4_instructions(i: int, whole: bool = True) -> str:
     """Moves the float4_e2m1 at code i of two words into exponents and mantissas of two bfloat16,
-    where they are 2**126 too small, and multiplies by 2**63, and by a factor that has the rest.
+    where they are 2**126 too small, and multiplies if ``whole`` by 2**63, and by a factor that has
+    the rest.
 
     Before sm_90 there is no ``mul``: -0.0 added to a product leaves its bits as they are."""
     low = i % 4
@@ -372,7 +373,7 @@ def float4_instructions(i: int) -> str:
         f"prmt.b32 a, $1, $2, {'0x5410' if i < 4 else '0x7632'};"
         f"{align} and.b32 m, m, 0x01C001C0; shl.b32 a, a, {12 - 4 * low};"
         "lop3.b32 a, a, 0x80008000, m, 0xEA;"
-        "fma.rn.bf16x2 a, a, c, z; fma.rn.bf16x2 $0, a, $3, z; }"
+        f"{'fma.rn.bf16x2 a, a, c, z; ' if whole else ''}fma.rn.bf16x2 $0, a, $3, z; }}"
     )
 
 

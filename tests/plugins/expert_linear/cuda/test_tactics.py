@@ -121,6 +121,10 @@ def test_a_timed_tactic_serves_its_bucket_and_its_experts() -> None:
     timed = Tactic("dot", 64, 64, 4, 3, block_m=16)
     table = Tactics(HOPPER, entries={"bfloat16 1536x2048 gated 8/128 2048": timed})
     assert find_tactic(table, shape, 600) == find_tactic(table, shape, 8192) == timed
+    larger = replace(timed, block_m=128)
+    more = Tactics(HOPPER, entries={**table.entries, shape.key(8192): larger})
+    assert find_tactic(more, shape, 2049) == find_tactic(more, shape, 20000) == larger
+    assert find_tactic(more, shape, 2048) == timed
     assert Tactics.from_json(table.to_json()).entries == table.entries
     assert find_tactic(table, shape, 512) == default_tactic(shape, 512, HOPPER)
     other = replace(shape, number=64)
