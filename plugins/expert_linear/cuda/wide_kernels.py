@@ -74,7 +74,7 @@ def _place(tile, grouped, PARTS: gl.constexpr, T: gl.constexpr):
 def _float4(words, i: gl.constexpr, exponents, DTYPE: gl.constexpr):
     """Weights [64, 32] of code i of a chunk, whose exponents are the bytes of an int64 a row.
 
-    As bfloat16 they are 2**63 too small, what the sums are multiplied by; so those below 2**-62 lose
+    As bfloat16 they are 2**63 too small, by which the sums are multiplied; those below 2**-62 lose
     bits, or are nothing."""
     bits = ((exponents >> (8 * i)) & 255).to(gl.int32) + 63
     if DTYPE == gl.bfloat16:  # noqa: SIM300 - which is no constant
