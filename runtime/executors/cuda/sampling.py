@@ -96,7 +96,7 @@ class CUDASampler:
         max_seq_len: int,
         device: torch.device | str,
     ) -> None:
-        """Room for ``max_rows`` rows of ``vocab_size`` logits; those beyond the slots are drafts'."""
+        """Room for ``max_rows`` rows of ``vocab_size`` logits; more than slots are for drafts."""
         self.buffers = SamplerBuffers.allocate(max_rows, num_slots, vocab_size, max_seq_len, device)
         self._pins = torch.device(device).type == "cuda"
         self._seen: list[_Seen | None] = [None] * num_slots
