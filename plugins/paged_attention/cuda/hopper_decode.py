@@ -2,10 +2,11 @@
 
 It is what ``decode_kernel`` is elsewhere. One warp copies a head's pages into a ring in shared
 memory by TMA, so that many are on their way at any time, and a warpgroup multiplies them with the
-queries of a group of heads: keys first, since the tensor cores take as few as 8 columns. The key of
-a single new token comes through no page: its score and value are what the sums of the last split
-begin with. Of several, ``write_kernel`` has stored the keys and turned the queries before. Scores
-are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
+queries of a group of heads: keys first, since the tensor cores take as few as 8 columns. Keys of
+float8 are multiplied as they are, by queries in two codes (``hopper_codes``), while values are
+decoded. The key of a single new token comes through no page: its score and value are what the sums
+of the last split begin with. Of several, ``write_kernel`` has stored the keys and turned the
+queries before. Scores are kept in units of log 2, so that ``exp2`` is the softmax's exponential.
 """
 
 from typing import NamedTuple
@@ -23,27 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = gl.constexpr(-1e30)
 FP8_MAX = gl.constexpr(448.0)
-# Four float8 codes, their bits where bfloat16 has them, which is the value times 2 ** -120. Triton
-# converts them one by one.
-_TO_BFLOAT16 = gl.constexpr("""
-{
-.reg .b32 high, low, unit;
-shr.u32 high, $2, 4;
-and.b32 high, high, 0x07070707;
-lop3.b32 high, $2, 0x80808080, high, 0xEA;
-shl.b32 low, $2, 4;
-and.b32 low, low, 0xF0F0F0F0;
-mov.b32 unit, 0x7B807B80;
-prmt.b32 $0, low, high, 0x5140;
-prmt.b32 $1, low, high, 0x7362;
-mul.rn.bf16x2 $0, $0, unit;
-mul.rn.bf16x2 $1, $1, unit;
-}
-""")
 _TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -129,12 +115,11 @@ class Ring(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the tensor cores read beside the ring: queries, weights of the softmax, and a page of
-    float8 codes as the numbers that they are."""
+    """What the tensor cores read beside the ring: queries, or their high and low codes, weights of
+    the softmax, and values of float8 codes as the numbers that they are."""
 
     q: gl.shared_memory_descriptor
     p: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
 
 
@@ -242,7 +227,8 @@ def head_of(column, work, shape):
 
 @gluon.jit
 def prepared(token, work, scale, operands, dtype: gl.constexpr, shape):
-    """Stores q for the tensor cores, and returns the sums of the new key alone, or of none."""
+    """Stores q for the tensor cores, and returns the sums of the new key alone, or of none, and
+    what products with other keys are times to be scores."""
     WIDTH: gl.constexpr = (shape.num_heads + shape.kv_parts * shape.num_kv_heads) * shape.head_dim
     rows: gl.constexpr = rows_layout(shape.head_dim)
     layout: gl.constexpr = sums_layout(shape.columns)
@@ -258,8 +244,13 @@ def prepared(token, work, scale, operands, dtype: gl.constexpr, shape):
         cos = token.cos + work.sequence * shape.rotary
         sin = token.sin + work.sequence * shape.rotary
         q = turned(at, valid[:, None], token.q_norm, cos, sin, token.eps, shape)
-    q = q.to(operands.q.dtype)
-    operands.q.store(q)
+    q = q.to(token.qkv.dtype.element_ty)
+    factor = scale
+    if dtype == gl.float8e4nv:
+        unit = store_codes(q.to(gl.float32), operands.q.index(0), operands.q.index(1))
+        factor = gl.convert_layout(unit, gl.SliceLayout(0, layout))[None, :] * scale
+    else:
+        operands.q.index(0).store(q)
     fence_async_shared()
     gl.thread_barrier()
     m, total, acc = no_sums(shape)
@@ -269,7 +260,18 @@ def prepared(token, work, scale, operands, dtype: gl.constexpr, shape):
         m = gl.convert_layout(score, gl.SliceLayout(0, layout))
         total += 1.0
         acc += gl.convert_layout(value.to(gl.float32), gl.SliceLayout(1, layout))[:, None]
-    return Sums(m, total, acc)
+    return Sums(m, total, acc), factor
+
+
+@gluon.jit
+def scores_of(k, q, zero):
+    """Scores of a page's keys, on their way: of codes, by the low codes of queries and the high."""
+    if k.dtype == gl.float8e4nv:
+        scores = warpgroup_mma(k, q.index(1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma(k, q.index(0).permute((1, 0)), scores, is_async=True)
+    else:
+        scores = warpgroup_mma(k, q.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return scores
 
 
 @gluon.jit
@@ -368,10 +370,6 @@ def store_output(to, sums, work, shape):
 def decode_codes(page, to):
     """Puts a page of float8 codes into ``to``, in the type that the tensor cores multiply."""
     x = page.load(rows_layout(to.shape[1]))
-    if to.dtype == gl.bfloat16:
-        x = gl.inline_asm_elementwise(
-            _TO_BFLOAT16, "=&r,=&r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=4
-        )
     to.store(x.to(to.dtype))
 
 
@@ -427,7 +425,9 @@ def attend(token, to, work, scale, ring, operands, shape):
     key_row = gl.arange(0, shape.page, gl.SliceLayout(1, layout))
     column = gl.arange(0, shape.columns, gl.SliceLayout(0, layout))
     fewer = work.queries - 1 - query_of(column, shape)  # keys than the last query sees
-    zero = gl.zeros([shape.page, shape.columns], gl.float32, layout)
+    DEPTH: gl.constexpr = 32 if CODED else 16
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.columns, DEPTH])
+    zero = gl.zeros([shape.page, shape.columns], gl.float32, of_scores)
     if shape.waits:
         if token.q_norm is not None:
             touch(token.q_norm, shape.head_dim)
@@ -436,7 +436,7 @@ def attend(token, to, work, scale, ring, operands, shape):
             touch(to.sinks, shape.num_heads)
         gdc_wait()
         gdc_launch_dependents()
-    new = prepared(token, work, scale, operands, ring.k.dtype, shape)
+    new, scale = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
     m, weights, acc = begun(new, work.split + 1 == work.splits, shape)
@@ -450,24 +450,19 @@ def attend(token, to, work, scale, ring, operands, shape):
         mbarrier.wait(ring.ready.index(slot), i // shape.stages & 1)
         k = ring.k.index(slot)
         v = ring.v.index(slot)
-        if CODED:
-            decode_codes(k, operands.k)
-            fence_async_shared()
-            gl.thread_barrier()
-            k = operands.k
-        q = operands.q.permute((1, 0))
-        scores = warpgroup_mma(k, q, zero, use_acc=False, is_async=True)
+        scores = scores_of(k, operands.q, zero)
         if CODED:
             decode_codes(v, operands.v)
             v = operands.v
         if stored < shape.page:
             clear_rest(v, stored)
         scores = warpgroup_mma_wait(0, [scores])
+        scores = gl.convert_layout(scores, layout) * scale
         if shape.queries > 1:
             visible = key_row[:, None] < (stored - fewer)[None, :]
-            scores = gl.where(visible, scores * scale, float("-inf"))
+            scores = gl.where(visible, scores, float("-inf"))
         else:
-            scores = gl.where((key_row < stored)[:, None], scores * scale, float("-inf"))
+            scores = gl.where((key_row < stored)[:, None], scores, float("-inf"))
         top = gl.maximum(m, gl.max(scores, 0))
         shrink = gl.exp2(m - top)
         p = gl.exp2(scores - top[None, :])
@@ -596,22 +591,24 @@ def new_ring(dtype: gl.constexpr, shape):
 
 
 @gluon.jit
-def new_operands(dtype: gl.constexpr, coded: gl.constexpr, shape):
-    """Room for operands. Weights of the softmax are fine enough in float16, and codes exact."""
-    weight: gl.constexpr = gl.float16 if coded else dtype
+def new_operands(dtype: gl.constexpr, shape):
+    """Room for operands beside pages of ``dtype``. Weights of the softmax are fine enough in
+    float16, and codes exact."""
+    CODED: gl.constexpr = dtype == gl.float8e4nv
+    weight: gl.constexpr = gl.float16 if CODED else dtype
+    parts: gl.constexpr = 2 if CODED else 1
     rows: gl.constexpr = [shape.columns, shape.head_dim]
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows, dtype)
     weights: gl.constexpr = [shape.columns, shape.page]
     of_weights: gl.constexpr = gl.NVMMASharedLayout.get_default_for(weights, weight)
-    q = gl.allocate_shared_memory(dtype, rows, of_rows)
+    q = gl.allocate_shared_memory(dtype, [parts, shape.columns, shape.head_dim], of_rows)
     p = gl.allocate_shared_memory(weight, weights, of_weights)
-    k, v = q, p
-    if coded:
+    v = p
+    if CODED:
         page: gl.constexpr = [shape.page, shape.head_dim]
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(page, dtype)
-        k = gl.allocate_shared_memory(dtype, page, layout)
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(page, weight)
         v = gl.allocate_shared_memory(weight, page, layout)
-    return Operands(q, p, k, v)
+    return Operands(q, p, v)
 
 
 @gluon.jit(do_not_specialize=["table_stride", "slots"])
@@ -691,9 +688,7 @@ def hopper_decode_kernel(
     table = page_table + work.sequence.to(gl.int64) * table_stride
     token = Token(qkv, cos, sin, q_norm, k_norm, eps, cells, slot_mapping, k_scale, v_scale)
     to = Output(output, sinks, v_scale, partials, statistics, arrivals)
-    CODED: gl.constexpr = pages.dtype == gl.float8e4nv
-    operand: gl.constexpr = qkv.dtype.element_ty if CODED else pages.dtype
     ring = new_ring(pages.dtype, shape)
-    operands = new_operands(operand, CODED, shape)
+    operands = new_operands(pages.dtype, shape)
     state = (pages, table, token, to, work, scale, ring, operands, shape)
     gl.warp_specialize([(multiplier, state), (copier, state)], [1], [24])

@@ -322,10 +322,11 @@ def test_families_natively(name: str, tmp_path: Path) -> None:
 @needs(2)
 @pytest.mark.usefixtures("alone")
 def test_mxfp4_natively(tmp_path: Path) -> None:
-    """Experts as gpt-oss ships them, of whose blocks ranks have parts."""
+    """Experts as gpt-oss ships them, of whose blocks ranks have parts. In float16: in bfloat16 two
+    experts of one token tie, and other sums choose the other."""
     packed, _ = save_mxfp4(tmp_path, intermediate_size=256)
     packed.rename(tmp_path / "model")
-    assert_ranks_agree(tmp_path, [ranks for ranks in (2, 4) if ranks <= GPUS])
+    assert_ranks_agree(tmp_path, [ranks for ranks in (2, 4) if ranks <= GPUS], dtype="float16")
 
 
 def assert_ranks_agree(directory: Path, ranks: Sequence[int], **options: Any) -> None:  # noqa: ANN401
