@@ -51,6 +51,7 @@ from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
     paged_attention,
+    workspace_of,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
 from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
@@ -228,26 +229,31 @@ def experts_of_gpt_oss(capability: tuple[int, int], pdl: bool) -> None:
 
 def attention(capability: tuple[int, int], pdl: bool) -> None:
     """A decode and a prefill in one step, and decodes of drafts, over pages of both kinds, of heads
-    of a usual size and of the largest."""
+    of a usual size and of the largest, and so many that each multiprocessor has hardly one."""
     usual = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1)
     largest = Attributes(0, 8, 1, 512, 64, 1.0, kv_parts=1, v_norm=1, k_row_major=1)
     for a in (usual, largest):
-        for queries in (1, 4, 8):
-            attention_of(a, queries, capability, pdl)
+        for queries, decodes in ((1, 4), (4, 4), (8, 4), (1, 64), (8, 64)):
+            attention_of(a, queries, decodes, capability, pdl)
 
 
-def attention_of(a: Attributes, queries: int, capability: tuple[int, int], pdl: bool) -> None:
-    row, table = torch.zeros(8, dtype=torch.int32), torch.zeros(8, 8, dtype=torch.int32)
+def attention_of(
+    a: Attributes, queries: int, decodes: int, capability: tuple[int, int], pdl: bool
+) -> None:
+    rows = 2 * decodes
+    row, table = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, 8, dtype=torch.int32)
     blocks = row if queries == 1 else row[:0]
-    step = StepTensors(row, row, table, row, blocks, blocks, 4, query_block=1, queries=queries)
+    step = StepTensors(
+        row, row, table, row, blocks, blocks, decodes, query_block=1, queries=queries
+    )
     width, kv_heads = a.head_dim, a.num_kv_heads
-    qkv = torch.zeros(8, (a.num_heads + a.kv_parts * kv_heads) * width, dtype=torch.bfloat16)
-    angles = torch.zeros(8, width // 2)
+    qkv = torch.zeros(rows, (a.num_heads + a.kv_parts * kv_heads) * width, dtype=torch.bfloat16)
+    angles = torch.zeros(rows, width // 2)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         if dtype != torch.bfloat16 and capability < (8, 9):
             continue
         pages = torch.zeros(1, 4, 2, kv_heads, 64 * width, dtype=dtype)
-        workspace = DecodeWorkspace.allocate(8, 8, width, 512, "cpu")
+        workspace = DecodeWorkspace.allocate(rows, 8, width, 512, "cpu")
         sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
         for early in (False, True):
             paged_attention(
@@ -262,6 +268,22 @@ def attention_of(a: Attributes, queries: int, capability: tuple[int, int], pdl: 
                 pdl=pdl,
                 early=early,
             )
+
+
+def copied_pages(capability: tuple[int, int], pdl: bool) -> None:
+    """A long prompt over float8 pages, of which the layer makes copies first."""
+    a, tokens = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1), 1024
+    row, pages = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 4, 2, 2, 64 * 128)
+    if capability < (8, 9):
+        return
+    coded = pages.to(torch.float8_e4m3fn)
+    workspace = workspace_of([a], [coded], 8, tokens, 512, torch.device("cpu"))
+    assert (workspace.wide is None) == (capability != (9, 0))
+    slots, table = torch.zeros(tokens, dtype=torch.int32), torch.zeros(7, 8, dtype=torch.int32)
+    step = StepTensors(row, row[:7], table, slots, row, row, 0, query_block=32)
+    qkv = torch.zeros(tokens, 12 * 128, dtype=torch.bfloat16)
+    angles = torch.zeros(tokens, 64)
+    paged_attention(qkv, angles, angles, coded, step, a, workspace=workspace)
 
 
 def elementwise(capability: tuple[int, int], pdl: bool) -> None:
@@ -338,6 +360,7 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     normed_routers,
     experts_of_gpt_oss,
     attention,
+    copied_pages,
     elementwise,
     collectives,
     sampling,

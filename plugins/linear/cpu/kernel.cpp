@@ -9,6 +9,8 @@
 // The first sum is the dot product; the second belongs to the weight, and is cheaper to add up again for every block
 // of tokens than to read from memory; the last belongs to the token.
 
+#include <algorithm>
+
 #include "cpu/parallel.h"
 #include "dense.h"
 #include "embedding.h"
@@ -102,17 +104,17 @@ void multiply_unit(const Plan& plan, int64_t unit, int64_t first_token, int64_t 
   }
 }
 
-// Cuts the work so that a task's activations stay in the second-level cache and every thread gets several tasks.
+// Cuts the work so that a task's activations stay in the second-level cache and every thread gets several tasks: more of
+// them where they are long, as threads that others disturb end together only if what is left to take is little.
 void choose_steps(Plan& plan, int threads) {
   constexpr int64_t cache_bytes = 384 << 10;
-  constexpr int64_t tasks_per_thread = 2;
-  const int64_t tokens = plan.args.tokens;
-  const int64_t fitting = cache_bytes / plan.block_offset(1) / kMaxTokens * kMaxTokens;
-  plan.token_step = fitting < kMaxTokens ? kMaxTokens : fitting;
-  const int64_t token_tasks = (tokens + plan.token_step - 1) / plan.token_step;
+  constexpr int64_t many_tokens = 64;
+  const int64_t tokens = plan.args.tokens, tasks_per_thread = tokens < many_tokens ? 2 : 8;
+  const int64_t fitting = std::max<int64_t>(1, cache_bytes / plan.block_offset(1) / kMaxTokens) * kMaxTokens;
+  const int64_t token_tasks = (tokens + fitting - 1) / fitting;
+  plan.token_step = ((tokens + token_tasks - 1) / token_tasks + kMaxTokens - 1) / kMaxTokens * kMaxTokens;
   const int64_t unit_tasks = (threads * tasks_per_thread + token_tasks - 1) / token_tasks;
-  plan.unit_step = plan.units / unit_tasks;
-  if (plan.unit_step < 1) plan.unit_step = 1;
+  plan.unit_step = std::max<int64_t>(1, plan.units / unit_tasks);
 }
 
 void quantize_all(const LinearArgs& args, const Plan& plan, uint8_t* out, Parallel& parallel) {

@@ -297,7 +297,6 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   plan_scratch.reset(Scratch::room<Chunk>(max_chunks) + Scratch::room<Reduction>(args.sequences));
   plan.chunks = plan_scratch.take<Chunk>(max_chunks);
   plan.reductions = plan_scratch.take<Reduction>(args.sequences);
-  plan.threads = std::max(1, parallel.threads());
   plan.make(args);
 
   call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(plan.partial_rows * out_width) +

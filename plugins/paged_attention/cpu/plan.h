@@ -39,7 +39,6 @@ struct Chunk {
   int64_t partial;   // first row of partial results of a part, or -1: these are all the keys
   int64_t head;      // first kv head
   int64_t heads;     // kv heads
-  int64_t turn;      // tasks of the same cost and sequence run in this order
 
   int64_t cost() const { return heads * count * (end - begin); }
 };
@@ -55,7 +54,6 @@ struct Plan {
   Reduction* reductions = nullptr;
   int64_t chunk_count = 0, reduction_count = 0, partial_rows = 0;
   int64_t cost = 0;
-  int64_t threads = 1;  // a hint for the order of tasks
 
   static int64_t part_keys(int64_t page_size) { return divide_up(kPartKeys, page_size) * page_size; }
 
@@ -83,11 +81,11 @@ struct Plan {
     for (int64_t i = 0; i < chunk_count; ++i) cost += chunks[i].cost();
   }
 
-  // The costly tasks first, so that no thread starts one when the others have finished. Threads take tasks in turn, so
-  // equal ones are dealt out like cards: each thread walks neighbouring keys and finds them fetched ahead.
+  // The costly tasks first, so that no thread starts one when the others have finished. A session's pool gives every
+  // thread neighbouring tasks, so equal ones follow their keys: each thread walks its own and finds them fetched ahead.
   void sort() {
     std::sort(chunks, chunks + chunk_count, [](const Chunk& a, const Chunk& b) {
-      return std::tuple(-a.cost(), a.sequence, a.turn) < std::tuple(-b.cost(), b.sequence, b.turn);
+      return std::tuple(-a.cost(), a.sequence, a.begin) < std::tuple(-b.cost(), b.sequence, b.begin);
     });
   }
 
@@ -101,11 +99,11 @@ struct Plan {
     const int64_t context = args.context_len[s], position = context - count;
     if (count == 0) return;
     if (count <= block_tokens(args))
-      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, 0, 0, 0});
+      return add_splits(args, {s, token, count, position, first_key(args, position), context, -1, 0, 0});
     const int64_t block = block_tokens(args, count);
     for (int64_t done = 0; done < count; done += block) {
       const int64_t tokens = std::min(block, count - done), at = position + done;
-      add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, 0, 0, 0});
+      add_heads(args, {s, token + done, tokens, at, first_key(args, at), at + tokens, -1, 0, 0});
     }
   }
 
@@ -125,16 +123,13 @@ struct Plan {
     const int64_t first = chunk.begin / keys, parts = divide_up(chunk.end, keys) - first;
     if (parts == 1) return add_heads(args, chunk);
     reductions[reduction_count++] = {chunk.token, chunk.count, partial_rows, parts};
-    const int64_t row = partial_rows, step = divide_up(parts, threads);
-    for (int64_t turn = 0; turn < step; ++turn)
-      for (int64_t part = turn; part < parts; part += step) {
-        Chunk piece = chunk;
-        piece.begin = std::max(chunk.begin, (first + part) * keys);
-        piece.end = std::min(chunk.end, (first + part + 1) * keys);
-        piece.partial = row + part * chunk.count * args.num_heads;
-        piece.turn = turn;
-        add_heads(args, piece);
-      }
+    for (int64_t part = 0; part < parts; ++part) {
+      Chunk piece = chunk;
+      piece.begin = std::max(chunk.begin, (first + part) * keys);
+      piece.end = std::min(chunk.end, (first + part + 1) * keys);
+      piece.partial = partial_rows + part * chunk.count * args.num_heads;
+      add_heads(args, piece);
+    }
     partial_rows += parts * chunk.count * args.num_heads;
   }
 };

@@ -7,7 +7,8 @@ in them (``k_row_major``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,6 +23,9 @@ from slipstream.plugins.cuda.launch import (
 )
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
+    ALL,
+    COPIED,
+    OTHERS,
     hopper_prefill_kernel,
     part_of_page,
 )
@@ -30,6 +34,7 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
     prefill_kernel,
     write_kernel,
 )
+from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
@@ -43,11 +48,12 @@ _NO_WINDOW = 1 << 30
 # Sums that its registers hold beside those of the splits before, and how many leave room for more
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
-_HOPPER_RING = 1 << 15  # numbers of k and v that a program's copies are ahead, at least two pages
-# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
-# in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
-_HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
-_HOPPER_CODED_TILES = {64: (4, 4, 3), 128: (3, 3, 2)}
+# Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
+# a multiprocessor has one program.
+_HOPPER_RING = 1 << 15
+# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
+# and tiles of float8 codes beside them.
+_HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
 # Of each of its 384 threads, or 512 where codes are decoded; those that multiply take from the
 # others.
 _HOPPER_REGISTERS, _HOPPER_CODED_REGISTERS = 168, 128
@@ -102,12 +108,14 @@ class DecodeWorkspace:
 
     partials ``[T, num_heads, splits, head_dim]`` and statistics ``[T, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
-    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls.
+    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls. ``wide``: room for
+    copies of float8 pages, without which long prompts are slower.
     """
 
     partials: torch.Tensor
     statistics: torch.Tensor
     arrivals: torch.Tensor
+    wide: WidePages | None = None
 
     @classmethod
     def allocate(
@@ -140,6 +148,33 @@ class _Scalars:
     soft_cap: float | None
     window: int
     v_scale: float
+
+
+def workspace_of(
+    layers: Sequence[Attributes],
+    pages: Iterable[torch.Tensor],
+    max_decodes: int,
+    max_num_tokens: int,
+    max_seq_len: int,
+    device: torch.device,
+) -> DecodeWorkspace:
+    """What layers share over these ``pages``: for steps of up to ``max_decodes`` tokens of decodes,
+    and copies of float8 pages of what one sequence, or one step, has at most."""
+    workspace = DecodeWorkspace.allocate(
+        max_decodes,
+        max(a.num_heads for a in layers),
+        max(a.head_dim for a in layers),
+        max_seq_len,
+        device,
+    )
+    read = [a for a in layers if _HOPPER_TILES.get(a.head_dim, (0, 0, 0))[2]]
+    coded = any(array.dtype == torch.float8_e4m3fn for array in pages)
+    if not (read and coded) or interpreting() or capability_of(device) != (9, 0):
+        return workspace
+    page = max(a.page_size for a in read)
+    tokens = -(-max(max_num_tokens, max_seq_len) // page) * page
+    numbers = max(2 * a.num_kv_heads * a.head_dim for a in read)
+    return replace(workspace, wide=WidePages.allocate(max_decodes, tokens, numbers, device))
 
 
 def query_block(a: Attributes) -> int:
@@ -201,7 +236,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         # What the decode kernel has read and stored is turned and stored again where it may be any.
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
-            _hopper_prefill(qkv, pages, step, a, sinks, output)
+            _hopper_prefills(qkv, pages, step, a, sinks, output, workspace.wide)
         else:
             _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
@@ -324,14 +359,15 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     early: bool,
 ) -> None:
     by = _scalars(a, pages)
-    programs = _hopper_programs(step.num_decodes * a.num_kv_heads)
+    heads, processors = step.num_decodes * a.num_kv_heads, multiprocessors(pages.device)
     # Decoding float8 keeps three programs of a multiprocessor busy, and 16 bits hardly one.
     coded, columns = pages.element_size() == 1, _hopper_columns(a, step.queries)
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
+    ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, programs)](
+    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, _hopper_programs(heads))](
         qkv,
         cos,
         sin,
@@ -349,7 +385,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        together * multiprocessors(pages.device),
+        together * processors,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -362,13 +398,19 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         KV_PARTS=a.kv_parts,
         QUERIES=step.queries,
         COLUMNS=columns,
-        STAGES=max(_HOPPER_RING // (2 * a.page_size * a.head_dim), 2),
+        STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
         MAX_SPLITS=workspace.partials.shape[2],
         PDL=pdl,
         EARLY=early,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
+
+
+def _hopper_ring(heads: int, processors: int) -> int:
+    """How many numbers are copied ahead. More heads than multiprocessors are read by several
+    programs on each, for which there is less room; of a few a program has hardly more pages."""
+    return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
 
 
 def _hopper_programs(heads: int) -> int:
@@ -450,13 +492,13 @@ def _prefill(
 
 def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes) -> bool:
     """Whether there is the GPU, and this is a layer, that the prefill kernel for Hopper is for."""
-    keys, _ = _HOPPER_TILES.get(a.head_dim, (0, 0))
+    keys, _, codes = _HOPPER_TILES.get(a.head_dim, (0, 0, 0))
     coded = pages.dtype == torch.float8_e4m3fn
     return (
         capability_of(qkv.device) == (9, 0)
         and not interpreting()
         and qkv.element_size() == 2
-        and (a.head_dim in _HOPPER_CODED_TILES if coded else qkv.dtype == pages.dtype)
+        and (codes > 0 if coded else qkv.dtype == pages.dtype)
         and a.page_size in (32, 64, 128)
         and a.page_size <= keys
         and a.num_heads // a.num_kv_heads <= _BLOCK_ROWS
@@ -464,22 +506,45 @@ def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes)
     )
 
 
-def _hopper_prefill(
+def _hopper_prefills(
     qkv: torch.Tensor,
     pages: torch.Tensor,
     step: StepTensors,
     a: Attributes,
     sinks: torch.Tensor | None,
     output: torch.Tensor,
+    wide: WidePages | None,
 ) -> None:
-    """``_prefill`` by programs that work on one block after the other."""
-    by = _scalars(a, pages)
-    block, stages = _HOPPER_TILES[a.head_dim]
+    """``_prefill``; of long prompts over float8 pages those are copied first."""
+    by, inputs = _scalars(a, pages), (step, a, sinks, output)
     coded = pages.dtype == torch.float8_e4m3fn
-    keys, values, codes = _HOPPER_CODED_TILES[a.head_dim] if coded else (stages, stages, 0)
-    blocks = len(step.block_sequence) * a.num_kv_heads
+    if not coded or wide is None or qkv.shape[0] - step.sure_decodes < STEP_TOKENS:
+        _hopper_prefill(qkv, pages, *inputs, by)
+        return
+    copies = wide.fill(
+        pages, step.query_start, step.context_len, step.page_table, step.sure_decodes, a.page_size
+    )
+    _hopper_prefill(qkv, copies, *inputs, by, wide, COPIED.value)
+    _hopper_prefill(qkv, pages, *inputs, by, wide, OTHERS.value)
+
+
+def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
+    qkv: torch.Tensor,
+    pages: torch.Tensor,
+    step: StepTensors,
+    a: Attributes,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+    by: _Scalars,
+    wide: WidePages | None = None,
+    sequences: int = ALL.value,
+) -> None:
+    """``_prefill`` of these sequences, by programs that work on one block after the other."""
+    keys, stages, codes = _HOPPER_TILES[a.head_dim]
+    coded = pages.dtype == torch.float8_e4m3fn
+    blocks = len(step.block_sequence)
     part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
-    hopper_prefill_kernel[(min(blocks, multiprocessors(qkv.device)),)](
+    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
         step.query_start,
@@ -489,6 +554,8 @@ def _hopper_prefill(
         step.block_start,
         sinks,
         output,
+        None if wide is None else wide.first,
+        None if wide is None else wide.found,
         blocks,
         step.page_table.stride(0),
         by.scale,
@@ -499,10 +566,10 @@ def _hopper_prefill(
         PAGE=a.page_size,
         KV_PARTS=a.kv_parts,
         BLOCK_Q=query_block(a) // step.query_block * step.query_block,
-        BLOCK_N=block,
-        KEYS=keys,
-        VALUES=values,
-        CODES=codes,
+        BLOCK_N=keys,
+        STAGES=stages,
+        CODES=codes if coded else 0,
+        SEQUENCES=sequences,
         maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )

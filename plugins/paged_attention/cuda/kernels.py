@@ -731,3 +731,41 @@ def prefill_kernel(
     y = finish(m, total, acc, sinks, v_scale, heads, valid)
     to = output + (token * (NUM_HEADS * HEAD_DIM) + heads * HEAD_DIM)[:, None] + d[None, :]
     tl.store(to, y.to(output.dtype.element_ty), wide)
+
+
+@triton.jit(do_not_specialize=["table_stride", "sequences", "num_decodes"])
+def widen_kernel(
+    pages, wide, first, found, query_start, context_len, page_table, table_stride, sequences,
+    num_decodes, PAGE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """Pages of sequences with QUERIES queries and CONTEXT tokens or more, in the order of the
+    sequences, as far as there is room; the first program says which those are.
+
+    Grid: (pages that there is room for, programs that share one).
+    """
+    s = tl.arange(0, SEQUENCES)
+    here = s < sequences
+    context = tl.load(context_len + s, here, 0)
+    queries = tl.load(query_start + s + 1, here, 0) - tl.load(query_start + s, here, 0)
+    long = (queries >= QUERIES) & (context >= CONTEXT)
+    count = tl.where(long, tl.cdiv(context, PAGE), 0)
+    ends = tl.cumsum(count)
+    long = long & (ends <= tl.num_programs(0))
+    at = tl.program_id(0)
+    if (at == 0) & (tl.program_id(1) == 0):
+        others = (queries > 0) & (context > 0) & (s >= num_decodes) & (long == 0)
+        tl.store(first + s, tl.where(long, ends - count, -1), here)
+        tl.store(found, tl.sum(long.to(tl.int32)))
+        tl.store(found + 1, tl.sum(others.to(tl.int32)))
+    before = ends <= at
+    sequence = tl.sum(before.to(tl.int32))
+    start = tl.max(tl.where(before, ends, 0))
+    if tl.max((long & (s == sequence)).to(tl.int32)) == 0:
+        return
+    number = tl.load(page_table + sequence.to(tl.int64) * table_stride + at - start)
+    pages += number.to(tl.int64) * SIZE
+    wide += at.to(tl.int64) * SIZE
+    for block in range(tl.program_id(1), SIZE // BLOCK, tl.num_programs(1)):
+        place = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(wide + place, tl.load(pages + place).to(wide.dtype.element_ty))
