@@ -36,8 +36,6 @@ _DOT_TILES = TILES[:-1]
 # Rows from which wide is the guess, and its tile: what was quickest on an H200 for the shapes of
 # gpt-oss-20b, Qwen3-30B-A3B and Mixtral-8x7B.
 _GUESS_WIDE = ((512, Tile(128, 256)), (48, Tile(128, 128)), (24, Tile(64, 64)))
-_DEEP = True
-_TOGETHER = {(128, 64): 2, (128, 32): 2}  # programs of such tiles that an SM holds
 _SUMS_A_THREAD = 128  # float32 registers of a tile's sums; twice as many spill
 
 
@@ -142,20 +140,26 @@ def can_widen(shape: ExpertShape, tokens: int, capability: tuple[int, int]) -> b
 
 def wide_tile(tactic: Tactic, gated: bool) -> Tile:
     """The tile of a tactic of wide."""
-    rows, tokens = tactic.block_n * (2 if gated else 1), tactic.block_m
-    return Tile(rows, tokens, together=_TOGETHER.get((rows, tokens), 0))
+    return Tile(tactic.block_n * (2 if gated else 1), tactic.block_m)
 
 
-def runs_deep(tile: Tile) -> bool:
+def runs_deep(tile: Tile, fmt: WeightFormat) -> bool:
     """Whether a warpgroup of wide has registers for the weights of two products, of which the next
     begins before the one is over."""
-    return _DEEP and tile.tokens >= 128 and tile.rows == 128
+    groups = 1024 // fmt.bits // fmt.group  # of a chunk; the exponents of float4 are one number
+    few = fmt.kind == FLOAT4 or groups <= 2
+    return tile.rows == 128 and (tile.tokens == 128 or (tile.tokens == 256 and few))
 
 
 def _wide_tiles(rows: float) -> list[Tile]:
     """Those of which an expert fills a half of one, or at most four."""
     sizes = [size for size in TILES[1:] if min(rows / 4, TILES[-1]) <= size <= max(2 * rows, 32)]
-    return [Tile(128, size) for size in sizes] + [Tile(64, size) for size in sizes if size < 256]
+    wider = [Tile(192, 128)] if 128 in sizes else []
+    return (
+        [Tile(128, size) for size in sizes]
+        + wider
+        + [Tile(64, size) for size in sizes if size < 256]
+    )
 
 
 def slots_of(top_k: int) -> int:

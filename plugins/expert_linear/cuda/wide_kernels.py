@@ -254,11 +254,6 @@ def _third(work, form):
 
 
 @gluon.jit
-def _fourth(work, form):
-    _multiply(3, work, form)
-
-
-@gluon.jit
 def _copy(x, rings, grouped, PARTS: gl.constexpr, form):
     """What the warp does that copies x."""
     ring, ready, free = rings
@@ -289,7 +284,7 @@ def expert_wide(
     the order of ``order``; y [pairs, N] or, GATED, [pairs, N / 2] by pair.
 
     ``order`` to ``length`` as in ``group_pairs``, of tiles of T. A tile of a program has 64 rows
-    of the weight for each of one to four WARPGROUPS. GROUP 0 is a scale a row; ZERO as in
+    of the weight for each of one to three WARPGROUPS. GROUP 0 is a scale a row; ZERO as in
     ``gemv_int``; STAGES tiles of x are in flight. DEEP: a product begins before the last is over.
     """
     ring = gl.allocate_shared_memory(x.dtype, [STAGES, T, 64], x.layout)
@@ -310,11 +305,9 @@ def expert_wide(
         gl.warp_specialize([(_first, (work, form)), (_copy, copies)], [1], [24])
     elif WARPGROUPS == 2:
         gl.warp_specialize(
-            [(_first, (work, form)), (_second, (work, form)), (_copy, copies)],
-            [4, 1],
-            [240 if T > 64 else 104, 24],
+            [(_first, (work, form)), (_second, (work, form)), (_copy, copies)], [4, 1], [240, 24]
         )
-    elif WARPGROUPS == 3:
+    else:
         gl.warp_specialize(
             [
                 (_first, (work, form)),
@@ -324,16 +317,4 @@ def expert_wide(
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_first, (work, form)),
-                (_second, (work, form)),
-                (_third, (work, form)),
-                (_fourth, (work, form)),
-                (_copy, copies),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
         )

@@ -15,19 +15,17 @@ _SPARE_BYTES = 3 << 10  # of a program, for what Triton adds and what it takes f
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows of the weight and of x that a program multiplies, how many share their K, and how many
-    an SM is to hold, where that is not the usual number."""
+    """Rows of the weight and of x that a program multiplies, and how many share their K."""
 
     rows: int
     tokens: int
     split: int = 1
-    together: int = 0
 
     @property
     def programs(self) -> int:
         """Programs that an SM holds: those of one warpgroup are to take turns with others."""
-        if self.together or self.rows > 64:
-            return self.together or 1
+        if self.rows > 64:
+            return 1
         return 3 if self.tokens <= 64 else 2
 
     @property

@@ -9,20 +9,8 @@ adds their sums, in order, so results do not depend on which that is.
 import triton
 import triton.language as tl
 
+from slipstream.plugins.cuda.kernels import prefetch
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Asks for the cache lines at pointers; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -241,7 +229,7 @@ def dot_float(
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
     if PDL:
         ahead = tl.program_id(2) * (STEPS * BK) + tl.arange(0, 4) * LINE
-        _prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
+        prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
         tl.extra.cuda.gdc_wait()
     acc, up, squares = _sums_float(
         w_at, up_at, x_at, scale, gain, row, width, m, tokens, tl.program_id(2),
@@ -477,9 +465,9 @@ def dot_int(
     if PDL:
         start = tl.program_id(2) * STEPS
         lines = tl.minimum(start + tl.arange(0, 4), CHUNKS - 1) * 32
-        _prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
+        prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
         if GROUP:
-            _prefetch(scale + row * groups_of(K, CHUNKS, GROUP, ZERO) + start * COUNT)
+            prefetch(scale + row * groups_of(K, CHUNKS, GROUP, ZERO) + start * COUNT)
         tl.extra.cuda.gdc_wait()
     acc, up, squares = _sums_int(
         w_at, up_at, x_at, scale, shift, gain, row, width, m, tokens, tl.program_id(2),

@@ -57,7 +57,7 @@ def check(tactic: Tactic, shape: ExpertShape, tokens: int, capability: tuple[int
         return
     assert tactic.block_m in TILES and (capability == HOPPER or not tactic.swap)
     if tactic.kernel == "wide":
-        assert capability == HOPPER and tokens > 64 and rows in (64, 128)
+        assert capability == HOPPER and tokens > 64 and rows in (64, 128, 192)
         assert tactic.num_stages * tactic.block_m * 128 <= shared_memory(capability)
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0
