@@ -146,9 +146,10 @@ def wide_tile(tactic: Tactic, gated: bool) -> Tile:
 def runs_deep(tile: Tile, fmt: WeightFormat) -> bool:
     """Whether a warpgroup of wide has registers for the weights of two products, of which the next
     begins before the one is over."""
-    groups = 1024 // fmt.bits // fmt.group  # of a chunk; the exponents of float4 are one number
-    few = fmt.kind == FLOAT4 or groups <= 2
-    return tile.rows == 128 and (tile.tokens == 128 or (tile.tokens == 256 and few))
+    if fmt.kind == FLOAT4:  # the exponents of a chunk are one number
+        return tile.tokens >= 128 and tile.rows >= 128
+    groups = 1024 // fmt.bits // fmt.group  # of a chunk
+    return tile.rows == 128 and (tile.tokens == 128 or (tile.tokens == 256 and groups <= 2))
 
 
 def _wide_tiles(rows: float) -> list[Tile]:
