@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from tests.server.openai.serving import Running, serving
+from tests.server.devices import GatedDevice, engine_on
+from tests.server.openai.serving import Running, check_aborted, serving
 
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http import respond
@@ -194,8 +195,10 @@ def test_a_priority_is_taken_where_the_operator_allows_it() -> None:
 def test_a_stream_that_waits_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until its turn comes, and events from then on; no comment is among those that come soon."""
     monkeypatch.setattr(respond, "PULSE_SECONDS", 0.05)
-    engine = counting_engine(256, delay=0.02, max_batch_size=1)
-    with serving(engine) as running, httpx.Client(timeout=60) as client:
+    device = GatedDevice()
+    engine = engine_on(device, max_batch_size=1)
+    with serving(engine) as running, device, httpx.Client(timeout=60) as client:
+        device.permits.release()
         url = running.url + COMPLETIONS
         first = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
         with client.stream("POST", url, json=first) as busy:
@@ -207,14 +210,17 @@ def test_a_stream_that_waits_gets_comments(monkeypatch: pytest.MonkeyPatch) -> N
                 events = waiting.iter_lines()
                 assert [next(events) for _ in range(4)] == [": waiting", "", ": waiting", ""]
                 busy.close()  # aborts it
+                device.permits.release(1000)
                 rest = [line for line in events if line and not line.startswith(":")]
             assert rest[0].startswith('data: {"id"') and rest[-1] == "data: [DONE]"
 
 
 def test_a_stream_that_is_left_while_it_waits_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(respond, "PULSE_SECONDS", 0.05)
-    engine = counting_engine(256, delay=0.02, max_batch_size=1)
-    with serving(engine) as running, httpx.Client(timeout=60) as client:
+    device = GatedDevice()
+    engine = engine_on(device, max_batch_size=1)
+    with serving(engine) as running, device, httpx.Client(timeout=60) as client:
+        device.permits.release()
         url = running.url + COMPLETIONS
         first = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
         with client.stream("POST", url, json=first) as busy:
@@ -224,7 +230,7 @@ def test_a_stream_that_is_left_while_it_waits_is_forgotten(monkeypatch: pytest.M
                 assert next(events := waiting.iter_lines()) == ": waiting"
             assert events
             running.wait(lambda: running.service.places.own == 1)
-        running.wait_idle()
+        check_aborted(running, device)
 
 
 def cost(work: Callable[[], object]) -> float:
