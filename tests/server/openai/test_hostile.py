@@ -241,8 +241,7 @@ def cost(work: Callable[[], object]) -> float:
 
 
 class Beats:
-    """The most that the event loop's thread has computed without a pause, in its own time, which
-    no other program can prolong."""
+    """The most that the event loop's thread has computed without a pause, in its own time."""
 
     def __init__(self, running: Running) -> None:
         self.longest = 0.0
@@ -268,14 +267,21 @@ class Beats:
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if "deep" not in name])
 def test_what_is_too_much_does_not_hold_the_event_loop(server: Running, name: str) -> None:
-    """A request holds it no longer than a few readings of the largest body that is read at all."""
+    """A request holds it no longer than a few readings of the largest body that is read at all: in
+    one of several tries, for a machine that does much else can prolong any, and what holds the
+    loop holds it in all."""
     values = "[" + "1," * MAX_VALUES + "1]"
-    unit = min(cost(lambda: json.loads(values)) for _ in range(3))
     path, body, _ = REFUSED[name]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with Beats(server) as beats:
-        httpx.post(server.url + path, content=content, headers=JSON, timeout=60)
-    assert beats.longest < 8 * unit, f"{beats.longest:.3f} s, reading takes {unit:.3f} s"
+    tries = []
+    for _ in range(10):
+        unit = cost(lambda: json.loads(values))
+        with Beats(server) as beats:
+            httpx.post(server.url + path, content=content, headers=JSON, timeout=60)
+        tries.append(beats.longest / unit)
+        if tries[-1] < 8:
+            return
+    pytest.fail(f"it is held for {tries} readings")
 
 
 @pytest.mark.parametrize("work", ["encode", "render", "decode", "answer"])

@@ -121,8 +121,8 @@ def test_an_answer_is_streamed_and_measured(browser: Browser) -> None:
         answer = page.locator(".assistant")
         expect(answer).to_contain_text(";")  # its first token; the others are still to come
         expect(page.get_by_role("button", name="Stop")).to_be_visible()
-        expect(page.get_by_role("button", name="Send")).to_be_visible()
         device.permits.release(10)
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
         expect(answer.locator("div")).to_have_text(";!?-_")
         expect(answer.locator(".note")).to_have_text(
             re.compile(r"5 tokens · [\d.]+ tokens/s · first after [\d.]+ s · cut at the limit")

@@ -30,6 +30,7 @@ from slipstream.server.triton.parameters import Query
 from slipstream.server.triton.serving import Serving
 
 LONG = 200
+ENDLESS = 30_000  # tokens: minutes of 10 ms a step
 
 
 class Client:
@@ -127,6 +128,11 @@ class Bench:
             time.sleep(0.002)
 
 
+def endless(**options: Any) -> Bench:  # noqa: ANN401 - of RuntimeConfig
+    """One that answers for minutes, unless it is stopped."""
+    return Bench(counting_engine(2**13, delay=0.01, max_seq_len=2**15, **options))
+
+
 @pytest.fixture
 def fast() -> Iterator[Bench]:
     """As fast as it goes."""
@@ -176,31 +182,18 @@ def test_a_client_that_goes_ends_its_request_within_a_few_steps(stream: bool) ->
 
 
 def test_a_client_that_goes_while_its_request_waits() -> None:
-    with GatedDevice() as device:
-        bench = Bench(engine_on(device, max_batch_size=2))
-
-        def told(commands: int) -> None:
-            """Let the device go on when the engine has been told, and see what it begins."""
-            bench.wait(lambda: bench.llm._thread._commands.qsize() == commands)
-            step = device.steps + 1
-            device.permits.release()
-            bench.wait(lambda: device.steps == step)
-
-        running = [bench.ask("a", max_tokens=LONG, ignore_eos=True)]
-        bench.wait(lambda: device.steps == 1)
-        running.append(bench.ask("b", max_tokens=LONG, ignore_eos=True))
-        waiting = bench.ask("c", max_tokens=5)
-        told(2)
-        assert (bench.llm.stats.num_running, bench.llm.stats.num_waiting) == (2, 1)
-        waiting.gone = True
-        told(1)
-        assert (bench.llm.stats.num_running, bench.llm.stats.num_waiting) == (2, 0)
-        for client in running:
-            client.gone = True
-        bench.wait(lambda: bench.llm._thread._commands.qsize() == 2)
-        device.permits.release(1000)
-        bench.wait(lambda: bench.llm.stats.num_running == 0)
-        bench.serving.close()
+    bench = endless(max_batch_size=2)
+    running = [bench.ask(letter, max_tokens=ENDLESS, ignore_eos=True) for letter in "ab"]
+    bench.wait(lambda: bench.llm.stats.num_running == 2)
+    waiting = bench.ask("c", max_tokens=5)
+    bench.wait(lambda: bench.llm.stats.num_waiting == 1)
+    waiting.gone = True
+    bench.wait(lambda: bench.llm.stats.num_waiting == 0)
+    assert bench.llm.stats.num_running == 2
+    for client in running:
+        client.gone = True
+    bench.wait(lambda: bench.llm.stats.num_running == 0)
+    bench.serving.close()
 
 
 def test_a_bad_request_ends_with_its_error_and_the_others_go_on(fast: Bench) -> None:
@@ -308,9 +301,8 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
 
 def test_closing_ends_what_runs_with_an_error() -> None:
     before = set(threading.enumerate())
-    # One that would answer for minutes.
-    bench = Bench(counting_engine(2**13, delay=0.01, max_seq_len=2**15))
-    client = bench.ask("a", max_tokens=30_000, ignore_eos=True)
+    bench = endless()
+    client = bench.ask("a", max_tokens=ENDLESS, ignore_eos=True)
     client.next()
     bench.serving.close()
     with pytest.raises(ExecutionError, match="shut down"):
