@@ -48,7 +48,7 @@ class BatchBuilder:
             runs = self._runs = _Runs(plan.counts, self._counter)
         rows = [sequence.row for sequence in plan.sequences]
         slots = self._slots.of(rows)
-        starts = np.array(plan.starts, np.int32)
+        token_ids, starts, ends = _columns(plan)
         positions = runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
@@ -56,7 +56,6 @@ class BatchBuilder:
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
             pages |= table.inputs(rows, slots, held, runs, plan.starts, positions)
-        token_ids = np.array(_tokens(plan), np.int32)
         wanted = _Wanted(plan, runs.begins)
         if plan.guesses:
             _put_guesses(plan, runs.begins, token_ids)
@@ -64,7 +63,7 @@ class BatchBuilder:
             token_ids=token_ids,
             positions=positions,
             query_start=runs.query_start,
-            context_len=starts + runs.sizes,
+            context_len=ends,
             logits_rows=self._logits_rows.of(wanted.rows),
             sampling=wanted.sampling,
             slots=slots,
@@ -99,23 +98,21 @@ class _Runs:
     """How the tokens of sequences lie in a step, of which each has ``counts`` of them.
 
     ``query_start`` and ``begins`` are where they begin, and the end; ``owners`` is of every token
-    which of the sequences it belongs to, ``sizes`` is ``counts``. Where they ``are_few`` each has
-    one.
+    which of the sequences it belongs to. Where they ``are_few`` each has one.
     """
 
-    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start", "sizes")
+    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start")
 
     def __init__(self, counts: list[int], counter: IntArray) -> None:
         """``counter`` counts from 0 to the most tokens of a step."""
         self.counts, self.begins = counts, [0, *itertools.accumulate(counts)]
         total, size = self.begins[-1], len(counts)
-        self.sizes = _read_only(np.array(counts, np.int32))
         self.query_start, self.owners = counter[: size + 1], counter[:size]
         self.are_few = total == size <= _FEW
         self._places: IntArray | None = None  # of every token in its run; None: all are the first
         if total != size:
             self.query_start = _read_only(np.array(self.begins, np.int32))
-            self.owners = _read_only(self.owners.repeat(self.sizes))
+            self.owners = _read_only(self.owners.repeat(counts))
             self._places = counter[:total] - self.query_start[self.owners]
 
     def positions(self, starts: IntArray) -> IntArray:
@@ -253,6 +250,17 @@ def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
     ]
     held = [len(allocation.pages) * page_size for allocation in plan.allocations]
     return Guessing(count, np.array(following, np.int32), np.array(held, np.int32))
+
+
+def _columns(plan: StepPlan) -> tuple[IntArray, IntArray, IntArray]:
+    """The tokens of a step, and where those of each sequence begin and end in it; int32."""
+    ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+    lists = _tokens(plan), plan.starts, ends
+    if len(lists[0]) == len(ends):  # one array costs less than three
+        tokens, starts, ended = np.array(lists, np.int32)
+    else:
+        tokens, starts, ended = (np.array(numbers, np.int32) for numbers in lists)
+    return tokens, starts, ended
 
 
 def _tokens(plan: StepPlan) -> list[int]:
