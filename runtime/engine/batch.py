@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Collection
 
 import numpy as np
@@ -151,9 +152,7 @@ class _PageTable:
         size = self._page_size
         if runs.are_few:
             places = zip(held, starts, strict=True)
-            mapping = np.array(
-                [e.pages[at // size] * size + at % size for e, at in places], np.int32
-            )
+            mapping = _int32([e.pages[at // size] * size + at % size for e, at in places])
         else:
             page, offset = np.divmod(positions, np.int32(size))
             mapping = table[runs.owners, page]
@@ -236,9 +235,14 @@ class _Wanted:
         self.slots.append(slot)
 
 
-def _read_only(array: IntArray) -> IntArray:
-    array.flags.writeable = False
-    return array
+def _int32(numbers: list[int]) -> IntArray:
+    """An array of some numbers, in less code than NumPy walks through to find out what they are."""
+    return np.frombuffer(array("i", numbers), np.int32)
+
+
+def _read_only(numbers: IntArray) -> IntArray:
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
@@ -257,9 +261,10 @@ def _columns(plan: StepPlan) -> tuple[IntArray, IntArray, IntArray]:
     ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
     lists = _tokens(plan), plan.starts, ends
     if len(lists[0]) == len(ends):  # one array costs less than three
-        tokens, starts, ended = np.array(lists, np.int32)
+        size, whole = len(ends), _int32([*lists[0], *lists[1], *lists[2]])
+        tokens, starts, ended = whole[:size], whole[size : 2 * size], whole[2 * size :]
     else:
-        tokens, starts, ended = (np.array(numbers, np.int32) for numbers in lists)
+        tokens, starts, ended = map(_int32, lists)
     return tokens, starts, ended
 
 

@@ -142,10 +142,8 @@ class Scheduler:
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
             elif known + sequence.num_drafted < sequence.max_len:  # or it ``awaits_last``
-                count = left
-                if left > 1:  # where tokens were forced
-                    count = min(left, 1 + spare)
-                    spare -= count - 1
+                count = min(left, 1 + spare)  # more than one where tokens were forced
+                spare -= count - 1
                 plan.add(sequence, count)
         if running is not self.running:
             prefills.sort(key=_ORDER)
