@@ -477,23 +477,6 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         np.testing.assert_array_equal(output, together)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("processors", [1, 5, 400])
-def test_programs_find_their_part_among_many_sequences(
-    processors: int, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """More of them than are looked at together, and padding, beside a program for each."""
-    lengths = [2 + s % 3 for s in range(1100)]
-    lengths[7], lengths[1029], lengths[1030], lengths[1099] = 700, 2309, 130, 400
-    case = Case(tuple((1, n) for n in lengths), 1100, 2, 1, 64, padding=9)
-    inputs = case.inputs()
-    monkeypatch.setattr(cuda, "_HOPPER_HEADS", 0)
-    want, _ = run(case, deepcopy(inputs), device)
-    monkeypatch.setattr(cuda, "_HOPPER_HEADS", 1 << 11)
-    monkeypatch.setattr(cuda, "multiprocessors", lambda _: processors)
-    np.testing.assert_array_equal(run(case, inputs, device)[0], want)
-
-
 @pytest.mark.parametrize(
     "name",
     [
