@@ -46,7 +46,6 @@ _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 # Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
 # a multiprocessor has one program.
 _HOPPER_RING = 1 << 15
-_HOPPER_HEADS = 1 << 11  # of all sequences, from which on none is shared between programs
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
 # in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
 _HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
@@ -335,9 +334,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         together, registers = 1, 224
     ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    slots = together * processors
-    others = _hopper_others(heads, slots, a.num_kv_heads)
-    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes + others)](
+    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, _hopper_programs(heads))](
         qkv,
         cos,
         sin,
@@ -355,8 +352,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.statistics,
         workspace.arrivals,
         step.page_table.stride(0),
-        step.num_decodes,
-        slots,
+        together * processors,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -384,11 +380,10 @@ def _hopper_ring(heads: int, processors: int) -> int:
     return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
 
 
-def _hopper_others(heads: int, slots: int, num_kv_heads: int) -> int:
-    """Programs of a head beside those of each sequence's first part: there are never more parts of
-    about an even share of the step, and those without work, though they end at once, take their
-    time: each waits for room on a multiprocessor. Of enough heads each is a program's."""
-    return triton.cdiv(slots, num_kv_heads) if heads < _HOPPER_HEADS else 0
+def _hopper_programs(heads: int) -> int:
+    """Programs that may share a head of a sequence. Those without work end at once, but a few
+    thousand take their time."""
+    return min(max(2048 // heads, 1), _MAX_SPLITS)
 
 
 def _write(

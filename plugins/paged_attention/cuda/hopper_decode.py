@@ -30,7 +30,6 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = gl.constexpr(-1e30)
 FP8_MAX = gl.constexpr(448.0)
-CHUNK = gl.constexpr(1024)  # sequences that are looked at together
 _TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -527,21 +526,22 @@ def copier(pages, table, token, to, work, scale, ring, operands, shape):
 
 
 @gluon.jit
-def pages_of_step(context_len, sequences, PAGE: gl.constexpr):
+def pages_of_step(context_len, PAGE: gl.constexpr):
     """The pages of all sequences together."""
+    CHUNK: gl.constexpr = 1024
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     index = gl.arange(0, CHUNK, layout)
     pages = gl.zeros([CHUNK], gl.int32, layout)
-    for start in range(0, sequences, CHUNK):
-        here = start + index < sequences
+    for start in range(0, gl.num_programs(1), CHUNK):
+        here = start + index < gl.num_programs(1)
         pages += gl.cdiv(gl.load(context_len + start + index, here, 0), PAGE)
     return gl.sum(pages, 0)
 
 
 @gluon.jit
-def splits_of(context, even, shape):
-    """What a context is cut into: keys in pages, pages of them, pages of a split, splits, and
-    splits of a program, of which each has about ``even`` pages."""
+def work_of(context, query_start, context_len, slots, shape):
+    """This program's part of the step; a ``split`` of ``splits`` or more is none."""
+    part = gl.program_id(2)
     cached = context
     if shape.joins:
         cached = context - 1
@@ -549,64 +549,21 @@ def splits_of(context, even, shape):
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
     split_pages = gl.cdiv(num_pages, shape.max_splits)
     splits = gl.cdiv(num_pages, split_pages)
-    return cached, num_pages, split_pages, splits, gl.maximum(gl.cdiv(even, split_pages), 1)
-
-
-@gluon.jit
-def added(a, b):
-    return a + b
-
-
-@gluon.jit
-def other_part(number, context_len, sequences, even, shape):
-    """The sequence of which the program with this ``number`` among those that have no first part
-    does another part, and which; ``sequences`` if there is none."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    index = gl.arange(0, CHUNK, layout)
-    before, sequence, first = 0, 0, 0
-    for start in range(0, sequences, CHUNK):
-        here = start + index < sequences
-        context = gl.load(context_len + start + index, here, 0)
-        _, _, _, splits, share = splits_of(context, even, shape)
-        others = gl.where(context > 0, (splits - 1) // share, 0)
-        ends = before + gl.associative_scan(others, 0, added)
-        passed = here & (ends <= number)
-        sequence += gl.sum(passed.to(gl.int32), 0)
-        first = gl.maximum(first, gl.max(gl.where(passed, ends, 0), 0))
-        before += gl.sum(others, 0)
-    return sequence, number - first + 1
-
-
-@gluon.jit
-def work_of(query_start, context_len, sequences, slots, shape):
-    """This program's part of the step; none if its ``count`` is 0.
-
-    Every sequence has a program for its first part, and the programs behind those do the other
-    parts of all, in order. A part but the first stands for more than ``even`` pages in front of it,
-    so that there are fewer of them than ``slots``.
-    """
-    place = gl.program_id(1)
-    sequence, part = place, place * 0
-    even = 1 << 30  # a program for all of a sequence
-    if gl.num_programs(1) > sequences:
-        pages = pages_of_step(context_len, sequences, shape.page)
-        even = gl.cdiv(pages * shape.num_kv_heads, slots)
-        if place >= sequences:
-            sequence, part = other_part(place - sequences, context_len, sequences, even, shape)
-    context = gl.load(context_len + sequence, sequence < sequences, 0)
-    cached, num_pages, split_pages, splits, share = splits_of(context, even, shape)
+    share = gl.cdiv(splits, gl.num_programs(2))
+    if gl.num_programs(2) > 1:
+        even = gl.cdiv(pages_of_step(context_len, shape.page) * shape.num_kv_heads, slots)
+        share = gl.maximum(share, gl.cdiv(even, split_pages))
     split = part * share
     end_split = gl.minimum(split + share, splits)
     first = split * split_pages
     count = gl.minimum(end_split * split_pages, num_pages) - first
-    count = gl.where(context > 0, count, 0)
+    kv_head, sequence = gl.program_id(0), gl.program_id(1)
     token, queries = sequence, sequence * 0 + 1
     if shape.queries > 1:
-        there = sequence < sequences
-        token = gl.load(query_start + sequence, there, 0)
-        queries = gl.load(query_start + sequence + 1, there, 0) - token
-    who = (gl.program_id(0), sequence, token, queries)
-    return Work(*who, cached, split_pages, splits, split, end_split, first, count)
+        token = gl.load(query_start + sequence)
+        queries = gl.load(query_start + sequence + 1) - token
+    place = (kv_head, sequence, token, queries)
+    return Work(*place, cached, split_pages, splits, split, end_split, first, count)
 
 
 @gluon.jit
@@ -654,7 +611,7 @@ def new_operands(dtype: gl.constexpr, shape):
     return Operands(q, p, v)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "sequences", "slots"])
+@gluon.jit(do_not_specialize=["table_stride", "slots"])
 def hopper_decode_kernel(
     qkv,
     cos,
@@ -673,7 +630,6 @@ def hopper_decode_kernel(
     statistics,
     arrivals,
     table_stride,
-    sequences,
     slots,
     scale,
     eps,
@@ -693,7 +649,7 @@ def hopper_decode_kernel(
     EARLY: gl.constexpr,
 ):
     """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
-    is turned. Grid: (NUM_KV_HEADS, ``sequences``) or, where they are shared, ``slots`` more in all.
+    is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
 
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
@@ -721,8 +677,12 @@ def hopper_decode_kernel(
         MAX_SPLITS,
         WAITS,
     )
-    work = work_of(query_start, context_len, sequences, slots, shape)
-    if work.count <= 0:
+    context = gl.load(context_len + gl.program_id(1))
+    if context <= 0:
+        end_idle(WAITS)
+        return
+    work = work_of(context, query_start, context_len, slots, shape)
+    if work.split >= work.splits:
         end_idle(WAITS)
         return
     table = page_table + work.sequence.to(gl.int64) * table_stride
