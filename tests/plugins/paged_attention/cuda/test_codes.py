@@ -21,6 +21,7 @@ pytestmark = pytest.mark.kernel
 
 ON_HOPPER = (
     "decode_llama_float8",
+    "decode_heads_of_64_float8",
     "drafts_llama_of_every_number",
     "float8",
     "float8_heads_of_64",
