@@ -24,10 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from slipstream.plugins.cuda.launch import PDL_TOKENS
 from slipstream.plugins.paged_attention.cuda.attention import (
+    DecodeWorkspace,
     StepTensors,
     paged_attention,
     query_block,
-    workspace_of,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
 
@@ -39,6 +39,7 @@ PREFILLS = (
     (1, 8192, 0),
     (1, 32768, 0),
     (1, 2048, 6144),
+    (1, 512, 7680),
     (8, 512, 0),
     (64, 64, 0),
     (32, 32, 2000),
@@ -126,8 +127,8 @@ def attention(batch: Batch, pages: torch.dtype) -> float:
     qkv = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
     angles = torch.rand(tokens, a.head_dim // 2, device="cuda")
     cos, sin = angles.cos(), angles.sin()
-    workspace = workspace_of(
-        [a], [kv_cache], batch.sequences, tokens, batch.context, torch.device("cuda")
+    workspace = DecodeWorkspace.allocate(
+        batch.sequences, a.num_heads, a.head_dim, batch.context, "cuda"
     )
 
     def call(number: int) -> torch.Tensor:

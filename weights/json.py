@@ -14,7 +14,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import TypeGuard
 
-from slipstream.errors import CheckpointError, SlipstreamError
+from slipstream.errors import CheckpointError, InvalidRequestError, SlipstreamError
 
 # The largest files of their kind are indexes and headers of a quarter of a million tensors, of
 # 25 MB and half a million values; what is far beyond would take gigabytes to parse.
@@ -220,6 +220,18 @@ def parse_fields(data: bytes, origin: Origin) -> Fields:
     if not isinstance(value, dict):
         raise origin.refusal(f"is not a JSON object but {shortened(value)}")
     return Fields(value, origin)
+
+
+def option_fields(config: object, name: str, origin: Origin) -> Fields:
+    """An option that is an object, or its JSON; raises ``InvalidRequestError`` for anything else,
+    and what ``origin`` says for JSON that cannot be read."""
+    if isinstance(config, str):
+        return parse_fields(config.encode(), origin)
+    if isinstance(config, Mapping):
+        return Fields(config, origin)
+    raise InvalidRequestError(
+        f"{name} is a {type(config).__name__}; it must be an object, or its JSON", param=name
+    )
 
 
 def parse(data: bytes, origin: Origin) -> object:

@@ -92,7 +92,7 @@ class Ops:
         value.name = name
         self.program.graph.outputs.append(value)
         array = None if updates is None else str(updates.name)
-        self._outputs.append(Output(name, dtype_name(value.dtype), _shape(value), array))
+        self._outputs.append(Output(name, dtype_name(value.dtype), shape_of(value), array))
 
     def pick_rows(self, x: ir.Value) -> ir.Value:
         """The rows of ``x [T, K]`` whose logits are wanted ``[L, K]``: here a device may part the
@@ -121,11 +121,11 @@ class Ops:
     def rms_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
         """x / rms(x) * weight over the last axis."""
         inputs = [x, self.program.add_weight(weight)]
-        return self._node("RMSNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
+        return self._node("RMSNormalization", inputs, shape_of(x), {"axis": -1, "epsilon": eps})
 
     def rms_norm_parts(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
         """x / rms(x) * weight of every so many columns of x as the weight has, apart."""
-        tokens, columns = _shape(x)
+        tokens, columns = shape_of(x)
         (width,) = weight.format.shape
         assert isinstance(columns, int)
         parts = self._reshaped(x, (tokens, columns // width, width))
@@ -134,11 +134,11 @@ class Ops:
     def layer_norm(self, x: ir.Value, weight: LazyTensor, eps: float) -> ir.Value:
         """(x - mean(x)) / deviation(x) * weight over the last axis."""
         inputs = [x, self.program.add_weight(weight)]
-        return self._node("LayerNormalization", inputs, _shape(x), {"axis": -1, "epsilon": eps})
+        return self._node("LayerNormalization", inputs, shape_of(x), {"axis": -1, "epsilon": eps})
 
     def gated_activation(self, gate_up: ir.Value, gate: str = "silu") -> ir.Value:
         """The first half of the columns as gates of the second; ``gate`` is a key of ``GATES``."""
-        width = _shape(gate_up)[1]
+        width = shape_of(gate_up)[1]
         assert isinstance(width, int)
         shape = _rows(gate_up), width // 2
         return self._node("GatedActivation", [gate_up], shape, {"gate": GATES[gate]}, DOMAIN)
@@ -165,7 +165,7 @@ class Ops:
 
     def scale_routes(self, routes: Routes, factors: LazyTensor) -> Routes:
         """The same experts, their weights times ``factors [E]`` of each."""
-        shape = _shape(routes.weights)
+        shape = shape_of(routes.weights)
         own = self._node("Gather", [self.program.add_weight(factors), routes.ids], shape)
         return Routes(routes.ids, self._node("Mul", [routes.weights, own], shape))
 
@@ -182,7 +182,7 @@ class Ops:
         experts = int(attributes["experts"])  # type: ignore[arg-type]
         reduce, gated = attributes.get("reduce", 0), attributes.get("gated", 0)
         rows, width = weight.format.shape[0] // experts, weight.format.shape[1]
-        top_k = _shape(routes.ids)[1]
+        top_k = shape_of(routes.ids)[1]
         assert isinstance(top_k, int) and isinstance(gated, int)
         tokens = _rows(routes.ids)
         inputs: list[ir.Value | None] = [x, self.program.add_weight(weight), routes.ids]
@@ -235,24 +235,24 @@ class Ops:
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """a + b, of one shape."""
-        return self._node("Add", [a, b], _shape(a))
+        return self._node("Add", [a, b], shape_of(a))
 
     def scale(self, x: ir.Value, factor: float) -> ir.Value:
         """x * factor."""
         number = self.program.constant("factor", np.array([factor], np.float32))
-        return self._node("Mul", [x, number], _shape(x))
+        return self._node("Mul", [x, number], shape_of(x))
 
     def scale_columns(self, x: ir.Value, factors: LazyTensor) -> ir.Value:
         """Columns of x ``[T, N]`` times ``factors [N]``, or all times ``factors [1]``."""
-        return self._node("Mul", [x, self.program.add_weight(factors)], _shape(x))
+        return self._node("Mul", [x, self.program.add_weight(factors)], shape_of(x))
 
     def scale_rows(self, x: ir.Value, factors: ir.Value) -> ir.Value:
         """Rows of x ``[T, N]`` times ``factors [T, 1]``."""
-        return self._node("Mul", [x, factors], _shape(x))
+        return self._node("Mul", [x, factors], shape_of(x))
 
     def sigmoid(self, x: ir.Value) -> ir.Value:
         """1 / (1 + exp(-x))."""
-        return self._node("Sigmoid", [x], _shape(x))
+        return self._node("Sigmoid", [x], shape_of(x))
 
     def clip(self, x: ir.Value, limit: float) -> ir.Value:
         """x, but no further from 0 than ``limit``."""
@@ -260,15 +260,15 @@ class Ops:
             self.program.constant(name, np.array(end, np.float32))
             for name, end in (("lowest", -limit), ("highest", limit))
         ]
-        return self._node("Clip", [x, *ends], _shape(x))
+        return self._node("Clip", [x, *ends], shape_of(x))
 
     def soft_cap(self, x: ir.Value, cap: float) -> ir.Value:
         """cap * tanh(x / cap)."""
-        return self._node("SoftCap", [x], _shape(x), {"cap": cap}, DOMAIN)
+        return self._node("SoftCap", [x], shape_of(x), {"cap": cap}, DOMAIN)
 
     def concat(self, values: Sequence[ir.Value]) -> ir.Value:
         """Columns side by side."""
-        widths = [_shape(value)[1] for value in values]
+        widths = [shape_of(value)[1] for value in values]
         total = sum(width for width in widths if isinstance(width, int))
         return self._node("Concat", list(values), (_rows(values[0]), total), {"axis": -1})
 
@@ -281,7 +281,7 @@ class Ops:
         found = self._node("Equal", [token_ids, wanted], shape, dtype=boolean)
         axis = self.program.constant("axis_1", np.array([1]))
         column = self._node("Unsqueeze", [found, axis], (_rows(x), 1), dtype=boolean)
-        return self._node("Where", [column, self.program.add_weight(row), x], _shape(x))
+        return self._node("Where", [column, self.program.add_weight(row), x], shape_of(x))
 
     def likeliest(self, logits: ir.Value, tokens: NDArray[np.int32] | None) -> ir.Value:
         """The place of the largest of each row, int32 ``[L]``, or what ``tokens`` has there."""
@@ -302,7 +302,7 @@ class Ops:
 
     def gather_rows(self, x: ir.Value, rows: ir.Value) -> ir.Value:
         """``x[rows]``."""
-        return self._node("Gather", [x, rows], (_rows(rows), *_shape(x)[1:]), {"axis": 0})
+        return self._node("Gather", [x, rows], (_rows(rows), *shape_of(x)[1:]), {"axis": 0})
 
     def operator(
         self,
@@ -318,7 +318,7 @@ class Ops:
         for name, (index, axis) in bindings(spec).items():
             value = inputs[index]
             assert value is not None, f"{op_type} needs its input {spec.inputs[index].name}"
-            sizes[name] = _shape(value)[axis]
+            sizes[name] = shape_of(value)[axis]
         known = {name: size for name, size in sizes.items() if isinstance(size, int)}
         computed = [(size, evaluate(size, known)) for size in output.shape]
         shape = tuple(sizes.get(size, size) if n is None else n for size, n in computed)
@@ -384,10 +384,11 @@ class Ops:
         return f"{name}_{count}" if count else name
 
 
-def _shape(value: ir.Value) -> tuple[Dim, ...]:
+def shape_of(value: ir.Value) -> tuple[Dim, ...]:
+    """The sizes of a value whose shape is known, numbers or names."""
     assert value.shape is not None, value
     return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
 
 
 def _rows(value: ir.Value) -> Dim:
-    return _shape(value)[0]
+    return shape_of(value)[0]

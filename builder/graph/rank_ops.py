@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from slipstream.builder.contract import CacheSpec
-from slipstream.builder.graph.ops import FLOAT, Dim, Ops
+from slipstream.builder.graph.ops import FLOAT, Dim, Ops, shape_of
 from slipstream.builder.graph.program import Program, StoredWeight
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor
@@ -67,12 +67,12 @@ class RankOps(Ops):
         if self.ranks == 1:
             return self.rms_norm(x, weight, eps)
         one, axis = (_tokens(x), 1), self.program.constant("axis_1", np.array([1]))
-        square = self._node("Mul", [x, x], _shape(x))
+        square = self._node("Mul", [x, x], shape_of(x))
         mean = self._node("ReduceMean", [square, axis], one, {"keepdims": 1})
         epsilon = self.program.constant("epsilon", np.array([eps], np.float32))
         total = self.scale(self.all_reduce(mean), 1 / self.ranks)
         root = self._node("Sqrt", [self._node("Add", [total, epsilon], one)], one)
-        return self.scale_columns(self._node("Div", [x, root], _shape(x)), weight)
+        return self.scale_columns(self._node("Div", [x, root], shape_of(x)), weight)
 
     def _together(self, op_type: str, x: ir.Value) -> ir.Value:
         return x if self.ranks == 1 else self.operator(op_type, [x], {"ranks": self.ranks})
@@ -87,10 +87,5 @@ def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     return value
 
 
-def _shape(value: ir.Value) -> tuple[Dim, ...]:
-    assert value.shape is not None, value
-    return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-
-
 def _tokens(value: ir.Value) -> Dim:
-    return _shape(value)[0]
+    return shape_of(value)[0]

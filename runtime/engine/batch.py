@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Collection
 
 import numpy as np
@@ -48,7 +49,7 @@ class BatchBuilder:
             runs = self._runs = _Runs(plan.counts, self._counter)
         rows = [sequence.row for sequence in plan.sequences]
         slots = self._slots.of(rows)
-        starts = np.array(plan.starts, np.int32)
+        token_ids, starts, ends = _columns(plan)
         positions = runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
@@ -56,7 +57,6 @@ class BatchBuilder:
         for index, table in enumerate(self._windows):
             held = [allocation.windows[index] for allocation in plan.allocations]
             pages |= table.inputs(rows, slots, held, runs, plan.starts, positions)
-        token_ids = np.array(_tokens(plan), np.int32)
         wanted = _Wanted(plan, runs.begins)
         if plan.guesses:
             _put_guesses(plan, runs.begins, token_ids)
@@ -64,7 +64,7 @@ class BatchBuilder:
             token_ids=token_ids,
             positions=positions,
             query_start=runs.query_start,
-            context_len=starts + runs.sizes,
+            context_len=ends,
             logits_rows=self._logits_rows.of(wanted.rows),
             sampling=wanted.sampling,
             slots=slots,
@@ -99,23 +99,21 @@ class _Runs:
     """How the tokens of sequences lie in a step, of which each has ``counts`` of them.
 
     ``query_start`` and ``begins`` are where they begin, and the end; ``owners`` is of every token
-    which of the sequences it belongs to, ``sizes`` is ``counts``. Where they ``are_few`` each has
-    one.
+    which of the sequences it belongs to. Where they ``are_few`` each has one.
     """
 
-    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start", "sizes")
+    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start")
 
     def __init__(self, counts: list[int], counter: IntArray) -> None:
         """``counter`` counts from 0 to the most tokens of a step."""
         self.counts, self.begins = counts, [0, *itertools.accumulate(counts)]
         total, size = self.begins[-1], len(counts)
-        self.sizes = _read_only(np.array(counts, np.int32))
         self.query_start, self.owners = counter[: size + 1], counter[:size]
         self.are_few = total == size <= _FEW
         self._places: IntArray | None = None  # of every token in its run; None: all are the first
         if total != size:
             self.query_start = _read_only(np.array(self.begins, np.int32))
-            self.owners = _read_only(self.owners.repeat(self.sizes))
+            self.owners = _read_only(self.owners.repeat(counts))
             self._places = counter[:total] - self.query_start[self.owners]
 
     def positions(self, starts: IntArray) -> IntArray:
@@ -154,9 +152,7 @@ class _PageTable:
         size = self._page_size
         if runs.are_few:
             places = zip(held, starts, strict=True)
-            mapping = np.array(
-                [e.pages[at // size] * size + at % size for e, at in places], np.int32
-            )
+            mapping = _int32([e.pages[at // size] * size + at % size for e, at in places])
         else:
             page, offset = np.divmod(positions, np.int32(size))
             mapping = table[runs.owners, page]
@@ -239,9 +235,14 @@ class _Wanted:
         self.slots.append(slot)
 
 
-def _read_only(array: IntArray) -> IntArray:
-    array.flags.writeable = False
-    return array
+def _int32(numbers: list[int]) -> IntArray:
+    """An array of some numbers, in less code than NumPy walks through to find out what they are."""
+    return np.frombuffer(array("i", numbers), np.int32)
+
+
+def _read_only(numbers: IntArray) -> IntArray:
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
@@ -253,6 +254,18 @@ def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
     ]
     held = [len(allocation.pages) * page_size for allocation in plan.allocations]
     return Guessing(count, np.array(following, np.int32), np.array(held, np.int32))
+
+
+def _columns(plan: StepPlan) -> tuple[IntArray, IntArray, IntArray]:
+    """The tokens of a step, and where those of each sequence begin and end in it; int32."""
+    ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+    lists = _tokens(plan), plan.starts, ends
+    if len(lists[0]) == len(ends):  # one array costs less than three
+        size, whole = len(ends), _int32([*lists[0], *lists[1], *lists[2]])
+        tokens, starts, ended = whole[:size], whole[size : 2 * size], whole[2 * size :]
+    else:
+        tokens, starts, ended = map(_int32, lists)
+    return tokens, starts, ended
 
 
 def _tokens(plan: StepPlan) -> list[int]:

@@ -66,6 +66,11 @@ class Handovers:
         self._loads += self._copies(handover, allocation, first)
         self._begin(handover)
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is anything to take."""
+        return bool(self._moving)
+
     def take(self) -> tuple[list[Transfer], list[Transfer], list[Handover]]:
         """What a step is to make before and after its other transfers, and whose that is."""
         taken = self._stores, self._loads, self._moving

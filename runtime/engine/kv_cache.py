@@ -34,6 +34,9 @@ class Transfers(NamedTuple):
     handed: Sequence[Handover] = ()
 
 
+NO_TRANSFERS = Transfers()
+
+
 @dataclass(slots=True, eq=False)
 class Allocation:
     """The pages of one running sequence, in the order of their positions.
@@ -192,6 +195,8 @@ class KVCacheManager:
     def take_transfers(self) -> Transfers:
         """What a step is to bring to the host and back before its moves. What was computed goes
         before its pages are written, and what was wanted before goes before others come there."""
+        if self.offload is None and not self.handovers.waits:
+            return NO_TRANSFERS
         first, last, handed = self.handovers.take()
         transfers, stored = ([], []) if self.offload is None else self.offload.take()
         return Transfers([*first, *transfers, *last], stored, handed)

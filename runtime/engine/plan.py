@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slipstream.runtime.engine.kv_cache import Allocation, Move, Transfers
+from slipstream.runtime.engine.kv_cache import NO_TRANSFERS, Allocation, Move, Transfers
 from slipstream.runtime.engine.sequence import Sequence
 
 # Drafts of the host in one step, of all sequences together: devices have room for their rows, and
@@ -39,7 +39,7 @@ class StepPlan:
     num_decodes: int = 0
     allocations: list[Allocation] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    transfers: Transfers = field(default_factory=Transfers)
+    transfers: Transfers = NO_TRANSFERS
     admitted: list[Sequence] = field(default_factory=list)
     ahead: int | None = None
     offered: list[int] | None = None
@@ -47,7 +47,8 @@ class StepPlan:
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""
         assert sequence.allocation is not None
-        start, total = sequence.num_scheduled, sequence.num_tokens
+        # As ``num_tokens`` has it, which every sequence of every step would ask.
+        start, total = sequence.num_scheduled, len(sequence.tokens) + sequence.pending
         self.sequences.append(sequence)
         self.counts.append(count)
         self.starts.append(start)

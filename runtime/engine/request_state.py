@@ -132,11 +132,6 @@ class CompletionState:
                 sequence.finish_reason = "stop"
                 sequence.stop_reason = self.detokenizer.stop_reason
 
-    @property
-    def undecoded(self) -> int:
-        """How many tokens have no text yet."""
-        return len(self.sequence.output) - self._decoded
-
     def decode(self) -> None:
         """Turn the tokens that came since the last call into text."""
         sequence = self.sequence
@@ -194,8 +189,8 @@ class RequestState:
     @property
     def _is_long(self) -> bool:
         """Whether a completion has enough tokens without text."""
-        for completion in self.completions:  # noqa: SIM110 - every step asks, and any() is slower
-            if completion.undecoded >= _DECODED_AT_ONCE:
+        for completion in self.completions:
+            if len(completion.sequence.output) - completion._decoded >= _DECODED_AT_ONCE:
                 return True
         return False
 

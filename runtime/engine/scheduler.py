@@ -137,10 +137,11 @@ class Scheduler:
         if self._admission.shares:  # neighbours find in a GPU's cache what both read
             running = sorted(running, key=_GROUP)
         for sequence in running:
-            left = sequence.num_left
+            known = len(sequence.tokens) + sequence.pending
+            left = known - sequence.num_scheduled
             if left > 1 and sequence.num_scheduled < sequence.num_prefill:
                 prefills.append(sequence)
-            elif not sequence.awaits_last:
+            elif known + sequence.num_drafted < sequence.max_len:  # or it ``awaits_last``
                 count = min(left, 1 + spare)  # more than one where tokens were forced
                 spare -= count - 1
                 plan.add(sequence, count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch, StepResult
 from slipstream.runtime.executors.cpu_binding import Arrays, Binding, Graph
 from slipstream.runtime.executors.host_slots import CPUHost
-from slipstream.runtime.executors.page_memory import PageMemory, give_back
+from slipstream.runtime.executors.page_memory import PageMemory, free_bytes, give_back
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
 
@@ -257,7 +256,7 @@ def default_kv_bytes(caches: Sequence[CacheSpec], config: RuntimeConfig, ranks: 
     slots = config.max_batch_size
     full = slots * sum(cache.bytes_per_page for cache in states(caches))
     full += slots * bytes_per_token(caches) * config.max_seq_len
-    return min(full, DEFAULT_KV_BYTES // ranks, _available_memory() // 2 // ranks)
+    return min(full, DEFAULT_KV_BYTES // ranks, free_bytes() // 2 // ranks)
 
 
 def useful_threads(weight_bytes: int, caches: Sequence[CacheSpec]) -> int:
@@ -350,7 +349,3 @@ def _alike(wanted: _Kind | None, known: _Kind | None) -> bool:
         for a, b in zip(wanted[1], known[1], strict=True)
         if isinstance(a, int) or isinstance(b, int)
     )
-
-
-def _available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

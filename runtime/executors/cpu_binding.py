@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,13 @@ class Graph:
         return [self.outputs[name] for name in names]
 
 
+@dataclass(slots=True)
 class _Input:
     """An array that is bound, and what it holds if nobody can have changed that since."""
 
-    __slots__ = ("_array", "_held", "_read")
-
-    def __init__(self, array: NDArray[Any], read: Callable[[StepBatch], NDArray[Any]]) -> None:
-        self._array, self._read = array, read
-        self._held: NDArray[Any] | None = None
-
-    def write(self, batch: StepBatch) -> None:
-        """Copy a step's array, unless it is there: many steps give the one of the step before."""
-        given = self._read(batch)
-        if given is not self._held:
-            self._array[...] = given
-            self._held = None if given.flags.writeable else given
+    array: NDArray[Any]
+    read: Callable[[StepBatch], NDArray[Any]]
+    held: NDArray[Any] | None = None
 
 
 class Binding:
@@ -72,6 +65,10 @@ class Binding:
             self.io.bind_ortvalue_output(name, caches[array_name])
 
     def write(self, batch: StepBatch) -> None:
-        """Copy a step of this shape into the bound arrays."""
+        """Copy a step of this shape into the bound arrays, but for what is there: many steps give
+        arrays of the step before."""
         for each in self._inputs:
-            each.write(batch)
+            given = each.read(batch)
+            if given is not each.held:
+                each.array[...] = given
+                each.held = None if given.flags.writeable else given

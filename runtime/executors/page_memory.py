@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class PageMemory:
                 _HUGE,
             )
         ]
+
+
+def free_bytes() -> int:
+    """What the system counts as available."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def give_back() -> None:

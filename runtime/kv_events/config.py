@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from slipstream.errors import InvalidRequestError
-from slipstream.weights.json import Fields, Origin, parse_fields
+from slipstream.weights.json import Fields, Origin, option_fields
 
 NAME = "kv_events_config"
 _ORIGIN = Origin(NAME, "see docs/distributed.md", InvalidRequestError)
@@ -58,17 +58,7 @@ def with_kv_events(options: Mapping[str, Any]) -> dict[str, Any]:
     given = options.get(NAME)
     if given is None or isinstance(given, KvEventsConfig):
         return dict(options)
-    return {**options, NAME: _read(_fields(given))}
-
-
-def _fields(config: object) -> Fields:
-    if isinstance(config, str):
-        return parse_fields(config.encode(), _ORIGIN)
-    if isinstance(config, Mapping):
-        return Fields(config, _ORIGIN)
-    raise InvalidRequestError(
-        f"{NAME} is a {type(config).__name__}; it must be an object, or its JSON", param=NAME
-    )
+    return {**options, NAME: _read(option_fields(given, NAME, _ORIGIN))}
 
 
 def _read(config: Fields) -> KvEventsConfig:

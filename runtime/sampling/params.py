@@ -158,6 +158,8 @@ class SamplingParams:
     edits_logits: bool = field(init=False, repr=False, compare=False)
     # Whether what may come next depends on the very token before, which the host must know then.
     needs_output: bool = field(init=False, repr=False, compare=False)
+    # Whether the first of the largest logits is the token, and all that is told of it.
+    plain: bool = field(init=False, repr=False, compare=False)
     # Whether what is forbidden changes from token to token.
     bans_change: bool = field(init=False, repr=False, compare=False)
 
@@ -220,12 +222,17 @@ class SamplingParams:
             0,
         )
         long_words = any(len(word) > 1 for word in self.bad_words_token_ids)
-        self._set(
-            greedy=self.temperature < GREEDY_TEMPERATURE or self.top_p == 0,
-            penalizes=penalizes,
-            edits_logits=penalizes
+        greedy = self.temperature < GREEDY_TEMPERATURE or self.top_p == 0
+        edits_logits = (
+            penalizes
             or bool(self.logit_bias or self.bad_words_token_ids or self.structured)
-            or self.allowed_token_ids is not None,
+            or self.allowed_token_ids is not None
+        )
+        self._set(
+            greedy=greedy,
+            penalizes=penalizes,
+            edits_logits=edits_logits,
+            plain=greedy and not (edits_logits or self.min_tokens) and self.logprobs is None,
             needs_output=long_words or self.structured is not None,
             bans_change=long_words or self.min_tokens > 0,
         )

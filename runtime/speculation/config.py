@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipstream.errors import InvalidRequestError
-from slipstream.weights.json import Fields, Origin, parse_fields
+from slipstream.weights.json import Fields, Origin, option_fields
 
 NAME = "speculative_config"
 _ORIGIN = Origin(NAME, "see docs/speculation.md", InvalidRequestError)
@@ -25,7 +25,7 @@ def spelled_out(options: Mapping[str, Any]) -> dict[str, Any]:
     others = {name: value for name, value in options.items() if name != NAME}
     if options.get(NAME) is None:
         return others
-    found = _read(_fields(options[NAME]))
+    found = _read(option_fields(options[NAME], NAME, _ORIGIN))
     twice = sorted(name for name in found if others.get(name) is not None)
     if twice:
         raise InvalidRequestError(
@@ -34,16 +34,6 @@ def spelled_out(options: Mapping[str, Any]) -> dict[str, Any]:
             param=NAME,
         )
     return {**others, **found}
-
-
-def _fields(config: object) -> Fields:
-    if isinstance(config, str):
-        return parse_fields(config.encode(), _ORIGIN)
-    if isinstance(config, Mapping):
-        return Fields(config, _ORIGIN)
-    raise InvalidRequestError(
-        f"{NAME} is a {type(config).__name__}; it must be an object, or its JSON", param=NAME
-    )
 
 
 def _read(config: Fields) -> dict[str, Any]:

@@ -51,7 +51,6 @@ from slipstream.plugins.paged_attention.cuda.attention import (
     DecodeWorkspace,
     StepTensors,
     paged_attention,
-    workspace_of,
 )
 from slipstream.plugins.paged_attention.reference import Attributes
 from slipstream.plugins.rms_norm.cuda import quantize_rows, rms_norm, rms_norm_quantized
@@ -270,22 +269,6 @@ def attention_of(
             )
 
 
-def copied_pages(capability: tuple[int, int], pdl: bool) -> None:
-    """A long prompt over float8 pages, of which the layer makes copies first."""
-    a, tokens = Attributes(0, 8, 2, 128, 64, 0.1, k_row_major=1), 1024
-    row, pages = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 4, 2, 2, 64 * 128)
-    if capability < (8, 9):
-        return
-    coded = pages.to(torch.float8_e4m3fn)
-    workspace = workspace_of([a], [coded], 8, tokens, 512, torch.device("cpu"))
-    assert (workspace.wide is None) == (capability != (9, 0))
-    slots, table = torch.zeros(tokens, dtype=torch.int32), torch.zeros(7, 8, dtype=torch.int32)
-    step = StepTensors(row, row[:7], table, slots, row, row, 0, query_block=32)
-    qkv = torch.zeros(tokens, 12 * 128, dtype=torch.bfloat16)
-    angles = torch.zeros(tokens, 64)
-    paged_attention(qkv, angles, angles, coded, step, a, workspace=workspace)
-
-
 def elementwise(capability: tuple[int, int], pdl: bool) -> None:
     """Norms, gates and angles."""
     x, weight = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.ones(1024, dtype=torch.bfloat16)
@@ -360,7 +343,6 @@ CALLS: tuple[Callable[[tuple[int, int], bool], None], ...] = (
     normed_routers,
     experts_of_gpt_oss,
     attention,
-    copied_pages,
     elementwise,
     collectives,
     sampling,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.builder.checkpoints.quantized.kv_scales import read_kv_scales
+from slipstream.builder.checkpoints.quantized.refused import REMEDY
 from slipstream.builder.checkpoints.quantized.scales import Grid, matrix_shape, scale_grid
 from slipstream.builder.checkpoints.quantized.stored import (
     Notes,
@@ -41,7 +42,6 @@ from slipstream.weights.tensor import (
     pack_nibbles,
 )
 
-_DENSE = "pass the unquantized checkpoint it was made from, with --quantization or `quantize`"
 _DYNAMIC = (
     "static int8 activations are quantized anew for each token instead, which is more accurate"
 )
@@ -190,10 +190,10 @@ def _check(stored: Stored, name: str, algorithm: str) -> None:
     if algorithm in _ALGORITHMS:
         return
     if algorithm in _REFUSED:
-        raise CheckpointError(f"{stored.path}: {name} is {_REFUSED[algorithm]}; {_DENSE}")
+        raise CheckpointError(f"{stored.path}: {name} is {_REFUSED[algorithm]}; {REMEDY}")
     raise CheckpointError(
         f"{stored.path}: {name} has quant_algo {algorithm!r} of modelopt, which cannot be read; "
-        f"{', '.join(_ALGORITHMS)} can. {_DENSE.capitalize()}"
+        f"{', '.join(_ALGORITHMS)} can. {REMEDY.capitalize()}"
     )
 
 

@@ -23,6 +23,7 @@ from slipstream.plugins.expert_linear.cuda.tactics import (
     GEMV_TOKENS,
     TILES,
     ExpertShape,
+    runs_deep,
     slots_of,
     wide_tile,
 )
@@ -290,7 +291,8 @@ def _wide(
     expert_wide[(programs,)](
         order, bounds, tiles, length, TensorDescriptor.from_tensor(x, block, layout), weight.codes,
         weight.chunk_scales, weight.shift, experts.bias, y, N=n, K=k, T=tile.tokens,
-        WARPGROUPS=tile.rows // 64, STAGES=tactic.num_stages, BITS=fmt.bits, GROUP=weight.group,
-        ZERO=weight.zero_kind, GATED=1 + experts.gate if experts.gated else 0,
-        BIAS=experts.bias is not None, maxnreg=tile.registers, **launch_options(num_warps=4),
+        WARPGROUPS=tile.rows // 64, STAGES=tactic.num_stages, DEEP=runs_deep(tile, fmt),
+        BITS=fmt.bits, GROUP=weight.group, ZERO=weight.zero_kind,
+        GATED=1 + experts.gate if experts.gated else 0, BIAS=experts.bias is not None,
+        maxnreg=tile.registers, **launch_options(num_warps=4),
     )  # fmt: skip

@@ -22,8 +22,8 @@ from slipstream.plugins.linear.cuda.tactics import (
 from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
-# Those of 1,024 tokens are as those of 2,048, and larger steps too.
-BUCKETS = tuple(size for size in linear.BUCKETS if size != 1024)
+# Those of 1,024 tokens are as those of 2,048; larger steps fill larger tiles.
+BUCKETS = (*(size for size in linear.BUCKETS if size != 1024), 8192)
 # Up to so many tokens gemv, in which every pair of a token and an expert reads the weight for
 # itself, is worth timing. It is the guess up to so many whose pairs nearly all have experts of
 # their own.
@@ -73,6 +73,8 @@ def find_tactic(table: Tactics, shape: ExpertShape, tokens: int) -> Tactic:
         return fixed_tactic(shape, tokens, table.capability)
     bucket = next((size for size in BUCKETS if size >= tokens), BUCKETS[-1])
     found = table.entries.get(shape.key(bucket))
+    if found is None and bucket == BUCKETS[-1]:  # of which fewer are timed
+        found = table.entries.get(shape.key(BUCKETS[-2]))
     if found is not None and found.rounds and multiplies_in(shape.format) != "float8":
         found = None  # a key does not say whether x may be rounded
     return found or default_tactic(shape, tokens, table.capability)
@@ -141,10 +143,24 @@ def wide_tile(tactic: Tactic, gated: bool) -> Tile:
     return Tile(tactic.block_n * (2 if gated else 1), tactic.block_m)
 
 
+def runs_deep(tile: Tile, fmt: WeightFormat) -> bool:
+    """Whether a warpgroup of wide has registers for the weights of two products, of which the next
+    begins before the one is over."""
+    if fmt.kind == FLOAT4:  # the exponents of a chunk are one number
+        return tile.tokens >= 128 and tile.rows >= 128
+    groups = 1024 // fmt.bits // fmt.group  # of a chunk
+    return tile.rows == 128 and (tile.tokens == 128 or (tile.tokens == 256 and groups <= 2))
+
+
 def _wide_tiles(rows: float) -> list[Tile]:
     """Those of which an expert fills a half of one, or at most four."""
     sizes = [size for size in TILES[1:] if min(rows / 4, TILES[-1]) <= size <= max(2 * rows, 32)]
-    return [Tile(128, size) for size in sizes] + [Tile(64, size) for size in sizes if size < 256]
+    wider = [Tile(192, 128)] if 128 in sizes else []
+    return (
+        [Tile(128, size) for size in sizes]
+        + wider
+        + [Tile(64, size) for size in sizes if size < 256]
+    )
 
 
 def slots_of(top_k: int) -> int:

@@ -6,6 +6,8 @@ of the last are stored. For that x lies in the order of the experts, and a tile 
 one after the other; those behind the last of an expert, which are another's, are not stored.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.experimental import gluon
@@ -25,6 +27,22 @@ from slipstream.plugins.linear.cuda.kernels.wide import (
     scaled,
     slices_of,
 )
+
+
+class Form(NamedTuple):
+    """What the kernel is compiled for; its docstring says what they are."""
+
+    N: gl.constexpr
+    K: gl.constexpr
+    T: gl.constexpr
+    WARPGROUPS: gl.constexpr
+    STAGES: gl.constexpr
+    DEEP: gl.constexpr
+    BITS: gl.constexpr
+    GROUP: gl.constexpr
+    ZERO: gl.constexpr
+    GATED: gl.constexpr
+    BIAS: gl.constexpr
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -54,12 +72,15 @@ def _place(tile, grouped, PARTS: gl.constexpr, T: gl.constexpr):
 
 @gluon.jit
 def _float4(words, i: gl.constexpr, exponents, DTYPE: gl.constexpr):
-    """Weights [64, 32] of code i of a chunk, whose exponents are the bytes of an int64 a row."""
+    """Weights [64, 32] of code i of a chunk, whose exponents are the bytes of an int64 a row.
+
+    As bfloat16 they are 2**63 too small, by which the sums are multiplied; those below 2**-62 lose
+    bits, or are nothing."""
     bits = ((exponents >> (8 * i)) & 255).to(gl.int32) + 63
     if DTYPE == gl.bfloat16:  # noqa: SIM300 - which is no constant
         factor = (bits << 7).to(gl.int16).to(gl.bfloat16, bitcast=True)
         found = gl.inline_asm_elementwise(
-            float4_instructions(i), "=r,r,r,r", [words, factor[:, None]], dtype=gl.bfloat16,
+            float4_instructions(i, False), "=r,r,r,r", [words, factor[:, None]], dtype=gl.bfloat16,
             is_pure=True, pack=2,
         )  # fmt: skip
     else:
@@ -104,11 +125,13 @@ def _chunk(weights, n, chunk, CHUNKS: gl.constexpr, COUNT: gl.constexpr, ZERO: g
 @gluon.jit
 def _finish(
     acc, first, at, expert, end, ends, N: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
-    BIAS: gl.constexpr,
+    BIAS: gl.constexpr, SMALL: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of 64 rows of a weight, gated 32 of the gates and as many ups, and of the rows
-    of x from ``at`` on, each of which goes to its pair."""
+    of x from ``at`` on, each of which goes to its pair. SMALL: sums are 2**63 too small."""
     order, scale, bias, y = ends
+    if SMALL:
+        acc = acc * 2.0**63
     T: gl.constexpr = acc.shape[1]
     width: gl.constexpr = N // 2 if GATED else N
     n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, acc.type.layout))
@@ -122,20 +145,65 @@ def _finish(
 
 
 @gluon.jit
-def _multiply(
-    number: gl.constexpr, ring, ready, free, grouped, weights, ends, N: gl.constexpr,
-    K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-    BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr,
-    BIAS: gl.constexpr,
+def _products(
+    acc, words, factors, shifts, rings, before, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    DEEP: gl.constexpr, OPERAND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    ZERO: gl.constexpr,
 ):  # fmt: skip
+    """The sums and the products of a chunk's first STEPS times two codes, for which ``before``
+    tiles of x came before."""
+    ring, ready, free = rings
+    LATE: gl.constexpr = acc.shape[1] < 256  # as in Linear's
+    for step in gl.static_range(STEPS):
+        count = before + step
+        slot = count % STAGES
+        w = _operand(words, 2 * step, factors, shifts, OPERAND, ring.dtype, BITS, GROUP, ZERO)
+        mbarrier.wait(ready.index(slot), count // STAGES & 1)
+        if LATE and not DEEP and step > 0:
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
+        if DEEP and step > 0:
+            acc = warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        if step == STEPS - 1 or not (LATE or DEEP):
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(free.index(slot), count=1)
+    return acc
+
+
+@gluon.constexpr_function
+def _steps(K, BITS):
+    """The whole chunks of a row of K, the steps of 64 elements in the rest, and all steps."""
+    whole, codes = K * BITS // 1024, 32 // BITS
+    rest = (K - whole * codes * 32 + 63) // 64
+    return whole, rest, whole * codes // 2 + rest
+
+
+@gluon.jit
+def _multiply(number: gl.constexpr, work, form):
     """What the warpgroup of a number does."""
+    rings, grouped, weights, ends = work
+    N: gl.constexpr = form.N
+    K: gl.constexpr = form.K
+    T: gl.constexpr = form.T
+    WARPGROUPS: gl.constexpr = form.WARPGROUPS
+    STAGES: gl.constexpr = form.STAGES
+    DEEP: gl.constexpr = form.DEEP
+    BITS: gl.constexpr = form.BITS
+    GROUP: gl.constexpr = form.GROUP
+    ZERO: gl.constexpr = form.ZERO
+    GATED: gl.constexpr = form.GATED
+    BIAS: gl.constexpr = form.BIAS
     CODES: gl.constexpr = 32 // BITS
-    CHUNKS: gl.constexpr = (K + CODES * 32 - 1) // (CODES * 32)
+    WHOLE: gl.constexpr = _steps(K, BITS)[0]
+    REST: gl.constexpr = _steps(K, BITS)[1]
+    CHUNKS: gl.constexpr = WHOLE + (REST > 0)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     ROWS: gl.constexpr = 32 if GATED else 64  # of the result, a warpgroup
     width: gl.constexpr = N // 2 if GATED else N
     PARTS: gl.constexpr = (width + ROWS * WARPGROUPS - 1) // (ROWS * WARPGROUPS)
-    LATE: gl.constexpr = T < 256  # as in Linear's
+    SMALL: gl.constexpr = ZERO == "e2m1" and rings[0].dtype == gl.bfloat16
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     _, tiles, _ = grouped
@@ -146,38 +214,52 @@ def _multiply(
         n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, operand))
         words, factors, shifts = _chunk(weights, n, 0, CHUNKS, COUNT, ZERO)
         acc = gl.zeros([64, T], gl.float32, sums)
-        for chunk in range(0, CHUNKS):
+        for chunk in range(0, WHOLE):
             following = gl.minimum(chunk + 1, CHUNKS - 1)
             next_words, next_factors, next_shifts = _chunk(
                 weights, n, following, CHUNKS, COUNT, ZERO
             )  # fmt: skip
-            for i in gl.static_range(0, CODES, 2):
-                count = before + (chunk * CODES + i) // 2
-                slot = count % STAGES
-                w = _operand(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
-                mbarrier.wait(ready.index(slot), count // STAGES & 1)
-                if LATE and i > 0:
-                    acc = warpgroup_mma_wait(0, [acc])
-                    mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-                acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-                if not LATE or i == CODES - 2:
-                    acc = warpgroup_mma_wait(0, [acc])
-                    mbarrier.arrive(free.index(slot), count=1)
+            acc = _products(
+                acc, words, factors, shifts, rings, before, CODES // 2, STAGES, DEEP, operand, BITS,
+                GROUP, ZERO,
+            )  # fmt: skip
+            before += CODES // 2
             words = next_words
             factors = next_factors
             shifts = next_shifts
-        before += CHUNKS * CODES // 2
+        if REST > 0:
+            acc = _products(
+                acc, words, factors, shifts, rings, before, REST, STAGES, DEEP, operand, BITS,
+                GROUP, ZERO,
+            )  # fmt: skip
+            before += REST
         slices = slices_of(acc)
         for i in gl.static_range(T // 32):
-            _finish(slices[i], first, at + i * 32, expert, end, ends, N, GATED, GROUP, BIAS)
+            _finish(slices[i], first, at + i * 32, expert, end, ends, N, GATED, GROUP, BIAS, SMALL)
 
 
 @gluon.jit
-def _copy(
-    x, ring, ready, free, grouped, PARTS: gl.constexpr, STEPS: gl.constexpr, T: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def _first(work, form):
+    _multiply(0, work, form)
+
+
+@gluon.jit
+def _second(work, form):
+    _multiply(1, work, form)
+
+
+@gluon.jit
+def _third(work, form):
+    _multiply(2, work, form)
+
+
+@gluon.jit
+def _copy(x, rings, grouped, PARTS: gl.constexpr, form):
     """What the warp does that copies x."""
+    ring, ready, free = rings
+    T: gl.constexpr = form.T
+    STAGES: gl.constexpr = form.STAGES
+    STEPS: gl.constexpr = _steps(form.K, form.BITS)[2]
     _, tiles, _ = grouped
     before = 0
     for tile in range(gl.program_id(0), gl.load(tiles) * PARTS, gl.num_programs(0)):
@@ -195,15 +277,15 @@ def _copy(
 def expert_wide(
     order, bounds, tiles, length, x, weight, scale, shift, bias, y,
     N: gl.constexpr, K: gl.constexpr, T: gl.constexpr, WARPGROUPS: gl.constexpr,
-    STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, ZERO: gl.constexpr,
-    GATED: gl.constexpr, BIAS: gl.constexpr,
+    STAGES: gl.constexpr, DEEP: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    ZERO: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Weights [experts * N, chunks * 32 words] times x, a descriptor of tiles [T, 64] of rows in
     the order of ``order``; y [pairs, N] or, GATED, [pairs, N / 2] by pair.
 
     ``order`` to ``length`` as in ``group_pairs``, of tiles of T. A tile of a program has 64 rows
-    of the weight for each of one or two WARPGROUPS. GROUP 0 is a scale a row; ZERO as in
-    ``gemv_int``; STAGES tiles of x are in flight.
+    of the weight for each of one to three WARPGROUPS. GROUP 0 is a scale a row; ZERO as in
+    ``gemv_int``; STAGES tiles of x are in flight. DEEP: a product begins before the last is over.
     """
     ring = gl.allocate_shared_memory(x.dtype, [STAGES, T, 64], x.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -214,35 +296,25 @@ def expert_wide(
     width: gl.constexpr = N // 2 if GATED else N
     ROWS: gl.constexpr = (32 if GATED else 64) * WARPGROUPS
     PARTS: gl.constexpr = (width + ROWS - 1) // ROWS
-    STEPS: gl.constexpr = (K * BITS + 1023) // 1024 * (16 // BITS)  # whole chunks
+    rings = (ring, ready, free)
     grouped = (bounds, tiles, length)
-    weights = (weight, scale, shift)
-    ends = (order, scale, bias, y)
+    form: gl.constexpr = Form(N, K, T, WARPGROUPS, STAGES, DEEP, BITS, GROUP, ZERO, GATED, BIAS)
+    work = (rings, grouped, (weight, scale, shift), (order, scale, bias, y))
+    copies = (x, rings, grouped, PARTS, form)
     if WARPGROUPS == 1:
+        gl.warp_specialize([(_first, (work, form)), (_copy, copies)], [1], [24])
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
-            [
-                (_multiply, (
-                    0, ring, ready, free, grouped, weights, ends, N, K, T, 1, STAGES, BITS, GROUP,
-                    ZERO, GATED, BIAS,
-                )),
-                (_copy, (x, ring, ready, free, grouped, PARTS, STEPS, T, STAGES)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
+            [(_first, (work, form)), (_second, (work, form)), (_copy, copies)], [4, 1], [240, 24]
+        )
     else:
         gl.warp_specialize(
             [
-                (_multiply, (
-                    0, ring, ready, free, grouped, weights, ends, N, K, T, 2, STAGES, BITS, GROUP,
-                    ZERO, GATED, BIAS,
-                )),
-                (_multiply, (
-                    1, ring, ready, free, grouped, weights, ends, N, K, T, 2, STAGES, BITS, GROUP,
-                    ZERO, GATED, BIAS,
-                )),
-                (_copy, (x, ring, ready, free, grouped, PARTS, STEPS, T, STAGES)),
+                (_first, (work, form)),
+                (_second, (work, form)),
+                (_third, (work, form)),
+                (_copy, copies),
             ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+            [4, 4, 1],
+            [160, 160, 24],
+        )

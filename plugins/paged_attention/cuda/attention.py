@@ -7,8 +7,7 @@ in them (``k_row_major``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,9 +22,6 @@ from slipstream.plugins.cuda.launch import (
 )
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
-    ALL,
-    COPIED,
-    OTHERS,
     hopper_prefill_kernel,
     part_of_page,
 )
@@ -34,7 +30,6 @@ from slipstream.plugins.paged_attention.cuda.kernels import (
     prefill_kernel,
     write_kernel,
 )
-from slipstream.plugins.paged_attention.cuda.wide_pages import STEP_TOKENS, WidePages
 from slipstream.plugins.paged_attention.reference import Attributes
 
 _MAX_SPLITS = 32  # of a sequence's keys in the decode kernel
@@ -51,9 +46,10 @@ _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 # Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
 # a multiprocessor has one program.
 _HOPPER_RING = 1 << 15
-# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, tiles in shared memory,
-# and tiles of float8 codes beside them.
-_HOPPER_TILES = {64: (128, 4, 4), 128: (128, 2, 4), 256: (64, 2, 0)}
+# Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
+# in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
+_HOPPER_TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
+_HOPPER_CODED_TILES = {64: (4, 4, 3), 128: (3, 3, 2)}
 # Of each of its 384 threads, or 512 where codes are decoded; those that multiply take from the
 # others.
 _HOPPER_REGISTERS, _HOPPER_CODED_REGISTERS = 168, 128
@@ -108,14 +104,12 @@ class DecodeWorkspace:
 
     partials ``[T, num_heads, splits, head_dim]`` and statistics ``[T, num_heads, splits, 2]`` are
     float32: the softmax sums of a split, its largest score and the sum of its weights.
-    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls. ``wide``: room for
-    copies of float8 pages, without which long prompts are slower.
+    arrivals, int32 ``[T, num_kv_heads <= num_heads]``, is zero between calls.
     """
 
     partials: torch.Tensor
     statistics: torch.Tensor
     arrivals: torch.Tensor
-    wide: WidePages | None = None
 
     @classmethod
     def allocate(
@@ -148,33 +142,6 @@ class _Scalars:
     soft_cap: float | None
     window: int
     v_scale: float
-
-
-def workspace_of(
-    layers: Sequence[Attributes],
-    pages: Iterable[torch.Tensor],
-    max_decodes: int,
-    max_num_tokens: int,
-    max_seq_len: int,
-    device: torch.device,
-) -> DecodeWorkspace:
-    """What layers share over these ``pages``: for steps of up to ``max_decodes`` tokens of decodes,
-    and copies of float8 pages of what one sequence, or one step, has at most."""
-    workspace = DecodeWorkspace.allocate(
-        max_decodes,
-        max(a.num_heads for a in layers),
-        max(a.head_dim for a in layers),
-        max_seq_len,
-        device,
-    )
-    read = [a for a in layers if _HOPPER_TILES.get(a.head_dim, (0, 0, 0))[2]]
-    coded = any(array.dtype == torch.float8_e4m3fn for array in pages)
-    if not (read and coded) or interpreting() or capability_of(device) != (9, 0):
-        return workspace
-    page = max(a.page_size for a in read)
-    tokens = -(-max(max_num_tokens, max_seq_len) // page) * page
-    numbers = max(2 * a.num_kv_heads * a.head_dim for a in read)
-    return replace(workspace, wide=WidePages.allocate(max_decodes, tokens, numbers, device))
 
 
 def query_block(a: Attributes) -> int:
@@ -236,7 +203,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         # What the decode kernel has read and stored is turned and stored again where it may be any.
         _write(qkv, cos, sin, pages, step, a, (q_norm, k_norm), pdl)
         if not deterministic and _suits_hopper_prefill(qkv, pages, a):
-            _hopper_prefills(qkv, pages, step, a, sinks, output, workspace.wide)
+            _hopper_prefill(qkv, pages, step, a, sinks, output)
         else:
             _prefill(qkv, pages, step, a, sinks, output, pdl)
     return output
@@ -492,13 +459,13 @@ def _prefill(
 
 def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes) -> bool:
     """Whether there is the GPU, and this is a layer, that the prefill kernel for Hopper is for."""
-    keys, _, codes = _HOPPER_TILES.get(a.head_dim, (0, 0, 0))
+    keys, _ = _HOPPER_TILES.get(a.head_dim, (0, 0))
     coded = pages.dtype == torch.float8_e4m3fn
     return (
         capability_of(qkv.device) == (9, 0)
         and not interpreting()
         and qkv.element_size() == 2
-        and (codes > 0 if coded else qkv.dtype == pages.dtype)
+        and (a.head_dim in _HOPPER_CODED_TILES if coded else qkv.dtype == pages.dtype)
         and a.page_size in (32, 64, 128)
         and a.page_size <= keys
         and a.num_heads // a.num_kv_heads <= _BLOCK_ROWS
@@ -506,45 +473,22 @@ def _suits_hopper_prefill(qkv: torch.Tensor, pages: torch.Tensor, a: Attributes)
     )
 
 
-def _hopper_prefills(
+def _hopper_prefill(
     qkv: torch.Tensor,
     pages: torch.Tensor,
     step: StepTensors,
     a: Attributes,
     sinks: torch.Tensor | None,
     output: torch.Tensor,
-    wide: WidePages | None,
 ) -> None:
-    """``_prefill``; of long prompts over float8 pages those are copied first."""
-    by, inputs = _scalars(a, pages), (step, a, sinks, output)
+    """``_prefill`` by programs that work on one block after the other."""
+    by = _scalars(a, pages)
+    block, stages = _HOPPER_TILES[a.head_dim]
     coded = pages.dtype == torch.float8_e4m3fn
-    if not coded or wide is None or qkv.shape[0] - step.sure_decodes < STEP_TOKENS:
-        _hopper_prefill(qkv, pages, *inputs, by)
-        return
-    copies = wide.fill(
-        pages, step.query_start, step.context_len, step.page_table, step.sure_decodes, a.page_size
-    )
-    _hopper_prefill(qkv, copies, *inputs, by, wide, COPIED.value)
-    _hopper_prefill(qkv, pages, *inputs, by, wide, OTHERS.value)
-
-
-def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
-    qkv: torch.Tensor,
-    pages: torch.Tensor,
-    step: StepTensors,
-    a: Attributes,
-    sinks: torch.Tensor | None,
-    output: torch.Tensor,
-    by: _Scalars,
-    wide: WidePages | None = None,
-    sequences: int = ALL.value,
-) -> None:
-    """``_prefill`` of these sequences, by programs that work on one block after the other."""
-    keys, stages, codes = _HOPPER_TILES[a.head_dim]
-    coded = pages.dtype == torch.float8_e4m3fn
-    blocks = len(step.block_sequence)
+    keys, values, codes = _HOPPER_CODED_TILES[a.head_dim] if coded else (stages, stages, 0)
+    blocks = len(step.block_sequence) * a.num_kv_heads
     part, layout = part_of_page(a.page_size, a.head_dim, pages.dtype)
-    hopper_prefill_kernel[(min(blocks * a.num_kv_heads, multiprocessors(qkv.device)),)](
+    hopper_prefill_kernel[(min(blocks, multiprocessors(qkv.device)),)](
         qkv,
         TensorDescriptor.from_tensor(pages.view(-1, a.head_dim), part, layout),
         step.query_start,
@@ -554,8 +498,6 @@ def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
         step.block_start,
         sinks,
         output,
-        None if wide is None else wide.first,
-        None if wide is None else wide.found,
         blocks,
         step.page_table.stride(0),
         by.scale,
@@ -566,10 +508,10 @@ def _hopper_prefill(  # noqa: PLR0913 - the operator's inputs
         PAGE=a.page_size,
         KV_PARTS=a.kv_parts,
         BLOCK_Q=query_block(a) // step.query_block * step.query_block,
-        BLOCK_N=keys,
-        STAGES=stages,
-        CODES=codes if coded else 0,
-        SEQUENCES=sequences,
+        BLOCK_N=block,
+        KEYS=keys,
+        VALUES=values,
+        CODES=codes,
         maxnreg=_HOPPER_CODED_REGISTERS if coded else _HOPPER_REGISTERS,
         **launch_options(num_warps=4),
     )

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from slipstream.plugins.cuda.kernels import prefetch
 from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -406,15 +407,7 @@ def copy(pages, table, work, ring, shape):
 def touch(pointer, COUNT: gl.constexpr):
     """Has the cache read COUNT numbers."""
     index = gl.arange(0, triton.next_power_of_2(COUNT), gl.BlockedLayout([1], [32], [4], [0]))
-    at = pointer + gl.minimum(index, COUNT - 1)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(pointer + gl.minimum(index, COUNT - 1))
 
 
 @gluon.jit

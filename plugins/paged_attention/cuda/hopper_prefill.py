@@ -3,10 +3,11 @@ kernels.py where there is neither a window nor a soft cap.
 
 A program works on one block of queries after the other: one warp copies pages into shared memory
 by TMA, and two warpgroups of 64 rows each multiply. While a warpgroup's tensor cores add the values
-of one tile of keys, it makes softmax weights of the scores of the next one. Where pages hold float8
-codes, a third warpgroup decodes them into tiles of float16, in which queries are then, too; long
-prompts are read from copies in float16 by a launch of its own (``wide_pages``). Scores are kept in
+of one tile of keys, it makes softmax weights of the scores of the next one. Scores are kept in
 units of log 2, so that ``exp2`` is the softmax's exponential.
+
+Keys of float8 pages are multiplied as they are, by queries in two codes (``hopper_codes``). Values
+a third warpgroup decodes into tiles of float16.
 """
 
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
 NO_KEY = gl.constexpr(-1e30)
@@ -29,8 +32,6 @@ ROWS = gl.constexpr(64)  # queries times heads of a warpgroup
 SWIZZLE = gl.constexpr(128)  # bytes of a row in shared memory, hence of one copy
 EIGHT = gl.constexpr(8)  # keys, after which the swizzle repeats
 NO_ROW = gl.constexpr(-(1 << 20))  # where a copy finds zeros
-# The sequences of a launch.
-ALL, COPIED, OTHERS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -56,13 +57,11 @@ class Shape(NamedTuple):
     page: gl.constexpr
     block_q: gl.constexpr
     block_n: gl.constexpr
-    stages: gl.constexpr
-    sequences: gl.constexpr  # ALL, or those with a copy of their pages, or the others
 
 
 class Step(NamedTuple):
-    """Where the step's sequences and blocks of queries are described; ``wide_first`` says where in
-    the copies a sequence's pages begin."""
+    """Where the step's sequences and blocks of queries are described; ``blocks``: how many there
+    are for all groups of heads."""
 
     query_start: gl.tensor
     context_len: gl.tensor
@@ -71,12 +70,11 @@ class Step(NamedTuple):
     block_sequence: gl.tensor
     block_start: gl.tensor
     blocks: gl.tensor
-    wide_first: gl.tensor
 
 
 class Ring(NamedTuple):
     """Tiles in shared memory; a phase of ``ready`` ends when one has come, one of ``free`` when
-    both warpgroups have read it."""
+    all its readers have read it."""
 
     tiles: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
@@ -96,6 +94,22 @@ class Block(NamedTuple):
 
 
 @gluon.jit
+def await_tile(ring, n):
+    """The place of the program's tile ``n``, which has come."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.ready.index(n % STAGES), n // STAGES & 1)
+    return n % STAGES
+
+
+@gluon.jit
+def await_space(ring, n):
+    """The place of the program's tile ``n``, which all that was there before has left."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.free.index(n % STAGES), (n // STAGES & 1) ^ 1)
+    return n % STAGES
+
+
+@gluon.jit
 def number_of(wave):
     """The number of this program's block in a wave; every other wave runs backwards, since the
     blocks are sorted by the work that they are."""
@@ -110,16 +124,13 @@ def number_of(wave):
 def block_of(wave, step, shape):
     """This program's block in a wave."""
     number = number_of(wave)
-    there = number < step.blocks * shape.num_kv_heads
+    there = number < step.blocks
     kv_head = number % shape.num_kv_heads
     at = number // shape.num_kv_heads
     sequence = gl.load(step.block_sequence + at, mask=there, other=-1)
     start = gl.load(step.block_start + at, mask=there, other=0)
     there = sequence >= 0
     sequence = gl.maximum(sequence, 0)
-    if shape.sequences != ALL:
-        copied = gl.load(step.wide_first + sequence) >= 0
-        there = there & (copied == (shape.sequences == COPIED))
     context = gl.load(step.context_len + sequence)
     first_token = gl.load(step.query_start + sequence)
     queries = gl.load(step.query_start + sequence + 1) - first_token
@@ -132,18 +143,22 @@ def block_of(wave, step, shape):
 @gluon.jit
 def waves(step, shape):
     """How many blocks a program has, some of them perhaps empty."""
-    return gl.cdiv(step.blocks * shape.num_kv_heads, gl.num_programs(0))
+    return gl.cdiv(step.blocks, gl.num_programs(0))
 
 
 @gluon.jit
 def softmax(scores, m, scale, first_key, last_key, MASKED: gl.constexpr):
-    """Weights of scores, the running maximum after them, and what weights before it shrink by."""
+    """Weights of scores, the running maximum after them, and what weights before it shrink by;
+    ``scale`` is one number or one of every row."""
     if MASKED:
         layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
         key = first_key + gl.arange(0, scores.shape[1], layout)
         scores = gl.where(key[None, :] <= last_key[:, None], scores, float("-inf"))
     top = gl.maximum(m, gl.max(scores, 1) * scale)
-    return gl.exp2(scores * scale - top[:, None]), top, gl.exp2(m - top)
+    shrink = gl.exp2(m - top)
+    if scale.type.is_block():
+        scale = scale[:, None]
+    return gl.exp2(scores * scale - top[:, None]), top, shrink
 
 
 @gluon.jit
@@ -156,6 +171,26 @@ def sums_of(weights):
 def aligned(x, like):
     """A value of every row, as a factor of ``like``."""
     return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def operands_of(half: gl.constexpr, q):
+    """What a warpgroup multiplies by keys: the low codes of its queries, and the high ones; where
+    keys are no codes only the first of the two counts."""
+    CODED: gl.constexpr = q.dtype == gl.float8e4nv
+    LOW: gl.constexpr = 2 * half + 1 if CODED else half
+    HIGH: gl.constexpr = 2 * half if CODED else half
+    return q.index(LOW), q.index(HIGH)
+
+
+@gluon.jit
+def scores_of(q, k, zero):
+    """Scores of a warpgroup's queries, on their way."""
+    first, second = q
+    scores = warpgroup_mma(first, k, zero, use_acc=False, is_async=True)
+    if k.dtype == gl.float8e4nv:
+        scores = warpgroup_mma(second, k, scores, is_async=True)
+    return scores
 
 
 @gluon.jit
@@ -177,12 +212,9 @@ def next_tile(
 ):
     """Scores of the block's tile ``i``, the program's ``n``, while the values of the one before
     are added."""
-    slot = n % shape.stages
-    before = (n - 1) % shape.stages
-    mbarrier.wait(keys.ready.index(slot), n // shape.stages & 1)
-    k = keys.tiles.index(slot).permute((1, 0))
-    scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-    mbarrier.wait(values.ready.index(before), (n - 1) // shape.stages & 1)
+    slot = await_tile(keys, n)
+    scores = scores_of(q, keys.tiles.index(slot).permute((1, 0)), zero)
+    before = await_tile(values, n - 1)
     acc = warpgroup_mma(weights, values.tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(keys.free.index(slot), count=1)
@@ -192,7 +224,7 @@ def next_tile(
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(values.free.index(before), count=1)
     acc = acc * aligned(shrink, acc)
-    weights = gl.convert_layout(new.to(keys.tiles.dtype), weights.type.layout)
+    weights = gl.convert_layout(new.to(values.tiles.dtype), weights.type.layout)
     return weights, m, total, acc
 
 
@@ -207,8 +239,9 @@ def rows_of(half: gl.constexpr, block, layout: gl.constexpr, shape):
 
 
 @gluon.jit
-def load_queries(half: gl.constexpr, block, qkv, q, shape):
-    """The rows of a warpgroup into shared memory."""
+def load_queries(half: gl.constexpr, block, qkv, q, scale, of_rows: gl.constexpr, shape):
+    """The rows of a warpgroup into shared memory; what their products with keys are times to be
+    scores."""
     HEAD_DIM: gl.constexpr = shape.head_dim
     ACROSS: gl.constexpr = HEAD_DIM // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
@@ -216,8 +249,17 @@ def load_queries(half: gl.constexpr, block, qkv, q, shape):
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     at = (block.first_token + query).to(gl.int64) * shape.width + head * HEAD_DIM
     values = gl.load(qkv + at[:, None] + d[None, :], mask=valid[:, None], other=0.0)
-    q.store(values.to(q.dtype))
+    if q.dtype == gl.float8e4nv:
+        values = values.to(gl.float32)
+        scale = store_codes(values, q.index(2 * half), q.index(2 * half + 1)) * scale
+    else:
+        q.index(half).store(values.to(q.dtype))
+    # In front of the barrier that the stores need before a product reads them.
     fence_async_shared()
+    if q.dtype == gl.float8e4nv:
+        gl.thread_barrier()
+        scale = gl.convert_layout(scale, of_rows)
+    return scale
 
 
 @gluon.jit
@@ -246,27 +288,28 @@ def attend(
     half: gl.constexpr, n, block, qkv, q, keys, values, sinks, scale, v_scale, output, shape
 ):
     """A warpgroup's rows of a block; ``n`` tiles were before it."""
-    dtype: gl.constexpr = keys.tiles.dtype
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.block_n, 16])
+    DEPTH: gl.constexpr = 32 // (q.dtype.primitive_bitwidth // 8)  # of an instruction
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.block_n, DEPTH])
     of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.head_dim, 16])
-    load_queries(half, block, qkv, q, shape)
+    of_rows: gl.constexpr = gl.SliceLayout(1, of_scores)
+    scale = load_queries(half, block, qkv, q, scale, of_rows, shape)
+    q = operands_of(half, q)
     last_key = block.past + rows_of(half, block, of_scores, shape)[0]
     first = block.past + block.start + half * ROWS // (shape.num_heads // shape.num_kv_heads)
     # Up to here every query of this half sees every key.
     middle = gl.minimum((first + 1) // shape.block_n, block.tiles)
-    m = gl.full([ROWS], NO_KEY, gl.float32, gl.SliceLayout(1, of_scores))
+    m = gl.full([ROWS], NO_KEY, gl.float32, of_rows)
     acc = gl.zeros([ROWS, shape.head_dim], gl.float32, of_sums)
     zero = gl.zeros([ROWS, shape.block_n], gl.float32, of_scores)
 
-    slot = n % shape.stages
-    mbarrier.wait(keys.ready.index(slot), n // shape.stages & 1)
-    k = keys.tiles.index(slot).permute((1, 0))
-    scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    slot = await_tile(keys, n)
+    scores = scores_of(q, keys.tiles.index(slot).permute((1, 0)), zero)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(keys.free.index(slot), count=1)
     weights, m, _ = softmax(scores, m, scale, 0, last_key, True)
     total = sums_of(weights)
-    weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_sums, 2))
+    weights = weights.to(values.tiles.dtype)
+    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, of_sums, 2))
     for i in range(1, middle):
         weights, m, total, acc = next_tile(
             i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, False, shape
@@ -275,9 +318,7 @@ def attend(
         weights, m, total, acc = next_tile(
             i, n + i, q, keys, values, weights, m, total, acc, zero, scale, last_key, True, shape
         )
-    last = n + block.tiles - 1
-    slot = last % shape.stages
-    mbarrier.wait(values.ready.index(slot), last // shape.stages & 1)
+    slot = await_tile(values, n + block.tiles - 1)
     acc = warpgroup_mma(weights, values.tiles.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(values.free.index(slot), count=1)
@@ -303,11 +344,8 @@ def rows_of_pages(step, block, tile, shape):
     rows = ()
     for j in gl.static_range(shape.block_n // shape.page):
         there = (first_page + j) * shape.page < context
-        if shape.sequences == COPIED:
-            number = gl.load(step.wide_first + block.sequence) + first_page + j
-        else:
-            table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
-            number = gl.load(table + first_page + j, mask=there, other=0)
+        table = step.page_table + block.sequence.to(gl.int64) * step.table_stride
+        number = gl.load(table + first_page + j, mask=there, other=0)
         row = (number * (2 * shape.num_kv_heads) + block.kv_head) * shape.page
         rows = rows + (gl.where(there, row, NO_ROW),)  # noqa: RUF005 - no star in a kernel
     return rows
@@ -335,7 +373,7 @@ def clear_rest(pages, ring, slot, stored, shape):
     EIGHTS: gl.constexpr = shape.block_n // EIGHT
     COLUMNS: gl.constexpr = pages.block_shape[1]
     PARTS: gl.constexpr = shape.head_dim // COLUMNS
-    count: gl.constexpr = shape.stages * PARTS * EIGHTS
+    count: gl.constexpr = ring.tiles.shape[0] * PARTS * EIGHTS
     parts = ring.tiles._reinterpret(pages.dtype, [count, EIGHT, COLUMNS], pages.layout)
     of_part: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     key = gl.arange(0, EIGHT, gl.SliceLayout(1, of_part))
@@ -360,15 +398,13 @@ def copy(step, pages, keys, values, landed, shape):
         context = block.past + block.queries
         rows = rows_of_pages(step, block, 0, shape)
         for i in range(block.tiles):
-            slot = n % shape.stages
-            phase = (n // shape.stages & 1) ^ 1
             now = rows  # a tile ahead, so that no copy waits for the number of its page
             rows = rows_of_pages(step, block, i + 1, shape)
-            mbarrier.wait(keys.free.index(slot), phase)
+            slot = await_space(keys, n)
             ready = keys.ready.index(slot)
             mbarrier.expect(ready, TILE)
             copy_pages(pages, now, 0, keys, slot, ready, True, shape)
-            mbarrier.wait(values.free.index(slot), phase)
+            slot = await_space(values, n)
             ready = values.ready.index(slot)
             stored = context - i * shape.block_n
             whole = (stored >= shape.block_n) | (stored % shape.page == 0)
@@ -385,10 +421,9 @@ def copy(step, pages, keys, values, landed, shape):
 
 
 @gluon.jit
-def copy_codes(step, pages, codes, shape):
-    """What the copying warp does with pages of float8: k and v of a tile in turns."""
+def copy_codes(step, pages, keys, codes, shape):
+    """What the copying warp does with pages of float8: codes of values are for the decoder."""
     TILE: gl.constexpr = shape.block_n * shape.head_dim  # bytes
-    CODES: gl.constexpr = codes.tiles.shape[0]
     PLANE: gl.constexpr = shape.num_kv_heads * shape.page  # rows from k to v
     n = 0
     for wave in range(waves(step, shape)):
@@ -397,49 +432,55 @@ def copy_codes(step, pages, codes, shape):
         for i in range(block.tiles):
             now = rows  # a tile ahead, so that no copy waits for the number of its page
             rows = rows_of_pages(step, block, i + 1, shape)
-            for which in gl.static_range(2):
-                slot = n % CODES
-                mbarrier.wait(codes.free.index(slot), (n // CODES & 1) ^ 1)
-                ready = codes.ready.index(slot)
-                mbarrier.expect(ready, TILE)
-                copy_pages(pages, now, which * PLANE, codes, slot, ready, True, shape)
-                n += 1
+            slot = await_space(keys, n)
+            ready = keys.ready.index(slot)
+            mbarrier.expect(ready, TILE)
+            copy_pages(pages, now, 0, keys, slot, ready, True, shape)
+            slot = await_space(codes, n)
+            ready = codes.ready.index(slot)
+            mbarrier.expect(ready, TILE)
+            copy_pages(pages, now, PLANE, codes, slot, ready, True, shape)
+            n += 1
 
 
 @gluon.jit
-def decode_tile(n, codes, number, ring, stored, shape):
-    """The program's tile ``n`` of k or v, of the codes that came as tile ``number``; zeros from
-    row ``stored`` on, which nobody wrote: NaN there is what no weight of zero makes up for."""
-    CODES: gl.constexpr = codes.tiles.shape[0]
+def decode_tile(codes, values, stored, shape, PARTLY: gl.constexpr):
+    """Values of codes; where only a part was ever ``stored``, zeros behind it: NaN there is what no
+    weight of zero makes up for."""
     ROWS_AT_ONCE: gl.constexpr = 32
-    ACROSS: gl.constexpr = shape.head_dim // 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    ACROSS: gl.constexpr = shape.head_dim // 8
+    # Eight values are 16 bytes, of which a row's lie next to each other: no bank is asked twice.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     row = gl.arange(0, ROWS_AT_ONCE, gl.SliceLayout(1, layout))
-    slot = n % shape.stages
-    at = number % CODES
-    mbarrier.wait(codes.ready.index(at), number // CODES & 1)
-    mbarrier.wait(ring.free.index(slot), (n // shape.stages & 1) ^ 1)
     for start in gl.static_range(0, shape.block_n, ROWS_AT_ONCE):
-        part = codes.tiles.index(at).slice(start, ROWS_AT_ONCE, dim=0).load(layout)
-        value = part.to(ring.tiles.dtype)
-        value = gl.where((start + row < stored)[:, None], value, gl.zeros_like(value))
-        ring.tiles.index(slot).slice(start, ROWS_AT_ONCE, dim=0).store(value)
-    fence_async_shared()
-    mbarrier.arrive(ring.ready.index(slot), count=1)
-    mbarrier.arrive(codes.free.index(at), count=1)
+        value = codes.slice(start, ROWS_AT_ONCE, dim=0).load(layout).to(values.dtype)
+        if PARTLY:
+            value = gl.where((start + row < stored)[:, None], value, gl.zeros_like(value))
+        values.slice(start, ROWS_AT_ONCE, dim=0).store(value)
 
 
 @gluon.jit
-def decode_codes(step, keys, values, codes, shape):
-    """What the warpgroup does that turns codes into what the others multiply."""
+def decode_codes(step, values, codes, shape):
+    """What the warpgroup does that turns codes of values into what the others multiply."""
     n = 0
     for wave in range(waves(step, shape)):
         block = block_of(wave, step, shape)
         context = block.past + block.queries
         for i in range(block.tiles):
             stored = context - i * shape.block_n
-            decode_tile(n, codes, 2 * n, keys, stored, shape)
-            decode_tile(n, codes, 2 * n + 1, values, stored, shape)
+            source = await_tile(codes, n)
+            slot = await_space(values, n)
+            if stored >= shape.block_n:
+                decode_tile(
+                    codes.tiles.index(source), values.tiles.index(slot), stored, shape, False
+                )
+            else:
+                decode_tile(
+                    codes.tiles.index(source), values.tiles.index(slot), stored, shape, True
+                )
+            fence_async_shared()
+            mbarrier.arrive(values.ready.index(slot), count=1)
+            mbarrier.arrive(codes.free.index(source), count=1)
             n += 1
 
 
@@ -448,7 +489,7 @@ def first_half(
     step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
 ):
     """The first warpgroup."""
-    multiply(0, step, qkv, q.index(0), keys, values, sinks, scale, v_scale, output, shape)
+    multiply(0, step, qkv, q, keys, values, sinks, scale, v_scale, output, shape)
 
 
 @gluon.jit
@@ -456,7 +497,7 @@ def second_half(
     step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
 ):
     """The second warpgroup."""
-    multiply(1, step, qkv, q.index(1), keys, values, sinks, scale, v_scale, output, shape)
+    multiply(1, step, qkv, q, keys, values, sinks, scale, v_scale, output, shape)
 
 
 @gluon.jit
@@ -470,13 +511,13 @@ def code_copier(
     step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape
 ):
     """The warp beside them where pages are float8."""
-    copy_codes(step, pages, codes, shape)
+    copy_codes(step, pages, keys, codes, shape)
 
 
 @gluon.jit
 def decoder(step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape):
     """The warpgroup beside them where pages are float8."""
-    decode_codes(step, keys, values, codes, shape)
+    decode_codes(step, values, codes, shape)
 
 
 @gluon.jit
@@ -504,8 +545,6 @@ def hopper_prefill_kernel(
     block_start,
     sinks,
     output,
-    wide_first,
-    found,
     blocks,
     table_stride,
     scale,
@@ -517,42 +556,42 @@ def hopper_prefill_kernel(
     KV_PARTS: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    KEYS: gl.constexpr,
+    VALUES: gl.constexpr,
     CODES: gl.constexpr,
-    SEQUENCES: gl.constexpr,
 ):
     """Blocks of BLOCK_Q queries, whose k and v are in the pages, for a group of heads together.
 
     ``pages`` describes rows of one key or value of a head, of which a copy takes
     PAGE, and of each at most SWIZZLE bytes.
-    Grid: at most blocks * NUM_KV_HEADS, best as many as there are multiprocessors. The blocks with
-    the most keys should be the first. Where the step's blocks are smaller, the first of those in
-    one of ours does it all. SEQUENCES but ALL: those of which ``wide_first`` and ``found`` say so
-    (``WidePages``), COPIED from pages that are copies.
+    ``blocks`` counts those of every group.
+    Grid: at most ``blocks``, best as many as there are multiprocessors. The blocks with the most
+    keys should be the first. Where the step's blocks are smaller, the first of those in
+    one of ours does it all. Shared memory has tiles of BLOCK_N keys: KEYS of k, VALUES of v, and,
+    where pages are float8, CODES of v as it is in them.
     """
     WIDTH: gl.constexpr = (NUM_HEADS + KV_PARTS * NUM_KV_HEADS) * HEAD_DIM
-    shape: gl.constexpr = Shape(
-        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WIDTH, PAGE, BLOCK_Q, BLOCK_N, STAGES, SEQUENCES
-    )
-    if SEQUENCES != ALL:
-        which: gl.constexpr = 0 if SEQUENCES == COPIED else 1
-        blocks = gl.where(gl.load(found + which) > 0, blocks, 0)
+    shape: gl.constexpr = Shape(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WIDTH, PAGE, BLOCK_Q, BLOCK_N)
     step = Step(
-        query_start, context_len, page_table, table_stride, block_sequence, block_start, blocks,
-        wide_first,
-    )  # fmt: skip
+        query_start, context_len, page_table, table_stride, block_sequence, block_start, blocks
+    )
     CODED: gl.constexpr = pages.dtype == gl.float8e4nv
     # float16 holds every code, and takes one instruction for two of them.
     dtype: gl.constexpr = gl.float16 if CODED else pages.dtype
-    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
-    q = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], half)
-    keys = new_ring(dtype, STAGES, 2, shape)
-    values = new_ring(dtype, STAGES, 2, shape)
-    codes = keys
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], pages.dtype)
+    # Of each warpgroup one tile of queries, or two, of high and of low codes.
+    parts: gl.constexpr = 4 if CODED else 2
+    q = gl.allocate_shared_memory(pages.dtype, [parts, ROWS, HEAD_DIM], half)
+    keys = new_ring(pages.dtype, KEYS, 2, shape)
+    values = new_ring(dtype, VALUES, 2, shape)
+    # What no partition uses is free for their scratch, and a barrier's memory must never be that.
     if CODED:
         codes = new_ring(pages.dtype, CODES, 1, shape)
-    landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(landed, count=1)
+        landed = codes.ready
+    else:
+        codes = keys
+        landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(landed, count=1)
     fence_async_shared()
     arguments = (
         step, qkv, pages, q, keys, values, landed, codes, sinks, scale, v_scale, output, shape

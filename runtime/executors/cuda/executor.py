@@ -27,7 +27,7 @@ from slipstream.phases import phase
 from slipstream.plugins.cuda.binding import Binding, Memory
 from slipstream.plugins.linear.cuda.fixed import FixedTactics
 from slipstream.plugins.linear.cuda.tactics import Tactics
-from slipstream.plugins.paged_attention.cuda.attention import query_block, workspace_of
+from slipstream.plugins.paged_attention.cuda.attention import DecodeWorkspace, query_block
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.host_pages import HostSpace, Transfer
 from slipstream.runtime.engine.kv_cache import Move
@@ -355,9 +355,13 @@ class CUDAExecutor:
         self.runner.bind(None)  # the old pages go before the new ones come
         with self._device.work():
             arrays = self._pages.allocate(pages, device)
-            decodes = config.max_batch_size + self._drafts_of_step()
-            longest = config.max_num_tokens, config.max_seq_len
-            workspace = workspace_of(layers, arrays.values(), decodes, *longest, device)
+            workspace = DecodeWorkspace.allocate(
+                config.max_batch_size + self._drafts_of_step(),
+                max(layer.num_heads for layer in layers),
+                max(layer.head_dim for layer in layers),
+                config.max_seq_len,
+                device,
+            )
         self.runner.bind(Memory(arrays, self._sampler.last_tokens, workspace))
 
     def _free_after_largest_step(self) -> int:

@@ -96,8 +96,7 @@ class CUDASampler:
         max_seq_len: int,
         device: torch.device | str,
     ) -> None:
-        """Room for steps of ``max_rows`` logits rows of width ``vocab_size``; those beyond one of
-        each slot come after drafts."""
+        """Room for ``max_rows`` rows of ``vocab_size`` logits; more than slots are for drafts."""
         self.buffers = SamplerBuffers.allocate(max_rows, num_slots, vocab_size, max_seq_len, device)
         self._pins = torch.device(device).type == "cuda"
         self._seen: list[_Seen | None] = [None] * num_slots
@@ -111,10 +110,11 @@ class CUDASampler:
         self._max_masks = max(max_rows, num_slots)
         self._masks: list[torch.Tensor] = []  # made when a form is first asked for
         self._step = 0
+        self._slots = np.zeros(0, np.int32)  # of all rows, as the device has them, if it is known
 
     @property
     def last_tokens(self) -> torch.Tensor:
-        """The token sampled last for each slot, int32 [slots], on the device."""
+        """The tokens sampled last, int32 [slots], on the device."""
         return self.buffers.last_tokens
 
     def kind(self, rows: Sequence[SamplingRow]) -> Kind:
@@ -126,9 +126,8 @@ class CUDASampler:
     ) -> None:
         """Copy what ``rows`` ask for to the device, for a step of ``padded`` rows.
 
-        ``slots`` are numbers of sequences, unchanged while a sequence runs. The host must know the
-        output of rows whose parameters say ``needs_output``. The first step of kind ``FULL``
-        allocates more buffers.
+        ``slots`` are numbers of sequences, unchanged while one runs. The host must know the output
+        of rows whose parameters say ``needs_output``. The first ``FULL`` step makes more buffers.
         """
         count = len(rows)
         assert count == len(slots) <= padded <= self.buffers.tokens.shape[0]
@@ -150,13 +149,17 @@ class CUDASampler:
             if row.constraint and not row.drafts
         ]
         held += self._follow_drafts(rows, slots, block)
-        self.buffers.params.copy_(host, non_blocking=True)
+        slots_now = block[Field.SLOT]  # of greedy rows kernels read nothing else
+        if kind is not Kind.GREEDY or not np.array_equal(slots_now, self._slots):
+            self.buffers.params.copy_(host, non_blocking=True)
+            self._slots = slots_now.copy()
         if held:
             self._constrain(held)
 
     def clear(self) -> None:
         """Make all rows padding, which are not sampled."""
         self.buffers.params[Field.SLOT].fill_(-1)
+        self._slots = self._slots[:0]
 
     def launch(self, logits: torch.Tensor, padded: int, kind: Kind, pdl: bool = False) -> None:
         """Sample the first ``padded`` rows of ``logits`` (float32 [>= padded, V]); capturable."""

@@ -25,7 +25,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import window_pages
 from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import SamplingRow, StepBatch, StepResult, reject
-from slipstream.runtime.executors.cpu import DEFAULT_KV_BYTES, useful_threads
+from slipstream.runtime.executors.cpu import DEFAULT_KV_BYTES, MAX_DRAFTS, useful_threads
 from slipstream.runtime.executors.onnxruntime.memory import (
     Buffer,
     CUDAMemory,
@@ -43,7 +43,6 @@ from slipstream.runtime.sampling.logits_processors import edits_logits
 from slipstream.runtime.sampling.sampler import Sampler, broken_row
 from slipstream.runtime.speculation.proposer import OFF
 
-_MAX_DRAFTS = 7
 # What the provider's kernels take beside weights and pages while a step runs.
 _RESERVE_BYTES = 1 << 30
 
@@ -90,7 +89,7 @@ class ONNXRuntimeExecutor:
 
     runs_ahead = False
     draft_tokens = 0
-    max_drafts = _MAX_DRAFTS
+    max_drafts = MAX_DRAFTS
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         """Load an engine. The machine has been checked (``provider.require``).
@@ -112,7 +111,7 @@ class ONNXRuntimeExecutor:
         file = engine.path / WEIGHTS
         weight_bytes = file.stat().st_size if file.exists() else 0
         threads = config.num_threads or useful_threads(weight_bytes, manifest.caches)
-        rows = config.max_batch_size * (1 + _MAX_DRAFTS * (config.speculative != OFF))
+        rows = config.max_batch_size * (1 + MAX_DRAFTS * (config.speculative != OFF))
         session, provider, self._captures = create_session(
             engine, spec, threads, rows=rows, capture=self._has_slots
         )

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from slipstream.errors import ExecutionError
+from slipstream.runtime.executors.page_memory import free_bytes
 
 # How ONNX numbers the types of elements, and the bytes of each.
 ONNX_TYPES = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
@@ -103,7 +104,7 @@ class HostMemory:
 
     def free_bytes(self) -> int:
         """What the system counts as available."""
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free_bytes()
 
 
 class CUDAMemory:

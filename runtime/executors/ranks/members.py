@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -91,3 +92,11 @@ def finish(process: int, members: list[Member], regions: Sequence[Region]) -> No
 def _taken(members: list[Member]) -> Iterator[Member]:
     while members:
         yield members.pop()
+
+
+def end_with_the_engine() -> None:
+    """End this process, whatever it does, when the engine's process has ended: in a thread of a
+    rank, whose standard input that one holds open."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)

@@ -8,7 +8,6 @@ lives; nothing else is said there.
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import threading
@@ -19,6 +18,7 @@ from slipstream.builder.engine import open_engine
 from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.plugins.collectives.native import join, memory_size
 from slipstream.runtime.executors.cpu import CPUExecutor
+from slipstream.runtime.executors.ranks.members import end_with_the_engine
 from slipstream.runtime.executors.ranks.message import StepCodec
 from slipstream.runtime.executors.ranks.protocol import SLOT_BYTES, Made, Reserve, Setup, Step
 from slipstream.runtime.executors.ranks.region import Region
@@ -27,7 +27,7 @@ from slipstream.runtime.executors.ranks.region import Region
 def main() -> None:
     """Run a rank."""
     setup: Setup = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_the_engine, daemon=True).start()
+    threading.Thread(target=end_with_the_engine, daemon=True).start()
     link = Connection(setup.link)
     try:
         rank = _Rank(setup)
@@ -69,13 +69,6 @@ class _Rank:
                     self._results.array(offset, array.shape, array.dtype.name)[:] = array
                     offset += -(-array.nbytes // 64) * 64
         return made
-
-
-def _end_with_the_engine() -> None:
-    """Whatever this process does, it ends when the engine's process has ended."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

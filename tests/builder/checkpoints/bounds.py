@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What reading may take beyond what the process has, and how long a machine may take that does much
-# else beside.
+# What reading may take beyond what the process has, and seconds of processors, which nothing else
+# that the machine does prolongs.
 MEMORY, SECONDS = 200 << 20, 30
 
 
@@ -21,14 +21,14 @@ def bounded() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_DATA)
 
     def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes more than {SECONDS} seconds")
+        raise TimeoutError(f"it computes for more than {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -11,11 +11,11 @@ import numpy as np
 
 from slipstream.runtime.engine.loop import EngineLoop
 from slipstream.runtime.engine.step import StepBatch, StepResult
+from slipstream.runtime.executors.cuda.buckets import MIXED_TOKENS
 from slipstream.runtime.request import OutputKind, Request
 from slipstream.runtime.sampling.params import SamplingParams
 from slipstream.runtime.testing import counting_engine
 
-_SIZES = (16, 32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
 _PAGE = 64
 _TOKEN = 5  # says every row
 
@@ -34,7 +34,7 @@ class TimedDevice:
     that a decode attends to and 1.1 ns for each that a prompt's token does."""
 
     runs_ahead, draft_tokens, max_drafts = True, 0, 0
-    padded_sizes = _SIZES
+    padded_sizes = MIXED_TOKENS
 
     def __init__(self, clock: Clock, num_pages: int) -> None:
         self.clock = clock
@@ -49,7 +49,7 @@ class TimedDevice:
         counts, context = np.diff(batch.query_start), batch.context_len
         prompts = counts > 1
         tokens = int(counts.sum())
-        size = next((size for size in _SIZES if size >= tokens), tokens)
+        size = next((size for size in MIXED_TOKENS if size >= tokens), tokens)
         attended = counts[prompts] * (context[prompts] - counts[prompts] / 2)
         seconds = 2.9e-3 + 12.5e-6 * (size if prompts.any() else tokens)
         seconds += 44.7e-9 * float(context[~prompts].sum()) + 1.1e-9 * float(attended.sum())

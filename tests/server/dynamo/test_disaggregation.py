@@ -38,7 +38,7 @@ class Pair:
     def add(self, mode: str, *, serves: bool = True) -> Running:
         options = ["--kv-transfer-gib", str(GIB), "--kv-transfer-path", str(self.pages)]
         return self.fleet.add(
-            "--disaggregation-mode", mode, "--kv-transfer-timeout", "5", *options, serves=serves
+            "--disaggregation-mode", mode, "--kv-transfer-timeout", "30", *options, serves=serves
         )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
+from tests.server.devices import GatedDevice
 
 from slipstream.runtime.async_llm import AsyncLLM
 from slipstream.runtime.engine.stats import EngineStats
@@ -87,6 +88,15 @@ def samples_of(text: str) -> dict[str, float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def check_aborted(running: Running, device: GatedDevice) -> None:
+    """A client that has left is noticed while the device is held, which then does little more."""
+    running.wait(lambda: running.samples()["slipstream:request_success_total abort"] >= 1)
+    steps = device.steps
+    device.permits.release(1000)
+    running.wait_idle()
+    assert device.steps <= steps + 2
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import openai
 import pytest
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
-from tests.server.openai.serving import Running, serving
+from tests.server.devices import GatedDevice, engine_on
+from tests.server.openai.serving import Running, check_aborted, serving
 
-from slipstream.runtime.executors.counting import CountingExecutor
 from slipstream.runtime.testing import counting_engine
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -265,13 +265,10 @@ def test_a_half_closed_connection_gets_its_answer(stream: bytes) -> None:
 
 
 def test_who_is_gone_after_closing_a_side_is_aborted() -> None:
-    engine = counting_engine(256, delay=0.02)
-    executor = engine.executor
-    assert isinstance(executor, CountingExecutor)
+    device = GatedDevice()
     body = b'{"prompt": "a", "max_tokens": 250, "ignore_eos": true}'
-    with serving(engine) as running:
+    with serving(engine_on(device)) as running, device:
         connection = sent(running, COMPLETIONS, body)
-        running.wait(lambda: running.stats().num_running == 1)
+        assert device.waiting.wait(60)
         connection.close()
-        running.wait_idle()
-        assert executor.steps < 200
+        check_aborted(running, device)

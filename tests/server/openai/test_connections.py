@@ -6,15 +6,16 @@ import asyncio
 import json
 import resource
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import Mock
 
 import httpx
 import pytest
+from tests.server.devices import Clock, GatedDevice, engine_on
 from tests.server.openai.serving import Running, serving
 
-from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http import connection, process
 from slipstream.server.core.http.connection import Bounds, Connection
 
@@ -85,14 +86,24 @@ def test_who_does_not_send_is_not_waited_for_and_who_has_sent_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.5)
-    with serving(counting_engine(delay=0.01)) as running, ExitStack() as stack:
+    device, clock = GatedDevice(), Clock()
+    with serving(engine_on(device)) as running, device, ExitStack() as stack:
+        loop = running.server.servers[0].get_loop()
+        clock.now = loop.time()
+        patch = stack.enter_context(monkeypatch.context())
+        patch.setattr(loop, "time", clock)
         clients = [stack.enter_context(connect(running)) for _ in SILENT]
         for client, sent in zip(clients, SILENT, strict=True):
             client.sendall(sent)
-        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
-        assert running.post("/v1/completions", body).status_code == 200
+        pool = stack.enter_context(ThreadPoolExecutor())
+        answer = pool.submit(running.post, "/v1/completions", BRIEF)
+        assert device.waiting.wait(60)
+        loop.call_soon_threadsafe(clock.sleep, 1)
         for client in clients:
             assert b"HTTP/1.1 408 " in answer_of(client)
+        assert not answer.done()
+        device.permits.release()
+        assert answer.result().status_code == 200
 
 
 def test_where_there_are_too_many_the_idle_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent import futures
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from tests.server.core.processes.servers import wait
 
 ROOT = Path(__file__).parents[3]
 _PROGRAM = """
@@ -69,22 +70,22 @@ def stream(url: str, tokens: int) -> Iterator[Iterator[str]]:
         yield lines
 
 
+def held_process(
+    directory: Path, timeout: float
+) -> AbstractContextManager[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The same on a device that waits while there is a gate."""
+    return process(timeout, f"engine_on(HeldDevice({str(directory)!r}))")
+
+
 def wait_for_503(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/health", timeout=60).status_code != 503:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait(lambda: httpx.get(f"{url}/health", timeout=60).status_code == 503)
 
 
 def test_sigterm_lets_a_stream_end_and_takes_no_more(tmp_path: Path) -> None:
     gate, permit = tmp_path / "gate", tmp_path / "permit"
     gate.touch()
     permit.touch()
-    with process(timeout=60, engine=f"engine_on(HeldDevice({str(tmp_path)!r}))") as (
-        child,
-        url,
-        log,
-    ):
+    with held_process(tmp_path, timeout=600) as (child, url, log):
         with stream(url, tokens=30) as lines:
             child.send_signal(signal.SIGTERM)
             wait_for_503(url)
@@ -99,14 +100,21 @@ def test_sigterm_lets_a_stream_end_and_takes_no_more(tmp_path: Path) -> None:
     assert any(line.endswith(" stopped\n") for line in log)
 
 
-def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error() -> None:
-    with process(timeout=0.3, engine="counting_engine(delay=0.05)") as (child, url, log):
-        with stream(url, tokens=200) as lines:
+def test_what_lasts_longer_than_the_drain_timeout_is_ended_with_an_error(tmp_path: Path) -> None:
+    gate, permit = tmp_path / "gate", tmp_path / "permit"
+    gate.touch()
+    permit.touch()
+    with held_process(tmp_path, timeout=0.1) as (child, url, log):
+        with stream(url, tokens=200) as lines, futures.ThreadPoolExecutor() as pool:
             child.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
+            wait(lambda: any(" aborting requests=1" in line for line in log))
+            ended = pool.submit(lambda: [line for line in lines if line])
+            while not ended.done():  # after a step or two, in which the engine hears of it
+                permit.touch()
+                futures.wait([ended], timeout=0.1)
+            rest = ended.result()
         assert rest[-1].startswith('data: {"error": {"message": "the server is shutting down')
         assert child.wait(60) == 0
-    assert any(" aborting requests=1" in line for line in log)
 
 
 def test_a_second_signal_ends_at_once() -> None:

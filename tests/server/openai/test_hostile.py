@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from tests.server.openai.serving import Running, serving
+from tests.server.devices import GatedDevice, engine_on
+from tests.server.openai.serving import Running, check_aborted, serving
 
 from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.http import respond
@@ -194,8 +195,10 @@ def test_a_priority_is_taken_where_the_operator_allows_it() -> None:
 def test_a_stream_that_waits_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until its turn comes, and events from then on; no comment is among those that come soon."""
     monkeypatch.setattr(respond, "PULSE_SECONDS", 0.05)
-    engine = counting_engine(256, delay=0.02, max_batch_size=1)
-    with serving(engine) as running, httpx.Client(timeout=60) as client:
+    device = GatedDevice()
+    engine = engine_on(device, max_batch_size=1)
+    with serving(engine) as running, device, httpx.Client(timeout=60) as client:
+        device.permits.release()
         url = running.url + COMPLETIONS
         first = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
         with client.stream("POST", url, json=first) as busy:
@@ -207,14 +210,17 @@ def test_a_stream_that_waits_gets_comments(monkeypatch: pytest.MonkeyPatch) -> N
                 events = waiting.iter_lines()
                 assert [next(events) for _ in range(4)] == [": waiting", "", ": waiting", ""]
                 busy.close()  # aborts it
+                device.permits.release(1000)
                 rest = [line for line in events if line and not line.startswith(":")]
             assert rest[0].startswith('data: {"id"') and rest[-1] == "data: [DONE]"
 
 
 def test_a_stream_that_is_left_while_it_waits_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(respond, "PULSE_SECONDS", 0.05)
-    engine = counting_engine(256, delay=0.02, max_batch_size=1)
-    with serving(engine) as running, httpx.Client(timeout=60) as client:
+    device = GatedDevice()
+    engine = engine_on(device, max_batch_size=1)
+    with serving(engine) as running, device, httpx.Client(timeout=60) as client:
+        device.permits.release()
         url = running.url + COMPLETIONS
         first = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
         with client.stream("POST", url, json=first) as busy:
@@ -224,7 +230,7 @@ def test_a_stream_that_is_left_while_it_waits_is_forgotten(monkeypatch: pytest.M
                 assert next(events := waiting.iter_lines()) == ": waiting"
             assert events
             running.wait(lambda: running.service.places.own == 1)
-        running.wait_idle()
+        check_aborted(running, device)
 
 
 def cost(work: Callable[[], object]) -> float:
@@ -235,8 +241,7 @@ def cost(work: Callable[[], object]) -> float:
 
 
 class Beats:
-    """The most that the event loop's thread has computed without a pause, in its own time, which
-    no other program can prolong."""
+    """The most that the event loop's thread has computed without a pause, in its own time."""
 
     def __init__(self, running: Running) -> None:
         self.longest = 0.0
@@ -262,14 +267,21 @@ class Beats:
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if "deep" not in name])
 def test_what_is_too_much_does_not_hold_the_event_loop(server: Running, name: str) -> None:
-    """A request holds it no longer than a few readings of the largest body that is read at all."""
+    """A request holds it no longer than a few readings of the largest body that is read at all: in
+    one of several tries, for a machine that does much else can prolong any, and what holds the
+    loop holds it in all."""
     values = "[" + "1," * MAX_VALUES + "1]"
-    unit = min(cost(lambda: json.loads(values)) for _ in range(3))
     path, body, _ = REFUSED[name]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with Beats(server) as beats:
-        httpx.post(server.url + path, content=content, headers=JSON, timeout=60)
-    assert beats.longest < 8 * unit, f"{beats.longest:.3f} s, reading takes {unit:.3f} s"
+    tries = []
+    for _ in range(10):
+        unit = cost(lambda: json.loads(values))
+        with Beats(server) as beats:
+            httpx.post(server.url + path, content=content, headers=JSON, timeout=60)
+        tries.append(beats.longest / unit)
+        if tries[-1] < 8:
+            return
+    pytest.fail(f"it is held for {tries} readings")
 
 
 @pytest.mark.parametrize("work", ["encode", "render", "decode", "answer"])

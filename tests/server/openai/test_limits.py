@@ -7,14 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import httpx
 import openai
 import pytest
+from tests.server.devices import GatedDevice, engine_on
 from tests.server.openai.serving import Running, serving
 
-from slipstream.runtime.testing import counting_engine
 from slipstream.server.core.options import ServerOptions
 
 ENDLESS = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True}
@@ -167,15 +166,12 @@ def test_a_size_told_in_the_header_is_refused_before_the_body_comes() -> None:
 
 
 def test_a_full_queue_is_429_with_retry_after() -> None:
-    engine = counting_engine(256, delay=0.05, max_batch_size=2)
-    with serving(engine, max_queued_requests=1) as running:
-        url = f"{running.url}/v1/completions"
-        with httpx.Client(timeout=60) as client, ExitStack() as stack:
-            streams = [
-                stack.enter_context(client.stream("POST", url, json=ENDLESS)).iter_lines()
-                for _ in range(2)
-            ]
-            assert all(next(lines) for lines in streams)
+    device = GatedDevice()
+    engine = engine_on(device, max_batch_size=2)
+    with serving(engine, max_queued_requests=1) as running, device:
+        device.permits.release()
+        url, two = f"{running.url}/v1/completions", {**ENDLESS, "prompt": ["a", "b"]}
+        with httpx.Client(timeout=60) as client, client.stream("POST", url, json=two):
             waiting = threading.Thread(target=running.post, args=("/v1/completions", BRIEF))
             waiting.start()
             wait_until_open(running, 3)
@@ -185,6 +181,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
             assert int(refused.headers["retry-after"]) >= 1
             with pytest.raises(openai.RateLimitError):
                 running.client().completions.create(model="counting", prompt="a")
+        device.permits.release(1000)
         waiting.join()
         running.wait_idle()
         answer = running.client().completions.create(model="counting", prompt="a", max_tokens=1)

@@ -14,7 +14,8 @@ import pytest
 from docs.picture_of_page import WIDTH, picture
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
-from tests.server.openai.serving import Running, serving
+from tests.server.devices import GatedDevice, engine_on
+from tests.server.openai.serving import Running, check_aborted, serving
 
 from slipstream.runtime.sampling.params import INTERACTIVE, SamplingParams
 from slipstream.runtime.testing import counting_engine
@@ -110,26 +111,33 @@ def limit(page: Page, tokens: int) -> None:
     page.get_by_label("Most tokens").fill(str(tokens))
 
 
-def test_an_answer_is_streamed_and_measured(browser: Browser, slow_server: Running) -> None:
-    page = open_page(browser, slow_server)
-    limit(page, 5)
-    ask(page, "hello")
-    answer = page.locator(".assistant")
-    expect(answer).to_contain_text(";")  # its first token; the others are still to come
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    expect(answer.locator("div")).to_have_text(";!?-_")
-    expect(answer.locator(".note")).to_have_text(
-        re.compile(r"5 tokens · [\d.]+ tokens/s · first after [\d.]+ s · cut at the limit")
-    )
+def test_an_answer_is_streamed_and_measured(browser: Browser) -> None:
+    device = GatedDevice()
+    with serving(engine_on(device)) as server, device:
+        page = open_page(browser, server)
+        limit(page, 5)
+        device.permits.release()
+        ask(page, "hello")
+        answer = page.locator(".assistant")
+        expect(answer).to_contain_text(";")  # its first token; the others are still to come
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        device.permits.release(10)
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+        expect(answer.locator("div")).to_have_text(";!?-_")
+        expect(answer.locator(".note")).to_have_text(
+            re.compile(r"5 tokens · [\d.]+ tokens/s · first after [\d.]+ s · cut at the limit")
+        )
 
 
-def test_stop_ends_the_request(browser: Browser, slow_server: Running) -> None:
-    page = open_page(browser, slow_server)
-    ask(page, "hello")
-    page.get_by_role("button", name="Stop").click()
-    expect(page.locator(".assistant .note")).to_contain_text("stopped")
-    slow_server.wait_idle()
+def test_stop_ends_the_request(browser: Browser) -> None:
+    device = GatedDevice()
+    with serving(engine_on(device)) as server, device:
+        page = open_page(browser, server)
+        device.permits.release()
+        ask(page, "hello")
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator(".assistant .note")).to_contain_text("stopped")
+        check_aborted(server, device)
 
 
 def test_a_conversation_goes_on(browser: Browser, server: Running) -> None:

@@ -11,26 +11,27 @@ import httpx
 import openai
 import pytest
 from tests.server.devices import GatedDevice, engine_on
-from tests.server.openai.serving import Running, serving
+from tests.server.openai.serving import Running, check_aborted, serving
 
 from slipstream.runtime.testing import counting_engine
 
 ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
-DELAY = 0.02
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": ["a", "b", "c"]}, {"n": 3}])
 def test_a_stream_that_is_left_is_aborted(body: dict[str, Any]) -> None:
-    with serving(counting_engine(256, delay=DELAY)) as running:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device:
+        device.permits.release()
         request = {**ENDLESS, **body, "stream": True}
         with httpx.stream(
             "POST", f"{running.url}/v1/completions", json=request, timeout=60
         ) as stream:
             lines = stream.iter_lines()
-            for _ in range(5):
-                next(lines)
-        running.wait_idle()
-        assert running.samples()["slipstream:request_success_total abort"] >= 1
+            for _ in range(3):
+                assert any(line.startswith("data: ") for line in lines)
+                device.permits.release()
+        check_aborted(running, device)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +44,13 @@ def test_a_stream_that_is_left_is_aborted(body: dict[str, Any]) -> None:
 def test_an_answer_nobody_waits_for_is_aborted(path: str, extra: dict[str, Any]) -> None:
     body = json.dumps({"max_tokens": 200, "ignore_eos": True, **extra}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with serving(counting_engine(256, delay=DELAY)) as running:
+    device = GatedDevice()
+    with serving(engine_on(device)) as running, device:
         port = int(running.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            running.wait(lambda: running.stats().num_running > 0)
-        running.wait_idle()
-        assert running.samples()["slipstream:request_success_total abort"] >= 1
+            assert device.waiting.wait(60)
+        check_aborted(running, device)
 
 
 def test_clients_that_leave_at_any_moment_leave_nothing() -> None:

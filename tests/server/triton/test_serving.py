@@ -30,6 +30,7 @@ from slipstream.server.triton.parameters import Query
 from slipstream.server.triton.serving import Serving
 
 LONG = 200
+ENDLESS = 30_000  # tokens: minutes of 10 ms a step
 
 
 class Client:
@@ -127,12 +128,9 @@ class Bench:
             time.sleep(0.002)
 
 
-@pytest.fixture
-def slow() -> Iterator[Bench]:
-    """10 ms a step, two sequences at a time."""
-    bench = Bench(counting_engine(delay=0.01, max_batch_size=2))
-    yield bench
-    bench.serving.close()
+def endless(**options: Any) -> Bench:  # noqa: ANN401 - of RuntimeConfig
+    """One that answers for minutes, unless it is stopped."""
+    return Bench(counting_engine(2**13, delay=0.01, max_seq_len=2**15, **options))
 
 
 @pytest.fixture
@@ -156,8 +154,8 @@ def test_what_piles_up_is_sent_as_one_response(fast: Bench) -> None:
     assert 1 <= count <= 50 and len(client.text()) == 50
 
 
-def test_one_thread_talks_to_triton(slow: Bench) -> None:
-    clients = [slow.ask(letter, max_tokens=5) for letter in "abcd"]
+def test_one_thread_talks_to_triton(fast: Bench) -> None:
+    clients = [fast.ask(letter, max_tokens=5) for letter in "abcd"]
     assert [client.text() for client in clients] == ["bcdef", "cdefg", "defgh", "efghi"]
     (thread,) = set().union(*(client.threads for client in clients))
     assert thread != threading.get_ident()
@@ -183,17 +181,19 @@ def test_a_client_that_goes_ends_its_request_within_a_few_steps(stream: bool) ->
         bench.serving.close()
 
 
-def test_a_client_that_goes_while_its_request_waits(slow: Bench) -> None:
-    running = [slow.ask(letter, max_tokens=LONG, ignore_eos=True) for letter in "ab"]
-    slow.wait(lambda: slow.llm.stats.num_running == 2)
-    waiting = slow.ask("c", max_tokens=5)
-    slow.wait(lambda: slow.llm.stats.num_waiting == 1)
+def test_a_client_that_goes_while_its_request_waits() -> None:
+    bench = endless(max_batch_size=2)
+    running = [bench.ask(letter, max_tokens=ENDLESS, ignore_eos=True) for letter in "ab"]
+    bench.wait(lambda: bench.llm.stats.num_running == 2)
+    waiting = bench.ask("c", max_tokens=5)
+    bench.wait(lambda: bench.llm.stats.num_waiting == 1)
     waiting.gone = True
-    slow.wait(lambda: slow.llm.stats.num_waiting == 0)
-    assert slow.llm.stats.num_running == 2
+    bench.wait(lambda: bench.llm.stats.num_waiting == 0)
+    assert bench.llm.stats.num_running == 2
     for client in running:
         client.gone = True
-    slow.wait(lambda: slow.llm.stats.num_running == 0)
+    bench.wait(lambda: bench.llm.stats.num_running == 0)
+    bench.serving.close()
 
 
 def test_a_bad_request_ends_with_its_error_and_the_others_go_on(fast: Bench) -> None:
@@ -261,14 +261,19 @@ def must_refuse(bench: Bench, reason: str) -> None:
     assert code_of(caught.value) == "UNAVAILABLE"
 
 
-def test_a_response_that_cannot_be_sent_ends_only_its_request(slow: Bench) -> None:
-    client, other = (slow.ask(letter, max_tokens=30) for letter in "ab")
-    client.next()
-    client.unwell = True
-    with pytest.raises(ExecutionError, match="shared memory is full"):
-        client.text()
-    assert len(other.text()) == 30
-    slow.wait(lambda: slow.llm.stats.num_running == 0)
+def test_a_response_that_cannot_be_sent_ends_only_its_request() -> None:
+    with GatedDevice() as device:
+        bench = Bench(engine_on(device))
+        device.permits.release()
+        client, other = (bench.ask(letter, max_tokens=30) for letter in "ab")
+        client.next()
+        client.unwell = True
+        device.permits.release(1000)
+        with pytest.raises(ExecutionError, match="shared memory is full"):
+            client.text()
+        assert len(other.text()) == 30
+        bench.wait(lambda: bench.llm.stats.num_running == 0)
+        bench.serving.close()
 
 
 def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Bench) -> None:
@@ -296,8 +301,8 @@ def test_a_request_that_ends_while_it_is_cancelled_has_a_last_response(fast: Ben
 
 def test_closing_ends_what_runs_with_an_error() -> None:
     before = set(threading.enumerate())
-    bench = Bench(counting_engine(delay=0.01))
-    client = bench.ask("a", max_tokens=LONG, ignore_eos=True)
+    bench = endless()
+    client = bench.ask("a", max_tokens=ENDLESS, ignore_eos=True)
     client.next()
     bench.serving.close()
     with pytest.raises(ExecutionError, match="shut down"):

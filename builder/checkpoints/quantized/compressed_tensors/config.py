@@ -11,10 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from slipstream.builder.checkpoints.quantized.patterns import matches
+from slipstream.builder.checkpoints.quantized.refused import REMEDY
 from slipstream.errors import CheckpointError
 from slipstream.weights.json import Fields, shortened
 
-_DENSE = "pass the unquantized checkpoint it was made from, with --quantization or `quantize`"
 # Spellings of `format` that are read; the tensors of a module say which of them it has.
 FORMATS = (
     "pack-quantized",
@@ -140,11 +140,11 @@ def _check_formats(path: Path, formats: set[str]) -> None:
     for name in sorted(formats - {*FORMATS, *_VAGUE}):
         if name in _REFUSED:
             raise CheckpointError(
-                f"{path} is in the format {name} of compressed-tensors: {_REFUSED[name]}; {_DENSE}"
+                f"{path} is in the format {name} of compressed-tensors: {_REFUSED[name]}; {REMEDY}"
             )
         raise CheckpointError(
             f"{path} is in the format {name!r} of compressed-tensors, which is not known; "
-            f"{', '.join(FORMATS)} can be read. {_DENSE.capitalize()}"
+            f"{', '.join(FORMATS)} can be read. {REMEDY.capitalize()}"
         )
 
 
@@ -153,7 +153,7 @@ def _check_sparsity(path: Path, quantization: Fields) -> None:
     if stored != "dense":
         raise CheckpointError(
             f"{path} has its weights in the sparse format {stored!r:.80} of compressed-tensors, "
-            f"which cannot be read; {_DENSE}"
+            f"which cannot be read; {REMEDY}"
         )
 
 
@@ -166,7 +166,7 @@ def _check_transforms(path: Path, transforms: Fields) -> None:
         if online:
             raise CheckpointError(
                 f"{path} rotates activations as it runs (transform_config {name!r:.80} at "
-                f"{', '.join(online)}), which no kernel of ours does; {_DENSE}"
+                f"{', '.join(online)}), which no kernel of ours does; {REMEDY}"
             )
 
 

@@ -9,20 +9,8 @@ adds their sums, in order, so results do not depend on which that is.
 import triton
 import triton.language as tl
 
+from slipstream.plugins.cuda.kernels import prefetch
 from slipstream.plugins.gated_mlp.cuda_kernels import gate_up_of
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Asks for the cache lines at pointers; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -241,7 +229,7 @@ def dot_float(
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
     if PDL:
         ahead = tl.program_id(2) * (STEPS * BK) + tl.arange(0, 4) * LINE
-        _prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
+        prefetch(weight + row.to(tl.int64)[:, None] * K + tl.minimum(ahead, K - 1)[None, :])
         tl.extra.cuda.gdc_wait()
     acc, up, squares = _sums_float(
         w_at, up_at, x_at, scale, gain, row, width, m, tokens, tl.program_id(2),
@@ -360,9 +348,10 @@ def decode(
 
 
 @triton.constexpr_function
-def float4_instructions(i: int) -> str:
+def float4_instructions(i: int, whole: bool = True) -> str:
     """Moves the float4_e2m1 at code i of two words into exponents and mantissas of two bfloat16,
-    where they are 2**126 too small, and multiplies by 2**63, and by a factor that has the rest.
+    where they are 2**126 too small, and multiplies if ``whole`` by 2**63, and by a factor that has
+    the rest.
 
     Before sm_90 there is no ``mul``: -0.0 added to a product leaves its bits as they are."""
     low = i % 4
@@ -372,7 +361,7 @@ def float4_instructions(i: int) -> str:
         f"prmt.b32 a, $1, $2, {'0x5410' if i < 4 else '0x7632'};"
         f"{align} and.b32 m, m, 0x01C001C0; shl.b32 a, a, {12 - 4 * low};"
         "lop3.b32 a, a, 0x80008000, m, 0xEA;"
-        "fma.rn.bf16x2 a, a, c, z; fma.rn.bf16x2 $0, a, $3, z; }"
+        f"{'fma.rn.bf16x2 a, a, c, z; ' if whole else ''}fma.rn.bf16x2 $0, a, $3, z; }}"
     )
 
 
@@ -476,9 +465,9 @@ def dot_int(
     if PDL:
         start = tl.program_id(2) * STEPS
         lines = tl.minimum(start + tl.arange(0, 4), CHUNKS - 1) * 32
-        _prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
+        prefetch(weight + row.to(tl.int64)[:, None] * (CHUNKS * 32) + lines[None, :])
         if GROUP:
-            _prefetch(scale + row * groups_of(K, CHUNKS, GROUP, ZERO) + start * COUNT)
+            prefetch(scale + row * groups_of(K, CHUNKS, GROUP, ZERO) + start * COUNT)
         tl.extra.cuda.gdc_wait()
     acc, up, squares = _sums_int(
         w_at, up_at, x_at, scale, shift, gain, row, width, m, tokens, tl.program_id(2),

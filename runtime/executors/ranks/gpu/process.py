@@ -32,6 +32,7 @@ from slipstream.runtime.executors.ranks.gpu.protocol import (
     Time,
     Told,
 )
+from slipstream.runtime.executors.ranks.members import end_with_the_engine
 from slipstream.runtime.executors.ranks.message import StepCodec
 from slipstream.runtime.executors.ranks.region import Region
 
@@ -39,7 +40,7 @@ from slipstream.runtime.executors.ranks.region import Region
 def main() -> None:
     """Run a rank."""
     setup: Setup = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_the_engine, daemon=True).start()
+    threading.Thread(target=end_with_the_engine, daemon=True).start()
     leave_multicast_off()
     link = Connection(setup.link)
     try:
@@ -98,13 +99,6 @@ class Follower:
 
 def _nothing() -> None:
     """Nobody is to be watched: this process ends with that of the engine."""
-
-
-def _end_with_the_engine() -> None:
-    """Whatever this process does, it ends when the engine's process has ended."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

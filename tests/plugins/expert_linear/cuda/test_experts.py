@@ -208,8 +208,8 @@ hopper = pytest.mark.skipif(
 @pytest.mark.parametrize("name", WIDE)
 def test_wide(name: str, tokens: int, device: str) -> None:
     """Each format with every tile, gates in turn, and summed up."""
-    tiles = ((128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (128, 32), (64, 32))
-    for at, (rows, size) in enumerate(tiles):
+    tiles = [(128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (128, 32), (64, 32)]
+    for at, (rows, size) in enumerate([*tiles, (192, 128), (192, 64)]):
         gate = (None, *GATES.values())[(list(WIDE).index(name) + at) % (1 + len(GATES))]
         options: dict[str, Any] = {"reduce": True}
         if gate is not None:

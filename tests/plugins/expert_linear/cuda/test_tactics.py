@@ -15,8 +15,10 @@ from slipstream.plugins.expert_linear.cuda.tactics import (
     candidate_tactics,
     default_tactic,
     find_tactic,
+    runs_deep,
 )
-from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics, weight_key
+from slipstream.plugins.linear.cuda.tactics import Tactic, Tactics, weight_key, wide_tactic
+from slipstream.plugins.linear.cuda.wide import Tile
 from slipstream.weights.tensor import WeightFormat
 
 HOPPER = (9, 0)
@@ -57,7 +59,7 @@ def check(tactic: Tactic, shape: ExpertShape, tokens: int, capability: tuple[int
         return
     assert tactic.block_m in TILES and (capability == HOPPER or not tactic.swap)
     if tactic.kernel == "wide":
-        assert capability == HOPPER and tokens > 64 and rows in (64, 128)
+        assert capability == HOPPER and tokens > 64 and rows in (64, 128, 192)
         assert tactic.num_stages * tactic.block_m * 128 <= shared_memory(capability)
         return
     assert fmt.rows == 1 or 128 % tactic.block_k == 0
@@ -121,7 +123,36 @@ def test_a_timed_tactic_serves_its_bucket_and_its_experts() -> None:
     timed = Tactic("dot", 64, 64, 4, 3, block_m=16)
     table = Tactics(HOPPER, entries={"bfloat16 1536x2048 gated 8/128 2048": timed})
     assert find_tactic(table, shape, 600) == find_tactic(table, shape, 8192) == timed
+    larger = replace(timed, block_m=128)
+    more = Tactics(HOPPER, entries={**table.entries, shape.key(8192): larger})
+    assert find_tactic(more, shape, 2049) == find_tactic(more, shape, 20000) == larger
+    assert find_tactic(more, shape, 2048) == timed
     assert Tactics.from_json(table.to_json()).entries == table.entries
     assert find_tactic(table, shape, 512) == default_tactic(shape, 512, HOPPER)
     other = replace(shape, number=64)
     assert find_tactic(table, other, 2048) == default_tactic(other, 2048, HOPPER)
+
+
+MXFP4 = WeightFormat((5760, 2880), "float4_e2m1", "float8_e8m0fnu", 4, 32)
+
+
+def test_gpt_oss_takes_wider_tiles_the_more_tokens_there_are() -> None:
+    """As they ship, and all of them are timed."""
+    shipped, shape = Tactics.load(None, HOPPER, ""), ExpertShape(MXFP4, True, 32, 4)
+    tiles = [(256, Tile(64, 64)), (2048, Tile(192, 128)), (8192, Tile(128, 256))]
+    for tokens, tile in tiles:
+        found = find_tactic(shipped, shape, tokens)
+        assert found == wide_tactic(tile, gated=True)
+        assert found in candidate_tactics(shape, tokens, HOPPER)
+
+
+def test_two_products_are_on_their_way_where_registers_allow() -> None:
+    """The scales and zero points of eight groups a chunk need too many beside 256 sums."""
+    many = WeightFormat((1536, 2048), "int", "float16", 4, 32, "zero")
+    for fmt, largest in ((MXFP4, True), (FORMATS[3], True), (many, False)):
+        assert runs_deep(Tile(128, 128), fmt)
+        assert runs_deep(Tile(128, 256), fmt) == largest
+        assert runs_deep(Tile(192, 128), fmt) == (fmt is MXFP4)
+        assert not any(
+            runs_deep(tile, fmt) for tile in (Tile(64, 64), Tile(128, 64), Tile(64, 128))
+        )

@@ -1,4 +1,4 @@
-"""Keys of float8 that decodes multiply as they are, by queries in codes: of any size."""
+"""Keys of float8 multiplied as they are, by queries in codes: of any size, and of no size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from tests.plugins.paged_attention.cuda.test_attention import CASES, HOPPER, Case, run
+from tests.plugins.paged_attention.cuda.test_attention import (
+    CASES,
+    HOPPER,
+    HOPPER_PREFILLS,
+    Case,
+    run,
+)
 
 from slipstream.plugins.paged_attention.reference import Attributes
 
@@ -17,6 +23,8 @@ ON_HOPPER = (
     "decode_llama_float8",
     "decode_heads_of_64_float8",
     "drafts_llama_of_every_number",
+    "float8",
+    "float8_heads_of_64",
 )
 
 
@@ -42,7 +50,7 @@ class Sized(Case):
 )
 def test_only_what_queries_are_to_each_other_counts(name: str, power: int, device: str) -> None:
     """Times a power of two they have the same codes."""
-    case = replace((CASES | HOPPER)[name], dtype="bfloat16")
+    case = replace((CASES | HOPPER | HOPPER_PREFILLS)[name], dtype="bfloat16")
     inputs = case.inputs()
     output, _ = run(case, deepcopy(inputs), device)
     inputs.qkv[:, : case.heads * case.head_dim] *= 2.0**power
@@ -51,8 +59,9 @@ def test_only_what_queries_are_to_each_other_counts(name: str, power: int, devic
 
 
 @pytest.mark.gpu
-def test_an_infinite_query_is_nan_in_its_head_alone(device: str) -> None:
-    case = replace(HOPPER["decode_llama_float8"], rotary=16)
+@pytest.mark.parametrize("name", ["float8", "decode_llama_float8"])
+def test_an_infinite_query_is_nan_in_its_head_alone(name: str, device: str) -> None:
+    case = replace((HOPPER | HOPPER_PREFILLS)[name], rotary=16)
     inputs = case.inputs()
     want, _ = run(case, deepcopy(inputs), device)
     token, head = 2, slice(3 * case.head_dim, 4 * case.head_dim)

@@ -14,7 +14,7 @@ from tests.runtime.structured.forms import TINY_VOCAB, tiny_tokenizer
 
 from slipstream.errors import ExecutionError
 from slipstream.plugins.draw_tokens.reference import draw_tokens
-from slipstream.plugins.sampling import Kind, reference
+from slipstream.plugins.sampling import Field, Kind, reference
 from slipstream.runtime.engine.step import SamplingRow, StepResult
 from slipstream.runtime.executors.cuda.sampling import CUDASampler, PendingSample
 from slipstream.runtime.sampling.logits_processors import process_logits
@@ -84,6 +84,29 @@ class Device:
         assert self.sampler.buffers.full is not None
         edited: Floats = self.sampler.buffers.full.edited[index].cpu().numpy()
         return edited
+
+
+def test_greedy_rows_are_copied_where_slots_change(device: str) -> None:
+    """Their kernels read nothing else of what the device has; those of others read all."""
+    steps = Device(device, 3)
+    params = steps.sampler.buffers.params
+
+    def tokens(slots: Sequence[int], position: int, last: SamplingParams) -> list[int]:
+        logits = random_logits(2, SIZE, seed=position)
+        rows = [row(greedy(), position=position), row(last, position=position)]
+        found = steps.step(logits, rows, slots).token_ids
+        assert found == logits.argmax(axis=1).tolist()
+        assert steps.sampler.last_tokens[list(slots)].tolist() == found
+        return params[Field.POSITION, :2].tolist()
+
+    assert tokens((0, 2), 3, greedy()) == [3, 3]
+    assert tokens((0, 2), 4, greedy()) == [3, 3], "no copy"
+    assert tokens((2, 0), 5, greedy()) == [5, 5]
+    drawn = SamplingParams(top_k=1)
+    assert tokens((2, 0), 6, drawn) == [6, 6]
+    assert tokens((2, 0), 7, drawn) == [7, 7]
+    steps.sampler.clear()
+    assert tokens((2, 0), 8, greedy()) == [8, 8]
 
 
 EDITS: list[dict[str, Any]] = [
