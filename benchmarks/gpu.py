@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --formats fp8 --measures contexts prefixes lognormal sampled
     python benchmarks/gpu.py --formats bf16 --measures forms --tokenizer engines/smollm2
     python benchmarks/gpu.py --formats fp8 bf16 --measures verification speculation speculation_auto
+    python benchmarks/gpu.py --measures decode --deterministic
     python benchmarks/gpu.py --tp-size 2 --formats bf16 fp8
     python benchmarks/gpu.py --tp-size 2 --hollow --models llama-70b --formats fp8 --measures decode
 
@@ -156,12 +157,14 @@ class Cell:
     tokenizer: Path | None = None
     tp_size: int = 1
     hollow: bool = False
+    deterministic: bool = False
 
     @property
     def name(self) -> str:
         """As a report calls it."""
         ranks = "" if self.tp_size == 1 else f" on {self.tp_size}"
-        return f"{self.model} {self.form}{ranks}"
+        mode = " deterministic" if self.deterministic else ""
+        return f"{self.model} {self.form}{ranks}{mode}"
 
     def plan(self) -> Plan:
         """Its compiled program."""
@@ -444,6 +447,7 @@ def measure(cell: Cell, report: Connection) -> None:
     options |= {
         "enable_prefix_caching": cell.keeps_prefixes,
         "enable_jump_decoding": cell.tokenizer is None,
+        "deterministic": cell.deterministic,
     }
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="slipstream-", dir=scratch(plan)) as directory:
@@ -551,15 +555,18 @@ def main() -> None:
     parser.add_argument(
         "--hollow", action="store_true", help="Ranks make their weights; nothing is told of starts."
     )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="Bits do not depend on who else is served."
+    )
     parser.add_argument("--tokenizer", type=Path, help="Directory of one, for forms.")
     parser.add_argument("--seconds", type=float, default=600, help="For a model in a format.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     report: dict[str, Any] = environment()
+    given = arguments.measures, arguments.tactics, arguments.tokenizer, arguments.tp_size
     for model in arguments.models:
         for form in arguments.formats or usual_formats(model):
-            given = arguments.measures, arguments.tactics, arguments.tokenizer
-            cell = Cell(model, form, *given, arguments.tp_size, arguments.hollow)
+            cell = Cell(model, form, *given, arguments.hollow, arguments.deterministic)
             entry = None
             for entry in entries(cell, arguments.seconds):
                 report.setdefault(model, {})[form] = entry
