@@ -12,17 +12,14 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from slipstream.plugins.linear.cuda.kernels.dot import float4_instructions
 from slipstream.plugins.linear.cuda.kernels.wide import (
     chunk_of,
+    copy_tile,
     operand_of,
+    products_of,
     row_of,
     scaled,
     slices_of,
@@ -144,34 +141,6 @@ def _finish(
     gl.store(y + pair[None, :] * width + n[:, None], acc.to(y.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
-def _products(
-    acc, words, factors, shifts, rings, before, STEPS: gl.constexpr, STAGES: gl.constexpr,
-    DEEP: gl.constexpr, OPERAND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
-    ZERO: gl.constexpr,
-):  # fmt: skip
-    """The sums and the products of a chunk's first STEPS times two codes, for which ``before``
-    tiles of x came before."""
-    ring, ready, free = rings
-    LATE: gl.constexpr = acc.shape[1] < 256  # as in Linear's
-    for step in gl.static_range(STEPS):
-        count = before + step
-        slot = count % STAGES
-        w = _operand(words, 2 * step, factors, shifts, OPERAND, ring.dtype, BITS, GROUP, ZERO)
-        mbarrier.wait(ready.index(slot), count // STAGES & 1)
-        if LATE and not DEEP and step > 0:
-            acc = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-        acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-        if DEEP and step > 0:
-            acc = warpgroup_mma_wait(1, [acc])
-            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-        if step == STEPS - 1 or not (LATE or DEEP):
-            acc = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(free.index(slot), count=1)
-    return acc
-
-
 @gluon.constexpr_function
 def _steps(K, BITS):
     """The whole chunks of a row of K, the steps of 64 elements in the rest, and all steps."""
@@ -212,26 +181,21 @@ def _multiply(number: gl.constexpr, work, form):
         expert, at, end, part = _place(tile, grouped, PARTS, T)
         first = (part * WARPGROUPS + number) * ROWS
         n = expert * N + row_of(first, width, GATED, gl.SliceLayout(1, operand))
-        words, factors, shifts = _chunk(weights, n, 0, CHUNKS, COUNT, ZERO)
+        codes = _chunk(weights, n, 0, CHUNKS, COUNT, ZERO)
         acc = gl.zeros([64, T], gl.float32, sums)
         for chunk in range(0, WHOLE):
             following = gl.minimum(chunk + 1, CHUNKS - 1)
-            next_words, next_factors, next_shifts = _chunk(
-                weights, n, following, CHUNKS, COUNT, ZERO
-            )  # fmt: skip
-            acc = _products(
-                acc, words, factors, shifts, rings, before, CODES // 2, STAGES, DEEP, operand, BITS,
-                GROUP, ZERO,
+            next_codes = _chunk(weights, n, following, CHUNKS, COUNT, ZERO)
+            acc = products_of(
+                acc, codes, rings, before, _operand, CODES // 2, STAGES, DEEP, operand, BITS, GROUP,
+                ZERO,
             )  # fmt: skip
             before += CODES // 2
-            words = next_words
-            factors = next_factors
-            shifts = next_shifts
+            codes = next_codes
         if REST > 0:
-            acc = _products(
-                acc, words, factors, shifts, rings, before, REST, STAGES, DEEP, operand, BITS,
-                GROUP, ZERO,
-            )  # fmt: skip
+            acc = products_of(
+                acc, codes, rings, before, _operand, REST, STAGES, DEEP, operand, BITS, GROUP, ZERO
+            )
             before += REST
         slices = slices_of(acc)
         for i in gl.static_range(T // 32):
@@ -256,20 +220,14 @@ def _third(work, form):
 @gluon.jit
 def _copy(x, rings, grouped, PARTS: gl.constexpr, form):
     """What the warp does that copies x."""
-    ring, ready, free = rings
     T: gl.constexpr = form.T
-    STAGES: gl.constexpr = form.STAGES
     STEPS: gl.constexpr = _steps(form.K, form.BITS)[2]
     _, tiles, _ = grouped
     before = 0
     for tile in range(gl.program_id(0), gl.load(tiles) * PARTS, gl.num_programs(0)):
         _, at, _, _ = _place(tile, grouped, PARTS, T)
         for step in range(STEPS):
-            count = before + step
-            slot = count % STAGES
-            mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), T * 128)
-            tma.async_copy_global_to_shared(x, [at, step * 64], ready.index(slot), ring.index(slot))
+            copy_tile(x, rings, before + step, at, step * 64, T, form.STAGES)
         before += STEPS
 
 

@@ -157,6 +157,50 @@ def scaled(acc, n, scale, bias, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: 
 
 
 @gluon.jit
+def products_of(
+    acc, codes, rings, before, operand, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    DEEP: gl.constexpr, LAYOUT: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    ZERO: gl.constexpr,
+):  # fmt: skip
+    """The sums and the products of a chunk's first STEPS times two codes, for which ``before``
+    tiles of x came before; ``operand`` is ``operand_of`` or one like it.
+
+    The next weights are decoded while these are multiplied, or, with so many sums that registers
+    are short, only while another warpgroup's are; DEEP, where there are registers for the weights
+    of two, the next product is on its way before this one is over.
+    """
+    words, factors, shifts = codes
+    ring, ready, free = rings
+    LATE: gl.constexpr = acc.shape[1] < 256
+    for step in gl.static_range(STEPS):
+        count = before + step
+        slot = count % STAGES
+        w = operand(words, 2 * step, factors, shifts, LAYOUT, ring.dtype, BITS, GROUP, ZERO)
+        mbarrier.wait(ready.index(slot), count // STAGES & 1)
+        if LATE and not DEEP and step > 0:
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
+        if DEEP and step > 0:
+            acc = warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        if step == STEPS - 1 or not (LATE or DEEP):
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(free.index(slot), count=1)
+    return acc
+
+
+@gluon.jit
+def copy_tile(x, rings, count, row, column, T: gl.constexpr, STAGES: gl.constexpr):
+    """Asks for T rows and 64 columns of x, tile ``count`` of the ring, when there is room."""
+    ring, ready, free = rings
+    slot = count % STAGES
+    mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), T * 128)
+    tma.async_copy_global_to_shared(x, [row, column], ready.index(slot), ring.index(slot))
+
+
+@gluon.jit
 def _finish(
     acc, first, first_token, ends, GATED: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -230,7 +274,7 @@ def _end(acc, tile, place, ends, common, form):
 @gluon.jit
 def _multiply(number: gl.constexpr, work, form):
     """What the warpgroup of a number does."""
-    ring, ready, free, weights, place, width, ends, common = work
+    rings, weights, place, width, ends, common = work
     T: gl.constexpr = form.T
     WARPGROUPS: gl.constexpr = form.WARPGROUPS
     STAGES: gl.constexpr = form.STAGES
@@ -242,11 +286,7 @@ def _multiply(number: gl.constexpr, work, form):
     CHUNKS: gl.constexpr = form.K // (CODES * 32)
     COUNT: gl.constexpr = CODES * 32 // GROUP if GROUP else 0
     STEPS: gl.constexpr = (CHUNKS + form.SPLIT - 1) // form.SPLIT
-    # The next weights are decoded while these are multiplied, or, with so many sums that registers
-    # are short, only while another warpgroup's are; where there are registers for the weights of
-    # two, the next product is on its way before this one is over.
-    LATE: gl.constexpr = T < 256
-    DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (LATE or COUNT <= 2)
+    DEEP: gl.constexpr = T >= 128 and WARPGROUPS < 3 and (T < 256 or COUNT <= 2)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     across, _, part = place
@@ -254,31 +294,16 @@ def _multiply(number: gl.constexpr, work, form):
     n = row_of(tile * (32 if GATED else 64), width, GATED, gl.SliceLayout(1, operand))
     chunk = part * STEPS
     last = gl.minimum(chunk + STEPS, CHUNKS) - 1
-    words, factors, shifts = chunk_of(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
+    codes = chunk_of(weights, n, gl.minimum(chunk, last), CHUNKS, COUNT, ZERO)
     acc = gl.zeros([64, T], gl.float32, sums)
     for step in range(0, last - chunk + 1):
         following = gl.minimum(chunk + step + 1, last)
-        next_words, next_factors, next_shifts = chunk_of(
-            weights, n, following, CHUNKS, COUNT, ZERO
+        next_codes = chunk_of(weights, n, following, CHUNKS, COUNT, ZERO)
+        acc = products_of(
+            acc, codes, rings, step * (CODES // 2), operand_of, CODES // 2, STAGES, DEEP, operand,
+            BITS, GROUP, ZERO,
         )  # fmt: skip
-        for i in gl.static_range(0, CODES, 2):
-            count = (step * CODES + i) // 2
-            slot = count % STAGES
-            w = operand_of(words, i, factors, shifts, operand, ring.dtype, BITS, GROUP, ZERO)
-            mbarrier.wait(ready.index(slot), count // STAGES & 1)
-            if LATE and not DEEP and i > 0:
-                acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-            acc = warpgroup_mma(w, ring.index(slot).permute((1, 0)), acc, is_async=True)
-            if DEEP and i > 0:
-                acc = warpgroup_mma_wait(1, [acc])
-                mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-            if i == CODES - 2 or not (LATE or DEEP):
-                acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(free.index(slot), count=1)
-        words = next_words
-        factors = next_factors
-        shifts = next_shifts
+        codes = next_codes
     if form.PDL:
         tl.extra.cuda.gdc_wait()
     _end(acc, tile, place, ends, common, form)
@@ -300,10 +325,9 @@ def _third(work, form):
 
 
 @gluon.jit
-def _copy(x, ring, ready, free, place, form):
+def _copy(x, rings, place, form):
     """What the warp does that copies x."""
     T: gl.constexpr = form.T
-    STAGES: gl.constexpr = form.STAGES
     BITS: gl.constexpr = form.BITS
     CHUNKS: gl.constexpr = form.K * BITS // 1024
     STEPS: gl.constexpr = (CHUNKS + form.SPLIT - 1) // form.SPLIT
@@ -312,12 +336,7 @@ def _copy(x, ring, ready, free, place, form):
     if form.PDL:
         tl.extra.cuda.gdc_wait()
     for count in range(gl.minimum(STEPS, CHUNKS - part * STEPS) * (16 // BITS)):
-        slot = count % STAGES
-        mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
-        mbarrier.expect(ready.index(slot), T * 128)
-        tma.async_copy_global_to_shared(
-            x, [along * T, (first + count) * 64], ready.index(slot), ring.index(slot)
-        )
+        copy_tile(x, rings, count, along * T, (first + count) * 64, T, form.STAGES)
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -350,8 +369,9 @@ def wide_int(
     form: gl.constexpr = Form(
         K, T, WARPGROUPS, SPLIT, STAGES, BITS, GROUP, ZERO, GATED, BIAS, RESIDUAL, PDL
     )
-    work = (ring, ready, free, weights, place, width, ends, common)
-    copies = (x, ring, ready, free, place, form)
+    rings = (ring, ready, free)
+    work = (rings, weights, place, width, ends, common)
+    copies = (x, rings, place, form)
     if WARPGROUPS == 1:
         gl.warp_specialize([(_first, (work, form)), (_copy, copies)], [1], [24])
     elif WARPGROUPS == 2:
