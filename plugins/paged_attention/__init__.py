@@ -2,7 +2,7 @@
 
 from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
-_ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn")
+_ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn", "uint8")
 
 SPEC = OperatorSpec(
     name="PagedAttention",
@@ -26,7 +26,7 @@ SPEC = OperatorSpec(
         TensorSpec(
             "kv_cache",
             _ANY_KV,
-            ("layers", "num_pages", "2", "num_kv_heads", "page_size*head_dim"),
+            ("layers", "num_pages", "planes", "num_kv_heads", "page_size*head_dim"),
             "pages, written in place; v is [page_size, head_dim] in a page and head, k the same or "
             "transposed (k_row_major)",
             written=True,

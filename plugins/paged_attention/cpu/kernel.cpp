@@ -39,26 +39,28 @@ struct Call {
   int64_t group;      // query heads of a kv head
   int64_t out_width;  // head_dim in whole vectors
   float soft_cap;     // in units of log2
-  float* queries;     // [num_kv_heads, tokens, group, head_dim]
+  void* queries;      // [num_kv_heads, tokens, group, head_dim]
+  float* units;       // [num_kv_heads, tokens, group]
   float* partial_out;
   float* partial_max;
   float* partial_sum;
 };
 
 // Pages of one tile, or copies of them as floats, and the scales of their tokens (null if there are none).
-template <class T>
+template <class K, class V>
 struct Tile {
-  const T** keys;  // [heads, pages]
-  const T** values;
-  const T** next_keys;  // to fetch ahead
+  const K** keys;  // [heads, pages]
+  const V** values;
+  const K** next_keys;  // to fetch ahead
   float* key_scales;    // [heads, tile]
   float* value_scales;
 };
 
 // Queries, running softmax and output of a task: the rows of one kv head after those of another.
 struct Rows {
-  const float* queries;
-  int64_t query_stride;  // from one head to the next
+  const void* queries;
+  const float* units;
+  int64_t query_stride;  // rows from one head to the next
   float* out;
   float* max;
   float* sum;
@@ -74,10 +76,15 @@ void scale_row(float* row, int64_t n, float factor) {
 
 // All rows of a task against keys [start, end), a tile or less. Values are fetched while keys are multiplied, and the
 // next keys while values are.
-template <bool in_strips, class T>
-void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<T>& tile, int64_t start,
+template <bool in_strips, class K, class V>
+void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<K, V>& tile, int64_t start,
                  int64_t end) {
+  using Query = Left<K>;
+  constexpr bool integers = std::is_same_v<Query, Pair16>;
+  constexpr int64_t pack = integers ? 2 : 1;
   const PagedAttentionArgs& args = call.args;
+  const float most = std::min(32767.0f, std::floor(2147483647.0f / 127.0f / static_cast<float>(rows.tile)));
+  float units[kRows];
   const int64_t dim = args.head_dim, page = args.page_size, pages = rows.tile / page;
   const auto low = [&](int64_t row) {
     const int64_t position = chunk.position + row / call.group;
@@ -91,13 +98,16 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
     for (int64_t key = first; key < last; key += page)
       for (int64_t head = 0; head < rows.heads; ++head) {
         const int64_t at = head * pages + key / page;
-        const float* queries = rows.queries + head * rows.query_stride + r * dim;
+        const int64_t row = head * rows.query_stride + r, depth = dim / pack;
+        const Query* queries = static_cast<const Query*>(rows.queries) + row * depth;
+        const float* query_units = integers ? rows.units + row : nullptr;
         float* scores = rows.scores + head * block + key;
         if constexpr (in_strips) {
-          multiply(n, queries, dim, Strips{tile.keys + at, dim, dim}, page, scores, rows.tile, false);
+          multiply(n, queries, depth, Strips<K>{tile.keys + at, depth, depth}, page, scores, rows.tile, query_units,
+                   false);
         } else {
-          multiply(n, queries, dim, Panels<T>{tile.keys + at, tile.values + at, dim, dim, page}, page, scores,
-                   rows.tile, false);
+          multiply(n, queries, depth, Panels<K, V>{tile.keys + at, tile.values + at, depth, depth, page}, page, scores,
+                   rows.tile, query_units, false);
         }
       }
     for (int64_t head = 0; head < rows.heads; ++head)
@@ -112,51 +122,61 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
       }
     for (int64_t head = 0; head < rows.heads; ++head) {
       const int64_t at = head * pages + first / page;
-      const float* scores = rows.scores + head * block + first;
+      float* scores = rows.scores + head * block;
+      if constexpr (integers)
+        for (int64_t i = 0; i < n; ++i) units[i] = encode_row(scores + i * rows.tile, first, divide_up(last, kLanes) * kLanes, most);
+      const Query* factors = reinterpret_cast<const Query*>(scores + first);
+      const int64_t panel = page / pack, depth = divide_up(last - first, pack);
       float* out = rows.out + (head * rows.count + r) * call.out_width;
       if constexpr (in_strips) {
-        multiply(n, scores, rows.tile, Strips{tile.values + at, page, last - first}, dim, out, call.out_width, true);
+        multiply(n, factors, rows.tile, Strips<V>{tile.values + at, panel, depth}, dim, out, call.out_width, units,
+                 true);
       } else {
-        multiply(n, scores, rows.tile, Panels<T>{tile.values + at, tile.next_keys + at, page, last - first, dim}, dim,
-                 out, call.out_width, true);
+        multiply(n, factors, rows.tile, Panels<V, K>{tile.values + at, tile.next_keys + at, panel, depth, dim}, dim,
+                 out, call.out_width, units, true);
       }
     }
   }
 }
 
 // A panel [depth, columns] as floats, in strips where those are read.
-template <class T>
-const float* copy_panel(const T* from, int64_t depth, int64_t columns, float* to) {
+template <class T, class To>
+const To* copy_panel(const T* from, int64_t depth, int64_t columns, To* to) {
   if constexpr (kInStrips) return copy_strips(from, depth, columns, to);
   for (int64_t i = 0; i < depth * columns; i += kLanes) simd::store(to + i, simd::load(from + i));
   return to;
 }
 
 // Scratch of one task: rows of results, one tile of scores, page pointers, scales, and pages as floats.
-template <class T>
+template <class F>
 struct TaskMemory {
+  using K = typename F::Key;
+  using V = typename F::Value;
+  using Copy = typename F::Query;
   Rows rows;
-  Tile<T> tile;
-  Tile<float> floats;
-  float* copies;
+  Tile<K, V> tile;
+  Tile<Copy, Copy> floats;
+  Copy* copies;
   Sums* joined;  // over the parts so far
   float* joined_out;
 
   TaskMemory(const Call& call, const Chunk& chunk) {
     const PagedAttentionArgs& args = call.args;
-    const bool scaled = args.kv_cache_type == ElementType::int8;
+    constexpr bool scaled = F::integers;
     const int64_t count = chunk.count * call.group, all = chunk.heads * count;
     const int64_t width = std::max<int64_t>(1, kTileKeys / args.page_size) * args.page_size;
     const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
     const int64_t pages = chunk.heads * width / args.page_size;
-    const int64_t copied = width / args.page_size * (Strips::elements(args.head_dim, args.page_size) +
-                                                     Strips::elements(args.page_size, args.head_dim));
+    const int64_t copied = width / args.page_size * (Strips<Copy>::elements(args.head_dim / F::kPack, args.page_size) +
+                                                     Strips<Copy>::elements(args.page_size / F::kPack, args.head_dim));
     task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
                        Scratch::room<Sums>(all) +
-                       Scratch::room<float>(score_rows * width) + 6 * Scratch::room<T*>(pages) +
+                       Scratch::room<float>(score_rows * width) + 6 * Scratch::room<K*>(pages) +
                        2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(copied));
-    rows = {call.queries + (chunk.head * args.tokens + chunk.token) * call.group * args.head_dim,
-            args.tokens * call.group * args.head_dim,
+    const int64_t first_row = (chunk.head * args.tokens + chunk.token) * call.group;
+    rows = {static_cast<Copy*>(call.queries) + first_row * args.head_dim / F::kPack,
+            F::integers ? call.units + first_row : nullptr,
+            args.tokens * call.group,
             task_scratch.take<float>(all * call.out_width),
             task_scratch.take<float>(all),
             task_scratch.take<float>(all),
@@ -166,11 +186,11 @@ struct TaskMemory {
             width};
     float* key_scales = scaled ? task_scratch.take<float>(chunk.heads * width) : nullptr;
     float* value_scales = scaled ? task_scratch.take<float>(chunk.heads * width) : nullptr;
-    tile = {task_scratch.take<const T*>(pages), task_scratch.take<const T*>(pages), task_scratch.take<const T*>(pages),
+    tile = {task_scratch.take<const K*>(pages), task_scratch.take<const V*>(pages), task_scratch.take<const K*>(pages),
             key_scales, value_scales};
-    floats = {task_scratch.take<const float*>(pages), task_scratch.take<const float*>(pages),
-              task_scratch.take<const float*>(pages), key_scales, value_scales};
-    copies = task_scratch.take<float>(copied);
+    floats = {task_scratch.take<const Copy*>(pages), task_scratch.take<const Copy*>(pages),
+              task_scratch.take<const Copy*>(pages), key_scales, value_scales};
+    copies = task_scratch.take<Copy>(copied);
     joined = task_scratch.take<Sums>(all);
     joined_out = task_scratch.take<float>(all * call.out_width);
   }
@@ -178,9 +198,9 @@ struct TaskMemory {
 
 // Finds the pages of the tile of keys [start, end) and of the keys after it, and gathers the scales. After the last
 // tile of a task come keys that this thread is likely to take next.
-template <class T>
+template <class F>
 void open_tile(const PagedAttentionArgs& args, const Chunk& chunk, int64_t width, int64_t start, int64_t end,
-               Tile<T>& tile) {
+               Tile<typename F::Key, typename F::Value>& tile) {
   const int64_t pages = width / args.page_size, context = args.context_len[chunk.sequence];
   const int32_t* table = args.page_table + chunk.sequence * args.max_pages + start / args.page_size;
   const size_t bytes = static_cast<size_t>(args.page_size) * sizeof(float);
@@ -188,9 +208,9 @@ void open_tile(const PagedAttentionArgs& args, const Chunk& chunk, int64_t width
     for (int64_t h = 0; h < chunk.heads; ++h) {
       const int64_t head = chunk.head + h, at = h * pages + i, key = h * width + i * args.page_size;
       const bool more = start + (pages + i) * args.page_size < context;
-      tile.keys[at] = page_data<T>(args, table[i], kKeys, head);
-      tile.values[at] = page_data<T>(args, table[i], kValues, head);
-      tile.next_keys[at] = more ? page_data<T>(args, table[pages + i], kKeys, head) : tile.values[at];
+      tile.keys[at] = page_keys<F>(args, table[i], head);
+      tile.values[at] = page_values<F>(args, table[i], head);
+      tile.next_keys[at] = more ? page_keys<F>(args, table[pages + i], head) : tile.keys[at];
       if (tile.key_scales == nullptr) continue;
       std::memcpy(tile.key_scales + key, page_scales(args, table[i], kKeys, head), bytes);
       std::memcpy(tile.value_scales + key, page_scales(args, table[i], kValues, head), bytes);
@@ -198,8 +218,8 @@ void open_tile(const PagedAttentionArgs& args, const Chunk& chunk, int64_t width
 }
 
 // The sums over keys [begin, end), a part or what a task has of it.
-template <class T>
-void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t end, TaskMemory<T>& memory) {
+template <class F>
+void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t end, TaskMemory<F>& memory) {
   const PagedAttentionArgs& args = call.args;
   const Rows& rows = memory.rows;
   const int64_t width = rows.tile, all = rows.heads * rows.count;
@@ -209,18 +229,20 @@ void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t en
   int64_t stop;
   for (int64_t start = begin / args.page_size * args.page_size; start < end; start = stop) {
     stop = std::min((start / width + 1) * width, end);
-    open_tile(args, chunk, width, start, stop, memory.tile);
-    if (rows.count <= kFewRows || (!kInStrips && sizeof(T) == sizeof(float))) {
+    open_tile<F>(args, chunk, width, start, stop, memory.tile);
+    if (rows.count <= kFewRows || (!kInStrips && std::is_same_v<typename F::Key, float>)) {
       attend_tile<false>(call, chunk, rows, memory.tile, start, stop);
       continue;
     }
     // So many rows read a page several times: convert it once.
-    float* copy = memory.copies;
+    typename F::Query* copy = memory.copies;
+    const int64_t dim = args.head_dim, page = args.page_size;
+    using Copies = Strips<typename F::Query>;
     for (int64_t i = 0; start + i * args.page_size < stop; ++i) {
-      memory.floats.keys[i] = copy_panel(memory.tile.keys[i], args.head_dim, args.page_size, copy);
-      copy += Strips::elements(args.head_dim, args.page_size);
-      memory.floats.values[i] = copy_panel(memory.tile.values[i], args.page_size, args.head_dim, copy);
-      copy += Strips::elements(args.page_size, args.head_dim);
+      memory.floats.keys[i] = copy_panel(memory.tile.keys[i], dim / F::kPack, page, copy);
+      copy += Copies::elements(dim / F::kPack, page);
+      memory.floats.values[i] = copy_panel(memory.tile.values[i], page / F::kPack, dim, copy);
+      copy += Copies::elements(page / F::kPack, dim);
       memory.floats.next_keys[i] = memory.floats.values[i];
     }
     attend_tile<kInStrips>(call, chunk, rows, memory.floats, start, stop);
@@ -240,10 +262,10 @@ inline void store_output(const Call& call, const Sums& sums, int64_t token, int6
   for (int64_t i = 0; i < args.head_dim; ++i) out[i] = sums.out[i] * inverse;
 }
 
-template <class T>
+template <class F>
 void attend(const Call& call, const Chunk& chunk) {
   const PagedAttentionArgs& args = call.args;
-  TaskMemory<T> memory(call, chunk);
+  TaskMemory<F> memory(call, chunk);
   Rows& rows = memory.rows;
   const int64_t all = rows.heads * rows.count, part = Plan::part_keys(args.page_size);
   if (chunk.partial >= 0) {
@@ -288,7 +310,7 @@ void run(Parallel& parallel, int64_t tasks, int64_t work, F&& task) {
   for (int64_t i = 0; i < tasks; ++i) task(i);
 }
 
-template <class T>
+template <class F>
 void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   const int64_t heads = args.num_kv_heads, dim = args.head_dim, group = args.num_heads / heads;
   const int64_t out_width = (dim + kLanes - 1) / kLanes * kLanes;
@@ -299,7 +321,7 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   plan.reductions = plan_scratch.take<Reduction>(args.sequences);
   plan.make(args);
 
-  call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(plan.partial_rows * out_width) +
+  call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(args.tokens * args.num_heads) + Scratch::room<float>(plan.partial_rows * out_width) +
                      2 * Scratch::room<float>(plan.partial_rows));
   const bool capped = args.soft_cap > 0.0f;
   const Call call{args,
@@ -307,6 +329,7 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
                   out_width,
                   args.soft_cap * kLog2E,
                   call_scratch.take<float>(query_elements),
+                  call_scratch.take<float>(args.tokens * args.num_heads),
                   call_scratch.take<float>(plan.partial_rows * out_width),
                   call_scratch.take<float>(plan.partial_rows),
                   call_scratch.take<float>(plan.partial_rows)};
@@ -315,13 +338,14 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   const int64_t elements = args.tokens * (args.num_heads + args.kv_parts * heads) * dim;
   run(parallel, divide_up(args.tokens, kWriteTokens) * heads, elements, [&](int64_t i) {
     const int64_t head = i % heads, begin = i / heads * kWriteTokens;
-    write_tokens<T>(args, begin, std::min(begin + kWriteTokens, args.tokens), head, factor,
-                    call.queries + (head * args.tokens + begin) * group * dim);
+    const int64_t row = (head * args.tokens + begin) * group;
+    write_tokens<F>(args, begin, std::min(begin + kWriteTokens, args.tokens), head, factor,
+                    static_cast<typename F::Query*>(call.queries) + row * dim / F::kPack, call.units + row);
   });
 
   const int64_t work = plan.cost * group * dim * 2;
   if (work >= kParallelWork) plan.sort();
-  run(parallel, plan.chunk_count, work, [&](int64_t i) { attend<T>(call, plan.chunks[i]); });
+  run(parallel, plan.chunk_count, work, [&](int64_t i) { attend<F>(call, plan.chunks[i]); });
 
   run(parallel, plan.reduction_count * heads, plan.partial_rows * dim, [&](int64_t i) {
     const Reduction& reduction = plan.reductions[i / heads];
@@ -336,10 +360,11 @@ void paged_attention(const PagedAttentionArgs& given, Parallel& parallel) {
   PagedAttentionArgs args = given;
   if (args.kv_cache_type != ElementType::float8e4m3fn) args.k_scale = args.v_scale = 1.0f;  // only codes have a unit
   switch (args.kv_cache_type) {
-    case ElementType::float32: return attention::paged_attention_of<float>(args, parallel);
-    case ElementType::float16: return attention::paged_attention_of<Half>(args, parallel);
-    case ElementType::int8: return attention::paged_attention_of<int8_t>(args, parallel);
-    case ElementType::float8e4m3fn: return attention::paged_attention_of<Float8>(args, parallel);
+    case ElementType::float32: return attention::paged_attention_of<attention::Format<float, float>>(args, parallel);
+    case ElementType::float16: return attention::paged_attention_of<attention::Format<Half, Half>>(args, parallel);
+    case ElementType::int8: return attention::paged_attention_of<attention::Format<Pair8, Pair8>>(args, parallel);
+    case ElementType::uint8: return attention::paged_attention_of<attention::Format<Pair16, Pair8>>(args, parallel);
+    case ElementType::float8e4m3fn: return attention::paged_attention_of<attention::Format<Float8, Float8>>(args, parallel);
     default: assert(false);
   }
 }

@@ -54,6 +54,19 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
   return factor;
 }
 
+// Probabilities [begin, end) of a row, times the scales of their values, as integers of at most `most`, in place: returns
+// their unit.
+inline float encode_row(float* scores, int64_t begin, int64_t end, float most) {
+  Floats largest = simd::splat(0.0f);
+  for (int64_t i = begin; i < end; i += kLanes) largest = simd::max(largest, simd::load(scores + i));
+  const float top = simd::reduce_max(largest);
+  const Floats inverse = simd::splat(top > 0.0f ? most / top : 0.0f);
+  int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
+  for (int64_t i = begin; i < end; i += kLanes, codes += kLanes)
+    simd::store(codes, simd::load(scores + i) * inverse);
+  return top / most;
+}
+
 // The running softmax of a row: its sums are in units of 2^max.
 struct Sums {
   float* out;  // whole vectors
