@@ -74,17 +74,23 @@ void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += kLanes) simd::store(row + i, simd::load(row + i) * simd::splat(factor));
 }
 
+template <class T>
+struct Copies {
+  const T* keys;
+  const T* values;
+};
+
 // All rows of a task against keys [start, end), a tile or less. Values are fetched while keys are multiplied, and the
 // next keys while values are.
 template <bool in_strips, class K, class V>
-void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<K, V>& tile, int64_t start,
-                 int64_t end) {
+void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const Tile<K, V>& tile,
+                 const Copies<K>& copies, int64_t start, int64_t end) {
   using Query = Left<K>;
   constexpr bool integers = std::is_same_v<Query, Pair16>;
   constexpr int64_t pack = integers ? 2 : 1;
   const PagedAttentionArgs& args = call.args;
   const float most = std::min(32767.0f, std::floor(2147483647.0f / 127.0f / static_cast<float>(rows.tile)));
-  float units[kRows];
+  float units[std::max<int64_t>(kRows, kHeadRows)];
   const int64_t dim = args.head_dim, page = args.page_size, pages = rows.tile / page;
   const auto low = [&](int64_t row) {
     const int64_t position = chunk.position + row / call.group;
@@ -95,20 +101,20 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
     const int64_t n = std::min<int64_t>(kRows, rows.count - r), block = n * rows.tile;
     const int64_t first = low(r) / page * page, last = high(r + n - 1);
     if (first >= last) continue;
-    for (int64_t key = first; key < last; key += page)
+    if constexpr (in_strips) {
+      const int64_t depth = dim / pack, columns = divide_up(last - first, kStrip) * kStrip;
+      multiply(n, static_cast<const Query*>(rows.queries) + r * depth, depth,
+               Strips<K>{copies.keys + first * depth, depth, depth}, columns, rows.scores + first, rows.tile,
+               integers ? rows.units + r : nullptr, false);
+    } else for (int64_t key = first; key < last; key += page)
       for (int64_t head = 0; head < rows.heads; ++head) {
         const int64_t at = head * pages + key / page;
         const int64_t row = head * rows.query_stride + r, depth = dim / pack;
         const Query* queries = static_cast<const Query*>(rows.queries) + row * depth;
         const float* query_units = integers ? rows.units + row : nullptr;
         float* scores = rows.scores + head * block + key;
-        if constexpr (in_strips) {
-          multiply(n, queries, depth, Strips<K>{tile.keys + at, depth, depth}, page, scores, rows.tile, query_units,
-                   false);
-        } else {
-          multiply(n, queries, depth, Panels<K, V>{tile.keys + at, tile.values + at, depth, depth, page}, page, scores,
-                   rows.tile, query_units, false);
-        }
+        multiply(n, queries, depth, Panels<K, V>{tile.keys + at, tile.values + at, depth, depth, page}, page, scores,
+                 rows.tile, query_units, false);
       }
     for (int64_t head = 0; head < rows.heads; ++head)
       for (int64_t i = 0; i < n; ++i) {
@@ -116,35 +122,30 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
         const Scores scores{rows.scores + head * block + i * rows.tile,
                             tile.key_scales == nullptr ? nullptr : tile.key_scales + scales,
                             tile.key_scales == nullptr ? nullptr : tile.value_scales + scales, call.soft_cap};
-        const float factor =
-            softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + row, rows.sum + row);
+        float factor;
+        if constexpr (integers) {
+          factor = softmax_codes(scores, first, divide_up(last, kTogether) * kTogether, low(r + i), high(r + i), most,
+                                 rows.max + row, rows.sum + row, units + head * n + i);
+        } else {
+          factor = softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + row, rows.sum + row);
+        }
         if (factor != 1.0f) scale_row(rows.out + row * call.out_width, call.out_width, factor);
       }
     for (int64_t head = 0; head < rows.heads; ++head) {
       const int64_t at = head * pages + first / page;
       float* scores = rows.scores + head * block;
-      if constexpr (integers)
-        for (int64_t i = 0; i < n; ++i) units[i] = encode_row(scores + i * rows.tile, first, divide_up(last, kLanes) * kLanes, most);
       const Query* factors = reinterpret_cast<const Query*>(scores + first);
       const int64_t panel = page / pack, depth = divide_up(last - first, pack);
       float* out = rows.out + (head * rows.count + r) * call.out_width;
       if constexpr (in_strips) {
-        multiply(n, factors, rows.tile, Strips<V>{tile.values + at, panel, depth}, dim, out, call.out_width, units,
-                 true);
+        multiply(n, factors, rows.tile, Strips<V>{copies.values + first / pack * kStrip, rows.tile / pack, depth}, dim, out, call.out_width,
+                 units + head * n, true);
       } else {
         multiply(n, factors, rows.tile, Panels<V, K>{tile.values + at, tile.next_keys + at, panel, depth, dim}, dim,
-                 out, call.out_width, units, true);
+                 out, call.out_width, units + head * n, true);
       }
     }
   }
-}
-
-// A panel [depth, columns] as floats, in strips where those are read.
-template <class T, class To>
-const To* copy_panel(const T* from, int64_t depth, int64_t columns, To* to) {
-  if constexpr (kInStrips) return copy_strips(from, depth, columns, to);
-  for (int64_t i = 0; i < depth * columns; i += kLanes) simd::store(to + i, simd::load(from + i));
-  return to;
 }
 
 // Scratch of one task: rows of results, one tile of scores, page pointers, scales, and pages as floats.
@@ -167,8 +168,8 @@ struct TaskMemory {
     const int64_t width = std::max<int64_t>(1, kTileKeys / args.page_size) * args.page_size;
     const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
     const int64_t pages = chunk.heads * width / args.page_size;
-    const int64_t copied = width / args.page_size * (Strips<Copy>::elements(args.head_dim / F::kPack, args.page_size) +
-                                                     Strips<Copy>::elements(args.page_size / F::kPack, args.head_dim));
+    const int64_t copied = Strips<Copy>::elements(args.head_dim / F::kPack, width) +
+                           Strips<Copy>::elements(width / F::kPack, args.head_dim);
     task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
                        Scratch::room<Sums>(all) +
                        Scratch::room<float>(score_rows * width) + 6 * Scratch::room<K*>(pages) +
@@ -231,21 +232,30 @@ void attend_keys(const Call& call, const Chunk& chunk, int64_t begin, int64_t en
     stop = std::min((start / width + 1) * width, end);
     open_tile<F>(args, chunk, width, start, stop, memory.tile);
     if (rows.count <= kFewRows || (!kInStrips && std::is_same_v<typename F::Key, float>)) {
-      attend_tile<false>(call, chunk, rows, memory.tile, start, stop);
+      attend_tile<false>(call, chunk, rows, memory.tile, {}, start, stop);
       continue;
     }
     // So many rows read a page several times: convert it once.
     typename F::Query* copy = memory.copies;
     const int64_t dim = args.head_dim, page = args.page_size;
-    using Copies = Strips<typename F::Query>;
-    for (int64_t i = 0; start + i * args.page_size < stop; ++i) {
-      memory.floats.keys[i] = copy_panel(memory.tile.keys[i], dim / F::kPack, page, copy);
-      copy += Copies::elements(dim / F::kPack, page);
-      memory.floats.values[i] = copy_panel(memory.tile.values[i], page / F::kPack, dim, copy);
-      copy += Copies::elements(page / F::kPack, dim);
-      memory.floats.next_keys[i] = memory.floats.values[i];
+    using Copy = typename F::Query;
+    constexpr int64_t pack = F::kPack;
+    Copy* values = copy + Strips<Copy>::elements(dim / pack, width);
+    for (int64_t i = 0; start + i * page < stop; ++i) {
+      const auto* page_keys = memory.tile.keys[i];
+      const auto* page_values = memory.tile.values[i];
+      if constexpr (kInStrips) {
+        copy_strips(page_keys, dim / pack, page, dim / pack, copy + i * page * dim / pack);
+        copy_strips(page_values, page / pack, dim, width / pack, values + i * page / pack * kStrip);
+      } else {
+        Copy* to = copy + i * page * dim / pack * 2;
+        memory.floats.keys[i] = memory.floats.next_keys[i] = to;
+        for (int64_t at = 0; at < page * dim / pack; at += kLanes) simd::store(to + at, simd::load(page_keys + at));
+        memory.floats.values[i] = to += page * dim / pack;
+        for (int64_t at = 0; at < page * dim / pack; at += kLanes) simd::store(to + at, simd::load(page_values + at));
+      }
     }
-    attend_tile<kInStrips>(call, chunk, rows, memory.floats, start, stop);
+    attend_tile<kInStrips>(call, chunk, rows, memory.floats, Copies<Copy>{copy, values}, start, stop);
   }
 }
 

@@ -57,34 +57,41 @@ struct Panels {
   int64_t panel_depth;
   int64_t depth;
   int64_t stride;
+
+  const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
+  const char* panel_ahead(int64_t i, int64_t column) const { return reinterpret_cast<const char*>(ahead[i] + column); }
 };
 
-// The same, copied so that every strip of columns of a panel is read from front to back.
+// The same, copied so that every strip of columns of all panels is read from front to back.
 template <class T>
 struct Strips {
   using Element = T;
   static constexpr bool in_strips = true;
-  const T* const* data;
-  int64_t panel_depth;
+  static constexpr int64_t stride = kStrip;
+  const T* data;
+  int64_t strip_depth;  // rows from one strip to the next
   int64_t depth;
+  int64_t panel_depth = depth;
+
+  const T* panel(int64_t, int64_t column) const { return data + column / kStrip * kStrip * strip_depth + column % kStrip; }
+  const char* panel_ahead(int64_t, int64_t) const { return nullptr; }
 
   static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
 };
 
 // A panel [depth, columns] in strips. It is read from front to back, too.
 template <class T, class To>
-const To* copy_strips(const T* from, int64_t depth, int64_t columns, To* to) {
+void copy_strips(const T* from, int64_t depth, int64_t columns, int64_t strip_depth, To* to) {
   const int64_t whole = columns / kStrip * kStrip;
   for (int64_t k = 0; k < depth; ++k, from += columns) {
     To* out = to + k * kStrip;
-    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * depth) {
+    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * strip_depth) {
       simd::store(out, simd::load(from + column));
       simd::store(out + kLanes, simd::load(from + column + kLanes));
     }
     for (int64_t column = whole; column < columns; column += kLanes, out += kLanes)
       simd::store(out, simd::load_first(from + column, static_cast<int>(std::min<int64_t>(kLanes, columns - column))));
   }
-  return to;
 }
 
 template <class B, int rows, int vectors, bool partial>
@@ -108,23 +115,14 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
 #pragma GCC unroll 4
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
-    const T* right;
-    int64_t stride;
-    [[maybe_unused]] const char* ahead = nullptr;
-    if constexpr (B::in_strips) {
-      right = b.data[panel] + column / kStrip * kStrip * b.panel_depth + column % kStrip;
-      stride = kStrip;
-    } else {
-      right = b.data[panel] + column;
-      stride = b.stride;
-      ahead = reinterpret_cast<const char*>(b.ahead[panel] + column);
-    }
+    const T* right = b.panel(panel, column);
+    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
-    for (int64_t k = 0; k < depth; ++k, right += stride) {
+    for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       if constexpr (!B::in_strips) {
         constexpr int64_t size = sizeof(typename B::Ahead);
         for (int64_t i = 0; i < vectors * kLanes * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-        ahead += stride * size;
+        ahead += b.stride * size;
       }
       if constexpr (rows < vectors && simd::kRegisters == 16) {
         // One vector of columns at a time: accumulators, what rows broadcast and that vector are all that fits.

@@ -54,17 +54,72 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
   return factor;
 }
 
-// Probabilities [begin, end) of a row, times the scales of their values, as integers of at most `most`, in place: returns
-// their unit.
-inline float encode_row(float* scores, int64_t begin, int64_t end, float most) {
-  Floats largest = simd::splat(0.0f);
-  for (int64_t i = begin; i < end; i += kLanes) largest = simd::max(largest, simd::load(scores + i));
-  const float top = simd::reduce_max(largest);
-  const Floats inverse = simd::splat(top > 0.0f ? most / top : 0.0f);
+// Keys that are taken together, so that their chains of operations overlap.
+constexpr int kTogether = 16;
+
+// The same, with probabilities times the scales of their values as integers of at most `most` in units of *unit, in
+// place. Whole vectors of kTogether are computed, those of no key are 0.
+inline float softmax_codes(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float most,
+                           float* row_max, float* row_sum, float* unit) {
+  constexpr int n = kTogether / kLanes;
+  float* scores = row.values;
+  Floats largest[n];
+#pragma GCC unroll 4
+  for (int v = 0; v < n; ++v) largest[v] = simd::splat(kNoScore);
+  for (int64_t i = begin; i < end; i += kTogether) {
+    Floats score[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v)
+      score[v] = simd::load(scores + i + v * kLanes) * simd::load(row.key_scales + i + v * kLanes);
+    if (row.soft_cap > 0.0f)
+      for (int v = 0; v < n; ++v) score[v] = simd::tanh(score[v]) * simd::splat(row.soft_cap);
+    if (i < low || i + kTogether > high)
+      for (int v = 0; v < n; ++v)
+        score[v] = simd::keep(score[v], low - i - v * kLanes, high - i - v * kLanes, simd::splat(kNoScore));
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      largest[v] = simd::max(largest[v], score[v]);
+      simd::store(scores + i + v * kLanes, score[v]);
+    }
+  }
+  for (int v = 1; v < n; ++v) largest[0] = simd::max(largest[0], largest[v]);
+  const float before = *row_max, now = std::max(before, simd::reduce_max(largest[0]));
+  const Floats shift = simd::splat(now == kNoScore ? 0.0f : now);
+  Floats total[n], top[n];
+#pragma GCC unroll 4
+  for (int v = 0; v < n; ++v) total[v] = top[v] = simd::splat(0.0f);
+  for (int64_t i = begin; i < end; i += kTogether) {
+    Floats p[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) - shift;
+    simd::exp2_short<n>(p);
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      total[v] = total[v] + p[v];
+      p[v] = p[v] * simd::load(row.value_scales + i + v * kLanes);
+    }
+    if (i < low || i + kTogether > high)  // no key has a scale there
+      for (int v = 0; v < n; ++v)
+        p[v] = simd::keep(p[v], low - i - v * kLanes, high - i - v * kLanes, simd::splat(0.0f));
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      top[v] = simd::max(top[v], p[v]);
+      simd::store(scores + i + v * kLanes, p[v]);
+    }
+  }
+  for (int v = 1; v < n; ++v) {
+    top[0] = simd::max(top[0], top[v]);
+    total[0] = total[0] + total[v];
+  }
+  const float peak = simd::reduce_max(top[0]);
+  const Floats inverse = simd::splat(peak > 0.0f ? most / peak : 0.0f);
   int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
-  for (int64_t i = begin; i < end; i += kLanes, codes += kLanes)
-    simd::store(codes, simd::load(scores + i) * inverse);
-  return top / most;
+  for (int64_t i = begin; i < end; i += kTogether, codes += kTogether) simd::store_codes(codes, scores + i, inverse);
+  *unit = peak / most;
+  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
+  *row_max = now;
+  *row_sum = *row_sum * factor + simd::reduce_add(total[0]);
+  return factor;
 }
 
 // The running softmax of a row: its sums are in units of 2^max.
