@@ -107,10 +107,9 @@ SLIPSTREAM_INLINE void store(int16_t* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 }
-// 16 numbers times a factor.
-SLIPSTREAM_INLINE void store_codes(int16_t* p, const float* a, Floats factor) {
-  const __m256i first = _mm256_cvtps_epi32(load(a) * factor), second = _mm256_cvtps_epi32(load(a + kLanes) * factor);
-  const __m256i mixed = _mm256_packs_epi32(first, second);
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[2]) {
+  const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1]));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 // 2^a of whole numbers in -126..127.

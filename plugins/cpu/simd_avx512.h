@@ -119,9 +119,9 @@ SLIPSTREAM_INLINE void store_first(int16_t* p, Floats a, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
 }
 SLIPSTREAM_INLINE void store(int16_t* p, Floats a) { store_first(p, a, kLanes); }
-// 16 numbers times a factor.
-SLIPSTREAM_INLINE void store_codes(int16_t* p, const float* a, Floats factor) {
-  for (int i = 0; i < 16; i += kLanes) store(p + i, load(a + i) * factor);
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[16 / kLanes]) {
+  for (int v = 0; v < 16 / kLanes; ++v) store(p + v * kLanes, a[v]);
 }
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) { return _mm512_scalef_ps(splat(1.0f), a); }

@@ -156,9 +156,9 @@ SLIPSTREAM_INLINE void store(int16_t* p, Floats a) {
   const Floats whole = round(a);
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(whole[i]);
 }
-// 16 numbers times a factor.
-SLIPSTREAM_INLINE void store_codes(int16_t* p, const float* a, Floats factor) {
-  for (int i = 0; i < 16; i += kLanes) store(p + i, load(a + i) * factor);
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[16 / kLanes]) {
+  for (int v = 0; v < 16 / kLanes; ++v) store(p + v * kLanes, a[v]);
 }
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) {

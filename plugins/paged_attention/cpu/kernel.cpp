@@ -65,6 +65,7 @@ struct Rows {
   float* max;
   float* sum;
   float* scores;  // [heads, up to kRows, tile]
+  float* factors;  // [heads, tile]
   int64_t heads;
   int64_t count;  // of each head
   int64_t tile;   // keys, in whole pages
@@ -90,7 +91,11 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
   constexpr int64_t pack = integers ? 2 : 1;
   const PagedAttentionArgs& args = call.args;
   const float most = std::min(32767.0f, std::floor(2147483647.0f / 127.0f / static_cast<float>(rows.tile)));
-  float units[std::max<int64_t>(kRows, kHeadRows)];
+  constexpr int64_t kMostRows = std::max<int64_t>(kRows, kHeadRows);
+  float units[kMostRows];
+  Weights weights[kMostRows];
+  if constexpr (integers)
+    for (int64_t head = 0; head < rows.heads; ++head) weights[head].factors = rows.factors + head * rows.tile;
   const int64_t dim = args.head_dim, page = args.page_size, pages = rows.tile / page;
   const auto low = [&](int64_t row) {
     const int64_t position = chunk.position + row / call.group;
@@ -116,21 +121,43 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows& rows, const T
         multiply(n, queries, depth, Panels<K, V>{tile.keys + at, tile.values + at, depth, depth, page}, page, scores,
                  rows.tile, query_units, false);
       }
-    for (int64_t head = 0; head < rows.heads; ++head)
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t row = head * rows.count + r + i, scales = head * rows.tile;
-        const Scores scores{rows.scores + head * block + i * rows.tile,
-                            tile.key_scales == nullptr ? nullptr : tile.key_scales + scales,
-                            tile.key_scales == nullptr ? nullptr : tile.value_scales + scales, call.soft_cap};
-        float factor;
-        if constexpr (integers) {
-          factor = softmax_codes(scores, first, divide_up(last, kTogether) * kTogether, low(r + i), high(r + i), most,
-                                 rows.max + row, rows.sum + row, units + head * n + i);
-        } else {
-          factor = softmax_row(scores, first, last, low(r + i), high(r + i), rows.max + row, rows.sum + row);
+    const auto scores_of = [&](int64_t head, int64_t i) {
+      const int64_t scales = head * rows.tile;
+      return Scores{rows.scores + head * block + i * rows.tile,
+                    tile.key_scales == nullptr ? nullptr : tile.key_scales + scales,
+                    tile.key_scales == nullptr ? nullptr : tile.value_scales + scales, call.soft_cap};
+    };
+    const auto rescale = [&](int64_t row, float factor) {
+      if (factor != 1.0f) scale_row(rows.out + row * call.out_width, call.out_width, factor);
+    };
+    if constexpr (integers) {
+      const int64_t whole = divide_up(last, kTogether) * kTogether;
+      float max[kMostRows];
+      for (int64_t head = 0; head < rows.heads; ++head)
+        for (int64_t i = 0; i < n; ++i)
+          max[head * n + i] = scale_scores(scores_of(head, i), first, whole, low(r + i), high(r + i),
+                                           rows.max[head * rows.count + r + i]);
+      for (int64_t head = 0; head < rows.heads; ++head)
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t row = head * rows.count + r + i;
+          const Scores scores = scores_of(head, i);
+          const float before = rows.max[row], now = max[head * n + i];
+          weights[head].of(scores.value_scales, rows.tile, low(r + i), high(r + i), most);
+          units[head * n + i] = weights[head].unit;
+          const float sum = encode_scores(scores.values, first, whole, weights[head].factors, now);
+          const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
+          rows.max[row] = now;
+          rows.sum[row] = rows.sum[row] * factor + sum;
+          rescale(row, factor);
         }
-        if (factor != 1.0f) scale_row(rows.out + row * call.out_width, call.out_width, factor);
-      }
+    } else {
+      for (int64_t head = 0; head < rows.heads; ++head)
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t row = head * rows.count + r + i;
+          rescale(row, softmax_row(scores_of(head, i), first, last, low(r + i), high(r + i), rows.max + row,
+                                   rows.sum + row));
+        }
+    }
     for (int64_t head = 0; head < rows.heads; ++head) {
       const int64_t at = head * pages + first / page;
       float* scores = rows.scores + head * block;
@@ -173,7 +200,7 @@ struct TaskMemory {
     task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
                        Scratch::room<Sums>(all) +
                        Scratch::room<float>(score_rows * width) + 6 * Scratch::room<K*>(pages) +
-                       2 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(copied));
+                       3 * Scratch::room<float>(chunk.heads * width) + Scratch::room<float>(copied));
     const int64_t first_row = (chunk.head * args.tokens + chunk.token) * call.group;
     rows = {static_cast<Copy*>(call.queries) + first_row * args.head_dim / F::kPack,
             F::integers ? call.units + first_row : nullptr,
@@ -182,6 +209,7 @@ struct TaskMemory {
             task_scratch.take<float>(all),
             task_scratch.take<float>(all),
             task_scratch.take<float>(score_rows * width),
+            task_scratch.take<float>(chunk.heads * width),
             chunk.heads,
             count,
             width};

@@ -57,10 +57,32 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
 // Keys that are taken together, so that their chains of operations overlap.
 constexpr int kTogether = 16;
 
-// The same, with probabilities times the scales of their values as integers of at most `most` in units of *unit, in
-// place. Whole vectors of kTogether are computed, those of no key are 0.
-inline float softmax_codes(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float most,
-                           float* row_max, float* row_sum, float* unit) {
+// The keys of a tile that a row sees, and what brings their probabilities, times the scales of their values, to codes
+// of at most `most` in units of `unit`. They are those of no other keys, so they are the same in every chunk.
+struct Weights {
+  float* factors;  // zero where no key is seen
+  int64_t low = 0, high = 0;
+  float unit = 0.0f;
+
+  void of(const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
+    if (low == from && high == to) return;
+    low = from;
+    high = to;
+    Floats largest = simd::splat(0.0f);
+    for (int64_t i = 0; i < tile; i += kLanes) {
+      const Floats scale = simd::keep(simd::load(value_scales + i), low - i, high - i, simd::splat(0.0f));
+      largest = simd::max(largest, scale);
+      simd::store(factors + i, scale);
+    }
+    const float top = simd::reduce_max(largest);
+    unit = top / most;
+    const Floats inverse = simd::splat(top > 0.0f ? most / top : 0.0f);
+    for (int64_t i = 0; i < tile; i += kLanes) simd::store(factors + i, simd::load(factors + i) * inverse);
+  }
+};
+
+// Scores [begin, end) of a row, in units of their keys' scales before, and the running maximum with them.
+inline float scale_scores(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float before) {
   constexpr int n = kTogether / kLanes;
   float* scores = row.values;
   Floats largest[n];
@@ -83,12 +105,18 @@ inline float softmax_codes(const Scores& row, int64_t begin, int64_t end, int64_
     }
   }
   for (int v = 1; v < n; ++v) largest[0] = simd::max(largest[0], largest[v]);
-  const float before = *row_max, now = std::max(before, simd::reduce_max(largest[0]));
-  const Floats shift = simd::splat(now == kNoScore ? 0.0f : now);
-  Floats total[n], top[n];
+  return std::max(before, simd::reduce_max(largest[0]));
+}
+
+// Turns them into codes of probabilities relative to the maximum, in place; returns the sum of the probabilities.
+inline float encode_scores(float* scores, int64_t begin, int64_t end, const float* factors, float max) {
+  constexpr int n = kTogether / kLanes;
+  const Floats shift = simd::splat(max == kNoScore ? 0.0f : max);
+  Floats total[n];
 #pragma GCC unroll 4
-  for (int v = 0; v < n; ++v) total[v] = top[v] = simd::splat(0.0f);
-  for (int64_t i = begin; i < end; i += kTogether) {
+  for (int v = 0; v < n; ++v) total[v] = simd::splat(0.0f);
+  int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
+  for (int64_t i = begin; i < end; i += kTogether, codes += kTogether) {
     Floats p[n];
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) - shift;
@@ -96,30 +124,12 @@ inline float softmax_codes(const Scores& row, int64_t begin, int64_t end, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) {
       total[v] = total[v] + p[v];
-      p[v] = p[v] * simd::load(row.value_scales + i + v * kLanes);
+      p[v] = p[v] * simd::load(factors + i + v * kLanes);
     }
-    if (i < low || i + kTogether > high)  // no key has a scale there
-      for (int v = 0; v < n; ++v)
-        p[v] = simd::keep(p[v], low - i - v * kLanes, high - i - v * kLanes, simd::splat(0.0f));
-#pragma GCC unroll 4
-    for (int v = 0; v < n; ++v) {
-      top[v] = simd::max(top[v], p[v]);
-      simd::store(scores + i + v * kLanes, p[v]);
-    }
+    simd::store_codes(codes, p);
   }
-  for (int v = 1; v < n; ++v) {
-    top[0] = simd::max(top[0], top[v]);
-    total[0] = total[0] + total[v];
-  }
-  const float peak = simd::reduce_max(top[0]);
-  const Floats inverse = simd::splat(peak > 0.0f ? most / peak : 0.0f);
-  int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
-  for (int64_t i = begin; i < end; i += kTogether, codes += kTogether) simd::store_codes(codes, scores + i, inverse);
-  *unit = peak / most;
-  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
-  *row_max = now;
-  *row_sum = *row_sum * factor + simd::reduce_add(total[0]);
-  return factor;
+  for (int v = 1; v < n; ++v) total[0] = total[0] + total[v];
+  return simd::reduce_add(total[0]);
 }
 
 // The running softmax of a row: its sums are in units of 2^max.
