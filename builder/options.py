@@ -11,7 +11,7 @@ from slipstream.errors import BuildError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
-KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "k16v8"]
 GemmPlugin = Literal["auto", "disable"]
 OrtAttention = Literal["auto", "slots", "pages"]
 OrtActivations = Literal["exact", "int8"]
