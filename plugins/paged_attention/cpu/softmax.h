@@ -15,6 +15,7 @@ namespace attention {
 using simd::kLanes;
 using simd::Floats;
 
+constexpr float kLeast = 1e-30f;  // what is smaller is 0 in units of itself, so that its inverse is a number
 constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
 // One row's scores against a tile.
@@ -68,15 +69,16 @@ struct Weights {
     if (low == from && high == to) return;
     low = from;
     high = to;
-    Floats largest = simd::splat(0.0f);
+    Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
     for (int64_t i = 0; i < tile; i += kLanes) {
       const Floats scale = simd::keep(simd::load(value_scales + i), low - i, high - i, simd::splat(0.0f));
       largest = simd::max(largest, scale);
+      nothing = simd::fma(scale, simd::splat(0.0f), nothing);  // or NaN
       simd::store(factors + i, scale);
     }
     const float top = simd::reduce_max(largest);
-    unit = top / most;
-    const Floats inverse = simd::splat(top > 0.0f ? most / top : 0.0f);
+    unit = (top + simd::reduce_add(nothing)) / most;
+    const Floats inverse = simd::splat(top > kLeast ? most / top : 0.0f);
     for (int64_t i = 0; i < tile; i += kLanes) simd::store(factors + i, simd::load(factors + i) * inverse);
   }
 };

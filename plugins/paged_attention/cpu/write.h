@@ -8,6 +8,7 @@
 #include "cpu/simd.h"
 #include "multiply.h"
 #include "operators.h"
+#include "softmax.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -110,15 +111,19 @@ inline void encode(Half* out, const float* x, int64_t dim, float*) {
   }
 }
 
-// Symmetric: x is about out * scale, out at most `most`.
+// Symmetric: x is about out * scale, out at most `most`. One number that is none spoils the scale, and so what is
+// computed with it.
 template <class Code>
 void encode_integers(Code* out, const float* x, int64_t dim, float most, float* scale) {
-  Floats largest = simd::splat(0.0f);
-  for (int64_t i = 0; i < dim; i += kLanes)
-    largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
+  Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const Floats lanes = simd::load_first(x + i, lanes_left(i, dim));
+    largest = simd::max(largest, simd::abs(lanes));
+    nothing = simd::fma(lanes, simd::splat(0.0f), nothing);  // or NaN
+  }
   const float amax = simd::reduce_max(largest);
-  *scale = amax / most;
-  const Floats inverse = simd::splat(amax > 0.0f ? most / amax : 0.0f);
+  *scale = (amax + simd::reduce_add(nothing)) / most;
+  const Floats inverse = simd::splat(amax > kLeast ? most / amax : 0.0f);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) * inverse, n);
