@@ -46,6 +46,10 @@ struct Factors<Pair8> : Factors<Pair16> {};
 template <class T>
 using Left = typename Factors<T>::Left;
 
+// Numbers of an element, along the axis that is added up.
+template <class T>
+constexpr int64_t kPack = std::is_same_v<Left<T>, Pair16> ? 2 : 1;
+
 // The right-hand matrix: `depth` rows, `panel_depth` of them in each panel, `stride` elements apart.
 template <class T, class Next>
 struct Panels {
@@ -57,6 +61,9 @@ struct Panels {
   int64_t panel_depth;
   int64_t depth;
   int64_t stride;
+  // Further panels of elements as wide as T, a line of them for every other row: where those ahead are narrower, less
+  // than memory could bring would be fetched here, and too much where the next keys are fetched beside narrow values.
+  const T* const* after = nullptr;
 
   const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
   const char* panel_ahead(int64_t i, int64_t column) const { return reinterpret_cast<const char*>(ahead[i] + column); }
@@ -99,7 +106,7 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
                                       int count, float* c, int64_t c_stride, const float* units, bool accumulate) {
   using T = typename B::Element;
   using Sums = typename Factors<T>::Sums;
-  constexpr bool integers = std::is_same_v<Left<T>, Pair16>;
+  constexpr bool integers = kPack<T> == 2;
   Sums sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -123,6 +130,8 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
         constexpr int64_t size = sizeof(typename B::Ahead);
         for (int64_t i = 0; i < vectors * kLanes * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
         ahead += b.stride * size;
+        if constexpr (size < static_cast<int64_t>(sizeof(T)))
+          if (k % 2 == 1) __builtin_prefetch(reinterpret_cast<const char*>(b.after[panel]) + k * 64, 0, 2);
       }
       if constexpr (rows < vectors && simd::kRegisters == 16) {
         // One vector of columns at a time: accumulators, what rows broadcast and that vector are all that fits.

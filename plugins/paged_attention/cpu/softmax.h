@@ -21,10 +21,19 @@ constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 // One row's scores against a tile.
 struct Scores {
   float* values;
-  const float* key_scales;    // of int8 pages, or null: they multiply the scores,
+  const float* key_scales;    // of integers: they multiply the scores,
   const float* value_scales;  // and these the probabilities, outside of their sum
   float soft_cap;             // 0, or c for c * tanh(score)
 };
+
+// Adds a tile's sum, in units of 2^now, to that of a row; returns the factor that brings earlier ones to this maximum.
+inline float add_sum(float now, float sum, float* row_max, float* row_sum) {
+  const float before = *row_max;
+  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
+  *row_max = now;
+  *row_sum = *row_sum * factor + sum;
+  return factor;
+}
 
 // Turns scores [begin, end) of a row into probabilities relative to the running maximum, of which only [low, high)
 // are not zero, and returns the factor that brings earlier ones to the new maximum.
@@ -34,7 +43,6 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
   Floats largest = simd::splat(kNoScore);
   for (int64_t i = begin; i < end; i += kLanes) {
     Floats score = simd::load(scores + i);
-    if (row.key_scales != nullptr) score = score * simd::load(row.key_scales + i);
     if (row.soft_cap > 0.0f) score = simd::tanh(score) * simd::splat(row.soft_cap);
     if (i < low || i + kLanes > high) score = simd::keep(score, low - i, high - i, simd::splat(kNoScore));
     largest = simd::max(largest, score);
@@ -46,26 +54,27 @@ inline float softmax_row(const Scores& row, int64_t begin, int64_t end, int64_t 
   for (int64_t i = begin; i < end; i += kLanes) {
     Floats probability = simd::exp2(simd::load(scores + i) - shift);
     total = total + probability;
-    if (row.value_scales != nullptr) probability = probability * simd::load(row.value_scales + i);
     simd::store(scores + i, probability);
   }
-  const float factor = before == now || before == kNoScore ? 1.0f : std::exp2(before - now);
-  *row_max = now;
-  *row_sum = *row_sum * factor + simd::reduce_add(total);
-  return factor;
+  return add_sum(now, simd::reduce_add(total), row_max, row_sum);
 }
 
 // Keys that are taken together, so that their chains of operations overlap.
 constexpr int kTogether = 16;
 
+// Codes of probabilities are at most this, so that a tile's sum of them times values of 8 bits fits 32.
+inline float most_of_probability(int64_t tile) {
+  return static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / INT8_MAX / tile));
+}
+
 // The keys of a tile that a row sees, and what brings their probabilities, times the scales of their values, to codes
 // of at most `most` in units of `unit`. They are those of no other keys, so they are the same in every chunk.
 struct Weights {
-  float* factors;  // zero where no key is seen
-  int64_t low = 0, high = 0;
+  float* factors = nullptr;  // zero where no key is seen
+  int64_t low = -1, high = -1;
   float unit = 0.0f;
 
-  void of(const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
+  void see(const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
     if (low == from && high == to) return;
     low = from;
     high = to;

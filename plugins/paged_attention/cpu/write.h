@@ -27,14 +27,15 @@ inline int64_t block_index(const PagedAttentionArgs& args, int64_t page, int64_t
   return ((args.layer * args.num_pages + page) * 2 + which) * args.num_kv_heads + head;
 }
 
-// What the heads of a page hold: elements of keys and of values, which are multiplied one by one or in pairs.
-template <class K, class V>
+// What the heads of a page hold: elements of keys and of values, and what these are multiplied by. Integers are in
+// units of a scale a token and head.
+template <class K, class V = K>
 struct Format {
   using Key = K;
   using Value = V;
   using Query = Left<K>;
-  static constexpr bool integers = std::is_same_v<Query, Pair16>;
-  static constexpr int64_t kPack = integers ? 2 : 1;
+  static constexpr int64_t kPack = attention::kPack<K>;
+  static constexpr bool kScaled = kPack == 2;
 };
 
 // A page has the keys of all its heads, then their values.
@@ -181,7 +182,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
     const float* token = args.qkv + t * width;
     for (int64_t g = 0; g < group; ++g, queries += dim / pack) {
       const float* query = token + (head * group + g) * dim;
-      if constexpr (F::integers) {
+      if constexpr (F::kScaled) {
         rotate(args, t, query, args.q_norm, 1.0f, rotated);
         encode(reinterpret_cast<int16_t*>(queries), rotated, dim, units);
         *units++ *= factor;
@@ -192,7 +193,7 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
     if (args.kv_parts == 0) continue;
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
     float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
-    if (F::integers) {
+    if (F::kScaled) {
       k_scale = page_scales(args, page, kKeys, head) + offset;
       v_scale = page_scales(args, page, kValues, head) + offset;
     }
