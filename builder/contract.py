@@ -82,6 +82,7 @@ DRAFTS = "drafts"
 NEXT_HIDDEN = "next_hidden"
 # The cache of an engine that has one; names of what belongs to another carry that one's name.
 KV = "kv"
+# What people call pages of 16-bit keys and 8-bit values, which are arrays of bytes.
 K16V8 = "k16v8"
 
 
@@ -226,8 +227,8 @@ def attention_cache(
     name: str = KV,
     window: int = 0,
 ) -> CacheSpec:
-    """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn, int8, or k16v8
-    for bytes of 16-bit keys and 8-bit values. Scales of integers are an array of their own."""
+    """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn, int8, or
+    k16v8 for bytes of 16-bit keys and 8-bit values. Scales of integers are an array of their own."""
     planes, stored = (3, "uint8") if dtype == K16V8 else (2, dtype)
     page = (planes, num_kv_heads, page_size * head_dim)
     arrays = [CacheArray(_scoped("kv_cache", name), stored, page)]
