@@ -228,7 +228,7 @@ def attention_cache(
     window: int = 0,
 ) -> CacheSpec:
     """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn, int8, or
-    k16v8 for bytes of 16-bit keys and 8-bit values. Scales of integers are an array of their own."""
+    k16v8 for bytes of 16-bit keys and 8-bit values. Scales of integers are an array beside."""
     planes, stored = (3, "uint8") if dtype == K16V8 else (2, dtype)
     page = (planes, num_kv_heads, page_size * head_dim)
     arrays = [CacheArray(_scoped("kv_cache", name), stored, page)]
