@@ -20,6 +20,7 @@ from slipstream.plugins.cuda.launch import (
     launch_options,
     multiprocessors,
 )
+from slipstream.plugins.paged_attention.cuda.hopper_plan import make_plan, programs_of
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
     hopper_prefill_kernel,
@@ -172,6 +173,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     pdl: bool = False,
     early: bool = False,
     deterministic: bool = False,
+    plans: dict[tuple[int, ...], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
@@ -179,7 +181,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
     its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
     there must be no decodes and one kernel. ``early``: only qkv may still be written, by the kernel
-    in front; pages, angles and ``step`` are there.
+    in front; pages, angles and ``step`` are there. ``plans`` of its decodes are made once by calls
+    of one step that share them.
     """
     a = attributes
     assert not (deterministic and step.num_decodes), step.num_decodes
@@ -196,7 +199,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
         if _suits_hopper_decode(a, pages, step.queries):
             # Keys that another kernel of this step has stored are not older than the one in front.
-            _hopper_decode(*inputs, early and step.queries == 1 and a.kv_parts > 0)
+            early = early and step.queries == 1 and a.kv_parts > 0
+            _hopper_decode(*inputs, early, {} if plans is None else plans)
         else:
             _decode(*inputs)
     if step.sure_decodes < qkv.shape[0] and len(step.block_sequence):
@@ -324,6 +328,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     output: torch.Tensor,
     pdl: bool,
     early: bool,
+    plans: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
     by = _scalars(a, pages)
     heads, processors = step.num_decodes * a.num_kv_heads, multiprocessors(pages.device)
@@ -334,7 +339,17 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         together, registers = 1, 224
     ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, _hopper_programs(heads))](
+    slots, max_splits = together * processors, workspace.partials.shape[2]
+    plan, joins = None, step.queries == 1 and a.kv_parts > 0
+    if step.num_decodes > 1:
+        key = (a.num_kv_heads, a.page_size, slots, max_splits, joins)
+        if key not in plans:
+            contexts = step.decoded[: step.num_decodes]
+            plans[key] = make_plan(contexts, slots, max_splits, a, joins=joins, pdl=pdl)
+            early = False  # what is in front is the plan
+        plan = plans[key]
+    programs = programs_of(step.num_decodes, slots, a.num_kv_heads)
+    hopper_decode_kernel[(a.num_kv_heads, programs)](
         qkv,
         cos,
         sin,
@@ -351,8 +366,9 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.partials,
         workspace.statistics,
         workspace.arrivals,
+        plan,
         step.page_table.stride(0),
-        together * processors,
+        slots,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -366,7 +382,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         QUERIES=step.queries,
         COLUMNS=columns,
         STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
-        MAX_SPLITS=workspace.partials.shape[2],
+        MAX_SPLITS=max_splits,
         PDL=pdl,
         EARLY=early,
         maxnreg=registers,
@@ -378,12 +394,6 @@ def _hopper_ring(heads: int, processors: int) -> int:
     """How many numbers are copied ahead. More heads than multiprocessors are read by several
     programs on each, for which there is less room; of a few a program has hardly more pages."""
     return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
-
-
-def _hopper_programs(heads: int) -> int:
-    """Programs that may share a head of a sequence. Those without work end at once, but a few
-    thousand take their time."""
-    return min(max(2048 // heads, 1), _MAX_SPLITS)
 
 
 def _write(

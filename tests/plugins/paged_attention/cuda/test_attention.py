@@ -471,8 +471,7 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         np.testing.assert_array_equal(output[0], together[s])
     for programs in ((1, 1), (3, 1), (16, 8)):  # one for all splits; several each
         monkeypatch.setattr(cuda, "_programs", lambda *_, chosen=programs: chosen)
-        monkeypatch.setattr(cuda, "_hopper_programs", lambda _, chosen=programs[0]: chosen)
-        monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs: 7 * max(chosen) - 6)
         output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
 
