@@ -20,8 +20,8 @@ from slipstream.plugins.cuda.launch import (
     launch_options,
     multiprocessors,
 )
-from slipstream.plugins.paged_attention.cuda.hopper_plan import make_plan, programs_of
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
+from slipstream.plugins.paged_attention.cuda.hopper_plan import make_plan, programs_of
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
     hopper_prefill_kernel,
     part_of_page,
@@ -339,17 +339,16 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         together, registers = 1, 224
     ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    slots, max_splits = together * processors, workspace.partials.shape[2]
-    plan, joins = None, step.queries == 1 and a.kv_parts > 0
+    most = max(together * processors // a.num_kv_heads, 1)
+    plan, max_splits = None, workspace.partials.shape[2]
     if step.num_decodes > 1:
-        key = (a.num_kv_heads, a.page_size, slots, max_splits, joins)
+        joins = step.queries == 1 and a.kv_parts > 0
+        key = (most, max_splits, a.page_size, joins)
         if key not in plans:
-            contexts = step.decoded[: step.num_decodes]
-            plans[key] = make_plan(contexts, slots, max_splits, a, joins=joins, pdl=pdl)
+            plans[key] = make_plan(step.decoded[: step.num_decodes], *key[:3], joins=joins, pdl=pdl)
             early = False  # what is in front is the plan
         plan = plans[key]
-    programs = programs_of(step.num_decodes, slots, a.num_kv_heads)
-    hopper_decode_kernel[(a.num_kv_heads, programs)](
+    hopper_decode_kernel[(a.num_kv_heads, programs_of(step.num_decodes, most))](
         qkv,
         cos,
         sin,
@@ -368,7 +367,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.arrivals,
         plan,
         step.page_table.stride(0),
-        slots,
+        most,
         by.scale,
         a.norm_eps,
         a.k_scale,

@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.plugins.cuda.kernels import prefetch
-from slipstream.plugins.paged_attention.cuda.hopper_plan import PARTS
 from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
+from slipstream.plugins.paged_attention.cuda.hopper_plan import PARTS
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
@@ -520,7 +520,7 @@ def copier(pages, table, token, to, work, scale, ring, operands, shape):
 
 
 @gluon.jit
-def work_of(plan, query_start, context_len, slots, shape):
+def work_of(plan, query_start, context_len, most, shape):
     """This program's part of the step; none if its ``count`` is 0. A single sequence has no plan,
     and a program for each of its parts."""
     sequence, part = gl.program_id(1) * 0, gl.program_id(1)
@@ -535,7 +535,7 @@ def work_of(plan, query_start, context_len, slots, shape):
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
     split_pages = gl.cdiv(num_pages, shape.max_splits)
     splits = gl.cdiv(num_pages, split_pages)
-    even = gl.cdiv(num_pages * shape.num_kv_heads, slots)
+    even = gl.cdiv(num_pages, most)
     if plan is not None:
         even = gl.load(plan)
     share = gl.cdiv(even, split_pages)
@@ -599,7 +599,7 @@ def new_operands(dtype: gl.constexpr, shape):
     return Operands(q, p, v)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "slots"])
+@gluon.jit(do_not_specialize=["table_stride", "most"])
 def hopper_decode_kernel(
     qkv,
     cos,
@@ -619,7 +619,7 @@ def hopper_decode_kernel(
     arrivals,
     plan,
     table_stride,
-    slots,
+    most,
     scale,
     eps,
     k_scale,
@@ -643,8 +643,8 @@ def hopper_decode_kernel(
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
     alone. How many programs share them changes no bit of the result: so many, by ``plan`` (see
-    ``plan_kernel``; None of a single sequence), that each has an even share of the step, of which
-    ``slots`` run at a time. The last one to arrive adds up all. EARLY:
+    ``plan_kernel``; None of a single sequence), that each has an even share of the step, if
+    ``most`` of a head run at a time. The last one to arrive adds up all. EARLY:
     only what made qkv may still be running, so that pages come meanwhile; and what is launched
     behind this kernel reads its weights while this one, which reads little, is at work.
     """
@@ -667,7 +667,7 @@ def hopper_decode_kernel(
         MAX_SPLITS,
         WAITS,
     )
-    work = work_of(plan, query_start, context_len, slots, shape)
+    work = work_of(plan, query_start, context_len, most, shape)
     if work.count <= 0:
         end_idle(WAITS)
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +9,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.plugins.cuda.launch import launch_options
 
-if TYPE_CHECKING:
-    from slipstream.plugins.paged_attention.reference import Attributes
-
 _SEQUENCES = 1024  # that are looked at together
+_GROWTHS = 8  # of a share, an eighth each, at most
 PARTS = tl.constexpr(64)  # an entry is its sequence times this and its part, of at most 32
 
 
@@ -28,38 +24,68 @@ def pages_of(context, PAGE: tl.constexpr, JOINS: tl.constexpr):
     return tl.where(context > 0, tl.maximum(tl.cdiv(cached, PAGE), 1), 0)
 
 
-@triton.jit(do_not_specialize=["sequences", "slots", "programs"])
-def plan_kernel(
+@triton.jit
+def parts_of(pages, even, MAX_SPLITS: tl.constexpr):
+    """Parts of so many pages: whole splits, of about ``even`` pages each."""
+    split_pages = tl.maximum(tl.cdiv(pages, MAX_SPLITS), 1)
+    return tl.cdiv(tl.cdiv(pages, split_pages), tl.cdiv(even, split_pages))
+
+
+@triton.jit
+def totals(
     context_len,
-    plan,
     sequences,
-    slots,
-    programs,
-    NUM_KV_HEADS: tl.constexpr,
+    even,
     PAGE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     JOINS: tl.constexpr,
     BLOCK: tl.constexpr,
+):
+    """Of all sequences: those with a context, pages and parts."""
+    index = tl.arange(0, BLOCK)
+    there, pages, parts = 0, 0, 0
+    for start in range(0, sequences, BLOCK):
+        context = tl.load(context_len + start + index, start + index < sequences, 0)
+        of_each = pages_of(context, PAGE, JOINS)
+        there += tl.sum((context > 0).to(tl.int32), 0)
+        pages += tl.sum(of_each, 0)
+        parts += tl.sum(parts_of(of_each, even, MAX_SPLITS), 0)
+    return there, pages, parts
+
+
+@triton.jit(do_not_specialize=["sequences", "most", "programs"])
+def plan_kernel(
+    context_len,
+    plan,
+    sequences,
+    most,
+    programs,
+    PAGE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    JOINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROWTHS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``plan [1 + programs]``: the pages of an even share, then an entry for each program of a kv
-    head, or -1. Grid: (1,)."""
+    """``plan [1 + programs]``: the pages of an even share, if ``most`` programs of a kv head run at
+    a time, then an entry for each program, or -1. Grid: (1,).
+
+    A share grows where some would have to wait for little work: splits are whole.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    index = tl.arange(0, BLOCK)
-    total = 0
-    for start in range(0, sequences, BLOCK):
-        context = tl.load(context_len + start + index, start + index < sequences, 0)
-        total += tl.sum(pages_of(context, PAGE, JOINS), 0)
-    even = tl.maximum(tl.cdiv(total * NUM_KV_HEADS, slots), 1)
+    there, pages, parts = totals(context_len, sequences, 1, PAGE, MAX_SPLITS, JOINS, BLOCK)
+    even = tl.maximum(tl.cdiv(pages, most), 1)
+    for _ in range(GROWTHS):
+        _, _, parts = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
+        if (parts > most) & (there <= most):
+            even += tl.cdiv(even, 8)
     tl.store(plan, even)
-    place = 1
+    index, place = tl.arange(0, BLOCK), 1
     for start in range(0, sequences, BLOCK):
         context = tl.load(context_len + start + index, start + index < sequences, 0)
-        pages = pages_of(context, PAGE, JOINS)
-        split_pages = tl.maximum(tl.cdiv(pages, MAX_SPLITS), 1)
-        parts = tl.cdiv(tl.cdiv(pages, split_pages), tl.cdiv(even, split_pages))
+        parts = parts_of(pages_of(context, PAGE, JOINS), even, MAX_SPLITS)
         entries = plan + place + tl.cumsum(parts, 0) - parts
         for part in range(tl.max(parts, 0)):
             tl.store(entries + part, (start + index) * PARTS + part, part < parts)
@@ -68,31 +94,31 @@ def plan_kernel(
         tl.store(plan + start + index, -1, start + index <= programs)
 
 
-def programs_of(sequences: int, slots: int, num_kv_heads: int) -> int:
-    """Programs of a kv head that have all work of any step of so many sequences, where ``slots``
-    of all heads run at a time: one for each sequence, and every part of it but the last has an even
-    share of the step, of which there are no more than slots."""
-    return sequences + slots // num_kv_heads
+def programs_of(sequences: int, most: int) -> int:
+    """Programs of a kv head that have all work of any step of so many sequences, of which ``most``
+    run at a time: one for each sequence, and every part of it but the last has an even share of the
+    step, of which there are no more than ``most``."""
+    return sequences + most
 
 
 def make_plan(
-    context_len: torch.Tensor, slots: int, max_splits: int, a: Attributes, *, joins: bool, pdl: bool
+    context_len: torch.Tensor, most: int, max_splits: int, page: int, *, joins: bool, pdl: bool
 ) -> torch.Tensor:
-    """The plan of decodes of these contexts, int32 ``[S]``; 0 is none."""
+    """The plan of decodes of these contexts, int32 ``[S]``, in pages of so many keys; 0 is none."""
     sequences = len(context_len)
-    programs = programs_of(sequences, slots, a.num_kv_heads)
+    programs = programs_of(sequences, most)
     plan = torch.empty(1 + programs, dtype=torch.int32, device=context_len.device)
     plan_kernel[(1,)](
         context_len,
         plan,
         sequences,
-        slots,
+        most,
         programs,
-        NUM_KV_HEADS=a.num_kv_heads,
-        PAGE=a.page_size,
+        PAGE=page,
         MAX_SPLITS=max_splits,
         JOINS=joins,
         BLOCK=min(triton.next_power_of_2(sequences), _SEQUENCES),
+        GROWTHS=_GROWTHS,
         PDL=pdl,
         **launch_options(num_warps=4, pdl=pdl),
     )

@@ -13,7 +13,6 @@ from slipstream.plugins.paged_attention.cuda.hopper_plan import (
     make_plan,
     programs_of,
 )
-from slipstream.plugins.paged_attention.reference import Attributes
 
 pytestmark = pytest.mark.kernel
 
@@ -31,25 +30,38 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("name", CONTEXTS)
 @pytest.mark.parametrize("joins", [False, True])
-@pytest.mark.parametrize(
-    ("slots", "kv_heads", "max_splits"), [(132, 8, 32), (396, 3, 7), (5, 8, 4)]
-)
-def test_every_key_has_one_program_and_no_program_more_than_a_share(
-    name: str, joins: bool, slots: int, kv_heads: int, max_splits: int, device: str
+@pytest.mark.parametrize(("most", "max_splits"), [(16, 32), (132, 7), (3, 4)])
+def test_every_key_has_one_program_and_no_program_much_more_than_a_share(
+    name: str, joins: bool, most: int, max_splits: int, device: str
 ) -> None:
     contexts = CONTEXTS[name]
-    a = Attributes(0, 2 * kv_heads, kv_heads, 64, PAGE, 1.0)
     given = torch.tensor(contexts, dtype=torch.int32, device=device)
-    plan = make_plan(given, slots, max_splits, a, joins=joins, pdl=False).tolist()
-    assert len(plan) == 1 + programs_of(len(contexts), slots, kv_heads)
+    plan = make_plan(given, most, max_splits, PAGE, joins=joins, pdl=False).tolist()
+    assert len(plan) == 1 + programs_of(len(contexts), most)
     pages = [max(-(-(n - joins) // PAGE), 1) if n else 0 for n in contexts]
     even, *entries = plan
-    assert even == max(-(-sum(pages) * kv_heads // slots), 1)
-    wanted = []
+    least = max(-(-sum(pages) // most), 1)
+    assert least <= even <= 3 * least + 8
+    wanted = entries_of(pages, even, max_splits)
+    assert [entry for entry in entries if entry >= 0] == wanted
+    assert set(entries[len(wanted) :]) <= {-1}
+
+
+def entries_of(pages: list[int], even: int, max_splits: int) -> list[int]:
+    """Of programs that have ``even`` pages each, in whole splits."""
+    entries = []
     for sequence, count in enumerate(pages):
         of_split = max(-(-count // max_splits), 1)
         splits, share = math.ceil(count / of_split), math.ceil(even / of_split)
-        assert share * of_split < even + of_split
-        wanted += [sequence * PARTS.value + part for part in range(math.ceil(splits / share))]
-    assert [entry for entry in entries if entry >= 0] == wanted
-    assert set(entries[len(wanted) :]) <= {-1}
+        entries += [sequence * PARTS.value + part for part in range(math.ceil(splits / share))]
+    return entries
+
+
+@pytest.mark.parametrize(("pages", "even"), [(5, 5), (4, 4), (7, 7), (11, 11)])
+def test_no_program_waits_for_another_to_end_where_all_could_run(
+    pages: int, even: int, device: str
+) -> None:
+    """Twelve sequences and room for sixteen programs, of which shares of 4 pages of 5 need 24."""
+    given = torch.full((12,), pages * PAGE, dtype=torch.int32, device=device)
+    plan = make_plan(given, 16, 32, PAGE, joins=False, pdl=False).tolist()
+    assert plan == [even, *(sequence * PARTS.value for sequence in range(12)), *[-1] * 16]
