@@ -75,11 +75,11 @@ def plan_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    there, pages, parts = totals(context_len, sequences, 1, PAGE, MAX_SPLITS, JOINS, BLOCK)
+    there, pages, _ = totals(context_len, sequences, 1, PAGE, MAX_SPLITS, JOINS, BLOCK)
     even = tl.maximum(tl.cdiv(pages, most), 1)
     for _ in range(GROWTHS):
-        _, _, parts = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
-        if (parts > most) & (there <= most):
+        _, _, needed = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
+        if (needed > most) & (there <= most):
             even += tl.cdiv(even, 8)
     tl.store(plan, even)
     index, place = tl.arange(0, BLOCK), 1
