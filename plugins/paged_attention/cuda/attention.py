@@ -337,7 +337,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
-    ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
+    ring = 2 * _HOPPER_RING if together == 1 and heads <= processors else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
     most = max(together * processors // a.num_kv_heads, 1)
     plan, max_splits = None, workspace.partials.shape[2]
@@ -387,12 +387,6 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
-
-
-def _hopper_ring(heads: int, processors: int) -> int:
-    """How many numbers are copied ahead. More heads than multiprocessors are read by several
-    programs on each, for which there is less room; of a few a program has hardly more pages."""
-    return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
 
 
 def _write(
