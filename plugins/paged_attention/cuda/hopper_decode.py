@@ -47,7 +47,8 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 class Shape(NamedTuple):
     """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
     ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself.
-    ``waits``: for the kernel in front, before it reads qkv."""
+    ``pdl``: what is launched behind it begins while the last pages are on their way. ``waits``: for
+    the kernel in front, before it reads qkv."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -60,6 +61,7 @@ class Shape(NamedTuple):
     columns: gl.constexpr
     stages: gl.constexpr
     max_splits: gl.constexpr
+    pdl: gl.constexpr
     waits: gl.constexpr
 
 
@@ -429,7 +431,6 @@ def attend(token, to, work, scale, ring, operands, shape):
         if to.sinks is not None:
             touch(to.sinks, shape.num_heads)
         gdc_wait()
-        gdc_launch_dependents()
     new, scale = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
@@ -439,6 +440,9 @@ def attend(token, to, work, scale, ring, operands, shape):
     own = work.end_split - split
     left = work.split_pages
     for i in range(work.count):
+        if shape.pdl:
+            if i == gl.maximum(work.count - shape.stages, 0):
+                gdc_launch_dependents()
         slot = i % shape.stages
         stored = work.cached - (work.first_page + i) * shape.page
         mbarrier.wait(ring.ready.index(slot), i // shape.stages & 1)
@@ -650,7 +654,6 @@ def hopper_decode_kernel(
     """
     WAITS: gl.constexpr = PDL and EARLY
     if PDL and not EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     JOINS: gl.constexpr = KV_PARTS > 0 and QUERIES == 1
     shape: gl.constexpr = Shape(
@@ -665,6 +668,7 @@ def hopper_decode_kernel(
         COLUMNS,
         STAGES,
         MAX_SPLITS,
+        PDL,
         WAITS,
     )
     work = work_of(plan, query_start, context_len, most, shape)
