@@ -45,7 +45,8 @@ _NO_WINDOW = 1 << 30
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 # Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
-# a multiprocessor has one program.
+# a multiprocessor has one program. Of few heads, whose pages soon end, products that begin early
+# have the room.
 _HOPPER_RING = 1 << 15
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
 # in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
@@ -337,18 +338,19 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
-    ring = 2 * _HOPPER_RING if together == 1 and heads <= processors else _HOPPER_RING
+    alone = together == 1 and processors // 4 < heads <= processors
+    ring = 2 * _HOPPER_RING if alone else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    most = max(together * processors // a.num_kv_heads, 1)
-    plan, max_splits = None, workspace.partials.shape[2]
+    plan, slots, max_splits = None, together * processors, workspace.partials.shape[2]
     if step.num_decodes > 1:
         joins = step.queries == 1 and a.kv_parts > 0
-        key = (most, max_splits, a.page_size, joins)
+        key = (a.num_kv_heads, a.page_size, slots, max_splits, joins)
         if key not in plans:
-            plans[key] = make_plan(step.decoded[: step.num_decodes], *key[:3], joins=joins, pdl=pdl)
+            contexts = step.decoded[: step.num_decodes]
+            plans[key] = make_plan(contexts, slots, max_splits, a, joins=joins, pdl=pdl)
             early = False  # what is in front is the plan
         plan = plans[key]
-    hopper_decode_kernel[(a.num_kv_heads, programs_of(step.num_decodes, most))](
+    hopper_decode_kernel[(a.num_kv_heads, programs_of(step.num_decodes, slots, a.num_kv_heads))](
         qkv,
         cos,
         sin,
@@ -367,7 +369,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.arrivals,
         plan,
         step.page_table.stride(0),
-        most,
+        slots,
         by.scale,
         a.norm_eps,
         a.k_scale,

@@ -47,8 +47,7 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 class Shape(NamedTuple):
     """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
     ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself.
-    ``pdl``: what is launched behind it begins while the last pages are on their way. ``waits``: for
-    the kernel in front, before it reads qkv."""
+    ``waits``: for the kernel in front, before it reads qkv."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -61,7 +60,6 @@ class Shape(NamedTuple):
     columns: gl.constexpr
     stages: gl.constexpr
     max_splits: gl.constexpr
-    pdl: gl.constexpr
     waits: gl.constexpr
 
 
@@ -439,10 +437,10 @@ def attend(token, to, work, scale, ring, operands, shape):
     split = work.split
     own = work.end_split - split
     left = work.split_pages
+    all_asked = gl.maximum(work.count - shape.stages, 0)  # then the last page is on its way
     for i in range(work.count):
-        if shape.pdl:
-            if i == gl.maximum(work.count - shape.stages, 0):
-                gdc_launch_dependents()
+        if i == all_asked:
+            gdc_launch_dependents()
         slot = i % shape.stages
         stored = work.cached - (work.first_page + i) * shape.page
         mbarrier.wait(ring.ready.index(slot), i // shape.stages & 1)
@@ -524,7 +522,7 @@ def copier(pages, table, token, to, work, scale, ring, operands, shape):
 
 
 @gluon.jit
-def work_of(plan, query_start, context_len, most, shape):
+def work_of(plan, query_start, context_len, slots, shape):
     """This program's part of the step; none if its ``count`` is 0. A single sequence has no plan,
     and a program for each of its parts."""
     sequence, part = gl.program_id(1) * 0, gl.program_id(1)
@@ -539,7 +537,7 @@ def work_of(plan, query_start, context_len, most, shape):
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
     split_pages = gl.cdiv(num_pages, shape.max_splits)
     splits = gl.cdiv(num_pages, split_pages)
-    even = gl.cdiv(num_pages, most)
+    even = gl.cdiv(num_pages * shape.num_kv_heads, slots)
     if plan is not None:
         even = gl.load(plan)
     share = gl.cdiv(even, split_pages)
@@ -603,7 +601,7 @@ def new_operands(dtype: gl.constexpr, shape):
     return Operands(q, p, v)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "most"])
+@gluon.jit(do_not_specialize=["table_stride", "slots"])
 def hopper_decode_kernel(
     qkv,
     cos,
@@ -623,7 +621,7 @@ def hopper_decode_kernel(
     arrivals,
     plan,
     table_stride,
-    most,
+    slots,
     scale,
     eps,
     k_scale,
@@ -647,8 +645,8 @@ def hopper_decode_kernel(
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
     alone. How many programs share them changes no bit of the result: so many, by ``plan`` (see
-    ``plan_kernel``; None of a single sequence), that each has an even share of the step, if
-    ``most`` of a head run at a time. The last one to arrive adds up all. EARLY:
+    ``plan_kernel``; None of a single sequence), that each has an even share of the step, of
+    which ``slots`` run at a time. The last one to arrive adds up all. EARLY:
     only what made qkv may still be running, so that pages come meanwhile; and what is launched
     behind this kernel reads its weights while this one, which reads little, is at work.
     """
@@ -668,10 +666,9 @@ def hopper_decode_kernel(
         COLUMNS,
         STAGES,
         MAX_SPLITS,
-        PDL,
         WAITS,
     )
-    work = work_of(plan, query_start, context_len, most, shape)
+    work = work_of(plan, query_start, context_len, slots, shape)
     if work.count <= 0:
         end_idle(WAITS)
         return

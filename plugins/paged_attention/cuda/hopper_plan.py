@@ -8,9 +8,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.plugins.cuda.launch import launch_options
+from slipstream.plugins.paged_attention.reference import Attributes
 
 _SEQUENCES = 1024  # that are looked at together
-_GROWTHS = 8  # of a share, an eighth each, at most
+# A small share, and what a program takes that waits for another to end: pages.
+SMALL, WAIT = tl.constexpr(16), tl.constexpr(3)
 PARTS = tl.constexpr(64)  # an entry is its sequence times this and its part, of at most 32
 
 
@@ -53,73 +55,73 @@ def totals(
     return there, pages, parts
 
 
-@triton.jit(do_not_specialize=["sequences", "most", "programs"])
+@triton.jit(do_not_specialize=["sequences", "slots", "programs"])
 def plan_kernel(
     context_len,
     plan,
     sequences,
-    most,
+    slots,
     programs,
+    NUM_KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     JOINS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROWTHS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``plan [1 + programs]``: the pages of an even share, if ``most`` programs of a kv head run at
-    a time, then an entry for each program, or -1. Grid: (1,).
+    """``plan [1 + programs]``: the pages of an even share, if ``slots`` programs of all kv heads
+    run at a time, then an entry for each program of a head, or -1. Grid: (1,).
 
-    A share grows where some would have to wait for little work: splits are whole.
+    A small share grows where some programs would wait for room, to do hardly anything.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     there, pages, _ = totals(context_len, sequences, 1, PAGE, MAX_SPLITS, JOINS, BLOCK)
-    even = tl.maximum(tl.cdiv(pages, most), 1)
-    for _ in range(GROWTHS):
-        _, _, needed = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
-        if (needed > most) & (there <= most):
-            even += tl.cdiv(even, 8)
+    even = tl.maximum(tl.cdiv(pages * NUM_KV_HEADS, slots), 1)
+    for _ in range(WAIT):
+        _, _, parts = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
+        if (parts * NUM_KV_HEADS > slots) & (there * NUM_KV_HEADS <= slots) & (even < SMALL):
+            even += 1
     tl.store(plan, even)
     index, place = tl.arange(0, BLOCK), 1
     for start in range(0, sequences, BLOCK):
         context = tl.load(context_len + start + index, start + index < sequences, 0)
-        parts = parts_of(pages_of(context, PAGE, JOINS), even, MAX_SPLITS)
-        entries = plan + place + tl.cumsum(parts, 0) - parts
-        for part in range(tl.max(parts, 0)):
-            tl.store(entries + part, (start + index) * PARTS + part, part < parts)
-        place += tl.sum(parts, 0)
+        parts_each = parts_of(pages_of(context, PAGE, JOINS), even, MAX_SPLITS)
+        entries = plan + place + tl.cumsum(parts_each, 0) - parts_each
+        for part in range(tl.max(parts_each, 0)):
+            tl.store(entries + part, (start + index) * PARTS + part, part < parts_each)
+        place += tl.sum(parts_each, 0)
     for start in range(place, programs + 1, BLOCK):
         tl.store(plan + start + index, -1, start + index <= programs)
 
 
-def programs_of(sequences: int, most: int) -> int:
-    """Programs of a kv head that have all work of any step of so many sequences, of which ``most``
-    run at a time: one for each sequence, and every part of it but the last has an even share of the
-    step, of which there are no more than ``most``."""
-    return sequences + most
+def programs_of(sequences: int, slots: int, num_kv_heads: int) -> int:
+    """Programs of a kv head that have all work of any step of so many sequences, where ``slots`` of
+    all heads run at a time: one for each sequence, and every part of it but the last has an even
+    share of the step, of which there are no more than slots."""
+    return sequences + slots // num_kv_heads
 
 
 def make_plan(
-    context_len: torch.Tensor, most: int, max_splits: int, page: int, *, joins: bool, pdl: bool
+    context_len: torch.Tensor, slots: int, max_splits: int, a: Attributes, *, joins: bool, pdl: bool
 ) -> torch.Tensor:
-    """The plan of decodes of these contexts, int32 ``[S]``, in pages of so many keys; 0 is none."""
+    """The plan of decodes of these contexts, int32 ``[S]``; 0 is none."""
     sequences = len(context_len)
-    programs = programs_of(sequences, most)
+    programs = programs_of(sequences, slots, a.num_kv_heads)
     plan = torch.empty(1 + programs, dtype=torch.int32, device=context_len.device)
     plan_kernel[(1,)](
         context_len,
         plan,
         sequences,
-        most,
+        slots,
         programs,
-        PAGE=page,
+        NUM_KV_HEADS=a.num_kv_heads,
+        PAGE=a.page_size,
         MAX_SPLITS=max_splits,
         JOINS=joins,
         BLOCK=min(triton.next_power_of_2(sequences), _SEQUENCES),
-        GROWTHS=_GROWTHS,
         PDL=pdl,
-        **launch_options(num_warps=4, pdl=pdl),
+        **launch_options(num_warps=1 if sequences <= 128 else 4, pdl=pdl),
     )
     return plan
