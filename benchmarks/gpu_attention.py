@@ -131,12 +131,12 @@ def attention(batch: Batch, pages: torch.dtype) -> float:
         batch.sequences, a.num_heads, a.head_dim, batch.context, "cuda"
     )
 
+    plans: dict[tuple[int, ...], torch.Tensor] = {}
+
     def call(number: int) -> torch.Tensor:
         of_layer = replace(a, layer=number % layers)
-        pdl = tokens <= PDL_TOKENS
-        return paged_attention(
-            qkv, cos, sin, kv_cache, step, of_layer, workspace=workspace, pdl=pdl
-        )
+        shared = {"workspace": workspace, "plans": plans, "pdl": tokens <= PDL_TOKENS}
+        return paged_attention(qkv, cos, sin, kv_cache, step, of_layer, **shared)
 
     return seconds(call, max(batch.flops / 5e14, math.prod(shape) * pages.itemsize / 3e12, 5e-6))
 
