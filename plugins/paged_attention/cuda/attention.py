@@ -45,8 +45,8 @@ _NO_WINDOW = 1 << 30
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 # Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
-# a multiprocessor has one program. Of few heads, whose pages soon end, products that begin early
-# have the room.
+# a multiprocessor has one program. Of few heads, whose pages soon end, the products behind them
+# have the room, and begin at once.
 _HOPPER_RING = 1 << 15
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
 # in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
@@ -338,8 +338,8 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
-    alone = together == 1 and processors // 4 < heads <= processors
-    ring = 2 * _HOPPER_RING if alone else _HOPPER_RING
+    few = heads <= processors // 4
+    ring = 2 * _HOPPER_RING if together == 1 and not few and heads <= processors else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
     plan, slots, max_splits = None, together * processors, workspace.partials.shape[2]
     if step.num_decodes > 1:
@@ -386,6 +386,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         MAX_SPLITS=max_splits,
         PDL=pdl,
         EARLY=early,
+        AT_ONCE=few,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )

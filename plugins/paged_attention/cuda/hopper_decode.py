@@ -47,7 +47,8 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 class Shape(NamedTuple):
     """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
     ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself.
-    ``waits``: for the kernel in front, before it reads qkv."""
+    ``waits``: for the kernel in front, before it reads qkv. ``at_once``: what is launched behind
+    it begins, otherwise when its last pages are on their way."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -61,6 +62,7 @@ class Shape(NamedTuple):
     stages: gl.constexpr
     max_splits: gl.constexpr
     waits: gl.constexpr
+    at_once: gl.constexpr
 
 
 class Token(NamedTuple):
@@ -429,6 +431,8 @@ def attend(token, to, work, scale, ring, operands, shape):
         if to.sinks is not None:
             touch(to.sinks, shape.num_heads)
         gdc_wait()
+        if shape.at_once:
+            gdc_launch_dependents()
     new, scale = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
@@ -437,9 +441,11 @@ def attend(token, to, work, scale, ring, operands, shape):
     split = work.split
     own = work.end_split - split
     left = work.split_pages
-    all_asked = gl.maximum(work.count - shape.stages, 0)  # then the last page is on its way
+    begins = -1  # what is behind has begun
+    if not shape.at_once:
+        begins = gl.maximum(work.count - shape.stages, 0)  # then the last page is on its way
     for i in range(work.count):
-        if i == all_asked:
+        if i == begins:
             gdc_launch_dependents()
         slot = i % shape.stages
         stored = work.cached - (work.first_page + i) * shape.page
@@ -638,6 +644,7 @@ def hopper_decode_kernel(
     MAX_SPLITS: gl.constexpr,
     PDL: gl.constexpr,
     EARLY: gl.constexpr,
+    AT_ONCE: gl.constexpr,
 ):
     """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
     is turned. Grid: (NUM_KV_HEADS, programs of a head).
@@ -647,11 +654,13 @@ def hopper_decode_kernel(
     alone. How many programs share them changes no bit of the result: so many, by ``plan`` (see
     ``plan_kernel``; None of a single sequence), that each has an even share of the step, of
     which ``slots`` run at a time. The last one to arrive adds up all. EARLY:
-    only what made qkv may still be running, so that pages come meanwhile; and what is launched
+    only what made qkv may still be running, so that pages come meanwhile. AT_ONCE: what is launched
     behind this kernel reads its weights while this one, which reads little, is at work.
     """
     WAITS: gl.constexpr = PDL and EARLY
     if PDL and not EARLY:
+        if AT_ONCE:
+            gdc_launch_dependents()
         gdc_wait()
     JOINS: gl.constexpr = KV_PARTS > 0 and QUERIES == 1
     shape: gl.constexpr = Shape(
@@ -667,6 +676,7 @@ def hopper_decode_kernel(
         STAGES,
         MAX_SPLITS,
         WAITS,
+        AT_ONCE,
     )
     work = work_of(plan, query_start, context_len, slots, shape)
     if work.count <= 0:
