@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from slipstream.plugins.cuda.launch import launch_options
 from slipstream.plugins.paged_attention.reference import Attributes
 
-_SEQUENCES = 1024  # that are looked at together
+_FEW, _MANY = 128, 1024  # sequences that are looked at together, by one warp and by four
 # A small share, and what a program takes that waits for another to end: pages.
 SMALL, WAIT = tl.constexpr(16), tl.constexpr(3)
 PARTS = tl.constexpr(64)  # an entry is its sequence times this and its part, of at most 32
@@ -108,7 +108,7 @@ def make_plan(
 ) -> torch.Tensor:
     """The plan of decodes of these contexts, int32 ``[S]``; 0 is none."""
     sequences = len(context_len)
-    programs = programs_of(sequences, slots, a.num_kv_heads)
+    programs, few = programs_of(sequences, slots, a.num_kv_heads), sequences <= _FEW
     plan = torch.empty(1 + programs, dtype=torch.int32, device=context_len.device)
     plan_kernel[(1,)](
         context_len,
@@ -120,8 +120,8 @@ def make_plan(
         PAGE=a.page_size,
         MAX_SPLITS=max_splits,
         JOINS=joins,
-        BLOCK=min(triton.next_power_of_2(sequences), _SEQUENCES),
+        BLOCK=_FEW if few else _MANY,
         PDL=pdl,
-        **launch_options(num_warps=1 if sequences <= 128 else 4, pdl=pdl),
+        **launch_options(num_warps=1 if few else 4, pdl=pdl),
     )
     return plan
