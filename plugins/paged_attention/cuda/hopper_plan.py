@@ -72,7 +72,8 @@ def plan_kernel(
     """``plan [1 + programs]``: the pages of an even share, if ``slots`` programs of all kv heads
     run at a time, then an entry for each program of a head, or -1. Grid: (1,).
 
-    A small share grows where some programs would wait for room, to do hardly anything.
+    A small share grows where some programs would wait for room, to do hardly anything. Whole shares
+    come first: what is less fills the end.
     """
     if PDL:
         gdc_launch_dependents()
@@ -80,19 +81,24 @@ def plan_kernel(
     there, pages, _ = totals(context_len, sequences, 1, PAGE, MAX_SPLITS, JOINS, BLOCK)
     even = tl.maximum(tl.cdiv(pages * NUM_KV_HEADS, slots), 1)
     for _ in range(WAIT):
-        _, _, parts = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
-        if (parts * NUM_KV_HEADS > slots) & (there * NUM_KV_HEADS <= slots) & (even < SMALL):
+        _, _, wanted = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
+        if (wanted * NUM_KV_HEADS > slots) & (there * NUM_KV_HEADS <= slots) & (even < SMALL):
             even += 1
     tl.store(plan, even)
-    index, place = tl.arange(0, BLOCK), 1
+    _, _, parts = totals(context_len, sequences, even, PAGE, MAX_SPLITS, JOINS, BLOCK)
+    index, place, last_place = tl.arange(0, BLOCK), 1, 1 + parts - there
     for start in range(0, sequences, BLOCK):
         context = tl.load(context_len + start + index, start + index < sequences, 0)
-        parts_each = parts_of(pages_of(context, PAGE, JOINS), even, MAX_SPLITS)
-        entries = plan + place + tl.cumsum(parts_each, 0) - parts_each
-        for part in range(tl.max(parts_each, 0)):
-            tl.store(entries + part, (start + index) * PARTS + part, part < parts_each)
-        place += tl.sum(parts_each, 0)
-    for start in range(place, programs + 1, BLOCK):
+        last = parts_of(pages_of(context, PAGE, JOINS), even, MAX_SPLITS) - 1
+        whole, some = tl.maximum(last, 0), (last >= 0).to(tl.int32)
+        entry = (start + index) * PARTS
+        to = plan + place + tl.cumsum(whole, 0) - whole
+        for part in range(tl.max(whole, 0)):
+            tl.store(to + part, entry + part, part < whole)
+        tl.store(plan + last_place + tl.cumsum(some, 0) - some, entry + last, last >= 0)
+        place += tl.sum(whole, 0)
+        last_place += tl.sum(some, 0)
+    for start in range(1 + parts, programs + 1, BLOCK):
         tl.store(plan + start + index, -1, start + index <= programs)
 
 

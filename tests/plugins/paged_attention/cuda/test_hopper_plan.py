@@ -52,13 +52,17 @@ def test_every_key_has_one_program_and_no_program_much_more_than_a_share(
 
 
 def entries_of(pages: list[int], even: int, max_splits: int) -> list[int]:
-    """Of programs that have ``even`` pages each, in whole splits."""
-    entries = []
+    """Of programs that have ``even`` pages each, in whole splits, then of those with the rest."""
+    whole, last = [], []
     for sequence, count in enumerate(pages):
         of_split = max(-(-count // max_splits), 1)
         splits, share = math.ceil(count / of_split), math.ceil(even / of_split)
-        entries += [sequence * PARTS.value + part for part in range(math.ceil(splits / share))]
-    return entries
+        *before, end = [sequence * PARTS.value + part for part in range(-(-splits // share))] or [
+            -1
+        ]
+        whole += before
+        last += [end] if count else []
+    return whole + last
 
 
 @pytest.mark.parametrize(("count", "pages", "even"), [(12, 5, 5), (12, 11, 11), (8, 5, 3)])
