@@ -96,17 +96,22 @@ def head_blocks(inputs: Inputs, a: Attributes, which: int) -> NDArray[np.generic
     layer = inputs.kv_cache[a.layer]
     lead = (len(layer), a.num_kv_heads)
     size = a.page_size * a.head_dim
-    if not inputs.integers:
-        heads = layer[:, which].reshape(*lead, size)
-        if a.transposed(which):
-            return heads.reshape(*lead, a.head_dim, a.page_size).transpose(0, 1, 3, 2)
-        return heads.reshape(*lead, a.page_size, a.head_dim)
-    pages = layer.reshape(len(layer), -1).view(np.int8)
-    values = pages[:, -a.num_kv_heads * size :]
-    keys = pages[:, : -values.shape[1]].view(inputs.key_dtype)
-    if which == 0:
-        return keys.reshape(*lead, a.head_dim // 2, a.page_size, 2).transpose(0, 1, 3, 2, 4)
-    return values.reshape(*lead, a.page_size // 2, a.head_dim, 2).transpose(0, 1, 2, 4, 3)
+    heads: NDArray[np.generic]
+    if inputs.integers:
+        pages = layer.reshape(len(layer), -1).view(np.int8)
+        values = pages[:, -a.num_kv_heads * size :]
+        keys = pages[:, : -values.shape[1]].view(inputs.key_dtype)
+        if which == 0:
+            pairs = keys.reshape(*lead, a.head_dim // 2, a.page_size, 2)
+            heads = pairs.transpose(0, 1, 3, 2, 4)
+        else:
+            heads = values.reshape(*lead, a.page_size // 2, a.head_dim, 2).transpose(0, 1, 2, 4, 3)
+    elif a.transposed(which):
+        columns = layer[:, which].reshape(*lead, a.head_dim, a.page_size)
+        heads = columns.transpose(0, 1, 3, 2)
+    else:
+        heads = layer[:, which].reshape(*lead, a.page_size, a.head_dim)
+    return heads
 
 
 def write_page(inputs: Inputs, a: Attributes, which: int, slot: int, heads: Wide) -> None:
