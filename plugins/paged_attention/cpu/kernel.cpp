@@ -154,7 +154,8 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows<Query>& rows, 
       for (int64_t head = 0; head < rows.heads; ++head)
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = head * n + i, scaled = integers ? head * rows.tile : 0;
-          const Scores scores{rows.scores + at * rows.tile, scales.keys + scaled, scales.values + scaled, call.soft_cap};
+          const Scores scores{rows.scores + at * rows.tile, scales.keys + scaled, scales.values + scaled,
+                              call.soft_cap};
           take(at, head * rows.count + r + i, scores, low(r + i), high(r + i));
         }
     };
@@ -207,12 +208,14 @@ struct TaskMemory {
     const PagedAttentionArgs& args = call.args;
     const int64_t count = chunk.count * call.group, all = chunk.heads * count, dim = args.head_dim;
     const int64_t width = std::max<int64_t>(1, kTileKeys / args.page_size) * args.page_size;
-    const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count), scaled = F::kScaled ? chunk.heads * width : 0;
+    const int64_t score_rows = chunk.heads * std::min<int64_t>(kRows, count);
+    const int64_t scaled = F::kScaled ? chunk.heads * width : 0;
     const int64_t pages = width / args.page_size, all_pages = chunk.heads * pages;
     const int64_t copied = key_elements(dim, width) + Strips<Copy>::elements(width / F::kPack, dim);
     task_scratch.reset(2 * Scratch::room<float>(all * call.out_width) + 2 * Scratch::room<float>(all) +
                        Scratch::room<Sums>(all) + Scratch::room<float>(score_rows * width) +
-                       6 * Scratch::room<K*>(all_pages) + 3 * Scratch::room<float>(scaled) + Scratch::room<Copy>(copied));
+                       6 * Scratch::room<K*>(all_pages) + 3 * Scratch::room<float>(scaled) +
+                       Scratch::room<Copy>(copied));
     const int64_t first_row = (chunk.head * args.tokens + chunk.token) * call.group;
     rows = {static_cast<Copy*>(call.queries) + first_row * dim / F::kPack,
             call.units + first_row,
@@ -392,7 +395,8 @@ void paged_attention_of(const PagedAttentionArgs& args, Parallel& parallel) {
   plan.reductions = plan_scratch.take<Reduction>(args.sequences);
   plan.make(args);
 
-  call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(args.tokens * args.num_heads) + Scratch::room<float>(plan.partial_rows * out_width) +
+  call_scratch.reset(Scratch::room<float>(query_elements) + Scratch::room<float>(args.tokens * args.num_heads) +
+                     Scratch::room<float>(plan.partial_rows * out_width) +
                      2 * Scratch::room<float>(plan.partial_rows));
   const bool capped = args.soft_cap > 0.0f;
   const Call call{args,

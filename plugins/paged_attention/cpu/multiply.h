@@ -80,7 +80,9 @@ struct Strips {
   int64_t depth;
   int64_t panel_depth = depth;
 
-  const T* panel(int64_t, int64_t column) const { return data + column / kStrip * kStrip * strip_depth + column % kStrip; }
+  const T* panel(int64_t, int64_t column) const {
+    return data + column / kStrip * kStrip * strip_depth + column % kStrip;
+  }
   const char* panel_ahead(int64_t, int64_t) const { return nullptr; }
 
   static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
