@@ -31,9 +31,9 @@ from slipstream.runtime.sampling.logits_processors import edits_logits, process_
 from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
-# Of every row the token of the largest logit, the first of them, and that logit: NaN if there is one
-# in the row. Where it is not finite, the token means nothing.
-Tops = tuple[NDArray[np.integer], Logits]
+# Of every row the first token of those with the largest logit, and that logit: NaN if the row has
+# one. Where it is not finite the token means nothing.
+Tops = tuple[list[int], Sequence[float | np.float32]]
 
 
 class Sampler:
@@ -61,7 +61,9 @@ class Sampler:
         """What a step has made, of its outputs, which the next step may overwrite."""
         rows = len(batch.sampling)
         if LOGITS in outputs:
-            tops = (outputs[TOP_TOKEN], outputs[TOP_LOGIT]) if TOP_TOKEN in outputs else None
+            tops = None
+            if TOP_TOKEN in outputs:
+                tops = outputs[TOP_TOKEN].tolist(), outputs[TOP_LOGIT].tolist()
             result = self.sample(outputs[LOGITS], batch.sampling, tops)
         else:
             result = StepResult([-1] * rows, [None] * rows)
@@ -98,9 +100,8 @@ class Sampler:
         if tops is None:
             drawn += greedy
         else:
-            tokens, peaks = tops[0].tolist(), tops[1].tolist()
             for index in greedy:
-                _put(result, index, tokens[index], peaks[index])
+                _put(result, index, tops[0][index], tops[1][index])
         if drawn:
             tokens, peaks = self._drawer.draw(logits, drawn, [rows[index] for index in drawn])
             for index, token, peak in zip(drawn, tokens, peaks, strict=True):
@@ -121,7 +122,7 @@ class Sampler:
 
 def likeliest(tops: Tops) -> StepResult:
     """The result of rows of which nothing is asked but the first of the largest logits."""
-    tokens, peaks = tops[0].tolist(), tops[1].tolist()
+    tokens, peaks = tops
     result = StepResult(tokens, [None] * len(tokens))
     if not all(map(math.isfinite, peaks)):
         for index, peak in enumerate(peaks):
@@ -131,8 +132,8 @@ def likeliest(tops: Tops) -> StepResult:
 
 
 def _search(logits: Logits) -> Tops:
-    tokens = logits.argmax(axis=1)
-    return tokens, logits[np.arange(len(tokens)), tokens]
+    tokens: list[int] = logits.argmax(axis=1).tolist()
+    return tokens, [logits[index, token] for index, token in enumerate(tokens)]
 
 
 def _are_plain(rows: Sequence[SamplingRow]) -> bool:

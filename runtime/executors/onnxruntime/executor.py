@@ -72,7 +72,7 @@ class _Pending:
     def _best_tokens(self) -> StepResult:
         """What the graph found to be the best token of each row: no logits leave the device."""
         tokens, peaks = self.executor.gather_all(self.runs, (TOP_TOKEN, TOP_LOGIT))
-        result = likeliest((tokens, peaks))
+        result = likeliest((tokens.tolist(), peaks.tolist()))
         reject(self.batch.sampling, result)
         return result
 
