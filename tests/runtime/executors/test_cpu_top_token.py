@@ -67,7 +67,7 @@ def test_the_graph_decides_what_plain_rows_get(
     assert isinstance(executor, CPUExecutor)
     params = [
         SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
-        SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={3: 1e4}),
+        SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={3: 100.0}),
     ]
     seen = list[dict[str, Any]]()
     monkeypatch.setattr(executor._sampler, "result", _noting(executor._sampler.result, seen))
