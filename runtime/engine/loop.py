@@ -87,7 +87,7 @@ class EngineLoop:
         self._tokenizer = engine.tokenizer if detokenizes else None
         ends = engine.tokenizer.eos_token_ids  # some may have no logits
         self._eos_token_ids = frozenset(token for token in ends if token < engine.vocab_size)
-        self._process = os.getpid()
+        self._process, self._streams = os.getpid(), streams
         self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
         self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
@@ -195,7 +195,7 @@ class EngineLoop:
     def advance(self) -> list[RequestState]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return the requests that the finished one changed."""
-        if (reason := self.forked) is not None:
+        if (reason := forked_from(self._process)) is not None:
             raise ExecutionError(reason)
         self._health.began()
         try:
@@ -237,7 +237,8 @@ class EngineLoop:
                 self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
             self._flight.sample()
-        self.kv_events.flush()
+        if self.kv_events.publisher is not None:
+            self.kv_events.flush()
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
@@ -297,7 +298,8 @@ class EngineLoop:
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
-        self.scheduler.timed(flight.plan, seconds)
+        if self._streams:
+            self.scheduler.timed(flight.plan, seconds)
         self.scheduler.commit(flight.plan)
         if self._drafts:
             self._accept(flight, result, seconds)
