@@ -87,7 +87,7 @@ class EngineLoop:
         self._tokenizer = engine.tokenizer if detokenizes else None
         ends = engine.tokenizer.eos_token_ids  # some may have no logits
         self._eos_token_ids = frozenset(token for token in ends if token < engine.vocab_size)
-        self._process, self._streams = os.getpid(), streams
+        self._process = os.getpid()
         self._drafts = engine.executor.draft_tokens > 0 or self._speculator is not None
         self._jumps = engine.config.enable_jump_decoding
         self._builder = BatchBuilder(engine.config, engine.caches)
@@ -298,9 +298,7 @@ class EngineLoop:
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
-        if self._streams:
-            self.scheduler.timed(flight.plan, seconds)
-        self.scheduler.commit(flight.plan)
+        self.scheduler.commit(flight.plan, seconds)
         if self._drafts:
             self._accept(flight, result, seconds)
         if STATES in result.outputs:

@@ -164,14 +164,9 @@ class Scheduler:
             plan.transfers = self.kv.take_transfers()
         return plan
 
-    def timed(self, plan: StepPlan, seconds: float) -> None:
-        """Note what the step of a plan took."""
-        if self._share is not None:
-            decodes = sum(plan.counts[: plan.num_decodes])
-            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
-
-    def commit(self, plan: StepPlan) -> None:
-        """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
+    def commit(self, plan: StepPlan, seconds: float) -> None:
+        """Note that the tokens of ``plan`` are in the KV cache, which took so many ``seconds``,
+        before those it sampled are taken.
 
         A sequence that ended or lost its pages while the step was on its way has nothing there.
         Guesses count when they are accepted.
@@ -179,6 +174,9 @@ class Scheduler:
         chunks = zip(
             plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
         )
+        if self._share is not None:
+            decodes = sum(plan.counts[: plan.num_decodes])
+            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
         if plan.transfers is not NO_TRANSFERS:
             self.kv.landed(plan.transfers)
         for sequence, start, count, drafts, allocation in chunks:
