@@ -42,7 +42,7 @@ Top top_of(const Top* parts, int64_t count) {
 }  // namespace
 
 void top_token(const TopTokenArgs& args, Parallel& parallel) {
-  constexpr int64_t worth_a_task = 1 << 14;  // logits: a microsecond or two of one thread
+  constexpr int64_t worth_a_task = 1 << 15;  // logits: about as long as another thread takes to begin
   constexpr int64_t tasks_per_thread = 2;
   static thread_local Scratch scratch;
   const int64_t blocks = (args.vocab + kBlock - 1) / kBlock;
