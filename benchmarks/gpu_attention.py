@@ -44,7 +44,7 @@ PREFILLS = (
     (64, 64, 0),
     (32, 32, 2000),
 )
-DECODES = ((1, 128), (1, 8192), (16, 8192), (8, 32768), (64, 1000), (256, 640))
+DECODES = ((1, 128), (16, 300), (1, 8192), (16, 8192), (8, 32768), (64, 1000), (256, 640))
 _COLD_BYTES = 160 << 20  # three times the L2 cache of an H100
 _SECONDS = 0.01  # of a graph, about
 
@@ -131,11 +131,13 @@ def attention(batch: Batch, pages: torch.dtype) -> float:
         batch.sequences, a.num_heads, a.head_dim, batch.context, "cuda"
     )
 
+    plans: dict[tuple[int, ...], torch.Tensor] = {}
+
     def call(number: int) -> torch.Tensor:
         of_layer = replace(a, layer=number % layers)
         pdl = tokens <= PDL_TOKENS
         return paged_attention(
-            qkv, cos, sin, kv_cache, step, of_layer, workspace=workspace, pdl=pdl
+            qkv, cos, sin, kv_cache, step, of_layer, workspace=workspace, pdl=pdl, plans=plans
         )
 
     return seconds(call, max(batch.flops / 5e14, math.prod(shape) * pages.itemsize / 3e12, 5e-6))

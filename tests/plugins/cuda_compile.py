@@ -254,6 +254,7 @@ def attention_of(
         pages = torch.zeros(1, 4, 2, kv_heads, 64 * width, dtype=dtype)
         workspace = DecodeWorkspace.allocate(rows, 8, width, 512, "cpu")
         sinks = torch.zeros(8) if dtype == torch.bfloat16 else None
+        plans: dict[tuple[int, ...], torch.Tensor] = {}
         for early in (False, True):
             paged_attention(
                 qkv,
@@ -266,6 +267,7 @@ def attention_of(
                 workspace=workspace,
                 pdl=pdl,
                 early=early,
+                plans=plans,
             )
 
 

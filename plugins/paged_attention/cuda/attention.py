@@ -21,6 +21,7 @@ from slipstream.plugins.cuda.launch import (
     multiprocessors,
 )
 from slipstream.plugins.paged_attention.cuda.hopper_decode import hopper_decode_kernel, page_layout
+from slipstream.plugins.paged_attention.cuda.hopper_plan import make_plan, programs_of
 from slipstream.plugins.paged_attention.cuda.hopper_prefill import (
     hopper_prefill_kernel,
     part_of_page,
@@ -44,7 +45,8 @@ _NO_WINDOW = 1 << 30
 # than one program.
 _HOPPER_SUMS, _HOPPER_NARROW = 1 << 12, 1 << 11
 # Numbers of k and v that a program's copies are ahead, at least two pages, and twice as many where
-# a multiprocessor has one program.
+# a multiprocessor has one program. Of few heads, whose pages soon end, the products behind them
+# have the room, and begin at once.
 _HOPPER_RING = 1 << 15
 # Of the prefill kernel for Hopper, by elements of a head: keys of a tile, and tiles of k and of v
 # in shared memory. Over float8 pages: tiles of k, of v, and of codes of v.
@@ -172,6 +174,7 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     pdl: bool = False,
     early: bool = False,
     deterministic: bool = False,
+    plans: dict[tuple[int, ...], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention ``[T, num_heads * head_dim]`` of the dtype of ``qkv``; see the operator's spec.
 
@@ -179,7 +182,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     no decodes are normed and turned in place in ``qkv``. A decode's result depends on nothing but
     its own sequence. ``deterministic``: a token's, on nothing but the tokens up to it, for which
     there must be no decodes and one kernel. ``early``: only qkv may still be written, by the kernel
-    in front; pages, angles and ``step`` are there.
+    in front; pages, angles and ``step`` are there. ``plans`` of its decodes are made once by calls
+    of one step that share them.
     """
     a = attributes
     assert not (deterministic and step.num_decodes), step.num_decodes
@@ -196,7 +200,8 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
         inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
         if _suits_hopper_decode(a, pages, step.queries):
             # Keys that another kernel of this step has stored are not older than the one in front.
-            _hopper_decode(*inputs, early and step.queries == 1 and a.kv_parts > 0)
+            early = early and step.queries == 1 and a.kv_parts > 0
+            _hopper_decode(*inputs, early, {} if plans is None else plans)
         else:
             _decode(*inputs)
     if step.sure_decodes < qkv.shape[0] and len(step.block_sequence):
@@ -324,6 +329,7 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     output: torch.Tensor,
     pdl: bool,
     early: bool,
+    plans: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
     by = _scalars(a, pages)
     heads, processors = step.num_decodes * a.num_kv_heads, multiprocessors(pages.device)
@@ -332,9 +338,19 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     together, registers = (3, 80) if coded and a.head_dim <= 128 else (1, 128)
     if step.queries > 1 and columns * a.head_dim > _HOPPER_NARROW:
         together, registers = 1, 224
-    ring = _hopper_ring(heads, processors) if together == 1 else _HOPPER_RING
+    few = heads <= processors // 4
+    ring = 2 * _HOPPER_RING if together == 1 and not few and heads <= processors else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
-    hopper_decode_kernel[(a.num_kv_heads, step.num_decodes, _hopper_programs(heads))](
+    plan, slots, max_splits = None, together * processors, workspace.partials.shape[2]
+    if step.num_decodes > 1:
+        joins = step.queries == 1 and a.kv_parts > 0
+        key = (a.num_kv_heads, a.page_size, slots, max_splits, joins)
+        if key not in plans:
+            contexts = step.decoded[: step.num_decodes]
+            plans[key] = make_plan(contexts, slots, max_splits, a, joins=joins, pdl=pdl)
+            early = False  # what is in front is the plan
+        plan = plans[key]
+    hopper_decode_kernel[(a.num_kv_heads, programs_of(step.num_decodes, slots, a.num_kv_heads))](
         qkv,
         cos,
         sin,
@@ -351,8 +367,9 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         workspace.partials,
         workspace.statistics,
         workspace.arrivals,
+        plan,
         step.page_table.stride(0),
-        together * processors,
+        slots,
         by.scale,
         a.norm_eps,
         a.k_scale,
@@ -366,24 +383,13 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
         QUERIES=step.queries,
         COLUMNS=columns,
         STAGES=max(ring // (2 * a.page_size * a.head_dim), 2),
-        MAX_SPLITS=workspace.partials.shape[2],
+        MAX_SPLITS=max_splits,
         PDL=pdl,
         EARLY=early,
+        AT_ONCE=few,
         maxnreg=registers,
         **launch_options(num_warps=4, pdl=pdl),
     )
-
-
-def _hopper_ring(heads: int, processors: int) -> int:
-    """How many numbers are copied ahead. More heads than multiprocessors are read by several
-    programs on each, for which there is less room; of a few a program has hardly more pages."""
-    return 2 * _HOPPER_RING if processors // 4 < heads <= processors else _HOPPER_RING
-
-
-def _hopper_programs(heads: int) -> int:
-    """Programs that may share a head of a sequence. Those without work end at once, but a few
-    thousand take their time."""
-    return min(max(2048 // heads, 1), _MAX_SPLITS)
 
 
 def _write(

@@ -48,6 +48,7 @@ def paged_attention(node: ir.Node, context: Context) -> Kernel:
             pdl=run.pdl,
             early=SETTLED in run.shared,
             deterministic=context.tactics.deterministic,
+            plans=run.shared.setdefault("plans of decodes", {}),
         )
         return (attended,)
 

@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.plugins.cuda.kernels import prefetch
 from slipstream.plugins.paged_attention.cuda.hopper_codes import store_codes
+from slipstream.plugins.paged_attention.cuda.hopper_plan import PARTS
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 # A running maximum before the first key: finite, so that a difference of two is never NaN.
@@ -46,7 +47,8 @@ def page_layout(page: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 class Shape(NamedTuple):
     """What the kernel is compiled for; ``columns`` are the heads of a group for each of up to
     ``queries`` tokens, padded. Such of one token ``joins`` the keys that it has in qkv itself.
-    ``waits``: for the kernel in front, before it reads qkv."""
+    ``waits``: for the kernel in front, before it reads qkv. ``at_once``: what is launched behind
+    it begins, otherwise when its last pages are on their way."""
 
     num_heads: gl.constexpr
     num_kv_heads: gl.constexpr
@@ -60,6 +62,7 @@ class Shape(NamedTuple):
     stages: gl.constexpr
     max_splits: gl.constexpr
     waits: gl.constexpr
+    at_once: gl.constexpr
 
 
 class Token(NamedTuple):
@@ -428,7 +431,8 @@ def attend(token, to, work, scale, ring, operands, shape):
         if to.sinks is not None:
             touch(to.sinks, shape.num_heads)
         gdc_wait()
-        gdc_launch_dependents()
+        if shape.at_once:
+            gdc_launch_dependents()
     new, scale = prepared(token, work, scale, operands, ring.k.dtype, shape)
     # Sums of the split at hand, the weights' by row, which need nothing of another thread; and of
     # the splits before it where this program has them all.
@@ -437,7 +441,12 @@ def attend(token, to, work, scale, ring, operands, shape):
     split = work.split
     own = work.end_split - split
     left = work.split_pages
+    begins = -1  # what is behind has begun
+    if not shape.at_once:
+        begins = gl.maximum(work.count - shape.stages, 0)  # then the last page is on its way
     for i in range(work.count):
+        if i == begins:
+            gdc_launch_dependents()
         slot = i % shape.stages
         stored = work.cached - (work.first_page + i) * shape.page
         mbarrier.wait(ring.ready.index(slot), i // shape.stages & 1)
@@ -519,22 +528,14 @@ def copier(pages, table, token, to, work, scale, ring, operands, shape):
 
 
 @gluon.jit
-def pages_of_step(context_len, PAGE: gl.constexpr):
-    """The pages of all sequences together."""
-    CHUNK: gl.constexpr = 1024
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    index = gl.arange(0, CHUNK, layout)
-    pages = gl.zeros([CHUNK], gl.int32, layout)
-    for start in range(0, gl.num_programs(1), CHUNK):
-        here = start + index < gl.num_programs(1)
-        pages += gl.cdiv(gl.load(context_len + start + index, here, 0), PAGE)
-    return gl.sum(pages, 0)
-
-
-@gluon.jit
-def work_of(context, query_start, context_len, slots, shape):
-    """This program's part of the step; a ``split`` of ``splits`` or more is none."""
-    part = gl.program_id(2)
+def work_of(plan, query_start, context_len, slots, shape):
+    """This program's part of the step; none if its ``count`` is 0. A single sequence has no plan,
+    and a program for each of its parts."""
+    sequence, part = gl.program_id(1) * 0, gl.program_id(1)
+    if plan is not None:
+        entry = gl.load(plan + 1 + gl.program_id(1))
+        sequence, part = gl.maximum(entry, 0) // PARTS, entry % PARTS
+    context = gl.load(context_len + sequence)
     cached = context
     if shape.joins:
         cached = context - 1
@@ -542,20 +543,22 @@ def work_of(context, query_start, context_len, slots, shape):
     num_pages = gl.maximum(gl.cdiv(cached, shape.page), 1)
     split_pages = gl.cdiv(num_pages, shape.max_splits)
     splits = gl.cdiv(num_pages, split_pages)
-    share = gl.cdiv(splits, gl.num_programs(2))
-    if gl.num_programs(2) > 1:
-        even = gl.cdiv(pages_of_step(context_len, shape.page) * shape.num_kv_heads, slots)
-        share = gl.maximum(share, gl.cdiv(even, split_pages))
+    even = gl.cdiv(num_pages * shape.num_kv_heads, slots)
+    if plan is not None:
+        even = gl.load(plan)
+    share = gl.cdiv(even, split_pages)
     split = part * share
     end_split = gl.minimum(split + share, splits)
     first = split * split_pages
     count = gl.minimum(end_split * split_pages, num_pages) - first
-    kv_head, sequence = gl.program_id(0), gl.program_id(1)
+    count = gl.where(context > 0, count, 0)
+    if plan is not None:
+        count = gl.where(entry >= 0, count, 0)
     token, queries = sequence, sequence * 0 + 1
     if shape.queries > 1:
         token = gl.load(query_start + sequence)
         queries = gl.load(query_start + sequence + 1) - token
-    place = (kv_head, sequence, token, queries)
+    place = (gl.program_id(0), sequence, token, queries)
     return Work(*place, cached, split_pages, splits, split, end_split, first, count)
 
 
@@ -622,6 +625,7 @@ def hopper_decode_kernel(
     partials,
     statistics,
     arrivals,
+    plan,
     table_stride,
     slots,
     scale,
@@ -640,20 +644,23 @@ def hopper_decode_kernel(
     MAX_SPLITS: gl.constexpr,
     PDL: gl.constexpr,
     EARLY: gl.constexpr,
+    AT_ONCE: gl.constexpr,
 ):
     """One new token of each sequence, or up to QUERIES, whose k and v are in the pages and whose q
-    is turned. Grid: (NUM_KV_HEADS, sequences, programs a head).
+    is turned. Grid: (NUM_KV_HEADS, programs of a head).
 
     ``pages`` describes ``cells``, the layer's pages, as rows of HEAD_DIM. The keys of a sequence
     are cut into at most MAX_SPLITS splits of whole pages, whose size follows from its context
-    alone. How many programs share them changes no bit of the result: so many that each has an even
-    share of the step, of which ``slots`` run at a time. The last one to arrive adds up all. EARLY:
-    only what made qkv may still be running, so that pages come meanwhile; and what is launched
+    alone. How many programs share them changes no bit of the result: so many, by ``plan`` (see
+    ``plan_kernel``; None of a single sequence), that each has an even share of the step, of
+    which ``slots`` run at a time. The last one to arrive adds up all. EARLY:
+    only what made qkv may still be running, so that pages come meanwhile. AT_ONCE: what is launched
     behind this kernel reads its weights while this one, which reads little, is at work.
     """
     WAITS: gl.constexpr = PDL and EARLY
     if PDL and not EARLY:
-        gdc_launch_dependents()
+        if AT_ONCE:
+            gdc_launch_dependents()
         gdc_wait()
     JOINS: gl.constexpr = KV_PARTS > 0 and QUERIES == 1
     shape: gl.constexpr = Shape(
@@ -669,13 +676,10 @@ def hopper_decode_kernel(
         STAGES,
         MAX_SPLITS,
         WAITS,
+        AT_ONCE,
     )
-    context = gl.load(context_len + gl.program_id(1))
-    if context <= 0:
-        end_idle(WAITS)
-        return
-    work = work_of(context, query_start, context_len, slots, shape)
-    if work.split >= work.splits:
+    work = work_of(plan, query_start, context_len, slots, shape)
+    if work.count <= 0:
         end_idle(WAITS)
         return
     table = page_table + work.sequence.to(gl.int64) * table_stride

@@ -170,7 +170,13 @@ def to_torch(array: NDArray[Any], dtype: str, device: str) -> torch.Tensor:
 
 
 def run(
-    case: Case, inputs: Inputs, device: str, *, pdl: bool = False, early: bool = False
+    case: Case,
+    inputs: Inputs,
+    device: str,
+    *,
+    pdl: bool = False,
+    early: bool = False,
+    plans: dict[tuple[int, ...], torch.Tensor] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[Any]]:
     """The kernels' output ``[T, heads * head_dim]``, and the pages they wrote."""
     pages = to_torch(inputs.kv_cache, case.pages or case.dtype, device)
@@ -197,6 +203,7 @@ def run(
         workspace=workspace,
         pdl=pdl,
         early=early,
+        plans=plans,
     )
     assert not workspace.arrivals.any()
     bits = pages.view(torch.int8).cpu().numpy().view(TYPES[case.pages or case.dtype])
@@ -471,8 +478,7 @@ def test_a_decode_is_bit_equal_alone_and_for_any_number_of_programs(
         np.testing.assert_array_equal(output[0], together[s])
     for programs in ((1, 1), (3, 1), (16, 8)):  # one for all splits; several each
         monkeypatch.setattr(cuda, "_programs", lambda *_, chosen=programs: chosen)
-        monkeypatch.setattr(cuda, "_hopper_programs", lambda _, chosen=programs[0]: chosen)
-        monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs[1]: 7 * chosen)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda _, chosen=programs[0]: 7 * chosen - 6)
         output, _ = run(case, deepcopy(inputs), device)
         np.testing.assert_array_equal(output, together)
 
@@ -489,9 +495,10 @@ def test_what_begins_early_is_bit_equal(name: str, device: str) -> None:
     """Whatever a kernel does before it waits for the one in front of it."""
     case = (CASES | HOPPER)[name]
     inputs = case.inputs()
-    output, pages = run(case, deepcopy(inputs), device)
+    plans: dict[tuple[int, ...], torch.Tensor] = {}  # of a layer before, or none begins early
+    output, pages = run(case, deepcopy(inputs), device, plans=plans)
     pdl = has_pdl(torch.device(device))
-    early, early_pages = run(case, deepcopy(inputs), device, pdl=pdl, early=True)
+    early, early_pages = run(case, deepcopy(inputs), device, pdl=pdl, early=True, plans=plans)
     np.testing.assert_array_equal(early, output)
     # As bits: NaN of what nobody wrote is equal to none where NumPy does not know the dtype.
     np.testing.assert_array_equal(early_pages.view(np.uint8), pages.view(np.uint8))
