@@ -119,7 +119,7 @@ class EngineLoop:
     @property
     def forked(self) -> str | None:
         """Why nothing runs in a process that was forked from the engine's, None elsewhere."""
-        return forked_from(self._process)
+        return None if os.getpid() == self._process else forked_from(self._process)
 
     @property
     def unhealthy(self) -> str | None:
@@ -195,8 +195,8 @@ class EngineLoop:
     def advance(self) -> list[RequestState]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return the requests that the finished one changed."""
-        if (reason := forked_from(self._process)) is not None:
-            raise ExecutionError(reason)
+        if os.getpid() != self._process:
+            raise ExecutionError(forked_from(self._process))
         self._health.began()
         try:
             self._advance()
