@@ -38,7 +38,7 @@ def test_equals_the_reference(isa: str, rows: int, width: int) -> None:
     check(logits, isa)
     check(np.round(logits), isa)  # of which many are equal
     check(np.minimum(logits, 1.0), isa)  # the largest, too
-    check(-np.abs(logits) * 1e-40, isa)  # some are smaller than normal numbers
+    check(-np.abs(logits) * np.float32(1e-40), isa)  # some are smaller than normal numbers
 
 
 @pytest.mark.parametrize("width", WIDTHS[1:])
