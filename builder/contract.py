@@ -18,7 +18,10 @@ CacheKind = Literal["paged", "state"]
 PoolingMode = Literal["last", "mean"]
 Similarity = Literal["cosine", "dot"]
 # Bytes of an element, by the names that graphs and manifests use.
-ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+ITEM_BYTES = {
+    **{"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2},
+    **{"float8_e4m3fn": 1, "int8": 1, "uint8": 1},
+}
 
 
 class Source(StrEnum):
@@ -81,6 +84,8 @@ DRAFTS = "drafts"
 NEXT_HIDDEN = "next_hidden"
 # The cache of an engine that has one; names of what belongs to another carry that one's name.
 KV = "kv"
+# What people call pages of 16-bit keys and 8-bit values, which are arrays of bytes.
+K16V8 = "k16v8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +229,14 @@ def attention_cache(
     name: str = KV,
     window: int = 0,
 ) -> CacheSpec:
-    """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn or int8,
-    whose scales are an array of their own."""
-    heads = (2, num_kv_heads)
-    arrays = [CacheArray(_scoped("kv_cache", name), dtype, (*heads, page_size * head_dim))]
-    if dtype == "int8":
-        arrays.append(CacheArray(_scoped("kv_scales", name), "float32", (*heads, page_size)))
+    """The pages of PagedAttention; dtype is float32, float16, bfloat16, float8_e4m3fn, int8, or
+    k16v8 for bytes of 16-bit keys and 8-bit values. Scales of integers are an array beside."""
+    planes, stored = (3, "uint8") if dtype == K16V8 else (2, dtype)
+    page = (planes, num_kv_heads, page_size * head_dim)
+    arrays = [CacheArray(_scoped("kv_cache", name), stored, page)]
+    if dtype in ("int8", K16V8):
+        scales = (2, num_kv_heads, page_size)
+        arrays.append(CacheArray(_scoped("kv_scales", name), "float32", scales))
     return CacheSpec(name, "paged", tuple(layers), tuple(arrays), page_size, window)
 
 
@@ -311,7 +318,8 @@ def bytes_per_token(caches: Sequence[CacheSpec]) -> int:
 
 def kv_dtype_of(caches: Sequence[CacheSpec]) -> str:
     """The dtype of pages, for people: that of the first paged cache."""
-    return paged(caches)[0].arrays[0].dtype
+    dtype = paged(caches)[0].arrays[0].dtype
+    return K16V8 if dtype == "uint8" else dtype
 
 
 def _scoped(name: str, cache: str) -> str:

@@ -11,7 +11,7 @@ from slipstream.errors import BuildError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8_wo", "int4_wo", "fp8"]
-KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "k16v8"]
 GemmPlugin = Literal["auto", "disable"]
 OrtAttention = Literal["auto", "slots", "pages"]
 OrtActivations = Literal["exact", "int8"]
@@ -33,7 +33,8 @@ class BuildOptions:
     group_size      elements along K that share a scale; for integer groups only
     symmetric       no zero points; for integer groups only, which have them by default
     kv_cache_dtype  auto: fp8 where the checkpoint has scales for it; else on a CPU float32 for a
-                    dense engine and float16 for a quantized one, on a GPU the dtype
+                    dense engine and float16 for a quantized one, on a GPU the dtype. k16v8: keys of
+                    16 bits and values of 8, in units of a scale a token and head (on a CPU)
     strict_tensors  refuse a checkpoint of which tensors are left out: those of images, of layers
                     that predict further tokens, a head beside the embedding that it is tied to
     task            what the engine is for: to generate text, to make vectors of texts (embed), or

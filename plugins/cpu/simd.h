@@ -16,6 +16,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -30,6 +32,14 @@ struct Half {
 // A bfloat16: the upper half of a float.
 struct BFloat16 {
   uint16_t bits;
+};
+
+// Two integers that are multiplied by two others at once, and their products added.
+struct Pair16 {
+  int16_t first, second;
+};
+struct Pair8 {
+  int8_t first, second;
 };
 
 // A float8_e4m3fn: no infinities, NaN with all bits but the sign set, 448 the largest.
@@ -86,7 +96,7 @@ SLIPSTREAM_INLINE void store(Float8* p, Floats a) { store_e4m3(p, a, kLanes); }
 #if !defined(__AVX512F__)
 // Kernels ask for whole vectors where 8 divides a length, so these never see fewer lanes.
 template <class T>
-SLIPSTREAM_INLINE Floats load_first(const T* p, int) {
+SLIPSTREAM_INLINE auto load_first(const T* p, int) {
   return load(p);
 }
 template <class T>
@@ -95,6 +105,7 @@ SLIPSTREAM_INLINE void store_first(T* p, Floats a, int) {
 }
 // The same factor for all lanes of b.
 SLIPSTREAM_INLINE Floats fma_splat(const float* a, Floats b, Floats c) { return fma(splat(*a), b, c); }
+SLIPSTREAM_INLINE Ints fma_splat(const Pair16* a, Ints b, Ints c) { return fma(splat(*a), b, c); }
 #endif
 
 // 2^x for x <= 127 with a relative error below 3e-7; exactly 0 for x < -126, -infinity and NaN. The polynomial is a
@@ -106,6 +117,24 @@ SLIPSTREAM_INLINE Floats exp2(Floats x) {
   p = fma(p, f, splat(2.40222424e-1f));
   p = fma(p, f, splat(6.93147004e-1f));
   return scale_or_zero(fma(p, f, splat(1.0f)), n, x);
+}
+
+// The same with a relative error below 3e-6, of several vectors at once.
+template <int n>
+SLIPSTREAM_INLINE void exp2_short(Floats (&x)[n]) {
+  Floats whole[n], p[n];
+#pragma GCC unroll 4
+  for (int v = 0; v < n; ++v) whole[v] = round(x[v]);
+#pragma GCC unroll 4
+  for (int v = 0; v < n; ++v) {
+    const Floats f = x[v] - whole[v];
+    p[v] = fma(splat(9.58285e-3f), f, splat(5.590643e-2f));
+    p[v] = fma(p[v], f, splat(2.4024099e-1f));
+    p[v] = fma(p[v], f, splat(6.9312419e-1f));
+    p[v] = fma(p[v], f, splat(1.0f));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < n; ++v) x[v] = scale_or_zero(p[v], whole[v], x[v]);
 }
 
 // Absolute error below 3e-7.

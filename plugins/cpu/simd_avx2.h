@@ -89,6 +89,29 @@ SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) {
 }
 // a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
 SLIPSTREAM_INLINE Ints multiply_small(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+// kLanes pairs, and a pair in every lane.
+SLIPSTREAM_INLINE Ints load(const Pair16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+SLIPSTREAM_INLINE Ints load(const Pair8* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SLIPSTREAM_INLINE void store(Pair16* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+SLIPSTREAM_INLINE Ints splat(Pair16 a) {
+  int32_t both;
+  std::memcpy(&both, &a, sizeof(both));
+  return _mm256_set1_epi32(both);
+}
+// c and the products of the pairs' first integers and of their second.
+SLIPSTREAM_INLINE Ints fma(Ints a, Ints b, Ints c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+SLIPSTREAM_INLINE void store(int16_t* p, Floats a) {
+  const __m256i wide = _mm256_cvtps_epi32(a);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+}
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[2]) {
+  const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a), splat(127)), 23));

@@ -97,6 +97,32 @@ SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) {
 }
 // a is 0..255 and b fits 16 bits, so one multiply of 16-bit halves is enough.
 SLIPSTREAM_INLINE Ints multiply_small(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
+// kLanes pairs, and a pair in every lane.
+SLIPSTREAM_INLINE Ints load(const Pair16* p) { return _mm512_loadu_si512(p); }
+SLIPSTREAM_INLINE Ints load(const Pair8* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+SLIPSTREAM_INLINE Ints load_first(const Pair16* p, int n) { return _mm512_maskz_loadu_epi32(first_lanes(n), p); }
+SLIPSTREAM_INLINE Ints load_first(const Pair8* p, int n) {
+  return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+SLIPSTREAM_INLINE void store(Pair16* p, Ints a) { _mm512_storeu_si512(p, a); }
+SLIPSTREAM_INLINE Ints splat(Pair16 a) {
+  int32_t both;
+  std::memcpy(&both, &a, sizeof(both));
+  return _mm512_set1_epi32(both);
+}
+// c and the products of the pairs' first integers and of their second.
+SLIPSTREAM_INLINE Ints fma(Ints a, Ints b, Ints c) { return _mm512_dpwssd_epi32(c, a, b); }
+SLIPSTREAM_INLINE Ints fma_splat(const Pair16* a, Ints b, Ints c) { return fma(splat(*a), b, c); }
+SLIPSTREAM_INLINE void store_first(int16_t* p, Floats a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
+}
+SLIPSTREAM_INLINE void store(int16_t* p, Floats a) { store_first(p, a, kLanes); }
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[16 / kLanes]) {
+  for (int v = 0; v < 16 / kLanes; ++v) store(p + v * kLanes, a[v]);
+}
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) { return _mm512_scalef_ps(splat(1.0f), a); }
 

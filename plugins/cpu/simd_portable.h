@@ -124,6 +124,42 @@ SLIPSTREAM_INLINE Ints splat(int32_t x) { return Ints{x, x, x, x}; }
 SLIPSTREAM_INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
 SLIPSTREAM_INLINE Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
 SLIPSTREAM_INLINE Ints multiply_small(Ints a, Ints b) { return a * b; }
+// kLanes pairs, and a pair in every lane.
+SLIPSTREAM_INLINE Ints load(const Pair16* p) {
+  Ints a;
+  std::memcpy(&a, p, sizeof(a));
+  return a;
+}
+SLIPSTREAM_INLINE Ints load(const Pair8* p) {
+  Pair16 pairs[kLanes];
+  for (int i = 0; i < kLanes; ++i) pairs[i] = {p[i].first, p[i].second};
+  return load(pairs);
+}
+SLIPSTREAM_INLINE void store(Pair16* p, Ints a) { std::memcpy(p, &a, sizeof(a)); }
+SLIPSTREAM_INLINE Ints splat(Pair16 a) {
+  int32_t both;
+  std::memcpy(&both, &a, sizeof(both));
+  return splat(both);
+}
+// c and the products of the pairs' first integers and of their second.
+SLIPSTREAM_INLINE Ints fma(Ints a, Ints b, Ints c) {
+#if defined(__SSE2__)
+  return c + reinterpret_cast<Ints>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const Ints second = (a >> 16) * (b >> 16);
+  a = reinterpret_cast<Ints>(reinterpret_cast<Words>(a) << 16) >> 16;
+  b = reinterpret_cast<Ints>(reinterpret_cast<Words>(b) << 16) >> 16;
+  return c + a * b + second;
+#endif
+}
+SLIPSTREAM_INLINE void store(int16_t* p, Floats a) {
+  const Floats whole = round(a);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(whole[i]);
+}
+// 16 numbers.
+SLIPSTREAM_INLINE void store_codes(int16_t* p, const Floats (&a)[16 / kLanes]) {
+  for (int v = 0; v < 16 / kLanes; ++v) store(p + v * kLanes, a[v]);
+}
 // 2^a of whole numbers in -126..127.
 SLIPSTREAM_INLINE Floats exp2_whole(Floats a) {
   return reinterpret_cast<Floats>((reinterpret_cast<Words>(__builtin_convertvector(a, Ints)) + 127) << 23);

@@ -2,7 +2,7 @@
 
 from slipstream.plugins.spec import ACTIVATION_DTYPES, AttributeSpec, OperatorSpec, TensorSpec
 
-_ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn")
+_ANY_KV = ("float32", "float16", "int8", "bfloat16", "float8e4m3fn", "uint8")
 
 SPEC = OperatorSpec(
     name="PagedAttention",
@@ -26,9 +26,11 @@ SPEC = OperatorSpec(
         TensorSpec(
             "kv_cache",
             _ANY_KV,
-            ("layers", "num_pages", "2", "num_kv_heads", "page_size*head_dim"),
+            ("layers", "num_pages", "planes", "num_kv_heads", "page_size*head_dim"),
             "pages, written in place; v is [page_size, head_dim] in a page and head, k the same or "
-            "transposed (k_row_major)",
+            "transposed (k_row_major). Pages of integers hold pairs along the axis that is added "
+            "up: k [head_dim/2, page_size, 2], v [page_size/2, head_dim, 2]. uint8 are bytes, of k "
+            "in 16 bits for all heads and then of v in 8, so there are 3 planes; else there are 2",
             written=True,
         ),
         TensorSpec(
@@ -53,7 +55,7 @@ SPEC = OperatorSpec(
             "kv_scales",
             ("float32",),
             ("layers", "num_pages", "2", "num_kv_heads", "page_size"),
-            "scales of int8 pages, one a token and head",
+            "scales of pages of integers (int8, uint8), one a token and head",
             optional=True,
             written=True,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -59,6 +60,16 @@ class Inputs:
     k_norm: Floats | None = None
     sinks: Floats | None = None
 
+    @property
+    def integers(self) -> bool:
+        """Whether pages hold integers in units of their scales."""
+        return self.kv_cache.dtype in (np.int8, np.uint8)
+
+    @property
+    def key_dtype(self) -> np.dtype[np.signedinteger]:
+        """That of k in pages of integers."""
+        return np.dtype(np.int16 if self.kv_cache.dtype == np.uint8 else np.int8)
+
 
 def rotate_half(x: Wide, cos: Floats, sin: Floats) -> Wide:
     """Rotary embedding (Su et al., 2021) of heads ``[T, H, D]`` by angles ``[T, R]``.
@@ -71,41 +82,71 @@ def rotate_half(x: Wide, cos: Floats, sin: Floats) -> Wide:
     return np.concatenate([first * c - second * s, second * c + first * s, rest], axis=-1)
 
 
+def largest_code(head_dim: int) -> int:
+    """What 16-bit codes of keys, and of queries beside integer pages, are at most: so many that a
+    sum of ``head_dim`` of their products fits 32 bits."""
+    return math.isqrt((2**31 - 1) // head_dim)
+
+
+def head_blocks(inputs: Inputs, a: Attributes, which: int) -> NDArray[np.generic]:
+    """The k (``which`` 0) or v (1) of a layer in every page, as a view
+    ``[num_pages, num_kv_heads, page_size, D]``, of integers ``[..., page_size, D // 2, 2]`` for k
+    and ``[..., page_size // 2, 2, D]`` for v: their pairs along the axis that is added up lie
+    together."""
+    layer = inputs.kv_cache[a.layer]
+    lead = (len(layer), a.num_kv_heads)
+    size = a.page_size * a.head_dim
+    heads: NDArray[np.generic]
+    if inputs.integers:
+        pages = layer.reshape(len(layer), -1).view(np.int8)
+        values = pages[:, -a.num_kv_heads * size :]
+        keys = pages[:, : -values.shape[1]].view(inputs.key_dtype)
+        if which == 0:
+            pairs = keys.reshape(*lead, a.head_dim // 2, a.page_size, 2)
+            heads = pairs.transpose(0, 1, 3, 2, 4)
+        else:
+            heads = values.reshape(*lead, a.page_size // 2, a.head_dim, 2).transpose(0, 1, 2, 4, 3)
+    elif a.transposed(which):
+        columns = layer[:, which].reshape(*lead, a.head_dim, a.page_size)
+        heads = columns.transpose(0, 1, 3, 2)
+    else:
+        heads = layer[:, which].reshape(*lead, a.page_size, a.head_dim)
+    return heads
+
+
 def write_page(inputs: Inputs, a: Attributes, which: int, slot: int, heads: Wide) -> None:
     """Store one token's k (``which`` 0) or v (1) heads ``[num_kv_heads, D]`` at ``slot``.
 
-    Values round to the dtype of the pages. int8 pages are symmetric per token and head:
-    ``scale = max|x| / 127``. float8_e4m3fn pages hold ``x / a.unit(which)``, saturated to ±448.
+    Values round to the dtype of the pages. Integers are symmetric per token and head:
+    ``scale = max|x| / 127``, or ``/ largest_code(D)`` for keys of 16 bits. float8_e4m3fn pages hold
+    ``x / a.unit(which)``, saturated to ±448.
     """
     page, offset = divmod(slot, a.page_size)
-    transposed = a.transposed(which)
-    shape = (a.head_dim, a.page_size) if transposed else (a.page_size, a.head_dim)
-    block = inputs.kv_cache[a.layer, page, which].reshape(a.num_kv_heads, *shape)
+    block = head_blocks(inputs, a, which)[page]
+    if inputs.integers:
+        assert inputs.kv_scales is not None, "integer pages need kv_scales"
+        wide = which == 0 and inputs.key_dtype == np.int16
+        scale = np.abs(heads).max(axis=-1) / (largest_code(a.head_dim) if wide else 127)
+        inputs.kv_scales[a.layer, page, which, :, offset] = scale
+        codes = np.rint(heads / np.where(scale > 0, scale, 1)[:, None]).astype(block.dtype)
+        if which == 0:
+            block[:, offset] = codes.reshape(a.num_kv_heads, -1, 2)
+        else:
+            block[:, offset // 2, offset % 2] = codes
+        return
     if inputs.kv_cache.dtype == ml_dtypes.float8_e4m3fn:
         heads = np.clip(heads / a.unit(which), -448, 448)
-    if inputs.kv_cache.dtype == np.int8:
-        assert inputs.kv_scales is not None, "int8 pages need kv_scales"
-        scale = np.abs(heads).max(axis=-1) / 127
-        inputs.kv_scales[a.layer, page, which, :, offset] = scale
-        heads = np.rint(heads / np.where(scale > 0, scale, 1)[:, None])
-    codes = heads.astype(inputs.kv_cache.dtype)
-    if transposed:
-        block[:, :, offset] = codes
-    else:
-        block[:, offset] = codes
+    block[:, offset] = heads.astype(inputs.kv_cache.dtype)
 
 
 def read_pages(inputs: Inputs, a: Attributes, which: int, sequence: int) -> Wide:
     """The k or v ``[num_kv_heads, context_len, D]`` of one sequence, from its pages."""
     context = int(inputs.context_len[sequence])
     pages = inputs.page_table[sequence, : -(-context // a.page_size)]
-    blocks = inputs.kv_cache[a.layer, pages, which].astype(np.float64)
-    if a.transposed(which):
-        tokens = blocks.reshape(-1, a.num_kv_heads, a.head_dim, a.page_size).transpose(1, 0, 3, 2)
-    else:
-        tokens = blocks.reshape(-1, a.num_kv_heads, a.page_size, a.head_dim).transpose(1, 0, 2, 3)
-    if inputs.kv_cache.dtype == np.int8:
-        assert inputs.kv_scales is not None, "int8 pages need kv_scales"
+    blocks = head_blocks(inputs, a, which)[pages].astype(np.float64)
+    tokens = blocks.reshape(-1, a.num_kv_heads, a.page_size, a.head_dim).transpose(1, 0, 2, 3)
+    if inputs.integers:
+        assert inputs.kv_scales is not None, "integer pages need kv_scales"
         tokens = tokens * inputs.kv_scales[a.layer, pages, which].transpose(1, 0, 2)[..., None]
     if inputs.kv_cache.dtype == ml_dtypes.float8_e4m3fn:
         tokens = tokens * a.unit(which)
@@ -144,7 +185,7 @@ def _norm(x: Wide, weight: Floats | None, eps: float) -> Wide:
 
 def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
     """The first phase: store the k and v that the step is given, and return its rotated queries
-    ``[T, Hq, D]``."""
+    ``[T, Hq, D]``, which beside pages of integers are rounded as 16-bit keys are."""
     a = attributes
     heads = inputs.qkv.astype(np.float64).reshape(inputs.qkv.shape[0], -1, a.head_dim)
     q, given = heads[:, : a.num_heads], heads[:, a.num_heads :]
@@ -155,7 +196,12 @@ def write_pages(inputs: Inputs, attributes: Attributes) -> Wide:
         for token, slot in enumerate(inputs.slot_mapping):
             write_page(inputs, a, 0, int(slot), k[token])
             write_page(inputs, a, 1, int(slot), v[token])
-    return rotate_half(_norm(q, inputs.q_norm, a.norm_eps), inputs.cos, inputs.sin)
+    queries = rotate_half(_norm(q, inputs.q_norm, a.norm_eps), inputs.cos, inputs.sin)
+    if not inputs.integers:
+        return queries
+    unit = np.abs(queries).max(axis=-1, keepdims=True) / largest_code(a.head_dim)
+    rounded: Wide = np.rint(queries / np.where(unit > 0, unit, 1)) * unit
+    return rounded
 
 
 def attend_pages(inputs: Inputs, attributes: Attributes, queries: Wide) -> Floats:
@@ -171,7 +217,7 @@ def paged_attention(inputs: Inputs, attributes: Attributes) -> Floats:
     """Attention over a paged KV cache (Kwon et al., 2023) for prefill chunks and decodes together.
 
     Returns float32 ``[T, num_heads * head_dim]`` and writes the k and v of ``inputs.qkv`` into
-    ``inputs.kv_cache`` (and, for int8 pages, their scales into ``inputs.kv_scales``). The queries
-    of a sequence are the last tokens of its context.
+    ``inputs.kv_cache`` (and, for pages of integers, their scales into ``inputs.kv_scales``). The
+    queries of a sequence are the last tokens of its context.
     """
     return attend_pages(inputs, attributes, write_pages(inputs, attributes))

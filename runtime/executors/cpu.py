@@ -51,6 +51,7 @@ _ORT_TYPES = {
     "bfloat16": "bfloat16",
     "float8_e4m3fn": "float8e4m3fn",
     "int8": "int8",
+    "uint8": "uint8",
     "int32": "int32",
 }
 _Kind = tuple[str, tuple[int | str | None, ...]]

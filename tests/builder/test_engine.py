@@ -105,9 +105,11 @@ def test_a_manifest_survives_the_file(tmp_path: Path) -> None:
     assert engine.manifest.slipstream_version == __version__
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 256), ("float16", 128), ("int8", 72)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 256), ("float16", 128), ("int8", 72), ("k16v8", 104)]
+)
 def test_bytes_of_a_token(dtype: str, size: int) -> None:
-    """k and v of one head in one layer: 32 numbers each; int8 adds a float32 scale to each."""
+    """k and v of one head in one layer: 32 numbers each; integers add a float32 scale to each."""
     assert bytes_per_token([attention_cache(dtype, [0], 32, 1, 32)]) == size
     assert bytes_per_token([attention_cache(dtype, [0, 1, 2], 32, 2, 32)]) == 6 * size
 

@@ -42,7 +42,7 @@ _LIMITS = EngineLimits()
 _LARGEST_HEAD = 512  # elements
 _CHOICES = {
     "quantization": ("none", "int8_wo", "int4_wo"),
-    "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8"),
+    "kv_cache_dtype": ("auto", "float32", "float16", "int8", "fp8", "k16v8"),
     "ort_attention": ("auto",),
     "ort_activations": ("exact",),
 }

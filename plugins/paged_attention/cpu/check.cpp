@@ -10,8 +10,10 @@ static const char* check_attributes(const PagedAttentionArgs& args) {
   if (args.num_heads % args.num_kv_heads != 0) return "num_kv_heads must divide num_heads";
   if (args.layer >= args.layers) return "layer is outside kv_cache";
   if (args.rotary_half > args.head_dim / 2) return "more of a head is rotated than it has";
-  if (args.kv_cache_type == ElementType::int8 && args.kv_scales == nullptr)
-    return "int8 pages need kv_scales, one for each token and head";
+  const bool bytes = args.kv_cache_type == ElementType::uint8;  // 16-bit keys and 8-bit values
+  if (args.planes != (bytes ? 3 : 2)) return "kv_cache must have 2 planes, or 3 of uint8";
+  if ((bytes || args.kv_cache_type == ElementType::int8) && args.kv_scales == nullptr)
+    return "pages of integers need kv_scales, one for each token and head";
   if (args.kv_cache_type == ElementType::float8e4m3fn && !(args.k_scale > 0 && args.v_scale > 0))
     return "k_scale and v_scale must be positive";
   return nullptr;

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -27,89 +28,124 @@ constexpr int kStrip = 2 * kLanes;
 // not seen to gain.
 constexpr bool kInStrips = simd::kRegisters == 16;
 
-// The right-hand matrix: `depth` rows, `panel_depth` of them in each panel, `stride` elements apart.
+// What a row of b is multiplied by, and the sums of a vector of columns: floats, or pairs of integers whose products
+// are exact.
 template <class T>
+struct Factors {
+  using Left = float;
+  using Sums = Floats;
+};
+template <>
+struct Factors<Pair16> {
+  using Left = Pair16;
+  using Sums = simd::Ints;
+};
+template <>
+struct Factors<Pair8> : Factors<Pair16> {};
+
+template <class T>
+using Left = typename Factors<T>::Left;
+
+// Numbers of an element, along the axis that is added up.
+template <class T>
+constexpr int64_t kPack = std::is_same_v<Left<T>, Pair16> ? 2 : 1;
+
+// The right-hand matrix: `depth` rows, `panel_depth` of them in each panel, `stride` elements apart.
+template <class T, class Next>
 struct Panels {
   using Element = T;
+  using Ahead = Next;
   static constexpr bool in_strips = false;
   const T* const* data;
-  const T* const* ahead;  // panels to bring to the second-level cache meanwhile, a line for each line that is read
+  const Next* const* ahead;  // panels to bring to the second-level cache meanwhile, an element for each that is read
   int64_t panel_depth;
   int64_t depth;
   int64_t stride;
+  // Further panels of elements as wide as T, a line of them for every other row: where those ahead are narrower, less
+  // than memory could bring would be fetched here, and too much where the next keys are fetched beside narrow values.
+  const T* const* after = nullptr;
+
+  const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
+  const char* panel_ahead(int64_t i, int64_t column) const { return reinterpret_cast<const char*>(ahead[i] + column); }
 };
 
-// The same, copied so that every strip of columns of a panel is read from front to back.
+// The same, copied so that every strip of columns of all panels is read from front to back.
+template <class T>
 struct Strips {
-  using Element = float;
+  using Element = T;
   static constexpr bool in_strips = true;
-  const float* const* data;
-  int64_t panel_depth;
+  static constexpr int64_t stride = kStrip;
+  const T* data;
+  int64_t strip_depth;  // rows from one strip to the next
   int64_t depth;
+  int64_t panel_depth = depth;
+
+  const T* panel(int64_t, int64_t column) const { return data + column / kStrip * kStrip * strip_depth + column % kStrip; }
+  const char* panel_ahead(int64_t, int64_t) const { return nullptr; }
 
   static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
 };
 
 // A panel [depth, columns] in strips. It is read from front to back, too.
-template <class T>
-const float* copy_strips(const T* from, int64_t depth, int64_t columns, float* to) {
+template <class T, class To>
+void copy_strips(const T* from, int64_t depth, int64_t columns, int64_t strip_depth, To* to) {
   const int64_t whole = columns / kStrip * kStrip;
   for (int64_t k = 0; k < depth; ++k, from += columns) {
-    float* out = to + k * kStrip;
-    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * depth) {
+    To* out = to + k * kStrip;
+    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * strip_depth) {
       simd::store(out, simd::load(from + column));
       simd::store(out + kLanes, simd::load(from + column + kLanes));
     }
     for (int64_t column = whole; column < columns; column += kLanes, out += kLanes)
       simd::store(out, simd::load_first(from + column, static_cast<int>(std::min<int64_t>(kLanes, columns - column))));
   }
-  return to;
 }
 
 template <class B, int rows, int vectors, bool partial>
-SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const B& b, int64_t column, int count,
-                                      float* c, int64_t c_stride, bool accumulate) {
+SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_t a_stride, const B& b, int64_t column,
+                                      int count, float* c, int64_t c_stride, const float* units, bool accumulate) {
   using T = typename B::Element;
-  Floats sum[rows][vectors];
+  using Sums = typename Factors<T>::Sums;
+  constexpr bool integers = kPack<T> == 2;
+  Sums sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v)
-      sum[r][v] = accumulate ? simd::load(c + r * c_stride + column + v * kLanes) : simd::splat(0.0f);
+      if constexpr (integers) {
+        sum[r][v] = simd::splat(int32_t{0});
+      } else {
+        sum[r][v] = accumulate ? simd::load(c + r * c_stride + column + v * kLanes) : simd::splat(0.0f);
+      }
   // One pointer for three rows: x86 addresses p, p + s and p + 2 s with the same two registers.
-  const float* left[(rows + 2) / 3];
+  const Left<T>* left[(rows + 2) / 3];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
-    const T* right;
-    int64_t stride;
-    [[maybe_unused]] int64_t ahead = 0;
-    if constexpr (B::in_strips) {
-      right = b.data[panel] + column / kStrip * kStrip * b.panel_depth + column % kStrip;
-      stride = kStrip;
-    } else {
-      right = b.data[panel] + column;
-      stride = b.stride;
-      ahead = reinterpret_cast<const char*>(b.ahead[panel]) - reinterpret_cast<const char*>(b.data[panel]);
-    }
+    const T* right = b.panel(panel, column);
+    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
-    for (int64_t k = 0; k < depth; ++k, right += stride) {
-      if constexpr (!B::in_strips)
-        for (int64_t i = 0; i < vectors * kLanes * static_cast<int64_t>(sizeof(T)); i += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(right) + ahead + i, 0, 2);
+    for (int64_t k = 0; k < depth; ++k, right += b.stride) {
+      if constexpr (!B::in_strips) {
+        constexpr int64_t size = sizeof(typename B::Ahead);
+        for (int64_t i = 0; i < vectors * kLanes * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+        ahead += b.stride * size;
+        if constexpr (size < static_cast<int64_t>(sizeof(T)))
+          if (k % 2 == 1) __builtin_prefetch(reinterpret_cast<const char*>(b.after[panel]) + k * 64, 0, 2);
+      }
       if constexpr (rows < vectors && simd::kRegisters == 16) {
         // One vector of columns at a time: accumulators, what rows broadcast and that vector are all that fits.
-        Floats broadcast[rows];
+        Sums broadcast[rows];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) broadcast[r] = simd::splat(left[r / 3][(r % 3) * a_stride]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          const Floats lanes = simd::load(right + v * kLanes);
+          const Sums lanes = simd::load(right + v * kLanes);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sum[r][v] = simd::fma(broadcast[r], lanes, sum[r][v]);
         }
       } else {
-        Floats lanes[vectors];
+        Sums lanes[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v)
           lanes[v] = partial ? simd::load_first(right, count) : simd::load(right + v * kLanes);
@@ -126,24 +162,33 @@ SLIPSTREAM_INLINE void multiply_block(const float* a, int64_t a_stride, const B&
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) simd::store(c + r * c_stride + column + v * kLanes, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* out = c + r * c_stride + column + v * kLanes;
+      if constexpr (integers) {
+        const Floats unit = simd::splat(units[r]), sums = simd::to_floats(sum[r][v]);
+        simd::store(out, accumulate ? simd::fma(sums, unit, simd::load(out)) : sums * unit);
+      } else {
+        simd::store(out, sum[r][v]);
+      }
+    }
 }
 
 template <class B, int rows>
-__attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, const B& b, int64_t columns, float* c,
-                                             int64_t c_stride, bool accumulate) {
+__attribute__((noinline)) void multiply_rows(const Left<typename B::Element>* a, int64_t a_stride, const B& b,
+                                             int64_t columns, float* c, int64_t c_stride, const float* units,
+                                             bool accumulate) {
   int64_t column = 0;
   if constexpr (rows * 2 <= kRows && !B::in_strips)
     for (; column + 4 * kLanes <= columns; column += 4 * kLanes)
-      multiply_block<B, rows, 4, false>(a, a_stride, b, column, kLanes, c, c_stride, accumulate);
+      multiply_block<B, rows, 4, false>(a, a_stride, b, column, kLanes, c, c_stride, units, accumulate);
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
-    multiply_block<B, rows, 2, false>(a, a_stride, b, column, kLanes, c, c_stride, accumulate);
+    multiply_block<B, rows, 2, false>(a, a_stride, b, column, kLanes, c, c_stride, units, accumulate);
   for (; column + kLanes <= columns; column += kLanes)
-    multiply_block<B, rows, 1, false>(a, a_stride, b, column, kLanes, c, c_stride, accumulate);
+    multiply_block<B, rows, 1, false>(a, a_stride, b, column, kLanes, c, c_stride, units, accumulate);
   if constexpr (kLanes > 8)
     if (column < columns)
       multiply_block<B, rows, 1, true>(a, a_stride, b, column, static_cast<int>(columns - column), c, c_stride,
-                                       accumulate);
+                                       units, accumulate);
 }
 
 template <int n>
@@ -151,15 +196,17 @@ struct Step {
   static constexpr int rows = n;
 };
 
-// Any number of rows. Rows of c must have room for `columns` rounded up to whole vectors.
+// Any number of rows. Rows of c must have room for `columns` rounded up to whole vectors. Products of integers are in
+// the unit of their row.
 template <class B>
-void multiply(int64_t rows, const float* a, int64_t a_stride, const B& b, int64_t columns, float* c, int64_t c_stride,
-              bool accumulate) {
+void multiply(int64_t rows, const Left<typename B::Element>* a, int64_t a_stride, const B& b, int64_t columns, float* c,
+              int64_t c_stride, const float* units, bool accumulate) {
   const auto take = [&](auto step) {
     for (; rows >= step.rows; rows -= step.rows) {
-      multiply_rows<B, step.rows>(a, a_stride, b, columns, c, c_stride, accumulate);
+      multiply_rows<B, step.rows>(a, a_stride, b, columns, c, c_stride, units, accumulate);
       a += step.rows * a_stride;
       c += step.rows * c_stride;
+      if (units != nullptr) units += step.rows;
     }
   };
   if constexpr (kRows == 12) {

@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "cpu/simd.h"
+#include "multiply.h"
 #include "operators.h"
+#include "softmax.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -25,9 +27,39 @@ inline int64_t block_index(const PagedAttentionArgs& args, int64_t page, int64_t
   return ((args.layer * args.num_pages + page) * 2 + which) * args.num_kv_heads + head;
 }
 
-template <class T>
-T* page_data(const PagedAttentionArgs& args, int64_t page, int64_t which, int64_t head) {
-  return static_cast<T*>(args.kv_cache) + block_index(args, page, which, head) * args.page_size * args.head_dim;
+// What the heads of a page hold: elements of keys and of values, and what these are multiplied by. Integers are in
+// units of a scale a token and head.
+template <class K, class V = K>
+struct Format {
+  using Key = K;
+  using Value = V;
+  using Query = Left<K>;
+  static constexpr int64_t kPack = attention::kPack<K>;
+  static constexpr bool kScaled = kPack == 2;
+};
+
+// A page has the keys of all its heads, then their values.
+template <class F>
+const char* page_of(const PagedAttentionArgs& args, int64_t page) {
+  const int64_t elements = args.num_kv_heads * args.page_size * args.head_dim / F::kPack;
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(typename F::Key) + sizeof(typename F::Value));
+  return static_cast<const char*>(args.kv_cache) + (args.layer * args.num_pages + page) * bytes;
+}
+
+// [head_dim, page_size], or [head_dim / 2, page_size] pairs
+template <class F>
+typename F::Key* page_keys(const PagedAttentionArgs& args, int64_t page, int64_t head) {
+  using K = typename F::Key;
+  K* keys = reinterpret_cast<K*>(const_cast<char*>(page_of<F>(args, page)));
+  return keys + head * args.page_size * args.head_dim / F::kPack;
+}
+
+// [page_size, head_dim], or [page_size / 2, head_dim] pairs
+template <class F>
+typename F::Value* page_values(const PagedAttentionArgs& args, int64_t page, int64_t head) {
+  using V = typename F::Value;
+  V* values = reinterpret_cast<V*>(page_keys<F>(args, page, args.num_kv_heads));
+  return values + head * args.page_size * args.head_dim / F::kPack;
 }
 
 inline float* page_scales(const PagedAttentionArgs& args, int64_t page, int64_t which, int64_t head) {
@@ -80,18 +112,34 @@ inline void encode(Half* out, const float* x, int64_t dim, float*) {
   }
 }
 
-// Symmetric: x is about out * scale.
-inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
-  Floats largest = simd::splat(0.0f);
-  for (int64_t i = 0; i < dim; i += kLanes)
-    largest = simd::max(largest, simd::abs(simd::load_first(x + i, lanes_left(i, dim))));
+// Symmetric: x is about out * scale, out at most `most`. One number that is none spoils the scale, and so what is
+// computed with it.
+template <class Code>
+void encode_integers(Code* out, const float* x, int64_t dim, float most, float* scale) {
+  Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const Floats lanes = simd::load_first(x + i, lanes_left(i, dim));
+    largest = simd::max(largest, simd::abs(lanes));
+    nothing = simd::fma(lanes, simd::splat(0.0f), nothing);  // or NaN
+  }
   const float amax = simd::reduce_max(largest);
-  *scale = amax / 127.0f;
-  const Floats inverse = simd::splat(amax > 0.0f ? 127.0f / amax : 0.0f);
+  *scale = (amax + simd::reduce_add(nothing)) / most;
+  const Floats inverse = simd::splat(amax > kLeast ? most / amax : 0.0f);
   for (int64_t i = 0; i < dim; i += kLanes) {
     const int n = lanes_left(i, dim);
     simd::store_first(out + i, simd::load_first(x + i, n) * inverse, n);
   }
+}
+
+inline void encode(int8_t* out, const float* x, int64_t dim, float* scale) {
+  encode_integers(out, x, dim, 127.0f, scale);
+}
+
+// Queries and keys of 16 bits: sums of their products fit 32.
+inline float most_of(int64_t dim) { return std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim)) - 0.01f); }
+
+inline void encode(int16_t* out, const float* x, int64_t dim, float* scale) {
+  encode_integers(out, x, dim, most_of(dim), scale);
 }
 
 // In units of *scale, saturated.
@@ -103,30 +151,55 @@ inline void encode(Float8* out, const float* x, int64_t dim, float* scale) {
   }
 }
 
+template <class T>
+struct Coded {
+  using Element = T;
+};
+template <>
+struct Coded<Pair8> {
+  using Element = int8_t;
+};
+template <>
+struct Coded<Pair16> {
+  using Element = int16_t;
+};
+
 // Tokens [begin, end), at most kWriteTokens, of one kv head: its query heads go to `queries` (rotated and times
 // `factor`, one row of head_dim a token and head), its k and v, if there are any, into their pages.
-template <class T>
+template <class F>
 void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, int64_t head, float factor,
-                  float* queries) {
+                  typename F::Query* queries, float* units) {
+  using K = typename Coded<typename F::Key>::Element;
+  using V = typename Coded<typename F::Value>::Element;
+  constexpr int64_t pack = F::kPack;
   const int64_t dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
   const int64_t width = (args.num_heads + args.kv_parts * args.num_kv_heads) * dim;
-  T keys[kWriteTokens][kMaxHeadDim];
-  T* columns[kWriteTokens];
+  K keys[kWriteTokens][kMaxHeadDim];
+  K* columns[kWriteTokens];
+  V codes[kMaxHeadDim];
   float rotated[kMaxHeadDim];
   for (int64_t t = begin; t < end; ++t) {
     const float* token = args.qkv + t * width;
-    for (int64_t g = 0; g < group; ++g, queries += dim)
-      rotate(args, t, token + (head * group + g) * dim, args.q_norm, factor, queries);
+    for (int64_t g = 0; g < group; ++g, queries += dim / pack) {
+      const float* query = token + (head * group + g) * dim;
+      if constexpr (F::kScaled) {
+        rotate(args, t, query, args.q_norm, 1.0f, rotated);
+        encode(reinterpret_cast<int16_t*>(queries), rotated, dim, units);
+        *units++ *= factor;
+      } else {
+        rotate(args, t, query, args.q_norm, factor, queries);
+      }
+    }
     if (args.kv_parts == 0) continue;
     const int64_t page = args.slot_mapping[t] / args.page_size, offset = args.slot_mapping[t] % args.page_size;
     float k_unit = args.k_scale, v_unit = args.v_scale, *k_scale = &k_unit, *v_scale = &v_unit;
-    if (args.kv_cache_type == ElementType::int8) {
+    if (F::kScaled) {
       k_scale = page_scales(args, page, kKeys, head) + offset;
       v_scale = page_scales(args, page, kValues, head) + offset;
     }
     rotate(args, t, token + (args.num_heads + head) * dim, args.k_norm, 1.0f, rotated);
     encode(keys[t - begin], rotated, dim, k_scale);
-    columns[t - begin] = page_data<T>(args, page, kKeys, head) + offset;
+    columns[t - begin] = reinterpret_cast<K*>(page_keys<F>(args, page, head) + offset);
     // With one part, it is both k and v.
     const float* value = token + (args.num_heads + (args.kv_parts - 1) * args.num_kv_heads + head) * dim;
     if (args.v_norm != 0) {
@@ -134,12 +207,20 @@ void write_tokens(const PagedAttentionArgs& args, int64_t begin, int64_t end, in
       for (int64_t i = 0; i < dim; ++i) rotated[i] = value[i] * scale;
       value = rotated;
     }
-    encode(page_data<T>(args, page, kValues, head) + offset * dim, value, dim, v_scale);
+    V* values = reinterpret_cast<V*>(page_values<F>(args, page, head));
+    if constexpr (pack == 2) {
+      encode(codes, value, dim, v_scale);
+      values += offset / 2 * 2 * dim + offset % 2;
+      for (int64_t i = 0; i < dim; ++i) values[2 * i] = codes[i];
+    } else {
+      encode(values + offset * dim, value, dim, v_scale);
+    }
   }
   if (args.kv_parts == 0) return;
   // Neighbouring tokens share cache lines of a transposed page, so the token loop is the inner one.
-  for (int64_t i = 0; i < dim; ++i)
-    for (int64_t t = 0; t < end - begin; ++t) columns[t][i * args.page_size] = keys[t][i];
+  for (int64_t i = 0; i < dim; i += pack)
+    for (int64_t t = 0; t < end - begin; ++t)
+      for (int64_t p = 0; p < pack; ++p) columns[t][i * args.page_size + p] = keys[t][i + p];
 }
 
 }  // namespace attention

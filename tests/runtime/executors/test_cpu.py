@@ -96,7 +96,10 @@ def expected(tiny_engine: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("dtype", "page_bytes"),
-    [("float32", PAGE_BYTES), ("float16", PAGE_BYTES // 2), ("int8", PAGE_BYTES * 5 // 16)],
+    [
+        *[("float32", PAGE_BYTES), ("float16", PAGE_BYTES // 2)],
+        *[("int8", PAGE_BYTES * 5 // 16), ("k16v8", PAGE_BYTES * 7 // 16)],
+    ],
 )
 def test_bytes_become_pages(
     tiny_checkpoint: Path,

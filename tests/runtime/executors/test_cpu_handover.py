@@ -56,7 +56,7 @@ async def handed(engine: Path, directory: Path, prompts: list[list[int]]) -> lis
         return answers
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8", "fp8", "window"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "k16v8", "fp8", "window"])
 def test_answers_are_those_of_one_engine(kind: str, tmp_path: Path) -> None:
     config = CONFIGS["gemma2" if kind == "window" else "llama"]
     dtype: Any = "auto" if kind == "window" else kind

@@ -99,12 +99,13 @@ def test_narrow_pages_cost_little(tmp_path: Path, quantization: str) -> None:
     checkpoint = save_llama(tmp_path / "checkpoint", llama_tensors())
     results = {
         dtype: logits(checkpoint, tmp_path / dtype, quantization=quantization, kv_cache_dtype=dtype)
-        for dtype in ("float32", "float16", "int8")
+        for dtype in ("float32", "float16", "int8", "k16v8")
     }
     # Behind int8 activations a small difference can become one of a whole code.
     small, large = {"none": (2e-3, 0.02), "int4_wo": (0.01, 0.03)}[quantization]
     assert 0 < distance(results["float16"], results["float32"]) < small
     assert 0 < distance(results["int8"], results["float32"]) < large
+    assert 0 < distance(results["k16v8"], results["float32"]) < large
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def test_the_manifest_says_which_gpu_is_old_enough(
     ("options", "message"),
     [
         ({"target": "cuda", "kv_cache_dtype": "int8"}, "kv_cache_dtype int8 does not run on tar"),
+        ({"target": "cuda", "kv_cache_dtype": "k16v8"}, "kv_cache_dtype k16v8 does not run on"),
         ({"target": "cuda", "dtype": "float32"}, "dtype float32 does not run on target cuda; use"),
         ({"target": "cuda", "gemm_plugin": "disable"}, "gemm_plugin disable is for target cpu"),
         ({"target": "cpu", "quantization": "fp8"}, "quantization fp8 does not run on target cpu"),

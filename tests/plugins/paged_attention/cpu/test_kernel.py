@@ -18,7 +18,8 @@ from slipstream.plugins.paged_attention import SPEC, reference
 from slipstream.plugins.paged_attention.reference import Attributes, Inputs
 from slipstream.weights.tensor import numpy_dtype
 
-KV_DTYPES = ("float32", "float16", "int8", "float8_e4m3fn")
+KV_DTYPES = ("float32", "float16", "int8", "uint8", "float8_e4m3fn")
+INTEGERS = ("int8", "uint8")  # uint8: bytes of 16-bit keys and 8-bit values
 LAYERS = 2
 
 Sequence = tuple[int, int]  # (query tokens, tokens in the cache after the step)
@@ -68,7 +69,9 @@ class Case:
         table, slots, num_pages = self._pages(rng)
         width = (self.heads + self.kv_parts * self.kv_heads) * self.head_dim
         scales = np.full((LAYERS, num_pages, 2, self.kv_heads, self.page_size), np.nan, np.float32)
-        cache = np.zeros((*scales.shape[:-1], self.page_size * self.head_dim), numpy_dtype(dtype))
+        planes = 3 if dtype == "uint8" else 2
+        page = (planes, self.kv_heads, self.page_size * self.head_dim)
+        cache = np.zeros((LAYERS, num_pages, *page), numpy_dtype(dtype))
         inputs = Inputs(
             qkv=rng.normal(0, 1.5, (tokens, width)).astype(np.float32),
             cos=np.cos(angles).astype(np.float32),
@@ -78,7 +81,7 @@ class Case:
             context_len=np.array([context for _, context in self.batch], np.int32),
             page_table=table,
             slot_mapping=slots,
-            kv_scales=scales if dtype == "int8" else None,
+            kv_scales=scales if dtype in INTEGERS else None,
             q_norm=rng.normal(1, 0.2, self.head_dim).astype(np.float32) if self.norm else None,
             k_norm=rng.normal(1, 0.2, self.head_dim).astype(np.float32) if self.norm else None,
             sinks=rng.normal(1, 1, self.heads).astype(np.float32) if self.sinks else None,
@@ -199,8 +202,10 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
     queries = reference.write_pages(theirs, case.attributes())
     assert not np.isnan(output).any()
     # Codes may differ by one unit where float32 and float64 fall on two sides of a tie.
-    if dtype == "int8":
-        np.testing.assert_allclose(ours.kv_cache, theirs.kv_cache, atol=1)
+    if dtype in INTEGERS:
+        for which in (0, 1):
+            got, want = (reference.head_blocks(x, case.attributes(), which) for x in (ours, theirs))
+            np.testing.assert_allclose(got.astype(int), want.astype(int), atol=1)
         np.testing.assert_allclose(ours.kv_scales, theirs.kv_scales, rtol=3e-6)
     else:
         rtol, atol = {
@@ -211,7 +216,12 @@ def test_kernel_matches_reference(name: str, dtype: str, isa: str) -> None:
         got, want = (x.kv_cache.astype(np.float32) for x in (ours, theirs))
         np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
     expected = reference.attend_pages(ours, case.attributes(), queries)
-    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=2e-5)
+    if dtype not in INTEGERS:
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=2e-5)
+        return
+    # So may those of a query, which moves its scores; probabilities have 16 bits.
+    error = np.abs(output - expected)
+    assert np.median(error) < 5e-5 and error.mean() < 1e-4 and error.max() < 2e-3
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
@@ -287,12 +297,56 @@ def test_a_nan_stays_one_in_a_float8_page(isa: str) -> None:
     assert np.isnan(output[1, -1]) and np.isnan(output).sum() == 1
 
 
-def test_zero_heads_have_zero_scale_in_int8_pages(isa: str) -> None:
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_zero_heads_have_zero_scale_in_pages_of_integers(dtype: str, isa: str) -> None:
     case = Case(batch=((3, 3),))
-    inputs = case.inputs("int8")
+    inputs = case.inputs(dtype)
     inputs.qkv[:] = 0
     output = attention(inputs, case.attributes(), isa)
     np.testing.assert_array_equal(output, 0)
+    slots = inputs.slot_mapping
+    scales = inputs.kv_scales
+    assert scales is not None
+    pages, offsets = np.divmod(slots, case.page_size)
+    np.testing.assert_array_equal(scales[1, pages, :, :, offsets], 0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e18, 1e-12])
+@pytest.mark.parametrize("dim", [8, 64, 128, 512])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_sums_of_the_largest_codes_fit(dtype: str, dim: int, size: float, isa: str) -> None:
+    """All products of a score have one sign and their largest size, and so have those of an output:
+    a sum that wrapped around would turn a key that is like the query into its opposite."""
+    case = Case(heads=1, kv_heads=1, head_dim=dim, page_size=512, rotary=0, batch=((512, 512),))
+    inputs = case.inputs(dtype)
+    signs = np.where(np.arange(512) % 2 == 0, 1.0, -1.0).astype(np.float32)[:, None]
+    inputs.qkv[:, :dim] = size
+    inputs.qkv[:, dim : 2 * dim] = signs * np.float32(size)
+    inputs.qkv[:, 2 * dim :] = signs
+    # Scores of 4 and -4.
+    attributes = replace(case.attributes(), scale=float(np.float32(4 / dim / size**2)))
+    output = attention(inputs, attributes, isa)[1::2]
+    expected = (np.exp(4.0) - np.exp(-4.0)) / (np.exp(4.0) + np.exp(-4.0))
+    np.testing.assert_allclose(output, expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_what_is_no_number_stays_none(dtype: str, number: float, isa: str) -> None:
+    """In a query it spoils that row; in a value, all rows of its sequence that see it."""
+    case = Case(heads=1, kv_heads=1, head_dim=24, batch=((40, 40), (40, 40)), rotary=0)
+    clean = case.inputs(dtype)
+    expected = attention(copy(clean), case.attributes(), isa)
+    query, value = copy(clean), copy(clean)
+    query.qkv[13, 7] = number
+    value.qkv[13, 48 + 7] = number
+    output = attention(query, case.attributes(), isa)
+    assert np.isnan(output[13]).all()
+    np.testing.assert_array_equal(np.delete(output, 13, 0), np.delete(expected, 13, 0))
+    output = attention(value, case.attributes(), isa)
+    assert np.isnan(output[13:40]).all()
+    np.testing.assert_array_equal(output[:13], expected[:13])
+    np.testing.assert_array_equal(output[40:], expected[40:])
 
 
 # Every array ends where memory that may be touched ends: one element more is a segmentation fault.
@@ -320,19 +374,19 @@ def ones(*shape, dtype="float32"):
 def ints(*values):
     return np.array(values, np.int32)
 
-dtypes = ("float32", "float16", "int8", ml_dtypes.float8_e4m3fn)
+dtypes = ("float32", "float16", "int8", "uint8", ml_dtypes.float8_e4m3fn)
 for dtype, dim, tokens in itertools.product(dtypes, (8, 24, 32, 72), (1, 16)):
     print(dtype, dim, tokens, flush=True)
     values = dict(
         qkv=ones(tokens, 3 * dim),
         cos=ones(tokens, dim // 2),
         sin=ones(tokens, dim // 2),
-        kv_cache=ones(1, 1, 2, 1, 16 * dim, dtype=dtype),
+        kv_cache=ones(1, 1, 3 if dtype == "uint8" else 2, 1, 16 * dim, dtype=dtype),
         query_start=ints(0, tokens),
         context_len=ints(16),
         page_table=ints(0).reshape(1, 1),
         slot_mapping=ints(*range(16 - tokens, 16)),
-        kv_scales=ones(1, 1, 2, 1, 16) if dtype == "int8" else None,
+        kv_scales=ones(1, 1, 2, 1, 16) if dtype in ("int8", "uint8") else None,
         q_norm=ones(dim),
         k_norm=ones(dim),
         sinks=ones(1),
