@@ -72,6 +72,8 @@ STATES = "states"
 # Beside logits, where a graph gives them: the best token of each row, and its logit.
 TOP_TOKEN = "top_token"
 TOP_LOGIT = "top_logit"
+# What tokens are made of.
+SAMPLED = (LOGITS, TOP_TOKEN, TOP_LOGIT)
 # What asks such a head, by the name of ``--speculative``.
 EAGLE3 = "eagle3"
 # The graph of a head that guesses tokens, the output of the target graph that it takes, and what it

@@ -38,6 +38,7 @@ OURS = {
     "EmbeddingShard": "slipstream.plugins.linear:SHARD_SPEC",
     "PagedAttention": "slipstream.plugins.paged_attention:SPEC",
     "DrawTokens": "slipstream.plugins.draw_tokens:SPEC",
+    "TopToken": "slipstream.plugins.top_token:SPEC",
     "Router": "slipstream.plugins.router:SPEC",
     "NormedRouter": "slipstream.plugins.normed_router:SPEC",
     "ExpertLinear": "slipstream.plugins.expert_linear:SPEC",

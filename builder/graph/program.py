@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import CacheSpec, GraphSpec
+from slipstream.builder.contract import CacheSpec, GraphSpec, Output
 from slipstream.weights.safetensors import ArraySpec
 from slipstream.weights.tensor import LazyTensor, numpy_dtype
 
@@ -113,6 +113,15 @@ class Program:
                 )
                 self.graph.register_initializer(value)
         return tuple(self.graph.initializers[part.name] for part in self.stored[first].parts)
+
+    def give(self, value: ir.Value, name: str) -> None:
+        """Make a value, whose type and shape are known, an output of an engine's graph."""
+        assert self.contract is not None and value.dtype is not None and value.shape is not None
+        value.name = name
+        self.graph.outputs.append(value)
+        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        outputs = (*self.contract.outputs, Output(name, dtype_name(value.dtype), shape))
+        self.contract = replace(self.contract, outputs=outputs)
 
     def drop_unused_weights(self) -> None:
         """Forget weights that no node reads any more."""

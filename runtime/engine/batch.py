@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from array import array
 from collections.abc import Collection
 
@@ -17,6 +18,7 @@ from slipstream.runtime.engine.sequence import Sequence
 from slipstream.runtime.engine.step import Guessing, IntArray, PagedInputs, SamplingRow, StepBatch
 from slipstream.runtime.engine.window_group import WindowPages
 
+_ROW = operator.attrgetter("row")
 _ON_DEVICE = -1
 _FEW = 64  # tokens that are looked at one by one in less time than NumPy's calls take
 
@@ -47,10 +49,10 @@ class BatchBuilder:
         runs = self._runs
         if runs.counts != plan.counts:
             runs = self._runs = _Runs(plan.counts, self._counter)
-        rows = [sequence.row for sequence in plan.sequences]
+        rows = list(map(_ROW, plan.sequences))
         slots = self._slots.of(rows)
         token_ids, starts, ends = _columns(plan)
-        positions = runs.positions(starts)
+        positions = starts if runs.are_few else runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
             pages = self._full.inputs(rows, slots, plan.allocations, runs, plan.starts, positions)
@@ -258,7 +260,7 @@ def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
 
 def _columns(plan: StepPlan) -> tuple[IntArray, IntArray, IntArray]:
     """The tokens of a step, and where those of each sequence begin and end in it; int32."""
-    ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+    ends = list(map(operator.add, plan.starts, plan.counts))
     lists = _tokens(plan), plan.starts, ends
     if len(lists[0]) == len(ends):  # one array costs less than three
         size, whole = len(ends), _int32([*lists[0], *lists[1], *lists[2]])

@@ -46,7 +46,8 @@ class Handover:
 
 
 class Handovers:
-    """Makes transfers of handovers, for the next step that is planned."""
+    """Makes transfers of handovers, for the next step that is planned; it ``waits`` where there are
+    some to take."""
 
     def __init__(self, caches: tuple[str, ...], windows: tuple[WindowGroup, ...]) -> None:
         self._caches = caches
@@ -54,6 +55,7 @@ class Handovers:
         self._stores: list[Transfer] = []
         self._loads: list[Transfer] = []
         self._moving: list[Handover] = []
+        self.waits = False
 
     def store(self, handover: Handover, allocation: Allocation) -> None:
         """Bring what a sequence has computed to the slots; its pages may be given to others at
@@ -66,20 +68,16 @@ class Handovers:
         self._loads += self._copies(handover, allocation, first)
         self._begin(handover)
 
-    @property
-    def waits(self) -> bool:
-        """Whether there is anything to take."""
-        return bool(self._moving)
-
     def take(self) -> tuple[list[Transfer], list[Transfer], list[Handover]]:
         """What a step is to make before and after its other transfers, and whose that is."""
         taken = self._stores, self._loads, self._moving
-        self._stores, self._loads, self._moving = [], [], []
+        self._stores, self._loads, self._moving, self.waits = [], [], [], False
         return taken
 
     def _begin(self, handover: Handover) -> None:
         handover.queued = True
         self._moving.append(handover)
+        self.waits = True
 
     def _copies(self, handover: Handover, allocation: Allocation, first: int) -> list[Transfer]:
         windows = list(zip(self._windows, allocation.windows, strict=True))

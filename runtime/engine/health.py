@@ -28,16 +28,13 @@ def probe(pooling: PoolingParams | None) -> Request:
     return Request(PROBE, [0], params, priority=-sys.maxsize, output_kind="final", pooling=pooling)
 
 
-def forked_from(process: int) -> str | None:
-    """Why nothing can run here of an engine that ``process`` loaded, None if that is this one:
-    threads and devices are not there in a process that was forked afterwards."""
-    here = os.getpid()
-    if here == process:
-        return None
+def forked_from(process: int) -> str:
+    """Why nothing can run here of an engine that ``process``, which is another one, loaded: threads
+    and devices are not there in a process that was forked afterwards."""
     return (
-        f"the engine was loaded by process {process}, and this is process {here}, which was forked"
-        " from it and has neither its threads nor its device. Load the engine after the fork, or"
-        " start the process by spawn"
+        f"the engine was loaded by process {process}, and this is process {os.getpid()}, which was"
+        " forked from it and has neither its threads nor its device. Load the engine after the"
+        " fork, or start the process by spawn"
     )
 
 

@@ -119,7 +119,7 @@ class EngineLoop:
     @property
     def forked(self) -> str | None:
         """Why nothing runs in a process that was forked from the engine's, None elsewhere."""
-        return forked_from(self._process)
+        return None if os.getpid() == self._process else forked_from(self._process)
 
     @property
     def unhealthy(self) -> str | None:
@@ -195,8 +195,8 @@ class EngineLoop:
     def advance(self) -> list[RequestState]:
         """Finish the step on its way, start the next (before that, if the device runs ahead), and
         return the requests that the finished one changed."""
-        if (reason := self.forked) is not None:
-            raise ExecutionError(reason)
+        if os.getpid() != self._process:
+            raise ExecutionError(forked_from(self._process))
         self._health.began()
         try:
             self._advance()
@@ -237,7 +237,8 @@ class EngineLoop:
                 self._flight.idle = self._steps.since_landing
         if self._flight and self._flight.pending is None:
             self._flight.sample()
-        self.kv_events.flush()
+        if self.kv_events.publisher is not None:
+            self.kv_events.flush()
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The first of the ``n`` sequences is scheduled; it releases the others."""
@@ -297,8 +298,7 @@ class EngineLoop:
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
-        self.scheduler.timed(flight.plan, seconds)
-        self.scheduler.commit(flight.plan)
+        self.scheduler.commit(flight.plan, seconds)
         if self._drafts:
             self._accept(flight, result, seconds)
         if STATES in result.outputs:

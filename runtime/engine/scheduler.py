@@ -12,7 +12,7 @@ from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.admission import Admission
 from slipstream.runtime.engine.cache_groups import kv_cache_manager
 from slipstream.runtime.engine.host_pages import HostSpace
-from slipstream.runtime.engine.kv_cache import Allocation
+from slipstream.runtime.engine.kv_cache import NO_TRANSFERS, Allocation
 from slipstream.runtime.engine.plan import MAX_STEP_DRAFTS, StepPlan
 from slipstream.runtime.engine.prompt_share import PromptShare
 from slipstream.runtime.engine.sequence import Sequence, Status
@@ -157,22 +157,16 @@ class Scheduler:
             draft = self._lead if leads else self._guess
             budget -= draft(plan, self._speculator, limit)
         plan.num_decodes = len(plan.sequences)
-        if plan.sequences:  # which wait for all of this step
-            budget = min(budget, self._most_beside(plan, prefills))
-        self._prefill(plan, prefills, budget)
+        if prefills or self.waiting:
+            self._prefill(plan, prefills, budget)
         plan.drafts += [0] * (len(plan.sequences) - len(plan.drafts))
         if plan.sequences:
             plan.transfers = self.kv.take_transfers()
         return plan
 
-    def timed(self, plan: StepPlan, seconds: float) -> None:
-        """Note what the step of a plan took."""
-        if self._share is not None:
-            decodes = sum(plan.counts[: plan.num_decodes])
-            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
-
-    def commit(self, plan: StepPlan) -> None:
-        """Note that the tokens of ``plan`` are in the KV cache, before those it sampled are taken.
+    def commit(self, plan: StepPlan, seconds: float) -> None:
+        """Note that the tokens of ``plan`` are in the KV cache, which took so many ``seconds``,
+        before those it sampled are taken.
 
         A sequence that ended or lost its pages while the step was on its way has nothing there.
         Guesses count when they are accepted.
@@ -180,7 +174,11 @@ class Scheduler:
         chunks = zip(
             plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
         )
-        self.kv.landed(plan.transfers)
+        if self._share is not None:
+            decodes = sum(plan.counts[: plan.num_decodes])
+            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
+        if plan.transfers is not NO_TRANSFERS:
+            self.kv.landed(plan.transfers)
         for sequence, start, count, drafts, allocation in chunks:
             if drafts:
                 count -= drafts
@@ -341,6 +339,8 @@ class Scheduler:
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:
         """Give the first prompt most of a budget, the shortest of the others up to a quarter of
         it, and what is left to the rest in their order."""
+        if plan.sequences:  # which wait for all of this step
+            budget = min(budget, self._most_beside(plan, prefills))
         if prefills:
             first, *others = prefills
             short = min(others, key=_LEFT) if others else self._admission.passing(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from slipstream.runtime.speculation.proposer import OFF
 DEFAULT_KV_BYTES = 4 << 30
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
+_TABLE_SHAPE = attrgetter("page_table.shape")
 MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
@@ -88,6 +90,10 @@ class CPUExecutor(CPUHost):
     handing a step to a thread of its own cost as much as it hid (and up to the interpreter's
     switch interval of 5 ms when other threads were busy).
     """
+
+    runs_ahead = False  # a step is computed when its result is asked for
+    draft_tokens = 0
+    max_drafts = MAX_DRAFTS  # as many as ``auto`` may choose from; a step has room for more
 
     def __init__(self, engine: Engine, config: RuntimeConfig, rank: int = 0) -> None:
         manifest = engine.manifest
@@ -152,21 +158,6 @@ class CPUExecutor(CPUHost):
         give_back()
         return pages
 
-    @property
-    def runs_ahead(self) -> bool:
-        """Never: a step is computed when its result is asked for."""
-        return False
-
-    @property
-    def draft_tokens(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def max_drafts(self) -> int:
-        """As many as ``auto`` may choose from; a step has room for more."""
-        return MAX_DRAFTS
-
     def submit(self, batch: StepBatch) -> _Pending:
         """Put a step's inputs in place."""
         if batch.transfers:
@@ -224,7 +215,7 @@ class CPUExecutor(CPUHost):
         rows = len(batch.logits_rows)
         key = (
             *(batch.graph, batch.outputs, len(batch.token_ids), rows),
-            *[inputs.page_table.shape for inputs in batch.pages.values()],
+            *map(_TABLE_SHAPE, batch.pages.values()),
         )
         binding = self._bindings.get(key)
         if binding is None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import LOGITS, GraphSpec, Output, Source
+from slipstream.builder.contract import SAMPLED, GraphSpec, Output, Source
 from slipstream.runtime.engine.step import StepBatch, reader_of
 
 # Arrays by name, as ONNX Runtime sees them: those of caches.
@@ -31,8 +31,8 @@ class Graph:
         self.outputs = {output.name: output for output in spec.outputs if output.updates is None}
 
     def wanted(self, batch: StepBatch) -> list[Output]:
-        """The outputs that a step asks for; a graph that has logits always gives them."""
-        names = [LOGITS, *batch.outputs] if LOGITS in self.outputs else batch.outputs
+        """The outputs that a step asks for; what is sampled of a graph is always given."""
+        names = [*(name for name in SAMPLED if name in self.outputs), *batch.outputs]
         return [self.outputs[name] for name in names]
 
 

@@ -26,8 +26,10 @@ class Announcer:
             self.publisher.publish([AllBlocksCleared()])
 
     def flush(self) -> None:
-        """Tell what happened since the last call."""
-        if self.publisher is not None and (events := self._log.take()):
+        """Tell the subscribers, whom ``publisher`` has if there can be any, what happened since the
+        last call."""
+        assert self.publisher is not None
+        if events := self._log.take():
             self.publisher.publish(events)
 
     def close(self) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.builder.contract import LOGITS
+from slipstream.builder.contract import LOGITS, TOP_LOGIT, TOP_TOKEN
 from slipstream.cores import usable_cores
 from slipstream.errors import ExecutionError
 from slipstream.runtime.engine.step import (
@@ -31,6 +32,10 @@ from slipstream.runtime.sampling.logits_processors import edits_logits, process_
 from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
+_CONSTRAINT = attrgetter("constraint")
+# Of every row the first token of those with the largest logit, and that logit: NaN if the row has
+# one. Where it is not finite the token means nothing.
+Tops = tuple[list[int], Sequence[float | np.float32]]
 
 
 class Sampler:
@@ -46,7 +51,7 @@ class Sampler:
     def constrain(self, rows: Sequence[SamplingRow]) -> None:
         """Find out what may come next in rows that have a form; before ``sample``, and when the
         host knows their output."""
-        held = [row for row in rows if row.constraint is not None]
+        held = list(filter(_CONSTRAINT, rows))
         if not held:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
@@ -58,50 +63,55 @@ class Sampler:
         """What a step has made, of its outputs, which the next step may overwrite."""
         rows = len(batch.sampling)
         if LOGITS in outputs:
-            result = self.sample(outputs[LOGITS], batch.sampling)
+            tops = None
+            if TOP_TOKEN in outputs:
+                tops = outputs[TOP_TOKEN].tolist(), outputs[TOP_LOGIT].tolist()
+            result = self.sample(outputs[LOGITS], batch.sampling, tops)
         else:
             result = StepResult([-1] * rows, [None] * rows)
-        result.outputs = {name: outputs[name].copy() for name in batch.outputs}
+        if batch.outputs:
+            result.outputs = {name: outputs[name].copy() for name in batch.outputs}
         return result
 
-    def sample(self, logits: Logits, rows: Sequence[SamplingRow]) -> StepResult:
+    def sample(
+        self, logits: Logits, rows: Sequence[SamplingRow], tops: Tops | None = None
+    ) -> StepResult:
         """Sample ``logits`` (float32 [L, V], not changed) with one row of parameters each.
+
+        ``tops`` are what the graph has found, whose rows of logits are not read where they are all
+        that is asked; None if it looks for none.
 
         Log probabilities are those of the model's own logits, before any processing. A row after
         a draft is rejected if the row before it has sampled another token. A row that
         holds NaN, +inf or nothing but -inf has failed.
         """
         assert logits.shape == (len(rows), self._vocab_size), (logits.shape, len(rows))
-        result = StepResult([-1] * len(rows), [None] * len(rows))
         if _are_plain(rows):
-            self._take_largest(logits, result)
-            return result
+            return likeliest(tops or _search(logits))
+        result = StepResult([-1] * len(rows), [None] * len(rows))
+        greedy: list[int] = []
         drawn: list[int] = []
-        greedy = True
         for index, row in enumerate(rows):
             if row.target is not None:
                 continue
             if edits_logits(row):
                 self._draw_edited(logits, index, row, result)
             else:
-                drawn.append(index)
-                greedy = greedy and row.params.greedy
-        if greedy and len(drawn) == len(rows):  # NumPy's search costs half of a call of the kernel
-            self._take_largest(logits, result)
-        elif drawn:
+                (greedy if row.params.greedy else drawn).append(index)
+        if tops is None and len(greedy) == len(rows):  # which costs half of a call of the kernel
+            tops = _search(logits)
+        if tops is None:
+            drawn += greedy
+        else:
+            for index in greedy:
+                _put(result, index, tops[0][index], tops[1][index])
+        if drawn:
             tokens, peaks = self._drawer.draw(logits, drawn, [rows[index] for index in drawn])
             for index, token, peak in zip(drawn, tokens, peaks, strict=True):
                 _put(result, index, token, peak)
         reject(rows, result)
         _score(logits, rows, result)
         return result
-
-    def _take_largest(self, logits: Logits, result: StepResult) -> None:
-        """The first of the largest of every row."""
-        result.token_ids = tokens = logits.argmax(axis=1).tolist()
-        for index, token in enumerate(tokens):
-            if not math.isfinite(peak := logits[index, token]):
-                result.token_ids[index], result.failed[index] = -1, broken_row(peak)
 
     def _draw_edited(
         self, logits: Logits, index: int, row: SamplingRow, result: StepResult
@@ -111,6 +121,22 @@ class Sampler:
         if peak == -math.inf:
             token, peak = _least_forbidden(logits[index], row)
         _put(result, index, token, peak)
+
+
+def likeliest(tops: Tops) -> StepResult:
+    """The result of rows of which nothing is asked but the first of the largest logits."""
+    tokens, peaks = tops
+    result = StepResult(tokens, [None] * len(tokens))
+    if not all(map(math.isfinite, peaks)):
+        for index, peak in enumerate(peaks):
+            if not math.isfinite(peak):
+                tokens[index], result.failed[index] = -1, broken_row(peak)
+    return result
+
+
+def _search(logits: Logits) -> Tops:
+    tokens: list[int] = logits.argmax(axis=1).tolist()
+    return tokens, [logits[index, token] for index, token in enumerate(tokens)]
 
 
 def _are_plain(rows: Sequence[SamplingRow]) -> bool:

@@ -33,6 +33,7 @@ from slipstream.builder.targets.cpu.elementwise import (
 from slipstream.builder.targets.cpu.experts import lower_expert_linear
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower, lower_matmul_nbits
 from slipstream.builder.targets.cpu.packed import pack_embedding, pack_linear
+from slipstream.builder.targets.cpu.top_token import add_top_tokens
 from slipstream.errors import BuildError
 from slipstream.plugins.linear.cpu.packing import can_pack
 from slipstream.weights.tensor import WeightFormat
@@ -70,6 +71,7 @@ _LOWER: tuple[Pass, ...] = (
     lower_gated_activation,
     lower_soft_cap,
     store_dense_weights,
+    add_top_tokens,
 )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
-from slipstream.builder.contract import LOGITS, STATES, TOP_LOGIT, TOP_TOKEN, Output
+from slipstream.builder.contract import LOGITS, STATES, TOP_LOGIT, TOP_TOKEN
 from slipstream.builder.graph.program import Program
 from slipstream.builder.targets.cpu.matmul_nbits import can_lower
-from slipstream.builder.targets.onnxruntime.attention import Emitter, contract, refuse
+from slipstream.builder.targets.onnxruntime.attention import Emitter, refuse
 from slipstream.plugins.operators import STANDARD_DOMAINS
 
 _BIAS = 2
@@ -84,12 +82,9 @@ def add_top_tokens(program: Program) -> int:
     (short,) = emitter.node("Cast", [token], {"to": int(ir.DataType.INT32)})
     emitter.typed(ir.DataType.INT32)
     program.graph.extend(emitter.nodes)
-    for value, name, dtype in ((short, TOP_TOKEN, "int32"), (peak, TOP_LOGIT, "float32")):
-        value.name, value.shape = name, ir.Shape(("L",))
-        program.graph.outputs.append(value)
-        old = contract(program)
-        outputs = (*old.outputs, Output(name, dtype, ("L",)))
-        program.contract = dataclasses.replace(old, outputs=outputs)
+    for value, name in ((short, TOP_TOKEN), (peak, TOP_LOGIT)):
+        value.shape = ir.Shape(("L",))
+        program.give(value, name)
     return 1
 
 

@@ -8,8 +8,8 @@
 #include <limits>
 
 #include "cpu/parallel.h"
+#include "cpu/peak.h"
 #include "cpu/scratch.h"
-#include "cpu/simd.h"
 #include "operators.h"
 
 namespace slipstream {
@@ -18,7 +18,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kBlock = 64;
 // A larger nucleus is not sorted.
 constexpr int64_t kMostSorted = 2048;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -79,41 +78,8 @@ struct Draw {
   Work work;
 
   int64_t blocks() const { return (vocab + kBlock - 1) / kBlock; }
-  // 64 logits; those beyond the vocabulary are -infinity.
-  const float* block(int64_t index, float* padded) const {
-    if ((index + 1) * kBlock <= vocab) return logits + index * kBlock;
-    const int64_t left = vocab - index * kBlock;
-    std::fill_n(std::copy_n(logits + index * kBlock, left, padded), kBlock - left, -INFINITY);
-    return padded;
-  }
+  const float* block(int64_t index, float* padded) const { return block_of(logits, vocab, index, padded); }
 };
-
-// The largest logit of every block and of all; NaN if there is one.
-float find_peak(const Draw& draw) {
-  float peak = -INFINITY;
-  // Several sums, none of which waits for another.
-  constexpr int64_t kSums = 4;
-  Floats all[kSums];
-  for (Floats& sum : all) sum = splat(0.0f);
-  for (int64_t b = 0; b < draw.blocks(); ++b) {
-    float padded[kBlock];
-    const float* x = draw.block(b, padded);
-    Floats top = load(x);
-    for (int64_t i = 0; i < kBlock; i += kSums * kLanes) {
-      for (int64_t s = 0; s < kSums; ++s) {
-        const Floats values = load(x + i + s * kLanes);
-        top = max(values, top);
-        all[s] = fma(values, splat(0x1p-64f), all[s]);  // no sum of finite numbers overflows
-      }
-    }
-    draw.work.maxima[b] = reduce_max(top);
-    peak = std::max(peak, draw.work.maxima[b]);
-  }
-  if (!std::isfinite(reduce_add((all[0] + all[1]) + (all[2] + all[3]))))
-    for (int64_t i = 0; i < draw.vocab; ++i)
-      if (std::isnan(draw.logits[i])) return draw.logits[i];
-  return peak;
-}
 
 int64_t first_of(const Draw& draw, float value) {
   int64_t b = 0;
@@ -402,7 +368,8 @@ void draw_tokens(const DrawTokensArgs& args, Parallel& parallel) {
               args.min_p[i],
               double(args.uniform[i]) * 0x1p-53,
               reserve(args.vocab)};
-    draw.peak = args.peak[i] = find_peak(draw);
+    draw.peak = args.peak[i] =
+        find_peak(draw.logits, draw.vocab, [&](int64_t b, float top) { draw.work.maxima[b] = top; });
     if (!std::isfinite(draw.peak)) {
       args.token[i] = -1;
     } else {

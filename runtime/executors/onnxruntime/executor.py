@@ -40,7 +40,7 @@ from slipstream.runtime.executors.onnxruntime.session import (
     create_session,
 )
 from slipstream.runtime.sampling.logits_processors import edits_logits
-from slipstream.runtime.sampling.sampler import Sampler, broken_row
+from slipstream.runtime.sampling.sampler import Sampler, likeliest
 from slipstream.runtime.speculation.proposer import OFF
 
 # What the provider's kernels take beside weights and pages while a step runs.
@@ -71,12 +71,9 @@ class _Pending:
 
     def _best_tokens(self) -> StepResult:
         """What the graph found to be the best token of each row: no logits leave the device."""
-        rows = self.batch.sampling
         tokens, peaks = self.executor.gather_all(self.runs, (TOP_TOKEN, TOP_LOGIT))
-        result = StepResult(tokens.tolist(), [None] * len(rows))
-        for index in np.flatnonzero(~np.isfinite(peaks)).tolist():
-            result.token_ids[index], result.failed[index] = -1, broken_row(peaks[index])
-        reject(rows, result)
+        result = likeliest((tokens.tolist(), peaks.tolist()))
+        reject(self.batch.sampling, result)
         return result
 
 

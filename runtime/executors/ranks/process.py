@@ -13,7 +13,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from slipstream.builder.contract import LOGITS
+from slipstream.builder.contract import SAMPLED
 from slipstream.builder.engine import open_engine
 from slipstream.errors import ExecutionError, SlipstreamError
 from slipstream.plugins.collectives.native import join, memory_size
@@ -62,7 +62,7 @@ class _Rank:
         made: list[Made] = []
         if self._rank == 0:
             offset = 0
-            for name in (LOGITS, *batch.outputs):
+            for name in (*SAMPLED, *batch.outputs):
                 if name in outputs:
                     array = outputs[name]
                     made.append(Made(name, offset, array.shape, array.dtype.name))

@@ -320,6 +320,13 @@ Case expert_linear(Random& random) {
   return made;
 }
 
+Case top_token(Random& random) {
+  Case made;
+  const int64_t vocab = random.one_in(8) ? 40000 : random.in(1, 200);
+  made.context.inputs.push_back(random.tensor(Type::float32, {random.in(0, 4), vocab}));
+  return made;
+}
+
 Case draw_tokens(Random& random) {
   Case made;
   const int64_t rows = random.in(1, 3), vocab = random.one_in(8) ? 5000 : random.in(1, 200), draws = random.in(0, 6);
@@ -481,7 +488,7 @@ int main(int argc, char** argv) {
   const Api api(table(kApiVersion));
   const std::map<std::string, std::function<Case(Random&)>> cases{
       {"Linear", linear}, {"Embedding", embedding}, {"PagedAttention", paged_attention}, {"Router", router},
-      {"ExpertLinear", expert_linear}, {"DrawTokens", draw_tokens}, {"AllReduce", collective},
+      {"ExpertLinear", expert_linear}, {"DrawTokens", draw_tokens}, {"TopToken", top_token}, {"AllReduce", collective},
       {"AllGather", collective}};
   if (cases.size() != options.domain->operators.size()) {
     std::printf("an operator of the library has no cases here\n");

@@ -77,7 +77,7 @@ def start(scheduler: Scheduler) -> StepPlan:
 def land(scheduler: Scheduler, plan: StepPlan) -> None:
     """End a step of a model that says 0 for ever."""
     guessed = scheduler._draft_tokens > 0
-    scheduler.commit(plan)
+    scheduler.commit(plan, 0.0)
     check(scheduler)
     for each, output, drafts in zip(plan.sequences, plan.outputs, plan.drafts, strict=True):
         known = each.jumps and output < len(each.output)  # it was forced meanwhile

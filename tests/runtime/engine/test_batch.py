@@ -32,7 +32,7 @@ def test_prefill_chunks_and_decodes_are_packed_without_padding() -> None:
     scheduler.add(first)
     plan = scheduler.schedule()
     builder.build(plan)
-    scheduler.commit(plan)
+    scheduler.commit(plan, 0.0)
     first.append(13)
     scheduler.add(second)
     batch, owners, positions = builder.build(scheduler.schedule())
@@ -99,7 +99,7 @@ def test_a_scored_prompt_asks_for_each_row_once() -> None:
         for row in batch.sampling:
             if row.target is not None:
                 scored.prompt_logprobs.append(None)
-        scheduler.commit(plan)
+        scheduler.commit(plan, 0.0)
 
     assert targets == [*range(1, 20), None]
     assert slots == [-1] * 19 + [scored.row]
@@ -134,7 +134,7 @@ def test_what_is_kept_from_step_to_step_is_what_a_new_builder_makes(seed: int, w
         arrays = arrays_of(batch)
         again += sum(array is seen.get(name) for name, array in arrays.items())
         seen = arrays
-        scheduler.commit(plan)
+        scheduler.commit(plan, 0.0)
         for owner in owners:
             owner.append(1)
             if owner.finish_reason:

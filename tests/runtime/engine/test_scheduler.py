@@ -235,7 +235,7 @@ def test_ending_while_the_step_is_on_its_way_commits_nothing() -> None:
     engine.add(victim := sequence([1] * 8))
     plan = engine.schedule()
     engine.finish(victim)
-    engine.commit(plan)
+    engine.commit(plan, 0.0)
     check(engine)
 
     assert victim.num_computed == 0

@@ -140,7 +140,7 @@ def test_every_query_reads_its_own_window(
 
 
 def land(scheduler: Scheduler, plan: StepPlan) -> None:
-    scheduler.commit(plan)
+    scheduler.commit(plan, 0.0)
     for sequence, output in zip(plan.sequences, plan.outputs, strict=True):
         if output >= 0 and sequence.status is not Status.FINISHED:
             sequence.append(0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.runtime.sampling.rows import Floats, random_logits, row, sample_one
 
 from slipstream.errors import ExecutionError
+from slipstream.plugins.top_token.reference import top_token
 from slipstream.runtime.engine.step import SamplingRow
 from slipstream.runtime.sampling.draws import UniformStream
 from slipstream.runtime.sampling.params import SamplingParams
@@ -133,6 +134,26 @@ class TestReproducibility:
             alone = Sampler(size).sample(logits[i : i + 1].copy(), [rows[i]])
             assert alone.token_ids == together.token_ids[i : i + 1]
             assert alone.logprobs == together.logprobs[i : i + 1]
+
+    @pytest.mark.parametrize("size", [64, 5000])
+    def test_what_the_graph_has_found_changes_nothing(self, size: int) -> None:
+        logits, rows = self.mixed(size)
+        logits[0, 5] = math.nan
+        tokens, peaks = top_token(logits)
+        searched = Sampler(size).sample(logits, rows)
+        found = Sampler(size).sample(logits, rows, (tokens.tolist(), peaks.tolist()))
+        assert (found.token_ids, found.logprobs) == (searched.token_ids, searched.logprobs)
+        assert {i: str(e) for i, e in found.failed.items()} == {0: str(searched.failed[0])}
+
+    @pytest.mark.parametrize("last", [{"temperature": 0}, {"temperature": 0.5}, {"logprobs": 1}])
+    def test_logits_are_not_read_of_rows_that_want_the_best_token(
+        self, last: dict[str, Any]
+    ) -> None:
+        logits = np.full((3, 100), np.nan, np.float32)
+        plain = row(SamplingParams(temperature=0))
+        tops = [4, 5, 6], [1.0, 2.0, math.inf]
+        result = Sampler(100).sample(logits, [plain, plain, row(SamplingParams(**last))], tops)
+        assert result.token_ids == [4, 5, -1] and list(result.failed) == [2]
 
     def test_logits_are_left_alone(self) -> None:
         logits, rows = self.mixed(64)

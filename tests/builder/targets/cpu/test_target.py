@@ -111,8 +111,8 @@ def test_narrow_pages_cost_little(tmp_path: Path, quantization: str) -> None:
 @pytest.mark.parametrize(
     ("gemm_plugin", "expected"),
     [
-        ("auto", {"Embedding", "Linear", "PagedAttention"}),
-        ("disable", {"Embedding", "MatMulNBits", "PagedAttention"}),
+        ("auto", {"Embedding", "Linear", "PagedAttention", "TopToken"}),
+        ("disable", {"Embedding", "MatMulNBits", "PagedAttention", "TopToken"}),
     ],
 )
 def test_kernels_of_a_quantized_model(tmp_path: Path, gemm_plugin: Any, expected: set[str]) -> None:  # noqa: ANN401
@@ -131,10 +131,15 @@ def test_kernels_of_a_quantized_model(tmp_path: Path, gemm_plugin: Any, expected
 @pytest.mark.parametrize(
     ("gemm_plugin", "expected"),
     [
-        ("auto", {"Embedding": 1, "Linear": 9, "PagedAttention": 2}),
+        ("auto", {"Embedding": 1, "Linear": 9, "PagedAttention": 2, "TopToken": 1}),
         (
             "disable",
-            {"PagedAttention": 2, "SkipSimplifiedLayerNormalization": 3, "QuickGelu": 2},
+            {
+                "PagedAttention": 2,
+                "SkipSimplifiedLayerNormalization": 3,
+                "QuickGelu": 2,
+                "TopToken": 1,
+            },
         ),
     ],
 )
