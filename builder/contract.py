@@ -312,7 +312,7 @@ def page_size_of(caches: Sequence[CacheSpec]) -> int:
 
 
 def bytes_per_token(caches: Sequence[CacheSpec]) -> int:
-    """Bytes that one token takes in the pages of all layers, scales of int8 pages included."""
+    """Bytes that one token takes in the pages of all layers, scales included."""
     return sum(cache.bytes_per_page // cache.page_size for cache in paged(caches))
 
 

@@ -42,6 +42,7 @@ TACTICS = "tactics.json"
 COSTS = "step_costs.json"
 KERNELS = "kernels.zip"
 PLANS = "plans.json"
+PAGE_LAYOUT = 2  # raised with how a page lies in memory, as files of pages outlive a process
 # Ends the names of weights that plans hold themselves.
 CONSTANT = ".constant"
 # What the tokenizer is made of.
@@ -178,8 +179,9 @@ class Engine:
 
     @property
     def fingerprint(self) -> str:
-        """A name for all files and this version of Slipstream, of which nothing can be told."""
-        identity = json.dumps([__version__, self.manifest.files], sort_keys=True)
+        """A name for all files, this version of Slipstream and how it lays out pages, of which
+        nothing can be told."""
+        identity = json.dumps([__version__, PAGE_LAYOUT, self.manifest.files], sort_keys=True)
         return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def verify_files(self, in_vain: Event | None = None, threads: int | None = None) -> None:

@@ -11,11 +11,11 @@ namespace SLIPSTREAM_ISA {
 
 constexpr int64_t kBlock = 64;
 
-// 64 of n numbers; those beyond the end are -infinity.
-inline const float* block_of(const float* x, int64_t n, int64_t index, float* padded) {
+// 64 of n numbers; in place of those beyond the end there is `rest`.
+inline const float* block_of(const float* x, int64_t n, int64_t index, float* padded, float rest = -INFINITY) {
   if ((index + 1) * kBlock <= n) return x + index * kBlock;
   const int64_t left = n - index * kBlock;
-  std::fill_n(std::copy_n(x + index * kBlock, left, padded), kBlock - left, -INFINITY);
+  std::fill_n(std::copy_n(x + index * kBlock, left, padded), kBlock - left, rest);
   return padded;
 }
 
@@ -31,7 +31,7 @@ SLIPSTREAM_INLINE float find_peak(const float* x, int64_t n, Tell&& tell) {
   for (Floats& sum : all) sum = splat(0.0f);
   for (int64_t b = 0; b * kBlock < n; ++b) {
     float padded[kBlock];
-    const float* block = block_of(x, n, b, padded);
+    const float* block = block_of(x, n, b, padded, x[b * kBlock]);  // no infinity that is not one of them
     Floats top = load(block);
     for (int64_t i = 0; i < kBlock; i += kSums * kLanes) {
       for (int64_t s = 0; s < kSums; ++s) {

@@ -52,7 +52,7 @@ class BatchBuilder:
         rows = list(map(_ROW, plan.sequences))
         slots = self._slots.of(rows)
         token_ids, starts, ends = _columns(plan)
-        positions = starts if runs.are_few else runs.positions(starts)
+        positions = runs.positions(starts)
         pages: dict[str, PagedInputs] = {}
         if self._full is not None:
             pages = self._full.inputs(rows, slots, plan.allocations, runs, plan.starts, positions)

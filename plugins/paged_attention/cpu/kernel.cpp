@@ -169,7 +169,7 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows<Query>& rows, 
         const int64_t head = at / n;
         Weights& weight = weights[head];
         weight.factors = rows.factors + head * rows.tile;
-        weight.see(scores.value_scales, rows.tile, from, to, most);
+        weight.see(scores.key_scales, scores.value_scales, rows.tile, from, to, most);
         units[at] = weight.unit;
         const float sum = encode_scores(scores.values, block.first, whole, weight.factors, max[at]);
         scale_row(rows.out + row * call.out_width, call.out_width,

@@ -74,15 +74,16 @@ struct Weights {
   int64_t low = -1, high = -1;
   float unit = 0.0f;
 
-  void see(const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
+  void see(const float* key_scales, const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
     if (low == from && high == to) return;
     low = from;
     high = to;
     Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
     for (int64_t i = 0; i < tile; i += kLanes) {
       const Floats scale = simd::keep(simd::load(value_scales + i), low - i, high - i, simd::splat(0.0f));
+      const Floats of_key = simd::keep(simd::load(key_scales + i), low - i, high - i, simd::splat(0.0f));
       largest = simd::max(largest, scale);
-      nothing = simd::fma(scale, simd::splat(0.0f), nothing);  // or NaN
+      nothing = simd::fma(scale + of_key, simd::splat(0.0f), nothing);  // or NaN
       simd::store(factors + i, scale);
     }
     const float top = simd::reduce_max(largest);

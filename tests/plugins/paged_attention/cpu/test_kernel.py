@@ -333,20 +333,22 @@ def test_sums_of_the_largest_codes_fit(dtype: str, dim: int, size: float, isa: s
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_what_is_no_number_stays_none(dtype: str, number: float, isa: str) -> None:
-    """In a query it spoils that row; in a value, all rows of its sequence that see it."""
+    """In a query it spoils that row; in a key or value, all rows of its sequence that see it."""
     case = Case(heads=1, kv_heads=1, head_dim=24, batch=((40, 40), (40, 40)), rotary=0)
     clean = case.inputs(dtype)
     expected = attention(copy(clean), case.attributes(), isa)
-    query, value = copy(clean), copy(clean)
+    query, key, value = copy(clean), copy(clean), copy(clean)
     query.qkv[13, 7] = number
+    key.qkv[13, 24 + 7] = number
     value.qkv[13, 48 + 7] = number
     output = attention(query, case.attributes(), isa)
     assert np.isnan(output[13]).all()
     np.testing.assert_array_equal(np.delete(output, 13, 0), np.delete(expected, 13, 0))
-    output = attention(value, case.attributes(), isa)
-    assert np.isnan(output[13:40]).all()
-    np.testing.assert_array_equal(output[:13], expected[:13])
-    np.testing.assert_array_equal(output[40:], expected[40:])
+    for inputs in (key, value):
+        output = attention(inputs, case.attributes(), isa)
+        assert np.isnan(output[13:40]).all()
+        np.testing.assert_array_equal(output[:13], expected[:13])
+        np.testing.assert_array_equal(output[40:], expected[40:])
 
 
 # Every array ends where memory that may be touched ends: one element more is a segmentation fault.
