@@ -227,8 +227,8 @@ def test_options_go_before_files(
     planned = plan(checkpoint, BuildOptions(target="cpu", **options))
     pooling = planned.pooling
     assert (pooling and pooling.task, pooling and pooling.mode) == (task, mode)
-    name = "logits" if task is None else "states"
-    assert [output.name for output in planned.graphs["target"].outputs] == [name]
+    names = ["logits", "top_token", "top_logit"] if task is None else ["states"]
+    assert [output.name for output in planned.graphs["target"].outputs] == names
     if pooling is not None:
         assert (pooling.dimensions, pooling.vocab_size) == (LLAMA["hidden_size"], 320)
 
