@@ -19,8 +19,13 @@ PoolingMode = Literal["last", "mean"]
 Similarity = Literal["cosine", "dot"]
 # Bytes of an element, by the names that graphs and manifests use.
 ITEM_BYTES = {
-    **{"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2},
-    **{"float8_e4m3fn": 1, "int8": 1, "uint8": 1},
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+    "uint8": 1,
 }
 
 

@@ -40,17 +40,17 @@ struct Format {
 
 // A page has the keys of all its heads, then their values.
 template <class F>
-const char* page_of(const PagedAttentionArgs& args, int64_t page) {
+char* page_of(const PagedAttentionArgs& args, int64_t page) {
   const int64_t elements = args.num_kv_heads * args.page_size * args.head_dim / F::kPack;
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(typename F::Key) + sizeof(typename F::Value));
-  return static_cast<const char*>(args.kv_cache) + (args.layer * args.num_pages + page) * bytes;
+  return static_cast<char*>(args.kv_cache) + (args.layer * args.num_pages + page) * bytes;
 }
 
 // [head_dim, page_size], or [head_dim / 2, page_size] pairs
 template <class F>
 typename F::Key* page_keys(const PagedAttentionArgs& args, int64_t page, int64_t head) {
   using K = typename F::Key;
-  K* keys = reinterpret_cast<K*>(const_cast<char*>(page_of<F>(args, page)));
+  K* keys = reinterpret_cast<K*>(page_of<F>(args, page));
   return keys + head * args.page_size * args.head_dim / F::kPack;
 }
 

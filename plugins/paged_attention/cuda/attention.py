@@ -199,8 +199,6 @@ def paged_attention(  # noqa: PLR0913 - the operator's inputs
     if step.num_decodes:
         inputs = (qkv, cos, sin, pages, step, a, (q_norm, k_norm, sinks), workspace, output, pdl)
         if _suits_hopper_decode(a, pages, step.queries):
-            # Keys that another kernel of this step has stored are not older than the one in front.
-            early = early and step.queries == 1 and a.kv_parts > 0
             _hopper_decode(*inputs, early, {} if plans is None else plans)
         else:
             _decode(*inputs)
@@ -342,8 +340,10 @@ def _hopper_decode(  # noqa: PLR0913 - the operator's inputs
     ring = 2 * _HOPPER_RING if together == 1 and not few and heads <= processors else _HOPPER_RING
     tile = [a.page_size, a.head_dim]
     plan, slots, max_splits = None, together * processors, workspace.partials.shape[2]
+    joins = step.queries == 1 and a.kv_parts > 0
+    # Keys that another kernel of this step has stored are not older than the one in front.
+    early = early and joins
     if step.num_decodes > 1:
-        joins = step.queries == 1 and a.kv_parts > 0
         key = (a.num_kv_heads, a.page_size, slots, max_splits, joins)
         if key not in plans:
             contexts = step.decoded[: step.num_decodes]

@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from slipstream.builder.contract import ITEM_BYTES
 from slipstream.errors import ExecutionError
 from slipstream.runtime.executors.page_memory import free_bytes
 
-# How ONNX numbers the types of elements, and the bytes of each.
+# How ONNX numbers the types of elements.
 ONNX_TYPES = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
-_ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2}
 _RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
 _ANY_DIRECTION = 4  # cudaMemcpyDefault
 
@@ -36,7 +36,7 @@ class Buffer:
     @property
     def row_bytes(self) -> int:
         """Bytes of one index of the first axis."""
-        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
 
 
 class Memory(Protocol):
@@ -81,7 +81,7 @@ class HostMemory:
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Bytes that NumPy maps."""
         shape = tuple(shape)
-        owner = np.zeros(math.prod(shape) * _ITEM_BYTES[dtype], np.uint8)
+        owner = np.zeros(math.prod(shape) * ITEM_BYTES[dtype], np.uint8)
         return Buffer(owner.ctypes.data, dtype, shape, owner)
 
     def write(self, buffer: Buffer, values: NDArray[Any]) -> None:
