@@ -43,12 +43,13 @@ class PanickingDevice(Device):
 
 class GatedDevice(Device):
     """Answers a step for every permit, and hangs where there is none; at the end of a ``with`` it
-    answers everything."""
+    answers everything. ``asked`` counts the steps whose answers were waited for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.permits = threading.Semaphore(0)
         self.waiting = threading.Event()
+        self.asked = 0
 
     def __enter__(self) -> GatedDevice:
         return self
@@ -57,6 +58,7 @@ class GatedDevice(Device):
         self.permits.release(1000)
 
     def land(self, step: CountingStep) -> None:
+        self.asked += 1
         self.waiting.set()
         self.permits.acquire()
         super().land(step)

@@ -167,7 +167,7 @@ def test_a_client_that_goes_ends_its_request_within_a_few_steps(stream: bool) ->
         bench = Bench(engine_on(device))
         device.permits.release()
         client = bench.ask("a", stream=stream, max_tokens=LONG, ignore_eos=True)
-        bench.wait(lambda: device.steps == 2)  # which is held
+        bench.wait(lambda: device.asked == 2)  # the device is held there, and the engine with it
         client.gone = True
         bench.wait(lambda: bool(bench.llm._thread._commands.qsize()))  # to end it
         device.permits.release(1000)
