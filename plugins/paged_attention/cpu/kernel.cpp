@@ -7,13 +7,13 @@
 #include <utility>
 
 #include "arena.h"
-#include "attend.h"
 #include "cpu/parallel.h"
 #include "operators.h"
 #include "output.h"
 #include "pages.h"
 #include "plan.h"
 #include "sums.h"
+#include "task.h"
 #include "write.h"
 
 namespace slipstream {

@@ -23,9 +23,8 @@ struct Call {
   Sums partial;      // of parts of keys, see Plan
 };
 
-// The sums of a query head before its first key.
-inline void begin_row(const PagedAttentionArgs& args, int64_t query_head, const Sums& sums, int64_t row) {
-  sums.from(row).clear(1);
+// The sink of a query head, where there are sinks, into cleared sums.
+inline void add_sink(const PagedAttentionArgs& args, int64_t query_head, const Sums& sums, int64_t row) {
   if (args.sinks == nullptr) return;
   sums.max[row] = args.sinks[query_head] * kLog2E;
   sums.sum[row] = 1.0f;
@@ -46,7 +45,8 @@ inline void reduce_row(const Call& call, const Reduction& reduction, int64_t hea
   alignas(64) float out[kMaxHeadDim];
   float max, sum;
   const Sums sums{out, &max, &sum, call.partial.width};
-  begin_row(call.args, query_head, sums, 0);
+  sums.clear(1);
+  add_sink(call.args, query_head, sums, 0);
   for (int64_t part = 0; part < reduction.parts; ++part) sums.join(0, call.partial, first + part * step);
   store_output(call.args, sums, 0, reduction.token + row / call.group, query_head);
 }

@@ -1,4 +1,4 @@
-// Flash attention of one task: its rows against its keys, a tile after the other.
+// One task: its rows attend to its keys, a part after the other and in each a tile after the other.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,11 @@
 #include <type_traits>
 
 #include "arena.h"
+#include "attend_tile.h"
 #include "operators.h"
 #include "output.h"
 #include "pages.h"
 #include "plan.h"
-#include "softmax.h"
-#include "softmax_codes.h"
 #include "sums.h"
 #include "tile.h"
 
@@ -36,26 +35,29 @@ class Task {
     const int64_t copied = copied_keys(tile) + Strips<Query>::elements(tile / F::kPack, dim);
     arena.reset(2 * Sums::room(all, width) + Arena::room<float>(scored) + 3 * Arena::room<float>(scaled) +
                 2 * Pages::room(chunk.heads, pages) + Arena::room<Query>(copied));
-    const int64_t first_row = (chunk.head * args_.tokens + chunk.token) * call.group;
-    rows_ = {static_cast<Query*>(call.queries) + first_row * dim / F::kPack, call.units + first_row, dim / F::kPack,
-             args_.tokens * call.group, chunk.heads, count};
+    const int64_t first_row = (chunk.head * args_.tokens + chunk.token) * call.group, depth = dim / F::kPack;
+    const Rows<Query> rows{static_cast<Query*>(call.queries) + first_row * depth, call.units + first_row, depth,
+                           args_.tokens * call.group, chunk.heads, count};
+    attention_ = {rows, call.group, chunk.position, args_.sliding_window, args_.page_size, call.soft_cap,
+                  {arena.take<float>(scored), tile},
+                  {arena.take<float>(scaled), arena.take<float>(scaled)},
+                  arena.take<float>(scaled)};
     part_ = Sums::take(arena, all, width);
     joined_ = Sums::take(arena, all, width);
-    scores_ = {arena.take<float>(scored), tile};
-    factors_ = arena.take<float>(scaled);
-    scales_ = {arena.take<float>(scaled), arena.take<float>(scaled)};
     pages_ = Pages::take(arena, chunk.heads, pages, args_.page_size, dim);
     wide_ = Wide::take(arena, chunk.heads, pages, args_.page_size, dim);
     copies_ = arena.take<Query>(copied);
   }
 
   void attend() {
-    const int64_t all = rows_.heads * rows_.count, part = Plan::part_keys(args_.page_size);
+    const Rows<Query>& rows = attention_.rows;
+    const int64_t all = rows.heads * rows.count, part = Plan::part_keys(args_.page_size);
     if (chunk_.partial >= 0) {
-      part_ = call_.partial.from(chunk_.partial + chunk_.head * rows_.count);
+      part_ = call_.partial.from(chunk_.partial + chunk_.head * rows.count);
       return attend_keys(chunk_.begin, chunk_.end);
     }
-    for (int64_t row = 0; row < all; ++row) begin_row(args_, query_head(row), joined_, row);
+    joined_.clear(all);
+    for (int64_t row = 0; row < all; ++row) add_sink(args_, query_head(row), joined_, row);
     int64_t end;
     for (int64_t begin = chunk_.begin; begin < chunk_.end; begin = end) {
       end = std::min((begin / part + 1) * part, chunk_.end);
@@ -63,7 +65,7 @@ class Task {
       for (int64_t row = 0; row < all; ++row) joined_.join(row, part_, row);
     }
     for (int64_t row = 0; row < all; ++row)
-      store_output(args_, joined_, row, chunk_.token + row % rows_.count / call_.group, query_head(row));
+      store_output(args_, joined_, row, chunk_.token + row % rows.count / call_.group, query_head(row));
   }
 
  private:
@@ -72,27 +74,28 @@ class Task {
   using Query = typename F::Query;
   using Pages = PageTile<K, V>;
   using Wide = PageTile<Query, Query>;
-  static constexpr int64_t kMostRows = std::max<int64_t>(kRows, kHeadRows);  // of all heads of a block
 
   int64_t query_head(int64_t row) const {
-    return (chunk_.head + row / rows_.count) * call_.group + row % call_.group;
+    return (chunk_.head + row / attention_.rows.count) * call_.group + row % call_.group;
   }
 
   // The sums over keys [begin, end), a part or what a task has of it.
   void attend_keys(int64_t begin, int64_t end) {
-    part_.clear(rows_.heads * rows_.count);
+    const Rows<Query>& rows = attention_.rows;
+    const int64_t tile = attention_.scores.tile;
+    part_.clear(rows.heads * rows.count);
     int64_t stop;
     for (int64_t start = begin / args_.page_size * args_.page_size; start < end; start = stop) {
-      stop = std::min((start / scores_.tile + 1) * scores_.tile, end);
+      stop = std::min((start / tile + 1) * tile, end);
       open_tile(start, stop);
       const int64_t count = divide_up(stop - start, args_.page_size);
       // Many rows read a page several times: widen it once.
-      if (rows_.count <= kFewRows || (!kInStrips && std::is_same_v<K, float>)) {
-        attend_tile(pages_, start, stop);
+      if (rows.count <= kFewRows || (!kInStrips && std::is_same_v<K, float>)) {
+        attention_.attend_tile(pages_, start, stop, part_);
       } else if constexpr (kInStrips) {
-        attend_tile(copy_in_strips(count), start, stop);
+        attention_.attend_tile(copy_in_strips(count), start, stop, part_);
       } else {
-        attend_tile(copy_pages(count), start, stop);
+        attention_.attend_tile(copy_pages(count), start, stop, part_);
       }
     }
   }
@@ -111,8 +114,8 @@ class Task {
         pages_.values[at] = page_values<F>(args_, table[i], head);
         pages_.next_keys[at] = more ? page_keys<F>(args_, table[pages + i], head) : pages_.keys[at];
         if (!F::kScaled) continue;
-        std::memcpy(scales_.keys + key, page_scales(args_, table[i], kKeys, head), bytes);
-        std::memcpy(scales_.values + key, page_scales(args_, table[i], kValues, head), bytes);
+        std::memcpy(attention_.scales.keys + key, page_scales(args_, table[i], kKeys, head), bytes);
+        std::memcpy(attention_.scales.values + key, page_scales(args_, table[i], kValues, head), bytes);
       }
   }
 
@@ -120,7 +123,7 @@ class Task {
 
   // The first `count` pages of a tile of one head as rows can multiply them again and again.
   StripTile<Query> copy_in_strips(int64_t count) const {
-    const int64_t dim = args_.head_dim, page = args_.page_size, tile = scores_.tile, pack = F::kPack;
+    const int64_t dim = args_.head_dim, page = args_.page_size, tile = attention_.scores.tile, pack = F::kPack;
     Query* const keys = copies_;
     Query* const values = keys + copied_keys(tile);
     for (int64_t i = 0; i < count; ++i) {
@@ -145,59 +148,11 @@ class Task {
     return wide_;
   }
 
-  // All rows against keys [start, end), a tile or less.
-  template <class Tile>
-  void attend_tile(const Tile& tile, int64_t start, int64_t end) {
-    CodeFactors factors[kMostRows];  // of the heads
-    for (int64_t head = 0; head < rows_.heads; ++head) factors[head].factors = factors_ + head * scores_.tile;
-    for (int64_t row = 0; row < rows_.count; row += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows_.count - row);
-      const int64_t first = seen(row, start, end).begin / args_.page_size * args_.page_size;
-      const Block block{row, count, {first, seen(row + count - 1, start, end).end}};
-      if (block.keys.begin >= block.keys.end) continue;
-      tile.multiply_keys(rows_, block, scores_);
-      float units[kMostRows];
-      softmax(block, start, end, factors, units);
-      for (int64_t head = 0; head < rows_.heads; ++head)
-        tile.multiply_values(head, block, scores_, units + head * count, part_.from(head * rows_.count + row));
-    }
-  }
-
-  // The keys of a tile [start, end) that a row sees.
-  KeyRange seen(int64_t row, int64_t start, int64_t end) const {
-    const int64_t position = chunk_.position + row / call_.group, window = args_.sliding_window;
-    const int64_t first = window > 0 ? std::max<int64_t>(position + 1 - window - start, 0) : 0;
-    return {first, std::min(position + 1, end) - start};
-  }
-
-  // Turns a block's scores into what its values are multiplied by, integers in `units`.
-  void softmax(const Block& block, int64_t start, int64_t end, CodeFactors* factors, float* units) const {
-    for (int64_t head = 0; head < rows_.heads; ++head)
-      for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t row = head * rows_.count + block.row + i;
-        const KeyRange of_row = seen(block.row + i, start, end);
-        float* const scores = scores_.of(block, head, i);
-        if constexpr (F::kScaled) {
-          const Scales scales{scales_.keys + head * scores_.tile, scales_.values + head * scores_.tile};
-          const KeyRange keys{block.keys.begin, divide_up(block.keys.end, kTogether) * kTogether};
-          const float max = scale_scores(scores, scales.keys, call_.soft_cap, keys, of_row, part_.max[row]);
-          factors[head].see(scales, scores_.tile, of_row);
-          units[head * block.rows + i] = factors[head].unit;
-          part_.add(row, max, encode_scores(scores, factors[head].factors, keys, max));
-        } else {
-          softmax_row(scores, call_.soft_cap, block.keys, of_row, part_, row);
-        }
-      }
-  }
-
   const Call& call_;
   const PagedAttentionArgs& args_;
   const Chunk& chunk_;
-  Rows<Query> rows_;
+  Attention<Query> attention_;
   Sums part_, joined_;  // over the keys of a part, and over the parts so far
-  Scores scores_;
-  float* factors_;  // of probabilities, [heads, tile]
-  Scales scales_;   // [heads, tile]
   Pages pages_;
   Wide wide_;
   Query* copies_;
