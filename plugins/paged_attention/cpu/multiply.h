@@ -40,14 +40,14 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
     const T* right = b.panel(panel, column);
-    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column);
+    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column, vectors * kLanes);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       if constexpr (!B::in_strips) {
-        constexpr int64_t size = sizeof(typename B::Ahead);
-        for (int64_t i = 0; i < vectors * kLanes * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-        ahead += b.stride * size;
-        if constexpr (size < static_cast<int64_t>(sizeof(T)))
+        constexpr int64_t bytes = vectors * kLanes * sizeof(typename B::Ahead);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+        ahead += bytes;
+        if constexpr (sizeof(typename B::Ahead) < sizeof(T))
           if (k % 2 == 1) __builtin_prefetch(reinterpret_cast<const char*>(b.after[panel]) + k * 64, 0, 2);
       }
       if constexpr (rows < vectors && simd::kRegisters == 16) {

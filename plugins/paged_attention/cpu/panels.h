@@ -57,7 +57,12 @@ struct Panels {
   const T* const* after = nullptr;
 
   const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
-  const char* panel_ahead(int64_t i, int64_t column) const { return reinterpret_cast<const char*>(ahead[i] + column); }
+  // Where those ahead are as far as `width` columns of the panels before the i-th, and all columns before them, have come:
+  // memory gives most when it is asked in order.
+  const char* panel_ahead(int64_t i, int64_t column, int64_t width) const {
+    const int64_t done = column * depth + i * panel_depth * width, elements = panel_depth * stride;
+    return reinterpret_cast<const char*>(ahead[done / elements] + done % elements);
+  }
 };
 
 // The same, copied so that every strip of columns of all panels is read from front to back.
@@ -74,7 +79,7 @@ struct Strips {
   const T* panel(int64_t, int64_t column) const {
     return data + column / kStrip * kStrip * strip_depth + column % kStrip;
   }
-  const char* panel_ahead(int64_t, int64_t) const { return nullptr; }
+  const char* panel_ahead(int64_t, int64_t, int64_t) const { return nullptr; }
 
   static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
 };
