@@ -1,4 +1,4 @@
-// Room for the arrays of one call or task, in memory that a thread keeps, so that a step allocates nothing once it has grown.
+// Room for the arrays of one call or task, in memory that a thread keeps: once it has grown, a step allocates nothing.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,8 @@ using simd::Floats;
 
 // Columns that are multiplied together.
 constexpr int kStrip = 2 * kLanes;
-// Whether copies of panels are in strips. Strips of AVX-512 are whole rows of a page of keys, or half of a head's values:
-// not seen to gain.
+// Whether copies of panels are in strips. Strips of AVX-512 are whole rows of a page of keys, or half of a head's
+// values: not seen to gain.
 constexpr bool kInStrips = simd::kRegisters == 16;
 
 // What a row of b is multiplied by, and the sums of a vector of columns: floats, or pairs of integers whose products
@@ -57,8 +57,8 @@ struct Panels {
   const T* const* after = nullptr;
 
   const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
-  // Where those ahead are as far as `width` columns of the panels before the i-th, and all columns before them, have come:
-  // memory gives most when it is asked in order.
+  // While b is read by blocks of `width` columns through all panels, those ahead are asked for from front to back: memory
+  // gives more in this order than a line here and there.
   const char* panel_ahead(int64_t i, int64_t column, int64_t width) const {
     const int64_t done = column * depth + i * panel_depth * width, elements = panel_depth * stride;
     return reinterpret_cast<const char*>(ahead[done / elements] + done % elements);

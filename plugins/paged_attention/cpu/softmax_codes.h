@@ -1,4 +1,4 @@
-// A row's scores of a tile beside pages of integers become codes of 16 bits, of probabilities times their values' scales.
+// A row's scores of a tile beside pages of integers become codes: probabilities times their values' scales in 16 bits.
 #pragma once
 
 #include <algorithm>
