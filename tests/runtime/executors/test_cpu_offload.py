@@ -12,7 +12,7 @@ from tests.tiny_models import save_tiny
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions, KVCacheDtype
-from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 
 PAGE_BYTES = 32 * 3 * 2 * 2 * 16 * 4  # tokens, layers, k and v, heads, elements, bytes of float32
@@ -69,6 +69,19 @@ def test_a_file_survives_the_engine(tiny_engine: Path, tmp_path: Path) -> None:
     after, stats = answers(tiny_engine, 16 * PAGE_BYTES, **options)
     assert after == before
     assert stats.host_hits == len(PROMPTS) * 64
+
+
+def test_a_file_of_pages_that_lie_otherwise_is_refused(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "kv_offload_gib": gib(64 * PAGE_BYTES),
+        "kv_offload_path": str(tmp_path / "kv"),
+    }
+    answers(tiny_engine, 16 * PAGE_BYTES, **options)
+    monkeypatch.setattr("slipstream.builder.engine.PAGE_LAYOUT", 0)
+    with pytest.raises(EngineMismatchError, match="another engine"):
+        answers(tiny_engine, 16 * PAGE_BYTES, **options)
 
 
 def test_options_that_do_nothing_are_refused(tiny_engine: Path) -> None:
