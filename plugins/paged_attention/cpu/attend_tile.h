@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -25,8 +26,8 @@ struct Attention {
   int64_t page_size;
   float soft_cap;
   Scores scores;
-  Scales scales;   // [heads, tile]
-  float* factors;  // of probabilities, [heads, tile]
+  Scales scales;       // [heads, tile]
+  float* seen_scales;  // of values, [heads, tile]
 
   static constexpr bool kCoded = kPack<Query> == 2;
   static constexpr int64_t kMostRows = std::max<int64_t>(kRows, kHeadRows);  // of all heads of a block
@@ -34,8 +35,8 @@ struct Attention {
   // All rows against keys [start, end), a tile or less.
   template <class Tile>
   void attend_tile(const Tile& tile, int64_t start, int64_t end, const Sums& sums) const {
-    CodeFactors of_heads[kMostRows];
-    for (int64_t head = 0; head < rows.heads; ++head) of_heads[head].factors = factors + head * scores.tile;
+    SeenValues of_heads[kMostRows];
+    for (int64_t head = 0; head < rows.heads; ++head) of_heads[head].scales = seen_scales + head * scores.tile;
     for (int64_t row = 0; row < rows.count; row += kRows) {
       const int64_t count = std::min<int64_t>(kRows, rows.count - row);
       const int64_t first = seen(row, start, end).begin / page_size * page_size;
@@ -56,7 +57,7 @@ struct Attention {
   }
 
   // Turns a block's scores into what its values are multiplied by, integers in `units`.
-  void softmax(const Block& block, int64_t start, int64_t end, CodeFactors* of_heads, float* units,
+  void softmax(const Block& block, int64_t start, int64_t end, SeenValues* of_heads, float* units,
                const Sums& sums) const {
     for (int64_t head = 0; head < rows.heads; ++head)
       for (int64_t i = 0; i < block.rows; ++i) {
@@ -66,10 +67,13 @@ struct Attention {
         if constexpr (kCoded) {
           const Scales of_head{scales.keys + head * scores.tile, scales.values + head * scores.tile};
           const KeyRange keys{block.keys.begin, divide_up(block.keys.end, kTogether) * kTogether};
-          const float max = scale_scores(of_keys, of_head.keys, soft_cap, keys, of_row, sums.max[row]);
-          of_heads[head].see(of_head, scores.tile, of_row);
-          units[head * block.rows + i] = of_heads[head].unit;
-          sums.add(row, max, encode_scores(of_keys, of_heads[head].factors, keys, max));
+          const float max = scale_scores(of_keys, of_head.keys, soft_cap, keys, of_row);
+          SeenValues& values = of_heads[head];
+          values.see(of_head, scores.tile, of_row);
+          const Encoded encoded = encode_scores(of_keys, values.scales, scores.tile, keys, max);
+          const float now = std::max(sums.max[row], max), lowered = max == now ? 1.0f : std::exp2(max - now);
+          units[head * block.rows + i] = encoded.unit * lowered + values.nothing;
+          sums.add(row, now, encoded.sum * lowered);
         } else {
           softmax_row(of_keys, soft_cap, block.keys, of_row, sums, row);
         }

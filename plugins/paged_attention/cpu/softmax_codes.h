@@ -22,36 +22,29 @@ struct Scales {
   float* values;
 };
 
-// What brings the probabilities of a tile's keys, times the scales of their values, to codes in units of `unit`. It
-// depends on the keys that a row sees and on no others, so it is the same in every chunk.
-struct CodeFactors {
-  float* factors = nullptr;  // [tile], zero where a key is not seen
+// The scales of the values of those keys of a tile that a row sees.
+struct SeenValues {
+  float* scales = nullptr;  // [tile], zero where a key is not seen
   KeyRange seen = {-1, -1};
-  float unit = 0.0f;
+  float nothing = 0.0f;  // NaN if a scale that is seen is none
 
-  void see(const Scales& scales, int64_t tile, const KeyRange& now) {
+  void see(const Scales& all, int64_t tile, const KeyRange& now) {
     if (seen.begin == now.begin && seen.end == now.end) return;
     seen = now;
-    Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
+    Floats spoilt = simd::splat(0.0f);
     for (int64_t i = 0; i < tile; i += kLanes) {
-      const Floats of_value = keep_seen(simd::load(scales.values + i), i, seen, 0.0f);
-      const Floats of_key = keep_seen(simd::load(scales.keys + i), i, seen, 0.0f);
-      largest = simd::max(largest, of_value);
-      nothing = simd::fma(of_value + of_key, simd::splat(0.0f), nothing);  // or NaN
-      simd::store(factors + i, of_value);
+      const Floats of_value = keep_seen(simd::load(all.values + i), i, seen, 0.0f);
+      const Floats of_key = keep_seen(simd::load(all.keys + i), i, seen, 0.0f);
+      spoilt = simd::fma(of_value + of_key, simd::splat(0.0f), spoilt);
+      simd::store(scales + i, of_value);
     }
-    // A tile's sum of codes times values of 8 bits fits 32.
-    const float most = static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / INT8_MAX / tile));
-    const float top = simd::reduce_max(largest);
-    unit = (top + simd::reduce_add(nothing)) / most;
-    const Floats factor = simd::splat(code_factor(top, most));
-    for (int64_t i = 0; i < tile; i += kLanes) simd::store(factors + i, simd::load(factors + i) * factor);
+    nothing = simd::reduce_add(spoilt);
   }
 };
 
-// Brings the scores of `keys` to units of log2; returns the running maximum with them.
+// Brings the scores of `keys` to units of log2; returns the largest of them.
 inline float scale_scores(float* scores, const float* key_scales, float soft_cap, const KeyRange& keys,
-                          const KeyRange& seen, float before) {
+                          const KeyRange& seen) {
   constexpr int n = kTogether / kLanes;
   Floats largest[n];
 #pragma GCC unroll 4
@@ -70,18 +63,25 @@ inline float scale_scores(float* scores, const float* key_scales, float soft_cap
     }
   }
   for (int v = 1; v < n; ++v) largest[0] = simd::max(largest[0], largest[v]);
-  return std::max(before, simd::reduce_max(largest[0]));
+  return simd::reduce_max(largest[0]);
 }
 
-// Turns them into codes of probabilities relative to `max`, in place; returns the sum of the probabilities.
-inline float encode_scores(float* scores, const float* factors, const KeyRange& keys, float max) {
+// A tile's sum of probabilities, and the unit of their codes times the scales of values.
+struct Encoded {
+  float sum;
+  float unit;
+};
+
+// Turns scores into codes of probabilities relative to their largest `max`, times the scales of the values, in place.
+// The largest product has the largest code, and others are those of no other keys: so small ones, beside a key that
+// most look at and that says little, have as many digits as they can, and all are the same in every chunk.
+inline Encoded encode_scores(float* scores, const float* value_scales, int64_t tile, const KeyRange& keys, float max) {
   constexpr int n = kTogether / kLanes;
   const Floats shift = simd::splat(max == kNoScore ? 0.0f : max);
-  Floats total[n];
+  Floats total[n], largest[n];
 #pragma GCC unroll 4
-  for (int v = 0; v < n; ++v) total[v] = simd::splat(0.0f);
-  int16_t* codes = reinterpret_cast<int16_t*>(scores + keys.begin);
-  for (int64_t i = keys.begin; i < keys.end; i += kTogether, codes += kTogether) {
+  for (int v = 0; v < n; ++v) total[v] = largest[v] = simd::splat(0.0f);
+  for (int64_t i = keys.begin; i < keys.end; i += kTogether) {
     Floats p[n];
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) - shift;
@@ -89,12 +89,27 @@ inline float encode_scores(float* scores, const float* factors, const KeyRange& 
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) {
       total[v] = total[v] + p[v];
-      p[v] = p[v] * simd::load(factors + i + v * kLanes);
+      p[v] = p[v] * simd::load(value_scales + i + v * kLanes);
+      largest[v] = simd::max(largest[v], p[v]);
+      simd::store(scores + i + v * kLanes, p[v]);
     }
+  }
+  for (int v = 1; v < n; ++v) {
+    total[0] = total[0] + total[v];
+    largest[0] = simd::max(largest[0], largest[v]);
+  }
+  // A tile's sum of codes times values of 8 bits fits 32.
+  const float most = static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / INT8_MAX / tile));
+  const float top = simd::reduce_max(largest[0]);
+  const Floats factor = simd::splat(code_factor(top, most));
+  int16_t* codes = reinterpret_cast<int16_t*>(scores + keys.begin);
+  for (int64_t i = keys.begin; i < keys.end; i += kTogether, codes += kTogether) {
+    Floats p[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) * factor;
     simd::store_codes(codes, p);
   }
-  for (int v = 1; v < n; ++v) total[0] = total[0] + total[v];
-  return simd::reduce_add(total[0]);
+  return {simd::reduce_add(total[0]), top / most};
 }
 
 }  // namespace attention
