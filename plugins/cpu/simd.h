@@ -93,6 +93,9 @@ SLIPSTREAM_INLINE void store_first(Float8* p, Floats a, int n) { store_e4m3(p, a
 SLIPSTREAM_INLINE void store(Float8* p, Floats a) { store_e4m3(p, a, kLanes); }
 #endif
 
+// Of n numbers, those of the vector that begins with the i-th.
+inline int lanes_left(int64_t i, int64_t n) { return n - i < kLanes ? static_cast<int>(n - i) : kLanes; }
+
 #if !defined(__AVX512F__)
 // Kernels ask for whole vectors where 8 divides a length, so these never see fewer lanes.
 template <class T>

@@ -30,7 +30,12 @@ from slipstream.runtime.engine.kv_cache import Move
 from slipstream.runtime.engine.step import StepBatch, StepResult
 from slipstream.runtime.executors.cpu_binding import Arrays, Binding, Graph
 from slipstream.runtime.executors.host_slots import CPUHost
-from slipstream.runtime.executors.page_memory import PageMemory, free_bytes, give_back
+from slipstream.runtime.executors.page_memory import (
+    PageMemory,
+    free_bytes,
+    give_back,
+    whole_regions,
+)
 from slipstream.runtime.sampling.sampler import Sampler
 from slipstream.runtime.speculation.proposer import OFF
 
@@ -144,8 +149,10 @@ class CPUExecutor(CPUHost):
         self.shutdown()
         try:
             for cache in specs:
+                largest = max(array.nbytes for array in cache.arrays)
+                count = slots if cache.kind == "state" else whole_regions(pages, largest)
                 for array in cache.arrays:
-                    self._allocate(cache, array, slots if cache.kind == "state" else pages)
+                    self._allocate(cache, array, count)
         except (
             MemoryError,
             OverflowError,

@@ -2,7 +2,8 @@
 
 Every layer's pages lie in a region of their own, which fills from its start. Huge pages (2 MB) make
 attention to long contexts a tenth faster, but each region would end in one that is half empty. So
-the system is asked for small ones, and to put those together that are full; see madvise(2).
+the system is asked for small ones, and to put those together that are full; see madvise(2). Most
+are full where a region begins with one (``whole_regions``).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _CHOICE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 class PageMemory:
     """Zeros that cost memory when they are first written.
 
-    ``array`` is ``[layers, pages, *shape]`` of ``dtype`` and starts a cache line. It keeps the
-    memory; this object only tells the system about it. MemoryError where it cannot be had.
+    ``array`` is ``[layers, pages, *shape]`` of ``dtype`` and starts where a huge page may. It keeps
+    the memory; this object only tells the system about it. MemoryError where it cannot be had.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
@@ -36,10 +37,11 @@ class PageMemory:
         self._page_bytes = size // max(1, self._layers * self._pages)
         self._used = 0  # pages of a layer
         self._full: list[int] = []  # addresses of what is to become a huge page
-        self._map = _mapped(size)
-        self.array: NDArray[Any] = np.frombuffer(self._map, np.uint8, size).view(dtype)
-        self.array = self.array.reshape(shape)
-        self._start = self.array.ctypes.data
+        self._map = _mapped(size + _HUGE)
+        mapped = np.frombuffer(self._map, np.uint8)
+        self._start = mapped.ctypes.data
+        first = _aligned(self._start) - self._start
+        self.array: NDArray[Any] = mapped[first : first + size].view(dtype).reshape(shape)
 
     def use(self, pages: int) -> None:
         """Steps write the first ``pages`` of each layer, or some of them."""
@@ -58,7 +60,8 @@ class PageMemory:
         if not _wanted():
             return []
         region = self._pages * self._page_bytes
-        starts = range(self._start, self._start + self._layers * region, max(1, region))
+        first = self.array.ctypes.data
+        starts = range(first, first + self._layers * region, max(1, region))
         return [
             address
             for start in starts
@@ -68,6 +71,13 @@ class PageMemory:
                 _HUGE,
             )
         ]
+
+
+def whole_regions(pages: int, page_bytes: int) -> int:
+    """So many pages of ``page_bytes`` a layer, ``pages`` at least, that every layer's begin where a
+    huge page may; ``pages`` where that would double them. The others are never written."""
+    step = _HUGE // math.gcd(_HUGE, page_bytes)
+    return pages if pages < step else -(-pages // step) * step
 
 
 def free_bytes() -> int:

@@ -1,4 +1,4 @@
-// c = a * b or c += a * b for a few rows of a, with b in page-sized panels of any page type.
+// c = a * b or c += a * b for a few rows of a, with b in panels of any page type.
 //
 // Both products of attention have this form: scores = q * k, where a page holds k as [head_dim, page_size], and
 // output = probabilities * v, where it holds v as [page_size, head_dim]. Lanes run along the columns of b, so one
@@ -6,108 +6,23 @@
 // the depth, whatever the blocking, so a row's result does not depend on the rows beside it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/simd.h"
+#include "panels.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
-using simd::kLanes;
-using simd::Floats;
-
 // Rows of a that are multiplied together: with two vectors of columns, as many accumulators as registers allow.
 constexpr int kRows = simd::kRegisters == 32 ? 12 : 6;
-
-// Columns that are multiplied together.
-constexpr int kStrip = 2 * kLanes;
-// Whether copies of panels are in strips. Strips of AVX-512 are whole rows of a page of keys, or half of a head's values:
-// not seen to gain.
-constexpr bool kInStrips = simd::kRegisters == 16;
-
-// What a row of b is multiplied by, and the sums of a vector of columns: floats, or pairs of integers whose products
-// are exact.
-template <class T>
-struct Factors {
-  using Left = float;
-  using Sums = Floats;
-};
-template <>
-struct Factors<Pair16> {
-  using Left = Pair16;
-  using Sums = simd::Ints;
-};
-template <>
-struct Factors<Pair8> : Factors<Pair16> {};
-
-template <class T>
-using Left = typename Factors<T>::Left;
-
-// Numbers of an element, along the axis that is added up.
-template <class T>
-constexpr int64_t kPack = std::is_same_v<Left<T>, Pair16> ? 2 : 1;
-
-// The right-hand matrix: `depth` rows, `panel_depth` of them in each panel, `stride` elements apart.
-template <class T, class Next>
-struct Panels {
-  using Element = T;
-  using Ahead = Next;
-  static constexpr bool in_strips = false;
-  const T* const* data;
-  const Next* const* ahead;  // panels to bring to the second-level cache meanwhile, an element for each that is read
-  int64_t panel_depth;
-  int64_t depth;
-  int64_t stride;
-  // Further panels of elements as wide as T, a line of them for every other row: where those ahead are narrower, less
-  // than memory could bring would be fetched here, and too much where the next keys are fetched beside narrow values.
-  const T* const* after = nullptr;
-
-  const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
-  const char* panel_ahead(int64_t i, int64_t column) const { return reinterpret_cast<const char*>(ahead[i] + column); }
-};
-
-// The same, copied so that every strip of columns of all panels is read from front to back.
-template <class T>
-struct Strips {
-  using Element = T;
-  static constexpr bool in_strips = true;
-  static constexpr int64_t stride = kStrip;
-  const T* data;
-  int64_t strip_depth;  // rows from one strip to the next
-  int64_t depth;
-  int64_t panel_depth = depth;
-
-  const T* panel(int64_t, int64_t column) const {
-    return data + column / kStrip * kStrip * strip_depth + column % kStrip;
-  }
-  const char* panel_ahead(int64_t, int64_t) const { return nullptr; }
-
-  static int64_t elements(int64_t depth, int64_t columns) { return (columns + kStrip - 1) / kStrip * kStrip * depth; }
-};
-
-// A panel [depth, columns] in strips. It is read from front to back, too.
-template <class T, class To>
-void copy_strips(const T* from, int64_t depth, int64_t columns, int64_t strip_depth, To* to) {
-  const int64_t whole = columns / kStrip * kStrip;
-  for (int64_t k = 0; k < depth; ++k, from += columns) {
-    To* out = to + k * kStrip;
-    for (int64_t column = 0; column < whole; column += kStrip, out += kStrip * strip_depth) {
-      simd::store(out, simd::load(from + column));
-      simd::store(out + kLanes, simd::load(from + column + kLanes));
-    }
-    for (int64_t column = whole; column < columns; column += kLanes, out += kLanes)
-      simd::store(out, simd::load_first(from + column, static_cast<int>(std::min<int64_t>(kLanes, columns - column))));
-  }
-}
 
 template <class B, int rows, int vectors, bool partial>
 SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_t a_stride, const B& b, int64_t column,
                                       int count, float* c, int64_t c_stride, const float* units, bool accumulate) {
   using T = typename B::Element;
-  using Sums = typename Factors<T>::Sums;
+  using Sums = typename Product<T>::Sums;
   constexpr bool integers = kPack<T> == 2;
   Sums sum[rows][vectors];
 #pragma GCC unroll 16
@@ -125,14 +40,14 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
     const T* right = b.panel(panel, column);
-    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column);
+    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column, vectors * kLanes);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       if constexpr (!B::in_strips) {
-        constexpr int64_t size = sizeof(typename B::Ahead);
-        for (int64_t i = 0; i < vectors * kLanes * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-        ahead += b.stride * size;
-        if constexpr (size < static_cast<int64_t>(sizeof(T)))
+        constexpr int64_t bytes = vectors * kLanes * sizeof(typename B::Ahead);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+        ahead += bytes;
+        if constexpr (sizeof(typename B::Ahead) < sizeof(T))
           if (k % 2 == 1) __builtin_prefetch(reinterpret_cast<const char*>(b.after[panel]) + k * 64, 0, 2);
       }
       if constexpr (rows < vectors && simd::kRegisters == 16) {

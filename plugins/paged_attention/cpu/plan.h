@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <tuple>
 
+#include "arena.h"
 #include "cpu/simd.h"
 #include "operators.h"
-#include "scratch.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
@@ -49,14 +49,33 @@ struct Reduction {
   int64_t partial, parts;
 };
 
+// The tasks of a call. They and what they say of partial results lie in `arena`.
 struct Plan {
-  Chunk* chunks = nullptr;
-  Reduction* reductions = nullptr;
+  Chunk* chunks;
+  Reduction* reductions;
   int64_t chunk_count = 0, reduction_count = 0, partial_rows = 0;
   int64_t cost = 0;
 
+  Plan(const PagedAttentionArgs& args, Arena& arena) {
+    const int64_t most = max_chunks(args);
+    arena.reset(Arena::room<Chunk>(most) + Arena::room<Reduction>(args.sequences));
+    chunks = arena.take<Chunk>(most);
+    reductions = arena.take<Reduction>(args.sequences);
+    for (int64_t s = 0; s < args.sequences; ++s) add_sequence(args, s);
+    for (int64_t i = 0; i < chunk_count; ++i) cost += chunks[i].cost();
+  }
+
   static int64_t part_keys(int64_t page_size) { return divide_up(kPartKeys, page_size) * page_size; }
 
+  // The costly tasks first, so that no thread starts one when the others have finished. A session's pool gives every
+  // thread neighbouring tasks, so equal ones follow their keys: each thread walks its own and finds them fetched ahead.
+  void sort() {
+    std::sort(chunks, chunks + chunk_count, [](const Chunk& a, const Chunk& b) {
+      return std::tuple(-a.cost(), a.sequence, a.begin) < std::tuple(-b.cost(), b.sequence, b.begin);
+    });
+  }
+
+ private:
   static int64_t block_tokens(const PagedAttentionArgs& args) {
     return std::max<int64_t>(1, kBlockRows / (args.num_heads / args.num_kv_heads));
   }
@@ -76,20 +95,6 @@ struct Plan {
     return n * args.num_kv_heads;
   }
 
-  void make(const PagedAttentionArgs& args) {
-    for (int64_t s = 0; s < args.sequences; ++s) add_sequence(args, s);
-    for (int64_t i = 0; i < chunk_count; ++i) cost += chunks[i].cost();
-  }
-
-  // The costly tasks first, so that no thread starts one when the others have finished. A session's pool gives every
-  // thread neighbouring tasks, so equal ones follow their keys: each thread walks its own and finds them fetched ahead.
-  void sort() {
-    std::sort(chunks, chunks + chunk_count, [](const Chunk& a, const Chunk& b) {
-      return std::tuple(-a.cost(), a.sequence, a.begin) < std::tuple(-b.cost(), b.sequence, b.begin);
-    });
-  }
-
- private:
   static int64_t first_key(const PagedAttentionArgs& args, int64_t position) {
     return args.sliding_window > 0 ? std::max<int64_t>(0, position + 1 - args.sliding_window) : 0;
   }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slipstream.runtime.executors import page_memory
-from slipstream.runtime.executors.page_memory import PageMemory, give_back
+from slipstream.runtime.executors.page_memory import PageMemory, give_back, whole_regions
 
 HUGE = 2 << 20
 LAYERS, PAGES, PAGE = 6, 1000, (2, 3, 1024)  # of float32: 24,576 bytes a page
@@ -32,11 +32,11 @@ def resident(memory: PageMemory) -> tuple[int, int]:
     return totals["Rss"], totals["AnonHugePages"]
 
 
-def test_zeros_of_a_shape_and_type_start_a_cache_line() -> None:
+def test_zeros_of_a_shape_and_type_start_where_a_huge_page_may() -> None:
     memory = PageMemory((2, 5, 3, 7), "float16")
     assert memory.array.shape == (2, 5, 3, 7)
     assert memory.array.dtype == np.float16
-    assert memory.array.ctypes.data % 64 == 0
+    assert memory.array.ctypes.data % HUGE == 0
     assert memory.array.flags.c_contiguous
     assert memory.array.flags.writeable
     assert not memory.array.any()
@@ -51,6 +51,18 @@ def test_the_array_outlives_what_made_it() -> None:
 def test_what_no_address_space_holds_is_told() -> None:
     with pytest.raises((MemoryError, OverflowError, ValueError)):
         PageMemory((1, 1 << 40, 1 << 20), "float32")
+
+
+@pytest.mark.parametrize("page_bytes", [PAGE_BYTES, 3 * 3 * 2048, 4096, 5 * HUGE, 72])
+@pytest.mark.parametrize("pages", [1, 255, 256, 257, 1000, 30_000])
+def test_layers_of_whole_regions_begin_where_a_huge_page_may(pages: int, page_bytes: int) -> None:
+    count = whole_regions(pages, page_bytes)
+    fits = any(more * page_bytes % HUGE == 0 for more in range(1, pages + 1))
+    if fits:
+        assert pages <= count < 2 * pages
+        assert count * page_bytes % HUGE == 0
+    else:  # fewer pages than make a whole region
+        assert count == pages
 
 
 @linux
@@ -75,7 +87,7 @@ def test_only_full_huge_pages_are_asked_for_once_and_few_a_step(
             asked.append((start, start + length))
 
     monkeypatch.setattr(page_memory, "_advise", advise)
-    base, region = memory.array.ctypes.data, PAGES * PAGE_BYTES
+    base, region = memory.array.ctypes.data - memory._start, PAGES * PAGE_BYTES
     for used in (1, 33, 85, 86, 300, 301, 7):
         before = len(asked)
         memory.use(used)
@@ -84,12 +96,12 @@ def test_only_full_huge_pages_are_asked_for_once_and_few_a_step(
         before = len(asked)
         memory.use(7)
     for start, end in asked:
-        assert (base + start) % HUGE == 0
-        layer = start // region
-        assert layer * region <= start < end <= layer * region + 301 * PAGE_BYTES
+        assert (memory._start + start) % HUGE == 0
+        first = base + (start - base) // region * region
+        assert first <= start < end <= first + 301 * PAGE_BYTES
     assert len(set(asked)) == len(asked)
     # Of each layer's 7.4 MB there are two whole ones wherever they begin, or three.
-    per_layer = np.bincount([start // region for start, _ in asked], minlength=LAYERS)
+    per_layer = np.bincount([(start - base) // region for start, _ in asked], minlength=LAYERS)
     assert set(per_layer.tolist()) <= {2, 3}
 
 

@@ -1,28 +1,22 @@
-// Memory that a thread keeps between calls, so that a step allocates nothing once it has grown.
+// Room for the arrays of one call or task, in memory that a thread keeps: once it has grown, a step allocates nothing.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
+
+#include "cpu/scratch.h"
 
 namespace slipstream {
 namespace SLIPSTREAM_ISA {
 namespace attention {
 
-class Scratch {
+class Arena {
  public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
   // Makes room for `bytes` in all and forgets what was taken before.
   void reset(int64_t bytes) {
     used_ = 0;
     if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + bytes / 2 + kAlign - 1) / kAlign * kAlign;
-    data_ = static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(size_)));
-    if (data_ == nullptr) std::abort();
+    data_ = memory_.reserve<char>(bytes + bytes / 2);
+    size_ = bytes + bytes / 2;
   }
 
   // Room for `count` of T, on a cache line of its own; its contents are undefined.
@@ -40,7 +34,8 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kAlign = 64;
+  static constexpr int64_t kAlign = 64;  // that of Scratch
+  Scratch memory_;
   char* data_ = nullptr;
   int64_t size_ = 0, used_ = 0;
 };
