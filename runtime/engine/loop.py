@@ -203,10 +203,13 @@ class EngineLoop:
         finally:
             self._health.ended()
         changed, self._changed = self._changed, {}
+        told = []
         for state in changed:
             if state.error is not None:
                 self._settle(state)
-        return [state for state in changed if state.request.request_id != PROBE]
+            if state.request.request_id != PROBE:
+                told.append(state)
+        return told
 
     def prepare(self) -> bool:
         """Do what later steps are quicker for, while there is no work; False: all is done."""
@@ -294,7 +297,7 @@ class EngineLoop:
             seconds = self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
-        if len(result.failed) < max(len(flight.rows), 1):
+        if not result.failed or len(result.failed) < len(flight.rows):
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)

@@ -127,7 +127,7 @@ def likeliest(tops: Tops) -> StepResult:
     """The result of rows of which nothing is asked but the first of the largest logits."""
     tokens, peaks = tops
     result = StepResult(tokens, [None] * len(tokens))
-    if not all(map(math.isfinite, peaks)):
+    if not math.isfinite(sum(peaks)):
         for index, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 tokens[index], result.failed[index] = -1, broken_row(peak)
