@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from array import array
 from collections.abc import Iterable
+from struct import Struct
 
 import numpy as np
 
@@ -102,7 +102,7 @@ class _Numbers:
     begin, and the end."""
 
     __slots__ = (
-        *("_memory", "begins", "context_len", "counts", "positions", "query_start"),
+        *("_memory", "_pack", "begins", "context_len", "counts", "positions", "query_start"),
         *("slot_mappings", "token_ids"),
     )
 
@@ -114,11 +114,11 @@ class _Numbers:
         self.token_ids, self.positions = whole[:tokens], whole[tokens : 2 * tokens]
         self.context_len = whole[2 * tokens : ends]
         self.slot_mappings = list(whole[ends:].reshape(num_tables, tokens))
-        self._memory = memoryview(whole)
+        self._memory, self._pack = memoryview(whole), Struct(f"{len(whole)}i").pack_into
 
     def write(self, numbers: list[int]) -> None:
         """Make these all of the parts, one after the other."""
-        self._memory[:] = array("i", numbers)
+        self._pack(self._memory, 0, *numbers)
 
 
 class _PageTable:
@@ -150,12 +150,15 @@ class _PageTable:
         size = self._page_size
         slots: list[int] = []
         for each, start, count in zip(held, plan.starts, plan.counts, strict=True):
-            page, offset = divmod(start, size)
-            while count > 0:
-                first = each.pages[page] * size + offset
-                fit = min(count, size - offset)
-                slots += range(first, first + fit)
-                page, offset, count = page + 1, 0, count - fit
+            pages, end = each.pages, start + count
+            if count == 1:
+                slots.append(pages[start // size] * size + start % size)
+                continue
+            while start < end:  # page by page
+                stop = min(end, start - start % size + size)
+                first = pages[start // size] * size + start % size
+                slots += range(first, first + stop - start)
+                start = stop
         return slots
 
     def inputs(
