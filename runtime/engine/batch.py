@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
 from struct import Struct
 
 import numpy as np
@@ -52,10 +51,10 @@ class BatchBuilder:
         slots = self._slots.of(rows)
         written = _tokens(plan)
         pages: dict[str, PagedInputs] = {}
-        for table, mapping in zip(self._tables, numbers.slot_mappings, strict=True):
-            held = table.held(plan)
-            written += table.places(held, plan)
-            pages |= table.inputs(rows, slots, held, mapping)
+        for index, table in enumerate(self._tables):
+            inputs, places = table.inputs(rows, slots, plan, numbers.slot_mappings[index])
+            pages |= inputs
+            written += places
         numbers.write(written)
         wanted = _Wanted(plan, numbers.begins)
         if plan.guesses:
@@ -138,39 +137,26 @@ class _PageTable:
         self._rows: IntArray | None = None
         self._width = 0
 
-    def held(self, plan: StepPlan) -> list[Allocation] | list[WindowPages]:
-        """What the sequences of a plan have here."""
-        index = self._window
-        if index is None:
-            return plan.allocations
-        return [allocation.windows[index] for allocation in plan.allocations]
-
-    def places(self, held: Iterable[Allocation | WindowPages], plan: StepPlan) -> list[int]:
-        """The slot of every token of a plan."""
-        size = self._page_size
-        slots: list[int] = []
-        for each, start, count in zip(held, plan.starts, plan.counts, strict=True):
-            pages, end = each.pages, start + count
-            if count == 1:
-                slots.append(pages[start // size] * size + start % size)
-                continue
-            while start < end:  # page by page
-                stop = min(end, start - start % size + size)
-                first = pages[start // size] * size + start % size
-                slots += range(first, first + stop - start)
-                start = stop
-        return slots
-
     def inputs(
-        self,
-        rows: list[int],
-        slots: IntArray,
-        held: Iterable[Allocation | WindowPages],
-        mapping: IntArray,
-    ) -> dict[str, PagedInputs]:
-        """The ``rows`` of the table, which are ``slots``, too, brought up to date, beside the slot
-        of every token; the caches of a group share them."""
-        width, changed = self._sync(rows, held)
+        self, rows: list[int], slots: IntArray, plan: StepPlan, mapping: IntArray
+    ) -> tuple[dict[str, PagedInputs], list[int]]:
+        """The ``rows`` of the table, which are ``slots``, too, brought up to date, beside the
+        ``mapping``, and what is to be in that, the slot of every token; the caches of a group share
+        them."""
+        size, width, changed = self._page_size, 0, False
+        places: list[int] = []
+        chunks = zip(rows, self._held(plan), plan.starts, plan.counts, strict=True)
+        for row, each, start, count in chunks:
+            pages, total = each.pages, len(each.pages)
+            if total > width:
+                width = total
+            if each.synced < total:
+                self._table[row, each.synced : total] = pages[each.synced :]
+                each.synced, changed = total, True
+            if count == 1:
+                places.append(pages[start // size] * size + start % size)
+            else:
+                places += _places(pages, start, start + count, size)
         inputs = self._inputs
         if changed or self._rows is not slots or self._width != width:
             self._rows, self._width = slots, width
@@ -178,19 +164,14 @@ class _PageTable:
             inputs = self._inputs = PagedInputs(table, mapping)
         elif inputs.slot_mapping is not mapping:
             inputs = self._inputs = PagedInputs(inputs.page_table, mapping)
-        return dict.fromkeys(self._names, inputs)
+        return dict.fromkeys(self._names, inputs), places
 
-    def _sync(self, rows: list[int], held: Iterable[Allocation | WindowPages]) -> tuple[int, bool]:
-        """Bring rows up to date; the largest page count, and whether a row has changed."""
-        width, changed = 0, False
-        for row, each in zip(rows, held, strict=True):
-            total = len(each.pages)
-            if total > width:
-                width = total
-            if each.synced < total:
-                self._table[row, each.synced : total] = each.pages[each.synced :]
-                each.synced, changed = total, True
-        return width, changed
+    def _held(self, plan: StepPlan) -> list[Allocation] | list[WindowPages]:
+        """What the sequences of a plan have here."""
+        index = self._window
+        if index is None:
+            return plan.allocations
+        return [allocation.windows[index] for allocation in plan.allocations]
 
 
 class _Wanted:
@@ -287,6 +268,17 @@ def _tokens(plan: StepPlan) -> list[int]:
             positions.append(start)
         ends.append(end)
     return tokens + positions + ends
+
+
+def _places(pages: list[int], start: int, end: int, size: int) -> list[int]:
+    """The slots of the tokens from position ``start`` to ``end``."""
+    slots: list[int] = []
+    while start < end:  # page by page
+        stop = min(end, start - start % size + size)
+        first = pages[start // size] * size + start % size
+        slots += range(first, first + stop - start)
+        start = stop
+    return slots
 
 
 def _put_guesses(plan: StepPlan, begins: list[int], token_ids: IntArray) -> None:

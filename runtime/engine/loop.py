@@ -324,9 +324,9 @@ class EngineLoop:
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
-        now, answers = self._clock(), zip(result.token_ids, result.logprobs, strict=True)
-        rows = zip(flight.owners, flight.rows, flight.positions, answers, strict=True)
-        for sequence, row, position, (token, logprobs) in rows:
+        now, answers = self._clock(), (result.token_ids, result.logprobs)
+        rows = zip(flight.owners, flight.rows, flight.positions, *answers, strict=True)
+        for sequence, row, position, token, logprobs in rows:
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue

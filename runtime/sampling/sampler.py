@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from slipstream.runtime.sampling.logits_processors import edits_logits, process_
 from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
-_CONSTRAINT = attrgetter("constraint")
 # Of every row the first token of those with the largest logit, and that logit: NaN if the row has
 # one. Where it is not finite the token means nothing.
 Tops = tuple[list[int], Sequence[float | np.float32]]
@@ -51,7 +49,7 @@ class Sampler:
     def constrain(self, rows: Sequence[SamplingRow]) -> None:
         """Find out what may come next in rows that have a form; before ``sample``, and when the
         host knows their output."""
-        held = list(filter(_CONSTRAINT, rows))
+        held = [row for row in rows if row.constraint is not None]
         if not held:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
