@@ -8,7 +8,7 @@ from struct import Struct
 
 import numpy as np
 
-from slipstream.builder.contract import STATES, CacheSpec
+from slipstream.builder.contract import STATES, TARGET_GRAPH, CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
@@ -53,8 +53,9 @@ class BatchBuilder:
         pages: dict[str, PagedInputs] = {}
         for index, table in enumerate(self._tables):
             inputs, places = table.inputs(rows, slots, plan, numbers.slot_mappings[index])
-            pages |= inputs
             written += places
+            for name in table.names:
+                pages[name] = inputs
         numbers.write(written)
         wanted = _Wanted(plan, numbers.begins)
         if plan.guesses:
@@ -69,12 +70,14 @@ class BatchBuilder:
             slots,
             self._sampling_slots.of(wanted.slots),
             pages,
-            outputs=wanted.outputs + outputs,
-            drafts=plan.drafts,
-            moves=plan.moves,
-            transfers=plan.transfers.copies,
-            guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
+            TARGET_GRAPH,
+            wanted.outputs + outputs,
+            plan.drafts,
+            plan.moves,
+            plan.transfers.copies,
         )
+        if plan.ahead is not None:
+            batch.guessing = _guessing(plan, plan.ahead, self._page_size)
         return batch, wanted.owners, wanted.positions
 
 
@@ -128,7 +131,7 @@ class _PageTable:
     ) -> None:
         """``window`` is which of an allocation's windows has them; None: those of all tokens."""
         columns = -(-config.max_seq_len // config.page_size)
-        self._names, self._window = names, window
+        self.names, self._window = names, window
         self._page_size = config.page_size
         self._table = np.zeros((config.max_batch_size, columns), np.int32)
         # What the last step had of it, of which rows, and how wide.
@@ -139,7 +142,7 @@ class _PageTable:
 
     def inputs(
         self, rows: list[int], slots: IntArray, plan: StepPlan, mapping: IntArray
-    ) -> tuple[dict[str, PagedInputs], list[int]]:
+    ) -> tuple[PagedInputs, list[int]]:
         """The ``rows`` of the table, which are ``slots``, too, brought up to date, beside the
         ``mapping``, and what is to be in that, the slot of every token; the caches of a group share
         them."""
@@ -164,7 +167,7 @@ class _PageTable:
             inputs = self._inputs = PagedInputs(table, mapping)
         elif inputs.slot_mapping is not mapping:
             inputs = self._inputs = PagedInputs(inputs.page_table, mapping)
-        return dict.fromkeys(self._names, inputs), places
+        return inputs, places
 
     def _held(self, plan: StepPlan) -> list[Allocation] | list[WindowPages]:
         """What the sequences of a plan have here."""

@@ -49,7 +49,10 @@ class Sampler:
     def constrain(self, rows: Sequence[SamplingRow]) -> None:
         """Find out what may come next in rows that have a form; before ``sample``, and when the
         host knows their output."""
-        held = [row for row in rows if row.constraint is not None]
+        held = []
+        for row in rows:
+            if row.constraint is not None:
+                held.append(row)
         if not held:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
