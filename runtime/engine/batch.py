@@ -148,13 +148,13 @@ class _PageTable:
         them."""
         size, width, changed = self._page_size, 0, False
         places: list[int] = []
-        chunks = zip(rows, self._held(plan), plan.starts, plan.counts, strict=True)
-        for row, each, start, count in chunks:
+        for index, each in enumerate(self._held(plan)):
+            start, count = plan.starts[index], plan.counts[index]
             pages, total = each.pages, len(each.pages)
             if total > width:
                 width = total
             if each.synced < total:
-                self._table[row, each.synced : total] = pages[each.synced :]
+                self._table[rows[index], each.synced : total] = pages[each.synced :]
                 each.synced, changed = total, True
             if count == 1:
                 places.append(pages[start // size] * size + start % size)
@@ -190,16 +190,8 @@ class _Wanted:
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.outputs: tuple[str, ...] = ()  # of the graph, beside its logits
-        chunks = zip(
-            plan.sequences,
-            plan.starts,
-            plan.counts,
-            plan.drafts,
-            plan.outputs,
-            begins,
-            strict=False,  # there is one more of begins, the end
-        )
-        for sequence, start, count, drafts, output, begin in chunks:
+        for index, sequence in enumerate(plan.sequences):
+            start, count, begin = plan.starts[index], plan.counts[index], begins[index]
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     row = _new_row(sequence, sequence.tokens[position + 1])
@@ -211,9 +203,9 @@ class _Wanted:
                 row.position, row.pooled = wanted.start, True
                 for position in wanted:
                     self._add(begin + position - start, row, sequence, -1)
-            elif output >= 0:
-                at = begin + count - 1 - drafts
-                self._add_run(sequence, at, output, drafts)
+            elif (output := plan.outputs[index]) >= 0:
+                drafts = plan.drafts[index]
+                self._add_run(sequence, begin + count - 1 - drafts, output, drafts)
 
     def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
         """The rows from ``at`` on that sample the output from ``output`` on."""
@@ -259,8 +251,9 @@ def _tokens(plan: StepPlan) -> list[int]:
     tokens: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
-    for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
-        known, end = sequence.tokens, start + count
+    for index, sequence in enumerate(plan.sequences):
+        known, start, count = sequence.tokens, plan.starts[index], plan.counts[index]
+        end = start + count
         if count > 1:
             chunk = known[start:end]
             tokens += chunk

@@ -324,24 +324,25 @@ class EngineLoop:
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
-        now, answers = self._clock(), (result.token_ids, result.logprobs)
-        rows = zip(flight.owners, flight.rows, flight.positions, *answers, strict=True)
-        for sequence, row, position, token, logprobs in rows:
+        assert len(result.token_ids) == len(flight.owners), "a token for every row"
+        now = self._clock()
+        for index, sequence in enumerate(flight.owners):
+            token, position = result.token_ids[index], flight.positions[index]
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
-            if row.target is not None:
+            if flight.rows[index].target is not None:
                 scores = sequence.prompt_logprobs
                 assert scores is not None
                 if position == len(scores):  # a preempted one may be scored twice
-                    scores.append(logprobs)
+                    scores.append(result.logprobs[index])
                 continue
             # Else the step was on its way when the token was forced.
             if not (sequence.jumps and position < len(sequence.output)):
                 state = self._requests[sequence.request.request_id]
                 completion = state.completions[sequence.index]
                 try:
-                    completion.take(token, logprobs)
+                    completion.take(token, result.logprobs[index])
                     if sequence.jumps:
                         completion.jump()
                 except SlipstreamError as error:  # of the tokenizer, or of the form
