@@ -104,8 +104,15 @@ class _Numbers:
     begin, and the end."""
 
     __slots__ = (
-        *("_memory", "_pack", "begins", "context_len", "counts", "positions", "query_start"),
-        *("slot_mappings", "token_ids"),
+        "_memory",
+        "_pack",
+        "begins",
+        "context_len",
+        "counts",
+        "positions",
+        "query_start",
+        "slot_mappings",
+        "token_ids",
     )
 
     def __init__(self, counts: list[int], num_tables: int) -> None:
